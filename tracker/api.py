@@ -69,11 +69,11 @@ RESULTS = Path("results")
 
 
 class _CallContext:
-    """Parsed keywords of an API call: run options, and the experiment's keys (`settings`).
+    """Parsed keywords of an API call: run options (e.g. device), and experiment keys (`settings`).
 
     Args:
         keywords: Keywords that the caller passed.
-        names: Allowed keys of `settings`. Any other key raises RequestError.
+        names: Allowed experiment keys. Any other key raises RequestError.
         executor: Name of the executor that runs the measurements.
         slurm: Settings of SLURM jobs.
     """
@@ -117,7 +117,7 @@ class _CallContext:
         return run_cells(requests, *work, explicit=True)
 
     def finish(self, request: ExperimentInput[Any] | None, outcome: RunOutcome) -> Results:
-        """Save the experiment file, write the report page, and return results with all errors."""
+        """Save the experiment file, write the report page, and return the outcome as `Results`."""
         from tracker.team.reports import write_report
 
         root, page, experiment = self.ledger.root, None, None
@@ -142,13 +142,13 @@ _RUN_KEYWORDS = tuple(RunKeywords.__annotations__)
 
 
 def _parse_targets(targets: str | Sequence[str]) -> Sequence[str]:
-    """Convert tracking backends (a list, comma-separated text or `none`) to a list."""
+    """Return tracking backends as a list, from a list or comma-separated text; `none` gives []."""
     names = targets.split(",") if isinstance(targets, str) else targets
     return [] if list(names) == ["none"] else [name.strip() for name in names]
 
 
 def _refuse_incomplete(source: ExperimentSource, settings: Mapping[str, Any], call: str) -> None:
-    """Raise RequestError if no file is given and the model or the benchmark is missing."""
+    """Raise RequestError if neither a file nor both a model and a benchmark are given."""
     source, settings = move_model(source, settings)
     missing_keys = [key for key in ("model", "benchmark") if settings.get(key) is None]
     if source is None and missing_keys:
@@ -205,8 +205,9 @@ def run(
 ) -> Results:
     """Run an experiment, reusing all outcomes that are already in the results folder.
 
-    If `model` is a transformers object, it is saved once in the results folder, under a fingerprint
-    of its weights, configuration and tokenizer. The saved model is then measured.
+    If `model` is a transformers object, the model is first saved in the results folder, in a folder
+    that is named by a hash of weights, configuration and tokenizer. The saved model is then
+    measured.
 
     Args:
         experiment: YAML file of the experiment, a dict with the same keys, or the name or folder of
@@ -215,12 +216,12 @@ def run(
         executor: Name of the executor: `local` (this machine), `ray` or `slurm`.
         slurm: Parameters of each SLURM job, named as in submitit, e.g. `{"partition": "gpu"}`.
         **settings: Options in `RunKeywords` (results folder, backends, device, …), and keys of the
-            experiment file (model, benchmark, sample, …). A key has a value or a list of values,
-            and overrides the same key of a file or dict. Without a file or dict, all layers are
+            experiment file (model, benchmark, sample, …). The value of a key, or a list of values,
+            overrides the same key of a file or dict. Without a file or dict, all layers are
             measured unless `layer` is given.
 
     Returns:
-        Results with the records of all measurements, the report page, and errors.
+        Results: the records of all measurements, the path of the report page, and the errors.
 
     Raises:
         RequestError: The request was wrong; nothing was computed or written.
@@ -283,11 +284,12 @@ def study(
         name: Name of the study, one of `tracker.studies.registry.studies()`.
         experiment: YAML file, dict or model that defines the experiment, as for `run`.
         tokenizer: Tokenizer of a model object, as for `run`.
-        **settings: Options and experiment keys, as for `run`, and the fields of the study's
-            settings.
+        **settings: Options and experiment keys, as for `run`, and settings of the study (e.g.
+            `reliability` for the study calibration).
 
     Returns:
-        Results with the study's finding (answers, tables, charts), the report page, and errors.
+        Results: the study's answers, tables and charts (`finding`), the path of the report page,
+        and the errors.
 
     Raises:
         RequestError: The request was wrong; nothing was computed or written.
@@ -332,21 +334,23 @@ def quantise(
         experiment: YAML file, dict or model that defines the experiment, as for `run`.
         budget: Limit on the bits of the weights, e.g. `4.5bpw`, `80 MB` or `25 % bytes`.
         format: Allowed weight formats; None for the formats in llama.cpp's own mixtures.
-        by: Unit that gets one format: `map` for each linear map, `layer` for each whole layer.
+        by: Granularity: `map` chooses a format for each linear map, `layer` one format for all
+            linear maps of a layer.
         test_sample: Number of test documents of each task; None for the same number as calibration
             documents.
         embeddings: Whether formats are also chosen for the embedding and the output head.
-        refine: Maximum number of rounds that try to improve the choice by swapping the formats of
-            two units, measured on the whole model.
-        pairs: Number of random pairs of units whose joint loss is compared with the sum of the two
-            losses.
+        refine: Maximum number of rounds of refinement. In a round, formats of two units (linear
+            maps or layers) are swapped, and the loss of the whole model is measured.
+        pairs: Number of random pairs of units (linear maps or layers) that are quantised together,
+            to test whether the loss equals the sum of the two single losses.
         output: Folder in which the recommended model is saved; None to save no model.
         tokenizer: Tokenizer of a model object, as for `run`.
         **settings: Options and experiment keys, as for `run`.
 
     Returns:
-        Results with statistics of every tested assignment of formats, and the saved recommended
-        model. Each of its `files` lists the format of every linear map for one model and benchmark.
+        Results: statistics of every tested assignment of formats, and the saved recommended model.
+        Each file in `files` lists the chosen format of every linear map for one model and
+        benchmark.
 
     Raises:
         RequestError: The request was wrong; nothing was computed or written.
@@ -386,7 +390,7 @@ def prune(
     output: Where | None = None,
     **settings: Unpack[PruneKeywords],
 ) -> Results:
-    """Search for layers or other parts to prune, and test the result on held-out documents.
+    """Search for layers or smaller parts (e.g. heads) to prune, and test on held-out documents.
 
     Args:
         experiment: YAML file that defines the searches, a dict with the same keys, or a model.
@@ -462,12 +466,12 @@ def prune(
 
 @dataclass(frozen=True)
 class Validation:
-    """Size of a valid experiment, as counted by `validate`.
+    """Number of measurements and searches that a valid experiment requests.
 
     Attributes:
         measurements: Number of pairs of a model and a benchmark; 0 if the experiment requests
             searches.
-        runs: Number of runs (ablations) over all pairs of a model and a benchmark.
+        runs: Total number of runs; each run measures one ablation of one model on one benchmark.
         searches: Number of requested searches.
         notes: Remarks, including a note on each item that could not be checked.
     """
@@ -485,7 +489,8 @@ class Plan:
     Attributes:
         cells: Cost for each model and benchmark: documents, tokens, layer passes, FLOPs, memory.
         searches: Cost of each search; empty if the experiment requests no searches.
-        tests: Cost of testing the searches' choices, for each set of comparison or test documents.
+        tests: Cost of evaluating the chosen layers, for each set of documents (comparison or test)
+            that is used for this.
     """
 
     cells: tuple[PlannedCell, ...] = ()
@@ -496,7 +501,7 @@ class Plan:
 def _read_searches(
     experiment: ExperimentSource, settings: Mapping[str, Any], call: str
 ) -> list[SearchRequest] | None:
-    """Read the pruning searches that an experiment requests; return None if there are none."""
+    """Read the pruning searches that an experiment requests; return None if it requests none."""
     _refuse_incomplete(experiment, settings, call)
     if _is_model_object(settings.get("model")):
         raise RequestError(
@@ -562,8 +567,8 @@ def plan(
 
     Args:
         experiment: YAML file, dict or model that defines the experiment, as for `run` and `prune`.
-        results: Results folder, whose stored outcomes reduce the cost. For searches, only the
-            timings in this folder are used.
+        results: Results folder. Outcomes that are stored there need not be measured and reduce the
+            cost. For searches, only measured timings are read from the folder.
         trust_remote_code: Whether code that comes with a downloaded model is allowed to run.
         progress: Listener that receives a message about each step.
         **settings: Keys of the experiment file, as for `run` and `prune`.
@@ -572,8 +577,8 @@ def plan(
         The cost for each model and benchmark, or for each search.
 
     Raises:
-        RequestError: A model, benchmark or layer of the request does not exist, or a setting does
-            not fit.
+        RequestError: A model, benchmark or layer does not exist, or a setting is invalid for the
+            model or the benchmark.
 
     Example:
         >>> tracker.plan("experiments/demo.yaml", sample=50).cells
@@ -599,10 +604,10 @@ def plan(
 def evaluate(
     request: CellRequest, *, project: str = "tracker", **how: Unpack[RunKeywords]
 ) -> Results:
-    """Measure one run as a trial of a W&B sweep; the sweep's other runs are measured with it.
+    """Measure one run (e.g. without layer 3) as a W&B sweep's trial, with all runs of the sweep.
 
-    Only the sweep's runs of the same model and benchmark are measured together. Outside a sweep, or
-    if the sweep cannot be read, all layers are measured.
+    Only runs of the sweep with the same model and benchmark are measured together. Outside a sweep,
+    or if the sweep cannot be read, all layers of the model are measured.
 
     Args:
         request: Request with the model, the benchmark and one run, e.g. the removal of a layer.
@@ -611,9 +616,9 @@ def evaluate(
             same results folder.
 
     Returns:
-        Results with the record of the model and benchmark, and errors. There is no record if the
-        measurement failed or the run is invalid. A run is invalid if its layers extend beyond the
-        last layer or include a removed layer.
+        Results: the record of the model on the benchmark, and the errors. The record is missing if
+        the measurement failed or the run is invalid. A run is invalid if its layers extend beyond
+        the last layer or include a removed layer.
 
     Raises:
         RequestError: The request was wrong; nothing was computed or written.
@@ -677,7 +682,8 @@ def export(
         repeats: Number of passes through the repeated layers; None for two.
         benchmark: Benchmark on which the change is measured and the saved model is verified; None
             to verify on a few texts only.
-        component: Only `layer` is supported. Other components raise RequestError with advice.
+        component: Kind of part to remove. Only `layer` is supported; other values raise
+            RequestError with advice.
         project: Name of the project in the tracking backends.
         track: Tracking backends for the model, each as `BACKEND` or `BACKEND:PROJECT`.
         register: Name under which the model is registered in MLflow; None to skip the registration.
@@ -729,8 +735,8 @@ def report(
         form: Format of the report: `html` for the page, or one of
             `tracker.report.export.REPORT_FORMATS`.
         output: Path to write: a file for `html`, `md` and `tex`, and a folder for other formats.
-            The default is in the source's folder, or in the working folder if there are several
-            sources.
+            The default path is in the folder of the source, or in the working folder if there are
+            several sources.
         publish: Tracking projects to which the page is published, as `BACKEND` or
             `BACKEND:PROJECT`.
         publish_documents: Whether document texts from a folder or a corpus are published too. Texts
@@ -772,7 +778,7 @@ def leaderboard(
         progress: Listener that receives the progress of downloads.
 
     Returns:
-        Results whose table `layer_leaderboard` is the ranking, with the errors of reading and
+        Results, whose table `layer_leaderboard` contains the ranking, and all errors of reading and
         publishing.
 
     Raises:
@@ -789,7 +795,7 @@ def leaderboard(
 def _collect(
     sources: Sequence[Where], results: Where, progress: Progress | None, reads_outcomes: bool
 ) -> Results:
-    """Read all measurements of sources; raise TrackingError or RequestError if none exist."""
+    """Read all measurements of the sources; raise TrackingError or RequestError without any."""
     names = [os.fspath(source) for source in sources] or [os.fspath(results)]
     collected = collect_cells(names, progress or Silent(), reads_outcomes)
     if not collected.cells and collected.failed:
@@ -841,8 +847,8 @@ def sync(
         results: The results folder.
         publish_documents: Whether document texts from a folder or a corpus are published too. Texts
             from the hub or a package are always published.
-        runs: Tracked runs to create for a model and benchmark (`auto`, `all` or `cells`), as for
-            `run`.
+        runs: Which runs to create in a tracking backend for a model and benchmark (`auto`, `all` or
+            `cells`), as for `run`.
 
     Returns:
         The published measurements, and errors.
@@ -899,14 +905,14 @@ def log_samples(
 
 
 def sync_sweep(sweep: str, *, results: Where = RESULTS) -> SweepResult:
-    """Complete the runs of killed and failed trials of a W&B sweep from the results folder.
+    """Log stored results to the W&B runs of a sweep's trials that were killed or failed.
 
     Args:
         sweep: Path of the W&B sweep, as `ENTITY/PROJECT/ID`.
         results: The results folder.
 
     Returns:
-        The completed trials, and the trials that must still be measured.
+        The trials whose results were logged, and the trials that must still be measured.
 
     Raises:
         RequestError: The path does not name a sweep.
@@ -919,11 +925,11 @@ def sync_sweep(sweep: str, *, results: Where = RESULTS) -> SweepResult:
 def check(
     results: Where = RESULTS, against: Where | None = None, progress: Progress | None = None
 ) -> tuple[Verification, list[str]]:
-    """Verify the digests of all files in a results folder, and set damaged outcome files aside.
+    """Verify the hashes of all files in a results folder, and set damaged outcome files aside.
 
     Args:
         results: The results folder.
-        against: Copy of the results folder with which the results are compared.
+        against: Another copy of the results folder, to be compared with `results`.
         progress: Listener that receives the number of verified measurements.
 
     Returns:
@@ -953,9 +959,9 @@ def ls(
 
     Args:
         results: The results folder.
-        damaged: Dict to fill: unusable file or folder → advice on what to do.
-        unfinished: Dict to fill: folder of a measurement that is not finished yet → number of
-            measured documents, and advice on what to do.
+        damaged: Dict that is filled: damaged or unusable file or folder → advice on what to do.
+        unfinished: Dict that is filled: folder of an unfinished measurement → number of measured
+            documents, and advice on what to do.
 
     Returns:
         One record for each model, benchmark and selection of documents and runs.

@@ -1,7 +1,8 @@
 """Define the keywords of the Python API's `**settings` for type checkers and editors.
 
 The keys of experiment files are fields of pydantic models, which type checkers cannot read as
-keywords. So the classes of this module repeat the keys, and a test compares them with the fields.
+keywords. So the classes of this module repeat the keys, and a test checks that keys and fields
+agree.
 """
 
 from __future__ import annotations
@@ -44,8 +45,8 @@ class WorkKeywords(TypedDict, total=False):
         memory: Maximum number of bytes for hidden states, keys and values; None = half of the free
             memory.
         weights: Maximum number of bytes for a model's weights on the device; None = as many as fit.
-        progress: Object that receives counts and messages; None for no output. By default, a
-            progress bar is shown in notebooks only.
+        progress: Object that receives progress counts and messages; None for no output. By default,
+            a progress bar is shown in notebooks only.
     """
 
     results: Where
@@ -67,7 +68,8 @@ class RunKeywords(WorkKeywords, total=False):
             corpus. By default (False), only texts from the hub or a package are published.
         runs: Runs that are published for each cell (a model on a benchmark). `cells`: only the
             cell's own run, with a table of all ablations. `all`: also one run per ablation. `auto`
-            (default): like `all`, but without kinds with more than 200 ablations.
+            (default): like `all`, but without any kind of ablation (e.g. heads) that has more than
+            200 ablations.
         workers: Number of parallel processes that measure cells; None = only the calling process.
         devices_per_worker: Number of accelerators of each worker process; None = as many as the
             weights need.
@@ -155,7 +157,7 @@ class PruneKeywords(RunKeywords, SearchKeywords, total=False):
 
 
 class StudyKeywords(ExperimentKeywords, total=False):
-    """Keywords of `study`: the keywords of `run`, and the settings of tracker's own studies."""
+    """Keywords of the function `study`: those of `run`, and settings of tracker's own studies."""
 
     reliability: float
     remove: Sequence[str]

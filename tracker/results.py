@@ -83,8 +83,8 @@ _MAX_ROWS = 10
 class Results:
     """Results of a run, a study, a search or a report.
 
-    In a notebook, a `Results` object is displayed as the answer and the layers with the largest
-    drops.
+    A notebook displays a `Results` object as a summary in sentences and a table of the layers with
+    the largest drops.
 
     Attributes:
         outcome: Results of each model and benchmark, errors, and the locations of published runs.
@@ -92,9 +92,10 @@ class Results:
         folder: The results folder.
         experiment: The stored copy of the experiment file; None if there was no experiment file.
         finding: The answers, tables and charts of a study or of searches; None for other results.
-        searches: One record per search and random draw: the steps with their test results, and the
-            cost.
-        exports: Commands that save the recommended or significantly better models as checkpoints.
+        searches: Records of the pruning searches: removed layers and test results at each step, and
+            the computing cost. A random strategy has one record per draw.
+        exports: Shell commands that save pruned models as checkpoints: the recommended model, or
+            the models that are significantly better than others.
         saved: The saved recommended model; None if there is none.
         files: Paths of additional files that were written.
         notes: Further remarks about the results.
@@ -146,20 +147,23 @@ class Results:
         `better without`, `below 5 pp` or `open`. The verdicts are tested jointly over all runs of
         the same kind.
 
-        `correlations` has one row per model, benchmark, proxy, coefficient and subset of layers.
+        `correlations` has one row per model, benchmark, proxy (e.g. cosine score), coefficient
+        (e.g. Spearman) and subset of layers (all, or without the two outer layers at each end).
         `low` and `high` are the ends of the interval of `value`. The interval accounts for the
-        sampling of documents, but not of layers. `p_value` is the share of random series, equally
-        smooth over depth, whose correlation is at least as strong.
+        sampling of documents, but not of layers. For layers, `p_value` is the share of random
+        reorderings of the proxy or of the drops whose correlation is at least as strong. The
+        reordered values vary over depth as smoothly as the measured values.
 
         `documents` has one row per model, benchmark, run and document, with the responses of the
         intact and of the ablated model. The column `change` is `lost`, `won` or `same`. The columns
         `score_intact` and `score` hold the document's metric for the two models; higher is better.
         The table includes the texts if the results folder has them.
 
-        `layer_leaderboard` and `model_leaderboard` hold means over the benchmarks, as does
-        `part_leaderboard` if heads, experts or spans are ranked. Rows are sorted by the lower bound
-        of the accuracy drop, largest first. The intervals of the drops are simultaneous over all
-        layers. `best_rank` and `worst_rank` are the ends of the interval of the rank.
+        `layer_leaderboard` and `model_leaderboard` hold means over the benchmarks.
+        `part_leaderboard` exists if heads, experts or several layers at once are ranked. Rows are
+        sorted by the lower end of the accuracy drop's interval, largest first. The intervals of the
+        drops are simultaneous over all layers. `best_rank` and `worst_rank` are the ends of the
+        interval of the rank.
 
         Args:
             name: Name of a table listed above, or of a table of the study, such as
@@ -211,7 +215,7 @@ class Results:
         return document_frame(measured, only_changed=False)
 
     def _collected(self) -> CollectedCells:
-        """Return the records of models and benchmarks, with the outcomes of their documents."""
+        """Return the results together with the stored outcome of each document."""
         if self.sources is not None:
             return self.sources
         from tracker.team.collect import collect_cells
@@ -293,7 +297,7 @@ class Results:
 
     @property
     def answer(self) -> str:
-        """The study's answers; without a study, one line per model about the layers that matter.
+        """The sentences that answer a study; without a study, a line per model on its key layers.
 
         Example:
             >>> print(results.answer)
@@ -303,7 +307,7 @@ class Results:
         return "\n".join(answer for _, answer, _ in self._models()) or "Nothing is measured."
 
     def _models(self) -> Iterator[tuple[str, str, LayerBoard]]:
-        """Yield each model's name, sentences on significant effects, and leaderboard of layers."""
+        """Yield (name, sentences on significant effects, leaderboard of layers) for each model."""
         from tracker.analysis.boards import layer_board, part_boards
         from tracker.analysis.comparable import named_models
         from tracker.report.wording import model_answer

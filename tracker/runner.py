@@ -101,8 +101,8 @@ def run_cells(
         The records, errors and locations of the published runs.
 
     Raises:
-        RequestError: A request names something that does not exist or does not fit its model or
-            benchmark. Nothing was computed or written.
+        RequestError: A request names e.g. a model, layer or metric that does not exist. Nothing was
+            computed or written.
     """
     ledger.refuse_unwritable()
     lookups = [find_cell(request, ledger, options.trust_remote_code) for request in requests]
@@ -137,7 +137,7 @@ def run_cells(
 
 
 class _Finisher:
-    """Recorder and publisher of results, in the order in which measurements finish."""
+    """Object that records and publishes results in the order in which measurements finish."""
 
     def __init__(
         self, publisher: Publisher, progress: Progress, requests: list[CellRequest], explicit: bool
@@ -218,10 +218,10 @@ class _Finisher:
 
 
 def find_smaller_requests(requests: Collection[CellRequest]) -> set[CellRequest]:
-    """Find each request that is repeated by another request with more documents.
+    """Find the requests that differ from a larger request only in the number of documents.
 
-    Reports show the smaller and the larger request, because the user asked for both numbers of
-    documents.
+    Reports show the results of the smaller and of the larger request, because the user requested
+    both.
     """
     candidates = [request for request in requests if not request.until]
 
@@ -236,7 +236,7 @@ def find_smaller_requests(requests: Collection[CellRequest]) -> set[CellRequest]
 
 
 def _view_note(view: View, shown_view: View, related_views: Sequence[View]) -> str:
-    """Explain why a report shows more documents or runs than requested; else return ""."""
+    """Return a message if reports show more documents or runs than requested; else ""."""
     if view.until is None and shown_view.size > view.size:
         key, count = ("limit", view.limit) if view.seed is None else ("sample", view.sample)
         size = shown_view.limit or shown_view.sample

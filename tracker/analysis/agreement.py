@@ -24,8 +24,9 @@ from tracker.stats.support import subtract, widen
 class MisjudgedLayer:
     """Layer whose cosine score gives a rank outside the confidence interval of its measured rank.
 
-    `cosine_rank` is the layer's rank by mean cosine score. `off` is the distance, in ranks, from
-    `cosine_rank` to the measured rank interval in `standing`.
+    `standing` is the layer's leaderboard entry. `cosine_rank` is the layer's rank by mean cosine
+    score. `off` is the number of ranks between `cosine_rank` and the confidence interval of the
+    measured rank.
     """
 
     standing: PartStanding
@@ -36,8 +37,8 @@ class MisjudgedLayer:
 def cosine_ranks(board: LayerBoard) -> dict[int, int]:
     """Rank the layers of a leaderboard by cosine score; return layer → rank, 1 = largest.
 
-    Equal scores share the better rank. Layers without a measured rank are left out. The result is
-    empty if the score of a ranked layer is undefined.
+    Layers with equal scores share the better rank. Layers without a measured rank are left out. The
+    result is empty if any layer with a measured rank lacks a cosine score.
     """
     scores = {standing.layer: standing.cosine_score for standing in board.ranked}
     if not scores or not all(map(is_finite, scores.values())):
@@ -48,7 +49,7 @@ def cosine_ranks(board: LayerBoard) -> dict[int, int]:
 def find_misjudged(board: LayerBoard) -> list[MisjudgedLayer]:
     """Find layers whose rank by cosine score is outside the interval of their measured rank.
 
-    The list starts with the layer whose cosine rank is furthest outside its measured rank interval.
+    The first layer in the list has the cosine rank that is furthest outside the interval.
     """
     layers, ranks = [], cosine_ranks(board)
     for standing in board.ranked if ranks else ():
@@ -82,7 +83,7 @@ def find_correlation(
 
 
 def _proxies_and_drops(cell: CellRecord, proxy: str) -> Array:
-    """Return proxy values and drops `[2, layers]` of the layers where both are defined."""
+    """Return a `[2, layers]` array: proxy and accuracy drop of each layer that has both values."""
     figures = ((run.figure(proxy), run.drop.value) for run in cell.whole_layers)
     defined = [pair for pair in figures if all(map(is_finite, pair))]
     return np.array(defined, dtype=np.float64).reshape(-1, 2).T
@@ -94,9 +95,10 @@ class Agreement:
 
     Attributes:
         proxy: Name of the proxy's field.
-        spearman: Spearman correlations between proxy and accuracy drop, one for each cell with a
-            defined correlation.
-        differ: Mean share of layers whose rank by proxy differs from their rank by accuracy drop.
+        spearman: Spearman correlations between proxy and accuracy drop, one for each cell (a model
+            on a benchmark) where the correlation is defined.
+        differ: Share of layers whose rank by proxy differs from their rank by accuracy drop,
+            averaged over cells.
         chance: Expected share of layers whose rank differs between two random orders.
     """
 
@@ -107,7 +109,7 @@ class Agreement:
 
 
 def agreements(cells: Sequence[CellRecord]) -> list[Agreement]:
-    """Compute how well each proxy reproduces the measured layer ranking, and the chance level."""
+    """Compute how well the layer ranking by each proxy agrees with the ranking by accuracy drop."""
     # Skip cells whose layers were measured on different documents: their layers have no order.
     ordered_cells = [cell for cell in cells if not cell.is_raced]
     rows = []
@@ -128,13 +130,13 @@ MAX_PAIRS = 10
 
 @dataclass(frozen=True)
 class BenchmarkComparison:
-    """Layer-by-layer comparison of two models on one benchmark with `n` documents.
+    """Comparison of two models' accuracy drops, layer by layer, on `n` documents of one benchmark.
 
     Attributes:
         differences: Layer → drop of the first model minus drop of the second model, as a fraction
             or in the unit of the loss.
-        shown: Layers whose difference is shown not to be 0, with 95 % confidence for all layers and
-            benchmarks of the two models together.
+        shown: Layers whose difference is significant at the 5 % level, corrected for testing all
+            layers on all benchmarks of the two models.
     """
 
     benchmark: str
@@ -143,16 +145,16 @@ class BenchmarkComparison:
     shown: frozenset[int]
 
     def difference(self, layer: int) -> Estimate:
-        """Return a layer's difference in drop, or an undefined estimate with a reason."""
+        """Return the models' difference in drop for a layer, undefined if not measured in both."""
         undefined = Estimate(None, reason="not measured in both models")
         return self.differences.get(layer, undefined)
 
 
 @dataclass(frozen=True)
 class ModelPair:
-    """Two models with equally many layers, compared on all shared benchmarks with one metric unit.
+    """Two models with equally many layers, compared on all benchmarks that share a metric unit.
 
-    Differences are the drop of model `first` minus the drop of model `second`.
+    Each difference is the drop of model `first` minus the drop of model `second`.
     """
 
     first: str
@@ -167,10 +169,10 @@ class ModelPair:
 
 
 def pair_models(cells: Sequence[CellRecord]) -> tuple[list[ModelPair], int]:
-    """List pairs of models of equal depth that share a benchmark with equal settings.
+    """List pairs of models with equally many layers, measured on a benchmark with equal settings.
 
-    Returns the first pairs (at most `MAX_PAIRS`), and the total number of pairs. Two models form
-    one pair for accuracies and a separate pair for losses.
+    Returns at most `MAX_PAIRS` pairs, and the total number of pairs. Two models form one pair for
+    benchmarks measured by accuracy, and another pair for benchmarks measured by a loss.
     """
     models = {
         label: {comparison_key(cell): cell for cell in group if cell.whole_layers}
@@ -197,7 +199,7 @@ _SharedCells = tuple[str, CellRecord, CellRecord]
 
 
 def _compare_benchmarks(shared: Sequence[_SharedCells]) -> tuple[BenchmarkComparison, ...]:
-    """Compare two models on each benchmark, with intervals simultaneous over all benchmarks."""
+    """Compare two models on each benchmark; significance is corrected for all layers tested."""
     differences = [drop_differences(cell, other_cell) for _, cell, other_cell in shared]
     family = sum(map(len, differences))
     comparisons = []
@@ -214,7 +216,7 @@ def drop_differences(
     """Subtract the second model's accuracy drops from the first model's accuracy drops, by layer.
 
     The two models must have equally many layers. Only whole layers that are measured in both models
-    are compared. The intervals hold simultaneously for `family` differences.
+    are compared. The confidence intervals are corrected for `family` comparisons.
     """
     other_runs = other_cell.runs_of_kind()
     differences = {}

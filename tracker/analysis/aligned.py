@@ -36,9 +36,10 @@ LOGPROB_TOLERANCES = 1e-6, 1e-4
 class AlignedOutcomes:
     """Outcomes of one model on one benchmark, for the documents on which all runs are measured.
 
-    `columns` lists the columns to read. If `columns` is None, all columns are read, including the
-    software versions and device of each document's measurement. The layers that the view removes in
-    every run are not added to the `extra_ablations`.
+    `columns` lists the columns to read from the stored outcomes. If `columns` is None, all columns
+    are read, including the software versions and device of each document's measurement. Documents
+    that lack an outcome under one of the `extra_ablations` are dropped as well. The
+    `extra_ablations` are used as given: the layers that all runs of the view remove are not added.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class AlignedOutcomes:
     ) -> AlignedOutcomes:
         """Return a copy that contains only the given documents and runs.
 
-        `documents` = None keeps all documents that the runs share.
+        If `documents` is None, all documents that are measured in all given runs are kept.
         """
         restricted = copy(self)
         restricted._align(documents, runs)
@@ -82,7 +83,7 @@ class AlignedOutcomes:
     ) -> None:
         """Keep only the documents that the intact model and all ablations measured.
 
-        If `documents` is given, all other documents are dropped too.
+        If `documents` is given, only these documents can be kept.
         """
         removed = Ablation.from_changes(removed=self._removed)
         ablations = [INTACT, removed, *map(self.ablation, runs), *extra_ablations]
@@ -125,7 +126,7 @@ class AlignedOutcomes:
 
     @property
     def strata(self) -> TaskNames | None:
-        """The task of each document, as strata for resampling; None if there is only one task."""
+        """The task name of each document, for stratified resampling; None if there is one task."""
         return np.array(self.tasks) if len(set(self.tasks)) > 1 else None
 
     @property
@@ -140,7 +141,7 @@ class AlignedOutcomes:
 
     @property
     def plain_weights(self) -> Array:
-        """The weight of each document in a mean over documents that ignores document lengths."""
+        """Document weights for a mean in which long documents count no more than short ones."""
         return self._cached(self._document_weights)
 
     def metric_outcomes(self, ablations: Sequence[Ablation]) -> PairedOutcomes:
@@ -148,15 +149,15 @@ class AlignedOutcomes:
         return self._pair(self.values, ablations, self.weights, self.higher_is_better)
 
     def gold_outcomes(self, ablations: Sequence[Ablation]) -> PairedOutcomes:
-        """Return each gold answer's log-probability, for the intact model and under ablations."""
+        """Return each gold answer's log-probability in the intact and in each ablated model."""
         return self._pair(self.gold_logprobs, ablations, self.plain_weights)
 
     def choice_outcomes(self, ablations: Sequence[Ablation]) -> PairedOutcomes:
-        """Return each gold option's probability, for the intact model and under ablations."""
+        """Return the gold option's probability among the options, for intact and ablated models."""
         return self._pair(self.choice_probabilities, ablations, self.plain_weights)
 
     def options_outcomes(self, ablations: Sequence[Ablation]) -> PairedOutcomes:
-        """Return the log of the answer options' total probability, with and without ablations."""
+        """Return the log of all options' summed probability, for intact and ablated models."""
         return self._pair(self.options_logprobs, ablations, self.plain_weights)
 
     def _pair(
@@ -165,17 +166,17 @@ class AlignedOutcomes:
         ablations: Sequence[Ablation],
         *settings: Any,
     ) -> PairedOutcomes:
-        """Call `read` for the intact model and each ablation, and return the paired values."""
+        """Pair the values that `read` returns for the intact model and for each ablation."""
         return PairedOutcomes(read(INTACT), self._stack(map(read, ablations)), *settings)
 
     def _stack(self, columns: Iterable[Array]) -> Array:
-        """Stack columns as `[documents, columns]`; an empty list gives `[documents, 0]`."""
+        """Stack arrays `[documents]` as columns of one array; without arrays, `[documents, 0]`."""
         arrays = list(columns)
         return np.stack(arrays, axis=1) if arrays else np.empty((len(self.tasks), 0))
 
     @property
     def tokens(self) -> Array:
-        """The number of tokens of each document over which the stored proxies are summed."""
+        """For each document, the number of tokens over which its stored proxies were summed."""
         return self.rows(INTACT)["proxy_tokens"].to_numpy(dtype=np.float64)
 
     def resample(self, values: Array, weights: Array | None = None) -> Array:
@@ -183,7 +184,7 @@ class AlignedOutcomes:
         return resampled_means(values, RESAMPLES, SEED, self.strata, weights)
 
     def check_summary(self) -> dict[str, Any]:
-        """Summarise how far the outcomes differ from the outcomes of an actually pruned model."""
+        """Return how many responses were recomputed with pruned models, and how far they differ."""
         if not self._rows:
             return {}
         rows = pd.concat(self._rows.values())
@@ -197,7 +198,7 @@ class AlignedOutcomes:
         }
 
     def ablation(self, run: Change) -> Ablation:
-        """Return the ablation of a run: its change plus the layers that the view always removes."""
+        """Return a run's ablation: the run's change, plus the layers that all runs remove."""
         return Ablation.from_changes(run, removed=self._removed)
 
     def is_measured(self, ablation: Ablation) -> bool:
@@ -209,7 +210,7 @@ class AlignedOutcomes:
         return self._rows[ablation.name]
 
     def metric_rows(self, ablation: Ablation) -> pd.DataFrame:
-        """Return the rows of an ablation with a column for each metric, also derived metrics."""
+        """Return the outcomes under an ablation, with columns for choice probabilities added."""
         rows = self.rows(ablation)
         if not rows["choices"].any():
             return rows
@@ -219,11 +220,11 @@ class AlignedOutcomes:
 
     @property
     def undefined_reason(self) -> str:
-        """Reason why the metric is undefined, if lengths of options are unknown; else empty."""
+        """Reason why the metric is undefined (unknown lengths of options); "" if it is defined."""
         return self._measure.reason
 
     def describe_mismatch(self, ablation: Ablation) -> str | None:
-        """Describe different software or devices in an ablation's and the baseline's outcomes."""
+        """Describe how software or device differs between an ablation and the baseline."""
         columns = (self.rows(side)[PROVENANCE_COLUMN] for side in (INTACT, ablation))
         counts = {
             pair: count
@@ -273,10 +274,10 @@ class AlignedOutcomes:
         return np.stack([unobserved if sums is None else sums for sums in self._stored_sums(proxy)])
 
     def part_sums(self, proxy: Proxy, runs: Sequence[Change]) -> Array:
-        """Return a proxy summed over each document's tokens, for the part that each run removes.
+        """Return a proxy, summed per document, of the part (e.g. an expert) that each run removes.
 
-        The shape is `[documents, runs]`. The sum is NaN for documents that were measured without
-        observing the proxy.
+        The result is an array `[documents, runs]`. A sum is NaN if the document was measured
+        without observing the proxy.
         """
         unobserved = np.full(len(self.tasks), np.nan)
         tables = (self.rows(self.ablation(run)) for run in runs)
@@ -284,11 +285,11 @@ class AlignedOutcomes:
         return self._stack(np.asarray(column, dtype=np.float64) for column in columns)
 
     def unobserved_reason(self, proxy: Proxy) -> str:
-        """Describe for how many documents a proxy was not computed; return "" if for none."""
+        """Describe how many documents lack a proxy; return "" if the proxy is known for all."""
         return count_unobserved([sums is None for sums in self._stored_sums(proxy)])
 
     def _stored_sums(self, proxy: Proxy) -> list[Array | None]:
-        """Return a proxy's sums by layer for each document; None where it was not observed."""
+        """Return a proxy's sums `[layers]` for each document; None where it was not observed."""
         rows = self.rows(INTACT)
         column = rows.get(proxy.column, [None] * len(rows))
         return [value if isinstance(value, np.ndarray) else None for value in column]
@@ -299,7 +300,7 @@ class AlignedOutcomes:
         return weights_by_task(self.tasks, self.identity.benchmark.weight_by_size, units)
 
     def _document_weights(self, _: pd.DataFrame) -> Array:
-        """Compute the weight of each document in a mean that ignores document lengths."""
+        """Compute weights for a mean in which long documents count no more than short ones."""
         return weights_by_task(self.tasks, self.identity.benchmark.weight_by_size)
 
     def _cached(self, read: Callable[[pd.DataFrame], Array], ablation: Ablation = INTACT) -> Array:
@@ -311,7 +312,7 @@ class AlignedOutcomes:
 
 
 def count_unobserved(is_unobserved: Sequence[bool] | NDArray[np.bool_]) -> str:
-    """Describe for how many documents a proxy was not computed; return "" if for none."""
+    """Describe how many documents lack a proxy; return "" if the proxy is known for all."""
     count = f"{sum(is_unobserved)} of {len(is_unobserved)}"
     return f"the proxy was not computed for {count} documents" if any(is_unobserved) else ""
 

@@ -40,7 +40,7 @@ from tracker.stats.support import (
 
 
 def layer_relevance(cell: CellRecord, layer: int) -> Estimate:
-    """Return the accuracy relevance of a layer, or an undefined estimate with a reason."""
+    """Return a layer's accuracy relevance: accuracy drop / intact model's accuracy above chance."""
     run = cell.runs_of_kind().get(layer)
     relevance = relevance_estimate(cell, run) if run else Estimate(None)
     if is_finite(relevance.value):
@@ -49,7 +49,7 @@ def layer_relevance(cell: CellRecord, layer: int) -> Estimate:
 
 
 def undefined_reason(cell: CellRecord, layer: int, field: str) -> str:
-    """Return the reason why a field of a layer's record is undefined."""
+    """Return the reason why a field (e.g. `accuracy_relevance`) of a layer's run is undefined."""
     run = cell.runs_of_kind().get(layer)
     return cell.reason_of(field, run) if run else cell.absence_reason(Change(layers=(layer,)))
 
@@ -63,12 +63,12 @@ def relative_depth(layer: int, layers: int) -> float:
 
 
 def relevance_estimate(cell: CellRecord, run: RunRecord, family: int = 1) -> Estimate:
-    """Compute a run's accuracy relevance, with an interval simultaneous over `family` runs.
+    """Compute a run's accuracy relevance, with an interval corrected for comparing `family` runs.
 
     The relevance is the accuracy drop divided by the baseline's accuracy above chance. The interval
     treats drop and baseline as independent. Drop and baseline are measured on the same documents,
-    so the interval is conservative (too wide). There is no interval if the baseline's confidence
-    interval includes chance accuracy.
+    so the interval is conservative (too wide). The interval is left out if the baseline's
+    confidence interval includes chance accuracy.
     """
     value, chance = run.accuracy_relevance, cell.chance_accuracy
     if value is None:
@@ -90,15 +90,16 @@ class PartStanding:
     Attributes:
         runs: Runs that remove the part, one for each benchmark that measured the removal.
         relevance: Mean accuracy relevance over the benchmarks.
-        benchmarks: Number of benchmarks where the relevance is defined.
-        deciding: Mean accuracy drop over the benchmarks, as a fraction. The interval of this drop
-            is simultaneous over all parts of the leaderboard, and decides the verdict.
-        rank: Rank (1 = matters most), with an interval from the best to the worst possible rank;
-            undefined if a benchmark is missing. The rank intervals of a leaderboard hold
-            simultaneously with 95 % confidence.
-        verdict: Statistically supported statement about the part, corrected for all parts of the
-            leaderboard.
-        shown: The verdict in one or two words, as displayed.
+        benchmarks: Number of benchmarks on which the part's relevance is defined.
+        deciding: Mean accuracy drop over the benchmarks, as a fraction. The confidence interval is
+            corrected for comparing all parts of the leaderboard; the verdict follows from this
+            interval.
+        rank: Rank (1 = matters most), with an interval from the best to the worst possible rank.
+            The rank is undefined if the part is not measured on all benchmarks. All rank intervals
+            of a leaderboard are correct together with 95 % confidence.
+        verdict: Whether removing the part is shown to cost accuracy (`costs`) or to help (`helps`),
+            or neither (`open`); corrected for comparing all parts of the leaderboard.
+        shown: The verdict as displayed, e.g. `matters` or `better without`.
     """
 
     runs: tuple[RunRecord, ...]
@@ -121,7 +122,7 @@ class PartStanding:
 
     @property
     def drop(self) -> Estimate:
-        """Mean accuracy drop over benchmarks; its interval ignores multiple comparisons."""
+        """Mean accuracy drop over benchmarks; the interval is not corrected for comparing parts."""
         return average([run.drop for run in self.runs])
 
     @property
@@ -133,13 +134,13 @@ class PartStanding:
 
 @dataclass(frozen=True)
 class PartBoard:
-    """Leaderboard of one model's layers (or e.g. heads), sorted by the accuracy drop's lower bound.
+    """Leaderboard of one model's layers (or e.g. heads), largest lower bound of the drop first.
 
-    Parts without an interval come last.
+    Parts whose accuracy drop has no confidence interval come last.
 
     Attributes:
         kind: Kind of the parts, e.g. whole layers or attention heads.
-        cells: Cells that the leaderboard averages, one for each benchmark.
+        cells: Results (cells) over which the leaderboard averages, one for each benchmark.
         parts: Entries of the leaderboard. Layers are always listed. A smaller part (e.g. a head) is
             listed only if its removal is measured on all benchmarks.
         left_out: Benchmark → reason why the leaderboard does not include it.
@@ -175,7 +176,7 @@ class LayerBoard(PartBoard):
 
 
 def layer_board(cells: Sequence[CellRecord]) -> LayerBoard:
-    """Rank the layers of one model; the leaderboard is empty if no benchmark is usable."""
+    """Rank the layers of one model; the result is empty if rankings can use none of the cells."""
     counted_cells, left_out = select_countable(cells)
     rows = _group_runs(counted_cells, lambda cell: cell.whole_layers)
     statements = decide_claims(cells)
@@ -189,9 +190,9 @@ def layer_board(cells: Sequence[CellRecord]) -> LayerBoard:
 
 
 def part_boards(cells: Sequence[CellRecord]) -> list[PartBoard]:
-    """Rank the parts of one model; return one leaderboard for each kind of part.
+    """Rank the parts of one model; return one leaderboard for each kind of part (e.g. heads).
 
-    Kinds of parts without a usable benchmark are left out.
+    A kind of part is left out if its leaderboard would be empty.
     """
     families = dict.fromkeys(
         run.change.kind.family for cell in cells for run in cell.runs if run.change.kind.plural
@@ -201,7 +202,7 @@ def part_boards(cells: Sequence[CellRecord]) -> list[PartBoard]:
 
 
 def _part_board(cells: Sequence[CellRecord], kind: Change) -> PartBoard:
-    """Rank the parts of one model that are of one kind, e.g. attention heads."""
+    """Rank one model's parts of one kind, e.g. all attention heads."""
 
     def runs_of(cell: CellRecord) -> list[RunRecord]:
         return [run for run in cell.runs if run.change.kind.family == kind]
@@ -224,7 +225,7 @@ _RunsByChange = Mapping[Change, Sequence[tuple[CellRecord, RunRecord]]]
 
 
 def _group_runs(cells: Sequence[CellRecord], select_runs: RunSelector) -> _RunsByChange:
-    """Group the selected runs of all cells by the change they make to the model."""
+    """Group the runs that `select_runs` returns by their change, e.g. the removal of layer 3."""
     pairs = ((cell, run) for cell in cells for run in select_runs(cell))
     return group_by(pairs, lambda pair: pair[1].change)
 
@@ -262,16 +263,16 @@ def lower_end_key(drop: Estimate) -> tuple[bool, float]:
 def rank_parts(cells: Sequence[CellRecord], parts: Sequence[Sequence[RunRecord]]) -> list[Estimate]:
     """Rank parts by their mean relevance over all benchmarks; rank 1 is the largest relevance.
 
-    The baseline's accuracy above chance scales all runs of a benchmark equally. The rank intervals
-    therefore treat the baseline's accuracy as exactly known.
+    On a benchmark, all drops are divided by the same number, the baseline's accuracy above chance.
+    The rank intervals therefore treat the baseline's accuracy as exactly known.
 
     Args:
         cells: Cells of one model, one for each benchmark.
         parts: For each part, the runs that remove this part, one for each benchmark.
 
     Returns:
-        The ranks, each with the best and the worst possible rank. All rank intervals hold
-        simultaneously with 95 % confidence.
+        The rank of each part, with an interval from the best to the worst possible rank. All rank
+        intervals are correct together with 95 % confidence.
     """
     ranks = min_ranks([mean_relevance(cells, runs, 1).value for runs in parts])
     levels = [cell.baseline.value for cell in cells]
@@ -285,7 +286,7 @@ def rank_parts(cells: Sequence[CellRecord], parts: Sequence[Sequence[RunRecord]]
 def mean_relevance(cells: Sequence[CellRecord], runs: Sequence[RunRecord], family: int) -> Estimate:
     """Average the accuracy relevance of one ablation over benchmarks.
 
-    The confidence interval is corrected for comparing `family` ablations.
+    The confidence interval is corrected for the comparison of `family` ablations.
     """
     pairs = zip(cells, runs, strict=True)
     return average([relevance_estimate(cell, run, family) for cell, run in pairs])
@@ -305,13 +306,14 @@ class ModelStanding:
         model: Identity of the model.
         relevance: Mean accuracy relevance over layers and common benchmarks.
         drop: Mean accuracy drop over the same layers and benchmarks, as a fraction.
-        worst_layer: Layer that is shown to have the largest mean relevance; None if no layer is.
-        costly: Number of layers that are shown to matter on average over the common benchmarks;
-            None if there is no common benchmark.
+        worst_layer: Layer whose mean relevance is significantly larger than that of all other
+            layers; None if there is no such layer.
+        costly: Number of layers whose removal significantly reduces the mean accuracy over the
+            common benchmarks; None if there is no common benchmark.
         layers: Number of layers over which relevance and drop are averaged.
         rank: Rank (1 = hurt least), with an interval from the best to the worst possible rank. The
-            rank is undefined if a common benchmark is missing, or if there is no other model. The
-            rank intervals of a leaderboard hold simultaneously with 95 % confidence.
+            rank is undefined if the model is not measured on all common benchmarks, or if there is
+            no other model. All rank intervals are correct together with 95 % confidence.
     """
 
     model: ModelIdentity
@@ -331,9 +333,9 @@ class ModelBoard:
         benchmarks: Benchmarks that are used for the ranking because all ranked models share them.
         left_out: Benchmark → reason why the ranking does not use it; model → reason why it has no
             rank.
-        needed: Number of documents per benchmark that is needed to distinguish two models whose
-            relevance differs by `MODEL_GAP`; None if unknown, or if enough documents are measured.
-        available: Number of documents in the smallest of the benchmarks.
+        needed: Number of documents per benchmark with which two models whose relevance differs by
+            `MODEL_GAP` could be told apart; None if unknown, or if enough documents are measured.
+        available: Number of documents that the smallest of these benchmarks has.
     """
 
     models: tuple[ModelStanding, ...]
@@ -344,7 +346,7 @@ class ModelBoard:
 
     @property
     def pairs(self) -> tuple[int, int]:
-        """Number of pairs of ranked models whose order is undecided, and number of all pairs."""
+        """Number of pairs of ranked models without a significant difference, and of all pairs."""
         standings = [model for model in self.models if model.rank.value is not None]
         n_pairs = len(standings) * (len(standings) - 1) // 2
         # The best possible rank is one more than the number of models surely before it.
@@ -354,7 +356,7 @@ class ModelBoard:
 def model_board(cells: Sequence[CellRecord]) -> ModelBoard:
     """Rank models by the mean accuracy relevance of their layers.
 
-    No model has a rank if no two models share a benchmark, or if there is only one model.
+    Models get no rank if no benchmark was measured on two models, or if there is only one model.
     """
     groups = named_models(cells)
     usable: dict[str, dict[str, CellRecord]] = {}
@@ -406,14 +408,16 @@ def model_board(cells: Sequence[CellRecord]) -> ModelBoard:
 def _shared_settings(
     usable: Mapping[str, Mapping[str, CellRecord]], by_key: Mapping[str, CellRecord]
 ) -> tuple[list[str], list[str]]:
-    """Choose the benchmark settings that most models share, one setting for each benchmark.
+    """Choose the benchmarks and settings (e.g. few-shot count) with which most models are measured.
 
     Args:
-        usable: Model → benchmark settings → cell of the model with these settings.
-        by_key: Benchmark settings → one cell with these settings.
+        usable: Name of a model → key of a benchmark and its settings → the model's cell with this
+            key.
+        by_key: Key of a benchmark and its settings → any cell with this key.
 
     Returns:
-        The settings, and the models that have cells for all these settings.
+        The chosen keys, at most one for each benchmark, and the models that have cells for all
+        these keys.
     """
     holders = {key: [name for name, table in usable.items() if key in table] for key in by_key}
     if len(usable) > 1:  # a single model is shown on all of its benchmarks
@@ -446,7 +450,7 @@ def _unshared_reason(
     ranked: Sequence[str],
     unused: Mapping[str, str],
 ) -> str:
-    """Return the reason why benchmark settings are not used for ranking models."""
+    """Return the reason why results with the settings `key` are not used for ranking models."""
     missing = [name for name in ranked or usable if key not in usable[name]]
     if missing:
         reasons = [f"{name}: {reason}" for name, reason in unused.items()]
@@ -460,7 +464,7 @@ def _unshared_reason(
 
 
 def _missing_layers_reason(cell: CellRecord) -> str | None:
-    """Describe how many layers have a relevance; return None if all layers have one."""
+    """Describe how many layers have an accuracy relevance; return None if none is missing."""
     layers = {run.change.layer for run in cell.whole_layers if run.accuracy_relevance is not None}
     if layers.issuperset(range(cell.model.layers)):
         return None
@@ -471,10 +475,10 @@ def _missing_layers_reason(cell: CellRecord) -> str | None:
 
 
 def _needed_documents(models: list[list[CellRecord]], relevances: list[Estimate]) -> int | None:
-    """Count the documents needed to show a difference of `MODEL_GAP` in half of the model pairs.
+    """Count the documents with which half of the model pairs would show a gap of `MODEL_GAP`.
 
-    Squared standard errors are assumed to be inversely proportional to the number of documents.
-    Returns None if enough documents are measured.
+    The variance of each model's relevance is assumed to be inversely proportional to the number of
+    documents. Returns None if enough documents are measured.
     """
     half_widths = [(ends[1] - ends[0]) / 2 for estimate in relevances if (ends := estimate.bounds)]
     documents = max(cell.n for cells in models for cell in cells)
@@ -488,7 +492,7 @@ def _needed_documents(models: list[list[CellRecord]], relevances: list[Estimate]
 
 
 def _mean_relevance(cells: Sequence[CellRecord], family: int = 1) -> Estimate:
-    """Average relevance over a model's layers; intervals are simultaneous for `family` models."""
+    """Average the accuracy relevance over a model's layers, corrected for `family` comparisons."""
     by_cell = [cell.runs_of_kind() for cell in cells]
     layers = [
         mean_relevance(cells, [runs[layer] for runs in by_cell], family)
@@ -498,7 +502,7 @@ def _mean_relevance(cells: Sequence[CellRecord], family: int = 1) -> Estimate:
 
 
 def _model_standing(model: ModelIdentity, cells: list[CellRecord], reason: str) -> ModelStanding:
-    """Average a model's relevance and drop over its layers; without cells, undefined."""
+    """Build a model's leaderboard entry; without cells, all its estimates are undefined."""
     if not cells:
         undefined = Estimate(None, reason=reason)
         return ModelStanding(model, undefined, undefined, None, None, 0, undefined)

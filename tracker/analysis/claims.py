@@ -44,13 +44,14 @@ _ByCell = dict[str, dict[int, Estimate]]
 
 
 class NextStep(NamedTuple):
-    """A measurement that would probably detect a loss for half of the open layers.
+    """Suggested larger sample that would probably detect a loss in half of the undecided layers.
 
     Attributes:
-        measure: `choice_probability`, or "" for the metric.
-        loss: The loss, as a fraction.
-        documents: Number of documents of each benchmark, including the measured ones.
-        seconds: Time for the further documents at the speed of those measured; None if unknown.
+        measure: The measure to test: `choice_probability`, or "" for the metric of the cells.
+        loss: Size of the loss to detect, as a fraction, e.g. 0.02 for 2 percentage points.
+        documents: Number of documents of each benchmark that the larger sample has.
+        seconds: Seconds to measure the documents that are not measured yet; None if the speed is
+            unknown.
     """
 
     measure: str
@@ -63,19 +64,22 @@ class NextStep(NamedTuple):
 class Claims:
     """Statistically supported statements about one model's layers, averaged over benchmarks.
 
-    All statements are true together with a probability of 95 % or more. Layers are 0-based numbers.
+    With at least 95 % confidence, all statements are true. Layers are 0-based numbers.
 
     Attributes:
-        cells: Cells that the statements are based on, one for each benchmark. Every cell contains
-            all `layers`.
-        layers: Layers that are measured on the benchmarks of all `cells`.
-        drops: Layer → mean accuracy drop (or loss increase), with an interval simultaneous over all
-            layers.
-        verdicts: Layer → statistically supported statement about the layer.
-        choices: Layer → mean drop of the choice probability, simultaneous over all layers. Empty if
-            a benchmark has no options, or if `drops` are drops of the choice probability.
-        options: Cell key → layer → fall of the log of all answer options' total probability.
-        family: Number of intervals that hold together, by which each drop is corrected.
+        cells: Results (cells) on which the statements are based, one for each benchmark. All
+            `layers` are measured in every cell.
+        layers: Layers that are measured on all these benchmarks.
+        drops: Layer → mean accuracy drop (or loss increase), with a confidence interval that is
+            corrected for comparing all layers.
+        verdicts: Layer → `costs` (removal significantly reduces accuracy), `helps` or `open`
+            (undecided).
+        choices: Layer → mean drop of the choice probability, with a confidence interval that is
+            corrected for comparing all layers. Empty if a benchmark has no options, or if `drops`
+            are drops of the choice probability.
+        options: Key of a cell → layer → decrease of the log of the summed probability of all answer
+            options, if the layer is removed.
+        family: Number of comparisons for which the confidence interval of each drop is corrected.
     """
 
     cells: tuple[CellRecord, ...]
@@ -105,12 +109,12 @@ class Claims:
 
     @property
     def less_probable(self) -> dict[int, Estimate]:
-        """Drops of choice probability above 0, of layers whose accuracy drop is open."""
+        """Layer → significant drop of choice probability, for layers with the verdict `open`."""
         return self._choices_of_open_layers(1)
 
     @property
     def more_probable(self) -> dict[int, Estimate]:
-        """Drops of choice probability below 0, of layers whose accuracy drop is open."""
+        """Layer → significantly negative drop of choice probability, for the verdict `open`."""
         return self._choices_of_open_layers(-1)
 
     def _choices_of_open_layers(self, side: int) -> dict[int, Estimate]:
@@ -119,7 +123,7 @@ class Claims:
 
     @property
     def small_by_choice(self) -> list[int]:
-        """List of the other layers whose drop of choice probability is below `SMALL_DROP`."""
+        """Layers, in no other list, whose choice probability drops by less than `SMALL_DROP`."""
         others = {*self.costly, *self.helpful, *self.small, *self.less_probable}
         others |= {*self.more_probable}
         drops = self.choices.items()
@@ -127,14 +131,14 @@ class Claims:
 
     @property
     def open(self) -> list[int]:
-        """List of the layers that are not shown to be costly, helpful or small."""
+        """List of the layers that are undecided by accuracy drop and by choice probability."""
         settled = {*self.costly, *self.helpful, *self.small}
         settled |= {*self.less_probable, *self.more_probable, *self.small_by_choice}
         return [layer for layer in self.layers if layer not in settled]
 
     @property
     def by_cosine(self) -> list[int]:
-        """List of the layers with the highest cosine scores, as many as there are costly layers.
+        """List of the n layers with the highest cosine scores, if n layers are shown to be costly.
 
         The list is empty if a cosine score is undefined.
         """
@@ -149,9 +153,10 @@ class Claims:
 
     @property
     def missed(self) -> list[int]:
-        """List of the costly layers that do not have one of the highest cosine scores.
+        """List of the costly layers outside `by_cosine` that cost more than a layer in `by_cosine`.
 
-        Some layer in `by_cosine` is shown to cost less accuracy than each of these missed layers.
+        The lower bound of a missed layer's drop exceeds the upper bound of some layer in
+        `by_cosine` that is not costly.
         """
         costly, chosen_layers = self.costly, self.by_cosine
         ends = (self.drops[layer].high for layer in chosen_layers if layer not in costly)
@@ -161,10 +166,11 @@ class Claims:
 
     @property
     def broken(self) -> list[int]:
-        """List of the named layers without which all options become unlikely.
+        """Layers in `costly` or `less_probable` whose removal makes all options unlikely.
 
-        The total probability of all options falls to a tenth or less. The logarithm of this
-        probability falls by at least half of the intact model's value.
+        On some benchmark, removing such a layer divides the summed probability of all options by 10
+        or more. The logarithm of this sum also falls by at least half of its absolute value in the
+        intact model.
         """
 
         def is_broken(cell: CellRecord, layer: int) -> bool:
@@ -176,7 +182,7 @@ class Claims:
 
     @property
     def at_chance(self) -> list[CellRecord]:
-        """List of cells in which the intact model is not shown to be above chance."""
+        """List of cells where the intact model's accuracy is not significantly above chance."""
         levels = ((cell, cell.baseline.low, cell.chance_accuracy) for cell in self.cells)
         return [
             cell
@@ -201,10 +207,11 @@ class Claims:
         return {1: "less probable", -1: "more probable"}.get(side, small)
 
     def next_steps(self) -> list[NextStep]:
-        """List the measurements that would detect a loss for half of the open layers.
+        """List larger samples that would probably detect a loss in half of the undecided layers.
 
-        The first one is about the metric, the second one about the choice probability, if these are
-        defined. Empty if no layer is open, if the metric is a loss, or if no outcome changed.
+        The list has at most two samples: one for the metric, and one for the choice probability.
+        The list is empty if no layer is undecided, if the metric is a loss, or if no outcome
+        changed.
         """
         open_layers = {*self.open} if self.is_accuracy else set()
         runs = chain.from_iterable(cell.whole_layers for cell in self.cells)
@@ -226,7 +233,7 @@ class Claims:
     def _measuring_time(self, documents: int) -> float | None:
         """Estimate the seconds that measuring up to `documents` documents of each benchmark takes.
 
-        None if the speed of a cell is unknown.
+        Returns None if the speed of a cell's measurement is unknown.
         """
         total = 0.0
         for cell in self.cells:
@@ -244,10 +251,10 @@ def decide_claims(cells: Sequence[CellRecord]) -> Claims:
     """Decide which statements about one model's layers are statistically supported.
 
     Args:
-        cells: Cells of one model. For each benchmark, the cell that leaderboards use is used here
-            too. Cells that the option `until` stopped early are not used. If no cell is usable
-            (e.g. for losses), the first cell that measured all layers on the same documents is
-            used.
+        cells: Cells of one model. For each benchmark, the same cell is used as for leaderboards.
+            Cells that the option `until` stopped early are not used. If leaderboards can use no
+            cell (e.g. because all metrics are losses), the first cell is used that measured whole
+            layers on the same documents.
 
     Returns:
         The supported statements, and the layers about which no statement is supported.
@@ -277,7 +284,7 @@ def decide_claims(cells: Sequence[CellRecord]) -> Claims:
 
 
 def _has_choices(cells: Sequence[CellRecord]) -> bool:
-    """Return whether choice probabilities stand beside the metric of all cells."""
+    """Return whether all cells have choice probabilities in addition to a different metric."""
     return all(
         cell.metric not in CHOICE_PROBABILITIES
         and any(run.choice_drop.bounds for run in cell.whole_layers)
@@ -286,9 +293,10 @@ def _has_choices(cells: Sequence[CellRecord]) -> bool:
 
 
 def _layer_error_share(cells: Sequence[CellRecord], n_layers: int) -> tuple[float, int]:
-    """Return the error rate of statements on layers' drops, and the number of intervals for it.
+    """Return the error rate for tests of layers' accuracy drops, and the number of comparisons.
 
-    Accuracy, choice probability and the options' log-probability share `ALPHA`.
+    Tests of the accuracy, of the choice probability and of the options' log-probability share the
+    total error rate `ALPHA`.
     """
     runs = chain.from_iterable(cell.whole_layers for cell in cells)
     has_options = any(run.options_drop.bounds for run in runs)
@@ -301,14 +309,14 @@ def mean_drop(
     family: int,
     figure: Callable[[RunRecord], Estimate] = attrgetter("drop"),
 ) -> Estimate:
-    """Average the accuracy drop of one ablation over benchmarks, with a simultaneous interval.
+    """Average the accuracy drop (or another drop) of one ablation over benchmarks.
 
     The interval is corrected for comparing `family` ablations.
 
     Args:
         runs: Runs of the ablation, one for each benchmark.
-        family: Number of ablations whose intervals must hold simultaneously.
-        figure: Function that returns the drop of a run.
+        family: Number of ablations that are compared.
+        figure: Function that returns the drop to average, e.g. of accuracy, of a run.
 
     Returns:
         The mean accuracy drop, with its interval.
@@ -330,30 +338,31 @@ def verdict_word(verdict: Verdict, drop: Estimate, is_accuracy: bool = True) -> 
 
 
 def run_verdicts(cell: CellRecord, runs: Sequence[RunRecord]) -> dict[Change, Verdict]:
-    """Decide which statements about a cell's runs hold simultaneously.
+    """Decide for each run of a cell whether its drop is significant when all runs are tested.
 
     Args:
-        cell: Record of one model on one benchmark. After early stopping by `until`, the intervals
-            need no correction, because confidence sequences hold for all runs.
-        runs: Runs of the cell whose verdicts must hold simultaneously.
+        cell: Record of one model on one benchmark. If `until` stopped the measurement early,
+            intervals are not corrected again, because confidence sequences already cover all runs.
+        runs: Runs of the cell for whose number the verdicts are corrected.
 
     Returns:
-        Change that a run makes to the model → verdict on the run.
+        Change that a run makes to the model → `costs`, `helps` or `open`.
     """
     verdicts = decide_verdicts(*_corrected_drops(cell, runs))
     return dict(zip((run.change for run in runs), verdicts, strict=True))
 
 
 def _corrected_drops(cell: CellRecord, runs: Sequence[RunRecord]) -> tuple[list[Estimate], float]:
-    """Return drops with simultaneous intervals, and the error rate of statements on them."""
+    """Return the runs' drops with corrected intervals, and the error rate for testing the drops."""
     alpha, family = error_share(cell, runs)
     return _widened_drops(cell, runs, family), alpha
 
 
 def error_share(cell: CellRecord, runs: Sequence[RunRecord]) -> tuple[float, int]:
-    """Return the error rate of statements on the drops of runs, and the number of intervals.
+    """Return the error rate for testing the drops of runs, and the number of comparisons.
 
-    Layers share the error rate with choice probabilities, as in the first sentences of a page.
+    For whole layers, tests of accuracy drops share the error rate with tests of choice
+    probabilities.
     """
     if all(run.change.kind == WHOLE_LAYER for run in runs) and not cell.is_raced:
         return _layer_error_share([cell], len(runs))
@@ -363,13 +372,14 @@ def error_share(cell: CellRecord, runs: Sequence[RunRecord]) -> tuple[float, int
 def verdict_words(cell: CellRecord) -> dict[Change, str]:
     """Return the verdict on each run of a cell in a few words.
 
-    The verdicts hold simultaneously for all runs of the same kind.
+    The verdicts are corrected for comparing all runs of the same kind, e.g. all attention heads.
 
     Args:
         cell: Record of one model on one benchmark.
 
     Returns:
-        Change that a run makes to the model → its `verdict_word`. Runs without a drop are left out.
+        Change that a run makes to the model → the run's `verdict_word`. Runs without a drop are
+        left out.
     """
 
     def family(run: RunRecord) -> tuple[bool, Change]:
@@ -398,7 +408,7 @@ def cell_ranks(cell: CellRecord, runs: Sequence[RunRecord]) -> list[tuple[int, i
 
 
 def _widen_options(cells: Sequence[CellRecord], layers: Collection[int]) -> _ByCell:
-    """Widen the falls of the options' log-probability so that the intervals hold together."""
+    """Return the decreases of the options' log-probability, corrected for all comparisons."""
     runs = [runs[layer] for runs in map(CellRecord.runs_of_kind, cells) for layer in layers]
     family = math.ceil(len(runs) / _OPTIONS_SHARE) or 1
     falls = iter(widen([run.options_drop for run in runs], [run.n for run in runs], family))
@@ -406,7 +416,7 @@ def _widen_options(cells: Sequence[CellRecord], layers: Collection[int]) -> _ByC
 
 
 def _widened_drops(cell: CellRecord, runs: Sequence[RunRecord], family: int) -> list[Estimate]:
-    """Return the drops of runs, with intervals simultaneous over `family` runs."""
+    """Return the drops of runs, with intervals corrected for `family` comparisons."""
     drops = [run.drop for run in runs]
     return drops if cell.is_raced else widen(drops, [run.n for run in runs], family)
 

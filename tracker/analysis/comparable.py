@@ -16,10 +16,10 @@ from tracker.schema.records import CellRecord, RunRecord
 
 
 def group_editions(cells: Iterable[CellRecord]) -> list[list[list[CellRecord]]]:
-    """Group cells by request, and split each group by the version (edition) of its tasks.
+    """Group cells by model, benchmark and settings; split groups by task version (edition).
 
-    A request is a model and a benchmark with its data and settings. In each group, editions are
-    sorted by the date of the last measurement. Editions without a date come first.
+    Within a group, editions are sorted by the date of their last measurement. Editions without a
+    date come first.
     """
     requests: dict[str, dict[str, list[CellRecord]]] = {}
     for cell in cells:
@@ -38,8 +38,8 @@ def _last_measured(edition: Iterable[CellRecord]) -> str:
 def edition_labels(cells: Sequence[CellRecord]) -> list[str]:
     """Label the task version (edition) of each cell; "" if the task has only one edition.
 
-    An example is `measured 2026-11-28 (1a2b3c4d)`. The label contains the time if several editions
-    were measured on one day.
+    A label is, for example, `measured 2026-11-28 (1a2b3c4d)`. The time is added to the date if
+    several editions were measured on one day.
     """
     labels: dict[int, str] = {}
     for editions in group_editions(cells):
@@ -57,7 +57,7 @@ def edition_labels(cells: Sequence[CellRecord]) -> list[str]:
 
 
 def find_outdated(cells: Iterable[CellRecord]) -> dict[int, CellRecord]:
-    """Find cells with an outdated task version; return `id(cell)` → cell of the newest one."""
+    """Find cells with outdated task versions; return `id(cell)` → cell with the newest version."""
     return {
         id(cell): editions[-1][0]
         for editions in group_editions(cells)
@@ -74,8 +74,8 @@ def model_labels(models: Sequence[ModelIdentity]) -> list[str]:
         models: Models to name.
 
     Returns:
-        Name of each model. Equal names get the dtype, revision, weights or source added to
-        distinguish them.
+        Name of each model. If names are equal, the dtype, revision, weights' fingerprint or source
+        is appended.
     """
     return _distinct_labels(
         (
@@ -121,8 +121,8 @@ def row_labels(cells: Sequence[CellRecord], documents: bool = True) -> list[tupl
         documents: Whether the table also shows the number of documents.
 
     Returns:
-        For each row, the model name and the details that distinguish rows with equal names. The
-        details are usually empty.
+        For each row, the model name, and the settings that distinguish this row from rows with
+        equal names (usually none).
     """
     models = {cell.model.key: cell.model for cell in cells}
     names = dict(zip(models, model_labels(list(models.values())), strict=True))
@@ -141,7 +141,7 @@ def row_labels(cells: Sequence[CellRecord], documents: bool = True) -> list[tupl
 
 
 def _details(cell: CellRecord) -> tuple[str, ...]:
-    """Return benchmark details that distinguish a model's cells, the simplest detail first."""
+    """Return details that distinguish a model's cells (data, seed, …), in order of preference."""
     return (
         cell.benchmark.data,
         "" if cell.benchmark.seed is None else f"seed {cell.benchmark.seed}",
@@ -152,7 +152,7 @@ def _details(cell: CellRecord) -> tuple[str, ...]:
 
 
 def _distinct_labels(rows: Iterable[tuple[str, ...]]) -> list[str]:
-    """Label each row by its first word; append further words to labels that are equal."""
+    """Label each row by its first string; append the row's next strings while labels are equal."""
     if not (columns := list(zip(*rows, strict=True))):
         return []
     labels = list(columns[0])
@@ -183,7 +183,7 @@ def named_models(cells: Iterable[CellRecord]) -> dict[str, list[CellRecord]]:
 def comparison_key(cell: CellRecord) -> str:
     """Return a hash of the settings that must be equal to compare two models on a benchmark.
 
-    The key covers prompt format, metric, number of documents, and selection of documents.
+    The hash covers the prompt format, the metric, and the number and selection of documents.
     """
     excluded: dict[str, Any] = dict.fromkeys(("data", "primary_metric", "found_by"), True)
     excluded["tasks"] = {"__all__": {"has_options"}}
@@ -198,8 +198,8 @@ def select_countable(
 ) -> tuple[list[CellRecord], dict[str, str]]:
     """Choose the cells of one model that rankings use, one cell for each benchmark.
 
-    Also returns a mapping from the label of each unused cell to the reason why rankings do not use
-    it.
+    Also returns, for each other cell, the reason why rankings do not use it, keyed by the cell's
+    label.
     """
     labels = dict(zip(map(id, cells), benchmark_labels(cells), strict=True))
     outdated = find_outdated(cell for cell in cells if not unusable_reason(cell, select))
@@ -235,9 +235,9 @@ def select_countable(
 def cell_preference(cell: CellRecord, select: RunSelector = _WHOLE_LAYERS) -> tuple[int, ...]:
     """Return a sort key: rankings use the cell with the largest key on each benchmark.
 
-    The key compares the numbers of runs and documents, and prefers the benchmark's own metric.
-    Randomly drawn documents are also preferred, because the first documents of a split are no
-    random sample.
+    Cells with more runs, and then cells with more documents, are preferred. Next come the
+    benchmark's own metric, and randomly drawn documents, because the first documents of a split are
+    no random sample.
     """
     return len(select(cell)), cell.n, not cell.other_metric, bool(cell.sampling_text)
 

@@ -39,7 +39,7 @@ from tracker.stats.decisions import (
 
 
 class RoundingRisk(NamedTuple):
-    """Probability for each document that rounding errors change whether its answer is judged right.
+    """Probability, for each document, that rounding turns a right answer wrong or vice versa.
 
     No probabilities are computed for a model in single precision, because rounding has almost no
     effect in single precision.
@@ -50,16 +50,16 @@ class RoundingRisk(NamedTuple):
 
     @property
     def n_undecided(self) -> int | None:
-        """Number of documents whose judgement rounding could change; None if unknown."""
+        """Number of documents that rounding could turn right or wrong; None if unknown."""
         return None if self.chances is None else count_undecided(self.chances)
 
 
 def rounding_risk(outcomes: AlignedOutcomes, ablation: Ablation, texts: TextReader) -> RoundingRisk:
-    """Compute, for each document, the probability that rounding changes right to wrong or back.
+    """Compute, for each document, how probably rounding makes a right answer wrong or vice versa.
 
     Args:
         outcomes: Outcomes of the documents.
-        ablation: Ablation under which the documents are judged.
+        ablation: Ablation under which the answers to the documents were computed.
         texts: Function that reads the documents' texts. It is called only if the metric divides
             scores by the lengths of options.
 
@@ -98,14 +98,14 @@ _CHOICE_LENGTH = 200
 
 @dataclass(frozen=True)
 class ModelDecisions:
-    """Answers that a model chooses under one ablation, for each document in order.
+    """Answers that the model chooses under one ablation; each sequence has one item per document.
 
     Attributes:
         score: Metric of each document, negated for a loss, so that larger values are better.
         choice: Index of the chosen option; NaN for a document without options.
         margin: Score of the gold option minus the score of the best other option. The unit is nats,
-            or nats per character or byte if the metric divides by length. Without options, the
-            margin is the gold answer's log-probability. An undefined margin is NaN.
+            or nats per character or byte if the metric divides by length. For a document without
+            options, the margin is the gold answer's log-probability. An undefined margin is NaN.
         text: Generated text of each document; None if the task generates no text.
     """
 
@@ -127,9 +127,9 @@ class Decisions:
         baseline: Answers chosen by the intact model.
         runs: Pairs of a run's change and the answers that the changed model chooses.
         binary: Whether every document's score is 0 or 1 (wrong or right).
-        reasons: Reasons why `texts`, `margin` or `agreement` are missing.
-        missing: Requested documents that are not measured; empty if `until` decides how many
-            documents are measured.
+        reasons: Name (`texts`, `margin` or `agreement`) → reason why this information is missing.
+        missing: Requested documents that are not measured, each as task and number. Empty if the
+            stopping rule (`until`) decides how many documents are measured.
     """
 
     documents: Sequence[tuple[str, int]]
@@ -143,11 +143,11 @@ class Decisions:
     missing: Sequence[tuple[str, int]] = ()
 
     def lost_documents(self, run: ModelDecisions) -> np.ndarray:
-        """Return a mask of the documents that score lower in a run than in the intact model."""
+        """Return a boolean mask of the documents that score lower in a run than intact."""
         return run.score < self.baseline.score
 
     def won_documents(self, run: ModelDecisions) -> np.ndarray:
-        """Return a mask of the documents that score higher in a run than in the intact model."""
+        """Return a boolean mask of the documents that score higher in a run than intact."""
         return run.score > self.baseline.score
 
     @property
@@ -157,7 +157,7 @@ class Decisions:
 
 
 def derive_decisions(store: CellStore, view: View) -> Decisions | None:
-    """Derive the answers chosen in each run of a view; return None if no document is measured."""
+    """Return the answers that the model chooses in each requested run; None without documents."""
     outcomes = AlignedOutcomes(store, view)
     if not outcomes.tasks:
         return None
@@ -204,8 +204,9 @@ def decisions_record(decisions: Decisions, max_shown: int = MAX_SHOWN_DOCUMENTS)
 
     Args:
         decisions: Answers chosen by the intact model and in each run.
-        max_shown: Maximum number of lost documents, and of won documents, to list for each run. The
-            documents whose margin changes most are listed.
+        max_shown: Maximum number of documents to list for each run, separately for documents that
+            score lower and that score higher than in the intact model. The documents whose margin
+            changes most are listed.
 
     Returns:
         The record that report pages show.
@@ -255,14 +256,14 @@ def decisions_record(decisions: Decisions, max_shown: int = MAX_SHOWN_DOCUMENTS)
 
 
 def _lowest(values: Array, mask: np.ndarray, count: int) -> list[int]:
-    """Return the indexes of the `count` lowest values among those that a mask selects."""
+    """Return the indexes of the `count` lowest values at which a boolean mask is true."""
     indexes = np.flatnonzero(mask)
     lowest: list[int] = indexes[np.argsort(values[indexes], kind="stable")][:count].tolist()
     return lowest
 
 
 def _shown_document(decisions: Decisions, index: int) -> ShownDocument:
-    """Build the entry of one document in a decisions record, with shortened texts."""
+    """Build the description of one document for report pages, with shortened texts."""
     task, doc = decisions.documents[index]
     stored_text, baseline = decisions.texts[index], decisions.baseline
     text = DocumentText("") if stored_text is None else stored_text.text
@@ -306,6 +307,6 @@ def _quartiles(values: Array) -> tuple[float, float, float] | None:
 
 
 def _option_shares(choices: Array, options: int) -> tuple[float, ...]:
-    """Return, for each option, the share of documents that choose it; () without options."""
+    """Return how often each option is chosen, as a share of the documents; () without options."""
     shares = option_shares(choices, options)
     return () if np.isnan(shares).any() else tuple(shares.tolist())

@@ -1,4 +1,4 @@
-"""Compute a metric of each document: lm-eval's own, or a probability of the right option."""
+"""Compute one metric per document: a metric of lm-eval, or the probability of the right option."""
 
 from __future__ import annotations
 
@@ -93,11 +93,12 @@ class DocumentMetric:
     """Metric of each document of a cell, computed from the stored outcomes.
 
     Args:
-        store: The cell.
+        store: Stored outcomes of one model on one benchmark.
         name: Name of the metric.
 
     Attributes:
-        columns: Columns that the metric is computed from, in addition to task and document.
+        columns: Columns of the outcomes from which the metric is computed, besides task and
+            document.
         aggregation: Name of lm-eval's aggregation.
         higher_is_better: True for an accuracy or similar; False for a loss.
     """
@@ -113,7 +114,7 @@ class DocumentMetric:
 
     @property
     def reason(self) -> str:
-        """Reason why the last values are undefined, if lengths of options are unknown; else ""."""
+        """Reason why the last call of `values` gave NaN: unknown lengths of options; else ""."""
         return next((options.reason for options in self._options.values()), "")
 
     def values(self, rows: pd.DataFrame) -> Array:
@@ -129,7 +130,7 @@ class DocumentMetric:
         return document_ratios(self.aggregation, *read_pairs(column).T)
 
     def _read_options(self, rows: pd.DataFrame) -> OptionScores:
-        """Return the options of rows; cache them, because ablations share their documents."""
+        """Return the options of the documents in `rows`; cache them for the same documents."""
         documents = tuple(zip(rows["task"], rows["doc"], strict=True))
         if documents not in self._options:
             if self.name in _LENGTH_FUNCTIONS and not self._texts.keys() >= {*documents}:
@@ -139,15 +140,15 @@ class DocumentMetric:
         return self._options[documents]
 
     def units(self, rows: pd.DataFrame) -> Array | None:
-        """Return each row's weight in a ratio of sums; None for a plain mean."""
+        """Return each row's denominator if the metric is a ratio of sums; None for a plain mean."""
         is_ratio = self.aggregation in RATIO_SCALES
         return read_pairs(rows[self.columns[0]])[:, 1] if is_ratio else None
 
 
 def read_pairs(column: pd.Series[Any]) -> Array:
-    """Parse a metric that is stored as JSON pairs; return `[documents, 2]`.
+    """Parse a metric that is stored as JSON pairs [sum, units]; return `[documents, 2]`.
 
-    A document without a pair gets two NaN.
+    The row of a document without a stored pair is [NaN, NaN].
     """
     missing = (math.nan, math.nan)
     pairs = [json.loads(value) if isinstance(value, str) else missing for value in column]

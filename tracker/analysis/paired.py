@@ -29,7 +29,7 @@ def outcome_variance(run: RunRecord) -> OutcomeVariance | None:
 
 
 def choice_variance(run: RunRecord) -> OutcomeVariance | None:
-    """Estimate the variance over documents of the choice probability drop; None if undefined."""
+    """Estimate how much the drop in choice probability varies over documents, as a variance."""
     drop = run.choice_drop
     if drop.low is None or drop.high is None or drop.high <= drop.low:
         return None
@@ -38,7 +38,7 @@ def choice_variance(run: RunRecord) -> OutcomeVariance | None:
 
 
 def variance_range(runs: Iterable[RunRecord]) -> tuple[OutcomeVariance, OutcomeVariance] | None:
-    """Return the median and the maximum of the runs' variances from `outcome_variance`.
+    """Return the median and the maximum over all runs of a run's `outcome_variance`.
 
     Returns None if no outcome changes in any run, or if all variances are undefined.
     """
@@ -55,7 +55,7 @@ class PairedOutcomes:
     """Outcomes of each document in the intact model and under each of several ablations.
 
     An outcome is NaN if lm-eval gives no finite score or names no gold answer. A NaN outcome makes
-    the document's drop NaN, and estimates over the documents become None with a reason. Documents
+    the document's drop NaN. Estimates over documents with a NaN are None, with a reason. Documents
     with NaN outcomes are neither left out nor counted as 0.
 
     Attributes:
@@ -73,7 +73,7 @@ class PairedOutcomes:
 
     @property
     def scores(self) -> PairedOutcomes:
-        """Copy with negated outcomes for a loss, so that larger outcomes are better."""
+        """Outcomes for which larger is always better: the outcomes of a loss are negated."""
         if self.higher_is_better:
             return self
         negated = {"baseline": -self.baseline, "ablated": -self.ablated}
@@ -106,8 +106,8 @@ class PairedOutcomes:
     def _drop_terms(self, index: int) -> tuple[Array, Array]:
         """Return the two arrays `[documents]` whose difference is the drop of each document.
 
-        For a loss, the two arrays are swapped instead of negated, so that outcomes of 0 and 1 keep
-        their values.
+        The first array is the minuend. For a loss, the arrays of intact and ablated outcomes are
+        swapped instead of negated, so that outcomes of 0 and 1 stay 0 and 1.
         """
         intact, ablated = self.baseline, self.ablated[:, index]
         return (intact, ablated) if self.higher_is_better else (ablated, intact)

@@ -55,12 +55,12 @@ def cell_record(
         view: Selection of documents, runs and metric. The metric is a mean or a ratio of sums over
             documents.
         aggregate: Function that aggregates values with the named lm-eval aggregation.
-        answer: Result of the view's stopping rule (`until`); None if the view has no stopping rule.
+        answer: Result of the stopping rule (`until`); None if the view has no stopping rule.
 
     Returns:
         The record, computed on the documents that all runs measured. If the stopping rule (`until`)
-        ended the measurement early, the statistics of each run are based on the documents with
-        which the rule decided this run.
+        ended the measurement early, the statistics of each run cover only the documents that had
+        been evaluated when the rule decided about this run.
     """
     aligned = AlignedOutcomes(store, view)
     outcomes, order = _answered_outcomes(aligned, store, view, answer)
@@ -136,14 +136,14 @@ def cell_record(
 
 
 def unmeasured_record(store: CellStore, view: View, /, **fields: Any) -> CellRecord:
-    """Build the record of a view without measured documents; `fields` sets further fields."""
+    """Build the record for a view of which no document is measured; `fields` overrides fields."""
     empty = {"n": 0, "tokens": 0, "baseline_metrics": {}, "runs": (), "correlations": ()}
     empty["chance_accuracy"] = None
     return CellRecord(**{**empty, **_identity_fields(store, view), **fields})
 
 
 def _identity_fields(store: CellStore, view: View) -> dict[str, Any]:
-    """Return the fields of a record that identify a cell and its view."""
+    """Return the record's fields for model, benchmark, metric, removed layers and sampling."""
     return {
         "key": store.identity.key,
         "model": store.identity.model,
@@ -156,7 +156,7 @@ def _identity_fields(store: CellStore, view: View) -> dict[str, Any]:
 
 
 def _measuring_costs(shards: Sequence[Mapping[str, Any]]) -> dict[str, float | int | str | None]:
-    """Return the total duration, peak memory and last date of a cell's measurements."""
+    """Return the total duration, the peak memory and the latest date of the measurements."""
     seconds = [float(shard["seconds"]) for shard in shards if shard.get("seconds")]
     peak_bytes = [int(shard["peak_bytes"]) for shard in shards if shard.get("peak_bytes")]
     n_outcomes = sum(shard["rows"] for shard in shards if shard.get("seconds"))
@@ -171,10 +171,10 @@ def _measuring_costs(shards: Sequence[Mapping[str, Any]]) -> dict[str, float | i
 def _answered_outcomes(
     aligned: AlignedOutcomes, store: CellStore, view: View, answer: AnswerRecord | None
 ) -> tuple[AlignedOutcomes, list[tuple[str, int]]]:
-    """Select the documents that the stopping rule used for all runs; also return the order.
+    """Select the documents that the stopping rule evaluated for all runs; return their order too.
 
-    If there is no stopping rule, or if all documents are measured, the result is all documents and
-    an empty order.
+    The order lists all documents as the rule evaluates them. If there is no stopping rule, or if
+    all documents are measured, all documents and an empty order are returned.
     """
     if answer is None or len(aligned.tasks) >= aligned.n_requested:
         return aligned, []
@@ -190,7 +190,8 @@ def _first_outcomes(
 ) -> AlignedOutcomes:
     """Restrict outcomes to the documents in `order` and the runs of the stopping rule.
 
-    Further runs of the view are included if they are measured on all documents in `order`.
+    Runs of the view outside the stopping rule are included if they are measured on all documents in
+    `order`.
     """
     documents = {*order}
     answered_runs = {run.change for run in answer.runs}
@@ -221,7 +222,8 @@ def _incomplete_reason(n: int, n_requested: int, answer: AnswerRecord | None) ->
 def _calibration_text(store: CellStore, view: View, shards: list[dict[str, Any]]) -> str | None:
     """Describe the calibration texts on which layer replacements were fitted.
 
-    The description includes how many calibration texts are also measured documents.
+    The description includes how many of the calibration texts were also used as benchmark
+    documents.
     """
     ablations = (Ablation.from_changes(run, removed=view.removed) for run in view.runs)
     if not any(ablation.has_replacements for ablation in ablations):
@@ -292,10 +294,10 @@ def _correlations(
     columns: Iterable[_ProxyColumn],
     is_raced: bool,
 ) -> Iterator[CorrelationRecord]:
-    """Correlate proxies with the accuracy drop, over all layers and without the outer layers.
+    """Correlate proxies with accuracy drops, with and without the first and the last layers.
 
-    If a stopping rule ended the measurement, intervals and p-values are left out, because they
-    assume a fixed sample size.
+    After early stopping (`is_raced`), confidence intervals and p-values are left out, because their
+    formulas assume a fixed sample size.
     """
     if not runs:
         return

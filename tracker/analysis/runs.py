@@ -45,9 +45,9 @@ _NO_METRIC = "a document has no finite score, or only lm-eval can aggregate this
 
 
 class IntactFigures:
-    """Baseline statistics of the intact model, for comparisons with runs on the same documents.
+    """Accuracy, chance accuracy and rounding risk of the intact model on some documents.
 
-    The chance accuracy `chance` is None if the metric is a loss.
+    `chance`, the accuracy of random guessing, is None if the metric is a loss.
     """
 
     def __init__(self, outcomes: AlignedOutcomes, texts: TextReader) -> None:
@@ -69,8 +69,8 @@ class LayerProxies:
     Attributes:
         tokens: `[documents]`, number of tokens over which the proxies are summed.
         sums: Name of the proxy → sums over each document's tokens `[documents, layers]`.
-        reasons: Name of the proxy → reason why the proxy is undefined in every layer; "" if it is
-            defined.
+        reasons: Name of the proxy → reason why the proxy is undefined for all layers; "" if there
+            is none.
     """
 
     def __init__(self, outcomes: AlignedOutcomes) -> None:
@@ -86,7 +86,7 @@ class LayerProxies:
                 self._estimates[name] = [_finite_estimate(value, reason) for value in values]
 
     def estimates(self, run: Change) -> dict[str, Estimate]:
-        """Return proxy name → value (or undefined with a reason) of the layer a run removes."""
+        """Return the proxies of the layer that a run removes, as proxy name → estimate."""
         if run.kind != WHOLE_LAYER:
             return dict.fromkeys(self._estimates, Estimate(None, reason=_WHOLE_ONLY))
         return {name: values[run.layer] for name, values in self._estimates.items()}
@@ -151,7 +151,7 @@ def _finite_estimate(value: float, reason: str) -> Estimate:
 
 
 def _explain(estimate: Estimate, reason: str) -> Estimate:
-    """Give an undefined estimate a more specific reason, if there is one."""
+    """Replace an undefined estimate's reason by `reason`, unless `reason` is empty."""
     return replace(estimate, reason=reason) if estimate.value is None and reason else estimate
 
 
@@ -209,7 +209,7 @@ def run_record(
 
 
 def accuracy_rounding(weights: Array, *risks: RoundingRisk) -> float | None:
-    """Estimate how far rounding shifts an accuracy (or a difference of two); None if unknown."""
+    """Estimate how far rounding shifts an accuracy, or (with two `risks`) a difference of two."""
     probabilities = [risk.chances for risk in risks if risk.chances is not None]
     if len(probabilities) < len(risks):
         return None
@@ -219,7 +219,7 @@ def accuracy_rounding(weights: Array, *risks: RoundingRisk) -> float | None:
 def apply_bounds(run: RunRecord, bounds: RunAnswer | None) -> RunRecord:
     """Replace a run's confidence intervals by bounds that are valid under early stopping.
 
-    The p-values are removed, because they assume a fixed sample size.
+    The p-values are removed, because their formulas assume a fixed sample size.
     """
     reasons = run.reasons | {"mcnemar_p": ONE_LOOK_REASON}
     if bounds is None:
@@ -272,9 +272,9 @@ def _aggregate_metric(
 
 
 def _mean_drop(paired: PairedOutcomes, noun: str) -> Estimate:
-    """Estimate the mean fall of a probability or its logarithm compared with the intact model.
+    """Estimate how much a probability or its logarithm falls on average in the ablated model.
 
-    If documents lack a value, the mean is undefined; `noun` names this value in the reason.
+    If a document lacks the probability, the mean is undefined, with a reason that contains `noun`.
     """
     drops = paired.drops[:, 0]
     if reason := missing_reason(drops, noun):

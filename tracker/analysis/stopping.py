@@ -1,4 +1,4 @@
-"""Apply the stopping rule of `until` to stored outcomes after each block of documents.
+"""Apply the stopping rule of the setting `until` to stored outcomes, block by block.
 
 Also choose the next block of documents, and compute interim estimates during a measurement.
 """
@@ -49,11 +49,11 @@ class InterimEstimates:
     """Progress of a running measurement, with interim estimates of the drops.
 
     Attributes:
-        documents: Number of documents that are measured in all requested runs. With a stopping rule
-            (`until`), number of documents that are measured with the intact model.
+        documents: Number of documents that are measured in all requested runs. If a stopping rule
+            (`until`) is set, the number of documents that are measured with the intact model.
         requested: Number of requested documents; None if a stopping rule (`until`) decides when to
             stop.
-        tokens: Number of tokens of the measured documents, counted like `CellRecord.tokens`.
+        tokens: Number of tokens of these documents, counted like `CellRecord.tokens`.
         drops: Change that a run makes → interim estimate of the run's drop.
     """
 
@@ -71,8 +71,8 @@ def interim_estimates(store: CellStore, view: View) -> InterimEstimates:
         view: View that selects the documents, runs and metric.
 
     Returns:
-        The interim estimates. They contain no drops at first, until the requested runs have
-        measured documents.
+        The interim estimates. As long as a requested run has no measured documents, the estimates
+        contain no drops.
     """
     columns = ["task", "doc", "ablation", "proxy_tokens"]
     columns += DocumentMetric(store, view.metric).columns
@@ -88,7 +88,7 @@ def interim_estimates(store: CellStore, view: View) -> InterimEstimates:
 
 
 def _interim_raced(outcomes: AlignedOutcomes, view: View) -> InterimEstimates:
-    """Estimate each run's drop from all documents measured in this run, without intervals."""
+    """Estimate each run's drop, without interval, from the documents measured in this run."""
     intact = outcomes.restrict(None, [])
     if not intact.tasks:
         return InterimEstimates(0, None, 0, {})
@@ -104,7 +104,7 @@ def _interim_raced(outcomes: AlignedOutcomes, view: View) -> InterimEstimates:
 def check_bounded(benchmark: BenchmarkIdentity, metric: str, key: str = "until") -> None:
     """Raise ExperimentError if a metric's outcomes are not bounded by 0 and 1.
 
-    `key` is the setting that requires bounded outcomes, for the error message.
+    The error message names `key`, the setting that requires bounded outcomes.
     """
     task = benchmark.tasks[0]
     if task.all_metrics.get(metric) != "mean" or not task.higher_is_better.get(metric, True):
@@ -115,14 +115,14 @@ def check_bounded(benchmark: BenchmarkIdentity, metric: str, key: str = "until")
 
 
 class RacedFigure(NamedTuple):
-    """Per-document statistic that a stopping rule evaluates, and its input columns.
+    """Statistic of each document that a stopping rule evaluates, e.g. the document's accuracy.
 
     Attributes:
         columns: Names of the outcome columns to read.
         compute: Function that computes the statistic from outcome rows.
-        failure_reason: Function that explains why a stopping rule cannot use the statistics of some
-            documents; "" if all are usable. The first column of the function's input belongs to the
-            intact model.
+        failure_reason: Function that returns the reason why the statistic of a document is not
+            usable; "" if all are usable. The function's input has one row per document and one
+            column per model, the intact model first.
     """
 
     columns: Sequence[str]
@@ -131,12 +131,12 @@ class RacedFigure(NamedTuple):
 
 
 def bounded_figure(store: CellStore, metric: str, key: str = "until") -> RacedFigure:
-    """Build the per-document statistic for a stopping rule that decides by a metric.
+    """Build the statistic of each document for a stopping rule that compares a metric.
 
     Args:
-        store: The cell.
+        store: Stored outcomes of one model on one benchmark.
         metric: Metric of the cell's benchmark.
-        key: Setting that requires the stopping rule, for error messages.
+        key: Name of the setting that requires the stopping rule; error messages contain the name.
 
     Returns:
         The statistic: the metric of each document.
@@ -162,28 +162,28 @@ def bounded_figure(store: CellStore, metric: str, key: str = "until") -> RacedFi
 
 
 class BlockRace:
-    """Sequential comparison (race) of ablations; reproducible across processes and restarts.
+    """Sequential comparison (race) of ablations, whose result does not depend on restarts.
 
-    The documents of the benchmark are evaluated in one random order. Every prefix of this order is
-    stratified by task. The stopping rule is evaluated after every block, up to the first document
-    that is not measured. A block is complete if all undecided runs are measured on it. Outcomes
-    after the first missing document are ignored, because they are not necessarily a random sample.
+    The documents of the benchmark are evaluated in one random order. For every n, the first n
+    documents contain each task about in proportion to its size. The stopping rule is evaluated
+    after every block, up to the first block that is not measured completely. A block is complete if
+    all undecided runs are measured on all documents of the block. Outcomes after the first
+    incomplete block are ignored, because they are not necessarily a random sample.
 
     Attributes:
         rule: Stopping rule that evaluates the documents.
         next_block: Next block to measure, and the ablations to measure on this block. None if the
             stopping rule has decided all runs, or if all documents are evaluated. Later blocks can
-            be measured in advance with the same ablations, although some of these ablations can be
-            decided meanwhile.
-        looked: Number of evaluated documents.
-        measured: Number of documents that had to be measured. This number can exceed `looked`,
-            because only whole blocks are measured, and a block can contain later documents of the
-            order.
-        n_blocks: Number of evaluated blocks.
+            be measured in advance with the same ablations, even if the stopping rule then decides
+            some of these ablations first.
+        looked: Number of documents that the stopping rule has evaluated.
+        measured: Number of documents in all evaluated blocks. This number can exceed `looked`,
+            because a block can contain documents that come later in the order.
+        n_blocks: Number of blocks of documents that have been evaluated.
         order: All documents in the order of evaluation, each as task and number.
         population: Number of documents of the benchmark.
-        base: Number of layer passes per token for the intact model and the extra ablations, which
-            are always measured.
+        base: Number of layer passes per token that the intact model and the extra ablations need.
+            These models are measured on every evaluated document.
         costs: `[runs]`, number of additional layer passes per token that each run needs.
     """
 
@@ -236,7 +236,7 @@ class BlockRace:
 
     @property
     def open(self) -> Mask:
-        """Boolean mask `[runs]` of the runs that the stopping rule has not decided yet."""
+        """Boolean mask `[runs]`; true for the runs that the stopping rule has not decided yet."""
         return self.rule.open
 
     def advance(self) -> None:
@@ -271,28 +271,28 @@ class BlockRace:
 
     @property
     def remaining_blocks(self) -> list[Block]:
-        """List of the blocks of documents that are not evaluated yet, in order."""
+        """List of the blocks of documents that are not evaluated yet, in order of evaluation."""
         return [turn.block for turn in self._turns[self.n_blocks :]]
 
     @property
     def needed_ablations(self) -> tuple[str, ...]:
-        """Names of the ablations to measure next: baseline, extra ablations and undecided runs."""
+        """Names of the baseline, the extra ablations and the undecided runs, to measure next."""
         names = (INTACT.name, *(ablation.name for ablation in self._extra_ablations))
         return (*names, *compress(self._names, self.open))
 
     def measured_documents(self, n_looked: np.ndarray) -> np.ndarray:
-        """Count the documents in the blocks needed to evaluate the first `n_looked` documents."""
+        """Count the documents in all blocks that contain one of the first `n_looked` documents."""
         starts = [0, *(turn.end for turn in self._turns[:-1])]
         totals = np.cumsum([0, *(turn.size for turn in self._turns)])
         return np.asarray(totals[np.searchsorted(starts, n_looked, side="left")])
 
 
 class CellRace(BlockRace):
-    """Sequential comparison of a model's runs, which stops when the `until` question is answered.
+    """Sequential comparison of a model's runs, which stops when the rule in `until` is decided.
 
     Attributes:
-        race: State of the comparison, with the mean drop of each run that the `until` question
-            names.
+        race: State of the comparison, with bounds on the mean drop of each run that `until`
+            compares.
     """
 
     def __init__(self, store: CellStore, view: View) -> None:
@@ -303,7 +303,7 @@ class CellRace(BlockRace):
             view: View that defines the metric and the stopping rule (`until`).
 
         Raises:
-            ExperimentError: The metric is not bounded by 0 and 1, or the `until` question needs a
+            ExperimentError: The metric is not bounded by 0 and 1, or the rule in `until` needs a
                 different number of runs.
             WorkError: A document has no usable score.
         """
@@ -358,15 +358,14 @@ class CellRace(BlockRace):
 
 @dataclass(frozen=True)
 class AnswerForecast:
-    """Forecast of the documents that a stopping rule (`until`) needs, from simulations.
+    """Simulated forecast of how many documents a stopping rule (`until`) will need.
 
     Attributes:
-        measured: Number of measured documents that the simulations draw from.
+        measured: Number of measured documents from which the simulations draw at random.
         documents: Number of documents measured until the rule stops (median, 90 % quantile).
-        share: Layer passes until the rule stops, as a share of the layer passes for all documents
-            (median, 90 % quantile).
-        open: Share of the simulations in which the `until` question is still undecided after all
-            documents.
+        share: Computing cost until the rule stops, as a share of the cost of measuring all
+            documents (median, 90 % quantile).
+        open: Share of the simulations in which the rule is still undecided after all documents.
     """
 
     measured: int
@@ -376,7 +375,7 @@ class AnswerForecast:
 
 
 def forecast_answer(store: CellStore, view: View) -> AnswerForecast | None:
-    """Forecast the cost until a stopping rule stops; None if too few documents are measured."""
+    """Forecast the documents and cost until a rule stops; None if too few are measured."""
     assert view.until is not None
     columns = ["task", "doc", "ablation", *DocumentMetric(store, view.metric).columns]
     outcomes = AlignedOutcomes(store, view, columns)
@@ -406,7 +405,7 @@ def forecast_answer(store: CellStore, view: View) -> AnswerForecast | None:
 
 
 class CandidateRace(BlockRace):
-    """Sequential comparison that finds the ablation with the smallest loss, within a tolerance."""
+    """Sequential comparison that finds the ablation with the least loss, up to a tolerance."""
 
     def __init__(
         self,
@@ -448,12 +447,12 @@ class CandidateRace(BlockRace):
 
     @property
     def contenders(self) -> str:
-        """Text for progress messages: the number of candidates that can still win."""
+        """Number of candidates that can still win, as text for progress messages."""
         return f"{self.open.sum()} of {len(self._names)} candidates are left"
 
     @property
     def winners(self) -> list[int]:
-        """Indexes of the winning candidates; of all remaining candidates if none has won."""
+        """Indexes of the winning candidates, or of all undecided candidates if none has won yet."""
         is_chosen = self.rule.chosen
         indexes: list[int] = np.flatnonzero(is_chosen if is_chosen.any() else self.open).tolist()
         return indexes
@@ -470,7 +469,7 @@ def _missing_gold_reason(outcomes: Array) -> str:
 
 
 def count_passes(ablation: Ablation, layers: int) -> int:
-    """Count extra layer passes that an ablation needs in addition to the intact forward pass."""
+    """Count the layer passes that an ablation adds to the forward pass of the intact model."""
     actions = [ablation.at_layer(layer).action for layer in range(layers)]
     changed_layers = (layer for layer, action in enumerate(actions) if action is not Action.PASS)
     first_layer = 0 if "embedding" in ablation.outer_formats else next(changed_layers, layers)

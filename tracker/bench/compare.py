@@ -43,18 +43,20 @@ class BenchResult:
         check_seconds: Seconds that the self-check needed in addition to `engine_seconds`; None if
             the self-check was skipped.
         outside_share: Share of `engine_seconds` spent outside the model's layers and output head.
-            None on an accelerator, where computation is asynchronous.
+            None on an accelerator, where the time of single layers is unknown because computation
+            is asynchronous.
         offloaded_bytes: Bytes of the offloaded layers; 0 if no layer is offloaded.
         read_bytes: Bytes of offloaded layers that the engine loaded during the run.
         waiting_share: Share of `engine_seconds` spent waiting for offloaded layers.
         loops: Name of an evaluation loop → timing of this loop. Empty if weights are offloaded,
             because each call of a loop would read all offloaded weights.
         layer_passes: Number of layer passes in the engine, summed over all tokens.
-        times_the_passes: Program → number of the program's layer passes divided by the engine's
-            layer passes, from `Cost.times_the_passes`.
+        times_the_passes: Name of a program (e.g. lm-eval) → the program's number of layer passes,
+            divided by the engine's number.
         sharing: Description of the computation that the engine shares between ablations.
         engine_gflops: Speed of the engine in GFLOP/s.
-        matrix_gflops: Speed of a plain matrix product in the same process, in GFLOP/s.
+        matrix_gflops: Speed of a matrix product alone in the same process, in GFLOP/s, for
+            comparison.
         engine_peak_gib: Peak memory of the process, or of the accelerator, while the engine ran.
     """
 
@@ -108,7 +110,7 @@ class BenchResult:
 def prepare_engine(
     request: CellRequest, options: Options, progress: Progress
 ) -> tuple[Engine, Sequence[Document], str]:
-    """Build an engine that shares all computation; return it, documents, benchmark title.
+    """Load model and documents; return an engine, the documents and the benchmark's title.
 
     Raises RequestError if the model, data or device does not exist, or if the benchmark generates
     texts.
@@ -138,11 +140,13 @@ def run_bench(
     """Time the engine and each evaluation loop on the same documents and ablations.
 
     Args:
-        request: Request that defines the documents and components. All layers are removed in turn,
-            even if the request lists only some layers.
+        request: Request that defines the documents and the components (e.g. whole layers or MLPs).
+            The components of all layers are removed in turn, even if the request lists only some
+            layers.
         options: Options of the model, such as its device.
         progress: Listener that receives progress messages.
-        with_check: Whether to verify computation sharing by a self-check first.
+        with_check: Whether a self-check first verifies that computation shared between ablations
+            gives the right results.
         competitor: Program in `COMPETITORS` to time in addition to lm-eval's Hugging Face model;
             None to time no other program.
 
@@ -216,7 +220,7 @@ def run_bench(
 
 
 def _sweep_ablations(request: CellRequest, loaded: LoadedModel) -> list[Ablation]:
-    """List the baseline, and for each requested component one ablation per layer."""
+    """List the baseline, and for each requested component (e.g. MLP) one ablation per layer."""
     named = request.changes
     sweep = Changes(components=named.components, heads=named.heads, experts=named.experts)
     parts = parts_of_config(loaded.model.config.get_text_config())
@@ -225,7 +229,7 @@ def _sweep_ablations(request: CellRequest, loaded: LoadedModel) -> list[Ablation
 
 
 def huggingface_loop(engine: Engine, batch_size: int) -> Loop:
-    """Build the loop that scores pruned copies of a model with lm-eval's Hugging Face class."""
+    """Build an evaluation loop that scores pruned copies of a model with lm-eval's HFLM class."""
 
     def prune_model(ablation: Ablation) -> Any:
         pruned = engine.ablate(ablation).loaded
@@ -236,7 +240,7 @@ def huggingface_loop(engine: Engine, batch_size: int) -> Loop:
 
 @contextmanager
 def _timed_model(engine: Engine) -> Iterator[list[float]]:
-    """Yield a list that receives the seconds of each call of a layer or the output head."""
+    """Yield a list, to which the duration of each layer or output-head call is appended."""
     spent: list[float] = []
 
     def call_timed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

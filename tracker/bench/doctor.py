@@ -64,12 +64,12 @@ FEATURE_SWEEPS: Mapping[str, Sequence[Ablation]] = {
 
 
 def generate_documents(engine: Engine, common: int = 0) -> list[Document]:
-    """Generate three documents; the first `common` tokens of their contexts are equal."""
+    """Generate three documents whose contexts start with the same `common` tokens."""
     return make_documents(engine, 3, 24 + common, longest=3, beginning=common)
 
 
 def score_ablations(engine: Engine, ablations: Sequence[Ablation], common: int = 0) -> Any:
-    """Score generated documents under ablations; return log-likelihoods, hits, proxy sums."""
+    """Score generated documents; return log-likelihoods, numbers of greedy tokens, proxy sums."""
     scores = engine.score(generate_documents(engine, common), [INTACT, *ablations])
     figures = [(r.loglikelihood, r.hits) for s in scores for row in s.responses for r in row]
     return figures, [s.proxy_sums for s in scores]
@@ -125,9 +125,9 @@ FEATURES: Mapping[str, EngineFeature] = {
 
 
 def largest_difference(first: Any, second: Any) -> float:
-    """Return the largest difference between two results (a relative one for values above 1).
+    """Return the largest difference between two results, relative for values above 1.
 
-    The difference is infinite if a value is undefined in only one result, or if shapes differ.
+    The difference is infinite if a value is NaN in only one of the results, or if shapes differ.
     """
     if isinstance(first, Mapping):
         if first.keys() != second.keys():
@@ -210,7 +210,7 @@ def diagnose(device: str, progress: Progress) -> Diagnosis:
 
 
 def _list_checks(folder: str, torch_device: torch.device) -> Mapping[str, Callable[[], float]]:
-    """Return name → check; a check returns the largest difference between device and reference."""
+    """Return name → function that computes the largest difference of device and reference."""
     source = find_model(folder)
 
     def load(device: str, **settings: Any) -> Engine:
@@ -245,7 +245,7 @@ def _run_check(name: str, check: Callable[[], float], progress: Progress) -> Che
 
 
 def _save_tiny_model(folder: Path) -> None:
-    """Save the tiny test model, and a tokenizer whose vocabulary is one word."""
+    """Save the tiny test model in a folder, with a tokenizer that knows only one word."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast

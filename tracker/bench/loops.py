@@ -49,12 +49,13 @@ class LoopTiming:
     """Timing of an evaluation loop, and differences between the results of loop and engine.
 
     Attributes:
-        settings: Settings of the loop that affect its speed.
+        settings: Settings that affect the loop's speed, e.g. the batch size, as text.
         seconds: Seconds that all ablations would take, extrapolated from `evaluations`.
         evaluations: Ablation → seconds that the evaluation under this ablation took.
         ratio: `seconds` divided by the seconds that the engine needed.
         largest_difference: Largest difference between log-likelihoods of loop and engine, in nats.
-        greedy_disagreements: Number of requests whose greedy flags differ between loop and engine.
+        greedy_disagreements: Number of requests for which loop and engine disagree whether the
+            continuation is the model's greedy continuation.
         requests_compared: Number of requests that were compared.
     """
 
@@ -83,7 +84,7 @@ class Loop:
 
     Attributes:
         name: The name of the program.
-        settings: Settings that affect the loop's speed.
+        settings: Settings that affect the loop's speed, e.g. the batch size, as text.
         model_without: Function that applies an ablation and returns the ablated model as an lm-eval
             model.
         evaluations: Ablation → seconds and results of the last evaluation under this ablation.
@@ -111,7 +112,7 @@ class Loop:
     def timing(
         self, ablations: Sequence[Ablation], scores: Sequence[DocumentScores], engine_seconds: float
     ) -> LoopTiming:
-        """Extrapolate the loop's seconds to all ablations; compare its results with the engine."""
+        """Extrapolate the loop's seconds to all ablations; compare results of loop and engine."""
         timings = {name: seconds for name, (seconds, _) in self.evaluations.items()}
         baseline, *removed = timings.values()
         # A model of one layer has nothing to remove.
@@ -160,7 +161,7 @@ VLLM_ENVIRONMENT = {
 
 
 class SkippingWorker:
-    """Extension of vLLM's workers that skips removed layers (`worker_extension_cls`)."""
+    """Extension of vLLM's worker class that makes the model skip removed layers."""
 
     def pass_over(self: Any, removed: Sequence[int]) -> None:
         """Make the worker's model skip the layers in `removed`, and no other layers."""
@@ -170,8 +171,9 @@ class SkippingWorker:
 def skip_layers(layers: Iterable[nn.Module], removed: Collection[int]) -> None:
     """Replace removed layers by the identity, and restore all other layers.
 
-    A layer of vLLM returns an update and the residual stream, to which the next layer adds the
-    update. The first layer receives the residual stream as `hidden_states`, without an update.
+    A layer of vLLM returns a pair: an update, and the residual stream without this update. The next
+    layer adds the update to the residual stream. The first layer receives only the residual stream,
+    as `hidden_states`.
     """
     for index, layer in enumerate(layers):
         vars(layer).pop("forward", None)
@@ -195,7 +197,7 @@ def _identity_forward(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def refuse_vllm(request: CellRequest) -> None:
-    """Raise RequestError if vLLM cannot be timed for a request; load no model."""
+    """Raise RequestError if vLLM is missing or cannot run a request; load no model."""
     parts = ", ".join(sorted({*request.changes.components} - {"layer"}))
     reasons = {
         f"vLLM can only skip whole layers, not {parts}; leave --component out": parts,
@@ -218,8 +220,8 @@ def open_vllm(
 
     Args:
         request: Request with the model's name and revision.
-        options: Options for vLLM: whether code of the model is allowed to run, and memory for keys
-            and values.
+        options: Options, of which vLLM uses two: whether remote code of the model may run, and the
+            memory for the key-value cache.
         engine: Engine that holds the same model in this process.
         documents: Documents to score. The longest document determines vLLM's maximum length.
 
@@ -278,7 +280,7 @@ def open_vllm(
 
 
 def _refusing_errors(problem: str) -> AbstractContextManager[None]:
-    """Convert any error of vLLM into a RequestError with the reason."""
+    """Return a context manager that converts any error of vLLM into a RequestError."""
 
     def refuse(error: Exception) -> RequestError:
         reason = f"{type(error).__name__}: {first_line(error)}"

@@ -38,20 +38,21 @@ class Benchmark(Protocol):
             extent: Selection of the documents to tokenise.
 
         Returns:
-            The documents, grouped by task. Within a task, they have the order of the task's split.
+            The documents, grouped by task. The documents of a task have the order of the task's
+            split.
 
         Raises:
             BenchmarkError: A document lacks a column that the benchmark reads.
         """
 
     def rows_digest(self, task: str) -> str:
-        """Hash the rows of a task's scored split, independently of the data source.
+        """Hash the rows of the split on which a task is scored, whatever source they come from.
 
         Args:
             task: Name of a task of the benchmark.
 
         Returns:
-            The digest; tasks over the same rows have the same digest.
+            The hash, which is equal for tasks that are scored on the same rows.
         """
 
     def outcomes(
@@ -64,8 +65,8 @@ class Benchmark(Protocol):
             responses: Responses to the document's requests, in order.
 
         Returns:
-            Metric → value. A value is a number, or a JSON text if the task aggregates pairs. If a
-            log-likelihood is not finite, no accuracy can be computed and all values are None.
+            Metric → value. A value is a number, or a JSON text if the task aggregates pairs of
+            numbers. If any log-likelihood is not finite, all values are None.
         """
 
     def text(self, document: Document) -> DocumentText:

@@ -29,7 +29,7 @@ def open_benchmark(request: CellRequest) -> Benchmark:
 
 
 def check_benchmark(spec: BenchmarkSpec) -> None:
-    """Raise BenchmarkError if a source, task or file does not exist; read no documents."""
+    """Raise BenchmarkError if a data source, task or file does not exist; read no documents."""
     open_data_source(spec.data)
     if names_corpus(spec.benchmark):
         locate_corpus(spec)
@@ -50,9 +50,10 @@ def is_local(spec: BenchmarkSpec) -> bool:
 
 @cache
 def _is_defined(name: str) -> bool:
-    """Return whether a file of lm-eval defines a task, without loading lm-eval's index (4 s).
+    """Return whether a YAML file of lm-eval defines a task; loading lm-eval's index takes 4 s.
 
-    lm-eval has thousands of files. Files that are named like the task are searched first.
+    lm-eval has thousands of YAML files. The function first searches files that are named like the
+    task.
     """
     key, value = "[\"']?(task|group|tag)[\"']?", f"[\"']?{re.escape(name)}[\"']?"
     pattern = re.compile(f"^{key}: *{value} *$".encode(), re.M)
@@ -63,7 +64,7 @@ def _is_defined(name: str) -> bool:
 
 
 def data_stamp(spec: BenchmarkSpec) -> object:
-    """Return a stamp that changes if a benchmark's data changes, without reading the data.
+    """Return a value that changes if a benchmark's data changes, without reading the data.
 
     Returns None for data on the hub, because this data is not on this machine. Raises
     BenchmarkError for an unknown source.
@@ -75,10 +76,10 @@ def data_stamp(spec: BenchmarkSpec) -> object:
 
 
 def choose_metric(benchmark: BenchmarkIdentity, requested: str | None) -> str:
-    """Choose the metric of a benchmark that results report as `accuracy`.
+    """Choose the metric whose values the results report as `accuracy`.
 
     Args:
-        benchmark: Benchmark; every task of the benchmark must define the metric.
+        benchmark: Benchmark, all of whose tasks must define the metric.
         requested: Metric that the experiment file names; None = the benchmark's primary metric.
 
     Returns:

@@ -2,8 +2,9 @@
 
 The name of such a benchmark is `corpus:PLACE`. PLACE is a .txt file (blank lines separate
 documents), a .jsonl file (one document a line) or a data set of the hub. A data set's configuration
-follows its name: `corpus:allenai/c4/en`. The name can have these suffixes, in this order: `@SPLIT`
-of a data set, `:TOKENS` to read only the first tokens of each text, and `#COLUMN`.
+follows its name: `corpus:allenai/c4/en`. The name can end with these suffixes, in this order:
+`@SPLIT` of a data set, `:TOKENS` to read only so many tokens from the start of each text, and
+`#COLUMN`.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ _TEXT_COLUMNS = (
 
 @dataclass(frozen=True)
 class _CorpusLocation:
-    """Parsed name of a corpus: its location, and the split, tokens and column to read.
+    """Parsed name of a corpus: the location, and which split, tokens and column to read.
 
     Attributes:
         name: Name of the corpus as typed, without split, tokens and column.
@@ -65,7 +66,7 @@ class _CorpusLocation:
 
     @property
     def label(self) -> str:
-        """Name of the benchmark, without the file's folder, so that the file may be moved."""
+        """Name of the benchmark, which contains the file's name but not the file's folder."""
         label = f"{PREFIX}{self.file.name if self.file else self.name}"
         parts = (("@", self.split), (":", self.max_tokens), ("#", self.column))
         return replace_controls(label + "".join(f"{sign}{part}" for sign, part in parts if part))
@@ -138,7 +139,7 @@ def locate_corpus(spec: BenchmarkSpec) -> _CorpusLocation:
 
 
 def corpus_stamp(spec: BenchmarkSpec) -> object:
-    """Return a stamp that changes if a corpus changes; None for a corpus on the hub."""
+    """Return a value that changes if a corpus file changes; None for a corpus on the hub."""
     file = locate_corpus(spec).file
     return open_data_source(spec.data).stamp() if file is None else file_stamp([file])
 
@@ -147,7 +148,7 @@ class Corpus:
     """A benchmark whose documents are the texts of a corpus.
 
     Each text is cut into lm-eval's rolling windows, so that every token is predicted exactly once.
-    The first token is predicted from the tokenizer's prefix token. Raises BenchmarkError for a
+    The context of a text's first token is the tokenizer's prefix token. Raises BenchmarkError for a
     corpus that cannot be found or read, or contains no text.
     """
 
@@ -210,8 +211,8 @@ class Corpus:
     ) -> dict[str, float | str | None]:
         """Count the correctly predicted tokens of a document, and sum the loss of all its tokens.
 
-        `acc` and `loss` (in nats) are JSON pairs [sum, tokens]. Both metrics are None if a
-        log-likelihood is not finite.
+        `acc` and `loss` (in nats) are JSON pairs [sum, number of tokens]. `acc` and `loss` are None
+        if a log-likelihood is not finite.
         """
         loss = -math.fsum(response.loglikelihood for response in responses)
         if not math.isfinite(loss):
@@ -268,7 +269,7 @@ def _read_json_lines(file: Path) -> Iterator[dict[str, Any]]:
 def _join_columns(
     location: _CorpusLocation, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]
 ) -> Iterator[str]:
-    """Yield the text of each row: the values of its text columns, joined."""
+    """Yield the text of each row: the joined values of all columns that contain text."""
     text_columns = _choose_columns(location, columns) if columns else ()
     for number, row in enumerate(rows, 1):
         parts = []

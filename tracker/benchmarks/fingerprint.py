@@ -26,7 +26,7 @@ _NOT_CONTENT = (
 
 
 def task_identity(task: ConfigurableTask, num_fewshot: int, half: Half | None) -> TaskIdentity:
-    """Build the identity of an lm-eval task (or half of its documents) from its content."""
+    """Build the identity of an lm-eval task, or half of its documents, by hashing the content."""
     config = {
         name: value
         for name, value in task.config.to_dict(keep_callable=True).items()
@@ -54,7 +54,7 @@ def task_identity(task: ConfigurableTask, num_fewshot: int, half: Half | None) -
 
 
 def list_rows(documents: Iterable[Any]) -> list[Any]:
-    """Convert documents to a list; a data set is converted as a whole, ten times faster."""
+    """Convert documents to a list; use the fast `to_list` of a `datasets.Dataset` if possible."""
     if isinstance(documents, Dataset) and documents.format["type"] is None:
         rows: list[Any] = documents.to_list()
         return rows
@@ -69,12 +69,12 @@ def metric_names(task: ConfigurableTask) -> dict[str, str]:
 
 
 def filtered_metric(metric: str, filter_name: str) -> str:
-    """Return a metric's name in stored outcomes: `METRIC,FILTER`; `METRIC` without filter."""
+    """Return a metric's name in stored outcomes: `METRIC,FILTER`, or `METRIC` without a filter."""
     return metric if filter_name == "none" else f"{metric},{filter_name}"
 
 
 def _stable_value(value: Any) -> Any:
-    """Replace each function in a nested value by its name and the content of its files."""
+    """Replace functions in a nested value by their names and the content of their files."""
     if isinstance(value, dict):
         return {name: _stable_value(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
@@ -100,7 +100,7 @@ def _defining_file(value: object) -> Path | None:
 
 
 def _source_files(function: Any) -> list[Path]:
-    """Return a function's file; for user code, also the files it imports from its folder."""
+    """Return a function's file, and for user code also files imported from the same folder."""
     file = _defining_file(function)
     if file is None or not file.is_file():
         return []

@@ -1,4 +1,4 @@
-"""Generate texts with lm-eval's code; each row of a batch can be a different ablated model."""
+"""Generate texts with lm-eval's code, in batches whose rows can be computed by different models."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class TextGenerator(HFLM):  # type: ignore[misc]
         self._decoding: Decoding | None = None
 
     def generate_texts(self, prompts: Sequence[Prompt]) -> list[str]:
-        """Generate a continuation of each prompt; cut the texts at stop strings as tasks expect.
+        """Generate a continuation of each prompt; cut the continuations at stop strings.
 
         Raises CellError if the maximum length of the generated text leaves no context for the
         prompt.
@@ -67,7 +67,7 @@ class TextGenerator(HFLM):  # type: ignore[misc]
         return texts
 
     def generate_rows(self, prompt: Prompt, n_rows: int, decoding: Decoding) -> list[str]:
-        """Generate `n_rows` continuations of one prompt; each row can use another ablated model."""
+        """Generate `n_rows` continuations of one prompt, each with another ablated model."""
         self._decoding = decoding
         self.batch_size_per_gpu = n_rows
         try:

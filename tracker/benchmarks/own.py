@@ -1,6 +1,6 @@
-"""Read the user's own tasks (folders of YAML and Python files, or one YAML file) without lm-eval.
+"""Read tasks that the user wrote (folders of YAML and Python files, or one YAML file).
 
-This module checks task files and detects changes. lm-eval is imported only when a task is built.
+This module checks task files and detects changes without importing lm-eval.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def task_names(content: dict[str, Any]) -> list[str]:
 
 
 def read_task(path: Path) -> dict[str, Any]:
-    """Read one task file; raise BenchmarkError that names the line with invalid YAML."""
+    """Read one task file; if its YAML is invalid, raise BenchmarkError that names the line."""
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except yaml.YAMLError as error:
@@ -81,10 +81,10 @@ def read_task(path: Path) -> dict[str, Any]:
 
 
 def own_tasks_stamp(spec: BenchmarkSpec) -> object:
-    """Return a stamp that changes if the user's own task files or their documents change.
+    """Return a value that changes if the user's task files or the tasks' documents change.
 
-    The stamp covers the tasks' folders and the files of their documents. Returns None if the user
-    has no tasks.
+    The value depends on the tasks' folders and on the files of the tasks' documents. Returns None
+    if the benchmark names no tasks of the user.
     """
     task_folders = _task_folders(spec)
     if not task_folders:
@@ -96,7 +96,7 @@ def own_tasks_stamp(spec: BenchmarkSpec) -> object:
 
 
 def reads_local_files(spec: BenchmarkSpec) -> bool:
-    """Return whether the user's own tasks read documents from files."""
+    """Return whether the tasks that the user wrote read documents from files on this machine."""
     return any(True for _ in _find_data(_task_folders(spec)))
 
 

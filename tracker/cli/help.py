@@ -39,7 +39,7 @@ COMMAND_GROUPS: Mapping[str, Iterable[str]] = {
 
 
 class DashedOption(click.Option):
-    """Option whose usage shows only the spelling with dashes and no long list of choices."""
+    """Option whose usage line omits spellings with underscores and long lists of choices."""
 
     def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
         """Return the option's usage (e.g. `--sample N`) and its help text."""

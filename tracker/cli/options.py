@@ -172,7 +172,7 @@ class NameOrFlag(WordType):
     def convert(
         self, value: str, param: click.Parameter | None, ctx: click.Context | None
     ) -> object:
-        """Parse yes or no to a bool as click does; return any other text as a name."""
+        """Convert yes or no to a bool, as click does; return any other text unchanged."""
         if value.strip():
             with suppress(click.BadParameter):
                 return bool(click.BOOL.convert(value, param, ctx))
@@ -212,11 +212,11 @@ def add_options(model: type[BaseModel], *names: str, defaults: bool = True) -> C
     """Build a decorator that adds a command-line option for each named field of a schema.
 
     Args:
-        model: Schema of the options. Its fields define the types, the defaults and (by docstrings)
-            the help texts.
+        model: Schema of the options. The fields of the schema define the types and the defaults;
+            the docstrings of the fields become the help texts.
         *names: Names of the fields that become options, in order.
-        defaults: Whether options take the defaults of the fields. Required fields then become
-            required options.
+        defaults: Whether options have the defaults of the fields, and are required if the fields
+            are required.
 
     Returns:
         A decorator for the function of a command.
@@ -254,10 +254,10 @@ def add_options(model: type[BaseModel], *names: str, defaults: bool = True) -> C
 def experiment_options(
     cell_keys: Sequence[str] = tuple(FIELDS_BY_KEY), search_keys: Sequence[str] = ()
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Build a decorator that adds the argument EXPERIMENT and options that override its keys.
+    """Build a decorator that adds the argument EXPERIMENT, and options that override file keys.
 
-    The decorated command receives `experiment` (the file or None) and `settings` (the keys that the
-    user typed).
+    The decorated command receives `experiment` (the path of the file, or None) and `settings` (the
+    keys that the user typed as options, with their values).
 
     Args:
         cell_keys: Keys of experiment files (settings of one model and benchmark) that become
@@ -391,16 +391,16 @@ def _click_type(hint: Any) -> dict[str, Any]:
 class CommandOptions(BaseModel):
     """Schema of a command's options that are not keys of experiment files.
 
-    The annotation of a field can contain a click type. The alias of a field replaces the option's
-    name. A bool field becomes a flag. A tuple field becomes an option that can be given several
-    times.
+    The annotation of a field can name the click type that parses the option. The alias of a field
+    becomes the option's name. A bool field becomes a flag. A tuple field becomes an option that can
+    be given several times.
     """
 
     model_config = ConfigDict(use_attribute_docstrings=True)
 
 
 def _click_arguments(hint: object, field: FieldInfo) -> dict[str, Any]:
-    """Convert a field to `click.option` arguments; use the annotation's click type if any."""
+    """Convert a field to arguments of `click.option`, e.g. a tuple to `multiple=True`."""
     value_type, *annotations = get_args(hint) if get_origin(hint) is Annotated else (hint,)
     if value_type is bool:
         return {"is_flag": True}
@@ -414,7 +414,7 @@ def _click_arguments(hint: object, field: FieldInfo) -> dict[str, Any]:
 
 
 def _click_range(field: FieldInfo) -> dict[str, Any]:
-    """Return the click type of a number with bounds, as an option argument; {} without bounds."""
+    """Return {"type": click's range type} for a number field with bounds; {} without bounds."""
     limits = {
         name: getattr(bound, name)
         for bound in field.metadata
@@ -502,7 +502,7 @@ sources_argument = click.argument("sources", nargs=-1, type=WordType())
 
 
 def project_option(**options: Any) -> Callable[[F], F]:
-    """Build a decorator that adds --project, the name of the tracking backends' project."""
+    """Build a decorator that adds the option --project: the project in the tracking backends."""
     arguments = {"envvar": "WANDB_PROJECT", "show_default": True, **options}
     return click.option("--project", type=WordType(), **arguments)
 
@@ -519,7 +519,7 @@ def check_finite(ctx: click.Context, param: click.Parameter, value: float | None
 
 
 def publish_option(subject: str) -> Callable[[F], F]:
-    """Build a decorator that adds --publish, the tracking projects to which results are written."""
+    """Build a decorator that adds the option --publish: tracking projects to publish to."""
     return click.option(
         "--publish",
         multiple=True,

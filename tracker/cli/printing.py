@@ -46,7 +46,7 @@ def print_failures(prefix: str, failures: Mapping[str, str]) -> None:
 
 
 def print_diagnosis(diagnosis: Diagnosis) -> None:
-    """Print the results of `tracker doctor`: machine, device, all checks, and the conclusion."""
+    """Print the results of `tracker doctor`: machine, device, all checks, and a conclusion."""
     machine, device = diagnosis.machine, ", ".join(diagnosis.device.values())
     versions = ", ".join(f"{name} {version}" for name, version in diagnosis.versions.items())
     echo(f"device    {device}; {diagnosis.free_bytes / 2**30:.1f} GiB free")
@@ -73,10 +73,11 @@ def print_diagnosis(diagnosis: Diagnosis) -> None:
 def print_cell(
     cell: CellRecord, only_change: Change | None = None, brief: bool = False, average: bool = False
 ) -> None:
-    """Print a table of a cell's runs; if `brief`, only runs with a significant effect.
+    """Print a table of a cell's runs, with `brief` only of runs with a significant effect.
 
-    `only_change` selects a single run. With `brief`, the notes that `print_results` already prints
-    are omitted. `average` is true if an average over benchmarks was printed before this table.
+    If `only_change` is given, the table contains only the run with this change. With `brief`, notes
+    that `print_results` prints are left out. `average` is true if an average over benchmarks was
+    printed before the table.
     """
     from tracker.analysis.claims import run_verdicts
     from tracker.report import wording
@@ -115,7 +116,7 @@ def print_cell(
 
 
 def _cell_notes(cell: CellRecord) -> tuple[str, ...]:
-    """Return notes on early stopping and rounding; a note that is not needed is empty."""
+    """Return three notes, on early stopping and rounding; a note that does not apply is ""."""
     from tracker.report.wording import looks_note, rounding_note, second_rounding_note
 
     return looks_note(cell), rounding_note(cell), second_rounding_note(cell)
@@ -199,7 +200,7 @@ def _unlisted_note(cell: CellRecord, average: bool) -> str:
 
 
 def _named_layers_table(claims: Claims) -> Table:
-    """Build a table of costly and helpful layers, with drops on average and by benchmark."""
+    """Build a table of costly and helpful layers, with the mean drop and each benchmark's drop."""
     from tracker.analysis.comparable import benchmark_labels
 
     measure = metric_format(claims.cells[0])
@@ -220,7 +221,7 @@ def _named_layers_table(claims: Claims) -> Table:
 
 
 def benchmark_label(cell: CellRecord, label: str) -> str:
-    """Format the benchmark column of a cell's row: title, removed layers, metric and `label`."""
+    """Return the text of a table's benchmark column: title, removed layers, metric and `label`."""
     words = (cell.benchmark.title, cell.removed_text, f"({cell.metric})", label and f"· {label}")
     return " ".join(filter(None, words))
 
@@ -246,7 +247,7 @@ def print_next(experiment: str, results: Path, cells: Sequence[CellRecord]) -> N
 
 
 def print_finding(finding: FindingRecord) -> None:
-    """Print a study's question, answers and tables, and what the study could not answer."""
+    """Print a study's question, answers and tables, and the questions that stay unanswered."""
     echo(f"\n{finding.question}")
     for answer in finding.answers:
         echo(f"  {answer}")
@@ -259,7 +260,7 @@ def print_finding(finding: FindingRecord) -> None:
 
 
 def _dash_reasons(printed_table: Table) -> Iterator[str]:
-    """Yield a line for each reason why table entries are undefined (dashes), with columns."""
+    """Yield a line for each reason why entries are shown as dashes, with the entries' columns."""
     reasons: dict[str, dict[str, None]] = {}
     for row in printed_table.rows:
         for entry, heading in zip(row, printed_table.headings, strict=True):
@@ -291,7 +292,7 @@ def print_boards(cells: Sequence[CellRecord]) -> None:
 
 
 def print_end(result: Results, is_new: bool = False) -> None:
-    """Print the paths of report page, tracked runs and new experiment file, and all failures."""
+    """Print where the page, tracked runs and a new experiment file are, and all failures."""
     outcome = result.outcome
     echo()
     if result.report is not None:
@@ -313,7 +314,7 @@ def print_end(result: Results, is_new: bool = False) -> None:
 
 
 def print_study(result: Results, is_new: bool) -> None:
-    """Print the finding of a study or of searches, then paths of the results and failures."""
+    """Print the results of a study or of searches, then the paths of files, and failures."""
     if result.finding is not None:
         print_finding(result.finding)
     print_end(result, is_new)
@@ -407,14 +408,14 @@ def print_plan(cells: Sequence[PlannedCell], gflops: float | None) -> None:
 
 
 class _ComputeRates:
-    """Compute rates (FLOP/s): either the user's rate, or a measured rate for each dtype."""
+    """Compute rates in FLOP/s: the rate given by the user, or a measured rate for each dtype."""
 
     def __init__(self, gflops: float | None) -> None:
         self._gflops = gflops
         self._measured: dict[str, float] = {}
 
     def seconds(self, flops: float, dtype: str) -> float:
-        """Return the minimum number of seconds for a number of floating-point operations."""
+        """Return the seconds that `flops` floating-point operations take at the compute rate."""
         if self._gflops is not None:
             return flops / (self._gflops * 1e9)
         if dtype not in self._measured:
@@ -500,7 +501,7 @@ def print_search_plan(
 
 
 def _describe_stopping(cell: PlannedCell) -> str:
-    """Describe how many documents `until` is expected to need, or how to estimate it."""
+    """Describe how many documents the rule `until` needs, or how to get an estimate."""
     from tracker.analysis.stopping import PILOT_DOCUMENTS
 
     if cell.answer is not None and cell.measured:
@@ -526,7 +527,7 @@ def _describe_stopping(cell: PlannedCell) -> str:
 
 
 def _detectable_drop(cell: PlannedCell) -> tuple[str, str]:
-    """Return the smallest detectable drop, and the documents needed for `REPORTED_DROP`."""
+    """Return, as text, the smallest detectable drop, and the documents for `REPORTED_DROP`."""
     from tracker.stats.accuracy import documents_needed
 
     if cell.spread is None:

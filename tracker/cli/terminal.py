@@ -88,7 +88,8 @@ def print_table(table: Table) -> None:
 class ProgressDisplay(Progress):
     """Progress bar that shows the remaining time, with messages printed above the bar.
 
-    If the output is a file, such as a job's log, the bar is printed as a line every few minutes.
+    If the output is no terminal (e.g. a job's log file), the bar is printed as a line every few
+    minutes.
     """
 
     def __init__(self, error: bool = False) -> None:
@@ -120,13 +121,13 @@ class ProgressDisplay(Progress):
         self._due = time.monotonic() + FIRST_LINE_DELAY
 
     def expect(self, more: int) -> None:
-        """Increase the total of the progress bar by `more`."""
+        """Increase the total amount of work of the progress bar by `more` units."""
         if self._bar is not None:
             (task,) = self._bar.tasks
             self._bar.update(task.id, total=(task.total or 0) + more)
 
     def advance(self, responses: int) -> None:
-        """Advance the progress bar by a number of responses."""
+        """Advance the progress bar by a number of finished units (e.g. responses)."""
         if self._bar is not None:
             self._bar.advance(self._bar.task_ids[0], responses)
             if not self._console.is_terminal and time.monotonic() >= self._due:
@@ -177,7 +178,7 @@ def make_console(error: bool = False) -> Console:
 
 
 def silence_libraries(debug: bool) -> None:
-    """Hide progress bars and messages of libraries; if `debug` is set, show the messages."""
+    """Hide progress bars of libraries, and their messages unless `debug` is set."""
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE") and not debug:
         # Nothing can be downloaded, so no bar of a library shows what a user waits for.
         os.environ.setdefault("TQDM_DISABLE", "1")

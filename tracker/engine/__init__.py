@@ -6,7 +6,7 @@ Modules:
     selfcheck: Test that shared computation gives exact results for a model.
     observers: Compute proxies and other statistics of layers and experts.
     fitting: Fit simple functions that replace layers, by least squares.
-    lockstep: Run several forward passes layer by layer, so that offloaded weights are loaded once.
+    lockstep: Run several forward passes together, so that each offloaded layer is loaded once.
     plan: Estimate the cost of a measurement before it starts.
-    refusal: Distinguish errors caused by a model from errors of tracker.
+    refusal: Decide whether an exception was caused by the model or by tracker's own code.
 """

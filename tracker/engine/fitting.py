@@ -1,8 +1,8 @@
 """Fit functions that replace layers, by least squares over tokens of calibration text.
 
-The fit ignores the first token of a text: the norm of its hidden state is often a hundred times
-larger than the norm of other states. The fit also ignores tokens at the beginning that a text
-shares with the previous text.
+The fit ignores the first token of a text, because the norm of the first hidden state is often a
+hundred times larger than other norms. If a text starts with the same tokens as the previous text,
+the fit also ignores these tokens.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tracker.schema.changes import INTACT
 
 @dataclass
 class _Sums:
-    """Sums over tokens for least-squares fits of a layer's output y from input x, in float64."""
+    """Sums over tokens, e.g. of x·y, to fit a layer's output y from its input x."""
 
     width: int
     linear: bool
@@ -36,7 +36,7 @@ class _Sums:
         self.cross_products = torch.zeros(size, self.width, dtype=torch.float64)
 
     def add(self, inputs: Tensor, outputs: Tensor) -> None:
-        """Add tokens to the sums, given the states before and after the layer [tokens, width]."""
+        """Add tokens, given as the layer's inputs and outputs [tokens, width], to the sums."""
         inputs, outputs = inputs.cpu().double(), outputs.cpu().double()
         self.tokens += len(inputs)
         self.updates += (outputs - inputs).sum(0)
@@ -48,7 +48,7 @@ class _Sums:
             self.cross_products += augmented.T @ outputs
 
     def fit_replacement(self) -> FittedReplacement:
-        """Return the least-squares fits of the layer's output from the input."""
+        """Compute the mean update, the factor and, if `linear`, the linear map that fit best."""
         linear = None
         if self.linear:
             # The minimum-norm solution where inputs do not span all dimensions.
@@ -62,13 +62,14 @@ class _Sums:
 def fit_replacements(
     model: EngineModel, texts: Sequence[Sequence[int]], layers: Collection[int], linear: bool
 ) -> dict[int, FittedReplacement]:
-    """Fit the functions that replace some layers of an intact model.
+    """Fit, for some layers, functions that can replace the layers, by least squares.
 
     Args:
         model: The intact model.
         texts: Token ids of the calibration texts, at least two tokens per text.
         layers: Numbers of the layers to fit, 0-based.
-        linear: Whether to fit linear maps in addition to means and factors.
+        linear: Whether to fit a linear map for each layer, in addition to the mean update and the
+            factor.
 
     Returns:
         Layer number → fitted replacement.

@@ -2,8 +2,8 @@
 
 Each pass is a function that calls the model once or several times, and runs in its own greenlet. A
 pass pauses before a layer whose weights are offloaded. When all passes have paused or ended, one
-layer is loaded, and all passes that wait for this layer continue. Then the next higher layer is
-loaded.
+layer is loaded, and all passes that wait for this layer continue. Then the next layer for which a
+pass waits is loaded.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ def run_lockstep(
         passes: The functions to run, which must not depend on each other's results.
 
     Yields:
-        The result of each function, in order. An exception in one function ends all functions.
+        The result of each function, in order. An exception in one function stops all other
+        functions.
     """
     if weights is None:
         for function in passes:
@@ -58,13 +59,13 @@ def run_lockstep(
 def report_progress(
     weights: OffloadedWeights | None, n_due: int, progress: Callable[[int], None]
 ) -> Iterator[Callable[[int], None]]:
-    """Yield a function to report finished work; each loaded layer reports a share in advance.
+    """Yield a function to report finished work; loading an offloaded layer also counts as work.
 
     Args:
-        weights: The offloaded weights, for which each loaded layer reports a share of the total
-            work in advance. None if no weights are offloaded.
+        weights: The offloaded weights. Each time a layer is loaded, a share of the total work is
+            reported as done. None if no weights are offloaded.
         n_due: The total amount of work.
-        progress: Function that is called with each additional amount of work.
+        progress: Function that is called with the amount of work done since the last call.
 
     Yields:
         A function that the caller must call with each amount of finished work.
@@ -100,7 +101,7 @@ def report_progress(
 
 
 class _Scheduler:
-    """Scheduler that runs each pass until the pass needs a layer or the result of other passes."""
+    """Scheduler that runs each pass until the pass needs a layer or other passes' results."""
 
     def __init__(self, weights: OffloadedWeights) -> None:
         self._weights = weights
@@ -113,7 +114,7 @@ class _Scheduler:
     # On exit, inference mode restores the mode at entry, so it must be on for all passes.
     @torch.inference_mode()
     def run(self, passes: Sequence[_Pass[T]]) -> list[T]:
-        """Run passes until all have ended; return their results in order."""
+        """Run functions that call the model until all have ended; return their results."""
         previous_wait, self._weights.wait = self._weights.wait, self.wait
         self._ready, layer = [*passes], -1
         try:
@@ -133,7 +134,7 @@ class _Scheduler:
         return [task.result() for task in passes]
 
     def join(self, passes: Sequence[_Pass[T]]) -> list[T]:
-        """Add passes to the running passes, wait for the added passes, and return their results."""
+        """Add passes, pause the current pass until they have ended, and return their results."""
         assert self._current is not None
         self._joins.append((self._current, passes))
         self._ready += passes
@@ -155,7 +156,7 @@ class _Scheduler:
 
 
 class _Pass(Generic[T]):
-    """A pausable function; a pause removes and stores the `forward` methods it installed."""
+    """A function that can be paused; while it is paused, modules have their original `forward`."""
 
     def __init__(self, function: Callable[[], T], modules: Sequence[nn.Module]) -> None:
         self._function = function
@@ -185,7 +186,7 @@ class _Pass(Generic[T]):
             self._install_forwards(self._original_forwards)
 
     def abort(self) -> None:
-        """Abort the function by an exception, so that its context managers are closed."""
+        """Raise an exception in the paused function, so that its context managers are closed."""
         self._install_forwards(self._forwards)
         self._greenlet.throw()
         self._install_forwards(self._original_forwards)

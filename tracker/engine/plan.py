@@ -35,17 +35,18 @@ class Cost:
         documents: Number of documents.
         requests: Number of (context, continuation) pairs.
         tokens: Number of tokens that the model reads, counting shared tokens once.
-        layer_passes: Number of layer passes of all tokens in the engine, for all ablations
+        layer_passes: Number of (token, layer) computations in the engine, for all ablations
             together.
         flops: Floating-point operations that the engine needs.
-        naive_tokens: Number of tokens that lm-eval reads in one evaluation, without padding. Equal
-            contexts of one-token continuations count once.
-        plain_layer_passes: Program → number of layer passes of all tokens if lm-eval runs once per
-            ablation. vLLM reads the whole text of each request, because vLLM does not reuse
-            prefixes if log-probabilities of the prompt are requested.
+        naive_tokens: Number of tokens that lm-eval reads in one evaluation, without padding. A
+            context with several one-token continuations counts once.
+        plain_layer_passes: Name of the inference program (`lm-eval`, `vllm`) → number of (token,
+            layer) computations if lm-eval runs once per ablation with this program. vLLM reads each
+            request's whole text, because vLLM does not use its prefix cache when prompt
+            log-probabilities are requested.
         naive_flops: Floating-point operations that lm-eval needs, with one run per ablation.
-        check_layer_passes: Number of layer passes of all tokens in the self-check on the measured
-            model.
+        check_layer_passes: Number of (token, layer) computations in the self-check, without the
+            check on a miniature model.
         peak_bytes: Estimated peak memory: bytes of the weights, the largest activations and one
             chunk of logits.
     """
@@ -63,29 +64,30 @@ class Cost:
 
     @property
     def times_the_passes(self) -> dict[str, float]:
-        """Return, for each other program, how many times the engine's layer passes it needs."""
+        """Layer passes of each other program (lm-eval, vLLM), as a multiple of the engine's."""
         plain = self.plain_layer_passes
         return {name: passes / self.layer_passes for name, passes in plain.items()}
 
 
 @dataclass(frozen=True)
 class Workload:
-    """The work of scoring documents with full sharing, for any set of ablations.
+    """Token and operation counts of scoring documents, from which the cost of ablations follows.
 
-    The operations of attentions, MLPs and output heads are proportional to the numbers of passes.
-    `engine_operations` and `plain_operations` contain the operations of one pass.
+    `engine_operations` assumes that ablations share as much computation as possible. The methods
+    `flops` and `naive_flops` multiply the operations per attention, MLP and output head by how
+    often the engine or lm-eval computes attentions, MLPs and output heads.
 
     Attributes:
         documents: Number of documents.
         requests: Number of (context, continuation) pairs.
         layers: Number of layers of the model.
         tokens: Number of tokens that the model reads, counting shared tokens once.
-        widest_row: Number of tokens in the largest row of the batch.
+        widest_row: Largest number of tokens that are computed together in one forward pass.
         naive_tokens: Number of tokens that lm-eval reads in one evaluation.
-        engine_operations: Floating-point operations of three passes: all tokens through one
-            attention, all tokens through one MLP, and all predicting tokens through the output
-            head.
-        plain_operations: Floating-point operations of the same three passes in lm-eval.
+        engine_operations: Floating-point operations in the engine of three steps: all tokens
+            through one attention, all tokens through one MLP, and all predicting tokens through the
+            output head.
+        plain_operations: Floating-point operations of the same three steps in lm-eval.
     """
 
     documents: int
@@ -98,7 +100,7 @@ class Workload:
     plain_operations: tuple[float, float, float]
 
     def flops(self, plan: StreamPlan) -> float:
-        """Count the floating-point operations of the engine for a plan of ablations."""
+        """Count the floating-point operations that the engine needs for the streams of a plan."""
         passes = (plan.attention_passes, plan.mlp_passes, plan.n_answers)
         return float(sum(map(mul, self.engine_operations, passes)))
 
@@ -159,7 +161,7 @@ def count_work(model: PreTrainedModel, documents: Documents, max_length: int) ->
 def estimate_cost(
     model: PreTrainedModel, documents: Documents, ablations: Ablations, max_length: int
 ) -> Cost:
-    """Estimate the cost of measuring ablations on documents, with full sharing.
+    """Estimate the cost of measuring ablations on documents if they share all possible work.
 
     Args:
         model: The model; its weights may be on the meta device.
@@ -194,9 +196,10 @@ def estimate_cost(
 
 
 def _weights_per_token(model: PreTrainedModel) -> tuple[float, float]:
-    """Return the mean number of weights per token in a layer's attention and in the other modules.
+    """Return the weights that a token uses in a layer: of the attention, and of other modules.
 
-    Of the routed experts, only the number that the router selects per token is counted.
+    Both numbers are means over the layers. Of the routed experts, only as many as the router
+    selects per token are counted.
     """
     layers, n_chosen = find_layers(model), experts_per_token(model.config.get_text_config())
 

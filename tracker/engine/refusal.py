@@ -15,7 +15,7 @@ _Made = TypeVar("_Made")
 
 
 class RefusalError(Exception):
-    """The model's structure does not allow a computation; the message gives the reason."""
+    """Error for a model whose structure does not allow a computation, with the reason."""
 
 
 # MPS and drivers of CUDA and HIP; MPS, for one tensor; cuBLAS and rocBLAS; XPU; the host.
@@ -27,7 +27,7 @@ OUT_OF_MEMORY = re.compile(
 
 
 def is_device_lost(error: Exception) -> bool:
-    """Return whether the device cannot be used any more in this process after an error."""
+    """Return whether an error means that this process can no longer use the device."""
     if is_out_of_memory(error):
         return False
     error_class = getattr(torch, "AcceleratorError", None)  # since torch 2.8
@@ -42,7 +42,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def refusal_reason(error: Exception) -> str | None:
-    """Return the reason if the model caused an error; None if the model did not cause it.
+    """Return why an error occurred if the model's own code caused it; otherwise None.
 
     Args:
         error: The exception raised while the engine ran the model.
@@ -59,7 +59,7 @@ def refusal_reason(error: Exception) -> str | None:
 
 
 def try_model(compute: Callable[[], _Made]) -> tuple[_Made | None, str | None]:
-    """Call a function that runs a model; return (result, None), or (None, reason of the failure).
+    """Call a function that runs a model; return (result, None), or (None, reason) if it fails.
 
     Exceptions that the model did not cause are raised again.
     """
@@ -73,7 +73,7 @@ def try_model(compute: Callable[[], _Made]) -> tuple[_Made | None, str | None]:
 
 
 def _is_raised_by_tracker(traceback: TracebackType | None) -> bool:
-    """Return whether tracker's code raised an error, and not a module of the model."""
+    """Return whether an error was raised in tracker's code, not in a module of the model."""
     is_ours = True
     for frame, _ in walk_tb(traceback):
         if str(frame.f_globals.get("__name__", "")).startswith("tracker."):

@@ -1,11 +1,11 @@
-"""Save changed models as checkpoints, and prove that the files give the measured results.
+"""Save changed models as checkpoints, and check that the saved files give the measured results.
 
 Modules:
     card: Write the model card, the facts as JSON, and recipes to make the model with other tools.
-    changes: Describe and apply changes of a model; find the searches and runs that chose them.
-    checkpoint: Write a checkpoint, prove it, move it to the output folder and publish it.
+    changes: Make changed copies of a model; find the searches that chose a change.
+    checkpoint: Write a checkpoint, check its results, and publish it.
     facts: Define the facts about a saved model.
-    proof: Score a saved model with plain lm-eval in a fresh process.
+    proof: Compare the saved files with the measured model, in a fresh process.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""Write a changed model's card, its facts as JSON, and recipes to make it with other tools.
+"""Write the card of a changed model, and recipes to make the same model with other tools.
 
 For removed and repeated layers, there are recipes for mergekit and llama.cpp. For weights rounded
 to quantised formats, there are options for llama.cpp, a recipe for llm-compressor, module settings
@@ -39,7 +39,7 @@ CONVERTER_RECIPE = "llama.cpp, converted"
 
 
 class Recipe(NamedTuple):
-    """Recipe for one tool: instructions, and the language, text and file name of the code."""
+    """Instructions (`words`) to make a model with one tool, with code or a configuration file."""
 
     words: str
     language: str
@@ -84,7 +84,7 @@ def ordered_recipes(texts: Mapping[str, str]) -> list[Recipe]:
 
 
 def no_recipe_reason(resized: Sequence[str]) -> str:
-    """Explain on the card why no tool has a recipe; `resized`: changed configuration entries."""
+    """Return the sentence of the model card that explains why the card has no recipe."""
     if not resized:
         return "None: no tool supports all of these formats and weights."
     reason = (
@@ -120,12 +120,13 @@ def layer_recipes(
 ) -> dict[str, str]:
     """Write recipes for mergekit and llama.cpp to make a model with removed or repeated layers.
 
-    mergekit reads safetensors, so for a base in a GGUF file there is also a program that converts
-    the file. llama.cpp reads GGUF; if the base is not a GGUF file, the recipe has a placeholder
-    file name. If layers are repeated but not removed, the recipe for llama.cpp converts the saved
-    folder. If further configuration entries changed (`resized`), there are no recipes, since
-    neither tool changes such entries. The only exception is the list of attention windows, which
-    llama.cpp derives by itself or the recipe states (`windows`).
+    mergekit reads safetensors. So if the base model is a GGUF file, there is also a program that
+    converts the file. llama.cpp reads GGUF; if the base model is not a GGUF file, the recipe has a
+    placeholder file name. If layers are repeated but not removed, the recipe for llama.cpp converts
+    the saved folder. If configuration entries other than the number of layers changed (`resized`),
+    there are no recipes, since neither tool changes such entries. The exception is the list of
+    layers with an attention window: llama.cpp derives this list itself, or a recipe writes it
+    (`windows`).
 
     Args:
         source: The base model's source.
@@ -156,15 +157,16 @@ def layer_recipes(
 
 
 def _fill_template(name: str, values: Mapping[str, object]) -> str:
-    """Return the text of a program template with its placeholders filled."""
+    """Return the text of a Python program: a template with its placeholders filled."""
     path = Path(__file__).parent / "templates" / f"{name}.py.txt"
     return string.Template(path.read_text(encoding="utf-8")).substitute(values)
 
 
 def find_windows(kind: str, layer_types: Sequence[str]) -> LayerWindows | None:
-    """Find the layers with an attention window, in the form that llama.cpp needs.
+    """List the layers with an attention window, with llama.cpp's name of the architecture.
 
-    Returns None if llama.cpp's rule for the model type `kind` is unknown.
+    Returns None for a model type (`kind`) for which it is unknown how llama.cpp derives the
+    windows.
     """
     if kind not in _WINDOW_PERIODS:
         return None
@@ -178,7 +180,7 @@ def _gguf_path(source: ModelSource) -> str:
 
 
 def _safetensors_path(source: ModelSource, base: ModelIdentity) -> str:
-    """Return mergekit's name of the base model: a folder, or a hub model with its commit."""
+    """Return the base model in mergekit's notation: a folder, or a hub model with its commit."""
     if source.gguf_file:
         return f"./{source.name}"
     if source.is_local:
@@ -199,7 +201,7 @@ def as_safetensors(source: ModelSource, dtype: str) -> str:
 
 
 def mergekit(base: str, dtype: str, layers: Sequence[int]) -> str:
-    """Write mergekit's passthrough configuration, which lists ranges of the base's layers."""
+    """Return a passthrough configuration for mergekit, which lists ranges of the base's layers."""
     slices = []
     # In a run of neighbours, the difference between layer and index stays the same.
     for _, group in groupby(enumerate(layers), lambda item: item[1] - item[0]):
@@ -216,7 +218,7 @@ def prune_command(file: str, removed: Sequence[int]) -> str:
 
 
 def skip_lists(component: Component, layers: Sequence[int]) -> str:
-    """Write the configuration lists of skipped sublayers for LLM-Drop's model classes."""
+    """Return JSON that lists removed attentions or MLPs, as LLM-Drop's model classes read it."""
     lists = {"drop_attn_list": "attention", "drop_mlp_list": "mlp"}
     skipped = {name: [*layers] if part == component else [] for name, part in lists.items()}
     return json.dumps(skipped)
@@ -250,14 +252,14 @@ def format_recipes(
         architecture: The model type in transformers (`model_type`).
         layers: The number of layers.
         file: The GGUF file of the base, or a placeholder name.
-        tied_path: The path of the embedding if it has a format and is tied to the head; otherwise
-            empty.
+        tied_path: The path of the embedding if the embedding is quantised and tied to the output
+            head; otherwise empty.
 
     Returns:
-        Tool → recipe. llama.cpp has a recipe if all formats are GGUF formats and llama.cpp has
-        names for all maps. llm-compressor, mlx-lm and GPTQModel have a recipe if the tool supports
-        all formats and no map is an expert's matrix. GPTQModel also requires that all maps belong
-        to layers.
+        Tool → recipe. There is a recipe for llama.cpp if all formats are GGUF formats and llama.cpp
+        has names for all weights. There are recipes for llm-compressor, mlx-lm and GPTQModel if the
+        tool supports all formats and no weight belongs to an expert. GPTQModel also requires that
+        no weight is outside of the layers.
     """
     recipes = {}
     are_ggufs = all(FORMATS[form].is_gguf for form in formats.values())
@@ -279,7 +281,7 @@ def format_recipes(
 
 
 def _gguf_names(formats: FormatsByPath, architecture: str, layers: int) -> dict[str, list[str]]:
-    """Map paths of linear maps to llama.cpp's tensor names; empty if a map has no such name."""
+    """Map the path of each weight to its tensor names in llama.cpp; empty if any is unknown."""
     import gguf
 
     plain_name = _plain_name(_ARCHITECTURES.get(architecture, architecture))
@@ -295,7 +297,7 @@ def _gguf_names(formats: FormatsByPath, architecture: str, layers: int) -> dict[
 
 
 def _split_gate_up(path: str) -> list[str]:
-    """Split the path of a fused gate-up map of experts into two paths, as llama.cpp does."""
+    """Replace the path of a fused gate-and-up weight of experts by the paths of its two halves."""
     if not _EXPERTS_PATH.search(path) or "gate_up_proj" not in path:
         return [path]
     return [path.replace("gate_up_proj", half) for half in ("gate_proj", "up_proj")]
@@ -314,8 +316,8 @@ def tensor_types(formats: Mapping[str, str]) -> list[tuple[str, str]]:
             `blk.3.ffn_down.weight`.
 
     Returns:
-        One entry for each pair of format and map name; its regular expression covers all layers
-        with this format.
+        One entry for each pair of a tensor name without layer number (e.g. `ffn_down`) and a
+        format. The entry's regular expression matches this tensor in all layers with this format.
     """
     types, blocks = [], dict[tuple[str, str], list[int]]()
     for tensor, form in formats.items():
@@ -337,7 +339,7 @@ def _gguf_type(form: str) -> str:
 def quantise_command(formats: Mapping[str, str], file: str, is_tied: bool = False) -> str:
     """Write the llama-quantize command; weights that are not in `formats` are stored as f16.
 
-    If `is_tied` is true, the head gets the embedding's format.
+    If `is_tied` is true, the output head is stored in the embedding's format.
     """
     names = [name for name in _GGUF_EMBEDDINGS if name in formats]
     types = {name: _gguf_type(formats[name]) for name in names}
@@ -355,8 +357,8 @@ def quantise_command(formats: Mapping[str, str], file: str, is_tied: bool = Fals
 def llm_compressor(formats: FormatsByPath, tied: str = "") -> str:
     """Write a recipe for llm-compressor, with one configuration group per weight format.
 
-    `tied` is the path of an embedding that is tied to the head. The recipe leaves this embedding
-    out, because llm-compressor would round only the embedding or only the head.
+    `tied` is the path of an embedding that is tied to the head. The recipe does not quantise this
+    embedding, because llm-compressor would quantise only one of embedding and head.
     """
     groups = {}
     by_format = group_by((path for path in formats if path != tied), lambda path: formats[path])
@@ -380,8 +382,8 @@ def mlx_lm(formats: FormatsByPath) -> str:
     """Write the entry `quantization` of `config.json` for mlx-lm, with settings per module.
 
     mlx-lm's `convert` accepts the same settings through `quant_predicate`, which must return False
-    for all other modules. `convert` skips modules whose rows do not divide into whole groups of the
-    global group size. So the global group size is the smallest group size of any module.
+    for all other modules. `convert` skips a module if its number of inputs is not a multiple of the
+    global group size. So the global group size is set to the smallest group size of any module.
 
     References:
         mlx_lm/utils.py (`quantize_model`, `load_model`) of github.com/ml-explore/mlx-lm at d78bf58.
@@ -420,7 +422,7 @@ FACTS_FILE = "tracker.json"
 
 
 def write_card(model: ExportedModel, folder: Path) -> None:
-    """Write the model card `README.md`, and the same facts to `tracker.json`."""
+    """Write the model card to `README.md`, and the facts on the card to `tracker.json`."""
     from huggingface_hub import ModelCard
 
     front_matter = _front_matter(model).to_yaml(line_break="\n")
@@ -445,7 +447,7 @@ def _template() -> Template:
 
 
 def _front_matter(model: ExportedModel) -> Any:
-    """Build the metadata that the hub reads at the top of a model card."""
+    """Build the metadata at the top of a model card, which the Hugging Face hub reads."""
     from huggingface_hub import EvalResult, ModelCardData
 
     results = [
@@ -470,7 +472,7 @@ def _front_matter(model: ExportedModel) -> Any:
 
 
 def _is_on_the_hub(model: ExportedModel) -> bool:
-    """Return whether the base model was loaded from the hub."""
+    """Return whether the base model was loaded from the Hugging Face hub."""
     try:
         check_name(model.base.source)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Make changed copies of a model for export, and find the searches and runs that chose a change.
+"""Make changed copies of a model for export, and find the searches that chose a change.
 
 A change removes layers, repeats layers, or rounds weights to quantised formats.
 """
@@ -40,11 +40,11 @@ def rounding(formats: Mapping[str, str]) -> ModelChange:
     """Return the change that rounds weights to quantised formats.
 
     Args:
-        formats: Format of each unit. A unit is a matrix (`3.mlp.down_proj`), a whole layer (`3`),
+        formats: Name → format. A name is a matrix (`3.mlp.down_proj`), a whole layer (`3`),
             `embedding` or `lm_head`.
 
     Returns:
-        The change, without the documents and searches that chose it.
+        The change. Its fields for the documents and searches that chose the formats are empty.
     """
     units = [Change.parse(f"{form}:{name}") for name, form in formats.items()]
     return ModelChange(Ablation.from_changes(*units))
@@ -53,7 +53,7 @@ def rounding(formats: Mapping[str, str]) -> ModelChange:
 def layer_change(
     remove: Sequence[int], repeat: Sequence[int], repeats: int | None, component: Component
 ) -> ModelChange:
-    """Return the change for the options of `export`; raise RequestError if they are invalid."""
+    """Return the change that the options of `export` describe; raise RequestError if invalid."""
     if repeats is not None and not repeat:
         raise RequestError("--repeats needs the layers that are repeated: add --repeat 8-11")
     if not repeat:
@@ -92,7 +92,7 @@ def _refuse_sublayers(component: Component, layers: Sequence[int]) -> None:
 
 
 def refuse_units(units: Collection[Component]) -> None:
-    """Raise RequestError if searches did not remove layers, since only layers can be exported."""
+    """Raise RequestError unless searches removed whole layers; other removals are not saved."""
     other_units = sorted(set(units) - {"layer"})
     if other_units:
         raise RequestError(
@@ -107,12 +107,12 @@ class ChangedModel(NamedTuple):
     Attributes:
         model: The changed copy of the model.
         kept_layers: For each layer of the copy, the number of the original layer.
-        bytes: Number of bytes of the copy's weights in a file that stores each weight in its
+        bytes: Size in bytes of a file that stores each of the copy's weights in its quantised
             format.
         recipes: Tool → recipe to make the same model with this tool.
-        resized: Names of changed entries of the copy's configuration, except for the number of
-            layers.
-        formats: Path of each rounded weight → its format.
+        resized: Names of the configuration entries in which the copy differs from the model, except
+            for the number of layers.
+        formats: Path of each quantised weight → the weight's format.
     """
 
     model: PreTrainedModel
@@ -180,14 +180,14 @@ def rounded_weights(source: ModelSource, loaded: LoadedModel, change: ModelChang
 
 
 def _stored_format(form: str, inputs: int) -> WeightFormat:
-    """Return the format for rows of `inputs` weights: `form`, or its fallback for such rows."""
+    """Return `form`, or its replacement if rows of `inputs` weights do not fit this format."""
     stored_format = FORMATS[form].for_rows(inputs)
     assert stored_format is not None  # it has been measured
     return stored_format
 
 
 def add_origin(change: ModelChange, ledger: Ledger, model: ModelIdentity) -> ModelChange:
-    """Return a change with the searches and runs that chose its layers, unless it has them."""
+    """Return a change, completed with the searches or documents that chose its layers."""
     if change.stretch is not None:
         return find_repetition(ledger, model, change.stretch)
     if change.order and change.strategy is None:
@@ -196,7 +196,7 @@ def add_origin(change: ModelChange, ledger: Ledger, model: ModelIdentity) -> Mod
 
 
 def find_removal(ledger: Ledger, model: ModelIdentity, removed: tuple[int, ...]) -> ModelChange:
-    """Find the searches that chose to remove the given layers of a model.
+    """Return the removal of given layers, with the searches in the ledger that chose these layers.
 
     Args:
         ledger: The results folder.
@@ -204,10 +204,10 @@ def find_removal(ledger: Ledger, model: ModelIdentity, removed: tuple[int, ...])
         removed: The numbers of the removed layers.
 
     Returns:
-        The change, with the searches whose final result removes exactly these layers. If no final
-        result matches, searches with an earlier step that removes exactly these layers count. If
-        some of these searches used calibration documents, the other searches do not count. Without
-        any such search, the change has no origin.
+        The change, with the searches whose final result removes exactly these layers. If there are
+        none, searches with an earlier step that removes exactly these layers are used. If some of
+        the searches used calibration documents, only these searches are used. If there are no such
+        searches, the change names none.
     """
     contents = ledger.contents()
     choices = [
@@ -225,7 +225,7 @@ def find_removal(ledger: Ledger, model: ModelIdentity, removed: tuple[int, ...])
 
 
 def find_repetition(ledger: Ledger, model: ModelIdentity, repetition: Change) -> ModelChange:
-    """Return the change that repeats layers, with the calibration documents of its runs."""
+    """Return a repetition of layers, with the calibration documents that measured it."""
     calibration = []
     for store in ledger.cells():
         benchmark = store.identity.benchmark
@@ -257,8 +257,8 @@ def removal_by_search(
 ) -> ModelChange:
     """Return the change for a search's final removal, with the documents and cells that chose it.
 
-    `deciding` are the documents on which this removal was chosen among the removals of several
-    searches; None if there was no such choice.
+    If the best of several searches was chosen on some documents, `deciding` are these documents;
+    otherwise None.
     """
     change = _build_removal(ledger.contents(), [(record, record.steps[-1])])
     return replace(change, documents=(*change.documents, *filter(None, [deciding])))
@@ -267,7 +267,7 @@ def removal_by_search(
 def _build_removal(
     contents: Contents, choices: Sequence[tuple[PruneRecord, PruneStep]]
 ) -> ModelChange:
-    """Build the change for a removal of layers, from the (search, step) pairs that chose it."""
+    """Build a removal of layers from the steps of searches that chose to remove these layers."""
     records = [record for record, _ in choices]
     record, step = choices[0]
     order = record.order[: len(step.removed)]
@@ -292,14 +292,14 @@ def _accuracy(record: PruneRecord, step: PruneStep) -> Accuracy:
 
 
 def _strategy_text(record: PruneRecord, step: PruneStep) -> str:
-    """Describe the strategy of a search, with the step's number unless it is the last step."""
+    """Return the name of a search's strategy, with the step's number if it is not the last step."""
     number = record.steps.index(step) + 1
     is_complete = number == len(record.steps)
     return record.label if is_complete else f"{record.label}, step {number} of {len(record.steps)}"
 
 
 def _tracked_cells(contents: Contents, records: Sequence[PruneRecord]) -> tuple[CellRecord, ...]:
-    """Return the records of the cells that the searches measured for their steps."""
+    """Return the records of the cells (results on a benchmark) that the searches measured."""
     tracked = {cell for record in records for cell in record.rests_on}
     keys = {key for key, *_ in tracked}
     views = [view for view in contents.views if view[0].identity.key in keys]
@@ -308,18 +308,18 @@ def _tracked_cells(contents: Contents, records: Sequence[PruneRecord]) -> tuple[
 
 
 def _documents_text(documents: CalibrationSet) -> str:
-    """Describe calibration documents: number, benchmark and part, e.g. `(calibration)`."""
+    """Describe calibration documents, e.g. `500 documents of arc_easy (calibration)`."""
     part = f" ({documents.part})" if documents.part else ""
     return f"{count_text(documents.n, 'document')} of {documents.benchmark}{part}"
 
 
 def unused_documents(n: int) -> str:
-    """Describe `n` documents that were not used to choose the change."""
+    """Return a text for the card about `n` documents that were not used to choose the change."""
     return f"{count_text(n, 'document')} that chose nothing"
 
 
 def count_choosing(ledger: Ledger, change: ModelChange, store: CellStore, extent: Extent) -> int:
-    """Count the documents in `extent` that were also used to choose the changed layers."""
+    """Count the documents in `extent` (requested documents) that were used to choose the change."""
     cells = {cell.identity.key: cell for cell in ledger.cells()}
     keys: set[tuple[str, str, int]] = set()
     for calibration in change.documents:
@@ -329,6 +329,6 @@ def count_choosing(ledger: Ledger, change: ModelChange, store: CellStore, extent
 
 
 def _doc_keys(store: CellStore, docs: Mapping[str, Sequence[int]]) -> set[tuple[str, str, int]]:
-    """Return (task, split, number) of each document, which identifies it in every cell."""
+    """Return (task, split, number) of each document, to compare documents of different cells."""
     splits = {task.name: task.split for task in store.identity.benchmark.tasks}
     return {(task, splits[task], n) for task, numbers in docs.items() for n in numbers}

@@ -1,7 +1,7 @@
 """Save a changed model as a checkpoint that plain transformers can load.
 
-First, a fresh process proves that the saved files give the results of the measured model. Then the
-model is published to the tracking backends, with links to the cells that chose the change.
+First, a fresh process checks that the saved files give the results of the measured model. Then the
+model is published to the tracking backends, with links to the results that chose the change.
 """
 
 from __future__ import annotations
@@ -62,13 +62,14 @@ class ExportRequest:
 
     Attributes:
         change: The change of the model.
-        request: The model, and the benchmark for the proof and for the metrics on the card.
+        request: The model, and the benchmark on which the saved files are checked and whose metrics
+            the card shows.
         has_benchmark: False if the request's benchmark is only a placeholder.
         output: The folder to create.
         ledger: The results folder.
         options: Options such as the device, and whether code from a download is trusted.
         track: The tracking backends to which the model is published.
-        project: The project for backends in `track` that are given without a project.
+        project: The project for entries of `track` that name no project.
         register: The name under which MLflow's registry gets the model; None to register no model.
     """
 
@@ -103,7 +104,7 @@ def refuse_output(output: Path) -> None:
 
 
 def export(request: ExportRequest, progress: Progress) -> ExportedModel:
-    """Save a changed model as a checkpoint, prove it, and publish it.
+    """Save a changed model as a checkpoint, check the saved files, and publish the model.
 
     Args:
         request: The model, the change, the output folder and the options.
@@ -170,14 +171,15 @@ def publish(
 
     Args:
         model: The saved model.
-        source_cells: The cells that chose the change, or that measured the changed model.
+        source_cells: Results (records of cells) that chose the change, or that measured the changed
+            model.
         track: The tracking backends, each as `BACKEND` or `BACKEND:PROJECT`.
-        project: The project for backends that are given without a project.
+        project: The project for entries of `track` that name no project.
         results: The results folder.
         register: The name under which MLflow's registry gets the model; None to register no model.
 
     Returns:
-        The model, with its location in each backend, and the errors of failed backends.
+        `model` with `locations` (by backend) and `unpublished` (error of each failed backend) set.
     """
     folder, facts, figures = model.folder.absolute(), model.as_json(), model.figures()
     saved = SavedModel(folder, model.name, facts, figures, tuple(source_cells), register)
@@ -196,7 +198,7 @@ def publish(
 def _measure_cost(
     request: ExportRequest, progress: Progress
 ) -> tuple[CellRecord | None, MeasuredCell | None]:
-    """Measure the changed model on the benchmark if needed; return the record and the cell."""
+    """Return the changed model's results on the benchmark, after measuring missing results."""
     cell, record, ledger = request.request, None, request.ledger
     ablation = request.change.ablation
     if request.change.kind != "quantised":  # the choice of formats was measured as a whole
@@ -214,7 +216,7 @@ def _measure_cost(
 def _write_checkpoint(
     request: ExportRequest, source: ModelSource, folder: Path, progress: Progress
 ) -> tuple[ExportedModel, ExpectedAnswers]:
-    """Write the checkpoint, and compute the answers that its proof must reproduce.
+    """Write the checkpoint; return its facts, and the logits that the saved files must reproduce.
 
     No model stays in memory after the call, because the process that proves the files needs the
     memory.
@@ -256,7 +258,7 @@ def _write_checkpoint(
 
 
 def _write_formats(model: ExportedModel, folder: Path) -> None:
-    """Write one file with the format of each weight, and one file per tool's recipe."""
+    """Write a file with the format of each weight, and the recipe for each tool to its own file."""
     facts = {"tracker": __version__, "base": model.base.source, "formats": model.formats}
     (folder / FORMATS_FILE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     for recipe in ordered_recipes(model.recipes):
@@ -277,7 +279,7 @@ def _timing_conditions(answers: ExpectedAnswers, dtype: str, length: int) -> str
 def _accuracy(
     record: CellRecord | None, cell: MeasuredCell, change: ModelChange, ledger: Ledger
 ) -> Accuracy:
-    """Return a cell's metric before and after the change, with a description of its documents."""
+    """Return the benchmark's metric before and after the change, and describe the documents."""
     benchmark, metric = cell.store.identity.benchmark, cell.metric
     title, shots = benchmark.title, benchmark.num_fewshot
     if record is None:

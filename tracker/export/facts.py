@@ -20,7 +20,7 @@ from tracker.schema.records import CellRecord
 
 @dataclass(frozen=True)
 class Accuracy:
-    """A benchmark's metric before and after a change; accuracies are fractions from 0 to 1.
+    """A benchmark's metric, e.g. accuracy (from 0 to 1), before and after a change of a model.
 
     Attributes:
         benchmark: The benchmark's name.
@@ -45,7 +45,7 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class Size:
-    """A model's number of layers, parameters and bytes of weights; tied weights count once."""
+    """Number of layers, number of parameters and bytes of weights; tied weights count once."""
 
     layers: int
     parameters: int
@@ -62,13 +62,13 @@ class Proof:
             in memory.
         tasks: The tasks that lm-eval scored; empty without a benchmark.
         documents: The number of documents that lm-eval scored.
-        figure: Name of the metric → its value from lm-eval, which equals tracker's value up to
-            rounding if there are no `ties`. Empty unless lm-eval scored exactly the measured
-            documents and all belong to one task.
+        figure: Name of the metric → lm-eval's value, which equals tracker's value up to rounding if
+            `ties` is 0. Empty unless lm-eval scored exactly the measured documents, and these
+            belong to one task.
         loglikelihood: The largest difference between lm-eval's and tracker's log-likelihood of the
             same request, in nats.
-        ties: Number of documents whose metrics differ only because rounding decides between two
-            answers.
+        ties: Number of documents whose metrics differ only because rounding changes the order of
+            two nearly equal answers.
         versions: The versions of transformers and lm-eval.
     """
 
@@ -82,7 +82,7 @@ class Proof:
     versions: dict[str, str] = field(default_factory=dict)
 
     def sentences(self) -> list[str]:
-        """Describe the result of the proof in one or two sentences, for the card."""
+        """Return one or two sentences for the model card about the result of the comparison."""
         difference = self.difference
         precision = "bit by bit" if difference == 0 else f"to within {difference:.1e} (rounding)"
         sentences = [
@@ -119,10 +119,10 @@ class ModelChange:
         strategy: The strategy that chose the layers; None if a user named them.
         calibration: Description of the documents on which the change was chosen; None if no
             documents were used.
-        tested: Metrics before and after the change, on documents that were not used to choose the
-            change.
-        chosen_by: The cells whose results chose the change; tracking backends link the model to
-            them.
+        tested: Metrics before and after the change, measured on documents that were not used to
+            choose the change.
+        chosen_by: Records of the measurements that chose the change. Tracking backends link the
+            model to these measurements.
         documents: The documents on which the change was chosen.
     """
 
@@ -143,17 +143,17 @@ class ModelChange:
 
     @property
     def tags(self) -> tuple[str, ...]:
-        """The hub's tags for the model card, such as `layer-pruning`."""
+        """Tags of the model on the Hugging Face hub, such as `layer-pruning`."""
         return _TAGS[self.kind]
 
     @property
     def stretch(self) -> Change | None:
-        """The repeated range of layers; None if no layers are repeated."""
+        """The repetition of a range of layers; None if no layers are repeated."""
         return next(iter(self.ablation.repetitions), None)
 
     @property
     def clause(self) -> str:
-        """A clause that describes the change, for use within a sentence."""
+        """A description of the change for use within a sentence, e.g. on the model card."""
         if self.stretch is not None:
             return self.stretch.clause
         if formats := Counter(unit.intervention for unit in self.ablation.roundings):
@@ -179,18 +179,19 @@ class ExportedModel:
         kept_layers: For each layer of the saved model, the number of the original layer, e.g. for
             later distillation.
         before: The size of the original model.
-        after: The size of the saved model, in a file that stores each weight in its format.
-        faster: Speed of forward passes relative to the original model: median and quartiles over
-            timings that alternate between the two models. None if other work on the machine
-            disturbed the timing.
+        after: The size of the saved model. Bytes are those of a file that stores each weight in its
+            quantised format.
+        faster: Speed of forward passes as a multiple of the original model's speed: median and
+            quartiles over timings that alternate between the two models. None if other work on the
+            machine disturbed the timing.
         speed_on: Description of the hardware and the texts of the timing; empty if not measured.
         recipes: Tool → recipe to make the same model with this tool; empty if no tool can make the
             model.
         resized: Names of changed configuration entries, except for the number of layers.
         formats: Path of each rounded weight → its format.
-        accuracy: Metrics before and after the change; the metric that this export measured comes
-            first.
-        proof: Result of proving that the saved files give the measured results.
+        accuracy: Metrics before and after the change; a metric that was measured for this export
+            comes first.
+        proof: Result of the check that the saved files give the measured results.
         locations: Tracking backend → location of the published model.
         unpublished: Tracking backend → error; contains the backends to which the model could not be
             published.
@@ -247,7 +248,7 @@ class ExportedModel:
         )
 
     def figures(self) -> dict[str, float]:
-        """Return the model's numeric facts as name → value; every backend accepts the names."""
+        """Return the model's numeric facts; every tracking backend accepts the names."""
         kind = self.change.kind
         figures: dict[str, float] = {
             f"{name}/{quantity}": number

@@ -49,8 +49,8 @@ class ExpectedAnswers:
     """Tokens and logits of the changed model in memory, which the saved files must reproduce.
 
     Attributes:
-        tokens: The tokens of each of `PROOF_TEXTS`.
-        logits: The logits of each of `PROOF_TEXTS`, in float32.
+        tokens: The token ids of each text in `PROOF_TEXTS`.
+        logits: The logits of each text in `PROOF_TEXTS`, in float32.
         n_parameters: The number of the model's parameters.
         is_half: True if the model computes in half precision.
         device: The device that computed the logits.
@@ -85,11 +85,11 @@ def expected_answers(loaded: LoadedModel, model: PreTrainedModel, device: str) -
 
 @dataclass(frozen=True)
 class MeasuredCell:
-    """Measured outcomes of a benchmark's documents under the change that is saved.
+    """Measured results of the changed model that is saved, for each document of a benchmark.
 
     Attributes:
         request: The model and the benchmark.
-        store: The cell with the outcomes.
+        store: The stored results.
         ablation: The change of the model that is saved.
     """
 
@@ -99,7 +99,7 @@ class MeasuredCell:
 
     @property
     def metric(self) -> str:
-        """Name of the requested metric."""
+        """Name of the metric that the request names, or of the benchmark's own metric."""
         return self.store.views.view_of(self.request).metric
 
     @cached_property
@@ -114,16 +114,16 @@ class MeasuredCell:
 
     @cached_property
     def level(self) -> Estimate:
-        """The metric of the changed model."""
+        """The value of the metric for the changed model."""
         return self._level(self.ablation)
 
     @property
     def baseline(self) -> Estimate:
-        """The metric of the intact model."""
+        """The value of the metric for the intact model."""
         return self._level(INTACT)
 
     def _level(self, ablation: Ablation) -> Estimate:
-        """Return the metric under an ablation."""
+        """Return the requested metric of the model under an ablation."""
         view = self.store.views.view_of(self.request).model_copy(update={"removed": (), "runs": ()})
         outcomes = AlignedOutcomes(self.store, view, extra_ablations=[self.ablation])
         return outcomes.metric_outcomes([ablation]).level(0)
@@ -137,12 +137,12 @@ def prove(
     Args:
         checkpoint: The folder of the checkpoint.
         expected: The tokens and logits of the changed model in memory.
-        cell: The measured outcomes on a benchmark, which lm-eval must reproduce; None to compare
-            only logits.
+        cell: The measured results on a benchmark, which lm-eval must reproduce with the checkpoint;
+            None to compare only logits.
         trust_remote_code: True if code in the checkpoint's folder is trusted and can run.
 
     Returns:
-        The proof.
+        The result of the comparison.
 
     Raises:
         WorkError: The checkpoint does not load, or gives other results; the message states the
@@ -187,7 +187,7 @@ def prove(
 
 
 def _run_reference(question: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Run the proof's program in a fresh process without tracker, and return its results."""
+    """Load and score the checkpoint in a fresh process without tracker; return its results."""
     file = folder / "question.json"
     file.write_text(json.dumps(question), encoding="utf-8")
     process = subprocess.run(
@@ -225,7 +225,7 @@ def _refuse_other_model(answer: Answer, expected: ExpectedAnswers) -> None:
 
 
 def _compare_logits(logits: Sequence[torch.Tensor], expected: ExpectedAnswers) -> float:
-    """Return the largest difference from the expected logits; raise WorkError above rounding."""
+    """Return the largest difference from the expected logits; raise WorkError if it is large."""
     max_nats, max_share = HALF_TOLERANCE if expected.is_half else SINGLE_TOLERANCE
     largest = 0.0
     for text, their_logits, our_logits in zip(PROOF_TEXTS, logits, expected.logits, strict=True):
@@ -240,7 +240,7 @@ def _compare_logits(logits: Sequence[torch.Tensor], expected: ExpectedAnswers) -
 
 
 def _compare_outcomes(answer: Answer, cell: MeasuredCell, is_half: bool) -> tuple[float, int]:
-    """Compare lm-eval's results with the cell; return the largest difference and number of ties."""
+    """Compare lm-eval's and measured results; return the largest difference and number of ties."""
     frame = cell.store.read()
     rows = frame[frame["ablation"] == cell.ablation.name].set_index(["task", "doc"])
     largest, ties, keys = 0.0, set(), set()
@@ -271,7 +271,7 @@ def _compare_outcomes(answer: Answer, cell: MeasuredCell, is_half: bool) -> tupl
 
 
 def _compare_figure(answer: Answer, cell: MeasuredCell, ties: int) -> dict[str, float]:
-    """Return lm-eval's metric of a single task; raise WorkError if tracker's metric differs."""
+    """Return {metric: lm-eval's value}; raise WorkError if tracker measured another value."""
     if len(answer["results"]) != 1:
         return {}
     (row,) = answer["results"].values()
@@ -285,7 +285,7 @@ def _compare_figure(answer: Answer, cell: MeasuredCell, ties: int) -> dict[str, 
 
 
 def _answer_difference(row: Mapping[str, Any], answers: Sequence[Any]) -> float:
-    """Return the largest difference between lm-eval's and the measured log-likelihoods, in nats."""
+    """Return the largest difference of a document's log-likelihoods, lm-eval's vs. measured."""
     if answers and isinstance(answers[0], str):
         return 0.0
     values = [float(answer[0] if isinstance(answer, list) else answer) for answer in answers]
@@ -296,13 +296,13 @@ def _answer_difference(row: Mapping[str, Any], answers: Sequence[Any]) -> float:
 
 
 def _rounding_limit(row: Mapping[str, Any], is_half: bool) -> float:
-    """Return the largest difference of log-likelihoods, in nats, that rounding can explain."""
+    """Return the largest difference of log-likelihoods (in nats) that counts as rounding error."""
     max_nats, max_share = HALF_TOLERANCE if is_half else SINGLE_TOLERANCE
     return max_nats + max_share * max(abs(float(value)) for value in row["loglikelihoods"])
 
 
 def _values_agree(a: Any, b: Any) -> bool:
-    """Return whether two metric values are equal up to rounding; `a` can be a list as JSON text."""
+    """Return whether two metric values are equal up to rounding; `a` can be JSON text of a list."""
     if isinstance(a, str):
         pair = json.loads(a)
         return len(pair) == len(b) and all(map(_is_close, pair, b))

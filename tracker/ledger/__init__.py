@@ -1,8 +1,8 @@
-"""Store measured outcomes in a results folder (ledger) of plain files.
+"""Store the measured result (outcome) of each document in a results folder (ledger) of files.
 
 Modules:
-    blocks: Divide documents into the blocks that are computed and locked together.
-    cache: Keep a per-user cache, and decide when to trust it.
+    blocks: Divide documents into blocks; one process computes a block at a time.
+    cache: Keep a per-user cache that ignores entries which others can have written.
     cells: Read and write one cell: the outcomes of one model on one benchmark.
     files: Write files atomically, with locks and digests.
     outcomes: Define the columns of a shard, which is a file of outcomes.
@@ -10,5 +10,5 @@ Modules:
     store: Read and write the results folder.
     texts: Store the texts of documents.
     verify: Verify a results folder, and compare two copies.
-    views: Name cells, and store the requested runs and documents of a cell (views).
+    views: Name cells, and store which runs and documents of a cell were requested (views).
 """

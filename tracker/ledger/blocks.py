@@ -1,4 +1,4 @@
-"""Divide a task's documents into blocks, which are computed and locked as a whole."""
+"""Divide a task's documents into blocks; a process locks a whole block and computes it."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ MAX_OUTCOMES = 2048
 
 @dataclass(frozen=True, order=True)
 class Block:
-    """Up to `BLOCK_SIZE` consecutive documents of one task, in a random order or the task's order.
+    """Up to `BLOCK_SIZE` documents of one task that are consecutive in a given order.
 
     Attributes:
         task: The lm-eval task.
-        number: The 0-based number of the block in the order of the documents.
-        seed: The seed of the random order; None for the task's own order.
+        number: The 0-based number of the block in this order.
+        seed: The seed of the order if the documents are in random order; None for the task's own
+            order.
     """
 
     task: str
@@ -39,10 +40,9 @@ class Block:
 
 
 class ScheduledBlock(NamedTuple):
-    """A block to measure, with its size and its place in the order of all documents.
+    """A block to measure, its number of documents, and the end of its part of a document order.
 
-    `end` is the number of documents from the beginning of the order that are measured once this
-    block is finished.
+    When this block is finished, the first `end` documents of the order have been measured.
     """
 
     block: Block
@@ -60,7 +60,8 @@ def schedule_blocks(
 
     Args:
         order: The task of each document, in the order of the documents.
-        counts: Total number of documents of each task; `order` can contain fewer.
+        counts: Total number of documents of each task; `order` can contain only some of these
+            documents.
         seed: The seed of the order; None for the tasks' own order.
 
     Returns:
@@ -80,15 +81,15 @@ def schedule_blocks(
 def split_missing(
     missing: Mapping[tuple[str, ...], Sequence[int]],
 ) -> Iterator[tuple[tuple[str, ...], Sequence[int]]]:
-    """Split a block's missing outcomes into portions, so that a killed process loses little work.
+    """Split the missing outcomes of a block into portions that are computed and written in turn.
 
     Args:
         missing: Names of ablations → numbers of the documents that lack the outcomes of exactly
             these ablations.
 
     Yields:
-        A portion: names of ablations, and numbers of documents that lack their outcomes. A portion
-        has at most `MAX_OUTCOMES` outcomes, or one document.
+        Names of ablations, and numbers of documents to measure under these ablations: at most
+        `MAX_OUTCOMES` outcomes, or one document. So a killed process loses little work.
     """
     for names, documents in missing.items():
         size = max(1, MAX_OUTCOMES // len(names))
@@ -98,6 +99,6 @@ def split_missing(
 
 @lru_cache(maxsize=256)
 def document_positions(task: str, documents: Sequence[int], seed: int | None) -> Mapping[int, int]:
-    """Map each document number of a task to its position in the random order of a seed."""
+    """Map each document number to its position in the random order of `seed` (None = as given)."""
     order = documents if seed is None else random_order(seed, task, documents)
     return {number: position for position, number in enumerate(order)}

@@ -1,13 +1,12 @@
-"""Keep a per-user cache, and decide when to trust it.
+"""Keep a per-user cache, and ignore entries that other users can have written.
 
-An entry of the cache decides, for example, which models are read and which sharing is exact. The
-digest of an entry shows damage, but does not show who wrote the entry. So an entry is trusted only
-if nobody except this user and root can have written it. Otherwise the entry is computed again.
-Trust is decided by the owners and permissions of files on POSIX systems. On other systems, every
-entry is trusted.
+An entry decides, for example, which model files are read. The digest of an entry reveals damage,
+but not who wrote the entry. So an entry is trusted only if nobody except this user and root can
+have written it. Otherwise the entry is computed again. Trust is decided by the owners and
+permissions of files on POSIX systems. On other systems, every entry is trusted.
 
-Results of self-checks are stored, so that each check runs once per user. The check results are
-stored in the results folder, since its figures depend on them, and in the cache, for use in other
+Results of self-checks are stored, so that each check runs once per user. Check results are stored
+in the results folder, since the results depend on these checks, and in the cache, for use in other
 results folders. If others can write a results folder, its check results are not trusted, and the
 cache is used instead.
 """
@@ -60,7 +59,8 @@ def is_private(path: Path, root: Path) -> bool:
 
     Returns:
         True if `path` and all folders up to `root` belong to this user or to the superuser, are not
-        links, and cannot be reached and written by others. OSError is raised if `path` is missing.
+        links, and are protected from changes by other users. OSError is raised if `path` is
+        missing.
     """
     is_exposed = False
     for checked in (path, *path.parents):
@@ -83,7 +83,7 @@ def recall(kind: str, key: str) -> dict[str, Any]:
 
 
 def keep(kind: str, key: str, content: Mapping[str, Any]) -> None:
-    """Write an entry to the cache, if the cache can be written and is trusted."""
+    """Write an entry to the cache; do nothing if the cache is not writable or not trusted."""
     root = cache_folder()
     with suppress(OSError, WorkError):
         _make_private(root / kind)
@@ -92,7 +92,7 @@ def keep(kind: str, key: str, content: Mapping[str, Any]) -> None:
 
 
 def read_trusted(root: Path, kind: str, key: str) -> dict[str, Any]:
-    """Return the content of an entry under `root`; empty if it is missing or not trusted."""
+    """Return the content of an entry under `root`; {} if the entry is missing or not trusted."""
     path = note_path(root, kind, key)
     with suppress(OSError):
         path.lstat()
@@ -162,7 +162,7 @@ class Checks:
         self._root = root
 
     def recall(self, key: str) -> str | None:
-        """Return a verdict from results folder or cache; None if it is missing or not trusted."""
+        """Return a stored verdict from the results folder or the cache; None if there is none."""
         for root in (self._root, cache_folder()):
             verdict = read_trusted(root, _CHECKS_KIND, key).get("verdict")
             if verdict is not None:
@@ -172,7 +172,7 @@ class Checks:
         return None
 
     def keep(self, key: str, verdict: str) -> None:
-        """Write a verdict to the results folder and to the cache, where they can be written."""
+        """Write a verdict to the results folder and the cache, as far as these are writable."""
         self._write_note(key, verdict)
         keep(_CHECKS_KIND, key, {"verdict": verdict})
 

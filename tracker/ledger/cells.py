@@ -1,4 +1,4 @@
-"""Read and write one cell: files of outcomes (shards), requested views and derived records."""
+"""Read and write the files of one cell, i.e. of the results of one model on one benchmark."""
 
 from __future__ import annotations
 
@@ -44,10 +44,11 @@ log = logging.getLogger(__name__)
 
 
 class CellStore:
-    """Files of one cell, which holds the outcomes of one model on one benchmark.
+    """Files of one cell: the results of one model on one benchmark, by document and ablation.
 
-    `copies` are copies of the cell in other results folders, whose outcomes are also read. `views`
-    holds the cell's requested views, and `texts` the texts of its documents.
+    An outcome is the result of one document under one ablation; a shard is a file of outcomes.
+    Outcomes in `copies`, the same cell in other results folders, are read too. `views` stores which
+    runs and documents were requested, and `texts` stores the documents' texts.
     """
 
     def __init__(
@@ -64,16 +65,16 @@ class CellStore:
         """Shard read so far that must not be mixed with the other shards → what to do."""
 
     def task_documents(self, extent: Extent) -> dict[str, Sequence[int]]:
-        """Map each task to its document numbers in `extent`, in the order of measurement."""
+        """Map each task to the numbers of its requested documents, in the order of measurement."""
         tasks = self.identity.benchmark.tasks
         return {task.name: extent.select(task.name, task.numbers) for task in tasks}
 
     def counts(self, extent: Extent = ALL_DOCUMENTS) -> dict[str, int]:
-        """Map each task to its number of documents in `extent`."""
+        """Map each task to its number of requested documents (`extent`)."""
         return {task: len(documents) for task, documents in self.task_documents(extent).items()}
 
     def blocks(self, extent: Extent) -> list[Block]:
-        """List the blocks that contain the documents in `extent`, task by task, in order."""
+        """List the blocks of the requested documents (`extent`), task by task."""
         seed = None if extent.sample is None else extent.seed
         return [
             Block(task, number, seed)
@@ -88,12 +89,12 @@ class CellStore:
     def missing_outcomes(
         self, block: Block, extent: Extent, ablations: Collection[str]
     ) -> dict[tuple[str, ...], list[int]]:
-        """Group a block's documents by the ablations for which they have no outcome yet.
+        """Group a block's requested documents by the ablations that are not measured on them yet.
 
-        Returns a dict that maps names of ablations to the numbers of the documents without an
-        outcome under exactly these ablations. The names are in the order of `ablations`. Outcomes
-        that were measured in another order of the documents count too. Documents that lack no
-        outcome are left out.
+        Returns a dict that maps each set of ablations to the documents that still lack outcomes
+        under all of these ablations and no others. The names are in the order of `ablations`. Only
+        the documents in `extent` are considered. Outcomes that were measured in another order of
+        the documents also count. Documents that lack no outcome are left out.
         """
         frame = self.read_block(block, extent, ["doc", "ablation"])
         measured = set(zip(frame["doc"], frame["ablation"], strict=True))
@@ -106,20 +107,20 @@ class CellStore:
         return groups
 
     def documents(self, block: Block, extent: Extent) -> Sequence[int]:
-        """List the numbers of a block's documents that are in `extent`, in order."""
+        """List the numbers of a block's requested documents, in the order of measurement."""
         first = block.number * BLOCK_SIZE
         return self.task_documents(extent)[block.task][first : first + BLOCK_SIZE]
 
     def read_block(
         self, block: Block, extent: Extent, columns: list[str] | None = None
     ) -> pd.DataFrame:
-        """Read the outcomes of one block's documents in `extent`, as a data frame."""
+        """Read the outcomes of a block's requested documents (`extent`) as a data frame."""
         documents = self.documents(block, extent)
         frame = self.read([block, *self._other_blocks(block, documents)], columns)
         return frame[frame["doc"].isin(documents)]
 
     def _other_blocks(self, block: Block, documents: Iterable[int]) -> Iterator[Block]:
-        """Yield the blocks of other random orders that contain any of the given documents."""
+        """Yield blocks that contain any of these documents and were measured in another order."""
         task_documents = self.task_documents(ALL_DOCUMENTS)[block.task]
         for seed in self._seeds() - {block.seed}:
             positions = document_positions(block.task, task_documents, seed)
@@ -127,16 +128,16 @@ class CellStore:
                 yield Block(block.task, number, seed)
 
     def _seeds(self) -> set[int | None]:
-        """Return the seeds of all random orders in which documents of this cell were measured."""
+        """Return the seeds of all measured document orders; None = the task's own order."""
         names = (_block_name(path).partition("+") for path in self.shards())
         seeds = {int(seed.split(".")[0]) if plus else None for _, plus, seed in names}
         return seeds.union(*(copy._seeds() for copy in self._copies))
 
     def read_documents(self, extent: Extent, columns: list[str] | None = None) -> pd.DataFrame:
-        """Read the outcomes of the documents in `extent`, whatever order they were measured in.
+        """Read the outcomes of the requested documents, measured in any document order.
 
         Args:
-            extent: The selection of documents.
+            extent: The requested documents.
             columns: The columns to read, which must include task, doc and ablation; None = all
                 columns.
 
@@ -152,7 +153,7 @@ class CellStore:
         return frame.loc[is_requested]
 
     def is_complete(self, extent: Extent, ablations: Collection[str]) -> bool:
-        """Return whether each document in `extent` has an outcome under each given ablation."""
+        """Return whether each requested document has an outcome under each of the ablations."""
         names = self.read_documents(extent, ["task", "doc", "ablation"])["ablation"]
         n_requested = sum(self.counts(extent).values()) * len(set(ablations))
         return bool(names.isin(ablations).sum() == n_requested)
@@ -178,8 +179,7 @@ class CellStore:
     def import_shard(self, path: Path) -> str:
         """Move a shard from another folder into the cell, and return the shard's new file name.
 
-        The former file name does not matter. ValueError is raised if the file is not a shard of
-        this cell.
+        The file can have any name. ValueError is raised if the file is not a shard of this cell.
         """
         try:
             shard = read_shard(path.read_bytes())
@@ -193,7 +193,7 @@ class CellStore:
         return target.name
 
     def _find_block(self, shard: Shard) -> Block:
-        """Determine the block of a shard; raise ValueError if it has outcomes of several blocks.
+        """Return the block that contains all documents of a shard; ValueError if there is none.
 
         The shard must have been read with the columns task and doc.
         """
@@ -217,7 +217,7 @@ class CellStore:
         return Block(task, numbers.pop(), seed)
 
     def _shard_path(self, block: Block, rows: Iterable[Mapping[str, object]]) -> Path:
-        """Return a shard's path, whose name contains a hash of documents, ablations and tokens."""
+        """Return a new shard's path, with a hash of its documents, ablations and tokens."""
         keys = ((row["doc"], row["ablation"], row.get(DIGEST_COLUMN)) for row in rows)
         texts = {tuple(str(value) for value in key if value is not None) for key in keys}
         content = content_hash(sorted(texts))
@@ -228,9 +228,9 @@ class CellStore:
     ) -> pd.DataFrame:
         """Read the outcomes of the given blocks as a data frame.
 
-        A damaged shard is renamed with a warning, so that its outcomes are measured again. Outcomes
-        of documents that were tokenised differently from the rest of the cell are left out, and
-        their shard is added to `mixed`.
+        A damaged shard is renamed with a warning, so that its outcomes are measured again. If a
+        document was tokenised differently from the rest of the cell, its outcomes are left out, and
+        the file is reported in `mixed`.
 
         Args:
             blocks: The blocks to read; None = all blocks.
@@ -258,7 +258,7 @@ class CellStore:
     def _intact_shards(
         self, blocks: Sequence[Block] | None, columns: list[str] | None
     ) -> Iterator[tuple[Path, Shard]]:
-        """Yield the path and content of each intact shard; shards in copies come last."""
+        """Yield path and content of each undamaged shard, first in this folder, then in copies."""
         if blocks is None:
             paths = self.shards()
         elif len(blocks) == 1:
@@ -273,10 +273,11 @@ class CellStore:
             yield from copy._intact_shards(blocks, columns)
 
     def _join_shards(self, shards: Mapping[Path, pd.DataFrame]) -> pd.DataFrame:
-        """Join shards into one data frame, with only one tokenisation of each document.
+        """Join shards into one data frame that contains a single tokenisation of each document.
 
         If a document has several tokenisations, only the outcomes of the most frequent tokenisation
-        are kept. Outcomes from former versions, without a digest of tokens, are always kept.
+        are kept. Outcomes from earlier versions of tracker, which have no digest of the tokens, are
+        always kept.
         """
         frame, key = pd.concat(shards.values()), ["task", "doc", DIGEST_COLUMN]
         if DIGEST_COLUMN not in frame:
@@ -292,7 +293,7 @@ class CellStore:
         return frame[~pd.MultiIndex.from_frame(frame[key]).isin(rare_digests)]
 
     def _exclude_shard(self, path: Path, stack: Mapping[str, str]) -> None:
-        """Add a shard with a different tokenisation to `mixed`, with a message to the user."""
+        """Add to `mixed` a shard whose tokens differ, with a message that says what to do."""
         base = self.identity.provenance
         versions = tokeniser_differences(stack, base), tokeniser_differences(base, stack)
         self.mixed[str(path)] = _OTHER_TOKENS.format(*versions)
@@ -332,7 +333,7 @@ class CellStore:
         return None
 
     def damaged_shards(self) -> dict[str, str]:
-        """Return unusable shards that were not measured again yet: path → advice to the user."""
+        """Return the unusable shards that are not replaced yet, as path → advice to the user."""
         stems = {path.stem for path in self.shards()}
         paths = {p for p in self._shards.glob(f"*{ASIDE_SUFFIX}") if p.stem not in stems}
         messages = dict.fromkeys(map(str, sorted(paths | self._unread)), SHARD_SET_ASIDE)
@@ -342,7 +343,7 @@ class CellStore:
         return messages
 
     def shard_digests(self, verify_all: bool = False) -> list[tuple[str, str]]:
-        """List (file name, SHA-256) of every shard that `read` reads.
+        """List (file name, SHA-256) of every undamaged shard, including shards in copies.
 
         A shard is verified again only if the size or time of its file has changed, or if
         `verify_all` is true.
@@ -364,7 +365,7 @@ class CellStore:
         return digests + [pair for copy in self._copies for pair in copy.shard_digests(verify_all)]
 
     def lost_shards(self) -> list[str]:
-        """List the names of verified shards that have disappeared, except for damaged shards."""
+        """List shards that were once verified and are now missing, except damaged shards."""
         paths = map(self._shards.joinpath, read_note(self._verified_path))
         pairs = ((path, path.with_suffix(ASIDE_SUFFIX)) for path in paths)
         return [path.name for path, aside in pairs if not any(map(os.path.lexists, (path, aside)))]
@@ -386,7 +387,7 @@ class CellStore:
         return list(metadata.values())
 
     def siblings(self) -> list[CellStore]:
-        """List other cells in the results folder with the same names of model and benchmark."""
+        """List other cells whose folders have the same names of model and benchmark."""
         prefix = self.folder.name[: -len(self.identity.key[:12])]
         stores = []
         for folder in sorted(self.folder.parent.glob(f"{glob.escape(prefix)}*")):
@@ -398,10 +399,10 @@ class CellStore:
 
     @cached_property
     def _earliest_date(self) -> str:
-        """Date one second after the last measurement of `siblings`; empty without measurements.
+        """The earliest date for new outcomes: one second after the last measurement of `siblings`.
 
         New outcomes of this cell get at least this date, even if the machine's clock shows an
-        earlier time.
+        earlier time. The date is empty if `siblings` have no measurements.
         """
         dates = (last_measured(sibling.all_metadata()) for sibling in self.siblings())
         if not (last_date := max(dates, default="")):
@@ -420,10 +421,10 @@ class CellStore:
         return sorted(self._shards.glob("*.parquet"))
 
     def seconds(self, documents: Mapping[str, Collection[tuple[str, int]]]) -> float:
-        """Return the time in seconds that measuring the given outcomes took.
+        """Return how many seconds the measurement of the given outcomes took.
 
-        `documents` maps the name of each ablation to the keys of its documents. If only some rows
-        of a shard are among the given outcomes, the same fraction of the shard's time counts.
+        `documents` maps the name of each ablation to (task, number) of documents. If a shard also
+        contains other outcomes, only the corresponding fraction of the shard's time counts.
         """
         total = 0.0
         for path in self.shards():
@@ -437,9 +438,10 @@ class CellStore:
         return total
 
     def read_derived(self, state: str, name: str, kind: type[Derived]) -> Derived | None:
-        """Return the stored record of a view; None if no record was derived from this state.
+        """Return the stored record of the view `name`; None if the record is missing or outdated.
 
-        `state` is a hash of all inputs from which the record is derived.
+        `state` is a hash of all inputs from which the record is computed. A record is outdated if
+        it was stored with a different hash.
         """
         note = read_note(self._derived_path(name, kind))
         if note.get("state") != state:
@@ -450,10 +452,10 @@ class CellStore:
             return None
 
     def write_derived(self, state: str, name: str, record: Record) -> None:
-        """Store a derived record of the view `name`, if the folder can be written.
+        """Store a record that was computed for the view `name`, if the folder is writable.
 
-        No record is stored while `mixed` contains shards. The next process therefore reads the
-        outcomes again and also finds the mixed shards.
+        No record is stored if shards were excluded because of other tokens (`mixed`). So the next
+        process reads the outcomes again and also reports these shards.
         """
         if self.mixed:
             return
@@ -467,12 +469,12 @@ class CellStore:
         return self.folder / "derived" / f"{view_file_name(name)}{suffix}.json"
 
     def receipt(self, destination: str) -> dict[str, str]:
-        """Return the last receipt for a destination; empty if nothing was published there."""
+        """Return the note on what was last published to a destination; {} if there is none."""
         note = read_note(self._receipt_path(destination))
         return note if {"record", "location"} <= set(note) else {}
 
     def add_receipt(self, destination: str, **receipt: str) -> None:
-        """Write a receipt of what was published, or is still to be published, to a destination.
+        """Write a note (receipt) on what was published, or will be published, to a destination.
 
         A receipt contains the digest of the published `record`, the `location` of the runs, the
         name of the `view`, and the name of the destination's file (`place`).
@@ -483,14 +485,14 @@ class CellStore:
         return self.folder / "receipts" / f"{destination[:32]}.json"
 
     def begin_search(self, command: Sequence[str]) -> None:
-        """Record that a search measures the cell; the cell counts as unfinished until it ends.
+        """Record that a search measures the cell, which counts as unfinished until the search ends.
 
         `command` is the command that started the search, without the option for the results folder.
         """
         write_note(self._search_path(command), {"command": list(command)})
 
     def end_search(self, command: Sequence[str]) -> None:
-        """Record that the search with this command has ended."""
+        """Record that the search that was started with `command` has ended."""
         self._search_path(command).unlink(missing_ok=True)
         with suppress(OSError):  # another search is at it, or none ever was
             self._search_path(command).parent.rmdir()
@@ -504,19 +506,19 @@ class CellStore:
         return self.folder / "begun" / f"{content_hash(list(command))[:32]}.json"
 
     def published_places(self, *views: str) -> list[str]:
-        """Return the names of publishing destinations with a receipt for any of the given views."""
+        """Return the destinations to which any of the given views was published or will be."""
         notes = map(read_note, sorted(self.folder.glob("receipts/*.json")))
         names = (note.get("place") for note in notes if note.get("view") in views)
         return list(dict.fromkeys(filter(None, names)))
 
 
 def _block_name(path: Path) -> str:
-    """Return the name of the block that a shard's file name contains."""
+    """Return the name of a shard's block, which is the beginning of the shard's file name."""
     return path.name.rsplit(".", 2)[0]
 
 
 def last_measured(all_metadata: Iterable[Mapping[str, Any]]) -> str:
-    """Return the latest measurement date in the metadata of shards; empty without any date."""
+    """Return the latest measurement date in the metadata of shards; empty if there is no date."""
     last_date = ""
     for metadata in all_metadata:
         with suppress(ValueError):  # invalid dates are ignored

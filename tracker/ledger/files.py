@@ -1,7 +1,6 @@
 """Write files atomically, with locks and digests.
 
-A note is a small JSON file that contains a digest of its content, so that damage and edits are
-noticed.
+A note is a small JSON file with a digest of its content, which reveals damage and edits.
 """
 
 from __future__ import annotations
@@ -98,10 +97,11 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def lock_file(path: Path, timeout: float = -1) -> FileLock:
-    """Return a lock between processes, which is not acquired yet; create its folder if needed.
+    """Return a lock file object, not acquired yet, by which processes exclude each other.
 
-    Raises WorkError if the lock file cannot be created or written. `timeout` is the maximum waiting
-    time in seconds; a negative number means no limit.
+    The folder of the lock file is created if needed. Raises WorkError if the lock file cannot be
+    created or written. `timeout` is the maximum waiting time in seconds; a negative number means no
+    limit.
     """
     try:
         make_folder(path.parent)
@@ -171,7 +171,7 @@ def share_with_group(path: Path) -> None:
 
 @contextmanager
 def shared_umask(folder: Path) -> Iterator[None]:
-    """Set the umask to a folder's write permissions inside a `with` block, for all threads."""
+    """Set the process's umask in a `with` block so that new files get a folder's permissions."""
     before = os.umask(0)
     added_mode = _shared_mode(folder.stat())
     os.umask(before & ~(added_mode | (added_mode & 0o022) >> 1))
@@ -182,7 +182,7 @@ def shared_umask(folder: Path) -> Iterator[None]:
 
 
 def _shared_mode(folder: os.stat_result) -> int:
-    """Return the permission bits of group and others that a folder's files should have."""
+    """Return the permission bits for group and others that new files in a folder should have."""
     group_mode = 0o060 if folder.st_mode & stat.S_IWGRP else 0
     is_public = folder.st_mode & stat.S_IWOTH and not folder.st_mode & stat.S_ISVTX
     return group_mode | (0o006 if is_public else 0)
@@ -230,7 +230,7 @@ _FILE = "file"
 
 
 def seal_note(content: Mapping[str, Any]) -> str:
-    """Return the JSON text of a note: `content` and a digest of it under the key `digest`."""
+    """Return the JSON text of a note: `content`, and its digest under the key `digest`."""
     return json.dumps({**content, _DIGEST: content_hash(content)}, indent=2)
 
 
@@ -239,8 +239,8 @@ def parse_note(text: str | bytes, name: str | None = None) -> dict[str, Any]:
 
     Args:
         text: The text of the note's file.
-        name: Expected name of the note's file; None = any name. Notes of former versions contain no
-            file name and match every name.
+        name: Expected name of the note's file; None = any name. A note that an earlier version of
+            tracker wrote contains no file name and matches every name.
 
     Returns:
         The content of the note, without digest and file name.
@@ -260,12 +260,12 @@ def parse_note(text: str | bytes, name: str | None = None) -> dict[str, Any]:
 
 
 def write_note(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a note with a digest of content and file name, atomically."""
+    """Write a note atomically: JSON with the content, the file name and a digest."""
     write_text(path, seal_note({**content, _FILE: path.name}))
 
 
 def read_note(path: Path) -> dict[str, Any]:
-    """Return the content of a note; empty if the note is missing or damaged."""
+    """Return the content of a note; {} if the file is missing or damaged."""
     try:
         return parse_note(path.read_bytes(), path.name)
     except (OSError, ValueError):

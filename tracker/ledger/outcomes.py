@@ -1,4 +1,4 @@
-"""Define the columns of a shard, whose rows are outcomes of one document under one ablation."""
+"""Define the columns of a shard, a file with one row per document and ablation."""
 
 from __future__ import annotations
 
@@ -37,20 +37,20 @@ def outcome_row(
     repeated: Sequence[Response] | None = None,
     part_sums: Mapping[str, float] | None = None,
 ) -> dict[str, object]:
-    """Build the row of a shard with one document's outcome under one ablation.
+    """Build the row of a shard (file of outcomes) for one document under one ablation.
 
     Args:
         document: The document.
         ablation: The ablation's name.
         responses: The model's responses to the document's requests.
         metrics: Name of each task metric → the metric's value for the responses.
-        proxies: Number of measured tokens, and sums [proxies][layers] for the columns `PROXY_SUMS`;
-            None unless the ablation is the baseline.
-        comparison: Number of responses that were checked on a really pruned model, the largest
-            difference in nats, and the number of differences at discontinuities of the model. None
-            if no response was checked.
-        repeated: The responses of a second computation, which measures rounding; None without a
-            second computation.
+        proxies: Number of measured tokens, and sums of layer statistics [statistic][layer] for the
+            columns `PROXY_SUMS`; None unless the ablation is the baseline.
+        comparison: Number of responses that were checked against a really changed model, the
+            largest difference in nats, and the number of large differences where rounding alone
+            changes the model's output strongly. None if no response was checked.
+        repeated: The responses of a second computation, which shows the effect of rounding; None if
+            there was no second computation.
         part_sums: Column of `PART_SUMS` → sum of a proxy of the part that the ablation changes;
             None or empty if no proxy was measured.
 

@@ -1,4 +1,4 @@
-"""Read and write shards: Parquet files of outcomes with cell, provenance and digest.
+"""Read and write shards: Parquet files with outcomes and the details of their measurement.
 
 The file's metadata holds JSON under `tracker`:
 
@@ -8,9 +8,9 @@ The file's metadata holds JSON under `tracker`:
     digest      SHA-256 of the whole file, with 64 zeros in the digest's place
     …           details of the measurement: date, seconds, sharing
 
-Observations of studies are also stored, as arrays with one row per document. Each block of
-documents has a file `observed/KIND/TASK.NUMBER.parquet` with a digest in the cell's folder. The
-kind names the observed quantity and the method; a different method has a different kind.
+Statistics that studies measure are also stored, as arrays with one row per document. Each block of
+documents has a file `observed/KIND/TASK.NUMBER.parquet` with a digest in the cell's folder. KIND
+names the measured quantity and the method.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _DIGEST = re.compile(rb'"digest": "([0-9a-f]{64})"')
 
 
 def shard_file(table: pa.Table, fields: Mapping[str, object]) -> bytes:
-    """Build the bytes of a shard's file from a table and its metadata `fields`, with a digest."""
+    """Return the bytes of a shard's file with a table, the metadata `fields` and a digest."""
     file_metadata = {"tracker": json.dumps({**fields, "digest": _EMPTY_DIGEST})}
     sink = pa.BufferOutputStream()
     with pq.ParquetWriter(sink, table.schema, compression="zstd") as writer:
@@ -53,7 +53,7 @@ def shard_file(table: pa.Table, fields: Mapping[str, object]) -> bytes:
 def shard_digest(content: bytes) -> str:
     """Compute the digest that the metadata of an undamaged shard contains.
 
-    The digest is empty if the file has no place for a digest.
+    The result is an empty string if the file's metadata has no field for a digest.
     """
     blank_content = _with_digest(content, _EMPTY_DIGEST)
     return hashlib.sha256(blank_content).hexdigest() if blank_content else ""
@@ -74,7 +74,7 @@ class Shard:
 
 
 def read_shard_metadata(path: Path) -> dict[str, Any]:
-    """Read a shard's metadata and number of rows without verifying the shard.
+    """Read a shard's metadata, including the number of rows, without verifying the shard.
 
     Raises ValueError or OSError on failure.
     """
@@ -124,7 +124,7 @@ DocumentArrays = Mapping[str, NDArray[np.float64]]
 def write_observations(
     folder: Path, kind: str, block: Block, observed: Mapping[int, DocumentArrays]
 ) -> None:
-    """Write the observations (document → arrays) of a block to a cell's folder."""
+    """Write the arrays that a study measured for each document of a block to a cell's folder."""
     path = _observation_path(folder, kind, block)
     columns: dict[str, list[Any]] = {"doc": list(observed)}
     shapes = {n: list(np.shape(array)) for n, array in next(iter(observed.values())).items()}
@@ -136,7 +136,7 @@ def write_observations(
 
 
 def read_observations(folder: Path, kind: str, block: Block) -> dict[int, DocumentArrays]:
-    """Read the observations (document → arrays) of a block from a cell's folder.
+    """Read the arrays that a study measured for a block, as document number → arrays.
 
     The result is empty if the file is missing or damaged, so that the documents are observed again.
     """
@@ -161,7 +161,7 @@ def read_observation_file(path: Path) -> Shard:
 
 
 def _file_identity(path: Path) -> str:
-    """Return an observation file's cell key, kind and block, to detect copied files."""
+    """Return a text with the cell key, kind and block of an observation file's path."""
     cell, _, kind, block = path.parts[-4:]
     return f"{cell[-12:]}/{kind}/{block}"
 

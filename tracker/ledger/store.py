@@ -21,8 +21,8 @@ RESULTS/
   slurm/                    the logs of SLURM jobs
 
 Every file that reports show has a digest of its content. If a file does not match its digest, its
-content is derived or measured again. If the content cannot be derived or measured again, the file
-is reported.
+content is computed or measured again. If the content cannot be measured again, the file is reported
+as damaged.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ RecordType = TypeVar("RecordType", bound=Record)
 
 
 def write_finding(root: Path, finding: FindingRecord) -> None:
-    """Write a study's finding to a results folder, replacing a finding with the same name."""
+    """Write the result of a study to a results folder, replacing a result with the same name."""
     path = root / "studies" / f"{quote(finding.name, safe='')}.json"
     write_note(path, finding.model_dump(mode="json"))
 
@@ -87,7 +87,7 @@ def read_records(folder: Path, kind: type[RecordType], damaged: dict[str, str]) 
 
 
 def _repeat_command(path: Path) -> str:
-    """Return the advice to repeat a command, given the path of the record that it wrote."""
+    """Return advice on which command writes a damaged file of results again."""
     if path.parent.name == "searches":
         return "type its `tracker prune` again"
     study, _, experiment = unquote(path.stem).partition("--")
@@ -108,12 +108,13 @@ class Contents:
     """Contents of a results folder that commands and reports show.
 
     Attributes:
-        views: Pairs of a cell and one of its requested views, sorted by model and benchmark.
-        unfinished: Pairs of an unfinished cell and a message. A cell is unfinished if it has
-            outcomes but no view, or if a search of it is running or was stopped. Cells of finished
-            searches and studies are not unfinished.
+        views: Pairs of a cell and a requested view (runs, metric and documents), sorted by model
+            and benchmark.
+        unfinished: Pairs of an unfinished cell and a message. A cell is unfinished if a search that
+            measures the cell is running or was stopped. Cells with outcomes but without a view are
+            unfinished too, unless a finished search or study measured them.
         experiments: The stored experiment files: name → exact text.
-        findings: The findings of studies, sorted by name.
+        findings: The results of studies, sorted by name.
         searches: The results of searches, sorted by name.
         damaged: File or folder that cannot be used → message that says what to do.
     """
@@ -127,7 +128,7 @@ class Contents:
 
     @property
     def search_keys(self) -> set[RecordKey]:
-        """Keys of the records of cells that searches measured for their steps."""
+        """Keys of the records of all cells that searches have measured."""
         return {record_key for record in self.searches for record_key in record.rests_on}
 
 
@@ -199,7 +200,7 @@ class Ledger:
         return sorted(stores, key=names)
 
     def contents(self) -> Contents:
-        """Read all contents that reports show; a damaged file does not hide other contents."""
+        """Read all contents that reports show; damaged files are listed in `Contents.damaged`."""
         problems = {str(self.root / n): access_problem(self.root / n) for n in _SHOWN_FOLDERS}
         damaged = {path: problem for path, problem in problems.items() if problem}
         findings = read_records(self.root / "studies", FindingRecord, damaged)
@@ -225,7 +226,7 @@ class Ledger:
         return contents
 
     def _search_message(self, command: Sequence[str]) -> str:
-        """Return the message about an unfinished search, with its command if that is known."""
+        """Return the message about an unfinished search, with the search's command if known."""
         words = [*command, "--results", str(self.root)] if command else []
         message = UNFINISHED_CELL.replace("run", "search")
         return f"{message}: {shlex.join(words)}" if words else message
@@ -233,9 +234,10 @@ class Ledger:
     def open_cell(
         self, model: ModelIdentity, benchmark: BenchmarkIdentity, provenance: dict[str, str]
     ) -> CellStore:
-        """Open the cell of a model and a benchmark, or create it with the given provenance.
+        """Open the cell of a model and a benchmark, or create a cell with the given provenance.
 
-        If the same weights are opened under several model names, the cell keeps the first name.
+        Models with the same weights but different names share a cell, whose folder has the first
+        name.
         """
         self.create()
         digest = cell_key(model, benchmark)
@@ -257,7 +259,7 @@ class Ledger:
         return self._read_cell(folder)
 
     def find(self, request_key: str) -> CellStore | None:
-        """Find the cell that `index_cell` stored for a request's key; None if there is none."""
+        """Return the cell that `index_cell` stored under the key of a request; None if missing."""
         name = read_note(self._index_path(request_key)).get("cell")
         if name is None or Path(name).name != name:
             return None
@@ -267,7 +269,7 @@ class Ledger:
             return None
 
     def index_cell(self, request_key: str, cell: CellStore) -> None:
-        """Store the cell of a request under the request's key, so that `find` returns the cell."""
+        """Store which cell belongs to the key of a request, so that `find` returns this cell."""
         write_note(self._index_path(request_key), {"cell": cell.folder.name})
 
     def write_notes(self, notes: Mapping[Path, Mapping[str, Any]]) -> None:
@@ -320,7 +322,7 @@ class Ledger:
 
 
 def _read_experiment(path: Path) -> str:
-    """Read an experiment file; raise ValueError if it does not match its digest."""
+    """Read a stored experiment file; raise ValueError if the file was edited or damaged."""
     content, digest_path = path.read_bytes(), _digest_path(path)
     if digest_path.exists() and digest_path.read_text().split()[:1] != [_hash_content(content)]:
         raise ValueError("the file differs from the experiment that was run: edited or damaged")

@@ -1,7 +1,7 @@
 """Store the texts of a cell's documents, in separate files from their outcomes.
 
-Figures do not depend on the texts, with one exception: margins of accuracies that lm-eval
-normalises by the length of an option.
+Results do not depend on the texts, with one exception: for length-normalised accuracies, the margin
+between two options depends on their lengths.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class StoredText:
 
 
 def text_row(document: Document, text: DocumentText, public: bool) -> dict[str, object]:
-    """Build the row of a file of texts for one document; cut the middle of a long question."""
+    """Build the row with a document's text for a file of texts; shorten long questions."""
     question, half = text.question, MAX_QUESTION_LENGTH // 2
     if len(question) > MAX_QUESTION_LENGTH:
         question = f"{question[:half]} […] {question[-half:]}"
@@ -67,12 +67,12 @@ def _replace_surrogates(text: str) -> str:
 
 
 def is_text_file(path: Path) -> bool:
-    """Return whether a published file of a cell contains texts, judged by the file's name."""
+    """Return whether the name of a published file shows that the file contains texts."""
     return path.name.startswith(_NAME)
 
 
 class Texts:
-    """Stored texts of one cell's documents, including texts in copies in other results folders."""
+    """Stored texts of a cell's documents, also from copies of the cell in other results folders."""
 
     def __init__(self, folder: Path, identity: CellIdentity, copies: Sequence[Texts] = ()) -> None:
         self._folder = folder / "texts"
@@ -84,7 +84,7 @@ class Texts:
         return sorted(self._folder.glob(f"{_NAME}*.parquet"))
 
     def file_names(self) -> list[str]:
-        """List the names of all files that `read` reads; names contain a hash of the documents."""
+        """List the names of all files that `read` reads; each contains a hash of its documents."""
         return [path.name for texts in (self, *self._copies) for path in texts.files()]
 
     def add(self, block: str, rows: Iterable[Mapping[str, object]]) -> None:
@@ -110,8 +110,8 @@ class Texts:
     def import_file(self, path: Path) -> str:
         """Copy a file of texts from another folder into the cell, and return its new name.
 
-        The former file name does not matter. ValueError is raised if the file does not contain
-        texts of this cell.
+        The file can have any name. ValueError is raised if the file does not contain texts of this
+        cell.
         """
         try:
             table, block = self._read_table(path)

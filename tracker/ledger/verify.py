@@ -24,10 +24,10 @@ _NO_TEXTS = "the damaged file of texts was renamed; no outcome is affected; dele
 
 @dataclass(frozen=True)
 class VerifiedCell:
-    """Result of verifying a cell, whose files of outcomes (shards) were all read.
+    """Result of verifying a cell (a model on a benchmark): counts of files, documents etc.
 
     Attributes:
-        shards: Number of intact shards.
+        shards: Number of intact files of outcomes (shards).
         documents: Number of documents with outcomes.
         outcomes: Number of outcomes, one per document and ablation.
         aside: Number of damaged shards that were renamed, in this verification or earlier.
@@ -91,7 +91,7 @@ def verify_ledger(
 
 
 def _check_file(path: Path, read: Callable[[Path], object], verb: str) -> dict[str, str]:
-    """Read a file that can be recreated; return path → problem, or an empty dict if intact."""
+    """Verify a file that can be recreated; return {} if intact, else {path: message}."""
     try:
         read(path)
     except (OSError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""Name cells, and store the views of a cell: the requested runs and documents.
+"""Name cells, and store a cell's views: which runs, metric and documents were requested.
 
 A cell's key is a hash of all inputs that affect a document's outcome, such as weights, task and
 number of few-shot examples.
@@ -44,8 +44,8 @@ _LATER_SETTINGS = {
 def cell_key(model: ModelIdentity, benchmark: BenchmarkIdentity) -> str:
     """Return a cell's key: the SHA-256, in hexadecimal, of its model, tasks and settings.
 
-    The key does not depend on the selected documents, layers, batch size or shown metric. So later
-    requests can add outcomes to the same cell.
+    The key does not depend on the selected documents, the ablated layers, the batch size or the
+    shown metric. So later requests with other documents or layers add outcomes to the same cell.
     """
     return content_hash(
         {
@@ -64,11 +64,11 @@ def cell_key(model: ModelIdentity, benchmark: BenchmarkIdentity) -> str:
 def request_key(
     request: CellRequest, model_stamp: object, data_stamp: object, versions: Mapping[str, str]
 ) -> str:
-    """Return a request's key, as SHA-256 in hexadecimal, without loading model or data.
+    """Return a hash by which a request's cell is found without loading the model or the data.
 
-    Requests with equal keys belong to the same cell. Requests with different keys can also belong
-    to one cell, for example after an lm-eval update. The key does not depend on the ablations, the
-    number of documents or the metric.
+    The hash is SHA-256 in hexadecimal. Requests with equal keys belong to the same cell. Requests
+    with different keys can also belong to one cell, for example after an lm-eval update. The key
+    does not depend on the ablations, the number of documents or the metric.
     """
     documents = {"part": request.documents.part, "seed": request.documents.seed}
     settings = {**dict(request.model), **dict(request.benchmark), **documents}
@@ -112,7 +112,7 @@ class CellIdentity(Record):
 
 
 class RequestedView(Record):
-    """A view (requested runs, metric and documents) of a cell, as stored in `requests/`."""
+    """Content of a file in `requests/`: a view (runs, metric and documents) and its project."""
 
     format: int = LEDGER_FORMAT
     project: str
@@ -121,13 +121,13 @@ class RequestedView(Record):
 
 @dataclass(frozen=True)
 class Views:
-    """Store of one cell's views; a view consists of requested runs, a metric and documents."""
+    """Storage of a cell's views; a view is a request for some runs, a metric and some documents."""
 
     folder: Path
     identity: CellIdentity
 
     def view_of(self, request: CellRequest) -> View:
-        """Build a view with only the runs of one request, not merged with stored views."""
+        """Build the view of a single request, without the runs of stored views."""
         benchmark = self.identity.benchmark
         # A limit or sample of all documents is the whole benchmark, whatever its seed.
         n_documents = max(task.documents for task in benchmark.tasks)
@@ -150,13 +150,13 @@ class Views:
     def add_request(
         self, request: CellRequest, project: str, named: bool = False, explicit: bool = False
     ) -> View:
-        """Store the view of a request and the tracking project of its runs.
+        """Store what a request asks for (runs, metric and documents) as a view of the cell.
 
         Args:
-            request: The request; its documents must have been measured.
-            project: The tracking project.
-            named: True to keep a separate view, even if a view on more documents shows the same
-                runs.
+            request: The request. Its documents must already be measured.
+            project: The project to which tracking backends publish the runs.
+            named: True to store a separate view even if a stored view with more documents contains
+                the same runs.
             explicit: True if an experiment requests the view; False if only a study or a search
                 does.
 
@@ -178,10 +178,10 @@ class Views:
         """Return the new or stored view that will show the results of a request.
 
         Requests with the same metric, documents, removed layers and `until` setting share one view,
-        which contains the runs of all these requests. If a stored view on more documents contains
-        all runs of `request` and `named` is false, that view is returned. Otherwise, the returned
-        view replaces stored views on fewer documents if it contains all their runs. Views that were
-        stored with `named` are never replaced.
+        which contains the runs of all these requests. If a stored view with more documents contains
+        all runs of `request` and `named` is false, this stored view is returned. Otherwise, the
+        returned view replaces each stored view with fewer documents whose runs it contains. Views
+        that were stored with `named` are never replaced.
         """
         return self._place_view(self.view_of(request), named)[0]
 
@@ -197,7 +197,7 @@ class Views:
     def _place_view(
         self, new: View, named: bool, explicit: bool = False
     ) -> tuple[View, list[View]]:
-        """Return the view that shows the runs of `new`, and the stored views that it replaces."""
+        """Return the view to store, which contains the runs of `new`, and the views it replaces."""
         name, views = self.view_name(new), {self.view_name(v): v for v in self.related_views(new)}
         if problem := access_problem(self.path(name)):
             raise ResultsError(f"{self.path(name)}: {problem}")
@@ -221,7 +221,7 @@ class Views:
         return view.model_copy(update=update), list(superseded.values())
 
     def read(self, text: str | bytes, name: str | None = None) -> RequestedView:
-        """Parse the text of a view's file; `name` is the expected name of the file.
+        """Parse the text of a file with a requested view; `name` is the expected file name.
 
         ValueError is raised if the file is damaged, is a copy of another file, or does not fit the
         cell.
@@ -238,12 +238,12 @@ class Views:
         return requested
 
     def write(self, requested: RequestedView) -> None:
-        """Write the file of a requested view."""
+        """Write a requested view to its file in the cell's folder."""
         path = self._path(self.view_name(requested.view))
         write_note(path, requested.model_dump(mode="json"))
 
     def files(self) -> list[Path]:
-        """List the files of views, including damaged files; empty until a run is finished."""
+        """List the files of stored views, including damaged files."""
         return sorted(self.folder.glob("requests/*.json"))
 
     def read_requested(
@@ -289,7 +289,7 @@ class Views:
         return [RequestedView(project=projects[name], view=views[name]) for name in names]
 
     def _complete_names(self, path: Path, view: View) -> View:
-        """Return a copy of a view whose `supersedes` leaves out views that still have a file."""
+        """Return a copy of a view with an updated list `supersedes` of replaced views."""
         names = {*view.supersedes}
         if path != self._path(self.view_name(view)):  # of a former version
             fields = (view.removed, view.metric, self.identity.benchmark, view.seed, view.beside)
@@ -298,14 +298,14 @@ class Views:
         return view.model_copy(update={"supersedes": tuple(sorted(gone)), "beside": ""})
 
     def _label(self, view: View) -> str:
-        """Return a label, e.g. `100 documents`, that distinguishes a view from related views."""
+        """Return a label, e.g. `100 documents`, to tell a view from others with the same metric."""
         if view.until is not None:
             return f"until {view.until.question}, {count_text(len(view.until.runs), 'run')}"
         per_task = " per task" if len(self.identity.benchmark.tasks) > 1 else ""
         return "all documents" if view.size == math.inf else f"{view.size} documents{per_task}"
 
     def superseding_view(self, name: str) -> View | None:
-        """Return the view that has replaced the view `name`; None if `name` still exists."""
+        """Return the stored view that replaced the view `name`; None if not replaced."""
         if self.path(name).exists():
             return None
         views = (requested.view for requested in self.read_requested({}))
@@ -316,7 +316,7 @@ class Views:
         return view.name(self.identity.benchmark.primary_metric)
 
     def path(self, name: str) -> Path:
-        """Return the path of a view's file, which can have the file name of a former version."""
+        """Return the path of a view's file; earlier versions of tracker used other file names."""
         if (path := self._path(name)).exists():
             return path
         for former_path in self.files():

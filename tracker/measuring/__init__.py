@@ -1,16 +1,16 @@
-"""Measure one cell (a model on a benchmark), plan its cost, and derive its record.
+"""Measure one cell (a model on a benchmark), estimate its cost, and compute its results.
 
 Modules:
-    calibrate: Choose calibration text for fitted replacements.
-    derive: Derive figures, and answers to `until` questions, from the outcomes in the ledger.
+    calibrate: Choose calibration texts for fitting the functions that replace layers.
+    derive: Compute figures, and results of `until` settings, from outcomes in the ledger.
     executors: Measure cells in one process, several processes, Ray or SLURM.
-    fill: Compute the missing blocks of a cell.
-    job: Define a job and its options.
+    fill: Measure those blocks of documents of a cell that have missing outcomes.
+    job: Define a job (unfinished requests of one cell) and the options of a run.
     meter: Measure documents of a cell on a loaded model.
     observing: Compute and store the per-document statistics of a model that studies need.
     planning: Estimate the cost of an experiment without loading weights.
     prepare: Find cells in the ledger, and check requests before computation starts.
     progress: Report progress.
-    scorer: Score documents with the engine or by generating text, and set the fastest row size.
+    scorer: Score documents by log-likelihood or by generating text.
     worker: Measure cells with a loaded model, in this process or a separate one.
 """

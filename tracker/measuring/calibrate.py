@@ -1,8 +1,8 @@
-"""Choose calibration text for fitted replacements of layers, apart from measured documents.
+"""Choose calibration texts on which the functions that replace layers are fitted.
 
-Measured samples come from the beginning of a benchmark's random order, and calibration texts from
-its end. A calibration text is the context and gold continuation of a document. The gold answers are
-not used as labels.
+Calibration texts come from the end of a benchmark's random order. Measured samples come from the
+beginning, so small samples contain no calibration texts. A calibration text is the context and gold
+continuation of a document. The gold answers are not used as labels.
 
 For models in half precision, the module also chooses documents that are computed twice, to measure
 the effect of rounding.
@@ -40,7 +40,7 @@ order, because a question that is answered early has measured only these."""
 
 
 def repeated_documents(documents: Sequence[Document], seed: int) -> set[tuple[str, int]]:
-    """Choose the documents, as (task, index), that are computed twice in half precision.
+    """Choose documents to compute twice in half precision, to measure the effect of rounding.
 
     Args:
         documents: The cell's documents. Only documents with two or more options are chosen.
@@ -65,7 +65,7 @@ FIRST_DOCUMENTS = 64
 
 
 class _LastDocuments(Extent):
-    """Selection of the last documents in each task's random order, at most half of a task."""
+    """Selection of the last documents in each task's random order: up to half, at least one."""
 
     @override
     def select(self, task: str, documents: Sequence[int]) -> Sequence[int]:
@@ -75,12 +75,12 @@ class _LastDocuments(Extent):
 
 @dataclass(frozen=True)
 class CalibrationTexts:
-    """Texts on which replacements of layers are fitted.
+    """Texts on which the functions that replace layers are fitted.
 
     Attributes:
         texts: Token ids of each text; a text has at least two tokens.
         documents: Task → numbers of the documents that contain the texts.
-        tokens: Number of tokens on which replacements are fitted.
+        tokens: Number of tokens of the texts that the fit uses.
     """
 
     texts: Sequence[Sequence[int]]
@@ -89,20 +89,20 @@ class CalibrationTexts:
 
     @property
     def metadata(self) -> dict[str, object]:
-        """Description of the texts for the metadata of a shard."""
+        """Description of the texts for the metadata of a file of outcomes."""
         digest = content_hash([list(text) for text in self.texts])
         return {"documents": self.documents, "tokens": self.tokens, "sha256": digest}
 
     def fit(self, engine: Engine, ablations: Sequence[Ablation]) -> dict[int, Replacement]:
-        """Fit the replacements of layers that a list of ablations uses.
+        """Fit the functions by which ablations replace layers, e.g. linear maps.
 
         Args:
-            engine: The engine of the model, after the check of the architecture has found the
-                model's quirks.
-            ablations: The ablations whose replacements are fitted.
+            engine: The engine of the model. Its `quirks` must already contain the side effects that
+                the self-check found.
+            ablations: The ablations; those that replace no layer are ignored.
 
         Returns:
-            Number of the layer → the layer's replacement.
+            Layer number → fitted function that replaces the layer.
 
         Raises:
             CellError: The texts have too few tokens to fit a linear map.
@@ -127,7 +127,7 @@ class CalibrationTexts:
 def choose_calibration(
     benchmark: Benchmark, encoder: RequestEncoder, width: int
 ) -> CalibrationTexts:
-    """Choose texts with `TOKENS_PER_DIM` × `width` tokens, but at most half of a benchmark."""
+    """Choose texts of `TOKENS_PER_DIM` × `width` tokens from up to half of the documents."""
     from tracker.engine.fitting import first_fitted_tokens
 
     n_documents = max(1, FIRST_DOCUMENTS // len(benchmark.identity.tasks))
@@ -152,6 +152,6 @@ def _group_numbers(documents: Iterable[Document]) -> dict[str, list[int]]:
 
 
 def _proxy_tokens(document: Document, max_length: int) -> tuple[int, ...]:
-    """Return the last `max_length` tokens of a document's context and gold continuation."""
+    """Return a document's context and gold continuation, cut to the last `max_length` tokens."""
     request = document.requests[document.gold or 0]
     return (request.context + request.continuation)[-max_length:]

@@ -1,4 +1,4 @@
-"""Derive figures, and answers to `until` questions, from stored outcomes, and store them."""
+"""Compute a cell's figures, and results of `until` settings, from outcomes; store them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tracker.schema.views import View
 
 
 def derive_record(store: CellStore, view: View) -> CellRecord:
-    """Derive a view's figures from its outcomes, or read the stored record if still valid."""
+    """Return the figures of a view, from the stored record if valid, else from the outcomes."""
     state, name = _state_hash(store, view, *store.texts.file_names()), store.views.view_name(view)
     record = store.read_derived(state, name, CellRecord)
     if record is None:
@@ -37,10 +37,10 @@ _NOT_DERIVED = ("beside", "explicit", "supersedes")
 
 
 def derive_answer(store: CellStore, view: View) -> AnswerRecord | None:
-    """Return the answer to a view's `until` question, derived or read from a valid record.
+    """Return the result of a view's `until` setting, from the stored record if it is valid.
 
-    Returns None if the view has no question. Raises ExperimentError or WorkError if no answer is
-    possible.
+    Returns None if the view has no `until` setting. Raises ExperimentError or WorkError if no
+    result can be computed.
     """
     if view.until is None:
         return None
@@ -55,10 +55,10 @@ def derive_answer(store: CellStore, view: View) -> AnswerRecord | None:
 
 
 def read_decisions(store: CellStore, view: View) -> DecisionsRecord | None:
-    """Return which documents get worse or better in a view's runs, stored or newly derived.
+    """Return which documents get worse or better under each ablation of a view.
 
-    The stored record is returned if the outcomes and texts have not changed. Returns None if no
-    document is measured yet.
+    The stored record is returned if outcomes and texts have not changed; otherwise a new record is
+    computed. None is returned if no document is measured yet.
     """
     state, name = _state_hash(store, view, *store.texts.file_names()), store.views.view_name(view)
     record = store.read_derived(state, name, DecisionsRecord)
@@ -69,7 +69,7 @@ def read_decisions(store: CellStore, view: View) -> DecisionsRecord | None:
 
 
 def _state_hash(store: CellStore, view: View, *extra: str) -> str:
-    """Return a hash of all inputs, including code, from which the records of a view are derived."""
+    """Return a hash of all data and code that determine the stored records of a view."""
     view_content = view.model_dump(mode="json", exclude={*_NOT_DERIVED, "named"})
     cell = store.identity.model_dump(mode="json")
     return content_hash([_code_hash(), view_content, cell, store.shard_digests(), *extra])
@@ -77,13 +77,13 @@ def _state_hash(store: CellStore, view: View, *extra: str) -> str:
 
 @cache
 def _code_hash() -> str:
-    """Return a hash of the code that derives records, so that a change of code is noticed."""
+    """Return a hash of the code that computes records; records of other code are not reused."""
     package = Path(__file__).parents[1]
     return file_hash(path for name in DERIVED_BY for path in (package / name).rglob("*.py"))
 
 
 def _aggregate(how: str, values: Sequence[float | str]) -> float | None:
-    """Aggregate a metric over documents as in lm-eval; import lm-eval unless `how` is `mean`."""
+    """Aggregate the values of documents as in lm-eval; `how` names the aggregation, e.g. `mean`."""
     if how == "mean":
         return sum(float(value) for value in values) / len(values)
     from tracker.benchmarks.tasks import aggregate
@@ -92,7 +92,7 @@ def _aggregate(how: str, values: Sequence[float | str]) -> float | None:
 
 
 def list_records(contents: Contents) -> list[CellRecord]:
-    """List the records of all cells, one record for each requested view of a cell.
+    """List one record (computed figures) for each requested view of each cell.
 
     Cells that cannot be read are added to `contents.damaged`.
     """
@@ -100,7 +100,7 @@ def list_records(contents: Contents) -> list[CellRecord]:
 
 
 def derive_records(contents: Contents) -> Iterator[tuple[CellRecord, CellStore, RequestedView]]:
-    """Yield each record of `list_records` with its cell and its requested view."""
+    """Yield (record, cell, requested view) for each requested view of each cell."""
     for store, requested_view in contents.views:
         try:
             yield derive_record(store, requested_view.view), store, requested_view

@@ -1,7 +1,7 @@
-"""Measure the missing blocks of a cell; several processes can work on the same cell.
+"""Measure the missing outcomes of a cell, block by block; several processes can share a cell.
 
 Work is distributed only by locks: a process that holds the lock of a block measures and writes the
-block. The process that measures a block can belong to another command on the same results folder.
+block. The processes can belong to different commands on the same results folder.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ MeasureDocuments = Callable[[str, Sequence[str], Sequence[int], Advance], Measur
 def refuse_other_tokens(store: CellStore, facts: CellFacts, progress: Progress) -> None:
     """Raise CellError if documents of a cell were tokenised differently when they were measured.
 
-    `facts` contains the documents' current tokens and package versions. Outcomes of former versions
-    of tracker do not describe their tokens. If package versions have changed since then, `progress`
-    receives a warning.
+    `facts` contains the documents' current tokens and package versions. Outcomes that earlier
+    versions of tracker stored contain no information on tokens. If there are such outcomes and
+    package versions have changed, `progress` receives a warning.
     """
     provenance = facts.provenance
     frame = store.read(columns=["task", "doc", DIGEST_COLUMN, PROVENANCE_COLUMN]).drop_duplicates()
@@ -66,7 +66,7 @@ def refuse_other_tokens(store: CellStore, facts: CellFacts, progress: Progress) 
 
 
 def _mixing_error(change: str, stored: Mapping[str, str], current: Mapping[str, str]) -> CellError:
-    """Build the error for a cell whose new outcomes would use other tokens than stored ones."""
+    """Build the error for a cell whose texts are now tokenised differently than before."""
     old, new = tokeniser_differences(stored, current), tokeniser_differences(current, stored)
     advice = (
         ". Possible causes: a chat template that inserts the current date (set the date in "
@@ -88,8 +88,8 @@ class BlockWork(NamedTuple):
 
     Attributes:
         block: The block, which contains documents of one task.
-        missing: Names of ablations → numbers of the documents that lack outcomes of exactly these
-            ablations.
+        missing: Names of ablations → numbers of the documents that lack outcomes under all of these
+            ablations and no others.
     """
 
     block: Block
@@ -97,11 +97,12 @@ class BlockWork(NamedTuple):
 
 
 class CellWork:
-    """Missing blocks of a cell, which the threads of one command's workers share.
+    """Blocks of a cell that are still to be measured; the threads of all workers share them.
 
     Attributes:
         store: The cell on disk.
-        missing_responses: Block with missing outcomes → maximum number of its missing responses.
+        missing_responses: Block with missing outcomes → maximum number of requests still to be
+            scored, counted once per ablation.
     """
 
     def __init__(
@@ -115,7 +116,7 @@ class CellWork:
         race: BlockRace | None = None,
         condition: Condition | None = None,
     ) -> None:
-        """Find the missing blocks of a cell.
+        """Find the blocks of a cell that have missing outcomes.
 
         Args:
             store: The cell on disk.
@@ -125,8 +126,8 @@ class CellWork:
             names: Names of the requested ablations; ignored if a race is given.
             race: Stopping rule (race) that chooses the next block and its ablations; None = measure
                 all requested outcomes.
-            condition: Lock of the state that workers share; threads that wait for it are notified
-                when a block is released.
+            condition: Condition variable that protects the state shared by workers, and that is
+                notified when a block is released.
         """
         self.store = store
         self._facts, self._progress, self._race = facts, progress, race
@@ -140,7 +141,7 @@ class CellWork:
 
     @property
     def total(self) -> int:
-        """Maximum number of missing responses of the cell."""
+        """Maximum number of requests of the cell still to be scored, counted once per ablation."""
         return sum(self.missing_responses.values())
 
     @property
@@ -150,12 +151,12 @@ class CellWork:
 
     @property
     def has_free_block(self) -> bool:
-        """True if there may be a missing block that no process is measuring."""
+        """True if there may be a block to measure that no process is measuring."""
         return time.monotonic() >= self._retry_time and bool(self._free_blocks())
 
     @contextmanager
     def take_block(self) -> Iterator[BlockWork | None]:
-        """Yield a missing block while holding its lock, or None if no block is available now."""
+        """Lock and yield a block with missing outcomes; yield None if other processes hold all."""
         with ExitStack() as locks:
             with self._condition:
                 self._update_race()
@@ -182,7 +183,7 @@ class CellWork:
             self._update_race()
 
     def _lock_block(self, locks: ExitStack) -> BlockWork | None:
-        """Lock and return the first missing block that no process is measuring, or return None."""
+        """Lock and return the first block with missing outcomes that is not locked, if any."""
         skipped: list[Block] = []
         while blocks := [block for block in self._free_blocks() if block not in skipped]:
             block = blocks[0]
@@ -207,13 +208,13 @@ class CellWork:
         return None
 
     def _release_block(self, block: Block) -> None:
-        """Make a block available to the other workers, after its lock was released."""
+        """Mark a block as not being measured, and notify the threads that wait for blocks."""
         with self._condition:
             self._busy_blocks.discard(block)
             self._condition.notify_all()
 
     def _free_blocks(self) -> list[Block]:
-        """List missing blocks that can be measured now and that no worker of this run has taken."""
+        """List blocks with missing outcomes that no worker of this run is measuring."""
         blocks = list(self.missing_responses)
         if self._race is not None:
             blocks = self._race.remaining_blocks
@@ -224,7 +225,7 @@ class CellWork:
         return [b for b in blocks if b in self.missing_responses and b not in self._busy_blocks]
 
     def _update_race(self) -> None:
-        """Re-evaluate the stopping rule on all outcomes so far, and update the missing blocks."""
+        """Apply the stopping rule to all outcomes so far, and update the blocks to measure."""
         if self._race is None:
             return
         n_open = self._race.open.sum()
@@ -236,7 +237,7 @@ class CellWork:
         self._progress.expect(self.total - n_missing)
 
     def _find_missing(self) -> dict[Block, int]:
-        """Map each missing block to its maximum number of missing responses."""
+        """Map each block with missing outcomes to the maximum number of responses to compute."""
         extent, race = self._extent, self._race
         if race is None and not self.store.is_complete(extent, self._names):
             blocks = self.store.blocks(extent)
@@ -252,7 +253,7 @@ class CellWork:
         return {block: count for block, count in responses.items() if count}
 
     def _count_responses(self, block: Block, missing: MissingOutcomes) -> int:
-        """Count the responses that are needed for the missing outcomes of a block."""
+        """Count the responses (requests × ablations) for the missing outcomes of a block."""
         responses = self._facts.responses
         return sum(
             len(names) * sum(responses[block.task, document] for document in documents)
@@ -260,12 +261,12 @@ class CellWork:
         )
 
     def _report_responses(self, block: Block, n_pending: int, n_responses: int) -> None:
-        """Report progress within a block, of which at least `n_pending` responses remain."""
+        """Report that `n_responses` were computed; at least `n_pending` of the block remain."""
         # The baseline is always computed with missing ablations; it is not counted again.
         self._report_done(block, max(n_pending, self.missing_responses.get(block, 0) - n_responses))
 
     def _report_done(self, block: Block, n_left: int) -> None:
-        """Report the responses of a block as done, except for the `n_left` that are missing."""
+        """Report progress up to the point where `n_left` responses of the block are missing."""
         with self._condition:
             if (n_done := self.missing_responses.get(block, 0) - n_left) > 0:
                 self._progress.advance(n_done)
@@ -278,7 +279,7 @@ class CellWork:
 def open_work(
     job: Job, facts: CellFacts, report: Reporting, condition: Condition | None = None
 ) -> CellWork:
-    """Open or create the cell of a job, and find the missing blocks of the cell.
+    """Open or create the cell of a job, and find the blocks with missing outcomes.
 
     Args:
         job: The job, whose requests all belong to the cell.
@@ -287,10 +288,10 @@ def open_work(
         condition: The lock of the workers that share the cell.
 
     Returns:
-        The missing blocks of the cell.
+        The blocks that are still to be measured.
 
     Raises:
-        CellError: Documents were tokenised differently for the cell's stored outcomes.
+        CellError: The cell has outcomes of documents that were tokenised differently.
     """
     store, request = open_store(job, facts, report.ledger), job.cells[0].request
     race = None if request.until is None else CellRace(store, store.views.view_of(request))
@@ -307,7 +308,7 @@ def open_work(
 
 
 def open_store(job: Job, facts: CellFacts, ledger: Ledger) -> CellStore:
-    """Open or create the cell of a job, and index it, so that the job's requests find it."""
+    """Open or create the cell of a job, and store the cell's name under the requests' key."""
     store = ledger.open_cell(facts.model, facts.benchmark, facts.provenance)
     # The commit of a hub model is known only now that the model is in the cache. All requests of a
     # job have the same key, because the key does not contain the changes.
@@ -318,12 +319,12 @@ def open_store(job: Job, facts: CellFacts, ledger: Ledger) -> CellStore:
 
 
 def ablation_names(job: Job, store: CellStore) -> list[str]:
-    """List the names of all ablations that the requests of a job contain."""
+    """List the names of all ablations that a job's requests need."""
     return [a.name for a in all_ablations(job.requests, store.identity.model.layers)]
 
 
 def fill_cell(work: CellWork, measure: MeasureDocuments, progress: Progress) -> None:
-    """Measure all missing outcomes of a cell, and wait for blocks of other processes.
+    """Measure a cell's missing outcomes, and wait for outcomes that other processes measure.
 
     If another process dies, the system releases the lock of its block, and this process measures
     the block.

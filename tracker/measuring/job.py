@@ -20,7 +20,7 @@ _MIN_BYTES = 2**20
 
 @dataclass(frozen=True)
 class Options:
-    """Options of a run that do not affect its results.
+    """Options of a run, such as the device, that do not affect the run's results.
 
     Attributes:
         device: `auto`, a torch device, `spread` (one model over all accelerators), or `all` (one
@@ -30,10 +30,11 @@ class Options:
             memory.
         weights: Maximum number of bytes for a model's weights on the device; None = as many as fit.
             Layers beyond this limit are offloaded to the host's memory or to disk.
-        offload: Place of layers while they are not computed: one of `OFFLOAD_PLACES`. With
-            `device`, as many layers as fit stay on the device that runs the model.
-        workers: Number of parallel processes on this machine; None = this process only, or with
-            device `all` one process for each group of accelerators.
+        offload: Where the weights of layers are kept while other layers run: one of
+            `OFFLOAD_PLACES`. With `device`, as many layers as fit stay on the device that runs the
+            model.
+        workers: Number of parallel processes on this machine; None = only this process, or one
+            process per group of accelerators if `device` is `all`.
         devices_per_worker: Number of accelerators of each worker; None = as many as the weights
             need.
         executor: Name of the executor: one of `executor_names()`.
@@ -119,10 +120,10 @@ def _refuse_invalid_size(name: str, size: object) -> None:
 
 @dataclass(frozen=True)
 class Job:
-    """Unfinished requests of one cell of the ledger, and the benchmark of the cell.
+    """Requests with missing outcomes on one model and benchmark (cell), to be measured together.
 
-    The requests of a job differ only in their runs (ablations), so they are checked and measured
-    together. Each request with an `until` setting has a separate job.
+    The requests of a job differ only in their ablations. A request with an `until` setting has a
+    job of its own.
     """
 
     cells: tuple[CellLookup, ...]
@@ -130,7 +131,7 @@ class Job:
 
     @property
     def requests(self) -> tuple[CellRequest, ...]:
-        """The requests of the job."""
+        """The requests whose missing outcomes the job measures."""
         return tuple(cell.request for cell in self.cells)
 
     @property

@@ -45,7 +45,7 @@ Advance = Callable[[int], None]
 
 @dataclass(frozen=True)
 class Model:
-    """Loaded model, and the specification of its weights."""
+    """Loaded model, and the user's specification of this model (e.g. name and dtype)."""
 
     spec: ModelSpec
     loaded: LoadedModel
@@ -70,10 +70,12 @@ class CellFacts:
         model: Identity of the model's weights.
         benchmark: Identity of the benchmark's documents.
         provenance: Versions of packages, and description of the machine.
-        responses: Document key → number of the document's responses under one ablation.
-        digests: Document key → digest of the document's tokens.
+        responses: Key (task, index) of each document → number of responses that the document needs
+            per ablation.
+        digests: Key (task, index) of each document → digest of the document's tokens.
         offloaded: Description of offloaded weights; empty if all fit on the device.
-        is_fresh: True if the model was loaded for this cell.
+        is_fresh: True if the model was newly loaded for this cell, and not kept from an earlier
+            cell.
     """
 
     model: ModelIdentity
@@ -103,11 +105,12 @@ class Measurement:
 
 
 class Meter:
-    """Meter that measures a cell's documents under all requested ablations and the baseline.
+    """Object that measures a cell's documents under all requested ablations and the baseline.
 
-    The requests must differ only in their runs (ablations). `repeated_keys` contains the keys of
-    documents that are computed twice, to measure the effect of rounding. RequestError is raised if
-    a request names a layer that the model does not have, or if a document lacks a required field.
+    The requests must have the same model, benchmark and documents, and differ only in their
+    ablations. `repeated_keys` contains the keys of documents that are computed twice, to measure
+    the effect of rounding. RequestError is raised if a request names a layer that the model does
+    not have, or if a document lacks a required field.
     """
 
     def __init__(
@@ -152,18 +155,18 @@ class Meter:
 
     @property
     def engine(self) -> Engine:
-        """Engine that shares only computation that the method `check` found to be exact."""
+        """Engine for scoring, which shares only computation that `check` found to be exact."""
         assert self._scorer is not None, "check() comes first"
         return self._scorer.engine
 
     def check(
         self, verdicts: VerdictStore | None = None, typical: Sequence[Ablation] = ()
     ) -> list[str]:
-        """Test which computation ablations can share exactly; call this before `measure`.
+        """Run the self-check of shared computation, which `measure` requires; return its messages.
 
-        `verdicts` caches results of the test for later runs. `typical` lists ablations to test on a
-        miniature model; if `typical` is empty, the cell's ablations are tested. Returns messages
-        for users about disabled sharing and strong rounding effects.
+        `verdicts` stores results of the self-check for later runs. `typical` lists ablations to
+        test on a miniature model; if `typical` is empty, the cell's ablations are tested. The
+        messages for users name disabled sharing and strong effects of rounding.
         """
         from tracker.engine.scoring.sweep import Engine
         from tracker.measuring.scorer import checked_scorer, set_row_size
@@ -249,7 +252,7 @@ class Meter:
         return Measurement(rows, metadata, texts, self._notes())
 
     def _notes(self) -> list[str]:
-        """Return the notes of the engine since the last call of this method."""
+        """Return the messages of the engine that are new since the last call of this method."""
         name, notes = self.facts.model.name, self.engine.notes[self._n_notes :]
         self._n_notes += len(notes)
         return [f"{name}: {line}" for line in notes]
@@ -287,7 +290,7 @@ class Meter:
         repeated: Sequence[Sequence[Response] | None],
         parts: Mapping[Change, Mapping[str, float]],
     ) -> Iterator[dict[str, object]]:
-        """Yield one row with the outcome of a document for each ablation in `names`."""
+        """Yield a row for a file of outcomes for one document under each ablation in `names`."""
         document, sums = result.document, (result.proxy_tokens, result.proxy_sums.tolist())
         digest = self.facts.digests[document.key]
         for ablation, responses, repetition in zip(scored, result.responses, repeated, strict=True):

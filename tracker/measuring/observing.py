@@ -1,4 +1,4 @@
-"""Compute and store the statistics of each document that studies need."""
+"""Compute the statistics per document that studies need, and store them in the ledger."""
 
 from __future__ import annotations
 
@@ -35,18 +35,19 @@ ObserveDocument = Callable[[Document], DocumentArrays]
 
 @dataclass(frozen=True)
 class Observations:
-    """Arrays that a study observed for documents, in the order of measurement.
+    """Statistics that a study measured on documents, as arrays with one row per document.
 
     Attributes:
-        documents: Key (task, number in the task's split) of each observed document.
-        arrays: Name of a quantity → array whose first axis is `documents`.
+        documents: Key (task, number in the task's split) of the document of each row.
+        arrays: Name of a statistic → array; the first axis of the array has the order of
+            `documents`.
     """
 
     documents: list[tuple[str, int]]
     arrays: Mapping[str, NDArray[np.float64]]
 
     def select(self, documents: Iterable[tuple[str, int]]) -> dict[str, NDArray[np.float64]]:
-        """Return the arrays by name, with one row per given document, in the given order."""
+        """Return the rows of the given documents, in the given order, as name → array."""
         rows = {document: row for row, document in enumerate(self.documents)}
         row_numbers = [rows[document] for document in documents]
         return {name: figures[row_numbers] for name, figures in self.arrays.items()}
@@ -61,22 +62,22 @@ def observe_cell(
     progress: Progress,
     selection: Collection[tuple[str, int]] | None = None,
 ) -> Observations:
-    """Return the observations of a cell's documents; compute only missing observations.
+    """Return statistics of a cell's documents; compute only those that are not stored yet.
 
     Args:
         request: The request of the cell.
         store: The cell in the ledger.
-        kind: Name of the observed quantity and the method. A changed method that gives different
-            values needs a new name.
+        kind: Name of the statistics and the method, under which the values are stored. If a changed
+            method gives other values, the name must change too.
         make_observer: Function that gets an engine and returns a function that observes one
             document.
         open_engine: Function that returns an engine and the documents, such as
-            `open_observed_cell`. The function is called only if observations are missing.
+            `open_observed_cell`. The function is called only if some values are not stored yet.
         progress: Receives counts and messages.
         selection: Documents to observe, as (task, number in the task's split); None for all.
 
     Returns:
-        The observations of all selected documents.
+        The statistics of all selected documents.
     """
     folder, extent = store.folder, request.extent
     keys = [(block, n) for block in store.blocks(extent) for n in store.documents(block, extent)]
@@ -109,7 +110,7 @@ def observe_cell(
 def open_observed_cell(
     request: CellRequest, store: CellStore, ledger: Ledger, options: Options, progress: Progress
 ) -> tuple[Engine, DocumentMap]:
-    """Load the model of a cell, check shared computation, and read the cell's documents."""
+    """Load a cell's model and run the self-check; return (engine, the cell's documents)."""
     model = open_model(request.model, options)
     meter = Meter([request], open_benchmark(request), model, options)
     refuse_other_tokens(store, meter.facts, progress)

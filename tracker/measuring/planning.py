@@ -1,4 +1,4 @@
-"""Estimate the cost of an experiment with tokenizers, but without loading weights."""
+"""Estimate the cost of an experiment by tokenising its documents, without loading weights."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ class PlannedReading:
 
     Attributes:
         placement: The offloaded layers, and the number of bytes of all weights and of these layers.
-        n_reads: Minimum number of times that the weights are read: some times for the self-check,
-            and once for each block of documents.
+        n_reads: Minimum number of times that the offloaded weights are read: a few times for the
+            self-check, and once for each block of documents.
         rate: Measured reading rate in bytes per second; None if the files are not on this machine.
     """
 
@@ -70,24 +70,25 @@ class PlannedCell:
 
     Attributes:
         request: The request of the cell.
-        runs: Number of tracked runs of the cell.
+        runs: Number of runs of the cell, each of which can be published to a tracking backend.
         measured: True if the ledger already has all outcomes of the cell.
         shared: True if the cell differs from an earlier cell of the plan only in its metric, so
-            that it costs nothing more.
+            that the cell causes no additional cost.
         cost: The cost of measuring the whole cell, including outcomes that are already in the
             ledger.
         dtype: The data type of the computation, such as `bfloat16`.
-        spread: Expected variance, over documents, of the change of the outcome when a part is
-            removed. None if the metric is a loss and no removal is measured yet.
-        observed: True if `spread` comes from the median measured removal; False if `spread` is an
+        spread: Expected variance, over documents, of the change of the metric when a part (e.g. a
+            layer) is removed. None if the metric is a loss and no removal is measured yet.
+        observed: True if `spread` is the median over measured removals; False if `spread` is an
             assumption.
         reading: Time for reading offloaded weights; None if all weights fit on the device.
         stored_format: The quantised format of the checkpoint's weights; empty if they are not
             quantised.
-        answer: The current answer to the request's `until` question; None without a question or
-            without measured outcomes.
-        forecast: Forecast of the documents that the `until` question needs; None if the question is
-            answered, or if too few documents are measured for a forecast.
+        answer: The current result of the request's `until` setting; None if there is no such
+            setting or no measured outcome.
+        forecast: Forecast of the number of documents until the `until` setting stops the
+            measurement; None if the measurement has stopped, or if too few documents are measured
+            for a forecast.
     """
 
     request: CellRequest
@@ -105,20 +106,21 @@ class PlannedCell:
 
     @property
     def rounds_again(self) -> bool:
-        """True if runs round weights, although the checkpoint stores quantised weights already."""
+        """True if requested runs quantise weights that the checkpoint already stores quantised."""
         return bool(self.stored_format and {*self.request.changes.interventions} & {*FORMATS})
 
 
 @dataclass(frozen=True)
 class PlannedTexts:
-    """Tokenised documents of a cell, read without loading the model's weights.
+    """Tokenised documents of a benchmark for one model, read without loading its weights.
 
     Attributes:
         benchmark: The benchmark of the documents.
         metric: The requested metric, or the benchmark's own metric.
         model: The model without its weights.
         documents: The tokenised documents; there is at least one.
-        max_length: Maximum number of tokens of a scored request.
+        max_length: Maximum number of tokens that the model reads of one context with its
+            continuation.
     """
 
     benchmark: BenchmarkIdentity
@@ -134,7 +136,7 @@ class PlannedTexts:
 
 
 def read_texts(request: CellRequest, source: ModelSource) -> PlannedTexts:
-    """Tokenise the documents of a cell; raise RequestError or ModelError if reading fails."""
+    """Tokenise the requested documents; raise RequestError or ModelError if reading fails."""
     from tracker.benchmarks.benchmark import choose_metric, open_benchmark
     from tracker.benchmarks.encoder import RequestEncoder
     from tracker.models.load import build_for_planning
@@ -157,8 +159,9 @@ def plan_cells(
 ) -> list[PlannedCell]:
     """Return, for each request, the planned cost of its cell (a model on a benchmark).
 
-    `progress` receives a message for each cell. RequestError is raised if anything that a request
-    names does not exist, or does not fit the model.
+    `progress` receives a message for each model on each benchmark. RequestError is raised if a
+    request names a model, benchmark or metric that does not exist, or a layer that the model does
+    not have.
     """
     cells = [find_cell(request, ledger, trust_remote_code) for request in requests]
     check_layers(cells)
@@ -207,7 +210,7 @@ def plan_cells(
 
 
 def _plan_reading(source: ModelSource, texts: PlannedTexts) -> PlannedReading | None:
-    """Plan the reading of a model's offloaded weights on the default device; None if all fit."""
+    """Estimate how often offloaded layers are read; None if no weights must be offloaded."""
     from tracker.models.load import choose_placement, find_device
     from tracker.models.offloaded import measure_read_rate
 
@@ -221,7 +224,7 @@ def _plan_reading(source: ModelSource, texts: PlannedTexts) -> PlannedReading | 
 
 
 def _add_repeated_cost(cell_cost: Cost, texts: PlannedTexts, seed: int) -> Cost:
-    """Add the cost of computing some documents a second time, without shared tokens."""
+    """Add the cost of scoring some documents again without sharing their common tokens."""
     from tracker.engine.plan import count_work
 
     keys = repeated_documents(texts.documents, seed)
@@ -234,7 +237,7 @@ def _add_repeated_cost(cell_cost: Cost, texts: PlannedTexts, seed: int) -> Cost:
 
 
 def _observed_spread(cell: CellLookup, metric: str) -> OutcomeVariance | None:
-    """Return the outcome variance of the median run in the stored view with most documents."""
+    """Return the median run's outcome variance in the stored results with most documents."""
     if cell.store is None:
         return None
     views = [requested_view.view for requested_view in cell.store.views.read_requested({})]

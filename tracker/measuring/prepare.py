@@ -28,7 +28,7 @@ from tracker.schema.provenance import package_versions
 
 @dataclass(frozen=True)
 class CellLookup:
-    """A requested model and benchmark, with what is known before either of them is loaded.
+    """A request for one model and benchmark, with the results that the ledger already stores.
 
     Attributes:
         request: The request, which names the model, the benchmark and the ablations.
@@ -36,8 +36,8 @@ class CellLookup:
         key: Key under which the ledger stores the results; None if the commit of the hub model is
             unknown.
         store: The stored results of this model and benchmark; None if the ledger has none yet.
-        complete: True if the ledger has all requested outcomes, or enough of them to answer the
-            request's `until` question.
+        complete: True if the ledger stores the outcomes of all requested documents, or enough
+            outcomes for the stopping rule (`until`) to end the measurement.
     """
 
     request: CellRequest
@@ -104,11 +104,11 @@ def widen_request(
 
     Measuring all ablations together costs little more than measuring one ablation. The request is
     extended to the ablations of the trial's sweep, or to all layers of the model if the sweep is
-    unknown. If the trial's run is already measured, the returned request names only runs with
-    stored results.
+    unknown. If the trial's ablation is already measured, the returned request contains only
+    ablations with stored results.
 
-    The grid of a sweep can contain invalid combinations, such as a span beyond the last layer or a
-    layer that is already removed. Invalid combinations raise no error.
+    The grid of a sweep can contain invalid combinations, such as a range of layers that ends beyond
+    the last layer, or a layer that is already removed. Invalid combinations raise no error.
 
     Args:
         request: The trial's request, which names one ablation.
@@ -155,9 +155,10 @@ def widen_request(
 
 
 def find_earlier_request(request: CellRequest, store: CellStore | None) -> CellRequest | None:
-    """Extend a request to all runs of an earlier request with the same `until` setting.
+    """Add the other runs of an earlier request with the same stopping rule (`until`).
 
-    Returns None if no earlier request had this `until` setting and included the requested run.
+    Returns the extended request, or None if no earlier request had this `until` setting and
+    included the requested runs.
     """
     view = store.views.view_of(request) if store else None
     question = view.until if view else None
@@ -180,8 +181,8 @@ def check_layers(cells: Sequence[CellLookup]) -> None:
 def check_range(request: CellRequest, parts: ModelParts) -> None:
     """Raise ExperimentError if a model lacks requested layers or parts, or if no run is valid.
 
-    The function also raises ExperimentError if the request's `until` setting chooses at least as
-    many runs as there are valid runs.
+    The function also raises ExperimentError if the stopping rule is to find at least as many runs
+    as there are valid runs (e.g. `until: top 5` with 5 runs).
     """
     check_parts(request, parts)
     layers = parts.layers
@@ -278,10 +279,9 @@ def validate_requests(
 
 
 def check_documents(requests: Sequence[CellRequest], progress: Progress) -> list[str]:
-    """Open and check the benchmarks whose documents are on this machine; return notes.
+    """Check the benchmarks stored on this machine; return notes on unchecked hub benchmarks.
 
-    The returned notes name the benchmarks on the hub, which are not checked. Raises RequestError in
-    the same cases as `open_benchmarks`.
+    Raises RequestError in the same cases as `open_benchmarks`.
     """
     specs = dict.fromkeys(request.benchmark for request in requests)
     hub_specs = {spec: str(spec) for spec in specs if not is_local(spec)}

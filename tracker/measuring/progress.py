@@ -36,7 +36,7 @@ class Silent(Progress):
 def report_work(
     progress: Progress, title: str, total: int, unit: str = "responses"
 ) -> Iterator[None]:
-    """Report the start of a `with` block to `progress`, and its end, even after an error."""
+    """Report the start and the end of a `with` block to `progress`, even after an error."""
     progress.start(title, total, unit)
     try:
         yield

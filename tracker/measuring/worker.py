@@ -54,7 +54,7 @@ class Worker:
 
         Args:
             requests: Requests for one model and benchmark, which differ only in their ablations.
-            benchmark: The benchmark if it is already open, else None.
+            benchmark: The opened benchmark; None if the benchmark is not open yet.
 
         Returns:
             Facts about the model, the benchmark and the ablations.
@@ -74,7 +74,7 @@ class Worker:
 
     @translate_errors(_device_lost_error)
     def check(self, checks: Checks | None) -> list[str]:
-        """Test what ablations can compute together exactly; return notes on disabled sharing."""
+        """Test whether ablations can share computation exactly; return notes for the user."""
         assert self._meter is not None, "open() comes first"
         return self._meter.check(checks)
 

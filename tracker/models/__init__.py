@@ -1,9 +1,9 @@
 """Find and load models, find their parts, and make changed copies.
 
 Modules:
-    checkpoint: Save copies of models without some layers, and model objects of notebooks.
+    checkpoint: Save models without some layers, or model objects from notebooks, as checkpoints.
     counterexample: Build the transformer that proves the paper's theorem.
-    devices: Query the accelerators that torch sees; index tensors without waiting for a device.
+    devices: Query the accelerators that torch sees; index tensors without a device synchronisation.
     gguf_file: Parse GGUF files.
     hooks: Read and replace the arguments and outputs of module calls.
     layers: Find the decoder layers.
@@ -11,7 +11,8 @@ Modules:
     miniature: Build a small model of the same class with random weights.
     offloaded: Choose the layers to offload, and load an offloaded layer when it is needed.
     parts: Find, remove and quantise parts of layers, such as heads, experts and linear maps.
-    pruned: Copy a model without some layers; predict what a saved copy computes.
+    pruned: Copy a model without some layers; find values that change when the copy is saved and
+        loaded.
     rounding: Round weights to a quantisation format.
     sources: Locate a model on the hub, in a folder, in a file or in a package.
 """

@@ -1,11 +1,11 @@
 """Save a model with removed or repeated layers as an ordinary checkpoint.
 
 Plain transformers can load the checkpoint. The module `pruned` makes the changed copies. A copy is
-saved only if its configuration describes it completely, so that transformers can rebuild it.
+saved only if transformers can rebuild the same model from the copy's configuration.
 
 The module also measures the relative speed of two models by timing their forward passes in
-alternation, in one process. The module also saves model objects of notebooks: each model once, in a
-folder named by a hash of the model.
+alternation, in one process. If a notebook passes a model object, the module saves the model once,
+in a folder named by a hash of the model.
 """
 
 from __future__ import annotations
@@ -91,8 +91,8 @@ def measure_speedup(
 def median_speedup(timings: Sequence[tuple[float, float]]) -> Speedup | None:
     """Compute the speed of one model relative to another model from alternating timings.
 
-    If other work on the machine slows both models equally in a turn, the ratio of their speeds does
-    not change.
+    If other work on the machine slows both models equally, the ratio of their speeds does not
+    change.
 
     Args:
         timings: The seconds of the model and of the base model in each turn.
@@ -131,7 +131,8 @@ def savable_copy(
     Args:
         model: A causal language model of transformers.
         removed: The layers to remove, 0-based.
-        repeated: Spans of layers that the copy runs several times.
+        repeated: Unbroken ranges of layers that the copy runs several times in a row, e.g. layers 3
+            to 6.
 
     Returns:
         The copy. The copy shares the model's weights, but each repetition of a layer gets new
@@ -179,8 +180,9 @@ def _has_remote_code(model: PreTrainedModel) -> bool:
 def _config_mismatch(model: PreTrainedModel, model_class: type | None) -> str | None:
     """Describe the first tensor shape that differs if a model is rebuilt from its config.
 
-    The function returns None if all shapes are equal. `model_class` is the class of the model if it
-    comes from trusted downloaded code. If `model_class` is None, transformers finds the class.
+    The function returns None if all shapes are equal. `model_class` is the model's class if the
+    class comes from trusted downloaded code. If `model_class` is None, transformers finds the
+    class.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -212,7 +214,8 @@ def check_layer_changes(
         source: The model.
         removed: The layers to remove. None if they are not known yet: the function then tests
             removing the first layer, and separately the middle layer.
-        repeated: Spans of layers that the changed model runs several times.
+        repeated: Unbroken ranges of layers that the changed model runs several times in a row, e.g.
+            layers 3 to 6.
 
     Raises:
         ModelError: The configuration cannot describe the changed model, or the loaded model differs
@@ -236,7 +239,7 @@ def check_layer_changes(
 
 @lru_cache(maxsize=1)
 def _hollow_and_miniature(source: ModelSource, stamp: str) -> tuple[Any, Any | None]:
-    """Build a model on the meta device and a small random version; cache both models."""
+    """Build a model on the meta device, and a miniature with random weights; cache both."""
     model = build_hollow(source, "auto")
     return model, build_miniature(model)
 
@@ -444,7 +447,8 @@ def _check_saved_logits(
     """Raise ModelError if a model and its saved copy compute different logits.
 
     The copy's logits are stored in the copy's folder. If the stored logits are missing or differ,
-    the copy is loaded and run, because another device may have computed the stored logits.
+    the copy is loaded and run. (Stored logits from another device can differ slightly although the
+    copy is correct.)
     """
     # On a CPU, bitsandbytes 0.50 changes the weights of a model that has read a text and is saved.
     if getattr(model, "is_loaded_in_4bit", False) and model.device.type == "cpu":
@@ -489,7 +493,7 @@ def _last_logits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
 
 
 def _logit_difference(logits: Logits, copy_logits: Logits, model: PreTrainedModel) -> str:
-    """Describe the largest difference from the copy's logits; "" if it is within rounding."""
+    """Describe the largest difference between two sets of logits; "" if rounding explains it."""
     is_quantised = getattr(model, "hf_quantizer", None) is not None
     is_exact = model.dtype in (torch.float32, torch.float64) and not is_quantised
     largest = np.abs(copy_logits[np.isfinite(copy_logits)]).max(initial=0)

@@ -1,13 +1,13 @@
-"""Build the paper's counterexample: a transformer whose lowest-scored layer decides all answers.
+"""Build a transformer whose layer with the lowest cosine score decides every prediction.
 
 The construction takes any texts with intended continuations and any ε, and builds a Llama with five
 layers. Layer 2 has the cosine score ε, the lowest of all layers. The model continues each text as
 intended; without layer 2 the model predicts the opposite. Nothing is trained: the weights are
 written directly.
 
-A token's hidden state holds a constant (1) and a junk value (8), which no prediction reads. All
-other values are in separate dimensions and a thousand times smaller. So all hidden states have the
-same length, and each norm divides by the same number.
+Two dimensions of every hidden state hold large fixed values: a constant (1), and a junk value (8)
+that no prediction uses. All other values are in separate dimensions and a thousand times smaller.
+So all hidden states have the same length, and each norm divides by the same number.
 
 | layer | function | cosine score |
 |---|---|---|
@@ -18,9 +18,9 @@ same length, and each norm divides by the same number.
 | 4 speaks | multiplies the signed part of the continuation by +1 where layer 3 wrote, and by -1 elsewhere, and passes the result to the output head | ≈ 1 |
 
 All layers but layer 2 move the junk value to another dimension, which gives these layers a high
-cosine score (the paper's second ingredient). Layers 3 and 4 turn a change by √(2ε) of the hidden
-state's length into a change that inverts the answer (the paper's first ingredient, the snowball).
-Without layer 2 the sign is -1 at every token.
+cosine score (the paper's second ingredient). Layer 2 changes the hidden state by only √(2ε) of the
+hidden state's length. Layers 3 and 4 amplify this change until the prediction is inverted (the
+paper's first ingredient, the snowball). Without layer 2 the sign is -1 at every token.
 
 The module is long because comments explain the purpose of each layer next to its weights.
 """  # noqa: E501
@@ -85,7 +85,7 @@ def prefix_digests(tokens: Sequence[int]) -> Iterator[PrefixDigest]:
 
 @dataclass(frozen=True)
 class Text:
-    """A text as tokens; the next-token predictions at the last `scored` tokens are scored."""
+    """Tokenised text; only the next-token predictions at its last `scored` tokens are scored."""
 
     tokens: tuple[int, ...]
     scored: int
@@ -113,7 +113,7 @@ def build_empty_llama(
     Args:
         vocabulary: Number of tokens in the vocabulary.
         length: Maximum number of tokens that the model reads.
-        code_size: Number of dimensions of a token's code.
+        code_size: Number of dimensions of the random vector (code) that represents a token.
         width: Hidden size of the model.
         n_units: Number of units of each MLP.
 
@@ -192,7 +192,8 @@ class Counterexample:
             epsilon: The cosine score of layer 2, between `MIN_EPSILON` and `MAX_EPSILON`.
 
         Returns:
-            The model itself, not a copy; the next call of this method changes its weights.
+            The attribute `model`, not a copy. The next call of this method changes the weights of
+            this model.
         """
         for layer in range(WHISPER, LAYER_COUNT):
             for weight in self._mlp(layer).parameters():
@@ -205,7 +206,7 @@ class Counterexample:
         return self.model
 
     def _assign_dimensions(self, code_size: int) -> None:
-        """Assign dimensions of the hidden state to the constant, junk, codes and other signals."""
+        """Choose the hidden state's dimensions for the constant, token codes and other signals."""
         self._code_size = code_size
         self._constant_dim, self._whisper_dim, self._sign_dim, self._length_dim = range(4)
         self._junk_dims = (4, 5)
@@ -259,7 +260,7 @@ class Counterexample:
     def _write_recall_layer(
         self, texts: Sequence[Text], targets: Mapping[PrefixDigest, Continuations]
     ) -> int:
-        """Write layer 1's MLP (two units per target); return the number of ambiguous targets."""
+        """Write layer 1's MLP; return the number of text prefixes that it cannot distinguish."""
         rows, signatures = self._read_signatures(texts)
         own_rows = torch.tensor([rows[digest] for digest in targets])
         own_readings, gaps = _signature_gaps(signatures, own_rows)
@@ -288,7 +289,7 @@ class Counterexample:
         return 0
 
     def _read_signatures(self, texts: Sequence[Text]) -> tuple[dict[PrefixDigest, int], Tensor]:
-        """Run layer 0 on all texts; return prefix digest → row number, and the signature matrix."""
+        """Compute layer 0's signature of each text prefix; return digest → row, and all rows."""
         layer = self.model.model.layers[RECALL]
         rows: dict[PrefixDigest, int] = {}
         signatures = []
@@ -316,11 +317,11 @@ class Counterexample:
         self._rewrite_junk(AMPLIFY)
 
     def _write_speaking_layer(self) -> None:
-        """Write the weights of layer 4, which outputs the recalled continuation with its sign.
+        """Write layer 4, which outputs the next tokens that layer 1 recalled, or the opposite.
 
-        SwiGLU multiplies its two inputs. One set of MLP units outputs the signed part at tokens
-        where layer 3 has written 1. Another set outputs the negated signed part at all other
-        tokens, and a third set outputs the fixed part.
+        SwiGLU multiplies its two inputs. At tokens where layer 3 has written 1, one set of MLP
+        units outputs the signed part of the continuation. At all other tokens, a second set outputs
+        the negated signed part. A third set outputs the fixed part at every token.
         """
         state, mlp = self._normed_state(SPEAK), self._mlp(SPEAK)
         by_sign = 2 * OPEN_GATE / state[self._sign_dim]
@@ -346,7 +347,7 @@ class Counterexample:
         self.model.model.norm.weight[self._code_dims] = volume
 
     def _rewrite_junk(self, layer: int) -> None:
-        """Make a layer's last MLP unit move the junk value to the other junk dimension."""
+        """Make a layer move the large junk value to another dimension, by its last MLP unit."""
         old_dim, new_dim = self._junk_dims if layer in (READ, AMPLIFY) else self._junk_dims[::-1]
         self._add_constant(layer, -1, old_dim, -JUNK_SCALE)
         down = self._mlp(layer).down_proj.weight
@@ -382,19 +383,20 @@ class Counterexample:
 
 
 def _signature_gaps(signatures: Tensor, own_rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute how clearly each detector separates its own signature from all other signatures.
+    """Compute how clearly the detector of each signature rejects all other signatures.
 
-    The detector of a signature u computes 2 u·v - ‖v‖², which is ‖u‖² - ‖u - v‖². This value is
-    largest for v = u.
+    The detector of a signature u computes 2 u·v - ‖v‖², which is ‖u‖² - ‖u - v‖². So among all
+    signatures v, the detector's value is largest for its own signature u.
 
     Args:
-        signatures: All signatures [n, size + 1]; the last column is the squared length as the model
-            computes it.
-        own_rows: Row numbers [k] of the signatures that have a detector.
+        signatures: Signatures of all n text prefixes, one per row. The last column is the squared
+            length of the signature in the other columns, as computed by the model.
+        own_rows: Row numbers in `signatures` of the k signatures that have a detector.
 
     Returns:
-        The value of each detector at its own signature [k], and the gap to its largest value at any
-        other signature [k]. A gap is -1 if it is too small compared with rounding errors.
+        Two tensors with one entry per detector: the detector's value at its own signature, and the
+        gap between this value and the detector's largest value at any other signature. A gap of -1
+        means that rounding errors could close the gap.
     """
     detected = signatures[own_rows]
     detectors = torch.cat([2 * detected[:, :-1], -torch.ones_like(detected[:, -1:])], 1)
@@ -412,8 +414,8 @@ def _signature_gaps(signatures: Tensor, own_rows: Tensor) -> tuple[Tensor, Tenso
 def _solve_code(targets: Mapping[int, int], zeros: Iterable[int], codes: Tensor) -> Tensor:
     """Compute the shortest vector [size] whose inner products with token codes equal `targets`.
 
-    The inner products with the codes of the tokens in `zeros` are 0, because another vector encodes
-    their targets.
+    The inner products with the codes of the tokens in `zeros` are 0. (The caller encodes the
+    targets of these tokens in a second vector.)
     """
     all_targets = {**dict.fromkeys(zeros, 0), **targets}
     products = torch.tensor([*all_targets.values()], dtype=codes.dtype)

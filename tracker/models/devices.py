@@ -1,4 +1,4 @@
-"""Access accelerators of any vendor; only this module calls torch's device functions.
+"""Access accelerators of any vendor; other modules do not call e.g. `torch.cuda` directly.
 
 torch has one module for each type of device (`torch.cuda`, `torch.xpu`, `torch.npu`, …) with the
 same functions. Apple's MPS differs: it has no streams, and its memory functions have other names.
@@ -71,7 +71,7 @@ def visible_variable() -> str:
 
 
 def visible_accelerators() -> list[str]:
-    """List this process's accelerators as the environment variable names them, e.g. `0`."""
+    """List visible accelerators as named in the environment variable of `visible_variable`."""
     names = os.environ.get(visible_variable())
     if torch.version.hip and not names:  # HIP obeys it too
         names = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -80,7 +80,7 @@ def visible_accelerators() -> list[str]:
 
 
 def describe_device(device: torch.device) -> dict[str, str]:
-    """Return the names of a device and of its accelerator hardware, to store them with results."""
+    """Return a device's torch name and hardware name, which are stored with the results."""
     if device.type == "cpu":
         return {"device": str(device)}
     get_name = getattr(_device_module(device), "get_device_name", None)
@@ -104,7 +104,7 @@ def runtime_versions() -> dict[str, str]:
 
 
 def share_memory(n_processes: int) -> None:
-    """Set the number by which `free_memory` divides the host's memory among processes."""
+    """Set the number of processes among which `free_memory` divides the host's memory."""
     global _host_shares
     _host_shares = n_processes
 

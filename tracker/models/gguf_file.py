@@ -53,7 +53,7 @@ class Reader(gguf.GGUFReader):  # type: ignore[misc]
         return library_parts
 
     def _read_strings(self, start: int, n_strings: int) -> tuple[list[Any], int]:
-        """Return a string array as alternating lengths and strings, and the offset of its end."""
+        """Return a string array as [length, string, length, string, …], and its end offset."""
         data, strings, offset = self.data, [], start
         byte_order = self.endianess.name.lower()
         for _ in range(n_strings):
@@ -72,8 +72,8 @@ def cached_gguf_parsing() -> Iterator[None]:
 
     By default, transformers parses the file several times, lists all possible tensor names for
     every submodule of the model, and converts each token of the vocabulary slowly. Loading
-    SmolLM2-135M takes 5.0 s with this function, 10.2 s with its two caches only, and 17.6 s without
-    it (two cores of an EPYC).
+    SmolLM2-135M takes 17.6 s without this function and 5.0 s with this function (two cores of an
+    EPYC). If files and tensor names are only cached, loading takes 10.2 s.
     """
     from transformers import modeling_gguf_pytorch_utils as reading
 

@@ -53,7 +53,7 @@ def first_output(output: Any) -> Any:
 
 
 def replace_first_output(output: Any, first: Any) -> Any:
-    """Return `first`; if `output` is a tuple, return it with its first entry replaced."""
+    """Return `first`, or, if `output` is a tuple, a copy of `output` that starts with `first`."""
     if not isinstance(output, (tuple, list)):
         return first
     # A named tuple is not built from one sequence, unlike other tuples.
@@ -71,7 +71,7 @@ def enter_all(contexts: Iterable[AbstractContextManager[Any]]) -> Iterator[None]
 
 
 def shallow_copy(module: nn.Module, **state: Any) -> nn.Module:
-    """Copy a module, set some attributes of the copy, and share all others with the original."""
+    """Copy a module and set the attributes `state`; the copy shares all other attributes."""
     copied_module = copy.copy(module)
     vars(copied_module).pop("forward", None)  # a replacement of the class's own
     vars(copied_module).update(state)
@@ -129,8 +129,9 @@ def neutral_output(
 
     Returns:
         The residual stream if the sublayer itself adds its update to the residual stream (as in
-        Bloom). Otherwise zeros in new memory, because a layer can change a sublayer's output in
-        place (Llama 4 adds the routed experts to the shared expert's output).
+        Bloom). Otherwise a new tensor of zeros. The zeros are not reused, because some layers
+        change a sublayer's output in place (Llama 4 adds the routed experts to the shared expert's
+        output).
     """
     names = _parameter_names(type(module).forward)
     if "residual" in names:
@@ -164,12 +165,12 @@ def replace_output(layer: nn.Module, make: Callable[[Tensor], Tensor]) -> list[R
 
 
 def protect_input(layer: nn.Module, state: Tensor) -> Tensor:
-    """Return a copy of a layer's input, unless the layer is known not to change it in place."""
+    """Return a copy of a layer's input; no copy if the layer never changes its input in place."""
     return state if layer in _READ_ONLY_LAYERS else state.clone()
 
 
 def record_read_only(layer: nn.Module, passed_state: Tensor, state: Tensor) -> None:
-    """Mark a layer as read-only if it has left `passed_state`, a copy of `state`, unchanged."""
+    """Note that a layer does not change its input if `passed_state` still equals `state`."""
     if passed_state is not state and torch.equal(passed_state, state):
         _READ_ONLY_LAYERS.add(layer)
 
@@ -177,7 +178,7 @@ def record_read_only(layer: nn.Module, passed_state: Tensor, state: Tensor) -> N
 def call_protected(
     layer: nn.Module, forward: Callable[..., Any], args: Args, kwargs: Kwargs
 ) -> tuple[Tensor, Any]:
-    """Call a layer's `forward` so that it cannot change its input; return input and output."""
+    """Call a layer without letting it change its input in place; return input and output."""
     state: Tensor = input_state(args, kwargs)
     passed_state = protect_input(layer, state)
     output = call_with(forward, passed_state, args, kwargs)

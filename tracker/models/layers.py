@@ -46,8 +46,8 @@ def find_layers(model: nn.Module) -> nn.ModuleList:
 def find_extra_layers(model: nn.Module, weights: Iterable[str]) -> set[int]:
     """Return the numbers of layers that occur in the names of weights but not in the model.
 
-    In some checkpoints, layers for multi-token prediction follow the model's own layers
-    (`num_nextn_predict_layers`). These layers are not returned.
+    Layers for multi-token prediction (`num_nextn_predict_layers`), which follow the model's own
+    layers in some checkpoints, are not returned.
     """
     layers = find_layers(model)
     path = _layers_path(model, layers)

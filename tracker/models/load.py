@@ -1,8 +1,8 @@
 """Load a causal language model and its tokenizer with transformers.
 
 The module can also create random weights for the shape of a real model, to measure run times
-without a download. The outputs of a model with random weights are meaningless, but its layers,
-sizes, tokens and calls equal those of the real model.
+without a download. The outputs of a model with random weights are meaningless, but the model has
+the layers and tensor sizes of the real model.
 """
 
 from __future__ import annotations
@@ -152,9 +152,9 @@ def load_model(
         device: `auto` (the accelerator if there is one), a torch device, or `spread` (over all
             accelerators, by accelerate).
         weights: Maximum bytes of weights on the computing device; None = all free memory.
-        offload: Location of offloaded layers. `device` offloads only layers that do not fit: to the
-            host if it has room, else to disk. `host` and `disk` offload all layers if `weights` is
-            None.
+        offload: Location of offloaded layers. `device` offloads only layers that do not fit on the
+            device: to the host's memory if there is room, else to disk. `host` and `disk` offload
+            all layers if `weights` is None.
 
     Returns:
         The loaded model.
@@ -255,7 +255,7 @@ def choose_placement(
     weights: int | None = None,
     offload: str = "device",
 ) -> Placement | None:
-    """Choose the layers of a model that are offloaded.
+    """Choose which layers of a model to offload.
 
     Args:
         source: Where the model is loaded from, such as the hub or a folder.
@@ -268,7 +268,8 @@ def choose_placement(
         The offloaded layers and their sizes; None if no weights are offloaded.
 
     Raises:
-        ModelError: The requested layers cannot be offloaded, or the weights do not fit.
+        ModelError: Offloading is requested but impossible for this model (e.g. a GGUF file), or the
+            weights do not fit.
     """
     free_bytes = free_memory(device)
     is_requested = weights is not None or offload != "device"
@@ -358,7 +359,7 @@ def build_for_planning(source: ModelSource, dtype: str) -> tuple[Any, Any]:
 
 
 def bytes_to_load(source: ModelSource, dtype: str) -> int | None:
-    """Return the size of a model's weights in memory; None if a quantiser determines the size.
+    """Return the bytes of a model's weights in memory; None if the weights are quantised.
 
     Raises ModelError if the configuration cannot be read.
     """
@@ -386,8 +387,8 @@ def build_hollow(source: ModelSource, dtype: str) -> Any:
 def find_device(name: str) -> torch.device:
     """Return the torch device `name`; `auto`, `spread` and `all` mean the first accelerator.
 
-    Without an accelerator, these three names mean the CPU. Raises ModelError if there is no device
-    of that name.
+    Without an accelerator, `auto`, `spread` and `all` mean the CPU. Raises ModelError if there is
+    no device of that name.
     """
     if name in ("auto", SPREAD, ALL_DEVICES):
         return default_device()

@@ -1,8 +1,8 @@
 """Build a miniature of a model: same class and layers, with small widths and random weights.
 
-Sharing computation between ablations can fail because of an architecture's code or its pattern of
-layers, but not because of its weights. So a test on a miniature, which costs nearly nothing, is
-enough.
+When ablations share computation, results can become wrong because of an architecture's code or
+pattern of layers, but not because of the weights. So the test runs on a miniature, which costs
+nearly nothing.
 
 The miniature's configuration has the model's number and pattern of layers, but smaller sizes and
 fewer heads and experts.
@@ -88,7 +88,7 @@ VOCABULARY_KEYS = (
 
 
 def _sizes(config: PreTrainedConfig, name: str) -> list[int]:
-    """List the values of a configuration key: one value, one per layer, or none."""
+    """List the positive integers that a configuration key has, for the model and per layer."""
     name = config.attribute_map.get(name, name)
     values = [settings.get(name) for settings in (vars(config), *_layer_sizes(config).values())]
     flat_values = chain.from_iterable(v if isinstance(v, (list, tuple)) else [v] for v in values)
@@ -116,7 +116,7 @@ def _resize(config: PreTrainedConfig, names: Iterable[str], shrink: Callable[[in
 
 
 def _layer_sizes(config: PreTrainedConfig) -> dict[str, dict[str, Any]]:
-    """Return a configuration's settings of each layer; empty if all layers have equal sizes."""
+    """Return layer → its own settings in a configuration; {} if all layers share settings."""
     if not getattr(config, "is_heterogeneous", False):
         return {}
     by_layer: dict[str, dict[str, Any]] = config.to_dict()["per_layer_config"]
@@ -124,7 +124,7 @@ def _layer_sizes(config: PreTrainedConfig) -> dict[str, dict[str, Any]]:
 
 
 def _limit(config: PreTrainedConfig, names: Iterable[str], maximum: int) -> None:
-    """Reduce the values of some configuration keys to at most `maximum`."""
+    """Set configuration values above `maximum` to `maximum`, for some configuration keys."""
     _resize(config, names, lambda value: min(value, maximum))
 
 
@@ -186,7 +186,7 @@ def _shrink_hidden_size(config: PreTrainedConfig, original: PreTrainedConfig, wi
 
 
 def _change_rotary(rope: Any, divisor: int) -> None:
-    """Adapt the lists of rotary factors and sections to heads that are `divisor` times narrower."""
+    """Shorten RoPE's lists of factors and sections for heads that are `divisor` times narrower."""
     for name, value in rope.items() if isinstance(rope, dict) else ():
         if isinstance(value, dict):
             _change_rotary(value, divisor)
@@ -204,14 +204,14 @@ def _shrink_mlp(config: PreTrainedConfig) -> None:
 
 
 def _shrink_experts(config: PreTrainedConfig) -> None:
-    """Reduce the experts to at most four (two per token) in at most two groups (one per token)."""
+    """Reduce to at most 4 experts in 2 groups; a token uses at most 2 experts of 1 group."""
     _limit(config, ALL_EXPERT_KEYS, 4)
     _limit(config, (*TOKEN_EXPERT_KEYS, "n_group", "num_expert_group"), 2)
     _limit(config, ["topk_group"], 1)
 
 
 def _shrink_vocabulary(config: PreTrainedConfig) -> None:
-    """Reduce the vocabulary, and renumber the special tokens so that they are inside it."""
+    """Reduce the vocabulary; give special tokens ids inside the reduced vocabulary."""
     _limit(config, VOCABULARY_KEYS, MINIATURE_VOCABULARY)
     free_token = MINIATURE_VOCABULARY
     for name, value in list(vars(config).items()):
@@ -308,7 +308,7 @@ def build_miniature(model: PreTrainedModel) -> Any | None:
 def build_random_model(
     model_class: type, config: PreTrainedConfig, shapes: TensorShapes | None = None
 ) -> Any | None:
-    """Build a transformers model with random weights; equal shapes always get equal weights.
+    """Build a transformers model with random weights that are equal for equal tensor shapes.
 
     The model is in float64, or in float32 if its class does not support float64. The function
     returns None if the model cannot be built, is too large, returns NaN, or has tensor shapes other

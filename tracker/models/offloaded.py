@@ -1,8 +1,8 @@
 """Load the offloaded weights of each layer to the device when the layer is needed.
 
 transformers and accelerate load an offloaded model and record where each weight is. The module
-`engine.lockstep` determines the order of loading, so that many forward passes use a layer while it
-is loaded. This module also chooses the layers that are offloaded.
+`engine.lockstep` runs many forward passes in step, so that all of them use a layer while the layer
+is loaded. The module `offloaded` also chooses which layers to offload.
 """
 
 from __future__ import annotations
@@ -43,8 +43,9 @@ LAYER_SLOTS = 2
 class FileSlice:
     """Position of a tensor's bytes in a safetensors file, with the file's size and time stamp.
 
-    safetensors maps a file into memory, but this class reads the bytes. If a mapped file is
-    truncated, a signal ends the process. Mapped pages also count as memory of this process.
+    Unlike the package safetensors, the class reads the bytes instead of mapping the file into
+    memory. If a mapped file is truncated, a signal ends the process. Mapped pages also count as
+    memory of the process.
     """
 
     path: Path
@@ -148,7 +149,7 @@ class _LayerWeights:
         return max(self.weights[-1].stop, sum(map(len, self.pinned_parts)))
 
     def buffer_copies(self, buffer: Tensor) -> Iterable[tuple[WeightSource, Tensor]]:
-        """Pair each source of weights (file or tensor) with the part of `buffer` to copy it to."""
+        """Pair each file or tensor that holds weights with the part of `buffer` that it fills."""
         if not self.pinned_parts:
             return [(weight.source, weight.view(buffer)) for weight in self.weights]
         views = torch.split(buffer[: self.size], [*map(len, self.pinned_parts)])
@@ -188,7 +189,8 @@ class OffloadedWeights:
     Attributes:
         device: The device that computes with the weights.
         wait: Function that is called with the number of a layer when the layer's weights are
-            needed. Lockstep execution of many forward passes replaces this function.
+            needed. If many forward passes run in lockstep, `engine.lockstep` replaces this
+            function.
         load_counts: Layer → number of times that the layer was loaded.
         wait_seconds: Seconds spent waiting for weights.
         load_callbacks: Callbacks without arguments, called when a layer has been loaded.
@@ -248,7 +250,7 @@ class OffloadedWeights:
         )
 
     def load_layer(self, layer: int) -> None:
-        """Load a layer if it is not loaded yet, and start to read the next offloaded layer.
+        """Make sure that a layer is loaded, and start to read the next offloaded layer.
 
         Raises CellError if a file of weights has changed or cannot be read.
         """
@@ -277,7 +279,7 @@ class OffloadedWeights:
             callback()
 
     def sequential_passes(self) -> AbstractContextManager[None]:
-        """Make each forward pass load its own layers, not in lockstep, until the context exits."""
+        """Make each forward pass load layers when it needs them, until the context exits."""
         return replaced_attributes(self, wait=self.load_layer)
 
     def _find_slot(self, layer: int) -> _Slot | None:
@@ -472,7 +474,7 @@ class Placement:
 def place_layers(
     model: nn.Module, free_bytes: int, max_bytes: int | None, all_layers: bool = False
 ) -> Placement | None:
-    """Choose the layers of a model that are offloaded.
+    """Choose which layers of a model to offload.
 
     Offloaded layers are spread evenly over the model, so that one layer is read while other layers
     compute.
@@ -511,7 +513,7 @@ def place_layers(
 
 
 def measure_read_rate(files: Sequence[Path]) -> float | None:
-    """Measure the read rate of a disk, in bytes per second, on the start of the largest file.
+    """Measure a disk's read rate in bytes per second by reading a part of the largest file.
 
     Returns None if there are no files. The rate is too high if the system has cached a part of the
     file.
@@ -540,8 +542,8 @@ def devices_needed(n_bytes: int, free_bytes: int, n_devices: int) -> int:
 
     Returns:
         The smallest number of devices that leaves room for intermediate results; 1 if the weights
-        fit on one device. The number is also 1 if the weights do not fit on all devices together:
-        layers are then offloaded.
+        fit on one device. The number is also 1 if the weights are too large for all devices
+        together, because layers are offloaded in this case.
     """
     if n_bytes <= FITTING_SHARE * free_bytes:
         return 1
@@ -550,7 +552,7 @@ def devices_needed(n_bytes: int, free_bytes: int, n_devices: int) -> int:
 
 
 def min_weight_bytes(model: nn.Module, n_staying: int = 0) -> int:
-    """Count the bytes of embeddings, head, `n_staying` layers and memory for two more layers."""
+    """Return the bytes of embeddings, head, and `n_staying` + 2 layers of the largest size."""
     sizes = [weight_bytes(layer) for layer in find_layers(model)]
     return weight_bytes(model) - sum(sizes) + (LAYER_SLOTS + n_staying) * max(sizes)
 
@@ -561,7 +563,7 @@ def weight_bytes(module: nn.Module) -> int:
 
 
 def _placed_parts(module: nn.Module, layers: nn.ModuleList, path: str, offloaded: set[int]) -> Any:
-    """Yield (module path, True if it is an offloaded layer) for all layers and other parts."""
+    """Yield (path, is_offloaded) for each decoder layer and each part outside the layers."""
     for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
         if tensor is not None:
             yield f"{path}{name}", False

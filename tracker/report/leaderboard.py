@@ -47,7 +47,7 @@ Standing = TypeVar("Standing")
 
 
 class RankedRow(NamedTuple, Generic[Standing]):
-    """Row of a leaderboard; `benchmarks` is the number of benchmarks that determine the ranks."""
+    """Row of a leaderboard; ranks are computed over a number `benchmarks` of benchmarks."""
 
     model: str
     standing: Standing
@@ -57,12 +57,12 @@ class RankedRow(NamedTuple, Generic[Standing]):
 def _standing_column(
     name: str, label: str, unit: FigureUnit, no_value: str = "", field: str = ""
 ) -> Column[Any]:
-    """Define a column that shows the attribute `field` (default: `name`) of a row's `standing`."""
+    """Define a leaderboard column whose value is an attribute of `RankedRow.standing`."""
     return Column(label, unit, attrgetter(f"standing.{field or name}"), no_value, name)
 
 
 def _figure_columns(relevance: str, drop: str, drop_field: str) -> list[Column[Any]]:
-    """Define the columns of relevance and drop, each followed by the ends of its 95 % interval."""
+    """Define the columns of relevance and drop, and of the ends of their 95 % intervals."""
     columns = (
         _standing_column("accuracy_relevance", relevance, "relevance", field="relevance"),
         _standing_column("accuracy_drop", drop, "points", field=drop_field),
@@ -71,7 +71,7 @@ def _figure_columns(relevance: str, drop: str, drop_field: str) -> list[Column[A
 
 
 def _rank_columns(no_value: str) -> tuple[Column[Any], ...]:
-    """Define the columns `rank`, `best_rank` and `worst_rank` of tables that programs read."""
+    """Define the columns `rank`, `best_rank`, `worst_rank`; `no_value` explains a missing rank."""
 
     def column(name: str, attribute: str) -> Column[Any]:
         def value(row: Any) -> Estimate:
@@ -83,7 +83,7 @@ def _rank_columns(no_value: str) -> tuple[Column[Any], ...]:
 
 
 def _rank_interval(no_value: str = "", label: str = "rank") -> Column[Any]:
-    """Define the column of a table for people that shows a row's best and worst possible rank."""
+    """Define the rank column of a printed table: the best and the worst possible rank of a row."""
     label = f"{label}, 95 % confidence for all"
     return Column(label, "count", lambda row: row.standing.rank, no_value, interval=True)
 
@@ -91,7 +91,7 @@ def _rank_interval(no_value: str = "", label: str = "rank") -> Column[Any]:
 def _choose_rank_column(
     rows: Sequence[RankedRow[Any]], no_value: str
 ) -> tuple[list[Column[Any]], list[str]]:
-    """Return the rank column, or only a note if every row's rank interval covers all ranks."""
+    """Return ([rank column], []), or ([], [note]) if every rank interval covers all ranks."""
     ranks = [row.standing.rank for row in rows if row.standing.rank.value is not None]
     if any(rank.bounds != (1, len(ranks)) for rank in ranks):
         return [_rank_interval(no_value)], []
@@ -120,8 +120,9 @@ def layer_board_data(boards: Sequence[LayerBoard]) -> Table:
     """Build an unrounded table with the leaderboards of layers of all models.
 
     There is one row for each model and layer (0-based), in descending order of the lower end of the
-    drop's interval. Figures are fractions, averaged over benchmarks; the column `benchmarks` gives
-    the number of benchmarks. `rank` is missing if the relevance is not defined on every benchmark.
+    drop's interval. Relevance and drop are fractions, averaged over benchmarks; the column
+    `benchmarks` gives the number of benchmarks. `rank` is missing if the relevance is not defined
+    on every benchmark.
     """
     labelled = zip(boards, model_labels([board.model for board in boards]), strict=True)
     rows = [row for board, label in labelled for row in _board_rows(board, label)]
@@ -129,7 +130,7 @@ def layer_board_data(boards: Sequence[LayerBoard]) -> Table:
 
 
 def layer_board_table(board: LayerBoard, label: str) -> Table:
-    """Build the leaderboard of one model's layers, sorted by the lower end of the interval."""
+    """Build the leaderboard of one model's layers, sorted by the lower end of the drop interval."""
     columns, ranks_by_cosine = by_name(*layer_board_columns()), cosine_ranks(board)
     rows = _board_rows(board, label)
     rank_columns, notes = _choose_rank_column(rows, _NO_RANK)
@@ -158,7 +159,7 @@ def layer_board_table(board: LayerBoard, label: str) -> Table:
 
 
 def _board_notes(board: LayerBoard) -> list[str]:
-    """Return notes on undefined values, and on intervals above 0 that are not significant."""
+    """Return notes on missing values, and on non-significant drops with an interval above 0."""
     has_no_ranks = bool(board.ranked) and not cosine_ranks(board)
     reasons: dict[str, Callable[[PartStanding], bool]] = {
         f"no rank: {_NO_RANK}": lambda row: row.rank.value is None,
@@ -193,7 +194,7 @@ def part_board_columns() -> tuple[Column[RankedRow[PartStanding]], ...]:
 
 
 def part_board_data(boards: Sequence[tuple[str, PartBoard]]) -> Table:
-    """Build an unrounded table with the leaderboards of heads, experts and spans.
+    """Build an unrounded table: the leaderboards of heads, experts and ranges of layers.
 
     There is one row for each model and part. Parts of one kind are in descending order of the lower
     end of the drop's interval.
@@ -228,7 +229,7 @@ def part_board_table(board: PartBoard, label: str) -> Table:
 
 
 def misjudged_table(board: LayerBoard, label: str) -> Table:
-    """Build the table of layers with a cosine-score rank outside the relevance-rank interval."""
+    """Build the table of layers that cosine scores rank significantly too high or too low."""
     columns: tuple[Column[MisjudgedLayer], ...] = (
         Column("layer (0-based)", "count", lambda row: row.standing.layer),
         _rank_interval(label="rank by relevance"),
@@ -261,7 +262,7 @@ def relevance_interval_table(board: LayerBoard, label: str) -> Table:
 
 
 def proxy_table(cells: Sequence[CellRecord], label: str) -> Table:
-    """Build the table of all proxies of each layer on each benchmark."""
+    """Build the table of all proxies (e.g. cosine score) of each layer on each benchmark."""
 
     def column(cell: CellRecord, name: str, proxy: Proxy) -> Column[int]:
         runs = cell.runs_of_kind()
@@ -311,8 +312,9 @@ def model_board_data(board: ModelBoard) -> Table:
     """Build the leaderboard of models with unrounded values.
 
     There is one row for each model; the model that loses least accuracy by removing a layer is
-    first. Figures are fractions, averaged over `layers` layers and the `benchmarks` that the ranked
-    models share. `rank` is missing if a model lacks one of these benchmarks.
+    first. Relevance and drop are fractions, averaged over layers and over the benchmarks on which
+    all ranked models were measured. The columns `layers` and `benchmarks` hold their numbers.
+    `rank` is missing if a model lacks one of these benchmarks.
     """
     labels = model_labels([standing.model for standing in board.models])
     return build_table("", model_board_columns(), _model_rows(board, labels))
@@ -334,7 +336,7 @@ def model_board_table(board: ModelBoard, labels: Sequence[str]) -> Table:
 
 
 def depth_table(boards: Sequence[LayerBoard], labels: Sequence[str]) -> Table:
-    """Build the table of relevance over relative depth, with a row for each model and layer."""
+    """Build a table with the relevance and relative depth (0 to 1) of each model's layers."""
     columns: tuple[Column[tuple[str, int, PartStanding]], ...] = (
         Column("model", "text", lambda row: row[0]),
         Column("layer (0-based)", "count", lambda row: row[2].layer),

@@ -51,7 +51,7 @@ _LabelledCell = tuple[CellRecord, tuple[str, str]]
 
 
 def overview_table(cells: Sequence[CellRecord]) -> Table:
-    """Build the table of all benchmarks: documents, baseline, chance, top layers, correlation."""
+    """Build a table of all benchmarks: baseline, most important layers, correlation, etc."""
     baseline, costly, drop = "baseline accuracy with 95 % interval", "drop, pp", "drop"
     if has_losses := not all(cell.higher_is_better for cell in cells):
         baseline = "baseline with 95 % interval, accuracy in % or loss"
@@ -301,14 +301,14 @@ def provenance_table(cell: CellRecord) -> Table:
 
 
 def _comparison_text(cell: CellRecord) -> str:
-    """Describe the check against pruned models: number of answers, and largest difference."""
+    """Format the number of answers checked against pruned models, and the largest difference."""
     if cell.compared_difference is None:
         return "nothing"
     return f"{cell.compared:,} answers, at most {cell.compared_difference:.1e} nats apart"
 
 
 def _split_text(task: TaskIdentity) -> str:
-    """Return the name of a task's split and, if only half of it is used, the size and seed."""
+    """Return the name of a task's split; if only a random half is used, add its size and seed."""
     half = task.half
     return task.split if half is None else f"{task.split}, half of {half.of:,} (seed {half.seed})"
 

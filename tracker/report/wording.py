@@ -57,12 +57,12 @@ _MAX_NAMED_LAYERS = 10
 
 
 def rule(name: str) -> str:
-    """Return the explanation of a ranking or figure, such as `layers`, `models` or `intervals`."""
+    """Return the explanation of how a ranking or an interval is computed, e.g. `intervals`."""
     return WORDS.render(f"{name}_rule")
 
 
 def kind_words(kind: Change) -> str:
-    """Return the words for a kind of ablation in a sentence.
+    """Return the name of a kind of ablation for use in a sentence.
 
     Args:
         kind: Component, span and intervention of the ablations.
@@ -178,16 +178,17 @@ def short_correlation(record: CorrelationRecord) -> str:
 
 
 def sentence(cell: CellRecord) -> str:
-    """Describe the rank correlation of each proxy with the drops, the cosine score first.
+    """Describe how strongly the cosine score and other proxies correlate with the drops.
 
     Args:
         cell: Results of one model on one benchmark.
 
     Returns:
-        Sentences about three results. The first result is the cost of layers that are removed in
-        all runs. The second result is the Spearman correlation of cosine score and drop (or loss
-        increase) over all layers and over the inner layers, or the reason why it is undefined. The
-        third result is the correlation of every other proxy over all layers, or over parts.
+        Sentences about three results. The first result is the accuracy without the layers that are
+        removed in all runs. The second result is the Spearman correlation of cosine score and drop
+        (or loss increase) over all layers and over the inner layers, or the reason why it is
+        undefined. The third result is the correlation of every other proxy over all layers, or over
+        parts.
     """
 
     def named_records(proxies: Sequence[Proxy]) -> dict[str, CorrelationRecord]:
@@ -204,7 +205,7 @@ def sentence(cell: CellRecord) -> str:
 
 
 def beneath(cell: CellRecord) -> str:
-    """Describe the accuracy that is lost by layers that are removed in all runs.
+    """State the accuracy that remains if only the layers removed in every run are removed.
 
     Args:
         cell: Results of one model on one benchmark.
@@ -227,7 +228,7 @@ def beneath(cell: CellRecord) -> str:
 
 
 def power_sentence(cell: CellRecord, runs: Sequence[RunRecord]) -> str:
-    """State the smallest drop that the documents can reveal if all runs are tested together.
+    """State the smallest drop that is detectable with these documents, for all runs jointly.
 
     Args:
         cell: Results of one model on one benchmark.
@@ -306,7 +307,7 @@ def _changes_text(cells: Sequence[CellRecord]) -> str:
 
 
 def second_rounding_text(model: str, stored: str) -> str:
-    """Warn that a checkpoint's weights are already quantised, so only extra error is measured.
+    """Warn that a checkpoint is already quantised, so a drop is the cost of quantising again.
 
     Args:
         model: Label of the model.
@@ -332,7 +333,7 @@ def provenance_notes(cells: Sequence[CellRecord]) -> list[str]:
 
 
 def _mismatch_note(cell: CellRecord) -> str:
-    """Return a space and a sentence on runs measured with other versions than the baseline."""
+    """State whether all runs have the versions and devices of the baseline; name exceptions."""
     changes = [run.change for run in cell.runs if run.mismatch]
     if not changes:
         return f" Each {metric_format(cell).change} compares runs with equal versions and devices."
@@ -340,7 +341,7 @@ def _mismatch_note(cell: CellRecord) -> str:
 
 
 def looks_note(cell: CellRecord) -> str:
-    """Explain the figures of a benchmark that the setting `until` has stopped early.
+    """Explain the numbers of documents and the intervals after the setting `until` stopped early.
 
     Args:
         cell: Results of one model on one benchmark.
@@ -352,7 +353,7 @@ def looks_note(cell: CellRecord) -> str:
 
 
 def rounding_note(cell: CellRecord) -> str:
-    """Describe how many documents' answers depend on rounding in half precision, and the effect.
+    """State how many documents' scores depend on rounding in half precision, and the effect.
 
     Args:
         cell: Results of one model on one benchmark.
@@ -376,7 +377,7 @@ def rounding_note(cell: CellRecord) -> str:
 
 
 def second_rounding_note(cell: CellRecord) -> str:
-    """Explain which error is measured if the checkpoint's weights are already quantised.
+    """Warn that a drop is the cost of quantising weights that were already quantised.
 
     Args:
         cell: Results of one model on one benchmark.
@@ -434,7 +435,7 @@ def layers_answer(claims: Claims) -> str:
     """Summarise the verdicts on a model's layers in a few short sentences.
 
     Args:
-        claims: Statements about the layers that are statistically supported.
+        claims: Statistically supported statements about the layers.
 
     Returns:
         For example `Accuracy on arc_easy and piqa falls without layer 0, 1 or 11. Only layer 17 is
@@ -481,7 +482,7 @@ def verdict_sentence(
 
 
 def parts_answer(cell: CellRecord) -> str:
-    """Name the heads, experts and spans with significant effects, tested jointly for each kind.
+    """Name the heads, experts and layer ranges with significant effects (joint test per kind).
 
     Args:
         cell: Results of one model on one benchmark.
@@ -513,7 +514,7 @@ def board_answer(board: PartBoard) -> str:
 
 
 def alone_sentence(cell: CellRecord, has_average: bool) -> str:
-    """State how many runs have no significant effect; `has_average` adds a remark."""
+    """State how many runs lack a significant effect; with `has_average`, mention the average."""
     verdicts = run_verdicts(cell, cell.runs)
     defined_runs = [run for run in cell.runs if run.drop.value is not None]
     n_open = sum(verdicts[run.change] == "open" for run in defined_runs)
@@ -524,10 +525,11 @@ def alone_sentence(cell: CellRecord, has_average: bool) -> str:
 def controls_answer(cell: CellRecord) -> str:
     """Compare the cost of removing a set of layers with the cost of random sets of equal size.
 
-    For a single set, p is twice the smaller of two shares. One share counts the sets that cost at
-    most as much, and the other share counts the sets that cost at least as much. Both shares
-    include the random sets and the set itself. The test assumes that a set of ordinary layers is
-    exchangeable with random sets. If there are several sets of one size, no p-value is given.
+    If there is one set of some size, its two-sided p-value is twice the smaller of two shares. The
+    first share counts the sets that cost at most as much as the tested set. The second share counts
+    the sets that cost at least as much. Both shares include the tested set and all random sets.
+    Under the null hypothesis, the tested set is exchangeable with the random sets. If several sets
+    of one size were measured, no p-value is given for this size.
 
     Args:
         cell: Results of one model on one benchmark.
@@ -573,7 +575,7 @@ def cell_answer(cell: CellRecord) -> str:
 
 
 def agreement_sentence(agreement: Agreement) -> str:
-    """Describe how well a proxy ranks the layers by drop, in comparison with a random order.
+    """Describe how well a proxy orders the layers by drop, compared with a random order.
 
     Args:
         agreement: Agreement of the proxy with the accuracy drop.
@@ -606,7 +608,7 @@ def compared_sentence(cells: Sequence[CellRecord]) -> str:
 
 
 def open_models_sentence(board: ModelBoard) -> str:
-    """State how many pairs of models have no significant order; "" if all pairs have one."""
+    """State in how many pairs of models neither model is significantly better; "" if in none."""
     return WORDS.render("models_open", board, *board.pairs, MODEL_GAP)
 
 

@@ -20,19 +20,19 @@ Modules:
     grouping: Group items by a key.
     hub: Check whether the Hugging Face hub is reachable, and explain errors of the hub.
     identities: Define the identities of models and benchmarks.
-    kinds: Define the interventions on a model, and their styles in charts.
+    kinds: Define the interventions on a model (e.g. removal), and their colours in charts.
     model_parts: Count a model's layers, heads and experts.
     provenance: Collect hashes, software versions and the machine of a measurement.
-    proxies: Define the proxies and their formulas.
+    proxies: Define the proxies of layer importance (e.g. cosine score) and their formulas.
     prune_records: Define the records of a pruning search.
-    questions: Define the questions of the setting `until`, which stops a measurement early.
+    questions: Define the stopping rules of the setting `until`, such as `top 5`.
     records: Define the immutable records of cells, runs and correlations.
-    remote: Call methods of objects in separate processes.
+    remote: Call the methods of an object that lives in another process.
     run_table: Define the columns of the tables of runs and correlations.
     safe_yaml: Read YAML with limits on the size of the content.
-    search_parts: Number the layers or other parts that a search can remove.
+    search_parts: Assign numbers to the layers or other parts that a search can remove.
     tables: Define a table as columns and rows.
     text: Escape text for terminals, Markdown and CSV, and mask passwords.
-    views: Define views: selections of the runs and documents of one model and benchmark.
+    views: Define a view: the runs and documents of one model and benchmark that a report shows.
     weight_formats: Define the weight formats (e.g. int4) and their sizes.
 """

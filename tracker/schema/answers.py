@@ -48,7 +48,7 @@ def answer_cost(answer: AnswerRecord) -> str:
 
 
 def interval_name(cell: CellRecord) -> str:
-    """Return the name of the kind of interval that is computed for a cell's drops.
+    """Return the name of the kind of interval that the drops of a benchmark have.
 
     Args:
         cell: Record of one model on one benchmark.
@@ -113,7 +113,7 @@ def _answer_text(answer: AnswerRecord) -> str:
 
 
 def _run_names(runs: Sequence[RunAnswer]) -> str:
-    """Format the names of runs; whole layers by number, and many runs only as a count."""
+    """Format runs as text: `layers 3 and 5`, `layer 3 head 0`, or only `40 runs` if too many."""
     only_layers = all(run.change.kind == WHOLE_LAYER for run in runs)
     if not runs:
         return "none"

@@ -56,9 +56,9 @@ class Change:
         layers: Numbers of the changed layers, ascending; empty for the embedding and the output
             head.
         intervention: Kind of the intervention, e.g. `remove`, `repeat` or a weight format.
-        part: Number of the head or expert; path of the linear map in its layer; name in
-            `MAP_GROUPS` or `OUTER_MATRICES`. None for a component that exists only once in a layer,
-            e.g. the attention.
+        part: Number of a head or expert, or path of a linear map in its layer (`mlp.down_proj`).
+            Also `attention` or `mlp` for all linear maps of a sublayer, and `embedding` or
+            `lm_head`. None for a component that exists only once in a layer, e.g. the attention.
         repeats: Number of passes through repeated layers.
         drawn: True if the layers were drawn at random, as a control.
     """
@@ -83,7 +83,7 @@ class Change:
     def _from_parts(
         cls, word: str, layers: str | None, part: str | None, matrix: str | None
     ) -> Change | None:
-        """Build a change from the parts of its text; return None if the parts are inconsistent."""
+        """Build a change from the split text (e.g. `head`, `3`, `0`); None if it is invalid."""
         numbers = _parse_layers(layers) if layers else ()
         component, is_format = cast("Component", word.removesuffix("s")), word in FORMATS
         # A matrix outside the layers, or a linear map of one layer: only formats apply to these.
@@ -199,17 +199,17 @@ class Change:
 
     @property
     def map(self) -> str | None:
-        """The path or name of the changed linear map, map group or outer matrix; else None."""
+        """The name of the changed linear map(s), e.g. `mlp.down_proj` or `embedding`; else None."""
         return self.part if isinstance(self.part, str) else None
 
     @property
     def path(self) -> str:
-        """The path or name of the changed linear map, as `map`; empty if `map` is None."""
+        """The value of `map`, or an empty string if `map` is None."""
         return self.map or ""
 
     @property
     def extra(self) -> int:
-        """The number of layer passes that a repetition of layers adds; 0 for other changes."""
+        """The number of additional layer calls in a forward pass with repeated layers, else 0."""
         return (self.repeats - 1) * len(self.layers) if self.intervention == _REPEAT else 0
 
     @property
@@ -238,17 +238,17 @@ class Change:
         return str(self).partition(":")[2]
 
     def at_layer(self, layer: int) -> Change:
-        """Return a copy with all layer numbers increased by `layer` (for a change at layer 0)."""
+        """Return a copy with `layer` added to its layer numbers: `layers:0,1` → `layers:3,4`."""
         return replace(self, layers=tuple(layer + n for n in self.layers))
 
     @property
     def kind(self) -> Change:
-        """A copy of the change moved to layer 0; the group key of changes that differ in layer."""
+        """A copy of the change at layer 0; equal for changes that differ only in their layer."""
         return self if self.members or self.is_outer else replace(self, layers=(*range(self.span),))
 
     @property
     def family(self) -> Change:
-        """A copy of the change at layer 0 without its part; the group key of changes in charts."""
+        """A copy at layer 0 without head or other part; equal for changes in the same heat map."""
         return replace(self, layers=(0,), part=None, drawn=False)
 
     @property
@@ -323,7 +323,7 @@ class Change:
 
     @property
     def columns(self) -> dict[str, Any]:
-        """The change as column name → value; rarely used columns only if not the default."""
+        """The change as column name → value; most columns only if they differ from the default."""
         usual = {name: getattr(WHOLE_LAYER, name) for name in CHANGE_COLUMNS[3:]}
         values = {name: getattr(self, name) for name in CHANGE_COLUMNS}
         return {n: value for n, value in values.items() if n not in usual or value != usual[n]}
@@ -406,10 +406,10 @@ class Ablation:
 
     @cached_property
     def roundings(self) -> tuple[Change, ...]:
-        """The changes that round the weights of layers, linear maps or outer matrices.
+        """The changes that quantise weights: of layers, linear maps, embedding or output head.
 
-        The changes are sorted by layer and name, so that the rounding of a single map comes after
-        the rounding of its map group.
+        The changes are sorted by layer and name. A change of one linear map (`mlp.down_proj`) comes
+        after the change of all maps of the sublayer (`mlp`).
         """
         changes = (change for change in self.changes if change.intervention in FORMATS)
         return tuple(sorted(changes, key=lambda change: (change.layer, change.path)))
@@ -447,7 +447,7 @@ class Ablation:
 
     @cached_property
     def by_layer(self) -> dict[int, Ablation]:
-        """Layer → the changes at this layer; a repetition belongs to its last layer."""
+        """Layer → the changes at this layer. A repetition of layers is listed at its last layer."""
         changes = (change for change in self.changes if not change.is_outer)
         layers = group_by(changes, lambda change: change.stop - 1)
         return {layer: Ablation(frozenset(group)) for layer, group in layers.items()}

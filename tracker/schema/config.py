@@ -119,7 +119,7 @@ class BenchmarkSpec(StrictModel):
 
 
 class DocumentSpec(StrictModel, Extent):
-    """Selection of documents: all, the first, or a random sample of a benchmark or of one half."""
+    """Selection of a benchmark's documents: its part (e.g. test), and all, first or random ones."""
 
     part: DocumentPart | None = None
     """Disjoint documents for choosing (calibration) and for testing (test). These are the training
@@ -128,7 +128,7 @@ class DocumentSpec(StrictModel, Extent):
 
 
 class ChangeGrid(StrictModel):
-    """Grid of changes in files and commands: all combinations of the field values."""
+    """Grid of requested changes: every combination of the layers, components, spans, etc."""
 
     layers: tuple[Count, ...]
     """Layer to change, 0-based (default: all)."""
@@ -198,7 +198,7 @@ class Changes(ChangeGrid):
 
     @property
     def lacks_maps(self) -> bool:
-        """True if the request includes linear maps but names none, which requests all of them."""
+        """True if linear maps are requested without names, which means all linear maps."""
         return "linear" in self.components and not self.maps
 
     @property
@@ -208,7 +208,7 @@ class Changes(ChangeGrid):
 
     @property
     def first_change(self) -> Change:
-        """First requested change; raises ExperimentError if it names no head, expert or map."""
+        """First requested change; raises ExperimentError if e.g. a head's number is missing."""
         if self.lacks_maps:
             raise ExperimentError(
                 "which linear map of the layer? Give its name: --map mlp.down_proj (in a sweep "
@@ -223,7 +223,7 @@ class Changes(ChangeGrid):
 
 
 class CellSettings(ChangeGrid, DocumentSpec, BenchmarkSpec, ModelSpec):
-    """Settings of one cell (model and benchmark), named as in files, commands and keywords.
+    """Settings of one model on one benchmark, named as in experiment files and options.
 
     The fields of this class define the keys of experiment files and the options of the command
     line. A test compares `docs/experiments.md` with the fields.
@@ -273,10 +273,11 @@ class CellRequest:
         model: The settings that choose the model's weights.
         benchmark: The benchmark and the settings of its prompts.
         documents: The selection of documents to measure.
-        changes: The changes to measure; empty if the request is only a template for other requests.
+        changes: The changes to measure, e.g. the removal of each layer; empty if the request is
+            only a template for other requests.
         removed: The layers that are removed in every run, ascending.
-        until: The stopping rule: the measurement ends once its question is answered. None to
-            measure all documents.
+        until: The stopping rule, e.g. `top 5`: the measurement ends once the five largest drops are
+            certain. None to measure all documents.
         metric: The metric to show; None for the metric that publications usually report for the
             benchmark.
     """
@@ -291,7 +292,7 @@ class CellRequest:
 
     @property
     def settings(self) -> CellSettings:
-        """The request as flat settings; `CellSettings.request` builds the same request."""
+        """The request as one object without nested settings, as in an experiment file."""
         settings: dict[str, Any] = {"removed": self.removed, "metric": self.metric}
         settings["until"] = None if self.until is None else str(self.until)
         for group in (self.model, self.benchmark, self.documents, self.changes):
@@ -320,7 +321,7 @@ class CellRequest:
         return replace(self, changes=Changes(**grid))
 
     def on_part(self, part: DocumentPart, **size: int | None) -> CellRequest:
-        """Copy the request for one half of the documents; `size` can set `limit` or `sample`."""
+        """Copy the request for calibration or test documents; `size` sets `limit` or `sample`."""
         update = {"part": part, **size}
         return replace(self, documents=self.documents.model_copy(update=update))
 
@@ -370,7 +371,7 @@ class CellRequest:
         return [change for change in changes if self.invalid_reason(change, layers) is None]
 
     def ablations(self, layers: int) -> list[Ablation]:
-        """List the ablations: the baseline, only `removed`, and one for each valid change."""
+        """List the ablations: the baseline, `removed` alone, `removed` plus each valid change."""
         runs = [(), *((change,) for change in self.valid_changes(layers))]
         ablations = (Ablation.from_changes(*run, removed=self.removed) for run in runs)
         return list(dict.fromkeys([INTACT, *ablations]))
@@ -394,13 +395,13 @@ def cell_request(**settings: Any) -> CellRequest:
 
 
 def stored_request(settings: Mapping[str, Any]) -> CellRequest:
-    """Read a request from stored flat settings, including settings of former versions."""
+    """Build a request from stored settings, which a former version may have written."""
     fields = {name: settings[name] for name in CellSettings.model_fields if name in settings}
     return CellSettings.model_validate_json(json.dumps(fields)).request
 
 
 def run_request(settings: Mapping[str, Any]) -> CellRequest:
-    """Build a request for one run from settings whose names are keys of `FIELDS_BY_KEY`."""
+    """Build a request for one run from settings named as in experiment files (e.g. `layer`)."""
     fields = {FIELDS_BY_KEY.get(k, k): value for k, value in settings.items() if value is not None}
     return cell_request(**{f: (v,) if f in FILE_KEYS else v for f, v in fields.items()})
 

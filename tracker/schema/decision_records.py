@@ -34,7 +34,7 @@ class ShownDocument(Record):
 
 
 class DecidedDocument(Record):
-    """A run's response to a document whose score differs from the intact model's score."""
+    """The ablated model's response to a document on which it scores worse or better than intact."""
 
     document: int
     """The document's position in `DecisionsRecord.documents`."""
@@ -48,7 +48,7 @@ Quartiles = tuple[float, float, float]
 
 
 class RunDecisions(Record):
-    """The documents whose scores differ between a run and the intact model, and totals."""
+    """Numbers and examples of documents on which a run scores worse or better than intact."""
 
     run: Change
     lost: int

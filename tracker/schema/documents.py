@@ -65,8 +65,8 @@ class Document:
         choices: Number of answer options, from which chance accuracy is computed; 0 for free-form
             answers.
         rolling: True if the requests are consecutive windows of one text.
-        prompt: The prompt of a generation task; None for other tasks. The requests of a generation
-            task consist of the prompt and the reference answer, to compute proxies and
+        prompt: The prompt of a generation task; None for other tasks. For a generation task,
+            `requests` pairs the prompt with the reference answer, to compute proxies and
             log-probabilities.
     """
 
@@ -84,7 +84,7 @@ class Document:
         return self.task, self.index
 
     def tokens_digest(self, max_length: int) -> str:
-        """Hash the tokens that a model reads after truncation, and the numbers scored."""
+        """Hash the truncated tokens of each request, and the number of scored tokens in each."""
         texts: list[Any] = []
         for request in self.requests:
             tokens = (request.context + request.continuation)[-(max_length + 1) :]
@@ -100,8 +100,8 @@ class DocumentText:
     """The text of a document for display, without few-shot examples and templates.
 
     Attributes:
-        question: The last part of the prompt. If the whole text of the document is scored, the
-            whole text.
+        question: The last part of the prompt, or the whole text if the whole text is scored (as for
+            a corpus).
         choices: The answer options, in the order of the requests; empty for free-form answers.
         answer: The gold answer of a document without answer options; None if the task defines no
             answer.

@@ -107,7 +107,7 @@ def did_you_mean(name: str, allowed: Iterable[str]) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of an error's text; also the second if the first ends with ":"."""
+    """Return an error's first line, followed by the second line if the first ends with a colon."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     message = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1])
     return message[:300] or type(error).__name__

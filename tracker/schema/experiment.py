@@ -105,7 +105,7 @@ def _check_number(given: object, number: ValidatorFunctionWrapHandler) -> Any:
 
 
 class _PartValues(GridValues):
-    """Numbers of the heads or experts of a layer; all of them by default."""
+    """Values of the key `head` or `expert` of an experiment file: numbers, or `all`."""
 
     value: Annotated[Count | None, WrapValidator(_check_number)] = None
     values: list[Count] | None = None
@@ -129,7 +129,7 @@ class _PartValues(GridValues):
 
     @property
     def options(self) -> Sequence[int | str | None]:
-        """The head or expert numbers, in the order of the file; `[None]` for all numbers."""
+        """The numbers in the order of the file; `[None]` if the file says `all`."""
         return [None] if str(self.value) == ALL_PARTS else super().options
 
 
@@ -141,7 +141,7 @@ def _parse_kinds(given: object) -> object:
 
 
 class _LayerValues(_PartValues):
-    """Layers of a model: listed by number, all layers, or all layers of a kind."""
+    """Values of the key `layer` of a file: numbers, `all`, or a kind such as `full_attention`."""
 
     kind: Annotated[tuple[Name, ...], BeforeValidator(_parse_kinds)] | None = None
 
@@ -150,7 +150,7 @@ class _LayerValues(_PartValues):
 
     @property
     def options(self) -> Sequence[int | str | None]:
-        """The layer numbers, in the order of the file; `[ALL_PARTS]` for all layers or a kind."""
+        """The layer numbers in the order of the file; `[ALL_PARTS]` if it says `all` or a kind."""
         return [ALL_PARTS] if str(self.value) == ALL_PARTS or self.kind else super().options
 
 
@@ -158,11 +158,11 @@ _PART_CLASSES = {"layer": _LayerValues, "head": _PartValues, "expert": _PartValu
 
 
 class Grid(StrictModel):
-    """Parameters of an experiment file; each combination of their values is a run or a search."""
+    """The `parameters:` of a file; each combination of values is one run or pruning search."""
 
     @property
     def options(self) -> dict[str, Sequence[Any]]:
-        """The values of each key, with the keys in alphabetical order, as W&B orders runs."""
+        """The values of each key; keys are in alphabetical order, like those of W&B's grids."""
         grid = {name: getattr(self, name) for name in sorted(type(self).model_fields)}
         return {name: choice.options for name, choice in grid.items() if choice is not None}
 
@@ -172,7 +172,8 @@ def grid_class(
 ) -> type[Grid]:
     """Build a grid class in which each key in `keys` accepts one or several values.
 
-    `kinds` maps keys to the class of their values, for keys that need a special class.
+    `kinds` maps a key to the class that checks its values, if the key needs special checks (e.g.
+    `protect`).
     """
     fields: dict[str, Any] = {}
     for key, field in keys.items():
@@ -196,7 +197,7 @@ _RUN_KEYS = {
 
 
 def _build_change(point: tuple[Any, ...]) -> Change:
-    """Build the change that one combination of the grid's values describes."""
+    """Build the model change (e.g. removing layer 3) for one combination of the grid's values."""
     grid: dict[str, Any] = {f: (value,) for f, value in zip(FILE_KEYS, point, strict=True)}
     return next(Changes.model_construct(None, **grid).expand())
 
@@ -236,12 +237,12 @@ class Experiment(Sweep):
 
     @property
     def requests_all_layers(self) -> bool:
-        """True if the file requests all layers of each model, or all layers of a kind."""
+        """True if the file requests all layers, or all layers of a kind (e.g. `mamba`)."""
         return list(self.parameters.options["layer"]) == [ALL_PARTS]
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """The kinds of layers that the file requests; empty if the file names no kind."""
+        """The kinds of layers in the file, such as `full_attention`; empty if it names no kind."""
         layer: _LayerValues = vars(self.parameters)["layer"]
         return layer.kind or ()
 
@@ -252,7 +253,7 @@ class Experiment(Sweep):
 
     @property
     def cap_note(self) -> str:
-        """A message with the number of runs that `run_cap` keeps; empty if it keeps all runs."""
+        """A message with the number of runs that `run_cap` keeps; empty if all runs are kept."""
         if self.run_cap is None or self.run_cap >= self.size:
             return ""
         runs = f"only the first {self.run_cap:,} of the grid's {self.size:,} runs are measured"
@@ -261,9 +262,10 @@ class Experiment(Sweep):
     def cells(self) -> list[CellRequest]:
         """Expand the grid into one request per model, benchmark and settings, sorted by model.
 
-        Each request covers all runs of the grid with the same settings. If the file requests all
-        layers and was loaded without a `count` function, the requests contain no layers. A value of
-        the wrong type raises RequestError.
+        A request covers all combinations of the grid that differ only in the change of the model
+        (e.g. in the removed layer). If the file requests all layers, the `count` function of
+        `load_experiment` supplies the layer numbers; without `count`, the requests list no layers.
+        A value of the wrong type raises RequestError.
         """
         if self.requests_all_layers and self.run_cap is not None:
             raise ExperimentError("'run_cap' needs 'layer' as numbers, e.g. {min: 0, max: 29}")

@@ -1,7 +1,7 @@
-"""Read a request from an experiment file, a model's name, a dict or keywords.
+"""Build an experiment from a YAML file, a model's name, a dict or keyword arguments.
 
-All commands and Python functions that take an experiment use this module to convert the experiment
-to an experiment file.
+All commands and Python functions with an experiment argument use this module. The module converts
+every form of input to the contents of an experiment file.
 """
 
 from __future__ import annotations
@@ -33,14 +33,16 @@ UNNAMED_FILE = "the experiment"
 
 @dataclass(frozen=True)
 class ExperimentInput(Generic[SweepType]):
-    """A request, converted to an experiment file.
+    """An experiment, read from a file or built from a model's name, a dict or keywords.
 
     Attributes:
         file: The parsed experiment file.
         text: The text of the experiment file.
-        name: The name of the file in a results folder.
-        source: The name of the file in messages.
-        command_arguments: Command-line arguments that repeat the request; empty for a dict.
+        name: File name under which a results folder stores the experiment.
+        source: Path of the experiment file, or `the experiment` if there is no file; used in
+            messages.
+        command_arguments: Command-line arguments that give the same experiment again; empty if the
+            experiment was a dict.
     """
 
     file: SweepType
@@ -52,7 +54,7 @@ class ExperimentInput(Generic[SweepType]):
 
 @dataclass(frozen=True)
 class FileKind(Generic[SweepType]):
-    """A kind of experiment file: a file of ablation runs or a file of searches.
+    """A kind of experiment file: for ablation runs, or for pruning searches (`tracker prune`).
 
     Attributes:
         schema: The class of the file's contents.
@@ -60,8 +62,8 @@ class FileKind(Generic[SweepType]):
         defaults: Default contents of a file that is built from keywords.
         is_other_kind: Function that returns whether a file's contents belong to the other kind of
             file.
-        other_kind_message: Error text for a file of another kind, which ends with the right
-            command.
+        other_kind_message: Error text for a file of the other kind; the text ends with the command
+            that accepts the file.
     """
 
     schema: type[SweepType]
@@ -86,7 +88,7 @@ def load_experiment(
 
     Args:
         source: An experiment file, a model's name, a dict with the contents of a file, or None.
-        settings: Keys of the file with new values, as for `apply_settings`.
+        settings: Keys of the file with new values, in the form that `apply_settings` takes.
         count: Function that counts the layers, heads and experts of a model, for `layer: {value:
             all}`; None if the experiment is only checked.
 
@@ -116,7 +118,7 @@ def names_model(source: ExperimentSource) -> bool:
 def move_model(
     source: ExperimentSource, settings: Mapping[str, Any]
 ) -> tuple[ExperimentSource, dict[str, Any]]:
-    """Move a model's name from `source` to the settings; raise an error for two models."""
+    """Move a model's name from `source` to `settings`; raise an error if they name two models."""
     if source is None or isinstance(source, Mapping) or not names_model(source):
         return source, dict(settings)
     model = os.fspath(source)
@@ -128,7 +130,7 @@ def move_model(
 def read_input(
     experiment: ExperimentSource, settings: Mapping[str, Any], kind: FileKind[SweepType]
 ) -> ExperimentInput[SweepType]:
-    """Read and check an experiment like `load_experiment`, but for any kind of file."""
+    """Read and check an experiment file of a kind: ablation runs or pruning searches."""
     experiment, settings = move_model(experiment, settings)
     path = None if experiment is None or isinstance(experiment, Mapping) else Path(experiment)
     contents: Any = experiment
@@ -193,13 +195,13 @@ def _write_yaml(contents: Mapping[str, Any], name: str) -> tuple[Any, str]:
 def apply_settings(
     raw: Mapping[str, Any] | None, settings: Mapping[str, Any], kind: FileKind[SweepType]
 ) -> dict[str, Any]:
-    """Build the contents of an experiment file from keywords, or update contents by keywords.
+    """Return a file's contents with changed keys, or new contents that are built from the keys.
 
     Args:
         raw: The contents of a file; None for no file.
         settings: Keys of the file with a value or a list of values; None removes the key from
             `raw`. Setting `limit` removes `sample`, and setting `sample` removes `limit`.
-        kind: The kind of file; if `raw` is None, the contents start from its `defaults`.
+        kind: The kind of file; if `raw` is None, the contents start from `kind.defaults`.
 
     Returns:
         The new contents of the file.
@@ -262,7 +264,7 @@ def _assignments(settings: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _command_arguments(path: Path | None, settings: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the command-line arguments that repeat a request from a file and settings."""
+    """Return the command-line arguments (a path and `--set` options) for a file and settings."""
     words = (word for assignment in _assignments(settings) for word in ("--set", assignment))
     return (*([] if path is None else [str(path)]), *words)
 
@@ -276,7 +278,7 @@ def _file_name(file: Any, text: str) -> str:
 
 
 def requests_searches(source: ExperimentSource, settings: Mapping[str, Any]) -> bool:
-    """Return whether an experiment requests searches (`tracker prune`) instead of runs.
+    """Return whether an experiment requests pruning searches (`tracker prune`), not ablation runs.
 
     ExperimentError is raised if the file cannot be read.
     """

@@ -27,7 +27,7 @@ def load_extensions(
         reserved: Names of tracker's own objects, which extensions must not use.
 
     Returns:
-        Entry-point name → extension.
+        The extensions, keyed by the name of their entry point.
     """
     extensions: dict[str, Extension] = {}
     for point in sorted(entry_points(group=f"layer_tracker.{group}"), key=_sort_key):
@@ -49,7 +49,7 @@ def load_extensions(
 
 
 def list_extensions() -> list[tuple[str, str]]:
-    """List (kind, names) pairs of all installed extensions, without loading any of them."""
+    """List, without loading them, the installed extensions: pairs of a kind and joined names."""
     points = entry_points()
     kinds_and_names = []
     for kind in EXTENSION_KINDS:

@@ -1,4 +1,4 @@
-"""Choose documents of a benchmark: all or one half; of these all, the first or a sample."""
+"""Choose the documents to measure: the first ones or a random sample, of all or of one half."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ DEFAULT_SEED = 1234
 class Extent(BaseModel):
     """The number of documents that are measured for each task, and their order.
 
-    A seed determines one random order of a task's documents, the same for all models and folders. A
-    sample consists of the first documents in this order, so a larger sample contains every smaller
-    sample.
+    A seed determines one random order of a task's documents, which is the same for all models and
+    results folders. A sample consists of the first documents in this order, so a larger sample
+    contains every smaller sample.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
@@ -63,8 +63,8 @@ UNLIMITED_SAMPLE = 10**9
 def random_order(seed: int, task: str, documents: Iterable[int]) -> list[int]:
     """Sort document numbers of a task into a random order that depends only on seed and task.
 
-    A subset of the documents has the same relative order as all documents. Different tasks have
-    independent orders.
+    If only some of a task's documents are given, their relative order is the same as for all
+    documents. Different tasks have independent orders.
     """
     return sorted(documents, key=lambda number: _random_key(seed, task, number))
 

@@ -35,7 +35,7 @@ ARGUMENTS_FORM = "write {key: value, …}, or key=value,key=value as for lm-eval
 
 
 def _canonical_json(value: object) -> object:
-    """Convert settings (YAML, W&B's form, or lm-eval's `key=value`) to canonical JSON."""
+    """Convert settings from YAML, from W&B or in lm-eval's form `key=value` to canonical JSON."""
     if isinstance(value, str):
         value = _parse_arguments(value)
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
@@ -178,8 +178,8 @@ def first_problem(
 ) -> str:
     """Describe the first invalid setting in one line, with its name in experiment files.
 
-    `parameter_names` maps a field to a parameter of the file. The mapping is needed for fields that
-    combine several values of one parameter.
+    `parameter_names` maps a field to a parameter of the file. For example, the field `layers`
+    combines all values of the parameter `layer`.
     """
     problems = error.errors(include_url=False)
     # A misspelt key often makes another one missing, so it is named first.

@@ -1,4 +1,4 @@
-"""Define the results of a study: answers, tables and charts.
+"""Define the stored result of a study (an analysis): its sentences, tables and charts.
 
 Values are stored as fractions or nats. Display code scales and rounds the values.
 """
@@ -31,7 +31,7 @@ class Line(Record):
 
     @classmethod
     def from_figures(cls, name: str, figures: Iterable[Estimate | None], band: bool = True) -> Line:
-        """Build a curve from estimates, with a band of their intervals; None becomes a gap."""
+        """Build a curve from estimates, with their intervals as a band; None becomes a gap."""
         estimates = [figure or Estimate(None) for figure in figures]
         return cls(
             name=name,
@@ -65,7 +65,7 @@ class LineChart(_Chart):
 
 
 class MapChart(_Chart):
-    """Chart of a matrix of values, coloured by the distance from 0; None leaves a gap."""
+    """Heat map of values, coloured by their distance from 0; None leaves a cell empty."""
 
     kind: Literal["map"] = "map"
     name: str
@@ -85,7 +85,7 @@ StudyChart = LineChart | MapChart
 
 
 class FindingRecord(Record):
-    """The result of applying one study to one experiment."""
+    """The stored result of one study (an analysis) of the measurements of one experiment."""
 
     study: str
     experiment: SafeText
@@ -108,11 +108,11 @@ class FindingRecord(Record):
 
     @property
     def command_line(self) -> str:
-        """The command that computes the finding again."""
+        """The command that computes this result again, e.g. `tracker study STUDY FILE`."""
         return f"{self.command or f'tracker study {self.study}'} {self.experiment}"
 
     @property
     def name(self) -> str:
-        """The finding's name, which is unique in a results folder."""
+        """The unique name of this result in a results folder, made of study and experiment."""
         suffix = f"--{self.beside}" if self.beside else ""
         return f"{self.study}--{self.experiment.removesuffix('.yaml')}{suffix}"

@@ -32,7 +32,7 @@ def two_digits(value: float) -> str:
 
 
 def three_digits(value: float) -> str:
-    """Format a number with three significant digits, or whole from 1000, as `0.123` or `1,083`."""
+    """Format a number with three significant digits (`0.123`) or, from 1000, whole (`1,083`)."""
     text = f"{value:,.0f}" if abs(value) >= 999.5 else f"{value:.3g}"
     return text.replace("-", MINUS)
 
@@ -177,12 +177,12 @@ def count_text(number: int, noun: str) -> str:
 
 @dataclass(frozen=True)
 class MetricFormat:
-    """Display names and formats of the metric of a model and benchmark.
+    """Names, units and number formats with which a metric and its changes are displayed.
 
     Attributes:
-        level: The name of the metric.
-        change: The name of the metric's change after a removal. The change is positive if the model
-            becomes worse.
+        level: The name of the metric, such as `accuracy`.
+        change: The name of the metric's change by an ablation, such as `accuracy drop`. A change is
+            positive if the model becomes worse.
         level_unit: The unit of the metric itself.
         unit: The unit of a change of the metric.
         level_form: The number format of the metric itself.
@@ -206,7 +206,7 @@ class MetricFormat:
         return UNIT_FORMATS[self.form].write(figure)
 
     def amount(self, change: Estimate) -> str:
-        """Format a change with its unit and interval, or the reason why the change is undefined."""
+        """Format a change with unit and interval; if it is undefined, give the reason instead."""
         if change.value is None:
             return f"an undefined amount ({change.reason})"
         return figure_text(change, self.write, f" {self.unit}")
@@ -220,7 +220,7 @@ ACCURACY_FORMAT = MetricFormat("accuracy", "accuracy drop", "%", "pp", "percent"
 
 
 class MetricRecord(Protocol):
-    """Record of a cell or of a search, with the metric behind its figures."""
+    """Protocol of result records (of ablation runs or of a search) that have a metric."""
 
     @property
     def metric(self) -> str:
@@ -232,7 +232,7 @@ class MetricRecord(Protocol):
 
     @property
     def benchmark(self) -> BenchmarkIdentity:
-        """The benchmark that has the metric."""
+        """The benchmark on which the metric was measured."""
 
 
 def metric_format(record: MetricRecord) -> MetricFormat:

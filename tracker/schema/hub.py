@@ -68,7 +68,7 @@ _OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 
 @cache
 def _test_hub() -> None:
-    """Test once whether the hub's address answers; set the libraries offline if not."""
+    """Test once whether the hub answers; if not, set the Hugging Face libraries to offline mode."""
     from huggingface_hub import constants, get_session
 
     if constants.is_offline_mode():
@@ -109,7 +109,8 @@ def _is_temporary(error: BaseException) -> bool:
 def explain_error(name: str, error: BaseException, page: str = "") -> str:
     """Describe a hub error and what to do; return '' if the hub did not cause the error.
 
-    `page` is the repository's path on the hub. By default it is `name`, which is right for models.
+    `page` is the repository's path on the hub. The default path is `name`, which is right for
+    models.
     """
     from huggingface_hub import constants
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RevisionNotFoundError

@@ -46,7 +46,7 @@ class ModelIdentity(Record):
 
     @property
     def key(self) -> tuple[str, str, str]:
-        """The model's key for display: name, fingerprint and dtype."""
+        """The name, fingerprint and dtype, by which displays distinguish models."""
         return (self.name, self.fingerprint, self.dtype)
 
     @property
@@ -105,7 +105,7 @@ class TaskIdentity(Record):
 
     @property
     def all_metrics(self) -> dict[str, str]:
-        """`metrics`, and the metrics that are derived from the log-likelihoods of options."""
+        """Metric → aggregation, for `metrics` and metrics derived from option log-likelihoods."""
         names = [*CHOICE_PROBABILITIES] if self.offers_choices else []
         if "acc_norm" not in self.metrics:
             names = names[:1]
@@ -144,7 +144,7 @@ class BenchmarkIdentity(Record):
         return sum(task.documents for task in self.tasks)
 
     def sample_size(self, documents: int) -> int:
-        """Return the smallest sample per task with at least `documents` (or all) in total."""
+        """Return the smallest sample size per task that gives at least `documents` in total."""
         sizes = [task.documents for task in self.tasks]
         samples = range(1, max(sizes))
         large_samples = (n for n in samples if sum(min(n, size) for size in sizes) >= documents)
@@ -163,7 +163,7 @@ class BenchmarkIdentity(Record):
 
     @property
     def settings_text(self) -> str:
-        """The prompt settings in one line, with long values truncated; empty without settings."""
+        """The prompt settings as `name=value` pairs in one line; long values are truncated."""
         limit = _MAX_SETTING_LENGTH
         texts = (v if len(v) <= limit else f"{v[:limit]}…" for v in self.settings.values())
         return ", ".join(map("{}={}".format, self.settings, texts))

@@ -1,4 +1,4 @@
-"""Define the interventions, and their colours and symbols in charts.
+"""Define the interventions on layers, such as removal or rounding, and their styles in charts.
 
 A new intervention needs a name in `Intervention`, a member of `Action` and an entry in
 `KIND_STYLES`. Weight formats, including formats of other packages, are added to `Intervention` and
@@ -37,7 +37,7 @@ INTERVENTIONS: tuple[Intervention, ...] = get_args(Intervention)
 
 
 class Action(Enum):
-    """Change of one layer's computation by an ablation, e.g. that the layer is skipped."""
+    """Action of an ablation on one layer, e.g. to skip the layer or only its attention."""
 
     PASS = "pass"
     SKIP = "skip"
@@ -63,10 +63,11 @@ class Action(Enum):
 
 @dataclass(frozen=True)
 class KindStyle:
-    """Display name, colour and symbol of the runs of one kind of change.
+    """Display name, colour and symbol for one kind of ablation, e.g. for removed heads.
 
     Attributes:
-        description: Display name of the removed part, or of the replacement of the layer.
+        description: Display text for what is removed, or for what replaces the layer, e.g. `the
+            layer` or `a linear map`.
         colour: Colour of the points, a mid-tone that is legible on white and on black.
         mark: Plotly's name for the symbol of the points.
         fitted: True if the intervention fits a replacement on calibration text.

@@ -40,7 +40,8 @@ class ModelParts(NamedTuple):
         head: Number of attention heads of a layer; None if the configuration has no such number.
         kv_head: Number of groups of heads that share keys and values; None if the configuration has
             no such number.
-        kind_layers: Numbers of the layers of the requested kinds; None if no kind is requested.
+        kind_layers: Numbers of the layers of the requested kinds, such as `mamba`; None if the
+            request names no kind.
         expert: Number of routed experts of a mixture-of-experts layer; None if the configuration
             has no such number.
         maps: Names of the linear maps of each layer; None if the names were not determined.
@@ -79,7 +80,7 @@ PartsCounter = Callable[[CellRequest, Collection[str]], ModelParts]
 
 
 def fill_parts(request: CellRequest, parts: ModelParts) -> CellRequest:
-    """Complete a request: where it names no layers, heads, experts or maps, add all of them.
+    """Add all layers, heads, experts or linear maps to a request whose list of them is empty.
 
     ExperimentError is raised if the model's configuration does not give the number of heads or
     experts.
@@ -113,7 +114,7 @@ def fill_parts(request: CellRequest, parts: ModelParts) -> CellRequest:
 
 
 def _list_sets(changes: Changes, parts: ModelParts, request: CellRequest) -> list[Change] | None:
-    """List all changes if random layer sets or spans within a kind are requested, else None."""
+    """List all changes, with random or same-kind layer sets; None if no such set is requested."""
     spans = [span for span in changes.spans if span > 1]
     is_removal = "remove" in changes.interventions and "layer" in changes.components
     if not (spans and is_removal and (changes.control or parts.kind_layers is not None)):
@@ -141,7 +142,7 @@ def _list_sets(changes: Changes, parts: ModelParts, request: CellRequest) -> lis
 
 
 def _fill_maps(changes: Changes, parts: ModelParts) -> Changes:
-    """Return a copy of the changes with the names of all linear maps of the requested layers."""
+    """Return a copy of `changes` that names all linear maps (e.g. `mlp.up_proj`) of its layers."""
     if parts.maps is None:
         raise ExperimentError("the model's linear maps are unknown; name some in 'map'")
     by_layer = dict(enumerate(parts.maps))
@@ -162,7 +163,7 @@ def _fill_maps(changes: Changes, parts: ModelParts) -> Changes:
 def _draw_sets(
     free: Sequence[int], spans: Sequence[int], taken: Collection[tuple[int, ...]], seed: int
 ) -> Iterator[tuple[int, ...]]:
-    """Yield up to `N_CONTROLS` random layer sets of each size, skipping the sets in `taken`."""
+    """Yield random subsets of `free`: up to `N_CONTROLS` per size in `spans`, none in `taken`."""
     for span in spans:
         generator = random.Random(f"control/{seed}/{span}")
         drawn: set[tuple[int, ...]] = set()

@@ -31,7 +31,7 @@ TOKENISATION_KEY = "tokenisation"
 
 
 def package_versions() -> dict[str, str]:
-    """Return the versions of tracker and `RECORDED_PACKAGES`; `not installed` if missing."""
+    """Return the version of tracker and of each of `RECORDED_PACKAGES`, or `not installed`."""
     return {"tracker": __version__, **{name: _version(name) for name in RECORDED_PACKAGES}}
 
 
@@ -73,12 +73,12 @@ def tokeniser_differences(stack: Mapping[str, str], other: Mapping[str, str]) ->
 
 
 def has_other_tokens(stack: Mapping[str, str], other: Mapping[str, str]) -> bool:
-    """Return whether a test text was tokenised differently in two provenance records."""
+    """Return whether two provenance records have different digests of a test text's tokens."""
     return len({stack.get(TOKENISATION_KEY), other.get(TOKENISATION_KEY)} - {None}) > 1
 
 
 def content_hash(value: object) -> str:
-    """Return the SHA-256 (hex) of a value's canonical JSON; `str` converts unknown objects."""
+    """Return the SHA-256 (hex) of a value's sorted JSON; `str` converts types unknown to JSON."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 

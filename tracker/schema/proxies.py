@@ -6,10 +6,10 @@ depend on the model's dtype: the relative update is computed in float32, the cos
 (float32 on devices without float64, such as Apple's). For example, a layer that turns a token's
 state by an angle of 1e-4 has a cosine of 1 - 5e-9, which float32 would round to 1.
 
-The caller selects the tokens to average: the context and gold continuation of each document,
-without padding. A hidden state that is all zeros has no direction, so the values of this token are
-NaN, and so is every mean over this token. The cosine function of torch would return 0 instead,
-which means a right angle.
+The calling code averages the values over the tokens of each document's context and gold
+continuation, without padding. A hidden state that is all zeros has no direction, so the values of
+this token are NaN, and so is every mean over this token. The cosine function of torch would return
+0 instead, which means a right angle.
 
 The proxies of an expert are computed from sums over the tokens that the router sends to the expert.
 `engine/observers/layer_proxies.py` measures these sums for the removed experts.
@@ -138,18 +138,18 @@ class Proxy:
         formula: The formula of the proxy, with a layer's input x_in and output x_out.
         source: The publication that proposed the proxy; empty if there is none.
         passes: Cost for all layers together, in forward passes of the model per document; None if
-            the proxy needs a separate removal of each layer, like the accuracy drop.
+            each layer must be removed in a forward pass of its own, as for the accuracy drop.
         observe: Function that computes a value per token `[..., tokens]` from a layer's input and
             output `[..., tokens, hidden]`; None for a proxy that is computed in another way.
         per_token: Function that is applied to each token's value before averaging; None for no
             function.
-        complement_of: The name of the averaged value if the proxy is 1 minus this average; else
-            empty.
+        complement_of: Name of the averaged value v if the proxy is 1 − v, as `cosine_similarity`
+            for the proxy `cosine_score`; else empty.
         strategy: The search strategy that prunes by the proxy; empty if no strategy uses the proxy.
         component: The components whose importance the proxy estimates: whole layers, all parts of a
             layer, or routed experts.
-        over: Name of the proxy that counts the tokens over which the mean is computed, for means
-            over an expert's tokens; empty for a mean over all tokens.
+        over: For a mean over the tokens that the router sends to an expert: name of the proxy that
+            counts these tokens (`routed_share`). Empty for a mean over all tokens.
     """
 
     name: str
@@ -172,17 +172,17 @@ class Proxy:
 
     @property
     def headings(self) -> dict[str, str]:
-        """Name → display name, for the proxy and (if the proxy is 1 minus a value) that value."""
+        """Name → display name of the proxy; also of the value v if the proxy is 1 − v."""
         before = {self.complement_of: self.complement_of.replace("_", " ")}
         return (before if self.complement_of else {}) | {self.name: self.heading}
 
     @property
     def column(self) -> str:
-        """The ledger's column with the values of `observe`, summed over a document's tokens."""
+        """Name of the stored column with the sum of the token values of each document."""
         return f"{self.complement_of or self.name}_sum"
 
     def from_observed(self, observed: Array) -> Array:
-        """Convert averaged values to the proxy: 1 minus the value if it is a complement."""
+        """Convert an averaged value v to the proxy: 1 − v if `complement_of` is set, else v."""
         return 1 - observed if self.complement_of else observed
 
     def token_figure(self, observed: Tensor) -> Tensor:
@@ -281,7 +281,7 @@ _RESERVED_NAMES = re.compile(
 
 
 def _check_proxy(extension: object) -> Proxy:
-    """Check a proxy of another package and return it; TypeError or ValueError if invalid."""
+    """Return a proxy of another package; raise TypeError or ValueError if it is invalid."""
     if not isinstance(extension, Proxy):
         raise TypeError(f"{extension!r} is not a tracker.schema.proxies.Proxy")
     if _RESERVED_NAMES.fullmatch(extension.name):

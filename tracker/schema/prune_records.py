@@ -75,7 +75,7 @@ class CalibrationSet(Record):
 
 
 class PruneCost(Record):
-    """Cost of a search, assuming that no results of other runs are reused."""
+    """Cost of a pruning search if the search reuses no earlier results."""
 
     evaluations: float
     """Number of scored sets of removals, including the intact model, each on all calibration
@@ -142,7 +142,7 @@ class PruneRecord(Record):
 
     @property
     def order(self) -> tuple[int, ...]:
-        """The removed parts in order of removal; ascending if a step removes several parts."""
+        """The removed parts in order of removal; ascending unless each step removed one part."""
         order = tuple(step.layer for step in self.steps if step.layer is not None)
         return order if sorted(order) == list(self.removed) else self.removed
 
@@ -154,7 +154,7 @@ class PruneRecord(Record):
 
     @property
     def label(self) -> str:
-        """The strategy's display name, with the number of a random draw and the rescoring."""
+        """The strategy with random draw and rescoring method: `random 2`, `accuracy (lazy)`."""
         draw = self.draw if self.draw is not None else ""
         rescoring = "" if self.rescoring == "full" else f"({self.rescoring})"
         return " ".join(str(word) for word in (self.strategy, draw, rescoring) if word != "")

@@ -1,4 +1,4 @@
-"""Define the questions of the setting `until`, which ends a measurement once it can be answered."""
+"""Define the questions of the setting `until`: a measurement ends when its question is answered."""
 
 from __future__ import annotations
 
@@ -30,17 +30,18 @@ _QUALIFIERS = re.compile(rf"(?: within {_NUMBER} ?pp)?(?: at {_NUMBER} ?%)?")
 
 @dataclass(frozen=True)
 class Question:
-    """A question about all runs of a model and benchmark, e.g. which drops are the largest.
+    """A question about the accuracy drops of all runs of a model, e.g. which are the largest.
 
     Attributes:
         kind: `drop` asks how large each accuracy drop is. `top` asks which drops are the largest.
             `prune` asks which drops are the smallest. `sign` asks which drops are not 0.
-        count: Number of runs to choose for `top` and `prune`; None for `drop` and `sign`.
+        count: Number of runs to find with the largest drops (`top`) or the smallest drops
+            (`prune`); None for `drop` and `sign`.
         within: Tolerance as a fraction. For `drop`, half the maximum width of a drop's interval.
             For `top` and `prune`, the maximum amount by which a run that is not chosen can be
             better than a chosen run. None means no tolerance.
-        level: Probability that the answer is right and that all intervals of drops hold at the same
-            time.
+        level: Confidence: the probability that the answer is right and that all intervals contain
+            the true drops.
     """
 
     kind: QuestionKind

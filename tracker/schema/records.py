@@ -1,8 +1,8 @@
 """Define immutable records of measurements, runs and correlations.
 
-Values are fractions, never percentage points; `layer` is 0-based. An undefined value is `None`. The
-reason for `None` is stored in the `Estimate`, or in the record's `reasons` under the name of the
-field.
+Accuracies and drops are stored as fractions, never in percent, and layers are numbered from 0. An
+undefined value is `None`. The reason for `None` is stored in the `Estimate`, or in the record's
+`reasons` under the name of the field.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ RUN_NOT_MEASURED = "not measured yet"
 
 
 def flat_names(field: str, *names: str) -> dict[str, tuple[str, str]]:
-    """Map flat names to an estimate's value, lower and upper bound, in this order."""
+    """Return column name → (field, part), for the value, lower and upper bound of an estimate."""
     return {name: (field, part) for name, part in zip(names, ("value", "low", "high"), strict=True)}
 
 
 class EstimatesRecord(Record):
-    """Base class of records with estimates; each value and bound also has a name as a column."""
+    """Base class of records with estimates; `FLAT` names a column for each value and bound."""
 
     FLAT: ClassVar[Mapping[str, tuple[str, str]]] = {}
     """Name in data frames, in trackers and in records of former versions → the estimate's field,
@@ -85,7 +85,7 @@ class FiguresRecord(EstimatesRecord):
     @model_validator(mode="before")
     @classmethod
     def _move_former_notes(cls, fields: object) -> object:
-        """Move notes that former versions stored in `reasons` to the fields for these notes."""
+        """Move notes that former versions stored in `reasons` to fields such as `mismatch`."""
         if not isinstance(fields, dict) or not isinstance(reasons := fields.get("reasons"), dict):
             return fields
         notes = {cls.NOTES[name]: reason for name, reason in reasons.items() if name in cls.NOTES}
@@ -94,7 +94,7 @@ class FiguresRecord(EstimatesRecord):
 
     @property
     def all_reasons(self) -> dict[str, str]:
-        """Displayed name of a value → reason why the value is undefined, or a note on the value."""
+        """Value name → reason why the value is undefined; also notes, e.g. on other versions."""
         notes = {name: getattr(self, field) for name, field in self.NOTES.items()}
         values = {field: name for name, (field, part) in self.FLAT.items() if part == "value"}
         reasons = {
@@ -108,7 +108,7 @@ class FiguresRecord(EstimatesRecord):
 
 
 class ChangeRecord(Record):
-    """Base class of records that describe the effect of one change of a model."""
+    """Base class of records on the effect of one change of a model, e.g. of removing layer 3."""
 
     change: Change
     """The change, in addition to the layers that every run of the cell lacks."""
@@ -116,7 +116,7 @@ class ChangeRecord(Record):
     @model_validator(mode="before")
     @classmethod
     def _read_former_fields(cls, fields: object) -> object:
-        """Convert the fields in which former versions stored a change to a `Change`."""
+        """Build the field `change` from the separate fields in which former versions stored it."""
         if not isinstance(fields, dict) or "change" in fields:
             return fields
         change = {name: fields[name] for name in CHANGE_COLUMNS if name in fields}
@@ -126,9 +126,9 @@ class ChangeRecord(Record):
 class RunRecord(FiguresRecord, ChangeRecord):
     """Result of one run: the effect of one change of a model on one benchmark.
 
-    Every accuracy drop is relative to the intact model. If layers are removed in all runs, every
-    drop includes the effect of these layers. Extra fields hold proxies of the changed layer or
-    part, measured on the intact model.
+    Every accuracy drop is relative to the intact model. If every run of a record lacks certain
+    layers (`CellRecord.removed`), each drop includes the effect of removing these layers. Extra
+    fields hold proxies of the changed layer or part, measured on the intact model.
     """
 
     model_config = ConfigDict(extra="allow")
@@ -190,7 +190,7 @@ class RunRecord(FiguresRecord, ChangeRecord):
 
 
 class RunAnswer(ChangeRecord):
-    """Result of the stopping rule for one run; the bounds hold simultaneously for all runs."""
+    """Result of the stopping rule (`until`) for one run: bounds of its drop, and the decision."""
 
     n: int
     """Number of documents used until the run was decided."""
@@ -204,7 +204,7 @@ class RunAnswer(ChangeRecord):
 
 
 class AnswerRecord(Record):
-    """Result of the stopping rule (`until`) for all runs, with the documents and passes used."""
+    """Result of the stopping rule (`until`) for all runs, with the cost of the measurement."""
 
     question: str
     level: float
@@ -228,7 +228,7 @@ class AnswerRecord(Record):
 
     @property
     def answered(self) -> bool:
-        """True if every run has been decided."""
+        """True if the stopping rule has decided about every run."""
         return not any(run.open for run in self.runs)
 
 
@@ -263,7 +263,7 @@ class CorrelationRecord(EstimatesRecord):
 
 
 def view_name(removed: Sequence[int], selection: str, metric: str, primary_metric: str) -> str:
-    """Build the name of a view from the removed layers, the document selection and the metric."""
+    """Build a name such as `without-3-17--acc_norm` from removed layers, documents and metric."""
     prefix = "-".join(["without", *map(str, removed)]) if removed else INTACT_VIEW
     return f"{prefix}{selection}" + ("" if metric == primary_metric else f"--{metric}")
 
@@ -275,7 +275,7 @@ _FORMER_VIEW = itemgetter("removed", "metric", "benchmark", "sample_seed", "besi
 
 
 class CellRecord(FiguresRecord):
-    """Results of one model on one benchmark; some layers can be removed in every run."""
+    """Results of one model on one benchmark: of the intact model, and of each ablation run."""
 
     FLAT: ClassVar = {
         **flat_names("baseline", "baseline_accuracy", "baseline_low", "baseline_high"),
@@ -383,7 +383,7 @@ class CellRecord(FiguresRecord):
         return self.describe_documents(self.counted)
 
     def describe_documents(self, count: str) -> str:
-        """Return a text with `count` documents and the kind of sampling."""
+        """Return a text such as `200 documents drawn at random (seed 1234)`, with a given count."""
         noun = "document" if count == "1" else "documents"
         return " ".join(filter(None, (count, noun, self.sampling_text)))
 
@@ -408,7 +408,7 @@ class CellRecord(FiguresRecord):
 
     @property
     def record_key(self) -> RecordKey:
-        """The key of the record: the ledger key, the view's name and the number of documents."""
+        """The record's unique key: hash of the settings, view name and number of documents."""
         return (self.key, self.view, self.n)
 
     def contains(self, other: CellRecord) -> bool:
@@ -428,7 +428,7 @@ class CellRecord(FiguresRecord):
     def is_raced(self) -> bool:
         """True if the stopping rule (`until`) decided the number of documents of each run.
 
-        With a stopping rule, the intervals of drops are confidence sequences, and other intervals
+        The intervals of the drops are confidence sequences in such a record, and other intervals
         are omitted.
         """
         return self.answer is not None and self.unfinished is not None
@@ -456,17 +456,17 @@ class CellRecord(FiguresRecord):
 
     @property
     def changes(self) -> list[Change]:
-        """The changes of all requested runs, measured or not, sorted by component first."""
+        """The changes (e.g. `layer:3`) of all requested runs, measured or not, sorted."""
         changes = (*(run.change for run in self.runs), *self.missing)
         return sorted(changes)
 
     @property
     def kinds(self) -> list[Change]:
-        """The kinds of changes of all requested runs, sorted and without duplicates."""
+        """The kinds of changes (e.g. removing one layer) in the requested runs, no duplicates."""
         return list(dict.fromkeys(change.kind for change in self.changes))
 
     def runs_of_kind(self, kind: Change = WHOLE_LAYER) -> dict[int, RunRecord]:
-        """Return the measured runs of one kind of change, keyed by the first changed layer."""
+        """Return first changed layer → run, for measured runs of a kind (default: one layer)."""
         return {run.change.layer: run for run in self.runs if run.change.kind == kind}
 
     def absence_reason(self, change: Change) -> str:
@@ -490,7 +490,7 @@ class CellRecord(FiguresRecord):
 def former_view_name(
     removed: Sequence[int], metric: str, benchmark: BenchmarkIdentity, seed: int | None, label: str
 ) -> str:
-    """Build the name of a view in the format of former versions."""
+    """Build a view's name for records of former versions, which did not store the name."""
     selection = "" if seed is None else f"-sample-{seed}"
     if label:
         selection += f"-{label.replace(' ', '-')}"
@@ -498,6 +498,6 @@ def former_view_name(
 
 
 def first_layers(kind: Change, *cells: CellRecord) -> list[int]:
-    """List the first changed layers of all requested changes of one kind, in several records."""
+    """List the layers at which the requested changes of one kind begin, over several records."""
     changes = (change for cell in cells for change in cell.changes)
     return sorted({change.layer for change in changes if change.kind == kind})

@@ -129,7 +129,7 @@ class RemoteObject(Remote):
         raise NotImplementedError
 
     def _why_ended(self, code: int | None) -> str:
-        """Explain why the process ended. `code` is the exit code, or None if it still ran."""
+        """Explain why the process ended; `code` is its exit code, None if still running."""
         return str(code)
 
     def close(self) -> None:

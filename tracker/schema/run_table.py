@@ -1,4 +1,4 @@
-"""Define the columns of tables of runs and of correlations.
+"""Define the columns of tables of ablation runs, and of tables of proxy correlations.
 
 HTML pages, terminal output, data frames and tracking backends select columns by name. The class
 `Column` is defined in `schema/tables.py`.
@@ -26,7 +26,7 @@ CELL_COLUMNS = (
 
 
 class CellRun(NamedTuple):
-    """A row of a table of runs: a cell's record, a change, and the run (None if unmeasured)."""
+    """Row of a run table: record of model and benchmark, change, and run (None if missing)."""
 
     cell: CellRecord
     change: Change
@@ -49,7 +49,7 @@ def by_name(*columns: Column[RowType]) -> dict[str, Column[RowType]]:
 
 
 def cell_columns(find: Callable[[RowType], CellRecord]) -> dict[str, Column[RowType]]:
-    """Build the columns that identify a row's model, benchmark and settings."""
+    """Build columns for the model, benchmark and settings of the record that `find` returns."""
 
     values: dict[str, Callable[[CellRecord], ColumnValue]] = {
         "key": lambda cell: cell.key,
@@ -85,7 +85,7 @@ def distinguishing_columns(cell: CellRecord) -> list[str]:
     """Choose the columns that are needed to distinguish the runs of a record.
 
     The column of the layer is always included. Another column (e.g. component, intervention) is
-    included if some run has a value other than for the removal of one whole layer.
+    omitted if its value is, in every run, the same as for the removal of one whole layer.
     """
     return [
         name
@@ -210,7 +210,7 @@ def correlation_columns() -> dict[str, Column[CellCorrelation]]:
 
 
 def run_reasons(run: RunRecord) -> dict[str, str]:
-    """Return why values of a run are undefined, infinite or NaN: value name → reason."""
+    """Return value name → reason, for each value of a run that is undefined, infinite or NaN."""
     figures: dict[str, float | None] = {n: value for n, value in run if isinstance(value, float)}
     figures |= {name: run.figure(name) for name in run.FLAT}
     figures |= {f"metric/{name}": value for name, value in run.metrics.items()}
@@ -218,7 +218,7 @@ def run_reasons(run: RunRecord) -> dict[str, str]:
 
 
 def non_finite_reasons(values: Mapping[str, float | None]) -> dict[str, str]:
-    """Return why values are infinite or NaN, as value name → reason."""
+    """Return value name → reason, for each value that is infinite or NaN."""
     undefined = ((n, v) for n, v in values.items() if v is not None and not math.isfinite(v))
     return {name: f"not a finite number: {value}" for name, value in undefined}
 

@@ -16,8 +16,8 @@ from tracker.schema.kinds import KIND_STYLES, NUMBERED_COMPONENTS, Component
 class SearchParts:
     """Numbering of the parts that a search can remove: layers, sublayers, heads or experts.
 
-    Each part has one number, so that search strategies and budgets work for all kinds of parts. The
-    number of a layer, attention or MLP is the layer's number. The number of head or expert n of
+    Each part has a single number, so that the same search code works for layers, heads and experts.
+    The number of a layer, attention or MLP is the layer's number. The number of head or expert n of
     layer m is m × `per_layer` + n.
 
     Attributes:
@@ -48,7 +48,7 @@ class SearchParts:
 
     @property
     def total(self) -> int:
-        """The highest possible number of a part plus 1."""
+        """The product of `layers` and `per_layer`; every part number is below this value."""
         return self.layers * self.per_layer
 
     def parts_of_layers(self, layers: Iterable[int]) -> tuple[int, ...]:

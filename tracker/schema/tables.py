@@ -61,9 +61,9 @@ class Table(Record):
     def plain(self) -> tuple[tuple[str, ...], list[tuple[str | float | None, ...]]]:
         """Return the table's column names and unrounded rows, for use in code.
 
-        Undefined values are None. A column without a name in code is named by its label. If the
-        values of such a column have intervals or reasons, columns `… low`, `… high` and `… reason`
-        follow it.
+        Undefined values are None. A column without a name in code is named by its label. After such
+        a column, the columns `… low`, `… high` and `… reason` contain the intervals and reasons of
+        its values, if there are any.
         """
         names: list[str] = []
         columns: list[Sequence[str | float | None]] = []
@@ -147,7 +147,7 @@ def build_table(
     *notes: str,
     header: int = 0,
 ) -> Table:
-    """Build a table with a table row for each object in `rows`; column `header` names rows."""
+    """Build a table: apply each column to each object in `rows`; column `header` names the rows."""
     columns = tuple(columns)
     return Table(
         title=title,
@@ -168,7 +168,7 @@ def heading_text(heading: Heading) -> str:
 
 @dataclass(frozen=True)
 class EntryText:
-    """The displayed text of a table entry, with its unrounded values, and the reason if undefined.
+    """Displayed text of a table entry, its unrounded numbers, and the reason for a missing value.
 
     Attributes:
         text: The displayed text; a dash for an undefined value.

@@ -20,7 +20,7 @@ from tracker.schema.records import view_name
 
 
 def sort_runs(runs: Iterable[Change]) -> tuple[Change, ...]:
-    """Sort runs; drop duplicates, and random layer sets that also occur as requested sets."""
+    """Sort runs; drop duplicates, and drawn layer sets that are also requested explicitly."""
     changes = set(runs)
     runs = (c for c in changes if not c.drawn or replace(c, drawn=False) not in changes)
     return tuple(sorted(runs))
@@ -40,7 +40,7 @@ class Until(Record):
 
     @property
     def digest(self) -> str:
-        """An eight-character hash of question, seed and runs, compatible with older versions."""
+        """Eight-character hash of question, seed and runs, the same as in older versions."""
         changes = [change.columns for change in self.runs]
         return content_hash({"question": self.question, "seed": self.seed, "runs": changes})[:8]
 
@@ -114,11 +114,11 @@ class View(Record):
 
     @property
     def order(self) -> tuple[object, ...]:
-        """The sort key of a view: metric, layers that every run lacks, and seed of the sample."""
+        """The sort key of a view: metric, layers removed in every run, and seed of the sample."""
         return self.metric, self.removed, self.seed
 
     def shows(self, other_view: View) -> bool:
-        """Return whether this view shows all runs of another view on more documents."""
+        """Return whether this view has all runs of another view, and more documents per task."""
         if self.until is not None or other_view.until is not None:
             return False
         return self.size > other_view.size and self.merge(other_view).runs == self.runs

@@ -1,6 +1,6 @@
-"""Define weight formats and their sizes in bits, as in the formats' original definitions.
+"""Define number formats for weights (e.g. int4, GGUF's Q4_0) and their bits per weight.
 
-A linear map is simulated in a format: its weights are rounded as in a file of that format, and then
+To simulate a format, the weights of a linear map are rounded as in a file of that format, and then
 stored in the model's dtype. All formats round to the nearest value, some after a search for the
 best scales. No format uses calibration text.
 """
@@ -32,8 +32,8 @@ class WeightFormat:
         bits: Bits per weight, including the overhead of a block, but without the scale of a whole
             row.
         source: The definition of the format and the library that rounds the weights.
-        instead: The format that llama.cpp uses instead if the row length is not a multiple of
-            `block`; empty for none.
+        instead: Name of the format that llama.cpp uses if the row length is not a multiple of
+            `block`; empty if there is none.
         extra: True if the rounding library is installed only with the extra `quantise`.
         round: Function that rounds a float32 tensor [rows, inputs] and returns the rounded weights;
             None for tracker's own formats, for which `models/rounding.py` does the rounding.
@@ -54,7 +54,7 @@ class WeightFormat:
         return self.source in (_GGUF, _LLAMA)
 
     def for_rows(self, inputs: int) -> WeightFormat | None:
-        """Return this format or its replacement, if one fits rows of `inputs` weights, or None."""
+        """Return this format or its replacement, whichever fits rows of this length, or None."""
         if not self.block or inputs % self.block == 0:
             return self
         return FORMATS[self.instead].for_rows(inputs) if self.instead else None

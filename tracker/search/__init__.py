@@ -1,13 +1,13 @@
 """Search for the parts of a model to remove, and for weights to store in fewer bits.
 
 Modules:
-    cells: Measure the removals that a search requests.
+    cells: Measure a model under the removals that a search tries.
     conduct: Run the searches of a file, and store and publish their results.
     formats: Choose number formats for the weights of linear maps within a budget of bits.
     planning: Simulate a search with random scores to predict its possible results and its cost.
     report: Compare the results of searches in sentences, tables and charts.
     request: Read search requests from an experiment file or from command-line options.
-    scores: Score sets of removals on calibration documents.
+    scores: Measure the loss of sets of removed parts on calibration documents.
     search: Run one search until it has removed the requested amount.
     settings: Define and parse the settings of a search: the amount to remove, the layers to keep.
     strategies: Define the search strategies.

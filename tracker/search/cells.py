@@ -42,12 +42,12 @@ _COLUMNS = ["task", "doc", "ablation", "gold", "rolling", "loglikelihoods"]
 
 
 def plan_with_baseline(ablations: Iterable[Ablation], n_layers: int) -> StreamPlan:
-    """Plan one engine call that computes the intact model and its ablations together."""
+    """Plan the shared forward pass that computes the intact model and its ablations together."""
     return plan_streams(list(dict.fromkeys((INTACT, *ablations))), n_layers)
 
 
 def engine_passes(ablations: Iterable[Ablation], n_layers: int) -> float:
-    """Return the cost of intact model plus ablations, as a multiple of one forward pass."""
+    """Return the cost of computing the intact model and ablations, in intact forward passes."""
     return plan_with_baseline(ablations, n_layers).layer_passes / n_layers
 
 
@@ -55,10 +55,10 @@ def engine_passes(ablations: Iterable[Ablation], n_layers: int) -> float:
 class ModelCache:
     """Cache of loaded models and of opened (model, benchmark) pairs, shared by searches.
 
-    `command` is the command line that continues an interrupted search, without the results folder;
-    it is empty for a sweep trial. `n_loaded` counts how often a model was loaded. `timings` holds
-    measured layer times that are not yet written to the results folder. `cells` maps each request
-    to its opened model and benchmark.
+    `command` is the command that continues an interrupted search, without the option `--results`;
+    `command` is empty for a sweep trial. `n_loaded` counts how often a model was loaded. `timings`
+    holds measured layer times that are not yet written to the results folder. `cells` maps each
+    request to its opened model and benchmark.
     """
 
     ledger: Ledger
@@ -80,7 +80,7 @@ class ModelCache:
         return self._model
 
     def source(self, spec: ModelSpec) -> ModelSource:
-        """Find a model; the options decide whether Python code of the model may run."""
+        """Find a model's files; the options say whether Python code of the model may run."""
         return find_model(spec, self.options.trust_remote_code)
 
     def cell(self, request: CellRequest) -> OpenCell:
@@ -88,7 +88,7 @@ class ModelCache:
         return self.cells.setdefault(request, OpenCell(request, self))
 
     def keep_timings(self) -> None:
-        """Write the measured layer times to the results folder, after all requests are accepted."""
+        """Move the measured times of layers from `timings` to the results folder."""
         self.ledger.write_notes(self.timings)
         self.timings.clear()
 
@@ -99,13 +99,13 @@ _MANY_PARTS = 2
 
 
 def _removal_shape(ablation: Ablation) -> _RemovalShape:
-    """Count the removed parts of each kind in `COMPONENTS`, at most up to `_MANY_PARTS`."""
+    """Return for each kind in `COMPONENTS` whether no part (0), one (1) or several (2) change."""
     counts = Counter(change.component for change in ablation.changes)
     return tuple(min(counts[component], _MANY_PARTS) for component in COMPONENTS)
 
 
 def _draw_sets(parts: SearchParts, draw: random.Random) -> Iterator[Ablation]:
-    """Draw random sets of parts on which to test that shared computation is exact.
+    """Draw random sets of removed parts, to test that sharing computation changes no result.
 
     The largest random set has half of all parts. For each size, one set is contiguous and three
     sets are arbitrary.
@@ -120,10 +120,11 @@ def _draw_sets(parts: SearchParts, draw: random.Random) -> Iterator[Ablation]:
 
 
 class OpenCell:
-    """A model and a benchmark, opened to measure the documents under any ablations.
+    """A model and a benchmark that are ready for measuring documents under any ablation.
 
-    Results in the ledger are not measured again, so the model is loaded only to measure missing
-    results. Reports and tracking backends do not show the new measurements.
+    Results that are stored in the ledger are not measured again. The model is therefore loaded only
+    if results are missing. Reports and tracking backends do not show what a search measures in this
+    way.
     """
 
     def __init__(self, request: CellRequest, cache: ModelCache) -> None:
@@ -142,17 +143,17 @@ class OpenCell:
 
     @property
     def benchmark(self) -> BenchmarkIdentity:
-        """The benchmark's identity; the benchmark is opened only if the ledger lacks it."""
+        """The record that identifies the benchmark: from the ledger, or else from the benchmark."""
         store = find_cell(self.request, self._cache.ledger).store
         return store.identity.benchmark if store is not None else self._opened_benchmark.identity
 
     def rows_hash(self, task: str) -> str:
-        """Return a hash of the scored split of a task."""
+        """Return a hash of the documents in the scored split of a task."""
         return self._opened_benchmark.rows_digest(task)
 
     @cached_property
     def _meter(self) -> Meter:
-        """Load the model, and create the meter that measures the documents with this model."""
+        """Load the model, and create the object that measures documents with this model."""
         benchmark, model = self._opened_benchmark, self._cache.model(self.request.model)
         return Meter([self.request], benchmark, model, self._cache.options)
 
@@ -178,7 +179,7 @@ class OpenCell:
 
     @property
     def view(self) -> View:
-        """The selection of stored results for the request: its metric, documents and runs."""
+        """The metric, documents and runs that the request selects from the stored results."""
         return self.store.views.view_of(self.request)
 
     @property
@@ -249,12 +250,12 @@ class OpenCell:
 
     @property
     def n(self) -> int:
-        """The number of requested documents; reading the number does not write to the ledger."""
+        """The number of requested documents (computed without writing to the ledger)."""
         extent, tasks = self.request.extent, self.benchmark.tasks
         return sum(len(extent.select(task.name, task.numbers)) for task in tasks)
 
     def observe(self, kind: str, start: Callable[[Engine], ObserveDocument]) -> Observations:
-        """Record quantities such as proxies, from forward passes of the intact model."""
+        """Measure quantities such as proxies on each document, and store them under `kind`."""
 
         def open_engine() -> tuple[Engine, DocumentMap]:
             layers = [Ablation.from_changes(removed=[layer]) for layer in range(self.layers)]
@@ -266,13 +267,13 @@ class OpenCell:
     def open_meter(self, ablations: Sequence[Ablation], are_candidates: bool = False) -> Meter:
         """Prepare the object that measures the intact model and some ablations.
 
-        The argument `are_candidates` has the same meaning as in `measure`. The method checks that
-        shared computation is exact whenever a new kind of removal occurs, such as one layer,
-        several layers, heads or experts. If an ablation removes several parts, random sets of parts
-        are checked too, because the sets of later steps are still unknown. The sets of later steps
-        are checked while they are measured. For layers, attentions and MLPs, each single removal is
-        checked as well. All benchmarks and searches of a model therefore share one stored result of
-        the check.
+        The argument `are_candidates` has the same meaning as in `measure`. For each new kind of
+        removal (e.g. one layer, several layers, heads), the method checks that sharing computation
+        between ablations changes no result. If an ablation removes several parts, random sets of
+        parts are checked too, because the sets of later search steps are still unknown. The sets of
+        later steps are checked while they are measured. For layers, attentions and MLPs, the
+        removal of each single part is checked as well. The stored result of these checks is
+        therefore valid for all benchmarks and searches of the model.
         """
         meter, say = self._meter, self.progress.say
         if not self._checked_shapes:
@@ -299,7 +300,7 @@ class OpenCell:
         return meter
 
     def _parts_removed_together(self, shapes: Collection[_RemovalShape]) -> Iterator[SearchParts]:
-        """Yield the model's parts of each kind of which some ablation removes several at once."""
+        """Yield the numbering of each kind of part of which an ablation removes several at once."""
         source = self._cache.source(self.request.model)
         for component, counts in zip(COMPONENTS, zip(*shapes, strict=True), strict=True):
             if max(counts) == _MANY_PARTS:

@@ -43,14 +43,14 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class SearchResults:
-    """Results of several searches: tested sets, recommendations and errors.
+    """Results of several searches: the removed parts, recommendations and errors.
 
     Attributes:
-        searches: The tested searches, one entry per random draw of a search.
+        searches: The searches with their results on the test documents, one entry per random draw.
         recommendations: The recommended set of parts for each goal, such as removing 8 layers;
             empty if no recommendation was requested.
         failed: Failed search → reason of the failure. `outcome` contains these reasons too.
-        outcome: Outcome of measuring and publishing the steps as runs.
+        outcome: Outcome of measuring search steps as ablation runs and publishing these runs.
     """
 
     searches: list[TestedSearch]
@@ -67,7 +67,7 @@ class SearchResults:
 def run_search_file(
     requests: Sequence[SearchRequest], name: str, cache: ModelCache, publisher: Publisher
 ) -> tuple[SearchResults, FindingRecord]:
-    """Run the searches of the experiment file `name`, and store their results together.
+    """Run the searches of the experiment file `name`, and store a common report of the results.
 
     Raises RequestError and CellError as `run_searches` does.
     """
@@ -84,13 +84,13 @@ def run_searches(
     publisher: Publisher,
     wants_recommendation: bool = False,
 ) -> SearchResults:
-    """Run searches, test each step on the test documents, publish the steps and store all.
+    """Run searches, measure each step on the test documents, and store and publish the results.
 
-    An interrupted search can continue where it stopped, because the ledger has all its
-    measurements.
+    An interrupted search can continue where it stopped, because every measurement is stored in the
+    ledger.
 
     Args:
-        requests: The searches; searches of the same model are adjacent.
+        requests: The searches, in an order in which searches of the same model are adjacent.
         cache: Cache of models, which also holds the results folder, the options for loading models,
             and the receiver of progress. Models run in this process.
         publisher: Publisher of the steps to the tracking backends.
@@ -156,7 +156,7 @@ def run_searches(
 def _find_tracked_cells(
     runs: Sequence[CellRequest], cells: Iterable[CellRecord], ledger: Ledger
 ) -> dict[CellRequest, RecordKey]:
-    """Return the record key of each search step (a run) that the tracking backends have."""
+    """Return request → record key, for each search step that was measured as one of `cells`."""
     tracked = {cell.record_key[:2]: cell.record_key for cell in cells}
     stores = {run: find_cell(run, ledger).store for run in runs}
     keys = {
@@ -225,7 +225,7 @@ def search_figures(record: PruneRecord) -> dict[str, float]:
 
 
 def _log_trial(targets: Sequence[str], folder: Path, results: SearchResults) -> None:
-    """Log a search's last step that was measured as a run to the sweep's trial, then end it.
+    """Log the run of a search's last measured step to the trial of a W&B sweep, and end the trial.
 
     The metrics of the search, such as the number of removed parts, are logged too. If the search
     has several random draws, only the first draw is logged. If W&B refuses the data,

@@ -1,7 +1,8 @@
 """Choose number formats for a model's weight matrices within a budget of bits.
 
-The first step chooses the formats with the smallest sum of losses. The second step measures swaps
-of formats on the whole model, because losses do not simply add up.
+The first step takes the losses of rounding each matrix alone, and chooses the formats with the
+smallest sum. The second step measures the whole model with some formats swapped, because losses do
+not simply add up.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ BUDGET_FORMS = "4.5bpw, 80 MB, 2.1 GB or 25 % bytes"
 
 @dataclass(frozen=True)
 class FormatUnit:
-    """Weights that share one format: a linear map, all maps of a layer, the embedding or head.
+    """Weights that share a format: a linear map, all maps of a layer, embedding or output head.
 
     Attributes:
         layer: Number of the layer, 0-based; 0 for the embedding and the output head.
@@ -106,7 +107,8 @@ def list_units(
     """List the units that get a format: each linear map alone, or all maps of each layer.
 
     Args:
-        maps: For each layer, the name of each linear map → its shape.
+        maps: For each layer, a mapping from the name of a linear map to its shape (outputs,
+            inputs).
         layers: Numbers of the layers whose maps get formats.
         by_map: Whether each linear map is a unit; otherwise all maps of a layer are one unit.
         embeddings: Names and shapes of the embedding and the output head, if they get formats too.
@@ -287,12 +289,12 @@ def find_swaps(
 ) -> list[FormatChoice]:
     """Find swaps: one unit gets a format with more bits, and others get formats with fewer.
 
-    All swaps stay within the budget. The unit that gets the larger format (the raised unit) can
-    also get a format with equally many bits. Swaps with the smallest added loss of the raised unit
+    All swaps stay within the budget. The raised unit is the unit that gets a format with more bits,
+    or another format with equally many bits. Swaps with the smallest added loss of the raised unit
     are returned first. If reducing one other unit frees enough bits, the swap reduces the unit
     whose loss rises least. Otherwise the swap reduces several units, chosen by the smallest added
-    loss per bit. A reduction is used again only after all increases have been tried. A unit with
-    wrong losses therefore affects only few swaps.
+    loss per bit. A reduction is used in another swap only after every increase has been tried once.
+    A unit whose losses were estimated wrongly therefore affects only few swaps.
 
     Args:
         choice: Unit → current format; the units are in the order of `losses`.
@@ -371,8 +373,8 @@ class Refinement:
     Attributes:
         choice: Unit → final format.
         n_swaps: Number of swaps that were measured on the whole model.
-        gains: Decrease of the loss by each accepted swap. The intervals are simultaneous over all
-            swaps of a round.
+        gains: Decrease of the loss by each accepted swap. With 95 % confidence, the intervals of
+            all swaps of a round are right at the same time.
     """
 
     choice: FormatChoice
@@ -423,7 +425,7 @@ def refine_choice(
 
 
 def paired_gain(paired: PairedOutcomes, index: int, other_index: int) -> Estimate:
-    """Estimate the gain of choice `index` over choice `other_index`, on the same documents."""
+    """Estimate the mean gain of formats `index` over formats `other_index`, on paired documents."""
     reference = paired.ablated[:, [other_index]]
     return replace(paired, baseline=paired.ablated[:, index], ablated=reference).drop(0)
 
@@ -431,7 +433,7 @@ def paired_gain(paired: PairedOutcomes, index: int, other_index: int) -> Estimat
 def layer_formats_request(
     cell: CellRequest, formats: Sequence[str], embeddings: Sequence[str] = ()
 ) -> CellRequest:
-    """Build a request that rounds one layer, embedding or head at a time, to each format."""
+    """Build a request of ablations, each of which rounds one layer or embedding to one format."""
     grid: dict[str, Any] = {"layers": cell.changes.layers, "interventions": tuple(formats)}
     if embeddings:
         grid |= {"components": ("layer", "linear"), "maps": tuple(embeddings)}
@@ -444,7 +446,7 @@ def map_formats_request(
     trust_remote_code: bool,
     embeddings: Sequence[str] = (),
 ) -> CellRequest:
-    """Build a request that rounds one linear map at a time, to each format.
+    """Build a request of ablations, each of which rounds one linear map to one format.
 
     Args:
         cell: Request that names the model, the benchmark, the layers and the linear maps.

@@ -48,7 +48,7 @@ TRIAL_DRAWS = 4
 
 
 class RandomScores(Scores):
-    """Random scores: the loss of a set is the sum of random costs of its parts.
+    """Random scores for simulations: a set's loss is the sum of random costs of its parts.
 
     Each value of `variant` gives different random costs.
     """
@@ -75,8 +75,9 @@ class RandomScores(Scores):
 def possible_results(request: SearchRequest, budget: Budget, n: int = TRIAL_DRAWS) -> list[PartSet]:
     """List sets of parts that a search could remove in the end.
 
-    A search that uses documents is simulated `n` times with random scores. For a search without
-    documents, the list is complete. Raises ExperimentError if the search cannot remove enough.
+    A search that uses documents is simulated `n` times with random scores. The strategies `last`
+    and `random` use no documents, so their list is complete. Raises ExperimentError if the search
+    cannot remove enough.
     """
     draws = [(draw or 1, "") for draw in request.draw_numbers]
     if request.strategy not in BLIND_STRATEGIES:
@@ -118,7 +119,7 @@ def refuse_unsavable(
 
     @functools.cache
     def find_refusal(source: ModelSource, part_set: PartSet | None) -> str:
-        """Return why a model without `part_set` (None = any one layer) is not savable, or ""."""
+        """Return why a model without these layers (None = any one) cannot be saved, or ""."""
         try:
             check_layer_changes(source, part_set)
         except ModelError as error:
@@ -145,7 +146,7 @@ def refuse_unsavable(
 
 
 def _savable_spans(n_layers: int, refuse: Callable[[PartSet], str]) -> str:
-    """Describe the smallest length of spans that are removable at any position; else ""."""
+    """Return advice on the smallest length of removable layer spans; "" if there are none."""
     for length in range(2, n_layers // 2 + 1):
         starts = (0, 1, (n_layers - length) // 2, n_layers - length)
         if not any(refuse(tuple(range(start, start + length))) for start in starts):
@@ -158,19 +159,19 @@ def _savable_spans(n_layers: int, refuse: Callable[[PartSet], str]) -> str:
 
 @dataclass(frozen=True)
 class PlannedSearch:
-    """Predicted cost of one search, or of a measurement that compares or tests its results.
+    """Predicted cost of a search, or of a measurement that compares or tests resulting sets.
 
     Attributes:
         request: The search with all its random draws, or the request that compares or tests the
             results of searches.
         documents: Number of documents on which sets are chosen, compared or tested.
-        evaluations: Number of sets that the search scores if it reuses no earlier results, or
-            number of compared or tested sets.
-        flops: Number of floating-point operations, without operations whose results earlier
-            searches provide.
+        evaluations: Number of sets of removed parts that the search scores if it reuses no earlier
+            results, or number of compared or tested sets.
+        flops: Number of floating-point operations. Results that earlier searches of the same plan
+            provide are not computed again.
         dtype: The dtype of the computation, such as `bfloat16`.
-        naive_flops: Number of floating-point operations if lm-eval ran once per set; None if the
-            search scores proxies.
+        naive_flops: Number of floating-point operations of a separate lm-eval evaluation for each
+            set; None if the search scores proxies.
         steps: Number of parts that the search removes; None for a comparison or test.
         passes: Computing cost of the search, as a multiple of one forward pass of the intact model
             over all calibration documents. None for a comparison or test.
@@ -194,11 +195,11 @@ class PlannedSearch:
 def plan_searches(
     requests: Sequence[SearchRequest], ledger: Ledger, trust_remote_code: bool = False
 ) -> tuple[list[PlannedSearch], list[PlannedSearch]]:
-    """Predict the cost of searches and of their tests, as if nothing were measured yet.
+    """Predict the cost of searches and of testing their results, as if nothing were measured yet.
 
-    The function runs the searches with random scores. Scores decide which sets a search tries. The
-    number of sets does not depend on scores (except under `at_least`), and the amount of shared
-    computation hardly does. For a budget in seconds, the model is loaded to time its layers.
+    The function runs the searches with random scores. With real scores, a search tries other sets,
+    but equally many (except under `at_least`), and at nearly the same cost. For a budget in
+    seconds, the model is loaded to time its layers.
 
     Args:
         requests: The searches.
@@ -296,10 +297,10 @@ def check_searches(
 
 
 class _CountingScores(RandomScores):
-    """Random scores that also add up the cost of measuring real scores instead.
+    """Random scores that add up the predicted cost of measuring real scores.
 
-    `measured` maps each request to the measurements of earlier searches. `passes`, `flops` and
-    `naive_flops` have the same meaning as in `PlannedSearch`.
+    `measured` maps each request to the ablations and proxies that earlier searches measure.
+    `passes`, `flops` and `naive_flops` have the same meaning as in `PlannedSearch`.
     """
 
     def __init__(
@@ -338,7 +339,7 @@ class _CountingScores(RandomScores):
         return super().losses(outcome, sets)
 
     def proxy(self, name: str, removed: PartSet, spans: Sequence[range] | None = None) -> Losses:
-        """Return random values, and add the cost of measuring the proxy without some layers."""
+        """Return random values, and add the cost of measuring the proxy in the pruned model."""
         n_layers = self.layers - len(removed)
         self.naive_flops = None
         if (key := f"{name}/{removed}") not in self._observed:

@@ -62,8 +62,8 @@ class TestedSearch:
         request: The request of the search.
         record: The stored record of the search: settings, steps and cost.
         outcomes: Outcome of each test document after each step of the search; higher is better.
-        run_request: The request of the last search step that can be measured as a run; None if
-            there is no such step.
+        run_request: Request that measures, as an ablation run, the last step for which this is
+            possible; None if no step can be such a run.
     """
 
     request: SearchRequest
@@ -144,7 +144,7 @@ class StepSeparation:
 
     @property
     def needed_documents(self) -> int | None:
-        """Number of documents at which half of the unsure steps would be significant, or None."""
+        """Estimated number of documents that make half of the unsure steps significant, or None."""
         needed = [step.separates for step in self.unsure_steps if step.separates is not None]
         return statistics.median_high(needed) if needed else None
 
@@ -167,7 +167,7 @@ PRUNE_QUESTION = "What can be removed, and how accurate is the model afterwards?
 def build_finding(
     name: str, searches: Searches, recommendations: Recommendations, failures: Mapping[str, str]
 ) -> FindingRecord:
-    """Build the finding (answers, tables and charts) for the searches of an experiment file."""
+    """Build the stored report (sentences, tables, charts) on the searches of an experiment file."""
     # One model, one set of test documents and one unit share one table.
     groups = list(group_by(searches, lambda search: search.request.goal[:2]).values())
     records = [[search.record for search in group] for group in groups]
@@ -215,7 +215,7 @@ def _format_level(record: PruneRecord, level: Estimate) -> str:
 
 
 def _answers(searches: Searches, recommendations: Recommendations) -> Iterator[str]:
-    """Yield the report's sentences about searches that share their test documents."""
+    """Yield the report's sentences about searches with the same test documents."""
     labels = _search_labels([search.record for search in searches])
     for goal, group in group_by(searches, lambda search: search.request.goal).items():
         record, recommendation = group[0].record, recommendations[goal]
@@ -252,7 +252,7 @@ def constraint_sentences(record: PruneRecord) -> Iterator[str]:
 
 
 def _format_parts(unit: Component, layers: Sequence[int]) -> str:
-    """Describe layers, such as `layers 3 and 5`, or the heads or experts of layers."""
+    """Describe layers or their parts, such as `layers 3 and 5` or `heads of layers 3 and 5`."""
     unit_name = f"{unit_plural(unit)} of layer" if unit in NUMBERED_COMPONENTS else unit
     return f"{unit_name}{'s' if len(layers) > 1 else ''} {join_words(format_layers(layers))}"
 
@@ -283,7 +283,7 @@ def _describe_set(searches: Searches, labels: Labels) -> str:
 
 
 def _explain_choice(searches: Searches, recommendation: Recommendation, labels: Labels) -> str:
-    """Explain why a set is recommended, with a leading space; return "" for the only set."""
+    """Explain why a set is recommended (after a space); return "" if no other set was chosen."""
     step, documents = recommendation.step, recommendation.decided_on
     if step is None or documents is None:
         return ""
@@ -335,11 +335,11 @@ def _describe_strategy(searches: Searches, difference: Estimate) -> str:
 
 
 def unsure_sentences(records: Sequence[PruneRecord], name: str, suffix: str = "") -> Iterator[str]:
-    """Yield a sentence about the steps with too few calibration documents, if any.
+    """Yield a sentence about search steps for which the calibration documents were too few.
 
     At such a step, the chosen candidate is not significantly better than the second-best candidate.
-    `name` is the word for the choice in the sentence. `suffix` is appended to the number of
-    documents.
+    `name` is the noun for the chosen candidate in the sentence, such as `the choice`. `suffix` is
+    appended to the number of documents.
     """
     separation = separate_steps(records)
     if not separation.unsure_steps:
@@ -358,7 +358,7 @@ def unsure_sentences(records: Sequence[PruneRecord], name: str, suffix: str = ""
 
 
 def cost_columns(select: Callable[[RowType], Sequence[PruneRecord]]) -> tuple[Column[RowType], ...]:
-    """Build table columns of the mean cost of the searches that `select` returns for a row."""
+    """Build cost columns: means over the searches that `select` returns for a row of the table."""
     reason = "nothing is removed"
 
     def column(name: str, unit: FigureUnit) -> Column[RowType]:
@@ -442,7 +442,7 @@ def _calibration_text(record: PruneRecord) -> str:
 
 
 def _search_labels(records: Sequence[PruneRecord]) -> dict[str, str]:
-    """Return name → label of each search: its strategy, and the settings that distinguish it.
+    """Return name → label for each search; a label is the strategy and distinguishing settings.
 
     These settings are the calibration documents and the constraints. The settings are added only if
     searches of the same strategy and amount differ in them.
@@ -540,8 +540,8 @@ def find_savable(
     """Find the first recommended set that can be saved as a checkpoint.
 
     The function returns the search and the request that tested the set, or None if no set can be
-    saved. The set belongs to the first model, benchmark and amount of the file for which saving is
-    possible.
+    saved. Only sets of whole layers can be saved. Models, benchmarks and amounts are tried in the
+    order of the searches.
     """
     for goal, recommendation in recommendations.items():
         group = [search for search in searches if search.request.goal == goal]

@@ -1,4 +1,4 @@
-"""Define search requests, read from an experiment file or from the options of a sweep trial.
+"""Define requests for pruning searches, read from an experiment file or a sweep trial's options.
 
 method: grid
 command: [tracker, prune, "${args}"]
@@ -67,7 +67,7 @@ def _check_strategy(name: str) -> str:
 
 
 class SearchRequest(SearchSettings):
-    """Request to search, by one strategy, for removable parts of a model on a benchmark."""
+    """Request for one pruning search: model, benchmark, strategy, amount and constraints."""
 
     cell: CellRequest
     """The model and the benchmark of the search."""
@@ -113,7 +113,7 @@ class SearchRequest(SearchSettings):
 
     @property
     def amount_key(self) -> Literal["remove", "keep"]:
-        """The key of the amount: `remove` or `keep`."""
+        """The setting that gives the amount: `remove` or `keep`."""
         return "keep" if self.remove is None else "remove"
 
     @property
@@ -142,7 +142,7 @@ class SearchRequest(SearchSettings):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The settings that identify the search, without unset constraints and later additions."""
+        """The settings that are hashed into the search's name; unset constraints are left out."""
         settings = self.model_dump(mode="json", exclude={"cell"})
         cell = self.cell.settings.model_dump(mode="json", exclude=_NEW_CELL_KEYS)
         settings["cell"] = {**cell, "only": None}  # kept so that existing names stay valid
@@ -155,7 +155,7 @@ class SearchRequest(SearchSettings):
 
     @property
     def used_rescoring(self) -> Rescoring:
-        """The method of scoring candidates again; `full` for strategies without this setting."""
+        """The `rescoring` method in use; `full` if the strategy does not use this setting."""
         return self.rescoring if self.strategy in RESCORED_STRATEGIES else "full"
 
     def calibration(self) -> tuple[CellRequest, ...]:
@@ -185,7 +185,7 @@ class SearchRequest(SearchSettings):
 
 
 class _Constraint(GridValues):
-    """Values of a constraint in a grid; mappings such as `min`/`max` must be below `value`."""
+    """Values of a constraint such as `among`; a mapping must be written below `value`."""
 
     @model_validator(mode="before")
     @classmethod
@@ -212,8 +212,8 @@ def deciding_request(searches: Sequence[SearchRequest]) -> CellRequest:
     """Return the request for the documents on which results of searches are compared.
 
     All compared searches have the same goal, such as removing 8 layers. The documents are
-    calibration documents of the benchmark. Their number equals the largest sample size of these
-    searches.
+    calibration documents of the benchmark. The number of documents is the largest sample size of
+    these searches.
     """
     samples = [search.sample for search in searches if search.sample is not None]
     sample = max(samples) if len(samples) == len(searches) else None
@@ -229,7 +229,7 @@ def search_request(settings: dict[str, Any], prefix: str = "--") -> SearchReques
 
 
 def build_search(cell: CellRequest, settings: dict[str, Any], prefix: str = "--") -> SearchRequest:
-    """Build a search request from a request for a model and benchmark, and search settings.
+    """Build a search request from a model and benchmark (`cell`) and from search settings.
 
     Raises RequestError for an invalid value.
     """

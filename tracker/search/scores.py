@@ -56,8 +56,8 @@ class Losses:
         sets: The sets of removed parts.
         values: Losses `[documents, sets]`.
         weights: Weights of documents `[documents]`, summing to 1.
-        tie_breakers: Second criterion of the order, for sets of equal loss `[sets]`.
-        is_binary: True if all losses are whole numbers.
+        tie_breakers: Mean loss by a second measure `[sets]`, which orders sets of equal loss.
+        is_binary: True if all losses are whole numbers, as for right or wrong answers.
     """
 
     sets: Sequence[PartSet]
@@ -84,11 +84,11 @@ class Losses:
         return sorted(range(len(keys)), key=keys.__getitem__)
 
     def choose_step(self, removed: PartSet | None, order: Sequence[int] | None = None) -> PruneStep:
-        """Return the search step that removes the set with the smallest loss, with its margin.
+        """Build the search step that removes the best set: the set with the smallest loss.
 
-        The margin is the difference from the second-best set. `removed` is the set of the previous
-        step, or None if this step does not extend a previous set. Raises CellError if no loss is
-        finite.
+        The margin of the step is the loss of the second-best set minus the loss of the best set.
+        `removed` is the set that the previous step removed; None if the sets need not contain that
+        set. Raises CellError if no loss is finite.
         """
         best, *others = self.order if order is None else order
         means = self.means
@@ -114,7 +114,7 @@ class Losses:
 
 
 class Scores:
-    """Scores of sets of parts on calibration benchmarks, with the cost of the measurements.
+    """Scorer of sets of removed parts on calibration benchmarks, which also counts the cost.
 
     All benchmarks have equal weight, regardless of their number of documents. `parts` is the
     numbering of the parts that can be removed.
@@ -164,8 +164,8 @@ class Scores:
         Args:
             name: Name of the proxy: a key of `PROXIES` that has a strategy, or `angular_distance`.
             removed: The layers that earlier steps removed.
-            spans: Candidate spans, as positions among the remaining layers; None = each remaining
-                layer is a candidate.
+            spans: The candidates: unbroken ranges of layers, as positions among the remaining
+                layers. None = each single remaining layer is a candidate.
 
         Returns:
             The proxy of each candidate for each document, as a loss.
@@ -212,7 +212,7 @@ class Scores:
     def record_race(
         self, race: CandidateRace, candidates: Sequence[Ablation], start: Sequence[Ablation]
     ) -> None:
-        """Record which documents a race of candidates has measured, and add the race's cost."""
+        """Record the documents that a race (`rescoring: race`) measured, and add its cost."""
         (cell,) = self.cells
         n_seen = race.rule.seen
         n_measured = race.measured_documents(n_seen)
@@ -253,7 +253,7 @@ class Scores:
 
 
 def _stack_documents(parts_of_cells: Sequence[tuple[Array, Array]]) -> tuple[Array, Array]:
-    """Concatenate document values and weights of benchmarks, which get equal total weights."""
+    """Concatenate the values and weights of documents; give each benchmark equal total weight."""
     values = np.concatenate([values for values, _ in parts_of_cells])
     return values, np.concatenate([weights / len(parts_of_cells) for _, weights in parts_of_cells])
 

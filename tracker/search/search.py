@@ -139,11 +139,11 @@ class SearchDraw:
         return [self.parts.removal(step.removed) for step in self.steps]
 
     def run_request(self, step: PruneStep) -> CellRequest | None:
-        """Build the request that measures the model after a step as a run on the test documents.
+        """Build the request for an ablation run, on the test documents, of the model after a step.
 
-        The run removes the last part in addition to the parts of earlier steps. The method returns
-        None if several attentions, MLPs, heads or experts are removed, because a run can remove
-        only one of these parts.
+        The request lists the layers of earlier steps as `removed`, and the last part as the change
+        of the run. The method returns None if several attentions, MLPs, heads or experts are
+        removed, because `removed` contains only whole layers.
         """
         part = step.layer if step.layer is not None else max(step.removed)
         removed = tuple(layer for layer in step.removed if layer != part)
@@ -155,8 +155,8 @@ class SearchDraw:
     def name(self, test_key: str) -> str:
         """Return the name of this search and draw, which is unique in a results folder.
 
-        `test_key` is the ledger's key for the model and the test benchmark. The key differs if
-        another model is stored at the same path.
+        `test_key` is the ledger's key for the model and the test benchmark. If a different model is
+        saved at the same path, the key is different.
         """
         request, cell = self.request, self.request.cell
         words = (cell.model, cell.benchmark, request.strategy, self.draw, request.amount_text)
@@ -184,9 +184,10 @@ def refuse_unknown(searches: Sequence[SearchRequest], cache: ModelCache) -> None
 def refuse_mixed(searches: Sequence[SearchRequest], cache: ModelCache) -> None:
     """Raise an error if a search calibrates and tests on some of the same documents.
 
-    The documents of each task are split into halves separately. If two tasks use the same rows, the
-    calibration half of one task overlaps with the test half of the other task. This check opens the
-    benchmarks, so other problems with the benchmarks are also reported before any measurement.
+    The documents of each task are split into halves separately. If two tasks contain the same
+    documents, the calibration half of one task overlaps with the test half of the other task. This
+    check opens the benchmarks, so other problems with the benchmarks are also reported before any
+    measurement.
 
     Args:
         searches: The searches.
@@ -340,7 +341,7 @@ class Recommendation:
         removed: The recommended set of removed parts; empty if nothing is recommended.
         n_sets: Number of different sets that the searches chose.
         step: Comparison of the sets: the loss of the recommended set, the second-best set, and the
-            difference of their losses. None if there were no different sets.
+            difference of their losses. None if no sets were compared.
         decided_on: The documents on which sets were compared; None if no sets were compared.
         reason: Reason why nothing is recommended; empty otherwise.
     """

@@ -99,7 +99,7 @@ def _parse_layer(value: Any) -> Iterator[int | str]:
 
 
 def _parse_minimums(value: Any) -> str:
-    """Parse the minimum number of layers per kind, `N` or `N of M`; return canonical JSON."""
+    """Parse minimums per kind of layer, e.g. `{full_attention: 1 of 4}`; return canonical JSON."""
     expected = f"expected e.g. {MINIMUM_FORMS}"
     try:
         minimums = decode_arguments(_SETTINGS.validate_python(value))
@@ -131,8 +131,8 @@ class LayerMinimum:
         kind: Kind of the layers, such as `full_attention`.
         layers: Numbers of the layers of this kind.
         count: Minimum number of layers that stay.
-        window: The minimum applies to every `window` consecutive layers; None = to all layers of
-            the model.
+        window: If this is 4, any four consecutive layers of the model must keep the minimum. None =
+            the minimum applies to the model as a whole.
     """
 
     kind: str
@@ -191,9 +191,12 @@ def resolve_constraints(
     """Convert the words in constraints, such as `last` or `odd`, to layers of a model.
 
     Args:
-        protect: Value of the setting `protect`, as `LayerWords`; empty if no layer is protected.
-        among: Value of the setting `among`, as `LayerWords`; empty if all layers are removable.
-        at_least: Value of the setting `at_least`, as `LayerMinimums`; None if there is no minimum.
+        protect: Value of the setting `protect`: layer numbers and words such as `last`; empty if no
+            layer is protected.
+        among: Value of the setting `among`: layer numbers and words such as `odd`; empty if all
+            layers are removable.
+        at_least: Value of the setting `at_least` as JSON, such as `{"mamba": "1 of 4"}`; None if
+            there is no minimum.
         n_layers: Number of layers of the model.
         config: Function that reads the model's text configuration, which names kinds of layers.
 
@@ -297,7 +300,8 @@ class Amount:
     Attributes:
         text: The amount as the user wrote it.
         value: The number; a fraction if the amount is a share.
-        measure: The measured quantity. Seconds are per token, and bits are per weight.
+        measure: The counted quantity, such as `parts` or `bytes`. Seconds are per token, and bits
+            are per weight.
         is_share: True if the amount is a share of the whole model, or a share of all parts if
             `measure` is `parts`.
     """
@@ -352,7 +356,8 @@ class Budget:
     """Minimum total size of the removed parts, and the parts that must stay.
 
     Attributes:
-        sizes: Size of each part: 1, or the part's number of parameters, bytes or seconds.
+        sizes: Size of each part: 1 if parts are counted, else the part's number of parameters,
+            bytes or seconds per token.
         min_removed: Minimum total size to remove. `build_budget` refuses a minimum that no allowed
             removal reaches.
         fixed: Parts that must stay.
@@ -371,7 +376,7 @@ class Budget:
         return [part for part in range(len(self.sizes)) if part not in self.fixed]
 
     def parts_for(self, unit: Component) -> SearchParts:
-        """Return the numbering of the budget's parts, which are of kind `unit`."""
+        """Return the numbering of the parts, one per layer, of the kind `unit` (e.g. `mlp`)."""
         return SearchParts(unit, len(self.sizes))
 
     def allows(self, removed: Collection[int]) -> bool:
@@ -404,7 +409,7 @@ class Budget:
         return sum(self.sizes[part] for part in self.largest_removal())
 
     def next_parts(self, removed: Collection[int]) -> list[int]:
-        """Return the parts that the next step can remove so that the budget stays reachable."""
+        """Return the parts after whose removal the search can still meet the budget."""
         largest = self.largest_removal(removed)
         certain = largest if self.is_met(largest) else set()
         parts = [part for part in self.free_parts if part not in removed]
@@ -452,7 +457,7 @@ class PartsBudget(Budget):
         return self.allows(removed) and self.largest_size >= self.min_removed * (1 - 1e-9)
 
     def next_parts(self, removed: Collection[int]) -> list[int]:
-        """Return the parts that the next step can remove so that the budget stays reachable."""
+        """Return the parts after whose removal the search can still meet the budget."""
         if not self.can_reach(removed):
             return []
         counts, layer_of = self._count_by_layer(removed), self.parts.layer_of
@@ -531,7 +536,7 @@ def build_budget(
 
 @lru_cache(maxsize=4096)
 def _largest_removal(budget: Budget, removed: frozenset[int]) -> set[int]:
-    """Compute `Budget.largest_removal` under minimums, by integer programming."""
+    """Compute `Budget.largest_removal` by integer programming, if minimums are set."""
     # Imported here, since most commands do not need it.
     import numpy as np
     from scipy import optimize
@@ -574,7 +579,7 @@ AmountText = Annotated[str, BeforeValidator(lambda value: parse_amount(value).te
 
 
 class SearchSettings(StrictModel):
-    """Settings of a search; `CellSettings` has the settings of its model and benchmark."""
+    """Settings of a pruning search; `CellSettings` has those of the model and benchmark."""
 
     strategy: Name
     """Strategy of the search, e.g. accuracy, cosine_oneshot, last or random."""

@@ -1,8 +1,9 @@
 """Define search strategies: generators of steps, each of which removes parts of a model.
 
-A strategy minimises the loss of `accuracy`, of `gold_logprob` or of a proxy. If sets of parts have
-equal losses of `accuracy`, the loss of `gold_logprob` decides, and vice versa. If both losses are
-equal, the set whose parts are later in the model is chosen.
+Except for `last` and `random`, a strategy minimises a loss: the drop of `accuracy`, the drop of
+`gold_logprob`, or a proxy. If sets of parts have equal losses of `accuracy`, the loss of
+`gold_logprob` decides, and vice versa. If both losses are equal, the set whose parts are later in
+the model is chosen.
 
 With some settings of `rescoring`, a strategy does not score every candidate on every document after
 each removal.
@@ -40,8 +41,8 @@ class Search:
         budget: Budget of the search, which ends when the budget is met.
         seed: Seed of random draws.
         draw: Number of the random draw, from 1.
-        rescoring: Method of scoring candidates again after each removal, for greedy strategies by
-            outcomes.
+        rescoring: Method of scoring candidates again after each removal; used by the strategies
+            `accuracy` and `gold_logprob`.
     """
 
     scores: Scores

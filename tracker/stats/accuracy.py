@@ -2,8 +2,8 @@
 
 All values are fractions, never percentage points. Accuracies and drops are computed from the
 outcomes of documents. An outcome is a number in [0, 1], mostly 0 or 1; it is NaN if the model gave
-no finite score. The same functions estimate a loss, in the unit of the loss. An undefined figure is
-None with a reason, never 0.
+no finite score. The functions also accept losses (e.g. bits per byte) as outcomes. An undefined
+value is returned as None with a reason, never as 0.
 
 Some metrics divide a sum over all documents by another sum. Each document then has a pair (sum,
 units), such as log-likelihood and bytes, or right tokens and tokens. The metric equals the weighted
@@ -81,8 +81,9 @@ def weights_by_task(tasks: Sequence[str], by_size: bool, units: Array | None = N
 
     Returns:
         `[documents]`, the weights, which sum to 1 (empty without documents). A weight is 1 / N for
-        N documents. With equal weights of T tasks, it is 1 / (T · n) for a task with n documents.
-        With units, the documents of a task share the task's weight in proportion to their units.
+        N documents. If T tasks have equal weights, the weight is 1 / (T · n) for each of the n
+        documents of a task. With units, the documents of a task share the task's weight in
+        proportion to their units.
 
     Examples:
         >>> weights_by_task(["law", "law", "art"], by_size=False).tolist()
@@ -144,10 +145,11 @@ def accuracy_drop(baseline: Array, ablated: Array, weights: Array | None = None)
     """Estimate the accuracy lost by an ablation, from outcomes on the same documents.
 
     A positive drop means that the ablated model is worse. For 0/1 outcomes, the interval is Bonett
-    & Price's adjusted Wald interval for paired proportions. This is the Wald interval after adding
-    one lost and one won document, both of mean weight. The value is the difference without the
-    added documents, and is therefore not the middle of the interval. For other outcomes, the
-    interval is the paired t interval. The intervals are not clipped to [-1, 1].
+    & Price's adjusted Wald interval for paired proportions. That is the Wald interval after adding
+    two documents of mean weight. One document is lost (only the intact model is right), and one is
+    won (only the ablated model is right). The value is the difference without the added documents,
+    and is therefore not the middle of the interval. For other outcomes, the interval is the paired
+    t interval. The intervals are not clipped to [-1, 1].
 
     The p-value is from the exact two-sided McNemar test, whose null hypothesis is that as many
     documents are lost as won. Each document counts once, regardless of its weight. The p-value is 1
@@ -191,7 +193,7 @@ def accuracy_drop(baseline: Array, ablated: Array, weights: Array | None = None)
 
 
 def drop_sd(baseline: Array, ablated: Array, weights: Array | None = None) -> Estimate:
-    """Estimate the standard deviation, over documents, of the drop of a single document.
+    """Estimate the standard deviation of the single documents' drops (baseline minus ablated).
 
     Args:
         baseline: `[documents]`, the intact model's outcomes; NaN if the model gave no finite score.
@@ -361,10 +363,11 @@ class OutcomeVariance:
 
     For 0/1 outcomes, `variance` is the share of documents whose outcome changes (lost or won).
     Power is computed by the normal approximation of McNemar's test. The change of an outcome has
-    the variance (share of changed documents) − drop². A drop of x changes at least the share x of
-    the documents. For a drop larger than `variance`, the drop is therefore used as the share of
-    changed documents. The exact test needs slightly more documents. For other outcomes, `variance`
-    is the variance of the paired difference, assumed equal for every mean drop.
+    the variance (share of changed documents) − drop². A drop of x changes the outcomes of at least
+    the share x of the documents. If the assumed drop is larger than `variance`, the drop is
+    therefore used as the share of changed documents. The exact McNemar test needs slightly more
+    documents than this approximation. For other outcomes, `variance` is the variance of the paired
+    difference, assumed equal for every mean drop.
 
     Attributes:
         variance: The share of documents whose outcome changes, or the variance of the paired
@@ -420,7 +423,7 @@ class OutcomeVariance:
         return float(scipy.optimize.brentq(excess, 1e-9, 1, xtol=1e-12))
 
     def _scaled_documents(self, change: float, n_tests: int) -> float:
-        """Return the number of documents that reveal a change, times the squared change."""
+        """Return n · change², where n documents are needed to reveal the change."""
         level_z, power_z = map(float, scipy.special.ndtri([1 - ALPHA / (2 * n_tests), TEST_POWER]))
         if not self.binary:
             return (level_z + power_z) ** 2 * self.variance
@@ -434,7 +437,7 @@ def documents_needed(
     n_benchmarks: int = 1,
     change: float = REPORTED_DROP,
 ) -> int:
-    """Compute how many documents reveal a given mean change for half of the removals.
+    """Compute how many documents suffice to reveal a given change for half of the removals.
 
     Args:
         variances: Variance of the outcome change for each removal; at least one.

@@ -4,37 +4,38 @@ A confidence sequence gives an interval of the mean after every document. With t
 confidence, all these intervals contain the mean. Measuring can therefore stop after any document,
 and the last interval is still valid. The construction is a betting game. For each candidate mean m,
 a player bets that the next documents are above m (and, in a second game, below m). The initial
-capital is 1. If m is the true mean, the capital is a martingale, and ever reaches 1/α with a
-probability of at most α (Ville). A candidate m is rejected when the capital of its game reaches
-1/α.
+capital is 1. If m is the true mean, the capital is a martingale. By Ville's inequality, the capital
+then ever reaches 1/α with a probability of at most α. A candidate m is rejected when the capital of
+its game reaches 1/α.
 
 After t of N documents with the sum S, the remaining documents have the mean m' = (N·m − S) / (N −
 t) if m is the true mean. The next document x, in [0, 1], multiplies a stake on "above" by 1 + λ·(x
 − m'). The document multiplies a stake on "below" by 1 − λ·(x − m'). If m is the true mean, x − m'
 is 0 on average over the random order. A stake is then a martingale for any λ that is chosen before
 x is seen and keeps the stake at 0 or above. λ can differ between candidates. Stakes can be split,
-because a sum of martingales is a martingale. A stake can also stay unused, be abandoned, or be
-underestimated, which gives a supermartingale.
+because a sum of martingales is a martingale. The player can also leave a stake unused, give a stake
+up, or underestimate a stake. The capital is then a supermartingale, for which the inequality still
+holds.
 
 The best λ is about (μ − m) / σ² · N / (N − t). The factor N / (N − t) is needed because m' is
-further from the mean of the remaining documents if few documents remain. Candidates are rejected if
-their distance from the mean is at least √(2 log(1/α) σ² / τ). The quantity τ = t·N / (N − t) is the
-number of documents of an infinite population that would be equally informative. The best λ for one
-τ is therefore √(2 log(1/α) / (σ² τ)) · N / (N − t), where σ² is the variance of the previous
-documents. Several bets run at the same time with equal stakes. Each bet is optimal for another τ,
-in steps of a factor of four. The mixture raises the logarithm of the required capital by the
-logarithm of the number of bets. If intervals of a given width are wanted, most of the stake is on
-the λ that reaches this width first.
+further from the mean of the remaining documents if few documents remain. With the best λ,
+candidates are rejected if their distance from the mean is at least √(2 log(1/α) σ² / τ). The
+quantity τ = t·N / (N − t) is the number of documents of an infinite population that would be
+equally informative. The best λ for one τ is therefore √(2 log(1/α) / (σ² τ)) · N / (N − t), where
+σ² is the variance of the previous documents. Several bets run at the same time with equal stakes.
+Each bet is optimal for a different τ, and each τ is four times the previous τ. Splitting the
+capital among k bets raises the logarithm of the growth that a single bet needs by log k. If
+intervals of a given width are wanted, most of the stake is on the λ that reaches this width first.
 
 The bets for the two smallest values of τ are called bold, and are computed exactly for each
 candidate. The λ of a bold bet is limited so that no document takes more than MAX_RISK of the stake.
 Bold bets use only the first BOLD_DOCUMENTS documents, because the other bets are better for later
 documents. The other bets are called cautious. The λ of a cautious bet is limited so that no
-document takes more than MAX_RISK of the stake of any remaining candidate. Cautious bets are not
-tracked candidate by candidate. For y ≥ −MAX_RISK, log(1 + y) ≥ y − y²/2 + y³/3 − y⁴/4 + y⁵/5 −
-C·y⁶. With y = ±λ·(x − m'), the sum of this bound over documents is a polynomial of degree six in m,
-whose coefficients are sums over documents. The polynomial never overestimates a stake, and hardly
-underestimates it, because y is small.
+document takes more than MAX_RISK of the stake of any remaining candidate. The stakes of cautious
+bets are not stored for each candidate m, but as a polynomial in m. For y ≥ −MAX_RISK, log(1 + y) ≥
+y − y²/2 + y³/3 − y⁴/4 + y⁵/5 − C·y⁶. With y = ±λ·(x − m'), the sum of this bound over documents is
+a polynomial of degree six in m, whose coefficients are sums over documents. The polynomial never
+overestimates a stake. Because y is small, the polynomial underestimates a stake only slightly.
 
 The larger m is, the smaller is a stake on "above". Each of the two games therefore rejects
 candidates from one end only, and the remaining candidates are an interval.
@@ -86,7 +87,7 @@ _SIDES = np.array([[1.0], [-1.0]])
 
 
 def horizons(population: int) -> Array:
-    """Return the effective sample sizes (τ) for which the bets are optimal, one per bet.
+    """Return one effective sample size τ for each bet: the size at which the bet is optimal.
 
     Args:
         population: Number of documents in the population.
@@ -149,13 +150,13 @@ class MeanSequences:
         Args:
             population: Number of documents in the population.
             n_series: Number of series, each of which has one mean.
-            level: The probability with which all bounds hold at all times.
-            family: Number of series among which the error rate is divided (a union bound, for any
-                dependence); None = `n_series`.
+            level: Confidence: the probability that all bounds are right after every document.
+            family: Number of series that share the error rate 1 − `level` by a union bound, which
+                allows any dependence between series; None = `n_series`.
             min_value: The lowest value that a document can have.
             max_value: Highest value that a document can have.
-            half_width: Target distance between the bounds and the mean, to be reached as early as
-                possible; None = good bounds at any time.
+            half_width: Half-width that the intervals should reach after as few documents as
+                possible; None = narrow intervals after any number of documents.
         """
         family = n_series if family is None else family
         self.population = population
@@ -249,7 +250,7 @@ class MeanSequences:
         self.seen[indexes] += len(values)
 
     def _move_centre(self, indexes: IntArray, centres: Array) -> None:
-        """Rewrite the cautious bets' polynomials in the distance from new centres."""
+        """Express the cautious bets' polynomials in the distance from new centres."""
         distances = centres - self._centres[indexes]
         for lowest_degree in range(_DEGREE):
             for degree in range(_DEGREE - 1, lowest_degree - 1, -1):

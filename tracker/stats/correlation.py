@@ -38,14 +38,15 @@ def correlate(
 ) -> Estimate:
     """Correlate a proxy with the accuracy drop over layers, or over parts such as experts.
 
-    The interval and the p-value have different meanings. The interval keeps the layers and
-    resamples the documents. The interval shows how far measurement noise moves the coefficient (see
-    `bias_corrected_interval`). The null hypothesis of the p-value is that the two series are
-    unrelated, but each is as smooth over depth as observed. The test keeps one series and redraws
-    the other series with the same values and smoothness (`surrogate_series`). The p-value is (k +
-    1) / (m + 1) if k of m redrawn series correlate at least as strongly, in either direction. The
-    test redraws each of the two series in turn and returns the larger p-value. The test is
-    therefore valid if one of the two series satisfies the assumptions of `surrogate_series`.
+    The interval and the p-value have different meanings. For the interval, the documents are
+    resampled, and the layers stay the same. The interval shows how far measurement noise moves the
+    coefficient (see `bias_corrected_interval`). The null hypothesis of the p-value is that the two
+    series are unrelated, but each is as smooth over depth as observed. The test keeps one series
+    and redraws the other series with the same values and smoothness (`surrogate_series`). The
+    p-value is (k + 1) / (m + 1) if k of m redrawn series correlate at least as strongly, in either
+    direction. The test redraws each of the two series in turn and returns the larger p-value. The
+    test is therefore valid if one of the two series satisfies the assumptions of
+    `surrogate_series`.
 
     A test that shuffles the layers freely has too many false positives. For two unrelated AR(1)
     series of 30 layers with the autocorrelation 0.9, such a test finds a correlation in 40 % of the
@@ -116,7 +117,7 @@ def correlation_difference(
     """Estimate how much better one proxy correlates with the accuracy drop than another proxy.
 
     The two coefficients use the same resampled documents, so common noise cancels. As in
-    `correlate`, the interval keeps the layers and resamples the documents.
+    `correlate`, the interval is computed by resampling documents, not layers.
 
     Args:
         first_proxy: One proxy: its values `[layers]`, and its values for resampled documents
@@ -179,8 +180,8 @@ def partial_correlate(
 
     Returns:
         The coefficient with its interval and p-value. The value is None with a reason for fewer
-        than four layers, a NaN or a constant series. It is also None if a series has the same or
-        the reversed ranks of `control`.
+        than four layers, a NaN or a constant series. The value is also None if a series has the
+        same ranks as `control`, or the reversed ranks.
 
     References:
         M. G. Kendall, Biometrika 32 (1942) 277-283 (partial rank correlation). D. Freedman,
@@ -225,7 +226,7 @@ def _residuals(rows: Array, control: Array) -> Array:
 def _undefined_reason(
     min_layers: int, figure: str, *series: tuple[str, Array], noun: str = "layer"
 ) -> str | None:
-    """Return why a statistic of rounded series is undefined, or None if it is defined."""
+    """Return why a statistic of several series is undefined; None if the statistic is defined."""
     n = len(series[0][1])
     if n < min_layers:
         return f"{n} {noun}{'' if n == 1 else 's'}, and {figure} needs at least {min_layers}"

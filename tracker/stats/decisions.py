@@ -5,11 +5,12 @@ options], with NaN where a document has fewer options than others. `phi` and `cl
 the documents that ablations lose: the intact model answers them right, and the ablated model
 answers them wrong.
 
-Rounding can reverse the judgement of a document (right or wrong). In half precision, a
-log-likelihood is rounded many times, each time by a share of its size. The result depends on the
-batch size, on the other texts of the batch, and on the device. Some documents are therefore
-computed twice, in two ways that differ only in rounding. The changes of score differences between
-options estimate the standard deviation of rounding.
+Rounding can reverse the judgement of a document (right or wrong). In half precision, the
+computation of a log-likelihood rounds many times, each time by an amount that is proportional to
+the rounded value. The result depends on the batch size, on the other texts of the batch, and on the
+device. Some documents are therefore computed twice, in two ways that differ only in rounding. The
+score differences between options change from one computation to the other. These changes give an
+estimate of the standard deviation that rounding causes.
 
 The module makes three assumptions. Changes by rounding are normal with mean 0 and independent
 between documents. Changes by rounding are proportional to the size of the scores, with one
@@ -123,7 +124,7 @@ def choice_probabilities(scores: Array, gold: Array) -> Array:
 
     Args:
         scores: The options' scores.
-        gold: Number of each document's gold option; NaN if it has none.
+        gold: Number of each document's gold option; NaN for a document without a gold option.
 
     Returns:
         `[documents]`, in [0, 1]; NaN without a gold option, without another option, or if no
@@ -145,7 +146,7 @@ def choice_probabilities(scores: Array, gold: Array) -> Array:
 
 
 def option_shares(choices: Array, n_options: int) -> Array:
-    """Return the share of documents that choose each option.
+    """Return, for each option, the share of documents for which the model chooses the option.
 
     Args:
         choices: `[documents]`, the number of the chosen option; NaN for a document without a
@@ -170,17 +171,18 @@ MIN_FLIP_CHANCE = NormalDist().cdf(-ROUNDING_SDS)
 
 
 def rounding_movement(scores: Array, repeats: Array) -> float | None:
-    """Estimate how far rounding moves the difference of two options' scores.
+    """Estimate the relative change that rounding causes in the difference of two options' scores.
 
     Args:
         scores: `[documents, options]`, the scores of the options.
-        repeats: `[documents, options]`, the scores of the same options, computed in another way.
+        repeats: `[documents, options]`, the scores of the same options from a second computation
+            that differs only in rounding.
 
     Returns:
         The root mean square of a relative change, over all pairs of options of all documents. The
         relative change is the change of the score difference, divided by the root of the sum of the
-        squared scores. None if no document has two options. Also None if no score difference has
-        changed, because the effect of rounding is then unknown.
+        squared scores. The result is None if no document has two options. The result is also None
+        if no score difference has changed, because the effect of rounding is then unknown.
 
     Examples:
         The first of the scores -3 and -4 changes by 0.1, so the relative change is 0.1 / 5.

@@ -1,4 +1,4 @@
-"""Test effects of removals: interactions of layers, growth of values, and the best gain.
+"""Test whether the drops of two layers add up, whether values grow, and the largest of many gains.
 
 The interaction of two layers is drop(both) − drop(first) − drop(second), from the same documents.
 If the interaction is above 0, removing both layers costs more than the sum of the single removals,
@@ -127,8 +127,8 @@ def additivity(
 
     The prediction of R² is the sum itself, without a fitted line: R² = 1 − Σ (joint − sum)² / Σ
     (joint − mean)². R² is 1 if drops add up exactly, and below 0 if the mean joint drop predicts
-    better. Sums and joint drops are measured on the same documents, so common noise makes drops
-    look more additive.
+    better. Sums and joint drops are measured on the same documents. The common noise makes the
+    drops look more additive than the true drops are.
 
     Args:
         single_sums: `[pairs]`, the sum drop(first) + drop(second) of each pair of layers.
@@ -171,7 +171,7 @@ def _explained_share(sums: Array, joint: Array) -> Array:
 def growths(
     start_values: Array, end_values: Array, strata: Strata | None = None, seed: int = 0
 ) -> list[Estimate]:
-    """Estimate the geometric mean over documents of the growth factor, for each column.
+    """Estimate the geometric mean growth factor (end / start value) over documents, per column.
 
     The interval consists of bootstrap percentiles of the mean log ratio; documents are resampled
     within strata. The percentiles are widened to match Student's t (Hesterberg's expanded
@@ -183,8 +183,8 @@ def growths(
     Args:
         start_values: `[documents, k]`, the values before growth; positive.
         end_values: `[documents, k]`, the values after growth, of the same documents. To compare two
-            kinds of growth, pass one kind of ratio as `start_values` and the other kind as
-            `end_values`.
+            growth factors, pass one factor of each document as `start_values` and the other factor
+            as `end_values`.
         strata: `[documents]`, e.g. each document's task.
         seed: Seed of the resamples.
 
@@ -256,9 +256,9 @@ def growth_difference_p(groups: Sequence[Array]) -> float | None:
         groups: For each group, the ratio of end value to start value of each document.
 
     Returns:
-        The p-value. It is None for fewer than two groups, for a ratio that is not finite, or if all
-        ratios are equal. It is also None if a group has fewer than five documents, because the
-        chi-squared approximation is then poor.
+        The p-value; None for fewer than two groups, for a ratio that is not finite, or if all
+        ratios are equal. The result is also None if a group has fewer than five documents, because
+        the chi-squared approximation is then poor.
 
     References:
         W. H. Kruskal, W. A. Wallis, Journal of the American Statistical Association 47 (1952)
@@ -281,7 +281,7 @@ GAIN_FLIPS = 1_999
 
 
 class BestByChance(NamedTuple):
-    """Null distribution of the largest mean gain, drawn by flipping signs at random.
+    """Distribution of the largest mean gain if no candidate has an effect, from random sign flips.
 
     Attributes:
         middle: Median of the largest mean over all draws.

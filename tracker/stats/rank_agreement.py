@@ -109,7 +109,7 @@ def midranks(rows: ArrayLike) -> Array:
 
 
 def min_ranks(values: Sequence[float | None] | Array, lowest_first: bool = False) -> list[int]:
-    """Return the rank of each value; rank 1 is the largest value, or the lowest.
+    """Return the rank of each value; rank 1 is the largest value (with `lowest_first`, the lowest).
 
     Equal values share the better rank.
     """
@@ -119,7 +119,7 @@ def min_ranks(values: Sequence[float | None] | Array, lowest_first: bool = False
 
 
 def row_coefficients(x: Array, y: Array, coefficient: str) -> Array:
-    """Correlate each row of one table with the same row of another table.
+    """Compute the correlation, over layers, of each row of `x` with the same row of `y`.
 
     Args:
         x: One table, `[rows, layers]`, or `[1, layers]` to correlate one row with all rows of `y`.
@@ -217,7 +217,8 @@ def differing_rank_share(proxy: Array, drop: Array, tolerance: float = 0) -> tup
 
     Returns:
         The share over all benchmarks, and the mean of this share over random orders of the layers.
-        NaN if a value is not finite, because its rank is then unknown.
+        The two results are NaN if a value is not finite, because the rank of the value is then
+        unknown.
 
     Examples:
         >>> proxy, drop = np.array([[0.1, 0.2, 0.3, 0.4]]), np.array([[0.0, 0.2, 0.1, 0.5]])
@@ -254,15 +255,15 @@ def compare_ranks(proxy: Array, drop: Array, tolerance: float, seed: int = 0) ->
     """Test whether layer ranks by proxy and layer ranks by drop agree better than by chance.
 
     The share of different ranks and its chance level are computed by `differing_rank_share`. For
-    the p-values, the layers of one series are relabelled in the same way in every benchmark,
+    the p-values, the layers of one series are shuffled, in the same way for every benchmark,
     because a layer's values in several benchmarks are dependent. A p-value is (k + 1) / (m + 1) if
-    k of m relabellings have no more different ranks than observed.
+    k of m shuffles have no more different ranks than observed.
 
     Args:
         proxy: `[benchmarks, layers]`, finite values of the proxy.
         drop: `[benchmarks, layers]`, finite drops; no row is constant.
         tolerance: Largest difference at which two ranks still count as equal.
-        seed: Seed of the relabellings.
+        seed: Seed of the shuffles.
 
     Returns:
         The share of layers with different ranks, its chance level, and two one-sided p-values.
@@ -292,20 +293,20 @@ def compare_ranks(proxy: Array, drop: Array, tolerance: float, seed: int = 0) ->
 
 
 def mean_spearman_p(proxy: Array, drop: Array, seed: int = 0) -> float:
-    """Test whether proxy and drop are unrelated over layers in every benchmark (p-value).
+    """Return the p-value of the hypothesis that proxy and drop are unrelated in every benchmark.
 
     The test is two-sided; its statistic is the mean over benchmarks of Spearman's coefficient. As
     in `correlation.correlate`, the test redraws each series in turn with the same smoothness over
     depth, and returns the larger p-value. The redrawn series are as smooth as the mean ranks over
-    the benchmarks. Each redrawn order relabels the layers of all benchmarks in the same way.
+    the benchmarks. Each redrawn order shuffles the layers of all benchmarks in the same way.
 
     Args:
         proxy: `[benchmarks, layers]`, finite values of the proxy; no row is constant.
         drop: `[benchmarks, layers]`, finite drops; no row is constant.
-        seed: Seed of the relabellings.
+        seed: Seed of the redrawn orders.
 
     Returns:
-        The p-value, (k + 1) / (m + 1) if k of m relabellings correlate at least as strongly.
+        The p-value, (k + 1) / (m + 1) if k of m redrawn orders correlate at least as strongly.
     """
     x, y = (scipy.stats.zscore(midranks(values), axis=1) for values in (proxy, drop))
     strength = abs(float((x * y).sum() / x.size))
@@ -318,7 +319,7 @@ def mean_spearman_p(proxy: Array, drop: Array, seed: int = 0) -> float:
 
 
 def smooth_orders(values: Array, n_draws: int, seed: int) -> IntArray:
-    """Draw random orders of layers in which a series stays equally smooth over depth.
+    """Draw random orders of layers; a series in the new order is as smooth over depth as before.
 
     Args:
         values: `[layers]` in the order of depth, finite; of two equal values, the deeper one counts

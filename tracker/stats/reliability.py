@@ -30,7 +30,7 @@ _GROUPS = 10
 
 
 def stratified_orders(strata: Strata, n_draws: int, seed: int) -> Iterator[IntArray]:
-    """Yield random orders of documents in which every section has all strata in proportion.
+    """Yield random orders of documents in which each stratum (e.g. task) is spread evenly.
 
     Within a stratum, all orders are equally likely. The strata are interleaved evenly, so that each
     section of an order contains each stratum's share of the documents, up to rounding. With one
@@ -91,9 +91,9 @@ def disjoint_means(
 def spearman_brown(reliability: float, factor: float) -> float:
     """Predict the reliability of a sample that is `factor` times as large.
 
-    The formula is r' = f · r / (1 + (f - 1) · r). The formula is exact for the covariance ratio of
-    means over exchangeable documents, each of which adds noise of the same variance. For a mean of
-    rank correlations, whose values are tied and bounded, the formula is an approximation.
+    The formula is r' = f · r / (1 + (f - 1) · r). The formula is exact for a covariance ratio of
+    means, if documents are exchangeable and each document adds noise of the same variance. For a
+    mean of rank correlations, whose values are tied and bounded, the formula is an approximation.
 
     Args:
         reliability: The correlation of two samples of the measured size.
@@ -203,9 +203,9 @@ def positive_estimate(figure: Callable[[IntArray], float], strata: Strata, seed:
     """Estimate a positive statistic, with an interval from the grouped jackknife.
 
     The jackknife leaves out one tenth of the documents at a time. The interval is symmetric on the
-    logarithmic scale, with Student's t of (groups − 1) degrees of freedom. The interval covers the
-    values that other documents of the same benchmark would give. Tests on simulated benchmarks
-    check how often the interval contains the true number of needed documents.
+    logarithmic scale, with Student's t of (groups − 1) degrees of freedom. The interval shows how
+    much the value would vary with other documents of the same benchmark. For a number of needed
+    documents, tests on simulated benchmarks check how often the interval contains the true number.
 
     Args:
         figure: Function that computes the statistic from the indexes of some documents; NaN if

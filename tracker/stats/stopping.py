@@ -1,17 +1,18 @@
 """Stopping rules: decide when enough documents are measured to compare several means.
 
 Each mean is the mean drop of one run, such as the removal of a layer. The lower and upper bounds of
-a mean decide how large a drop is, and whether it differs from 0. Pairwise differences decide which
-drops are the largest (`SequentialTopK`). A decision is never revised: a run that is decided stays
-decided while other runs are measured. `forecast_race` estimates how many documents are needed until
-all runs are decided.
+a mean decide how large a drop is, and whether the drop differs from 0. Pairwise differences decide
+which drops are the largest (`SequentialTopK`). A decision is never revised: a run that is decided
+stays decided while other runs are measured. `forecast_race` estimates how many documents are needed
+until all runs are decided.
 
 The largest of several means, by pairwise differences:
 
 Noise that two runs share cancels in the difference of their values on the same document.
-Differences therefore vary less than single values, and one comparison needs one error probability
-instead of two. The rule bets against each hypothesis "b is no better than a" as in the module
-`confidence`. The bets use all documents on which both runs were measured.
+Differences therefore vary less than single values. In addition, the comparison of two runs uses the
+error probability of one statement instead of two. As in the module `confidence`, the rule bets
+against each hypothesis "run b is no better than run a". The bets use all documents on which both
+runs were measured.
 
 The chosen runs can be wrong only if the rule misjudges a pair of one of the `count` best runs and
 one of the other runs. There are count · (runs − count) such pairs, whichever runs are the best.
@@ -65,14 +66,15 @@ _MIN_ROOM = 1e-6
 class SequentialTopK:
     """Stopping rule that finds the runs with the `count` largest means of a population.
 
-    The documents must be evaluated in random order. A run is settled when the rule has decided
-    whether the run's mean is among the largest. Later values of a settled run are ignored. With a
-    tolerance, a chosen run can be below the true `count`-th largest mean by at most the tolerance.
-    A run that is not chosen can be above this mean by at most the tolerance.
+    The documents must be evaluated in random order. A run is decided once the rule knows with the
+    required confidence whether the run's mean is among the `count` largest. Later values of a
+    decided run are ignored. With a tolerance, the mean of a chosen run can be below the true
+    `count`-th largest mean by at most the tolerance. The mean of a run that is not chosen can be
+    above the `count`-th largest mean by at most the tolerance.
 
     Attributes:
-        open: `[runs]`, mask of the runs that are not settled.
-        chosen: `[runs]`, mask of the runs that are decided to be among the largest.
+        open: `[runs]`, mask of the runs that are not decided yet.
+        chosen: `[runs]`, mask of the runs whose means are known to be among the `count` largest.
         seen: Number of documents that were evaluated so far.
 
     References:
@@ -127,11 +129,11 @@ class SequentialTopK:
         self._claims = np.zeros((n_runs, n_runs, len(self._nulls)), dtype=bool)
 
     def update(self, values: Array) -> None:
-        """Add the values of further documents, and settle the runs that are then decided.
+        """Add the values of further documents, and decide the runs for which evidence now suffices.
 
         Args:
-            values: `[documents, runs]`, the values; the values of settled runs are ignored and can
-                be NaN.
+            values: `[documents, runs]`, values of the further documents. Values of runs that are
+                already decided are ignored and can be NaN.
 
         Raises:
             ValueError: The total number of documents exceeds the population, the values of two runs
@@ -162,9 +164,10 @@ class SequentialTopK:
         self._settle()
 
     def _bet(self, values: Array, a: IntArray, b: IntArray) -> None:
-        """Update the bets that run b is better than run a, for each pair (a, b).
+        """Update the evidence that run b has a larger mean than run a, for each pair (a, b).
 
-        The capital of a pair is a martingale if run a is as good as run b.
+        The evidence is the capital of a gambler who bets on run b, document by document. If run b
+        is no better than run a, the gambler is not expected to gain.
         """
         differences = values[:, a] - values[:, b]
         sums = np.cumsum(differences, axis=0) - differences
@@ -180,7 +183,7 @@ class SequentialTopK:
                 capital[a, b] += np.log(np.prod(1 + risks * odds, axis=0))
 
     def _settle(self) -> None:
-        """Settle each run that is significantly better or worse than enough other open runs."""
+        """Decide the runs that are significantly better, or worse, than enough other runs."""
         while True:
             runs = np.flatnonzero(self.open)
             n_free = self._count - int(self.chosen.sum())
@@ -211,16 +214,16 @@ NARROWEST_AT = 512
 class SmallestMean:
     """Stopping rule that finds the run with the smallest mean of a population.
 
-    The documents must be evaluated in random order. A run is dropped when its mean is shown to be
-    larger than the smallest mean so far. The rule compares runs in pairs, on documents that both
-    runs have. The pairs of the best run with every other run share the error probability (a union
-    bound), whichever run is the best.
+    The documents must be evaluated in random order. A run is dropped when its mean is significantly
+    larger than the mean of the run that is best so far. The rule compares runs in pairs, on
+    documents that both runs have. The error probability is divided equally among the comparisons of
+    the best run with every other run (a union bound).
 
     Attributes:
         open: `[runs]`, mask of the runs that can still have the smallest mean.
-        chosen: `[runs]`, mask of the chosen run, whose mean is at most the tolerance above the
-            smallest mean. All values are False until a run is chosen. Several runs are chosen only
-            if their means over all documents are equal.
+        chosen: `[runs]`, True for the chosen run, and False for all runs until a run is chosen. The
+            mean of the chosen run is at most the tolerance above the smallest mean. Several runs
+            are chosen only if all documents are evaluated and the runs have equal means.
         seen: `[runs]`, number of documents that were evaluated for each run.
         means: `[runs]`, mean of each run on its evaluated documents; infinite if a value is not
             finite.
@@ -264,11 +267,11 @@ class SmallestMean:
         return sum(map(len, self._values))
 
     def update(self, values: Array) -> None:
-        """Add the values of further documents; drop or choose the runs that are then decided.
+        """Add the values of further documents; drop runs with large means, or choose the best run.
 
         Args:
             values: `[documents, runs]`, the values. Values of dropped runs are ignored and can be
-                NaN. An open run with a value that is not finite is dropped.
+                NaN. A run that is not dropped yet is dropped if one of its values is not finite.
 
         Raises:
             ValueError: The total number of documents exceeds the population.
@@ -288,7 +291,7 @@ class SmallestMean:
             self._settle(open_values[:, is_usable], runs[is_usable])
 
     def _settle(self, values: Array, runs: IntArray) -> None:
-        """Drop runs with significantly larger means; choose the best run once it is certain."""
+        """Drop runs with significantly larger means; choose the best run if its lead is certain."""
         n_looked, means = len(values), values.mean(axis=0)
         self.means[runs] = means
         best = int(means.argmin())
@@ -307,15 +310,17 @@ class SmallestMean:
 
 
 def half_width(n_looked: int, n_documents: int, error_rate: float) -> float:
-    """Return the half width of a confidence sequence of the mean, in standard deviations.
+    """Return the factor that turns a standard deviation into half of a confidence sequence's width.
 
     Args:
         n_looked: Number of documents that were evaluated so far.
         n_documents: Number of documents in the population, above `n_looked`.
-        error_rate: Probability that any interval of the sequence does not contain the mean.
+        error_rate: Probability that at least one interval of the sequence does not contain the
+            mean.
 
     Returns:
-        The factor by which the standard deviation of the documents is multiplied.
+        The half width of the mean's interval after `n_looked` documents, divided by the standard
+        deviation of the documents' values.
 
     Examples:
         Wider than an interval of one look, which is 1.96 / √512 = 0.087.
@@ -331,13 +336,13 @@ def half_width(n_looked: int, n_documents: int, error_rate: float) -> float:
 
 
 def race_state(low: Array, high: Array, tolerance: float | None) -> tuple[Mask, Mask]:
-    """Return masks of undecided and chosen runs, from simultaneous bounds of their means.
+    """Return masks of the undecided and the chosen runs, given confidence bounds of their means.
 
     Args:
-        low: `[runs]`, lower bounds of the means; all bounds hold simultaneously.
+        low: `[runs]`, lower bounds of the means; the bounds of all runs hold simultaneously.
         high: `[runs]`, upper bounds of the means.
-        tolerance: Target half width of the interval of each mean; no run is then chosen. None =
-            choose the runs whose mean differs from 0.
+        tolerance: Largest acceptable half width of a mean's interval; a run with a wider interval
+            is undecided, and no run is chosen. If None, a run is chosen when its bounds exclude 0.
 
     Returns:
         The mask `[runs]` of the undecided runs, and the mask `[runs]` of the chosen runs.
@@ -356,16 +361,18 @@ def race_state(low: Array, high: Array, tolerance: float | None) -> tuple[Mask, 
 
 
 class Race:
-    """Stopping rule that compares several runs, document by document, until all are decided.
+    """Stopping rule that evaluates several runs, document by document, until every run is decided.
 
-    The documents must be evaluated in random order. A run is settled when the rule has decided, for
-    example, whether the run is among the best. Later values of a settled run are ignored.
+    The documents must be evaluated in random order. A run is decided when the stopping condition
+    holds for it, for example when the run is known to be among the best. Later values of a decided
+    run are ignored.
 
     Attributes:
-        open: `[runs]`, mask of the runs that are not settled yet.
+        open: `[runs]`, mask of the runs that are not decided yet.
         chosen: `[runs]`, mask of the chosen runs. With `top` or `prune`, these are the runs with
             the largest or smallest means. With `sign`, these are the runs whose mean differs from
-            0. With `drop`, no run is chosen.
+            0. With `drop`, each mean is only estimated to the requested precision, so no run is
+               chosen.
         seen: `[runs]`, number of documents that were evaluated for each run.
     """
 
@@ -412,7 +419,7 @@ class Race:
 
     @property
     def is_answered(self) -> bool:
-        """True if all runs are settled, so that no further documents are needed."""
+        """True if all runs are decided, so that no further documents are needed."""
         return not self.open.any()
 
     @property
@@ -422,10 +429,11 @@ class Race:
 
     @property
     def bounds(self) -> MeanSequences:
-        """Bounds of each mean, which hold simultaneously with the requested confidence.
+        """Confidence bounds of each mean, which hold simultaneously with the requested confidence.
 
-        The largest means are found without these bounds. The choice of the largest means therefore
-        has a separate probability of error. The bounds are computed on first use.
+        With `top` and `prune`, runs are chosen by pairwise comparisons, not by these bounds. The
+        choice and the bounds therefore have separate probabilities of error. The bounds are
+        computed on first use.
         """
         while self._pending:
             self._bounds.add(*self._pending.pop(0))
@@ -435,12 +443,13 @@ class Race:
         """Add the values of further documents, and update the masks `open` and `chosen`.
 
         Args:
-            values: `[documents, runs]`, the values; the values of settled runs are ignored and can
-                be NaN.
+            values: `[documents, runs]`, values of the further documents. Values of runs that are
+                already decided are ignored and can be NaN.
 
         Raises:
-            ValueError: A value is not finite or exceeds `max_value`, two values of a document are
-                too far apart, or the total number of documents exceeds the population.
+            ValueError: A value is not finite or exceeds `max_value`, two values of a document
+                differ by more than `max_value`, or the total number of documents exceeds the
+                population.
         """
         runs = np.flatnonzero(self.open)
         self._bounds.scale_values(values[:, runs])
@@ -451,7 +460,7 @@ class Race:
         self.open, self.chosen = self._read_state()
 
     def _read_state(self) -> tuple[Mask, Mask]:
-        """Return the masks `[runs]` of the runs that are not settled, and of the chosen runs."""
+        """Return a mask of the undecided runs and a mask of the chosen runs, each `[runs]`."""
         if self._duels is not None:
             return self._duels.open.copy(), self._duels.chosen.copy()
         return race_state(self.bounds.low, self.bounds.high, self._question.within)
@@ -466,12 +475,14 @@ LOOK_SIZE = 32
 
 @dataclass(frozen=True)
 class RaceForecast:
-    """Forecast of the documents that a stopping rule evaluates, from simulated populations.
+    """Simulated numbers of documents that a stopping rule evaluates before it stops.
 
     Attributes:
         looked: `[draws]`, number of documents that were evaluated in each simulated population.
-        seen: `[draws, runs]`, number of documents that were evaluated for each run.
-        answered: `[draws]`, whether all runs were settled in each simulated population.
+        seen: `[draws, runs]`, number of documents that were evaluated for each run of a simulated
+            population.
+        answered: `[draws]`, whether all runs were decided before the documents of the simulated
+            population ran out.
     """
 
     looked: IntArray
@@ -488,10 +499,10 @@ def forecast_race(
     chances: Array | None = None,
     n_draws: int = FORECAST_DRAWS,
 ) -> RaceForecast:
-    """Simulate how many documents `Race` needs, in populations drawn from measured documents.
+    """Simulate how many documents `Race` evaluates, in populations drawn from measured documents.
 
-    On few measured documents, runs differ by more than in the real population. The forecast is then
-    too low.
+    If few documents are measured, chance makes the runs differ by more than they do over all
+    documents. The forecast number of documents is then too low.
 
     Args:
         question: Condition that ends the measurement, such as `top 3`: the three largest means are

@@ -1,12 +1,14 @@
 """Combine estimates with intervals, and decide which statements about layers are supported.
 
-A 95 % interval is wrong in one of twenty cases. Of thirty layers without any effect, one or two
-therefore have an interval that excludes 0. Statements that name some of many layers need
-simultaneous intervals. With a probability of at least 95 %, all simultaneous intervals are right.
+A 95 % interval misses the true value in one of twenty cases. Of thirty layers without any effect,
+one or two therefore have an interval that excludes 0. Statements about selected layers, such as the
+largest drop, therefore need simultaneous intervals. Simultaneous intervals all contain their true
+values with a probability of at least 95 %.
 
 Ratios, differences and means are computed from estimates and their intervals. The functions need no
-outcomes of documents, so they can also combine published results. The method of variance estimates
-recovery (MOVER) uses the two halves of each interval as the uncertainty in the two directions.
+per-document outcomes, so they can also combine published results. The method of variance estimates
+recovery (MOVER) uses the distances from an estimate to its lower and upper bound as the downward
+and upward uncertainty.
 
 A. Donner, G. Y. Zou, Statistical Methods in Medical Research 21 (2012) 347-359.
 """
@@ -31,18 +33,20 @@ from tracker.stats.arrays import Array
 def recovered_share(
     losses: Array, remainders: Array, loss_resamples: Array, remainder_resamples: Array
 ) -> Estimate:
-    """Compute which share of the loss of removed layers their replacements recover.
+    """Compute the share of the accuracy loss from removed layers that replacements recover.
 
-    The share is 1 − Σ remainder / Σ loss, with sums over layers. The interval of the share is the
-    percentile interval over resamples of the documents. The interval assumes independent documents
-    and takes the layers as fixed. The share is undefined unless the sum of the losses is above 0 in
-    at least 97.5 % of the resamples.
+    The share is 1 − Σ `remainders` / Σ `losses`, with sums over layers. The interval of the share
+    is the percentile interval over resamples of the documents. The interval assumes independent
+    documents and describes only the given layers. The share is undefined unless the sum of the
+    losses is above 0 in at least 97.5 % of the resamples.
 
     Args:
         losses: `[layers]`, mean drop when the layer is removed.
         remainders: `[layers]`, mean drop when the layer is replaced.
-        loss_resamples: `[resamples, layers]`, `losses` of resampled documents.
-        remainder_resamples: `[resamples, layers]`, `remainders` of the same documents.
+        loss_resamples: `[resamples, layers]`, mean drops of removed layers, on each bootstrap
+            resample of the documents.
+        remainder_resamples: `[resamples, layers]`, mean drops of replaced layers, on the same
+            resamples.
 
     Returns:
         The recovered share with its 95 % interval; 1 = the whole loss is recovered. The value is
@@ -71,16 +75,17 @@ def divide(numerator: Estimate, denominator: Estimate) -> Estimate:
     """Divide an estimate by another estimate, and combine their intervals.
 
     The function assumes that the two estimates are independent. Estimates from the same documents
-    rise and fall together, so the true interval of their ratio is narrower. The returned interval
-    is then too wide, never too narrow.
+    are positively correlated, so the returned interval of their ratio is then too wide, not too
+    narrow.
 
     Args:
         numerator: The numerator, with its interval.
         denominator: The denominator, with its interval.
 
     Returns:
-        The ratio and its interval. There is no interval if an estimate has no interval, or if the
-        denominator's interval reaches 0. The value is None if the denominator is not positive.
+        The ratio and its interval. The ratio has no interval if one of the two estimates has no
+        interval, or if the denominator's interval reaches 0. The value is None if the denominator
+        is not positive.
 
     Examples:
         >>> share = divide(Estimate(0.1, 0.05, 0.15), Estimate(0.5, 0.4, 0.6))
@@ -105,16 +110,16 @@ def divide(numerator: Estimate, denominator: Estimate) -> Estimate:
 
 
 def subtract(minuend: Estimate, subtrahend: Estimate) -> Estimate:
-    """Subtract an estimate from another, independent estimate, and combine their intervals.
+    """Subtract one estimate from another, independent estimate, and combine their intervals.
 
     Args:
-        minuend: Estimate with its interval.
+        minuend: Estimate from which `subtrahend` is subtracted, with its interval.
         subtrahend: Estimate to subtract, with its interval.
 
     Returns:
         The difference and its interval. The interval is missing if the minuend or the subtrahend
         has no interval. For two models on the same documents, the interval is too wide rather than
-        too narrow, because the estimates rise and fall together.
+        too narrow, because the estimates are positively correlated.
 
     Examples:
         >>> difference = subtract(Estimate(0.3, 0.2, 0.4), Estimate(0.1, 0.0, 0.2))
@@ -134,13 +139,14 @@ def subtract(minuend: Estimate, subtrahend: Estimate) -> Estimate:
 def average(estimates: Sequence[Estimate], independent: bool = True) -> Estimate:
     """Average estimates, and combine their intervals.
 
-    The interval covers the values that other documents of the same benchmarks (or layers) would
-    give. The interval does not cover other benchmarks.
+    The interval reflects the sampling of documents within the given benchmarks (or layers). The
+    interval does not predict the mean on other benchmarks.
 
     Args:
         estimates: Estimates to average; estimates without a value are left out.
-        independent: Whether the estimates are measured on different documents. If False, the errors
-            of the estimates are added up, which is the worst case of dependence.
+        independent: Whether the estimates are measured on different documents. If False, the half
+            widths of the intervals are averaged, as if all errors were perfectly correlated (the
+            worst case).
 
     Returns:
         The plain mean, with an interval if every estimate has an interval. The value is None if no
@@ -169,11 +175,11 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
     """Adjust p-values by Holm's method for the family-wise error rate.
 
     If all tests with an adjusted p-value below α are called significant, the probability of any
-    false positive is at most α. This holds for any dependence of the tests.
+    false positive is at most α. The guarantee holds even if the tests depend on each other.
 
     Args:
-        p_values: p-value of each test. None for a test that could not be computed; such tests do
-            not count.
+        p_values: p-value of each test. None for a test that could not be computed; the adjustment
+            ignores such tests.
 
     Returns:
         The adjusted p-values, at most 1, in the order of the tests; None remains None.
@@ -203,20 +209,22 @@ def widen(
 ) -> list[Estimate]:
     """Widen 95 % intervals so that they hold simultaneously for all estimates.
 
-    By Bonferroni's inequality, each of m estimates gets the level 1 - 0.05 / m, for any dependence.
-    A normal interval (such as the adjusted Wald interval) has the same middle at every level, and
-    its half width is proportional to the normal quantile. A t interval uses the t quantile instead.
-    The function treats an interval as normal if the estimate has a p-value, which accuracy drops of
-    0/1 outcomes have. It treats all other intervals, such as the interval of a baseline accuracy,
-    as t intervals, which are wider.
+    By Bonferroni's inequality, each of m estimates gets the level 1 - 0.05 / m, even if the
+    estimates depend on each other. The midpoint of an interval stays. The half width of a normal
+    interval (such as the adjusted Wald interval) grows in proportion to the normal quantile, and
+    that of a t interval in proportion to the t quantile. An interval is treated as normal if the
+    estimate has a p-value, as accuracy drops of 0/1 outcomes do. All other intervals, such as the
+    interval of a baseline accuracy, are treated as t intervals and become wider.
 
     Args:
-        estimates: Estimates with 95 % intervals; estimates without an interval do not count.
+        estimates: Estimates with 95 % intervals; estimates without an interval are returned
+            unchanged.
         counts: Number of documents of each estimate.
-        family: Number of simultaneous statements; None = the number of estimates with an interval.
+        family: Number of estimates for which the intervals shall hold simultaneously; None = the
+            number of estimates with an interval.
 
     Returns:
-        The same estimates with wider intervals; an estimate without an interval is unchanged.
+        The same estimates with wider intervals.
 
     References:
         O. J. Dunn, Journal of the American Statistical Association 56 (1961) 52-64.
@@ -249,14 +257,15 @@ def widen(
 
 
 def decide_verdicts(drops: Sequence[Estimate], alpha: float = ALPHA) -> list[Verdict]:
-    """Decide whether each removal significantly costs accuracy, improves it, or neither.
+    """Decide whether each removal significantly lowers accuracy, raises it, or neither.
 
     Args:
         drops: Accuracy drop of each removal, with simultaneous intervals from `widen` or a
             confidence sequence. If a drop has a p-value, `costs` and `helps` also require that the
-            p-value is significant after Holm's adjustment, because the p-value is exact for few
-            documents.
-        alpha: Probability of error of all verdicts together, the same as that of the intervals.
+            p-value is significant after Holm's adjustment, because the p-value, unlike the
+            interval, is exact for few documents.
+        alpha: Largest acceptable probability that any verdict is wrong; the intervals must have the
+            same error probability.
 
     Returns:
         One verdict for each removal: `costs`, `helps` or `open`. The probability that any removal
@@ -284,7 +293,7 @@ def possible_ranks(estimates: Sequence[Estimate]) -> list[tuple[int, int]]:
 
     Two estimates differ significantly if the interval of their difference excludes 0. The interval
     of the difference assumes independent estimates (Donner and Zou 2012). Estimates from the same
-    documents rise and fall together, so the interval is too wide rather than too narrow. An
+    documents are positively correlated, so the interval is then too wide rather than too narrow. An
     estimate ranks behind all significantly larger estimates and before all significantly smaller
     estimates. Two estimates that do not differ significantly can rank in either order.
 
@@ -293,8 +302,8 @@ def possible_ranks(estimates: Sequence[Estimate]) -> list[tuple[int, int]]:
             family `count_pairs`). An estimate without an interval can have any rank.
 
     Returns:
-        The best and the worst rank of each estimate. All ranks are right if all intervals contain
-        the true values.
+        The best and the worst rank of each estimate. If every interval contains its true value,
+        every true rank is within the returned range.
 
     References:
         M. Mogstad, J. Romano, A. Shaikh, D. Wilhelm, Review of Economic Studies 91 (2024) 476-518.

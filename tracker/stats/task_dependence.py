@@ -1,17 +1,19 @@
 """Estimate how much a layer's relevance varies between benchmarks.
 
 The relevance of layers is first standardised within each benchmark (z-scores with the population
-standard deviation), so that benchmarks of any level and unit are comparable. The variance of a
-layer's z-score over benchmarks is then averaged over layers. The mean variance is exactly 1 minus
-the mean Pearson correlation of two benchmarks over layers. The mean variance is 0 if each layer has
-the same z-score on all benchmarks, and 1 if benchmarks are unrelated.
+standard deviation), so that benchmarks with different metrics and units are comparable. The
+variance of a layer's z-score over benchmarks is then averaged over layers. The mean variance is
+exactly 1 minus the mean Pearson correlation of two benchmarks over layers. The mean variance is 0
+if each layer has the same z-score on all benchmarks, and 1 if the relevance on one benchmark does
+not correlate with the relevance on another.
 
-An accuracy drop is measured on a sample of documents. The noise of the drop differs between
-benchmarks even if the relevance of the layer does not. A proxy that averages over thousands of
-tokens has hardly any noise. The variance of the drop is therefore too large, and is informative
-only after the noise is subtracted. For a single layer, the estimated variance minus noise is not
-symmetric about its expectation, so a test of signs or ranks is invalid. The module therefore
-computes an interval of the mean over layers, by leaving out documents.
+An accuracy drop is measured on a sample of documents. Sampling noise makes the drop differ between
+benchmarks even if the layer's relevance is the same on all benchmarks. A proxy that averages over
+thousands of tokens has hardly any noise. The variance of the drop over benchmarks is therefore too
+large, and can be compared with a proxy's variance only after the noise variance is subtracted. The
+estimated variance of a single layer, with the noise subtracted, has a skewed distribution, so a
+sign test or rank test over layers is invalid. The module therefore computes a jackknife interval of
+the mean over layers, by leaving out documents.
 """
 
 from __future__ import annotations
@@ -44,14 +46,14 @@ def estimate_profile(
 ) -> tuple[Array, Array]:
     """Estimate the mean value of each layer (the profile), and the variance of each mean.
 
-    The mean over layers is subtracted from the profile, so that changes common to all layers have
-    no effect.
+    The mean over layers is subtracted, so that a change that is the same for all layers has no
+    effect.
 
     Args:
         values: `[documents, layers]`, the value of each document for each layer, e.g. the drop.
         weights: `[documents]`, 0 or more; the profile is the weighted mean.
-        strata: `[documents]`, e.g. each document's task; the size of each stratum is fixed. None =
-            a single stratum.
+        strata: `[documents]`, stratum of each document, e.g. its task; the number of documents in
+            each stratum is treated as fixed. None = a single stratum.
 
     Returns:
         The centred profile `[layers]` and the variance of each of its values `[layers]`. The
@@ -80,13 +82,13 @@ def estimate_profile(
 
 
 def profile_reliability(profile: Array, noise: Array) -> float:
-    """Return the share of a profile's variance over layers that is not sampling noise.
+    """Return the share of a profile's variance over layers that sampling noise does not explain.
 
     The share is below 0 if the noise exceeds the variance over layers.
 
     Args:
         profile: `[layers]`, the centred mean values of the layers, from `estimate_profile`.
-        noise: `[layers]`, the variance of each mean value by sampling of documents.
+        noise: `[layers]`, the sampling variance of each mean value, from `estimate_profile`.
 
     Returns:
         1 - (mean noise) / (mean squared profile); NaN for a constant profile.
@@ -96,19 +98,18 @@ def profile_reliability(profile: Array, noise: Array) -> float:
 
 
 def benchmark_variance(profiles: Array, noise: Array | None = None) -> Array:
-    """Compute the variance of each layer's z-score over benchmarks.
+    """Compute, for each layer, the variance of its z-score over benchmarks.
 
     Args:
         profiles: `[benchmarks, layers]`, the value of each layer; two benchmarks or more, and no
             constant row.
         noise: `[benchmarks, layers]`, the sampling variance of each value, which is subtracted;
-            None = no noise. The noise of different benchmarks is independent, so it affects only
-            squared values. The function subtracts the noise from the squared values, and from the
-            variance over layers by which they are divided. The returned variance is unbiased except
-            for the division, and can be negative.
+            None = no noise. The noise is subtracted from the squared values and from the variance
+            over layers that standardises them. The products of two benchmarks need no correction,
+            because their noise is independent. The returned variance can be negative.
 
     Returns:
-        `[layers]`, the variance of each layer over benchmarks, with the divisor (benchmarks - 1).
+        `[layers]`, the variance over benchmarks, with the divisor (number of benchmarks - 1).
 
     Raises:
         ValueError: There are fewer than two benchmarks, or the noise of a benchmark is at least as
@@ -136,13 +137,14 @@ def benchmark_variance(profiles: Array, noise: Array | None = None) -> Array:
 def variance_difference(
     first_samples: Sequence[BenchmarkSample], second_samples: Sequence[BenchmarkSample]
 ) -> Estimate:
-    """Estimate how much more one measure varies over benchmarks than another measure.
+    """Estimate how much more one measure of relevance varies over benchmarks than another.
 
     The variation of a measure is the mean over layers of `benchmark_variance` with the noise
-    subtracted. The function returns the variation of `first_samples` minus the variation of
-    `second_samples`. The interval is a normal interval from the jackknife over the documents of
-    each benchmark; both measures leave out the same documents. A bootstrap interval would be too
-    narrow, because the resampled population includes the noise of the documents.
+    subtracted. The returned value is the variation of the first measure minus the variation of the
+    second measure. The interval is a normal interval from the jackknife over the documents of each
+    benchmark. Each jackknife step leaves out the same documents for the two measures. A bootstrap
+    interval would be too narrow, because resampling treats the sampling noise of the measured
+    documents as real variation.
 
     Args:
         first_samples: For each benchmark, the values of one measure for its documents; two
@@ -165,7 +167,7 @@ def variance_difference(
         return first - second
 
     def leave_out(index: int, kept_documents: IntArray) -> float:
-        """Return the difference of variations if one benchmark has only `kept_documents`."""
+        """Return the difference if the benchmark at `index` is limited to `kept_documents`."""
         pair = []
         for values, weights, strata in samples[index]:
             labels = None if strata is None else np.asarray(strata)[kept_documents]
@@ -186,7 +188,7 @@ def variance_difference(
 
 
 def _mean_variance(estimates: Sequence[tuple[Array, Array]]) -> float:
-    """Return the mean over layers of the variance over benchmarks, with noise subtracted."""
+    """Return `benchmark_variance`, with noise subtracted, averaged over layers."""
     profiles, noise = (np.array(arrays) for arrays in zip(*estimates, strict=True))
     return float(benchmark_variance(profiles, noise).mean())
 
@@ -196,13 +198,13 @@ class VarianceComparison:
     """Result of testing whether one measure varies more over benchmarks than another.
 
     Attributes:
-        larger: Number of layers whose variance is larger by the first measure than by the second
-            measure.
+        larger: Number of layers for which the first measure varies more over benchmarks than the
+            second measure.
         n: Number of layers.
         p_value: p-value of the two-sided Wilcoxon signed-rank test, which assumes independent
             layers.
-        block_p: p-value of the same statistic if the signs of neighbouring layers change together,
-            in blocks.
+        block_p: p-value of the Wilcoxon statistic in a permutation test that flips the signs of
+            whole blocks of neighbouring layers.
     """
 
     larger: int
@@ -212,23 +214,24 @@ class VarianceComparison:
 
 
 def compare_variances(first_variances: Array, second_variances: Array) -> VarianceComparison:
-    """Test by Wilcoxon's test whether one of two variances per layer tends to be larger.
+    """Test whether one of two variances tends to be larger than the other over layers (Wilcoxon).
 
-    Wilcoxon's test assumes that the layers' differences are independent and, without an effect,
+    Under the null hypothesis of Wilcoxon's test, the layers' differences are independent and
     symmetric about 0. Neighbouring layers have similar values, so the p-value of Wilcoxon's test is
-    too small. A second p-value assumes the symmetry, but no independence within blocks of
-    `SIGN_BLOCK` neighbouring layers: all differences of a block change their signs together. The
-    second p-value is the share of sign combinations whose statistic is at least as far from 0 as
-    observed. The function tries all combinations, or `SIGN_DRAWS` random combinations if there are
-    more.
+    too small. A second p-value allows dependence within blocks of `SIGN_BLOCK` neighbouring layers:
+    a permutation test flips the signs of all differences of a block together. The second p-value is
+    the share of sign combinations that give a Wilcoxon statistic at least as far from 0 as the
+    observed one. If there are more than `SIGN_DRAWS` sign combinations, that many are drawn at
+    random.
 
     Args:
-        first_variances: `[layers]`, one variance of each layer.
-        second_variances: `[layers]`, the other variance of each layer.
+        first_variances: `[layers]`, variance of each layer over benchmarks by the first measure.
+        second_variances: `[layers]`, variance of each layer over benchmarks by the second measure.
 
     Returns:
-        The comparison. Both p-values are 1 if all differences are 0. The p-value by blocks is 1 if
-        there is a single block.
+        The number of layers with a larger first variance, and the two p-values. The p-values are 1
+        if all differences are 0. The p-value of the block test is also 1 if there is only one
+        block.
 
     References:
         F. Wilcoxon, Biometrics Bulletin 1 (1945) 80-83.

@@ -1,10 +1,10 @@
 """Studies: commands that answer a research question from the results of an experiment file.
 
-A study declares its requirements and settings, and returns the requests to measure. From the
-results, the study writes an answer with sentences, tables and charts. Sentences, assumptions and
-notes are macros of the study's template in the folder `templates`. Which macros are rendered
-depends on the results. The study `audit` is a package; its module `figures` computes the
-statistics.
+A study declares its requirements and settings, and lists the models, benchmarks and ablations to
+measure. From the results, the study writes an answer with sentences, tables and charts. The texts
+of sentences, assumptions and notes are macros of the study's Jinja template in the folder
+`templates`. The results determine which macros are rendered. The study `audit` is a package of two
+modules; the module `figures` computes the statistics.
 
 Modules:
     base: Define the base class of studies, and run a study from its file to its report section.
@@ -12,14 +12,15 @@ Modules:
     layout: Build charts, and build tables from dataclasses with labelled fields.
     audit: Compare every proxy of a layer's relevance with the measured accuracy drop of the layer.
     calibration: Estimate how many documents a stable ranking of layers needs.
-    displacement: Compare the KL divergence of the output with the cost of each change.
-    joint: Compare the drop of removing two layers together with the sum of their single drops.
+    displacement: Test whether the KL divergence of a changed model's output predicts the lost
+        accuracy.
+    joint: Compare the accuracy drop when two layers are removed with the sum of their single drops.
     precision: Measure how much accuracy the rounding of each linear map costs.
-    prune: Compare models pruned by measured accuracy drops with models pruned by proxies.
-    quantise: Choose formats of weights within a budget of bits.
+    prune: Compare models pruned by measured accuracy with models pruned by proxies.
+    quantise: Choose a number format for each weight matrix within a budget of bits.
     repeat: Test whether a model improves if it runs some layers a second time.
-    rescale: Test whether a fitted replacement recovers the loss of a removed layer.
-    savings: Count the documents that the setting `until` saves.
+    rescale: Test whether a fitted replacement of a removed layer recovers the lost accuracy.
+    savings: Count the documents that need not be measured if `until` stops a measurement early.
     snowball: Test whether later layers amplify the effect of a removed layer.
     theorem: Build the paper's counterexample, in which the cosine score misleads.
 """

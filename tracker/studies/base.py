@@ -55,7 +55,7 @@ class StudyContext:
     """Experiment file of a study, and everything that is needed to measure its models.
 
     Attributes:
-        input: Experiment file, and how the user passed it.
+        input: Experiment file, with the command-line arguments that named it.
         ledger: Results folder.
         options: Options for running models, such as the device.
         progress: Receiver of progress messages.
@@ -70,15 +70,15 @@ class StudyContext:
 
     @property
     def experiment(self) -> Experiment:
-        """The experiment file."""
+        """The parsed experiment file."""
         return self.input.file
 
     def run(self, requests: Sequence[CellRequest]) -> RunOutcome:
-        """Measure and publish the requested results that the results folder lacks."""
+        """Measure and publish those requested results that the results folder lacks."""
         return run_cells(requests, self.ledger, self.publisher, self.options, self.progress)
 
     def subject(self, request: CellRequest) -> Subject | None:
-        """Return the stored results for a request; None if some of them are not measured yet."""
+        """Return the stored results for a request, or None if the measurement is incomplete."""
         cell = find_cell(request, self.ledger)
         if cell.store is None or not cell.complete:
             return None
@@ -93,7 +93,7 @@ class Subject:
     Attributes:
         request: The study's request, which names the model, the benchmark and the ablations.
         store: The folder of this model and benchmark in the results folder.
-        record: Summary computed from the outcomes of all documents.
+        record: Summary statistics, computed from the outcomes of all requested documents.
     """
 
     request: CellRequest
@@ -102,7 +102,7 @@ class Subject:
 
     @property
     def view(self) -> View:
-        """The runs, documents and metric of the stored results that the request selects."""
+        """The selection of stored runs, documents and metric that answers the request."""
         return self.store.views.view_of(self.request)
 
     @property
@@ -111,12 +111,12 @@ class Subject:
         return cell_label(self.record)
 
     def outcomes(self, extra_ablations: Sequence[Ablation] = ()) -> AlignedOutcomes:
-        """Read the outcomes on the documents that are measured under every requested ablation."""
+        """Read the outcomes of the documents that are measured for every requested ablation."""
         return AlignedOutcomes(self.store, self.view, extra_ablations=extra_ablations)
 
 
 def cell_label(record: CellRecord) -> str:
-    """Return the names of a cell's model and benchmark, for the start of a sentence or title."""
+    """Return the names of a model and a benchmark, for the start of a sentence or title."""
     return f"{record.model.name}, {record.benchmark.name}"
 
 
@@ -127,7 +127,7 @@ def observe_subject(
     begin: Callable[[Engine], ObserveDocument],
     documents: Collection[tuple[str, int]] | None = None,
 ) -> Observations:
-    """Return per-document values of one kind, read from disk or computed with the model."""
+    """Return statistics of each document, read from disk or else computed with the model."""
     request, store, progress = subject.request, subject.store, context.progress
     machine = context.ledger, context.options, progress
     open_cell = partial(observing.open_observed_cell, request, store, *machine)
@@ -135,13 +135,13 @@ def observe_subject(
 
 
 def second_rounding_notes(subjects: Sequence[Subject]) -> list[str]:
-    """Return a note for each model whose checkpoint was already quantised before the study."""
+    """Return a warning for each model whose checkpoint is itself quantised (rounded twice)."""
     notes = (second_rounding_note(subject.record) for subject in subjects)
     return [*dict.fromkeys(filter(None, notes))]
 
 
 def study_texts(name: str, **names: Any) -> TextTemplate:
-    """Open the text template of a study in this package; the template can use `names`."""
+    """Open the template of a built-in study; the template can use `names` as variables."""
     common = {"metric_format": metric_format, "significant": SIGNIFICANT}
     return TextTemplate("tracker.studies", name, **common, **names)
 
@@ -152,17 +152,19 @@ _FRAME_TEXTS = study_texts("frame")
 
 @dataclass
 class StudyResult:
-    """Answer of a study, from which `conduct_study` makes a `FindingRecord`.
+    """Results of a study, which `conduct_study` stores as a `FindingRecord`.
 
     Attributes:
-        answers: Sentences of the answer, starting with the most important sentence.
-        tables: Tables of the answer.
-        charts: Charts of the answer.
+        answers: Sentences that answer the research question, starting with the most important
+            sentence.
+        tables: Tables for the report.
+        charts: Charts for the report.
         lacking: Sentences about results that could not be computed, with the reasons.
-        ran: Result of the additional measurements that the study ran while it computed the answer.
-        rests_on: Keys of the records that the answer uses in addition to the requested results.
-        exports: Shell commands that save models that the study found to be better. The commands are
-            not stored in the results folder.
+        ran: Outcome of measurements that the study started later, while it computed the answer.
+        rests_on: Keys of further records that the answer uses, besides the records of the requested
+            results.
+        exports: Shell commands with which the user can save improved models. The commands are not
+            stored in the results folder.
         files: Files that the study wrote to the results folder.
         suffix: Text that distinguishes this result from other results of the study on the same
             experiment file.
@@ -189,14 +191,14 @@ class StudyResult:
                 self.answers.append(element)
 
     def lack(self, title: str, *reasons: str) -> None:
-        """Record reasons why the study lacks a result, e.g. for one model and benchmark."""
+        """Add reasons why a result is missing; `title` names the model and benchmark."""
         self.lacking += [f"{title}: {reason}" for reason in reasons]
 
 
 class Study(Generic[Settings]):
-    """Base class of studies: list the required measurements, and answer a research question.
+    """Base class of studies, which list the required measurements and answer a research question.
 
-    A study keeps no state between calls, so each method may be called alone.
+    A study keeps no state between method calls, so each method can be called on its own.
 
     Args:
         settings: Settings of the study.
@@ -204,14 +206,16 @@ class Study(Generic[Settings]):
     Attributes:
         name: Name in the registry of studies.
         question: The research question, which is the heading of the study's section in reports.
-        texts: Template of the study's sentences, with the macro `assumptions`; None if a study of
-            another package writes its sentences in code.
-        races: Whether the experiment file may use `until` to stop a measurement early.
+        texts: Template of the study's sentences, with the macro `assumptions`. None if a study (of
+            another package) has no template.
+        races: Whether the study accepts experiment files that use `until` to stop a measurement
+            early.
         intact: Whether the experiment file must start from the intact model, without removed
             layers.
-        layers: Minimum number of whole single layers that each cell must remove.
-        chooses: Whether the study chooses something, such as layers, by results on documents. These
-            documents must then be drawn at random.
+        layers: Minimum number of layers that the experiment file must remove, each in a run of its
+            own.
+        chooses: Whether the study selects something, such as layers, by results on calibration
+            documents. These documents must then be a random sample.
     """
 
     name: ClassVar[str]
@@ -227,7 +231,7 @@ class Study(Generic[Settings]):
 
     @property
     def assumptions(self) -> Sequence[str]:
-        """Assumptions of the study's statistical methods; each assumption names its source."""
+        """Assumptions of the statistical methods with sources; empty without a template."""
         return () if self.texts is None else self.texts.render_all("assumptions", self.settings)
 
     @property
@@ -236,7 +240,7 @@ class Study(Generic[Settings]):
         return [*(self.settings.command or f"tracker study {self.name}").split()]
 
     def requests(self, context: StudyContext) -> list[CellRequest]:
-        """List the measurements that the study needs, with requests of the same model in sequence.
+        """List the measurements that the study needs; requests of the same model are adjacent.
 
         Raises RequestError if the experiment file does not meet the requirements of the study.
         """
@@ -246,21 +250,21 @@ class Study(Generic[Settings]):
         return [request for cell in cells for request in self.expand(cell, context)]
 
     def expand(self, cell: CellRequest, context: StudyContext) -> Iterable[CellRequest]:
-        """Yield the requests that replace one cell of the file; by default the cell itself."""
+        """Yield what to measure for one model and benchmark; by default, as in the file."""
         return [cell]
 
     def prepare(self, context: StudyContext) -> None:
-        """Prepare the measurement, e.g. create a model that it needs; by default do nothing.
+        """Prepare the measurements, e.g. create a model to measure; by default do nothing.
 
         Raises RequestError if the preparation fails.
         """
 
     def answer(self, context: StudyContext, subjects: list[Subject]) -> StudyResult:
-        """Compute the study's answer from the measured results, in the order of the requests."""
+        """Compute the study's results from the measured results of all models and benchmarks."""
         raise NotImplementedError
 
     def _check(self, cell: CellRequest, context: StudyContext) -> None:
-        """Raise RequestError if a cell of the experiment file does not meet the requirements."""
+        """Raise RequestError if a model and benchmark of the file do not meet the requirements."""
         named, problem = (cell, self, context.input.source), ""
         if cell.until is not None and not self.races:
             raise ExperimentError(_FRAME_TEXTS.render("races"))
@@ -275,7 +279,7 @@ class Study(Generic[Settings]):
 
 
 def open_study(name: str, **values: Any) -> Study[Any]:
-    """Create a study from its name and settings; raise RequestError if one is invalid."""
+    """Create a study from its name and settings; RequestError for invalid name or settings."""
     settings = validate_settings(find_settings(name), values, "--")
     module, _, kind = settings.study.partition(":")
 
@@ -292,10 +296,10 @@ def open_study(name: str, **values: Any) -> Study[Any]:
 def conduct_study(
     study: Study[Any], context: StudyContext
 ) -> tuple[FindingRecord, RunOutcome, StudyResult]:
-    """Run a study: measure and publish its requests, compute and store its answer.
+    """Run a study: measure and publish its requests, compute its results, and store them.
 
-    Returns the stored record of the answer, the outcome of all measurements, and the complete
-    answer. Raises RequestError if the experiment file lacks required runs, and CellError if every
+    Returns the stored record, the outcome of all measurements, and the complete results of the
+    study. Raises RequestError if the experiment file lacks required runs, and CellError if every
     measurement failed.
     """
     requests = study.requests(context)

@@ -53,7 +53,7 @@ _ALL_TIED = "in most samples of this size all layers are tied"
 
 
 def _two_digits(value: float) -> int:
-    """Round to two significant digits, or up to the next whole number if below 10."""
+    """Round to two significant digits, but round numbers below 10 up to a whole number."""
     return math.ceil(value - 1e-9) if value < 10 else int(float(f"{value:.1e}"))
 
 
@@ -69,7 +69,7 @@ class Calibration(Study[CalibrationSettings]):
     texts = CALIBRATION_TEXTS
 
     def answer(self, context: StudyContext, subjects: list[Subject]) -> StudyResult:
-        """Report how many documents reliable layer rankings need, by drop and by proxies."""
+        """Report how many documents are needed to rank layers reliably, by drop and by proxies."""
         reliability = self.settings.reliability
         rankings = [layer_rankings(subject) for subject in subjects]
         result, curves = StudyResult(), []
@@ -119,15 +119,16 @@ def _benchmark_groups(subjects: Sequence[Subject]) -> Iterator[tuple[str, list[i
 
 @dataclass(frozen=True)
 class LayerRanking:
-    """Values of one measure for every document and layer; their means rank the layers.
+    """Values of one measure (e.g. accuracy drop) by document and layer; their means rank layers.
 
     Attributes:
         name: Name of the measure.
         values: `[documents, layers]`; the layer with the largest mean is ranked first.
         weights: `[documents]`, weight of each document in a layer's mean.
-        strata: `[documents]`, the document's task; for several joined cells also the number of the
-            cell.
-        reason: Reason why the values cannot rank layers; empty if they can.
+        strata: `[documents]`, task of each document; if several benchmarks are joined, also the
+            number of the benchmark.
+        reason: Reason why the values cannot rank layers, e.g. too few layers; empty if the values
+            can.
     """
 
     name: str
@@ -144,21 +145,23 @@ class LayerRanking:
 
 @dataclass(frozen=True)
 class AgreementCurve:
-    """Agreement of the layer rankings of random document samples, for each sample size.
+    """Agreement of two layer rankings from random samples of documents, for each sample size.
 
     Attributes:
         name: Name of the measure that ranks the layers.
         documents: Number of documents.
         layers: Number of layers.
         sizes: Numbers of documents in a sample, ascending.
-        apart: Statistic → its values `[draws, sizes]` for the rankings by two disjoint samples; NaN
-            for samples of more than half of the documents.
-        within: Statistic → its values `[draws, sizes]` for the rankings by a sample and by all
-            documents.
+        apart: Name of an agreement statistic → values `[draws, sizes]` that compare the rankings by
+            two disjoint samples. NaN if a sample has more than half of the documents.
+        within: Name of an agreement statistic → values `[draws, sizes]` that compare the ranking by
+            a sample with the ranking by all documents.
         needed: Number of documents with which the layer ranking reaches the target reliability. The
-            number is undefined if the rankings of two halves do not agree significantly.
+            number is undefined if the rankings by two halves of the documents do not agree
+            significantly.
         p_value: p-value of the hypothesis that all layers have the same mean.
-        extrapolated: Whether `needed` is more than half of the documents.
+        extrapolated: Whether `needed` exceeds half of the documents, so that it is not measured
+            directly.
     """
 
     name: str
@@ -173,17 +176,17 @@ class AgreementCurve:
 
     @property
     def half(self) -> int:
-        """Half of the number of documents: the largest size of two disjoint samples."""
+        """Half of the number of documents, which is the largest size of two disjoint samples."""
         return self.documents // 2
 
     @property
     def tops(self) -> list[tuple[str, str, int]]:
-        """Overlap statistics, as (name, "top" or "bottom" of the ranking, number of layers)."""
+        """Overlap statistics as (name, "top" or "bottom", number k of layers that are compared)."""
         parts = ((name, *name.split()) for name in self.apart if " " in name)
         return [(name, end, int(k)) for name, end, k in parts]
 
     def agreement(self, n: int, statistic: str = "spearman", disjoint: bool = True) -> Estimate:
-        """Return a statistic's mean and 2.5-97.5 % range over random samples of `n` documents."""
+        """Return mean and 2.5-97.5 % range of a statistic, over random samples of `n` documents."""
         if disjoint and n > self.half:
             return Estimate(None, reason=SAMPLES_TOO_LARGE)
         draws = (self.apart if disjoint else self.within)[statistic][:, self.sizes.index(n)]
@@ -195,25 +198,25 @@ class AgreementCurve:
 
     @property
     def doubt(self) -> str:
-        """Reason why the rankings by two halves do not agree significantly; empty if they agree."""
+        """Reason why rankings by two halves of the documents do not agree; empty if they agree."""
         halves = self.agreement(self.half)
         if halves.low is None:
             return halves.reason or ""
         return "" if halves.side() > 0 and self.p_value < SIGNIFICANT else HALVES_DISAGREE
 
     def predicted(self, n: float) -> float | None:
-        """Predict the rank correlation of two samples of `n` documents by Spearman-Brown."""
+        """Predict (Spearman-Brown) the rank correlation of two samples of `n` documents each."""
         halves = self.agreement(self.half).value
         return None if self.doubt or halves is None else spearman_brown(halves, n / self.half)
 
     def with_p_value(self, p_value: float) -> AgreementCurve:
-        """Return a copy with this p-value; `needed` becomes undefined if `doubt` gives a reason."""
+        """Return a copy with this p-value; `needed` is undefined if rankings do not agree."""
         curve = replace(self, p_value=p_value)
         return replace(curve, needed=Estimate(None, reason=curve.doubt)) if curve.doubt else curve
 
 
 def layer_rankings(subject: Subject) -> list[LayerRanking]:
-    """Return each measure's values for ranking a cell's layers, the accuracy drop first."""
+    """Return one `LayerRanking` for the accuracy drop, and one for each proxy."""
     cell = subject.outcomes()
     layers = [run.layer for run in cell.whole_layers]
     strata = np.array(cell.tasks)
@@ -246,7 +249,7 @@ def _unusable_reason(ranking: LayerRanking) -> str:
 
 
 def join_rankings(rankings: Sequence[LayerRanking]) -> LayerRanking:
-    """Join one measure's values on several benchmarks, with equal weight for each benchmark."""
+    """Join the rankings of several benchmarks by one measure; benchmarks have equal weight."""
     reason = next((ranking.reason for ranking in rankings if ranking.reason), "")
     if len(rankings) == 1 or reason:
         return replace(rankings[0], reason=reason)
@@ -257,7 +260,7 @@ def join_rankings(rankings: Sequence[LayerRanking]) -> LayerRanking:
 
 
 def agreement_curve(ranking: LayerRanking, reliability: float) -> AgreementCurve:
-    """Compute how well random samples agree on the layer ranking, for each sample size."""
+    """Compute, for each sample size, how well rankings by random samples of documents agree."""
     documents, layers = ranking.values.shape
     sizes = tuple(sorted({*(n for n in SAMPLE_SIZES if n < documents), documents // 2}))
     values, weights, strata = ranking.values, ranking.weights, ranking.strata
@@ -286,14 +289,14 @@ def agreement_curve(ranking: LayerRanking, reliability: float) -> AgreementCurve
 
 
 def judge_curves(curves: Sequence[AgreementCurve]) -> list[AgreementCurve]:
-    """Adjust the curves' p-values by Holm's method; unset `needed` of non-significant curves."""
+    """Adjust p-values by Holm's method; set `needed` to undefined if rankings do not agree then."""
     adjusted = holm([curve.p_value for curve in curves])
     rows = zip(curves, adjusted, strict=True)
     return [curve.with_p_value(p) for curve, p in rows if p is not None]
 
 
 def _sample_statistic(name: str, first: Array, second: Array) -> Array:
-    """Compute the statistic `name` of two samples' layer means; return `[draws, sizes]`."""
+    """Compute an agreement statistic of two arrays of layer means, as `[draws, sizes]`."""
     a, b = (means.reshape(-1, means.shape[2]) for means in (first, second))
     end, _, k = name.partition(" ")
     sign = -1 if end == "bottom" else 1
@@ -302,7 +305,7 @@ def _sample_statistic(name: str, first: Array, second: Array) -> Array:
 
 
 def _defined_mean(values: Array) -> float:
-    """Return the mean of the values that are not NaN; NaN if more than half are NaN."""
+    """Return the mean of the finite values; NaN if fewer than half of the values are finite."""
     defined = values[np.isfinite(values)]
     return float(defined.mean()) if 2 * len(defined) >= len(values) else math.nan
 
@@ -351,7 +354,7 @@ def needed_table(rows: Sequence[tuple[str, AgreementCurve]], reliability: float)
 
 
 def agreement_table(title: str, drop: AgreementCurve) -> Table:
-    """Build the table of how well two samples agree on the layer ranking, by sample size."""
+    """Build the table of how well rankings by two samples of documents agree, by sample size."""
 
     def overlap(name: str) -> Column[int]:
         return Column(f"{name} shared", "percent", lambda n: drop.agreement(n, name))
@@ -373,7 +376,7 @@ def agreement_table(title: str, drop: AgreementCurve) -> Table:
 
 
 def _agreement_chart(title: str, drop: AgreementCurve, others: list[AgreementCurve]) -> LineChart:
-    """Build the chart of the rank correlation of two samples by their size, for each measure."""
+    """Build the chart of the rank correlation of two samples, by sample size and measure."""
     end = max(drop.documents, drop.needed.value or 0)
     positions = sorted({*drop.sizes, *(n for n in SAMPLE_SIZES if n <= 2 * end)})
 
@@ -400,7 +403,7 @@ def _agreement_chart(title: str, drop: AgreementCurve, others: list[AgreementCur
 
 
 def _overlap_chart(title: str, drop: AgreementCurve) -> LineChart:
-    """Build the chart of how many of the most and least relevant layers two samples share."""
+    """Build the chart of how many top and bottom layers the rankings of two samples share."""
     positions = [n for n in drop.sizes if n <= drop.half]
     lines = {}
     for name, end, k in drop.tops:

@@ -1,7 +1,9 @@
-"""Study: measure how well the KL divergence of the output orders changes by what they cost.
+"""Study: test whether the KL divergence of a changed model's output predicts the lost accuracy.
 
-The divergence is that of the next token at the positions of the right answer. Its agreement with
-the costs is computed over all changes, and over the halves with a smaller and a larger divergence.
+The KL divergence compares the next-token distributions of the intact and the changed model, at the
+tokens of the right answer. The study computes the rank correlation of the divergence with the drops
+over all changes (e.g. removed layers). The study also computes this correlation separately for the
+half of the changes with the smaller divergence, and for the other half.
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ MIN_CHANGES = 8
 
 @dataclass(frozen=True)
 class KlAgreement:
-    """Agreement of the KL divergence with what changes cost, over some changes of a cell."""
+    """Rank correlations of KL divergence and drops, over a group of changes of one model."""
 
     changes: str = labelled("changes")
     count: int = labelled("number", "count")
@@ -56,7 +58,7 @@ class KlAgreement:
 
 
 class Displacement(Study[DisplacementSettings]):
-    """Compare the KL divergence of changes with their cost; see the module."""
+    """Study that compares the KL divergence of each change of a model with the accuracy drop."""
 
     name = "displacement"
     question = "Does the KL divergence of a change predict what the change costs?"
@@ -64,13 +66,13 @@ class Displacement(Study[DisplacementSettings]):
     texts = DISPLACEMENT_TEXTS
 
     def expand(self, cell: CellRequest, context: StudyContext) -> Iterator[CellRequest]:
-        """Yield the cell of the file; raise RequestError if it has too few changes."""
+        """Yield the request unchanged; RequestError if it has fewer than `MIN_CHANGES` changes."""
         if (count := len([*cell.changes.expand()])) < MIN_CHANGES:
             raise RequestError(DISPLACEMENT_TEXTS.render("few", cell, count, MIN_CHANGES))
         yield cell
 
     def answer(self, context: StudyContext, subjects: list[Subject]) -> StudyResult:
-        """Compare the divergences with the costs, for each cell."""
+        """Correlate KL divergences with drops, for each model and benchmark."""
         result = StudyResult()
         for subject in subjects:
             result.add(*_compare(context, subject))
@@ -78,7 +80,7 @@ class Displacement(Study[DisplacementSettings]):
 
 
 def _compare(context: StudyContext, subject: Subject) -> tuple[str, Table]:
-    """Return the answer and the table of a cell."""
+    """Return a sentence and a table of the correlations for one model and benchmark."""
     outcomes = subject.outcomes()
     ablations = [outcomes.ablation(run) for run in outcomes.runs]
     kind = f"answer-kl-{content_hash([ablation.name for ablation in ablations])[:8]}"

@@ -1,4 +1,4 @@
-"""Study: compare the drop when two layers are removed with the sum of their single drops."""
+"""Study: compare the drop of removing two layers together with the sum of single drops."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Joint(Study[JointSettings]):
             yield replace(cell, removed=(layer,)).with_changes(layers=layers[n:])
 
     def answer(self, context: StudyContext, subjects: list[Subject]) -> StudyResult:
-        """Compare the joint drop of each pair of layers with the sum of its two single drops."""
+        """Compare the drop of each pair of layers with the sum of the two single drops."""
         result = StudyResult()
         measured: list[PairInteractions] = []
         for subject in subjects:
@@ -78,24 +78,26 @@ class Joint(Study[JointSettings]):
 
 @dataclass(frozen=True)
 class PairInteractions:
-    """Interactions of layer pairs on one model and benchmark: joint drop minus sum of drops.
+    """Interactions of layer pairs: drop of both layers minus the sum of their single drops.
 
     Attributes:
         record: Record of the model and benchmark.
-        measure: Name of the measure of the drops.
+        measure: Name of the quantity that drops, e.g. accuracy or gold log-probability.
         unit: Unit of the drops.
         pairs: Measured pairs of layers; the lower layer comes first.
-        alone: Layer → drop if only this layer is removed.
+        alone: Layer → drop if this layer alone is removed.
         together: `[pairs]`, drop if both layers are removed.
         interactions: For each pair, the joint drop minus the sum of the two single drops.
-        q: `[pairs]`, p-values adjusted by Benjamini and Hochberg. The p-values are NaN for pairs at
-            the floor, and before `adjust_interactions`.
-        floor: `[pairs]`, whether a single drop or the sum of both exceeds the largest possible
-            loss; such pairs are left out of means.
+        q: `[pairs]`, p-values adjusted by Benjamini and Hochberg. The values are NaN for pairs with
+            `floor`, and until `adjust_interactions` sets them.
+        floor: `[pairs]`, whether a single drop or the sum of the two exceeds the largest possible
+            loss, so that the drops cannot add up. Such pairs ("at the floor") are left out of
+            means.
         mean: Mean interaction over pairs that are not at the floor.
-        by_distance: Distance of layers → mean interaction of the pairs at this distance.
-        rank: Spearman correlation of sums and joint drops, over pairs that are not at the floor.
-        explained: R² of the sums as predictions of the joint drops.
+        by_distance: Distance of the two layers → mean interaction of the pairs with this distance.
+        rank: Spearman correlation between the sum of the single drops and the joint drop, over
+            pairs that are not at the floor.
+        explained: R² when the sum of the single drops predicts the joint drop.
         documents: Number of documents.
     """
 
@@ -116,37 +118,38 @@ class PairInteractions:
 
     @property
     def indices(self) -> list[int]:
-        """Indices of the pairs whose single drops, and their sum, are possible losses."""
+        """Indices of the pairs not at the floor: their sum of single drops is a possible loss."""
         return np.flatnonzero(~self.floor).tolist()
 
     @cached_property
     def at_once(self) -> dict[int, Estimate]:
-        """Pair index → interaction with simultaneous interval, without pairs at the floor."""
+        """Interactions with simultaneous intervals, by pair index, without pairs at the floor."""
         return dict(zip(self.indices, self._simultaneous(len(self.indices)), strict=True))
 
     @cached_property
     def ranks(self) -> dict[int, tuple[int, int]]:
-        """Pair index → best and worst possible rank of the pair's interaction; 1 = largest."""
+        """Best and worst possible rank of each pair's interaction, by pair index; 1 = largest."""
         estimates = self._simultaneous(count_pairs(len(self.indices)))
         return dict(zip(self.indices, possible_ranks(estimates), strict=True))
 
     def _simultaneous(self, n_statements: int) -> list[Estimate]:
         """Return the interactions of pairs not at the floor, with simultaneous intervals.
 
-        The intervals hold together for `n_statements` statements. All intervals are widened as t
-        intervals. Intervals of 0/1 outcomes are normal, so they become slightly too wide.
+        The intervals are widened for `n_statements` simultaneous statements, with quantiles of the
+        t distribution. Intervals of 0/1 outcomes, which are normal intervals, become slightly too
+        wide.
         """
         estimates = [replace(self.interactions[n], p_value=None) for n in self.indices]
         return widen(estimates, [self.documents] * len(estimates), n_statements)
 
     def strongest(self, sign: int) -> int | None:
-        """Return the index of the significantly most positive (or negative) pair, or None."""
+        """Return the pair with the significantly largest or smallest interaction, or else None."""
         end = 1 if sign > 0 else len(self.indices)
         firsts = [index for index, ranks in self.ranks.items() if ranks == (end, end)]
         return next((n for n in firsts if sign * self.at_once[n].side() > 0), None)
 
     def write(self, drop: Estimate | float) -> str:
-        """Write a drop with its unit, and with its interval if the drop has an interval."""
+        """Format a drop as text with its unit, and with its interval if it has one."""
         form = UNIT_FORMATS[self.unit]
         estimate = Estimate(drop) if isinstance(drop, float) else drop
         return figure_text(estimate, form.write, f" {form.name}" if form.name else "")
@@ -158,12 +161,12 @@ class PairInteractions:
         return [n for n in indices if sign * (self.value(n) or 0) > 0]
 
     def value(self, index: int) -> float | None:
-        """Return the interaction of a pair; None if undefined or if `floor` holds for the pair."""
+        """Return the interaction of a pair; None if it is undefined or the pair is at the floor."""
         return None if self.floor[index] else self.interactions[index].value
 
 
 def measure_pairs(subject: Subject) -> tuple[list[PairInteractions], list[str]]:
-    """Return pair interactions for each measure of the drop, and reasons for missing ones."""
+    """Compute interactions for metric and gold log-probability; return them and what is missing."""
     record = subject.record
     requested = list(combinations([run.layer for run in subject.view.runs], 2))
     outcomes = subject.outcomes([Ablation.from_changes(removed=pair) for pair in requested])
@@ -204,10 +207,10 @@ def pair_interactions(
     strata: TaskNames | None,
     max_loss: float | None,
 ) -> PairInteractions:
-    """Compute the joint drop of each pair minus the sum of its single drops.
+    """Compute for each pair of layers the joint drop minus the sum of the single drops.
 
-    `paired` contains the ablations of single layers, followed by the ablations of pairs. `max_loss`
-    is the largest possible loss; None if the loss is unbounded.
+    `paired` contains first the outcomes with each single layer removed, then the outcomes with each
+    pair removed. `max_loss` is the largest possible loss; None if the loss is unbounded.
     """
     drops, weights, n = paired.drops, paired.weights, len(layers)
     first, second = np.array([[layers.index(layer) for layer in pair] for pair in pairs]).T
@@ -255,7 +258,7 @@ def pair_interactions(
 
 
 def adjust_interactions(measured: Sequence[PairInteractions]) -> list[PairInteractions]:
-    """Adjust p-values by Benjamini-Hochberg, over all pairs of a study without `floor`."""
+    """Adjust p-values by Benjamini-Hochberg, over all pairs in a study not at the floor."""
     p_values = [pairs.interactions[n].p_value for pairs in measured for n in pairs.indices]
     q_values = iter(stats.false_discovery_control(p_values) if p_values else [])
     adjusted = [[np.nan if at_floor else next(q_values) for at_floor in m.floor] for m in measured]
@@ -266,12 +269,12 @@ def adjust_interactions(measured: Sequence[PairInteractions]) -> list[PairIntera
 
 
 def joint_answer(pairs: PairInteractions) -> str:
-    """Describe whether sums of single drops predict joint drops, and which pairs interact most."""
+    """Describe how well sums of single drops predict joint drops, and which pairs interact most."""
     return JOINT_TEXTS.render("answer", pairs, pairs.record, int(pairs.floor.sum()))
 
 
 def _summary_table(rows: Sequence[PairInteractions]) -> Table:
-    """Build the summary table, with one row for each benchmark and measure."""
+    """Build the summary table, with one row for each benchmark and measure of the drop."""
 
     def mean(pairs: PairInteractions) -> Estimate | str:
         # Nats and percentage points share one column, as text.
@@ -320,7 +323,7 @@ def strongest_table(pairs: PairInteractions, sign: int) -> Table:
 
 
 def _interaction_map(pairs: PairInteractions) -> MapChart:
-    """Build the layers × layers map of all interactions, with gaps for pairs at the floor."""
+    """Build the heat map of interactions (layer × layer); pairs at the floor are blank."""
     layers = sorted(pairs.alone)
     indices = {pair: n for n, pair in enumerate(pairs.pairs)}
     grid = [[indices.get((min(i, j), max(i, j))) for j in layers] for i in layers]
@@ -347,7 +350,7 @@ def _interaction_map(pairs: PairInteractions) -> MapChart:
 
 
 def _distance_chart(pairs: PairInteractions) -> LineChart:
-    """Build the chart of the mean interaction by the distance of the two layers."""
+    """Build the chart of the mean interaction against the distance of the two layers."""
     name = "pairs not at the floor of the metric" if pairs.floor.any() else "all pairs"
     title = f"{pairs.record.title}: mean interaction by distance, {pairs.measure}"
     axes, lines = ("distance |i − j|", "interaction"), {name: pairs.by_distance.values()}

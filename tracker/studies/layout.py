@@ -1,4 +1,4 @@
-"""Build charts and tables of studies; dataclass fields with a label define the columns."""
+"""Build charts and tables of studies; a table has a column for each labelled dataclass field."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ LabelUnit = FigureUnit | Literal["change", "level"]
 
 @dataclass(frozen=True)
 class ColumnLabel:
-    """Heading and unit of the table column for a dataclass field; see `labelled`."""
+    """Heading and unit of the table column that shows a dataclass field; see `labelled`."""
 
     label: str | Mapping[str, str]
     unit: LabelUnit
     reason: str
 
     def columns(self, value: Callable[[Any], Any], measure: MetricFormat) -> Iterator[Column[Any]]:
-        """Yield the table columns of a field: one column, or one for each key of a dictionary."""
+        """Yield the table column of a field, or one column per key if the label is a dictionary."""
         unit = measure.form if self.unit == "change" else self.unit
         unit = measure.level_form if unit == "level" else unit
         if isinstance(self.label, str):
@@ -46,14 +46,15 @@ def labelled(label: str | Mapping[str, str], unit: LabelUnit = "text", reason: s
     """Return a dataclass field that `figure_table` shows as a table column.
 
     Args:
-        label: Heading of the column. `{change}` is replaced by the name of the loss, and `{level}`
-            by the name of the lost quantity. A dictionary (name of a column in code → heading)
-            declares several columns.
+        label: Heading of the column. `{change}` becomes the name of the drop (e.g. accuracy drop),
+            and `{level}` the name of the metric (e.g. accuracy). If the field is a dictionary,
+            `label` maps each of its keys to the heading of a column.
         unit: Unit of the values.
-        reason: Reason that is shown for an undefined value without its own reason.
+        reason: Explanation that the table shows for an undefined value, unless the value has its
+            own.
 
     Returns:
-        The field of a dataclass.
+        The dataclass field, with the label in its metadata.
     """
     return field(metadata={"column": ColumnLabel(label, unit, reason)})
 
@@ -65,14 +66,14 @@ def figure_table(
     *notes: str,
     measure: MetricFormat = ACCURACY_FORMAT,
 ) -> Table:
-    """Build a table with a row for each instance, and a column for each `labelled` field.
+    """Build a table with a row for each dataclass instance, and a column for each labelled field.
 
     Args:
         kind: The dataclass of the rows.
         title: Title of the table.
         rows: Instances of the dataclass, one for each row.
         *notes: Notes below the table.
-        measure: Format of the metric, which determines labels and units that depend on the metric.
+        measure: Metric (e.g. accuracy) from which headings and units are derived.
 
     Returns:
         The table.
@@ -85,7 +86,7 @@ def figure_table(
 
 
 def rank_estimate(ranks: tuple[int, int]) -> Estimate:
-    """Return the best rank as an estimate whose interval is from the best to the worst rank."""
+    """Return the best rank as an estimate; its interval is from the best to the worst rank."""
     return Estimate(ranks[0], *ranks)
 
 
@@ -104,8 +105,8 @@ def line_chart(
         axes: Names of the horizontal and the vertical axis.
         unit: Unit of the vertical axis.
         positions: Positions on the horizontal axis.
-        lines: Name of a line → its values at these positions. Intervals are drawn if the values
-            have them.
+        lines: Name of a line → value at each position. The intervals of estimates are drawn as a
+            band.
         **logarithmic: `log_x=True` or `log_y=True` makes an axis logarithmic.
 
     Returns:

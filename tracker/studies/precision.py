@@ -1,8 +1,8 @@
-"""Study: measure the cost of rounding each linear map, and the errors that predict the cost.
+"""Study: measure the cost of rounding each linear map, and which errors predict the cost.
 
-The study rounds one linear map at a time to a low-bit format. It compares the cost with the errors
-that quantisation tools use to choose bits: errors of the weights, of the outputs, and of the
-model's predictions.
+The study rounds one linear map at a time to a low-bit format. The study compares the lost accuracy
+with the errors by which quantisation tools choose bits: errors of the weights, of the map's
+outputs, and of the model's predictions.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ _VERDICT_WORDS = {"costs": "costs accuracy", "helps": "better so", "open": "open
 
 @dataclass(frozen=True)
 class RoundedMap:
-    """Cost of rounding one linear map to a format, on the documents measured for all maps."""
+    """Cost and errors of rounding one linear map to a format, as a table row."""
 
     layer: int | None = labelled("layer (0-based)", "count", "of no layer")
     map: str | None = labelled("linear map")
@@ -74,7 +74,7 @@ class RoundedMap:
 
 @dataclass(frozen=True)
 class MapNameRow:
-    """Mean cost over layers for all linear maps with the same name."""
+    """Mean cost, over layers, of rounding the linear maps with one name (`mlp.down_proj`)."""
 
     name: str = labelled("linear map")
     layers: int | None = labelled("layers", "count", "of no layer")
@@ -84,7 +84,7 @@ class MapNameRow:
 
 @dataclass(frozen=True)
 class ErrorOrder:
-    """Spearman correlations of one error with the gold log-probability drop and the drop."""
+    """Correlations of one rounding error with two costs: log-probability drop and accuracy drop."""
 
     error: str = labelled("error")
     fall: Estimate = labelled("Spearman with the fall of gold log-probability", "coefficient")
@@ -93,7 +93,7 @@ class ErrorOrder:
 
 @dataclass(frozen=True)
 class RoundedMaps:
-    """Results of rounding a model's linear maps to one format, on one benchmark."""
+    """Costs and errors of rounding each linear map to one format, on one benchmark."""
 
     record: CellRecord
     title: str
@@ -103,7 +103,7 @@ class RoundedMaps:
 
 
 class Precision(Study[PrecisionSettings]):
-    """Study that measures the cost of rounding each linear map; see the module."""
+    """Study that measures the cost of rounding each linear map (weight matrix) of a model."""
 
     name = "precision"
     question = "What does rounding one linear map cost, and which rounding error predicts the cost?"
@@ -112,7 +112,7 @@ class Precision(Study[PrecisionSettings]):
     texts = PRECISION_TEXTS
 
     def expand(self, cell: CellRequest, context: StudyContext) -> Iterator[CellRequest]:
-        """Yield a request that rounds one linear map at a time: all maps, or the named maps."""
+        """Yield a request whose runs each round one linear map (all maps, or the file's maps)."""
         if groups := [name for name in cell.changes.maps if name in MAP_GROUPS]:
             raise RequestError(PRECISION_TEXTS.render("several_maps", cell, groups[0]))
         formats = tuple(name for name in cell.changes.interventions if name in FORMATS)
@@ -120,7 +120,7 @@ class Precision(Study[PrecisionSettings]):
         yield map_formats_request(cell, formats or (DEFAULT_FORMAT,), trust)
 
     def answer(self, context: StudyContext, subjects: list[Subject]) -> StudyResult:
-        """Compare the cost of rounding each map with the map's errors, for each format."""
+        """Compare the costs with the rounding errors of all maps, for each model and format."""
         result = StudyResult()
         for subject in subjects:
             record = subject.record
@@ -137,7 +137,7 @@ class Precision(Study[PrecisionSettings]):
 def _observe_maps(
     context: StudyContext, subject: Subject, name: str, runs: Sequence[RunRecord]
 ) -> RoundedMaps:
-    """Compute the rounding errors of all maps in one format; compare them with the costs."""
+    """Compute the rounding errors of all maps in one format, and correlate them with the costs."""
     maps, record, outcomes = [run.change for run in runs], subject.record, subject.outcomes()
     kind = f"rounding-{name}-{content_hash([*map(str, maps)])[:8]}"
     begin = partial(observe_errors, maps=maps, kl=True)
@@ -169,10 +169,11 @@ def _observe_maps(
 def _sum_errors(
     figures: dict[str, Array], resample: Callable[[Array], Array]
 ) -> dict[str, tuple[Array, Array]]:
-    """Compute each map's relative errors over all documents and in each resample.
+    """Compute the relative rounding errors of each map, over all documents and per resample.
 
-    A relative error is the sum of the errors divided by the sum of the sizes. Returns the name of
-    an error → its values ([maps], [resamples, maps]).
+    For example, the error of the outputs is divided by the size of the outputs. For each kind of
+    error, the function returns the values over all documents `[maps]`, and in each bootstrap
+    resample `[resamples, maps]`.
     """
     tokens = figures["tokens"][:, None]
     sizes = {"output_error": figures["output_size"], "output_angle": tokens, "kl": tokens}
@@ -191,7 +192,7 @@ def _without_interval(estimates: Sequence[Estimate]) -> list[Estimate]:
 def _mean_costs(
     maps: Sequence[RoundedMap], gold: PairedOutcomes, one_look: Callable[..., list[Estimate]]
 ) -> list[MapNameRow]:
-    """Average the costs over all layers for each map name; the largest mean cost is first."""
+    """Average the rounding costs over layers, for each map name; the largest mean is first."""
     by_name = group_by(range(len(maps)), lambda index: str(maps[index].map))
     means = [gold.ablated[:, rows].mean(axis=1, keepdims=True) for rows in by_name.values()]
     falls = [replace(gold, ablated=mean).drop(0) for mean in means]
@@ -205,7 +206,7 @@ def _mean_costs(
 
 
 def _write_answer(rounded: RoundedMaps) -> str:
-    """Describe which map name costs most, if significant, and how well errors rank the maps."""
+    """Describe which map name costs most, if significant, and how well errors rank maps by cost."""
     first, *others = rounded.names
     is_first = all(row.fall.side(first.fall.low or 0.0) < 0 for row in others)
     orders = [order for order in rounded.orders if order.fall.value is not None]
@@ -214,7 +215,7 @@ def _write_answer(rounded: RoundedMaps) -> str:
 
 
 def _build_tables(rounded: RoundedMaps) -> Iterator[Table]:
-    """Yield the tables of a format: map names, maps with the largest cost, correlations."""
+    """Yield three tables: costs by map name, the costliest maps, and correlations of the errors."""
     record, title, n_maps = rounded.record, rounded.title, len(rounded.maps)
     costliest = sorted(rounded.maps, key=lambda row: -(row.fall.value or 0.0))[:MAX_MAPS_LISTED]
     names = f"{title}: mean cost over layers of rounding one linear map, by the map's name."

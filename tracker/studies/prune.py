@@ -1,4 +1,4 @@
-"""Study: compare pruning by measured accuracy with pruning by proxies, in accuracy and cost."""
+"""Study: compare accuracy and cost of pruning by measured accuracy and of pruning by proxies."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ PRUNE_TEXTS = study_texts("prune", cost=COST_NOTE, paper=PRUNING_PAPER, paper_le
 
 
 class Method(NamedTuple):
-    """Method of pruning: strategy, amount to remove, and calibration documents."""
+    """Method of pruning: strategy (such as cosine), amount to remove, and calibration documents."""
 
     strategy: str
     amount: str
@@ -66,14 +66,14 @@ class Method(NamedTuple):
 
 @dataclass(frozen=True)
 class PrunedBenchmark:
-    """Facts about the test documents of a benchmark.
+    """Facts about a benchmark on whose test documents the pruned models are tested.
 
     Attributes:
         unpruned: Test accuracy of the intact model.
         n: Number of test documents.
         metric: Name of the accuracy metric, for labels of tables.
-        at_chance: Reason why the benchmark is left out of means: the intact model is not above
-            chance. Empty if the model is above chance or chance is unknown.
+        at_chance: Text that says why means leave out the benchmark: the intact model is not above
+            chance. Empty if the intact model is above chance, or if the chance level is unknown.
         available: Number of documents in the benchmark's split; 0 if unknown.
     """
 
@@ -91,9 +91,9 @@ class Prunings:
     Attributes:
         title: Label of the model.
         layers: Number of the model's layers.
-        benchmarks: Name of each benchmark → facts about its test documents.
-        choices: Method and benchmark → results of removing the layers that the method chose.
-        failed: Method and benchmark → reason why its search failed.
+        benchmarks: Name of a benchmark → facts about the benchmark's test documents.
+        choices: (method, benchmark) → results after removing the layers that the method chose.
+        failed: (method, benchmark) → reason why the search for layers to remove failed.
     """
 
     title: str
@@ -104,39 +104,39 @@ class Prunings:
 
     @cached_property
     def methods(self) -> list[Method]:
-        """All methods with a successful or failed search, in the order in which they were run."""
+        """All methods whose search succeeded or failed, in the order in which they were run."""
         return list(dict.fromkeys(method for method, _ in (*self.choices, *self.failed)))
 
     @property
     def amounts(self) -> list[str]:
-        """Numbers or shares of layers to remove, such as `25 %`, with a successful search."""
+        """Amounts of layers to remove, such as `25 %`, for which at least one search succeeded."""
         return list(dict.fromkeys(method.amount for method, _ in self.choices))
 
     @property
     def counted(self) -> list[str]:
-        """Benchmarks that enter means: all where the intact model is not known to be at chance."""
+        """Benchmarks that are averaged: all except those where the intact model is at chance."""
         return [name for name, benchmark in self.benchmarks.items() if not benchmark.at_chance]
 
     @property
     def documents(self) -> int:
-        """Number of test documents, summed over the benchmarks that are averaged in means."""
+        """Number of test documents, summed over the averaged benchmarks (`counted`)."""
         return sum(self.benchmarks[name].n for name in self.counted)
 
     @property
     def over(self) -> str:
-        """Text for sentences: the averaged benchmark, or e.g. "the mean of 3 benchmarks"."""
+        """Text that names the averaged benchmarks, such as "the mean of 3 benchmarks"."""
         names = self.counted
         return ", ".join(names) if len(names) < 2 else f"the mean of {len(names)} benchmarks"
 
     def select(self, amount: str, calibration: str = OWN_TASK) -> dict[str, Method]:
-        """Return the methods with this amount and calibration, as strategy → method."""
+        """Return the methods with this amount and these calibration documents, by strategy."""
         return {m.strategy: m for m in self.methods if m[1:] == (amount, calibration)}
 
     def mean(self, figure_of: Callable[[str], Estimate]) -> Estimate:
-        """Average an estimate over the benchmarks in `counted`.
+        """Average an estimate, such as the test accuracy, over the benchmarks in `counted`.
 
-        The mean is undefined if the estimate is undefined for any of these benchmarks, because
-        means over different benchmarks cannot be compared.
+        The mean is undefined if the estimate is undefined for any of these benchmarks. A mean over
+        fewer benchmarks could not be compared with the means of other methods.
         """
         figures = {name: figure_of(name) for name in self.counted}
         for name, figure in figures.items():
@@ -147,9 +147,10 @@ class Prunings:
         return average([*figures.values()]) if len(figures) > 1 else figures[self.counted[0]]
 
     def level(self, method: Method | None, name: str, removed: int | None = None) -> Estimate:
-        """Return a method's test accuracy on a benchmark, finally or after `removed` removals.
+        """Return the test accuracy on a benchmark after pruning by a method.
 
-        If `method` is None, return the test accuracy of the intact model.
+        If `removed` is given, return the accuracy after the first `removed` removals. If `method`
+        is None, return the test accuracy of the intact model.
         """
         if method is None:
             return self.benchmarks[name].unpruned
@@ -158,11 +159,11 @@ class Prunings:
         return choices.level if removed is None else choices.level_after(removed)
 
     def level_mean(self, method: Method | None, removed: int | None = None) -> Estimate:
-        """Return a method's mean test accuracy over the benchmarks in `counted`."""
+        """Return the test accuracy after pruning by a method, averaged over benchmarks."""
         return self.mean(lambda name: self.level(method, name, removed))
 
     def compare(self, method: Method, reference: Method, name: str) -> Estimate:
-        """Estimate the accuracy difference of two methods on the test documents of a benchmark."""
+        """Estimate the accuracy of `method` minus that of `reference`, on test documents."""
         if reason := self.benchmarks[name].at_chance:
             return Estimate(None, reason=reason)
         for level in (self.level(method, name), self.level(reference, name)):
@@ -171,7 +172,7 @@ class Prunings:
         return self.choices[method, name].difference_from(self.choices[reference, name])
 
     def compare_means(self, method: Method, reference: Method) -> Estimate:
-        """Estimate the mean accuracy difference of two methods, with a sign-flip test."""
+        """Estimate the mean accuracy difference of two methods, with a sign-flip p-value."""
         difference = self.mean(lambda name: self.compare(method, reference, name))
         if difference.value is None:
             return difference
@@ -183,13 +184,13 @@ class Prunings:
         return replace(difference, p_value=sign_test.p_value)
 
     def accuracy_contrasts(self, amount: str) -> list[Contrast]:
-        """Compare pruning by accuracy with all other strategies, calibrated on the same task."""
+        """Compare pruning by accuracy with other strategies, calibrated on the same benchmark."""
         methods = self.select(amount)
         measured = methods.pop("accuracy", None)
         return self._contrasts([(measured, m) for m in methods.values()] if measured else [])
 
     def calibration_contrasts(self, amount: str) -> list[Contrast]:
-        """Compare pruning by accuracy and by cosine score, for each kind of calibration."""
+        """Compare pruning by accuracy and by cosine, for each kind of calibration documents."""
         pairs = []
         for calibration in (OWN_TASK, ALL_TASKS, PLAIN_TEXT):
             methods = self.select(amount, calibration)
@@ -199,7 +200,7 @@ class Prunings:
         return self._contrasts(pairs)
 
     def _contrasts(self, pairs: Sequence[tuple[Method, Method]]) -> list[Contrast]:
-        """Compare pairs of methods; intervals and p-values are adjusted for the number of pairs."""
+        """Compare pairs of methods; adjust intervals and p-values for the number of comparisons."""
         differences = [self.compare_means(*pair) for pair in pairs]
         estimates = widen(differences, [self.documents] * len(pairs))
         p_values = holm([difference.p_value for difference in differences])
@@ -209,8 +210,8 @@ class Prunings:
     def strategy_ranks(self, amount: str) -> dict[str, tuple[int, int]]:
         """Compute the best and worst possible rank of each strategy by mean test accuracy.
 
-        Rank 1 is the highest accuracy. Each strategy is calibrated on the tested benchmark. The
-        random strategy and strategies without a defined mean are left out.
+        Rank 1 is the highest accuracy. Each strategy uses calibration documents of the tested
+        benchmark. The random strategy and strategies without a defined mean are left out.
         """
         methods = [m for m in self.select(amount).values() if m.strategy != RANDOM_STRATEGY]
         methods = [m for m in methods if self.level_mean(m).value is not None]
@@ -224,12 +225,12 @@ class Prunings:
 
     @property
     def growth(self) -> float:
-        """Factor by which the numbers of test documents can grow before a benchmark runs out."""
+        """Largest factor by which the number of test documents could grow on every benchmark."""
         benchmarks = [self.benchmarks[name] for name in self.counted]
         return min((b.available / b.n for b in benchmarks if b.available), default=math.inf)
 
     def searches(self, method: Method) -> list[PruneRecord]:
-        """Return the records of a method's searches over all benchmarks, without duplicates."""
+        """Return the distinct search records of a method, over all benchmarks."""
         unique: dict[object, PruneRecord] = {}
         for name in self.benchmarks:
             choices = self.choices.get((method, name))
@@ -239,7 +240,7 @@ class Prunings:
         return list(unique.values())
 
     def removed_counts(self, amount: str) -> list[int]:
-        """List the distinct numbers of layers that searches for this amount removed, ascending."""
+        """List the numbers of layers that were removed for this amount, ascending, each once."""
         choices = [c for (method, _), c in self.choices.items() if method.amount == amount]
         return sorted({len(record.removed) for c in choices for record in c.records})
 
@@ -252,14 +253,14 @@ class Prunings:
 
 @dataclass(frozen=True)
 class Contrast:
-    """Difference in test accuracy between two methods of pruning.
+    """Mean difference in test accuracy between two methods of pruning.
 
     Attributes:
-        method: First method.
+        method: The first method.
         reference: The second method, whose accuracy is subtracted from the accuracy of the first
             method.
-        difference: Mean accuracy difference over benchmarks. Its interval is simultaneous for all
-            comparisons; its p-value is not adjusted.
+        difference: Mean accuracy difference over benchmarks. The intervals of all comparisons hold
+            simultaneously; the p-value is not adjusted.
         p: p-value of the difference, adjusted by Holm over all comparisons; None if there is no
             p-value.
     """
@@ -271,16 +272,16 @@ class Contrast:
 
     @property
     def sign(self) -> int:
-        """Sign of the difference: 1 = positive, −1 = negative, 0 = not significant.
+        """Sign of the difference: 1 = positive, −1 = negative, 0 = not significant (see below).
 
-        A difference is significant if its interval excludes 0 and its adjusted p-value is small
-        enough.
+        A difference is significant if its interval excludes 0 and its adjusted p-value is below
+        0.05.
         """
         return 0 if self.p is None or self.p >= SIGNIFICANT else self.difference.side()
 
 
 def group_searches(outcome: SearchResults, text: str | None) -> list[Prunings]:
-    """Group search results by model; `text` is the name of the plain text for calibration."""
+    """Group search results by model; `text` names the plain text that calibrates some searches."""
     groups: dict[object, Prunings] = {}
     cells = {cell.record_key: cell for cell in outcome.outcome.cells}
     for search in outcome.searches:
@@ -307,7 +308,7 @@ def group_searches(outcome: SearchResults, text: str | None) -> list[Prunings]:
 
 
 def _model_request(request: SearchRequest) -> object:
-    """Return a key that is equal for searches of the same model on different benchmarks."""
+    """Return a grouping key: equal for requests that differ only in the benchmark."""
     return replace(request.cell, benchmark=request.cell.benchmark.renamed("any"))
 
 
@@ -319,7 +320,7 @@ def _method(request: SearchRequest, text: str | None) -> Method:
 
 
 def _chance_reason(cell: CellRecord) -> str:
-    """Return a text if the intact model is not above chance on the benchmark, else ""."""
+    """Return a reason if the intact model is not above chance on the benchmark, else ""."""
     level, chance = cell.baseline.value, cell.chance_accuracy
     if level is None or chance is None or not math.isfinite(chance) or level > chance + 1e-9:
         return ""
@@ -327,7 +328,7 @@ def _chance_reason(cell: CellRecord) -> str:
 
 
 class Prune(Study[PruneSettings]):
-    """Study that compares strategies of pruning, for several kinds of calibration documents."""
+    """Study that compares pruning strategies, for several choices of calibration documents."""
 
     name = "prune"
     question = "Does pruning by measured accuracy beat pruning by proxies, and what does it cost?"
@@ -338,13 +339,14 @@ class Prune(Study[PruneSettings]):
 
     @property
     def _text(self) -> str | None:
-        """The benchmark name of the plain text used for calibration; None if there is none."""
+        """The benchmark name of the plain text for calibration; None without such a text."""
         return None if self.settings.text is None else f"corpus:{self.settings.text}"
 
     def requests(self, context: StudyContext) -> list[CellRequest]:
-        """Return requests that remove each layer alone, the first step of a greedy search.
+        """Return requests that remove each layer alone, which is the first step of a greedy search.
 
-        Raises RequestError before anything is measured if the settings are invalid for a search.
+        Raises RequestError if the settings of a later search are invalid, before anything is
+        measured.
         """
         requests = super().requests(context)
         lender = ModelCache(context.ledger, context.options, context.progress)
@@ -384,7 +386,7 @@ class Prune(Study[PruneSettings]):
         return result
 
     def _searches(self, cell: CellRequest, cells: Sequence[CellRequest]) -> list[SearchRequest]:
-        """List the pruning searches for the benchmark of `cell`, one of the file's `cells`."""
+        """List the searches for one benchmark (`cell`); `cells` are all benchmarks of the file."""
         settings, documents = self.settings, cell.documents
         plain = replace(cell, documents=DocumentSpec(seed=documents.seed), changes=Changes())
         name = str(cell.benchmark)
@@ -408,7 +410,7 @@ class Prune(Study[PruneSettings]):
 
 
 def write_answers(group: Prunings) -> Iterator[str]:
-    """Yield sentences about the best strategy, and whether the accuracy strategy beats cosine."""
+    """Yield sentences: which strategy is best, and whether accuracy beats cosine as a criterion."""
     shares = {amount: group.removed_counts(amount)[-1] / group.layers for amount in group.amounts}
     paper_amount = min(shares, key=lambda amount: abs(shares[amount] - PAPER_SHARE))
     for amount in group.amounts:
@@ -424,7 +426,7 @@ def write_answers(group: Prunings) -> Iterator[str]:
 
 
 def _cosine_contrasts(group: Prunings, amount: str) -> list[Contrast]:
-    """List comparisons of pruning by accuracy with pruning by cosine score."""
+    """List the comparisons of pruning by accuracy with pruning by cosine score, by calibration."""
     contrasts = {pair.reference.strategy: pair for pair in group.accuracy_contrasts(amount)}
     by_cosine = [contrasts[name] for name in COSINE_STRATEGIES if name in contrasts]
     others = group.calibration_contrasts(amount)
@@ -443,7 +445,7 @@ def best_sentence(group: Prunings, amount: str) -> str:
 
 
 def write_verdict(pair: Contrast, growth: float) -> str:
-    """Return a text that names the better method, such as `accuracy beats cosine by 3.1 pp`."""
+    """Return text that names the better method, such as `accuracy beats cosine by 3.1 pp`."""
     names, difference = [pair.method.strategy, pair.reference.strategy], pair.difference
     if pair.sign < 0:
         names, difference = names[::-1], -difference
@@ -455,7 +457,7 @@ def write_verdict(pair: Contrast, growth: float) -> str:
 
 
 def paper_sentence(pair: Contrast) -> str:
-    """Describe whether the difference of two methods has the same sign as in the paper."""
+    """Describe whether an accuracy difference of two methods has the same sign as in the paper."""
     return PRUNE_TEXTS.render("paper_sentence", pair.sign, *PAPER_LEVELS[pair.method.calibration])
 
 
@@ -478,7 +480,7 @@ def _benchmark_columns(
     figure: Callable[[RowType, str], Estimate],
     average: Callable[[RowType], Estimate],
 ) -> Iterator[Column[RowType]]:
-    """Yield a column for each benchmark, and a column for the mean."""
+    """Yield a table column for each benchmark, and a column for the mean over benchmarks."""
 
     def column(name: str) -> Column[RowType]:
         return Column(name, unit, lambda row: figure(row, name))
@@ -572,7 +574,7 @@ def _cost_table(group: Prunings) -> Table:
 
 
 def build_charts(group: Prunings) -> Iterator[LineChart]:
-    """Yield charts of remaining accuracy by number of removed layers, a line for each strategy."""
+    """Yield charts of test accuracy against the number of removed layers, one line per strategy."""
     if not group.counted:
         return
 

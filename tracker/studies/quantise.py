@@ -1,12 +1,13 @@
-"""Study: choose a format for each weight matrix within a budget of bits, by measured costs.
+"""Study: choose a number format for each weight matrix in a bit budget, by measured costs.
 
 First, the study rounds each linear map alone to each format, and measures the cost on calibration
-documents. It then builds several choices, which assign a format to every map within the budget. One
-choice minimizes the sum of the measured costs. Another choice results from swapping formats between
-maps; the study measures each swap on the whole model. Other choices minimize the errors of weights
-or of outputs, use one format for all maps, or give more bits to the first and last layers. The
-study measures the model under each choice on the calibration documents and recommends the best
-choice. Finally, disjoint test documents measure all choices.
+documents. The study then builds several assignments of a format to every map, each within the
+budget. One assignment minimizes the sum of the measured costs. Another assignment results from
+swaps of formats between maps; the study measures each swap on the whole model. Further assignments
+minimize the errors of weights or of outputs, use one format for all maps, or give more bits to the
+first and last layers. The study measures the model with each assignment on the calibration
+documents, and recommends the best. Finally, the study measures all assignments on disjoint test
+documents.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ _KEPT, _IS_REFERENCE = "kept beside all alike", "it is that itself"
 
 
 class Candidate(NamedTuple):
-    """Assignment of a format to each layer or map, with its criterion and expected cost (nats)."""
+    """Assignment of a format to each layer or map; `expected` is its predicted cost (nats)."""
 
     by: str
     choice: FormatChoice
@@ -94,18 +95,18 @@ class Candidate(NamedTuple):
 
 @dataclass(frozen=True)
 class TestedChoice:
-    """Assignment of a format to each layer or map, measured on calibration and test documents.
+    """Table row: assignment of a format to each layer or map, with its measured costs.
 
     Attributes:
-        choice: Format of each unit, which is a layer or a linear map.
+        choice: Format of each unit; a unit is a layer or a linear map.
         n: Number of test documents.
         size: Size of the whole model in megabytes.
-        chosen_on: Decrease of the gold log-probability on the calibration documents, with all units
-            rounded.
-        gain: Accuracy of this choice minus the accuracy with one format for all units. None for the
-            choice that uses one format.
-        gold_gain: Gold log-probability of this choice minus the gold log-probability with one
-            format for all units, in nats.
+        chosen_on: Decrease of the gold log-probability on the calibration documents when all units
+            are rounded.
+        gain: Test accuracy of this assignment minus the test accuracy with the same format for all
+            units. None if this assignment itself uses the same format for all units.
+        gold_gain: Gold log-probability with this assignment minus the gold log-probability with the
+            same format for all units, in nats.
     """
 
     choice: FormatChoice
@@ -130,9 +131,8 @@ class SumComparison:
         units: Number of units (layers or linear maps) that are rounded.
         expected: Sum of the costs of rounding each unit alone.
         whole: Measured cost of rounding all units together.
-        more: `whole` minus `expected`, with its interval.
-        pairs: Costs of rounding sampled pairs of units, compared with sums of single costs; None if
-            no pairs were requested.
+        more: Measured cost minus the sum of the single costs, with a confidence interval.
+        pairs: The same comparison for sampled pairs of units; None if no pairs were requested.
     """
 
     units: int
@@ -144,16 +144,17 @@ class SumComparison:
 
 @dataclass(frozen=True)
 class FormatChooser:
-    """Chooser of a format for each layer or map, by measured costs on calibration documents.
+    """Chooser of a number format for each layer or map, by costs on calibration documents.
 
     Attributes:
         context: Context of the study.
-        subject: Results of rounding each unit alone to each format.
-        cell: The same model and calibration documents, opened to measure further ablations.
+        subject: Measured results of rounding each unit alone to each format.
+        cell: The loaded model and the calibration documents, for measuring further assignments.
         units: Layers or linear maps, each of which gets its own format.
         formats: Formats to choose from.
         limit: Maximum average number of bits per weight.
-        losses: `[units, formats]`, cost of rounding each unit alone to each format, in nats.
+        losses: `[units, formats]`, lost gold log-probability when one unit is rounded to one
+            format, in nats.
     """
 
     context: StudyContext
@@ -165,7 +166,7 @@ class FormatChooser:
     losses: Array
 
     def candidates(self, by_map: bool) -> list[Candidate]:
-        """Assign formats to all units within the budget, once for each criterion."""
+        """Assign formats within the budget, once for each criterion, such as errors of weights."""
         units, formats, limit = self.units, self.formats, self.limit
         choices = {MEASURED_CHOICE: minimize_loss(units, formats, self.losses, limit)}
         if by_map:
@@ -177,7 +178,7 @@ class FormatChooser:
         return [self.candidate(name, choice) for name, choice in choices.items()]
 
     def candidate(self, by: str, choice: FormatChoice) -> Candidate:
-        """Return an assignment with the sum of the measured costs of rounding each unit alone."""
+        """Return an assignment of formats with the sum of the costs of rounding each unit alone."""
         columns = [self.formats.index(choice[unit]) for unit in self.units]
         expected = self.losses[np.arange(len(self.units)), columns].sum()
         return Candidate(by, choice, float(expected))
@@ -188,14 +189,14 @@ class FormatChooser:
         return smallest_index(self.cell.outcomes(ablations, "gold_logprob").mean_drops)
 
     def improve(self, candidates: Sequence[Candidate], rounds: int) -> dict[str, Refinement]:
-        """Swap formats in the best and in the first choice while the whole model improves.
+        """Swap formats while the model improves, starting from the best and the first assignment.
 
         Args:
-            candidates: Choices of formats.
+            candidates: Assignments of formats.
             rounds: Maximum number of rounds of swaps.
 
         Returns:
-            Criterion of the original choice → the swaps that were tried, with the improved choice.
+            Criterion of the starting assignment → the tried swaps, and the improved assignment.
         """
         self.say(f"{count_text(len(candidates), 'choice')}, whole")
         best = candidates[self.best([candidate.choice for candidate in candidates])]
@@ -210,7 +211,7 @@ class FormatChooser:
         self.context.progress.say(f"{self.cell.request.title}: {message}")
 
     def _errors(self) -> dict[str, Array]:
-        """Compute rounding errors of weights and outputs: label → errors `[units, formats]`."""
+        """Compute rounding errors `[units, formats]` of weights and of outputs, by label."""
         maps = [unit.change(name) for unit in self.units for name in self.formats]
         kind = f"rounding-{content_hash([*map(str, maps)])[:8]}"
         begin = partial(observe_errors, maps=maps)
@@ -222,7 +223,7 @@ class FormatChooser:
         return {name: array.reshape(shape) for name, array in errors.items()}
 
     def _swap(self, start: Candidate, rounds: int) -> Refinement:
-        """Swap formats within a choice as long as a swap significantly reduces the cost."""
+        """Swap formats between units as long as a swap significantly reduces the cost."""
         numbers = count(1)
 
         def measure(choices: Sequence[FormatChoice]) -> PairedOutcomes:
@@ -236,7 +237,7 @@ class FormatChooser:
         return refine_choice(start.choice, self.formats, self.losses, self.limit, rounds, measure)
 
     def compare_sums(self, candidate: Candidate, max_pairs: int) -> SumComparison:
-        """Compare the cost of rounding all units with the sum of their single costs.
+        """Compare the cost of rounding all units together with the sum of their single costs.
 
         The same comparison is made for at most `max_pairs` pairs of units. The pairs are sampled
         without replacement, with the seed of the documents.
@@ -270,7 +271,7 @@ class FormatChooser:
 
 
 def smallest_index(costs: Sequence[float] | Array) -> int:
-    """Return the index of the smallest cost; NaN counts as infinite."""
+    """Return the index of the smallest cost; an undefined cost (NaN) is never chosen."""
     return int(np.nan_to_num(costs, nan=np.inf).argmin())
 
 
@@ -285,7 +286,7 @@ def unit_losses(
         formats: Names of the formats.
 
     Returns:
-        `[units, formats]` in nats; None if any cost is undefined.
+        The costs `[units, formats]` in nats, or None if any cost is undefined.
     """
     pairs = ((run.change, run.gold_drop.value) for run in record.runs)
     drops = {(c.layer, c.map or "", str(c.intervention)): value for c, value in pairs}
@@ -297,16 +298,17 @@ def unit_losses(
 def measure_choices(
     candidates: Sequence[Candidate], calibration: OpenCell, tests: OpenCell, limit: BitBudget
 ) -> list[TestedChoice]:
-    """Measure assignments of formats on the calibration and the test documents.
+    """Measure the model with each assignment of formats, on calibration and test documents.
 
     Args:
-        candidates: Choices of formats; one of them uses one format for all units.
+        candidates: Assignments of formats; one of the assignments uses the same format for all
+            units.
         calibration: The model with the calibration documents.
         tests: The model with the test documents.
-        limit: Budget of bits, which gives the size of the model.
+        limit: Budget of bits, which also computes the size of a model in bytes.
 
     Returns:
-        The choices with their measurements, in the order of `candidates`.
+        The assignments with their measured costs, in the order of `candidates`.
     """
     ablations = [choice_ablation(candidate.choice) for candidate in candidates]
     tests.progress.say(f"{tests.request.title}: {count_text(len(ablations), 'choice')}, whole")
@@ -324,7 +326,7 @@ def measure_choices(
 
 
 class Quantise(Study[QuantiseSettings]):
-    """Study that chooses the formats of weights within a budget of bits; see the module."""
+    """Study that chooses a number format for each weight matrix, within a budget of bits."""
 
     name = "quantise"
     question = "Which weights can have fewer bits, and does this beat one format for all weights?"
@@ -342,7 +344,7 @@ class Quantise(Study[QuantiseSettings]):
             raise RequestError("--format: one format leaves no choice; name at least two formats")
 
     def expand(self, cell: CellRequest, context: StudyContext) -> Iterator[CellRequest]:
-        """Yield the calibration request, which rounds each layer or map alone to each format."""
+        """Yield the request that rounds each layer or map alone, on the calibration documents."""
         trust = context.options.trust_remote_code
         request = replace(cell, until=None).on_part("calibration")
         request = request.with_changes(layers=cell.changes.layers)
@@ -353,7 +355,7 @@ class Quantise(Study[QuantiseSettings]):
             yield map_formats_request(request, self.formats, trust, ends)
 
     def _budget(self, request: CellRequest, trust: bool) -> tuple[list[FormatUnit], BitBudget]:
-        """Return the units (layers or linear maps) of a request, and the budget of bits."""
+        """Return the layers or linear maps that get formats, and the budget of bits."""
         source = find_model(request.model, trust)
         model = build_hollow(source, request.model.dtype)
         ends = embedding_shapes(model) if self.settings.embeddings else {}
@@ -364,7 +366,7 @@ class Quantise(Study[QuantiseSettings]):
         return units, parse_budget(self.settings.budget, units, fixed, total, self.formats)
 
     def answer(self, context: StudyContext, subjects: list[Subject]) -> StudyResult:
-        """Assign formats within the budget, and measure each assignment on test documents."""
+        """Assign formats within the budget, and measure the assignments on test documents."""
         # Another budget, or other formats, are another question about the same file.
         ends = ["embeddings"] if self.settings.embeddings else []
         words = [self.settings.budget, self.settings.by, *ends, *self.formats]
@@ -423,7 +425,7 @@ def _write_choice(
 
 
 def _write_answer(record: CellRecord, choices: Sequence[TestedChoice], best: TestedChoice) -> str:
-    """Describe the best choice's cost, and whether it beats using one format for all units."""
+    """Describe the cost of the best assignment, and whether it beats one format for all units."""
     uniform = next(choice for choice in choices if choice.gain is None)
     measure, won, lost = metric_format(record), [], []
     if best.gain is not None and best.gold_gain is not None:
@@ -435,7 +437,7 @@ def _write_answer(record: CellRecord, choices: Sequence[TestedChoice], best: Tes
 
 
 def _write_set_answers(swapped: dict[str, Refinement], sums: SumComparison) -> list[str]:
-    """Describe whether the units' single costs add up, and what swapping formats gained."""
+    """Describe whether the single costs add up, and how much swaps of formats gained."""
     interactions = sums.pairs.at_once.values() if sums.pairs else ()
     signs = Counter(interaction.side() for interaction in interactions)
     return QUANTISE_TEXTS.render_all("sets", swapped, sums, sums.pairs, signs)
@@ -445,7 +447,7 @@ def _write_set_answers(swapped: dict[str, Refinement], sums: SumComparison) -> l
 
 
 def _choices_table(record: CellRecord, rows: list[TestedChoice], best: TestedChoice) -> Table:
-    """Build the table of all assignments of formats, with model size and cost."""
+    """Build the table of all assignments of formats, with model size and measured cost."""
     rows = [replace(row, by=f"{row.by} (recommended)") if row is best else row for row in rows]
     title = f"{cell_label(record)}: choices within the budget."
     note = f"Formats are chosen on {record.counted} documents. The 95 % intervals are unadjusted."
@@ -454,7 +456,7 @@ def _choices_table(record: CellRecord, rows: list[TestedChoice], best: TestedCho
 
 @dataclass(frozen=True)
 class FormatCount:
-    """Table row: number of layers in which a linear map has a given format."""
+    """Table row: number of layers in which a linear map, such as `mlp.down_proj`, has a format."""
 
     name: str = labelled("what")
     format: str = labelled("format")
@@ -462,7 +464,7 @@ class FormatCount:
 
 
 def _formats_table(record: CellRecord, best: TestedChoice) -> Table:
-    """Build the table of recommended formats: number of layers for each map and format."""
+    """Build the table of recommended formats: in how many layers each map has each format."""
     counts = Counter((unit.map_path or "layer", name) for unit, name in best.choice.items())
     rows = [
         FormatCount(name, form, None if name in kinds.OUTER_MATRICES else n)
@@ -473,7 +475,7 @@ def _formats_table(record: CellRecord, best: TestedChoice) -> Table:
 
 @dataclass(frozen=True)
 class SumRow:
-    """Table row: joint cost of rounding several units, and the sum of their single costs."""
+    """Table row: cost of rounding several units together, and the sum of their single costs."""
 
     units: str = labelled("units together")
     measured: float = labelled("loss measured", "nats")
@@ -482,7 +484,7 @@ class SumRow:
 
 
 def _sums_table(record: CellRecord, sums: SumComparison) -> Table:
-    """Build the table that compares joint costs of units with sums of single costs."""
+    """Build the table that compares costs of rounding together with sums of single costs."""
     rows = [SumRow(f"all {sums.units:,}", sums.whole, sums.expected, sums.more)]
     if (pairs := sums.pairs) is not None:
         single = float(np.mean([pairs.alone[i] + pairs.alone[j] for i, j in pairs.pairs]))

@@ -1,4 +1,4 @@
-"""Define the settings of each study, from which its command gets its options and help."""
+"""Define the settings of each study; the command-line options and help texts derive from them."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from tracker.schema.extensions import load_extensions
 class StudySettings(BaseModel):
     """Settings of a study. Each field is a command-line option; the docstring is the help text.
 
-    This module imports nothing slow, so that help and error messages appear at once.
+    This module does not import torch or other slow packages, so that help and error messages appear
+    at once.
 
     Attributes:
         study: Module and class of the study, separated by a colon.
-        command: Command that runs the study, if it is not `tracker study NAME`.
+        command: Command that runs the study; empty for `tracker study NAME`.
     """
 
     model_config = ConfigDict(
@@ -30,7 +31,7 @@ class StudySettings(BaseModel):
     command: ClassVar[str] = ""
 
     def command_options(self) -> list[str]:
-        """Return the settings that differ from their defaults, as command-line options."""
+        """Return the command-line options for all settings that differ from their defaults."""
         options: list[str] = []
         for name, field in type(self).model_fields.items():
             value, option = getattr(self, name), f"--{field.alias or name.replace('_', '-')}"
@@ -49,10 +50,10 @@ class AuditSettings(StudySettings):
     drop. This study removes each whole layer in EXPERIMENT, measures its accuracy drop, and
     compares the drops with nine proxies. These are cosine score, angular distance, relative update,
     first-order Taylor, logit-lens change, perplexity, KL and Jensen-Shannon divergence, and the
-    gold answer's log-probability. The study reports how well each proxy ranks the layers compared
-    with chance, and the proxy's cost in forward passes. With two or more benchmarks, the study also
-    tests whether a layer's relevance depends on the task. EXPERIMENT must name at least three
-    layers, and preferably names all layers.
+    gold answer's log-probability. For each proxy, the study reports how well the proxy ranks the
+    layers compared with chance, and how many forward passes the proxy costs. With two or more
+    benchmarks, the study also tests whether a layer's relevance depends on the task. EXPERIMENT
+    must name at least three layers, and preferably names all layers.
 
     \b
     Examples:
@@ -69,8 +70,8 @@ class CalibrationSettings(StudySettings):
     The study draws two random samples that share no document, and ranks the layers by each sample.
     The agreement of the two rankings shows how reliable a ranking by a sample of this size is. The
     study reports the agreement for the accuracy drop and for the proxies, and the number of
-    documents that a reliable ranking needs. It measures only the runs in EXPERIMENT. The estimate
-    improves with the number of measured documents.
+    documents that a reliable ranking needs. The study measures only the runs in EXPERIMENT. The
+    estimate becomes more precise with more measured documents.
 
     \b
     Examples:
@@ -86,10 +87,11 @@ class CalibrationSettings(StudySettings):
 class DisplacementSettings(StudySettings):
     """Does the KL divergence of a change predict what the change costs?
 
-    All runs of EXPERIMENT are measured: removals, replacements, weight formats. The study compares
-    the KL divergence of the model's output, at the positions of the right answers, with the
-    accuracy drop and the choice probability drop. It reports the rank correlation over all runs,
-    and over the halves with a smaller and a larger divergence. It needs at least eight runs.
+    The study measures all runs of EXPERIMENT, such as removed layers, replaced layers and rounded
+    weights. The study compares the KL divergence of the model's output, at the positions of the
+    right answers, with the accuracy drop and the choice probability drop. The study reports the
+    rank correlation over all runs, over the half of the runs with the smaller divergence, and over
+    the other half. EXPERIMENT must have at least eight runs.
 
     \b
     Examples:
@@ -104,9 +106,9 @@ class JointSettings(StudySettings):
     """Do the drops of two layers add up?
 
     The study removes each pair of layers in EXPERIMENT together, and compares the joint drop with
-    the sum of the two single drops. A pair is redundant if its joint drop is larger than the sum,
-    and sub-additive if it is smaller. 30 layers have 435 pairs, which take about ten times as long
-    as the single layers. Start with few layers or documents.
+    the sum of the two single drops. A pair is redundant if the joint drop is larger than the sum,
+    and sub-additive if the joint drop is smaller. 30 layers have 435 pairs, which take about ten
+    times as long as removing each layer alone. Start with few layers or documents.
 
     \b
     Examples:
@@ -121,10 +123,11 @@ class PrecisionSettings(StudySettings):
     """Measure what rounding one linear map costs, and which error predicts the cost.
 
     The study rounds one linear map of the layers in EXPERIMENT at a time, to each format of
-    'intervention' or to int4. It reports the cost of each map, and the mean cost over layers.
-    Quantisation tools choose bits by errors of the weights, of the outputs, or of the model's
-    predictions. The study also reports how well these errors rank the maps by cost. SmolLM2-135M
-    has 210 maps, which take about seven times as long as removing each layer.
+    'intervention' or to int4. The study reports the cost of each map, and the mean cost over layers
+    of maps with the same name. Quantisation tools choose bits by errors of the weights, of the
+    outputs, or of the model's predictions. The study also reports how well these errors rank the
+    maps by cost. SmolLM2-135M has 210 maps, which take about seven times as long as removing each
+    layer.
 
     \b
     Examples:
@@ -140,11 +143,12 @@ class PruneSettings(StudySettings):
     """Does pruning by measured accuracy beat pruning by proxies?
 
     For each benchmark in EXPERIMENT, several strategies choose layers to remove: by the remaining
-    accuracy, by proxies, from the end of the model, or at random. The strategies use 'sample'
-    calibration documents, and other documents test the pruned models. The accuracy and cosine
-    strategies are also calibrated on all benchmarks together, and on plain text. The study reports
-    which strategy keeps the most accuracy, with paired intervals, and the cost of each search. The
-    study reuses the measurements of 'tracker prune', and an interrupted study can be resumed.
+    accuracy, by proxies, from the end of the model, or at random. The strategies choose on as many
+    calibration documents as 'sample' says, and the study tests the pruned models on other
+    documents. The accuracy and cosine strategies are also calibrated on all benchmarks together,
+    and on plain text. The study reports which strategy keeps the most accuracy, with paired
+    intervals, and the cost of each search. The study reuses stored measurements of 'tracker prune'.
+    An interrupted study can be resumed.
 
     \b
     Examples:
@@ -200,10 +204,10 @@ class RepeatSettings(StudySettings):
 
     A span is a sequence of neighbouring layers in EXPERIMENT that the model passes a second time.
     'intervention: repeat' with 'layer' and 'span' limits the study to some spans. The study finds
-    the five best spans on 'sample' documents, and tests these spans on other documents. It also
-    reports the gain that the best of so many spans would have by chance. 30 layers have 465 spans,
-    which take about twenty times as long as removing each layer. until="prune 5 within 2 pp" stops
-    the search when the five best spans are known.
+    the five best spans on 'sample' documents, and tests these spans on other documents. The study
+    also reports the largest gain that chance alone would produce among so many spans. 30 layers
+    have 465 spans, which take about twenty times as long as removing each layer. until="prune 5
+    within 2 pp" stops the search when the five best spans are known.
 
     \b
     Examples:
@@ -218,12 +222,13 @@ class RepeatSettings(StudySettings):
 class RescaleSettings(StudySettings):
     """Does a removed layer cost accuracy only because it rescaled the hidden state?
 
-    The study removes each layer in EXPERIMENT. It also replaces the layer by a factor of the
-    layer's input, by the layer's mean update, and by a linear map of the input. All replacements
-    are fitted on other documents. The study reports the share of the accuracy drop that each
-    replacement recovers. If a factor recovers the drop, only the size of the hidden state was
-    missing. The study ignores 'intervention' in the file, and takes about four times as long as
-    removing the layers.
+    The study removes each layer in EXPERIMENT. The study also replaces the layer by its input times
+    a factor, by its input plus the layer's mean update, and by a linear map of its input. All
+    replacements are fitted on documents from the end of the benchmark's random order, which a
+    'sample' of at most half of the documents does not contain. The study reports the share of the
+    accuracy drop that each replacement recovers. If a factor recovers the drop, only the size of
+    the hidden state was missing. The study ignores 'intervention' in the file, and takes about four
+    times as long as removing the layers.
 
     \b
     Examples:
@@ -237,12 +242,14 @@ class RescaleSettings(StudySettings):
 class SavingsSettings(StudySettings):
     """Count the documents and passes that 'until' saves.
 
-    'until' in an experiment file stops a benchmark as soon as a question such as 'top 3' is
-    answered. This study measures the runs in EXPERIMENT on all documents, and replays the documents
-    in 200 random orders. It reports the share of documents and of layer passes that each question
-    needs. It also reports whether the early result agrees with the result of all documents. Two
-    quantities limit the savings, and the study reports both: the difference between the compared
-    runs, and the variation over documents. EXPERIMENT must not set 'until'.
+    With 'until' in an experiment file, measurement of a benchmark stops as soon as a condition
+    holds, such as 'top 3': the three largest drops are known. This study measures the runs in
+    EXPERIMENT on all documents, and then applies the stopping rule to 200 random orders of the
+    documents. For each condition, the study reports the share of the documents and of the layer
+    passes (layers × tokens computed) until the stop. The study also reports whether the early
+    result agrees with the result of all documents. Two quantities limit the savings, and the study
+    reports both: the difference between the compared runs, and the variation over documents.
+    EXPERIMENT must not set 'until'.
 
     \b
     Examples:
@@ -266,12 +273,13 @@ class SavingsSettings(StudySettings):
 class SnowballSettings(StudySettings):
     """Do later layers amplify the change that the removal of a layer makes?
 
-    The study removes each layer. It also perturbs the layer's output by the same amount in random
-    directions. After every later layer, it measures the relative difference to the residual stream
-    of the intact model. A removal snowballs if the difference is larger at the end of the model
-    than right after the removed layer. The study reports which removals snowball, by what factor,
-    and whether this growth explains the errors of the cosine score. 'layer' in EXPERIMENT should
-    name every layer, because the study compares the growth with each layer's accuracy drop.
+    The study removes each layer. For comparison, the study also perturbs the layer's output by the
+    same amount in random directions. After every later layer, the study measures the relative
+    difference from the residual stream of the intact model. A removal snowballs if the difference
+    is larger at the end of the model than right after the removed layer. The study reports which
+    removals snowball, by what factor, and whether this growth explains the errors of the cosine
+    score. 'layer' in EXPERIMENT should name every layer, because the study compares the growth with
+    each layer's accuracy drop.
 
     \b
     Examples:
@@ -291,8 +299,8 @@ class TheoremSettings(StudySettings):
     constructs a transformer with five layers for the benchmark documents of EXPERIMENT, and
     measures this model like any other model. The model in EXPERIMENT provides only the tokenizer.
     Layer 2 has the lowest cosine score, ε. The model answers every document correctly with layer 2,
-    and no document without layer 2. The checkpoints are kept in studies/theorem of the results
-    folder, for use with transformers or lm_eval.
+    and every document wrongly without layer 2. The checkpoints are kept in studies/theorem of the
+    results folder, for use with transformers or lm_eval.
 
     \b
     Examples:
@@ -341,7 +349,7 @@ def _check_settings(extension: object) -> type[StudySettings]:
 
 
 def find_settings(name: str) -> type[StudySettings]:
-    """Return the settings class of the named study; RequestError if there is no such study."""
+    """Return the settings class of the named study; RequestError if no study has this name."""
     registered = load_studies()
     if name not in registered:
         names = f"{', '.join(registered)}.{did_you_mean(name, registered)}"

@@ -1,8 +1,8 @@
-"""Study: test whether a model improves if a span of layers is passed again.
+"""Study: test whether a model improves if it runs a span of layers a second time.
 
 A span is a sequence of neighbouring layers. The study chooses spans on one half of the documents,
 and tests these spans on the other half. The best of hundreds of spans looks good by chance alone,
-so the answer includes the largest gain that is expected by chance.
+so the study reports the largest gain that chance alone would produce.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _VERDICT_WORDS = {"helps": "better", "costs": "worse", "open": "open"}
 
 @dataclass(frozen=True)
 class TestedSpan:
-    """Repeated span of layers, with its gain on the calibration and on the test documents."""
+    """Table row: repeated span of layers, with its gains on calibration and on test documents."""
 
     run: RunRecord
     span: str = labelled("passed")
@@ -46,7 +46,7 @@ class TestedSpan:
 
 
 class Repeat(Study[RepeatSettings]):
-    """Study that tests whether passing some layers again improves a model; see the module."""
+    """Study that tests whether running a span of layers twice improves a model."""
 
     name = "repeat"
     question = "Does repeating some layers make a model better?"
@@ -66,7 +66,7 @@ class Repeat(Study[RepeatSettings]):
         yield replace(cell, changes=changes).on_part("calibration")
 
     def answer(self, context: StudyContext, subjects: list[Subject]) -> StudyResult:
-        """Choose the best spans, test them, and compare the largest gain with gains by chance."""
+        """Choose the best spans, test them, and compare the best gain with the gain by chance."""
         result = StudyResult()
         chosen = [choose_runs(subject.record) for subject in subjects]
         pairs = [*zip(subjects, chosen, strict=True)]
@@ -87,7 +87,7 @@ class Repeat(Study[RepeatSettings]):
 
 
 def all_spans(layers: Sequence[int]) -> list[Change]:
-    """List all spans of neighbouring layers, each as a change that passes the span twice."""
+    """List all spans of neighbouring layers, as changes that run the span twice."""
     spans = (tuple(range(a, a + n)) for a in layers for n in range(1, len(layers) + 1))
     layer_set = {*layers}
     return [
@@ -96,7 +96,7 @@ def all_spans(layers: Sequence[int]) -> list[Change]:
 
 
 def choose_runs(record: CellRecord) -> list[RunRecord]:
-    """Return the runs of the spans with the largest gains on the calibration documents."""
+    """Return the runs of the spans with the largest accuracy gains on calibration documents."""
     runs = [run for run in record.runs if run.drop.value is not None]
     if record.answer is not None:
         chosen = {answer.change for answer in record.answer.runs if answer.chosen}
@@ -109,7 +109,7 @@ def _loss_key(run: RunRecord) -> tuple[float, float]:
 
 
 def _test_request(request: CellRequest, runs: Sequence[RunRecord]) -> CellRequest:
-    """Return the request that measures the chosen spans on the test documents."""
+    """Return a request that measures the given runs (repeated spans) on the test documents."""
     test = replace(request, until=None).on_part("test")
     return test.with_changes(run.change for run in runs)
 
@@ -132,7 +132,7 @@ def _span_name(run: RunRecord) -> str:
 
 
 def _write_answer(subject: Subject, spans: Sequence[TestedSpan]) -> str:
-    """Describe the best span's gain on calibration and on test documents, and gains by chance."""
+    """Describe the best span's gains on calibration and test documents, and gains by chance."""
     best = min((run for run in subject.record.runs if run.drop.value is not None), key=_loss_key)
     tested = [span for span in spans if span.run.change == best.change] or spans
     promised, chance = Estimate((-best.drop).value), _best_by_chance(subject)
@@ -141,7 +141,7 @@ def _write_answer(subject: Subject, spans: Sequence[TestedSpan]) -> str:
 
 
 def _best_by_chance(subject: Subject) -> BestByChance | None:
-    """Estimate the largest gain by chance among all spans; None if `until` was used."""
+    """Estimate the largest gain that chance produces among all spans; None with `until`."""
     if subject.record.answer is not None:
         return None
     outcomes = subject.outcomes()
@@ -151,7 +151,7 @@ def _best_by_chance(subject: Subject) -> BestByChance | None:
 
 
 def _export_command(change: Change, test: CellRequest, results: Path) -> str:
-    """Return the shell command that saves the model with a span of layers repeated."""
+    """Return the shell command that saves a copy of the model with a span of layers repeated."""
     options = ["--repeat", change.target]
     options += ["--repeats", str(change.repeats)] if change.repeats != 2 else []
     return save_command([*options, "--output", "deeper"], test, results)

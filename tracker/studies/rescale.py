@@ -1,8 +1,9 @@
-"""Study: test whether a fitted replacement recovers the accuracy that a removed layer costs.
+"""Study: test whether a fitted replacement of a removed layer recovers the lost accuracy.
 
-The layer is replaced by a factor of its input, by its mean update (a constant), or by a linear map.
-If the factor recovers the loss, the layer only rescaled the hidden state. The linear map is the
-best possible layer without a nonlinearity and without attention to other tokens.
+The layer's output is replaced by its input times a factor, by its input plus the mean update (a
+constant), or by a linear map of its input. If the factor recovers the loss, the layer was needed
+only because it rescaled the hidden state. The linear map is the best possible layer without a
+nonlinearity and without attention to other tokens.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ _NOT_MEASURED = "not measured; the list of missing results gives the reason"
 
 
 class Rescale(Study[RescaleSettings]):
-    """Study that tests whether fitted replacements recover the loss of removed layers."""
+    """Study that tests whether fitted replacements of removed layers recover the lost accuracy."""
 
     name = "rescale"
     question = "Is the drop of a removed layer due only to the changed scale of hidden states?"
@@ -53,7 +54,7 @@ class Rescale(Study[RescaleSettings]):
     texts = RESCALE_TEXTS
 
     def expand(self, cell: CellRequest, context: StudyContext) -> Iterator[CellRequest]:
-        """Yield two requests; a separate request fits the linear map, because the fit can fail."""
+        """Yield two requests; linear maps get their own request, because their fit can fail."""
         groups: tuple[tuple[Intervention, ...], ...] = (("remove", "scale", "mean"), ("linear",))
         for interventions in groups:
             yield cell.with_changes(layers=cell.changes.layers, interventions=interventions)
@@ -78,11 +79,11 @@ class Rescale(Study[RescaleSettings]):
 
 
 class LayerDrops(NamedTuple):
-    """Drop for each layer when only this layer is removed, or replaced in a given way.
+    """Drops of all layers under one intervention, such as removing or rescaling a layer.
 
     Attributes:
-        mean: `[layers]`, mean drop over documents.
-        drawn: `[resamples, layers]`, mean drops in each resample of the documents.
+        mean: `[layers]`, mean drop over documents when only this layer is changed.
+        drawn: `[resamples, layers]`, mean drop on each bootstrap resample of the documents.
     """
 
     mean: Array
@@ -91,19 +92,19 @@ class LayerDrops(NamedTuple):
 
 @dataclass(frozen=True)
 class CellCosts:
-    """Drops on one model and benchmark when a layer is removed or replaced.
+    """Drops on one model and benchmark when single layers are removed or replaced.
 
     Attributes:
         name: Title of the model and benchmark.
         n: Number of documents.
         layers: Removed layers, ascending.
         measure: Format of the metric, with its unit.
-        fitted_on: Description of the documents on which the replacements were fitted; empty if
+        fitted_on: Text that describes the documents on which the replacements were fitted; empty if
             unknown.
         drops: Intervention → drop of the metric for each layer.
         nats: Intervention → decrease of the gold answer's log-probability for each layer.
-        p_values: Intervention → p-value for each layer, of the test that replacement and removal
-            differ. A p-value is None if the test is not possible.
+        p_values: Intervention → for each layer, p-value of the test whether replacement and removal
+            differ in accuracy. A p-value is None if outcomes are not right or wrong.
     """
 
     name: str
@@ -117,11 +118,11 @@ class CellCosts:
 
     @property
     def unit(self) -> str:
-        """Unit to append to the label of a drop; empty if formatted values include the unit."""
+        """Text with the unit, to append to a label; empty if the formatted values show the unit."""
         return "" if self.measure.form == "points" else f", {self.measure.unit}"
 
     def estimates(self, name: Intervention) -> list[Estimate]:
-        """Return the drop of each layer under one intervention, with intervals."""
+        """Return each layer's drop under one intervention, with bootstrap intervals."""
         mean, drawn = self.drops[name]
         return [
             Estimate(float(value), *_middle(drawn[:, n]))
@@ -132,13 +133,13 @@ class CellCosts:
 
 
 def _middle(drawn: Array) -> tuple[float, float]:
-    """Return the 2.5 % and 97.5 % quantiles of resampled values, as (low, high)."""
+    """Return the 2.5 % and 97.5 % quantiles of resampled values."""
     low, high = np.quantile(drawn, [0.025, 0.975])
     return float(low), float(high)
 
 
 def measure_costs(subjects: Sequence[Subject]) -> CellCosts | None:
-    """Compute the drops of a cell's layers under each intervention; None without removals."""
+    """Compute each layer's drop under each intervention; None if no removal is measured."""
     first, *others = subjects
     view = first.view.merge(*(subject.view for subject in others))
     outcomes = AlignedOutcomes(first.store, view)
@@ -168,7 +169,7 @@ def measure_costs(subjects: Sequence[Subject]) -> CellCosts | None:
 
 
 def recovered_estimate(cells: Sequence[CellCosts], name: Intervention, nats: bool) -> Estimate:
-    """Estimate which share of the drop, summed over layers, a replacement recovers."""
+    """Estimate the share of the summed drop of removed layers that a replacement recovers."""
     means, drawn = [], []
     for intervention in ("remove", name):
         drops = [(cell.nats if nats else cell.drops)[intervention] for cell in cells]
@@ -178,7 +179,7 @@ def recovered_estimate(cells: Sequence[CellCosts], name: Intervention, nats: boo
 
 
 def _write_answers(cells: Sequence[CellCosts]) -> list[str]:
-    """Return sentences about benchmarks with the same metric, each with equal weight."""
+    """Return sentences about all benchmarks with the same metric, weighted equally."""
     names = [name for name in REPLACEMENTS if all(name in cell.drops for cell in cells)]
     costs = {name: _write_mean_cost(cells, name) for name in ("remove", *names)}
     documents = sum(cell.n for cell in cells)
@@ -250,7 +251,7 @@ class SignificanceRow:
 
 
 def significance_table(cells: Sequence[CellCosts]) -> Table:
-    """Build the table with the number of layers where a replacement differs from removal."""
+    """Build the table of the number of layers where a replacement differs from removal."""
     rows = []
     for name in REPLACEMENTS:
         if not (measured := [cell for cell in cells if name in cell.drops]):
@@ -277,7 +278,7 @@ def _layer_table(cell: CellCosts) -> Table:
 
 
 def _drop_chart(cell: CellCosts) -> LineChart:
-    """Build the chart of the drop by layer, with a line for removal and each replacement."""
+    """Build the chart of each layer's drop, with a line for removal and for each replacement."""
     measure, lines = cell.measure, {STAND_INS[n]: cell.estimates(n) for n in cell.drops}
     title = f"{cell.name}: {measure.change} when a layer is removed or replaced"
     axes = ("layer (0-based)", f"{measure.change}{cell.unit}")

@@ -1,4 +1,4 @@
-"""Study: estimate how many documents need not be measured if `until` stops early."""
+"""Study: estimate how many documents need not be measured if `until` stops a measurement early."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _ANY_DEPTH = 10**6
 
 
 class Savings(Study[SavingsSettings]):
-    """Study that replays measured documents to find when `until` would have stopped."""
+    """Study that finds, in random orders of measured documents, when `until` would have stopped."""
 
     name = "savings"
     question = "How much computation is saved if 'until' stops when a question is decided?"
@@ -55,7 +55,7 @@ class Savings(Study[SavingsSettings]):
             raise RequestError(f"--question: {error}") from None
 
     def expand(self, cell: CellRequest, context: StudyContext) -> Iterable[CellRequest]:
-        """Return the unchanged cell in a list; raise RequestError if a question needs more runs."""
+        """Return the unchanged request; RequestError if a condition (`top 3`) needs more runs."""
         default = SavingsSettings.model_fields["questions"].default
         if self.settings.questions != default:
             runs = len(cell.valid_changes(_ANY_DEPTH))
@@ -67,7 +67,7 @@ class Savings(Study[SavingsSettings]):
         return [cell]
 
     def answer(self, context: StudyContext, subjects: list[Subject]) -> StudyResult:
-        """Report how many documents and layer passes each `until` condition needs."""
+        """Report how many documents and how much computation each `until` condition needs."""
         result, races = StudyResult(), []
         for subject in subjects:
             cell = read_documents(subject)
@@ -90,21 +90,22 @@ class Savings(Study[SavingsSettings]):
 
 @dataclass(frozen=True)
 class MeasuredDocuments:
-    """Drops of the documents that are measured under all runs of a model and benchmark.
+    """Drop of each document in each run, for one model and benchmark, with computing costs.
 
     Attributes:
         title: Title of the model and benchmark.
-        runs: Changes of the model, one for each run.
-        drops: `[documents, runs]`, drop of each document times its weight. The plain mean over
-            documents is the benchmark's drop.
+        runs: Change of the model (e.g. a removed layer) in each run.
+        drops: `[documents, runs]`, drop of each document times its weight, scaled so that the mean
+            over documents is the benchmark's drop.
         tasks: `[documents]`, the task of each document.
         counts: Task → number of its documents in the split, measured or not.
-        reach: Largest possible drop of a document.
-        passes: Function that returns the layer passes per token, including the intact model, for a
-            mask of the runs that are not decided yet.
-        everything: Layer passes per token if all runs are computed, because no run is decided yet.
-        plain: Layer passes per token if the intact model and all runs are computed in turn, as in
-            lm-eval.
+        reach: Largest possible absolute value of a document's weighted drop.
+        passes: Function from a mask of undecided runs to the number of layers computed per token,
+            for these runs and the intact model together.
+        everything: Number of layers computed per token if no run is decided yet, so that all runs
+            are computed.
+        plain: Number of layers computed per token if the intact model and each run are evaluated
+            separately, as with lm-eval.
     """
 
     title: str
@@ -124,18 +125,18 @@ class MeasuredDocuments:
 
     @property
     def extent(self) -> str:
-        """Text that counts the replayed documents, such as `320 of 10,042 documents`."""
+        """Text with the number of measured documents, such as `320 of 10,042 documents`."""
         measured = f"{len(self.drops):,} of " if len(self.drops) < self.population else ""
         return f"{measured}{self.population:,} documents"
 
     @property
     def still_open(self) -> str:
-        """Reason for a missing value: the measured documents do not suffice to stop by `until`."""
+        """Text for a missing value: too few documents are measured for `until` to stop."""
         return f"undecided after all {len(self.drops):,} measured documents"
 
 
 def read_documents(subject: Subject) -> MeasuredDocuments | str:
-    """Read a cell's measured drops, or return a reason why they cannot be replayed."""
+    """Read the drops of one model and benchmark, or return why `until` cannot apply to them."""
     metric = subject.view.metric
     try:
         check_bounded(subject.store.identity.benchmark, metric)
@@ -160,7 +161,7 @@ def read_documents(subject: Subject) -> MeasuredDocuments | str:
 
 
 def passes_counter(ablations: Sequence[Ablation], layers: int) -> Callable[[Mask], float]:
-    """Return a function that maps a mask of ablations to their layer passes per token."""
+    """Return a function from a mask of ablations to the number of layers computed per token."""
 
     def count(open_ablations: Iterable[Ablation]) -> float:
         return plan_streams([INTACT, *open_ablations], layers).layer_passes
@@ -176,16 +177,17 @@ def passes_counter(ablations: Sequence[Ablation], layers: int) -> Callable[[Mask
 
 @dataclass(frozen=True)
 class CostBound:
-    """Lower bound of the number of documents needed to decide an `until` condition.
+    """Lower bound of the documents that are needed to decide an `until` condition.
 
     Attributes:
-        distance: Required precision of the means. With `top` and `prune`, this is the gap between
-            the last chosen run and the first run that is not chosen, plus the tolerance. With
-            `sign`, this is the drop of the run that needs the most documents. With `drop`, this is
-            the requested precision.
-        sd: Standard deviation over documents of the drop, or of the difference of two drops.
-        documents: Sample size of a fixed-size test with the same simultaneous confidence and with
-            the power `DESIGN_POWER`.
+        distance: Required precision of the means. With `top` and `prune`, the gap between the last
+            chosen run and the first run that is not chosen, plus the tolerance. With `sign`, the
+            size of the drop that is hardest to distinguish from 0. With `drop`, the requested
+            precision.
+        sd: Standard deviation, over documents, of the drop (or difference of two drops) behind
+            `distance`.
+        documents: Sample size that a test with a fixed number of documents needs for the same
+            simultaneous confidence; with the power `DESIGN_POWER`, except for `drop`.
     """
 
     distance: float
@@ -195,17 +197,17 @@ class CostBound:
 
 @dataclass(frozen=True)
 class QuestionReplay:
-    """Results of replaying one `until` condition in many random orders of the documents.
+    """Results of applying one `until` condition to many random orders of the documents.
 
     Attributes:
-        question: The replayed `until` condition, such as `top 3`.
-        documents: `[orders]`, share of the split's documents that had to be measured. The share is
+        question: The `until` condition, such as `top 3`.
+        documents: `[orders]`, share of the split's documents that were needed until the stop;
             infinite if the measured documents do not suffice.
-        passes: `[orders]`, share of the layer passes of all documents and runs that had to be
-            computed; infinite if the measured documents do not suffice.
+        passes: `[orders]`, share of the computation of all documents and runs that was needed until
+            the stop; infinite if the measured documents do not suffice.
         answered: `[orders]`, whether the condition was decided on the measured documents.
         wrong: `[orders]`, whether the decisions contradict the means over all measured documents.
-        bound: Lower bound of the number of documents.
+        bound: Lower bound of the number of documents that the condition needs.
     """
 
     question: Question
@@ -216,12 +218,12 @@ class QuestionReplay:
     bound: CostBound
 
     def fewer(self, cell: MeasuredDocuments) -> float:
-        """Return lm-eval's layer passes on all documents, divided by the median passes needed."""
+        """Return the factor by which the `until` condition needs less computation than lm-eval."""
         return cell.plain / cell.everything / cost_quantile(self.passes)
 
     @property
     def hardest(self) -> str:
-        """Text that describes the drop or difference that needs the most documents."""
+        """Text that names the drop, or difference of drops, for which most documents are needed."""
         # Write a distance, which may be a small part of a point.
         distance = f"{100 * self.bound.distance:.2g} pp"
         if self.question.count is not None:
@@ -233,7 +235,7 @@ class QuestionReplay:
 def replay_question(
     cell: MeasuredDocuments, question: Question, orders: NDArray[np.int64]
 ) -> QuestionReplay:
-    """Apply the stopping rule of `question` to each order of documents in `orders`."""
+    """Apply the stopping rule of an `until` condition to each of the given document orders."""
     answered, wrong = np.zeros((2, len(orders)), dtype=bool)
     documents, shares = np.full((2, len(orders)), np.inf)
     for index, order in enumerate(orders):
@@ -256,7 +258,7 @@ def replay_question(
 
 
 def _is_contradicted(cell: MeasuredDocuments, question: Question, race: Race) -> bool:
-    """Return whether a race's decisions contradict the means over all measured documents."""
+    """Return whether a rule's decisions contradict the means over all measured documents."""
     means = cell.drops.mean(axis=0)
     if question.count is not None:
         values = means if question.kind == "top" else -means
@@ -277,12 +279,12 @@ def _signs(low: Array, high: Array) -> NDArray[np.int64]:
 
 
 def cost_quantile(shares: Array, quantile: float = 0.5) -> float:
-    """Return a quantile (default: the median) of a cost over all replayed orders."""
+    """Return a quantile (default: the median) of a cost over all document orders."""
     return float(np.quantile(shares, quantile, method="inverted_cdf"))
 
 
 def question_bound(cell: MeasuredDocuments, question: Question) -> CostBound:
-    """Compute a lower bound of the number of documents needed to decide `question`."""
+    """Compute a lower bound of the documents needed to decide an `until` condition."""
     drops, runs = cell.drops, cell.drops.shape[1]
     means, sds = drops.mean(axis=0), drops.std(axis=0)
     power, comparisons = float(stats.norm.ppf(DESIGN_POWER)), 2 * runs
@@ -313,7 +315,7 @@ def question_bound(cell: MeasuredDocuments, question: Question) -> CostBound:
 
 
 def draw_orders(documents: int) -> NDArray[np.int64]:
-    """Draw `RANDOM_ORDERS` random orders of the documents `[orders, documents]`."""
+    """Draw `RANDOM_ORDERS` random orders of document indices, as `[orders, documents]`."""
     generator = np.random.default_rng(SEED)
     return np.stack([generator.permutation(documents) for _ in range(RANDOM_ORDERS)])
 
@@ -322,7 +324,7 @@ def draw_orders(documents: int) -> NDArray[np.int64]:
 
 
 def _write_answers(cell: MeasuredDocuments, replays: Sequence[QuestionReplay]) -> Iterator[str]:
-    """Yield sentences about the cheapest and the most expensive `until` condition."""
+    """Yield sentences about the `until` conditions that need the least and the most computation."""
     cheapest = min(replays, key=lambda replay: cost_quantile(replay.passes))
     shares = [finite_or_none(cost_quantile(cheapest.passes, quantile)) for quantile in (0.5, 0.9)]
     yield SAVINGS_TEXTS.render("cheapest", cell, len(replays), cheapest, *shares)
@@ -344,7 +346,7 @@ def _write_errors(replays: Sequence[QuestionReplay]) -> str:
 
 
 def savings_table(cell: MeasuredDocuments, replays: Sequence[QuestionReplay]) -> Table:
-    """Build the table of documents and layer passes that each `until` condition needs."""
+    """Build the table of the documents and the computation that each `until` condition needs."""
     reason = cell.still_open
 
     def share(label: str, figure: str, quantile: float) -> Column[QuestionReplay]:
@@ -374,7 +376,7 @@ def savings_table(cell: MeasuredDocuments, replays: Sequence[QuestionReplay]) ->
 
 
 def _bounds_table(cell: MeasuredDocuments, replays: Sequence[QuestionReplay]) -> Table:
-    """Build the table of the documents that each `until` condition needs at least."""
+    """Build the table of the minimum number of documents for each `until` condition."""
 
     def documents(race: QuestionReplay) -> float:
         return cost_quantile(race.documents) * cell.population
@@ -394,7 +396,7 @@ def _bounds_table(cell: MeasuredDocuments, replays: Sequence[QuestionReplay]) ->
 
 
 def _passes_chart(cell: MeasuredDocuments, replays: Sequence[QuestionReplay]) -> LineChart:
-    """Build the chart of the share of document orders that are decided, by layer passes."""
+    """Build the chart of the share of document orders that are decided, by computation."""
     positions = range(0, 101, 2)
     lines = {}
     for race in replays:

@@ -59,11 +59,11 @@ SNOWBALL_TEXTS = study_texts("snowball")
 
 @dataclass(frozen=True)
 class Growth:
-    """Growth factor of a change after each layer, from this layer to the output head.
+    """Factors by which changes of the residual stream grow, from each layer to the output head.
 
     Attributes:
-        factors: Growth factor of a change after each layer, with interval; undefined for the last
-            layer.
+        factors: For each layer, factor by which a change after this layer grows until the output
+            head, with interval. Undefined for the last layer.
         p_values: p-values of the factors, adjusted over layers by Holm's method.
     """
 
@@ -72,7 +72,7 @@ class Growth:
 
     @property
     def signs(self) -> list[int | None]:
-        """For each layer: 1 if a change grows, −1 if it shrinks, 0 if neither is significant.
+        """For each layer: 1 if a change grows significantly, −1 if it shrinks, 0 if undecided.
 
         Growth is significant if the interval excludes a factor of 1 and the adjusted p-value is
         below 0.05. The sign is None if the factor is undefined.
@@ -84,12 +84,12 @@ class Growth:
 
     @property
     def values(self) -> list[float | None]:
-        """Growth factor of each layer without an interval; None if the factor is undefined."""
+        """Growth factors without intervals, one for each layer; None if a factor is undefined."""
         return [factor.value for factor in self.factors]
 
     @property
     def defined(self) -> list[float]:
-        """The growth factors that are defined."""
+        """The growth factors without intervals, without layers whose factor is undefined."""
         return [value for value in self.values if value is not None]
 
     @property
@@ -100,9 +100,9 @@ class Growth:
     def extremes(self, documents: int) -> tuple[int, list[int], list[int]]:
         """Find the layers with the significantly largest and smallest growth factors.
 
-        Returns a number n; the layers whose factors are significantly among the n largest, sorted
-        by factor; and at most one layer with the significantly smallest factor. The statements hold
-        simultaneously.
+        Returns a number n, the layers whose factors are significantly among the n largest (largest
+        first), and a list of at most one layer, whose factor is significantly the smallest. All
+        these statements hold simultaneously.
         """
         layers = [layer for layer, value in enumerate(self.values) if value is not None]
         n = len(layers)
@@ -124,19 +124,21 @@ def _log_factor(factor: Estimate) -> Estimate:
 
 @dataclass(frozen=True)
 class TokenGrowth:
-    """Growth of relative differences from each layer to the output head, averaged over tokens.
+    """Growth of changes of the residual stream, from each layer to the output head.
 
     Attributes:
-        removed: Growth of the change that removing the layer makes.
-        random: Growth of a change of the same norm in a random direction.
-        shuffled: Growth of a change of the same norm in the direction of another token's update.
-        relative: Growth of each layer's removal, divided by the growth in random directions.
-        handed_on: Difference before the output head after each removal, divided by the difference
-            that would result if later layers passed the change on unchanged.
-        paths: `[layers, layers]`, relative difference caused by each removed layer after each later
-            layer. The difference is the geometric mean over documents, and NaN before the removed
-            layer.
-        ratios: `[documents, layers]`, growth factor of each layer's removal for each document.
+        removed: Growth of the change that the removal of the layer causes.
+        random: Growth of a change after the layer with the same norm in a random direction.
+        shuffled: Growth of a change with the same norm in the direction of the layer's update of
+            another token.
+        relative: Growth of the removal's change divided by the growth of the random change.
+        handed_on: Relative difference before the output head after each removal, divided by the
+            difference that would result if later layers did not alter the change.
+        paths: `[layers, layers]`, relative difference of the residual stream that each removed
+            layer (row) causes after each later layer (column). Geometric mean over documents; NaN
+            before the removed layer.
+        ratios: `[documents, layers]`, growth factor of the change by each layer's removal, for each
+            document.
     """
 
     removed: Growth
@@ -149,7 +151,7 @@ class TokenGrowth:
 
     @property
     def factors_per_layer(self) -> list[float | None]:
-        """For each removed layer, the growth factor per later layer (geometric mean)."""
+        """For each removed layer, the growth factor per later layer, as a geometric mean."""
         last = len(self.paths) - 1
         return [
             None if value is None else float(value ** (1 / (last - layer)))
@@ -158,7 +160,7 @@ class TokenGrowth:
 
     @property
     def growing_steps(self) -> list[str | None]:
-        """For each removed layer, how many later layers amplify the change, such as `2 of 3`."""
+        """For each removed layer, the number of later layers that amplify the change: `2 of 3`."""
         steps = [np.diff(np.log(path[layer:])) > 0 for layer, path in enumerate(self.paths)]
         return [
             None if value is None else f"{int(grows.sum())} of {len(grows)}"
@@ -168,7 +170,7 @@ class TokenGrowth:
 
 @dataclass(frozen=True)
 class Predictor:
-    """Table row: rank correlation of a quantity with the drops, compared with the cosine score."""
+    """Table row: rank correlation of a quantity with the drops, and gain over the cosine score."""
 
     name: str = labelled("of each layer")
     target: str = labelled("beside")
@@ -180,15 +182,14 @@ class Predictor:
 
 @dataclass(frozen=True)
 class DropExplanation:
-    """Rank correlations of several quantities with the accuracy drop over layers.
+    """Rank correlations, over layers, of several quantities with the accuracy drop.
 
     Attributes:
         layers: Layers with a measured drop.
-        drops: Accuracy drop of each of these layers.
-        cosine: Cosine score of each of these layers.
-        predictors: Name of a quantity → its rank correlation with the drops. For growth, the
-            correlation is partial with the cosine score held fixed, over all layers except the last
-            layer.
+        drops: Accuracy drop of each layer in `layers`.
+        cosine: Cosine score of each layer in `layers`.
+        predictors: Name of a quantity → rank correlation of the quantity with the drops. For
+            growth, this is the partial correlation given the cosine score, without the last layer.
     """
 
     layers: list[int]
@@ -198,22 +199,22 @@ class DropExplanation:
 
     @property
     def is_ordered(self) -> bool:
-        """True if the correlations of cosine score and of end difference with drops are defined."""
+        """True if the drops' correlations with cosine score and with end difference are defined."""
         names = (COSINE_SCORE, END_DIFFERENCE)
         return all(self.predictors[name].spearman.value is not None for name in names)
 
     @property
     def by_cosine(self) -> dict[int, int]:
-        """Layer → rank by cosine score, 1 = largest; equal scores share the better rank."""
+        """Rank of each layer by cosine score, 1 = largest; equal scores share the better rank."""
         return dict(zip(self.layers, min_ranks(self.cosine), strict=True))
 
     @property
     def by_drop(self) -> dict[int, int]:
-        """Layer → rank by accuracy drop, 1 = largest; equal drops share the better rank."""
+        """Rank of each layer by accuracy drop, 1 = largest; equal drops share the better rank."""
         return dict(zip(self.layers, min_ranks(self.drops), strict=True))
 
     def misjudged(self, n: int) -> list[int]:
-        """List at most `n` layers: the most underrated by cosine score, then the most overrated."""
+        """List up to `n` layers: the most underrated by cosine score, then the most overrated."""
         by_cosine, by_drop = self.by_cosine, self.by_drop
         order = sorted(self.layers, key=lambda layer: by_drop[layer] - by_cosine[layer])
         return order if len(order) <= n else order[: n - n // 2] + order[len(order) - n // 2 :]
@@ -221,17 +222,17 @@ class DropExplanation:
 
 @dataclass(frozen=True)
 class SnowballFigures:
-    """Growth of removals and of random changes, on one model and benchmark.
+    """Growth of changes by removed layers and by random directions, on one model and benchmark.
 
     Attributes:
         record: Record of the model and benchmark.
         documents: Number of documents for which growth is computed.
         left_out: Number of documents that are left out, because a hidden state is not finite or the
             text has too few tokens.
-        tokens: Growth over all tokens.
+        tokens: Growth averaged over all tokens.
         later: Growth averaged over all tokens except the first token of each text.
-        explained: Correlations with the drops; None if no removal of a whole single layer is
-            measured.
+        explained: Correlations with the accuracy drops; None if no drop of a single removed layer
+            is measured.
     """
 
     record: CellRecord
@@ -248,7 +249,7 @@ class SnowballFigures:
 
     @property
     def drop_ranks(self) -> dict[int, Estimate]:
-        """Layer → rank by drop, with the simultaneous interval of possible ranks; 1 = largest."""
+        """Rank of each layer by drop, with an interval of possible ranks; 1 = largest drop."""
         if self.explained is None:
             return {}
         layers, runs = self.explained.layers, self.record.runs_of_kind()
@@ -258,7 +259,7 @@ class SnowballFigures:
 
 
 def compute_figures(subject: Subject, observations: Observations) -> SnowballFigures | None:
-    """Compute growth and its correlation with drops; None if fewer than two documents."""
+    """Compute growth and its correlation with drops; None with fewer than two usable documents."""
     outcomes = subject.outcomes()
     arrays = observations.select(outcomes.documents)
     is_later = np.triu(np.ones(arrays["removed"].shape[-2:], dtype=bool))
@@ -277,10 +278,10 @@ def compute_figures(subject: Subject, observations: Observations) -> SnowballFig
 
 
 def _split(arrays: Mapping[str, Array], tokens: int) -> tuple[dict[str, Array], dict[str, Array]]:
-    """Return the relative differences after each changed layer, and before the output head.
+    """Return relative differences right after the changed layer, and before the output head.
 
-    Each result maps a kind of change → `[documents, layers]`. `tokens` selects the mean over
-    `ALL_TOKENS` or `LATER_TOKENS`.
+    Each of the two dictionaries maps a kind of change, such as `removed`, to an array `[documents,
+    layers]`. `tokens` is `ALL_TOKENS`, or `LATER_TOKENS` to leave out the first token of each text.
     """
     means = {name: array[:, tokens] for name, array in arrays.items()}
     starts = {name: np.diagonal(array, axis1=1, axis2=2) for name, array in means.items()}
@@ -306,7 +307,7 @@ def _token_growth(arrays: Mapping[str, Array], strata: TaskNames, tokens: int) -
 
 
 def _explain_drops(cell: AlignedOutcomes, arrays: Mapping[str, Array]) -> DropExplanation | None:
-    """Correlate hidden-state differences and growth with the drops; None without drops."""
+    """Correlate residual-stream differences and growth with the drops; None without drops."""
     if not cell.whole_layers:
         return None
     layers = [run.layer for run in cell.whole_layers]
@@ -412,7 +413,7 @@ class Snowball(Study[SnowballSettings]):
 
 
 def _list_unanswered(cell: SnowballFigures | None, file: str) -> list[str]:
-    """Return one sentence for each missing result of a benchmark, with what it would need."""
+    """Return a sentence for each missing result of a benchmark, with the data that it needs."""
     if cell is None:
         return SNOWBALL_TEXTS.render_all("lacking", None, 0, 0, file)
     needed = min_growth_documents(len(cell.tokens.removed.defined), SIGNIFICANT)
@@ -421,7 +422,7 @@ def _list_unanswered(cell: SnowballFigures | None, file: str) -> list[str]:
 
 
 def _write_answers(cells: Sequence[SnowballFigures], draws: int) -> Iterator[str]:
-    """Yield sentences about one model: growth, random perturbations, prediction of drops."""
+    """Yield sentences about one model: growth by benchmark, and how well it predicts drops."""
     yield _write_verdict(cells)
     for cell in cells:
         yield from SNOWBALL_TEXTS.render_all("cell", cell, draws)
@@ -442,7 +443,7 @@ def _write_verdict(cells: Sequence[SnowballFigures]) -> str:
 
 
 def _write_benchmark_test(cells: Sequence[SnowballFigures]) -> str:
-    """Describe in how many layers the growth differs between the benchmarks of one model."""
+    """Describe in how many layers the growth differs significantly between benchmarks."""
     benchmarks = [cell.record.benchmark for cell in cells]
     tasks = Counter(task.name for benchmark in benchmarks for task in benchmark.tasks)
     repeated = [name for name, count in tasks.items() if count > 1]
@@ -457,14 +458,14 @@ def _write_benchmark_test(cells: Sequence[SnowballFigures]) -> str:
 
 
 def _layer_table(cell: SnowballFigures) -> Table:
-    """Build the table with each layer's differences, growth and drop."""
+    """Build the table of each layer's residual-stream differences, growth factors and drop."""
     tokens, growth, runs = cell.tokens, cell.tokens.removed, cell.record.runs_of_kind()
     by_cosine = cell.explained.by_cosine if cell.explained else {}
 
     def column(
         label: str, values: Sequence[ColumnValue], unit: FigureUnit = "times"
     ) -> Column[int]:
-        """Define a column in which missing values show why the growth is undefined."""
+        """Build a column that explains missing values by the reason for undefined growth."""
 
         def entry(layer: int) -> ColumnValue:
             reason = growth.factors[layer].reason or _LAST_LAYER
@@ -540,7 +541,7 @@ def _summary_table(cells: Sequence[SnowballFigures]) -> Table:
 
 
 def _growth_chart(title: str, layer: str, growths: Mapping[str, Growth]) -> LineChart:
-    """Build a chart of growth by layer, without the last layer, whose growth is undefined."""
+    """Build a chart of growth factors by layer, without the last layer (undefined growth)."""
     lines = {name: growth.factors[:-1] for name, growth in growths.items()}
     count = len(next(iter(lines.values())))
     axes = (f"{layer} layer (0-based)", "difference before the head ÷ after the layer")
@@ -548,7 +549,7 @@ def _growth_chart(title: str, layer: str, growths: Mapping[str, Growth]) -> Line
 
 
 def _build_charts(cell: SnowballFigures) -> Iterator[StudyChart]:
-    """Yield charts of the growth and of the differences that removed layers cause."""
+    """Yield charts of the growth factors, and of the differences that removed layers cause."""
     tokens, paths, layers = cell.tokens, cell.tokens.paths, range(cell.layers)
     growths = {"removed": tokens.removed, "random directions": tokens.random}
     growths |= {"other tokens' updates": tokens.shuffled}
@@ -573,7 +574,7 @@ def _build_charts(cell: SnowballFigures) -> Iterator[StudyChart]:
 
 
 def _choose_paths(cell: SnowballFigures) -> Iterator[tuple[int, str]]:
-    """Yield (layer, legend entry) for each layer whose differences are drawn as a line."""
+    """Yield (layer, legend entry) for each removed layer whose path of differences is drawn."""
     if cell.explained is None:
         layers = np.unique(np.linspace(0, cell.layers - 1, MAX_PATHS).round()).astype(int)
         yield from ((layer, f"layer {layer}") for layer in layers.tolist())

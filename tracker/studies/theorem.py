@@ -1,8 +1,8 @@
-"""Study: build a model whose layer with the lowest cosine score decides every answer.
+"""Study: build a model in which the layer with the lowest cosine score decides every answer.
 
 `tracker.models.counterexample` builds the model for the benchmark documents of the experiment file.
-The file's model provides only the tokenizer. The built model is saved as a transformers checkpoint
-and measured like any other model.
+The model that the file names provides only the tokenizer. The built model is saved as a
+transformers checkpoint and measured like any other model.
 """
 
 from __future__ import annotations
@@ -75,18 +75,19 @@ _Demand = tuple[PrefixDigest, str, int, int]
 
 @dataclass
 class Lesson:
-    """Tokens that the built model must predict for some documents, and their positions.
+    """Training target of the built model: the tokens that it must predict, and where.
 
     Attributes:
-        texts: Token sequences that the model will read.
-        targets: Key of a position → tokens that the model must predict or avoid at this position.
-        certainty: Lead of a taught token's logit over other tokens, in nats. The lead is so large
-            that the length of an answer does not matter.
+        texts: Token sequences of all documents that the model will read.
+        targets: Digest of the preceding tokens → next tokens that the model must predict or avoid
+            after these tokens.
+        certainty: Margin of a predicted token's logit over all other tokens, in nats. The margin is
+            so large that length normalisation of answers cannot change the result.
         left_out: (task, index) of a document → reason why no model can answer the document
-            correctly.
-        clashing: Number of tokens that cannot be taught, because an earlier text continues the same
-            beginning with another token.
-        tokens: Number of tokens of texts that are scored token by token (corpora); 0 for
+            correctly, e.g. two equal answers.
+        clashing: Number of tokens that the model cannot predict, because an earlier text has
+            another token after the same preceding tokens.
+        tokens: Number of tokens that are scored, if the benchmark is a text corpus; 0 for
             multiple-choice documents.
     """
 
@@ -103,28 +104,28 @@ def plan_lesson(
 ) -> Lesson:
     """Choose the tokens that the built model must predict or avoid, and their positions.
 
-    A token is taught with or without a sign. Positive sign: the intact model predicts the token,
-    and the model without layer 2 avoids the token. Negative sign: the reverse. Without a sign,
-    layer 2 does not affect the prediction. If all options of a document follow the same context, a
-    position is taught where the right answer first differs from a wrong answer. At this position,
-    the right answer's token gets a positive sign, and a wrong answer's token a negative sign. If
-    another wrong answer differs only at a later position, the right answer's token at the later
-    position is taught without a sign.
+    Each target token is signed or fixed. Positive sign: the intact model predicts the token, and
+    the model without layer 2 avoids the token. Negative sign: the intact model avoids the token,
+    and the model without layer 2 predicts it. Fixed: layer 2 does not affect the prediction. If all
+    options of a document follow the same context, the targets are at the position where the right
+    answer first differs from a wrong answer. The right answer's token at this position gets a
+    positive sign, and the wrong answer's token a negative sign. If another wrong answer differs
+    only at a later position, the right answer's token at the later position is a fixed target.
 
-    If each option follows a different context (Winogrande), one token is taught in each context:
-    with a positive sign in the right context, and with a negative sign in a wrong context. The
-    taught token is the first token that no other document has after the same text, because
-    Winogrande documents are paired. For texts without options, every token is taught with a
+    If each option follows a different context (Winogrande), each context gets one target: with a
+    positive sign in the right context, and with a negative sign in a wrong context. Winogrande
+    documents come in pairs that share texts, so the target is the first token that no other
+    document has after the same text. In texts without options, every token is a target with a
     positive sign.
 
     Args:
         documents: Documents with their requests.
-        length: Maximum number of tokens of the model's context; longer texts are cut as in lm-eval.
-        vocabulary: Number of tokens of the vocabulary.
+        length: Maximum context length of the model, in tokens; longer texts are cut as in lm-eval.
+        vocabulary: Number of tokens in the vocabulary.
         decode: Function that turns a list of tokens into text.
 
     Returns:
-        The tokens to teach, and the documents that cannot be taught.
+        The target tokens with their positions, and the documents that no model can answer.
     """
     lesson = Lesson()
     owners = _count_owners(documents, length)
@@ -148,19 +149,19 @@ def plan_lesson(
 
 
 def _read_tokens(request: Request, length: int) -> tuple[int, ...]:
-    """Return the tokens of a request that the model reads; cut long requests on the left."""
+    """Return the input tokens of a request; truncate long requests on the left as lm-eval does."""
     return (*request.context, *request.continuation)[-(length + 1) :][:-1]
 
 
 def _positions(request: Request, length: int) -> list[_Position]:
-    """Return the tokens of a continuation, each with the key of the position that predicts it."""
+    """Return (digest of the preceding tokens, token) for each token of a continuation."""
     tokens = _read_tokens(request, length)
     scored = list(prefix_digests(tokens))[len(tokens) - len(request.continuation) :]
     return list(zip(scored, request.continuation, strict=True))
 
 
 def _teach_all(lesson: Lesson, document: Document, length: int) -> None:
-    """Teach every token of a document; if texts contradict each other, the earlier one counts."""
+    """Make every token of a document a target; of contradicting texts, the earlier one counts."""
     clashing = lesson.clashing
     for request in document.requests:
         for key, token in _positions(request, length):
@@ -176,7 +177,7 @@ def _teach_all(lesson: Lesson, document: Document, length: int) -> None:
 
 
 def _count_owners(documents: Sequence[Document], length: int) -> Counter[_Position]:
-    """Count the documents with each (position, token); use documents with several contexts."""
+    """Count the documents with each (position, token), among documents with several contexts."""
     owners: Counter[_Position] = Counter()
     for document in documents:
         choices = document.requests[: document.choices]
@@ -188,7 +189,7 @@ def _count_owners(documents: Sequence[Document], length: int) -> Counter[_Positi
 def _list_demands(
     document: Document, length: int, owners: Mapping[_Position, int]
 ) -> list[_Demand] | str:
-    """Return the tokens to teach for a multiple-choice document, or why it cannot be taught."""
+    """Return the target tokens of a multiple-choice document, or why no model can answer it."""
     if document.gold is None:
         return NO_GOLD_ANSWER
     choices = document.requests[: document.choices]
@@ -223,7 +224,7 @@ def _list_demands(
 def _parting_demands(
     right: Sequence[_Position], partings: Sequence[tuple[int, int]]
 ) -> Iterator[_Demand]:
-    """Yield the tokens to teach where wrong answers first differ from the right answer."""
+    """Yield the target tokens where wrong answers first differ from the right answer."""
     kinds = {n: "fixed" if n > partings[0][0] else "signed" for n, _ in partings}
     for n, kind in kinds.items():
         yield right[n][0], kind, right[n][1], 1
@@ -237,7 +238,7 @@ def _count_shared(tokens: Sequence[int], others: Sequence[int]) -> int:
 
 
 def _has_clash(lesson: Lesson, demand: _Demand) -> bool:
-    """Return whether earlier documents demand another value for a token at the same position."""
+    """Return whether an earlier document has set another value for this position and token."""
     key, kind, token, weight = demand
     targets = lesson.targets.get(key)
     if targets is None:
@@ -247,10 +248,10 @@ def _has_clash(lesson: Lesson, demand: _Demand) -> bool:
 
 
 def _required_lead(document: Document, vocabulary: int, decode: Callable[..., str]) -> float:
-    """Return the lead in nats with which a taught token outweighs the rest of an answer.
+    """Return the logit margin, in nats, with which one target token decides a whole answer.
 
-    At positions without a taught token, the log-probabilities of all tokens differ by at most one
-    nat.
+    The margin must exceed what all other tokens of an answer can contribute. At positions without a
+    target, the log-probabilities of all tokens differ by at most one nat.
     """
     choices = [request.continuation for request in document.requests[: document.choices]]
     lengths = [max(1, len(decode(list(tokens)).strip())) for tokens in choices]
@@ -267,7 +268,7 @@ THEOREM_TEXTS = study_texts("theorem", tiny=write_tiny)
 
 
 class Theorem(Study[TheoremSettings]):
-    """Study that builds and measures the paper's counterexample for each benchmark and ε."""
+    """Study that builds and measures the paper's counterexample model for each benchmark and ε."""
 
     name = "theorem"
     question = "Can the layer with the lowest cosine score decide every answer?"
@@ -283,16 +284,16 @@ class Theorem(Study[TheoremSettings]):
         self._lesson = cache(load_lesson)  # it reads benchmarks
 
     def requests(self, context: StudyContext) -> list[CellRequest]:
-        """List the requests that remove each layer of the built model, per benchmark and ε.
+        """List the requests that remove each layer of each built model (one per benchmark and ε).
 
         Raises RequestError if a benchmark generates text, has no accuracy, or has no document that
-        can be taught.
+        the model can learn to answer.
         """
         super().requests(context)
         return [model.request for models in self._models(context) for model in models]
 
     def prepare(self, context: StudyContext) -> None:
-        """Build and save the models that the results folder lacks."""
+        """Build and save those counterexample models that the results folder lacks."""
         for models in self._models(context):
             cell = models[0].cell
             context.progress.say(f"building for {cell.benchmark}")
@@ -320,7 +321,7 @@ class Theorem(Study[TheoremSettings]):
         return result
 
     def _models(self, context: StudyContext) -> list[list[BuiltModel]]:
-        """Return each benchmark's models for all ε; their checkpoints need not exist yet."""
+        """Return the models of each benchmark, one for each ε; they need not be built yet."""
         root = context.ledger.root / "studies" / self.name
         models = []
         for cell in dict.fromkeys(map(_documents_request, context.experiment.cells())):
@@ -333,7 +334,7 @@ class Theorem(Study[TheoremSettings]):
 
 
 def _documents_request(cell: CellRequest) -> CellRequest:
-    """Return a copy of a request with only the settings that affect documents and tokens."""
+    """Return a copy of a request without ablations and other settings that do not affect tokens."""
     model = cell.model.model_copy(update={"dtype": "auto"})
     return replace(cell, model=model, removed=(), changes=Changes(layers=(0,)))
 
@@ -342,7 +343,7 @@ def _documents_request(cell: CellRequest) -> CellRequest:
 
 
 def load_lesson(cell: CellRequest, trust_remote_code: bool) -> tuple[Lesson, tuple[int, int], Any]:
-    """Return a cell's tokens to teach, (vocabulary size, context length), and its tokenizer."""
+    """Return the target tokens, (vocabulary size, context length) and the tokenizer."""
     benchmark = open_benchmark(cell)
     metric = choose_metric(benchmark.identity, cell.metric)
     if metric not in _ACCURACIES:
@@ -378,7 +379,7 @@ def _fingerprint(cell: CellRequest, lesson: Lesson, shape: tuple[int, int]) -> s
 
 
 def _build_model(cell: CellRequest, lesson: Lesson, shape: tuple[int, int]) -> Counterexample:
-    """Build the model that predicts a lesson's tokens; raise RequestError if this fails."""
+    """Build the model that predicts the target tokens; raise RequestError if this fails."""
     try:
         return Counterexample(lesson.texts, lesson.targets, lesson.certainty, *shape)
     except CellError as error:
@@ -387,7 +388,7 @@ def _build_model(cell: CellRequest, lesson: Lesson, shape: tuple[int, int]) -> C
 
 
 def _save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Save a checkpoint atomically, so that no incomplete checkpoint remains."""
+    """Save a checkpoint atomically, so that a crash leaves no incomplete checkpoint."""
     try:
         with new_folder(folder) as temporary:
             model.save_pretrained(temporary)
@@ -401,7 +402,7 @@ def _save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fold
 
 @dataclass(frozen=True)
 class BuiltModel:
-    """Model built for the documents of a benchmark and one ε; `folder` is its checkpoint."""
+    """Model built for one benchmark and ε, whose checkpoint is in `folder` once it is saved."""
 
     cell: CellRequest
     epsilon: float
@@ -421,7 +422,7 @@ class BuiltModel:
 
     @property
     def is_open(self) -> bool:
-        """True if the benchmark is a corpus, so that results count tokens, not documents."""
+        """True if the benchmark is a text corpus, whose results count tokens, not documents."""
         return self.lesson.tokens > 0
 
 
@@ -429,10 +430,10 @@ class BuiltModel:
 class MeasuredModel:
     """Measured accuracy and cosine scores of a built model.
 
-    `units` is the number of documents that can be taught; for a corpus it is the number of tokens.
-    `right` is the number of units that the intact model answers correctly. `without` is the number
-    of units that the model answers correctly without layer 2. `score` is the cosine score of layer
-    2, and `other` is the lowest cosine score of the other layers.
+    `units` is the number of documents that the model was built to answer; for a text corpus it is
+    the number of tokens. `right` is the number of units that the intact model answers correctly.
+    `without` is the number of units that the model without layer 2 answers correctly. `score` is
+    the cosine score of layer 2, and `other` is the lowest cosine score of the other layers.
     """
 
     built: BuiltModel
@@ -445,18 +446,18 @@ class MeasuredModel:
 
     @property
     def error(self) -> float:
-        """Relative difference of the measured cosine score of layer 2 from ε."""
+        """Relative error of layer 2's measured cosine score, compared with ε."""
         return abs(self.score / self.built.epsilon - 1)
 
     @property
     def holds(self) -> bool:
-        """True if the measurements confirm the theorem."""
+        """True if layer 2 has the lowest cosine score, about ε, and decides every answer."""
         decides = self.right == self.units > 0 == self.without
         return decides and self.score < self.other and self.error <= MAX_SCORE_ERROR
 
 
 def measure_model(subject: Subject, built: BuiltModel) -> MeasuredModel:
-    """Count a built model's right answers with and without layer 2, and read the cosine scores."""
+    """Count a built model's right answers with and without layer 2; read the cosine scores."""
     record, lesson = subject.record, built.lesson
     cosines = {layer: run.cosine_score for layer, run in record.runs_of_kind().items()}
     scores = {layer: math.nan if score is None else score for layer, score in cosines.items()}
@@ -473,7 +474,7 @@ def measure_model(subject: Subject, built: BuiltModel) -> MeasuredModel:
 
 
 def _count_right(value: float | str) -> tuple[int, int]:
-    """Return a document's numbers of right and of all answers; for a corpus, count tokens."""
+    """Return (right answers, all answers) of one document; for a text corpus, count tokens."""
     if isinstance(value, str):
         right, units = json.loads(value)
         return int(right), int(units)
@@ -484,7 +485,7 @@ def _count_right(value: float | str) -> tuple[int, int]:
 
 
 def _models_table(models: Sequence[MeasuredModel]) -> Table:
-    """Build the table of the models by ε, with measured cosine scores and accuracies."""
+    """Build the table with one row for each ε: measured cosine scores and accuracies."""
     record = models[0].subject.record
     lost, metric = len(models[0].built.lesson.left_out), record.metric
 
@@ -508,7 +509,7 @@ def _models_table(models: Sequence[MeasuredModel]) -> Table:
 
 
 def _layers_table(model: MeasuredModel) -> Table:
-    """Build the table of each layer's function, cosine score and accuracy when removed."""
+    """Build the table of each layer's role, cosine score, and accuracy without the layer."""
     record = model.subject.record
     columns: list[Column[RunRecord]] = [
         Column("layer", "count", lambda run: run.change.layer),

@@ -1,8 +1,8 @@
-"""Publish, collect and report the results of all members of a team.
+"""Publish the results of team members, and collect and report the results of the whole team.
 
 Modules:
     collect: Collect results from several results folders and tracking projects.
-    live: Show interim results in tracking backends during the measurement.
+    live: Show interim results in tracking backends while a measurement runs.
     publish: Publish results to tracking backends, and record which results each backend has.
     reports: Write reports of collected results, and publish reports to tracking backends.
     result_files: Write the results of a folder as lm-eval's result files.

@@ -1,9 +1,9 @@
 """Collect measured results from several results folders and tracking projects.
 
 A cell holds the results of one model on one benchmark. The cells of a tracking project are
-downloaded once, to a cache that has the form of a results folder. After that they are handled like
-local cells. Each download is verified: the key of the cell is computed again, and no downloaded
-name is used as a path.
+downloaded once, to a cache folder with the structure of a results folder. From then on, downloaded
+cells are read like local cells. Each download is verified: the key, a hash of the cell's model and
+benchmark, is computed again. No downloaded name is used as a path.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from tracker.tracking.base import Backend, RemoteCell, Target
 def pull_project(
     source: Target, name: str, progress: Progress
 ) -> tuple[list[tuple[CellStore, View]], dict[str, str]]:
-    """Download results of a tracking project that the cache lacks; return all its results.
+    """Download the results of a tracking project that are not cached; return all its results.
 
     Args:
         source: The tracking project.
@@ -50,8 +50,8 @@ def pull_project(
         progress: Receives the progress of the download.
 
     Returns:
-        All cells of the project, each with the published selection of its results; and cell name →
-        reason why the download failed.
+        The cells of the project, each with the published selection of runs and documents. Second,
+        the failed downloads, as cell name → reason.
 
     Raises:
         TrackingError: The project does not exist, or the backend could not be reached.
@@ -94,12 +94,12 @@ def _note_path(root: Path, cell: RemoteCell) -> Path:
 
 
 def _read_note(root: Path, cell: RemoteCell) -> dict[str, Any]:
-    """Read the cached metadata of a downloaded cell: version, view and outcome files."""
+    """Read the cached metadata of a download: version, selection of runs, and outcome files."""
     return read_note(_note_path(root, cell))
 
 
 def _is_cached(root: Path, cell: RemoteCell, stores: Mapping[str, CellStore]) -> bool:
-    """Return whether the cache has an intact copy of the current version of a remote cell."""
+    """Return whether the cache has an undamaged, current copy of published results."""
     note = _read_note(root, cell)
     store = stores.get(note.get("cell", ""))
     if note.get("version") != cell.version or store is None:
@@ -146,18 +146,19 @@ def _download_cell(backend: Backend, cell: RemoteCell, root: Path) -> None:
 
 @dataclass
 class CollectedCells:
-    """Measured cells (one model on one benchmark) from several sources.
+    """Measured results of several models and benchmarks, from several sources.
 
     Attributes:
-        cells: Records of the cells, derived from the outcomes of all sources. One record for each
+        cells: Records of the cells, computed from the outcomes of all sources. One record for each
             cell and each selection of runs, documents and metric (view).
-        experiments: Name of each experiment file in the results folders → its exact text.
-        failed: Source, or cell of a source → reason why the source or cell could not be read.
-        findings: The findings of studies in the results folders.
+        experiments: Name of an experiment file in a results folder → exact text of the file.
+        failed: Name of a source (e.g. a folder) or of a cell → reason why it could not be read.
+        findings: The stored results of studies in the results folders.
         origins: Record key → the stored cell, and the selection of runs and documents, from which
-            the record was derived.
-        searched: Keys of the records that were measured only as steps of searches.
-        unfinished: Messages about unfinished cells, each with the folder and with advice.
+            the record was computed.
+        searched: Keys of the records that were measured only as steps of a search for layers to
+            remove.
+        unfinished: One message for each unfinished measurement, with its folder and with advice.
         projects: Names of the tracking projects to which the results folders belong.
     """
 
@@ -171,9 +172,9 @@ class CollectedCells:
     projects: set[str] = field(default_factory=set)
 
     def derive_decisions(self) -> dict[RecordKey, DecisionsRecord]:
-        """Return record key → documents that each ablation makes wrong or right.
+        """Return the documents that each ablation makes wrong or right, by key of the record.
 
-        A cell that cannot be read is added to `failed`.
+        If the outcomes of a model and benchmark cannot be read, the reason is added to `failed`.
         """
         decisions = {}
         for key in [cell.record_key for cell in self.cells if cell.record_key in self.origins]:
@@ -189,14 +190,14 @@ class CollectedCells:
 def collect_cells(
     sources: Sequence[str], progress: Progress, verify_all: bool = False
 ) -> CollectedCells:
-    """Collect the measured cells of several results folders and tracking projects.
+    """Collect the measured results of several results folders and tracking projects.
 
     Args:
         sources: Results folders, `mlflow:URI/EXPERIMENT`, `mlflow:EXPERIMENT` (at
             `MLFLOW_TRACKING_URI`), `wandb:ENTITY/PROJECT` or `trackio:PROJECT`.
         progress: Receives the progress of downloads.
         verify_all: True to read and verify all outcomes again, even if they were verified earlier.
-            Set it for output that shows more than the records.
+            Set `verify_all` if the output shows outcomes of documents, not only summary records.
 
     Returns:
         The collected cells. Their attribute `failed` lists sources and cells that cannot be read.
@@ -248,13 +249,13 @@ def collect_cells(
 
 
 def _view_key(stored_view: tuple[CellStore, View]) -> Hashable:
-    """Return a key for a cell and its selection of runs, equal in all results folders."""
+    """Return a grouping key: equal in all folders for the same model, benchmark and runs."""
     store, view = stored_view
     return store.identity.key, store.views.view_name(view)
 
 
 def _join_views(same_views: Sequence[tuple[CellStore, View]]) -> tuple[CellStore, View]:
-    """Merge the outcomes of several results folders for the same cell and selection of runs."""
+    """Merge the outcomes of several results folders for the same model, benchmark and runs."""
     (store, view), *other_views = same_views
     if other_views:
         by_folder = {part.folder.resolve(): part for part, _ in same_views}
@@ -270,10 +271,11 @@ def _join_views(same_views: Sequence[tuple[CellStore, View]]) -> tuple[CellStore
 
 
 def remove_contained(cells: Iterable[CellRecord]) -> list[CellRecord]:
-    """Remove records whose runs and documents are all in another record of the same cell.
+    """Remove each result record whose runs and documents are a subset of another record's.
 
-    Records are never merged, because the statistics depend on the set of runs and documents. The
-    remaining records keep their order.
+    Only records of the same model and benchmark are compared. Two records are never merged, because
+    their statistics depend on the set of runs and documents. The order of the remaining records
+    does not change.
     """
     groups: dict[object, list[CellRecord]] = {}
     for cell in cells:
@@ -284,7 +286,7 @@ def remove_contained(cells: Iterable[CellRecord]) -> list[CellRecord]:
 
 
 def _open_source(source: str) -> Ledger | Target:
-    """Open a results folder or parse a tracking project; RequestError if the source is invalid."""
+    """Open a results folder, or parse a tracking project; RequestError for an invalid source."""
     path = Path(source)
     if ":" not in source or path.exists():
         return Ledger.open_existing(path)

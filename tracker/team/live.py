@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(eq=False)
 class _LiveCell:
-    """Model and benchmark under measurement, with the state of its live runs."""
+    """Model and benchmark that is being measured, with its live runs in tracking backends."""
 
     store: CellStore
     view: View
@@ -56,12 +56,12 @@ class _LiveCell:
 
     @property
     def key(self) -> str:
-        """Run key of the cell's summary run, in which the backends show the progress."""
+        """Key of the summary run of this model and benchmark, which shows the progress."""
         return run_key(self.record, "cell")
 
 
 class LiveUpdater:
-    """Thread that shows interim results in tracking backends; backends that fail are dropped."""
+    """Thread that shows interim results in tracking backends; failing backends are dropped."""
 
     def __init__(self, live_runs: tuple[LiveRun, ...]) -> None:
         self._live_runs = live_runs
@@ -72,7 +72,7 @@ class LiveUpdater:
         self._thread: Thread | None = None
 
     def begin(self, name: Hashable, store: CellStore, view: View) -> None:
-        """Start to show a cell's progress in tracking backends; pass the same `name` to `end`."""
+        """Start showing the progress of a measurement; `end` with the same `name` stops it."""
         if not self._live_runs:
             return
         record = unmeasured_record(
@@ -91,7 +91,7 @@ class LiveUpdater:
         self._messages.put((name, cell, Event()))
 
     def end(self, name: Hashable, status: RunStatus) -> Event:
-        """End a cell's live run; return an event that is set once the live run has ended."""
+        """Request the end of a measurement's live run; return an event that is set at its end."""
         event = Event()
         if self._thread is None:
             event.set()
@@ -100,7 +100,7 @@ class LiveUpdater:
         return event
 
     def close(self) -> None:
-        """Mark unfinished live runs as killed; never raise an exception."""
+        """Stop the thread, and mark unfinished live runs as killed; never raise an exception."""
         self._messages.put(None)
         if self._thread is not None:
             # A run that is cut off in the middle of a call cannot be marked as killed.
@@ -131,7 +131,7 @@ class LiveUpdater:
             event.set()
 
     def _update_cell(self, cell: _LiveCell) -> None:
-        """Send a cell's interim results to its live runs; drop live runs that fail."""
+        """Send a measurement's interim results to its live runs; drop live runs that fail."""
         start = time.monotonic()
         interim = attempt(partial(interim_estimates, cell.store, cell.view))
         if isinstance(interim, Exception):
@@ -161,7 +161,7 @@ class LiveUpdater:
 def progress_figures(
     first_interim: InterimEstimates, interim: InterimEstimates, seconds: float, record: CellRecord
 ) -> Mapping[str, float]:
-    """Compute progress, speed and interim drops of a cell that is being measured.
+    """Compute progress, speed and interim accuracy drops of a running measurement.
 
     Args:
         first_interim: Interim results at the time when the live run was opened.

@@ -1,4 +1,4 @@
-"""Publish results to tracking backends, and record which results each backend has."""
+"""Publish results to tracking backends, and store which results each backend already has."""
 
 from __future__ import annotations
 
@@ -65,13 +65,13 @@ REQUESTED_TEXTS_NOTE = "document texts are published too (--publish-documents)"
 
 @dataclass
 class Publication:
-    """Result of publishing one cell (model and benchmark) to several tracking projects.
+    """Result of publishing one model and benchmark to several tracking projects.
 
     Attributes:
         locations: Project of a backend, as `BACKEND:PROJECT` → address of the published runs.
         published: Project of a backend → numbers of created, updated and unchanged runs.
-        error: Messages about the projects to which publishing failed; empty if publishing did not
-            fail.
+        error: Text with a message for each project to which publishing failed; empty if none
+            failed.
         notes: Further remarks for the user.
     """
 
@@ -83,14 +83,14 @@ class Publication:
 
 @dataclass
 class SyncResult:
-    """Result of publishing all results of a folder that the tracking backends lack.
+    """Result of publishing everything in a results folder that the tracking backends lack.
 
     Attributes:
         published: Titles of the cells that were published to all their projects.
-        failed: Title of a cell → reason why publishing to a project failed.
+        failed: Title of a cell → reason why publishing the cell failed.
         locations: Project of a backend, as `BACKEND:PROJECT` → address of the published runs.
-        places: Project of a backend → for each cell, the numbers of created, updated and unchanged
-            runs.
+        places: Project of a backend → one entry for each cell, with the numbers of created, updated
+            and unchanged runs.
         notes: Further remarks for the user.
     """
 
@@ -103,13 +103,14 @@ class SyncResult:
 
 @dataclass(frozen=True)
 class _Attachments:
-    """Files and tables that are published together with a cell's record.
+    """Files and tables that are published together with the results of a model and benchmark.
 
     Attributes:
         files: Files to publish: outcomes and, if allowed, document texts.
-        tables: Name → additional table.
+        tables: Name → additional table, such as `documents`.
         texts: Names of the files that contain texts of documents.
-        note: Message about whether document texts are published; empty if the cell has no texts.
+        note: Message to the user whether document texts are published; empty if the cell has no
+            texts.
     """
 
     files: list[Path]
@@ -122,14 +123,14 @@ _Job = tuple[Future[Publication], Callable[[], Publication]]
 
 
 class Publisher:
-    """Publisher of results to tracking backends, which are opened on first use.
+    """Publisher of results to tracking backends, which opens each backend on first use.
 
     `track` lists backends as `BACKEND` or `BACKEND:PROJECT`; `project` is the default project.
-    Projects to which a cell was published earlier are updated too, unless `track` is empty,
-    `update_others` is False, or the process is a trial of a sweep. In a sweep, `trial` is the W&B
-    run of the trial. Document texts from public sources are always published; other texts only with
-    `publish_texts`. `run_selection` selects which ablations become separate runs in the backend.
-    RequestError is raised for an unknown backend.
+    Projects to which the same results were published earlier are updated too, unless `track` is
+    empty, `update_others` is False, or the process is a trial of a sweep. In a sweep, `trial` is
+    the W&B run of the trial. Document texts from public sources are always published; other texts
+    only with `publish_texts`. `run_selection` selects the ablations that become separate runs in
+    the backend. RequestError is raised for an unknown backend.
     """
 
     def __init__(
@@ -165,11 +166,11 @@ class Publisher:
     def begin(
         self, store: CellStore, record: CellRecord, ended: Event | None = None
     ) -> Future[Publication]:
-        """Publish a cell in a background thread, after the cells of earlier calls.
+        """Publish results in a background thread, after the results of earlier calls.
 
-        The thread first waits until `ended` is set, up to a time limit. In a W&B trial, the method
-        returns only after publishing, because the trial's run must end last. The future never
-        raises an exception.
+        The thread first waits until the event `ended` is set, at most 60 seconds. In a W&B sweep,
+        the method publishes before it returns, because the run of the trial must end after all
+        other runs. The returned future contains the result, and never raises an exception.
         """
         # The record's files, listed before more of the cell is measured.
         files = _record_files(store, record)
@@ -196,13 +197,13 @@ class Publisher:
             future.set_result(publish())
 
     def publish(self, store: CellStore, record: CellRecord) -> Publication:
-        """Publish a cell; ask the backends for existing runs, even if publishing was recorded."""
+        """Publish results; check the backend's runs even if the results are noted as published."""
         return self._publish(store, record, _record_files(store, record), False)
 
     def _build_attachments(
         self, store: CellStore, record: CellRecord, files: Sequence[Path]
     ) -> _Attachments:
-        """Return the files and tables to publish with a record, and a message about texts."""
+        """Return the files and tables to publish with results, and a note about document texts."""
         decisions = None
         with suppress(OSError, ValueError):  # a view that was never requested
             view = store.views.read(store.views.path(record.view).read_bytes()).view
@@ -221,7 +222,7 @@ class Publisher:
     def _publish(
         self, store: CellStore, record: CellRecord, files: Sequence[Path], trust_receipts: bool
     ) -> Publication:
-        """Publish a record; if a larger measurement has replaced it, publish that record too."""
+        """Publish results and, if a larger measurement has replaced them, also the new results."""
         publication = self._publish_record(store, record, files, trust_receipts)
         if (view := store.views.superseding_view(record.view)) is None:
             return publication
@@ -231,7 +232,7 @@ class Publisher:
     def _publish_record(
         self, store: CellStore, record: CellRecord, files: Sequence[Path], trust_receipts: bool
     ) -> Publication:
-        """Publish a record to each project; a failure does not affect other projects."""
+        """Publish results to each project; continue with the other projects after a failure."""
         record = _distinguish_record(store, record)
         outcome, errors = Publication(), []
         n_joined = len(record.runs) - len(individual_runs(record, self._run_selection))
@@ -297,7 +298,7 @@ class Publisher:
     def _earlier_targets(
         self, store: CellStore, record: CellRecord, targets: Mapping[Target, Target]
     ) -> list[Target]:
-        """List projects to which a record was published earlier, without the current targets."""
+        """List the projects with an earlier version of the results, without current targets."""
         if not self._update_others:
             return []
         earlier = published_targets(store, record, self._results)
@@ -310,7 +311,7 @@ class Publisher:
     def _record_pending(
         self, store: CellStore, record: CellRecord, target: Target, address: Target
     ) -> None:
-        """Write to the results folder that a record must still be published to a project."""
+        """Store a note in the results folder that results must still be published to a project."""
         with suppress(OSError, WorkError):
             name = self._receipt_name(target, record.view)
             if not store.receipt(name).get("place"):
@@ -327,16 +328,16 @@ class Publisher:
         return f"{message}\n{retry_advice(command)}"
 
     def _backend_arguments(self, target: Target) -> tuple[str, str, Path, str | None]:
-        """Return the arguments to open a target: backend, project, results folder, server."""
+        """Return the arguments of `open_backend`: backend, project, results folder, server."""
         return target.backend, target.project or self.project, self._results, target.server
 
     def _receipt_name(self, target: Target, view: str) -> str:
-        """Return the name of the note that records the publishing of `view` to a target."""
+        """Return the name of the note that stores which results of `view` a target has."""
         name = destination(*self._backend_arguments(target))
         return name if view == INTACT_VIEW else content_hash([name, view])
 
     def close(self) -> None:
-        """Close the backends, and cancel publishing that has not started."""
+        """Close the backends, and cancel publications that have not started."""
         with suppress(Empty):
             while True:
                 self._jobs.get_nowait()
@@ -347,10 +348,10 @@ class Publisher:
 
 
 class Trial(LiveRun):
-    """The W&B run of a sweep's trial; inactive outside a sweep or if W&B is not tracked.
+    """The W&B run of a sweep's trial; does nothing outside a sweep or if W&B is not used.
 
     W&B is contacted only when there are results to show, so that an unreachable server never stops
-    a measurement. `run` is the change of the model that the trial measures.
+    a measurement. `run` is the change of the model, e.g. a removed layer, that the trial measures.
     """
 
     def __init__(self, track: Sequence[str], results: Path, run: Change) -> None:
@@ -381,7 +382,7 @@ class Trial(LiveRun):
         pass  # `log` or `end_unmeasured` does
 
     def log(self, cell: CellRecord, extra_figures: Mapping[str, float] = {}) -> None:
-        """Log the trial's results and additional metrics, and end the W&B run.
+        """Log the results of the trial with additional metrics, and end the W&B run.
 
         TrackingError is raised if W&B refuses the results or cannot be reached.
         """
@@ -391,7 +392,7 @@ class Trial(LiveRun):
             self._end_run("log", cell, run, dict(extra_figures))
 
     def end_unmeasured(self, note: str, status: RunStatus = "finished") -> None:
-        """End the W&B run without results; set its note and its status in the sweep.
+        """End the W&B run without results; set the run's note, and its status in the sweep.
 
         TrackingError is raised if W&B refuses the update or cannot be reached.
         """
@@ -414,7 +415,7 @@ class Trial(LiveRun):
 
 
 def _distinguish_record(store: CellStore, record: CellRecord) -> CellRecord:
-    """Return the record; add a suffix to its name if another record has the same name."""
+    """Return the record, with a suffix if another model or benchmark has the same display name."""
     records = [record]
     for sibling in store.siblings():
         if sibling.views.path(record.view).exists():
@@ -428,7 +429,7 @@ def _distinguish_record(store: CellStore, record: CellRecord) -> CellRecord:
 
 
 def _record_files(store: CellStore, record: CellRecord) -> list[Path]:
-    """List the files from which a record and its tables are derived."""
+    """List the files from which published results and tables are computed."""
     view = store.views.path(record.view)
     return [store.folder / "cell.json", view, *store.shards(), *store.texts.files()]
 
@@ -439,13 +440,13 @@ def sync_ledger(
     publish_texts: bool = False,
     run_selection: RunSelection = "auto",
 ) -> SyncResult:
-    """Publish all results of a results folder that the tracking backends lack.
+    """Publish those results of a results folder that the tracking backends lack.
 
-    Each entry of `addresses` is `BACKEND` or `BACKEND:PROJECT`; the default project is the project
-    that the experiment file names. If `addresses` is None, results are published to every project
-    to which they were published earlier. The default backend is added if results were never
-    published, or if the environment names a server. `publish_texts` and `run_selection` have the
-    same meaning as in `Publisher`.
+    Each entry of `addresses` is `BACKEND` or `BACKEND:PROJECT`; without a project, the project of
+    the experiment file is used. If `addresses` is None, results are published to the projects to
+    which they were published earlier. Results that were never published go to the default backend.
+    If the environment names a server of the default backend, all results are also published there.
+    `publish_texts` and `run_selection` have the same meaning as in `Publisher`.
     """
     ledger.create()
     contents = ledger.contents()
@@ -483,6 +484,6 @@ def sync_ledger(
 
 
 def _target_text(target: Target) -> str:
-    """Return a target as text, in the form that users type on the command line."""
+    """Format a target as users type it on the command line: `BACKEND:SERVER/PROJECT`."""
     server = f"{target.server}/" if target.server else ""
     return f"{target.backend}:{server}{target.project}" if target.project else target.backend

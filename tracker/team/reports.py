@@ -35,9 +35,9 @@ _MAX_CHARTS = 60
 
 
 def write_report(ledger: Ledger) -> tuple[Path, dict[str, str]]:
-    """Write the HTML report of a results folder, about all cells with measured documents.
+    """Write the HTML report about all measured results in a results folder.
 
-    Returns the path of the report, and unreadable file → message with advice.
+    Returns the path of the report, and a dictionary of unreadable file → message with advice.
     """
     contents = ledger.contents()
     collected = CollectedCells(
@@ -56,9 +56,10 @@ def write_report(ledger: Ledger) -> tuple[Path, dict[str, str]]:
 
 
 def write_collected(collected: CollectedCells, report_format: str, path: Path) -> list[Path]:
-    """Write a report file or folder; `report_format` is `html` or a key of `REPORT_FORMATS`.
+    """Write a report to `path`; `report_format` is `html` or a key of `REPORT_FORMATS`.
 
-    RequestError is raised for an unknown format, WorkError if the disk is full or not writable.
+    Returns the written files. RequestError is raised for an unknown format, WorkError if the disk
+    is full or not writable.
     """
     if report_format == "html":
         return [_write_page(collected, path, collected.derive_decisions())]
@@ -90,7 +91,7 @@ def _write_page(
 def _document_frames(
     collected: CollectedCells, with_private: bool = True
 ) -> Iterator[pd.DataFrame]:
-    """Yield data frames of the documents that ablations make wrong or right."""
+    """Yield data frames that list the documents that ablations make wrong or right."""
     origins = ((cell, collected.origins.get(cell.record_key)) for cell in collected.cells)
     cell_decisions = ((cell, derive_decisions(*origin)) for cell, origin in origins if origin)
     return document_frames(
@@ -101,11 +102,11 @@ def _document_frames(
 def publish_report(
     collected: CollectedCells, targets: Sequence[str], results: Path, with_private: bool = False
 ) -> tuple[dict[str, str], dict[str, str], tuple[str, ...]]:
-    """Publish the report, with tables and charts, as a separate run to each target.
+    """Publish a report with tables and charts to each target, as a separate run.
 
-    A target is `BACKEND:PROJECT`. `with_private` includes document texts that do not come from the
-    Hugging Face hub or a package. Returns target → address of the report, target → error, and
-    messages about texts. RequestError is raised for an invalid target.
+    A target is `BACKEND:PROJECT`. With `with_private`, the report includes document texts that do
+    not come from the Hugging Face hub or a package. Returns target → address of the report, target
+    → error message, and notes about omitted texts. RequestError is raised for an invalid target.
     """
     decisions = collected.derive_decisions() if targets else {}
     withheld_keys = [
@@ -158,7 +159,7 @@ def _build_page(
 
 
 def board_text(cells: Sequence[CellRecord]) -> str:
-    """Return Markdown with the main finding for each model, and a guide to the leaderboards."""
+    """Return Markdown: the main result for each model, and how to read the leaderboards."""
     answers = (
         f"**{escape_markdown(model)}**: "
         + escape_markdown(
@@ -170,7 +171,7 @@ def board_text(cells: Sequence[CellRecord]) -> str:
 
 
 def _read_target(text: str, projects: Collection[str]) -> Target:
-    """Parse a target; without a project, use the project of the results if it is unique."""
+    """Parse a target; if it names no project, use the only project of the results."""
     report_target = target(text, "reports")
     if report_target.project is None and len(projects) != 1:
         projects_text = (

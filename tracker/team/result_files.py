@@ -1,4 +1,4 @@
-"""Write result files in lm-eval's format for the intact model and each ablated model."""
+"""Write lm-eval result files for the intact model and for each ablated model."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 def first_outcome_time(parts: Sequence[CellPart]) -> float | None:
-    """Return the time of a cell's first outcomes, in seconds since 1970; None if unknown."""
+    """Return the time of the earliest outcomes, in seconds since 1970; None if unknown."""
     names = ["task", "doc"]
     shards = [part.store.load_shard(path, names) for part in parts for path in part.store.shards()]
     times = [shard.metadata.get("measured") for shard in shards if shard is not None]
@@ -49,7 +49,7 @@ def describe_model(
     rows: Sequence[Mapping[Any, Any]],
     start_time: float | None,
 ) -> EvaluatedModel:
-    """Build the description of an ablated model for lm-eval's results files."""
+    """Build the metadata about an ablated model that lm-eval's result files contain."""
     from tracker.benchmarks.results import BOOTSTRAP_ITERS, EvaluatedModel
 
     identities = [part.store.identity for part in parts]
@@ -105,7 +105,7 @@ def describe_model(
 
 
 def model_args(model: ModelIdentity) -> dict[str, str]:
-    """Return the `--model_args` with which lm-eval loads the measured weights."""
+    """Return the `--model_args` that make lm-eval load the measured weights."""
     args = {"pretrained": model.source}
     if model.source.endswith(".gguf"):
         path = Path(model.source)
@@ -116,9 +116,10 @@ def model_args(model: ModelIdentity) -> dict[str, str]:
 
 
 def ablation_args(ablation: Ablation) -> dict[str, str]:
-    """Return model arguments that describe an ablation, one for each kind of change.
+    """Encode an ablation as model arguments, such as `removed_layers=3+17`, for lm-eval's files.
 
-    No argument contains a comma, and different ablations have different arguments.
+    There is one argument for each kind of change. No argument contains a comma, and different
+    ablations have different arguments.
     """
     changes: list[tuple[str, object]] = [
         *(("removed_layers", layer) for layer in ablation.removed()),
@@ -144,7 +145,7 @@ def _format_args(args: dict[str, str]) -> list[str]:
 
 @dataclass(frozen=True)
 class CellPart:
-    """Outcomes of one model and benchmark on one set of documents, with requested ablations."""
+    """Outcomes of one model and benchmark on one set of documents, for requested ablations."""
 
     store: CellStore
     extent: Extent
@@ -159,7 +160,7 @@ class CellPart:
 
     @property
     def call_key(self) -> str:
-        """Key that is equal for outcomes that one lm-eval call could have produced together."""
+        """Key for grouping: equal if one lm-eval call could have produced the outcomes together."""
         identity = self.store.identity
         own_fields = {
             "name",
@@ -180,7 +181,7 @@ class CellPart:
         return {task.name for task in self.store.identity.benchmark.tasks}
 
     def read_outcomes(self) -> dict[Ablation, pd.DataFrame]:
-        """Read the outcomes of the requested ablations, as ablation → data frame of documents."""
+        """Read the outcomes of each requested ablation, as a data frame with a row per document."""
         frame = self.store.read_documents(self.extent)
         frames = dict(iter(frame.groupby("ablation"))) if len(frame) else {}
         return {
@@ -190,7 +191,7 @@ class CellPart:
         }
 
     def missing_notes(self, outcomes: Mapping[Ablation, pd.DataFrame]) -> Iterator[str]:
-        """Yield messages about ablations that are not measured on all documents."""
+        """Yield a message for each group of ablations with unmeasured documents."""
         n_documents = sum(self.store.counts(self.extent).values())
         names_by_count: dict[int, list[str]] = {}
         for ablation in self.ablations:
@@ -205,13 +206,14 @@ class CellPart:
 
 @dataclass(frozen=True)
 class ResultFiles:
-    """Result files that were written in lm-eval's format.
+    """Result of writing files in lm-eval's format: paths, remarks and errors.
 
     Attributes:
         files: Paths of the written files. For each model, the results file comes first, then the
             samples file of each task.
         notes: Remarks on missing outcomes, and on corpora, which are not tasks of lm-eval.
-        failed: Name of a cell or a folder → error that prevented writing its files.
+        failed: Title of a model and benchmark, or a folder → error because of which files are
+            missing.
     """
 
     files: list[Path] = field(default_factory=list)
@@ -228,16 +230,16 @@ def write_result_files(
     trust_remote_code: bool,
     progress: Progress,
 ) -> ResultFiles:
-    """Write result files in lm-eval's format for a results folder.
+    """Write the results of a results folder as result files in lm-eval's format.
 
     Args:
         ledger: The results folder.
         output: The output folder. Each model gets its own subfolder, as with `lm_eval
             --output_path`.
-        models: Short names of models, or names as the user typed them; empty for all models.
-        benchmarks: Names of benchmarks; empty for all benchmarks.
-        layers: Layers; only ablations whose first changed layer is listed are written. Empty for
-            all ablations.
+        models: Models to include, by short name or as typed in the experiment file; empty for all.
+        benchmarks: Names of the benchmarks to include; empty for all benchmarks.
+        layers: Layers to include: an ablation is written if its first changed layer is listed.
+            Empty for all ablations.
         trust_remote_code: True if code from a model's repository may run to load its chat template.
         progress: Receives the number of models whose files are written.
 
@@ -283,7 +285,7 @@ def write_result_files(
 def _select_stores(
     stores: Sequence[CellStore], models: Collection[str], benchmarks: Collection[str]
 ) -> list[CellStore]:
-    """Return the results of the given models and benchmarks; RequestError for unknown names."""
+    """Return the stored results of the given models and benchmarks; refuse unknown names."""
     if not stores:
         raise RequestError("there is no finished benchmark yet; type: tracker run EXPERIMENT.yaml")
     model_names = {name for store in stores for name in _model_names(store)}
@@ -310,14 +312,14 @@ def _select_stores(
 
 
 def _model_names(store: CellStore) -> set[str]:
-    """Return the names of a cell's model: the short name, and the name that the user typed."""
+    """Return the names that select a model: the short name, and the name that the user typed."""
     return {store.identity.model.name, store.identity.model.source}
 
 
 def _cell_parts(
     store: CellStore, views: Sequence[View], layers: Collection[int]
 ) -> Iterator[CellPart]:
-    """Yield a part for each set of documents, with the ablations requested on this set."""
+    """Yield a `CellPart` with its requested ablations for each requested set of documents."""
     for extent in dict.fromkeys(view.extent for view in views):
         ablations = [INTACT]
         for view in [view for view in views if view.extent == extent]:
@@ -328,7 +330,7 @@ def _cell_parts(
 
 
 def _group_calls(parts: Sequence[CellPart]) -> list[list[CellPart]]:
-    """Group outcomes by the lm-eval call that could have produced them."""
+    """Group outcomes: one lm-eval call could have produced all outcomes of a group."""
     calls: dict[str, list[list[CellPart]]] = {}
     for part in parts:
         same_calls = calls.setdefault(part.call_key, [])
@@ -354,7 +356,7 @@ def _write_call(
     progress: Progress,
     result: ResultFiles,
 ) -> None:
-    """Write the result files of all models that one lm-eval call could have evaluated."""
+    """Write the result files of a group of outcomes that one lm-eval call could have produced."""
     from tracker.benchmarks.results import ResultFileWriter
 
     parts: dict[CellPart, LmEvalBenchmark] = {}
@@ -394,7 +396,7 @@ def _write_call(
 
 
 def _open_benchmark(store: CellStore) -> LmEvalBenchmark:
-    """Open a cell's benchmark; raise BenchmarkError if it has changed since the measurement."""
+    """Open the benchmark of stored results; BenchmarkError if it has changed since measurement."""
     from tracker.benchmarks.tasks import LmEvalBenchmark
 
     identity = store.identity
@@ -409,7 +411,7 @@ def _open_benchmark(store: CellStore) -> LmEvalBenchmark:
 
 
 def _rebuild_request(store: CellStore) -> CellRequest:
-    """Rebuild the request of a measured cell from its stored metadata, without ablations."""
+    """Rebuild the request of stored results from their metadata, without ablations."""
     identity = store.identity
     benchmark = identity.benchmark
     settings: dict[str, Any] = {
@@ -430,7 +432,7 @@ _BOOLEANS = {"true": True, "false": False}
 
 
 def _build_encoder(store: CellStore, trust_remote_code: bool) -> RequestEncoder | None:
-    """Build an encoder that applies the chat template; None if no chat template was used."""
+    """Build the encoder of prompts with a chat template; None if no chat template was used."""
     if not store.identity.benchmark.apply_chat_template:
         return None
     from tracker.benchmarks.encoder import RequestEncoder
@@ -446,7 +448,7 @@ def _build_encoder(store: CellStore, trust_remote_code: bool) -> RequestEncoder 
 
 
 def _judged_documents(rows: Sequence[Mapping[Any, Any]]) -> dict[tuple[str, int], JudgedAnswers]:
-    """Convert a model's outcomes to lm-eval's form: (task, index) → responses with scores."""
+    """Convert outcomes to lm-eval's form: (task, index) → responses of the model with scores."""
     from tracker.benchmarks.results import JudgedAnswers
 
     judged_documents = {}

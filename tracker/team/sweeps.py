@@ -1,4 +1,4 @@
-"""Complete failed trials of a W&B sweep with results from the results folder."""
+"""Complete crashed trials of a W&B sweep with results from the results folder."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class SweepResult:
     Attributes:
         unfinished: Number of killed and failed trials before the completion.
         filled: Titles of the trials that were completed.
-        wanting: Title of a trial → reason why the results folder has no results for the trial.
+        wanting: Title of a trial → reason why the results folder cannot complete the trial.
         failed: Title of a trial → reason why W&B did not accept the results.
     """
 
@@ -44,14 +44,15 @@ class SweepResult:
 
 
 def trial_request(settings: dict[str, Any]) -> CellRequest:
-    """Build the request of a trial from its sweep settings; RequestError if they are invalid."""
+    """Convert the sweep settings of a trial to a request; RequestError if they are invalid."""
     return run_request({key: settings[key] for key in FIELDS_BY_KEY if key in settings})
 
 
 def find_grid_cell(request: CellRequest, results: Path) -> CellRequest | None:
-    """Find the cell (model and benchmark) of the current sweep that contains a trial.
+    """Find the model and benchmark in the current sweep to which a trial belongs.
 
-    Returns None outside a sweep, or if the sweep cannot be read or does not contain the trial.
+    The returned request contains all ablations of this model and benchmark in the sweep. Returns
+    None outside a sweep, or if the sweep cannot be read or does not contain the trial.
     """
     if not in_sweep():
         return None
@@ -98,7 +99,7 @@ def fill_sweep(path: str, ledger: Ledger) -> SweepResult:
 
 
 def _find_measured_run(request: CellRequest, ledger: Ledger) -> tuple[CellRecord, RunRecord]:
-    """Find the stored record and run of a trial; ResultsError if it is not fully measured."""
+    """Find the stored results of a trial; ResultsError if the trial is not fully measured."""
     full_request = replace(request, until=None)
     store = find_cell(full_request, ledger).store
     stopped_request = find_earlier_request(request, store)

@@ -1,20 +1,20 @@
-"""Publish records to MLflow, W&B and Trackio, and read published records back.
+"""Publish results to MLflow, W&B and Trackio, and read published results back.
 
-The results folder (ledger) is the source of truth. A backend receives copies of records and files,
-and can be filled again from the results folder at any time. A results folder stores the addresses
-to which it was published. An address in a folder from another person can point to a server that
-steals logins. So an address is contacted only if the environment names the same server, or if there
-is no login to send.
+The results folder (ledger) is the source of truth. A backend receives copies of results and files,
+and can be refilled from the results folder at any time. A results folder stores the server and
+project (address) of each earlier publication. An address in a folder from another person can name a
+malicious server that collects logins. So tracker contacts a stored address only if the environment
+names the same server, or if there is no login to send.
 
 Modules:
     mlflow: Write to MLflow.
     trackio: Write to Trackio.
     wandb: Write to Weights & Biases.
     base: Define the interface of a backend, and check the files that a server sends.
-    figures: Flatten records into metrics, curves and tables.
+    figures: Convert records to metrics, curves and tables.
     identity: Compute the keys, names and digests of runs.
-    isolated: Call an SDK in a separate process.
-    runs: Describe the runs to publish for a model and benchmark, for every backend.
+    isolated: Call a backend's SDK in a separate process.
+    runs: Describe the runs to publish for a model and benchmark, in a form for all backends.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 @cache
 def backends() -> dict[str, Service]:
-    """Return name → tracking backend, the built-in backends first.
+    """Return all tracking backends by name, starting with the built-in backends.
 
     Other packages register backends by entry points in the group `layer_tracker.tracking`; each
     entry point names a subclass of `Service`. No SDK is imported.
@@ -56,14 +56,14 @@ def backends() -> dict[str, Service]:
 
 
 def _new_service(extension: object) -> Service:
-    """Create an instance of the `Service` subclass that an extension package provides."""
+    """Create the backend of an extension package from its `Service` subclass."""
     if not (isinstance(extension, type) and issubclass(extension, Service)):
         raise TypeError(f"{extension!r} is no subclass of tracker.tracking.base.Service")
     return extension()
 
 
 def service(name: str) -> Service:
-    """Return the tracking backend with this name; RequestError if the name is unknown."""
+    """Return the tracking backend with this name; RequestError if there is no such backend."""
     if name not in backends():
         advice = f"use one of: {', '.join(backends())}.{did_you_mean(name, backends())}"
         raise RequestError(f"There is no tracking backend {mask_secrets(name)!r}; {advice}")
@@ -76,7 +76,7 @@ def target(text: str, *needs: Ability, is_source: bool = False) -> Target:
     Args:
         text: `BACKEND` or `BACKEND:PROJECT`, e.g. `mlflow`, `wandb:ENTITY/PROJECT` or
             `mlflow:http://mlflow.lab:5000/EXPERIMENT`.
-        *needs: Abilities that the backend must have.
+        *needs: Abilities that the backend must have, such as `reports`.
         is_source: True if results are read from the target. The text must then name a project.
 
     Returns:
@@ -98,7 +98,7 @@ def target(text: str, *needs: Ability, is_source: bool = False) -> Target:
 
 
 def sweep_backend() -> str | None:
-    """Return the name of the backend whose sweep agent started this process, else None."""
+    """Return the name of the backend whose sweep agent started this process, or None."""
     names = ((name, backend.sweep_variable) for name, backend in backends().items())
     return next((name for name, variable in names if variable and os.environ.get(variable)), None)
 
@@ -129,22 +129,22 @@ def open_backend(name: str, project: str, results: Path, server: str | None = No
 
 
 def open_live_run(name: str, project: str, results: Path, server: str | None = None) -> LiveRun:
-    """Open the part of a backend that shows progress; arguments as in `open_backend`."""
+    """Open a backend to show the progress of measurements; arguments as in `open_backend`."""
     return cast(LiveRun, service(name).open("live runs", project, results, server))
 
 
 def open_models(name: str, project: str, results: Path, server: str | None = None) -> Models:
-    """Open a backend's storage of pruned models; arguments as in `open_backend`."""
+    """Open a backend to store pruned models; arguments as in `open_backend`."""
     return cast(Models, service(name).open("lighter models", project, results, server))
 
 
 def open_trial(results: Path) -> Any:
-    """Open the run that the sweep agent created for this process; see `WandbTrial`."""
+    """Open the tracking run of this process's sweep trial; return a `WandbTrial`."""
     return _sweep_service().open("trial", "", results)
 
 
 def open_sweep(path: str, results: Path) -> Any:
-    """Open a sweep (see `WandbSweep`); no server is contacted before the first use.
+    """Open a sweep as a `WandbSweep`; no server is contacted before the first use.
 
     Args:
         path: Path of the sweep, e.g. `ENTITY/PROJECT/ID`; empty for the sweep of this process.
@@ -160,14 +160,14 @@ def open_sweep(path: str, results: Path) -> Any:
 
 
 def _sweep_service() -> Service:
-    """Return the backend of this process's sweep, or else the first backend with sweeps."""
+    """Return the backend of the current sweep; outside a sweep, the first backend with sweeps."""
     if name := sweep_backend():
         return service(name)
     return next(backend for backend in backends().values() if backend.sweep_variable)
 
 
 def destination(name: str, project: str, results: Path, server: str | None = None) -> str:
-    """Compute a hash of the project and server of published runs, contacting no server.
+    """Compute a hash that identifies the storage of published runs, without contacting a server.
 
     Args:
         name: Name of a backend, a key of `backends()`.
@@ -176,7 +176,7 @@ def destination(name: str, project: str, results: Path, server: str | None = Non
         server: The server or folder, as in `Target.server`.
 
     Returns:
-        A hash that changes if the project or server changes, or if the local store is new or was
+        The hash. It changes if the project or server changes, or if a local store is replaced or
         moved. The hash reveals neither the address nor a password.
     """
     store_setting, local_path = service(name).store(results, server)
@@ -187,20 +187,20 @@ def destination(name: str, project: str, results: Path, server: str | None = Non
 
 
 def typed_address(address: Target) -> str:
-    """Return an address in the form that users type after `--to`."""
+    """Format a publishing address as users type it after `--to`."""
     has_server = address.server and service(address.backend).names_server
     server = f"{address.server}/" if has_server else ""
     return mask_secrets(f"{address.backend}:{server}{address.project}")
 
 
 def address_file(address: Target, results: Path) -> Path:
-    """Return the path of the file in the results folder that stores a publishing address."""
+    """Return the path of the file that stores a publishing address in the results folder."""
     name = re.sub(r"[^\w.-]+", "-", typed_address(address), flags=re.ASCII)[:80]
     return results / "places" / f"{name}--{content_hash(vars(address))[:8]}.json"
 
 
 def write_address(address: Target, results: Path) -> str:
-    """Write a publishing address to the results folder; return the name of its file."""
+    """Store a publishing address in the results folder; return the name of the file."""
     path = address_file(address, results)
     if not read_note(path):
         write_note(path, dict(vars(address)))
@@ -208,10 +208,11 @@ def write_address(address: Target, results: Path) -> str:
 
 
 def published_targets(store: CellStore, record: CellRecord, results: Path) -> dict[str, Target]:
-    """Return the targets to which a record was published, keyed by address name.
+    """Return the targets to which results were published, keyed by the name of the address file.
 
-    Targets of records that this record replaces, and targets where publishing failed, are included.
-    Targets that the current environment does not update are left out.
+    The dictionary includes targets of smaller measurements that this measurement replaces, and
+    targets to which publishing failed. If the environment sets a backend offline, its online
+    targets are left out, and vice versa.
     """
     targets = {}
     for name in store.published_places(record.view, *record.supersedes):

@@ -1,8 +1,9 @@
 """Define the interface of tracking backends such as MLflow and W&B.
 
-A backend receives only immutable records and files. For all backends, pure functions define the
+A backend receives only immutable objects and files. For all backends, pure functions define the
 names and digests of runs (`identity`) and the contents of runs (`figures`). This module defines the
-steps that publish a cell (one model on one benchmark). Each backend implements these steps.
+steps that publish a cell (the results of one model on one benchmark); each backend implements these
+steps.
 """
 
 from __future__ import annotations
@@ -55,8 +56,8 @@ class Target:
         backend: Name of a registered backend, such as `mlflow`.
         project: Name of the project, in the form that the backend expects. If None, the experiment
             file names the project.
-        server: The server or folder. If None, the environment names the server, or the backend's
-            default is used.
+        server: Address of the server, or a folder. If None, an environment variable names the
+            server, or else the backend's default is used.
     """
 
     backend: str
@@ -66,7 +67,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Published:
-    """Result of publishing a cell: numbers of created, updated and unchanged runs, and address."""
+    """Result of publishing: numbers of created, updated and unchanged runs, and their address."""
 
     created: int
     updated: int
@@ -81,7 +82,7 @@ class Published:
 
 @dataclass(frozen=True)
 class RemoteCell:
-    """Published results of one model and benchmark in a backend, with their files."""
+    """Published results of one model on one benchmark, as listed by a tracking backend."""
 
     key: str
     """The run key of the cell's own run."""
@@ -105,7 +106,7 @@ class SweepTrial:
 
 @dataclass(frozen=True)
 class SavedModel:
-    """Folder of a pruned model, with the facts and metrics to publish to a backend."""
+    """Saved pruned model (a folder), with the facts and metrics to publish with it."""
 
     folder: Path
     name: str
@@ -123,7 +124,7 @@ class Models(Protocol):
     """Storage of pruned models in a tracking project."""
 
     def add_model(self, model: SavedModel) -> str:
-        """Publish a pruned model, or a new version of a model that is already published.
+        """Publish a pruned model, or a new version of it if it is already published.
 
         Args:
             model: The pruned model.
@@ -144,12 +145,12 @@ class Page:
     """Report about several models and benchmarks, to be published to a backend.
 
     Attributes:
-        files: The HTML page and the files that belong to it.
-        tables: Name → table.
+        files: The HTML page, and data files of the report.
+        tables: Name → table to publish with the report.
         cells: Records of the models and benchmarks in the report. The backend links the report to
-            their outcomes.
+            their published outcomes.
         text: Summary in a few paragraphs of Markdown.
-        charts: Name → Plotly figure.
+        charts: Name → Plotly figure to publish with the report.
     """
 
     files: Sequence[Path]
@@ -160,23 +161,23 @@ class Page:
 
 
 class LiveRun(Protocol):
-    """Runs in a backend that show the progress of a measurement, never its final results."""
+    """Interface to runs that show the progress of a measurement, but never its final results."""
 
     def begin(self, cell: CellRecord) -> None:
-        """Open the run of a cell (model and benchmark), or continue an existing run.
+        """Open the summary run of a model and benchmark, or continue an existing one.
 
         Args:
-            cell: The record of the cell before it is measured.
+            cell: Record of the model and benchmark, before the measurement.
 
         Raises:
             TrackingError: The backend refused the run or could not be reached.
         """
 
     def update(self, key: str, figures: Mapping[str, float], step: int) -> None:
-        """Show the progress of a measurement.
+        """Show the progress of a measurement in its summary run.
 
         Args:
-            key: Run key of the cell's summary run.
+            key: Run key of the summary run that `begin` opened.
             figures: Name of a metric, with the prefix `PROGRESS` → interim value.
             step: Number of measured documents.
 
@@ -185,10 +186,10 @@ class LiveRun(Protocol):
         """
 
     def end(self, key: str, status: RunStatus) -> None:
-        """Close the run of a cell.
+        """Close the run that shows the progress of a model and benchmark.
 
         Args:
-            key: Run key of the cell's summary run.
+            key: Run key of the summary run that `begin` opened.
             status: The final status of the measurement.
 
         Raises:
@@ -200,7 +201,7 @@ class LiveRun(Protocol):
 
 
 class OpenRuns(LiveRun):
-    """Base class of live runs; keeps the open runs of this process in a dictionary by run key."""
+    """Base class of live runs, with a dictionary of the open runs (run key → run)."""
 
     def __init__(self) -> None:
         self._runs: dict[str, Any] = {}
@@ -212,7 +213,7 @@ class OpenRuns(LiveRun):
 
 
 class Backend(ABC):
-    """Base class of tracking backends, to which results are published for browsing.
+    """Base class of tracking backends (MLflow, W&B, Trackio), to which results are published.
 
     Args:
         project: Name of the project, in the form that the backend expects.
@@ -236,22 +237,24 @@ class Backend(ABC):
         selection: RunSelection = "auto",
         answer: str = "",
     ) -> Published:
-        """Publish a summary run of a cell, a run of the intact model, and a run of each ablation.
+        """Publish a summary run of a model and benchmark, and runs of intact model and ablations.
 
-        A cell is one model on one benchmark. If a cell has very many ablations of the same kind,
-        only a table in the summary run shows these ablations, unless `selection` selects them as
-        separate runs.
+        A cell contains the results of one model on one benchmark. If there are very many ablations
+        of the same kind (e.g. attention heads), they are only rows of a table in the summary run,
+        unless `selection` makes them separate runs.
 
-        Publishing the same record again creates no second run and logs no value twice. Publishing a
-        changed record updates the runs. After a failure, publishing again adds what is missing.
+        Publishing the same results again creates no second run and logs no value twice. Publishing
+        changed results updates the runs. After a failure, publishing again adds the missing runs
+        and values.
 
         Args:
-            cell: The record, which is possibly still incomplete.
+            cell: The record of the cell; some runs or documents may not be measured yet.
             artifacts: Files to attach to the summary run under their file names.
             charts: Name → Plotly figure of the summary run.
             tables: Name → additional table of the summary run, derived from the artifacts.
             selection: Rule that selects the ablations to publish as separate runs.
-            answer: The conclusion from this benchmark alone.
+            answer: Sentence with the conclusion from this benchmark alone; part of the summary
+                run's note.
 
         Returns:
             The numbers of created, updated and unchanged runs, and their location.
@@ -285,7 +288,7 @@ class Backend(ABC):
             return list(self._cells())
 
     def fetch(self, cell: RemoteCell, folder: Path) -> None:
-        """Download the files that are attached to the summary run of a cell.
+        """Download the files that are attached to the summary run of a model and benchmark.
 
         Args:
             cell: An entry of the list that `cells` returns.
@@ -322,22 +325,22 @@ class Backend(ABC):
             yield
 
     def _describe_error(self, error: Exception, problem: str, advice: str) -> TrackingError:
-        """Convert an exception of the backend's SDK to a TrackingError with a readable message."""
+        """Convert an exception of the backend's SDK to a TrackingError with a message for users."""
         return build_error(f"{self._typed_target} {problem}", error, advice)
 
     @contextmanager
     def _one_writer(self, problem: str, advice: str = "") -> Iterator[None]:
-        """Lock the project for writing in a `with` block; backends accept duplicate run keys."""
+        """Lock the project in a `with` block; backends would accept duplicate run keys."""
         with self._explained(problem, advice), lock_file(self._lock(), _LOCK_SECONDS):
             yield
 
     def _lock(self) -> Path:
-        """Return the path of the lock file that all writers of the project use."""
+        """Return the path of the file that every process locks before it writes to the project."""
         return self._results / f"{self.name}.lock"
 
     @abstractmethod
     def _write(self, runs: Sequence[DescribedRun]) -> Iterable[str]:
-        """Write the runs of a cell, and check that the backend stored them correctly.
+        """Write the runs of a model and benchmark, and check that the backend stored them.
 
         Args:
             runs: Descriptions of the runs; the summary run of the cell is last.
@@ -351,23 +354,23 @@ class Backend(ABC):
         """Return the address of the runs, or the command that shows them."""
 
     def _cells(self) -> Iterable[RemoteCell]:
-        """Return the cells of the project whose summary run was written completely."""
+        """List the models and benchmarks whose summary run was written completely."""
         raise TrackingError("it cannot be read back")
 
     def _download(self, cell: RemoteCell, folder: Path) -> None:
-        """Download the files of a cell, checked by `check_sizes` and `check_files`."""
+        """Download the files of published results, checked by `check_sizes` and `check_files`."""
         raise TrackingError("it cannot be read back")
 
     def _environment(self) -> str:
-        """Return shell assignments of the environment variables that a retry command needs."""
+        """Return variable assignments (`NAME=value`) to put in front of a suggested command."""
         return ""
 
     def _notes(self) -> tuple[str, ...]:
-        """Return remarks for the user on the last call of `_write`."""
+        """Return messages for the user about the runs that the last `_write` call wrote."""
         return ()
 
     def _full_project(self) -> str:
-        """Return the full project name if the backend completes it, e.g. by an entity; else ""."""
+        """Return the full project name (`ENTITY/PROJECT`) if the backend completes it, or ""."""
         return ""
 
 
@@ -390,7 +393,7 @@ def build_error(
 ) -> TrackingError:
     """Build a TrackingError from a problem, its cause and advice, with secrets masked.
 
-    `max_characters` limits the length of the cause. Callers raise the error from None, since a
+    `max_characters` limits the length of the cause. Callers use `raise … from None`, because the
     traceback of the cause could show a password.
     """
     text = mask_secrets(str(error) or type(error).__name__, secrets)
@@ -400,9 +403,9 @@ def build_error(
 
 
 class Service(ABC):
-    """Interface through which other packages use a tracking backend without importing its SDK.
+    """Interface of a tracking backend for other packages, which does not import the backend's SDK.
 
-    The default methods are for a backend that stores runs on this machine and needs no login.
+    The default implementations suit a backend that stores runs on this machine and needs no login.
     """
 
     name: ClassVar[str]
@@ -417,12 +420,12 @@ class Service(ABC):
 
     @abstractmethod
     def open(self, part: PartName, project: str, results: Path, server: str | None = None) -> Any:
-        """Open the backend for runs, live runs, models or sweeps, contacting no server yet.
+        """Open the backend for runs, live runs, models or sweeps, without contacting a server.
 
         Args:
             part: `runs` opens a `Backend`, `live runs` a `LiveRun`, and `lighter models` a
-                `Models`. `trial` and `sweep` need a service with a `sweep_variable`. Callers
-                request only parts that the service supports.
+                `Models`. `trial` and `sweep` are only for services that set `sweep_variable`.
+                Callers request only parts that the service supports.
             project: Name of the project, in the form that the backend expects. For a sweep, this is
                 the path of the sweep.
             results: The results folder.
@@ -435,19 +438,19 @@ class Service(ABC):
     def _isolated(
         self, kind: str, *arguments: object, remove: Sequence[str] = (), add: Mapping[str, str] = {}
     ) -> Isolated:
-        """Create an object of a class `MODULE:CLASS` of this backend in a separate process.
+        """Create an object in a separate process; `kind` is its class, as `MODULE:CLASS`.
 
-        `remove` lists environment variables that the process does not get. `add` maps additional
+        `remove` lists environment variables to unset in the process. `add` maps additional
         environment variables to values.
         """
         path = f"{type(self).__module__.rpartition('.')[0]}.{kind}"
         return Isolated(self.title, path, *arguments, removed_variables=remove, added_variables=add)
 
     def refuse_closed(self, results: Path) -> None:  # noqa: B027  most need no login
-        """Raise RequestError if runs cannot be written, e.g. without a login; contact no server."""
+        """Raise RequestError if runs cannot be written (e.g. no login); no server is contacted."""
 
     def target(self, project: str, is_source: bool) -> Target:
-        """Parse the part of a target that the user typed after the backend's name.
+        """Parse the part of a target that follows the name of the backend.
 
         Args:
             project: The text after the backend's name and a colon; empty if there is none.
@@ -464,7 +467,7 @@ class Service(ABC):
         return Target(self.name, project or None)
 
     def server(self) -> str | None:
-        """Return the server or folder set in the environment, without the login, or None."""
+        """Return the server or folder that the environment sets, without login data, or None."""
         return None
 
     def full_address(self, target: Target, project: str) -> Target:
@@ -473,20 +476,20 @@ class Service(ABC):
         return Target(self.name, mask_secrets(target.project or project), server)
 
     def reachable_target(self, address: Target, results: Path) -> Target:
-        """Return the target for publishing to a stored address from this environment.
+        """Convert a stored address to a target to which the current environment can publish.
 
-        TrackingError is raised if the server of the address would receive the login of another
+        TrackingError is raised if the login of the configured server would be sent to the stored
         server. The error message contains the command that the user can type instead.
         """
         return address
 
     def store(self, results: Path, server: str | None) -> tuple[str | None, Path | None]:
-        """Return the server setting and the local path that identify the storage of runs."""
+        """Return what identifies the storage of runs: server setting, and local path if any."""
         return server or self.server(), None
 
 
 def login_error(address: Target, setting: str, results: Path) -> TrackingError:
-    """Build the error for a stored server that would receive another server's login."""
+    """Build the error that the login of one server would be sent to another, stored server."""
     command = sync_command(results.absolute(), f"{address.backend}:{address.project}")
     return TrackingError(
         "these results are on another server than the configured one, whose login would be sent to "
@@ -495,7 +498,7 @@ def login_error(address: Target, setting: str, results: Path) -> TrackingError:
 
 
 def without_login(uri: str | None) -> str | None:
-    """Return an address without user name and password."""
+    """Return a URI without the user name and password that it contains."""
     return None if uri is None else mask_secrets(re.sub(r"://[^/\s]*@", "://", uri)).rstrip("/")
 
 
@@ -526,12 +529,12 @@ def check_sizes(sizes: Mapping[str, int | None]) -> None:
 
 
 def check_files(folder: Path, cell: RemoteCell | None = None) -> None:
-    """Check the sizes and the digest of downloaded files.
+    """Check the sizes of downloaded files, and the digest of all files together.
 
     Args:
         folder: The folder of the files.
-        cell: The cell to which the files belong; the digest of the files must match its version.
-            None if the SDK compares the digests.
+        cell: The published cell to which the files belong; the digest of all files must equal
+            `cell.version`. None if the SDK compares digests itself.
 
     Raises:
         TrackingError: A file is too large, or the files differ from the attached files.
@@ -543,7 +546,7 @@ def check_files(folder: Path, cell: RemoteCell | None = None) -> None:
 
 
 def _check_size(name: str, size: int) -> None:
-    """Raise TrackingError if a file is larger than tracker ever writes."""
+    """Raise TrackingError if a file is larger than any file that tracker writes."""
     if size > LARGEST_FILE:
         raise TrackingError(
             f"the server's file {name!r} has {size} bytes; tracker writes at most "

@@ -1,4 +1,4 @@
-"""Convert records to the metrics, curves and tables that all backends show."""
+"""Convert results to metrics, curves and tables, in a form that all backends accept."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ TableValue = str | int | float | None
 
 @dataclass(frozen=True)
 class LoggedTable:
-    """Table in the form that backends accept: column names and rows of plain values."""
+    """Table with column names and rows of plain values, which every backend accepts."""
 
     columns: tuple[str, ...]
     rows: tuple[tuple[TableValue, ...], ...]
@@ -44,19 +44,20 @@ class LoggedTable:
 def tracked_name(name: str) -> str:
     """Convert a metric's name to a form that every backend accepts.
 
-    In names of lm-eval, the comma before the filter becomes `/`. Characters that MLflow does not
-    accept become `_`.
+    In metric names of lm-eval (`acc,none`), the comma before the filter becomes `/`. Characters
+    that MLflow does not accept become `_`.
     """
     folders = "/".join(part for part in name.split(",") if part)
     return re.sub(r"[^\w./ -]", "_", folders, flags=re.ASCII)
 
 
 def curve_name(run: Change, figure: str) -> str:
-    """Return the name of the curve that shows a metric of ablations like `run` by layer.
+    """Return the name of the curve to which an ablation's metric belongs; curves run over layers.
 
-    For whole single layers, the curve has the name of the metric, which is an entry of `CURVES`.
-    Examples for other ablations are `attention/accuracy_drop`, `span4/accuracy_drop`,
-    `head/3/accuracy_drop`, `int4/mlp.down_proj/accuracy_drop` and `repeat/x3/span4/accuracy_drop`.
+    For removals of single whole layers, the curve has the name of the metric, such as
+    `accuracy_drop`. Examples for other ablations are `attention/accuracy_drop`,
+    `span4/accuracy_drop`, `head/3/accuracy_drop`, `int4/mlp.down_proj/accuracy_drop` and
+    `repeat/x3/span4/accuracy_drop`.
     """
     component = "" if run.kind.word == "layer" else f"{run.kind.word}/"
     number = "" if run.kind.part is None else f"{run.kind.part}/"
@@ -71,15 +72,15 @@ def is_curve(name: str) -> bool:
 
 
 def defined_figures(values: Mapping[str, float | None]) -> dict[str, float]:
-    """Return the values that are neither None, NaN nor infinite, by name."""
+    """Return only the finite values, without None, NaN and infinite values."""
     return {name: float(value) for name, value in values.items() if is_finite(value)}
 
 
 def run_metrics(layer: RunRecord) -> dict[str, float]:
-    """Return an ablation's defined metrics by name; lm-eval metrics are `metric/NAME`.
+    """Return the defined metrics of an ablation by name; lm-eval metrics are `metric/NAME`.
 
-    Accuracies and drops are fractions. A loss and its increase have the unit of the metric.
-    `gold_logprob_drop` is in nats.
+    Accuracies and drops are fractions. If the metric is a loss, `accuracy` and `accuracy_drop` are
+    the loss and its increase. `gold_logprob_drop` is in nats.
     """
     values = {name: layer.figure(name) for name in _RUN_FIGURES}
     values |= {f"metric/{name}": value for name, value in layer.metrics.items()}
@@ -89,8 +90,8 @@ def run_metrics(layer: RunRecord) -> dict[str, float]:
 def intact_metrics(cell: CellRecord) -> dict[str, float]:
     """Return the metrics of the unablated model, with the same names as in `run_metrics`.
 
-    If layers are removed in every run of the cell, the unablated model lacks these layers. The drop
-    of the intact model is 0 by definition. Undefined metrics are left out.
+    The unablated model is the intact model, or lacks the layers that all runs of the benchmark
+    remove. The drop of the intact model is 0 by definition. Undefined metrics are left out.
     """
     baseline, chance = cell.baseline.value, cell.chance_accuracy
     values: dict[str, float | None] = {"n": float(cell.n)}
@@ -111,7 +112,7 @@ def intact_metrics(cell: CellRecord) -> dict[str, float]:
 
 
 def cell_figures(cell: CellRecord) -> dict[str, float | None]:
-    """Return the metrics of a cell as a whole by name; undefined metrics are None.
+    """Return the summary metrics of a model and benchmark; undefined metrics are None.
 
     Accuracies are fractions, and a loss has the unit of the metric. Correlations have names such as
     `spearman/cosine_score/all`.
@@ -136,7 +137,7 @@ def correlation_name(record: CorrelationRecord) -> str:
 
 
 def answer_figures(answer: AnswerRecord) -> dict[str, float | None]:
-    """Return name → numbers of documents and layer passes measured until `until` stopped."""
+    """Return metrics about the early stop: documents and layer passes, needed and in total."""
     return {
         "answer/answered": float(answer.answered),
         "answer/documents": answer.measured,
@@ -147,14 +148,14 @@ def answer_figures(answer: AnswerRecord) -> dict[str, float | None]:
 
 
 def question_tags(cell: CellRecord, run: Change | None = None) -> dict[str, str]:
-    """Return tags with the `until` setting and its result, for a cell or an ablation.
+    """Return tags with the `until` setting and its result, for a benchmark or an ablation.
 
     Args:
         cell: The record of the cell.
         run: The ablation; None for the summary run and for the intact model.
 
     Returns:
-        Name → value of each tag, in the terms of the experiment file; empty without `until`.
+        Name → value of each tag, in the words of the experiment file; empty without `until`.
     """
     answer = cell.answer
     if answer is None:
@@ -176,7 +177,7 @@ def question_tags(cell: CellRecord, run: Change | None = None) -> dict[str, str]
 
 
 def _format_boolean(value: bool) -> str:
-    """Return `true` or `false`, the texts of booleans in tags."""
+    """Format a boolean as `true` or `false`, as backends expect in tags."""
     return "true" if value else "false"
 
 
@@ -187,10 +188,10 @@ def logged_table(table: Table) -> LoggedTable:
 
 
 def logged_layers(cell: CellRecord) -> LoggedTable:
-    """Build the table of a cell's ablations, with one row for each ablation.
+    """Build the table of the ablations of a model and benchmark, one row per ablation.
 
-    The column `layer` is the first changed layer (0-based); the column `reasons` explains undefined
-    values.
+    The column `layer` is the first changed layer (0-based); the column `reasons` says why values
+    are undefined.
     """
     run_columns = run_table.run_columns(cell)
     names = ("layer", "component", "span", "intervention", "ablation", "n", *_RUN_FIGURES)
@@ -201,7 +202,7 @@ def logged_layers(cell: CellRecord) -> LoggedTable:
 
 
 def logged_correlations(cell: CellRecord) -> LoggedTable:
-    """Build the table of correlations, a row for each proxy, coefficient and subset of layers."""
+    """Build the table of correlations with a row per proxy, coefficient and layer subset."""
     names = ("proxy", "sample", "coefficient", "subset", "value", "low", "high", "p_value")
     columns = run_table.correlation_columns()
     picked = run_table.pick_columns(columns, *names, "n", "documents", "reason")
@@ -210,10 +211,11 @@ def logged_correlations(cell: CellRecord) -> LoggedTable:
 
 
 def logged_documents(decisions: DecisionsRecord) -> LoggedTable:
-    """Build the table of documents that ablations make wrong or right.
+    """Build the table of the documents that ablations make wrong or right.
 
-    Only the documents whose margins change most are included. The columns `choice` and `gold` are
-    0-based options, and `margin` is in nats as in `DecisionsRecord`.
+    For each ablation, only the documents whose margins change most are included. The columns
+    `choice` and `gold` are numbers of answer options (0-based), and `margin` is in nats, as in
+    `DecisionsRecord`.
     """
     question_columns = ("task", "document", "question", "choices", "gold", "answer")
     change_columns = ("layer", "component", "span", "intervention")

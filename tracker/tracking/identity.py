@@ -1,4 +1,4 @@
-"""Compute names, keys and digests of runs that do not depend on the machine or backend."""
+"""Compute names, keys and digests of runs, independently of the machine and the backend."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ DIGITS = 10
 
 
 def run_key(cell: CellRecord, ablation: str, view_name: str | None = None) -> str:
-    """Return the key that identifies a run; it does not depend on the machine or the time.
+    """Return the key that identifies a run on every machine and at any time.
 
-    The key contains the name of the view: the selected documents, the metric and the permanently
-    removed layers. The same ablation is a different run if one of these differs. For example, the
-    removal of layer 5 from the intact model is not the same run as its removal from a model without
-    layer 4.
+    The key contains the selected documents, the metric, and the layers that all runs remove
+    (together called the view). The same ablation in another view is another run. For example,
+    removing layer 5 from the intact model and removing layer 5 from a model without layer 4 are two
+    runs.
 
     Args:
         cell: The record of the cell (model and benchmark) to which the run belongs.
         ablation: Name of an ablation, or `cell` for the summary run of the cell.
-        view_name: The name of a former view of the cell; None for its current view.
+        view_name: Name of an earlier view that the current view has replaced; None for the current
+            view.
 
     Returns:
         The key of the cell, the name of the view (left out for `INTACT_VIEW`) and the ablation,
@@ -54,38 +55,39 @@ def start_label(cell: CellRecord) -> str:
 def intact_name(cell: CellRecord) -> str:
     """Return the display name of the unablated model's run: `intact · arc_easy`.
 
-    The unablated model is intact, or it lacks the layers that are removed in every run of the cell.
-    Searches create cells with such removed layers, and these cells have no run of the intact model.
+    The unablated model is intact, or it lacks the layers that are removed in every run of the
+    benchmark. In a search for layers to remove, later steps start from such a model, and have no
+    run of the intact model.
     """
     return _join_name(start_label(cell), cell)
 
 
 def cell_run_name(cell: CellRecord) -> str:
-    """Return the display name of a cell's summary run; it begins with the benchmark."""
+    """Return the display name of a summary run, which begins with the benchmark's name."""
     return f"{cell.title.removeprefix(f'{cell.model.name} · ')} · {cell.model.name}"
 
 
 def group_name(cell: CellRecord) -> str:
-    """Return the name of the group of runs that contains all runs of a cell."""
+    """Return the name under which a backend groups all runs of a model and benchmark."""
     # Only parts that views of one order share, so that a growing view stays in its group.
     words = (cell.heading, cell.sampling_text, cell.apart, cell.key[:8])
     return " · ".join(filter(None, words))
 
 
 def filter_words(cell: CellRecord) -> tuple[str, ...]:
-    """Return tags for filtering the runs of a cell, such as the model's name."""
+    """Return words, such as the model's name, by which users can filter runs in a backend."""
     return (cell.model.name, cell.benchmark.name, *(("stopped",) if cell.is_stopped else ()))
 
 
 def _join_name(label: str, cell: CellRecord) -> str:
-    """Join a label with the names of the cell's benchmark and model."""
+    """Build a display name from a label and the names of benchmark and model."""
     sample = "" if cell.sample_seed is None else f"sample {cell.sample_seed}"
     parts = (cell.benchmark.title, cell.other_metric, sample, cell.beside)
     return " · ".join(filter(None, (label, *parts, cell.model.name, cell.apart)))
 
 
 def baseline_record(cell: CellRecord) -> CellRecord:
-    """Return a copy of a record with only the fields that describe the intact model."""
+    """Return a copy of results that keeps only the fields about the intact model."""
     updates: dict[str, object] = {"runs": (), "missing": (), "correlations": (), "provenance": {}}
     updates |= dict.fromkeys(("compared", "compared_unsteady"), 0) | {"reasons": {}}
     costs = ("compared_difference", "seconds", "peak_bytes", "measured")
@@ -93,7 +95,7 @@ def baseline_record(cell: CellRecord) -> CellRecord:
 
 
 def content_digest(record: Record, *additions: str) -> str:
-    """Compute a digest of a run's content; a changed digest means that it needs an update.
+    """Compute a digest of a run's content; if it changes, the published run needs an update.
 
     Numbers are rounded to `DIGITS` digits, because the last digits depend on the processor.
 
@@ -119,11 +121,11 @@ def _round_floats(value: object) -> object:
 
 
 def kept_name(file: Path) -> str:
-    """Return a file's name for upload, without percent signs, which MLflow would decode."""
+    """Return the name under which a file is uploaded; `%` is replaced, since MLflow decodes it."""
     return file.name.replace("%", "=")
 
 
 def files_digest(files: Iterable[Path]) -> str:
-    """Return the SHA-256 of the names and contents of files, independent of their order."""
+    """Return a SHA-256 of the names and contents of files, independent of their order."""
     lines = sorted(f"{kept_name(f)} {hashlib.sha256(f.read_bytes()).hexdigest()}" for f in files)
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()

@@ -1,10 +1,10 @@
 """Call the SDK of a tracking backend in a separate process.
 
 The W&B SDK has one session per process, with settings, a service process and open runs. If a
-notebook already uses this session, its runs must continue when runs of tracker fail. After an
-outage, the service process can also prevent the main process from ending. So tracker uses W&B in a
-separate process. Live runs have another separate process, which survives a killed measurement and
-marks the live runs as killed.
+notebook already uses W&B, a failure of tracker's runs must not affect the runs of the notebook.
+After an outage, the service process can also prevent the main process from ending. So tracker uses
+W&B in a separate process. Live runs have their own separate process; if the measurement is killed,
+this process survives and marks the live runs as killed.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from tracker.schema.remote import ProcessEndedError, RemoteError, RemoteObject
 
 
 class Isolated(RemoteObject):
-    """Proxy for an object in another process; the process ends after a failed call.
+    """Proxy for an object in a separate process, which ends after a failed call.
 
     Args:
         name: Name of the object in error messages.
         kind: Class of the object, as `MODULE:CLASS`.
-        *arguments: Arguments with which the class is called.
-        removed_variables: Names of environment variables that are unset in the other process.
-        added_variables: Additional environment variables of the other process.
+        *arguments: Arguments for the constructor of the class.
+        removed_variables: Names of environment variables to unset in the separate process.
+        added_variables: Additional environment variables of the separate process.
     """
 
     @override

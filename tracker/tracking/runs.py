@@ -1,6 +1,6 @@
-"""Describe the runs to publish for a cell (one model on one benchmark), for any backend.
+"""Describe the runs to publish for a model and benchmark (a cell), for all backends.
 
-Every run has a note in Markdown, which is the same in every backend.
+Every run gets a note in Markdown, which is the same in all backends.
 """
 
 from __future__ import annotations
@@ -57,14 +57,14 @@ AVERAGE_NOTE = "an average over several benchmarks is more conclusive"
 
 
 def cell_note(cell: CellRecord, answer: str = "") -> str:
-    """Return the note of a cell's summary run, in Markdown.
+    """Return the note (Markdown) of the summary run of a model and benchmark.
 
     Args:
         cell: The record of the cell.
         answer: The conclusion from this benchmark alone; empty if there is no conclusion.
 
     Returns:
-        One or more paragraphs.
+        The note: one or more paragraphs.
     """
     effect, values = "loss of accuracy on the benchmark", "Values are fractions"
     if not cell.higher_is_better:
@@ -83,7 +83,7 @@ def cell_note(cell: CellRecord, answer: str = "") -> str:
 
 
 def _note_head(name: str) -> str:
-    """Return the beginning of a note: the name of the run in bold."""
+    """Return the beginning of a note: a name in bold, and a colon."""
     return f"**{escape_markdown(name)}**: "
 
 
@@ -94,7 +94,7 @@ def intact_note(cell: CellRecord) -> str:
         cell: The record of the cell.
 
     Returns:
-        One paragraph.
+        The note: one paragraph.
     """
     head, documents = _note_head(intact_name(cell)), cell.describe_documents(f"{cell.n:,}")
     metric = markdown_code(cell.metric)
@@ -118,7 +118,7 @@ def layer_note(cell: CellRecord, run: RunRecord) -> str:
         run: The ablation, an entry of `cell.runs`.
 
     Returns:
-        One paragraph.
+        The note: one paragraph.
     """
     change, drop = run.change, run.drop
     replacement = REPLACEMENT_WORDS.get(change.intervention)
@@ -145,7 +145,7 @@ def layer_note(cell: CellRecord, run: RunRecord) -> str:
 
 
 def _is_proved(cell: CellRecord, run: RunRecord) -> bool:
-    """Return whether an ablation's drop is significant, corrected for all runs of its cell."""
+    """Return whether an ablation's drop is significant when corrected for all ablations."""
     drops = [cell_run.drop for cell_run in cell.runs]
     if not cell.is_raced:
         drops = widen(drops, [cell_run.n for cell_run in cell.runs], len(drops))
@@ -155,7 +155,7 @@ def _is_proved(cell: CellRecord, run: RunRecord) -> bool:
 def _rounding_sentence(
     cell: CellRecord, n_rounded: int | None, n_documents: int, shift: float | None, subject: str
 ) -> str:
-    """Return a sentence about documents that rounding can make wrong or right, or ""."""
+    """Return a sentence on how many documents rounding may decide; empty if that is unknown."""
     if n_rounded is None or shift is None:
         return ""
     return (
@@ -165,7 +165,7 @@ def _rounding_sentence(
 
 
 def _removal_text(cell: CellRecord) -> str:
-    """Return text for the note that describes the ablations and the names of their curves."""
+    """Return a part of the summary note: which ablations there are, and how curves are named."""
     kinds = dict.fromkeys(run.change.kind for run in cell.runs)
     text = "one layer is removed"
     if any(kind != WHOLE_LAYER for kind in kinds):
@@ -197,7 +197,7 @@ Run = TypeVar("Run")
 
 @dataclass(frozen=True)
 class OutcomesArtifact:
-    """Artifact to publish, with the files from which the metrics of a cell were computed."""
+    """Name, aliases and metadata of an artifact with the outcomes of a model and benchmark."""
 
     name: str
     aliases: tuple[str, ...]
@@ -214,15 +214,16 @@ class DescribedRun:
             for an ablation.
         name: Display name of the run.
         note: Note of the run in Markdown.
-        record: Record from which, together with the name and `files`, all contents of the run are
-            built.
-        figures: Name → value of each metric. All values are defined, and every backend accepts the
+        record: Record whose digest, with the run's name and files, decides whether a published run
+            needs an update.
+        figures: Name → value of each metric, without undefined metrics. Every backend accepts the
             names.
         reasons: Name of an undefined metric → reason why it is undefined.
-        run: Record of the ablation; None for other kinds of runs.
-        curves: For each ablation, the layer and a dictionary of curve name → value.
-        tables: Name → table.
-        charts: Name → chart.
+        run: Record of the ablation; None for a summary run or the unablated model.
+        curves: For each ablation, its layer, and the values by curve name that are plotted at this
+            layer.
+        tables: Name → table to attach to the run.
+        charts: Name → chart to attach to the run.
         files: Files to attach to the run.
     """
 
@@ -241,22 +242,22 @@ class DescribedRun:
 
     @property
     def ablation(self) -> str:
-        """Name of the ablation; for other runs, their kind (`cell` or `baseline`)."""
+        """Name of the ablation, or `cell` (summary run) or `baseline` (unablated model)."""
         return self.run.ablation if self.run else self.kind
 
     @property
     def key(self) -> str:
-        """Key that identifies the run; it does not depend on the machine or the time."""
+        """Key that identifies the run on every machine and at any time."""
         return run_key(self.cell, self.ablation)
 
     @property
     def step(self) -> int:
-        """Step of the run's metrics in curves over layers: the layer of the ablation."""
+        """Step at which the run's metrics are logged: the first layer that the ablation changes."""
         return self.run.change.layer if self.run else 0
 
     @property
     def run_fields(self) -> dict[str, str | int]:
-        """Fields that identify the ablation within its cell; empty for other kinds of runs."""
+        """Fields that identify the ablation, such as `layer`; empty if there is no ablation."""
         if self.run is None:
             return {}
         change, names = self.run.change, ("layer", "component", "span", "intervention")
@@ -271,26 +272,26 @@ class DescribedRun:
 
     @property
     def question_tags(self) -> dict[str, str]:
-        """Tags with the cell's `until` setting and its result; empty without `until`."""
+        """Tags with the `until` setting and its result; empty if `until` is not set."""
         return question_tags(self.cell, self.run.change if self.run else None)
 
     @cached_property
     def version(self) -> str:
-        """The digest of the attached files; empty without files."""
+        """The digest of the attached files of a summary run; empty for all other runs."""
         return files_digest(self.files) if self.kind == "cell" else ""
 
     def digest(self, *additions: str) -> str:
-        """Compute a digest of the run's contents and of the backend's additional data."""
+        """Compute a digest of the run's contents, and of additional data of the backend."""
         tag_values, cell = self.question_tags.values(), self.cell
         identity = (self.key, self.name, cell.title, cell.metric, self.version)
         return content_digest(self.record, *identity, *tag_values, *additions)
 
     @property
     def config(self) -> dict[str, Any]:
-        """Nested dictionary of everything that identifies the run; names contain no periods.
+        """Nested dictionary of all settings that identify the run; names contain no periods.
 
-        The fields of a request have the same names as in the trials of a sweep, so that the same
-        filters work for both kinds of runs.
+        Settings have the same names as in the trials of a sweep, so that a filter finds published
+        runs and trials alike.
         """
         cell, outcomes = self.cell, self.outcomes
         return {
@@ -314,7 +315,7 @@ class DescribedRun:
 
     @cached_property
     def outcomes(self) -> OutcomesArtifact | None:
-        """Artifact with the attached files of the summary run; None for other kinds of runs."""
+        """Artifact for the attached files of a summary run; None for all other runs."""
         if self.kind != "cell":
             return None
         cell = self.cell
@@ -332,11 +333,12 @@ class DescribedRun:
 
 
 def individual_runs(cell: CellRecord, selection: RunSelection) -> list[RunRecord]:
-    """List the ablations of a cell that become separate runs in a backend.
+    """List the ablations that become separate runs in a backend.
 
-    By default, a kind of ablation with more than `MAX_OWN_RUNS` ablations, such as the heads of all
-    layers, gets no separate runs. `selection` can change this. Only the table and the map in the
-    summary run show these ablations.
+    By default, if there are more than `MAX_OWN_RUNS` ablations of one kind, such as attention
+    heads, this kind gets no separate runs. The ablations of this kind then appear only in the table
+    and the map of the summary run. With the selection `all`, every ablation becomes a separate run;
+    with `cells`, none does.
     """
     # Whole layers are counted separately from spans.
     count = Counter(map(_run_family, cell.runs))
@@ -345,7 +347,7 @@ def individual_runs(cell: CellRecord, selection: RunSelection) -> list[RunRecord
 
 
 def _run_family(run: RunRecord) -> tuple[bool, Change]:
-    """Return the kind of an ablation, for which `MAX_OWN_RUNS` limits the separate runs."""
+    """Return the kind of an ablation (e.g. heads), by which `individual_runs` counts ablations."""
     return run.change.kind == WHOLE_LAYER, run.change.kind.family
 
 
@@ -357,26 +359,27 @@ def describe_runs(
     selection: RunSelection = "auto",
     answer: str = "",
 ) -> list[DescribedRun]:
-    """Describe all runs to publish for a cell, in the order in which they are written.
+    """Describe all runs to publish for a model and benchmark, in the order of writing.
 
-    Backends list the newest run first. So the order is reversed: the ablations from the last to the
-    first, then the unablated model, and finally the summary run.
+    Backends list the newest run first. So the order is reversed: first the ablations, from the last
+    to the first, then the unablated model, and finally the summary run.
     """
     runs = [describe_run(cell, run) for run in reversed(individual_runs(cell, selection))]
     return [*runs, describe_intact(cell), describe_cell(cell, files, charts, tables, answer)]
 
 
 def move_runs(by_key: dict[str, Run], cell: CellRecord, runs: Iterable[DescribedRun]) -> list[Run]:
-    """Update the keys of published runs after a larger measurement has replaced theirs.
+    """Give published runs new keys after a larger measurement has replaced their results.
 
     Args:
-        by_key: Run key → run of the backend. The dictionary is changed: runs of replaced views get
-            their new keys.
-        cell: Record of the new view, which names the views that it replaces.
-        runs: Descriptions of the runs of the new view.
+        by_key: Run key → run in the backend. The function changes this dictionary: runs of replaced
+            views get their new keys.
+        cell: Record of the larger measurement, which lists the views (selections of runs and
+            documents) that it replaces.
+        runs: Descriptions of the runs of the larger measurement.
 
     Returns:
-        The runs to delete: runs that exist under the old and the new key, and runs that the new
+        The runs to delete: an old run whose new key already has a run, or whose ablation the new
         view does not contain.
     """
     keys, obsolete_runs = {run.key for run in runs}, []
@@ -390,7 +393,7 @@ def move_runs(by_key: dict[str, Run], cell: CellRecord, runs: Iterable[Described
 
 
 def describe_run(cell: CellRecord, run: RunRecord) -> DescribedRun:
-    """Describe the run of one ablation of a cell."""
+    """Describe the run to publish for one ablation."""
     return DescribedRun(
         cell=cell,
         kind="layer",
@@ -404,7 +407,7 @@ def describe_run(cell: CellRecord, run: RunRecord) -> DescribedRun:
 
 
 def describe_intact(cell: CellRecord) -> DescribedRun:
-    """Describe the run of a cell's unablated model."""
+    """Describe the run to publish for the unablated model."""
     return DescribedRun(
         cell=cell,
         kind="baseline",
@@ -422,7 +425,7 @@ def describe_cell(
     tables: Mapping[str, LoggedTable] = {},
     answer: str = "",
 ) -> DescribedRun:
-    """Describe a cell's summary run, which shows its ablations as curves over the layers."""
+    """Describe the summary run, in which curves over the layers show all ablations."""
     figures = cell_figures(cell)
     reasons = {**non_finite_reasons(figures), **cell.all_reasons}
     curves = []
@@ -451,12 +454,12 @@ def describe_cell(
 
 
 def _accepted_names(values: Mapping[str, Value]) -> dict[str, Value]:
-    """Return the values under names that every backend accepts."""
+    """Return the values with their names converted so that every backend accepts them."""
     return {tracked_name(name): value for name, value in values.items()}
 
 
 def _facts(cell: CellRecord) -> dict[str, Any]:
-    """Return the fields that determine a record's metrics: model, benchmark, metric etc."""
+    """Return the fields on which metrics depend, such as model, benchmark and metric name."""
     return {
         "cell": cell.key,
         "metric": cell.metric,
@@ -469,12 +472,12 @@ def _facts(cell: CellRecord) -> dict[str, Any]:
 
 
 def _flat_names(values: Mapping[str, str]) -> dict[str, str]:
-    """Replace periods in names, since W&B would read them as nesting."""
+    """Replace periods in names by underscores, since W&B would read periods as nesting."""
     return {name.replace(".", "_"): value for name, value in values.items()}
 
 
 def artifact_name(cell: CellRecord) -> str:
-    """Return the name of a cell's artifact, which ends with the key of the cell."""
+    """Return the name of the artifact with the outcomes of a model and benchmark."""
     key = re.sub(INVALID_NAME_PATTERN, "-", f"{cell.view}-{cell.key[:12]}")
     name = re.sub(INVALID_NAME_PATTERN, "-", f"outcomes-{cell.model.name}-{cell.benchmark.name}")
     if len(key) > MAX_ARTIFACT_NAME // 2:
@@ -483,7 +486,7 @@ def artifact_name(cell: CellRecord) -> str:
 
 
 def cut_text(text: str, limit: int) -> str:
-    """Cut a text to at most `limit` bytes; a cut text ends with a hash of the whole text."""
+    """Cut a text to at most `limit` bytes; if it is cut, it ends with a hash of the whole text."""
     encoded = text.encode()
     if len(encoded) <= limit:
         return text

@@ -1,7 +1,7 @@
 """Run layers for all streams, and apply interventions on whole layers.
 
-A stream is the computation of one or several ablations. Each layer of the model runs all streams as
-one batch.
+A stream is the part of a batch that computes one ablation, or several ablations that are equal up
+to the current layer. Each layer of the model runs all streams as one batch.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ from tracker.schema.kinds import Action
 
 
 class Replacement(Protocol):
-    """Interface of a function that replaces one layer."""
+    """Interface of the functions that can replace one layer, e.g. a fitted linear map."""
 
     def apply(self, action: Action, state: Tensor) -> Tensor:
-        """Return a substitute for the layer's output, with the shape and dtype of `state`."""
+        """Compute a substitute for the layer's output from the layer's input `state`."""
         ...
 
 
@@ -49,7 +49,7 @@ class FittedReplacement:
 
     Attributes:
         mean: Mean of the layer's output minus the layer's input [width].
-        scale: Factor by which the layer's input is multiplied.
+        scale: Factor by which the layer's input is multiplied to approximate the output.
         linear: Weight [width, width] and bias [width] of a linear map; None if no map was fitted.
     """
 
@@ -83,7 +83,7 @@ class RandomReplacement:
     layer: int
 
     def apply(self, action: Action, state: Tensor) -> Tensor:
-        """Apply a random update, a fixed factor or a random linear map to a state of any width."""
+        """Add a random update, multiply by a fixed factor, or apply a random linear map."""
         width = state.flatten(2).shape[-1]
         rng = torch.Generator().manual_seed(self.layer)
         weight = torch.eye(width) + 0.3 * torch.randn(width, width, generator=rng) / width**0.5
@@ -103,18 +103,18 @@ ReplaceMask = Callable[[int, nn.Module, tuple[Any, ...], dict[str, Any]], hooks.
 class ForwardPass:
     """A forward pass of a model that computes several ablations as streams in one batch.
 
-    The batch contains all streams. The model is called with `rows` rows, so the first layer gets
-    [rows, tokens, hidden], and the batch grows layer by layer. A new stream starts at a layer, from
-    the input of the layer in the parent stream. A stream either passes through the layer, or skips
-    the layer and keeps its state. The output of the last layer is [streams × rows, tokens, hidden],
-    ordered by stream: block s of `rows` rows is stream s. Each block equals the output of the
-    pruned model, under two assumptions: a layer treats the rows of a batch separately, and only the
-    hidden state connects layers. If an assumption does not hold, RefusalError is raised here, or
-    the self-check on a miniature model fails.
+    The batch contains all streams. The model is called with `rows` texts, so the first layer gets
+    [rows, tokens, hidden]. The batch grows whenever a layer starts a new stream. The new stream
+    copies the layer's input from its parent stream. A stream either passes through the layer, or
+    skips the layer and keeps its state. The output of the last layer is [streams × rows, tokens,
+    hidden], ordered by stream. The rows of each stream equal the output of the pruned model, under
+    two assumptions. A layer must treat the rows of a batch separately, and layers must pass only
+    the hidden state to each other. If an assumption does not hold, either a RefusalError is raised,
+    or the self-check on a miniature model fails.
 
     The model prepares the other inputs of a layer (masks, rotary embeddings, positions) for `rows`
-    rows. The masks, rotary embeddings and positions must broadcast over the batch. If `batched` is
-    True, the masks, embeddings and positions can also have one row per stream.
+    rows. These inputs must broadcast over the rows of all streams. If `batched` is True, these
+    inputs can also have one row per stream.
 
     Attributes:
         layers: The model's decoder layers.
@@ -130,10 +130,10 @@ class ForwardPass:
         max_streams: Maximum number of streams that a layer computes in one call, not counting
             streams with changes inside the layer. None means all streams, for a model with a cache
             or with offloaded weights.
-        batched: Whether the other inputs of a layer are reduced to the rows of the streams that
-            enter the layer.
-        extra_outputs: Outputs of earlier layers in addition to the hidden state.
-        forks: The replaced forward passes of the layers, in the order of the layers.
+        batched: Whether masks, positions and other inputs can have one row per stream. If so, a
+            layer gets only the rows of the streams for which the layer is computed.
+        extra_outputs: Tensors that earlier layers returned in addition to the hidden state.
+        forks: The objects that replace the layers' `forward` methods, in the order of the layers.
     """
 
     layers: nn.ModuleList
@@ -150,7 +150,7 @@ class ForwardPass:
 
     @contextmanager
     def install(self) -> Iterator[None]:
-        """Replace the layers' forward passes until exit, so that the layers run all streams."""
+        """Replace the layers' `forward` methods until exit, so that the layers run all streams."""
         with ExitStack() as stack:
             # Forks refer to each other: without this, only the garbage collector would free them.
             stack.callback(self.forks.clear)
@@ -174,26 +174,28 @@ class LayerFork:
     """Replacement of a layer's `forward` method that runs the layer for all streams.
 
     The input is [streams × rows, tokens, hidden], viewed as `inputs` [streams, rows, tokens,
-    hidden]. The streams that enter the layer are selected from `inputs`; for a new stream, the
-    state of the parent stream is selected. The `divided_streams` are computed first, as one batch.
-    The other entering streams follow in groups of `max_streams`, which keeps intermediate results
-    in the processor's cache. The results are written to `outputs` [streams after the layer, rows,
-    tokens, hidden]. The function `replace_layers` writes the outputs of streams that skip or
-    replace the layer. Nothing is summed across streams, so each stream gets the same result as if
-    it ran alone.
+    hidden]. From `inputs`, the states of all streams for which the layer is computed are selected;
+    a new stream gets the state of its parent stream. The layer first computes the
+    `divided_streams`, as one batch. Then the layer computes the remaining streams in groups of at
+    most `max_streams`, so that intermediate results fit into the processor's cache. The results are
+    written to `outputs` [streams after the layer, rows, tokens, hidden]. The function
+    `replace_layers` writes the outputs of streams that skip or replace the layer. Nothing is summed
+    across streams, so each stream gets the same result as if it ran alone.
 
-    With several streams, RefusalError is raised if the inputs of a layer include an output of an
-    earlier layer in addition to the hidden state. Such an output would belong to another stream.
+    With several streams, RefusalError is raised if an earlier layer passes a tensor other than the
+    hidden state to this layer, because that tensor would belong to other streams.
 
     Attributes:
         index: The number of the layer.
         module: The layer's module.
-        step: The layer's step of the plan: its new streams, and the layer's change in each stream.
+        step: The plan for this layer: the streams that start here, and how each stream changes the
+            layer.
         divided_streams: Streams that are computed first, including all streams with changes inside
             the layer.
         original: The layer's original `forward` method.
         parent: The forward pass of the whole model, whose state all layers share.
-        is_whole: Whether the layer is currently computing streams outside `divided_streams`.
+        is_whole: Whether the streams that the layer is currently computing are outside
+            `divided_streams`.
         arguments: Arguments of the layer in the current pass, without the hidden state.
     """
 
@@ -207,7 +209,7 @@ class LayerFork:
     arguments: hooks.CallArguments = field(init=False)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the layer for all streams; return an output with [streams × rows, tokens, hidden]."""
+        """Run the layer for all streams; the output contains [streams × rows, tokens, hidden]."""
         inputs = self._split_inputs(args, kwargs)
         output, outputs = self._run_entering(inputs)
         repeat_spans(self, outputs)
@@ -217,7 +219,7 @@ class LayerFork:
         return hooks.replace_first_output(output, outputs.flatten(0, 1))
 
     def run(self, states: Tensor) -> Tensor:
-        """Run the unchanged layer on states [streams, rows, tokens, …], in batches of streams."""
+        """Run the unchanged layer on `states` [streams, rows, tokens, …]; overwrite `states`."""
         self.is_whole = True
         for streams in split_evenly(range(len(states)), self.parent.max_streams):
             shape = tuple(states.shape[1:])
@@ -249,7 +251,7 @@ class LayerFork:
         return view_streams(hidden, step.n_streams)
 
     def _run_entering(self, inputs: Tensor) -> tuple[Any, Tensor]:
-        """Run the layer for the entering streams; return an output object and all new states."""
+        """Run the layer for `step.entrants`; return a raw output and the new states."""
         step, shape = self.step, tuple(inputs.shape[1:])
         output: Any = None
         outputs = inputs
@@ -277,10 +279,10 @@ class LayerFork:
         return output, outputs
 
     def _run_layer(self, state: Tensor, shape: tuple[int, ...], n_streams: int) -> Any:
-        """Return the layer's output for some streams; RefusalError without a valid hidden state."""
+        """Run the layer for some streams; raise RefusalError if the state's shape changes."""
 
         def repeat_rows(name: str, value: Tensor) -> Tensor:
-            """Repeat an input once per stream if it does not broadcast, such as an ALiBi tensor."""
+            """Repeat an input that cannot broadcast (e.g. an ALiBi tensor) once per stream."""
             is_per_row = value.shape == shape or is_alibi(name, value)
             return value.repeat(n_streams, 1, 1) if is_per_row else value
 
@@ -295,7 +297,7 @@ class LayerFork:
 
 
 def split_evenly(streams: Sequence[int], max_size: int | None) -> Iterator[Sequence[int]]:
-    """Split streams into as few groups as `max_size` allows, with about equal sizes."""
+    """Split streams into as few groups of at most `max_size` as possible, about equally large."""
     n_groups = -(-len(streams) // max_size) if max_size else 1
     size = -(-len(streams) // n_groups) if streams else 1
     yield from (streams[start : start + size] for start in range(0, len(streams), size))
@@ -317,7 +319,7 @@ def replace_layers(fork: LayerFork, inputs: Tensor, outputs: Tensor) -> None:
 
 
 def repeat_spans(fork: LayerFork, outputs: Tensor) -> None:
-    """Run repeated layers again, for the streams whose repeated layers end at this layer.
+    """Run an unbroken range of layers again, for streams whose repeated range ends at this layer.
 
     In each repetition, a layer gets a new hidden state, but the same mask, positions and other
     inputs as before.

@@ -38,9 +38,9 @@ class LayerSite:
     Attributes:
         index: The number of the layer.
         layer: The layer's module.
-        step: Plan of the streams that need changes inside the layer.
-        anatomy: Finder of the modules within the layers.
-        batched: Whether all inputs of the layer have one row per stream.
+        step: Plan of the layer for the streams with changes inside the layer.
+        anatomy: Object that finds the modules (e.g. the MLP) of each layer.
+        batched: Whether all inputs of the layer, also masks and positions, have one row per stream.
     """
 
     index: int
@@ -51,11 +51,11 @@ class LayerSite:
 
     @property
     def name(self) -> str:
-        """The name of the layer in messages."""
+        """The name of the layer for error messages."""
         return self.anatomy.layer_name(self.index)
 
     def list_streams(self, module: nn.Module) -> Sequence[int]:
-        """List the indices of the streams that a module of the layer has to compute."""
+        """List, for each output of a module of the layer, the index of a stream that uses it."""
         step = self.step
         if not step.components.isdisjoint(HEAD_COMPONENTS):
             heads = self.anatomy.get_part(Heads, self.index)
@@ -73,7 +73,7 @@ class LayerState(Protocol):
     """Interface of an object that knows which streams a layer is computing.
 
     Attributes:
-        is_whole: True if the streams that are being computed have no changes inside the layer.
+        is_whole: True while the layer computes streams that change nothing inside the layer.
     """
 
     is_whole: bool
@@ -83,12 +83,13 @@ class LayerState(Protocol):
 class ModuleFork(ABC):
     """Replacement of a module's `forward` method that computes some streams differently.
 
-    Each intervention within a layer is a subclass. A module can have several forks. A fork that is
-    installed later calls the earlier fork as its `original`.
+    Each kind of change within a layer is a subclass (e.g. `HeadFork` removes heads). A module can
+    have several such replacements. A replacement that is installed later calls the earlier
+    replacement as its `original`.
 
     Attributes:
         module: The module.
-        original: The module's `forward` method before this fork was installed.
+        original: The module's `forward` method before the replacement was installed.
     """
 
     module: nn.Module
@@ -97,7 +98,7 @@ class ModuleFork(ABC):
     @classmethod
     @abstractmethod
     def make_forks(cls, site: LayerSite) -> Iterator[ModuleFork]:
-        """Yield a fork for each module of the layer that this intervention changes."""
+        """Yield a replacement (fork) for each module of the layer that the subclass changes."""
 
     @abstractmethod
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -115,7 +116,7 @@ class ModuleFork(ABC):
 
 
 def view_streams(batch: Tensor, n_streams: int, owner: str = "a batch has") -> Tensor:
-    """View a batch [streams × n, …] as [streams, n, …].
+    """Reshape a batch [streams × n, …] to [streams, n, …].
 
     Raises RefusalError if the number of rows is not a multiple of `n_streams`. `owner` is the
     beginning of the error message.
@@ -126,7 +127,7 @@ def view_streams(batch: Tensor, n_streams: int, owner: str = "a batch has") -> T
 
 
 def select_streams(value: Any, n_streams: int, entrants: list[int]) -> Any:
-    """Keep only the streams `entrants` in tensors whose first axis has length `n_streams`."""
+    """Select the streams `entrants` from each tensor with `n_streams` rows; keep other values."""
     if isinstance(value, Tensor):
         return take_entries(value, entrants) if value.ndim and len(value) == n_streams else value
     if isinstance(value, tuple):
@@ -144,7 +145,7 @@ def is_alibi(name: str, value: Tensor) -> bool:
 def map_tensors(
     arguments: hooks.CallArguments, function: Callable[[str, Tensor], Tensor]
 ) -> hooks.CallArguments:
-    """Replace each tensor argument by `function(name, tensor)`; name is '' if positional."""
+    """Replace each tensor argument by `function(name, tensor)`; a positional one has name ''."""
 
     def change(name: str, value: Any) -> Any:
         return function(name, value) if isinstance(value, Tensor) else value
@@ -155,22 +156,21 @@ def map_tensors(
 
 @dataclass
 class SublayerFork(ModuleFork):
-    """The attention or the MLP of a layer, which some streams skip or share.
+    """The attention or the MLP of a layer, if some streams skip it or share its output.
 
-    Streams that differ only within the layer enter the layer with the same state, so the attention
-    of this state is computed once. For example, a stream without the MLP uses the attention of the
-    baseline. The input [entering × rows, tokens, hidden] is reduced to the streams that must be
-    computed. The outputs are then distributed to all entering streams [entering × rows, tokens,
-    hidden]. A stream without the sublayer gets an output that adds nothing. The output of a removed
-    sublayer is zeros, or the residual stream itself if the sublayer already adds its result to the
-    residual stream.
+    Streams that first differ within this layer have the same input, so their attention is computed
+    once. For example, the stream without the MLP uses the attention of the baseline. From the input
+    [streams × rows, tokens, hidden], the streams that must be computed are selected. Each output of
+    the sublayer is then copied to all streams that use this output. A stream without the sublayer
+    gets an output that changes nothing: zeros, or the residual stream itself if the sublayer
+    already adds its result to the residual stream.
 
     Attributes:
-        computed_streams: Indices of the entering streams for which the sublayer is computed.
-        sources: For each entering stream, the index of the output that it uses; None if the
-            sublayer is removed. The number of outputs is the number of computed streams, or more if
-            some streams lack heads.
-        batched: Whether all inputs of the layer have one row per stream.
+        computed_streams: Indices of the streams for which the sublayer is computed.
+        sources: For each stream, the index of the output that the stream uses; None if the sublayer
+            is removed. The number of outputs is the number of computed streams, or more if some
+            streams lack heads.
+        batched: Whether all inputs of the layer, also masks and positions, have one row per stream.
     """
 
     computed_streams: Sequence[int]
@@ -179,7 +179,7 @@ class SublayerFork(ModuleFork):
 
     @classmethod
     def make_forks(cls, site: LayerSite) -> Iterator[ModuleFork]:
-        """Yield forks of the attention and the MLP, if any stream removes parts of the layer."""
+        """Yield replacements of attention and MLP, if any stream removes parts of the layer."""
         step = site.step
         if step.has_sublayers:
             parts = site.anatomy.get_part(Sublayers, site.index)
@@ -187,7 +187,7 @@ class SublayerFork(ModuleFork):
             yield cls(parts.mlp, step.mlps, step.mlp_sources, site.batched)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the sublayer's output for all entering streams, computing each output once."""
+        """Return the sublayer's output for all streams; compute a shared output only once."""
         n_entering, streams = len(self.sources), list(self.computed_streams)
         if self.sources == tuple(range(n_entering)) == tuple(streams):
             return self.original(*args, **kwargs)
@@ -220,13 +220,13 @@ class SublayerFork(ModuleFork):
 class HeadFork(ModuleFork):
     """The output projection of an attention, for streams that lack attention heads.
 
-    The input is [computed × rows, tokens, columns], with the columns of all heads side by side. The
+    The input is [computed attentions × rows, tokens, columns]; each head has its own columns. The
     columns of removed heads are set to zero. A checkpoint gives the same result if its projection
     weights are zero in the columns of the removed heads.
 
     Attributes:
-        sources: For each output, the index of the computed attention that the projection uses.
-        columns: For each output, the input columns that are set to zero.
+        sources: For each output, the index of the computed attention that is projected.
+        columns: For each output, the columns of the removed heads, which are set to zero.
     """
 
     sources: list[int]
@@ -234,7 +234,7 @@ class HeadFork(ModuleFork):
 
     @classmethod
     def make_forks(cls, site: LayerSite) -> Iterator[ModuleFork]:
-        """Yield the fork of the output projection, if some stream lacks heads."""
+        """Yield a replacement of the output projection, if some stream lacks heads."""
         step, projections = site.step, site.step.projections
         if not step.components.isdisjoint(HEAD_COMPONENTS):
             heads = site.anatomy.get_part(Heads, site.index)
@@ -243,7 +243,7 @@ class HeadFork(ModuleFork):
             yield cls(site.layer.get_submodule(heads.projection), sources, columns)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return, for each output, the projection of the heads that are not removed."""
+        """Return the projections of all attentions, each without its removed heads."""
         (inputs,) = (*args, *kwargs.values())
         attended = view_streams(inputs, max(self.sources) + 1, "the attention heads have")
         states = take_entries(attended, self.sources)
@@ -257,13 +257,13 @@ class HeadFork(ModuleFork):
 class RouterFork(ModuleFork):
     """The router of a mixture of experts, for streams that lack some of the experts.
 
-    The input consists of the tokens of all streams whose MLPs are computed, ordered by stream. The
+    The input contains the tokens of each stream whose MLP is computed, stream after stream. The
     output for a stream equals the output of a router that only has the remaining experts. The
     output uses the original numbers of the experts, so the experts' module is called once for all
     streams.
 
     Attributes:
-        experts: Description of the experts of the layer.
+        experts: Paths of the layer's router and experts' module, and the number of experts.
         remaining: For each computed MLP, the numbers of the remaining experts; None for all
             experts.
     """
@@ -273,7 +273,7 @@ class RouterFork(ModuleFork):
 
     @classmethod
     def make_forks(cls, site: LayerSite) -> Iterator[ModuleFork]:
-        """Yield the fork of the router, if some stream lacks experts."""
+        """Yield a replacement of the router, if some stream lacks experts."""
         if "expert" in site.step.components:
             experts = site.anatomy.get_part(Experts, site.index)
             remaining = [
@@ -283,7 +283,7 @@ class RouterFork(ModuleFork):
             yield cls(site.layer.get_submodule(experts.router), experts, remaining)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the experts and gates that the router chooses for the tokens of all streams."""
+        """Return the experts that the router chooses for each token, and their routing weights."""
         arguments, hidden = (args, kwargs), hooks.input_state(args, kwargs)
         states = view_streams(hidden, len(self.remaining), "the router of the experts has")
         intact = [stream for stream, experts in enumerate(self.remaining) if experts is None]
@@ -306,15 +306,14 @@ class SharedExpertFork(ModuleFork):
     """A shared expert whose output is set to zero in the streams that lack the expert.
 
     Attributes:
-        is_removed: For each computed MLP, True if the shared expert is removed. The expert's input
-            consists of the tokens of all computed MLPs, ordered by stream.
+        is_removed: For each stream whose MLP is computed, True if the shared expert is removed.
     """
 
     is_removed: Sequence[bool]
 
     @classmethod
     def make_forks(cls, site: LayerSite) -> Iterator[ModuleFork]:
-        """Yield a fork of each shared expert, if some stream lacks the shared experts."""
+        """Yield a replacement of each shared expert, if some stream lacks the shared experts."""
         if "shared_expert" in site.step.components:
             is_removed = [bool(a.removed("shared_expert")) for a in site.step.mlp_ablations]
             for path in site.anatomy.get_part(SharedExperts, site.index).paths:
@@ -341,9 +340,10 @@ class RoundedFork(ModuleFork):
 
     Attributes:
         maps: Path → linear map, for all linear maps of the layer that are quantised in any stream.
-        formats: For each stream that the module computes, the paths of the quantised maps with
-            their formats.
-        make_weight: Function that returns the weights of a linear map, rounded to a format.
+        formats: For each stream that the module computes, pairs of a linear map's path and its
+            weight format (e.g. int8).
+        make_weight: Function that returns the quantised weights for a path, a linear map and a
+            format.
     """
 
     maps: Mapping[str, LinearMap]
@@ -352,7 +352,7 @@ class RoundedFork(ModuleFork):
 
     @classmethod
     def make_forks(cls, site: LayerSite) -> Iterator[ModuleFork]:
-        """Yield a fork of each module of the layer that has quantised weights in any stream."""
+        """Yield a replacement of each module of the layer with quantised weights in any stream."""
         step, index = site.step, site.index
         if "rounded" not in step.components:
             return
@@ -370,16 +370,16 @@ class RoundedFork(ModuleFork):
 
     @property
     def streams_by_formats(self) -> dict[_Formats, list[int]]:
-        """The streams grouped by the formats of their weights: formats → indices of streams."""
+        """Formats of the module's linear maps → indices of the streams with these formats."""
         return group_by(range(len(self.formats)), lambda stream: self.formats[stream])
 
 
 class LinearFork(RoundedFork):
     """One linear map of a layer, with quantised weights in some streams.
 
-    The input is [streams × rows, tokens, inputs], or has one row per stream with all tokens of the
-    stream. The module runs once for all streams. For streams with quantised weights, the output is
-    computed again with the quantised weights.
+    The input is [streams × rows, tokens, features], or contains all tokens of each stream, stream
+    after stream. The module runs once for all streams. For streams with quantised weights, the
+    output is computed again with the quantised weights.
     """
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -400,8 +400,8 @@ class LinearFork(RoundedFork):
 class ExpertsFork(RoundedFork):
     """The experts module of a mixture of experts, with quantised weights in some streams.
 
-    The input consists of the tokens of all streams, and of the chosen experts and gates of each
-    token. Streams with the same weights are computed together.
+    The input contains the tokens of all streams, and for each token the chosen experts and routing
+    weights. Streams with the same weights are computed together.
     """
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

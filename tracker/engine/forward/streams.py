@@ -1,10 +1,11 @@
 """Plan the sharing of layers: each ablation starts its own stream at its first changed layer.
 
-If layer l is removed, layers 0 to l−1 compute the same as in the baseline. So all ablations run as
-streams in one batch. A new stream copies the *input* of a parent stream at the first layer where
-the two streams differ. Measuring the removal of each single layer takes L(L+1)/2 layer passes
-instead of L². Streams also share work inside a layer: if only the MLP is removed, the output of the
-attention equals the output in the baseline.
+If layer l is removed, layers 0 to l−1 compute the same as in the baseline. So all ablations run in
+one batch, each as a part of the batch (a stream). At the first layer where an ablation differs from
+another stream, a new stream starts from the *input* of this layer in the other stream. Measuring
+the removal of each single layer of L layers takes L(L+1)/2 layer passes instead of L². Streams also
+share work inside a layer: if only the MLP is removed, the output of the attention equals the output
+in the baseline.
 """
 
 from __future__ import annotations
@@ -24,15 +25,16 @@ _DIVIDING_ACTIONS = (*_PART_ACTIONS[1:], Action.ROUNDED)
 
 @dataclass(frozen=True)
 class LayerStep:
-    """The plan for one layer: new streams, and the change of the layer in each stream.
+    """The plan for one layer: the streams that start there, and how each stream changes the layer.
 
     Attributes:
         n_streams: Number of streams before the layer.
         parents: For each new stream, the existing stream whose state it copies. New streams are
             numbered after the existing streams.
-        ablations: For each stream, including new streams, the change of this layer.
-        divided: Whether the attention and the MLP of the layer can be computed for different
-            streams.
+        ablations: For each stream, including new streams, the changes (e.g. removed heads) of this
+            layer.
+        divided: Whether the attention and the MLP of the layer can be computed for different sets
+            of streams.
     """
 
     n_streams: int
@@ -42,22 +44,22 @@ class LayerStep:
 
     @cached_property
     def actions(self) -> tuple[Action, ...]:
-        """For each stream, the action at the layer, such as passing or skipping the layer."""
+        """For each stream, what happens at the layer, e.g. that the layer is skipped."""
         return tuple(ablation.action for ablation in self.ablations)
 
     @cached_property
     def entrants(self) -> tuple[int, ...]:
         """The streams for which the layer is computed.
 
-        A stream whose repeated layers end at this layer is excluded if another stream passes
-        through the layer with the same state.
+        If the repeated layers of a stream end at this layer, and another stream gives the layer the
+        same input, the layer is computed only for the other stream.
         """
         copies = {stream for stream, source, _ in self.repeated_spans if source != stream}
         return tuple(i for i, a in enumerate(self.actions) if a.runs_modules and i not in copies)
 
     @cached_property
     def repeated_spans(self) -> tuple[tuple[int, int, Change], ...]:
-        """For each repeated span: the stream, the stream whose state it copies, and the change."""
+        """For each repeated range of layers that ends here: stream, copied stream, and change."""
         first_streams: dict[int, int] = {}
         for stream, action in enumerate(self.actions):
             if action in (Action.PASS, Action.REPEAT):
@@ -70,10 +72,11 @@ class LayerStep:
 
     @cached_property
     def divided_step(self) -> tuple[LayerStep, tuple[int, ...]]:
-        """A `LayerStep` for streams that change parts of the layer, and the streams' indices.
+        """A `LayerStep` for the streams that change parts of the layer, and their indices.
 
-        The step also contains the baseline, and all streams that enter the layer with the same
-        state. The step and the indices are empty if no stream changes parts of the layer.
+        The step also contains the baseline, and all streams with the same input as one of these
+        streams. The step and the indices are empty if no stream changes parts (e.g. heads) of the
+        layer.
         """
         origins = {self.origin(i) for i in self.entrants if self.actions[i] in _DIVIDING_ACTIONS}
         origins |= {0} if origins else set()
@@ -95,20 +98,20 @@ class LayerStep:
 
     @cached_property
     def components(self) -> set[str]:
-        """The components that are removed in any stream; `rounded` stands for quantised weights."""
+        """Kinds of parts that streams remove (e.g. `head`), and `rounded` for quantised weights."""
         changes = {change for ablation in self.ablations for change in ablation.changes}
         return {c.component if c.action is not Action.ROUNDED else c.action.value for c in changes}
 
     def origin(self, stream: int) -> int:
-        """Return the stream that gives the layer's input to `stream`: itself or its parent."""
+        """Return the stream whose state is the layer's input for `stream`: itself or its parent."""
         return stream if stream < self.n_streams else self.parents[stream - self.n_streams]
 
     @cached_property
     def attention_sources(self) -> tuple[int | None, ...]:
-        """For each entering stream, the index of the stream whose attention it uses, or None.
+        """For each stream in `entrants`, the index of the stream that computes its attention.
 
-        Streams share one attention if they enter the layer with the same state and change nothing
-        in the layer except for removed parts.
+        Streams share one attention if they have the same input, and only remove parts (e.g. the MLP
+        or heads) of the layer. None means that the stream removes the attention.
         """
         index_of: dict[tuple[int, Ablation | None], int] = {}
         sources: list[int | None] = []
@@ -123,7 +126,7 @@ class LayerStep:
 
     @cached_property
     def _projection_of(self) -> tuple[tuple[int, tuple[Change, ...]] | None, ...]:
-        """(Index of the attention, removed heads) of each entering stream, or None."""
+        """For each stream in `entrants`, (index of its attention, removed heads), or None."""
         return tuple(
             None if source is None else (source, self.ablations[stream].heads)
             for stream, source in zip(self.entrants, self.attention_sources, strict=True)
@@ -131,44 +134,44 @@ class LayerStep:
 
     @cached_property
     def projections(self) -> tuple[tuple[int, tuple[Change, ...]], ...]:
-        """The distinct pairs (index of a computed attention, heads to remove from its output)."""
+        """The distinct pairs (index of an attention, removed heads) that have to be projected."""
         return tuple(sorted({pair for pair in self._projection_of if pair}))
 
     @cached_property
     def head_sources(self) -> tuple[int | None, ...]:
-        """For each entering stream, the index of its pair in `projections`, or None."""
+        """For each stream in `entrants`, the index of its pair in `projections`, or None."""
         index_of = {pair: index for index, pair in enumerate(self.projections)}
         return tuple(pair and index_of[pair] for pair in self._projection_of)
 
     @cached_property
     def attentions(self) -> tuple[int, ...]:
-        """The indices of the entering streams whose attention is computed."""
+        """Indices in `entrants` of the streams whose attention is computed."""
         return tuple(sorted({source for source in self.attention_sources if source is not None}))
 
     @cached_property
     def mlps(self) -> tuple[int, ...]:
-        """The indices of the entering streams for which the layer's MLP is computed."""
+        """Indices in `entrants` of the streams whose MLP is computed."""
         actions = enumerate(self.actions[stream] for stream in self.entrants)
         return tuple(index for index, action in actions if action is not Action.NO_MLP)
 
     @property
     def mlp_ablations(self) -> list[Ablation]:
-        """For each computed MLP, the changes of the MLP's stream at the layer."""
+        """For each stream whose MLP is computed, the stream's changes of this layer."""
         return [self.ablations[self.entrants[index]] for index in self.mlps]
 
     @cached_property
     def mlp_sources(self) -> tuple[int | None, ...]:
-        """For each entering stream, the index of the stream's computed MLP; None without MLP."""
+        """For each stream in `entrants`, the index of its MLP in `mlps`, or None if removed."""
         index_of = {entrant: number for number, entrant in enumerate(self.mlps)}
         return tuple(map(index_of.get, range(len(self.entrants))))
 
 
 @dataclass(frozen=True)
 class StreamPlan:
-    """A plan of streams: the layer where each stream starts, and the stream of each ablation.
+    """Plan of a batch: the layer where each stream starts, and the streams of each ablation.
 
     Attributes:
-        steps: For each layer, the new streams and the changes of the layer.
+        steps: For each layer, the streams that start there, and how each stream changes the layer.
         paths: For each layer, the index of each ablation's stream after the layer, in the order of
             the ablations.
         embedding_formats: For each stream before the first layer, the weight format of the
@@ -189,7 +192,7 @@ class StreamPlan:
 
     @cached_property
     def head_streams(self) -> dict[str | None, list[int]]:
-        """Weight format of the output head → its streams; the unchanged format (None) is first."""
+        """Weight format of the output head (first None = unchanged) → streams with this format."""
         pairs = sorted((head or "", stream) for stream, head in set(self._answers))
         by_head = group_by(pairs, lambda pair: pair[0] or None)
         return {head: [stream for _, stream in group] for head, group in by_head.items()}
@@ -201,14 +204,14 @@ class StreamPlan:
 
     @cached_property
     def answer_indices(self) -> tuple[int, ...]:
-        """For each ablation, the index of its result in a list of results ordered head by head."""
+        """For each ablation, the index of its result among results ordered as `head_streams`."""
         answers = ((s, head) for head, streams in self.head_streams.items() for s in streams)
         index_of = {answer: index for index, answer in enumerate(answers)}
         return tuple(index_of[answer] for answer in self._answers)
 
     @property
     def n_answers(self) -> int:
-        """The number of calls of an output head per predicting token, summed over all streams."""
+        """The number of output-head computations per token whose next token is predicted."""
         return sum(map(len, self.head_streams.values()))
 
     @property
@@ -218,7 +221,7 @@ class StreamPlan:
 
     @property
     def attention_paths(self) -> Iterator[tuple[int | None, ...]]:
-        """Yield, for each layer, the index of the attention that each ablation uses, or None."""
+        """Yield, for each layer, the index of each ablation's attention, or None if removed."""
         for step, path in zip(self.steps, self.paths, strict=True):
             index_of = {
                 stream: step.attentions.index(source)
@@ -239,7 +242,7 @@ class StreamPlan:
 
     @property
     def layer_passes(self) -> float:
-        """The number of layer passes per token; an attention or an MLP alone counts as half."""
+        """The number of layer passes per token; a single attention or MLP counts as half a pass."""
         return (self.attention_passes + self.mlp_passes) / 2
 
     @property
@@ -263,10 +266,10 @@ def plan_streams(
 ) -> StreamPlan:
     """Plan which stream computes each ablation, and at which layer each stream starts.
 
-    The baseline must be among the ablations and becomes stream 0. Ablations with quantised
-    embeddings start their streams before the first layer. Quantised output heads apply after the
-    last layer. With tied weights, the output head has the format of the embedding. If `divided` is
-    False, streams share no work inside a changed layer.
+    The baseline must be among the ablations and becomes stream 0. The streams of ablations with
+    quantised embeddings start before the first layer. Quantised output heads need no stream of
+    their own. If embedding and output head share their weights (`is_tied`), both have the same
+    format. If `divided` is False, no work is shared inside a layer that some stream changes.
     """
     baseline_index = ablations.index(INTACT)
     order = [baseline_index, *(i for i in range(len(ablations)) if i != baseline_index)]
@@ -293,7 +296,7 @@ def plan_streams(
 
 
 def count_plain_passes(ablations: Ablations, n_layers: int) -> tuple[int, int]:
-    """Count the attention and MLP computations per token if each ablation runs separately."""
+    """Count attention and MLP computations per token without sharing between ablations."""
     actions = [a.at_layer(layer).action for a in ablations for layer in range(n_layers)]
     n_repeated = sum(span.extra for ablation in ablations for span in ablation.repetitions)
     n_entered = sum(action.runs_modules for action in actions) + n_repeated

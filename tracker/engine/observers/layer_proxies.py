@@ -43,11 +43,12 @@ def output_proxies(
 ) -> dict[str, Tensor]:
     """Measure, for each layer, the layer's effect on the intact model's output in a document.
 
-    If the engine shares layers between ablations, all models without a layer are computed together
-    with the intact model. Otherwise, a pruned copy of the model is made for each layer.
+    If the engine shares layers between ablations, the intact model and all models without one layer
+    are computed together. Otherwise, a pruned copy of the model is made for each layer.
 
     Args:
-        engine: The engine, with all sharing that is exact for the model.
+        engine: The engine, which shares computation between ablations if this is exact for the
+            model.
         document: The document that the model reads.
         only: `loss_increase` or `gate_gradient`, to measure only this proxy and `predicted`; None
             to measure all proxies.
@@ -91,10 +92,11 @@ def output_proxies(
 
 
 def divergences(engine: Engine, document: Document, ablations: Ablations) -> dict[str, Tensor]:
-    """Measure how far each ablation's outputs for a document diverge from the intact model.
+    """Measure how far each ablated model's token distributions diverge from the intact model's.
 
     Args:
-        engine: The engine, with all sharing that is exact for the model.
+        engine: The engine, which shares computation between ablations if this is exact for the
+            model.
         document: The document that the model reads.
         ablations: The ablations to measure, without the baseline.
 
@@ -113,9 +115,9 @@ def divergences(engine: Engine, document: Document, ablations: Ablations) -> dic
 def answer_divergences(
     engine: Engine, document: Document, ablations: Ablations
 ) -> dict[str, Tensor]:
-    """Measure `divergences` only at the positions that predict a token of the right answer.
+    """Measure `divergences` only at positions where a token of the right answer comes next.
 
-    A document without a right answer, such as a window of text, is measured as a whole.
+    If a document has no right answer (e.g. a window of a long text), all its tokens are measured.
     """
     if document.gold is None:
         return divergences(engine, document, ablations)
@@ -135,7 +137,7 @@ def _divergences(
     single_proxy: str | None,
     ablations: Ablations,
 ) -> dict[str, Tensor]:
-    """Sum `kl`, `js` and `loss_increase` over a text's tokens, or only `single_proxy`."""
+    """Sum `kl`, `js` and `loss_increase` (or only `single_proxy`) over the tokens of a text."""
     names = ("kl", "js", "loss_increase") if single_proxy is None else (single_proxy,)
     sums = {name: torch.zeros(len(ablations), dtype=torch.float64) for name in names}
     index_of = {ablation: index for index, ablation in enumerate(ablations)}
@@ -163,12 +165,12 @@ def _divergences(
 
 
 def _logprobs(logits: Tensor) -> Tensor:
-    """Return log-probabilities, with a finite lower limit for masked tokens to avoid NaN."""
+    """Return log-probabilities; those of masked tokens are finite, so that sums are not NaN."""
     return logits.float().log_softmax(-1).clamp_(min=MASKED_LOGPROB)
 
 
 def _kl_and_js(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute KL(p ‖ q) and the Jensen-Shannon divergence at each position [positions].
+    """Compute two tensors [positions]: KL(p ‖ q) and Jensen-Shannon divergence per position.
 
     The inputs are log-probabilities [positions, vocabulary] of the intact model (p) and of the
     changed model (q). The Jensen-Shannon divergence is computed as the entropy of the mixture minus
@@ -184,7 +186,7 @@ def _kl_and_js(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.inference_mode()
 def _lens_changes(engine: Engine, tokens: Sequence[int], start: int) -> Tensor:
-    """Count, for each layer, the tokens for which the layer changes the logit lens's prediction."""
+    """Count, for each layer, the tokens where the layer changes the logit lens's top prediction."""
     n_layers = len(engine.loaded.layers)
     # The lens at a layer's input is the model without that layer and all above it.
     lenses = [Ablation.from_changes(removed=range(layer, n_layers)) for layer in range(n_layers)]
@@ -199,10 +201,10 @@ def _lens_changes(engine: Engine, tokens: Sequence[int], start: int) -> Tensor:
 def _logits(
     engine: Engine, ablations: Ablations, tokens: Sequence[int], first_position: int
 ) -> Iterator[tuple[list[Ablation], range, Tensor]]:
-    """Yield logits of several ablations from one position on, in chunks that fit into memory.
+    """Yield logits of ablations at positions from `first_position` on, in chunks.
 
-    Each chunk consists of a list of ablations with the baseline first, a range of positions, and
-    the logits [ablations, positions, vocabulary].
+    Each chunk fits into memory. A chunk consists of a list of ablations, of which the first is the
+    baseline, a range of positions, and the logits [ablations, positions, vocabulary].
     """
     for group, output, states in _compute_states(engine, ablations, tokens):
         plan = engine.plan(group)
@@ -217,7 +219,7 @@ def _logits(
 def _compute_states(
     engine: Engine, ablations: Ablations, tokens: Sequence[int]
 ) -> Iterator[tuple[list[Ablation], Any, Tensor]]:
-    """Run ablations in groups; yield group, output and states [ablations, tokens, hidden]."""
+    """Run ablations in groups; yield (group, output, final states [ablations, tokens, hidden])."""
     # One sequence, whose mask the model builds itself.
     row = replace(reading_row(tokens), spans=None)
 
@@ -243,7 +245,7 @@ def _compute_states(
 
 @torch.inference_mode()
 def measure_span_similarity(engine: Engine, document: Document) -> dict[str, Tensor]:
-    """Measure how much each layer, and each span of layers, changes the residual stream.
+    """Measure how much each layer, and each range of layers, changes the residual stream.
 
     Args:
         engine: The engine, whose model reads the document.
@@ -252,9 +254,9 @@ def measure_span_similarity(engine: Engine, document: Document) -> dict[str, Ten
 
     Returns:
         Sums over the document's tokens, float64. `tokens` []: the number of tokens. For each layer
-        [layers]: the proxies that pruning strategies compute from a layer's input and output.
-        `angular_distance` [first layer, last layer]: the angle between the first layer's input and
-        the last layer's output; 0 if the last layer comes before the first layer.
+        [layers]: the proxies from a layer's input and output (e.g. `cosine_score`) that pruning
+        strategies use. `angular_distance` [first layer, last layer]: the angle between the first
+        layer's input and the last layer's output; 0 if the last layer comes before the first layer.
 
     Raises:
         RefusalError: The model's layers do not return one hidden state per token.
@@ -300,15 +302,15 @@ def measure_expert_load(
 ) -> dict[Change, tuple[float, ...]]:
     """Measure the load of some experts while the intact model reads a document.
 
-    This function runs an additional forward pass on the document. In this pass, each expert of a
-    token is computed a second time, to measure the norm of the expert's output before weighting by
-    the gate.
+    This function runs an additional forward pass on the document. In this pass, all experts to
+    which a token is routed are computed a second time. The second computation gives the norm of
+    each expert's output before multiplication by the gate.
 
     Args:
         engine: The engine, whose model reads the document.
         document: The document that is read: context and gold continuation, or the windows of a
             rolling text.
-        parts: The experts, as changes that remove one expert.
+        parts: The experts to measure, each given as the change that removes the expert.
 
     Returns:
         For each expert, two sums over the tokens that the router sends to the expert, in the order
@@ -334,7 +336,7 @@ def measure_expert_load(
 def _record_load(
     forward: Callable[..., Tensor], sums: Tensor, start: int, *args: Any, **kwargs: Any
 ) -> Tensor:
-    """Return the output of a layer's experts, and add the loads of the experts to `sums`."""
+    """Run the experts' module `forward`; add each expert's load to `sums`; return the output."""
     output = forward(*args, **kwargs)
     total = torch.zeros_like(output, dtype=torch.float32).flatten(0, -2)
     expert_outputs = []

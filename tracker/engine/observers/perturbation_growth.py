@@ -1,8 +1,8 @@
 """Measure how a perturbation of one layer's output changes the states after later layers.
 
-All perturbations are computed in one batch, like ablations. A perturbed state enters the batch
-after the perturbed layer. So n perturbations per layer cost n · L(L−1)/2 layer passes instead of n
-· L², for L layers.
+All perturbations are computed in one batch, like ablations. A perturbed state joins the batch after
+the perturbed layer. So in a model of L layers, n perturbations per layer cost n · L(L−1)/2 layer
+passes instead of n · L².
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def perturbation_growth(
     - *shuffled*: h − the update of another token of the text, scaled to the norm of f.
 
     After each later layer m, the relative difference ‖h′ₘ − hₘ‖ / ‖hₘ‖ is computed at each token
-    and averaged over the tokens on which the proxies are measured. *carried* is ‖f‖ / ‖hₘ‖, which
-    is the relative difference for later layers that do not change the perturbation.
+    and averaged over the tokens on which the proxies are measured. *carried* is ‖f‖ / ‖hₘ‖: the
+    relative difference that would result if later layers left the perturbation unchanged.
 
     Random directions are drawn in float32 on the CPU, with a seed that depends on `seed`, document,
     layer and draw. Perturbed states have the model's dtype.
@@ -64,10 +64,11 @@ def perturbation_growth(
     Returns:
         Mean relative differences: `removed`, `shuffled` and `carried` [2, layers, layers], and
         `random` [2, draws, layers, layers]. The last two axes are the perturbed layer and the layer
-        after which the difference is measured; NaN if the second layer comes before the first
-        layer. The first axis has two entries: the mean over all tokens, and the mean without the
-        first token of the text, whose norm is often far larger than other norms. A mean is NaN if
-        there are no tokens, or if a hidden state is not finite or all zeros.
+        after which the difference is measured. Entries are NaN if the measured layer comes before
+        the perturbed layer. The first axis has two entries: the mean over all tokens, and the mean
+        without the text's first token. The norm of the first token is often far larger than other
+        norms. A mean is NaN if there are no tokens, or if a hidden state is not finite or all
+        zeros.
 
     Raises:
         RefusalError: The structure of the model does not allow this measurement.
@@ -94,10 +95,10 @@ def perturbation_growth(
 
 @torch.inference_mode()
 def verify_growth(engine: Engine, document: Document, draws: int, seed: int = 0) -> None:
-    """Compare the perturbations of the middle layer with separate plain forward passes.
+    """Check the batched measurement for the middle layer against separate plain forward passes.
 
     The arguments have the same meaning as for `perturbation_growth`. Raises RefusalError if the
-    results of the two methods differ by more than rounding errors.
+    batched and the separate forward passes differ by more than rounding errors.
     """
     loaded, layer = engine.loaded, len(engine.loaded.layers) // 2
     if layer == 0:
@@ -124,9 +125,11 @@ def verify_growth(engine: Engine, document: Document, draws: int, seed: int = 0)
 def _follow_perturbations(
     engine: Engine, tokens: Sequence[int], directions: _Directions, layers: range
 ) -> Tensor:
-    """Return differences [perturbations + carried, layers, layers, tokens] for some layers.
+    """Perturb each layer in `layers`; return the relative differences after all later layers.
 
-    Entries for which no difference is measured are zeros.
+    The result has the shape [perturbations + 1, perturbed layer, later layer, tokens]. The last
+    entry of the first axis is *carried* of `perturbation_growth`. Entries that are not measured are
+    zeros.
     """
     n_layers, n_perturbations = len(engine.loaded.layers), directions.n_per_layer
     size = max(1, (engine.count_streams(len(tokens)) - 1) // n_perturbations)
@@ -138,14 +141,14 @@ def _follow_perturbations(
 
 @dataclass(frozen=True)
 class _Directions:
-    """Generator of the perturbations of layers in one text, seeded by `name`."""
+    """Generator of the perturbed states of each layer in one text; `name` is the random seed."""
 
     name: str
     draws: int
 
     @property
     def n_per_layer(self) -> int:
-        """The number of perturbations of one layer."""
+        """The number of perturbations per layer: removed, shuffled and the random directions."""
         return RANDOM + self.draws
 
     def perturb(self, layer: int, inputs: Tensor, outputs: Tensor) -> list[Tensor]:
@@ -160,7 +163,7 @@ class _Directions:
         return [state.to(outputs.dtype) for state in states]
 
     def _shuffle(self, layer: int, tokens: int) -> Tensor:
-        """Choose another token for each token, by a random cyclic permutation of all tokens."""
+        """Return the index of another token for each token, from a random cyclic permutation."""
         token_order = torch.randperm(tokens, generator=self._make_generator(f"{layer}/shuffled"))
         source_tokens = torch.empty_like(token_order)
         source_tokens[token_order] = token_order.roll(1)
@@ -173,10 +176,11 @@ class _Directions:
 
 @dataclass
 class _PerturbedPass:
-    """A forward pass that perturbs some layers and stores the effects in `differences`.
+    """A forward pass that perturbs the layers in `group` and writes the effects to `differences`.
 
-    During the pass, the state after a layer is [streams, tokens, …]. Stream 0 is the intact model,
-    and the other streams are the perturbations of all layers that were already perturbed.
+    During the forward pass, the hidden state after a layer has the shape [streams, tokens, …].
+    Stream 0 is the intact model. Each perturbation of a layer adds a stream, which continues
+    through all later layers.
     """
 
     engine: Engine
@@ -187,7 +191,7 @@ class _PerturbedPass:
     _n_seen: int = 0
 
     def run(self, tokens: Sequence[int]) -> None:
-        """Run the pass over a text."""
+        """Run the forward pass on the token ids of a text."""
         loaded = self.engine.loaded
         with (
             torch.inference_mode(),
@@ -199,7 +203,7 @@ class _PerturbedPass:
             raise RefusalError(f"the {n_layers} layers run {self._n_seen} times in total in a pass")
 
     def _plan(self) -> StreamPlan:
-        """Return a plan in which each perturbation is a stream that skips the perturbed layer."""
+        """Return a plan with a new stream per perturbation, which skips the perturbed layer."""
         steps, n_streams = [], 1
         for layer in range(len(self.engine.loaded.layers)):
             n_new = self.directions.n_per_layer if layer in self.group else 0
@@ -209,7 +213,7 @@ class _PerturbedPass:
         return StreamPlan(tuple(steps), ())
 
     def _perturb_states(self, layer: int, states: Tensor) -> None:
-        """Perturb the states after a layer, and measure all differences from the intact state."""
+        """Perturb the layer's output; measure how far each stream is from the intact model."""
         self._n_seen += 1
         if states.shape[1] != self.differences.shape[-1]:
             shape = tuple(states.shape)
@@ -242,7 +246,7 @@ def _hook_outputs(
 def _plain_states(
     engine: Engine, ids: Tensor, layer: int | None = None, state: Tensor | None = None
 ) -> list[Tensor]:
-    """Return the state after each layer in a pass; `state` replaces the output of `layer`."""
+    """Return each layer's output for `ids`, with the output of `layer` replaced by `state`."""
     layer_states: list[Tensor] = []
 
     def visit(layer_index: int, states: Tensor) -> None:
@@ -275,7 +279,7 @@ def _scale(direction: Tensor, size: Tensor) -> Tensor:
 
 
 def _distance(difference: Tensor, intact: Tensor) -> Tensor:
-    """Compute ‖difference‖ / ‖intact‖ [..., tokens]; NaN where the intact state is all zeros."""
+    """Compute ‖difference‖ / ‖intact‖ for each token; NaN where the intact state is all zeros."""
     dims = tuple(range(-intact.ndim + 1, 0))
     size = torch.linalg.vector_norm(_widen(intact), dim=dims)
     share = torch.linalg.vector_norm(_widen(difference), dim=dims) / size

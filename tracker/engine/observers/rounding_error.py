@@ -1,4 +1,4 @@
-"""Measure the errors of quantised linear maps, which help to choose bits per weight.
+"""Measure the errors of quantised linear maps, to help choose the bits per weight of each map.
 
 The embedding and the output head also count as linear maps.
 """
@@ -31,13 +31,14 @@ from tracker.schema.proxies import to_double
 def compare_embeddings(
     engine: Engine, tokens: Sequence[int], start: int, maps: Sequence[Change]
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Yield the outputs of the embedding and the output head, exact and with quantised weights.
+    """Yield exact and quantised outputs of the embedding and the output head for a text.
 
     Args:
         engine: The engine, whose model reads the tokens.
         tokens: Token ids of the text.
         start: Index of the first token whose outputs are yielded.
-        maps: Linear maps with formats. The function only uses the embedding and the output head.
+        maps: Changes that quantise one linear map each. Only changes of the embedding and the
+            output head are used.
 
     Yields:
         The index of a map in `maps`, the exact output for some tokens [tokens, …], and the output
@@ -121,15 +122,17 @@ def rounding_errors(
         maps: Changes that round a single linear map to a format.
 
     Returns:
-        Sums, float64. `tokens` []: the number of tokens of the document. The other entries have one
-        sum per map [maps]. `output_error`: squared distance of the exact and the quantised output.
-        `output_size`: squared norm of the exact output. `output_angle`: 1 minus the cosine of the
-        two outputs. For experts' maps, the outputs of single experts before weighting are compared.
-        Errors and sizes are summed over the experts of a token; `output_angle` is averaged over the
+        Tensors of sums over the document's tokens, in float64. `tokens` []: the number of tokens of
+        the document. The other entries have one sum per map [maps]. `output_error`: squared
+        distance of the exact and the quantised output.
+        `output_size`: squared norm of the exact output. `output_angle`: 1 minus the cosine
+        similarity of the exact and the quantised output. For a map inside a mixture of experts, the
+        output of each expert is compared before the router's weight is applied. `output_error` and
+        `output_size` are summed over the experts of a token; `output_angle` is averaged over these
         experts.
 
     Raises:
-        CellError: The model's experts cannot be computed one by one.
+        CellError: The model's code does not allow computing the output of a single expert.
     """
     inner = [index for index, change in enumerate(maps) if not change.is_outer]
     indices = group_by(inner, lambda index: (maps[index].layer, maps[index].path))
@@ -172,7 +175,7 @@ def _map_outputs(linear: LinearMap, weight: Tensor, start: int, *call: Any) -> _
 
 
 def _expert_outputs(linear: LinearMap, weight: Tensor, start: int, *call: Any) -> _Pairs:
-    """Yield, for each k, the exact and the quantised output of the k-th expert of each token."""
+    """Yield exact and quantised outputs of each token's first expert, then second expert, etc."""
     args, kwargs, _ = call
     if not integer_tables((*args, *kwargs.values())):
         raise CellError(
@@ -193,7 +196,7 @@ def _expert_outputs(linear: LinearMap, weight: Tensor, start: int, *call: Any) -
 def _hook_maps(
     engine: Engine, map_paths: _MapIndices, visit: Callable[..., None]
 ) -> Iterator[None]:
-    """Call `visit` for each linear map of a forward pass, with its module's input and output."""
+    """Install hooks that call `visit` with the input and output of each linear map's module."""
     with ExitStack() as stack:
         for layer, path in map_paths:
             linear = engine.anatomy.get_map(layer, path)

@@ -37,12 +37,12 @@ from tracker.schema.changes import Ablation
 def fork_decoding(
     engine: Engine, ablations: Ablations, prompt: Sequence[int], prefix: Prefix | None
 ) -> Iterator[Cache]:
-    """Prepare a model to continue one prompt under every ablation, until exit.
+    """Yield a cache with which the model continues one prompt under every ablation at once.
 
-    Ablations share computation while the model reads the prompt, as in scoring. After the prompt,
-    ablations share nothing, because the generated texts soon differ: each ablation has its own row
-    of the batch in every layer. A layer computes only the rows of ablations that do not skip the
-    layer, with separate keys and values per row.
+    The model is changed until the context exits. Ablations share computation while the model reads
+    the prompt, as in scoring. After the prompt, ablations share nothing, because the generated
+    texts soon differ: each ablation has its own row of the batch in every layer. A layer computes
+    only the rows of ablations that do not skip the layer, with separate keys and values per row.
 
     Args:
         engine: The engine of the model that generates.
@@ -83,12 +83,12 @@ def fork_decoding(
 
 
 def _spread_cache(cache: Cache, plan: StreamPlan, tokens: int) -> Cache:
-    """Copy the prompt's keys and values to one row per ablation, for each layer.
+    """Return a copy of the prompt's cache with one batch row per ablation in each layer.
 
-    The cache has one row for each different attention of the layer, [computed, heads, tokens,
-    size]. `plan.attention_paths` contains the row that each ablation used. The copy has one row for
-    each ablation that passes through the attention, [ablations, heads, tokens, size], in the order
-    of the ablations.
+    In `cache`, ablations that compute the same attention in a layer share a row: [rows, heads,
+    tokens, size]. `plan.attention_paths` contains the index of the row for each ablation. The copy
+    has a separate row for each ablation that runs the attention, [ablations, heads, tokens, size],
+    in the order of the ablations.
     """
     if not cache.layers:
         return new_cache()
@@ -105,10 +105,11 @@ def _spread_cache(cache: Cache, plan: StreamPlan, tokens: int) -> Cache:
 def generation_groups(
     engine: Engine, ablations: Ablations, tokens: int
 ) -> Iterator[list[Ablation]]:
-    """Split ablations into groups whose keys and values fit into half of the memory budget.
+    """Split ablations into groups whose key-value caches fit into half of the memory budget.
 
-    Each group includes the baseline. `tokens` is the length of the longest text, including the
-    prompt. Raises RefusalError if the model accepts no cache, or if an ablation repeats layers.
+    Each group includes the baseline. `tokens` is the maximum number of tokens of prompt and
+    generated text. Raises RefusalError if the model accepts no cache, or if an ablation repeats
+    layers.
     """
     loaded = engine.loaded
     if find_cache_argument(loaded.model) is None:
@@ -123,10 +124,10 @@ def generation_groups(
 def prepare_generation(
     engine: Engine, ablations: Ablations, prompt: Sequence[int]
 ) -> Iterator[dict[str, Any]]:
-    """Prepare a model to continue one prompt with one row per ablation, until exit.
+    """Yield arguments of `generate` that continue one prompt with one batch row per ablation.
 
-    Yields arguments for the method `generate` of transformers: the cache of the prompt, or no
-    arguments for a model without a cache.
+    `generate` is the method of transformers. The arguments contain the cache of the prompt. For a
+    model without a cache, there are no arguments. The model is changed until the context exits.
     """
     prefix = engine.find_read_prefix(engine.plan(ablations), prompt)
     engine.restore_state()

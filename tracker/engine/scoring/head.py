@@ -41,7 +41,8 @@ class Predictions(NamedTuple):
     Attributes:
         logprobs: Log-probability of each predicted token [streams, predicted], in the model's
             dtype.
-        greedy: For each predicted token [streams, predicted], whether the model ranks it first.
+        greedy: True for each predicted token that has the highest logit of the vocabulary [streams,
+            predicted].
     """
 
     logprobs: Tensor
@@ -60,17 +61,17 @@ class Head:
 
     The logits of all streams, [streams, predicting tokens, vocabulary], can take gigabytes, so the
     head processes the states in chunks of streams. On a CPU in full precision, the vocabulary is
-    also cut into blocks of `VOCABULARY_BLOCK` tokens. The projection then multiplies only the rows
-    of its weight that belong to the block, [block, hidden], and the rest of the head (soft-capping,
-    scaling) follows as usual. Three results are stored for the logits of a block [streams,
-    predicting tokens, block]: the maximum with its index, the log-sum-exp, and the logits of the
-    predicted tokens in the block. The log-sum-exp of all blocks' log-sum-exps equals the
-    log-sum-exp over the whole vocabulary. So `targets - normaliser` equals the log-softmax, up to
-    the order of summation.
+    also cut into blocks of `VOCABULARY_BLOCK` tokens. For each block, the projection uses only the
+    block's rows of the weight, [block, hidden]. The rest of the head (soft-capping, scaling) then
+    runs as usual. Of a block's logits, [streams, predicting tokens, block], only three results are
+    stored: the maximum with its index, the log-sum-exp, and the logits of predicted tokens. The
+    log-sum-exp of all blocks' log-sum-exps equals the log-sum-exp over the whole vocabulary. A
+    predicted token's log-probability is its logit minus this log-sum-exp. The result equals the
+    log-softmax up to the order of summation.
 
-    Blocks are exact if the projection is linear and the rest of the head treats each logit
-    separately; `_is_separable` tests the second condition. In half precision, the vocabulary is not
-    cut, because lm-eval rounds after the log-softmax over the whole vocabulary.
+    Blocks give exact results if the projection is linear and no later step of the head mixes logits
+    of different tokens. `_is_separable` tests whether the logits are mixed. In half precision, the
+    vocabulary is not cut, because lm-eval rounds after the log-softmax over the whole vocabulary.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -138,10 +139,9 @@ class Head:
     def _score_in_blocks(
         self, output: ModelOutput, predictor: Tensor, predicted: Tensor
     ) -> Predictions:
-        """Score predicted tokens from the logits of one block of the vocabulary after another.
+        """Score predicted tokens, computing the logits of one block of the vocabulary at a time.
 
-        Of several equal maxima, the first maximum is used, as in an argmax over the whole
-        vocabulary.
+        If several tokens have the highest logit, the first of these tokens counts as the argmax.
         """
         states = output.last_hidden_state
         maxima: list[Tensor] = []
@@ -179,9 +179,8 @@ class Head:
         method, so it cannot be called separately. Instead, the whole model is called on one
         placeholder token id, while a function replaces the part of the model before the head. This
         function returns `output`, with the states [streams, tokens, hidden] as `last_hidden_state`.
-        Two checks follow: the function was called, and the logits have the shape of the states.
-        Without these checks, a head with another input would return logits of wrong states
-        unnoticed.
+        RefusalError is raised if the function was not called, or if the logits do not have one row
+        for each state. These two checks detect a head that does not read the given states.
         """
         calls = []
 
@@ -200,12 +199,12 @@ class Head:
 
     @torch.inference_mode()
     def _is_separable(self, blocks: list[tuple[int, int]]) -> bool:
-        """Return whether the head treats each logit separately after the projection.
+        """Return whether the head computes each token's logit independently of other logits.
 
         The test compares the logits of four states [1, 4, hidden], computed at once and in blocks
-        of the vocabulary. The states are rows of the projection's weight. With a soft-cap, the
-        logits from blocks equal the logits computed at once. With a normalisation over the
-        vocabulary, the logits from blocks differ.
+        of the vocabulary. The states are rows of the projection's weight. The two results are equal
+        for a head with soft-capping, which changes each logit separately. They differ for a head
+        that normalises over the vocabulary.
         """
         weight = self._projection.weight
         states = weight[torch.linspace(0, len(weight) - 1, 4).long()][None]
@@ -221,7 +220,7 @@ class Head:
 def use_row_formats(
     embeddings: Embeddings, name: str, formats: Sequence[str | None]
 ) -> AbstractContextManager[None]:
-    """Run the embedding or output head with one weight format per row of the batch, until exit."""
+    """Use a separate weight format per batch row in the embedding or output head, until exit."""
     module = embeddings[name].module
     forward: Callable[[Tensor], Tensor] = module.forward
     rows_by_format = group_by(range(len(formats)), lambda row: formats[row])
@@ -250,7 +249,7 @@ def compute_first_states(
     formats: Sequence[str],
     inputs: dict[str, Any],
 ) -> list[Tensor]:
-    """Compute the input of the first layer with quantised embeddings, without running layers.
+    """Compute the first layer's input for several formats of the embedding; run no layers.
 
     Args:
         base: The module that runs the layers.

@@ -1,8 +1,8 @@
 """Build attention masks for a row of requests that share tokens in a prefix tree.
 
-A token of the tree only sees its ancestors within the layer's attention window. The windows are not
-read from the configuration. Instead, the windows are derived from the masks that the model passes
-to its layers for a plain text.
+A token of the tree attends only to itself and to its ancestors within the layer's attention window.
+The windows are not read from the configuration. Instead, the windows are derived from the masks
+that the model passes to its layers for a plain text.
 """
 
 from __future__ import annotations
@@ -30,9 +30,10 @@ class AttentionWindows:
 
     Attributes:
         tokens: The maximum length of texts for which the windows are valid.
-        starts: For each layer, a tensor with the first position that each position can see
-            [tokens]. Layers with equal windows share one tensor. None for a layer whose positions
-            see all earlier positions, or for a layer without a mask [1, 1, tokens, tokens].
+        starts: For each layer, a tensor [tokens] with the first position that each position attends
+            to. Layers with equal windows share one tensor. None for a layer whose positions attend
+            to all earlier positions, and for a layer that gets no mask of shape [1, 1, tokens,
+            tokens].
     """
 
     tokens: int
@@ -46,9 +47,9 @@ def find_attention_windows(
     """Find the attention windows of all layers from the masks that the model builds for a text.
 
     The layers run only once, on two tokens. For the text, each layer is replaced by a function that
-    records the mask and returns the layer's input state. The other outputs of the function are the
-    layer's outputs for the two tokens, so that the model can continue. A mask is [1, 1, tokens,
-    tokens].
+    records the mask and returns the layer's input state. If a layer has further outputs, the
+    function returns those from the two tokens, so that the model can continue. A recorded mask has
+    the shape [1, 1, tokens, tokens].
     """
     layer_outputs: dict[int, Any] = {}
     masks: list[Any] = [None] * len(layers)
@@ -97,7 +98,7 @@ def mask_position(layer: nn.Module) -> int | None:
 
 
 def find_first_visible(mask: object, tokens: int) -> Tensor | None:
-    """Return the first visible position of each token from a mask of contiguous ranges.
+    """Return the first position that each token attends to, derived from an attention mask.
 
     The mask has the shape [1, 1, tokens, tokens], and the returned tensor has the shape [tokens].
     Returns None if every token sees all earlier tokens, or if the mask has another shape. Raises
@@ -120,18 +121,19 @@ def find_first_visible(mask: object, tokens: int) -> Tensor | None:
 
 
 class Masks:
-    """The attention masks of one row [1, 1, tokens, prefix + tokens], one for each window.
+    """The attention masks of one row; layers with equal attention windows share one mask.
 
-    A row contains a flattened prefix tree of requests: node i is a token, and `row.ancestors[i, j]`
-    is True if j is an ancestor of i. The masks replace the model's causal masks. In a mask, a node
-    sees the stored prefix, its ancestors and itself, but no sibling. The node thus attends to
-    exactly the tokens of the text that ends with the node, at their positions in this text. In a
-    layer with an attention window, the node attends only to the last tokens of this text. For a
-    node at depth d, entry d of the layer's tensor in `AttentionWindows.starts` is the first visible
-    depth, and ancestors at smaller depths are hidden. Positions are depths in the tree, not indices
-    in the row. Masked entries are the lowest number of the dtype, as in transformers. A boolean
-    mask would be slower, because attention would convert the mask to numbers in each layer. All
-    layers with the same `starts` share one mask, which is built on the device.
+    A mask has the shape [1, 1, tokens, prefix + tokens]. A row contains a flattened prefix tree of
+    requests: each node is a token, and `row.ancestors[i, j]` is True if node j is node i or its
+    ancestor. The masks replace the model's causal masks. A node attends to the cached prefix, its
+    ancestors and itself, but not to its siblings. So a node attends to exactly the same tokens as
+    in a separate forward pass over the text that ends with the node. In a layer with an attention
+    window, a node attends only to the last tokens of its text. The layer's tensor in
+    `AttentionWindows.starts` contains the first visible depth for a node at each depth; ancestors
+    at smaller depths are masked. The position of a node is its depth in the tree, not its index in
+    the row. Masked entries are the lowest number of the dtype, as in transformers. A boolean mask
+    would be slower, because attention would convert the mask to numbers in each layer. The masks
+    are built on the device.
 
     `windows` must be valid for texts as long as the depth of the row's tree, and `row.spans` must
     be set. A row without `spans` needs no mask. `layer_masks` contains the mask of each layer.
@@ -158,7 +160,7 @@ class Masks:
     def replace_mask(
         self, index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return a layer's arguments with the row's mask in place of the model's own mask."""
+        """Return a layer's call arguments, with the model's mask replaced by the row's mask."""
         mask, position = self.layer_masks[index], mask_position(layer)
         if position is not None and position < len(args):
             return (*args[:position], mask, *args[position + 1 :]), kwargs

@@ -1,7 +1,7 @@
 """Access a model's layers and their modules, and cache facts about the model.
 
-This module also defines the computations that ablations share, describes side effects of calling a
-model, and makes changed copies of a model.
+This module also defines which computations ablations share and which side effects calls of a model
+have, and it makes changed copies of a model.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Sharing:
 
     Attributes:
         depth: Whether layers below a removed layer are computed once for all ablations.
-        tokens: Whether tokens that several requests of a row have in common are computed once.
+        tokens: Whether common beginnings of requests in one forward pass are computed once.
         prefix: Whether the common beginning of all documents is computed once for all rows.
         calls: Whether texts of equal length are computed in one call, with logits at predicting
             tokens only. Otherwise, each request is a separate call of the unchanged model, which
@@ -70,7 +70,7 @@ class Sharing:
     calls: bool = True
 
     def __str__(self) -> str:
-        """Return the names of the shared computations, as the ledger and the report show them."""
+        """Return the names of the shared computations for display, e.g. `depth, tokens`."""
         names = ("depth", "tokens", "prefix")
         return ", ".join(name for name in names if getattr(self, name)) or "nothing"
 
@@ -89,15 +89,15 @@ class Quirks:
 
     Attributes:
         lengths: Text lengths at which the model switches to a different computation.
-        leftovers: Original values of attributes that a call of the model changes and that affect
-            the next call.
-        first: Original values of attributes and weights that the first call of the model changes
-            permanently.
+        leftovers: Model attributes that each call changes and that affect the next call, with their
+            original values.
+        first: Attributes and weights that the first call of the model changes permanently, with
+            their original values.
         in_place: Whether a removed layer stays in the model and returns its input, because the
             layer cannot be cut out of the model.
-        as_loaded: Whether copies without some layers get the values that the model's class computes
-            while it loads a checkpoint. If copies cannot get these values, `in_place` decides
-            whether removed layers stay in the copy.
+        as_loaded: Whether a copy without some layers gets the attribute values that the model's
+            class would compute when loading a checkpoint of this copy. If these values cannot be
+            determined, `in_place` decides whether removed layers stay in the copy.
     """
 
     lengths: Lengths = ANY_LENGTH
@@ -137,9 +137,10 @@ def input_tokens(request: Request, max_length: int) -> tuple[int, ...]:
 
 @torch.inference_mode()
 def score_continuation(logits: Tensor, continuation: Sequence[int]) -> Response:
-    """Score a continuation by the logits of the text without the continuation's last token.
+    """Return the log-likelihood of a continuation, and how many of its tokens are predicted.
 
-    The log-likelihood (in nats), the greedy flag and the hits are computed as in lm-eval.
+    `logits` belong to the context and the continuation without its last token. The log-likelihood
+    (in nats) and the greedy flag are computed as in lm-eval.
     """
     logits = logits[-len(continuation) :]
     tokens = torch.tensor(continuation, device=logits.device)
@@ -154,8 +155,8 @@ class ModelFacts:
 
     Attributes:
         windows: The attention windows of the model's layers.
-        cache_bytes: Bytes that the keys and values of one token take in one attention.
-        parts: The modules of the layers that have been found so far; see `LayerAnatomy`.
+        cache_bytes: Bytes of the cached keys and values of one token in one layer.
+        parts: Cache of the layers' modules (e.g. attention, experts) that `LayerAnatomy` has found.
         weights: Cache of quantised weights of the layers.
         embeddings: The embedding and the output head, with a cache of their quantised weights.
     """
@@ -175,12 +176,12 @@ class EngineModel:
         loaded: The loaded model.
         max_length: Maximum number of tokens that the model reads, determined as in lm-eval.
         quirks: Side effects of calling the model.
-        memory: Maximum bytes of hidden states and stored prefixes. None means half of the free
+        memory: Maximum bytes of hidden states and cached prefixes. None means half of the free
             memory of the device with the least free memory.
-        pass_tokens: Maximum number of tokens of all streams in one call of a layer on a CPU. None
-            derives the number from the number of threads.
-        row_multiple: Rows are padded to a multiple of this number of nodes, see `Row.pad_nodes`.
-            None chooses the number by device.
+        pass_tokens: Maximum number of tokens that one call of a layer computes on a CPU, over all
+            ablations. None derives the number from the number of threads.
+        row_multiple: Prefix trees are padded until prefix and tree together have a multiple of this
+            number of tokens, see `Row.pad_nodes`. None chooses the number by device.
         replacements: Layer number → function that replaces the layer.
         facts: Cached facts about the model, shared by all engines of the model.
     """
@@ -200,38 +201,38 @@ class EngineModel:
         return type(self.loaded.model).__name__
 
     def restore_state(self) -> None:
-        """Undo the side effects of the last call of the model, so that calls are independent."""
+        """Undo the side effects of the model's last call that would affect the next call."""
         if self.quirks.leftovers:
             restore_state(self.loaded.model, self.quirks.leftovers)
 
     def layers_left(self, ablation: Ablation) -> list[int]:
-        """List the layers that an ablation runs, in order; repeated layers appear repeatedly."""
+        """List the layers that run under an ablation, in order, with repetitions."""
         return remaining_layers(len(self.loaded.layers), ablation.removed(), ablation.repetitions)
 
     @torch.inference_mode()
     def read_logits(self, tokens: Sequence[int]) -> Tensor:
-        """Compute the intact model's logits [tokens, vocabulary] for a text, in a separate call."""
+        """Compute the logits [tokens, vocabulary] of a text by a call of the unchanged model."""
         self.restore_state()
         ids = torch.tensor([tokens], device=self.loaded.device)
         return compute_logits(self.loaded.model, ids)[0]
 
     def run_text(self, tokens: Sequence[int]) -> Any:
-        """Run the intact model without the output head on a text, in a separate call."""
+        """Return the unchanged model's output for a text, computed without the output head."""
         self.restore_state()
         ids = torch.tensor([tokens], device=self.loaded.device)
         return self.head.base(input_ids=ids, use_cache=False)
 
     @cached_property
     def budget(self) -> int:
-        """The maximum number of bytes for hidden states and stored prefixes."""
+        """The maximum number of bytes for hidden states and cached prefixes."""
         return self.memory or min_free_memory(self.loaded.model, self.loaded.device) // 2
 
     def count_streams(self, tokens: int) -> int:
-        """Return the number of streams of `tokens` tokens each that fit into the memory budget."""
+        """Return how many streams (ablations) of `tokens` tokens fit into the memory budget."""
         return self.budget // (tokens * stream_bytes(self.loaded.model))
 
     def plan(self, ablations: Ablations) -> StreamPlan:
-        """Plan the streams of some ablations: the layer at which each stream starts."""
+        """Plan at which layer each ablation's hidden states separate from the intact model's."""
         is_tied = any(ablation.outer_formats for ablation in ablations) and self.embeddings.is_tied
         # Parts of attentions and MLPs can be removed from layers that are not divided into the two.
         has_parts = any(ablation.parts for ablation in ablations)
@@ -240,7 +241,7 @@ class EngineModel:
         return plan_streams(ablations, len(self.loaded.layers), is_tied, divided)
 
     def find_anatomy(self, plan: StreamPlan) -> LayerAnatomy:
-        """Find the modules of layers that a plan changes, and return the anatomy of the layers."""
+        """Find the modules that a plan changes; return the object that stores these modules."""
         anatomy, components = self.anatomy, {c for step in plan.steps for c in step.components}
         kinds = [PART_CLASSES[name] for name in NUMBERED_COMPONENTS if name in components]
         if "shared_expert" in components:
@@ -253,23 +254,23 @@ class EngineModel:
 
     @property
     def max_pass_tokens(self) -> int | None:
-        """The maximum number of tokens of all streams in one call of a layer; None for no limit."""
+        """The maximum number of tokens, over all ablations, per call of a layer; None: no limit."""
         if self.loaded.device.type != "cpu" or self.loaded.offloaded is not None:
             return None
         return self.pass_tokens or PASS_TOKENS_PER_THREAD * torch.get_num_threads()
 
     @property
     def row_size_multiple(self) -> int:
-        """The padding unit of rows: a padded row has a multiple of this number of nodes."""
+        """The number of tokens to a multiple of which a prefix and tree are padded."""
         default = 1 if self.loaded.device.type == "cpu" else ROW_MULTIPLE_ACCELERATOR
         return self.row_multiple or default
 
     @cached_property
     def device_replacements(self) -> Mapping[int, Replacement]:
-        """Layer → function that replaces the layer, with tensors on the device of the layer.
+        """Functions that replace layers, keyed by layer number, with tensors on the layer's device.
 
-        With offloaded weights, the tensors stay on the host, because the device only has room for
-        layers.
+        If weights are offloaded, the tensors stay in host memory, because the device has no room
+        for them.
         """
         if self.loaded.offloaded is not None:
             return self.replacements
@@ -318,7 +319,7 @@ class EngineModel:
 
     @property
     def anatomy(self) -> LayerAnatomy:
-        """The anatomy of the layers, which finds the modules for each component of a layer."""
+        """An object that finds the modules of each component (e.g. attention) of a layer."""
         facts, loaded = self.facts, self.loaded
         facts.weights = facts.weights or RoundedWeights(self.weight_cache_bytes)
         # Not cached: it holds this engine, whose quirks apply to every call of the model.
@@ -328,7 +329,7 @@ class EngineModel:
 
     @contextmanager
     def _isolate(self) -> Iterator[None]:
-        """Open a context in which calls of the model do not affect calls outside of the context."""
+        """Open a context whose model calls do not change the results of calls outside of it."""
         self.restore_state()
         offloaded = self.loaded.offloaded
         with nullcontext() if offloaded is None else offloaded.sequential_passes():
@@ -345,12 +346,12 @@ class EngineModel:
 
     @property
     def weight_cache_bytes(self) -> int:
-        """The maximum bytes of cached quantised weights that are not in use by a layer."""
+        """The maximum bytes of quantised weights that are kept in memory for later use."""
         return self.budget // 8
 
 
 def make_changed_copy(model: EngineModel, ablation: Ablation, brief: bool = False) -> LoadedModel:
-    """Copy a model, and apply an ablation to the structure and weights of the copy.
+    """Copy a model, and change the layers and weights of the copy as an ablation describes.
 
     The copy shares unchanged weights with the model. Removed sublayers stay in the copy, but add
     nothing to the residual stream.
@@ -358,9 +359,9 @@ def make_changed_copy(model: EngineModel, ablation: Ablation, brief: bool = Fals
     Args:
         model: The model.
         ablation: The changes to apply to the copy.
-        brief: Whether the copy is only used for a few calls. If several layers are quantised, such
-            a copy uses a limited cache of quantised weights, and a layer has quantised weights only
-            during a call.
+        brief: Whether the copy is only used for a few calls. If so and several layers are
+            quantised, the weights of a layer are quantised only while the layer runs, with a cache
+            of limited size.
 
     Returns:
         The changed copy.
@@ -390,10 +391,10 @@ def make_changed_copy(model: EngineModel, ablation: Ablation, brief: bool = Fals
 def _layer_changes(
     model: EngineModel, ablation: Ablation, cache: RoundedWeights | None
 ) -> Iterator[tuple[int, Callable[[nn.Module], object]]]:
-    """Yield functions that change layers of a copy, except for removals and repetitions.
+    """Yield (layer number, function that changes this layer of a copy) for an ablation.
 
-    Yields the number of a layer, and the function that changes the weights or the output of the
-    layer's copy. `cache` has the same meaning as for `round_layer`.
+    The function changes the weights or the output of the layer's copy. Removals and repetitions of
+    whole layers are left out. `cache` has the same meaning as for `round_layer`.
     """
     for change in ablation.replacements:
         # The layer still runs; its output is dropped.
@@ -404,7 +405,7 @@ def _layer_changes(
 
 
 def stream_bytes(model: PreTrainedModel) -> int:
-    """Estimate the maximum bytes that one token of one stream needs inside a layer.
+    """Estimate the peak bytes that a layer needs per token and ablation.
 
     In a mixture of experts, a token takes memory in each of its experts: for the expert's input,
     intermediate state and output.

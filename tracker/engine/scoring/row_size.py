@@ -1,4 +1,4 @@
-"""Find the fastest size of a batch row by timing, since it depends on processor and dtype."""
+"""Find the fastest number of tokens per forward pass by timing several numbers."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ MAX_CPU_WIDTH = 2048
 
 
 def is_worth_timing(engine: Engine) -> bool:
-    """Return whether it is worthwhile to time row sizes other than the default size.
+    """Return whether row sizes (tokens per forward pass) should be timed for this model.
 
     Timing is worthwhile on an accelerator, and on a CPU for half-precision models that are not too
-    wide. The sizes are not timed for offloaded models, or if the row size is already set.
+    wide. Row sizes are not timed if weights are offloaded, or if the row size is already set.
     """
     loaded = engine.loaded
     if loaded.offloaded is not None or engine.row_tokens is not None:
@@ -47,25 +47,25 @@ def is_worth_timing(engine: Engine) -> bool:
 
 
 def row_sizes(engine: Engine) -> tuple[int, ...]:
-    """Return the row sizes to time on the engine's device, the default first."""
+    """Return the row sizes (tokens per forward pass) to time on a device, the default first."""
     return CPU_ROW_SIZES if engine.loaded.device.type == "cpu" else ACCELERATOR_ROW_SIZES
 
 
 def find_row_size(engine: Engine) -> int:
-    """Find the fastest row size by timing each size on a copy of the model's first layers.
+    """Return the fastest number of tokens per row, timed on a copy of the model's first layers.
 
     Args:
-        engine: The engine, with full sharing; its model is not changed.
+        engine: The engine; its model is not changed.
 
     Returns:
-        One of `row_sizes`; the default size if the model cannot compute such rows.
+        One of `row_sizes`; the default size if the model fails on rows that share tokens.
     """
     seconds, _ = try_model(lambda: time_sizes(engine))  # the self-check reports why it cannot
     return row_sizes(engine)[0] if seconds is None else choose_row_size(seconds)
 
 
 def time_sizes(engine: Engine) -> dict[int, float]:
-    """Measure the time of rows of each size; return size → seconds, with the default size first."""
+    """Score random documents with each row size; return row size → seconds, the default first."""
     n_layers = len(engine.loaded.layers)
     engine_copy = engine.ablate(Ablation.from_changes(removed=range(TIMED_LAYERS, n_layers)))
     layers = range(min(TIMED_LAYERS, n_layers))
@@ -85,7 +85,7 @@ def time_sizes(engine: Engine) -> dict[int, float]:
 
 
 def choose_row_size(seconds: Mapping[int, float]) -> int:
-    """Return the fastest row size if it is clearly faster than the default, else the default."""
+    """Return the fastest row size, or the default (the first) if that is nearly as fast."""
     default, best = next(iter(seconds)), min(seconds, key=lambda size: seconds[size])
     return best if seconds[best] < MAX_TIME_SHARE * seconds[default] else default
 
@@ -100,7 +100,7 @@ def make_documents(
         count: Number of documents.
         tokens: Number of tokens of each document: a context of `tokens` - 1 tokens and one more for
             an answer.
-        longest: Maximum number of tokens of an answer; the shortest answer has one token.
+        longest: Maximum number of tokens of an answer. At least one answer has one token.
         beginning: Number of tokens at the beginning that all contexts share.
 
     Returns:

@@ -1,8 +1,9 @@
 """Pack requests into rows that share tokens; each row is scored in one forward pass.
 
-A row is usually a prefix tree, in which requests with a common beginning share the nodes of these
-tokens. The depth of a node is its position, and a node attends to its ancestors. For models that do
-not support the mask of a tree, a row is a batch of sequences of equal length.
+A row is usually a prefix tree: each node is a token, and requests share the nodes of their common
+beginning. The depth of a node is its token's position, and a node attends only to itself and its
+ancestors. For models that do not support the attention mask of a tree, a row is a batch of
+sequences of equal length.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def count_common_tokens(text: Sequence[int], other_text: Sequence[int]) -> int:
 
 
 class Tree:
-    """Prefix tree of token sequences; every node has a larger number than its parent."""
+    """Prefix tree of token sequences; each node is a token, numbered after its parent."""
 
     def __init__(self) -> None:
         self.tokens: list[int] = []
@@ -41,7 +42,7 @@ class Tree:
         self._children: dict[tuple[int, int], int] = {}
 
     def insert(self, path: Sequence[int]) -> list[int]:
-        """Insert a token sequence, and return the numbers of its nodes from the root on."""
+        """Insert a token sequence; return the number of the tree node of each of its tokens."""
         nodes = []
         parent = -1
         for depth, token in enumerate(path):
@@ -66,12 +67,11 @@ class Tree:
         return len(new_paths)
 
     def compute_spans(self) -> Tensor:
-        """Renumber the nodes depth-first; return the range of numbers of each node's descendants.
+        """Return the range of depth-first numbers of each node's subtree.
 
         Returns:
-            Tensor [2, nodes]: begin and end of the half-open range that holds the depth-first
-            numbers of a node and its descendants. The begin of a range is the depth-first number of
-            the node.
+            Tensor [2, nodes]: for each node, the first depth-first number in its subtree, and the
+            last number plus 1. The first number is the node's own number.
         """
         # The last entry belongs to the parent of all roots, which is -1.
         nodes = len(self.parents)
@@ -90,7 +90,7 @@ class Lengths:
     """Text lengths at which a model's computation changes.
 
     Some rotary embeddings choose their factors by the last position in the forward pass. So
-    requests share a forward pass or a prefix cache only if their lengths give the same computation.
+    requests share a forward pass or a prefix cache only if no threshold lies between their lengths.
 
     Attributes:
         thresholds: Numbers of tokens at which the computation changes.
@@ -102,10 +102,11 @@ class Lengths:
     all_differ: bool = False
 
     def side(self, tokens: int) -> int:
-        """Return a number for the interval between thresholds that contains this text length.
+        """Return a number that is equal for text lengths which the model computes in the same way.
 
-        The model computes texts with equal numbers in the same way. A length equal to a threshold
-        has a separate number, because models differ in whether they include the threshold.
+        All lengths between two thresholds have the same number. A length equal to a threshold has a
+        separate number, because models differ in whether a computation changes at the threshold or
+        after the threshold.
         """
         if self.all_differ and tokens >= min(self.thresholds, default=0):
             return tokens
@@ -133,10 +134,11 @@ class Row:
             predicts it [predicted].
         predicted: Ids of the predicted tokens [predicted].
         owner: For each predicted token, the index of its request in `requests` [predicted].
-        requests: For each request, the index of its document, and its index in the document.
-        gold: Pairs of a document's index and the indices (0 to N - 1) of tokens on which its
-            proxies are measured, without the prefix. All rows together contain each measured token
-            once.
+        requests: For each request, the index of its document, and the request's index in this
+            document.
+        gold: Pairs of a document's index and the indices (0 to N - 1) of the tokens on which the
+            document's layer statistics (proxies) are measured, without the prefix. All rows
+            together contain each measured token once.
         length: Number of tokens of the longest text, including the prefix.
     """
 
@@ -154,12 +156,12 @@ class Row:
 
     @property
     def tokens(self) -> int:
-        """Number of tokens in the row, without the prefix."""
+        """Number of tokens that the model reads for the row, without the prefix."""
         return self.input_ids.numel()
 
     @property
     def ancestors(self) -> Tensor | None:
-        """Boolean mask [tokens, tokens]: each node attends to itself and its ancestors."""
+        """Mask [tokens, tokens], True where a tree's token attends to itself or an ancestor."""
         if self.spans is None:
             return None
         starts, ends = self.spans
@@ -167,9 +169,10 @@ class Row:
         return visible
 
     def pad_nodes(self, multiple: int) -> Row:
-        """Add nodes until the total of tree nodes and prefix tokens is divisible by `multiple`.
+        """Return the row, padded to a multiple of `multiple` tokens (including the prefix).
 
-        An added node attends only to the prefix and itself. The output of added nodes is not used.
+        A padding token attends only to the prefix and itself. The output of padding tokens is not
+        used.
         """
         n_missing = -(self.prefix + self.tokens) % multiple
         if self.spans is None or not n_missing:
@@ -194,7 +197,7 @@ class Row:
         return replace(self, **device_tensors)
 
     def renumber(self, documents: Sequence[int]) -> Row:
-        """Return the row with each document index `n` replaced by `documents[n]`."""
+        """Return a copy of the row, with each document index `n` replaced by `documents[n]`."""
         return replace(
             self,
             requests=[(documents[number], request) for number, request in self.requests],
@@ -204,11 +207,12 @@ class Row:
 
 @dataclass(frozen=True)
 class _Sequence:
-    """Request as a token sequence; the log-probabilities of its last `n_scored` tokens count.
+    """Request as a token sequence, of which the last `n_scored` tokens are scored.
 
-    The model reads the first `n_read` tokens: usually all except the last, which is only predicted.
-    If proxies are measured from the token `start` on, the model reads the last token too. Sequences
-    with equal `side` can share a forward pass.
+    The model reads the first `n_read` tokens: usually all tokens except the last, which is only
+    predicted. If `start` is not None, layer statistics (proxies) are measured from this token on,
+    and the model also reads the last token. Sequences with equal `side` can share a forward pass,
+    see `Lengths.side`.
     """
 
     document: int
@@ -227,8 +231,9 @@ class _Sequence:
 def _list_sequences(documents: Documents, max_length: int, lengths: Lengths) -> Iterator[_Sequence]:
     """Yield each request as a sequence, truncated from the left exactly as lm-eval does.
 
-    To measure proxies, the model must also read the last token of a sequence. If the longer length
-    changes the model's computation, a separate sequence without scores measures the proxies.
+    To measure layer statistics (proxies), the model must also read the last token. If this
+    additional token would change the model's computation, an additional sequence with `n_scored` =
+    0 is yielded for the statistics.
     """
     for number, document in enumerate(documents):
         for index, request in enumerate(document.requests):
@@ -253,7 +258,7 @@ def _list_sequences(documents: Documents, max_length: int, lengths: Lengths) -> 
 def _group_by_side(
     documents: Documents, max_length: int, lengths: Lengths
 ) -> list[list[list[_Sequence]]]:
-    """Group sequences that can share a pass; the result is [group][document][sequence]."""
+    """Group requests whose lengths allow a shared forward pass, and within groups by document."""
     sides = group_by(_list_sequences(documents, max_length, lengths), attrgetter("side")).values()
     return [list(group_by(side, attrgetter("document")).values()) for side in sides]
 
@@ -265,23 +270,24 @@ def pack_tree_rows(
     prefix: int = 0,
     lengths: Lengths = ANY_LENGTH,
 ) -> Iterator[Row]:
-    """Pack whole documents into prefix trees.
+    """Pack documents into rows, each of which is a prefix tree of the documents' requests.
 
     Each node of a tree is a token, and each request is a path from the root. Requests with a common
     beginning share nodes, so the model reads a context once for all its answers. The model reads a
-    tree as one sequence [1, nodes], with depths as positions. With the attention mask of `Masks`,
-    each node attends to its ancestors only. So each request gets the same result as in a separate
-    forward pass.
+    tree as one sequence [1, nodes], in which the position of a token is its depth in the tree. With
+    the attention mask of `Masks`, each node attends to its ancestors only. So each request gets the
+    same result as in a separate forward pass.
 
     Args:
         documents: The documents to score.
         max_length: Maximum number of tokens that the model reads; longer requests lose their
             beginning, as in lm-eval.
         row_tokens: Maximum number of nodes of a tree; a larger document gets a larger tree.
-        prefix: Number of tokens of the common prefix that is read separately. If a separately read
-            prefix would change a row's result, the row itself contains the prefix.
-        lengths: Text lengths at which the computation changes; only requests between the same
-            lengths share a row.
+        prefix: Number of tokens of the common prefix that the model reads in a separate forward
+            pass. If separate reading would change a row's result, the row itself contains the
+            prefix.
+        lengths: Text lengths at which the model's computation changes; two requests share a row
+            only if no such length lies between their lengths.
 
     Yields:
         Rows, which together contain every request of every document exactly once.
@@ -303,7 +309,7 @@ def pack_tree_rows(
 
 
 def count_tree_nodes(document: Document, max_length: int) -> int:
-    """Count the nodes of the row that `pack_tree_rows` builds from a single document."""
+    """Count the tokens in a document's prefix tree, in which requests share common beginnings."""
     tree = Tree()
     for sequence in _list_sequences([document], max_length, ANY_LENGTH):
         tree.insert(sequence.path)
@@ -311,7 +317,7 @@ def count_tree_nodes(document: Document, max_length: int) -> int:
 
 
 def common_beginning(documents: Documents, max_length: int) -> tuple[int, ...]:
-    """Return the longest common prefix of all requests' contexts, without their last tokens.
+    """Return the longest common prefix of all contexts, each taken without its last token.
 
     `max_length` is the maximum number of tokens that the model reads; longer requests lose their
     beginning.
@@ -326,7 +332,7 @@ def common_beginning(documents: Documents, max_length: int) -> tuple[int, ...]:
 
 
 def measured_texts(document: Document, max_length: int) -> Iterator[tuple[tuple[int, ...], int]]:
-    """Yield the texts on which the proxies of a document are measured, as in `Row.gold`.
+    """Yield the texts of a document on which layer statistics (proxies) are measured.
 
     Args:
         document: The document.
@@ -342,7 +348,7 @@ def measured_texts(document: Document, max_length: int) -> Iterator[tuple[tuple[
 
 
 def reading_row(tokens: Sequence[int], prefix: int = 0) -> Row:
-    """Build a row without requests, to read a common prefix or a prompt after `prefix` tokens."""
+    """Build a row that is only read, not scored: `tokens`, which follow `prefix` cached tokens."""
     tree = Tree()
     tree.insert(tokens)
     return _tree_row(tree, [], prefix)
@@ -367,8 +373,8 @@ def pack_flat_rows(
         documents: The documents to score.
         max_length: Maximum number of tokens that the model reads, as in `pack_tree_rows`.
         row_tokens: Maximum number of tokens of a row; a longer sequence gets a longer row.
-        lengths: Text lengths at which the computation changes; only requests between the same
-            lengths share a row.
+        lengths: Text lengths at which the model's computation changes; two requests share a row
+            only if no such length lies between their lengths.
 
     Yields:
         Rows, which together contain every request of every document exactly once.
@@ -401,7 +407,7 @@ def _row(
     sequences: list[_Sequence],
     nodes: list[list[int]],
 ) -> Row:
-    """Build a row, and compute at which tokens each request's continuation is predicted."""
+    """Build a row from its tokens, and find the tokens that predict each continuation."""
     index_of: dict[int, int] = {}
     predictor, predicted, owner = [], [], []
     paths = list(zip(sequences, nodes, strict=True))

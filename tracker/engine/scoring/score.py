@@ -1,9 +1,10 @@
 """Compute lm-eval's log-likelihoods of one row with the model's own forward pass and head.
 
-Every stream (the hidden states of one ablation) reads the common prefix of many documents once, for
-example few-shot examples. A layer caches the prefix's keys and values only for the streams that
-pass the layer's attention. Each row then attends to the cached keys and values. If an ablation
-removes only experts that get no token of a row, the ablation is not computed for this row.
+If all documents begin with the same tokens, for example few-shot examples, each stream (the hidden
+states of one ablation) reads this prefix only once. A layer caches the prefix's keys and values
+only for streams that run the layer's attention. Each row then attends to the cached keys and
+values. If an ablation removes only experts to which the router sends no token of a row, the row's
+result under this ablation is copied from the intact model.
 """
 
 from __future__ import annotations
@@ -43,17 +44,16 @@ MIN_REUSED_SHARE = 0.9
 
 
 class GrowingLayer(DynamicLayer):  # type: ignore[misc]
-    """Cache of one layer's keys and values [streams, heads, tokens, size], with spare space.
+    """Key-value cache of one layer [streams, heads, tokens, size], with spare space for tokens.
 
     A buffer that is too short is replaced by a buffer with `CACHE_MARGIN` spare tokens. So
     generation writes each new token in place, without copying earlier tokens. `update` returns a
-    view of the front of the buffer, `[:, :, :tokens]`.
+    view of the used part of the buffer, `[:, :, :tokens]`.
 
-    If `is_kept` is true, the buffer keeps the common prefix, and each row overwrites the tokens of
-    the row before. `update` writes the row's keys [streams, heads, row, size] after the prefix's
-    keys, and returns the keys of prefix and row. No row attends to another row, because the
-    returned view ends with the row's last token. The prefix is copied only if a row needs a longer
-    buffer.
+    If `is_kept` is true, the buffer permanently contains the common prefix of all documents.
+    `update` writes a row's keys [streams, heads, row, size] after the prefix's keys, overwriting
+    the previous row, and returns the keys of the prefix and the row. So no row attends to another
+    row. The prefix is copied only if a row needs a longer buffer.
     """
 
     is_kept = False
@@ -65,7 +65,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Append keys and values, and return all keys and values."""
+        """Append keys and values; return all cached keys and values, including the new ones."""
         if not self.tokens:
             self.keys, self.values = key_states, value_states
             self.is_initialized = True
@@ -81,7 +81,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         return self.keys[:, :, :stop], self.values[:, :, :stop]
 
     def get_seq_length(self) -> int:
-        """Return the number of cached tokens, to which the next `update` appends."""
+        """Return the number of cached tokens; the next `update` writes after these tokens."""
         return self.tokens
 
     def _extend_buffer(self, buffer: Tensor, tokens: int) -> Tensor:
@@ -95,12 +95,13 @@ class Prefix:
     """Common beginning of documents, with its cached keys and values.
 
     Attributes:
-        plan: The plan of the streams that read the prefix.
+        plan: The plan of the streams (ablations) for which the prefix is cached.
         tokens: Token ids of the prefix: all tokens that were read, or fewer after `shorten`.
         cache: Keys and values of the prefix, in the form that the model without its head accepts:
-            in each layer [streams, heads, tokens, size]. A layer contains only the streams that
-            pass its attention, in the order of the plan.
-        proxies: Observed statistics of each token of the prefix [`OBSERVED`, tokens, layers].
+            in each layer [streams, heads, tokens, size]. A layer's cache contains only the streams
+            that run the layer's attention, in the order of the plan.
+        proxies: Statistics of the intact model's layers for each token of the prefix [`OBSERVED`,
+            tokens, layers].
     """
 
     plan: StreamPlan
@@ -113,12 +114,12 @@ class Prefix:
         self._truncate(self._n_read)
 
     def shorten(self, beginning: tuple[int, ...], lengths: Lengths) -> bool:
-        """Shorten the prefix to the tokens shared with `beginning`; return whether this worked.
+        """Cut the prefix to its common tokens with `beginning`; return whether that was possible.
 
-        The prefix is shortened only if it contains nearly all of `beginning`; otherwise it stays
-        unchanged. Since the model is causal, the keys and values of the remaining tokens do not
-        depend on the removed tokens. Keys and values depend on the text length only at the
-        thresholds of `lengths`, so the prefix is not shortened across a threshold.
+        The prefix stays unchanged unless it contains nearly all tokens of `beginning`. Since the
+        model is causal, the keys and values of the remaining tokens do not depend on the removed
+        tokens. Keys and values depend on the text length only at the thresholds of `lengths`, so
+        the prefix is not shortened across a threshold.
         """
         n_shared = count_common_tokens(self.tokens, beginning)
         if n_shared < max(MIN_PREFIX, MIN_REUSED_SHARE * len(beginning)):
@@ -143,8 +144,8 @@ class Prefix:
 def new_cache() -> Cache:
     """Create an empty cache that keeps all tokens, also in layers with a sliding window.
 
-    Attention masks apply the sliding window instead. A cache that drops tokens before the last
-    token's window would drop tokens that other branches of the prefix tree still need.
+    The sliding window is applied by the attention masks. A cache that drops the tokens before the
+    window of its last token would drop tokens that other branches of the prefix tree still need.
     """
     return Cache(layer_class_to_replicate=GrowingLayer)
 
@@ -162,16 +163,16 @@ take as many kernel launches as one layer."""
 
 @dataclass(frozen=True)
 class RowScores:
-    """The scores of one row.
+    """The scores of all requests in one row, for all ablations.
 
     Attributes:
-        loglikelihoods: Summed log-probability of each continuation in nats [answers, requests]. The
-            first axis has one entry for each pair of a stream and an output head that the stream
-            passes (`StreamPlan.head_streams`).
-        hits: Number of tokens of each continuation that are the most likely tokens [answers,
-            requests].
-        proxies: Observed statistics of the layers, summed over the measured tokens of each entry of
-            `Row.gold` [gold paths, `OBSERVED`, layers].
+        loglikelihoods: Log-likelihood of each continuation in nats [answers, requests]. The first
+            axis has one entry for each pair of a stream and an output head (exact or quantised)
+            that reads the stream (`StreamPlan.head_streams`).
+        hits: Number of tokens of each continuation to which the model gives the highest probability
+            [answers, requests].
+        proxies: Statistics of the intact model's layers, summed over the tokens of each entry of
+            `Row.gold` [entries, `OBSERVED`, layers].
     """
 
     loglikelihoods: Tensor
@@ -188,13 +189,13 @@ def launch_row(
     On an accelerator, callers can launch the next row before they call the returned function. All
     scores are copied to the CPU in one transfer.
 
-    The model without its head returns [streams × rows, tokens, hidden]. Rows and tokens become one
-    axis, [streams, N, hidden]. Only the hidden states of the row's `predicting_nodes` pass the
-    heads. The log-probabilities of the predicted tokens, [streams, predicted], are summed by
-    request, [streams, requests]. In a tree, the logits of a node are computed once, even if many
-    requests use them.
+    The model without its head returns [streams × rows, tokens, hidden]. Batch rows and tokens are
+    then merged to one axis: [streams, N, hidden]. Only the hidden states of the row's
+    `predicting_nodes` are passed to the output heads. The log-probabilities of the predicted
+    tokens, [streams, predicted], are summed by request, [streams, requests]. In a prefix tree, the
+    logits of a token are computed once, even if many requests use these logits.
 
-    `prefix` is the cached prefix that the row continues; it must come from the same streams.
+    `prefix` is the cached prefix that the row continues. The plan of the prefix must be `plan`.
     """
     host = row.pad_nodes(model.row_size_multiple)
     row, prefix_sums = host.to_device(model.loaded.device), prefix.proxies.sum(1) if prefix else 0
@@ -239,14 +240,14 @@ def _predict(model: EngineModel, plan: StreamPlan, row: Row, output: Any) -> tup
 
 @torch.inference_mode()
 def read_prefix(model: EngineModel, plan: StreamPlan, tokens: tuple[int, ...]) -> Prefix:
-    """Read the common beginning of documents with every stream, and return it with its cache."""
+    """Run the model on a common prefix under all ablations; return the prefix with its cache."""
     cache = new_cache()
     _, figures = run_base(model, plan, reading_row(tokens), cache)
     return Prefix(plan, tokens, cache, figures.cpu().double())
 
 
 def run_base(model: EngineModel, plan: StreamPlan, row: Row, cache: Any) -> tuple[Any, Tensor]:
-    """Run the model without its head on a row, for every stream.
+    """Run the model without its output head on a row, for every stream (ablation).
 
     Args:
         model: The model.
@@ -255,9 +256,9 @@ def run_base(model: EngineModel, plan: StreamPlan, row: Row, cache: Any) -> tupl
         cache: Cache of keys and values that the row continues and extends; None for no cache.
 
     Returns:
-        The output of the base, with the hidden states of all streams [streams × rows, tokens,
-        hidden], and the observed statistics of the N tokens [`OBSERVED`, N, layers]. All tensors
-        are on the device.
+        The output of the model without its head, with hidden states [streams × rows, tokens,
+        hidden], and statistics of the intact model's layers for the N tokens [`OBSERVED`, N,
+        layers]. All tensors are on the device.
     """
     layers, device, base = model.loaded.layers, model.loaded.device, model.head.base
     row, anatomy = row.to_device(device), model.find_anatomy(plan)
@@ -316,7 +317,7 @@ def run_base(model: EngineModel, plan: StreamPlan, row: Row, cache: Any) -> tupl
 
 @torch.inference_mode()
 def measure_cache_bytes(model: EngineModel) -> int:
-    """Return the average number of bytes that one token's keys and values need in one layer."""
+    """Measure the average number of bytes of one token's cached keys and values in one layer."""
     facts = model.facts
     if facts.cache_bytes is None:
         cache = new_cache()
@@ -340,7 +341,7 @@ def find_expert_ablations(ablations: Ablations) -> list[Ablation]:
 
 @torch.inference_mode()
 def find_idle_ablations(model: EngineModel, row: Row, ablations: Ablations) -> set[Ablation]:
-    """Find the expert ablations that do not change the result of a row.
+    """Find the ablations whose removed experts the router selects for no token of a row.
 
     Args:
         model: The model.
@@ -348,8 +349,8 @@ def find_idle_ablations(model: EngineModel, row: Row, ablations: Ablations) -> s
         ablations: Ablations that remove experts and change nothing else.
 
     Returns:
-        The ablations with the same result for the row as the intact model, up to rounding of router
-        weights.
+        The ablations under which the row has the same result as in the intact model, up to rounding
+        of router weights.
     """
     removals_of = {a: [change.experts for change in a.by_layer.values()] for a in ablations}
     removals = {removal for group in removals_of.values() for removal in group}
@@ -385,9 +386,10 @@ def find_idle_ablations(model: EngineModel, row: Row, ablations: Ablations) -> s
 def _routes_alike(
     router: nn.Module, experts: Experts, remaining: Sequence[int], tables: Sequence[Any], call: Any
 ) -> bool:
-    """Return whether a router chooses the same experts and weights if other experts are removed.
+    """Return whether a router selects the same experts if only `remaining` experts exist.
 
-    Weights are compared up to rounding; tables with the scores of all experts are ignored.
+    `tables` are the router's original outputs. Expert indices must be equal, and the weights of
+    selected experts equal up to rounding. Outputs with the scores of all experts are ignored.
     """
     new_tables = call_reduced_router(router, experts, remaining, tables, input_state(*call), call)
     for old_table, new_table in zip(tables, new_tables, strict=True):

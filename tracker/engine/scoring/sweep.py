@@ -1,4 +1,4 @@
-"""Score every document under every ablation, with as much shared computation as is exact."""
+"""Score every document under every ablation, sharing all computation that stays exact."""
 
 from __future__ import annotations
 
@@ -74,10 +74,10 @@ class DocumentScores:
         document: The document.
         responses: For each ablation, in the order of the ablations, the responses to all requests
             of the document.
-        proxy_tokens: Number of tokens on which the proxies were measured: context and gold
-            continuation, or the whole text of a rolling document.
-        proxy_sums: Observed statistics of the intact model's layers, summed over the `proxy_tokens`
-            tokens [`OBSERVED`, layers].
+        proxy_tokens: Number of tokens on which the layer statistics (proxies) were measured:
+            context and gold continuation, or the whole text of a rolling document.
+        proxy_sums: Statistics of the intact model's layers, summed over the tokens that
+            `proxy_tokens` counts [`OBSERVED`, layers].
     """
 
     document: Document
@@ -94,12 +94,12 @@ class Engine(EngineModel):
     """Scorer of documents under many ablations of one model.
 
     Attributes:
-        sharing: The parts of the computation that ablations share; `check_sharing` disables parts
-            that are not exact.
-        row_tokens: Maximum number of tokens of a row of several documents; None = the default of
-            the device.
-        notes: Remarks on the measurement, without duplicates; engines of copied models append to
-            the same list.
+        sharing: The kinds of computation that ablations share; `check_sharing` disables kinds that
+            would change results.
+        row_tokens: Maximum number of tokens of several documents in one forward pass; None = the
+            default of the device.
+        notes: Messages about the measurement for the user, without duplicates; engines of copied
+            models append to the same list.
     """
 
     sharing: Sharing = FULL
@@ -108,18 +108,18 @@ class Engine(EngineModel):
     _prefixes: list[Prefix] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def with_sharing(self, sharing: Sharing) -> Engine:
-        """Return a copy of the engine that shares only the given parts of the computation."""
+        """Return a copy of the engine that shares only the given kinds of computation."""
         return replace(self, sharing=sharing)
 
     def ablate(self, ablation: Ablation, brief: bool = False) -> Engine:
-        """Return an engine for a copy of the model in which the ablation is really applied."""
+        """Return an engine for a copy of the model that is changed as the ablation describes."""
         loaded = make_changed_copy(self, ablation, brief)
         leftovers = record_state(loaded.model, {name for _, name in self.quirks.leftovers})
         quirks = replace(self.quirks, leftovers=leftovers, first={})
         return replace(self, loaded=loaded, sharing=PLAIN, quirks=quirks, facts=ModelFacts())
 
     def copy(self) -> Any:
-        """Return a copy of the intact model, so that the caller can change it."""
+        """Return a copy of the intact model (not of the engine), which the caller can change."""
         return self.ablate(INTACT).loaded.model
 
     def score(
@@ -128,14 +128,14 @@ class Engine(EngineModel):
         ablations: Ablations,
         progress: Callable[[int], None] = lambda responses: None,
     ) -> list[DocumentScores]:
-        """Score documents under all ablations; return one result per document, in the same order.
+        """Score documents under all ablations; return the scores of each document, in order.
 
         Args:
             documents: The documents to score.
             ablations: The ablations, without duplicates, including the baseline.
             progress: Function that is called with the number of new responses (requests ×
-                ablations) after each row. If weights are offloaded, each loaded layer reports a
-                share of the responses.
+                ablations) after each row. If weights are offloaded, a fraction of these responses
+                is reported after each loaded layer.
 
         Returns:
             One result per document.
@@ -173,7 +173,7 @@ class Engine(EngineModel):
         ]
 
     def has_shared_prefix(self, documents: Documents) -> bool:
-        """Return whether the engine would read the common beginning of some documents separately.
+        """Return whether the common prefix of some documents is long enough to be cached.
 
         The common beginning must have at least `MIN_PREFIX` tokens, and the model must support a
         cache.
@@ -182,7 +182,7 @@ class Engine(EngineModel):
         return is_long and find_cache_argument(self.head.base) is not None
 
     def group_ablations(self, ablations: Ablations, tokens: int) -> Iterator[list[Ablation]]:
-        """Split ablations into groups whose streams of `tokens` tokens each fit into memory.
+        """Split ablations into groups whose hidden states for `tokens` tokens fit into memory.
 
         The baseline is the first ablation in each group. If `sharing.depth` is false, all ablations
         form one group.
@@ -196,7 +196,7 @@ class Engine(EngineModel):
         ablations: Ablations,
         progress: Callable[[int], None] = lambda responses: None,
     ) -> Iterator[_Scored]:
-        """Pack documents into rows and score them; split a row in half if it exceeds the memory."""
+        """Score documents, many in one forward pass; halve a pass that runs out of memory."""
         if not self.sharing.depth:
             for scored_row in self._score_separately(documents, ablations):
                 yield scored_row
@@ -232,13 +232,13 @@ class Engine(EngineModel):
             report()
 
     def run_lockstep(self, passes: Iterable[Callable[[], T]]) -> Iterator[T]:
-        """Run forward passes, in lockstep (layer by layer) if the model's weights are offloaded."""
+        """Run forward passes; with offloaded weights, load each layer once for all passes."""
         # Side effects of a call must not reach the calls of another pass.
         weights = None if self.quirks.leftovers else self.loaded.offloaded
         return run_lockstep(weights, self.loaded.model, passes)
 
     def _group_rows(self, rows: Iterator[Row], plan: StreamPlan) -> Iterator[list[Row]]:
-        """Group rows: one row per group, or as many as fit into memory if weights are offloaded."""
+        """Group rows to run together: one, or if weights are offloaded, as many as memory holds."""
         if self.loaded.offloaded is None:
             yield from ([row] for row in rows)
             return
@@ -254,7 +254,7 @@ class Engine(EngineModel):
         yield group
 
     def _score_separately(self, documents: Documents, ablations: Ablations) -> Iterator[_Scored]:
-        """Score documents under each ablation separately, on a changed copy of the model."""
+        """Score documents under one ablation after another, each on a changed copy of the model."""
         memory = self.memory
         if self.loaded.offloaded is not None:  # the rows of all ablations wait together
             memory = self.budget // len(ablations)
@@ -275,7 +275,7 @@ class Engine(EngineModel):
         yield from chain.from_iterable(self.run_lockstep(passes))
 
     def _score_one_by_one(self, documents: Documents, proxies: bool) -> Iterator[_Scored]:
-        """Score each request in a separate model call; read whole rows only to measure proxies."""
+        """Score each request in a separate model call; `proxies`: measure layer statistics too."""
         if proxies:
             rows = ((row, s.proxies) for row, _, s in self._score_rows(documents, [INTACT]))
         else:
@@ -290,14 +290,14 @@ class Engine(EngineModel):
             yield row, [INTACT], RowScores(loglikelihoods, hits, sums)
 
     def answer(self, request: Request) -> Response:
-        """Score one request with the engine's model, without ablation, in a separate model call."""
+        """Return the score of one request by the unchanged model, from a separate model call."""
         logits = self.read_logits(input_tokens(request, self.max_length))
         return score_continuation(logits, request.continuation)
 
     def _score_halves(
         self, row: Row, documents: Documents, ablations: Ablations, message: str
     ) -> Iterator[_Scored]:
-        """Score half of a row's documents (or ablations, for one document), then the other half."""
+        """Score the two halves of a row's documents (or ablations) in turn to save memory."""
         if self.quirks.lengths != ANY_LENGTH:
             # Its rows may hold some requests of a document without the others.
             raise CellError(
@@ -339,12 +339,12 @@ class Engine(EngineModel):
 
     @property
     def max_row_tokens(self) -> int:
-        """Maximum number of tokens of a row of several documents, if memory does not limit it."""
+        """Maximum number of tokens of several documents in one forward pass, if memory suffices."""
         on_cpu = self.loaded.device.type == "cpu"
         return self.row_tokens or (ROW_TOKENS if on_cpu else ROW_TOKENS_ACCELERATOR)
 
     def _find_prefix(self, documents: Documents, plan: StreamPlan) -> Prefix | None:
-        """Return the common beginning of all documents with its cache; None if it is unusable."""
+        """Return the common beginning of all documents, with its cache; None for no caching."""
         # A layer that is passed again would need a cache of its own.
         if plan.n_repeats or not self.has_shared_prefix(documents):
             return None
@@ -363,14 +363,14 @@ class Engine(EngineModel):
         return result
 
     def find_read_prefix(self, plan: StreamPlan, tokens: Sequence[int]) -> Prefix | None:
-        """Return the cached prefix of a text that the plan's streams have already read, or None."""
+        """Return a cached prefix of `tokens` that was computed for `plan`; None if missing."""
         prefixes = (prefix for prefix in self._prefixes if prefix.plan == plan)
         return next((prefix for prefix in prefixes if prefix.is_prefix_of(tokens)), None)
 
     def _launch_row(
         self, row: Row, plan: StreamPlan, prefix: Prefix | None, ablations: Ablations
     ) -> Callable[[], RowScores]:
-        """Start to score a row; return a function that waits for the scores of `ablations`."""
+        """Start scoring a row; return a function that waits for the scores and returns them."""
         prefix = prefix if row.prefix else None
         can_skip = prefix is None and self.loaded.offloaded is None
         candidates = find_expert_ablations(ablations) if can_skip else []
@@ -428,7 +428,7 @@ def _drop_baseline(ablations: Ablations) -> list[Ablation]:
 def split_ablations(ablations: Ablations, size: int) -> Iterator[list[Ablation]]:
     """Split ablations into groups of `size` ablations, each of which begins with the baseline.
 
-    A group has at least one other ablation, unless the baseline is the only ablation.
+    If there are other ablations, each group has at least one of these, even if `size` is 1.
     """
     changed_ablations, n_others = _drop_baseline(ablations), max(1, size - 1)
     for start in range(0, max(1, len(changed_ablations)), n_others):

@@ -1,10 +1,10 @@
-"""Run the self-check, which compares shared computation with really changed models.
+"""Run the self-check, which tests shared computation against really changed models.
 
 First, the architecture is checked on a miniature model under every ablation (`miniature_check`).
-Second, a few real requests are scored on the model itself, with and without sharing. Third, during
-measurement, the longest document and some random documents are scored again without sharing
-(`watch`). The results of the first two steps are stored. Later measurements of the same
-architecture or model reuse these results, if the texts are not longer.
+Second, a few requests of the benchmark are scored on the model itself, with and without shared
+computation. Third, during measurement, the longest document and some random documents are scored
+again without shared computation (`watch`). The results of the first two steps are stored. Later
+measurements of the same architecture or model reuse these results, if the texts are not longer.
 """
 
 from __future__ import annotations
@@ -74,13 +74,13 @@ class Check:
     """The result of the self-check.
 
     Attributes:
-        engine: The engine, which shares only computation whose results are exact.
+        engine: The engine, which shares only computation that changes no result.
         difference: Largest difference between log-likelihoods with sharing and log-likelihoods of
             really changed models, in nats, on the miniature and on the model itself.
-        sharing_note: One line that states which sharing was disabled and why; None if all sharing
-            is exact.
-        unsteady_note: One line with the number of log-likelihoods that change strongly by rounding
-            alone; None if the number is 0.
+        sharing_note: One line that states which shared computation was disabled and why; None if
+            nothing was disabled.
+        unsteady_note: One line with the number of log-likelihoods that rounding errors change by
+            more than the tolerance; None if the number is 0.
         checkpoint_note: One line that lists the ablations whose measured model cannot be saved as a
             checkpoint; None if every measured model can be saved.
     """
@@ -94,7 +94,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Reach:
-    """Token counts of the longest text, the largest prefix tree and the longest row."""
+    """Largest token counts in a cell: of a text, a document's prefix tree, and a forward pass."""
 
     text: int
     document: int
@@ -130,20 +130,19 @@ def check_sharing(
     fit: Fit = lambda engine: {},
     typical_ablations: Ablations = (),
 ) -> Check:
-    """Run the self-check, and return an engine that shares only computation that is exact.
+    """Run the self-check; return its result, with an engine that shares only exact computation.
 
     Args:
-        engine: The engine, with full sharing. The engine's model must not have been called yet,
-            since calls can change it.
-        documents: The cell's documents.
-        ablations: All ablations of the cell, with the baseline.
-        store: Storage of the check's results on the architecture and on the model; None = no
-            storage.
-        fit: Function that fits replacements of layers; it gets the engine after the check of the
-            architecture.
+        engine: The engine, with all shared computation enabled. The model must not have been called
+            yet, since calls can change the model.
+        documents: The documents to measure.
+        ablations: All ablations to measure, with the baseline.
+        store: Storage of earlier results of the self-check; None = no storage.
+        fit: Function that fits the functions that replace layers. The self-check calls `fit` with
+            the engine after the check on the miniature.
         typical_ablations: Ablations for the check on the miniature, with the baseline; empty = use
-            `ablations`. Cells with the same `typical_ablations` share one result of the check on
-            the miniature.
+            `ablations`. Measurements with the same `typical_ablations` can reuse one result of the
+            check on the miniature.
 
     Returns:
         The result of the self-check, with the engine to use.
@@ -190,7 +189,7 @@ def _judge_architecture(
     """Check the architecture on a miniature model, or load the stored result of that check.
 
     `blank` is true if a token in the cell's texts has a zero embedding. A stored result for longer
-    texts is used for shorter texts if `is_clean`.
+    texts is also used for shorter texts if the check found no problem (`SharingVerdict.is_clean`).
     """
     model = engine.loaded.model
     # Rounded up to just below a power of two, where many thresholds lie: such rows share a verdict.
@@ -222,9 +221,11 @@ def _judge_architecture(
 def _recall_verdict(
     store: VerdictStore, keys: Iterable[str], adapter: TypeAdapter[T], is_valid: Callable[[T], bool]
 ) -> T | None:
-    """Load the first key's verdict, or the verdict of another key if `is_valid` accepts it.
+    """Load a stored check result (verdict) by one of several keys, in the order of the keys.
 
-    A damaged verdict counts as missing. None is returned if no key has a verdict.
+    The verdict of the first key is always accepted; verdicts of later keys are accepted only if
+    `is_valid` returns True. A damaged verdict counts as missing. None is returned if no verdict is
+    accepted.
     """
     for index, key in enumerate(keys):
         with suppress(ValidationError):
@@ -241,7 +242,7 @@ def _confirmation_keys(
 
     A key depends on the architecture, the result of its check, the ablations, the weights, the
     hardware, and the length of the texts. The first key is for texts of up to `n_tokens` tokens,
-    and the other keys are for longer texts.
+    rounded up to a power of two. The other keys are for longer texts.
     """
     loaded = engine.loaded
     devices = {loaded.device, *(p.device for p in loaded.model.parameters() if not p.is_meta)}
@@ -261,7 +262,7 @@ def _confirmation_keys(
 
 
 def measure_reach(engine: Engine, documents: Documents) -> Reach:
-    """Count the tokens of a cell's longest text, largest prefix tree and longest row."""
+    """Count the tokens of the longest text, the largest prefix tree and the longest row."""
     max_length = engine.max_length
     longest = max(request.length for document in documents for request in document.requests)
     widest = max(count_tree_nodes(document, max_length) for document in documents)
@@ -270,7 +271,7 @@ def measure_reach(engine: Engine, documents: Documents) -> Reach:
 
 
 def _text_lengths(n_tokens: int) -> list[int]:
-    """List powers of two from `n_tokens` on, as text lengths in the storage keys of verdicts."""
+    """List powers of two from `n_tokens` up, for use as text lengths in storage keys."""
     shortest = max(MIN_REACH, 1 << (n_tokens - 1).bit_length())
     return [shortest << n for n in range(max(1, (MAX_REACH // shortest).bit_length()))]
 
@@ -304,7 +305,7 @@ def _describe_unsteady(comparison: Comparison, dtype: torch.dtype, is_half: bool
 
 
 def shortest_documents(documents: Documents) -> list[Document]:
-    """Return the shortest of the documents with the most answers, for the check on the model."""
+    """Choose short documents with four or more requests, if there are any, for the self-check."""
 
     def size(document: Document) -> tuple[int, int]:
         return -min(len(document.requests), 4), sum(request.length for request in document.requests)
@@ -313,7 +314,7 @@ def shortest_documents(documents: Documents) -> list[Document]:
 
 
 def confirm(engine: Engine, truth: Reference, rounds: Sequence[_Round]) -> Comparison:
-    """Compare log-likelihoods with and without sharing, on the model itself."""
+    """Compare the log-likelihoods of requests with and without shared computation."""
     comparison = Comparison()
     passes: list[Callable[[], Any]] = [
         *(partial(engine.score, documents, ablations) for documents, ablations, _ in rounds),
@@ -336,13 +337,13 @@ def confirm(engine: Engine, truth: Reference, rounds: Sequence[_Round]) -> Compa
 
 
 def confirmation_rounds(documents: Documents, ablations: Ablations) -> Iterator[_Round]:
-    """Yield documents, ablations and requests on which the model itself is checked.
+    """Yield two groups of (documents, ablations, requests to compare) for the self-check.
 
-    The first round scores short texts under all ablations. The second round scores the longest text
-    with the intact model and under one random ablation only, since a long text costs as much as
-    many short texts. The second round also contains the shortest document of the same task, which
-    can share a beginning with the longest text. Other long texts are checked on the miniature and
-    by `watch`.
+    The first group contains short texts, under a sample of the ablations. The second group contains
+    the longest text, under the baseline and one random ablation only, since a long text costs as
+    much as many short texts. The second group also contains the shortest document of the same task,
+    which can share a beginning with the longest text. The second group is left out if the longest
+    text is short.
     """
     ablations = sample_ablations(ablations)
     short_texts = [_shorten(document) for document in shortest_documents(documents)]
@@ -363,12 +364,12 @@ def confirmation_rounds(documents: Documents, ablations: Ablations) -> Iterator[
 
 
 def _keep_requests(document: Document, requests: Iterable[Request]) -> Document:
-    """Return a document with only the first `MAX_BRANCHES` of `requests`, without duplicates."""
+    """Return a document reduced to the first `MAX_BRANCHES` different ones of `requests`."""
     return replace(document, requests=tuple(dict.fromkeys(requests))[:MAX_BRANCHES], gold=0)
 
 
 def _list_questions(rounds: Iterable[_Round]) -> list[tuple[Ablation, Request]]:
-    """List the (ablation, request) pairs that are compared in the given rounds."""
+    """List the (ablation, request) pairs to compare in the results of `confirmation_rounds`."""
     return [(abls[a], docs[d].requests[r]) for docs, abls, keys in rounds for a, d, r in keys]
 
 
@@ -391,7 +392,7 @@ def _shorten(document: Document) -> Document:
 def draw_answers(documents: Documents, ablations: Ablations) -> Iterator[tuple[int, int, int]]:
     """Draw index triples (ablation, document, request) to compare, at least one per ablation.
 
-    A short request costs nearly as much as a long request, since both read all weights once.
+    The baseline gets several requests, and each other ablation gets one request.
     """
     rng = random.Random(0)
     requests = [(d, r) for d, doc in enumerate(documents) for r in range(len(doc.requests))]
@@ -405,7 +406,7 @@ def draw_answers(documents: Documents, ablations: Ablations) -> Iterator[tuple[i
 def plain_tokens(documents: Documents, ablations: Ablations, max_length: int) -> int:
     """Count the tokens that the self-check reads without sharing, before and during measurement.
 
-    Each counted token passes about all layers once.
+    Each counted token is computed by about all layers of the model.
     """
     watched = watched_documents(documents)
     questions: list[Any] = _list_questions(confirmation_rounds(documents, ablations))
@@ -422,10 +423,11 @@ def plain_tokens(documents: Documents, ablations: Ablations, max_length: int) ->
 def _compare(
     truth: Reference, score: DocumentScores, index: int, ablation: Ablation, request: int
 ) -> Comparison:
-    """Compare one log-likelihood between shared computation and a really changed model.
+    """Compare a log-likelihood in `score` with the same log-likelihood of a changed model.
 
     In float32, the tolerance is 1e-3 nats plus 1e-4 of the value. In half precision, the tolerance
-    is 0.1 nats plus 2 %, since the order of summation alone changes values by per cents.
+    is 0.1 nats plus 2 %, since a different order of summation alone can change a value by a few per
+    cent.
     """
     document, value = score.document, score.responses[index][request].loglikelihood
     tolerance = HALF_TOLERANCE if truth.is_half else SINGLE_TOLERANCE
@@ -441,8 +443,9 @@ def watched_documents(documents: Documents) -> set[tuple[str, int]]:
 
     One in `WATCH_RATE` documents is drawn. At least one document is drawn from each task, or from
     some random tasks if there are many tasks. The document with the longest text is added, since it
-    crosses all thresholds in the model's code. The draw is reproducible: if the benchmark gets more
-    documents, the draw usually contains the same documents and further documents.
+    crosses every text length at which the model's code changes its computation. The draw is
+    reproducible: if the benchmark gets more documents, the draw usually contains the same documents
+    and further documents.
     """
 
     def draw(document: Document) -> float:
@@ -464,7 +467,7 @@ def _max_request_length(document: Document) -> int:
 def watched_requests(
     documents: Documents, ablations: Ablations, seed: str, first_ablation: int = 0
 ) -> list[tuple[Ablation, Request]]:
-    """List the (ablation, request) pairs that `watch` compares."""
+    """List the (ablation, request) pairs of some documents that `watch` compares."""
     return [
         (ablations[_draw_ablation(document, ablations, seed, first_ablation)], request)
         for document in documents
@@ -473,7 +476,7 @@ def watched_requests(
 
 
 def _draw_ablation(document: Document, ablations: Ablations, seed: str, first_ablation: int) -> int:
-    """Draw the index of the ablation under which `watch` scores a document again."""
+    """Draw the index of the ablation under which `watch` scores a document a second time."""
     rng = random.Random(f"{seed}/{document.task}/{document.index}")
     return rng.randrange(first_ablation, len(ablations))
 
@@ -485,13 +488,13 @@ def watch(
     seed: str,
     first_ablation: int = 0,
 ) -> Iterator[tuple[DocumentScores, int, Comparison]]:
-    """Score each measured document again on a really changed model, under one random ablation.
+    """Score measured documents again, each on a model changed by one randomly drawn ablation.
 
     Args:
         truth: The reference, which scores requests on really changed copies of the engine's model.
         scores: The engine's scores of the measured documents.
         ablations: The measured ablations.
-        seed: Seed of the draw of each document's ablation.
+        seed: Random seed for drawing each document's ablation.
         first_ablation: Index of the first ablation that can be drawn; earlier ablations are never
             drawn.
 

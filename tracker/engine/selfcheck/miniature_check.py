@@ -1,9 +1,10 @@
 """Test computation sharing for an architecture on a tiny model before relying on it.
 
-The tiny model (miniature) reads texts of random tokens, whose lengths cross all thresholds of the
-model's configuration. The texts include short and long texts in one row, contexts with several
-answers, common prefixes, and answers longer than an attention window. Every ablation is scored with
-sharing, in two orders of the texts, and compared with really changed models.
+The tiny model (miniature) reads texts of random tokens, longer and shorter than each length in the
+model's configuration (e.g. the attention window). The texts include short and long texts in one
+row, contexts with several answers, common prefixes, and answers longer than an attention window.
+The log-likelihoods under each ablation are computed with shared computation, in two orders of the
+texts, and compared with those of really changed models.
 """
 
 from __future__ import annotations
@@ -65,9 +66,10 @@ _Content = tuple[tuple[int, ...], Sequence[tuple[int, ...]]]
 
 
 def probe_calls(vocabulary: int, longest: int) -> list[list[Document]]:
-    """Draw random documents of up to `longest` tokens, one list per call of `Engine.score`.
+    """Draw documents of random tokens for the self-check, one list per call of `Engine.score`.
 
-    `vocabulary` is the number of token ids.
+    `vocabulary` is the number of token ids, and `longest` is about the maximum number of tokens of
+    a text.
     """
     tokens = _make_token_source(vocabulary, longest - 1)
     # Texts that end just before every second threshold, and continue beyond it.
@@ -82,11 +84,12 @@ def probe_calls(vocabulary: int, longest: int) -> list[list[Document]]:
 def reaching_calls(
     vocabulary: int, longest: int, nodes: int, widest: int, sharing: Sharing
 ) -> list[list[Document]]:
-    """Draw random documents that fill long rows, with text lengths doubling up to `longest`.
+    """Draw documents of random tokens for long forward passes, one list per `Engine.score` call.
 
-    `vocabulary` is the number of token ids. Rows of several texts have up to `nodes` nodes. Rows of
-    one document have up to `widest` nodes, since its answers are branches of a tree. Texts that
-    test parts of sharing that `sharing` disables are omitted.
+    `vocabulary` is the number of token ids. Text lengths double up to `longest` tokens. A prefix
+    tree has about `nodes` tokens if it contains several documents, and about `widest` tokens if it
+    contains one document with several answers. Texts that only test a kind of sharing that
+    `sharing` disables are omitted.
     """
     tokens = _make_token_source(vocabulary)
 
@@ -111,10 +114,10 @@ def reaching_calls(
 
 
 def switching_calls(vocabulary: int, switches: Sequence[int], widest: int) -> list[list[Document]]:
-    """Draw random documents with text lengths and node counts on both sides of each switch.
+    """Draw documents of random tokens with lengths below and above each length in `switches`.
 
     `vocabulary` is the number of token ids. `switches` are text lengths at which the computation
-    changes. `widest` is the maximum number of nodes of a document.
+    changes. `widest` is the maximum number of tokens in the prefix tree of one document.
     """
     tokens = _make_token_source(vocabulary)
     contents: list[_Content] = []
@@ -136,14 +139,14 @@ def _make_token_source(vocabulary: int, max_tokens: int | None = None) -> _Token
 
 
 def _branch_documents(tokens: _Tokens) -> list[Document]:
-    """Build documents with several answers per context, of one or of many tokens."""
+    """Build documents with several answers per context; answers have one token or many tokens."""
     letters = [(tokens(n), [(3,), (4,)]) for n in (44, 33, 12, 26, 9)]
     texts = [(tokens(n), [tokens(k) for k in (1, 1, 3, 6)]) for n in (7, 15)]
     return _make_documents([*letters, *texts, (tokens(5), [tokens(30), tokens(28)])])
 
 
 def _shared_documents(tokens: _Tokens, length: int) -> list[Document]:
-    """Build documents with a common beginning of `length` tokens, which is read separately."""
+    """Build documents with a common prefix of `length` tokens, to test the prefix cache."""
     common_tokens = tokens(length)
     return _make_documents([(common_tokens + tokens(n), [(3,), (4, 5, 6)]) for n in (5, 2, 8)])
 
@@ -180,13 +183,13 @@ MAX_PART_ABLATIONS = 128
 
 
 class _Probe(NamedTuple):
-    """Documents to score under ablations, and the requests whose scores are compared.
+    """Documents to score under ablations, and the scores to compare with changed models.
 
     Attributes:
         calls: The documents of each call of `Engine.score`.
         ablations: The ablations, with the baseline.
-        keys: For each compared answer: its ablation, and the index of its call, document and
-            request.
+        keys: The compared scores, each as (ablation, index in `calls`, index of the document in the
+            call, index of the request in the document).
     """
 
     calls: Sequence[Documents]
@@ -203,11 +206,11 @@ def miniature_key(
 ) -> str:
     """Return the storage key of a miniature check: a SHA-256 hash of all its inputs.
 
-    The hash covers the model's configuration, the ablations, and the configuration's numbers that
-    texts can reach (`paths`). The hash covers the lengths of the texts (`rows` of
-    `check_longer_texts`; None = short texts), and whether the texts contain a `blank` token. The
-    hash also covers package versions, the machine, and the code of tracker and of the model. The
-    hash does not cover the weights.
+    The hash covers the model's configuration, the ablations, and the numbers in the configuration
+    that are at most the longest text's length (`paths`). The hash also covers the lengths of the
+    texts (`rows` of `check_longer_texts`; None = short texts), and whether a token has a zero
+    embedding (`blank`). Package versions, the machine, and the code of tracker and of the model are
+    covered too. The hash does not cover the weights.
     """
     package, model_folder = Path(__file__).parents[2], Path(inspect.getfile(type(model))).parent
     folders = (package / "engine", package / "models")
@@ -234,22 +237,23 @@ def reachable_numbers(model: PreTrainedModel, n_tokens: int) -> tuple[NumberPath
 def check_miniature(
     engine: Engine, ablations: Ablations, paths: Sequence[NumberPath], blank: bool
 ) -> SharingVerdict:
-    """Check the architecture of an engine's model on a miniature that reads short texts.
+    """Find which computation ablations can share exactly, on a miniature that reads short texts.
 
     Args:
         engine: The engine. The engine's model must not have been called yet, since calls can change
-            it.
-        ablations: All ablations of the cell, with the baseline.
-        paths: Paths of the configuration's numbers that the lengths of the cell's texts can reach.
-        blank: True if a token of the cell's texts has a zero embedding. The attention scores of a
-            zero embedding are ties, so the token's place in the row can change the result.
+            the model.
+        ablations: All ablations to measure, with the baseline.
+        paths: Paths of the numbers in the model's configuration that are at most the length of the
+            longest measured text.
+        blank: True if a token of the measured texts has a zero embedding. All attention scores of
+            such a token are equal, so the token's place in the row can change the result.
 
     Returns:
-        The result of the check, with the sharing that is exact.
+        The result of the check, with the computation that can be shared exactly.
 
     Raises:
-        CellError: The model cannot be measured, because it is not causal, or does not run without
-            some layer.
+        CellError: The model is not causal, or does not run without one of the layers, so it cannot
+            be measured.
     """
     mini = build_miniature(engine.loaded.model)
     if mini is None:
@@ -292,19 +296,19 @@ def check_longer_texts(
     rows: tuple[int, int, int],
     blank: bool,
 ) -> SharingVerdict:
-    """Check the architecture on a miniature that reads texts as long as the cell's texts.
+    """Find which computation ablations can share exactly, on a miniature that reads long texts.
 
     Args:
         engine: The engine. The engine's model must not have been called yet, since calls can change
-            it.
-        ablations: All ablations of the cell, with the baseline.
+            the model.
+        ablations: All ablations to measure, with the baseline.
         verdict: The result of `check_miniature`, on short texts.
-        rows: Three maximum sizes in the cell: tokens of a text, nodes of a row of several texts,
-            and nodes of a row of one document.
-        blank: True if a token of the cell's texts has a zero embedding, as for `check_miniature`.
+        rows: Three maximum numbers of tokens in the measurement: in a text, in a prefix tree of
+            several documents, and in a prefix tree of one document.
+        blank: True if a token of the measured texts has a zero embedding, as for `check_miniature`.
 
     Returns:
-        The result of both checks, with the sharing that is exact.
+        `verdict`, updated with the result of this check.
 
     Raises:
         CellError: The model cannot be measured.
@@ -336,7 +340,8 @@ def _find_switch_lengths(
 ) -> tuple[tuple[int, ...], bool]:
     """Find text lengths above `LONGEST_REACH` at which the model's computation changes.
 
-    Also returns whether the computation is different for every length from the first threshold on.
+    Returns these lengths, and whether the computation differs for every text length from the first
+    returned length on. Texts of up to `longest` tokens are tested.
     """
     if longest <= LONGEST_REACH:
         return (), False
@@ -348,10 +353,10 @@ def _find_switch_lengths(
 
 
 def sample_ablations(ablations: Ablations) -> list[Ablation]:
-    """Return a shorter list of ablations, with a random sample of the most numerous kinds.
+    """Return ablations for the self-check, with only a random sample of numerous kinds.
 
-    A model has hundreds of heads and thousands of layer ranges to repeat, but their ablations all
-    use the same code paths. Ablations that remove layers are always kept.
+    A model has hundreds of heads to remove and thousands of layer ranges to repeat, but all these
+    ablations use the same code paths. Ablations that remove layers are always kept.
     """
     many = [
         a for a in ablations if a.parts or a.repetitions or (a.roundings and not a.outer_formats)
@@ -364,8 +369,8 @@ def sample_ablations(ablations: Ablations) -> list[Ablation]:
 def _map_to_miniature(mini: PreTrainedModel, ablations: Ablations) -> list[Ablation]:
     """Map ablations of a model to ablations of its miniature, which has fewer heads and experts.
 
-    An ablation removes at most half of a layer's parts, since a router chooses two of a miniature's
-    four experts. Duplicate ablations are dropped.
+    A mapped ablation removes at most half of a layer's heads or experts, because the miniature's
+    router must still select two of four experts. Duplicate ablations are dropped.
     """
     parts = parts_of_config(mini.config.get_text_config())
 
@@ -421,7 +426,7 @@ def _vocabulary(model: PreTrainedModel) -> int:
 def _engine(
     engine: Engine, model: PreTrainedModel, verdict: SharingVerdict, longest: int, nodes: int
 ) -> Engine:
-    """Build an engine for a miniature, with maximum lengths of a text and a row."""
+    """Build an engine for a miniature; `longest` and `nodes` limit the tokens of texts and rows."""
     device = torch.device("cpu")
     loaded = replace(engine.loaded, model=model, layers=find_layers(model), device=device)
     return Engine(
@@ -437,12 +442,12 @@ def _engine(
 
 
 def _random_replacements(layers: torch.nn.ModuleList) -> dict[int, RandomReplacement]:
-    """Build a random replacement of each layer, since fitted replacements need a checked model."""
+    """Build a random function in place of each layer; fitted functions need a checked model."""
     return {layer: RandomReplacement(layer) for layer in range(len(layers))}
 
 
 def _check_model_itself(engine: Engine, ablations: Ablations) -> SharingVerdict:
-    """Check the model, not a miniature, as if its computation changed with every text length."""
+    """Run the check on the model if no miniature can be built; texts then share no tokens."""
     verdict = SharingVerdict(
         DEPTH_ONLY,
         "no tiny copy of the model can be built to test computation that tokens share",
@@ -457,7 +462,7 @@ def _check_model_itself(engine: Engine, ablations: Ablations) -> SharingVerdict:
 
 
 def _lower_verdict(truth: Reference, verdict: SharingVerdict, probe: _Probe) -> SharingVerdict:
-    """Return `verdict` without the sharing that is not exact on the reference's model."""
+    """Return `verdict` without the kinds of shared computation that change the model's results."""
     engine = truth.engine
     if not truth.is_half:  # the order of summation on an accelerator may vary
         with _limit_threads(truth.is_miniature):
@@ -510,20 +515,21 @@ def _refuse_stateful_model(engine: Engine, calls: Sequence[Documents]) -> None:
 def find_most_sharing(
     most: Sharing, engine: Engine, compare: Callable[[Sharing], Comparison]
 ) -> tuple[Sharing, Comparison, str | None]:
-    """Find the level with most sharing that gives the same results as really changed models.
+    """Find how much computation can be shared with the same results as really changed models.
 
     Args:
-        most: The level with most sharing, which is tested first.
+        most: The level that shares the most computation. Lower levels are tested only if `most`
+            fails.
         engine: The engine of the model, used only for messages and to explain why sharing fails.
         compare: Function that compares answers at a level of sharing with the reference.
 
     Returns:
-        The level of sharing, its comparison, and the reason why more sharing fails; None if `most`
-        works.
+        The highest level that works, its comparison, and the reason why higher levels fail. The
+        reason is None if `most` works.
 
     Raises:
-        CellError: Even without any sharing, the model does not run or does not reproduce its own
-            results.
+        CellError: Even without shared computation, the model does not run or does not reproduce its
+            own results.
     """
     name = engine.class_name
     lost: tuple[Sharing, str, str] | None = None  # and why, for models without and with a state
@@ -554,9 +560,9 @@ def find_most_sharing(
 
 
 def _make_probe(calls: Sequence[Documents], ablations: Ablations, n_answers: int) -> _Probe:
-    """Draw the requests to compare: all for the baseline, `n_answers` per other ablation.
+    """Draw the scores to compare: all requests for the baseline, `n_answers` per other ablation.
 
-    The draw takes requests from all calls in turn, since each call tests another case.
+    Requests are drawn from all calls in turn, since each call tests a different case.
     """
     answers_by_call = [
         [(c, d, r) for d, document in enumerate(call) for r in range(len(document.requests))]
@@ -573,12 +579,13 @@ def _make_probe(calls: Sequence[Documents], ablations: Ablations, n_answers: int
 
 
 def compare_both_ways(engine: Engine, truth: Reference, probe: _Probe) -> Comparison:
-    """Score all calls in order and in reverse order; stop at the first wrong log-likelihood.
+    """Score all calls in order and in reverse order, and compare with the reference's results.
 
     With more than `BOTH_ORDERS_LIMIT` ablations, each ablation except the baseline is scored in
-    only one of the two orders. One order per ablation suffices, since an effect of the order would
-    show in a state that all ablations share. The ablations are divided at random, because kinds of
-    layers can alternate.
+    only one of the two orders. The comparison stops at the first wrong log-likelihood. One order
+    per ablation suffices, since the order could only have an effect through model state that all
+    ablations share. Ablations are assigned to the two orders at random, because different kinds of
+    layers can alternate in a model.
     """
     comparison = Comparison()
     changes = [ablation for ablation in probe.ablations if ablation != INTACT]

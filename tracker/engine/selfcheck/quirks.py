@@ -1,9 +1,9 @@
 """Find how a model reacts to text lengths and repeated calls, and how it runs without a layer.
 
-Each experiment makes one number in the configuration of the model's miniature small, and compares
-logits. If no logits change, the number does not matter. If the logits of later tokens change, the
-number is a window, a chunk or a minimum. If a longer text changes the logits of its first tokens,
-the model's computation depends on the length of the whole call.
+Each experiment replaces one number in the configuration of the model's miniature by a small number,
+and compares logits. If no logits change, the number is irrelevant. If only the logits of later
+tokens change, the number is, for example, the size of an attention window. If a longer text changes
+the logits of its first tokens, the model's computation depends on the length of the whole call.
 """
 
 from __future__ import annotations
@@ -62,14 +62,14 @@ class QuirkFindings:
     Attributes:
         relevant_numbers: Paths of the configuration's numbers that change the logits of a text of
             `LONG` tokens.
-        lengths: Pairs of the path of a number and a flag. The computation changes where the text
-            length reaches this number; if the flag is True, the computation differs for every
-            longer length. The path is empty if the logits always depend on the length of the whole
-            call.
+        lengths: Pairs of the path of a number in the configuration and a flag. The model's
+            computation changes when the text length reaches this number; if the flag is True, the
+            computation is different for every longer length. The path is empty if the logits always
+            depend on the length of the whole call.
         leftovers: Names of model attributes that a call changes, so that the next call gives other
             results.
         first: Module and name of each attribute that the first call changes permanently; empty if
-            none of them is a weight.
+            the first call changes no weight.
         causal: True if the logits of a token do not depend on later tokens.
     """
 
@@ -81,7 +81,7 @@ class QuirkFindings:
 
 
 def find_quirks(mini: PreTrainedModel, paths: Collection[NumberPath]) -> QuirkFindings:
-    """Find how text lengths and earlier calls change the logits of a miniature."""
+    """Find whether the logits of a miniature depend on the text length or on earlier calls."""
     logits = _text_logits(mini, LONG)
     leftovers, first = _find_call_effects(mini)
     any_length = not _is_equal(logits[:SHORT], _text_logits(mini, SHORT))
@@ -110,12 +110,12 @@ def find_quirks(mini: PreTrainedModel, paths: Collection[NumberPath]) -> QuirkFi
 def _find_effect(
     model: PreTrainedModel, usual_logits: Tensor, any_length: bool
 ) -> tuple[bool, bool, set[str], set[tuple[str, str]]] | None:
-    """Find the effects of one changed configuration number; None if all logits stay the same.
+    """Find how a changed number in the configuration affects a model; None if it has no effect.
 
-    The first element of the tuple states whether the logits of a text's first tokens depend on the
-    length of the call. The second element states whether the first tokens' logits also depend on
-    the length of the call in longer texts. The last two elements are the results of
-    `_find_call_effects`.
+    `model` is built from the changed configuration. The first element of the tuple states whether
+    the logits of a text's first tokens depend on the length of the text. The second element states
+    whether these logits also differ between two texts that are longer than the number. The last two
+    elements are the results of `_find_call_effects`.
     """
     logits = _text_logits(model, LONG)
     if _is_equal(logits, usual_logits):
@@ -128,10 +128,10 @@ def _find_effect(
 def find_switches(mini: PreTrainedModel, old_lengths: Lengths, lengths: Iterable[int]) -> Lengths:
     """Find the text lengths at which a model's computation changes, by bisection.
 
-    If two texts begin with the same tokens, these tokens have the same logits, unless a threshold
-    lies between the lengths of the texts. A threshold can come from a product of numbers in the
-    configuration, from a list, or from code. If the model refuses a length, longer texts are not
-    searched.
+    The common first tokens of two texts have the same logits, unless the computation changes at a
+    length between the lengths of the two texts. Such a length can come from a product of numbers in
+    the configuration, from a list, or from the model's code. If the model refuses a length, longer
+    texts are not searched.
 
     Args:
         mini: A miniature that was never called, since calls can change it.
@@ -173,10 +173,10 @@ def find_switches(mini: PreTrainedModel, old_lengths: Lengths, lengths: Iterable
 
 
 def build_shortened(mini: PreTrainedModel, paths: Collection[NumberPath]) -> list[Any]:
-    """Build miniatures with windows, chunks and thresholds so small that short texts cross them.
+    """Build miniatures with attention windows and similar lengths so small that texts exceed them.
 
-    The configuration's numbers at `paths` are made small: all in one miniature if that model runs,
-    otherwise one number in each miniature.
+    The numbers at `paths` in the configuration are replaced by small numbers: all of them in one
+    miniature if this model runs, otherwise one number per miniature.
     """
     values: Mapping[NumberPath, float] = dict(find_numbers(mini.config.get_text_config()))
     order = sorted((path for path in paths if path in values), key=lambda path: values[path])
@@ -217,7 +217,7 @@ def _is_close(x: Tensor, y: Tensor, tolerance: float) -> bool:
 
 @torch.inference_mode()
 def _find_call_effects(model: PreTrainedModel) -> tuple[set[str], set[tuple[str, str]]]:
-    """Return two sets of attributes: changed by a second call, and changed by the first call."""
+    """Return the attributes that a repeated call changes, and those that the first call changes."""
     model = copy.deepcopy(model)
     states = [record_state(model)]
     for tokens in (SHORT, LONG):
@@ -241,15 +241,16 @@ _COMPUTED = "values that the class computes while loading cannot be set for a mo
 
 @dataclass(frozen=True)
 class _Outputs:
-    """Logits that a model without some layers computes for a text, or reasons why it has none.
+    """Logits of a model without some layers, with the layers removed in three ways.
 
     Attributes:
         copy: Logits of a copy in memory from which the layers are removed.
         skip: Logits of the model whose removed layers stay in place and return their input.
-        saved: Logits of the copy after saving and loading.
-        lacks: True if the copy lacks values that the model's class computes while it loads a
-            checkpoint.
-        refusal: Reason why the copy does not run; None if it runs.
+        saved: Logits of this copy after saving and loading; None if the copy cannot be saved,
+            loaded and run.
+        lacks: True if the copy in memory lacks attribute values that the model's class computes
+            while it loads a checkpoint.
+        refusal: Reason why the copy in memory does not run; None if the copy runs.
         unsaved: Reason why the copy cannot be saved and loaded.
     """
 
@@ -262,31 +263,32 @@ class _Outputs:
 
     @property
     def differs_from_skip(self) -> bool:
-        """True if a checkpoint without the layers differs from the model that skips them."""
+        """True if a saved and loaded copy has other logits than a model that skips the layers."""
         return self.saved is not None and not logits_alike(self.saved, self.skip)
 
     @property
     def needs_loading(self) -> bool:
-        """True if a checkpoint without the layers differs from a copy in memory without them."""
+        """True if the copy in memory differs from the same copy after saving and loading."""
         return self.saved is not None and (self.lacks or not logits_alike(self.saved, self.copy))
 
     @property
     def must_stay(self) -> bool:
-        """True if removed layers must stay in place, since no checkpoint or copy is usable."""
+        """True if removed layers must stay in the model and return their input."""
         return self.saved is None and not logits_alike(self.copy, self.skip)
 
 
 def find_removed_model(
     truth: Reference, ablations: Ablations, verdict: SharingVerdict
 ) -> SharingVerdict:
-    """Find how to compute a model without a layer; raise CellError if such a model does not run.
+    """Find how to run the model without a layer; return `verdict`, updated with the method.
 
-    The result must equal a loaded checkpoint without the layer. Nearly always, the checkpoint
-    equals the intact model with a layer that returns its input, so shared computation can skip the
-    layer. If the checkpoint differs, for example because layers depend on their positions, no
-    layers are shared between ablations. If the class computes values from layer positions on
-    loading, copies get these values. If neither a checkpoint nor a copy without the layer is
-    usable, the layer stays in place and returns its input, and the verdict has a note.
+    The logits must equal those of a loaded checkpoint without the layer. Nearly always, the intact
+    model with a layer that returns its input has the same logits, so shared computation can skip
+    the layer. If the checkpoint has other logits, for example because layers depend on their index,
+    ablations share no layers. If the model's class computes attribute values from layer indices
+    while loading, copies in memory get these values. If neither a checkpoint nor a copy without the
+    layer is usable, the layer stays in the model and returns its input, and the returned verdict
+    has a note. CellError is raised if the model does not run without the layer.
     """
     engine = truth.engine
     name = engine.class_name
@@ -332,11 +334,11 @@ def find_removed_model(
 
 @dataclass(frozen=True)
 class _Loading:
-    """Models built from configurations, to simulate how checkpoints of copies are loaded.
+    """Models built from configurations, to simulate saving and loading a copy without disk access.
 
     Attributes:
         full_model: Model that the class builds from the intact model's configuration; None if the
-            built model differs from the intact model.
+            intact model does not give the same logits after saving and loading.
         cut_models: Cache of models built from configurations with fewer layers; None (no cache) if
             calls change the model.
     """
@@ -345,7 +347,7 @@ class _Loading:
     cut_models: dict[str, Any] | None
 
     def reload_copy(self, engine: Engine, copied: Engine, ablation: Ablation) -> Engine:
-        """Return an engine for `copied` as if saved and loaded; raise ModelError if this fails."""
+        """Return an engine for the model of `copied`, as it would be after saving and loading."""
         layers = engine.layers_left(ablation)
         model = simulate_reload(copied.loaded.model, layers, self.cut_models)
         # The effects of the first call are known for the whole model's layers, not for these.
@@ -353,7 +355,7 @@ class _Loading:
 
 
 def _test_loading(engine: Engine, original: Engine) -> _Loading:
-    """Test whether a saved and loaded intact model is equal; return models for later tests."""
+    """Test whether saving and loading leaves the intact model's logits unchanged."""
     model, quirks = engine.loaded.model, engine.quirks
     loading = _Loading(None, None if quirks.first or quirks.leftovers else {})
     try:
@@ -372,7 +374,7 @@ def _test_loading(engine: Engine, original: Engine) -> _Loading:
 def _compute_outputs(
     truth: Reference, original: Engine, ablation: Ablation, loading: _Loading
 ) -> _Outputs:
-    """Compute logits without an ablation's layers: by a copy, by skipping, by a checkpoint."""
+    """Compute logits without layers: of a copy, by skipping layers, and of a saved copy."""
     engine, saved, lacks = truth.engine, None, False
     unsaved = _ITSELF if loading.full_model is None else _NOT
     cut_engine, refusal = try_model(lambda: truth.ablate(ablation))
@@ -400,13 +402,13 @@ def _compute_outputs(
 
 
 def _is_mismatch(engine: Engine, ablation: Ablation, outputs: _Outputs) -> bool:
-    """Return whether a copy differs from its checkpoint (or, without one, from skipping)."""
+    """Return whether a copy's logits differ from its checkpoint's (`saved`, otherwise `skip`)."""
     logits, _ = try_model(lambda: engine.ablate(ablation).read_logits(PROBE_TEXT))
     return not logits_alike(logits, outputs.skip if outputs.saved is None else outputs.saved)
 
 
 def _describe_unsaved(results: Mapping[Ablation, _Outputs]) -> str | None:
-    """Describe the ablations whose model cannot be saved as a checkpoint; None if all can."""
+    """Describe the ablations whose model cannot be saved as a checkpoint; None if there is none."""
     clauses = []
     for repeats, all_phrase, model in (
         (False, "for all removals", "in which the removed layers return their input"),

@@ -1,8 +1,9 @@
 """Compute reference results on really changed models, and define the result of a self-check.
 
 The self-check compares each log-likelihood from shared computation with the reference result of the
-same request. A verdict is the result of the self-check. If sharing is not exact, the verdict names
-the failed experiment in one sentence for users. Errors from the model's own code are logged.
+same request. A verdict is the result of the self-check. If shared computation gives wrong results,
+the verdict contains one sentence for users about the failed test. Errors from the model's own code
+are logged.
 """
 
 from __future__ import annotations
@@ -58,8 +59,8 @@ class Comparison:
         compared: Number of compared log-likelihoods.
         difference: The largest difference, in nats.
         unsteady: Number of log-likelihoods that differ by more than the tolerance, but by at most
-            `MAX_ROUNDING_FACTOR` times the effect of rounding noise in the embeddings. The model is
-            discontinuous for such requests.
+            `MAX_ROUNDING_FACTOR` times the effect of noise in the embeddings of the size of
+            rounding errors. For such requests, the model's output is discontinuous.
         wrong: Description of the first log-likelihood whose difference is larger than rounding
             explains; None without such a log-likelihood.
     """
@@ -80,11 +81,12 @@ class Comparison:
 
 
 class Reference:
-    """Scorer of single requests on really changed models, without sharing.
+    """Scorer of single requests on really changed models, without shared computation.
 
-    The engine provides the model, the known side effects of calls, and the changed copies. All
-    copies of a miniature are kept in memory. On a miniature, two NaN values count as different,
-    since NaN hides every error; a real model can return NaN regularly.
+    The engine provides the model, the known side effects of calling the model, and copies of the
+    model with an ablation applied. All copies of a miniature are kept in memory. On a miniature,
+    two NaN values count as different, since NaN would hide errors. On a real model, two NaN values
+    count as equal.
     """
 
     def __init__(self, engine: Engine, is_miniature: bool = False) -> None:
@@ -95,7 +97,7 @@ class Reference:
         self._answers: dict[tuple[Ablation, Request], Response] = {}
 
     def ablate(self, ablation: Ablation) -> Engine:
-        """Return an engine for a copy of the model under an ablation, from a cache if possible."""
+        """Return an engine for a copy of the model, changed by the ablation; copies are cached."""
         if ablation not in self._copies:
             if not self.is_miniature:  # requests are sorted by ablation
                 self._copies.clear()
@@ -103,7 +105,7 @@ class Reference:
         return self._copies[ablation]
 
     def answer_all(self, questions: Sequence[tuple[Ablation, Request]]) -> None:
-        """Score and cache all requests in lockstep if weights are offloaded; else do nothing."""
+        """Compute and cache the scores of all `questions`, if the weights are offloaded."""
         if self.engine.loaded.offloaded is None:
             return
         questions = [question for question in questions if question not in self._answers]
@@ -129,11 +131,11 @@ class Reference:
         return self._answers[key]
 
     def is_unsteady(self, ablation: Ablation, request: Request, nats: float) -> bool:
-        """Return whether rounding noise in the embeddings changes a log-likelihood by `nats`.
+        """Return whether noise of the size of rounding errors changes a log-likelihood by `nats`.
 
-        The noise is drawn up to `NOISE_DRAWS` times. A change means that the model is discontinuous
-        for this request, for example near a tie of a router or a top-k. Different ways to compute
-        the log-likelihood then give different values.
+        The noise is added to the token embeddings, with up to `NOISE_DRAWS` random seeds. A large
+        change means that the model's output is discontinuous for this request, for example near a
+        tie of a router. Different ways to compute the log-likelihood then give different values.
         """
         engine = self.ablate(ablation)
         expected = self.answer(ablation, request).loglikelihood
@@ -153,8 +155,8 @@ class Reference:
     ) -> Comparison:
         """Compare a log-likelihood computed with sharing with the reference's log-likelihood.
 
-        If the difference exceeds the tolerance, it is compared with the effect of rounding noise in
-        the embeddings on the reference itself.
+        If the difference exceeds the tolerance, the difference is compared with the effect that
+        noise in the embeddings has on the reference's log-likelihood, see `is_unsteady`.
 
         Args:
             value: The log-likelihood that was computed with sharing, in nats.
@@ -201,30 +203,30 @@ class SharingVerdict:
     """Result of the self-check of an architecture on a miniature model.
 
     Attributes:
-        sharing: The parts of the computation that ablations can share with exact results.
-        sharing_note: One line that states which sharing was disabled and why; None if all sharing
-            is exact.
+        sharing: The kinds of computation that ablations can share without changing any result.
+        sharing_note: One line that states which shared computation was disabled and why; None if
+            nothing was disabled.
         difference: The largest difference, in nats, between log-likelihoods computed with `sharing`
             and the reference results.
         compared: Number of log-likelihoods compared.
-        unsteady: Number of log-likelihoods that differ by more than the tolerance, but that
-            rounding noise changes too.
-        lengths: Pairs of the path of a number in the configuration and a flag. The computation
-            changes where the text length reaches this number; if the flag is True, the computation
-            differs for every longer length. The path is empty if the computation differs for every
-            text length.
+        unsteady: Number of log-likelihoods that differ by more than the tolerance, but that noise
+            of the size of rounding errors changes as much.
+        lengths: Pairs of the path of a number in the configuration and a flag. The model's
+            computation changes when the text length reaches this number; if the flag is True, the
+            computation is different for every longer length. The path is empty if the computation
+            differs for every text length.
         leftovers: Names of model attributes that a call changes, so that the next call gives other
             results.
         first: Module and name of each attribute that the first call changes permanently.
-        in_place: True if removed layers stay in place and return their input, because the model
-            cannot run without them.
-        as_loaded: True if copies get the values that the model's class computes while it loads a
-            checkpoint.
+        in_place: True if removed layers stay in the model and return their input, because no usable
+            copy without these layers can be made.
+        as_loaded: True if a copy without some layers gets the attribute values that the model's
+            class would compute when loading a checkpoint of this copy.
         checkpoint_note: One line that lists the ablations whose measured model cannot be saved as a
             checkpoint; None if every measured model can be saved.
         tested_on: `a miniature`, or `the model` if no miniature can be built.
-        switches: Pairs of a text length at which the computation changes, found by experiment, and
-            a flag as in `lengths`.
+        switches: Text lengths, found by experiment, at which the model's computation changes, each
+            paired with a flag as in `lengths`.
     """
 
     sharing: Sharing
@@ -243,12 +245,12 @@ class SharingVerdict:
 
     @property
     def is_clean(self) -> bool:
-        """True if full sharing is exact and no quirk was found, so shorter texts need no check."""
+        """True if shared computation is exact and no effect of calls or text lengths was found."""
         special = (self.unsteady, self.lengths, self.switches, self.leftovers, self.first)
         return self.sharing == FULL and not any(special)
 
     def make_quirks(self, model: PreTrainedModel) -> Quirks:
-        """Return the quirks of a model of this architecture that was never called."""
+        """Return the side effects of calling `model`, which must not have been called before."""
         values = dict(find_numbers(model.config.get_text_config()))
         thresholds = (
             *(int(values[path]) for path, _ in self.lengths if path in values),
@@ -284,7 +286,7 @@ STATE = "the model keeps a recurrent state for each text"
 
 
 def describe_loss(previous: str | None, sharing: Sharing, reason: str | None) -> str | None:
-    """Return the note `previous`, updated with the remaining sharing if there is a `reason`."""
+    """Return a note on disabled sharing: `previous`, extended if sharing failed for a `reason`."""
     if reason is None:
         return previous
     sentence = f"{REMAINING_SHARING[sharing]}, because {reason}"
@@ -295,13 +297,13 @@ def describe_loss(previous: str | None, sharing: Sharing, reason: str | None) ->
 
 
 def describe_error(error: Exception, way: Sharing, name: str) -> str:
-    """Log an error that a model raised with the sharing `way`, and return a cause for users."""
+    """Log a model's error while computation was shared; return its probable cause for users."""
     log.debug("%s, shared over %s: %s", name, way, error)
     return str(error) if isinstance(error, RefusalError) else REFUSAL_REASONS[way]
 
 
 def describe_difference(way: Sharing, comparison: Comparison) -> str:
-    """Describe the largest difference between log-likelihoods with sharing and the reference."""
+    """Describe the largest change of a log-likelihood by shared computation, for users."""
     cause = "a call of several texts" if way == PLAIN else "sharing more computation"
     sentence = f"{cause} changes a log-likelihood by {comparison.difference:.3g} nats"
     if not comparison.unsteady:
@@ -311,7 +313,7 @@ def describe_difference(way: Sharing, comparison: Comparison) -> str:
 
 @torch.inference_mode()
 def keeps_state(model: PreTrainedModel) -> bool:
-    """Return whether a model keeps a recurrent state, whose size does not grow with the text.
+    """Return whether a model has a recurrent state, i.e. a cache of constant size.
 
     Cached keys and values grow with the text, but states of recurrent layers and convolutions do
     not. Each token overwrites such a state, so the texts in one row would overwrite each other's
@@ -334,7 +336,7 @@ def keeps_state(model: PreTrainedModel) -> bool:
 
 
 def _tensor_shapes(output: Any) -> Iterator[torch.Size]:
-    """Yield the shapes of all tensors, including caches, in a model's output except logits."""
+    """Yield the shape of each tensor in a model's output (e.g. in its cache), except the logits."""
     if isinstance(output, Tensor):
         yield output.shape
     elif isinstance(output, dict):

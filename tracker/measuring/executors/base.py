@@ -16,7 +16,7 @@ from tracker.schema.errors import RequestError, translate_errors
 
 
 class Executor(Protocol):
-    """Executor that measures the missing outcomes of cells; a failing cell does not stop others."""
+    """Interface that measures the missing outcomes of cells (models on benchmarks)."""
 
     def measure(self, jobs: Sequence[Job], reporting: Reporting) -> int:
         """Measure the missing outcomes of all cells in a list of jobs.
@@ -31,7 +31,7 @@ class Executor(Protocol):
 
 
 def last_line(error: Exception) -> str:
-    """Return the last line of an error message; schedulers name the cause in this line."""
+    """Return the last line of an error message, in which schedulers name the cause."""
     lines = [line.strip(" -") for line in str(error).splitlines()]
     return next((line for line in reversed(lines) if line), type(error).__name__)[:300]
 

@@ -38,7 +38,7 @@ class LocalExecutor:
 
 
 def measure_cell(job: Job, worker: Worker, reporting: Reporting) -> tuple[CellStore, list[str]]:
-    """Measure the missing outcomes of a cell; return the cell and the self-check's messages.
+    """Measure the missing outcomes of a job's cell; return (cell, messages of the self-check).
 
     RequestError is raised if a request names a layer that the model does not have, or if a document
     lacks a required field.

@@ -1,8 +1,8 @@
-"""Call each worker in a thread, share blocks by locks, and divide devices among workers.
+"""Measure cells with several workers, each of which is called by a thread of this process.
 
-Each worker has a separate thread in this process, which calls the worker and writes its outcomes. A
-thread takes a block of documents by locking the block. Several commands on one results folder share
-work in the same way.
+A worker's thread calls the worker and writes its outcomes. Before a thread measures a block of
+documents, it locks the block. So workers, and several commands on one results folder, do not
+measure the same block. This module also divides the devices among the workers.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ class _PoolCell:
     """Cell that the workers of a pool measure together.
 
     Attributes:
-        work: Missing blocks of the cell; None until a worker has opened the cell.
+        work: Blocks of documents that are still to be measured; None until a worker has opened the
+            cell.
         deaths: Block → number of workers that died while they measured the block. The key None
             counts workers that died while they opened the cell.
         has_ended: True if the cell is finished or has failed.
@@ -54,7 +55,7 @@ class _PoolCell:
 
     @property
     def request(self) -> CellRequest:
-        """First request of the cell, which names the model and benchmark of all its requests."""
+        """First request of the cell; all requests of a cell have the same model and benchmark."""
         return self.job.requests[0]
 
 
@@ -64,7 +65,8 @@ class WorkerPool:
     Args:
         workers: The workers, each a `RemoteWorker` in another process.
         jobs: The jobs to measure, one for each cell.
-        report: The results folder and the callbacks; only one thread at a time calls a callback.
+        report: The results folder and the callbacks. Two threads never call callbacks at the same
+            time.
         checks: Storage of self-check results; None if the workers cannot read the results folder.
     """
 
@@ -84,7 +86,7 @@ class WorkerPool:
         self._models_loaded = 0
 
     def run(self, title: str) -> int:
-        """Measure with all workers until every cell is finished or failed; then close the workers.
+        """Measure all cells with all workers; close the workers when each cell is done or failed.
 
         Returns the number of times that a model was loaded.
         """
@@ -116,7 +118,7 @@ class WorkerPool:
             worker.close()
 
     def _drop_worker(self, worker: Remote, error: Exception) -> None:
-        """Remove a worker that cannot start, and continue with the other workers."""
+        """Remove a worker that cannot start; if no worker is left, end all cells with an error."""
         with self._condition:
             if not self._is_over:
                 self._workers.remove(worker)
@@ -125,10 +127,10 @@ class WorkerPool:
                     self._end_cell(cell, CellError(f"no worker is left: {error}"))
 
     def _next_cell(self, worker: Remote) -> _PoolCell | None:
-        """Choose a cell for a worker, waiting if necessary; return None once all work is done.
+        """Return the next cell for a worker, waiting for one if necessary; None if all are done.
 
-        The preferred cell is the worker's open cell, then a cell of the worker's loaded model, then
-        the cell with the fewest other workers.
+        The worker continues its current cell if possible. Otherwise, cells of the model that the
+        worker has loaded come first, then cells on which few other workers work.
         """
         open_cell = self._open_cells.get(worker)
         loaded_model = open_cell and open_cell.request.model
@@ -148,7 +150,7 @@ class WorkerPool:
         return None
 
     def _measure(self, worker: Remote, cell: _PoolCell) -> bool:
-        """Measure free blocks of a cell with a worker; return False if the worker has died."""
+        """Measure a cell's free blocks with a worker; return False if the worker died."""
         block: Block | None = None
         try:
             work = cell.work or self._open(worker, cell)
@@ -175,7 +177,7 @@ class WorkerPool:
         return True
 
     def _open(self, worker: Remote, cell: _PoolCell) -> CellWork:
-        """Load a cell's model on a worker, and return the missing blocks of the cell."""
+        """Load a cell's model on a worker; return the blocks that are still to be measured."""
         progress = self._report.progress
         with self._condition:
             self._open_cells[worker] = cell
@@ -201,7 +203,7 @@ class WorkerPool:
     def _handle_death(
         self, worker: Remote, cell: _PoolCell, block: Block | None, reason: str
     ) -> None:
-        """Count a worker's death on a block; end the cell with an error after too many deaths."""
+        """Count a worker that died while it measured a block; fail the cell if many died."""
         worker.close()
         with self._condition:
             self._open_cells.pop(worker, None)
@@ -235,7 +237,7 @@ class WorkerPool:
 def group_devices(
     devices: Sequence[str], size: int, n_groups: int | None = None, can_grow: bool = False
 ) -> list[range]:
-    """Divide devices into groups with consecutive numbers.
+    """Divide devices into groups of consecutive devices, one group for each worker.
 
     Args:
         devices: Names of the devices.
@@ -263,17 +265,17 @@ def group_devices(
 def count_devices(
     jobs: Sequence[Job], options: Options, max_devices: int, least_free: Callable[[], int]
 ) -> int:
-    """Count the devices that each worker needs.
+    """Return how many accelerators each worker needs to hold the largest model.
 
     Args:
         jobs: The jobs, which name the models.
         options: The options of the run.
         max_devices: Maximum number of devices of a worker.
-        least_free: Function that returns the smallest free memory of any device in bytes. The
-            function can take seconds, so it is called only if needed.
+        least_free: Function that returns the free memory, in bytes, of the device with the least
+            free memory. The function can take seconds and is called only if needed.
 
     Returns:
-        The number of devices that hold the weights of the largest model; 1 if layers are offloaded.
+        The number of devices per worker; 1 if layers are offloaded.
     """
     if max_devices == 1 or options.weights is not None or options.offload != "device":
         return 1

@@ -123,7 +123,7 @@ class ProcessesExecutor:
     def _make_worker(
         self, number: int, group: range, n_workers: int, n_threads: int, output: Path
     ) -> WorkerProcess:
-        """Create a worker for some accelerators or cores, without starting its process."""
+        """Create a worker with its accelerators or cores; its process is not started yet."""
         variables = {name: str(n_threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
         name, device = f"worker {number}", self._options.device
         if group:
@@ -139,7 +139,7 @@ def _name_devices(group: range) -> str:
 
 
 def _least_free_memory() -> int:
-    """Return the smallest free memory of any accelerator, in bytes.
+    """Return the free memory, in bytes, of the accelerator with the least free memory.
 
     A short-lived process reads the free memory, because reading it allocates memory on each
     accelerator.

@@ -1,4 +1,4 @@
-"""Measure cells on a Ray cluster, with workers that are Ray actors and keep a model loaded."""
+"""Measure cells on a Ray cluster; each worker is a Ray actor that keeps a model loaded."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def _on_node(node: str) -> NodeAffinitySchedulingStrategy:
 
 
 def _make_actors(options: Options, size: int) -> Iterator[_Actor]:
-    """Yield one worker for every `size` GPUs of a node, or one per node if there are no GPUs."""
+    """Yield a worker per `size` GPUs of each node, or per node if the cluster has no GPUs."""
     gpus, numbers = _count_gpus(options), count(1)
     device = SPREAD if size > 1 else options.device
     options = replace(options, device=device, devices_per_worker=None)

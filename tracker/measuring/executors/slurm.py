@@ -101,7 +101,7 @@ class SlurmExecutor:
 
 
 class _SubmittedJob:
-    """Submitted SLURM job, and the progress of the job's cell in the ledger."""
+    """A submitted SLURM job, with the number of blocks that the job still has to measure."""
 
     def __init__(self, job: Job, submission: submitit.Job, reporting: Reporting) -> None:
         self.submission = submission
@@ -120,7 +120,7 @@ class _SubmittedJob:
             self.n_left = sum(map(bool, missing))
 
     def has_ended(self) -> bool:
-        """Report the blocks measured since the last call; return whether the job has ended."""
+        """Return whether the job has ended; also report the blocks measured since the last call."""
         is_over = bool(self.submission.done())
         cell = self._job.cells[0]
         store = self._reporting.ledger.find(cell.key) if cell.key else None
@@ -151,7 +151,7 @@ class _SubmittedJob:
         return sum(outcome.models_loaded for outcome in outcomes)
 
     def _read_results(self) -> list[JobEnd]:
-        """Return the result of each SLURM task of the job, or an error if the job has no result."""
+        """Return the results of the job's SLURM tasks, or a single error if there are none."""
         try:
             ends: list[JobEnd] = self.submission.results()
         except (UncompletedJobError, OSError) as error:
@@ -162,7 +162,7 @@ class _SubmittedJob:
         return ends
 
     def _find_store(self, request: CellRequest) -> CellStore | CellError:
-        """Return the cell's outcomes, or an error if the ledger lacks any of them."""
+        """Return the measured cell's store, or an error if the ledger lacks some outcomes."""
         cell = find_cell(request, self._reporting.ledger)
         if cell.store is None or not cell.complete:
             return CellError(
@@ -217,7 +217,7 @@ class JobEnd:
 
 @dataclass
 class CellJob(Checkpointable):  # type: ignore[misc]
-    """Job that measures one cell, for requests that differ only in their runs.
+    """SLURM job that measures one cell; its requests differ only in their ablations.
 
     The job writes to the shared results folder and publishes nothing. After a time-out or
     preemption, submitit queues the job again, and the job measures only documents without stored
@@ -231,7 +231,7 @@ class CellJob(Checkpointable):  # type: ignore[misc]
     _starts: int = 0
 
     def __call__(self) -> JobEnd:
-        """Measure the missing outcomes of the cell; return the result, which contains any error."""
+        """Measure the cell's missing outcomes; errors are returned in the result, not raised."""
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
         end = attempt(self._run)
         if isinstance(end, TrackerError):

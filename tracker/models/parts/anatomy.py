@@ -79,7 +79,7 @@ class LayerAnatomy(PartFinder):
         return maps
 
     def get_map(self, layer: int, path: str) -> LinearMap:
-        """Return a linear map of a layer or of one expert; raise CellError if it is missing."""
+        """Return the linear map at a path in a layer; raise CellError if there is no such map."""
         return find_map(self.linear_maps(layer), path, self.layer_name(layer))
 
     def expand_formats(self, layer: int, rounding_changes: Sequence[Change]) -> dict[str, str]:
@@ -111,7 +111,7 @@ class LayerAnatomy(PartFinder):
             cache: Cache of quantised weights, as for `round_layer`.
 
         Yields:
-            The number of a layer, and a function that changes the copy of this layer in place.
+            Pairs of a layer number and a function that changes the copied layer in place.
         """
         for layer, layer_changes in ablation.by_layer.items():
             if layer_changes.roundings:
@@ -239,7 +239,7 @@ def find_search_parts(source: ModelSource, unit: Component) -> SearchParts:
 
 
 def _layers_with_parts(small: PreTrainedModel, unit: Component) -> tuple[int, ...]:
-    """List the layers with as many heads or experts (`unit`) as the configuration states."""
+    """List the layers whose number of heads or experts (`unit`) equals the configured number."""
     config, anatomy = small.config.get_text_config(), LayerAnatomy.of(small)
     count = parts_of_config(config).count_of(unit)
     if unit != "expert":

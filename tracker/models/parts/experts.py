@@ -1,9 +1,9 @@
 """Find the routed and the shared experts of mixture-of-experts layers by structure.
 
 A mixture of experts has two modules. The router chooses the experts of each token and their
-weights. The other module holds tensors with one entry per expert. To remove an expert, the expert's
-row is cut from the router, as in a checkpoint without this expert. The router then normalises the
-scores of the remaining experts.
+weights. The second module holds the experts' weights, in tensors with one entry per expert. To
+remove an expert, the expert's row is deleted from the router's weight, as in a checkpoint saved
+without this expert. The router then normalises the scores of the remaining experts.
 
 Every token passes through the shared experts in addition to its routed experts. Model families name
 the shared experts `shared_experts`, `shared_expert` or `shared_mlp`. Some families weight the
@@ -91,7 +91,7 @@ class Experts:
 
     @property
     def mixture_path(self) -> str:
-        """Path of the module around router and experts; empty if it is the layer itself."""
+        """Path of the module around router and experts; empty if this module is the layer."""
         return self.holder.rpartition(".")[0]
 
     def remaining_experts(self, parts: Sequence[Change], name: str) -> list[int]:
@@ -158,10 +158,11 @@ class SharedExperts:
     def find(cls, finder: PartFinder) -> list[SharedExperts | None]:
         """Find the shared experts of every layer's MLP.
 
-        An MLP can have shared experts only if it also holds routed experts. A shared expert is an
-        outermost module outside the routed experts that is called with the MLP's own input. The MLP
-        must add the module's output to other outputs, with or without a weight. To test this, the
-        module's output is multiplied by 0, 1 and 2: the MLP's output must change by equal steps.
+        An MLP can have shared experts only if it also holds routed experts. A shared expert is a
+        module that is not a part of the routed experts and is called with the MLP's own input. The
+        MLP must add the module's output to other outputs, with or without a weight. If such modules
+        are nested, only the outermost module counts. To test this, the module's output is
+        multiplied by 0, 1 and 2: the MLP's output must change by equal steps.
         """
         mlps = {sublayers.mlp for sublayers in finder.find(Sublayers) if sublayers}
 
@@ -189,7 +190,7 @@ class SharedExperts:
 def _find_choices(
     calls: Sequence[ModuleCall], experts: ModuleCall, count: int
 ) -> Iterator[tuple[ModuleCall, Tensor]]:
-    """Yield each router call whose output the experts received, and the chosen experts."""
+    """Yield each router call that returned the indices passed to the experts, and the indices."""
     for choice in integer_tables(experts.arguments):
         for call in calls:
             weights = [p for p in call.module.parameters() if p.ndim == 2 and len(p) == count]
@@ -209,7 +210,7 @@ def count_experts(module: nn.Module) -> int:
 
 
 def _works_without_one(router: ModuleCall, choice: Tensor, count: int) -> bool:
-    """Return whether a router without its last expert still chooses as many experts per token."""
+    """Return whether a router without its last expert still chooses enough distinct experts."""
     if choice.shape[-1] >= count:
         return True  # all are chosen, so none may be removed anyway
     remaining = range(count - 1)
@@ -234,7 +235,8 @@ def keep_experts(
             experts.
         remaining: The experts whose entries are kept.
         count: Number of experts in the original module.
-        modules: Submodules whose entries are reduced; empty for all submodules.
+        modules: Submodules in which the other experts' entries are removed too; empty = all
+            submodules.
 
     Returns:
         The copy, which shares all other tensors with the original module.
@@ -263,7 +265,7 @@ def keep_experts(
 
 
 def _keep_entries(value: Tensor, remaining: Sequence[int], count: int) -> Tensor:
-    """Keep the remaining experts' entries of a tensor that has one row or column per expert."""
+    """Delete removed experts' entries from a tensor with one row or column per expert."""
     axis = 1 if value.ndim == 2 and len(value) == 1 else 0
     if not value.ndim or value.shape[axis] != count:
         return value
@@ -271,7 +273,7 @@ def _keep_entries(value: Tensor, remaining: Sequence[int], count: int) -> Tensor
 
 
 def _keep_biases(arguments: Any, remaining: Sequence[int], count: int) -> Any:
-    """Return a router's arguments; reduce score biases to the entries of remaining experts."""
+    """Cut removed experts' entries from the bias vectors in a router's arguments; return them."""
     if isinstance(arguments, dict):
         return {name: _keep_biases(value, remaining, count) for name, value in arguments.items()}
     if isinstance(arguments, tuple):
@@ -294,8 +296,8 @@ def call_reduced_router(
         router: The original router, which has all experts.
         experts: The routed experts of the layer.
         remaining: Indices of the experts that the router keeps.
-        full_outputs: Outputs of the original router for other tokens, which give the shapes of its
-            outputs.
+        full_outputs: Outputs of the original router for other tokens, from which the output shapes
+            are read.
         state: The hidden states of the tokens to route.
         arguments: Positional and keyword arguments of a call of the router. `state` replaces the
             hidden states in these arguments.
@@ -325,7 +327,7 @@ def call_reduced_router(
 def single_expert_outputs(
     forward: Callable[..., Tensor], args: Args, kwargs: Kwargs
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield the unweighted outputs of each token's chosen experts, one expert per token at a time.
+    """Yield the outputs of each token's first chosen expert, then of its second expert, etc.
 
     The module that holds the experts is called several times, each time with one expert per token
     and a weight of 1.
@@ -336,9 +338,9 @@ def single_expert_outputs(
         kwargs: Keyword arguments of the module's call.
 
     Yields:
-        Three tensors for the first chosen expert of every token, then for the second, and so on:
-        the experts' indices [tokens], the router's weights of these experts [tokens], and the
-        experts' outputs [tokens, width].
+        Three tensors for the first chosen expert of every token, then three for the second chosen
+        expert, and so on. The tensors are the experts' indices [tokens], the router's weights of
+        these experts [tokens], and the experts' outputs [tokens, width].
     """
     arguments, state = (*args, *kwargs.values()), hooks.input_state(args, kwargs)
     choice = integer_tables(arguments)[0]

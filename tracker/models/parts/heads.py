@@ -1,4 +1,4 @@
-"""Find attention heads, and verify that they are input columns of the output projection."""
+"""Find attention heads, and the input columns of the output projection that read each head."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ class Heads:
         return self.groups if component == "kv_head" else self.heads
 
     def columns(self, part: Change, name: str) -> slice:
-        """Return the output projection's columns of a head or group; raise CellError if missing."""
+        """Return the input columns of a head or group; raise CellError if there is no such head."""
         n_parts = self.count(part.component)
         assert part.number is not None
         if part.number >= n_parts:

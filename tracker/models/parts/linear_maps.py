@@ -54,7 +54,7 @@ class LinearMap:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Number of outputs (for experts, of all experts together), and number of inputs."""
+        """Number of outputs, summed over experts if there are several, and number of inputs."""
         weight = self.weight
         return weight.numel() // weight.shape[-1], weight.shape[-1]
 
@@ -65,7 +65,7 @@ class LinearMap:
         return tensor
 
     def to_module_layout(self, weight: Tensor, all_weights: Tensor) -> Tensor:
-        """Return a weight in the module's layout; for one expert, inside a copy of all weights."""
+        """Return a weight in the layout that the module stores; `all_weights` holds all experts."""
         rows = weight.mT.contiguous() if self.inputs_first else weight
         if self.expert is None:
             return rows
@@ -124,7 +124,7 @@ def find_linear_maps(layer: nn.Module, name: str) -> dict[str, LinearMap]:
 
 
 def _find_expert_matrices(module: nn.Module) -> Iterator[LinearMap]:
-    """Yield the linear maps of a module's experts; yield none if their input axis is ambiguous.
+    """Yield the linear maps of a module's experts, or nothing if the tensor shapes do not fit.
 
     The first tensor computes the gate and the gated values, and the second tensor computes the
     output. The shapes of an expert's entries are [2 width, hidden] and [hidden, width], or both
@@ -144,8 +144,8 @@ def _find_expert_matrices(module: nn.Module) -> Iterator[LinearMap]:
 def _find_router_weights(block: nn.Module, count: int) -> Iterator[Tensor]:
     """Yield router weights and biases: matrices of `block` with one row or column per expert.
 
-    If a child module of `block` holds several linear maps, the weights of these linear maps are
-    left out.
+    Child modules of `block` with several linear maps are ambiguous; the weights of their linear
+    maps are left out.
     """
     for child in block.children():
         linears = [module for module in child.modules() if isinstance(module, nn.Linear)]
@@ -157,7 +157,7 @@ def _find_router_weights(block: nn.Module, count: int) -> Iterator[Tensor]:
 
 
 def find_map(maps: Mapping[str, LinearMap], path: str, name: str) -> LinearMap:
-    """Return a linear map of a layer or one expert by path; raise CellError if it is missing."""
+    """Return the linear map at a path of a layer; raise CellError if there is no such map."""
     if path in maps:
         return maps[path]
     shared_path, number = split_expert_map(path) or ("", 0)
@@ -171,8 +171,8 @@ class RoundedWeights:
     """Cache of quantised weights, which many ablations share.
 
     Args:
-        max_bytes: Maximum bytes of cached weights. Beyond this size, the least recently used
-            weights are dropped.
+        max_bytes: Maximum bytes of cached weights. If the cache would exceed `max_bytes`, the least
+            recently used weights are dropped.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -296,7 +296,7 @@ class Embeddings:
 
 
 def find_embeddings(model: PreTrainedModel, max_bytes: int = 0) -> Embeddings:
-    """Find a model's embedding and output head; raise CellError if one cannot be quantised.
+    """Find a model's embedding and output head; raise CellError if quantising is impossible.
 
     The model's weights may be on the meta device. `max_bytes` limits the cache of quantised
     weights.
@@ -321,7 +321,7 @@ def find_embeddings(model: PreTrainedModel, max_bytes: int = 0) -> Embeddings:
 
 
 def embedding_shapes(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
-    """Return the shapes of a model's embedding and head; only of the embedding if they are tied.
+    """Return the shapes of embedding and output head by name; tied weights appear only once.
 
     Raises ExperimentError if the embedding or the head cannot be quantised.
     """

@@ -71,14 +71,14 @@ class ModuleCall:
 
 @dataclass(frozen=True)
 class PartFinder:
-    """Finder of the parts of a model's layers, which searches for each kind once.
+    """Finder of the parts of a model's layers (e.g. heads), with a cache of the results.
 
     Attributes:
         model: A causal language model of transformers.
         layers: The model's decoder layers.
         device: The device on which the model expects its inputs.
-        exclusive_use: Function that returns a context; the model is called only inside this
-            context.
+        exclusive_use: Function that returns a context manager, e.g. a lock. The model is called
+            only inside this context.
         parts: Parts found so far: kind → one entry per layer.
     """
 
@@ -96,7 +96,8 @@ class PartFinder:
     def find(self, kind: type[P]) -> Sequence[P | None]:
         """Find one kind of parts in every layer; the first call runs the model.
 
-        Raises ModelError if the model does not run, or if its layers do not consist of such parts.
+        Raises ModelError if the model does not run, or if the layers lack parts that every layer
+        must have (attention and MLP).
         """
         if not self.parts.get(kind):
             with self.exclusive_use():

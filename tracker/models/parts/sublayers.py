@@ -48,9 +48,9 @@ class Sublayers:
         """Find the attention and the MLP of every layer.
 
         The attention is the layer's first child module that holds a matrix, and the MLP is the
-        last. The method verifies this on a short text. Without attention and MLP, every layer must
-        return its input. Without attention in all layers, no token may depend on another token.
-        Without MLPs in all layers, tokens must still depend on other tokens.
+        last. The method tests this choice with a short text. Without attention and MLP, every layer
+        must return its input. Without attention in all layers, no token may depend on another
+        token. Without MLPs in all layers, tokens must still depend on other tokens.
 
         Args:
             finder: The model and its layers.
@@ -59,7 +59,7 @@ class Sublayers:
             The sublayers of each layer.
 
         Raises:
-            ModelError: A layer does not consist of such an attention and MLP; the message lists the
+            ModelError: A layer does not consist of one attention and one MLP; the message lists the
                 layer's modules.
         """
         sublayers = []

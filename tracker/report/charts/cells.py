@@ -77,11 +77,12 @@ def layer_curve(cell: CellRecord) -> style.Chart:
     """Draw the accuracy drop (or loss increase) of each layer, with cosine scores below.
 
     Drops and cosine scores are in two panels with one layer axis. Two scales in one panel would
-    suggest a meaningless comparison of heights. Accuracy drops are in pp, and loss increases are in
-    the unit of the loss (trace `accuracy drop` or `loss increase`). If there are several kinds of
-    ablations, each kind has a trace with its name. Intervals (95 %) are drawn if there are at most
-    three kinds of ablations. Cosine scores are the trace `cosine score`. Layers without a value
-    appear as gaps in the lines. The chart omits spans of several layers, and heads.
+    suggest a meaningless comparison of heights. Accuracy drops are in percentage points, and loss
+    increases in the unit of the loss. Their plotly trace is named `accuracy drop` or `loss
+    increase`. If there are several kinds of ablations, each kind has a trace with its name.
+    Intervals (95 %) are drawn if there are at most three kinds of ablations. The plotly trace
+    `cosine score` shows the cosine scores. Layers without a value appear as gaps in the lines. The
+    chart omits ablations of several layers at once and of single heads.
     """
     kinds = curve_kinds(cell)
     verdicts = run_verdicts(cell, [run for run in cell.runs if run.change.kind.is_single])
@@ -149,8 +150,8 @@ def _change_axis(measure: formats.MetricFormat) -> dict[str, Any]:
 def curve_kinds(cell: CellRecord) -> list[Change]:
     """List the kinds of single-layer ablations that the layer curve draws.
 
-    If there are no runs yet, the list contains the removal of whole layers. Repeated single layers
-    are left out if a heat map of spans has a row for them.
+    If there are no runs yet, the list contains the removal of whole layers. The repetition of
+    single layers is left out if a heat map of repeated layers already shows it.
     """
     map_kinds = [kind for kinds in find_map_kinds(cell).values() for kind in kinds]
     single_kinds = [kind for kind in cell.kinds or [WHOLE_LAYER] if kind.is_single]
@@ -209,7 +210,7 @@ def proxy_scatter(cell: CellRecord) -> style.Chart:
 
 
 def margin_name(cell: CellRecord, decisions: DecisionsRecord) -> str:
-    """Return the axis title: margin of the gold option, or log-probability of the answer."""
+    """Return the axis title of the margin chart, e.g. `margin of the gold option (nats)`."""
     if not decisions.options:
         is_text = cell.benchmark.tasks[0].metrics.get(cell.metric) in RATIO_SCALES
         return f"log-probability of the {'text' if is_text else 'answer'} (nats)"
@@ -218,7 +219,7 @@ def margin_name(cell: CellRecord, decisions: DecisionsRecord) -> str:
 
 
 def margin_chart(cell: CellRecord, decisions: DecisionsRecord) -> style.Chart | None:
-    """Draw the median margin of every run and of the intact model, with quartiles.
+    """Draw median and quartiles of the gold option's margin, for each run and the intact model.
 
     Returns None if no margin is defined, or if only parts of layers are removed.
     """
@@ -271,7 +272,7 @@ def margin_chart(cell: CellRecord, decisions: DecisionsRecord) -> style.Chart | 
 
 
 def loss_correlations(decisions: DecisionsRecord) -> tuple[list[int], Array]:
-    """Correlate which documents become wrong without one layer and without another layer.
+    """Correlate, for each pair of layers, which documents the removal of each layer makes wrong.
 
     Args:
         decisions: Answers of one model to all documents of a benchmark, under each ablation.
@@ -288,7 +289,7 @@ def loss_correlations(decisions: DecisionsRecord) -> tuple[list[int], Array]:
 
 
 def agreement_map(cell: CellRecord, decisions: DecisionsRecord) -> style.Chart | None:
-    """Draw a heat map of `loss_correlations`; return None for fewer than two layers."""
+    """Draw the correlations of `loss_correlations` as a heat map; None for fewer than 2 layers."""
     layers, coefficients = loss_correlations(decisions)
     if len(layers) < 2:
         return None

@@ -1,4 +1,4 @@
-"""Draw the first chart of a page: the cost of each layer, above its cosine score."""
+"""Draw the page's first chart: the accuracy that each layer contributes, and its cosine score."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ def headline_chart(board: LayerBoard, label: str) -> style.Chart:
     """Draw the accuracy relevance of each layer as bars, above bars of its cosine score.
 
     The upper panel shows the mean accuracy relevance with its interval, the lower panel the mean
-    cosine score. A panel between the two shows the drop of the choice probability, if the
-    benchmarks have options. Bars that are not significant are pale. Numbers mark the layers that a
-    choice by cosine score is shown to miss.
+    cosine score. If the benchmarks are multiple choice, a middle panel shows how much the
+    probability of the right option falls without each layer. Bars that are not significant are
+    pale. Numbers mark important layers without a high cosine score: their removal costs
+    significantly more accuracy than that of some layer with a high score.
     """
     claims = board.claims
     layers = [standing.layer for standing in board.by_depth]
@@ -85,7 +86,7 @@ def headline_chart(board: LayerBoard, label: str) -> style.Chart:
 
 
 def join_neighbours(layers: Sequence[int]) -> list[tuple[float, str]]:
-    """Combine the number labels of layers that are at most two apart, so that labels fit.
+    """Combine the labels of marked layers that are at most two apart, so labels do not overlap.
 
     Args:
         layers: Numbers of the layers to mark.
@@ -99,7 +100,7 @@ def join_neighbours(layers: Sequence[int]) -> list[tuple[float, str]]:
 
 
 def _draw_choices(claims: Claims) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Draw the drop of each layer's choice probability, and return the bars with their axis."""
+    """Draw the drop in the right option's probability for each layer; return bars and axis."""
     layers = sorted(claims.choices)
     drops = [claims.choices[layer] for layer in layers]
     name = "drop of choice probability"

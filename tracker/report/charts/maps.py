@@ -56,7 +56,7 @@ COLOUR_BAR = {
 
 
 def heat_map_title(cells: Sequence[CellRecord]) -> str:
-    """Return the heat map's title: numbers of layers, benchmarks and undefined values."""
+    """Return the title: the model, and its numbers of layers, benchmarks and undefined values."""
     layers = first_layers(WHOLE_LAYER, *cells)
     noun = "cell" if any(cell.removed for cell in cells) else "benchmark"
     size = f"{len(layers)} layers × {formats.count_text(len(cells), noun)}"
@@ -94,7 +94,7 @@ def heat_map(cells: Sequence[CellRecord]) -> Chart:
 
 
 def row_label(label: str) -> str:
-    """Format the label of a heat map's row: the benchmark, with distinguishing details below."""
+    """Format a heat map's row label: the benchmark, and settings (e.g. few-shot) on a new line."""
     name, _, details = label.partition(" · ")
     return "<br>".join(filter(None, (html.escape(name), wrap_text(details, 18))))
 
@@ -105,7 +105,7 @@ def row_height(labels: Sequence[str]) -> int:
 
 
 def find_map_kinds(cell: CellRecord) -> dict[str, list[Change]]:
-    """Group the kinds of ablations that share a heat map; return name of the map → kinds.
+    """Group ablation kinds into heat maps; return name of the heat map → kinds of its rows.
 
     A heat map has one row for each kind of ablation, such as a span length or a head number.
     """
@@ -149,7 +149,7 @@ def map_title(cell: CellRecord, kinds: Sequence[Change]) -> str:
 
 
 def kind_map(cell: CellRecord, kinds: Sequence[Change]) -> Chart:
-    """Draw a heat map of accuracy drops (or loss increases) by layer and by kind of ablation.
+    """Draw drops (or loss increases) as a heat map: layers as columns, kinds of ablation as rows.
 
     Each kind of ablation, such as a span length or a head number, has one row; the colour scale is
     centred at 0. Values that are not significant are pale. Undefined and missing values are gaps
@@ -193,7 +193,7 @@ def _column_layers(kind: Change, layers: Sequence[int]) -> Sequence[int]:
 
     The embedding and the output head have a single run each, stored as layer 0. The first column
     shows the embedding's run, and the last column shows the output head's run. All other columns
-    get layer 1, which has no such run.
+    get layer 1 and stay blank, because no such run is stored for layer 1.
     """
     if not kind.is_outer:
         return layers
@@ -204,7 +204,7 @@ def _column_layers(kind: Change, layers: Sequence[int]) -> Sequence[int]:
 def _shown_mask(
     cell: CellRecord, kinds: Sequence[Change], layers: Sequence[int]
 ) -> list[list[bool]]:
-    """Return which runs of a heat map are significant, tested jointly over all its runs."""
+    """Return rows of True for each significant run; all runs of the map are tested jointly."""
     verdicts = run_verdicts(cell, [run for run in cell.runs if run.change.kind in kinds])
     return [
         [
@@ -238,7 +238,7 @@ def centred_map(
     """Draw a heat map whose colours are centred at 0.
 
     Significant values (trace `name`) have a dot if the map has few rows, because small values have
-    faint colours. Values that are not significant (trace `open`) are pale.
+    faint colours. Values that are not significant are pale (plotly trace `open`).
 
     Args:
         title: Title in plain text.

@@ -1,4 +1,4 @@
-"""Draw charts of one model over depth, and of several models."""
+"""Draw charts with layers on the x-axis for one model, and charts that compare models."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def rank_chart(board: LayerBoard, label: str) -> style.Chart | None:
 
     Each layer has one labelled point with an interval; on both axes, rank 1 is the highest value.
     Points whose interval misses the diagonal (trace `different rank`) are solid, all others (trace
-    `open`) are pale. On the diagonal (trace `equal ranks`), both ranks are equal. The function
-    returns None if no layer has a rank by relevance and a rank by cosine score.
+    `open`) are pale. The trace `equal ranks` is the diagonal, on which both ranks are equal. The
+    function returns None if no layer has a rank by relevance and a rank by cosine score.
     """
     cosine = cosine_ranks(board)
     standings = [standing for standing in board.ranked if standing.layer in cosine]
@@ -136,7 +136,7 @@ def _relevance_trace(
     samples: Sequence[str],
     **look: Any,
 ) -> dict[str, Any]:
-    """Build a line of accuracy relevance over layers; hover boxes contain `samples`."""
+    """Build a line of accuracy relevance over layers; `samples` are extra texts of hover boxes."""
     hovers = [
         estimate_hover(f"layer {layer} · {name}", "accuracy relevance", value, two_digits, sample)
         for layer, value, sample in zip(layers, estimates, samples, strict=True)
@@ -146,14 +146,14 @@ def _relevance_trace(
 
 
 def relevance_title(board: LayerBoard, label: str) -> str:
-    """Return the title of the relevance chart: benchmarks, and the layer shown to matter most."""
+    """Return the chart's title; it names the layer whose relevance is significantly highest."""
     title = f"{label}: accuracy relevance over depth, {count_text(len(board.cells), 'benchmark')}"
     top_layers = [standing.layer for standing in board.ranked if standing.rank.high == 1]
     return f"{title}; layer {top_layers[0]} matters most" if top_layers else title
 
 
 def proxy_curves(cells: Sequence[CellRecord], label: str) -> style.Chart:
-    """Draw each proxy over layers in a separate panel, with a line for each benchmark.
+    """Draw each proxy (e.g. cosine score) in its own panel, with a line for each benchmark.
 
     The panels share the layer axis. Undefined and missing values appear as gaps in the lines.
     """
@@ -221,7 +221,7 @@ def _proxy_values(
 
 
 def depth_curves(boards: Sequence[LayerBoard], labels: Sequence[str]) -> style.Chart:
-    """Draw the mean accuracy relevance over relative depth, with a line for each model.
+    """Draw a line per model: mean accuracy relevance of the layers over relative depth (0 to 1).
 
     Lines have intervals if there are at most three models. Points that are not significant are
     pale.
@@ -276,7 +276,7 @@ def _depth_title(boards: Sequence[LayerBoard], labels: Sequence[str]) -> str:
 
 
 def difference_chart(pair: ModelPair) -> style.Chart:
-    """Draw the difference between two models' drops for each layer.
+    """Draw, for each layer, the accuracy drop in one model minus the drop in another model.
 
     For up to three benchmarks, the chart has points with 95 % intervals, one trace for each
     benchmark. For more benchmarks, the chart is a heat map. Differences that are not significant
@@ -345,7 +345,7 @@ def difference_chart(pair: ModelPair) -> style.Chart:
 
 
 def difference_title(pair: ModelPair) -> str:
-    """Return the chart's title: number of significant differences, and the largest one."""
+    """Return the chart's title: the number of significant differences, and the largest of them."""
     total = sum(len(shared.differences) for shared in pair.comparisons)
     shown = [
         (shared.differences[layer], layer, shared.benchmark)

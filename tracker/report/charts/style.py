@@ -161,7 +161,7 @@ def estimate_trace(
 
 
 def _is_named(trace: dict[str, Any]) -> bool:
-    """Return whether a trace has an entry in the legend; by default only scatter traces do."""
+    """Return whether a trace is in the legend; by default, only scatter traces are."""
     return bool(trace.get("showlegend", trace.get("type") == "scatter"))
 
 
@@ -206,7 +206,7 @@ def value_axis(title: str, values: Sequence[float | None]) -> dict[str, Any]:
 
 
 def log_axis(title: str, values: Sequence[float | None]) -> dict[str, Any]:
-    """Build a logarithmic axis with full numbers as tick labels, unlike plotly's single digits."""
+    """Build a logarithmic axis with tick labels such as 20 and 50 (plotly would write 2 and 5)."""
     logs = [math.log10(value) for value in values if value is not None and value > 0] or [0.0]
     exponents = range(math.floor(min(logs)), math.ceil(max(logs)) + 1)
     ticks = [float(f"{digit}e{exponent}") for exponent in exponents for digit in (1, 2, 5)]
@@ -214,7 +214,7 @@ def log_axis(title: str, values: Sequence[float | None]) -> dict[str, Any]:
 
 
 def relative_positions(values: Sequence[float], span: Sequence[float] = ()) -> list[float]:
-    """Scale values linearly, from their range (or from `span`, if given) to the range 0 to 1."""
+    """Scale values linearly so that the minimum and maximum of `span` or `values` are 0 and 1."""
     low, high = min(span or values, default=0.0), max(span or values, default=1.0)
     return [(value - low) / ((high - low) or 1.0) for value in values]
 
@@ -257,7 +257,7 @@ def scale_value(value: float | None, scale: float = 1) -> float | None:
 
 
 def sign_colours(values: Iterable[float | None]) -> list[str]:
-    """Return one colour for negative drops (removal helps), and another for all other drops."""
+    """Return a colour for each drop: one for negative drops (removal helps), one for others."""
     return [HELP_COLOUR if value is not None and value < 0 else COST_COLOUR for value in values]
 
 
@@ -324,7 +324,7 @@ def run_hover(cell: CellRecord, run: Change, record: RunRecord | None) -> str:
 def estimate_hover(
     heading: str, name: str, estimate: Estimate, write: Callable[[float], str], sample: str = ""
 ) -> str:
-    """Write the hover box of one value with its interval; `heading` names the subject."""
+    """Write the hover box of a value and its interval; `heading` is the box's first line."""
     if not is_finite(estimate.value):
         text = f"undefined: {wrap_text(estimate.reason or 'not measured')}"
     else:

@@ -67,7 +67,7 @@ def option_letter(option: int) -> str:
 
 
 def decision_table(cell: CellRecord, decisions: DecisionsRecord) -> Table:
-    """Build a table of each run's lost and won documents, median margin and option shares."""
+    """Build a table of each run's lost and won documents, and how often it chooses each option."""
     options = len(decisions.options)
     n_columns = min(options, _MAX_OPTION_COLUMNS)
     reason = decisions.reasons.get("margin", "no margin is defined")
@@ -121,14 +121,15 @@ def decision_table(cell: CellRecord, decisions: DecisionsRecord) -> Table:
 def pack_documents(
     cell_decisions: Mapping[str, tuple[CellRecord, DecisionsRecord]],
 ) -> dict[str, str]:
-    """Compress the documents that ablations make worse or better, for display on request.
+    """Compress the documents on which ablations lower or raise the score, for the HTML page.
 
     Args:
         cell_decisions: Name → pair of a cell (model on a benchmark) and the model's answers under
             each ablation.
 
     Returns:
-        Name → compressed JSON. `DOCUMENT_BUDGET` limits the number of documents of each run.
+        Name → compressed JSON. Each run lists only so many documents that all compressed texts
+        together fit in `DOCUMENT_BUDGET` characters.
     """
     budget = DOCUMENT_BUDGET // max(1, len(cell_decisions))
     packed = {}
@@ -167,7 +168,7 @@ def _document_content(cell: CellRecord, decisions: DecisionsRecord, n_shown: int
 
 @dataclass(frozen=True)
 class Figure:
-    """Chart with its identifier on the page, and the table of its numbers if there is one."""
+    """Chart of the HTML page, with its HTML id and an optional table of the plotted numbers."""
 
     id: str
     title: str
@@ -201,8 +202,8 @@ class CellSection:
 class ModelSection:
     """Section of the page for one model: leaderboards, charts by name, and benchmark sections.
 
-    `charts` lacks a chart if no whole layer was removed, or if the relevance is undefined on all
-    benchmarks.
+    A chart is missing in `charts` if no whole layer was removed, or if the relevance is undefined
+    on all benchmarks.
     """
 
     id: str
@@ -214,7 +215,7 @@ class ModelSection:
 
     @property
     def answer(self) -> str:
-        """Sentences on the significant effects of the model's layers and of its ranked parts."""
+        """Sentences on the layers and parts (e.g. heads) whose removal has a significant effect."""
         cells = [section.cell for section in self.cells]
         return model_answer(self.board.claims, self.parts, cells)
 
@@ -315,7 +316,7 @@ def _model_section(
 
 
 def _has_whole_layers(cell: CellRecord) -> bool:
-    """Return whether a cell has runs that remove one whole layer, or no runs at all."""
+    """Return whether a cell contains the removal of a single whole layer, or no runs at all."""
     return WHOLE_LAYER in cell.kinds or not cell.kinds
 
 

@@ -61,7 +61,7 @@ class StudySection:
 def study_sections(
     findings: Sequence[FindingRecord], cells: Sequence[CellRecord]
 ) -> tuple[StudySection, ...]:
-    """Build a section for each study's results; add a note if its documents have changed."""
+    """Build a section for each study; a note tells if the number of documents has changed."""
     return tuple(
         StudySection(
             id=f"study-{number}",
@@ -81,10 +81,12 @@ def exclude_search_cells(
     findings: Sequence[FindingRecord],
     search_keys: Collection[RecordKey] = (),
 ) -> list[CellRecord]:
-    """Return the cells with requested runs; omit cells of search steps and of layer pairs.
+    """Return the cells that the page shows in their own sections.
 
-    The page shows search steps and layer pairs in the sections of findings. `search_keys` are the
-    keys of cells that were measured for searches and that no finding names.
+    A cell holds the results of one model on one benchmark. Cells without a requested run are
+    omitted. Cells measured for search steps or layer pairs are omitted too, because the sections of
+    findings show these results. `search_keys` are the keys of cells that were measured for searches
+    and that no finding names.
     """
     shown = [finding for finding in findings if finding.study in _SHOWN_STUDIES]
     steps = {key for finding in shown for key in finding.rests_on}.union(search_keys)
@@ -96,9 +98,9 @@ def exclude_search_cells(
 def _is_search_step(cell: CellRecord, steps: Collection[RecordKey]) -> bool:
     """Return whether a cell was measured only for the steps of a search or for layer pairs.
 
-    Only studies or searches requested such a cell. Either it has layers that are removed in all
-    runs, or some single layers have no run. `steps` are the keys of all cells of searches and layer
-    pairs.
+    Only studies or searches requested such a cell. Either some layers are removed in all runs of
+    the cell, or not every single layer has a run. `steps` are the keys of all cells of searches and
+    layer pairs.
     """
     whole_layers = {run.change.layer for run in cell.runs if run.change.kind == WHOLE_LAYER}
     is_partial = bool(cell.removed) or len(whole_layers) < cell.model.layers
@@ -106,7 +108,7 @@ def _is_search_step(cell: CellRecord, steps: Collection[RecordKey]) -> bool:
 
 
 def growth_note(finding: FindingRecord, cells: Sequence[CellRecord]) -> str:
-    """Return a note on how many of a finding's measured sets of documents changed, or ""."""
+    """Return a note if measurements behind a finding now have other documents; else return ""."""
     sizes = {(c.key, view): c.n for c in cells for view in (*c.supersedes, c.view)}
     grown = [sizes.get((key, view), n) != n for key, view, n in finding.rests_on]
     if not any(grown):
@@ -120,8 +122,8 @@ def growth_note(finding: FindingRecord, cells: Sequence[CellRecord]) -> str:
 def study_frames(findings: Sequence[FindingRecord]) -> dict[str, pd.DataFrame]:
     """Convert the tables of studies to unrounded data frames; return file stem → data frame.
 
-    A figure with an interval has columns `… low` and `… high`. An undefined figure is empty, and
-    the column `… reason` gives the reason.
+    The ends of a number's interval are in columns `… low` and `… high`. An undefined number is
+    empty, and the column `… reason` gives the reason.
     """
     return {
         f"{stem}-{number}": table_frame(table)
@@ -140,7 +142,7 @@ def study_charts(findings: Sequence[FindingRecord]) -> dict[str, Chart]:
 
 
 def name_findings(findings: Sequence[FindingRecord]) -> Iterator[tuple[str, FindingRecord]]:
-    """Yield each study's finding with a unique file stem; add numbers to equal stems."""
+    """Yield (unique file stem, finding) for each study; equal names get a number (`NAME--2`)."""
     stems: set[str] = set()
     for finding in findings:
         names = (f"{finding.name}--{number}" for number in count(2))

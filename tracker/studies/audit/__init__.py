@@ -51,7 +51,7 @@ AUDIT_TEXTS = study_texts("audit", paper=PAPER_CORRELATIONS, proxies=LAYER_PROXI
 
 
 class Audit(Study[AuditSettings]):
-    """Study that compares all proxies with the accuracy drop of removed layers, and their costs."""
+    """Study that compares proxies with the accuracy drop of removed layers, and computing costs."""
 
     name = "audit"
     question = (
@@ -74,7 +74,7 @@ class Audit(Study[AuditSettings]):
         return list(cells)
 
     def answer(self, context: StudyContext, subjects: list[Subject]) -> StudyResult:
-        """Compare the proxies with the accuracy drop for each model; return texts and tables."""
+        """Compare proxies with accuracy drops for each model; return texts, tables and charts."""
         models = group_by(subjects, lambda subject: subject.record.model.key).values()
         names = model_labels([group[0].record.model for group in models])
         result = StudyResult()
@@ -91,7 +91,7 @@ class Audit(Study[AuditSettings]):
 
 
 def audit_answers(audit: ModelAudit) -> list[str]:
-    """Return the report's sentences about one model; contradictions to the paper are first."""
+    """Return the report's sentences about one model, contradictions of the paper first."""
     if not audit.summaries:
         return AUDIT_TEXTS.render_all("nothing", audit)
     worth = AUDIT_TEXTS.render("worth", audit.prediction_by_cost)
@@ -101,7 +101,7 @@ def audit_answers(audit: ModelAudit) -> list[str]:
 
 
 def _pooled_sentence(audit: ModelAudit) -> str:
-    """Describe how cosine score and drop correlate over the inner layers, on all benchmarks."""
+    """Describe the correlation of cosine score and drop over the inner layers of all benchmarks."""
     summary = audit.summaries.get("cosine_score")
     if summary is None or (correlation := pooled_correlation(summary.cells)) is None:
         return ""
@@ -118,7 +118,7 @@ def _task_sentence(audit: ModelAudit) -> str:
 
 
 def _best_sentence(audit: ModelAudit) -> str:
-    """Describe which proxy ranks the layers best, or which proxies could be the best."""
+    """Write a sentence that names the best proxy, or all proxies that could be the best."""
     if len(audit.summaries) == 1:
         return ""
     names = [name for name, (rank, _) in audit.ranks.items() if rank == 1]
@@ -130,7 +130,7 @@ def _best_sentence(audit: ModelAudit) -> str:
 
 
 def list_unanswered(audit: ModelAudit) -> list[str]:
-    """Return one sentence for each comparison that lacks data, with the data that it needs."""
+    """Return a sentence for each comparison that lacks data, which names the missing data."""
     return AUDIT_TEXTS.render_all("lacking", audit.left_out, audit.spreads.get(DROP))
 
 
@@ -138,7 +138,7 @@ def list_unanswered(audit: ModelAudit) -> list[str]:
 
 
 def audit_tables(audit: ModelAudit) -> list[Table]:
-    """Return all tables of the report about one model."""
+    """Build all tables of the report about one model."""
     tables = [_proxy_table(audit), _benchmark_table(audit), _disagreement_table(audit)]
     return [*tables, _variance_table(audit)] if audit.spreads else tables
 
@@ -192,7 +192,7 @@ def _inner_reason(cells: Sequence[AuditedCell]) -> str:
 
 @dataclass(frozen=True)
 class BenchmarkProxyRow:
-    """Table row with the agreement of one proxy with the accuracy drop on one benchmark."""
+    """Table row with the correlations of one proxy with the accuracy drop on one benchmark."""
 
     benchmark: str = labelled("benchmark")
     proxy: str = labelled("proxy")
@@ -293,7 +293,7 @@ def _proxy_label(name: str) -> str:
 
 
 def audit_charts(audit: ModelAudit) -> list[StudyChart]:
-    """Return all charts of the report about one model."""
+    """Build all charts of the report about one model."""
     return [*_cost_charts(audit), *_depth_charts(audit), *_rank_maps(audit)]
 
 

@@ -59,11 +59,11 @@ MIN_RELIABILITY = 0.5
 
 @dataclass(frozen=True)
 class ProxyAgreement:
-    """Agreement of one proxy with the accuracy drop over layers, on one benchmark.
+    """Correlations of one proxy with the accuracy drop over the layers, on one benchmark.
 
     Attributes:
-        spearman: Spearman correlation with interval and p-value. If its value is None, the other
-            coefficients are None, and `resampled` is NaN.
+        spearman: Spearman correlation with interval and p-value. If this correlation is undefined,
+            the other coefficients are None, and `resampled` contains NaN.
         inner: Spearman correlation over the inner layers, without the first and last layers of the
             model.
         kendall: Kendall's tau-b.
@@ -79,10 +79,10 @@ class ProxyAgreement:
 
 
 class AuditedCell:
-    """Accuracy drops and proxies of whole layers for one model and benchmark."""
+    """Accuracy drops and proxies of removed layers, for one model and benchmark."""
 
     def __init__(self, context: StudyContext, subject: Subject, label: str) -> None:
-        """Measure proxies that the results folder lacks; align drops and proxies by document."""
+        """Compute the proxies that are not stored yet; align drops and proxies by document."""
         self.record = subject.record
         self.label = label
         cell = subject.outcomes()
@@ -105,22 +105,22 @@ class AuditedCell:
 
     @property
     def drop(self) -> LayerMeasure:
-        """The accuracy drop, with which the proxies are compared."""
+        """The accuracy drop of each document and removed layer."""
         return self.measures[DROP]
 
     @property
     def relevance(self) -> Array:
-        """The accuracy relevance of each layer: the lost share of the accuracy above chance."""
+        """The relevance of each layer: drop divided by the intact model's accuracy above chance."""
         return np.array([run.accuracy_relevance for run in self.record.whole_layers], float)
 
     def resample(self, name: str) -> Array:
-        """Return a measure's means `[resamples, layers]` for bootstrap resamples of documents."""
+        """Return a measure's mean for each bootstrap resample and layer [resamples, layers]."""
         measure = self.measures[name]
         return resampled_means(measure.values, RESAMPLES, SEED, self.strata, measure.weights)
 
     @cached_property
     def agreements(self) -> dict[str, ProxyAgreement]:
-        """Name of each proxy → agreement of the proxy with the accuracy drop."""
+        """Correlations of each proxy with the accuracy drop, by name of the proxy."""
         drops = self.resample(DROP)
         return {name: self._agreement(name, drops) for name in LAYER_PROXIES}
 
@@ -143,7 +143,7 @@ class AuditedCell:
 def _proxy_figures(
     cell: AlignedOutcomes, observations: Observations
 ) -> Iterator[tuple[str, Array, Array]]:
-    """Yield each proxy's name, its document means [documents, layers] and document weights."""
+    """Yield for each proxy its name, its values [documents, layers] and the document weights."""
     for proxy in OBSERVED:
         means = token_means(cell.proxy_sums(proxy), cell.tokens)
         yield proxy.name, proxy.from_observed(means), cell.tokens
@@ -173,17 +173,17 @@ def _begin_observing(engine: Engine) -> ObserveDocument:
 
 @dataclass(frozen=True)
 class ProxySummary:
-    """Mean agreement of one proxy with the accuracy drop, over benchmarks of one model.
+    """Mean correlation of one proxy with the accuracy drop, over the benchmarks of one model.
 
     Attributes:
         proxy: Name of the proxy, a key of `LAYER_PROXIES`.
         cells: Data of the benchmarks on which the proxy is defined.
-        spearman: Mean Spearman coefficient, always defined, with an interval by resampling
-            documents.
+        spearman: Mean Spearman coefficient with a bootstrap interval over documents; never
+            undefined.
         inner: Mean Spearman coefficient over the inner layers, without the first and last layers of
             the model.
         kendall: Mean of Kendall's tau-b.
-        p_value: p-value of the mean Spearman coefficient, not adjusted for several proxies.
+        p_value: p-value of the mean Spearman coefficient, not adjusted for the number of proxies.
         resampled: Mean Spearman coefficient for each bootstrap resample of the documents.
     """
 
@@ -197,7 +197,7 @@ class ProxySummary:
 
     @cached_property
     def overlaps(self) -> tuple[float, float, float]:
-        """Mean overlap of the top layers by proxy and drop, of the bottom layers, and by chance."""
+        """Mean overlap of the top layers by proxy and by drop; of the bottom layers; by chance."""
         rows = []
         for cell in self.cells:
             count = min(TOP_LAYERS, len(cell.layers))
@@ -210,16 +210,16 @@ class ProxySummary:
 
 @dataclass(frozen=True)
 class RelevanceVariance:
-    """Variation of the relevance of layers between benchmarks, according to one measure.
+    """Variation over benchmarks of the layers' relevance, where one measure defines relevance.
 
     Attributes:
-        raw: Mean over layers of the variance of z-scores over benchmarks.
-        test: Result of the test whether the accuracy drop varies more over benchmarks than this
+        raw: Variance over benchmarks of a layer's z-score, averaged over layers.
+        test: Result of testing whether the accuracy drop varies more over benchmarks than this
             measure.
-        noisy: Same as `raw`, but only over the benchmarks that `clean` uses.
-        clean: Same as `noisy`, but with the sampling noise of documents subtracted.
-        excess: `clean` of the accuracy drop minus `clean` of this measure.
-        reason: Reason why the variance without noise (`clean`) is None.
+        noisy: Same as `raw`, but limited to the benchmarks that are reliable enough for `clean`.
+        clean: The variance `noisy` minus the part that sampling of documents explains.
+        excess: Variance `clean` of the accuracy drop minus the variance `clean` of this measure.
+        reason: Reason why `clean` is None, e.g. too few reliable benchmarks.
     """
 
     raw: float
@@ -240,23 +240,23 @@ class ModelAudit:
 
     @property
     def on(self) -> str:
-        """Text with the numbers of benchmarks and documents, e.g. "2 benchmarks, 900 documents"."""
+        """Number of averaged benchmarks and documents as text: "2 benchmarks, 900 documents"."""
         cells = self.comparable
         documents = count_text(sum(cell.record.n for cell in cells), "document")
         return f"{count_text(len(cells), 'benchmark')}, {documents}"
 
     @property
     def drop(self) -> str:
-        """The name of the measured effect of a removal: accuracy drop, loss increase, or both."""
+        """The name of the effect of a removal: accuracy drop, loss increase, or both names."""
         kinds = sorted({cell.record.higher_is_better for cell in self.cells}, reverse=True)
         return " or ".join(DROP if accuracy else "loss increase" for accuracy in kinds)
 
     @cached_property
     def comparable(self) -> list[AuditedCell]:
-        """The benchmarks with results for the same layers; means are computed over these.
+        """The benchmarks on which the same layers were removed; means are averages over these.
 
-        The common layers are the set of layers that most benchmarks have. If several sets are
-        equally frequent, the largest set is used.
+        Benchmarks with another set of removed layers are left out. The kept benchmarks share the
+        most frequent set, or the largest of several equally frequent sets.
         """
         cells = distinct_cells(self.cells)
         sets = [tuple(cell.layers) for cell in cells]
@@ -265,7 +265,7 @@ class ModelAudit:
 
     @property
     def left_out(self) -> list[str]:
-        """A sentence for each benchmark that is left out of means, with the reason."""
+        """A sentence with the reason for each benchmark that is left out of means."""
         distinct, reasons = distinct_cells(self.cells), []
         reference = self.comparable[0]
         for cell in self.cells:
@@ -281,7 +281,7 @@ class ModelAudit:
 
     @cached_property
     def summaries(self) -> dict[str, ProxySummary]:
-        """Proxy → agreement with the drop, in descending order of mean Spearman coefficient."""
+        """Mean correlation with the drop, by name of the proxy; the highest one is first."""
         summaries = []
         for proxy in LAYER_PROXIES:
             pairs = [(cell, cell.agreements[proxy]) for cell in self.comparable]
@@ -301,10 +301,10 @@ class ModelAudit:
         return {summary.proxy: summary for summary in summaries}
 
     def compare_proxies(self, summary: ProxySummary, other: ProxySummary) -> Estimate:
-        """Estimate the difference of two proxies' mean Spearman coefficients with the drop.
+        """Estimate how much better one proxy correlates with the accuracy drop than another proxy.
 
-        Both coefficients use the same documents. The interval is simultaneous for all pairs of
-        proxies.
+        The value is the difference of the two mean Spearman coefficients, measured on the same
+        documents. The intervals of all pairs of proxies hold simultaneously.
         """
         a, b = summary.spearman.value, other.spearman.value
         if summary.cells != other.cells or a is None or b is None:
@@ -317,7 +317,7 @@ class ModelAudit:
 
     @cached_property
     def ranks(self) -> dict[str, tuple[int, int]]:
-        """Name of proxy → best and worst possible rank by agreement with the accuracy drops."""
+        """Best and worst possible rank by correlation with the drops, by name of the proxy."""
         summaries = list(self.summaries.values())
         lows = [[self.compare_proxies(a, b).low or 0.0 for b in summaries] for a in summaries]
         ranks = ranks_by_comparison(np.array(lows) > 0)
@@ -325,13 +325,13 @@ class ModelAudit:
 
     @cached_property
     def adjusted(self) -> dict[str, float]:
-        """Name of proxy → p-value of the mean Spearman coefficient, adjusted by Holm's method."""
+        """Holm-adjusted p-value of the mean Spearman coefficient, by name of the proxy."""
         p_values = holm([summary.p_value for summary in self.summaries.values()])
         return {n: p for n, p in zip(self.summaries, p_values, strict=True) if p is not None}
 
     @cached_property
     def disagreements(self) -> dict[str, tuple[Disagreement, Disagreement]]:
-        """Proxy → share of layers whose ranks by proxy and by drop differ, and differ widely."""
+        """Shares of layers whose ranks by proxy and by drop differ at all, and differ widely."""
         disagreements = {}
         for name, summary in self.summaries.items():
             x, y = (mean_profiles(measure, summary.cells) for measure in (name, DROP))
@@ -341,25 +341,25 @@ class ModelAudit:
 
     @cached_property
     def above_chance(self) -> list[AuditedCell]:
-        """Comparable benchmarks where the intact model is above chance; empty if only one."""
+        """Benchmarks with the model above chance and unequal drops; empty if fewer than two."""
         finite = [cell for cell in self.comparable if np.isfinite(cell.relevance).all()]
         cells = [cell for cell in finite if np.ptp(cell.drop.means()) > 0]
         return cells if len(cells) > 1 else []
 
     @cached_property
     def reliabilities(self) -> dict[str, float]:
-        """Benchmark → share of the drops' variance over layers that is not sampling noise."""
+        """For each benchmark, share of the drops' variance over layers that is not noise."""
         drops = {c.label: (c.drop.values, c.drop.weights, c.strata) for c in self.cells}
         return {name: profile_reliability(*estimate_profile(*d)) for name, d in drops.items()}
 
     @cached_property
     def reliable(self) -> list[AuditedCell]:
-        """The benchmarks above chance whose drops are reliable enough to correct for noise."""
+        """Benchmarks above chance with enough signal in their drops to subtract the noise."""
         return [c for c in self.above_chance if self.reliabilities[c.label] >= MIN_RELIABILITY]
 
     @cached_property
     def spreads(self) -> dict[str, RelevanceVariance]:
-        """Measure → variation of the layers' relevance over benchmarks; empty if undefined."""
+        """Variation of the layers' relevance over benchmarks, by measure; can be empty."""
         cells = self.above_chance
         if not cells:
             return {}
@@ -402,9 +402,10 @@ class ModelAudit:
     ) -> tuple[list[float], dict[str, tuple[float | None, ...]], float | None]:
         """Estimate how well each measure predicts drops on other documents, by compute budget.
 
-        Returns three values. The budgets are forward passes for each benchmark. The dictionary maps
-        each measure to its mean Spearman correlation for each budget. The number is the correlation
-        of the drops on one half of the documents with the drops on the other half.
+        Returns (budgets, correlations, correlation of halves). A budget is a number of forward
+        passes for each benchmark. For each measure, there is a mean Spearman correlation at each
+        budget. The last value is the mean correlation of the drops on one half of the documents
+        with the drops on the other half.
         """
         passes = proxy_cost(DROP, self.total, is_shared=True)
         most = max(len(cell.tasks) for cell in self.comparable) // 2 * passes
@@ -428,7 +429,7 @@ class ModelAudit:
 
     @property
     def noisy(self) -> str:
-        """Text with the documents needed and available, for each benchmark with too much noise."""
+        """Text with the needed and available documents of each benchmark that is too noisy."""
         needs = []
         for cell in self.above_chance:
             share, n = self.reliabilities[cell.label], cell.record.n
@@ -440,7 +441,7 @@ class ModelAudit:
 
 
 def distinct_cells(cells: Sequence[AuditedCell]) -> list[AuditedCell]:
-    """Drop cells that share a task with a better cell (accuracy, more layers or documents)."""
+    """Remove benchmarks that share a task with a better one (accuracy, layers, documents)."""
     best = sorted(cells, key=lambda c: (-c.record.higher_is_better, -len(c.layers), -c.record.n))
     distinct: list[AuditedCell] = []
     for cell in best:
@@ -450,7 +451,7 @@ def distinct_cells(cells: Sequence[AuditedCell]) -> list[AuditedCell]:
 
 
 def mean_profiles(name: str, cells: Sequence[AuditedCell]) -> Array:
-    """Return a measure's mean over documents for each benchmark and layer [cells, layers]."""
+    """Return a measure's mean over documents, for each benchmark and layer [benchmarks, layers]."""
     return np.array([cell.measures[name].means() for cell in cells])
 
 
@@ -460,9 +461,9 @@ def _benchmark_sample(name: str, cell: AuditedCell) -> BenchmarkSample:
 
 
 def pooled_correlation(cells: Sequence[AuditedCell]) -> Estimate | None:
-    """Compute Pearson's r of cosine score and accuracy drop over inner layers × benchmarks.
+    """Compute Pearson's r of cosine score and accuracy drop, over inner layers of all benchmarks.
 
-    Benchmarks with a loss are left out, because losses and accuracies have different units.
+    Benchmarks that measure a loss are left out, because losses and accuracies have different units.
     """
     cells = [cell for cell in cells if cell.inner and cell.record.higher_is_better]
     if sum(len(cell.inner) for cell in cells) < MIN_LAYERS_RANKED:

@@ -4,8 +4,8 @@ Modules:
     backend: Update an MLflow experiment with the results of a results folder.
     database: Create the SQLite file in which MLflow stores runs without a server.
     live_run: Show the progress of a measurement.
-    models: Log pruned models.
-    runs: Convert descriptions of runs to MLflow's terms, without importing MLflow.
+    models: Log pruned models as MLflow models.
+    runs: Convert descriptions of runs to metrics, params and tags, without importing MLflow.
     service: Define the interface to MLflow for other packages, without importing MLflow.
     writing: Write one MLflow run.
 """

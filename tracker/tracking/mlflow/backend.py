@@ -1,8 +1,8 @@
-"""Publish results to MLflow: a summary run per cell, with nested runs of its ablations.
+"""Publish results to MLflow: a summary run per benchmark, with nested runs of the ablations.
 
-A cell is one model on one benchmark. Another nested run shows the intact model. Without
-`MLFLOW_TRACKING_URI`, all data is written to the results folder (`mlflow.db` and `mlartifacts/`),
-and no server is needed.
+One summary run shows one model on one benchmark (a cell). Another nested run shows the intact
+model. Without `MLFLOW_TRACKING_URI`, all data is written to the results folder (`mlflow.db` and
+`mlartifacts/`), and no server is needed.
 
 The tag `tracker.run_key` identifies a run. The tag `tracker.digest` is written last, so the next
 `publish` completes a run whose digest is missing or outdated.
@@ -72,8 +72,8 @@ class MlflowBackend(Backend):
     Args:
         project: Name of the MLflow experiment.
         results: The results folder.
-        tracking_uri: The store of runs. If None, `MLFLOW_TRACKING_URI` names the store; without
-            this variable, the store is a SQLite file in the results folder.
+        tracking_uri: MLflow tracking URI. If None, `MLFLOW_TRACKING_URI` is used; without this
+            variable, runs are stored in a SQLite file in the results folder.
     """
 
     name = "mlflow"
@@ -111,13 +111,13 @@ class MlflowBackend(Backend):
         return outcomes
 
     def open(self, cell: CellRecord) -> tuple[Any, str]:
-        """Open or continue the summary run of a cell that is about to be measured.
+        """Open or continue the summary run of a model and benchmark, before its measurement.
 
         Args:
             cell: The record of the cell before the measurement.
 
         Returns:
-            The run, and the tracking URI.
+            The MLflow run, and the tracking URI.
         """
         with self._one_writer("does not show the running measurement"):
             client, experiment = self._connect()
@@ -128,7 +128,7 @@ class MlflowBackend(Backend):
             return existing[run_key(cell, "cell")], self._uri
 
     def begin(self, name: str, tags: Mapping[str, str]) -> tuple[str, str, str]:
-        """Create a run that belongs to no cell; return its id, the tracking URI and the address."""
+        """Create a run for a model or report; return its run id, tracking URI and address."""
         with self._one_writer(f"did not take {name}"):
             client, experiment = self._connect()
             run = client.create_run(experiment, tags=dict(tags), run_name=name)
@@ -136,7 +136,7 @@ class MlflowBackend(Backend):
 
     @contextmanager
     def connected(self, problem: str) -> Iterator[Any]:
-        """Yield an MLflow client; errors become a TrackingError with the message `problem`."""
+        """Yield an MLflow client; convert errors in the `with` block to a TrackingError."""
         with self._explained(problem):
             yield self._connect()[0]
 
@@ -178,7 +178,7 @@ class MlflowBackend(Backend):
             return self._location()
 
     def user(self) -> str:
-        """Return the name of the user to whom MLflow attributes new runs."""
+        """Return the user name that is stored with new MLflow runs."""
         if name := os.environ.get("MLFLOW_TRACKING_USERNAME"):
             return name
         with suppress(KeyError, OSError):
@@ -194,7 +194,7 @@ class MlflowBackend(Backend):
                 database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
     def _connect(self) -> tuple[Any, str]:
-        """Return the client and the id of the experiment, which is created if it is missing."""
+        """Return the client and the experiment id; create the experiment if it does not exist."""
         if self._connection is None:
             if self._database:
                 create_database(self._database)
@@ -203,7 +203,7 @@ class MlflowBackend(Backend):
         return self._connection
 
     def _connect_existing(self) -> tuple[Any, str]:
-        """Return the client and the id of the experiment; TrackingError if it does not exist."""
+        """Return the client and the experiment id; TrackingError without such an experiment."""
         if self._connection is None:
             if self._database:
                 if not self._database.exists():
@@ -219,7 +219,7 @@ class MlflowBackend(Backend):
         return self._connection
 
     def _experiment_id(self, client: MlflowClient) -> str:
-        """Return the id of the experiment, which is created if it is missing."""
+        """Return the id of the experiment; create the experiment if it does not exist."""
         experiment = client.get_experiment_by_name(self._project)
         if experiment is None:
             try:
@@ -238,7 +238,7 @@ class MlflowBackend(Backend):
         return str(experiment.experiment_id)
 
     def _artifact_location(self) -> str | None:
-        """Return the folder for files of runs; None for servers, which choose the folder."""
+        """Return the folder for the artifacts of runs; None if an MLflow server chooses it."""
         if self._uri.startswith(("http://", "https://", "databricks")):
             return None
         return artifact_folder(self._database or self._results / "mlflow.db").as_uri()
@@ -267,7 +267,7 @@ class MlflowBackend(Backend):
 
     @contextmanager
     def _one_writer(self, problem: str, advice: str = "") -> Iterator[None]:
-        """Lock the project for writing in a `with` block; keep shared files group-writable."""
+        """Lock the project in a `with` block; new files stay writable for the folder's group."""
         # The lock guards the first use of a SQLite file too, whose migrations break when two
         # processes run them at once.
         shared_files = shared_umask(self._database.parent) if self._database else nullcontext()
@@ -283,7 +283,7 @@ class MlflowBackend(Backend):
 
 
 def _shorten_error(error: Exception) -> Exception:
-    """Return a short error if no server answers; return other errors unchanged."""
+    """Replace a long connection error by a short one; return other errors unchanged."""
     if "ConnectionPool(" not in str(error):
         return error
     cause: BaseException = error
@@ -300,7 +300,7 @@ def _search_runs(client: MlflowClient, experiment: str, filter_string: str) -> I
 
 
 def _find_cell_runs(client: MlflowClient, experiment: str, cell_key: str) -> dict[str, Any]:
-    """Return run key → MLflow run for all runs of a cell."""
+    """Return all MLflow runs of one model and benchmark, by run key."""
     runs: dict[str, Any] = {}
     for run in _search_runs(client, experiment, f"tags.`tracker.cell` = '{cell_key}'"):
         runs.setdefault(run.data.tags.get(KEY_TAG, run.info.run_id), run)
@@ -310,7 +310,7 @@ def _find_cell_runs(client: MlflowClient, experiment: str, cell_key: str) -> dic
 def _confirm_written(
     client: MlflowClient, experiment: str, cell: CellRecord, runs: Sequence[MlflowRun]
 ) -> None:
-    """Read the written runs back from MLflow, and rewrite runs whose stored values differ.
+    """Read the written runs back from MLflow; write runs again whose stored values differ.
 
     TrackingError is raised if a run still differs after the second attempt.
     """
@@ -329,7 +329,7 @@ def _confirm_written(
 def _open_cell_run(
     client: MlflowClient, experiment: str, cell: CellRecord, existing: dict[str, Any]
 ) -> str:
-    """Return the id of a cell's summary run; create the run if `existing` lacks it."""
+    """Return the id of a benchmark's summary run; create the run if it is not in `existing`."""
     key = run_key(cell, "cell")
     if key not in existing:
         run = mlflow_run(describe_cell(cell))
@@ -338,7 +338,7 @@ def _open_cell_run(
 
 
 def _secrets(uri: str) -> list[str | None]:
-    """Return the passwords in the URI and the environment, to mask them in messages."""
+    """Return the passwords in the URI and in environment variables, to mask them in messages."""
     passwords = [os.environ.get(name) for name in _SECRET_SETTINGS]
     with suppress(ValueError):
         passwords.append(urlsplit(uri).password)

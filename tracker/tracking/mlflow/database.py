@@ -1,4 +1,4 @@
-"""Create the SQLite file in which MLflow stores runs for users without a server."""
+"""Create the SQLite file in which MLflow stores runs if no server is configured."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ _ADDRESS_COLUMNS = (
 
 
 def artifact_folder(database: Path) -> Path:
-    """Return the folder for files of runs, which is in the same folder as the database."""
+    """Return the folder for the artifacts of runs, next to the database file."""
     return database.parent / _ARTIFACTS_FOLDER
 
 
 def create_database(path: Path) -> None:
     """Create MLflow's SQLite file, or check that an existing file can be used.
 
-    MLflow's migrations take seconds and cannot be repeated after an interruption. So the migrations
-    run on a temporary file, which is renamed when it is complete. The caller must hold the lock of
-    the database.
+    MLflow's database migrations take seconds and cannot be repeated after an interruption. The
+    migrations therefore run on a temporary file, which is renamed when they are complete. The
+    caller must hold the project's write lock.
     """
     if path.exists() and path.stat().st_size:
         update_addresses(path)
@@ -64,10 +64,10 @@ def create_database(path: Path) -> None:
 
 
 def update_addresses(path: Path) -> None:
-    """Update the stored paths of files after the database and the files were moved or copied.
+    """Correct the stored artifact paths after the database and the artifacts were moved or copied.
 
-    MLflow stores absolute paths. Without the update, MLflow would continue to write to the old
-    folder. The old folder is missing after a move, and belongs to the original after a copy.
+    MLflow stores absolute paths. Without the correction, MLflow would continue to write to the old
+    folder, which no longer exists after a move, and belongs to the original database after a copy.
     """
     folder = artifact_folder(path)
     with closing(sqlite3.connect(path)) as database:

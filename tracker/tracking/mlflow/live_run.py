@@ -24,7 +24,7 @@ logging.getLogger("mlflow.system_metrics").setLevel(logging.ERROR)
 
 @dataclass(frozen=True)
 class _OpenRun:
-    """An open MLflow run, with the last logged value of each metric."""
+    """An open MLflow run, with the last logged metrics by name."""
 
     run: Run
     monitor: SystemMetricsMonitor
@@ -32,7 +32,7 @@ class _OpenRun:
 
 
 class MlflowLiveRun(OpenRuns):
-    """Live runs in an MLflow experiment; the arguments are the arguments of `MlflowBackend`."""
+    """Live runs in an MLflow experiment; takes the same arguments as `MlflowBackend`."""
 
     def __init__(self, project: str, results: Path, tracking_uri: str | None = None) -> None:
         super().__init__()

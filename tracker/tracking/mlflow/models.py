@@ -1,4 +1,4 @@
-"""Publish pruned models with MLflow's transformers flavour, in a separate process."""
+"""Publish pruned models as MLflow transformers models; this code runs in a separate process."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tracker.tracking.mlflow.runs import PARAM_CHARACTERS, source_tags
 
 
 class MlflowModels(Models):
-    """Storage of pruned models in an MLflow experiment; arguments as in `MlflowBackend`."""
+    """Storage of pruned models in an MLflow experiment; same arguments as `MlflowBackend`."""
 
     def __init__(self, project: str, results: Path, tracking_uri: str | None = None) -> None:
         self._backend = MlflowBackend(project, results, tracking_uri)
@@ -61,7 +61,7 @@ class MlflowModels(Models):
 
 
 def _load_parts(folder: Path) -> dict[str, Any]:
-    """Load a model and its tokenizer from a folder, as components for `log_model`."""
+    """Load model and tokenizer from a folder, as the dictionary that MLflow's `log_model` takes."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     return {
@@ -71,7 +71,7 @@ def _load_parts(folder: Path) -> dict[str, Any]:
 
 
 def _model_params(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield the MLflow params that distinguish a pruned model from other models."""
+    """Yield the MLflow params of a pruned model, such as base model and removed layers."""
     yield "model", facts["base"]["source"]
     for name in ("removed", "strategy", "calibration"):
         if facts[name] is not None:

@@ -1,4 +1,4 @@
-"""Convert descriptions of runs to MLflow's terms, without importing MLflow."""
+"""Convert descriptions of runs to MLflow's metrics, params and tags, without importing MLflow."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def mlflow_run(run: DescribedRun, parent_id: str | None = None, links: str = "")
 
 
 def child_links(cell: CellRecord, experiment: str, ids: Mapping[str, str]) -> str:
-    """Return as many links to nested runs as fit into the note; `ids`: run key → run id."""
+    """Return Markdown links to nested runs (`ids`: run key → run id), as many as fit in a note."""
     digits = max(2, len(str(cell.model.layers - 1)))
     labels = {run.ablation: run.change.label(digits) for run in cell.runs}
     labels = {BASELINE: start_label(cell), **labels}
@@ -87,7 +87,7 @@ def child_links(cell: CellRecord, experiment: str, ids: Mapping[str, str]) -> st
 
 
 def source_tags(kind: str, cells: Iterable[CellRecord], user: str, note: str) -> dict[str, str]:
-    """Return the tags of a report or a pruned model, with the keys of its source runs."""
+    """Return the MLflow tags of a report or a pruned model, which name the source runs."""
     return {
         KIND_TAG: kind,
         "tracker.made_of": ", ".join(run_key(cell, "cell") for cell in cells)[:_TAG_CHARACTERS],
@@ -98,26 +98,26 @@ def source_tags(kind: str, cells: Iterable[CellRecord], user: str, note: str) ->
 
 
 def _data_identity(cell: CellRecord) -> tuple[str, str]:
-    """Return name and digest of the evaluated data set: one task, or a whole group of tasks."""
+    """Return name and digest of the evaluated data set, which is one task or a group of tasks."""
     task_digests = [_task_digest(task) for task in cell.benchmark.tasks]
     digest = task_digests[0] if len(task_digests) == 1 else content_hash(task_digests)
     return cell.benchmark.title, digest[:_DIGEST_CHARACTERS]
 
 
 def _task_digest(task: TaskIdentity) -> str:
-    """Return the digest of a task's documents; the two halves of a task have different digests."""
+    """Return the digest of a task's documents; halves of a task have different digests."""
     if task.half is None:
         return task.fingerprint
     return content_hash([task.fingerprint, task.half.model_dump()])
 
 
 def tables_tag(names: Iterable[str]) -> str:
-    """Return the value of the tag in which MLflow's UI looks for the names of tables."""
+    """Return the value of the MLflow tag that lists tables, so that MLflow's UI finds them."""
     return json.dumps([{"path": f"tables/{name}.json", "type": "table"} for name in names])
 
 
 def _cell_params(cell: CellRecord) -> dict[str, object]:
-    """Return the MLflow params that only the summary run of a cell has."""
+    """Return the MLflow params that only a summary run has, such as the number of layers."""
     model, benchmark = cell.model, cell.benchmark
     size = {name: getattr(model, name) for name in ("architecture", "layers", "parameters")}
     prompt = {name: getattr(benchmark, name) for name in ("apply_chat_template", "seed")}
@@ -125,7 +125,7 @@ def _cell_params(cell: CellRecord) -> dict[str, object]:
 
 
 def _run_params(cell: CellRecord) -> dict[str, object]:
-    """Return the MLflow params that every run of a cell has."""
+    """Return the MLflow params that all runs of a model and benchmark have."""
     return {
         "model": cell.model.name,
         "model_fingerprint": cell.model.fingerprint,
@@ -182,5 +182,5 @@ def _tags(run: DescribedRun, parent_id: str | None, links: str) -> dict[str, str
 
 
 def _as_texts(values: Mapping[str, object]) -> dict[str, str]:
-    """Convert all values that are not None to strings."""
+    """Convert all values to strings, and leave out values that are None."""
     return {name: str(value) for name, value in values.items() if value is not None}

@@ -76,7 +76,7 @@ class MlflowService(Service):
 
 
 def _server_and_experiment(text: str) -> tuple[str, str]:
-    """Split an address into server and experiment: at `#`, after a port, or at the last slash."""
+    """Split an address into server and experiment: at `#`, after the host, or at the last slash."""
     if "#" in text:
         server, _, project = text.partition("#")
     elif text.startswith(("http://", "https://")):

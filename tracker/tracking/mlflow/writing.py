@@ -1,12 +1,12 @@
-"""Write one MLflow run: metrics, params, tags, tables, charts, files, and last its digest.
+"""Write one MLflow run: metrics, params, tags, tables, charts, files, and finally the digest.
 
-The run of an ablation also has a logged model without weights, because MLflow ranks logged models
-by their metrics. MLflow cannot remove a metric of a logged model, and stores NaN as zero. So a new
-model is logged if a metric becomes undefined.
+The run of an ablation also gets an MLflow "logged model" without weights, because MLflow can rank
+logged models by their metrics. MLflow cannot remove a metric of a logged model, and stores NaN as
+zero. So if a metric becomes undefined, the writer creates a new logged model.
 
 MLflow params cannot be changed, so they only identify the run; values that can change are metrics
-or tags. MLflow shows the metric value with the latest timestamp. So the writer always sets a
-timestamp after the run's last timestamp, independently of the clock.
+or tags. MLflow shows the metric value with the latest timestamp. So new values always get a later
+timestamp than existing values, even if the clock is wrong.
 """
 
 from __future__ import annotations
@@ -46,18 +46,18 @@ _NO_MODELS_ERROR = "ENDPOINT_NOT_FOUND"
 
 @dataclass(frozen=True)
 class ShownModel:
-    """Logged model that MLflow shows, with the newest value of each metric."""
+    """A logged model as stored in MLflow, with the newest value of each metric."""
 
     id: str
     figures: Mapping[str, Metric]
     is_ready: bool = True
 
     def can_become(self, run: MlflowRun) -> bool:
-        """Return whether the logged model can be updated to `run`, losing no metric."""
+        """Return whether the logged model can show the metrics of `run`, with none left over."""
         return self.is_ready and self.figures.keys() <= _figures(run).keys()
 
     def differing_figures(self, run: MlflowRun) -> dict[str, float]:
-        """Return the run's metrics that the logged model lacks or shows with another value."""
+        """Return those metrics of `run` that the logged model lacks or has with another value."""
         values = {name: metric.value for name, metric in self.figures.items()}
         return {name: value for name, value in _figures(run).items() if values.get(name) != value}
 
@@ -85,20 +85,20 @@ _DIGESTS_FILE = "digests/files.json"
 
 
 def next_timestamp(last: int) -> int:
-    """Return the current time in milliseconds, but at least one more than `last`."""
+    """Return the current time in ms, or `last` + 1 if the clock is not later than `last`."""
     return max(int(time.time() * 1000), last + 1)
 
 
 @dataclass
 class CellWriter:
-    """Writer of a cell's MLflow runs, which also compares written runs with descriptions.
+    """Writer of the MLflow runs of one model and benchmark, which also finds outdated runs.
 
     Attributes:
         client: The client of MLflow.
         experiment: Id of the MLflow experiment.
-        runs: Run key → MLflow run of the cell. New runs are added.
-        models: Run id → logged models. A run has several models if an earlier program was killed
-            while writing.
+        runs: Run key → MLflow run of the cell; `write` adds new runs.
+        models: Run id → logged models. A run has several logged models if an earlier process was
+            killed while writing.
     """
 
     client: MlflowClient
@@ -119,7 +119,7 @@ class CellWriter:
                         self.models.setdefault(model.source_run_id, []).append(_shown_model(model))
 
     def _create_model(self, run: MlflowRun, run_id: str) -> ShownModel | None:
-        """Create a run's logged model without metrics; return None if the server is MLflow 2."""
+        """Create a logged model without metrics for a run; None on an MLflow 2 server."""
         with _allow_no_models():
             model = self.client.create_logged_model(
                 self.experiment,
@@ -195,7 +195,7 @@ class CellWriter:
         return outcome
 
     def find_difference(self, run: MlflowRun) -> str:
-        """Return how a run in MLflow differs from its description; empty if it does not differ."""
+        """Describe how a stored run differs from its description; empty if they are equal."""
         shown_run = self.runs.get(run.source.key)
         if shown_run is None:
             return "there is nothing"
@@ -220,7 +220,7 @@ class CellWriter:
 
 @contextmanager
 def _allow_no_models() -> Iterator[None]:
-    """Suppress the error of an MLflow 2 server, which has no logged models."""
+    """Suppress the error of MLflow 2 servers, which do not have logged models."""
     try:
         yield
     except MlflowException as error:
@@ -229,14 +229,14 @@ def _allow_no_models() -> Iterator[None]:
 
 
 def _shown_model(model: Any) -> ShownModel:
-    """Convert a logged model to `ShownModel`, with the newest value of each metric."""
+    """Convert MLflow's logged model to a `ShownModel`."""
     points = sorted(model.metrics or (), key=lambda point: (point.timestamp, point.step))
     newest = {point.key: point for point in points}
     return ShownModel(model.model_id, newest, str(model.status) == "READY")
 
 
 def _newest_metrics(shown_run: Run) -> Iterator[Any]:
-    """Yield the newest metrics of a run in MLflow, without progress and system metrics."""
+    """Yield the newest value of each metric in a run, without progress and system metrics."""
     for metric in shown_run.data.to_proto().metrics:
         # Progress figures of the measurement are not compared.
         if not metric.key.startswith((PROGRESS, "system/")):
@@ -244,7 +244,7 @@ def _newest_metrics(shown_run: Run) -> Iterator[Any]:
 
 
 def _metrics(run: MlflowRun, points: Points, model: ShownModel | None, time: int) -> list[Metric]:
-    """Convert metric values to MLflow metrics of a run, and of its logged model if any."""
+    """Build the MLflow metrics to log for a run and, if there is one, for its logged model."""
     model_fields = (model.id, *run.data_identity) if model and run.data_identity else ()
     return [
         # MLflow stores NaN of a model as zero.
@@ -256,7 +256,7 @@ def _metrics(run: MlflowRun, points: Points, model: ShownModel | None, time: int
 def log_attachments(
     client: MlflowClient, run_id: str, tables: Mapping[str, LoggedTable], charts: Mapping[str, Any]
 ) -> None:
-    """Log the tables and charts of a run under their names."""
+    """Log the tables and charts of a run as artifacts, under their names."""
     for name, table in tables.items():
         # Not log_table: it appends to a table that is already there.
         content = {"columns": table.columns, "data": table.rows}
@@ -266,7 +266,7 @@ def log_attachments(
 
 
 def read_digests(client: MlflowClient, run_id: str) -> dict[str, str]:
-    """Return file name → recorded digest for the files that are attached to a run."""
+    """Return the stored digest of each file that is attached to a run, by file name."""
     paths = {artifact.path for artifact in client.list_artifacts(run_id)}
     if _DIGESTS_FILE.split("/")[0] not in paths:
         return {}
@@ -278,7 +278,7 @@ def read_digests(client: MlflowClient, run_id: str) -> dict[str, str]:
 
 
 def _attach_files(client: MlflowClient, run_id: str, files: Sequence[Path]) -> None:
-    """Upload files that are new or changed, and record the digests of all files."""
+    """Upload files that are new or changed, and store the digests of all files."""
     digests = {kept_name(file): file_hash([file]) for file in files}
     old_digests = read_digests(client, run_id)
     unchanged = {name: old for name, old in old_digests.items() if digests.get(name) == old}
@@ -295,7 +295,7 @@ def _attach_files(client: MlflowClient, run_id: str, files: Sequence[Path]) -> N
 
 
 def _read_points(client: MlflowClient, shown_run: Run, run: MlflowRun) -> tuple[Points, int]:
-    """Read the newest value of each metric at each step of a run, and the last timestamp."""
+    """Read a run's stored metric values by name and step, and the latest timestamp."""
     values: Points = {}
     timestamp = 0
     for metric in _newest_metrics(shown_run):
@@ -310,7 +310,7 @@ def _read_points(client: MlflowClient, shown_run: Run, run: MlflowRun) -> tuple[
 
 
 def _changed_points(old_points: Points, points: Points) -> Points:
-    """Return the metric values that must be logged because MLflow has different values.
+    """Return the metric values to log: those that differ from the values stored in MLflow.
 
     MLflow cannot remove a metric, so a value that becomes undefined is logged as NaN.
     """

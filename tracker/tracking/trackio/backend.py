@@ -1,9 +1,9 @@
-"""Publish results to Trackio: a summary run per cell, and a run for each of its ablations.
+"""Publish results to Trackio: a summary run per benchmark, and a run for each ablation.
 
-A cell is one model on one benchmark. Another run shows the intact model. `isolated` calls this code
-in a separate process. The field `tracker.run_key` of a run's config identifies the run. Trackio
-cannot remove a metric, so a changed run is deleted and written again. Trackio prints warnings
-instead of raising errors, so written runs are read back.
+One summary run shows one model on one benchmark. Another run shows the intact model. The module
+`isolated` runs this code in a separate process. The field `tracker.run_key` of a run's config
+identifies the run. Trackio cannot remove a metric, so a changed run is deleted and written again.
+Trackio prints warnings instead of raising errors, so written runs are read back.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ TRACKIO_FORMAT = "1"
 class TrackioBackend(Backend):
     """Backend that updates a Trackio project with the results of a results folder.
 
-    The charts of runs are not published, because Trackio itself draws the curves, and would keep
-    the charts of deleted runs.
+    Charts are not published, because Trackio draws the curves itself, and would keep the charts of
+    deleted runs.
 
     Args:
         project: Name of the Trackio project.
         results: The results folder.
-        ignored: Environment variables that the backend ignores.
+        ignored: Names of environment variables that are set but ignored; a message tells the user.
     """
 
     name = "trackio"
@@ -88,7 +88,7 @@ class TrackioBackend(Backend):
         check_files(folder, cell)
 
     def _runs_by_key(self) -> dict[str, list[Any]]:
-        """Return run key → runs in the project that tracker wrote."""
+        """Return the runs in the project that tracker wrote, by run key."""
         runs: dict[str, list[Any]] = {}
         if SQLiteStorage.get_project_db_path(self._project).exists():
             for run, config in self._tracker_runs():
@@ -96,7 +96,7 @@ class TrackioBackend(Backend):
         return runs
 
     def _tracker_runs(self) -> Iterator[tuple[Any, Mapping[str, Any]]]:
-        """Yield (run, field `tracker` of its config) for each run that tracker wrote."""
+        """Yield each run that tracker wrote, with the field `tracker` of the run's config."""
         configs = SQLiteStorage.get_all_run_configs(self._project)  # each run asks by itself
         for run in trackio.Api().runs(self._project):
             config = (configs.get(run.id) or {}).get("tracker")
@@ -104,7 +104,7 @@ class TrackioBackend(Backend):
                 yield run, config
 
     def _is_complete(self, trackio_run: Any, run: DescribedRun) -> bool:
-        """Return whether a run in Trackio is complete and equal to its description."""
+        """Return whether a stored run is complete and matches its description."""
         if trackio_run.config["tracker"].get("digest") != run.digest(TRACKIO_FORMAT):
             return False
         logs = SQLiteStorage.get_logs(self._project, trackio_run.name, run_id=trackio_run.id)
@@ -116,7 +116,7 @@ class TrackioBackend(Backend):
         )
 
     def _write_run(self, run: DescribedRun) -> None:
-        """Write a run, and check that Trackio stored it."""
+        """Write a run, read it back, and check that Trackio stored it completely."""
         digests = {"digest": run.digest(TRACKIO_FORMAT), "name": run.name, "files": run.version}
         config = {
             **run.config,
@@ -144,7 +144,7 @@ class TrackioBackend(Backend):
             raise TrackingError(f"the run {run.name!r} arrived incomplete")
 
     def _files(self, artifact: str) -> dict[str, dict[str, Any]]:
-        """Return name → digest and size of the files in an artifact's latest version."""
+        """Return digest and size of each file in an artifact's latest version, by file name."""
         manifest = SQLiteStorage.get_artifact_manifest(self._project, artifact, None)
         return {entry["path"]: entry for entry in manifest["manifest"]} if manifest else {}
 
@@ -184,7 +184,7 @@ class TrackioBackend(Backend):
 
 
 def _rows_by_step(run: DescribedRun) -> dict[int, dict[str, Any]]:
-    """Return step → row of metrics to log; the step of an ablation is its layer."""
+    """Return the metrics to log at each step; the step of an ablation is its layer."""
     rows: dict[int, dict[str, Any]] = {}
     for layer, points in run.curves:
         rows.setdefault(layer, {}).update(points)

@@ -18,7 +18,7 @@ _REMOTE_SETTINGS = ("SPACE_ID", "SERVER_URL", "BUCKET_ID", "DATASET_ID")
 
 
 class TrackioService(Service):
-    """Interface to Trackio, with projects in Trackio's folder, which `trackio show` displays."""
+    """Interface to Trackio, which stores projects in a local folder."""
 
     name = "trackio"
     title = "Trackio"
@@ -42,7 +42,7 @@ class TrackioService(Service):
 
     @override
     def server(self) -> str:
-        """Return the folder in which Trackio stores its projects."""
+        """Return the folder of Trackio's projects: `TRACKIO_DIR`, or else the default folder."""
         if folder := os.environ.get("TRACKIO_DIR"):
             return str(Path(folder).absolute())
         return str(default_folder())

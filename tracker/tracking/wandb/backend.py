@@ -1,9 +1,10 @@
-"""Publish results to W&B: a summary run per cell, and a run for each of its ablations.
+"""Publish results to W&B: a summary run per benchmark, and a run for each ablation.
 
-A cell is one model on one benchmark. Another run shows the intact model. `isolated` calls this code
-in a separate process. The field `tracker.run_key` of a run's config identifies the run. The field
-`tracker.digest` is written last, so the next `publish` completes a run whose digest is missing or
-outdated. W&B cannot be queried offline, so tracker writes a list of offline runs to a file.
+One summary run shows one model on one benchmark (a cell). Another run shows the intact model. The
+module `isolated` runs this code in a separate process. The field `tracker.run_key` of a run's
+config identifies the run. The field `tracker.digest` is written last, so the next `publish`
+completes a run whose digest is missing or outdated. Offline, W&B cannot be asked which runs exist,
+so tracker keeps a list of offline runs in a file.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ _RENEWED_NOTE = "deleted runs of this benchmark were created in W&B again, under
 
 @dataclass(frozen=True)
 class _ExistingRun:
-    """A run that exists in W&B, or in offline files."""
+    """A run that was written earlier, on the W&B server or in offline files."""
 
     id: str
     digest: str | None
@@ -61,7 +62,7 @@ class _ExistingRun:
 class WandbBackend(Backend):
     """Backend that updates a W&B project with the results of a results folder.
 
-    In a sweep, the run of each ablation is the run of its trial, so only the summary run and the
+    In a sweep, W&B already has a run for each ablation (its trial), so only the summary run and the
     run of the intact model are published. A report is published as a W&B Report, a saved view, and
     a run with the HTML page, tables and charts.
 
@@ -83,7 +84,7 @@ class WandbBackend(Backend):
         """Number of ids of the current cell's runs that were deleted in W&B."""
 
     def is_open(self) -> bool:
-        """Return whether W&B has a login or is offline, so that runs can be written."""
+        """Return whether runs can be written: W&B has a login, or is in offline mode."""
         with wandb_session(self._results, "W&B could not be set up"):
             return is_offline() or bool(wandb.login(prompt=False, verify=False))
 
@@ -153,7 +154,7 @@ class WandbBackend(Backend):
             return str(views.save_report(entity, project, page.text, next(ids, None)))
 
     def add_model(self, model: SavedModel) -> str:
-        """Publish a pruned model, linked to the outcomes of the cells that chose it."""
+        """Publish a pruned model, with links to the outcomes by which its layers were chosen."""
         with self._explained("did not take the model"):
             if not is_offline():
                 log_in()
@@ -168,7 +169,7 @@ class WandbBackend(Backend):
 
     @contextmanager
     def _linked_run(self, cells: Iterable[CellRecord], labels: Mapping[str, Any]) -> Iterator[Any]:
-        """Open a separate run that links to the published outcomes of the given cells."""
+        """Open a run that links to the published outcomes of the given models and benchmarks."""
         with finish_run(self._start(**labels)) as handle:
             if not handle.offline:
                 api, path = wandb.Api(), self._path()
@@ -179,7 +180,7 @@ class WandbBackend(Backend):
             yield handle
 
     def _find_cell_runs(self, cell: CellRecord) -> dict[str, _ExistingRun]:
-        """Return run key → run on the server, for all runs of a cell."""
+        """Return all runs of a model and benchmark on the W&B server, by run key."""
         runs: dict[str, _ExistingRun] = {}
         for run, config in _find_runs(self._path(), {"group": cell_group(cell)}):
             # A run that never ended may lack points that were sent before its digest.
@@ -188,14 +189,14 @@ class WandbBackend(Backend):
         return runs
 
     def _confirm(self, cell: CellRecord, runs: Sequence[DescribedRun]) -> None:
-        """Check that the server stores the written runs; the SDK only logs failed uploads."""
+        """Check that the server has the written runs; the SDK only logs failed uploads."""
         existing = self._find_cell_runs(cell)
         for run in runs:
             if run.key not in existing or existing[run.key].digest != run.digest(WANDB_FORMAT):
                 raise TrackingError(f"the run {run.name!r} arrived incomplete")
 
     def _has_files(self, run: DescribedRun) -> bool:
-        """Return whether the server has the artifact of a run; True for runs without an artifact.
+        """Return whether the server has a run's artifact; True if the run needs no artifact.
 
         The artifact can be missing because `wandb sync` silently skips the files of offline runs
         that were moved.
@@ -209,12 +210,12 @@ class WandbBackend(Backend):
         return bool(artifact.metadata.get("files") == run.version)
 
     def _delete_offline_files(self, old_run: _ExistingRun | None, new_folder: str) -> None:
-        """Delete the files of an offline run that is replaced, unless they were uploaded already.
+        """Delete the local files of a replaced offline run, unless they were uploaded already.
 
         The new run contains all data of the old run. `wandb sync` uploads runs in the order of
-        their folder names, which begin with a time, so the old run could overwrite the new run.
-        Runs of the same cell in different projects have the same id, so only tracker's list of
-        offline runs identifies the folder.
+        their folder names, which begin with a time, so the old run could overwrite the new run. The
+        folder is taken from tracker's list of offline runs, because the runs of one ablation in
+        different projects have the same id.
         """
         if old_run is None or old_run.folder in ("", new_folder):
             return
@@ -230,7 +231,7 @@ class WandbBackend(Backend):
     def _open(
         self, run: DescribedRun, existing: Mapping[str, _ExistingRun], watched: int | None = None
     ) -> Any:
-        """Open a run of a cell, under the id of its existing run or under the first unused id."""
+        """Open a run: continue the existing run, or create a run with an unused id."""
         old_run, used_ids = existing.get(run.key), {entry.id for entry in existing.values()}
         labels = run_labels(run.cell, run.name, run.kind) | {"config": run.config}
         labels["resume"] = None if is_offline() else "allow"
@@ -247,14 +248,14 @@ class WandbBackend(Backend):
             self._n_deleted += 1
 
     def open(self, run: DescribedRun, watched_pid: int) -> Any:
-        """Open the run of a cell during its measurement by the process `watched_pid`.
+        """Open the run that shows the progress while the process `watched_pid` is measuring.
 
         Args:
             run: Description of the run before the measurement.
             watched_pid: Id of the measuring process, whose system metrics W&B shows.
 
         Returns:
-            The W&B run; None if W&B is offline, because nobody can see the run.
+            The W&B run. None if W&B is offline, because nobody could watch the progress.
         """
         if is_offline():
             return None
@@ -265,7 +266,7 @@ class WandbBackend(Backend):
         return self._open(run, existing, watched_pid)
 
     def _points(self, old_run: _ExistingRun) -> list[dict[str, Any]]:
-        """Read the logged history of an existing run from the server."""
+        """Read the logged metric history of an existing run from the server."""
         history = wandb.Api().run(f"{self._path()}/{old_run.id}").scan_history()
         return [{k: v for k, v in row.items() if not k.startswith("_")} for row in history]
 
@@ -299,7 +300,7 @@ class WandbBackend(Backend):
         return self._folder / f"published-{self._entity or 'default'}-{self._project}.json"
 
     def _read_notes(self) -> dict[str, _ExistingRun]:
-        """Read the list of the project's offline runs, as run key → run."""
+        """Read the list of the project's offline runs; return the runs by run key."""
         if not self._notes_file.exists():
             return {}
         content = json.loads(self._notes_file.read_text())
@@ -326,7 +327,7 @@ class WandbBackend(Backend):
 
 
 def _import_views() -> ModuleType:
-    """Import the module `views`; TrackingError if the extra `reports` is not installed."""
+    """Import the module `views`; TrackingError if the optional dependencies are not installed."""
     try:
         from tracker.tracking.wandb import views
     except ImportError:
@@ -338,9 +339,10 @@ def _import_views() -> ModuleType:
 def _find_runs(
     path: str, filters: dict[str, Any], must_exist: bool = False
 ) -> Iterator[tuple[Any, Mapping[str, Any]]]:
-    """Yield (run, field `tracker` of its config) for matching runs that tracker wrote.
+    """Yield each matching run that tracker wrote, with the field `tracker` of the run's config.
 
-    Yields no run if the project does not exist, or raises ValueError if `must_exist` is True.
+    If the project does not exist, ValueError is raised with `must_exist`; otherwise no run is
+    yielded.
     """
     try:
         runs = list(wandb.Api().runs(path, filters=filters, lazy=False, per_page=100))

@@ -20,7 +20,7 @@ _SWEEP_SETTINGS = ("WANDB_SWEEP_ID", "WANDB_RUN_ID", "WANDB_SWEEP_PARAM_PATH")
 
 
 class WandbService(Service):
-    """Interface to W&B; runs are in an entity's project, or in offline files."""
+    """Interface to W&B; runs are stored on a W&B server, or in offline files."""
 
     name = "wandb"
     title = "W&B"
@@ -93,7 +93,7 @@ def _in_sweep() -> bool:
 
 
 def _sweep_path(path: str) -> str:
-    """Return the full path of a sweep; an empty text means the sweep of this process."""
+    """Return the path `ENTITY/PROJECT/ID` of a sweep; an empty `path` means the current sweep."""
     if not path:
         names = ("WANDB_ENTITY", "WANDB_PROJECT", "WANDB_SWEEP_ID")
         path = "/".join(os.environ.get(name, "") for name in names)

@@ -68,7 +68,7 @@ def log_in() -> None:
 
 
 def start_run(results: Path, /, watched_pid: int | None = None, **run: Any) -> Any:
-    """Open an additional W&B run without console output or data about this machine.
+    """Open a further W&B run, without console output and without data about this machine.
 
     Args:
         results: The results folder, in which the files of the run are stored.
@@ -76,7 +76,7 @@ def start_run(results: Path, /, watched_pid: int | None = None, **run: Any) -> A
         **run: The arguments of `wandb.init` that identify the run.
 
     Returns:
-        W&B's run, which `finish_run` ends.
+        The open W&B run; the caller ends the run with `finish_run`.
     """
     settings = wandb.Settings(
         root_dir=str(results),
@@ -94,7 +94,7 @@ def start_run(results: Path, /, watched_pid: int | None = None, **run: Any) -> A
 
 @contextmanager
 def finish_run(handle: Run, exit_code: int = 0) -> Iterator[Any]:
-    """Yield a W&B run and end it afterwards; an exception marks the run as failed."""
+    """Yield a W&B run, and end it after the `with` block; an exception marks it as failed."""
     try:
         yield handle
     except BaseException:

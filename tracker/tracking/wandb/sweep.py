@@ -1,6 +1,6 @@
 """Read a W&B sweep and its trials, and log results to the run of a trial.
 
-A W&B agent creates the run of a trial when it starts the process of the trial.
+When a W&B agent starts the process of a trial, the agent also creates the run of the trial.
 """
 
 from __future__ import annotations
@@ -73,12 +73,12 @@ class WandbLiveRun(OpenRuns):
 
 
 def show_progress(handle: Run) -> None:
-    """Make the number of measured documents the x-axis of a run's progress metrics."""
+    """Plot a run's progress metrics against the number of measured documents."""
     handle.define_metric(f"{PROGRESS}*", step_metric=f"{PROGRESS}documents")
 
 
 class WandbSweep:
-    """A W&B sweep, with methods to read its trials and complete their runs.
+    """A W&B sweep, with methods to list its trials and to complete their runs.
 
     Args:
         path: Path of the sweep, as `ENTITY/PROJECT/ID`.
@@ -98,13 +98,13 @@ class WandbSweep:
             return dict(self._sweep().config)
 
     def trials(self) -> list[SweepTrial]:
-        """List the trials of the sweep; TrackingError if it cannot be read."""
+        """List the trials of the sweep; TrackingError if the sweep cannot be read."""
         with self._session("could not be read"):
             runs = self._sweep().runs
             return [SweepTrial(run.id, run.name, run.state, dict(run.config)) for run in runs]
 
     def fill(self, trial_id: str, cell: CellRecord, layer: RunRecord) -> None:
-        """Write an ablation's results to an unfinished trial's run; TrackingError on failure."""
+        """Write an ablation's results to the run of an unfinished trial, or raise TrackingError."""
         run = describe_run(cell, layer)
         ids: dict[str, Any] = {"entity": self._entity, "project": self._project, "id": trial_id}
         with self._session("did not take a run"):
@@ -124,7 +124,7 @@ class WandbSweep:
 
 
 class WandbTrial:
-    """The run that a W&B agent created for its trial; it is opened once and ended once."""
+    """The run that a W&B agent created for the sweep trial of this process."""
 
     def __init__(self, results: Path) -> None:
         self._results = results.absolute()
@@ -144,7 +144,7 @@ class WandbTrial:
             self._handle.log(dict(figures))
 
     def log(self, cell: CellRecord, layer: RunRecord, additions: Mapping[str, float]) -> None:
-        """Log the results of the trial's ablation with additional metrics, and end the run."""
+        """Log the results of the trial and additional metrics, and end the run."""
         run = describe_run(cell, layer)
         run = replace(run, figures={**run.figures, **additions})
         with self._open_run("finished", **run_labels(cell, run.name, run.kind)) as handle:
@@ -163,7 +163,7 @@ class WandbTrial:
 
     @contextmanager
     def _open_run(self, status: RunStatus, **names: Any) -> Iterator[Any]:
-        """Yield the trial's run, which is opened if necessary, and end it afterwards."""
+        """Yield the run of the trial (open it if necessary), and end it after the `with` block."""
         with self._session():
             handle, self._handle = self._handle, None
             if handle is None:
@@ -179,6 +179,6 @@ class WandbTrial:
 
 
 def _write_trial(handle: Any, run: DescribedRun) -> None:
-    """Write a trial's results, without the config values that the sweep has set and locked."""
+    """Write the results of a trial, except for config values that the sweep has locked."""
     handle.config.update({n: value for n, value in run.config.items() if n not in handle.config})
     write_run(handle, run, [])

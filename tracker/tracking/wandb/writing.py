@@ -1,6 +1,6 @@
-"""Write one W&B run: curves, tables, charts, summary, the artifact, and last the digest.
+"""Write one W&B run: curves, tables, charts, summary, artifact, and finally the digest.
 
-W&B cannot remove a point of a curve, so a changed value adds a second point.
+W&B cannot remove a point of a curve, so a changed value becomes a second point at the same layer.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ _MAX_TAG = 64  # wandb/sdk/wandb_settings.py, validate_run_tags
 
 
 def run_id(key: str, n_deleted: int = 0) -> str:
-    """Return the W&B id for a run key; `n_deleted` skips deleted ids, which cannot be reused."""
+    """Return the W&B id for a run key; `n_deleted` counts earlier ids that were deleted in W&B."""
     numbered_key = f"{key}#{n_deleted}" if n_deleted else key
     return hashlib.sha256(numbered_key.encode()).hexdigest()[:16]
 
 
 def cell_group(cell: CellRecord) -> str:
-    """Return the name of the W&B group that contains all runs of a cell."""
+    """Return the name of the W&B group that contains all runs of a model and benchmark."""
     return cut_text(group_name(cell), _MAX_GROUP)
 
 
@@ -52,12 +52,12 @@ def model_artifact_name(name: str) -> str:
 
 
 def write_run(handle: Any, run: DescribedRun, existing_rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write the contents of a described run to an open W&B run; the digest is written last.
+    """Write a described run to an open W&B run; the digest is written last.
 
     Args:
         handle: An open W&B run.
         run: The description of the run.
-        existing_rows: Rows that are already in the history of the run.
+        existing_rows: Rows of metrics that the history of the run already contains.
     """
     handle.notes = run.note
     if run.curves:
@@ -88,7 +88,7 @@ def write_run(handle: Any, run: DescribedRun, existing_rows: Sequence[Mapping[st
 def log_files(
     handle: Any, artifact: Artifact, files: Iterable[Path], aliases: Iterable[str] = ()
 ) -> None:
-    """Log files as the latest version of a W&B artifact, and wait until it is stored."""
+    """Log files as the latest version of a W&B artifact, and wait until the upload is complete."""
     for file in files:
         artifact.add_file(str(file), name=file.name)
     logged_artifact = handle.log_artifact(artifact, aliases=["latest", *aliases])
