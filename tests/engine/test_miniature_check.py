@@ -190,7 +190,7 @@ def make_llama(kind: type) -> Any:
     return kind(tiny_model("llama").config).eval()
 
 
-APART = "a checkpoint without a layer differs from skipping it, so nothing is shared"
+APART = "saving without a layer gives other results than skipping it, so nothing is shared"
 
 
 class TestCheck:
@@ -219,7 +219,7 @@ class TestCheck:
         assert verdict.compared == 2 * (4 * 2 + 4)
         assert verdict.lengths == (((), True),)
         assert verdict.sharing_note == (
-            "no tiny copy of the model can be built to test computation that tokens share"
+            "no tiny copy of the model can be built, so sharing between tokens cannot be tested"
         )
         # No length is believed of it anyway.
         assert check_longer_texts(engine, ABLATIONS, verdict, (256, 192, 256), False) is verdict

@@ -149,7 +149,7 @@ def test_a_tie_is_left_open_by_all_documents(tiny_llama, experiment, tmp_path):
         "until top 1: measuring will stop after about 100 of 100 documents and 100 % of the layer "
         "passes. In nine of ten simulations, it stops after at most 100 documents and 100 %. The "
         "simulations use 40 measured documents; few documents give estimates that are too low. In "
-        "100 % of the simulations, all documents are too few"
+        "100 % of the simulations, measuring never stops early"
     ) in plan_text(tie_file, results)
     run_results = run_experiment(tie_file, results, heard)
     assert [record.drop.value for record in run_results.cells[0].runs] == [0, 0]
