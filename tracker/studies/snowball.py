@@ -342,12 +342,12 @@ def _explain_drops(cell: AlignedOutcomes, arrays: Mapping[str, Array]) -> DropEx
     }.items():
         pair = (resamples, drop[1])
         spearman = correlate(values, drop[0], coefficient="spearman", resamples=pair)
-        better = Estimate(None, reason="the cosine score is the reference")
+        better = Estimate(None, reason="others are compared with the cosine score")
         if name != COSINE_SCORE:
             better = correlation_difference((values, resamples), cosine, drop, "spearman")
         add(name, "drop", spearman, better, len(layers))
     inner = following > 0
-    none = Estimate(None, reason="a partial correlation has no reference")
+    none = Estimate(None, reason="a partial correlation is not compared")
     for name, figure in {
         REMOVAL_GROWTH: series(end - start),
         "growth of random directions": series(random - start),
@@ -543,7 +543,7 @@ def _growth_chart(title: str, layer: str, growths: Mapping[str, Growth]) -> Line
     """Build a chart of growth by layer, without the last layer, whose growth is undefined."""
     lines = {name: growth.factors[:-1] for name, growth in growths.items()}
     count = len(next(iter(lines.values())))
-    axes = (f"{layer} layer (0-based)", "difference before the head ÷ after the layer")
+    axes = (f"{layer} layer (0-based)", "difference before the head ÷ difference after the layer")
     return line_chart(title, axes, "times", range(count), lines, log_y=True)
 
 
@@ -552,7 +552,7 @@ def _build_charts(cell: SnowballFigures) -> Iterator[StudyChart]:
     tokens, paths, layers = cell.tokens, cell.tokens.paths, range(cell.layers)
     growths = {"removed": tokens.removed, "random directions": tokens.random}
     growths |= {"other tokens' updates": tokens.shuffled}
-    title = f"{cell.record.heading}: growth of the difference by a removal or a random direction"
+    title = f"{cell.record.heading}: growth of the difference due to a removal or random direction"
     yield _growth_chart(title, "perturbed", growths)
     title = f"{cell.record.heading}: layers whose ranks by cosine and by drop differ most"
     axes = ("behind layer (0-based)", "relative difference to the intact hidden state")
