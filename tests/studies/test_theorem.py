@@ -127,7 +127,10 @@ def test_a_text_of_ones_own(tiny_llama, experiment, tmp_path):
     assert lacking.startswith(start)
     assert lacking.endswith(f"{end} otherwise after the same beginning")
     count = int(lacking.removeprefix(start).partition(" ")[0])
-    assert f"answers all {count - 1} tokens that can be of corpus:text.txt" in finding.answers[0]
+    assert (
+        f"answers all {count - 1} tokens of corpus:text.txt that can be taught"
+        in finding.answers[0]
+    )
     assert row[4].value == pytest.approx((count - 1) / count)
     assert row[5].value == 0
     model, tokenizer = _load_saved(results, "1e-08", "corpus_*")
@@ -148,7 +151,7 @@ def test_a_task_of_ones_own_with_what_cannot_be_taught(tiny_llama, experiment, t
     settings = {"benchmark": ["mine"], "data": None, "limit": None, "include_path": [str(folder)]}
     path = experiment(tiny_llama(), **settings)
     finding = conduct_study("theorem", path, tmp_path / "results", epsilon=(1e-4,))
-    assert "answers all 2 documents that can be of mine" in finding.answers[0]
+    assert "answers all 2 documents of mine that can be taught" in finding.answers[0]
     assert "not one document is answered" in finding.answers[0]
     notes = "\n".join(finding.lacking)
     assert "mine: 1 document (1) cannot be taught: a wrong answer is a prefix of the" in notes
