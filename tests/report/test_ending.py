@@ -51,8 +51,8 @@ def test_a_benchmark_that_shows_nothing_leads_to_the_average_that_does(capsys):
     cells = [weaker_cell("arc_easy"), weaker_cell("piqa")]
     print_results(cells)
     alone_text = (
-        "On this benchmark alone, none of the 30 layers has a significant effect (the average above "
-        "may have one)"
+        "On this benchmark alone, none of the 30 layers has a significant effect (the average "
+        "above may have one)"
     )
     assert capsys.readouterr().out.count(alone_text) == 2
     page = render_page(cells, {})
