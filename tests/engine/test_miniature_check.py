@@ -323,8 +323,8 @@ class TestMiniatures:
             miniature_check, "find_removed_model", lambda truth, of, verdict: verdict
         )
         message = (
-            f"the same text has {x:g} nats after shorter texts were computed, "
-            f"but {y:g} nats after longer texts"
+            f"the log-likelihood of the same text is {x:g} nats after shorter texts were "
+            f"computed, but {y:g} after longer texts"
         )
         with nullcontext() if agree else pytest.raises(CellError, match=message):
             assert verdict_on("llama").sharing == FULL
