@@ -444,7 +444,7 @@ def print_search_plan(
 
     def name(row: PlannedSearch) -> str:
         if isinstance(row.request, CellRequest):
-            purpose = "test" if row.request.documents.part == "test" else "what is recommended"
+            purpose = "test" if row.request.documents.part == "test" else "recommended set"
             return f"{row.request.benchmark}: {purpose}"
         request = row.request
         constraints = request.constraints_text if len(all_constraints) > 1 else ""

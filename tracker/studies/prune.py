@@ -419,7 +419,7 @@ def write_answers(group: Prunings) -> Iterator[str]:
             yield PRUNE_TEXTS.render("against_cosine", amount, pair, verdict, paper)
         # Where the calibration documents were too few to choose by accuracy.
         if searches := group.searches(Method("accuracy", amount)):
-            for sentence in unsure_sentences(searches, "what accuracy chose", " a benchmark"):
+            for sentence in unsure_sentences(searches, "the choice by accuracy", " a benchmark"):
                 yield f"With {amount} removed, {sentence}"
 
 

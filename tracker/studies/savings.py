@@ -355,7 +355,7 @@ def savings_table(cell: MeasuredDocuments, replays: Sequence[QuestionReplay]) ->
         return float((race.answered & (race.documents < 1)).mean())
 
     return build_table(
-        f"{cell.title}: what each question takes, by {cell.extent}",
+        f"{cell.title}: documents and layer passes for each question, by {cell.extent}",
         [
             Column("question", "text", lambda race: str(race.question)),
             share("documents", "documents", 0.5),
@@ -380,7 +380,7 @@ def _bounds_table(cell: MeasuredDocuments, replays: Sequence[QuestionReplay]) ->
         return cost_quantile(race.documents) * cell.population
 
     return build_table(
-        f"{cell.title}: what bounds each question",
+        f"{cell.title}: hardest decision of each question",
         [
             Column("question", "text", lambda race: str(race.question)),
             Column("the hardest to know", "text", lambda race: race.hardest),

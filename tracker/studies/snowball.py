@@ -518,7 +518,7 @@ def _summary_table(cells: Sequence[SnowballFigures]) -> Table:
 
     none = "no layer's growth is defined"
     return build_table(
-        "Does it snowball?",
+        "Does the difference grow after a removed layer?",
         [
             Column("model", "text", lambda cell: cell.record.model.name),
             Column("benchmark", "text", lambda cell: cell.record.benchmark.title),
