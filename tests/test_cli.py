@@ -391,7 +391,7 @@ def test_plan_counts_what_is_executed(model, experiment, tmp_path):
     result = printed("plan", file, "--gflops", 100, "--results", tmp_path / "results")
     assert "as stated" in result
     assert result.index("4 runs, at least") < result.index("layer passes"), "the time comes first"
-    assert "stress-tested once on a tiny copy" in result
+    assert "a tiny copy of each architecture is tested once" in result
     assert not (tmp_path / "results").exists()
 
     experiment_file = load_experiment(file).file
@@ -475,7 +475,7 @@ def test_validate_refuses_what_run_and_plan_refuse(
 
 def test_validate_lists_unchecked_data_on_the_hub(model):
     output = printed("validate", str(model), "--benchmark=arc_easy", "--layer=0")
-    assert "not checked: documents and metrics of arc_easy on the hub (tracker plan" in output
+    assert "not checked: documents and metrics of arc_easy, which tracker plan reads" in output
 
 
 @pytest.mark.parametrize("is_terminal", [True, False])

@@ -81,5 +81,7 @@ def test_answers_about_other_runs_and_signs():
 
 def test_cost_of_an_answer_about_a_group():
     record = answer_record("sign", run_answer(0, "+"), looked=1018, measured=1312)
-    usage = "the stopping rule used 1,018 of them, in proportion to task sizes"
+    usage = (
+        "the stopping rule used 1,018 of these documents, with each task in proportion to its size"
+    )
     assert answer_cost(record) == f"{MEASURED}; {usage}"

@@ -505,8 +505,8 @@ def _read_searches(
     _refuse_incomplete(experiment, settings, call)
     if _is_model_object(settings.get("model")):
         raise RequestError(
-            "validate and plan take no model object, because they save no model; give the model's "
-            "name or folder. run, study and prune accept a model object"
+            "validate and plan need the model's name or folder, not a model object. Only run, "
+            "study and prune accept a model object"
         )
     if not requests_searches(experiment, settings):
         return None

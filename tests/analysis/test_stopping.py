@@ -178,8 +178,8 @@ def test_of_a_group_blocks_of_each_task_are_measured_and_less_is_looked_at(cell_
     assert answer.passes_of == total * (4 + 3 + 2 + 1 + 0)
     assert answer_cost(answer) == (
         f"{answer.measured} of {total} documents, {100 * answer.passes / answer.passes_of:.0f} % "
-        f"of the layer passes; the stopping rule used {answer.looked} of them, in proportion to "
-        "task sizes"
+        f"of the layer passes; the stopping rule used {answer.looked} of these documents, with "
+        "each task in proportion to its size"
     )
     counts = np.array([0, 1, 2, 30, answer.looked, answer.looked + 1, total])
     expected = [count_started(order[:n], sizes) for n in counts]

@@ -262,7 +262,11 @@ class TestMetrics:
                 "arc_easy has no metric 'acc_nrom'. Did you mean 'acc_norm'? It has: acc, acc_no",
             ),
             # It has no value a document.
-            ("cb", "f1", "over all documents at once (cb_multi_fi), so a paired drop cannot be"),
+            (
+                "cb",
+                "f1",
+                "over all documents at once (cb_multi_fi), so no drop per document exists",
+            ),
             ("cb", "f1", "choose acc"),
         ],
     )

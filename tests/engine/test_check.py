@@ -212,7 +212,7 @@ def test_what_only_the_longest_text_shows_is_seen(monkeypatch):
 def test_a_model_that_does_not_run_says_why():
     model = tiny_model("llama")
     model.model.layers[0].register_forward_hook(fail)
-    message = "^LlamaForCausalLM cannot compute even one request at a time: no such"
+    message = "^LlamaForCausalLM fails even if each batch has only one request: no such"
     with pytest.raises(CellError, match=message):
         checked(model)
 
@@ -239,7 +239,7 @@ def off(monkeypatch):
 
 def test_a_model_that_contradicts_itself_is_not_measured(off):
     off(*SHARING_LEVELS, ONE_BY_ONE)
-    message = r"^LlamaForCausalLM contradicts itself: document \d of task, request 0, .* nats with"
+    message = r"^LlamaForCausalLM contradicts itself: document \d of task, request 0, .* nats in"
     with pytest.raises(CellError, match=message):
         checked("llama")
 

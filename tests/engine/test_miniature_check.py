@@ -190,7 +190,7 @@ def make_llama(kind: type) -> Any:
     return kind(tiny_model("llama").config).eval()
 
 
-APART = "a checkpoint without a layer differs from skipping it, so nothing is shared"
+APART = "saving without a layer gives other results than skipping it, so nothing is shared"
 
 
 class TestCheck:
@@ -219,7 +219,7 @@ class TestCheck:
         assert verdict.compared == 2 * (4 * 2 + 4)
         assert verdict.lengths == (((), True),)
         assert verdict.sharing_note == (
-            "no tiny copy of the model can be built to test computation that tokens share"
+            "no tiny copy of the model can be built, so sharing between tokens cannot be tested"
         )
         # No length is believed of it anyway.
         assert check_longer_texts(engine, ABLATIONS, verdict, (256, 192, 256), False) is verdict
@@ -323,8 +323,8 @@ class TestMiniatures:
             miniature_check, "find_removed_model", lambda truth, of, verdict: verdict
         )
         message = (
-            f"the same text has {x:g} nats after shorter texts were computed, "
-            f"but {y:g} nats after longer texts"
+            f"the log-likelihood of the same text is {x:g} nats after shorter texts were "
+            f"computed, but {y:g} after longer texts"
         )
         with nullcontext() if agree else pytest.raises(CellError, match=message):
             assert verdict_on("llama").sharing == FULL

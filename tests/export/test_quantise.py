@@ -168,7 +168,7 @@ def test_a_repeated_command_measures_nothing(quantised, tmp_path):
     words = (f"--{key.replace('_', '-')}={value}" for key, value in options)
     output = printed("quantise", model, *words)
     assert ("swap" in output, "pair" in output) == (False, False)
-    assert "which map has which format" in output
+    assert "format of each map" in output
     findings = read_records(results / "studies", FindingRecord, {})
     commands = {finding.command_line.partition(" --format q4_0,q8_0 ")[0] for finding in findings}
     assert commands == {f"tracker quantise --budget {budget}" for budget in ("6bpw", "7bpw")}

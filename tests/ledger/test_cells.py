@@ -90,9 +90,9 @@ class TestAdopt:
                 "the file does not hold exactly one block of documents",
             ),
             ({}, [], "the file does not hold exactly one block of documents"),
-            ({}, [("arc_easy", 70)], "the benchmark has no such document"),
-            ({}, [("arc_easy", -1)], "the benchmark has no such document"),
-            ({}, [("b", 0)], "the benchmark has no such document"),
+            ({}, [("arc_easy", 70)], "the benchmark lacks a document that the file contains"),
+            ({}, [("arc_easy", -1)], "the benchmark lacks a document that the file contains"),
+            ({}, [("b", 0)], "the benchmark lacks a document that the file contains"),
         ],
     )
     def test_shards_of_other_blocks_are_refused(

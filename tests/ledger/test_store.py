@@ -182,7 +182,7 @@ class TestHalves:
         cell.write(FIRST, [make_row(foreign)], {})
         cell.write(FIRST, [make_row(self.NUMBERS[0])], {})
         assert list(cell.read()["doc"]) == [self.NUMBERS[0]]
-        assert "the benchmark has no such document" in caplog.text
+        assert "the benchmark lacks a document that the file contains" in caplog.text
 
 
 class TestMissing:

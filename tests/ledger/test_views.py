@@ -37,7 +37,9 @@ def test_names_of_view_files_are_stable(name, stem):
 def test_an_identity_under_the_key_of_another_is_refused(cell):
     other = cell.identity.model_copy(update={"key": "0" * 64})
     assert CellIdentity.read(cell.identity.to_note()) == cell.identity
-    with pytest.raises(ValueError, match=r"^the key does not match the content$"):
+    with pytest.raises(
+        ValueError, match=r"^the key does not match the model and benchmark in the file$"
+    ):
         CellIdentity.read(other.to_note())
 
 

@@ -248,7 +248,7 @@ class TestFingerprints:
         for spec in ("org/other", ModelSpec(model="org/model", revision="v2")):
             source = find_model(spec)
             assert source.stamp() is None
-            with pytest.raises(ModelError, match="records no commit"):
+            with pytest.raises(ModelError, match="lacks its commit"):
                 source.fingerprint()
 
 

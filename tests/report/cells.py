@@ -65,7 +65,7 @@ def loss_cell() -> CellRecord:
     )
 
 
-NO_ROUNDING_REASON = "no document was computed a second time to measure rounding"
+NO_ROUNDING_REASON = "no document was evaluated twice to measure rounding errors"
 
 
 def half_precision_cell(**changes: Any) -> CellRecord:

@@ -105,7 +105,7 @@ def test_power_is_said_under_every_table_of_runs():
     median_share = (shares[14] + shares[15]) / 2
     match = re.fullmatch(
         r"Smallest detectable accuracy drop with 160 documents \(80 % power, two-sided 5 %, "
-        r"paired, 30 runs together\): (.+) pp under the median removal, (.+) pp under the one that "
+        r"paired, 30 runs together\): (.+) pp for the median removal, (.+) pp under the one that "
         r"changes most\.",
         sentence,
     )
@@ -117,4 +117,4 @@ def test_power_is_said_under_every_table_of_runs():
     assert "median" not in short_sentence
     assert "together" not in short_sentence
     loss = cell.model_copy(update={"higher_is_better": False, "metric": "bits_per_byte"})
-    assert wording.power_sentence(loss, cell.runs).endswith("under the one that changes most.")
+    assert wording.power_sentence(loss, cell.runs).endswith("for the removal that changes most.")

@@ -305,7 +305,7 @@ def test_more_documents_of_one_model_take_nobodys_rank():
     assert board.benchmarks == ("arc_easy · 0-shot",)
     assert board.models == model_board(large_cells).models
     assert list(board.left_out.values()) == [
-        "of several measurements of a benchmark, only the largest sample counts"
+        "another measurement of the benchmark has more documents; only the largest counts"
     ]
 
 

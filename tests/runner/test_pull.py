@@ -20,6 +20,7 @@ from tracker.tracking.base import RemoteCell, Target
 
 (CELL,) = (Path(__file__).parents[1] / "ledger" / "kept" / "cells").iterdir()
 KEY = json.loads((CELL / "cell.json").read_text())["key"]
+OTHER_KEY = "the key does not match the model and benchmark in the file"
 
 
 class Project:
@@ -89,14 +90,14 @@ def test_an_identity_that_does_not_fit_its_key_is_refused(project, field):
     project.change_file("cell.json", change)
     assert pull() == (
         [],
-        "the files do not have tracker's format: the key does not match the content",
+        f"the files do not have tracker's format: {OTHER_KEY}",
     )
     assert not files(project)
 
 
 def test_the_files_of_another_cell_are_refused(project):
     project.key = f"{'0' * 64}/cell"
-    assert "the key does not match the content" in pull()[1]
+    assert OTHER_KEY in pull()[1]
 
 
 def test_names_are_never_paths(project):

@@ -149,7 +149,7 @@ def test_a_tie_is_left_open_by_all_documents(tiny_llama, experiment, tmp_path):
         "until top 1: measuring will stop after about 100 of 100 documents and 100 % of the layer "
         "passes. In nine of ten simulations, it stops after at most 100 documents and 100 %. The "
         "simulations use 40 measured documents; few documents give estimates that are too low. In "
-        "100 % of the simulations, all documents are too few"
+        "100 % of the simulations, measuring never stops early"
     ) in plan_text(tie_file, results)
     run_results = run_experiment(tie_file, results, heard)
     assert [record.drop.value for record in run_results.cells[0].runs] == [0, 0]
@@ -185,7 +185,7 @@ def test_a_benchmark_of_one_document_is_answered_by_it_or_ties(tiny_llama, exper
 
 def test_a_study_does_not_stop_at_another_question(tiny_llama, experiment, tmp_path):
     file = experiment(tiny_llama(), limit=None, benchmark="copa", until="top 1")
-    with pytest.raises(RequestError, match="'until' stops at the answer to another question"):
+    with pytest.raises(RequestError, match="'until' stops when its own question is answered, not"):
         tracker.study("audit", file, results=tmp_path / "results", track=[])
 
 

@@ -45,7 +45,7 @@ def test_an_unsteady_model_is_not_said_to_share_less(tiny_llama, measure, monkey
     heard = RecordingProgress()
     measure(tiny_llama(), heard=heard, limit=2, layer=[1, 2], dtype=dtype)
     if dtype == "bfloat16":
-        notes[0] += ". The report counts these documents; --dtype float32 avoids this"
+        notes[0] += ". The report says how many documents this affects; --dtype float32 avoids it"
     assert {f"tiny-llama: {line}" for line in notes} <= set(heard.lines)
 
 
@@ -91,7 +91,10 @@ def test_a_number_that_is_wrong_stops_the_cell_before_it_is_published(
     file = experiment(tiny_llama(), limit=20, data=str(write_arc(tmp_path / "data")))
     run_results = run_experiment(file, results, track=["mlflow"])
     (reason,) = run_results.outcome.failed.values()
-    assert "stopped, because shared computation gives a wrong result here: document" in reason
+    assert (
+        "stopped, because computing ablations together gives a wrong result here: document"
+        in reason
+    )
     assert "on the pruned model" in reason
     assert calls
     assert not publications
@@ -135,7 +138,7 @@ def test_what_is_removed_besides_is_measured_together(tiny_llama, experiment, tm
     run_results = run_experiment(experiment(model, data=data, removed=views), joint_folder, heard)
     assert [list(cell.removed) for cell in run_results.cells] == views
     assert [len(cell.runs) for cell in run_results.cells] == [4, 2]
-    assert sum("checking that shared computation" in line for line in heard.lines) == 1
+    assert sum("checking results against pruned" in line for line in heard.lines) == 1
     assert heard.n_counted == heard.n_expected
 
     for view in views:

@@ -127,7 +127,7 @@ def test_drops_that_add_up_are_predicted_by_their_sums() -> None:
 def test_what_cannot_be_predicted_has_a_reason() -> None:
     ascending, constant = np.arange(4.0), np.full(4, 0.1)
     for estimate in additivity(ascending, constant, (ascending[None], constant[None])):
-        assert estimate.reason == "all sums of two drops, or all joint drops, are equal"
+        assert estimate.reason == "all pairs have equal sums of drops, or equal joint drops"
 
 
 def estimate_growth(start_values, end_values, strata=None) -> Estimate:

@@ -168,8 +168,10 @@ def test_noise_of_documents_is_no_dependence_on_the_task():
     # Relevance is the drop on another scale.
     assert audit.spreads["accuracy relevance"].raw == pytest.approx(drop.raw)
     sentence = task_sentence(audit)
-    assert sentence.startswith("m: over 6 benchmarks a layer's")
-    assert sentence.endswith("whether relevance depends on the task more than cosine says is open.")
+    assert sentence.startswith("m: over 6 benchmarks the z-scored")
+    assert sentence.endswith(
+        "known whether relevance depends on the task more than the cosine score says."
+    )
     assert f"{cosine.excess.low:.2f} to {cosine.excess.high:.2f}".replace("-", "−") in sentence
     assert not [*list_unanswered(audit)]
 
@@ -185,7 +187,7 @@ def test_what_depends_on_the_task_is_found():
     assert cosine.excess.value == pytest.approx(drop.clean - cosine.clean)
     assert cosine.excess.low > 0.5
     sentence = task_sentence(audit)
-    assert "relevance depends on the task more than cosine says" in sentence
+    assert "relevance depends on the task more than the cosine score says" in sentence
 
 
 def test_drops_that_differ_less_than_the_proxy_contradict_the_paper():
@@ -193,8 +195,8 @@ def test_drops_that_differ_less_than_the_proxy_contradict_the_paper():
     for i, cell in enumerate(cells):
         cell.measures["cosine_score"].values[:] = np.random.default_rng(i).permutation(TRUE_DROPS)
     sentence = task_sentence(ModelAudit("m", cells))
-    assert sentence.startswith("m: against the paper's third claim, over 3 benchmarks")
-    assert sentence.endswith("relevance depends on the task less than cosine says.")
+    assert sentence.startswith("m: contrary to the paper's third claim, over 3 benchmarks")
+    assert sentence.endswith("relevance depends on the task less than the cosine score says.")
 
 
 def test_a_layer_order_that_is_the_drops_own_is_called_best():
@@ -227,7 +229,7 @@ def test_proxies_that_are_not_told_apart_are_not_called_best():
         replace_proxy(cell, "kl", np.random.default_rng(1).standard_normal(LAYERS))
         replace_proxy(cell, "js", np.random.default_rng(1).standard_normal(LAYERS))
     (text,) = (line for line in audit_answers(ModelAudit("m", cells)) if "which of" in line)
-    assert "orders the layers best is open; it may be " in text
+    assert "orders the layers best; it may be " in text
     assert "divergence" not in text
     cells = similar_cells(3, 120)
     for cell, name in product(cells, {*LAYER_PROXIES} - {"cosine_score"}):

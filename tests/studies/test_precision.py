@@ -148,7 +148,7 @@ def test_a_name_is_called_costliest_only_where_its_interval_shows_it(study, tmp_
         for names, sentence in zip(finding.tables[::3], finding.answers[1:], strict=False):
             largest, *others = table_column(names, FALL)
             is_shown = largest.low > max(0, *(fall.high for fall in others), 0)
-            assert is_shown == ("is open" not in sentence and "not shown" not in sentence)
+            assert is_shown == ("not known" not in sentence and "not shown" not in sentence)
     (names, *_), (_, sentence, *_) = single.tables, single.answers
     (fall,) = table_column(names, FALL)
     assert fall.low <= 0 <= fall.high  # int8 changes next to nothing

@@ -130,18 +130,20 @@ def test_what_is_said_follows_from_the_growth(conduct, drawn):
     drawn(removed=[2, 3, 0.5, 1], chance=[1.5, 3, 6, 1], passed_on=[0.5, 0.5, 0.5, 1])
     finding = conduct(sample=30, benchmark=["arc_easy", "arc_challenge"])
     verdict, layers, chance, *_ = finding.answers
-    sentence = "tiny-llama: the snowball effect is there in most layers, as the paper"
+    sentence = "tiny-llama: the snowball effect is there after most layers, as the paper"
     assert verdict.startswith(sentence)
     assert "in 4 of 6 cases and shrinks in 2. " in verdict
     # 2³, 3², 0.5¹, and as many times as much as 0.5³, 0.5², 0.5¹.
     assert 7.5 <= table_column(finding.tables[0], "median growth")[0].value <= 8.9
-    assert re.search(r"It ends 3[567]\S* times \(median\) as large as if", verdict)
-    sentence = "tiny-llama on arc_easy (30 documents): of all removals most grows that of layer 1"
+    assert re.search(r"In the end it is 3[567]\S* times \(median\) as large as if", verdict)
+    sentence = (
+        "tiny-llama on arc_easy (30 documents): the difference grows most after removal of layer 1"
+    )
     assert layers.startswith(f"{sentence} ×8.")
-    assert "; least that of layer 2 ×0.5" in layers
+    assert "; it grows least after removal of layer 2 ×0.5" in layers
     # Twice as fast, as fast, more slowly.
-    assert "a removal grows more than random directions of the same norm in 1 of 3" in chance
-    assert "less in 1 " in chance
+    assert "than with random directions of the same norm in 1 of 3" in chance
+    assert "and less in 1 " in chance
     table = finding.tables[1]
     assert column_values(table, "verdict") == ["grows", "grows", "shrinks", None]
     assert column_values(table, "growing steps") == ["3 of 3", "2 of 2", "0 of 1", None]
@@ -176,12 +178,12 @@ def growth_around(*factors: float, documents: int) -> list[list[float]]:
 @pytest.mark.parametrize(
     ("factors", "documents", "verdict"),
     [
-        ((0.5, 0.5, 2, 1, 1), 20, "the exception and not the rule here, against the paper."),
-        ((0.5, 0.5, 1, 1, 1), 20, "open; raise"),  # most are undecided
-        ((0.5, 0.5, 2, 2, 1), 20, "open; raise"),
-        ((2, 2, 2, 0.5, 1), 20, "there in most layers"),
-        ((4,) * 29, 8, "open; raise 'sample' or 'limit'. "),
-        ((4,) * 29, 11, "m: every layer snowballs, as the paper has it."),
+        ((0.5, 0.5, 2, 1, 1), 20, "the exception and not the rule here, contrary to the paper."),
+        ((0.5, 0.5, 1, 1, 1), 20, "snowball; raise"),  # most are undecided
+        ((0.5, 0.5, 2, 2, 1), 20, "snowball; raise"),
+        ((2, 2, 2, 0.5, 1), 20, "there after most layers"),
+        ((4,) * 29, 8, "snowball; raise 'sample' or 'limit'. "),
+        ((4,) * 29, 11, "m: the snowball effect is there after every layer, as the paper says."),
     ],
 )
 def test_only_decided_layers_contradict(factors, documents, verdict):
@@ -201,8 +203,9 @@ def test_layers_that_grow_alike_are_not_put_in_order():
     factors = ([2.0] * 8, [9, 8, 7, *[2.0] * 5], [2.0])
     cells = [cell(growth_around(*values, documents=20)) for values in factors]
     alike, unlike, single = (SNOWBALL_TEXTS.render("most", figures) for figures in cells)
-    assert alike == "which removals grow most is open (95 % confidence for all layers)"
-    assert "the 3 that grow most include that of layer 0 ×" in unlike
+    note = "it is not known after which removals the difference grows most"
+    assert alike == f"{note} (95 % confidence for all layers)"
+    assert "the 3 removals after which the difference grows most include layer 0 ×" in unlike
     assert ", layer 2 ×" in unlike
     assert "least" not in unlike
     assert "growth is defined for one removal, that of layer 0 ×1.98 (" in single

@@ -49,9 +49,9 @@ def test_on_a_real_benchmark(tiny_llama, experiment, tmp_path):
     settings = {"results": results, "track": [], "epsilon": (1e-8, 0.1)}
     study = api.study("theorem", path, **settings)
     assert study.finding.answers[0] == (
-        "A model of 5 layers answers all 6 documents of arc_easy. Its layer 2 has the cosine "
-        "score 1e−8, the lowest: any other is more than 9.7e7 times as high. Without it not one "
-        "document is answered."
+        "A model of 5 layers answers all 6 documents of arc_easy. Its layer 2 has the lowest "
+        "cosine score, 1e−8: any other score is more than 9.7e7 times as high. Without this layer "
+        "not one document is answered."
     )
     assert len(study.finding.answers) == 2
     assert not study.finding.lacking
@@ -123,11 +123,14 @@ def test_a_text_of_ones_own(tiny_llama, experiment, tmp_path):
     finding = conduct_study("theorem", path, results, epsilon=(1e-8,))
     row = finding.tables[0].rows[0]
     (lacking,) = finding.lacking
-    start, end = "corpus:text.txt: 1 token of ", " cannot be taught: another text continues"
+    start, end = "corpus:text.txt: 1 token of ", " cannot be taught: another text has the same"
     assert lacking.startswith(start)
-    assert lacking.endswith(f"{end} otherwise after the same beginning")
+    assert lacking.endswith(f"{end} beginning and another continuation")
     count = int(lacking.removeprefix(start).partition(" ")[0])
-    assert f"answers all {count - 1} tokens that can be of corpus:text.txt" in finding.answers[0]
+    assert (
+        f"answers all {count - 1} tokens of corpus:text.txt that can be taught"
+        in finding.answers[0]
+    )
     assert row[4].value == pytest.approx((count - 1) / count)
     assert row[5].value == 0
     model, tokenizer = _load_saved(results, "1e-08", "corpus_*")
@@ -148,7 +151,7 @@ def test_a_task_of_ones_own_with_what_cannot_be_taught(tiny_llama, experiment, t
     settings = {"benchmark": ["mine"], "data": None, "limit": None, "include_path": [str(folder)]}
     path = experiment(tiny_llama(), **settings)
     finding = conduct_study("theorem", path, tmp_path / "results", epsilon=(1e-4,))
-    assert "answers all 2 documents that can be of mine" in finding.answers[0]
+    assert "answers all 2 documents of mine that can be taught" in finding.answers[0]
     assert "not one document is answered" in finding.answers[0]
     notes = "\n".join(finding.lacking)
     assert "mine: 1 document (1) cannot be taught: a wrong answer is a prefix of the" in notes
@@ -169,7 +172,7 @@ def test_a_model_that_does_not_show_it(tiny_llama, experiment, tmp_path, monkeyp
     path = experiment(tiny_llama(), limit=4)
     finding = conduct_study("theorem", path, tmp_path / "results", epsilon=(1e-4,))
     assert finding.answers == (
-        "The model built for arc_easy and ε = 0.0001 does not show it: it answers 4 of 4 "
-        "documents, 0 without layer 2, whose cosine score is 0.000101, off by 0.01 of itself; "
-        "the lowest other is 0.969.",
+        "The model built for arc_easy and ε = 0.0001 does not show this: it answers 4 of 4 "
+        "documents, and 0 without layer 2. The cosine score of this layer is 0.000101 (relative "
+        "error 0.01); the lowest score of another layer is 0.969.",
     )

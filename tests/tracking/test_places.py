@@ -92,7 +92,7 @@ def test_an_unreachable_backend_fails_alone(run_study, results, server, monkeypa
         outcome = run_study("lab", 6, "mlflow")
         assert outcome.exit_code == 1
         ((_, reason),) = outcome.unpublished.items()
-        assert f"{remote_target}, an address of earlier results" in reason
+        assert f"{remote_target}, where earlier results were published" in reason
         assert f"MLFLOW_TRACKING_URI={gate.address} tracker sync --to mlflow:left --res" in reason
         sync_result = run_sync(results)
         assert sync_result.exit_code == 1
@@ -105,7 +105,7 @@ def test_an_unreachable_backend_fails_alone(run_study, results, server, monkeypa
         n_requests = gate.n_requests
         sync_result = run_sync(results)
         assert (sync_result.exit_code, gate.n_requests) == (1, n_requests)
-        assert "whose login would be sent to it" in sync_result.output
+        assert "a login is sent only to its own server" in sync_result.output
         assert f"MLFLOW_TRACKING_URI={gate.address} tracker sync --to mlf" in sync_result.output
         monkeypatch.delenv("MLFLOW_TRACKING_TOKEN")
         assert run_sync(results).exit_code == 0

@@ -388,7 +388,7 @@ def model_board(cells: Sequence[CellRecord]) -> ModelBoard:
         if len(counted) < len(keys):
             missing = [label for key, label in zip(keys, labels, strict=True) if key not in table]
             left_out[name] = f"not all layers of the model are measured on {', '.join(missing)}"
-            counted, reason = [], "the model lacks results on a benchmark that ranks other models"
+            counted, reason = [], "the model lacks results on a benchmark that others are ranked by"
         standings[name] = _model_standing(groups[name][0].model, counted, reason)
     needed, available = None, 0
     if len(ranked) > 1:
@@ -460,7 +460,7 @@ def _unshared_reason(
     cells = usable[ranked[0]]
     if id(cells[key]) in find_outdated(cells.values()):
         return "the task was edited after this measurement; only the latest measurement counts"
-    return "of several measurements of a benchmark, only the largest sample counts"
+    return "another measurement of the benchmark has more documents; only the largest counts"
 
 
 def _missing_layers_reason(cell: CellRecord) -> str | None:

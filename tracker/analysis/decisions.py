@@ -70,7 +70,7 @@ def rounding_risk(outcomes: AlignedOutcomes, ablation: Ablation, texts: TextRead
         return RoundingRisk(None)
     rows = outcomes.rows(ablation)
     if REPEATED_COLUMN not in rows or rows[REPEATED_COLUMN].isna().all():
-        return RoundingRisk(None, "no document was computed a second time to measure rounding")
+        return RoundingRisk(None, "no document was evaluated twice to measure rounding errors")
     options = OptionScores(rows, outcomes.metric, texts)
     if not options.max_options:
         return RoundingRisk(None, "the documents have no answer options")

@@ -223,7 +223,7 @@ def apply_bounds(run: RunRecord, bounds: RunAnswer | None) -> RunRecord:
     """
     reasons = run.reasons | {"mcnemar_p": ONE_LOOK_REASON}
     if bounds is None:
-        reasons["accuracy_drop_low"] = "the stopping rule in 'until' does not include this run"
+        reasons["accuracy_drop_low"] = "the stopping rule in 'until' gives no interval for this run"
     estimates = {
         name: replace(getattr(run, name), low=None, high=None, p_value=None)
         for name in ("drop", "choice_drop", "gold_drop", "options_drop")

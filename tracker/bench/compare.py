@@ -97,8 +97,8 @@ class BenchResult:
             f"engine        {self.engine_seconds:8.1f} s   (self-check {notes})",
             *[weights] * bool(self.offloaded_bytes),
             *(loop.text(name) for name, loop in self.loops.items()),
-            f"layer passes  {self.layer_passes:8,.0f}     (counted; other programs compute "
-            f"this multiple: {ratios})",
+            f"layer passes  {self.layer_passes:8,.0f}     (counted; layer passes of other "
+            f"programs / this count: {ratios})",
             f"compute rate  {self.engine_gflops:8.0f} GFLOP/s, "
             f"{100 * self.engine_gflops / self.matrix_gflops:.0f} % of the "
             f"{self.matrix_gflops:.0f} GFLOP/s that a matrix product reaches",
@@ -124,7 +124,8 @@ def prepare_engine(
     documents = benchmark.documents(encoder, request.extent)
     if any(document.prompt is not None for document in documents):
         raise BenchmarkError(
-            f"{request.benchmark} generates texts; tracker bench only times scoring"
+            f"{request.benchmark} generates texts, but tracker bench times only the scoring of "
+            "given answers; name a benchmark with given answers"
         )
     engine = set_row_size(Engine(loaded, encoder.max_length, memory=options.memory))
     return engine, documents, f"{request.benchmark}, {benchmark.identity.num_fewshot}-shot"
@@ -172,7 +173,7 @@ def run_bench(
 
     check_seconds = None
     if with_check:
-        progress.say("checking that shared computation is exact")
+        progress.say("checking results against pruned models")
         check_seconds, checked = time_call(lambda: check_sharing(engine, documents, ablations))
         engine = checked.engine
 

@@ -100,6 +100,6 @@ def choose_metric(benchmark: BenchmarkIdentity, requested: str | None) -> str:
             advice = f"choose {' or '.join(usable)}" if usable else "choose another task"
             raise BenchmarkError(
                 f"{metric!r} of {task.name} is computed over all documents at once "
-                f"({metrics[metric]}), so a paired drop cannot be computed; {advice}"
+                f"({metrics[metric]}), so no drop per document exists; {advice}"
             )
     return metric

@@ -56,7 +56,7 @@ def choose_part(task: ConfigurableTask, documents: DocumentSpec, num_fewshot: in
     if num_fewshot and fewshot.split == training and fewshot.process_docs != config.process_docs:
         raise BenchmarkError(
             f"part: {task.task_name} preprocesses its split {training!r} differently for few-shot "
-            "examples, so a document could be its own example; use num_fewshot 0"
+            "examples, so a document could be an example in its own prompt; use num_fewshot 0"
         )
     return None
 

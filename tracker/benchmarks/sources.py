@@ -225,7 +225,7 @@ def extension_sources() -> dict[str, Callable[[str], str | Path]]:
 
 def _check_source(extension: object) -> Callable[[str], str | Path]:
     if not callable(extension):
-        raise TypeError(f"{extension!r} is not a function that returns a folder")
+        raise TypeError(f"{extension!r} is not callable; expected a function that returns a folder")
     return extension
 
 

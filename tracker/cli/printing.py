@@ -241,7 +241,7 @@ def print_next(experiment: str, results: Path, cells: Sequence[CellRecord]) -> N
     ]
     if samples and all(cell.sample_seed is not None for cell in cells):
         command = f"tracker run {experiment} --sample {max(samples)}{option}"
-        echo(f"next, to decide about more layers: {command}")
+        echo(f"next, to learn whether more layers matter: {command}")
     else:
         echo(f"next: tracker leaderboard{option}")
 
@@ -389,7 +389,7 @@ def print_plan(cells: Sequence[PlannedCell], gflops: float | None) -> None:
     print_table(build_table("", columns, cells))
     echo(
         "self-check: share of the work that is repeated on a model without the layer, to verify "
-        "the results. In addition, each architecture is stress-tested once on a tiny copy"
+        "the results. In addition, a tiny copy of each architecture is tested once"
     )
     for cell in cells:
         if cell.reading is not None and not (cell.measured or cell.shared):
@@ -439,13 +439,13 @@ def print_search_plan(
 ) -> None:
     """Print the estimated cost of searches and tests, at `gflops` or at the measured rate."""
     rates = _ComputeRates(gflops)
-    no_search = "this row does not search: it tests the removals that the searches chose"
+    no_search = "undefined for a test, which measures the removals that the searches chose"
     requests = [row.request for row in searches if not isinstance(row.request, CellRequest)]
     all_constraints = {request.constraints_text for request in requests}
 
     def name(row: PlannedSearch) -> str:
         if isinstance(row.request, CellRequest):
-            purpose = "test" if row.request.documents.part == "test" else "what is recommended"
+            purpose = "test" if row.request.documents.part == "test" else "recommended set"
             return f"{row.request.benchmark}: {purpose}"
         request = row.request
         constraints = request.constraints_text if len(all_constraints) > 1 else ""
@@ -490,12 +490,10 @@ def print_search_plan(
     rate = f"at {rates}. Measurements reach only a fraction of this rate"
     echo(f"{count_text(len(searches), 'search')}, at least {time_text(total)} {rate}\n")
     print_table(table)
-    echo("TFLOP: work in addition to the rows above, as if nothing were measured yet")
-    echo(
-        "evaluations and passes: full counts for each search, including work shared with rows above"
-    )
+    echo("TFLOP: only work that the rows above do not include already; stored results are ignored")
+    echo("evaluations and passes: all work of a search, even if a row above includes the same work")
     figures = "evaluations, passes" if any(request.at_least for request in requests) else "passes"
-    echo(f"The removals that a search tries are simulated, so {figures} and TFLOP are estimates")
+    echo(f"{figures} and TFLOP are estimates, since the removals that a search tries are simulated")
     echo_all(*(all_constraints if len(all_constraints) == 1 else ()))
     echo_all(*(row.note for row in searches), *_dash_reasons(table))
 
@@ -522,7 +520,7 @@ def _describe_stopping(cell: PlannedCell) -> str:
         "that are too low"
     )
     if estimate.open:
-        text += f". In {100 * estimate.open:.0f} % of the simulations, all documents are too few"
+        text += f". In {100 * estimate.open:.0f} % of the simulations, measuring never stops early"
     return text
 
 

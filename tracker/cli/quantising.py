@@ -52,7 +52,7 @@ def quantise(experiment: Path | None, settings: dict[str, Any], **options: Any) 
     echo()
     if result.saved is None:
         for path in result.files:
-            echo(f"which map has which format: {path}")
+            echo(f"format of each map: {path}")
         echo("to save the recommended model, type the same command with --output FOLDER")
     else:
         echo_all(*result.saved.proof.sentences())

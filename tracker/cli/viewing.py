@@ -135,8 +135,8 @@ class SyncOptions(CommandOptions):
 @click.option(
     "--sweep",
     metavar="ENTITY/PROJECT/ID",
-    help="W&B sweep whose killed or failed trials get their results from the results folder. "
-    "Trials that still lack measurements are listed.",
+    help="W&B sweep with killed or failed trials. Their results are uploaded from the results "
+    "folder; trials without measurements are listed.",
 )
 @runs_option
 @documents_option
@@ -175,7 +175,7 @@ def _sync_sweep(sweep: str, results: Path) -> NoReturn:
     from tracker import api
 
     result = api.sync_sweep(sweep, results=results)
-    echo(f"{len(result.filled)} of {result.unfinished} killed or failed runs got their results")
+    echo(f"{len(result.filled)} of {result.unfinished} killed or failed runs now have results")
     print_failures("wants measuring", result.wanting)
     if result.wanting:
         echo(
@@ -290,7 +290,7 @@ def log_samples(output: Path, layer: tuple[tuple[int, ...], ...], **settings: An
 @folder_argument
 @results_option
 @click.option(
-    "--against", type=PathType(), help="Copy of the folder; all outcomes are compared with it."
+    "--against", type=PathType(), help="Copy of the folder, whose outcomes must all be the same."
 )
 def check(folder: Path | None, results: Path, against: Path | None) -> None:
     """Verify that a results folder is undamaged.

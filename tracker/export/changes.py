@@ -96,7 +96,7 @@ def refuse_units(units: Collection[Component]) -> None:
     other_units = sorted(set(units) - {"layer"})
     if other_units:
         raise RequestError(
-            "--output saves only models without whole layers (unit layer), not unit "
+            "--output can save a model only if whole layers are removed (unit layer), not unit "
             f"{other_units[0]}; leave --output out"
         )
 

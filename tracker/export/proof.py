@@ -212,7 +212,7 @@ def _run_reference(question: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 def _refuse_other_model(answer: Answer, expected: ExpectedAnswers) -> None:
     """Raise WorkError if the saved model has other parameters or another tokenizer."""
     if names := answer["not_as_saved"]:
-        raise WorkError(f"plain transformers lacks, or does not use, the weight {names[0]}")
+        raise WorkError(f"plain transformers does not load, or does not use, the weight {names[0]}")
     if answer["parameters"] != expected.n_parameters:
         raise WorkError(
             f"plain transformers loads {answer['parameters']:,} parameters, but the model in "

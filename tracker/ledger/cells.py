@@ -210,7 +210,7 @@ class CellStore:
         # Positions depend on the order, so the same documents may be of another block in another.
         positions = document_positions(task, self.task_documents(ALL_DOCUMENTS).get(task, ()), seed)
         if not documents <= positions.keys():
-            raise ValueError("the benchmark has no such document")
+            raise ValueError("the benchmark lacks a document that the file contains")
         numbers = {positions[document] // BLOCK_SIZE for document in documents}
         if len(numbers) != 1:
             raise ValueError(problem)

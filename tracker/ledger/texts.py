@@ -155,7 +155,7 @@ class Texts:
         documents = {task.name: {*task.numbers} for task in self._identity.benchmark.tasks}
         for row in shard.table.select(["task", "doc"]).to_pylist():
             if row["doc"] not in documents.get(row["task"], ()):
-                raise ValueError("the benchmark has no such document")
+                raise ValueError("the benchmark lacks a document that the file contains")
         block = str(shard.metadata.get("block"))
         if Path(block).name != block:
             raise ValueError("the file contains an invalid block name")

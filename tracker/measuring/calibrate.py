@@ -142,7 +142,7 @@ def choose_calibration(
             break
         n_documents *= 2
     if not tokens:
-        raise CellError(f"{benchmark.identity.name} has no text for fitting replacements")
+        raise CellError(f"{benchmark.identity.name} has no text for fitting layer replacements")
     return CalibrationTexts(texts, _group_numbers(documents), tokens)
 
 

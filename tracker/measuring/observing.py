@@ -114,6 +114,6 @@ def open_observed_cell(
     model = open_model(request.model, options)
     meter = Meter([request], open_benchmark(request), model, options)
     refuse_other_tokens(store, meter.facts, progress)
-    progress.say(f"{request.benchmark}: checking that shared computation is exact")
+    progress.say(f"{request.benchmark}: checking results against pruned models")
     meter.check(Checks(ledger.root))
     return meter.engine, meter.documents

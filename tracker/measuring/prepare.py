@@ -291,4 +291,4 @@ def check_documents(requests: Sequence[CellRequest], progress: Progress) -> list
     names = dict.fromkeys(hub_specs.values())
     if not names:
         return []
-    return [f"documents and metrics of {', '.join(names)} on the hub (tracker plan reads them)"]
+    return [f"documents and metrics of {', '.join(names)}, which tracker plan reads from the hub"]

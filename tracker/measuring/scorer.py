@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 CHECKED_TOKENS = 16
 """Number of tokens that the check of generation generates under each ablation."""
 _LESS_SHARING = "measured with less sharing: "
-_ROUNDING_ADVICE = ". The report counts these documents; --dtype float32 avoids this"
+_ROUNDING_ADVICE = ". The report says how many documents this affects; --dtype float32 avoids it"
 ROUNDING_DRAWS = 8
 """Number of times that a text is generated again with embeddings perturbed by rounding."""
 
@@ -111,7 +111,7 @@ class Scorer:
                 comparison += self.generation.compare(prompt, ablation, text)
             if comparison.wrong is not None:
                 raise CellError(
-                    "stopped, because shared computation gives a wrong result here: "
+                    "stopped, because computing ablations together gives a wrong result here: "
                     f"{comparison.wrong}. Do not trust the stored results of this benchmark; "
                     "please report this line"
                 )
@@ -270,7 +270,7 @@ class Generation:
             return Comparison(1)
         if self.is_unsteady(prompt, ablation, true_text):
             return Comparison(1, unsteady=1)
-        wrong = f"{ablation.name}: {text!r} with sharing, {true_text!r} by the pruned model alone"
+        wrong = f"{ablation.name}: {text!r}, but the pruned model generates {true_text!r}"
         return Comparison(1, wrong=wrong)
 
     def is_unsteady(self, prompt: Prompt, ablation: Ablation, text: str) -> bool:

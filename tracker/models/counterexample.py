@@ -45,10 +45,10 @@ if TYPE_CHECKING:
 LAYER_COUNT = 5
 READ, RECALL, WHISPER, AMPLIFY, SPEAK = range(LAYER_COUNT)
 LAYER_ROLES = (
-    "computes a signature of the text so far",
-    "looks up the next token; layer 4 sets its sign",
-    "adds the same tiny number to every token",
-    "amplifies the number of layer 2",
+    "computes a vector that identifies the text so far",
+    "looks up the code of the next token; layer 4 sets the sign of the code",
+    "adds the same tiny number to the hidden state of every token",
+    "amplifies the number that layer 2 adds",
     "predicts the token, or its opposite if layer 2 is missing",
 )
 MIN_EPSILON, MAX_EPSILON = 1e-9, 0.3

@@ -193,7 +193,7 @@ class ModelSource:
         """
         digest = _cached_file_hash(self.files()) if self.is_local else self._cached_commit()
         if digest is None:
-            raise ModelError(f"{self.source}: the local Hugging Face cache records no commit of it")
+            raise ModelError(f"{self.source}: the local Hugging Face cache lacks its commit")
         if self.model_args is None:
             return digest
         # The location of an adapter does not count, but its contents do.

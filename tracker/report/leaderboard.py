@@ -38,7 +38,7 @@ _PARTS_PER_END = 10
 """Number of parts that a table shows from each end of a ranking of one kind of parts."""
 _NO_RANK = "not defined on every benchmark"
 _NO_OTHER_MODEL = "there is no other model to compare with"
-_NO_SCORE = "the score is undefined on a benchmark or in a ranked layer"
+_NO_SCORE = "the cosine score is undefined on a benchmark or for a ranked layer"
 _RELEVANCE_LABEL = "mean relevance with 95 % interval for each row alone"
 _DROP_LABEL = "mean accuracy drop with 95 % interval"
 _DECIDING_LABEL = f"{_DROP_LABEL} for all together"
@@ -142,7 +142,7 @@ def layer_board_table(board: LayerBoard, label: str) -> Table:
     )
     return build_table(
         f"{label}: layers, averaged over {count_text(len(board.cells), 'benchmark')}, sorted by "
-        "the lower interval end of the drop, largest first.",
+        "the lower end of the interval of the drop, largest first.",
         [
             *rank_columns,
             *pick_columns(
@@ -209,7 +209,7 @@ def part_board_table(board: PartBoard, label: str) -> Table:
     n_hidden = len(rows) - 2 * _PARTS_PER_END
     title = (
         f"{label}: {board.kind.plural}, averaged over {count_text(len(board.cells), 'benchmark')}, "
-        "sorted by the lower interval end of the drop, largest first"
+        "sorted by the lower end of the interval of the drop, largest first"
     )
     rank_columns, notes = _choose_rank_column(rows, _NO_RANK)
     if n_hidden > 0:
@@ -241,7 +241,7 @@ def misjudged_table(board: LayerBoard, label: str) -> Table:
     )
     return build_table(
         f"{label}: the layers whose rank by cosine score is outside the interval of their rank by "
-        f"mean relevance over {count_text(len(board.cells), 'benchmark')}.",
+        f"relevance, averaged over {count_text(len(board.cells), 'benchmark')}.",
         columns,
         find_misjudged(board)[:_MAX_MISJUDGED],
     )
@@ -349,7 +349,7 @@ def depth_table(boards: Sequence[LayerBoard], labels: Sequence[str]) -> Table:
         for board, label in zip(boards, labels, strict=True)
         for standing in board.by_depth
     ]
-    return build_table("Mean accuracy relevance of every layer.", columns, rows)
+    return build_table("Mean accuracy relevance of every layer over benchmarks.", columns, rows)
 
 
 def difference_table(pair: ModelPair) -> Table:

@@ -190,7 +190,7 @@ def layer_table(cell: CellRecord) -> Table:
         f"{metric_format(cell).level.capitalize()} is "
         f"{cell.metric}; the last columns are metrics "
         f"{'over all tokens' if is_corpus(cell) else 'as lm-eval reports them'}"
-        f"{', choice probabilities from its log-likelihoods' if has_choices else ''}. "
+        f"{', choice probabilities come from log-likelihoods' if has_choices else ''}. "
         f"Baseline: {baseline or DASH}."
     )
     return table.model_copy(update={"title": caption, "notes": tuple(notes)})

@@ -336,7 +336,7 @@ def _mismatch_note(cell: CellRecord) -> str:
     """State whether all runs have the versions and devices of the baseline; name exceptions."""
     changes = [run.change for run in cell.runs if run.mismatch]
     if not changes:
-        return f" Each {metric_format(cell).change} compares runs with equal versions and devices."
+        return f" Each {metric_format(cell).change} compares runs with equal software and devices."
     return f" Versions or devices differ from those of the baseline for {run_list(changes, cell)}."
 
 

@@ -44,7 +44,8 @@ def answer_cost(answer: AnswerRecord) -> str:
     cost = f"{answer.measured:,} of {answer.population:,} documents, {share}"
     if answer.looked == answer.measured:
         return cost
-    return f"{cost}; the stopping rule used {answer.looked:,} of them, in proportion to task sizes"
+    used = f"the stopping rule used {answer.looked:,} of these documents"
+    return f"{cost}; {used}, with each task in proportion to its size"
 
 
 def interval_name(cell: CellRecord) -> str:

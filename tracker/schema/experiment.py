@@ -321,7 +321,7 @@ class Experiment(Sweep):
                 pair = (twin, cell)
                 first, last = (f"until {r.until or 'null'}, seed {r.documents.seed}" for r in pair)
                 raise ExperimentError(
-                    f"'parameters': {cell.title} has two pairs of until and seed: {first}, and "
-                    f"{last}. Move one pair to a separate file (nothing is measured twice)"
+                    f"'parameters': {cell.title} has two combinations of until and seed: {first}, "
+                    f"and {last}. Move one of them to a separate file (nothing is measured twice)"
                 )
         return sorted(cells, key=lambda cell: cell.model.order)

@@ -254,7 +254,7 @@ _OWN_PROXIES: Mapping[str, Proxy] = {
             "expert_saliency",
             "expert saliency",
             "gate × norm",
-            formula="mean of g(x) ‖f(x)‖ over the tokens routed to the expert",
+            formula="mean of gate g(x) × output norm ‖f(x)‖ over the tokens routed to the expert",
             source="REAP, arXiv 2510.13999",
             # Each token passes its experts twice.
             passes=2.0,

@@ -283,7 +283,7 @@ class OpenCell:
         requested = dict.fromkeys((INTACT, *ablations))
         shapes = {_removal_shape(ablation) for ablation in requested}
         if not shapes <= self._checked_shapes:
-            say(f"{self.request.benchmark}: checking that shared computation is exact")
+            say(f"{self.request.benchmark}: checking results against pruned models")
             checked, drawn_sets = {INTACT: None}, dict[Ablation, None]()
             draw = random.Random(0)
             for parts in self._parts_removed_together(shapes):

@@ -240,7 +240,7 @@ def _log_trial(targets: Sequence[str], folder: Path, results: SearchResults) -> 
         keys = record.rests_on[-1:]
         cell = next((c for c in results.outcome.cells if c.record_key in keys), None)
         if request is None or cell is None:
-            trial.end_unmeasured(f"{record.label}: no step of this search was measured as a run")
+            trial.end_unmeasured(f"{record.label}: no step was measured on test documents")
         else:
             trial.log(cell, search_figures(record))
     except TrackingError as error:

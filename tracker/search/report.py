@@ -200,8 +200,8 @@ ASSUMPTIONS = (
     "The recommended set loses least on the calibration documents, among the sets of all "
     "strategies except random. Test documents do not influence the choice.",
     "Accuracies have Wilson intervals. Losses and differences of two pruned models have intervals "
-    "for paired documents (Bonett and Price 2012); in sentences, these hold for all differences at "
-    "once (Bonferroni). Several random draws count as their mean for each document.",
+    "for paired documents (Bonett and Price 2012). The intervals in sentences hold for all "
+    "differences at once (Bonferroni). Random draws are averaged document by document.",
     "A step is separated from its runner-up if the interval of their paired difference in loss, on "
     "the calibration documents, is above 0. The interval holds with 95 % for all other candidates "
     "of the step at once (Bonferroni).",
@@ -288,13 +288,13 @@ def _explain_choice(searches: Searches, recommendation: Recommendation, labels: 
     if step is None or documents is None:
         return ""
     count = count_text(documents.n, "calibration document")
-    head = f" None of {recommendation.n_sets} sets loses less on {count}"
+    head = f" Of {recommendation.n_sets} compared sets, none has a smaller loss on {count}"
     text = f"{head}, so this set is recommended"
     if step.margin.value is None or (step.margin.low is not None and step.margin.low > 0):
         return f"{text}."
     records = [search.record for search in searches if search.record.removed == step.runner_up]
     strategies = [labels[r.name] for r in records if r.strategy != RANDOM_STRATEGY]
-    return f"{text}; it is not significantly better than that of {join_words(strategies)}."
+    return f"{text}; the set chosen by {join_words(strategies)} is not significantly worse."
 
 
 def _compare_strategies(searches: Searches, best: Searches) -> Iterator[str]:
@@ -350,10 +350,10 @@ def unsure_sentences(records: Sequence[PruneRecord], name: str, suffix: str = ""
         f"{len(separation.unsure_steps)} of {count_text(separation.n_compared, 'step')}"
     )
     if separation.n_level:
-        text += f"; at {separation.n_level} of these steps, both have the same score"
+        text += f"; at {separation.n_level} of these steps, the two scores are equal"
     if separation.needed_documents is not None:
         half = "the other steps" if separation.n_level else "these steps"
-        text += f"; about {separation.needed_documents:,} would be enough at half of {half}"
+        text += f"; about {separation.needed_documents:,} documents would suffice at half of {half}"
     yield text + "."
 
 
@@ -504,7 +504,7 @@ def _steps_table(records: Sequence[PruneRecord]) -> Table:
     columns: tuple[Column[_StepRow], ...] = (
         Column("strategy", "text", lambda row: row.search),
         Column("step", "count", lambda row: row.number),
-        Column(record.unit, part_unit, part, "the step chose the whole set at once"),
+        Column(record.unit, part_unit, part, "the step chose all removals at once"),
         Column("score", "times", score),
         Column("runner-up worse by", "times", margin),
         Column(drop_heading, _figure_unit(record, "points"), drop, NO_SCORE),
@@ -514,7 +514,7 @@ def _steps_table(records: Sequence[PruneRecord]) -> Table:
         f"{record.model.name} · {_benchmark_name(record)}: step by step",
         columns,
         rows,
-        "score: the quantity that the strategy minimises on the calibration documents, in its unit",
+        "score: the quantity that the strategy minimises on the calibration documents",
     )
 
 

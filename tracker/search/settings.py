@@ -250,7 +250,7 @@ def _parse_minimum(kind: str, text: str, n_layers: int, config: Callable[[], Any
     for start, group in enumerate(minimum.groups(n_layers)):
         if len(group) < minimum.count:
             among = f" among layers {start} to {start + window - 1}" if window else ""
-            has = f"the intact model has {len(group)} such layers{among}"
+            has = f"the intact model has {len(group)} layers of this kind{among}"
             raise ExperimentError(f"{prefix}: {has}; require at most this number")
     return minimum
 

@@ -249,7 +249,7 @@ def _filter_removable(order: Iterable[int], budget: Budget) -> Iterator[int]:
 def _remove_in_order(search: Search, order: Iterable[int]) -> Iterator[PruneStep]:
     """Yield steps that remove parts one by one in a given order, until the budget is met."""
     removed: PartSet = ()
-    reasons = {"score": "the strategy looks at no document", "margin": "it compares nothing"}
+    reasons = {"score": "the strategy uses no document", "margin": "nothing is compared"}
     for part in order:
         removed = add_parts(removed, part)
         yield PruneStep(removed=removed, layer=part, reasons=reasons)

@@ -154,7 +154,7 @@ def additivity(
     def estimate(measure: Callable[[Array, Array], Array]) -> Estimate:
         (value,) = measure(sums[None], joint[None]).tolist()
         if not math.isfinite(value):
-            return Estimate(None, reason="all sums of two drops, or all joint drops, are equal")
+            return Estimate(None, reason="all pairs have equal sums of drops, or equal joint drops")
         return Estimate(value, *bias_corrected_interval(value, measure(*resamples), max_value=1))
 
     return estimate(partial(row_coefficients, coefficient="spearman")), estimate(_explained_share)

@@ -51,7 +51,7 @@ class KlAgreement:
 
     changes: str = labelled("changes")
     count: int = labelled("number", "count")
-    kl: float | None = labelled("mean KL (nats per token)", "proxy", "no change has a finite one")
+    kl: float | None = labelled("mean KL (nats per token)", "proxy", "no change has a finite KL")
     drop: Estimate = labelled("Spearman with the {change}", "coefficient")
     choice: Estimate = labelled("Spearman with the choice probability drop", "coefficient")
     gold: Estimate = labelled("Spearman with the gold log-prob drop", "coefficient")

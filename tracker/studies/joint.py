@@ -62,7 +62,7 @@ class Joint(Study[JointSettings]):
                 result.lack(subject.record.title, *reasons)
                 measured += interactions
         if not measured:
-            result.add("No pair of layers could be compared with the sum of its two single drops.")
+            result.add("For no pair of layers are its joint drop and both single drops defined.")
             return result
         measured = adjust_interactions(measured)
         result.add(_summary_table(measured))
@@ -231,7 +231,7 @@ def pair_interactions(
 
     def mean_over(indices: NDArray[np.int64]) -> Estimate:
         if not len(indices):
-            return Estimate(None, reason="all these pairs are at the floor of the metric")
+            return Estimate(None, reason="all these pairs are at the floor (chance)")
         per_document = values[:, indices].mean(axis=1)
         return Estimate(float(weights @ per_document), *mean_interval(per_document, weights))
 
@@ -303,9 +303,9 @@ def strongest_table(pairs: PairInteractions, sign: int) -> Table:
     """Build the table of the pairs with the most positive or most negative interactions."""
     values = [(sign * (pairs.value(n) or 0), n) for n in range(len(pairs.pairs))]
     rows = [n for value, n in sorted(values, reverse=True)[:MAX_PAIRS_LISTED] if value > 0]
-    kind = "redundant: together they cost more" if sign > 0 else "sub-additive: they cost less"
+    kind = "redundant pairs, which cost more" if sign > 0 else "sub-additive pairs, which cost less"
     return build_table(
-        f"{pairs.record.title}: pairs that are most {kind} than the sum, by {pairs.measure}",
+        f"{pairs.record.title}: the most {kind} than the sum, by {pairs.measure}",
         [
             Column("layers", "text", lambda n: "{}, {}".format(*pairs.pairs[n])),
             Column("apart", "count", lambda n: pairs.pairs[n][1] - pairs.pairs[n][0]),
@@ -350,8 +350,8 @@ def _interaction_map(pairs: PairInteractions) -> MapChart:
 
 
 def _distance_chart(pairs: PairInteractions) -> LineChart:
-    """Build the chart of the mean interaction against the distance of the two layers."""
-    name = "pairs not at the floor of the metric" if pairs.floor.any() else "all pairs"
+    """Build the chart of the mean interaction by the distance of the two layers."""
+    name = "pairs not at the floor (chance)" if pairs.floor.any() else "all pairs"
     title = f"{pairs.record.title}: mean interaction by distance, {pairs.measure}"
     axes, lines = ("distance |i − j|", "interaction"), {name: pairs.by_distance.values()}
     return line_chart(title, axes, pairs.unit, pairs.by_distance, lines)

@@ -421,7 +421,7 @@ def write_answers(group: Prunings) -> Iterator[str]:
             yield PRUNE_TEXTS.render("against_cosine", amount, pair, verdict, paper)
         # Where the calibration documents were too few to choose by accuracy.
         if searches := group.searches(Method("accuracy", amount)):
-            for sentence in unsure_sentences(searches, "what accuracy chose", " a benchmark"):
+            for sentence in unsure_sentences(searches, "the choice by accuracy", " a benchmark"):
                 yield f"With {amount} removed, {sentence}"
 
 
@@ -486,7 +486,7 @@ def _benchmark_columns(
         return Column(name, unit, lambda row: figure(row, name))
 
     yield from map(column, group.benchmarks)
-    none = Estimate(None, reason="a mean needs two benchmarks with an unpruned model above chance")
+    none = Estimate(None, reason="the unpruned model is above chance on fewer than two benchmarks")
     yield Column("mean", unit, average if len(group.counted) > 1 else lambda row: none)
 
 
@@ -558,7 +558,7 @@ def _cost_table(group: Prunings) -> Table:
     def calibration(method: Method) -> str:
         return method.calibration if documents(method) else "no documents"
 
-    none = "no step has a runner-up on the same documents"
+    none = "at no step were two candidates scored on the same documents"
     columns: list[Column[Method]] = [
         Column("strategy", "text", lambda method: method.strategy),
         Column("amount", "text", lambda method: method.amount),

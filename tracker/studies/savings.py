@@ -44,7 +44,7 @@ class Savings(Study[SavingsSettings]):
     """Study that finds, in random orders of measured documents, when `until` would have stopped."""
 
     name = "savings"
-    question = "How much computation is saved if 'until' stops when a question is decided?"
+    question = "How much computation does the stopping rule 'until' save?"
     texts = SAVINGS_TEXTS
 
     def __init__(self, settings: SavingsSettings) -> None:
@@ -227,7 +227,7 @@ class QuestionReplay:
         # Write a distance, which may be a small part of a point.
         distance = f"{100 * self.bound.distance:.2g} pp"
         if self.question.count is not None:
-            return f"the last run inside and the first run outside of the set, {distance} apart"
+            return f"the last run in the set and the first run outside, which differ by {distance}"
         drop = "varies most" if self.question.kind == "drop" else "is hardest to distinguish from 0"
         return f"the drop that {drop}, with a precision of {distance}"
 
@@ -357,7 +357,7 @@ def savings_table(cell: MeasuredDocuments, replays: Sequence[QuestionReplay]) ->
         return float((race.answered & (race.documents < 1)).mean())
 
     return build_table(
-        f"{cell.title}: what each question takes, by {cell.extent}",
+        f"{cell.title}: documents and layer passes for each question, by {cell.extent}",
         [
             Column("question", "text", lambda race: str(race.question)),
             share("documents", "documents", 0.5),
@@ -382,7 +382,7 @@ def _bounds_table(cell: MeasuredDocuments, replays: Sequence[QuestionReplay]) ->
         return cost_quantile(race.documents) * cell.population
 
     return build_table(
-        f"{cell.title}: what bounds each question",
+        f"{cell.title}: hardest decision of each question",
         [
             Column("question", "text", lambda race: str(race.question)),
             Column("the hardest to know", "text", lambda race: race.hardest),
@@ -405,5 +405,5 @@ def _passes_chart(cell: MeasuredDocuments, replays: Sequence[QuestionReplay]) ->
         lines[str(race.question)] = shares
     x = "layer passes, % of the passes for all documents of the split and all runs"
     axes = (x, f"answered, of {RANDOM_ORDERS} orders")
-    title = f"{cell.title}: share of random orders in which 'until' is decided"
+    title = f"{cell.title}: share of random document orders in which 'until' has stopped"
     return line_chart(title, axes, "percent", positions, lines)

@@ -343,12 +343,12 @@ def _explain_drops(cell: AlignedOutcomes, arrays: Mapping[str, Array]) -> DropEx
     }.items():
         pair = (resamples, drop[1])
         spearman = correlate(values, drop[0], coefficient="spearman", resamples=pair)
-        better = Estimate(None, reason="the cosine score is the reference")
+        better = Estimate(None, reason="others are compared with the cosine score")
         if name != COSINE_SCORE:
             better = correlation_difference((values, resamples), cosine, drop, "spearman")
         add(name, "drop", spearman, better, len(layers))
     inner = following > 0
-    none = Estimate(None, reason="a partial correlation has no reference")
+    none = Estimate(None, reason="a partial correlation is not compared")
     for name, figure in {
         REMOVAL_GROWTH: series(end - start),
         "growth of random directions": series(random - start),
@@ -519,7 +519,7 @@ def _summary_table(cells: Sequence[SnowballFigures]) -> Table:
 
     none = "no layer's growth is defined"
     return build_table(
-        "Does it snowball?",
+        "Does the difference grow after a removed layer?",
         [
             Column("model", "text", lambda cell: cell.record.model.name),
             Column("benchmark", "text", lambda cell: cell.record.benchmark.title),
@@ -544,7 +544,7 @@ def _growth_chart(title: str, layer: str, growths: Mapping[str, Growth]) -> Line
     """Build a chart of growth factors by layer, without the last layer (undefined growth)."""
     lines = {name: growth.factors[:-1] for name, growth in growths.items()}
     count = len(next(iter(lines.values())))
-    axes = (f"{layer} layer (0-based)", "difference before the head ÷ after the layer")
+    axes = (f"{layer} layer (0-based)", "difference before the head ÷ difference after the layer")
     return line_chart(title, axes, "times", range(count), lines, log_y=True)
 
 
@@ -553,7 +553,7 @@ def _build_charts(cell: SnowballFigures) -> Iterator[StudyChart]:
     tokens, paths, layers = cell.tokens, cell.tokens.paths, range(cell.layers)
     growths = {"removed": tokens.removed, "random directions": tokens.random}
     growths |= {"other tokens' updates": tokens.shuffled}
-    title = f"{cell.record.heading}: growth of the difference by a removal or a random direction"
+    title = f"{cell.record.heading}: growth of the difference due to a removal or random direction"
     yield _growth_chart(title, "perturbed", growths)
     title = f"{cell.record.heading}: layers whose ranks by cosine and by drop differ most"
     axes = ("behind layer (0-based)", "relative difference to the intact hidden state")

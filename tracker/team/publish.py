@@ -289,8 +289,8 @@ class Publisher:
                     self._unreachable[address] = message
                     file = address_file(address, self._results)
                     errors.append(
-                        f"{title}, an address of earlier results: {message}\nTo stop updating "
-                        f"this address, delete {file}"
+                        f"{title}, where earlier results were published: {message}\nTo stop "
+                        f"updating this project, delete {file}"
                     )
         outcome.error = "\n".join(errors)
         return outcome

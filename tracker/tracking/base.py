@@ -492,8 +492,8 @@ def login_error(address: Target, setting: str, results: Path) -> TrackingError:
     """Build the error that the login of one server would be sent to another, stored server."""
     command = sync_command(results.absolute(), f"{address.backend}:{address.project}")
     return TrackingError(
-        "these results are on another server than the configured one, whose login would be sent to "
-        f"it. With the right login, type: {setting}={address.server or ''} {command}"
+        "these results are on another server than the configured one, and a login is sent only to "
+        f"its own server. With the right login, type: {setting}={address.server or ''} {command}"
     )
 
 

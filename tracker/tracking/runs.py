@@ -160,7 +160,7 @@ def _rounding_sentence(
         return ""
     return (
         f" Rounding in {cell.model.dtype} decides up to {n_rounded:,} of these {n_documents:,} "
-        f"documents: another batch size moves {subject} by ± {100 * shift:.1f} percentage points."
+        f"documents. Another batch size moves {subject} by ± {100 * shift:.1f} percentage points."
     )
 
 

@@ -34,7 +34,7 @@ PAIRS = 8
 """Of so many first layers every two are removed together."""
 _COUNTED = re.compile(r": (\d+) redundant and (\d+) sub-additive pairs")
 _BETTER = re.compile(r"significantly better than ([a-z_, ]+)|(\w+) beats (\w+)")
-_OPEN = re.compile(r"leaves the most is open, it may be ([a-z_, ]+?);")
+_OPEN = re.compile(r"leaves the most accuracy; it may be ([a-z_, ]+?);")
 _NEVER = (
     "leaves the most of",
     "significantly worse",
@@ -120,7 +120,7 @@ def _draw_prunings(
 
 def is_false_statement(sentence: str, costs: Mapping[int, float]) -> bool:
     """Check whether a study's sentence is not so, besides the layers that it names."""
-    if (candidates := _OPEN.search(sentence)) and candidates[1] != "each of them":
+    if (candidates := _OPEN.search(sentence)) and candidates[1] != "any of them":
         return not costs or not {*SPARING_STRATEGIES} <= {*re.findall(r"\w+", candidates[1])}
     if better_match := _BETTER.search(sentence):
         worse_names = {*re.findall(r"\w+", better_match[1] or better_match[3])} - {"no", "other"}
@@ -131,7 +131,7 @@ def is_false_statement(sentence: str, costs: Mapping[int, float]) -> bool:
             or not worse_names.isdisjoint(SPARING_STRATEGIES)
         )
     if any(phrase in sentence for phrase in (*_NEVER, *(() if costs else _OF_NOTHING))):
-        return "is open" not in sentence and "neither surely" not in sentence
+        return "not known" not in sentence and "neither significantly" not in sentence
     if "orders the layers best" in sentence:
         return "gold log-prob drop" not in sentence
     if counts := _COUNTED.search(sentence):

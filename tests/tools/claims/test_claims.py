@@ -47,6 +47,6 @@ def test_studies_say_nothing_that_is_not_there(tmp_path: Path, costs: dict[int, 
         )
         assert any(expected_phrase in statement for statement in statements["studies"])
         assert any(
-            "may be each of them" in statement for statement in statements["studies"]
+            "may be any of them" in statement for statement in statements["studies"]
         ) != bool(costs)
     assert len(false_folders) < 2, false_folders

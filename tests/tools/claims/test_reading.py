@@ -85,11 +85,11 @@ def test_what_studies_say_that_is_not_so_is_found() -> None:
             "m: a leaves the most of 4.",
         ),
         "m: KL divergence orders the layers best of 7 proxies",
-        "which of 7 proxies orders the layers best is open; it may be KL divergence.",
+        "it is not known which of 7 proxies orders the layers best; it may be KL divergence.",
         "accuracy beats gold_logprob by 1.0 pp.",
         "random beats last by 1.0 pp.",
         "Accuracy is significantly better than random, gold_logprob.",
-        "which of 5 strategies leaves the most is open, it may be accuracy or last; they leave 3 %",
+        "which of 5 strategies leaves the most accuracy; it may be accuracy or last; 3 %",
     ]
     assert false_statements("studies", statements, THREE_LAYERS) == statements[7:]
     assert [

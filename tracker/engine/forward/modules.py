@@ -409,7 +409,7 @@ class ExpertsFork(RoundedFork):
         n_streams, state = len(self.formats), hooks.input_state(args, kwargs)
         choices = integer_tables((*args, *kwargs.values()))
         if not choices or len(choices[0]) % n_streams or len(state) % n_streams:
-            raise RefusalError("the inputs of the experts cannot be assigned to the ablations")
+            raise RefusalError("the experts' inputs cannot be divided among the ablations")
 
         def select_rows(streams: list[int], value: Any) -> Any:
             is_table = isinstance(value, Tensor) and value.shape == choices[0].shape

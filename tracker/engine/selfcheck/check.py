@@ -297,7 +297,7 @@ def _describe_unsteady(comparison: Comparison, dtype: torch.dtype, is_half: bool
     share = f"{comparison.unsteady} of {comparison.compared} answers"
     if is_half:
         name = str(dtype).removeprefix("torch.")
-        return f"in {name}, rounding alone changes {share} (in lm-eval too)"
+        return f"in {name}, rounding errors alone change {share} (in lm-eval too)"
     return (
         "the model is discontinuous: a router or a top-k is near a tie, so rounding changes "
         f"{share} by more than the tolerance (in lm-eval too)"

@@ -450,7 +450,7 @@ def _check_model_itself(engine: Engine, ablations: Ablations) -> SharingVerdict:
     """Run the check on the model if no miniature can be built; texts then share no tokens."""
     verdict = SharingVerdict(
         DEPTH_ONLY,
-        "no tiny copy of the model can be built to test computation that tokens share",
+        "no tiny copy of the model can be built, so sharing between tokens cannot be tested",
         lengths=(((), True),),
         tested_on="the model",
     )
@@ -507,8 +507,8 @@ def _refuse_stateful_model(engine: Engine, calls: Sequence[Documents]) -> None:
         both_nan = math.isnan(x) and math.isnan(y)
         if not both_nan and not math.isclose(x, y, rel_tol=rel_tol, abs_tol=abs_tol):
             raise CellError(
-                f"{engine.class_name} contradicts itself: the same text has {x:.6g} nats after "
-                f"shorter texts were computed, but {y:.6g} nats after longer texts"
+                f"{engine.class_name} contradicts itself: the log-likelihood of the same text is "
+                f"{x:.6g} nats after shorter texts were computed, but {y:.6g} after longer texts"
             )
 
 
@@ -542,7 +542,7 @@ def find_most_sharing(
             if message is None:
                 raise
             if sharing == ONE_BY_ONE:
-                text = f"{name} cannot compute even one request at a time: {message}"
+                text = f"{name} fails even if each batch has only one request: {message}"
                 raise CellError(text) from error
             lost = sharing, describe_error(error, sharing, name), STATE
             continue

@@ -236,7 +236,7 @@ MAX_LAYERS_NAMED = 3
 _ITSELF = "the model itself computes other logits after it is saved and loaded"
 _OTHER = "no configuration describes the changed model"
 _NOT = "what is left does not run"
-_COMPUTED = "values that the class computes while loading cannot be set for a model in memory"
+_COMPUTED = "the class computes values while loading, which cannot be changed in a model in memory"
 
 
 @dataclass(frozen=True)
@@ -327,7 +327,7 @@ def find_removed_model(
     note = _describe_unsaved(results)
     verdict = replace(verdict, in_place=in_place, as_loaded=as_loaded, checkpoint_note=note)
     if differs:
-        note = "a checkpoint without a layer differs from skipping it, so nothing is shared"
+        note = "saving without a layer gives other results than skipping it, so nothing is shared"
         return replace(verdict, sharing=PLAIN, sharing_note=note)
     return verdict
 
@@ -362,12 +362,12 @@ def _test_loading(engine: Engine, original: Engine) -> _Loading:
         full_model = build_from_config(model)
         loaded_engine = loading.reload_copy(engine, original, INTACT)
     except ModelError as error:
-        log.debug("%s cannot be loaded unchanged: %s", engine.class_name, error)
+        log.debug("a saved copy of %s cannot be loaded: %s", engine.class_name, error)
         return loading
     logits, reason = _probe_logits(loaded_engine)
     if logits_alike(logits, _probe_logits(original)[0]):
         return replace(loading, full_model=full_model)
-    log.debug("%s differs after saving and loading, or raises: %s", engine.class_name, reason)
+    log.debug("%s changes or fails after saving and loading: %s", engine.class_name, reason)
     return loading
 
 

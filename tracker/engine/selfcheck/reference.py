@@ -179,7 +179,7 @@ class Reference:
             return Comparison(1, difference)
         if self.is_unsteady(ablation, request, difference / MAX_ROUNDING_FACTOR):
             return Comparison(1, difference, 1)
-        message = f"{value:.6g} nats with sharing, but {expected:.6g} nats on the pruned model"
+        message = f"{value:.6g} nats in the shared pass, but {expected:.6g} on the pruned model"
         return Comparison(1, difference, wrong=message)
 
 

@@ -54,7 +54,7 @@ def measure_cell(job: Job, worker: Worker, reporting: Reporting) -> tuple[CellSt
     if work.missing_responses:
         for cell in job.cells:
             reporting.on_begin(cell, work.store)
-        say(f"{job.requests[0].benchmark}: checking that shared computation is exact")
+        say(f"{job.requests[0].benchmark}: checking results against pruned models")
         notes = worker.check(Checks(reporting.ledger.root))
         for line in notes:
             say(line)

@@ -229,7 +229,7 @@ def find_search_parts(source: ModelSource, unit: Component) -> SearchParts:
     if not layers or n_staying >= count:
         reason = f": each layer has {count} {plural}, and {n_staying} of them must stay"
         if not layers:
-            router = f"{Experts.NEEDS}, which uses no groups of experts and no fixed table"
+            router = f"{Experts.NEEDS} and without groups of experts or a fixed table"
             reason = f" (needed: {router if unit == 'expert' else Heads.NEEDS})"
         raise ModelError(
             f"{source.source} has no {plural} that can be removed one by one{reason}; use another "

@@ -122,7 +122,7 @@ def _verify_sublayers(finder: PartFinder, sublayers: Sequence[Sublayers]) -> Non
 
     with hooks.silenced_sublayers(attentions):
         if measure_effect() > tolerance:
-            raise _division_error(model, layers[0], "not only the first module mixes tokens")
+            raise _division_error(model, layers[0], "a module other than the first mixes tokens")
     with hooks.silenced_sublayers(mlps):
         if not measure_effect() > tolerance:
             raise _division_error(model, layers[0], "the first module does not mix tokens")

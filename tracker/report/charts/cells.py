@@ -235,8 +235,8 @@ def margin_chart(cell: CellRecord, decisions: DecisionsRecord) -> style.Chart | 
         bars = {"color": style.GREY if is_single else line["color"]}
         margins = {run.run: run.margins for run in by_kind[kind] if run.margins}
         hovers = [
-            f"{run.label()}: median margin {two_digits(median)}, middle half of the documents "
-            f"{two_digits(lower)} to {two_digits(upper)}"
+            f"{run.label()}: median margin {two_digits(median)}, quartiles over the documents "
+            f"{two_digits(lower)} and {two_digits(upper)}"
             for run, (lower, median, upper) in margins.items()
         ]
         traces.append(

@@ -114,8 +114,8 @@ def growth_note(finding: FindingRecord, cells: Sequence[CellRecord]) -> str:
     if not any(grown):
         return ""
     return (
-        f"{sum(grown)} of the {len(grown)} measurements used for this answer now have a different "
-        f"number of documents; to update the answer: {finding.command_line}"
+        f"{sum(grown)} of the {len(grown)} measurements used for this study now have a different "
+        f"number of documents; to repeat the study: {finding.command_line}"
     )
 
 

@@ -251,7 +251,7 @@ def _variance_table(audit: ModelAudit) -> Table:
     tests = [spread.test for spread in spreads.values()]
     p_values = holm([None if test is None else test.p_value for test in tests])
     adjusted = dict(zip(spreads, p_values, strict=True))
-    reference = "this row is the reference for the proxies"
+    reference = "the proxies are compared with this row"
 
     def column(
         label: str,
@@ -281,7 +281,7 @@ def _variance_table(audit: ModelAudit) -> Table:
         column(f"p in blocks of {SIGN_BLOCK}", block_p, "p", reference),
         column("variance on reliable benchmarks", lambda spread: spread.noisy),
         column("variance without noise", lambda spread: spread.clean),
-        column("excess variance of the drop, without noise", lambda spread: spread.excess),
+        column("variance of the drop minus this one, without noise", lambda spread: spread.excess),
     ]
     title = f"{audit.name}: variance of a layer's z-score over benchmarks"
     notes = AUDIT_TEXTS.render_all("variance_notes", audit, MIN_RELIABILITY)
