@@ -105,7 +105,7 @@ def test_power_is_said_under_every_table_of_runs():
     median_share = (shares[14] + shares[15]) / 2
     match = re.fullmatch(
         r"Smallest detectable accuracy drop with 160 documents \(80 % power, two-sided 5 %, "
-        r"paired, 30 runs together\): (.+) pp for the median removal, (.+) pp under the one that "
+        r"paired, 30 runs together\): (.+) pp for the median removal, (.+) pp for the removal that "
         r"changes most\.",
         sentence,
     )

@@ -11,8 +11,7 @@ Modules:
     miniature: Build a small model of the same class with random weights.
     offloaded: Choose the layers to offload, and load an offloaded layer when it is needed.
     parts: Find, remove and quantise parts of layers, such as heads, experts and linear maps.
-    pruned: Copy a model without some layers; find values that change when the copy is saved and
-        loaded.
+    pruned: Copy a model without some layers; find values that saving and loading would change.
     rounding: Round weights to a quantisation format.
     sources: Locate a model on the hub, in a folder, in a file or in a package.
 """

@@ -5,13 +5,10 @@ Modules:
     arrays: Define array types, and average proxies over tokens.
     confidence: Compute confidence sequences: intervals of means, valid after every document.
     correlation: Correlate a proxy with measured accuracy drops over layers.
-    decisions: Compute the answer options that a model chooses, their margins, and the effect of
-        rounding.
-    effects: Test whether the drops of two layers add up, whether values grow, and the largest of
-        many gains.
+    decisions: Compute the answer options that a model chooses, margins, and effects of rounding.
+    effects: Test whether two drops add up, whether values grow, and the largest of many gains.
     rank_agreement: Compute ranks, ties and rank correlations.
-    reliability: Compute how well rankings of layers by different documents, or by measures of equal
-        cost, agree.
+    reliability: Compute how well rankings of layers by different documents or measures agree.
     resampling: Compute bootstrap and jackknife intervals.
     stopping: Decide after every block of documents whether more documents are needed.
     support: Combine estimates, and decide which statements about many layers hold at the same time.

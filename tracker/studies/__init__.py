@@ -12,8 +12,7 @@ Modules:
     layout: Build charts, and build tables from dataclasses with labelled fields.
     audit: Compare every proxy of a layer's relevance with the measured accuracy drop of the layer.
     calibration: Estimate how many documents a stable ranking of layers needs.
-    displacement: Test whether the KL divergence of a changed model's output predicts the lost
-        accuracy.
+    displacement: Test whether the KL divergence of a changed model predicts the lost accuracy.
     joint: Compare the accuracy drop when two layers are removed with the sum of their single drops.
     precision: Measure how much accuracy the rounding of each linear map costs.
     prune: Compare models pruned by measured accuracy with models pruned by proxies.
