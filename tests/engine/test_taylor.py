@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import math
+
 import pytest
 import torch
 
 from tests.helpers.engines import engine_of, gold_tokens, make_documents
 from tests.helpers.families import tiny_model
 from tests.helpers.truth import model_logits
-from tracker.engine.observers.taylor import measure_taylor
+from tracker.engine.observers.taylor import measure_kl_gradients, measure_taylor
 from tracker.models.layers import find_layers
 from tracker.models.rounding import round_weight
 from tracker.schema.changes import Change
@@ -96,3 +99,44 @@ def test_a_term_is_the_derivative_in_the_direction_of_the_change(family: str) ->
         slope = _finite_difference(model, gold_tokens(document), change, paths)
         assert terms[change] == pytest.approx(abs(slope), rel=1e-2, abs=5e-4), change
         assert abs(slope) > 5e-3, change
+
+
+def test_a_gradient_of_kl_is_the_derivative_at_the_rounded_model() -> None:
+    model = tiny_model("llama", intermediate_size=64)
+    documents = make_documents(2)
+    engine = engine_of(model)
+    paths = [path.removesuffix(".weight") for path in ATTENTION + MLP]
+    changes = [Change.parse(f"int4:{layer}.{path}") for layer in (0, 3) for path in paths]
+    estimates = measure_kl_gradients(engine, documents, [*changes, Change.parse("int4:3")])
+    exact, rounded = model.double(), copy.deepcopy(model)
+    parameters = {}
+    layers = zip(find_layers(exact), find_layers(rounded), strict=True)
+    for number, (layer, rounded_layer) in enumerate(layers):
+        for path in ATTENTION + MLP:
+            weights = layer.get_parameter(path), rounded_layer.get_parameter(path)
+            parameters[f"int4:{number}.{path.removesuffix('.weight')}"] = weights
+            weights[1].data.copy_(round_weight(weights[0].float(), "int4").double())
+    for document, terms in zip(documents, estimates, strict=True):
+        tokens = gold_tokens(document)
+        log_p = model_logits(exact, tokens)[:-1].log_softmax(-1)
+
+        for change in changes:
+            exact_weight, weight = parameters[str(change)]
+            start, direction = weight.data.clone(), weight.data - exact_weight.data
+            values = []
+            for step in (STEP, -STEP):
+                weight.data.copy_(start + step * direction)
+                log_q = model_logits(rounded, tokens)[:-1].log_softmax(-1)
+                values.append(float((log_p.exp() * (log_p - log_q)).sum()))
+            weight.data.copy_(start)
+            slope = (values[0] - values[1]) / (2 * STEP)
+            assert terms[change] == pytest.approx(slope, rel=1e-2, abs=1e-3), change
+        total = sum(terms[change] for change in changes if change.layer == 3)
+        assert terms[Change.parse("int4:3")] == pytest.approx(total, rel=1e-4)
+
+
+def test_formats_that_fit_no_map_have_no_gradient_of_kl() -> None:
+    change = Change.parse("int4:1.self_attn.q_proj")
+    # The rows of the MLP's last map have 48 weights, and int4 rounds blocks of 32.
+    (terms,) = measure_kl_gradients(engine_of("llama"), make_documents(1), [change])
+    assert math.isnan(terms[change])

@@ -17,7 +17,7 @@ from tracker.ledger.outcomes import METRIC_PREFIX
 from tracker.schema.changes import INTACT, WHOLE_LAYER, Ablation, Change
 from tracker.schema.estimates import Estimate
 from tracker.schema.identities import CHOICE_PROBABILITIES
-from tracker.schema.proxies import EXPERT_PROXIES, OBSERVED, PART_PROXIES, PROXIES, Proxy
+from tracker.schema.proxies import OBSERVED, PART_PROXIES, Proxy
 from tracker.schema.records import RunAnswer, RunRecord
 from tracker.stats.accuracy import (
     RATIO,
@@ -92,10 +92,6 @@ class LayerProxies:
         return {name: values[run.layer] for name, values in self._estimates.items()}
 
 
-TAYLOR = "taylor"
-"""Name of the proxy of all parts."""
-
-
 class PartProxies:
     """Proxies of the parts that runs change, observed in the intact model.
 
@@ -114,9 +110,14 @@ class PartProxies:
         self._indexes = {run: index for index, run in enumerate(self.runs)}
 
     def proxies_of(self, run: Change) -> list[Proxy]:
-        """List the proxies of a run; first-order Taylor only if a document has it."""
-        proxies = [] if np.isnan(self.sums[TAYLOR]).all() else [PROXIES[TAYLOR]]
-        return [*proxies, *(EXPERT_PROXIES if run.component == "expert" else ())]
+        """List the proxies of a run: those of its component, and those that a document has."""
+        index = self._indexes[run]
+        return [
+            proxy
+            for proxy in PART_PROXIES
+            if proxy.component == run.component
+            or (proxy.component == "part" and not np.isnan(self.sums[proxy.name][:, index]).all())
+        ]
 
     def unobserved_reason(self, proxy: Proxy, index: int) -> str:
         """Return for how many documents a run's proxy was not computed; "" if for none."""

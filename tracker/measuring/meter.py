@@ -262,7 +262,7 @@ class Meter:
     ) -> list[dict[Change, dict[str, float]]]:
         """Measure the proxies of changed parts in each document, on the intact model."""
         from tracker.engine.observers.layer_proxies import measure_expert_load
-        from tracker.engine.observers.taylor import measure_taylor
+        from tracker.engine.observers.taylor import measure_kl_gradients, measure_taylor
 
         engine = self.engine
         experts = [part for part in parts if part.component == "expert"]
@@ -271,14 +271,20 @@ class Meter:
             measure_load = partial(measure_expert_load, engine)
             loads = engine.run_lockstep(partial(measure_load, doc, experts) for doc in documents)
             for document_sums, load in zip(sums, loads, strict=True):
-                for part, values in load.items():
+                for part, expert_sums in load.items():
                     names = (proxy.column for proxy in EXPERT_PROXIES)
-                    document_sums[part] |= zip(names, values, strict=True)
+                    document_sums[part] |= zip(names, expert_sums, strict=True)
         # Backward passes need all weights in memory.
         if engine.loaded.offloaded is None:
-            for document, document_sums in zip(documents, sums, strict=True):
-                for part, value in measure_taylor(engine, document, parts).items():
-                    document_sums[part][PROXIES["taylor"].column] = value
+            rounded = [part for part in parts if part.intervention != "remove"]
+            terms = {
+                "taylor": [measure_taylor(engine, document, parts) for document in documents],
+                "kl_gradient": measure_kl_gradients(engine, documents, rounded),
+            }
+            for name, document_terms in terms.items():
+                for document_sums, values in zip(sums, document_terms, strict=True):
+                    for part, value in values.items():
+                        document_sums[part][PROXIES[name].column] = value
         return sums
 
     def _outcome_rows(

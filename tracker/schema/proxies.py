@@ -251,6 +251,15 @@ _OWN_PROXIES: Mapping[str, Proxy] = {
             component="part",
         ),
         Proxy(
+            "kl_gradient",
+            "gradient of KL",
+            "nats per token",
+            formula="gradient of KL(intact, all rounded) × (rounded − exact weight) / tokens",
+            source="estimate_sensitivities of mlx-lm",
+            passes=4.0,
+            component="part",
+        ),
+        Proxy(
             "expert_saliency",
             "expert saliency",
             "gate × norm",

@@ -6,7 +6,7 @@ A forward and a backward pass of the intact model give the terms of all changes 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -32,8 +32,10 @@ from tracker.models.parts.experts import Experts, SharedExperts, single_expert_o
 from tracker.models.parts.heads import Heads
 from tracker.models.parts.linear_maps import LinearMap, map_of_module
 from tracker.models.parts.sublayers import Sublayers
-from tracker.schema.changes import Change
+from tracker.schema.changes import Ablation, Change
 from tracker.schema.documents import Document
+from tracker.schema.errors import CellError
+from tracker.schema.grouping import group_by
 
 
 def measure_taylor(
@@ -60,7 +62,9 @@ def measure_taylor(
     """
     terms = dict.fromkeys(changes, 0.0)
     for tokens, start in measured_texts(document, engine.max_length):
-        text_terms, _ = try_model(partial(_taylor_terms, engine, tokens, start, changes))
+        loss = partial(_text_loss, engine, tokens, start)
+        find = partial(_find_terms, engine)
+        text_terms, _ = try_model(partial(_compute_terms, engine, changes, find, loss))
         for change in changes:
             terms[change] += text_terms[change] if text_terms else math.nan
     return {change: abs(term) for change, term in terms.items()}
@@ -100,13 +104,76 @@ _Term = Callable[[_Call], float]
 """Function that computes the term of a change from the call of a module."""
 
 
-def _taylor_terms(
-    engine: Engine, tokens: Sequence[int], start: int, changes: Sequence[Change]
+def measure_kl_gradients(
+    engine: Engine, documents: Sequence[Document], changes: Sequence[Change]
+) -> list[dict[Change, float]]:
+    """Estimate how much each rounded linear map adds to the KL divergence of a rounded model.
+
+    A copy of the model has the linear maps of all layers rounded to the change's format. The
+    gradient of the divergence between the intact model and this copy is multiplied by the rounding
+    errors of each map. The divergence is summed over the positions that predict a token of the
+    document.
+
+    Args:
+        engine: The engine with the intact model, whose weights are not offloaded.
+        documents: The documents that the model reads.
+        changes: Changes that round weights of one layer.
+
+    Returns:
+        For each document, change → estimated divergence in nats. NaN as in `measure_taylor`, and if
+        a linear map of the model cannot be rounded to the format.
+
+    References:
+        `estimate_sensitivities` of mlx-lm, without its division by the number of weights.
+    """
+    sums = [dict.fromkeys(changes, math.nan) for _ in documents]
+    layers = range(len(engine.loaded.layers))
+    for form, rounded in group_by(changes, lambda change: change.intervention).items():
+        everything = (Change(layers=(layer,), intervention=form) for layer in layers)
+        try:
+            copied = engine.ablate(Ablation.from_changes(*everything))
+        except CellError:
+            continue
+        for document, terms in zip(documents, sums, strict=True):
+            totals = dict.fromkeys(rounded, 0.0)
+            for tokens, start in measured_texts(document, engine.max_length):
+                find = partial(_find_kl_terms, engine, copied)
+                loss = partial(_kl_divergence, engine, copied, tokens, start)
+                text_terms, _ = try_model(partial(_compute_terms, copied, rounded, find, loss))
+                for change in rounded:
+                    totals[change] += text_terms[change] if text_terms else math.nan
+            terms |= totals
+    return sums
+
+
+def _find_kl_terms(
+    engine: Engine, copied: Engine, change: Change
+) -> Iterator[tuple[nn.Module, _Term]]:
+    """Yield the rounded linear maps of a change in the copy, with functions for their terms."""
+    for path in engine.anatomy.expand_formats(change.layer, [change]):
+        exact, rounded = (e.anatomy.get_map(change.layer, path) for e in (engine, copied))
+        # The change from the exact weight to the rounded weight, at the rounded weight.
+        yield rounded.module, partial(_rounding_term, exact, partial(getattr, rounded, "weight"))
+
+
+def _kl_divergence(engine: Engine, copied: Engine, tokens: Sequence[int], start: int) -> Tensor:
+    """Compute the KL divergence of a copy from the intact model, summed over a text's tokens."""
+    with torch.no_grad():
+        log_p = _text_logits(engine, tokens, start).float().log_softmax(-1)
+    log_q = _text_logits(copied, tokens, start).float().log_softmax(-1)
+    return (log_p.exp() * (log_p - log_q)).sum()
+
+
+def _compute_terms(
+    engine: Engine,
+    changes: Sequence[Change],
+    find_terms: Callable[[Change], Iterable[tuple[nn.Module, _Term]]],
+    compute_loss: Callable[[], Tensor],
 ) -> dict[Change, float]:
     """Compute the terms of all changes in a text; raise RefusalError if autograd fails."""
     terms_of: dict[nn.Module, list[tuple[Change, _Term]]] = {}
     for change in changes:
-        for module, term in _find_terms(engine, change):
+        for module, term in find_terms(change):
             terms_of.setdefault(module, []).append((change, term))
     calls: dict[nn.Module, _Call] = {}
 
@@ -125,7 +192,7 @@ def _taylor_terms(
         stack.enter_context(embedding.register_forward_hook(require_gradient))
         for module in terms_of:
             stack.enter_context(module.register_forward_hook(record, with_kwargs=True))
-        loss = _text_loss(engine, tokens, start)
+        loss = compute_loss()
         outputs = [call.output for call in calls.values()]
         for call, gradient in zip(calls.values(), _gradients(loss, outputs), strict=True):
             call.gradient = gradient
@@ -203,13 +270,17 @@ def _apply_gate(
     return replace_first_output(output, outputs + (gate.to(outputs) - 1) * update)
 
 
+def _text_logits(engine: Engine, tokens: Sequence[int], start: int) -> Tensor:
+    """Compute the logits [positions, vocabulary] that predict a text's tokens from `start` on."""
+    engine.restore_state()
+    ids = torch.tensor([tokens], device=engine.loaded.device)
+    return compute_logits(engine.loaded.model, ids)[0, max(start, 1) - 1 : len(tokens) - 1]
+
+
 def _text_loss(engine: Engine, tokens: Sequence[int], start: int) -> Tensor:
     """Compute the negative log-likelihood of a text's tokens from `start` on."""
-    engine.restore_state()
-    first_loss = max(start, 1)
-    ids = torch.tensor([tokens], device=engine.loaded.device)
-    logits = compute_logits(engine.loaded.model, ids)[0, first_loss - 1 : len(tokens) - 1]
-    next_ids = ids[0, first_loss:, None].to(logits.device)
+    logits = _text_logits(engine, tokens, start)
+    next_ids = torch.tensor(tokens[max(start, 1) :], device=logits.device)[:, None]
     return -logits.float().log_softmax(-1).gather(1, next_ids).sum()
 
 
