@@ -146,7 +146,7 @@ class TestHalves:
         data = {"data_files": {"validation": str(file)}}
         task = str(write_choices(tmp_path, "own", file, "{{q}}", dataset_kwargs=data, **of_splits))
         with pytest.raises(
-            BenchmarkError, match=r"own draws .* 'validation', which .*num_fewshot 0"
+            BenchmarkError, match=r"own scores .* 'validation', and also draws .*num_fewshot 0"
         ):
             open_benchmark(part_request(task, "calibration", data="hub", num_fewshot=2))
         calibration = open_benchmark(part_request(task, "calibration", data="hub"))
@@ -203,7 +203,7 @@ class TestTrainingSplit:
         task = write_own_task(tmp_path, "fewshot_split: validation\n")
         open_benchmark(part_request(task, "calibration", data=data, num_fewshot=0))
         open_benchmark(part_request(task, "test", data=data, num_fewshot=2))
-        with pytest.raises(BenchmarkError, match=r"own draws .*'validation', which is scored"):
+        with pytest.raises(BenchmarkError, match=r"own scores .*'validation', and also draws"):
             open_benchmark(part_request(task, "calibration", data=data, num_fewshot=2))
 
 

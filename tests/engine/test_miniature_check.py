@@ -190,7 +190,7 @@ def make_llama(kind: type) -> Any:
     return kind(tiny_model("llama").config).eval()
 
 
-APART = "saving without a layer gives other results than skipping it, so nothing is shared"
+APART = "a checkpoint without a layer differs from skipping the layer, so nothing is shared"
 
 
 class TestCheck:

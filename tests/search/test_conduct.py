@@ -168,7 +168,7 @@ def test_impossible_searches_are_refused(write, prune, tmp_path, settings, words
     [
         ({"calibrate": "other"}, "the calibration task other and the test task one have the same"),
         ({"benchmark": "both"}, "the calibration task one and the test task other have the same"),
-        ({"num_fewshot": 2}, "one draws few-shot examples from its split 'test', which is scored"),
+        ({"num_fewshot": 2}, "one scores the split 'test', and also draws few-shot examples"),
     ],
 )
 def test_shared_documents_are_refused(write, prune, tmp_path, settings, words) -> None:

@@ -262,7 +262,9 @@ def _read_json_lines(file: Path) -> Iterator[dict[str, Any]]:
         except ValueError as error:
             raise BenchmarkError(f"{file}, line {number}: not valid JSON: {error}") from None
         if not isinstance(row, dict):
-            raise BenchmarkError(f"{file}, line {number}: not a JSON object with columns")
+            raise BenchmarkError(
+                f"{file}, line {number}: expected a JSON object whose keys are column names"
+            )
         yield row
 
 

@@ -41,8 +41,8 @@ def choose_part(task: ConfigurableTask, documents: DocumentSpec, num_fewshot: in
     scored = config.test_split or config.validation_split
     if num_fewshot and documents.part == "calibration" and _example_split(task) == scored:
         raise BenchmarkError(
-            f"part: {task.task_name} draws few-shot examples from its split {scored!r}, which is "
-            "scored. Prompts of calibration documents would show test documents and their answers. "
+            f"part: {task.task_name} scores the split {scored!r}, and also draws few-shot examples "
+            "from it. Prompts could therefore show test documents with their answers. "
             "Use num_fewshot 0, or a benchmark with a separate split of examples"
         )
     if training == scored or training not in task.dataset:

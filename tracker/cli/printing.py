@@ -490,7 +490,7 @@ def print_search_plan(
     rate = f"at {rates}. Measurements reach only a fraction of this rate"
     echo(f"{count_text(len(searches), 'search')}, at least {time_text(total)} {rate}\n")
     print_table(table)
-    echo("TFLOP: only work that the rows above do not include already; stored results are ignored")
+    echo("TFLOP: work in addition to the rows above; stored results are not subtracted")
     echo("evaluations and passes: all work of a search, even if a row above includes the same work")
     figures = "evaluations, passes" if any(request.at_least for request in requests) else "passes"
     echo(f"{figures} and TFLOP are estimates, since the removals that a search tries are simulated")

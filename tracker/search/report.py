@@ -353,7 +353,7 @@ def unsure_sentences(records: Sequence[PruneRecord], name: str, suffix: str = ""
         text += f"; at {separation.n_level} of these steps, the two scores are equal"
     if separation.needed_documents is not None:
         half = "the other steps" if separation.n_level else "these steps"
-        text += f"; about {separation.needed_documents:,} documents would suffice at half of {half}"
+        text += f"; about {separation.needed_documents:,} documents would separate half of {half}"
     yield text + "."
 
 

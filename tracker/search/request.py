@@ -193,7 +193,7 @@ class _Constraint(GridValues):
         """Raise ValueError for a mapping that is not written below `value` or `values`."""
         if isinstance(content, dict) and not content.keys() & {"value", "values"}:
             entries = ", ".join(f"{key}: {value}" for key, value in content.items())
-            raise ValueError(f"write {{value: {{{entries}}}}}: a constraint is one value")
+            raise ValueError(f"write {{value: {{{entries}}}}}: a constraint has only one value")
         return content
 
 

@@ -213,7 +213,9 @@ def resolve_constraints(
     minimums = tuple(_parse_minimum(kind, text, n_layers, config) for kind, text in texts)
     if not set(range(n_layers) if allowed is None else allowed) - set(protected):
         layers = f"all {n_layers} layers" if allowed is None else "every layer of 'among'"
-        raise ExperimentError(f"'protect' lists {layers}: none is removable; protect fewer layers")
+        raise ExperimentError(
+            f"'protect' lists {layers}: no layer is left to remove; protect fewer layers"
+        )
     return Constraints(protected, allowed, minimums)
 
 

@@ -62,7 +62,7 @@ class Joint(Study[JointSettings]):
                 result.lack(subject.record.title, *reasons)
                 measured += interactions
         if not measured:
-            result.add("For no pair of layers are its joint drop and both single drops defined.")
+            result.add("Every pair of layers lacks its joint drop or one of its single drops.")
             return result
         measured = adjust_interactions(measured)
         result.add(_summary_table(measured))

@@ -501,7 +501,7 @@ def _layer_table(cell: SnowballFigures) -> Table:
 def _predictor_table(cell: SnowballFigures) -> Table:
     """Build the table of the rank correlations and partial correlations with the drops."""
     rows = cell.explained.predictors.values() if cell.explained else []
-    title = f"{cell.record.heading}: how well several quantities rank the layers by their drops"
+    title = f"{cell.record.heading}: how well several quantities predict the layers' order by drop"
     return figure_table(Predictor, title, rows, *SNOWBALL_TEXTS.render_all("predictor_notes"))
 
 
@@ -553,7 +553,10 @@ def _build_charts(cell: SnowballFigures) -> Iterator[StudyChart]:
     tokens, paths, layers = cell.tokens, cell.tokens.paths, range(cell.layers)
     growths = {"removed": tokens.removed, "random directions": tokens.random}
     growths |= {"other tokens' updates": tokens.shuffled}
-    title = f"{cell.record.heading}: growth of the difference due to a removal or random direction"
+    title = (
+        f"{cell.record.heading}: growth of the difference that a removal or a random direction "
+        "makes"
+    )
     yield _growth_chart(title, "perturbed", growths)
     title = f"{cell.record.heading}: layers whose ranks by cosine and by drop differ most"
     axes = ("behind layer (0-based)", "relative difference to the intact hidden state")

@@ -337,7 +337,9 @@ def repeat_spans(fork: LayerFork, outputs: Tensor) -> None:
             if streams := [stream for stream, enters in enumerate(are_entered) if enters]:
                 layer_fork = fork.parent.forks[layer]
                 if any(map(is_absent, layer_fork.module.parameters())):
-                    raise RefusalError("offloaded layers cannot be repeated for some ablations")
+                    raise RefusalError(
+                        "an offloaded layer cannot run twice for some ablations and once for others"
+                    )
                 put_entries(states, streams, layer_fork.run(take_entries(states, streams)))
     put_entries(outputs, [stream for stream, *_ in repeats], states)
 

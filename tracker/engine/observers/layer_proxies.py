@@ -280,7 +280,9 @@ def measure_span_similarity(engine: Engine, document: Document) -> dict[str, Ten
         with forward_pass.install():
             engine.run_text(tokens)
         if [len(state) for pair in layer_states for state in pair] != [len(tokens)] * 2 * n_layers:
-            raise RefusalError("some layer does not run exactly once with one state per token")
+            raise RefusalError(
+                "a layer does not run exactly once per pass, with one hidden state per token"
+            )
         states = [[state[start:] for state in pair] for pair in layer_states]
         sums["tokens"] += len(tokens) - start
         for layer, (inputs, outputs) in enumerate(states):

@@ -179,8 +179,8 @@ def _expert_outputs(linear: LinearMap, weight: Tensor, start: int, *call: Any) -
     args, kwargs, _ = call
     if not integer_tables((*args, *kwargs.values())):
         raise CellError(
-            f"{type(linear.module).__name__} is not told to which experts a token goes, so outputs "
-            "of single experts cannot be computed; leave out the rounding errors of its linear maps"
+            f"{type(linear.module).__name__} does not receive each token's experts, so outputs of "
+            "single experts cannot be computed; leave out the rounding errors of its linear maps"
         )
     expert_weight = linear.to_module_layout(weight, linear.parameter)
     modules = linear.module, copy_with_weights(linear.module, {linear.name: expert_weight})

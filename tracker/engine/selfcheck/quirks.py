@@ -327,7 +327,7 @@ def find_removed_model(
     note = _describe_unsaved(results)
     verdict = replace(verdict, in_place=in_place, as_loaded=as_loaded, checkpoint_note=note)
     if differs:
-        note = "saving without a layer gives other results than skipping it, so nothing is shared"
+        note = "a checkpoint without a layer differs from skipping the layer, so nothing is shared"
         return replace(verdict, sharing=PLAIN, sharing_note=note)
     return verdict
 
