@@ -1,8 +1,6 @@
 """Define the keywords of the Python API's `**settings` for type checkers and editors.
 
-The keys of experiment files are fields of pydantic models, which type checkers cannot read as
-keywords. So the classes of this module repeat the keys, and a test checks that keys and fields
-agree.
+Many keywords are keys of experiment files.
 """
 
 from __future__ import annotations
@@ -66,11 +64,10 @@ class RunKeywords(WorkKeywords, total=False):
             otherwise.
         publish_documents: True to publish also the texts of documents from a local folder or
             corpus. By default (False), only texts from the hub or a package are published.
-        runs: Runs that are published for each cell (a model on a benchmark). `cells`: only the
-            cell's own run, with a table of all ablations. `all`: also one run per ablation. `auto`
-            (default): like `all`, but without any kind of ablation (e.g. heads) that has more than
-            200 ablations.
-        workers: Number of parallel processes that measure cells; None = only the calling process.
+        runs: Runs that are published. `cells`: one run per model and benchmark, with a table of all
+            ablations. `all`: also one run per ablation. `auto` (default): like `all`, but without
+            kinds of ablations (e.g. heads) that have more than 200 ablations.
+        workers: Number of parallel processes; None = only the calling process.
         devices_per_worker: Number of accelerators of each worker process; None = as many as the
             weights need.
     """
@@ -108,7 +105,7 @@ class BenchmarkKeywords(TypedDict, total=False):
 
 
 class FileKeywords(BenchmarkKeywords, total=False):
-    """All keys of an experiment file; most of them accept a value or a list of values."""
+    """All keys of an experiment file; most keys accept a value or a list of values."""
 
     model: Values[Where] | PreTrainedModel
     benchmark: Values[str]
@@ -157,7 +154,7 @@ class PruneKeywords(RunKeywords, SearchKeywords, total=False):
 
 
 class StudyKeywords(ExperimentKeywords, total=False):
-    """Keywords of the function `study`: those of `run`, and settings of tracker's own studies."""
+    """Keywords of the function `study`: all keywords of `run`, and settings of studies."""
 
     reliability: float
     remove: Sequence[str]

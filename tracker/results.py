@@ -83,19 +83,17 @@ _MAX_ROWS = 10
 class Results:
     """Results of a run, a study, a search or a report.
 
-    A notebook displays a `Results` object as a summary in sentences and a table of the layers with
-    the largest drops.
+    A notebook displays a summary and a table of the layers with the largest drops.
 
     Attributes:
         outcome: Results of each model and benchmark, errors, and the locations of published runs.
         report: The report page of the results folder; None if it could not be written.
         folder: The results folder.
-        experiment: The stored copy of the experiment file; None if there was no experiment file.
+        experiment: The stored copy of the experiment file; None without such a file.
         finding: The answers, tables and charts of a study or of searches; None for other results.
-        searches: Records of the pruning searches: removed layers and test results at each step, and
-            the computing cost. A random strategy has one record per draw.
-        exports: Shell commands that save pruned models as checkpoints: the recommended model, or
-            the models that are significantly better than others.
+        searches: Records of the pruning searches, with the removed layers and the test results of
+            each step.
+        exports: Shell commands that save the best pruned models as checkpoints.
         saved: The saved recommended model; None if there is none.
         files: Paths of additional files that were written.
         notes: Further remarks about the results.
@@ -144,26 +142,23 @@ class Results:
 
         `layers` has one row per model, benchmark and run. The column `layer` is the first changed
         layer of the run, 0-based. The column `shown` is the report's verdict on the run: `matters`,
-        `better without`, `below 5 pp` or `open`. The verdicts are tested jointly over all runs of
-        the same kind.
+        `better without`, `below 5 pp` or `open`.
 
         `correlations` has one row per model, benchmark, proxy (e.g. cosine score), coefficient
         (e.g. Spearman) and subset of layers (all, or without the two outer layers at each end).
         `low` and `high` are the ends of the interval of `value`. The interval accounts for the
-        sampling of documents, but not of layers. For layers, `p_value` is the share of random
-        reorderings of the proxy or of the drops whose correlation is at least as strong. The
-        reordered values vary over depth as smoothly as the measured values.
+        sampling of documents, but not of layers. For layers, `p_value` comes from a permutation
+        test that preserves how smoothly the values vary over depth.
 
         `documents` has one row per model, benchmark, run and document, with the responses of the
-        intact and of the ablated model. The column `change` is `lost`, `won` or `same`. The columns
-        `score_intact` and `score` hold the document's metric for the two models; higher is better.
-        The table includes the texts if the results folder has them.
+        intact and the ablated model. The column `change` is `lost`, `won` or `same`. The columns
+        `score_intact` and `score` hold the metric of the two models; higher is better. The table
+        includes the texts if the results folder has them.
 
         `layer_leaderboard` and `model_leaderboard` hold means over the benchmarks.
-        `part_leaderboard` exists if heads, experts or several layers at once are ranked. Rows are
-        sorted by the lower end of the accuracy drop's interval, largest first. The intervals of the
-        drops are simultaneous over all layers. `best_rank` and `worst_rank` are the ends of the
-        interval of the rank.
+        `part_leaderboard` exists if heads, experts or ranges of layers are ranked. Rows are sorted
+        by the lower end of the drop's interval, largest first. The intervals of the drops are
+        simultaneous over all layers. The interval of the rank is from `best_rank` to `worst_rank`.
 
         Args:
             name: Name of a table listed above, or of a table of the study, such as
@@ -238,8 +233,8 @@ class Results:
             The plotly figure, which a notebook displays.
 
         Raises:
-            RequestError: The chart or model does not exist, there are several models and `name` is
-                empty, or no benchmark of the model has results for all layers.
+            RequestError: The chart or model does not exist, `name` is needed to choose a model, or
+                results are missing.
 
         Example:
             >>> results.plot().write_html("layers.html")
@@ -277,8 +272,8 @@ class Results:
             The paths of the written files.
 
         Raises:
-            RequestError: The format does not exist, or `output` is a folder although the format
-                needs a file, or a file although the format needs a folder.
+            RequestError: The format does not exist, or `output` is a folder instead of a file (or
+                vice versa).
             WorkError: The disk is full or not writable.
 
         Example:
@@ -297,7 +292,7 @@ class Results:
 
     @property
     def answer(self) -> str:
-        """The sentences that answer a study; without a study, a line per model on its key layers.
+        """The answer of a study in sentences, or a line on the important layers of each model.
 
         Example:
             >>> print(results.answer)
@@ -307,7 +302,7 @@ class Results:
         return "\n".join(answer for _, answer, _ in self._models()) or "Nothing is measured."
 
     def _models(self) -> Iterator[tuple[str, str, LayerBoard]]:
-        """Yield (name, sentences on significant effects, leaderboard of layers) for each model."""
+        """Yield each model's name, answer in sentences, and leaderboard of layers."""
         from tracker.analysis.boards import layer_board, part_boards
         from tracker.analysis.comparable import named_models
         from tracker.report.wording import model_answer

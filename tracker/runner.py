@@ -41,15 +41,14 @@ class RunOutcome:
 
     Attributes:
         cells: One record per finished model and benchmark, in the order of the requests.
-        failed: Title of each model and benchmark that failed → error message.
-        unpublished: Title of each measured model and benchmark that was not published → reason.
-        locations: Tracking destination → location of the published runs.
+        failed: Error message for each failed model and benchmark, by title.
+        unpublished: Reason for each result that was not published, by title.
+        locations: Location of the published runs for each tracking destination.
         models_loaded: Number of times that a model was loaded.
-        unwritten: Reason why the report page or the copy of the experiment file could not be
-            written; empty if both were written.
-        unsaved: Reason why the recommended model could not be saved; empty if there was no such
-            error.
-        damaged: Each damaged file or folder of the results folder → message that says what to do.
+        unwritten: Error message if the report page or the copy of the experiment file could not be
+            written, else empty.
+        unsaved: Error message if the recommended model could not be saved, else empty.
+        damaged: Instruction for each damaged file or folder of the results folder.
     """
 
     cells: list[CellRecord] = field(default_factory=list)
@@ -94,15 +93,14 @@ def run_cells(
         publisher: Publisher of finished results to the tracking backends.
         options: Options of the measurement, such as the device.
         progress: Receiver of counts and messages.
-        explicit: Whether an experiment requests these results; False if only a study or a search
-            requests them.
+        explicit: Whether an experiment requests these results, and not only a study or a search.
 
     Returns:
         The records, errors and locations of the published runs.
 
     Raises:
-        RequestError: A request names e.g. a model, layer or metric that does not exist. Nothing was
-            computed or written.
+        RequestError: A requested model, layer, metric, etc. does not exist. Nothing was computed or
+            written.
     """
     ledger.refuse_unwritable()
     lookups = [find_cell(request, ledger, options.trust_remote_code) for request in requests]
@@ -137,7 +135,7 @@ def run_cells(
 
 
 class _Finisher:
-    """Object that records and publishes results in the order in which measurements finish."""
+    """Object that records and publishes results when measurements finish."""
 
     def __init__(
         self, publisher: Publisher, progress: Progress, requests: list[CellRequest], explicit: bool
@@ -153,7 +151,7 @@ class _Finisher:
         self._shared_names: set[str] = set()
 
     def begin(self, cell: CellLookup, store: CellStore) -> None:
-        """Announce to the tracking backends that a measurement begins, so that they show it."""
+        """Announce to the tracking backends that a measurement begins."""
         request, views = cell.request, store.views
         names = views.display_view(request, request in self._smaller).supersedes
         view = views.view_of(request).model_copy(update={"supersedes": names})
@@ -218,10 +216,9 @@ class _Finisher:
 
 
 def find_smaller_requests(requests: Collection[CellRequest]) -> set[CellRequest]:
-    """Find the requests that differ from a larger request only in the number of documents.
+    """Find requests that differ from a larger request only in the number of documents.
 
-    Reports show the results of the smaller and of the larger request, because the user requested
-    both.
+    Reports show the results of both requests.
     """
     candidates = [request for request in requests if not request.until]
 
@@ -250,7 +247,7 @@ def _view_note(view: View, shown_view: View, related_views: Sequence[View]) -> s
 
 
 def _build_jobs(cells: Sequence[CellLookup]) -> list[Job]:
-    """Open all benchmarks before any measurement, and group the requests into jobs.
+    """Open all benchmarks, and group the requests into jobs.
 
     Requests that differ only in their changed layers become one job.
     """

@@ -41,9 +41,8 @@ class Cost:
         naive_tokens: Number of tokens that lm-eval reads in one evaluation, without padding. A
             context with several one-token continuations counts once.
         plain_layer_passes: Name of the inference program (`lm-eval`, `vllm`) → number of (token,
-            layer) computations if lm-eval runs once per ablation with this program. vLLM reads each
-            request's whole text, because vLLM does not use its prefix cache when prompt
-            log-probabilities are requested.
+            layer) computations with one lm-eval run per ablation. vLLM does not use its prefix
+            cache for prompt log-probabilities.
         naive_flops: Floating-point operations that lm-eval needs, with one run per ablation.
         check_layer_passes: Number of (token, layer) computations in the self-check, without the
             check on a miniature model.
@@ -64,18 +63,16 @@ class Cost:
 
     @property
     def times_the_passes(self) -> dict[str, float]:
-        """Layer passes of each other program (lm-eval, vLLM), as a multiple of the engine's."""
+        """The layer passes of lm-eval and vLLM, as multiples of the engine's layer passes."""
         plain = self.plain_layer_passes
         return {name: passes / self.layer_passes for name, passes in plain.items()}
 
 
 @dataclass(frozen=True)
 class Workload:
-    """Token and operation counts of scoring documents, from which the cost of ablations follows.
+    """The numbers of tokens and operations for scoring documents.
 
-    `engine_operations` assumes that ablations share as much computation as possible. The methods
-    `flops` and `naive_flops` multiply the operations per attention, MLP and output head by how
-    often the engine or lm-eval computes attentions, MLPs and output heads.
+    `engine_operations` assumes that ablations share as much computation as possible.
 
     Attributes:
         documents: Number of documents.
@@ -84,10 +81,9 @@ class Workload:
         tokens: Number of tokens that the model reads, counting shared tokens once.
         widest_row: Largest number of tokens that are computed together in one forward pass.
         naive_tokens: Number of tokens that lm-eval reads in one evaluation.
-        engine_operations: Floating-point operations in the engine of three steps: all tokens
-            through one attention, all tokens through one MLP, and all predicting tokens through the
-            output head.
-        plain_operations: Floating-point operations of the same three steps in lm-eval.
+        engine_operations: Floating-point operations in the engine for one attention, one MLP, and
+            the output head.
+        plain_operations: The same three numbers for lm-eval.
     """
 
     documents: int
@@ -100,7 +96,7 @@ class Workload:
     plain_operations: tuple[float, float, float]
 
     def flops(self, plan: StreamPlan) -> float:
-        """Count the floating-point operations that the engine needs for the streams of a plan."""
+        """Count the floating-point operations that the engine needs for a plan."""
         passes = (plan.attention_passes, plan.mlp_passes, plan.n_answers)
         return float(sum(map(mul, self.engine_operations, passes)))
 
@@ -127,7 +123,7 @@ def count_work(model: PreTrainedModel, documents: Documents, max_length: int) ->
     attention, mlp = _weights_per_token(model)
 
     def count_attention(n_tokens: int, n_keys: int) -> float:
-        """Count the operations of one attention with `n_tokens` queries and `n_keys` keys each."""
+        """Count the operations of one attention, in which each token attends to `n_keys` tokens."""
         return float(n_tokens * (2 * attention + 4 * n_keys * hidden))
 
     tokens, widest_row, n_predicting, attentions = 0, 0, 0, 0.0
@@ -161,7 +157,7 @@ def count_work(model: PreTrainedModel, documents: Documents, max_length: int) ->
 def estimate_cost(
     model: PreTrainedModel, documents: Documents, ablations: Ablations, max_length: int
 ) -> Cost:
-    """Estimate the cost of measuring ablations on documents if they share all possible work.
+    """Estimate the cost of measuring ablations that share as much computation as possible.
 
     Args:
         model: The model; its weights may be on the meta device.
@@ -196,10 +192,9 @@ def estimate_cost(
 
 
 def _weights_per_token(model: PreTrainedModel) -> tuple[float, float]:
-    """Return the weights that a token uses in a layer: of the attention, and of other modules.
+    """Count the weights that a token uses in a layer's attention and in its other modules.
 
-    Both numbers are means over the layers. Of the routed experts, only as many as the router
-    selects per token are counted.
+    Both numbers are means over the layers. Only the experts that a token uses are counted.
     """
     layers, n_chosen = find_layers(model), experts_per_token(model.config.get_text_config())
 

@@ -15,7 +15,7 @@ _Made = TypeVar("_Made")
 
 
 class RefusalError(Exception):
-    """Error for a model whose structure does not allow a computation, with the reason."""
+    """Error for a model that does not support a computation, with the reason."""
 
 
 # MPS and drivers of CUDA and HIP; MPS, for one tensor; cuBLAS and rocBLAS; XPU; the host.
@@ -42,14 +42,14 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def refusal_reason(error: Exception) -> str | None:
-    """Return why an error occurred if the model's own code caused it; otherwise None.
+    """Return the reason for an error that the model caused; None for other errors.
 
     Args:
         error: The exception raised while the engine ran the model.
 
     Returns:
         The reason in one line. None if memory ran out, the device is lost, or tracker's own code
-        raised the exception; the caller must then raise the exception again.
+        raised the exception.
     """
     if is_out_of_memory(error) or is_device_lost(error):
         return None

@@ -1,8 +1,7 @@
-"""Write the card of a changed model, and recipes to make the same model with other tools.
+"""Write the card of a changed model, with recipes to make the model with other tools.
 
 For removed and repeated layers, there are recipes for mergekit and llama.cpp. For weights rounded
-to quantised formats, there are options for llama.cpp, a recipe for llm-compressor, module settings
-for mlx-lm's `config.json`, and rules for GPTQModel.
+to quantised formats, there are recipes for llama.cpp, llm-compressor, mlx-lm and GPTQModel.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ CONVERTER_RECIPE = "llama.cpp, converted"
 
 
 class Recipe(NamedTuple):
-    """Instructions (`words`) to make a model with one tool, with code or a configuration file."""
+    """Instructions (`words`) to make a model with a tool, and the code or configuration file."""
 
     words: str
     language: str
@@ -72,7 +71,7 @@ RECIPES: dict[str, Recipe] = {
 
 
 def ordered_recipes(texts: Mapping[str, str]) -> list[Recipe]:
-    """List the recipes of all tools in `texts` (tool → code), in the order of use.
+    """List the recipes for all tools in `texts` (tool → code), in the order of use.
 
     The code of a recipe does not end with a line break.
     """
@@ -84,7 +83,7 @@ def ordered_recipes(texts: Mapping[str, str]) -> list[Recipe]:
 
 
 def no_recipe_reason(resized: Sequence[str]) -> str:
-    """Return the sentence of the model card that explains why the card has no recipe."""
+    """Return a sentence that explains why the model card has no recipe."""
     if not resized:
         return "None: no tool supports all of these formats and weights."
     reason = (
@@ -120,18 +119,14 @@ def layer_recipes(
 ) -> dict[str, str]:
     """Write recipes for mergekit and llama.cpp to make a model with removed or repeated layers.
 
-    mergekit reads safetensors. So if the base model is a GGUF file, there is also a program that
-    converts the file. llama.cpp reads GGUF; if the base model is not a GGUF file, the recipe has a
-    placeholder file name. If layers are repeated but not removed, the recipe for llama.cpp converts
-    the saved folder. If configuration entries other than the number of layers changed (`resized`),
-    there are no recipes, since neither tool changes such entries. The exception is the list of
-    layers with an attention window: llama.cpp derives this list itself, or a recipe writes it
-    (`windows`).
+    For a GGUF base model, there is also a program that converts the file for mergekit. For other
+    base models, the recipe for llama.cpp has a placeholder file name. There are no recipes for
+    models with other changed configuration entries (`resized`), except for attention windows.
 
     Args:
         source: The base model's source.
         base: The base model's identity.
-        layers: For each layer of the changed model, in order, the number of the original layer.
+        layers: For each layer of the changed model, the number of the original layer.
         removed: The numbers of the removed layers.
         resized: Names of the changed configuration entries, apart from the number of layers.
         windows: The layers with an attention window, from `find_windows`; None if unknown.
@@ -163,10 +158,9 @@ def _fill_template(name: str, values: Mapping[str, object]) -> str:
 
 
 def find_windows(kind: str, layer_types: Sequence[str]) -> LayerWindows | None:
-    """List the layers with an attention window, with llama.cpp's name of the architecture.
+    """Find the layers with an attention window, and the architecture's name in llama.cpp.
 
-    Returns None for a model type (`kind`) for which it is unknown how llama.cpp derives the
-    windows.
+    Returns None if it is unknown how llama.cpp handles the windows of the model type `kind`.
     """
     if kind not in _WINDOW_PERIODS:
         return None
@@ -201,7 +195,7 @@ def as_safetensors(source: ModelSource, dtype: str) -> str:
 
 
 def mergekit(base: str, dtype: str, layers: Sequence[int]) -> str:
-    """Return a passthrough configuration for mergekit, which lists ranges of the base's layers."""
+    """Return a mergekit configuration for a model that consists of the given layers."""
     slices = []
     # In a run of neighbours, the difference between layer and index stays the same.
     for _, group in groupby(enumerate(layers), lambda item: item[1] - item[0]):
@@ -218,7 +212,7 @@ def prune_command(file: str, removed: Sequence[int]) -> str:
 
 
 def skip_lists(component: Component, layers: Sequence[int]) -> str:
-    """Return JSON that lists removed attentions or MLPs, as LLM-Drop's model classes read it."""
+    """Return the removed attentions or MLPs as JSON in the format of LLM-Drop."""
     lists = {"drop_attn_list": "attention", "drop_mlp_list": "mlp"}
     skipped = {name: [*layers] if part == component else [] for name, part in lists.items()}
     return json.dumps(skipped)
@@ -252,14 +246,12 @@ def format_recipes(
         architecture: The model type in transformers (`model_type`).
         layers: The number of layers.
         file: The GGUF file of the base, or a placeholder name.
-        tied_path: The path of the embedding if the embedding is quantised and tied to the output
-            head; otherwise empty.
+        tied_path: The path of the embedding if it is quantised and tied to the output head.
 
     Returns:
         Tool → recipe. There is a recipe for llama.cpp if all formats are GGUF formats and llama.cpp
-        has names for all weights. There are recipes for llm-compressor, mlx-lm and GPTQModel if the
-        tool supports all formats and no weight belongs to an expert. GPTQModel also requires that
-        no weight is outside of the layers.
+        has names for all weights. Recipes for llm-compressor, mlx-lm and GPTQModel require that the
+        tool supports all formats and that no weight belongs to an expert.
     """
     recipes = {}
     are_ggufs = all(FORMATS[form].is_gguf for form in formats.values())
@@ -281,7 +273,7 @@ def format_recipes(
 
 
 def _gguf_names(formats: FormatsByPath, architecture: str, layers: int) -> dict[str, list[str]]:
-    """Map the path of each weight to its tensor names in llama.cpp; empty if any is unknown."""
+    """Map each weight's path to its tensor names in llama.cpp; empty if a name is unknown."""
     import gguf
 
     plain_name = _plain_name(_ARCHITECTURES.get(architecture, architecture))
@@ -297,7 +289,7 @@ def _gguf_names(formats: FormatsByPath, architecture: str, layers: int) -> dict[
 
 
 def _split_gate_up(path: str) -> list[str]:
-    """Replace the path of a fused gate-and-up weight of experts by the paths of its two halves."""
+    """Split the path of a fused gate-and-up weight into the paths of its two halves."""
     if not _EXPERTS_PATH.search(path) or "gate_up_proj" not in path:
         return [path]
     return [path.replace("gate_up_proj", half) for half in ("gate_proj", "up_proj")]
@@ -316,8 +308,7 @@ def tensor_types(formats: Mapping[str, str]) -> list[tuple[str, str]]:
             `blk.3.ffn_down.weight`.
 
     Returns:
-        One entry for each pair of a tensor name without layer number (e.g. `ffn_down`) and a
-        format. The entry's regular expression matches this tensor in all layers with this format.
+        One entry per format and kind of tensor (e.g. `ffn_down`), for all layers with this format.
     """
     types, blocks = [], dict[tuple[str, str], list[int]]()
     for tensor, form in formats.items():
@@ -337,7 +328,7 @@ def _gguf_type(form: str) -> str:
 
 
 def quantise_command(formats: Mapping[str, str], file: str, is_tied: bool = False) -> str:
-    """Write the llama-quantize command; weights that are not in `formats` are stored as f16.
+    """Write the llama-quantize command; weights not in `formats` are stored as f16.
 
     If `is_tied` is true, the output head is stored in the embedding's format.
     """
@@ -357,8 +348,7 @@ def quantise_command(formats: Mapping[str, str], file: str, is_tied: bool = Fals
 def llm_compressor(formats: FormatsByPath, tied: str = "") -> str:
     """Write a recipe for llm-compressor, with one configuration group per weight format.
 
-    `tied` is the path of an embedding that is tied to the head. The recipe does not quantise this
-    embedding, because llm-compressor would quantise only one of embedding and head.
+    `tied` is the path of an embedding that is tied to the head. This embedding is not quantised.
     """
     groups = {}
     by_format = group_by((path for path in formats if path != tied), lambda path: formats[path])
@@ -381,9 +371,7 @@ def llm_compressor(formats: FormatsByPath, tied: str = "") -> str:
 def mlx_lm(formats: FormatsByPath) -> str:
     """Write the entry `quantization` of `config.json` for mlx-lm, with settings per module.
 
-    mlx-lm's `convert` accepts the same settings through `quant_predicate`, which must return False
-    for all other modules. `convert` skips a module if its number of inputs is not a multiple of the
-    global group size. So the global group size is set to the smallest group size of any module.
+    The global group size is the smallest group size of all modules.
 
     References:
         mlx_lm/utils.py (`quantize_model`, `load_model`) of github.com/ml-explore/mlx-lm at d78bf58.
@@ -399,9 +387,8 @@ def mlx_lm(formats: FormatsByPath) -> str:
 def gptqmodel(formats: FormatsByPath) -> str:
     """Write the arguments of GPTQModel's `QuantizeConfig`, with one rule per linear map.
 
-    A rule is a regular expression that is matched from the beginning of a module's path. The first
-    matching rule applies, and a rule that begins with `-:` leaves a module unchanged. GPTQModel
-    also needs calibration texts.
+    A rule is a regular expression for the module's path. A rule that begins with `-:` leaves a
+    module unchanged.
 
     References:
         gptqmodel/quantization/config.py (`_resolve_dynamic_override`) of

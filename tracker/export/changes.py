@@ -44,7 +44,7 @@ def rounding(formats: Mapping[str, str]) -> ModelChange:
             `embedding` or `lm_head`.
 
     Returns:
-        The change. Its fields for the documents and searches that chose the formats are empty.
+        The change.
     """
     units = [Change.parse(f"{form}:{name}") for name, form in formats.items()]
     return ModelChange(Ablation.from_changes(*units))
@@ -78,7 +78,7 @@ def layer_change(
 
 
 def _refuse_sublayers(component: Component, layers: Sequence[int]) -> None:
-    """Raise RequestError unless `component` is `layer`; transformers loads only whole layers."""
+    """Raise RequestError unless `component` is `layer`."""
     if component == "layer":
         return
     sublayers = "attentions" if component == "attention" else "MLPs"
@@ -92,7 +92,7 @@ def _refuse_sublayers(component: Component, layers: Sequence[int]) -> None:
 
 
 def refuse_units(units: Collection[Component]) -> None:
-    """Raise RequestError unless searches removed whole layers; other removals are not saved."""
+    """Raise RequestError unless searches removed whole layers."""
     other_units = sorted(set(units) - {"layer"})
     if other_units:
         raise RequestError(
@@ -107,11 +107,9 @@ class ChangedModel(NamedTuple):
     Attributes:
         model: The changed copy of the model.
         kept_layers: For each layer of the copy, the number of the original layer.
-        bytes: Size in bytes of a file that stores each of the copy's weights in its quantised
-            format.
+        bytes: Size in bytes of a file with the quantised weights.
         recipes: Tool → recipe to make the same model with this tool.
-        resized: Names of the configuration entries in which the copy differs from the model, except
-            for the number of layers.
+        resized: Names of changed configuration entries, except for the number of layers.
         formats: Path of each quantised weight → the weight's format.
     """
 
@@ -143,8 +141,7 @@ def changed_layers(source: ModelSource, loaded: LoadedModel, change: ModelChange
 def rounded_weights(source: ModelSource, loaded: LoadedModel, change: ModelChange) -> ChangedModel:
     """Make a copy of a loaded model with weights rounded to quantised formats.
 
-    The copy stores the rounded values in the model's dtype, so the copy itself is not smaller than
-    the model.
+    The copy stores the rounded values in the model's dtype.
     """
     from tracker.models.offloaded import weight_bytes
     from tracker.models.parts.anatomy import LayerAnatomy
@@ -180,14 +177,14 @@ def rounded_weights(source: ModelSource, loaded: LoadedModel, change: ModelChang
 
 
 def _stored_format(form: str, inputs: int) -> WeightFormat:
-    """Return `form`, or its replacement if rows of `inputs` weights do not fit this format."""
+    """Return `form`, or a replacement if `inputs` weights per row do not fit the format."""
     stored_format = FORMATS[form].for_rows(inputs)
     assert stored_format is not None  # it has been measured
     return stored_format
 
 
 def add_origin(change: ModelChange, ledger: Ledger, model: ModelIdentity) -> ModelChange:
-    """Return a change, completed with the searches or documents that chose its layers."""
+    """Add the searches or documents that chose a change, and return the change."""
     if change.stretch is not None:
         return find_repetition(ledger, model, change.stretch)
     if change.order and change.strategy is None:
@@ -196,7 +193,7 @@ def add_origin(change: ModelChange, ledger: Ledger, model: ModelIdentity) -> Mod
 
 
 def find_removal(ledger: Ledger, model: ModelIdentity, removed: tuple[int, ...]) -> ModelChange:
-    """Return the removal of given layers, with the searches in the ledger that chose these layers.
+    """Return the removal of layers, with the searches that chose these layers.
 
     Args:
         ledger: The results folder.
@@ -204,10 +201,8 @@ def find_removal(ledger: Ledger, model: ModelIdentity, removed: tuple[int, ...])
         removed: The numbers of the removed layers.
 
     Returns:
-        The change, with the searches whose final result removes exactly these layers. If there are
-        none, searches with an earlier step that removes exactly these layers are used. If some of
-        the searches used calibration documents, only these searches are used. If there are no such
-        searches, the change names none.
+        The change, with the searches that removed exactly these layers as their final result, or
+        else at an earlier step. Searches that used calibration documents are preferred.
     """
     contents = ledger.contents()
     choices = [
@@ -255,10 +250,9 @@ def find_repetition(ledger: Ledger, model: ModelIdentity, repetition: Change) ->
 def removal_by_search(
     ledger: Ledger, record: PruneRecord, deciding: CalibrationSet | None = None
 ) -> ModelChange:
-    """Return the change for a search's final removal, with the documents and cells that chose it.
+    """Return the final removal of a search, with the measurements that chose it.
 
-    If the best of several searches was chosen on some documents, `deciding` are these documents;
-    otherwise None.
+    `deciding` are the documents on which the best of several searches was chosen.
     """
     change = _build_removal(ledger.contents(), [(record, record.steps[-1])])
     return replace(change, documents=(*change.documents, *filter(None, [deciding])))
@@ -267,7 +261,7 @@ def removal_by_search(
 def _build_removal(
     contents: Contents, choices: Sequence[tuple[PruneRecord, PruneStep]]
 ) -> ModelChange:
-    """Build a removal of layers from the steps of searches that chose to remove these layers."""
+    """Build a removal of layers from the search steps that chose these layers."""
     records = [record for record, _ in choices]
     record, step = choices[0]
     order = record.order[: len(step.removed)]
@@ -292,7 +286,7 @@ def _accuracy(record: PruneRecord, step: PruneStep) -> Accuracy:
 
 
 def _strategy_text(record: PruneRecord, step: PruneStep) -> str:
-    """Return the name of a search's strategy, with the step's number if it is not the last step."""
+    """Return the name of a search's strategy, with the step's number for earlier steps."""
     number = record.steps.index(step) + 1
     is_complete = number == len(record.steps)
     return record.label if is_complete else f"{record.label}, step {number} of {len(record.steps)}"
@@ -314,12 +308,12 @@ def _documents_text(documents: CalibrationSet) -> str:
 
 
 def unused_documents(n: int) -> str:
-    """Return a text for the card about `n` documents that were not used to choose the change."""
+    """Describe the `n` documents that were not used to choose the change."""
     return f"{count_text(n, 'document')} that chose nothing"
 
 
 def count_choosing(ledger: Ledger, change: ModelChange, store: CellStore, extent: Extent) -> int:
-    """Count the documents in `extent` (requested documents) that were used to choose the change."""
+    """Count the requested documents (`extent`) that were used to choose the change."""
     cells = {cell.identity.key: cell for cell in ledger.cells()}
     keys: set[tuple[str, str, int]] = set()
     for calibration in change.documents:
@@ -329,6 +323,6 @@ def count_choosing(ledger: Ledger, change: ModelChange, store: CellStore, extent
 
 
 def _doc_keys(store: CellStore, docs: Mapping[str, Sequence[int]]) -> set[tuple[str, str, int]]:
-    """Return (task, split, number) of each document, to compare documents of different cells."""
+    """Return (task, split, number) of each document."""
     splits = {task.name: task.split for task in store.identity.benchmark.tasks}
     return {(task, splits[task], n) for task, numbers in docs.items() for n in numbers}

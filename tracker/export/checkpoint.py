@@ -1,7 +1,7 @@
 """Save a changed model as a checkpoint that plain transformers can load.
 
-First, a fresh process checks that the saved files give the results of the measured model. Then the
-model is published to the tracking backends, with links to the results that chose the change.
+A fresh process checks that the saved files give the measured results. Then the model is published
+to the tracking backends.
 """
 
 from __future__ import annotations
@@ -62,8 +62,7 @@ class ExportRequest:
 
     Attributes:
         change: The change of the model.
-        request: The model, and the benchmark on which the saved files are checked and whose metrics
-            the card shows.
+        request: The model, and the benchmark on which the saved files are checked.
         has_benchmark: False if the request's benchmark is only a placeholder.
         output: The folder to create.
         ledger: The results folder.
@@ -93,7 +92,7 @@ def model_request(model: str, benchmark: str | None, **settings: Any) -> CellReq
 
 
 def refuse_output(output: Path) -> None:
-    """Raise RequestError unless the output folder is empty, or is missing and can be created."""
+    """Raise RequestError unless the output folder is empty or can be created."""
     if output.is_dir() and not any(output.iterdir()):
         return
     if output.exists() or output.is_symlink():
@@ -115,8 +114,8 @@ def export(request: ExportRequest, progress: Progress) -> ExportedModel:
 
     Raises:
         RequestError: The request is invalid; nothing was computed or written.
-        WorkError: The saved model differs from the measured model, or cannot be written; no file is
-            left in the output folder.
+        WorkError: The saved model differs from the measured model, or cannot be written. No file is
+            left.
     """
     from tracker.models.checkpoint import check_layer_changes, check_plain_weights, release_memory
 
@@ -171,8 +170,7 @@ def publish(
 
     Args:
         model: The saved model.
-        source_cells: Results (records of cells) that chose the change, or that measured the changed
-            model.
+        source_cells: Results that chose the change, or that measured the changed model.
         track: The tracking backends, each as `BACKEND` or `BACKEND:PROJECT`.
         project: The project for entries of `track` that name no project.
         results: The results folder.
@@ -198,7 +196,7 @@ def publish(
 def _measure_cost(
     request: ExportRequest, progress: Progress
 ) -> tuple[CellRecord | None, MeasuredCell | None]:
-    """Return the changed model's results on the benchmark, after measuring missing results."""
+    """Return the changed model's results on the benchmark; measure them if necessary."""
     cell, record, ledger = request.request, None, request.ledger
     ablation = request.change.ablation
     if request.change.kind != "quantised":  # the choice of formats was measured as a whole
@@ -216,10 +214,9 @@ def _measure_cost(
 def _write_checkpoint(
     request: ExportRequest, source: ModelSource, folder: Path, progress: Progress
 ) -> tuple[ExportedModel, ExpectedAnswers]:
-    """Write the checkpoint; return its facts, and the logits that the saved files must reproduce.
+    """Write the checkpoint; return facts about it, and logits for checking the saved files.
 
-    No model stays in memory after the call, because the process that proves the files needs the
-    memory.
+    No model stays in memory after the call.
     """
     from tracker.models import checkpoint
     from tracker.models.load import load_model
@@ -258,7 +255,7 @@ def _write_checkpoint(
 
 
 def _write_formats(model: ExportedModel, folder: Path) -> None:
-    """Write a file with the format of each weight, and the recipe for each tool to its own file."""
+    """Write a file with the format of each weight, and one file per recipe."""
     facts = {"tracker": __version__, "base": model.base.source, "formats": model.formats}
     (folder / FORMATS_FILE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     for recipe in ordered_recipes(model.recipes):
@@ -307,7 +304,7 @@ def _refuse_small_disk(folder: Path, size: int) -> None:
 
 @contextmanager
 def draft_folder(output: Path) -> Iterator[Path]:
-    """Yield a temporary folder, which is renamed to `output` on success and deleted on failure."""
+    """Yield a temporary folder; rename it to `output` on success, or delete it on failure."""
     try:
         with new_folder(output) as folder:
             yield folder

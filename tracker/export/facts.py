@@ -57,18 +57,16 @@ class Proof:
     """Result of comparing the saved files with the changed model, in a fresh process.
 
     Attributes:
-        texts: The number of texts whose logits were compared.
-        difference: The largest difference of a logit between the saved files and the changed model
-            in memory.
+        texts: The number of compared texts.
+        difference: The largest difference between logits of the saved files and of the changed
+            model in memory.
         tasks: The tasks that lm-eval scored; empty without a benchmark.
         documents: The number of documents that lm-eval scored.
-        figure: Name of the metric → lm-eval's value, which equals tracker's value up to rounding if
-            `ties` is 0. Empty unless lm-eval scored exactly the measured documents, and these
-            belong to one task.
+        figure: Name of the metric → lm-eval's value. Empty unless lm-eval scored exactly the
+            measured documents of a single task.
         loglikelihood: The largest difference between lm-eval's and tracker's log-likelihood of the
             same request, in nats.
-        ties: Number of documents whose metrics differ only because rounding changes the order of
-            two nearly equal answers.
+        ties: Number of documents whose metric differs because two answers are nearly equal.
         versions: The versions of transformers and lm-eval.
     """
 
@@ -110,7 +108,7 @@ _TAGS = {
 
 @dataclass(frozen=True)
 class ModelChange:
-    """A change of a model that an export saves, and how the change was chosen.
+    """A change of an exported model, and how the change was chosen.
 
     Attributes:
         ablation: The change: removed layers, repeated layers, or weights rounded to formats.
@@ -121,8 +119,7 @@ class ModelChange:
             documents were used.
         tested: Metrics before and after the change, measured on documents that were not used to
             choose the change.
-        chosen_by: Records of the measurements that chose the change. Tracking backends link the
-            model to these measurements.
+        chosen_by: Records of the measurements that chose the change.
         documents: The documents on which the change was chosen.
     """
 
@@ -179,22 +176,19 @@ class ExportedModel:
         kept_layers: For each layer of the saved model, the number of the original layer, e.g. for
             later distillation.
         before: The size of the original model.
-        after: The size of the saved model. Bytes are those of a file that stores each weight in its
-            quantised format.
+        after: The size of the saved model. Bytes are counted with each weight in its quantised
+            format.
         faster: Speed of forward passes as a multiple of the original model's speed: median and
-            quartiles over timings that alternate between the two models. None if other work on the
-            machine disturbed the timing.
+            quartiles. None if other work on the machine disturbed the timing.
         speed_on: Description of the hardware and the texts of the timing; empty if not measured.
         recipes: Tool → recipe to make the same model with this tool; empty if no tool can make the
             model.
         resized: Names of changed configuration entries, except for the number of layers.
         formats: Path of each rounded weight → its format.
-        accuracy: Metrics before and after the change; a metric that was measured for this export
-            comes first.
+        accuracy: Metrics before and after the change.
         proof: Result of the check that the saved files give the measured results.
         locations: Tracking backend → location of the published model.
-        unpublished: Tracking backend → error; contains the backends to which the model could not be
-            published.
+        unpublished: Tracking backend → error, for each backend that failed.
     """
 
     folder: Path
@@ -248,7 +242,7 @@ class ExportedModel:
         )
 
     def figures(self) -> dict[str, float]:
-        """Return the model's numeric facts; every tracking backend accepts the names."""
+        """Return the model's numeric facts, by name."""
         kind = self.change.kind
         figures: dict[str, float] = {
             f"{name}/{quantity}": number

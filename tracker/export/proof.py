@@ -85,7 +85,7 @@ def expected_answers(loaded: LoadedModel, model: PreTrainedModel, device: str) -
 
 @dataclass(frozen=True)
 class MeasuredCell:
-    """Measured results of the changed model that is saved, for each document of a benchmark.
+    """Measured results of the changed model on a benchmark.
 
     Attributes:
         request: The model and the benchmark.
@@ -99,7 +99,7 @@ class MeasuredCell:
 
     @property
     def metric(self) -> str:
-        """Name of the metric that the request names, or of the benchmark's own metric."""
+        """Name of the requested metric, by default the benchmark's own metric."""
         return self.store.views.view_of(self.request).metric
 
     @cached_property
@@ -225,7 +225,7 @@ def _refuse_other_model(answer: Answer, expected: ExpectedAnswers) -> None:
 
 
 def _compare_logits(logits: Sequence[torch.Tensor], expected: ExpectedAnswers) -> float:
-    """Return the largest difference from the expected logits; raise WorkError if it is large."""
+    """Return the largest difference from the expected logits; raise WorkError if too large."""
     max_nats, max_share = HALF_TOLERANCE if expected.is_half else SINGLE_TOLERANCE
     largest = 0.0
     for text, their_logits, our_logits in zip(PROOF_TEXTS, logits, expected.logits, strict=True):
@@ -240,7 +240,7 @@ def _compare_logits(logits: Sequence[torch.Tensor], expected: ExpectedAnswers) -
 
 
 def _compare_outcomes(answer: Answer, cell: MeasuredCell, is_half: bool) -> tuple[float, int]:
-    """Compare lm-eval's and measured results; return the largest difference and number of ties."""
+    """Compare lm-eval's results with the measured results; return (largest difference, ties)."""
     frame = cell.store.read()
     rows = frame[frame["ablation"] == cell.ablation.name].set_index(["task", "doc"])
     largest, ties, keys = 0.0, set(), set()
@@ -285,7 +285,7 @@ def _compare_figure(answer: Answer, cell: MeasuredCell, ties: int) -> dict[str, 
 
 
 def _answer_difference(row: Mapping[str, Any], answers: Sequence[Any]) -> float:
-    """Return the largest difference of a document's log-likelihoods, lm-eval's vs. measured."""
+    """Return the largest difference between lm-eval's and the measured log-likelihoods."""
     if answers and isinstance(answers[0], str):
         return 0.0
     values = [float(answer[0] if isinstance(answer, list) else answer) for answer in answers]

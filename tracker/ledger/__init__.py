@@ -1,8 +1,8 @@
-"""Store the measured result (outcome) of each document in a results folder (ledger) of files.
+"""Store the measured result (outcome) of each document in a results folder (ledger).
 
 Modules:
     blocks: Divide documents into blocks; one process computes a block at a time.
-    cache: Keep a per-user cache that ignores entries which others can have written.
+    cache: Keep a cache for each user; entries that other users can write are ignored.
     cells: Read and write one cell: the outcomes of one model on one benchmark.
     files: Write files atomically, with locks and digests.
     outcomes: Define the columns of a shard, which is a file of outcomes.
@@ -10,5 +10,5 @@ Modules:
     store: Read and write the results folder.
     texts: Store the texts of documents.
     verify: Verify a results folder, and compare two copies.
-    views: Name cells, and store which runs and documents of a cell were requested (views).
+    views: Name cells, and store the requests for a cell's results (views).
 """

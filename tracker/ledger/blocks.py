@@ -19,7 +19,7 @@ MAX_OUTCOMES = 2048
 
 @dataclass(frozen=True, order=True)
 class Block:
-    """Up to `BLOCK_SIZE` documents of one task that are consecutive in a given order.
+    """Up to `BLOCK_SIZE` consecutive documents of one task, in a given order.
 
     Attributes:
         task: The lm-eval task.
@@ -34,13 +34,13 @@ class Block:
 
     @property
     def name(self) -> str:
-        """Name of the block in file names: task, seed if any, and number of the block."""
+        """Name of the block in file names, with task, seed and number."""
         order = "" if self.seed is None else f"+{self.seed}"
         return f"{quote(self.task, safe='')}{order}.{self.number:05d}"
 
 
 class ScheduledBlock(NamedTuple):
-    """A block to measure, its number of documents, and the end of its part of a document order.
+    """A block to measure, and its place in an order of documents.
 
     When this block is finished, the first `end` documents of the order have been measured.
     """
@@ -53,10 +53,9 @@ class ScheduledBlock(NamedTuple):
 def schedule_blocks(
     order: Sequence[str], counts: Mapping[str, int], seed: int | None = None
 ) -> list[ScheduledBlock]:
-    """List the blocks to measure for an order of documents, in the order of measurement.
+    """List the blocks to measure, in the order of measurement.
 
-    All documents of a block belong to one task. When the first document of a block is needed, the
-    whole block is measured.
+    When the first document of a block is needed, the whole block is measured.
 
     Args:
         order: The task of each document, in the order of the documents.
@@ -81,15 +80,14 @@ def schedule_blocks(
 def split_missing(
     missing: Mapping[tuple[str, ...], Sequence[int]],
 ) -> Iterator[tuple[tuple[str, ...], Sequence[int]]]:
-    """Split the missing outcomes of a block into portions that are computed and written in turn.
+    """Split the missing outcomes of a block into small portions.
 
     Args:
-        missing: Names of ablations → numbers of the documents that lack the outcomes of exactly
-            these ablations.
+        missing: Names of ablations → numbers of the documents without outcomes under these
+            ablations.
 
     Yields:
-        Names of ablations, and numbers of documents to measure under these ablations: at most
-        `MAX_OUTCOMES` outcomes, or one document. So a killed process loses little work.
+        Names of ablations, and numbers of documents to measure under these ablations.
     """
     for names, documents in missing.items():
         size = max(1, MAX_OUTCOMES // len(names))
@@ -99,6 +97,6 @@ def split_missing(
 
 @lru_cache(maxsize=256)
 def document_positions(task: str, documents: Sequence[int], seed: int | None) -> Mapping[int, int]:
-    """Map each document number to its position in the random order of `seed` (None = as given)."""
+    """Map each document to its position in the random order of `seed` (None = as given)."""
     order = documents if seed is None else random_order(seed, task, documents)
     return {number: position for position, number in enumerate(order)}

@@ -1,13 +1,11 @@
 """Keep a per-user cache, and ignore entries that other users can have written.
 
-An entry decides, for example, which model files are read. The digest of an entry reveals damage,
-but not who wrote the entry. So an entry is trusted only if nobody except this user and root can
-have written it. Otherwise the entry is computed again. Trust is decided by the owners and
-permissions of files on POSIX systems. On other systems, every entry is trusted.
+An entry is trusted only if its owner and permissions show that no other user can have written it,
+except root. Otherwise the entry is computed again. On systems other than POSIX, every entry is
+trusted.
 
-Results of self-checks are stored, so that each check runs once per user. Check results are stored
-in the results folder, since the results depend on these checks, and in the cache, for use in other
-results folders. If others can write a results folder, its check results are not trusted, and the
+Results of self-checks are stored in the results folder and in the cache, so that each check runs
+once per user. If others can write a results folder, its check results are not trusted, and the
 cache is used instead.
 """
 
@@ -58,9 +56,8 @@ def is_private(path: Path, root: Path) -> bool:
         root: The topmost folder whose owner and permissions are checked.
 
     Returns:
-        True if `path` and all folders up to `root` belong to this user or to the superuser, are not
-        links, and are protected from changes by other users. OSError is raised if `path` is
-        missing.
+        True if no other user can have written `path` or a folder up to `root`, and none of them is
+        a link. OSError is raised if `path` is missing.
     """
     is_exposed = False
     for checked in (path, *path.parents):
@@ -92,7 +89,7 @@ def keep(kind: str, key: str, content: Mapping[str, Any]) -> None:
 
 
 def read_trusted(root: Path, kind: str, key: str) -> dict[str, Any]:
-    """Return the content of an entry under `root`; {} if the entry is missing or not trusted."""
+    """Return an entry's content; {} if the entry is missing or not trusted."""
     path = note_path(root, kind, key)
     with suppress(OSError):
         path.lstat()
@@ -109,8 +106,7 @@ def note_path(root: Path, kind: str, key: str) -> Path:
 def private_folder(name: str) -> Path:
     """Create or open a folder in the cache that only this user and root can write.
 
-    If the folder cannot be created, or if others can write the folder or a file in the folder, a
-    temporary folder is returned instead.
+    If that is impossible, a temporary folder is returned instead.
     """
     root = cache_folder()
     folder = root / name
@@ -156,7 +152,7 @@ _CHECKS_KIND = "checks"
 
 
 class Checks:
-    """Storage of self-check results (verdicts) as text; a key is a hash of a check's inputs."""
+    """Storage of self-check results (verdicts); a key is a hash of the check's inputs."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
@@ -172,7 +168,7 @@ class Checks:
         return None
 
     def keep(self, key: str, verdict: str) -> None:
-        """Write a verdict to the results folder and the cache, as far as these are writable."""
+        """Write a verdict to the results folder and the cache, where these are writable."""
         self._write_note(key, verdict)
         keep(_CHECKS_KIND, key, {"verdict": verdict})
 

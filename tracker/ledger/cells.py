@@ -1,4 +1,4 @@
-"""Read and write the files of one cell, i.e. of the results of one model on one benchmark."""
+"""Read and write the files of one cell: the results of one model on one benchmark."""
 
 from __future__ import annotations
 
@@ -44,11 +44,10 @@ log = logging.getLogger(__name__)
 
 
 class CellStore:
-    """Files of one cell: the results of one model on one benchmark, by document and ablation.
+    """Files of one cell: the results of one model on one benchmark.
 
     An outcome is the result of one document under one ablation; a shard is a file of outcomes.
-    Outcomes in `copies`, the same cell in other results folders, are read too. `views` stores which
-    runs and documents were requested, and `texts` stores the documents' texts.
+    Outcomes are also read from `copies`, which are the same cell in other results folders.
     """
 
     def __init__(
@@ -89,12 +88,11 @@ class CellStore:
     def missing_outcomes(
         self, block: Block, extent: Extent, ablations: Collection[str]
     ) -> dict[tuple[str, ...], list[int]]:
-        """Group a block's requested documents by the ablations that are not measured on them yet.
+        """Group a block's requested documents by their missing ablations.
 
-        Returns a dict that maps each set of ablations to the documents that still lack outcomes
-        under all of these ablations and no others. The names are in the order of `ablations`. Only
-        the documents in `extent` are considered. Outcomes that were measured in another order of
-        the documents also count. Documents that lack no outcome are left out.
+        Returns a dict that maps names of ablations to the documents that are not measured under
+        these ablations yet. Complete documents are left out. Outcomes that were measured in another
+        order of the documents also count.
         """
         frame = self.read_block(block, extent, ["doc", "ablation"])
         measured = set(zip(frame["doc"], frame["ablation"], strict=True))
@@ -134,7 +132,7 @@ class CellStore:
         return seeds.union(*(copy._seeds() for copy in self._copies))
 
     def read_documents(self, extent: Extent, columns: list[str] | None = None) -> pd.DataFrame:
-        """Read the outcomes of the requested documents, measured in any document order.
+        """Read the outcomes of the requested documents.
 
         Args:
             extent: The requested documents.
@@ -153,7 +151,7 @@ class CellStore:
         return frame.loc[is_requested]
 
     def is_complete(self, extent: Extent, ablations: Collection[str]) -> bool:
-        """Return whether each requested document has an outcome under each of the ablations."""
+        """Return whether each requested document has an outcome under each ablation."""
         names = self.read_documents(extent, ["task", "doc", "ablation"])["ablation"]
         n_requested = sum(self.counts(extent).values()) * len(set(ablations))
         return bool(names.isin(ablations).sum() == n_requested)
@@ -161,7 +159,7 @@ class CellStore:
     def write(
         self, block: Block, rows: Sequence[Mapping[str, object]], metadata: Mapping[str, object]
     ) -> None:
-        """Write outcomes of documents of one block to a new file of outcomes (shard).
+        """Write outcomes of one block to a new file (shard).
 
         Args:
             block: The block that contains the documents.
@@ -179,7 +177,7 @@ class CellStore:
     def import_shard(self, path: Path) -> str:
         """Move a shard from another folder into the cell, and return the shard's new file name.
 
-        The file can have any name. ValueError is raised if the file is not a shard of this cell.
+        ValueError is raised if the file is not a shard of this cell.
         """
         try:
             shard = read_shard(path.read_bytes())
@@ -195,7 +193,7 @@ class CellStore:
     def _find_block(self, shard: Shard) -> Block:
         """Return the block that contains all documents of a shard; ValueError if there is none.
 
-        The shard must have been read with the columns task and doc.
+        The shard must have the columns task and doc.
         """
         if problem := format_problem(shard.metadata.get("format")):
             raise ValueError(f"it {problem}")
@@ -228,9 +226,8 @@ class CellStore:
     ) -> pd.DataFrame:
         """Read the outcomes of the given blocks as a data frame.
 
-        A damaged shard is renamed with a warning, so that its outcomes are measured again. If a
-        document was tokenised differently from the rest of the cell, its outcomes are left out, and
-        the file is reported in `mixed`.
+        A damaged shard is renamed with a warning. Outcomes with other tokens than the rest of the
+        cell are left out, and their file is reported in `mixed`.
 
         Args:
             blocks: The blocks to read; None = all blocks.
@@ -273,11 +270,9 @@ class CellStore:
             yield from copy._intact_shards(blocks, columns)
 
     def _join_shards(self, shards: Mapping[Path, pd.DataFrame]) -> pd.DataFrame:
-        """Join shards into one data frame that contains a single tokenisation of each document.
+        """Join shards into one data frame, with only one tokenisation of each document.
 
-        If a document has several tokenisations, only the outcomes of the most frequent tokenisation
-        are kept. Outcomes from earlier versions of tracker, which have no digest of the tokens, are
-        always kept.
+        Only the outcomes with a document's most frequent tokenisation are kept.
         """
         frame, key = pd.concat(shards.values()), ["task", "doc", DIGEST_COLUMN]
         if DIGEST_COLUMN not in frame:
@@ -293,7 +288,7 @@ class CellStore:
         return frame[~pd.MultiIndex.from_frame(frame[key]).isin(rare_digests)]
 
     def _exclude_shard(self, path: Path, stack: Mapping[str, str]) -> None:
-        """Add to `mixed` a shard whose tokens differ, with a message that says what to do."""
+        """Add a shard with other tokens to `mixed`, with advice for the user."""
         base = self.identity.provenance
         versions = tokeniser_differences(stack, base), tokeniser_differences(base, stack)
         self.mixed[str(path)] = _OTHER_TOKENS.format(*versions)
@@ -333,7 +328,7 @@ class CellStore:
         return None
 
     def damaged_shards(self) -> dict[str, str]:
-        """Return the unusable shards that are not replaced yet, as path → advice to the user."""
+        """Return the damaged shards that are not replaced yet, as path → advice to the user."""
         stems = {path.stem for path in self.shards()}
         paths = {p for p in self._shards.glob(f"*{ASIDE_SUFFIX}") if p.stem not in stems}
         messages = dict.fromkeys(map(str, sorted(paths | self._unread)), SHARD_SET_ASIDE)
@@ -345,8 +340,7 @@ class CellStore:
     def shard_digests(self, verify_all: bool = False) -> list[tuple[str, str]]:
         """List (file name, SHA-256) of every undamaged shard, including shards in copies.
 
-        A shard is verified again only if the size or time of its file has changed, or if
-        `verify_all` is true.
+        A shard is verified again only if its file has changed, or if `verify_all` is true.
         """
         note, former, verified = self._verified_path, read_note(self._verified_path), {}
         for path in self.shards():
@@ -365,7 +359,7 @@ class CellStore:
         return digests + [pair for copy in self._copies for pair in copy.shard_digests(verify_all)]
 
     def lost_shards(self) -> list[str]:
-        """List shards that were once verified and are now missing, except damaged shards."""
+        """List shards that were verified earlier and are now missing."""
         paths = map(self._shards.joinpath, read_note(self._verified_path))
         pairs = ((path, path.with_suffix(ASIDE_SUFFIX)) for path in paths)
         return [path.name for path, aside in pairs if not any(map(os.path.lexists, (path, aside)))]
@@ -387,7 +381,7 @@ class CellStore:
         return list(metadata.values())
 
     def siblings(self) -> list[CellStore]:
-        """List other cells whose folders have the same names of model and benchmark."""
+        """List other cells with the same names of model and benchmark."""
         prefix = self.folder.name[: -len(self.identity.key[:12])]
         stores = []
         for folder in sorted(self.folder.parent.glob(f"{glob.escape(prefix)}*")):
@@ -399,10 +393,9 @@ class CellStore:
 
     @cached_property
     def _earliest_date(self) -> str:
-        """The earliest date for new outcomes: one second after the last measurement of `siblings`.
+        """The earliest date for new outcomes: just after the last measurement of `siblings`.
 
-        New outcomes of this cell get at least this date, even if the machine's clock shows an
-        earlier time. The date is empty if `siblings` have no measurements.
+        The date is empty if `siblings` have no measurements.
         """
         dates = (last_measured(sibling.all_metadata()) for sibling in self.siblings())
         if not (last_date := max(dates, default="")):
@@ -421,10 +414,10 @@ class CellStore:
         return sorted(self._shards.glob("*.parquet"))
 
     def seconds(self, documents: Mapping[str, Collection[tuple[str, int]]]) -> float:
-        """Return how many seconds the measurement of the given outcomes took.
+        """Return the duration of the measurement of the given outcomes, in seconds.
 
         `documents` maps the name of each ablation to (task, number) of documents. If a shard also
-        contains other outcomes, only the corresponding fraction of the shard's time counts.
+        contains other outcomes, only a fraction of its time counts.
         """
         total = 0.0
         for path in self.shards():
@@ -438,10 +431,9 @@ class CellStore:
         return total
 
     def read_derived(self, state: str, name: str, kind: type[Derived]) -> Derived | None:
-        """Return the stored record of the view `name`; None if the record is missing or outdated.
+        """Return the stored record of the view `name`; None if it is missing or outdated.
 
-        `state` is a hash of all inputs from which the record is computed. A record is outdated if
-        it was stored with a different hash.
+        `state` is a hash of the record's inputs. A record with a different hash is outdated.
         """
         note = read_note(self._derived_path(name, kind))
         if note.get("state") != state:
@@ -454,8 +446,7 @@ class CellStore:
     def write_derived(self, state: str, name: str, record: Record) -> None:
         """Store a record that was computed for the view `name`, if the folder is writable.
 
-        No record is stored if shards were excluded because of other tokens (`mixed`). So the next
-        process reads the outcomes again and also reports these shards.
+        No record is stored if shards were excluded because of other tokens (`mixed`).
         """
         if self.mixed:
             return
@@ -469,15 +460,14 @@ class CellStore:
         return self.folder / "derived" / f"{view_file_name(name)}{suffix}.json"
 
     def receipt(self, destination: str) -> dict[str, str]:
-        """Return the note on what was last published to a destination; {} if there is none."""
+        """Return the note on the last publication to a destination; {} if there is none."""
         note = read_note(self._receipt_path(destination))
         return note if {"record", "location"} <= set(note) else {}
 
     def add_receipt(self, destination: str, **receipt: str) -> None:
-        """Write a note (receipt) on what was published, or will be published, to a destination.
+        """Write a note (receipt) on a finished or planned publication to a destination.
 
-        A receipt contains the digest of the published `record`, the `location` of the runs, the
-        name of the `view`, and the name of the destination's file (`place`).
+        A receipt contains, for example, the `location` of the runs and the name of the `view`.
         """
         write_note(self._receipt_path(destination), receipt)
 
@@ -485,9 +475,10 @@ class CellStore:
         return self.folder / "receipts" / f"{destination[:32]}.json"
 
     def begin_search(self, command: Sequence[str]) -> None:
-        """Record that a search measures the cell, which counts as unfinished until the search ends.
+        """Record that a search has begun to measure the cell.
 
         `command` is the command that started the search, without the option for the results folder.
+        The cell counts as unfinished until `end_search`.
         """
         write_note(self._search_path(command), {"command": list(command)})
 
@@ -498,7 +489,7 @@ class CellStore:
             self._search_path(command).parent.rmdir()
 
     def running_searches(self) -> list[list[str]]:
-        """List the commands of searches that have begun to measure the cell and have not ended."""
+        """List the commands of unfinished searches that measure the cell."""
         notes = map(read_note, sorted(self.folder.glob("begun/*.json")))
         return [[str(word) for word in note.get("command", ())] for note in notes]
 
@@ -506,7 +497,7 @@ class CellStore:
         return self.folder / "begun" / f"{content_hash(list(command))[:32]}.json"
 
     def published_places(self, *views: str) -> list[str]:
-        """Return the destinations to which any of the given views was published or will be."""
+        """List the destinations of finished and planned publications of the given views."""
         notes = map(read_note, sorted(self.folder.glob("receipts/*.json")))
         names = (note.get("place") for note in notes if note.get("view") in views)
         return list(dict.fromkeys(filter(None, names)))

@@ -1,6 +1,6 @@
 """Write files atomically, with locks and digests.
 
-A note is a small JSON file with a digest of its content, which reveals damage and edits.
+A note is a small JSON file with a digest of its content.
 """
 
 from __future__ import annotations
@@ -29,8 +29,7 @@ from tracker.schema.provenance import content_hash
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file under a temporary name, flush it to disk, and rename it to `path`.
 
-    If the path is a standard stream, device or pipe, the content is written directly, because a
-    rename would replace the stream.
+    To a standard stream, device or pipe, the content is written directly.
 
     Args:
         path: The path of the file.
@@ -74,7 +73,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def find_stream(path: Path) -> Path | int | None:
-    """Return the standard stream, device or pipe that a path refers to; None for a file."""
+    """Return the stream, device or pipe at a path; None for a file."""
     with suppress(OSError):
         status = path.stat()
         for descriptor in (1, 2):
@@ -97,7 +96,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def lock_file(path: Path, timeout: float = -1) -> FileLock:
-    """Return a lock file object, not acquired yet, by which processes exclude each other.
+    """Return a file lock that is not acquired yet.
 
     The folder of the lock file is created if needed. Raises WorkError if the lock file cannot be
     created or written. `timeout` is the maximum waiting time in seconds; a negative number means no
@@ -129,8 +128,7 @@ def make_folder(path: Path) -> None:
 def new_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder that is renamed to `path` at the end, or deleted on failure.
 
-    While a temporary folder is in use, its process holds a lock. Temporary folders without a held
-    lock come from killed processes and are deleted first.
+    Temporary folders that killed processes have left are deleted first.
     """
     for lock_path in path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 16}.lock"):
         with suppress(OSError, WorkError), lock_file(lock_path, timeout=0):
@@ -156,8 +154,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 def share_with_group(path: Path) -> None:
     """Give a new file the write permissions of its folder, ignoring the umask.
 
-    Without these permissions, one user's locks and notes would block other users of a shared
-    folder.
+    Otherwise, other users of a shared folder could not write the file.
     """
     with suppress(OSError):  # another user's
         status, parent = path.stat(), path.parent.stat()
@@ -171,7 +168,7 @@ def share_with_group(path: Path) -> None:
 
 @contextmanager
 def shared_umask(folder: Path) -> Iterator[None]:
-    """Set the process's umask in a `with` block so that new files get a folder's permissions."""
+    """Give new files in a `with` block the permissions of a folder, by setting the umask."""
     before = os.umask(0)
     added_mode = _shared_mode(folder.stat())
     os.umask(before & ~(added_mode | (added_mode & 0o022) >> 1))
@@ -182,7 +179,7 @@ def shared_umask(folder: Path) -> Iterator[None]:
 
 
 def _shared_mode(folder: os.stat_result) -> int:
-    """Return the permission bits for group and others that new files in a folder should have."""
+    """Return the permissions of group and others for new files in a folder."""
     group_mode = 0o060 if folder.st_mode & stat.S_IWGRP else 0
     is_public = folder.st_mode & stat.S_IWOTH and not folder.st_mode & stat.S_ISVTX
     return group_mode | (0o006 if is_public else 0)
@@ -198,12 +195,12 @@ def owner_name(path: Path) -> str:
 
 
 def write_problem(path: Path) -> str:
-    """Return an error message about a file or folder that this user is not allowed to write."""
+    """Return an error message about a file or folder that this user cannot write."""
     return f"{path} belongs to {owner_name(path)}, and you have no permission to write it"
 
 
 def access_problem(folder: Path) -> str:
-    """Return an error message if an existing file or folder is not readable; otherwise empty."""
+    """Return an error message if a file or folder exists but is not readable; otherwise ""."""
     if not os.path.lexists(folder):
         return ""
     if os.access(folder, os.R_OK | (os.X_OK if folder.is_dir() else 0)):
@@ -235,12 +232,11 @@ def seal_note(content: Mapping[str, Any]) -> str:
 
 
 def parse_note(text: str | bytes, name: str | None = None) -> dict[str, Any]:
-    """Parse the text of a note; raise ValueError if its digest or its file name does not match.
+    """Parse the text of a note; raise ValueError if the digest or file name is wrong.
 
     Args:
         text: The text of the note's file.
-        name: Expected name of the note's file; None = any name. A note that an earlier version of
-            tracker wrote contains no file name and matches every name.
+        name: Expected name of the note's file; None = any name.
 
     Returns:
         The content of the note, without digest and file name.

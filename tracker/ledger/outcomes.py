@@ -46,13 +46,12 @@ def outcome_row(
         metrics: Name of each task metric → the metric's value for the responses.
         proxies: Number of measured tokens, and sums of layer statistics [statistic][layer] for the
             columns `PROXY_SUMS`; None unless the ablation is the baseline.
-        comparison: Number of responses that were checked against a really changed model, the
-            largest difference in nats, and the number of large differences where rounding alone
-            changes the model's output strongly. None if no response was checked.
-        repeated: The responses of a second computation, which shows the effect of rounding; None if
-            there was no second computation.
-        part_sums: Column of `PART_SUMS` → sum of a proxy of the part that the ablation changes;
-            None or empty if no proxy was measured.
+        comparison: Result of the check against a really changed model: number of responses, largest
+            difference in nats, and number of large differences due to rounding. None if no response
+            was checked.
+        repeated: The responses of a second computation, if there was one.
+        part_sums: Column of `PART_SUMS` → sum of a layer statistic; None or empty if nothing was
+            measured.
 
     Returns:
         The row, as column name → value.
@@ -99,7 +98,7 @@ _SCHEMA = {
 
 
 def outcome_table(rows: Sequence[Mapping[str, object]]) -> pa.Table:
-    """Build the table of a shard from results of `outcome_row`, with fixed column types.
+    """Build the table of a shard from results of `outcome_row`.
 
     A metric's column contains JSON text if any of its values is text, and numbers otherwise.
     """

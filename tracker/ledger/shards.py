@@ -8,9 +8,8 @@ The file's metadata holds JSON under `tracker`:
     digest      SHA-256 of the whole file, with 64 zeros in the digest's place
     …           details of the measurement: date, seconds, sharing
 
-Statistics that studies measure are also stored, as arrays with one row per document. Each block of
-documents has a file `observed/KIND/TASK.NUMBER.parquet` with a digest in the cell's folder. KIND
-names the measured quantity and the method.
+Statistics that studies measure are stored in `observed/KIND/TASK.NUMBER.parquet` in the cell's
+folder, one file per block of documents. KIND names the measured quantity and the method.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ _DIGEST = re.compile(rb'"digest": "([0-9a-f]{64})"')
 
 
 def shard_file(table: pa.Table, fields: Mapping[str, object]) -> bytes:
-    """Return the bytes of a shard's file with a table, the metadata `fields` and a digest."""
+    """Return the content of a shard's file with a table, metadata and a digest."""
     file_metadata = {"tracker": json.dumps({**fields, "digest": _EMPTY_DIGEST})}
     sink = pa.BufferOutputStream()
     with pq.ParquetWriter(sink, table.schema, compression="zstd") as writer:
@@ -51,7 +50,7 @@ def shard_file(table: pa.Table, fields: Mapping[str, object]) -> bytes:
 
 
 def shard_digest(content: bytes) -> str:
-    """Compute the digest that the metadata of an undamaged shard contains.
+    """Compute the digest of a shard's file.
 
     The result is an empty string if the file's metadata has no field for a digest.
     """
@@ -138,7 +137,7 @@ def write_observations(
 def read_observations(folder: Path, kind: str, block: Block) -> dict[int, DocumentArrays]:
     """Read the arrays that a study measured for a block, as document number → arrays.
 
-    The result is empty if the file is missing or damaged, so that the documents are observed again.
+    The result is empty if the file is missing or damaged.
     """
     try:
         shard = read_observation_file(_observation_path(folder, kind, block))
@@ -161,7 +160,7 @@ def read_observation_file(path: Path) -> Shard:
 
 
 def _file_identity(path: Path) -> str:
-    """Return a text with the cell key, kind and block of an observation file's path."""
+    """Return the cell key, kind and block of an observation file as one text."""
     cell, _, kind, block = path.parts[-4:]
     return f"{cell[-12:]}/{kind}/{block}"
 

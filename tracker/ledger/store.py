@@ -21,8 +21,7 @@ RESULTS/
   slurm/                    the logs of SLURM jobs
 
 Every file that reports show has a digest of its content. If a file does not match its digest, its
-content is computed or measured again. If the content cannot be measured again, the file is reported
-as damaged.
+content is measured again, or the file is reported as damaged.
 """
 
 from __future__ import annotations
@@ -87,7 +86,7 @@ def read_records(folder: Path, kind: type[RecordType], damaged: dict[str, str]) 
 
 
 def _repeat_command(path: Path) -> str:
-    """Return advice on which command writes a damaged file of results again."""
+    """Return advice on how to write a damaged file of results again."""
     if path.parent.name == "searches":
         return "type its `tracker prune` again"
     study, _, experiment = unquote(path.stem).partition("--")
@@ -108,11 +107,10 @@ class Contents:
     """Contents of a results folder that commands and reports show.
 
     Attributes:
-        views: Pairs of a cell and a requested view (runs, metric and documents), sorted by model
-            and benchmark.
-        unfinished: Pairs of an unfinished cell and a message. A cell is unfinished if a search that
-            measures the cell is running or was stopped. Cells with outcomes but without a view are
-            unfinished too, unless a finished search or study measured them.
+        views: Pairs of a cell and a request (runs, metric and documents), sorted by model and
+            benchmark.
+        unfinished: Pairs of an unfinished cell and a message, for example if a search that measures
+            the cell is running or was stopped.
         experiments: The stored experiment files: name → exact text.
         findings: The results of studies, sorted by name.
         searches: The results of searches, sorted by name.
@@ -128,12 +126,12 @@ class Contents:
 
     @property
     def search_keys(self) -> set[RecordKey]:
-        """Keys of the records of all cells that searches have measured."""
+        """Keys of all cell records that searches have measured."""
         return {record_key for record in self.searches for record_key in record.rests_on}
 
 
 class Ledger:
-    """A results folder; creating the object neither creates the folder nor writes to it.
+    """A results folder; the constructor does not create the folder.
 
     ResultsError is raised if `root` is a file, is damaged, or has the format of another version.
     """
@@ -226,7 +224,7 @@ class Ledger:
         return contents
 
     def _search_message(self, command: Sequence[str]) -> str:
-        """Return the message about an unfinished search, with the search's command if known."""
+        """Return the message about an unfinished search."""
         words = [*command, "--results", str(self.root)] if command else []
         message = UNFINISHED_CELL.replace("run", "search")
         return f"{message}: {shlex.join(words)}" if words else message
@@ -234,10 +232,9 @@ class Ledger:
     def open_cell(
         self, model: ModelIdentity, benchmark: BenchmarkIdentity, provenance: dict[str, str]
     ) -> CellStore:
-        """Open the cell of a model and a benchmark, or create a cell with the given provenance.
+        """Open the cell of a model and a benchmark, or create it.
 
-        Models with the same weights but different names share a cell, whose folder has the first
-        name.
+        Models with the same weights but different names share a cell.
         """
         self.create()
         digest = cell_key(model, benchmark)
@@ -259,7 +256,7 @@ class Ledger:
         return self._read_cell(folder)
 
     def find(self, request_key: str) -> CellStore | None:
-        """Return the cell that `index_cell` stored under the key of a request; None if missing."""
+        """Return the cell that `index_cell` stored for a request; None if there is none."""
         name = read_note(self._index_path(request_key)).get("cell")
         if name is None or Path(name).name != name:
             return None
@@ -269,17 +266,17 @@ class Ledger:
             return None
 
     def index_cell(self, request_key: str, cell: CellStore) -> None:
-        """Store which cell belongs to the key of a request, so that `find` returns this cell."""
+        """Store which cell belongs to a request; `find` returns this cell."""
         write_note(self._index_path(request_key), {"cell": cell.folder.name})
 
     def write_notes(self, notes: Mapping[Path, Mapping[str, Any]]) -> None:
-        """Write notes (path → content) into the results folder, and create the folder if needed."""
+        """Write notes (path → content) into the results folder."""
         for path, note in notes.items():
             self.create()
             write_note(path, note)
 
     def write_experiment(self, name: str, text: str) -> None:
-        """Store the exact text of an experiment file, and its digest as `sha256sum` writes it."""
+        """Store the exact text of an experiment file, and its SHA-256 in a second file."""
         self.create()
         path = self.root / "experiments" / name
         write_text(path, text)

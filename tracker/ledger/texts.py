@@ -1,7 +1,6 @@
-"""Store the texts of a cell's documents, in separate files from their outcomes.
+"""Store the texts of a cell's documents.
 
-Results do not depend on the texts, with one exception: for length-normalised accuracies, the margin
-between two options depends on their lengths.
+Results do not depend on the texts, except for the margins of length-normalised accuracies.
 """
 
 from __future__ import annotations
@@ -40,14 +39,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class StoredText:
-    """Text of a document, and whether the text is public: from the hub or from a package."""
+    """Text of a document, and whether the text is public."""
 
     text: DocumentText
     public: bool
 
 
 def text_row(document: Document, text: DocumentText, public: bool) -> dict[str, object]:
-    """Build the row with a document's text for a file of texts; shorten long questions."""
+    """Build the row of a document for a file of texts; shorten long questions."""
     question, half = text.question, MAX_QUESTION_LENGTH // 2
     if len(question) > MAX_QUESTION_LENGTH:
         question = f"{question[:half]} […] {question[-half:]}"
@@ -67,12 +66,12 @@ def _replace_surrogates(text: str) -> str:
 
 
 def is_text_file(path: Path) -> bool:
-    """Return whether the name of a published file shows that the file contains texts."""
+    """Return whether a file contains texts, according to its name."""
     return path.name.startswith(_NAME)
 
 
 class Texts:
-    """Stored texts of a cell's documents, also from copies of the cell in other results folders."""
+    """Stored texts of a cell's documents, including texts from copies of the cell."""
 
     def __init__(self, folder: Path, identity: CellIdentity, copies: Sequence[Texts] = ()) -> None:
         self._folder = folder / "texts"
@@ -84,14 +83,14 @@ class Texts:
         return sorted(self._folder.glob(f"{_NAME}*.parquet"))
 
     def file_names(self) -> list[str]:
-        """List the names of all files that `read` reads; each contains a hash of its documents."""
+        """List the names of all files that `read` reads."""
         return [path.name for texts in (self, *self._copies) for path in texts.files()]
 
     def add(self, block: str, rows: Iterable[Mapping[str, object]]) -> None:
         """Write the texts of a block's documents, except for texts that are already stored.
 
         Args:
-            block: The name of the documents' block; the caller must hold the lock of this block.
+            block: The name of the documents' block, which the caller must have locked.
             rows: One mapping per document, as from `text_row`.
         """
         paths = sorted(self._folder.glob(f"{_NAME}{block}.*.parquet"))
@@ -110,8 +109,7 @@ class Texts:
     def import_file(self, path: Path) -> str:
         """Copy a file of texts from another folder into the cell, and return its new name.
 
-        The file can have any name. ValueError is raised if the file does not contain texts of this
-        cell.
+        ValueError is raised if the file does not contain texts of this cell.
         """
         try:
             table, block = self._read_table(path)
@@ -128,7 +126,7 @@ class Texts:
         return stored_texts
 
     def read_file(self, path: Path) -> dict[tuple[str, int], StoredText]:
-        """Read one file of texts; rename a damaged file, and return an empty dict for it."""
+        """Read one file of texts; if it is damaged, rename it and return an empty dict."""
         try:
             table, _ = self._read_table(path)
         except OSError as error:  # the system has failed, not the file

@@ -24,13 +24,13 @@ _NO_TEXTS = "the damaged file of texts was renamed; no outcome is affected; dele
 
 @dataclass(frozen=True)
 class VerifiedCell:
-    """Result of verifying a cell (a model on a benchmark): counts of files, documents etc.
+    """Result of verifying a cell (the results of a model on a benchmark).
 
     Attributes:
         shards: Number of intact files of outcomes (shards).
         documents: Number of documents with outcomes.
         outcomes: Number of outcomes, one per document and ablation.
-        aside: Number of damaged shards that were renamed, in this verification or earlier.
+        aside: Number of damaged shards, which were renamed.
     """
 
     store: CellStore
@@ -54,10 +54,10 @@ class Verification:
 def verify_ledger(
     ledger: Ledger, progress: Callable[[int], None] = lambda cells: None
 ) -> Verification:
-    """Read and verify all files of a results folder, including files that were verified before.
+    """Read and verify all files of a results folder.
 
     A damaged shard is renamed, so that its outcomes are measured again. `progress` is called with
-    the number of cells that were verified since the last call.
+    the number of newly verified cells.
     """
     result = Verification(damaged=dict(ledger.contents().damaged))
     for store in ledger.cells():

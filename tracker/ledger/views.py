@@ -1,4 +1,4 @@
-"""Name cells, and store a cell's views: which runs, metric and documents were requested.
+"""Name cells, and store which runs, metric and documents of a cell were requested (views).
 
 A cell's key is a hash of all inputs that affect a document's outcome, such as weights, task and
 number of few-shot examples.
@@ -42,7 +42,7 @@ _LATER_SETTINGS = {
 
 
 def cell_key(model: ModelIdentity, benchmark: BenchmarkIdentity) -> str:
-    """Return a cell's key: the SHA-256, in hexadecimal, of its model, tasks and settings.
+    """Return a cell's key, a hexadecimal SHA-256 of its model, tasks and settings.
 
     The key does not depend on the selected documents, the ablated layers, the batch size or the
     shown metric. So later requests with other documents or layers add outcomes to the same cell.
@@ -64,11 +64,10 @@ def cell_key(model: ModelIdentity, benchmark: BenchmarkIdentity) -> str:
 def request_key(
     request: CellRequest, model_stamp: object, data_stamp: object, versions: Mapping[str, str]
 ) -> str:
-    """Return a hash by which a request's cell is found without loading the model or the data.
+    """Return a hash to find a request's cell without loading the model or the data.
 
-    The hash is SHA-256 in hexadecimal. Requests with equal keys belong to the same cell. Requests
-    with different keys can also belong to one cell, for example after an lm-eval update. The key
-    does not depend on the ablations, the number of documents or the metric.
+    Requests with equal keys belong to the same cell. The key does not depend on the ablations, the
+    number of documents or the metric.
     """
     documents = {"part": request.documents.part, "seed": request.documents.seed}
     settings = {**dict(request.model), **dict(request.benchmark), **documents}
@@ -112,7 +111,7 @@ class CellIdentity(Record):
 
 
 class RequestedView(Record):
-    """Content of a file in `requests/`: a view (runs, metric and documents) and its project."""
+    """Content of a file in `requests/`: a view and its project."""
 
     format: int = LEDGER_FORMAT
     project: str
@@ -155,13 +154,13 @@ class Views:
         Args:
             request: The request. Its documents must already be measured.
             project: The project to which tracking backends publish the runs.
-            named: True to store a separate view even if a stored view with more documents contains
-                the same runs.
+            named: True to store a separate view even if a larger stored view contains the same
+                runs.
             explicit: True if an experiment requests the view; False if only a study or a search
                 does.
 
         Returns:
-            The stored view that shows the results of the request, as from `display_view`.
+            The stored view that shows the results of the request.
 
         Raises:
             ResultsError: The view's file belongs to another user and is not readable.
@@ -175,18 +174,16 @@ class Views:
         return view
 
     def display_view(self, request: CellRequest, named: bool = False) -> View:
-        """Return the new or stored view that will show the results of a request.
+        """Return the view that shows the results of a request.
 
-        Requests with the same metric, documents, removed layers and `until` setting share one view,
-        which contains the runs of all these requests. If a stored view with more documents contains
-        all runs of `request` and `named` is false, this stored view is returned. Otherwise, the
-        returned view replaces each stored view with fewer documents whose runs it contains. Views
-        that were stored with `named` are never replaced.
+        Requests with the same metric, documents, removed layers and `until` setting share one view.
+        If `named` is false, a stored view with more documents is returned if it contains all runs
+        of `request`. Otherwise, the returned view can replace stored views with fewer documents.
         """
         return self._place_view(self.view_of(request), named)[0]
 
     def related_views(self, new: View) -> list[View]:
-        """List the readable stored views with the same metric, removed layers and seed as `new`."""
+        """List the stored views with the metric, removed layers and seed of `new`."""
         # A search has thousands of views, each without other layers.
         start = glob.escape(quote(view_name(new.removed, "", "", ""))[:_MAX_READABLE_NAME])
         patterns = (f"{start}[-.][!0-9]*", f"{start}-*-doc*") if new.removed else (f"{start}*",)
@@ -197,7 +194,7 @@ class Views:
     def _place_view(
         self, new: View, named: bool, explicit: bool = False
     ) -> tuple[View, list[View]]:
-        """Return the view to store, which contains the runs of `new`, and the views it replaces."""
+        """Return the view to store for `new`, and the stored views that it replaces."""
         name, views = self.view_name(new), {self.view_name(v): v for v in self.related_views(new)}
         if problem := access_problem(self.path(name)):
             raise ResultsError(f"{self.path(name)}: {problem}")
@@ -223,8 +220,7 @@ class Views:
     def read(self, text: str | bytes, name: str | None = None) -> RequestedView:
         """Parse the text of a file with a requested view; `name` is the expected file name.
 
-        ValueError is raised if the file is damaged, is a copy of another file, or does not fit the
-        cell.
+        ValueError is raised if the file is damaged or does not belong to the cell.
         """
         content = parse_note(text, name)
         if problem := format_problem(content.get("format")):
@@ -257,8 +253,7 @@ class Views:
             pattern: Glob pattern of the names of the files to read.
 
         Returns:
-            The stored views. Views without removed layers come first, and among these, views with
-            the benchmark's primary metric. Empty if no run was finished.
+            The stored views. Views without removed layers come first.
 
         Raises:
             ResultsError: A view's file is unusable, and `damaged` is None.
@@ -298,14 +293,14 @@ class Views:
         return view.model_copy(update={"supersedes": tuple(sorted(gone)), "beside": ""})
 
     def _label(self, view: View) -> str:
-        """Return a label, e.g. `100 documents`, to tell a view from others with the same metric."""
+        """Return a label that distinguishes a view from similar views, e.g. `100 documents`."""
         if view.until is not None:
             return f"until {view.until.question}, {count_text(len(view.until.runs), 'run')}"
         per_task = " per task" if len(self.identity.benchmark.tasks) > 1 else ""
         return "all documents" if view.size == math.inf else f"{view.size} documents{per_task}"
 
     def superseding_view(self, name: str) -> View | None:
-        """Return the stored view that replaced the view `name`; None if not replaced."""
+        """Return the stored view that has replaced the view `name`, or None."""
         if self.path(name).exists():
             return None
         views = (requested.view for requested in self.read_requested({}))
@@ -316,7 +311,7 @@ class Views:
         return view.name(self.identity.benchmark.primary_metric)
 
     def path(self, name: str) -> Path:
-        """Return the path of a view's file; earlier versions of tracker used other file names."""
+        """Return the path of a view's file, also if an earlier version of tracker wrote it."""
         if (path := self._path(name)).exists():
             return path
         for former_path in self.files():
@@ -330,6 +325,6 @@ class Views:
 
 
 def view_file_name(name: str) -> str:
-    """Return the name of a view's file without suffix, short enough for every file system."""
+    """Return the name of a view's file without suffix; long names are shortened."""
     name = quote(name, safe=",")
     return name if len(name) <= 100 else f"{name[:_MAX_READABLE_NAME]}--{content_hash(name)[:12]}"

@@ -2,9 +2,9 @@
 
 Modules:
     calibrate: Choose calibration texts for fitting the functions that replace layers.
-    derive: Compute figures, and results of `until` settings, from outcomes in the ledger.
+    derive: Compute figures and results of `until` settings from stored outcomes.
     executors: Measure cells in one process, several processes, Ray or SLURM.
-    fill: Measure those blocks of documents of a cell that have missing outcomes.
+    fill: Measure the missing outcomes of a cell.
     job: Define a job (unfinished requests of one cell) and the options of a run.
     meter: Measure documents of a cell on a loaded model.
     observing: Compute and store the per-document statistics of a model that studies need.

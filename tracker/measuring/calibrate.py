@@ -1,11 +1,10 @@
-"""Choose calibration texts on which the functions that replace layers are fitted.
+"""Choose calibration texts for fitting the functions that replace layers.
 
-Calibration texts come from the end of a benchmark's random order. Measured samples come from the
-beginning, so small samples contain no calibration texts. A calibration text is the context and gold
-continuation of a document. The gold answers are not used as labels.
+Calibration texts come from the end of a benchmark's random order, and measured samples from the
+beginning. A calibration text is the context and gold continuation of a document.
 
-For models in half precision, the module also chooses documents that are computed twice, to measure
-the effect of rounding.
+This module also chooses documents to compute twice in half precision, to measure the effect of
+rounding.
 """
 
 from __future__ import annotations
@@ -47,8 +46,7 @@ def repeated_documents(documents: Sequence[Document], seed: int) -> set[tuple[st
         seed: The seed of the random order of documents.
 
     Returns:
-        (Task, index) of each chosen document. If the cell gets more documents, the same documents
-        are chosen again, plus further documents.
+        (Task, index) of each chosen document.
     """
     closed = [document for document in documents if document.choices > 1]
     draws = {document.key: random.Random("/".join(map(str, document.key))) for document in closed}
@@ -65,7 +63,7 @@ FIRST_DOCUMENTS = 64
 
 
 class _LastDocuments(Extent):
-    """Selection of the last documents in each task's random order: up to half, at least one."""
+    """Selection of the last documents in each task's random order."""
 
     @override
     def select(self, task: str, documents: Sequence[int]) -> Sequence[int]:
@@ -75,7 +73,7 @@ class _LastDocuments(Extent):
 
 @dataclass(frozen=True)
 class CalibrationTexts:
-    """Texts on which the functions that replace layers are fitted.
+    """Texts for fitting the functions that replace layers.
 
     Attributes:
         texts: Token ids of each text; a text has at least two tokens.
@@ -94,11 +92,10 @@ class CalibrationTexts:
         return {"documents": self.documents, "tokens": self.tokens, "sha256": digest}
 
     def fit(self, engine: Engine, ablations: Sequence[Ablation]) -> dict[int, Replacement]:
-        """Fit the functions by which ablations replace layers, e.g. linear maps.
+        """Fit the functions that replace layers in ablations, e.g. linear maps.
 
         Args:
-            engine: The engine of the model. Its `quirks` must already contain the side effects that
-                the self-check found.
+            engine: The engine of the model, after the self-check has set its `quirks`.
             ablations: The ablations; those that replace no layer are ignored.
 
         Returns:

@@ -1,4 +1,4 @@
-"""Compute a cell's figures, and results of `until` settings, from outcomes; store them."""
+"""Compute and store figures of a cell and results of `until` settings."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tracker.schema.views import View
 
 
 def derive_record(store: CellStore, view: View) -> CellRecord:
-    """Return the figures of a view, from the stored record if valid, else from the outcomes."""
+    """Return the figures of a view; compute them if no valid record is stored."""
     state, name = _state_hash(store, view, *store.texts.file_names()), store.views.view_name(view)
     record = store.read_derived(state, name, CellRecord)
     if record is None:
@@ -37,7 +37,7 @@ _NOT_DERIVED = ("beside", "explicit", "supersedes")
 
 
 def derive_answer(store: CellStore, view: View) -> AnswerRecord | None:
-    """Return the result of a view's `until` setting, from the stored record if it is valid.
+    """Return the result of a view's `until` setting; compute it if no valid record is stored.
 
     Returns None if the view has no `until` setting. Raises ExperimentError or WorkError if no
     result can be computed.
@@ -55,10 +55,9 @@ def derive_answer(store: CellStore, view: View) -> AnswerRecord | None:
 
 
 def read_decisions(store: CellStore, view: View) -> DecisionsRecord | None:
-    """Return which documents get worse or better under each ablation of a view.
+    """Return the documents that get worse or better under each ablation of a view.
 
-    The stored record is returned if outcomes and texts have not changed; otherwise a new record is
-    computed. None is returned if no document is measured yet.
+    Returns None if no document is measured yet.
     """
     state, name = _state_hash(store, view, *store.texts.file_names()), store.views.view_name(view)
     record = store.read_derived(state, name, DecisionsRecord)
@@ -77,7 +76,7 @@ def _state_hash(store: CellStore, view: View, *extra: str) -> str:
 
 @cache
 def _code_hash() -> str:
-    """Return a hash of the code that computes records; records of other code are not reused."""
+    """Return a hash of the code that computes records."""
     package = Path(__file__).parents[1]
     return file_hash(path for name in DERIVED_BY for path in (package / name).rglob("*.py"))
 

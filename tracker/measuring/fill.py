@@ -1,7 +1,6 @@
 """Measure the missing outcomes of a cell, block by block; several processes can share a cell.
 
-Work is distributed only by locks: a process that holds the lock of a block measures and writes the
-block. The processes can belong to different commands on the same results folder.
+A process locks a block before measuring it. The processes can belong to different commands.
 """
 
 from __future__ import annotations
@@ -41,11 +40,10 @@ MeasureDocuments = Callable[[str, Sequence[str], Sequence[int], Advance], Measur
 
 
 def refuse_other_tokens(store: CellStore, facts: CellFacts, progress: Progress) -> None:
-    """Raise CellError if documents of a cell were tokenised differently when they were measured.
+    """Raise CellError if measured documents of a cell were tokenised differently than now.
 
-    `facts` contains the documents' current tokens and package versions. Outcomes that earlier
-    versions of tracker stored contain no information on tokens. If there are such outcomes and
-    package versions have changed, `progress` receives a warning.
+    `facts` contains the documents' current tokens and package versions. If old outcomes contain no
+    information on tokens, `progress` may receive a warning.
     """
     provenance = facts.provenance
     frame = store.read(columns=["task", "doc", DIGEST_COLUMN, PROVENANCE_COLUMN]).drop_duplicates()
@@ -66,7 +64,7 @@ def refuse_other_tokens(store: CellStore, facts: CellFacts, progress: Progress) 
 
 
 def _mixing_error(change: str, stored: Mapping[str, str], current: Mapping[str, str]) -> CellError:
-    """Build the error for a cell whose texts are now tokenised differently than before."""
+    """Build the error about texts that are tokenised differently than before."""
     old, new = tokeniser_differences(stored, current), tokeniser_differences(current, stored)
     advice = (
         ". Possible causes: a chat template that inserts the current date (set the date in "
@@ -88,8 +86,8 @@ class BlockWork(NamedTuple):
 
     Attributes:
         block: The block, which contains documents of one task.
-        missing: Names of ablations → numbers of the documents that lack outcomes under all of these
-            ablations and no others.
+        missing: Names of ablations → numbers of the documents without outcomes under these
+            ablations.
     """
 
     block: Block
@@ -101,8 +99,8 @@ class CellWork:
 
     Attributes:
         store: The cell on disk.
-        missing_responses: Block with missing outcomes → maximum number of requests still to be
-            scored, counted once per ablation.
+        missing_responses: Block with missing outcomes → maximum number of responses (requests ×
+            ablations) that are still to be computed.
     """
 
     def __init__(
@@ -124,10 +122,9 @@ class CellWork:
             progress: Receives counts and messages.
             extent: The requested documents; ignored if a race is given.
             names: Names of the requested ablations; ignored if a race is given.
-            race: Stopping rule (race) that chooses the next block and its ablations; None = measure
-                all requested outcomes.
-            condition: Condition variable that protects the state shared by workers, and that is
-                notified when a block is released.
+            race: Stopping rule that chooses the next block and its ablations; None = measure
+                everything.
+            condition: Condition variable that protects the state shared by workers.
         """
         self.store = store
         self._facts, self._progress, self._race = facts, progress, race
@@ -141,7 +138,7 @@ class CellWork:
 
     @property
     def total(self) -> int:
-        """Maximum number of requests of the cell still to be scored, counted once per ablation."""
+        """Maximum number of responses (requests × ablations) still to be computed."""
         return sum(self.missing_responses.values())
 
     @property
@@ -156,7 +153,7 @@ class CellWork:
 
     @contextmanager
     def take_block(self) -> Iterator[BlockWork | None]:
-        """Lock and yield a block with missing outcomes; yield None if other processes hold all."""
+        """Lock and yield a block with missing outcomes; yield None if all blocks are locked."""
         with ExitStack() as locks:
             with self._condition:
                 self._update_race()
@@ -183,7 +180,7 @@ class CellWork:
             self._update_race()
 
     def _lock_block(self, locks: ExitStack) -> BlockWork | None:
-        """Lock and return the first block with missing outcomes that is not locked, if any."""
+        """Lock and return the first unlocked block with missing outcomes, or None."""
         skipped: list[Block] = []
         while blocks := [block for block in self._free_blocks() if block not in skipped]:
             block = blocks[0]
@@ -237,7 +234,7 @@ class CellWork:
         self._progress.expect(self.total - n_missing)
 
     def _find_missing(self) -> dict[Block, int]:
-        """Map each block with missing outcomes to the maximum number of responses to compute."""
+        """Map each block with missing outcomes to its maximum number of missing responses."""
         extent, race = self._extent, self._race
         if race is None and not self.store.is_complete(extent, self._names):
             blocks = self.store.blocks(extent)
@@ -261,12 +258,12 @@ class CellWork:
         )
 
     def _report_responses(self, block: Block, n_pending: int, n_responses: int) -> None:
-        """Report that `n_responses` were computed; at least `n_pending` of the block remain."""
+        """Report `n_responses` new responses; at least `n_pending` of the block remain."""
         # The baseline is always computed with missing ablations; it is not counted again.
         self._report_done(block, max(n_pending, self.missing_responses.get(block, 0) - n_responses))
 
     def _report_done(self, block: Block, n_left: int) -> None:
-        """Report progress up to the point where `n_left` responses of the block are missing."""
+        """Report that only `n_left` responses of the block are still missing."""
         with self._condition:
             if (n_done := self.missing_responses.get(block, 0) - n_left) > 0:
                 self._progress.advance(n_done)
@@ -282,7 +279,7 @@ def open_work(
     """Open or create the cell of a job, and find the blocks with missing outcomes.
 
     Args:
-        job: The job, whose requests all belong to the cell.
+        job: The job.
         facts: Facts about the model and documents of the job.
         report: The results folder, and the receiver of counts and messages.
         condition: The lock of the workers that share the cell.
@@ -308,7 +305,7 @@ def open_work(
 
 
 def open_store(job: Job, facts: CellFacts, ledger: Ledger) -> CellStore:
-    """Open or create the cell of a job, and store the cell's name under the requests' key."""
+    """Open or create the cell of a job, and store which requests belong to the cell."""
     store = ledger.open_cell(facts.model, facts.benchmark, facts.provenance)
     # The commit of a hub model is known only now that the model is in the cache. All requests of a
     # job have the same key, because the key does not contain the changes.
@@ -326,8 +323,7 @@ def ablation_names(job: Job, store: CellStore) -> list[str]:
 def fill_cell(work: CellWork, measure: MeasureDocuments, progress: Progress) -> None:
     """Measure a cell's missing outcomes, and wait for outcomes that other processes measure.
 
-    If another process dies, the system releases the lock of its block, and this process measures
-    the block.
+    If another process dies, this process measures its block.
     """
     with report_work(progress, work.store.identity.benchmark.title, work.total):
         while True:

@@ -31,8 +31,7 @@ class Options:
         weights: Maximum number of bytes for a model's weights on the device; None = as many as fit.
             Layers beyond this limit are offloaded to the host's memory or to disk.
         offload: Where the weights of layers are kept while other layers run: one of
-            `OFFLOAD_PLACES`. With `device`, as many layers as fit stay on the device that runs the
-            model.
+            `OFFLOAD_PLACES`.
         workers: Number of parallel processes on this machine; None = only this process, or one
             process per group of accelerators if `device` is `all`.
         devices_per_worker: Number of accelerators of each worker; None = as many as the weights
@@ -120,7 +119,7 @@ def _refuse_invalid_size(name: str, size: object) -> None:
 
 @dataclass(frozen=True)
 class Job:
-    """Requests with missing outcomes on one model and benchmark (cell), to be measured together.
+    """Unfinished requests for one model and benchmark (cell).
 
     The requests of a job differ only in their ablations. A request with an `until` setting has a
     job of its own.

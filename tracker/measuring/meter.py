@@ -70,12 +70,10 @@ class CellFacts:
         model: Identity of the model's weights.
         benchmark: Identity of the benchmark's documents.
         provenance: Versions of packages, and description of the machine.
-        responses: Key (task, index) of each document → number of responses that the document needs
-            per ablation.
+        responses: Key (task, index) of each document → number of responses per ablation.
         digests: Key (task, index) of each document → digest of the document's tokens.
         offloaded: Description of offloaded weights; empty if all fit on the device.
-        is_fresh: True if the model was newly loaded for this cell, and not kept from an earlier
-            cell.
+        is_fresh: True if the model was newly loaded for this cell.
     """
 
     model: ModelIdentity
@@ -107,10 +105,9 @@ class Measurement:
 class Meter:
     """Object that measures a cell's documents under all requested ablations and the baseline.
 
-    The requests must have the same model, benchmark and documents, and differ only in their
-    ablations. `repeated_keys` contains the keys of documents that are computed twice, to measure
-    the effect of rounding. RequestError is raised if a request names a layer that the model does
-    not have, or if a document lacks a required field.
+    The requests must differ only in their ablations. `repeated_keys` are the documents that are
+    computed twice, to measure the effect of rounding. RequestError is raised if a request names a
+    layer that the model does not have, or if a document lacks a required field.
     """
 
     def __init__(
@@ -155,18 +152,17 @@ class Meter:
 
     @property
     def engine(self) -> Engine:
-        """Engine for scoring, which shares only computation that `check` found to be exact."""
+        """Engine for scoring, with the shared computation that `check` allows."""
         assert self._scorer is not None, "check() comes first"
         return self._scorer.engine
 
     def check(
         self, verdicts: VerdictStore | None = None, typical: Sequence[Ablation] = ()
     ) -> list[str]:
-        """Run the self-check of shared computation, which `measure` requires; return its messages.
+        """Run the self-check, which `measure` requires; return messages for the user.
 
         `verdicts` stores results of the self-check for later runs. `typical` lists ablations to
-        test on a miniature model; if `typical` is empty, the cell's ablations are tested. The
-        messages for users name disabled sharing and strong effects of rounding.
+        test on a miniature model; by default, the cell's ablations.
         """
         from tracker.engine.scoring.sweep import Engine
         from tracker.measuring.scorer import checked_scorer, set_row_size
@@ -202,8 +198,7 @@ class Meter:
             The outcomes of the documents.
 
         Raises:
-            CellError: A spot check finds that shared computation gives other results than a really
-                pruned model.
+            CellError: A spot check finds that shared computation gives wrong results.
         """
         from tracker.engine.selfcheck.check import watched_requests
         from tracker.engine.selfcheck.reference import Reference
@@ -252,7 +247,7 @@ class Meter:
         return Measurement(rows, metadata, texts, self._notes())
 
     def _notes(self) -> list[str]:
-        """Return the messages of the engine that are new since the last call of this method."""
+        """Return the new messages of the engine since the last call."""
         name, notes = self.facts.model.name, self.engine.notes[self._n_notes :]
         self._n_notes += len(notes)
         return [f"{name}: {line}" for line in notes]
@@ -260,7 +255,7 @@ class Meter:
     def _observe_parts(
         self, documents: Sequence[Document], parts: Sequence[Change]
     ) -> list[dict[Change, dict[str, float]]]:
-        """Measure the proxies of changed parts in each document, on the intact model."""
+        """Measure layer statistics (proxies) of changed parts in each document."""
         from tracker.engine.observers.layer_proxies import measure_expert_load
         from tracker.engine.observers.taylor import measure_kl_gradients, measure_taylor
 
@@ -296,7 +291,7 @@ class Meter:
         repeated: Sequence[Sequence[Response] | None],
         parts: Mapping[Change, Mapping[str, float]],
     ) -> Iterator[dict[str, object]]:
-        """Yield a row for a file of outcomes for one document under each ablation in `names`."""
+        """Yield one row of outcomes for a document under each ablation in `names`."""
         document, sums = result.document, (result.proxy_tokens, result.proxy_sums.tolist())
         digest = self.facts.digests[document.key]
         for ablation, responses, repetition in zip(scored, result.responses, repeated, strict=True):

@@ -38,9 +38,8 @@ class Observations:
     """Statistics that a study measured on documents, as arrays with one row per document.
 
     Attributes:
-        documents: Key (task, number in the task's split) of the document of each row.
-        arrays: Name of a statistic → array; the first axis of the array has the order of
-            `documents`.
+        documents: Key (task, number in the task's split) of each row's document.
+        arrays: Name of a statistic → array, with rows in the order of `documents`.
     """
 
     documents: list[tuple[str, int]]
@@ -62,17 +61,16 @@ def observe_cell(
     progress: Progress,
     selection: Collection[tuple[str, int]] | None = None,
 ) -> Observations:
-    """Return statistics of a cell's documents; compute only those that are not stored yet.
+    """Return statistics of documents, and compute the statistics that are not stored yet.
 
     Args:
         request: The request of the cell.
         store: The cell in the ledger.
-        kind: Name of the statistics and the method, under which the values are stored. If a changed
-            method gives other values, the name must change too.
-        make_observer: Function that gets an engine and returns a function that observes one
-            document.
-        open_engine: Function that returns an engine and the documents, such as
-            `open_observed_cell`. The function is called only if some values are not stored yet.
+        kind: Name under which the values are stored. If the method changes, the name must change
+            too.
+        make_observer: Function that takes an engine and returns a function for one document.
+        open_engine: Function that returns an engine and the documents. It is called only if some
+            values are not stored yet.
         progress: Receives counts and messages.
         selection: Documents to observe, as (task, number in the task's split); None for all.
 
@@ -110,7 +108,7 @@ def observe_cell(
 def open_observed_cell(
     request: CellRequest, store: CellStore, ledger: Ledger, options: Options, progress: Progress
 ) -> tuple[Engine, DocumentMap]:
-    """Load a cell's model and run the self-check; return (engine, the cell's documents)."""
+    """Load a model and run the self-check; return the engine and the documents."""
     model = open_model(request.model, options)
     meter = Meter([request], open_benchmark(request), model, options)
     refuse_other_tokens(store, meter.facts, progress)

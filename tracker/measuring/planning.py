@@ -40,9 +40,8 @@ class PlannedReading:
     """Expected time for reading offloaded weights from memory or disk.
 
     Attributes:
-        placement: The offloaded layers, and the number of bytes of all weights and of these layers.
-        n_reads: Minimum number of times that the offloaded weights are read: a few times for the
-            self-check, and once for each block of documents.
+        placement: The offloaded layers and their size in bytes.
+        n_reads: Minimum number of times that the offloaded weights are read.
         rate: Measured reading rate in bytes per second; None if the files are not on this machine.
     """
 
@@ -70,25 +69,23 @@ class PlannedCell:
 
     Attributes:
         request: The request of the cell.
-        runs: Number of runs of the cell, each of which can be published to a tracking backend.
+        runs: Number of runs of the cell.
         measured: True if the ledger already has all outcomes of the cell.
-        shared: True if the cell differs from an earlier cell of the plan only in its metric, so
-            that the cell causes no additional cost.
+        shared: True if the cell differs from an earlier cell only in its metric. Such a cell costs
+            nothing.
         cost: The cost of measuring the whole cell, including outcomes that are already in the
             ledger.
         dtype: The data type of the computation, such as `bfloat16`.
-        spread: Expected variance, over documents, of the change of the metric when a part (e.g. a
-            layer) is removed. None if the metric is a loss and no removal is measured yet.
-        observed: True if `spread` is the median over measured removals; False if `spread` is an
-            assumption.
+        spread: Expected variance (over documents) of the effect of a removal. None if the metric is
+            a loss and no removal is measured yet.
+        observed: True if `spread` comes from measured removals; False if it is an assumption.
         reading: Time for reading offloaded weights; None if all weights fit on the device.
         stored_format: The quantised format of the checkpoint's weights; empty if they are not
             quantised.
-        answer: The current result of the request's `until` setting; None if there is no such
-            setting or no measured outcome.
-        forecast: Forecast of the number of documents until the `until` setting stops the
-            measurement; None if the measurement has stopped, or if too few documents are measured
-            for a forecast.
+        answer: The current result of the `until` setting; None without such a setting or without
+            outcomes.
+        forecast: Expected number of documents until the `until` setting stops the measurement; None
+            if the measurement has stopped, or if no forecast is possible yet.
     """
 
     request: CellRequest
@@ -106,7 +103,7 @@ class PlannedCell:
 
     @property
     def rounds_again(self) -> bool:
-        """True if requested runs quantise weights that the checkpoint already stores quantised."""
+        """True if some runs quantise weights that are already quantised in the checkpoint."""
         return bool(self.stored_format and {*self.request.changes.interventions} & {*FORMATS})
 
 
@@ -119,8 +116,7 @@ class PlannedTexts:
         metric: The requested metric, or the benchmark's own metric.
         model: The model without its weights.
         documents: The tokenised documents; there is at least one.
-        max_length: Maximum number of tokens that the model reads of one context with its
-            continuation.
+        max_length: Maximum number of tokens of a context and its continuation together.
     """
 
     benchmark: BenchmarkIdentity
@@ -157,11 +153,9 @@ def plan_cells(
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> list[PlannedCell]:
-    """Return, for each request, the planned cost of its cell (a model on a benchmark).
+    """Compute the planned cost of each request.
 
-    `progress` receives a message for each model on each benchmark. RequestError is raised if a
-    request names a model, benchmark or metric that does not exist, or a layer that the model does
-    not have.
+    Raises RequestError if a model, layer, benchmark or metric does not exist.
     """
     cells = [find_cell(request, ledger, trust_remote_code) for request in requests]
     check_layers(cells)
@@ -224,7 +218,7 @@ def _plan_reading(source: ModelSource, texts: PlannedTexts) -> PlannedReading | 
 
 
 def _add_repeated_cost(cell_cost: Cost, texts: PlannedTexts, seed: int) -> Cost:
-    """Add the cost of scoring some documents again without sharing their common tokens."""
+    """Add the cost of scoring some documents a second time."""
     from tracker.engine.plan import count_work
 
     keys = repeated_documents(texts.documents, seed)
@@ -237,7 +231,7 @@ def _add_repeated_cost(cell_cost: Cost, texts: PlannedTexts, seed: int) -> Cost:
 
 
 def _observed_spread(cell: CellLookup, metric: str) -> OutcomeVariance | None:
-    """Return the median run's outcome variance in the stored results with most documents."""
+    """Return the outcome variance of the median run in the stored results."""
     if cell.store is None:
         return None
     views = [requested_view.view for requested_view in cell.store.views.read_requested({})]

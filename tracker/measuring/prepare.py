@@ -36,8 +36,7 @@ class CellLookup:
         key: Key under which the ledger stores the results; None if the commit of the hub model is
             unknown.
         store: The stored results of this model and benchmark; None if the ledger has none yet.
-        complete: True if the ledger stores the outcomes of all requested documents, or enough
-            outcomes for the stopping rule (`until`) to end the measurement.
+        complete: True if the ledger stores all outcomes that the request needs.
     """
 
     request: CellRequest
@@ -48,7 +47,7 @@ class CellLookup:
 
 
 def find_cell(request: CellRequest, ledger: Ledger, trust_remote_code: bool = False) -> CellLookup:
-    """Look up a request's results in the ledger, without loading torch, model or benchmark."""
+    """Look up the stored results of a request, without loading the model or the benchmark."""
     source = find_model(request.model, trust_remote_code)
     data, stamp = data_stamp(request.benchmark), source.stamp()
     key = None if stamp is None else request_key(request, stamp, data, package_versions())
@@ -60,9 +59,7 @@ def find_cell(request: CellRequest, ledger: Ledger, trust_remote_code: bool = Fa
 def make_counter(ledger: Ledger, trust_remote_code: bool) -> PartsCounter:
     """Return a function that counts the layers, heads and other parts of a request's model.
 
-    The number of layers comes from the ledger if the model was measured before. The model's
-    configuration is then read only if the request names heads, experts, linear maps or kinds of
-    layers.
+    The number of layers comes from the ledger if the model was measured before.
     """
 
     def count(request: CellRequest, kinds: Collection[str] = ()) -> ModelParts:
@@ -77,7 +74,7 @@ def make_counter(ledger: Ledger, trust_remote_code: bool) -> PartsCounter:
 def _count_requested(
     request: CellRequest, source: ModelSource, kinds: Collection[str]
 ) -> ModelParts:
-    """Count a model's layers, heads and experts; list its linear maps if all are requested."""
+    """Count a model's layers, heads and experts, and list its linear maps if necessary."""
     parts = count_parts(source, kinds)
     if not request.changes.lacks_maps:
         return parts
@@ -107,21 +104,18 @@ def widen_request(
     unknown. If the trial's ablation is already measured, the returned request contains only
     ablations with stored results.
 
-    The grid of a sweep can contain invalid combinations, such as a range of layers that ends beyond
-    the last layer, or a layer that is already removed. Invalid combinations raise no error.
+    A sweep can contain invalid combinations, such as a layer that is already removed. They raise no
+    error.
 
     Args:
         request: The trial's request, which names one ablation.
-        ledger: The results folder. If the model was measured before, the folder also stores its
-            number of layers.
+        ledger: The results folder.
         trust_remote_code: Whether Python code that is downloaded with the model may run.
-        read_sweep: Function that returns the sweep's request for this model and benchmark, or None
-            if the sweep is unknown. A call can take seconds; the function is called only if a run
-            must be measured.
+        read_sweep: Function that returns the sweep's request, or None if the sweep is unknown. It
+            is called only if a run must be measured, because a call can take seconds.
 
     Returns:
-        The extended request, and the reason why the trial's ablation is invalid (None if the
-        ablation is valid).
+        The extended request, and an error message if the trial's ablation is invalid (else None).
 
     Raises:
         ExperimentError: A layer is out of range, or the request has an `until` setting but the
@@ -155,10 +149,9 @@ def widen_request(
 
 
 def find_earlier_request(request: CellRequest, store: CellStore | None) -> CellRequest | None:
-    """Add the other runs of an earlier request with the same stopping rule (`until`).
+    """Add the runs of an earlier request that has the same `until` setting.
 
-    Returns the extended request, or None if no earlier request had this `until` setting and
-    included the requested runs.
+    Returns None if no earlier request had this setting and included the requested runs.
     """
     view = store.views.view_of(request) if store else None
     question = view.until if view else None
@@ -179,10 +172,9 @@ def check_layers(cells: Sequence[CellLookup]) -> None:
 
 
 def check_range(request: CellRequest, parts: ModelParts) -> None:
-    """Raise ExperimentError if a model lacks requested layers or parts, or if no run is valid.
+    """Raise ExperimentError if the model lacks requested layers or parts, or no run is valid.
 
-    The function also raises ExperimentError if the stopping rule is to find at least as many runs
-    as there are valid runs (e.g. `until: top 5` with 5 runs).
+    The function also raises the error if e.g. `until: top 5` is set but there are only 5 runs.
     """
     check_parts(request, parts)
     layers = parts.layers
@@ -204,8 +196,7 @@ def open_benchmarks(
 ) -> Iterator[Benchmark]:
     """Yield the benchmark of each request; requests for the same documents share one benchmark.
 
-    RequestError is raised if a benchmark cannot be read, or does not support the requested metric
-    or the `until` setting.
+    Raises RequestError if a benchmark cannot be read or lacks the requested metric.
     """
     benchmarks: dict[object, Benchmark] = {}
     for request in requests:
@@ -239,13 +230,11 @@ def validate_requests(
         progress: Receiver of a message about each step.
 
     Returns:
-        The number of runs, and notes about everything that was not checked. The function does not
-        check hub models whose configuration cannot be reached (all their runs are counted). It does
-        not check benchmarks whose documents are on the hub.
+        The number of runs, and notes about models and benchmarks on the hub that were not checked.
 
     Raises:
-        RequestError: A model, a benchmark or a source of data is unknown; a layer is out of range;
-            or a benchmark cannot be read or does not have the requested metric.
+        RequestError: A model, layer, benchmark, data source or metric does not exist, or a
+            benchmark cannot be read.
     """
     runs, notes, progress = 0, {}, progress or Progress()
     for request in requests:
@@ -279,7 +268,7 @@ def validate_requests(
 
 
 def check_documents(requests: Sequence[CellRequest], progress: Progress) -> list[str]:
-    """Check the benchmarks stored on this machine; return notes on unchecked hub benchmarks.
+    """Check the local benchmarks; return notes about hub benchmarks, which are not checked.
 
     Raises RequestError in the same cases as `open_benchmarks`.
     """

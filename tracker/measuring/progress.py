@@ -16,7 +16,7 @@ class Progress:
         """Receive the name of the next step, to be shown until the step is done."""
 
     def start(self, title: str, total: int, unit: str = "responses") -> None:
-        """Receive the title of a new task, and its expected amount of work, counted in `unit`."""
+        """Receive the title of a new task, and its expected number of units of work."""
 
     def expect(self, more: int) -> None:
         """Receive an increase of the expected total; a negative number reduces the total."""
@@ -36,7 +36,7 @@ class Silent(Progress):
 def report_work(
     progress: Progress, title: str, total: int, unit: str = "responses"
 ) -> Iterator[None]:
-    """Report the start and the end of a `with` block to `progress`, even after an error."""
+    """Report the start and the end of a `with` block to `progress`."""
     progress.start(title, total, unit)
     try:
         yield

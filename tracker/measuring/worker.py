@@ -50,10 +50,10 @@ class Worker:
     def open(
         self, requests: Sequence[CellRequest], benchmark: Benchmark | None = None
     ) -> CellFacts:
-        """Load the model and the benchmark of some requests, so that they can be measured.
+        """Load the model and the benchmark of some requests.
 
         Args:
-            requests: Requests for one model and benchmark, which differ only in their ablations.
+            requests: Requests that differ only in their ablations.
             benchmark: The opened benchmark; None if the benchmark is not open yet.
 
         Returns:
@@ -107,7 +107,7 @@ class RemoteWorker(Worker):
     Args:
         options: The options of the run.
         folder: Working folder of the driver process; relative paths refer to it.
-        variables: Environment variables of the driver process, as `environment` returns them.
+        variables: Environment variables of the driver process.
         workers: Number of workers that share the memory of this machine.
 
     Raises:
@@ -128,7 +128,7 @@ class RemoteWorker(Worker):
         share_memory(workers)
 
     def ready(self) -> None:
-        """Do nothing; the driver calls this method to wait until the worker process is ready."""
+        """Do nothing; a call returns when the worker process is ready."""
 
 
 def _refuse_missing_devices(device: str) -> None:

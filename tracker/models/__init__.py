@@ -3,7 +3,7 @@
 Modules:
     checkpoint: Save models without some layers, or model objects from notebooks, as checkpoints.
     counterexample: Build the transformer that proves the paper's theorem.
-    devices: Query the accelerators that torch sees; index tensors without a device synchronisation.
+    devices: Query accelerators, and copy data to and from them.
     gguf_file: Parse GGUF files.
     hooks: Read and replace the arguments and outputs of module calls.
     layers: Find the decoder layers.
@@ -11,7 +11,7 @@ Modules:
     miniature: Build a small model of the same class with random weights.
     offloaded: Choose the layers to offload, and load an offloaded layer when it is needed.
     parts: Find, remove and quantise parts of layers, such as heads, experts and linear maps.
-    pruned: Copy a model without some layers; find values that saving and loading would change.
+    pruned: Copy a model without some layers.
     rounding: Round weights to a quantisation format.
     sources: Locate a model on the hub, in a folder, in a file or in a package.
 """

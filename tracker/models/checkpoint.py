@@ -1,11 +1,10 @@
 """Save a model with removed or repeated layers as an ordinary checkpoint.
 
-Plain transformers can load the checkpoint. The module `pruned` makes the changed copies. A copy is
-saved only if transformers can rebuild the same model from the copy's configuration.
+Plain transformers can load the checkpoint. A copy is saved only if transformers can rebuild the
+same model from its configuration.
 
-The module also measures the relative speed of two models by timing their forward passes in
-alternation, in one process. If a notebook passes a model object, the module saves the model once,
-in a folder named by a hash of the model.
+The module also compares the speed of two models. If a notebook passes a model object, the module
+saves it once, in a folder named by a hash of the model.
 """
 
 from __future__ import annotations
@@ -64,7 +63,7 @@ work on the machine affected the two models unequally."""
 def measure_speedup(
     model: PreTrainedModel, base: PreTrainedModel, batch: int, length: int
 ) -> Speedup | None:
-    """Measure the speed of `model` relative to `base`; time their forward passes in turn.
+    """Measure the speed of `model` relative to `base`, by alternating forward passes.
 
     Args:
         model: A causal language model.
@@ -73,8 +72,7 @@ def measure_speedup(
         length: Number of tokens of each text.
 
     Returns:
-        Median and quartiles of the speed of `model` divided by the speed of `base`; see
-        `median_speedup`.
+        Median and quartiles of the speed ratio, as `median_speedup` returns them.
     """
     device = base.get_input_embeddings().weight.device
     vocabulary = base.config.get_text_config().vocab_size
@@ -89,17 +87,16 @@ def measure_speedup(
 
 
 def median_speedup(timings: Sequence[tuple[float, float]]) -> Speedup | None:
-    """Compute the speed of one model relative to another model from alternating timings.
+    """Compute the speed ratio of two models from alternating timings.
 
-    If other work on the machine slows both models equally, the ratio of their speeds does not
-    change.
+    Alternation reduces the influence of other work on the machine.
 
     Args:
         timings: The seconds of the model and of the base model in each turn.
 
     Returns:
-        The median, the lower quartile and the upper quartile of the speed ratios of all turns. None
-        if the upper quartile divided by the lower quartile exceeds `MAX_QUARTILE_RATIO`.
+        The median and the quartiles of the speed ratio. None if the quartiles differ too much
+        (`MAX_QUARTILE_RATIO`).
     """
     model_seconds, base_seconds = np.array(timings).T
     low, median, high = np.quantile(base_seconds / model_seconds, (0.25, 0.5, 0.75))
@@ -131,13 +128,11 @@ def savable_copy(
     Args:
         model: A causal language model of transformers.
         removed: The layers to remove, 0-based.
-        repeated: Unbroken ranges of layers that the copy runs several times in a row, e.g. layers 3
-            to 6.
+        repeated: Ranges of layers that the copy runs several times, e.g. layers 3 to 6.
 
     Returns:
-        The copy. The copy shares the model's weights, but each repetition of a layer gets new
-        tensors with equal weights. The new tensors are necessary because safetensors saves shared
-        tensors only once, whereas a loaded model needs separate weights for each repetition.
+        The copy, which shares the model's weights. Only repeated layers get new tensors, because
+        safetensors saves shared tensors only once.
 
     Raises:
         ModelError: The configuration cannot describe the copy; the message gives the reason.
@@ -165,7 +160,7 @@ def savable_copy(
 
 
 def config_changes(model: PreTrainedModel, clone: PreTrainedModel) -> tuple[str, ...]:
-    """List the configuration keys whose values differ in a copy; omit the number of layers."""
+    """List the configuration keys that differ in a copy, except the number of layers."""
     old, new = (m.config.get_text_config().to_dict() for m in (model, clone))
     ignored_keys = ("num_hidden_layers", "auto_map")
     return tuple(sorted(n for n in new if n not in ignored_keys and new[n] != old.get(n)))
@@ -178,11 +173,10 @@ def _has_remote_code(model: PreTrainedModel) -> bool:
 
 
 def _config_mismatch(model: PreTrainedModel, model_class: type | None) -> str | None:
-    """Describe the first tensor shape that differs if a model is rebuilt from its config.
+    """Rebuild a model from its configuration, and describe the first different tensor shape.
 
-    The function returns None if all shapes are equal. `model_class` is the model's class if the
-    class comes from trusted downloaded code. If `model_class` is None, transformers finds the
-    class.
+    The function returns None if all shapes are equal. If `model_class` is None, transformers finds
+    the class.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -207,15 +201,13 @@ def check_layer_changes(
 ) -> None:
     """Raise ModelError if plain transformers could not load the model with the changed layers.
 
-    No weights are read. The function changes, saves, loads and runs a small random model with the
-    same architecture, which takes a second.
+    The function tests a small random model with the same architecture, which takes a second.
 
     Args:
         source: The model.
-        removed: The layers to remove. None if they are not known yet: the function then tests
-            removing the first layer, and separately the middle layer.
-        repeated: Unbroken ranges of layers that the changed model runs several times in a row, e.g.
-            layers 3 to 6.
+        removed: The layers to remove. If None, the function tests removing the first and the middle
+            layer.
+        repeated: Ranges of layers that the changed model runs several times, e.g. layers 3 to 6.
 
     Raises:
         ModelError: The configuration cannot describe the changed model, or the loaded model differs
@@ -239,13 +231,13 @@ def check_layer_changes(
 
 @lru_cache(maxsize=1)
 def _hollow_and_miniature(source: ModelSource, stamp: str) -> tuple[Any, Any | None]:
-    """Build a model on the meta device, and a miniature with random weights; cache both."""
+    """Build a model without weights, and a small model with random weights; cache both."""
     model = build_hollow(source, "auto")
     return model, build_miniature(model)
 
 
 def check_plain_weights(source: ModelSource) -> None:
-    """Raise ModelError if a model has an adapter or quantised weights; no weights are read."""
+    """Raise ModelError if a model has an adapter or quantised weights."""
     if source.adapter is not None:
         raise ModelError(
             f"model_args: {source.source} loads an adapter, so it is not a single checkpoint; "
@@ -402,8 +394,7 @@ def save_once(
         model: A `PreTrainedModel` of transformers. The function does not change it.
         tokenizer: The model's tokenizer.
         folder: Folder that holds one subfolder for each saved model.
-        trust_remote_code: Whether Python code that is saved with the model may run when the copy is
-            loaded.
+        trust_remote_code: Whether Python code that is saved with the model may run.
 
     Returns:
         The model's folder, named by a fingerprint of its weights, configuration and tokenizer.
@@ -446,9 +437,8 @@ def _check_saved_logits(
 ) -> None:
     """Raise ModelError if a model and its saved copy compute different logits.
 
-    The copy's logits are stored in the copy's folder. If the stored logits are missing or differ,
-    the copy is loaded and run. (Stored logits from another device can differ slightly although the
-    copy is correct.)
+    The copy's logits are stored in its folder. If they are missing or differ, the copy is loaded
+    and run.
     """
     # On a CPU, bitsandbytes 0.50 changes the weights of a model that has read a text and is saved.
     if getattr(model, "is_loaded_in_4bit", False) and model.device.type == "cpu":
@@ -479,7 +469,7 @@ def _check_saved_logits(
 
 
 def _last_logits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Logits:
-    """Compute a model's logits at the last token of a few texts, in evaluation mode."""
+    """Compute a model's logits at the last token of a few texts."""
     modes = [(module, module.training) for module in model.modules()]
     texts = [tokenizer(text, return_tensors="pt")["input_ids"] for text in _SAMPLE_TEXTS]
     try:
@@ -493,7 +483,7 @@ def _last_logits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
 
 
 def _logit_difference(logits: Logits, copy_logits: Logits, model: PreTrainedModel) -> str:
-    """Describe the largest difference between two sets of logits; "" if rounding explains it."""
+    """Describe the largest difference of logits; return "" if rounding explains it."""
     is_quantised = getattr(model, "hf_quantizer", None) is not None
     is_exact = model.dtype in (torch.float32, torch.float64) and not is_quantised
     largest = np.abs(copy_logits[np.isfinite(copy_logits)]).max(initial=0)
@@ -504,7 +494,7 @@ def _logit_difference(logits: Logits, copy_logits: Logits, model: PreTrainedMode
 
 
 def _fingerprint(model: PreTrainedModel, files_folder: Path) -> str:
-    """Hash a model's weights and the saved files of its configuration and tokenizer."""
+    """Hash a model's weights, configuration and tokenizer."""
     digest = hashlib.sha256(file_hash(sorted(files_folder.iterdir())).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

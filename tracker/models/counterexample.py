@@ -2,12 +2,12 @@
 
 The construction takes any texts with intended continuations and any ε, and builds a Llama with five
 layers. Layer 2 has the cosine score ε, the lowest of all layers. The model continues each text as
-intended; without layer 2 the model predicts the opposite. Nothing is trained: the weights are
-written directly.
+intended; without layer 2 it predicts the opposite. The weights are written directly, without
+training.
 
-Two dimensions of every hidden state hold large fixed values: a constant (1), and a junk value (8)
-that no prediction uses. All other values are in separate dimensions and a thousand times smaller.
-So all hidden states have the same length, and each norm divides by the same number.
+Every hidden state contains two large fixed values: a constant (1), and a junk value (8) that no
+prediction uses. All other values are a thousand times smaller. So all hidden states have nearly the
+same length.
 
 | layer | function | cosine score |
 |---|---|---|
@@ -17,12 +17,10 @@ So all hidden states have the same length, and each norm divides by the same num
 | 3 amplifies | writes 1, at least a thousand times the number of layer 2, if layer 2 has added its number; else nothing | ≈ 1 |
 | 4 speaks | multiplies the signed part of the continuation by +1 where layer 3 wrote, and by -1 elsewhere, and passes the result to the output head | ≈ 1 |
 
-All layers but layer 2 move the junk value to another dimension, which gives these layers a high
-cosine score (the paper's second ingredient). Layer 2 changes the hidden state by only √(2ε) of the
-hidden state's length. Layers 3 and 4 amplify this change until the prediction is inverted (the
-paper's first ingredient, the snowball). Without layer 2 the sign is -1 at every token.
+All other layers move the junk value to another dimension, which gives them a high cosine score.
+Layer 2 makes only a tiny change. Layers 3 and 4 amplify this change until it inverts the
+prediction.
 
-The module is long because comments explain the purpose of each layer next to its weights.
 """  # noqa: E501
 
 from __future__ import annotations
@@ -76,7 +74,7 @@ PrefixDigest = bytes
 
 
 def prefix_digests(tokens: Sequence[int]) -> Iterator[PrefixDigest]:
-    """Yield, for each token of a text in order, a digest of the text up to this token."""
+    """Yield a digest of each prefix of a text, from the first token to the whole text."""
     digest = hashlib.blake2b(digest_size=16)
     for token in tokens:
         digest.update(token.to_bytes(8, "little"))
@@ -85,7 +83,7 @@ def prefix_digests(tokens: Sequence[int]) -> Iterator[PrefixDigest]:
 
 @dataclass(frozen=True)
 class Text:
-    """Tokenised text; only the next-token predictions at its last `scored` tokens are scored."""
+    """Tokenised text; predictions are scored only at its last `scored` tokens."""
 
     tokens: tuple[int, ...]
     scored: int
@@ -93,7 +91,7 @@ class Text:
 
 @dataclass
 class Continuations:
-    """Intended next tokens after a text prefix: token → 1 (wanted), 0 (neutral) or -1 (unwanted).
+    """Intended next tokens after a text: 1 = wanted, 0 = neutral, -1 = unwanted.
 
     Attributes:
         signed: Next tokens that the model predicts with layer 2; without layer 2 the model predicts
@@ -143,8 +141,7 @@ class Counterexample:
 
     Args:
         texts: All texts that the model will have to continue.
-        targets: Digest of a text prefix → intended next tokens. After all other prefixes, all
-            tokens are equally likely.
+        targets: Intended next tokens after some text prefixes, keyed by the prefix's digest.
         certainty: Minimum difference of log-probability, in nats, between a wanted token and a
             neutral token.
         vocabulary: Number of tokens in the vocabulary.
@@ -156,7 +153,7 @@ class Counterexample:
     Attributes:
         model: A `LlamaForCausalLM` in float32.
         width: Hidden size of the model.
-        n_prefixes: Number of text prefixes whose intended next tokens the model stores.
+        n_prefixes: Number of text prefixes with intended next tokens.
     """
 
     model: PreTrainedModel
@@ -192,8 +189,7 @@ class Counterexample:
             epsilon: The cosine score of layer 2, between `MIN_EPSILON` and `MAX_EPSILON`.
 
         Returns:
-            The attribute `model`, not a copy. The next call of this method changes the weights of
-            this model.
+            The attribute `model`. The next call changes the weights of the same object.
         """
         for layer in range(WHISPER, LAYER_COUNT):
             for weight in self._mlp(layer).parameters():
@@ -206,7 +202,7 @@ class Counterexample:
         return self.model
 
     def _assign_dimensions(self, code_size: int) -> None:
-        """Choose the hidden state's dimensions for the constant, token codes and other signals."""
+        """Choose the dimensions of the hidden state for the constant, the codes, etc."""
         self._code_size = code_size
         self._constant_dim, self._whisper_dim, self._sign_dim, self._length_dim = range(4)
         self._junk_dims = (4, 5)
@@ -236,8 +232,7 @@ class Counterexample:
     def _write_reading_layer(self) -> None:
         """Write the weights of layer 0, whose attention depends only on token distances.
 
-        Queries and keys are computed from the hidden state's constant. The MLP adds the squared
-        length of the signature: silu(x)·x + silu(-x)·(-x) is x².
+        The MLP adds the squared length of the signature: silu(x)·x + silu(-x)·(-x) is x².
         """
         attention = self.model.model.layers[READ].self_attn
         generator = torch.Generator().manual_seed(1)
@@ -289,7 +284,7 @@ class Counterexample:
         return 0
 
     def _read_signatures(self, texts: Sequence[Text]) -> tuple[dict[PrefixDigest, int], Tensor]:
-        """Compute layer 0's signature of each text prefix; return digest → row, and all rows."""
+        """Compute layer 0's signatures; return the row number of each digest, and all rows."""
         layer = self.model.model.layers[RECALL]
         rows: dict[PrefixDigest, int] = {}
         signatures = []
@@ -319,9 +314,8 @@ class Counterexample:
     def _write_speaking_layer(self) -> None:
         """Write layer 4, which outputs the next tokens that layer 1 recalled, or the opposite.
 
-        SwiGLU multiplies its two inputs. At tokens where layer 3 has written 1, one set of MLP
-        units outputs the signed part of the continuation. At all other tokens, a second set outputs
-        the negated signed part. A third set outputs the fixed part at every token.
+        The signed part of the continuation is output at tokens where layer 3 has written 1, and
+        negated at other tokens. The fixed part is output at every token.
         """
         state, mlp = self._normed_state(SPEAK), self._mlp(SPEAK)
         by_sign = 2 * OPEN_GATE / state[self._sign_dim]
@@ -347,7 +341,7 @@ class Counterexample:
         self.model.model.norm.weight[self._code_dims] = volume
 
     def _rewrite_junk(self, layer: int) -> None:
-        """Make a layer move the large junk value to another dimension, by its last MLP unit."""
+        """Make a layer move the large junk value to another dimension."""
         old_dim, new_dim = self._junk_dims if layer in (READ, AMPLIFY) else self._junk_dims[::-1]
         self._add_constant(layer, -1, old_dim, -JUNK_SCALE)
         down = self._mlp(layer).down_proj.weight
@@ -372,11 +366,11 @@ class Counterexample:
         return states
 
     def _mean_state(self, layer: int) -> Tensor:
-        """Return a layer's input, averaged over tokens (the tokens differ only slightly)."""
+        """Return a layer's input, averaged over tokens."""
         return self._run_layers(range(STATE_TOKENS), layer).mean(0)
 
     def _normed_state(self, layer: int) -> Tensor:
-        """Return a layer's mean input after the MLP's norm; the layer's attention is ignored."""
+        """Return a layer's mean input after the norm of its MLP, without its attention."""
         norm = self.model.model.layers[layer].post_attention_layernorm
         normed: Tensor = norm(self._mean_state(layer)[None])[0]
         return normed
@@ -385,18 +379,16 @@ class Counterexample:
 def _signature_gaps(signatures: Tensor, own_rows: Tensor) -> tuple[Tensor, Tensor]:
     """Compute how clearly the detector of each signature rejects all other signatures.
 
-    The detector of a signature u computes 2 u·v - ‖v‖², which is ‖u‖² - ‖u - v‖². So among all
-    signatures v, the detector's value is largest for its own signature u.
+    The detector of a signature u computes 2 u·v - ‖v‖², which is largest for v = u.
 
     Args:
-        signatures: Signatures of all n text prefixes, one per row. The last column is the squared
-            length of the signature in the other columns, as computed by the model.
+        signatures: Signatures of all text prefixes, one per row. The last column is the squared
+            length of the signature.
         own_rows: Row numbers in `signatures` of the k signatures that have a detector.
 
     Returns:
-        Two tensors with one entry per detector: the detector's value at its own signature, and the
-        gap between this value and the detector's largest value at any other signature. A gap of -1
-        means that rounding errors could close the gap.
+        Two tensors with one entry per detector: its value at its own signature, and the gap to its
+        largest value at another signature. The gap is -1 if rounding errors could close it.
     """
     detected = signatures[own_rows]
     detectors = torch.cat([2 * detected[:, :-1], -torch.ones_like(detected[:, -1:])], 1)
@@ -412,10 +404,9 @@ def _signature_gaps(signatures: Tensor, own_rows: Tensor) -> tuple[Tensor, Tenso
 
 
 def _solve_code(targets: Mapping[int, int], zeros: Iterable[int], codes: Tensor) -> Tensor:
-    """Compute the shortest vector [size] whose inner products with token codes equal `targets`.
+    """Compute the shortest vector that has the inner products `targets` with some token codes.
 
-    The inner products with the codes of the tokens in `zeros` are 0. (The caller encodes the
-    targets of these tokens in a second vector.)
+    The inner products with the codes of the tokens in `zeros` are 0.
     """
     all_targets = {**dict.fromkeys(zeros, 0), **targets}
     products = torch.tensor([*all_targets.values()], dtype=codes.dtype)

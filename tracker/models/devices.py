@@ -3,8 +3,8 @@
 torch has one module for each type of device (`torch.cuda`, `torch.xpu`, `torch.npu`, …) with the
 same functions. Apple's MPS differs: it has no streams, and its memory functions have other names.
 
-Indexing with a list creates a tensor on the host, and the accelerator waits until this tensor is
-copied. So `take_entries` and `put_entries` index by slices only.
+`take_entries` and `put_entries` index by slices only, because the accelerator must wait if a list
+is used as an index.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4
 def keep_freed_memory() -> None:
     """Keep freed memory in this process instead of returning it to the system after each use.
 
-    By default glibc requests every large block of memory from the system again. The first access to
-    new memory costs several times as much as reuse. The function does nothing without glibc.
+    Reusing memory is several times faster than requesting it from the system. The function does
+    nothing without glibc.
     """
     if platform.libc_ver()[0] != "glibc":
         return
@@ -71,7 +71,7 @@ def visible_variable() -> str:
 
 
 def visible_accelerators() -> list[str]:
-    """List visible accelerators as named in the environment variable of `visible_variable`."""
+    """List the names of the visible accelerators, as used in the environment variable."""
     names = os.environ.get(visible_variable())
     if torch.version.hip and not names:  # HIP obeys it too
         names = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -80,7 +80,7 @@ def visible_accelerators() -> list[str]:
 
 
 def describe_device(device: torch.device) -> dict[str, str]:
-    """Return a device's torch name and hardware name, which are stored with the results."""
+    """Return the torch name and the hardware name of a device."""
     if device.type == "cpu":
         return {"device": str(device)}
     get_name = getattr(_device_module(device), "get_device_name", None)
@@ -88,7 +88,7 @@ def describe_device(device: torch.device) -> dict[str, str]:
 
 
 def hardware_name(device: torch.device) -> str:
-    """Return a device's type and hardware name, but not the number of the device."""
+    """Return the type and the hardware name of a device."""
     capability = torch.backends.cpu.get_cpu_capability()
     return f"{device.type} {describe_device(device).get('accelerator', capability)}"
 
@@ -104,7 +104,7 @@ def runtime_versions() -> dict[str, str]:
 
 
 def share_memory(n_processes: int) -> None:
-    """Set the number of processes among which `free_memory` divides the host's memory."""
+    """Set the number of processes that share the host's memory, for `free_memory`."""
     global _host_shares
     _host_shares = n_processes
 
@@ -163,7 +163,7 @@ def synchronize() -> None:
 
 
 def stream_module(device: torch.device) -> Any:
-    """Return the torch module with `Stream`, `stream` and `current_stream` for a device.
+    """Return the torch module with the streams of a device, e.g. `torch.cuda`.
 
     For a device without streams, return the CPU's module, whose streams do nothing.
     """
@@ -174,8 +174,7 @@ def stream_module(device: torch.device) -> Any:
 def allocate_pinned(size: int) -> list[Tensor]:
     """Allocate pinned uint8 tensors of at least `size` bytes in total, for asynchronous copies.
 
-    torch rounds each pinned allocation up to a power of two. Therefore the size of each tensor is a
-    power of two, so that little memory is wasted.
+    The size of each tensor is a power of two, because torch rounds up to powers of two.
     """
     blocks = -(-size // PINNED_BLOCK)
     powers = [1 << bit for bit in reversed(range(blocks.bit_length())) if blocks >> bit & 1]
@@ -234,7 +233,7 @@ def split_packed(packed_tensor: Tensor, shapes: Sequence[torch.Size]) -> list[Te
 
 
 def put_entries(tensor: Tensor, indices: Sequence[int], values: Tensor) -> None:
-    """Overwrite the entries at some indices of a tensor's first axis, in the order of `indices`."""
+    """Overwrite the entries at some indices of a tensor's first axis."""
     runs = consecutive_slices(indices)
     parts = torch.split(values, [run.stop - run.start for run in runs])
     for run, part in zip(runs, parts, strict=True):

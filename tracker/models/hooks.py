@@ -53,7 +53,7 @@ def first_output(output: Any) -> Any:
 
 
 def replace_first_output(output: Any, first: Any) -> Any:
-    """Return `first`, or, if `output` is a tuple, a copy of `output` that starts with `first`."""
+    """Return a module's output with `first` in place of its first (or only) entry."""
     if not isinstance(output, (tuple, list)):
         return first
     # A named tuple is not built from one sequence, unlike other tuples.
@@ -63,7 +63,7 @@ def replace_first_output(output: Any, first: Any) -> Any:
 
 @contextmanager
 def enter_all(contexts: Iterable[AbstractContextManager[Any]]) -> Iterator[None]:
-    """Enter contexts in turn, and leave all of them on exit, including exit by an exception."""
+    """Enter several contexts, and leave all of them on exit, even after an exception."""
     with ExitStack() as stack:
         for context in contexts:
             stack.enter_context(context)
@@ -93,7 +93,7 @@ def replaced_attributes(owner: Any, **values: Any) -> Iterator[None]:
 
 @contextmanager
 def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Replace the `forward` method of one module (not of its class) until the context exits."""
+    """Replace the `forward` method of one module until the context exits."""
     old_forward = vars(module).get("forward")
     module.forward = forward
     try:
@@ -105,7 +105,7 @@ def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator
 
 
 def silenced_sublayers(modules: Sequence[nn.Module]) -> AbstractContextManager[None]:
-    """Make sublayers add nothing to the residual stream until the context exits; they still run."""
+    """Make sublayers add nothing to the residual stream until the context exits."""
     return enter_all(m.register_forward_hook(silence_output, with_kwargs=True) for m in modules)
 
 
@@ -124,14 +124,12 @@ def neutral_output(
         module: The sublayer.
         args: Positional arguments of the sublayer's call.
         kwargs: Keyword arguments of the sublayer's call.
-        example: The sublayer's output for some rows of the batch, or any tensor of the same shape.
+        example: A tensor with the shape of the sublayer's output for some rows of the batch.
         n_rows: Number of rows of the whole batch.
 
     Returns:
-        The residual stream if the sublayer itself adds its update to the residual stream (as in
-        Bloom). Otherwise a new tensor of zeros. The zeros are not reused, because some layers
-        change a sublayer's output in place (Llama 4 adds the routed experts to the shared expert's
-        output).
+        A new tensor of zeros. If the sublayer itself adds to the residual stream (as in Bloom), the
+        residual stream.
     """
     names = _parameter_names(type(module).forward)
     if "residual" in names:
@@ -147,7 +145,7 @@ def _parameter_names(function: Callable[..., Any]) -> tuple[str, ...]:
 
 
 def replace_output(layer: nn.Module, make: Callable[[Tensor], Tensor]) -> list[RemovableHandle]:
-    """Make a layer return `make(input)` in place of its own output; return the hooks' handles."""
+    """Make a layer return `make(input)` instead of its output; return the hooks' handles."""
     states: list[Tensor] = []
 
     def record_input(module: nn.Module, args: Args, kwargs: Kwargs) -> None:
@@ -165,7 +163,7 @@ def replace_output(layer: nn.Module, make: Callable[[Tensor], Tensor]) -> list[R
 
 
 def protect_input(layer: nn.Module, state: Tensor) -> Tensor:
-    """Return a copy of a layer's input; no copy if the layer never changes its input in place."""
+    """Return a copy of a layer's input; the input itself if the layer is known not to change it."""
     return state if layer in _READ_ONLY_LAYERS else state.clone()
 
 
@@ -178,7 +176,7 @@ def record_read_only(layer: nn.Module, passed_state: Tensor, state: Tensor) -> N
 def call_protected(
     layer: nn.Module, forward: Callable[..., Any], args: Args, kwargs: Kwargs
 ) -> tuple[Tensor, Any]:
-    """Call a layer without letting it change its input in place; return input and output."""
+    """Call a layer with a protected input; return the input and the output."""
     state: Tensor = input_state(args, kwargs)
     passed_state = protect_input(layer, state)
     output = call_with(forward, passed_state, args, kwargs)

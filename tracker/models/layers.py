@@ -14,8 +14,7 @@ from tracker.schema.errors import ModelError
 def find_layers(model: nn.Module) -> nn.ModuleList:
     """Find a model's decoder layers: the module list with `num_hidden_layers` entries.
 
-    Raises ModelError unless exactly one module list has this length; the message names all module
-    lists.
+    Raises ModelError unless exactly one module list has this length.
     """
     config = model.config.get_text_config()  # type: ignore[union-attr, operator]
     n_layers = getattr(config, "num_hidden_layers", None)
@@ -46,8 +45,7 @@ def find_layers(model: nn.Module) -> nn.ModuleList:
 def find_extra_layers(model: nn.Module, weights: Iterable[str]) -> set[int]:
     """Return the numbers of layers that occur in the names of weights but not in the model.
 
-    Layers for multi-token prediction (`num_nextn_predict_layers`), which follow the model's own
-    layers in some checkpoints, are not returned.
+    Layers for multi-token prediction (`num_nextn_predict_layers`) are not returned.
     """
     layers = find_layers(model)
     path = _layers_path(model, layers)
@@ -62,10 +60,8 @@ def find_extra_layers(model: nn.Module, weights: Iterable[str]) -> set[int]:
 def find_base(model: nn.Module) -> nn.Module:
     """Find the module of a causal language model that maps token ids to hidden states.
 
-    The forward pass of this base module runs the layers and returns `last_hidden_state`. The base
-    module is not always `model.base_model`: OPT calls the decoder inside `base_model`, and Llama
-    4's text model has no module of that name. Bert's layers are in an encoder that takes no token
-    ids; its base module is the module around the encoder.
+    The forward pass of this base module runs the layers and returns `last_hidden_state`. It is not
+    always `model.base_model`: OPT calls the decoder inside `base_model`.
     """
     path = _layers_path(model, find_layers(model))
     while path:
@@ -77,7 +73,7 @@ def find_base(model: nn.Module) -> nn.Module:
 
 
 def find_layers_parent(model: nn.Module, layers: nn.ModuleList) -> tuple[nn.Module, str]:
-    """Find the module that holds a list of layers, and the name of its attribute for the list."""
+    """Find the module that holds a list of layers; return the module and its attribute's name."""
     parent, _, name = _layers_path(model, layers).rpartition(".")
     return model.get_submodule(parent), name
 

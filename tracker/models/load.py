@@ -1,8 +1,7 @@
 """Load a causal language model and its tokenizer with transformers.
 
 The module can also create random weights for the shape of a real model, to measure run times
-without a download. The outputs of a model with random weights are meaningless, but the model has
-the layers and tensor sizes of the real model.
+without a download.
 """
 
 from __future__ import annotations
@@ -149,12 +148,11 @@ def load_model(
     Args:
         source: Where the model is loaded from, such as the hub or a folder.
         dtype: `auto` (the checkpoint's dtype), `float32`, `bfloat16` or `float16`.
-        device: `auto` (the accelerator if there is one), a torch device, or `spread` (over all
-            accelerators, by accelerate).
+        device: A torch device, `auto` (the accelerator if there is one), or `spread` (all
+            accelerators).
         weights: Maximum bytes of weights on the computing device; None = all free memory.
         offload: Location of offloaded layers. `device` offloads only layers that do not fit on the
-            device: to the host's memory if there is room, else to disk. `host` and `disk` offload
-            all layers if `weights` is None.
+            device. `host` and `disk` offload all layers if `weights` is None.
 
     Returns:
         The loaded model.
@@ -259,7 +257,7 @@ def choose_placement(
 
     Args:
         source: Where the model is loaded from, such as the hub or a folder.
-        build_shape: Function that builds the model on the meta device, called only if needed.
+        build_shape: Function that builds the model on the meta device.
         device: The device that computes the forward pass.
         weights: Maximum bytes of weights on the computing device, as for `load_model`.
         offload: Location of offloaded layers, as for `load_model`.
@@ -330,7 +328,7 @@ def _quantisation_method(source: ModelSource, config: PreTrainedConfig) -> str |
 def _add_adapter(
     model: PreTrainedModel, source: ModelSource, tokenizer: PreTrainedTokenizerBase
 ) -> Any:
-    """Add an adapter to a model without merging it into the weights, as lm-eval does."""
+    """Add an adapter to a model without merging it into the weights."""
     if source.adapter is None:
         return model
     from peft import PeftConfig, PeftModel, PeftType
@@ -387,8 +385,7 @@ def build_hollow(source: ModelSource, dtype: str) -> Any:
 def find_device(name: str) -> torch.device:
     """Return the torch device `name`; `auto`, `spread` and `all` mean the first accelerator.
 
-    Without an accelerator, `auto`, `spread` and `all` mean the CPU. Raises ModelError if there is
-    no device of that name.
+    Without an accelerator, they mean the CPU. Raises ModelError if there is no such device.
     """
     if name in ("auto", SPREAD, ALL_DEVICES):
         return default_device()

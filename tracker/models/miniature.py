@@ -1,8 +1,7 @@
 """Build a miniature of a model: same class and layers, with small widths and random weights.
 
-When ablations share computation, results can become wrong because of an architecture's code or
-pattern of layers, but not because of the weights. So the test runs on a miniature, which costs
-nearly nothing.
+The tests of shared computation run on a miniature, because their results depend on the architecture
+and not on the weights.
 
 The miniature's configuration has the model's number and pattern of layers, but smaller sizes and
 fewer heads and experts.
@@ -88,7 +87,7 @@ VOCABULARY_KEYS = (
 
 
 def _sizes(config: PreTrainedConfig, name: str) -> list[int]:
-    """List the positive integers that a configuration key has, for the model and per layer."""
+    """List the positive integer values of a configuration key, including values per layer."""
     name = config.attribute_map.get(name, name)
     values = [settings.get(name) for settings in (vars(config), *_layer_sizes(config).values())]
     flat_values = chain.from_iterable(v if isinstance(v, (list, tuple)) else [v] for v in values)
@@ -116,7 +115,7 @@ def _resize(config: PreTrainedConfig, names: Iterable[str], shrink: Callable[[in
 
 
 def _layer_sizes(config: PreTrainedConfig) -> dict[str, dict[str, Any]]:
-    """Return layer → its own settings in a configuration; {} if all layers share settings."""
+    """Return the settings of each layer; an empty dictionary if all layers share settings."""
     if not getattr(config, "is_heterogeneous", False):
         return {}
     by_layer: dict[str, dict[str, Any]] = config.to_dict()["per_layer_config"]
@@ -124,12 +123,12 @@ def _layer_sizes(config: PreTrainedConfig) -> dict[str, dict[str, Any]]:
 
 
 def _limit(config: PreTrainedConfig, names: Iterable[str], maximum: int) -> None:
-    """Set configuration values above `maximum` to `maximum`, for some configuration keys."""
+    """Limit the values of some configuration keys to `maximum`."""
     _resize(config, names, lambda value: min(value, maximum))
 
 
 def _shrink_heads(config: PreTrainedConfig) -> None:
-    """Reduce the heads to at most four query heads and four key-value heads of about width 8."""
+    """Reduce the number of heads to at most four, and their width to about 8."""
     original = copy.copy(config)
     hidden = next(iter(_sizes(config, "hidden_size")), 0)
     n_heads = next(iter(_sizes(config, "num_attention_heads")), 0)
@@ -186,7 +185,7 @@ def _shrink_hidden_size(config: PreTrainedConfig, original: PreTrainedConfig, wi
 
 
 def _change_rotary(rope: Any, divisor: int) -> None:
-    """Shorten RoPE's lists of factors and sections for heads that are `divisor` times narrower."""
+    """Adapt the RoPE settings to heads that are `divisor` times narrower."""
     for name, value in rope.items() if isinstance(rope, dict) else ():
         if isinstance(value, dict):
             _change_rotary(value, divisor)
@@ -204,7 +203,7 @@ def _shrink_mlp(config: PreTrainedConfig) -> None:
 
 
 def _shrink_experts(config: PreTrainedConfig) -> None:
-    """Reduce to at most 4 experts in 2 groups; a token uses at most 2 experts of 1 group."""
+    """Reduce the number of experts to at most 4, and to at most 2 per token."""
     _limit(config, ALL_EXPERT_KEYS, 4)
     _limit(config, (*TOKEN_EXPERT_KEYS, "n_group", "num_expert_group"), 2)
     _limit(config, ["topk_group"], 1)
@@ -260,7 +259,7 @@ def shrink_config(
 
 
 def find_numbers(config: PreTrainedConfig) -> Iterator[tuple[NumberPath, float]]:
-    """Yield the path and the value of each whole number ≥ 4 in a (nested) text configuration."""
+    """Yield the path and the value of each whole number ≥ 4 in a model's configuration."""
 
     def walk(path: NumberPath, value: Any) -> Iterator[tuple[NumberPath, float]]:
         if isinstance(value, dict):
@@ -275,7 +274,7 @@ def find_numbers(config: PreTrainedConfig) -> Iterator[tuple[NumberPath, float]]
 
 
 def replace_numbers(config: PreTrainedConfig, new_numbers: dict[NumberPath, float]) -> Any:
-    """Copy a model's configuration, and set new numbers at some paths of its text configuration."""
+    """Copy a model's configuration with new numbers at some paths."""
     new_config = copy.deepcopy(config)
     for (*parents, name), value in new_numbers.items():
         text_config = new_config.get_text_config()
@@ -308,11 +307,11 @@ def build_miniature(model: PreTrainedModel) -> Any | None:
 def build_random_model(
     model_class: type, config: PreTrainedConfig, shapes: TensorShapes | None = None
 ) -> Any | None:
-    """Build a transformers model with random weights that are equal for equal tensor shapes.
+    """Build a transformers model with random weights; equal shapes give equal weights.
 
     The model is in float64, or in float32 if its class does not support float64. The function
-    returns None if the model cannot be built, is too large, returns NaN, or has tensor shapes other
-    than `shapes`.
+    returns None if the model cannot be built, is too large, returns NaN, or does not have the
+    tensor shapes `shapes`.
     """
     model = attempt(partial(_build_random_model, model_class, config, shapes))
     return None if isinstance(model, Exception) else model  # the configuration of another class
@@ -374,7 +373,7 @@ def _draw_weights(model: nn.Module, positive: bool) -> None:
 
 
 def _module_pattern(model: PreTrainedModel) -> list[list[tuple[str, str]]]:
-    """List the names and classes of each layer's modules; only the first expert is included."""
+    """List the names and classes of the modules of each layer."""
     # Parts of a weight with an adapter, which see no other token; and experts but the first.
     ignored_path = re.compile(r"(^|\.)(base_layer|lora_[^.]*|0*[1-9]\d*)(\.|$)")
     return [

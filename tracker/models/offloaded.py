@@ -1,8 +1,7 @@
 """Load the offloaded weights of each layer to the device when the layer is needed.
 
-transformers and accelerate load an offloaded model and record where each weight is. The module
-`engine.lockstep` runs many forward passes in step, so that all of them use a layer while the layer
-is loaded. The module `offloaded` also chooses which layers to offload.
+The module also chooses which layers to offload. The module `engine.lockstep` runs many forward
+passes together, so that all of them use a layer while it is loaded.
 """
 
 from __future__ import annotations
@@ -43,9 +42,8 @@ LAYER_SLOTS = 2
 class FileSlice:
     """Position of a tensor's bytes in a safetensors file, with the file's size and time stamp.
 
-    Unlike the package safetensors, the class reads the bytes instead of mapping the file into
-    memory. If a mapped file is truncated, a signal ends the process. Mapped pages also count as
-    memory of the process.
+    The class does not map the file into memory, because a signal ends the process if a mapped file
+    is truncated.
     """
 
     path: Path
@@ -84,7 +82,7 @@ def _file_stamp(descriptor: int) -> tuple[int, int]:
 
 @cache
 def _read_header(path: Path, stamp: tuple[int, int]) -> tuple[int, dict[str, Any]]:
-    """Return the offset of the tensor data in a safetensors file, and the parsed header."""
+    """Return the header of a safetensors file and the offset of its tensor data."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         return 8 + length, json.loads(file.read(length))
@@ -110,8 +108,8 @@ WeightSource = FileSlice | Tensor
 class _Weight:
     """An offloaded parameter of a layer, and the file or tensor that holds its values.
 
-    `placeholder` has the shape and dtype of the parameter but no values; `start` is the offset of
-    the parameter in a layer's buffer.
+    `placeholder` has the parameter's shape and dtype but no values. `start` is its offset in the
+    buffer of the layer.
     """
 
     parameter: nn.Parameter
@@ -136,8 +134,8 @@ class _LayerWeights:
 
     Attributes:
         weights: Offloaded parameters of the layer, in their order in the buffer.
-        pinned_parts: All bytes of the layer in pinned host memory, as consecutive parts. Empty if
-            each weight is read separately from a file or a tensor.
+        pinned_parts: All bytes of the layer in pinned host memory. Empty if the weights are read
+            one by one.
     """
 
     weights: Sequence[_Weight]
@@ -149,14 +147,14 @@ class _LayerWeights:
         return max(self.weights[-1].stop, sum(map(len, self.pinned_parts)))
 
     def buffer_copies(self, buffer: Tensor) -> Iterable[tuple[WeightSource, Tensor]]:
-        """Pair each file or tensor that holds weights with the part of `buffer` that it fills."""
+        """List the sources of the weights, each with its target in `buffer`."""
         if not self.pinned_parts:
             return [(weight.source, weight.view(buffer)) for weight in self.weights]
         views = torch.split(buffer[: self.size], [*map(len, self.pinned_parts)])
         return zip(self.pinned_parts, views, strict=True)
 
     def with_pinned_memory(self) -> _LayerWeights:
-        """Copy a layer's weights to pinned memory; return `self` if some weights are on disk."""
+        """Return a copy in pinned memory, or `self` if some weights are on disk."""
         if not all(isinstance(weight.source, Tensor) for weight in self.weights):
             return self
         pinned_parts = allocate_pinned(self.size)
@@ -172,7 +170,7 @@ class _LayerWeights:
 
 @dataclass
 class _Slot:
-    """Device memory for one layer, and the layer that is loaded or being loaded into it."""
+    """Device memory for one layer, and the number of this layer."""
 
     buffer: Tensor
     layer: int | None = None
@@ -180,17 +178,14 @@ class _Slot:
 
 
 class OffloadedWeights:
-    """Layers whose weights are in host memory or on disk, and are loaded to the device when needed.
+    """Layers that are stored in host memory or on disk, and loaded to the device when needed.
 
     The device has room for two offloaded layers: while one layer is used, the next layer is read.
-    Copies of the model share its parameters, so a loaded layer is available to all copies. If a
-    layer is not loaded, its parameters have the right shapes, but all values are NaN.
+    If a layer is not loaded, all values of its parameters are NaN.
 
     Attributes:
         device: The device that computes with the weights.
-        wait: Function that is called with the number of a layer when the layer's weights are
-            needed. If many forward passes run in lockstep, `engine.lockstep` replaces this
-            function.
+        wait: Function that is called with a layer's number when the layer is needed.
         load_counts: Layer → number of times that the layer was loaded.
         wait_seconds: Seconds spent waiting for weights.
         load_callbacks: Callbacks without arguments, called when a layer has been loaded.
@@ -227,7 +222,7 @@ class OffloadedWeights:
         self._stream = self._stream_module.Stream(device)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OffloadedWeights:
-        """Return this object itself, since copies of a model share the weights."""
+        """Return this object itself."""
         return self
 
     @property
@@ -317,7 +312,7 @@ def _assign_offsets(sources: Iterable[tuple[nn.Parameter, WeightSource]]) -> Ite
 
 
 def _copy_values(source: WeightSource, view: Tensor) -> None:
-    """Copy values of a file slice or tensor into a part of a buffer, asynchronously if possible."""
+    """Copy values into a buffer, asynchronously if possible."""
     if isinstance(source, Tensor):
         view.copy_(source, non_blocking=True)
     elif view.device.type == "cpu" and source.dtype == view.dtype:
@@ -329,19 +324,17 @@ def _copy_values(source: WeightSource, view: Tensor) -> None:
 def take_over_loading(
     model: nn.Module, layers: nn.ModuleList, device: torch.device, folder: TemporaryDirectory[str]
 ) -> OffloadedWeights | None:
-    """Replace accelerate's hooks, which load weights in each call, with `OffloadedWeights`.
+    """Replace accelerate's hooks, which load offloaded weights, with `OffloadedWeights`.
 
     Args:
-        model: A model as `from_pretrained` returns it, on one device, with whole layers on disk or,
-            if the device is an accelerator, in the host's memory.
+        model: A model as `from_pretrained` returns it, with some layers in the host's memory or on
+            disk.
         layers: The model's decoder layers.
         device: The device that computes the forward pass.
-        folder: Temporary folder with weights that transformers has converted and saved, because the
-            checkpoint does not hold them in the needed form.
+        folder: Temporary folder with weights that transformers has converted.
 
     Returns:
-        The offloaded weights; None if no weights are offloaded. A hook of each offloaded layer
-        waits for the layer's weights when the layer is called.
+        The offloaded weights; None if no weights are offloaded.
 
     Raises:
         ModelError: A weight outside the decoder layers is offloaded.
@@ -429,7 +422,7 @@ def replace_attributes(
 
 
 def _disk_index(model: nn.Module) -> Mapping[str, Any]:
-    """Return the index of weights on disk: parameter → file, and name of the tensor in the file."""
+    """Return the file of each weight on disk, and the tensor's name in the file."""
     for module in model.modules():
         weights = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
         if isinstance(weights, PrefixedDataset):
@@ -439,7 +432,7 @@ def _disk_index(model: nn.Module) -> Mapping[str, Any]:
 
 
 def _wait_for_layer(weights: OffloadedWeights, layer: int, module: nn.Module, args: Args) -> None:
-    """Wait until a layer's weights are loaded; used as a hook of the layer and its copies."""
+    """Wait until a layer's weights are loaded (forward pre-hook)."""
     if not getattr(module.forward, "is_weightless", False):  # such a forward needs no weights
         weights.wait(layer)
 
@@ -460,7 +453,7 @@ class Placement:
 
     Attributes:
         offloaded_layers: Numbers of the offloaded layers.
-        parts: Module path of each part of the model → True if the part is an offloaded layer.
+        parts: True for offloaded layers and False for other parts, by module path.
         total_bytes: Bytes of all weights.
         offloaded_bytes: Bytes of the offloaded layers.
     """
@@ -476,8 +469,7 @@ def place_layers(
 ) -> Placement | None:
     """Choose which layers of a model to offload.
 
-    Offloaded layers are spread evenly over the model, so that one layer is read while other layers
-    compute.
+    Offloaded layers are spread evenly over the model.
 
     Args:
         model: The model, on the meta device.
@@ -515,8 +507,7 @@ def place_layers(
 def measure_read_rate(files: Sequence[Path]) -> float | None:
     """Measure a disk's read rate in bytes per second by reading a part of the largest file.
 
-    Returns None if there are no files. The rate is too high if the system has cached a part of the
-    file.
+    Returns None if there are no files. The rate is too high if the file is in the system's cache.
     """
     if not files:
         return None
@@ -528,7 +519,7 @@ def measure_read_rate(files: Sequence[Path]) -> float | None:
 
 
 def min_free_memory(model: nn.Module, device: torch.device) -> int:
-    """Return the free bytes on the fullest device that holds a model's inputs or weights."""
+    """Return the free bytes on the fullest device that a model uses."""
     return min(map(free_memory, {device, *(p.device for p in model.parameters() if not p.is_meta)}))
 
 
@@ -541,9 +532,8 @@ def devices_needed(n_bytes: int, free_bytes: int, n_devices: int) -> int:
         n_devices: Number of available devices.
 
     Returns:
-        The smallest number of devices that leaves room for intermediate results; 1 if the weights
-        fit on one device. The number is also 1 if the weights are too large for all devices
-        together, because layers are offloaded in this case.
+        The smallest sufficient number of devices. The number is 1 if the weights are too large for
+        all devices together, because layers are then offloaded.
     """
     if n_bytes <= FITTING_SHARE * free_bytes:
         return 1
@@ -552,7 +542,7 @@ def devices_needed(n_bytes: int, free_bytes: int, n_devices: int) -> int:
 
 
 def min_weight_bytes(model: nn.Module, n_staying: int = 0) -> int:
-    """Return the bytes of embeddings, head, and `n_staying` + 2 layers of the largest size."""
+    """Return the bytes of the embeddings, the head and `n_staying` + 2 of the largest layers."""
     sizes = [weight_bytes(layer) for layer in find_layers(model)]
     return weight_bytes(model) - sum(sizes) + (LAYER_SLOTS + n_staying) * max(sizes)
 
@@ -563,7 +553,7 @@ def weight_bytes(module: nn.Module) -> int:
 
 
 def _placed_parts(module: nn.Module, layers: nn.ModuleList, path: str, offloaded: set[int]) -> Any:
-    """Yield (path, is_offloaded) for each decoder layer and each part outside the layers."""
+    """Yield the path of each part of a model, and whether the part is offloaded."""
     for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
         if tensor is not None:
             yield f"{path}{name}", False

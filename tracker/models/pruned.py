@@ -3,9 +3,8 @@
 A copy shares the weights with the original model, but has its own modules, so both models can be
 called.
 
-Some model classes compute values (e.g. scaling factors or attention windows) from a layer's
-position or from the number of layers. A changed copy in memory keeps the values that were computed
-for the original model. When a saved copy is loaded, its class computes these values again.
+Some model classes compute values (e.g. scaling factors) from the position of a layer. A copy in
+memory keeps the original values, but loading a saved copy computes them again.
 """
 
 from __future__ import annotations
@@ -64,20 +63,15 @@ def prune_model(
 ) -> Any:
     """Copy a model with some layers removed or repeated, and renumber the remaining layers.
 
-    The function also adapts data that refer to layers. Such data are lists in the configuration
-    with one entry per layer, numbers in each layer that equal the layer's index, and tables whose
-    keys are layer indices.
+    The function also adapts data that refer to layers, e.g. lists with one entry per layer.
 
     Args:
         model: A causal language model of transformers.
         removed: The layers to remove, 0-based.
         new_values: Values, including parameters, that replace the model's values in the copy.
-        in_place: Whether removed layers stay in the copy and return their input, for models that
-            need all layers.
-        changes: Pairs of a layer's index in the model and a function that changes the copy of this
-            layer.
-        repeated: Unbroken ranges of layers that the copy runs several times in a row, e.g. layers 3
-            to 6.
+        in_place: Whether removed layers stay in the copy and return their input.
+        changes: Pairs of a layer's index and a function that changes the copied layer.
+        repeated: Ranges of layers that the copy runs several times, e.g. layers 3 to 6.
 
     Returns:
         The changed copy.
@@ -115,7 +109,7 @@ def prune_model(
 def remaining_layers(
     n_layers: int, removed: Collection[int] = (), repeated: Sequence[Change] = ()
 ) -> list[int]:
-    """List the original layer indices in the order in which a changed copy runs the layers."""
+    """List the original indices of the layers that a changed copy runs, in order."""
     indices: list[int] = []
     for index in range(n_layers):
         indices += [index] if index not in removed else []
@@ -139,7 +133,7 @@ def _shared_memo(model: nn.Module) -> dict[int, Any]:
 
 
 def _keep_layers(clone: PreTrainedModel, layers: nn.ModuleList, indices: Sequence[int]) -> None:
-    """Keep only the layers `indices` of a copied model, in place; an index can occur twice."""
+    """Keep only the layers `indices` of a copied model, in place."""
     total = len(layers)
     parent, name = find_layers_parent(clone, layers)
     index_attributes = _find_index_attributes(layers)
@@ -174,7 +168,7 @@ def _own_attributes(module: nn.Module, types: tuple[type, ...]) -> list[tuple[st
 
 
 def _find_index_attributes(layers: nn.ModuleList) -> dict[tuple[str, str], set[int]]:
-    """Return (module path, attribute) → layers in which the attribute holds the layer's index.
+    """Find the attributes that hold the index of their layer; return the layers of each.
 
     An attribute counts if it equals the layer's index in every layer that has the attribute.
     """
@@ -193,7 +187,7 @@ def _find_index_attributes(layers: nn.ModuleList) -> dict[tuple[str, str], set[i
 
 
 def _cut_value(value: Any, indices: Sequence[int], n_layers: int) -> Any:
-    """Keep the entries of `indices` in a list with an entry per layer or a dict keyed by layer."""
+    """Keep the entries of some layers in a list or dictionary with one entry per layer."""
     if isinstance(value, (list, tuple)) and len(value) == n_layers:
         return type(value)(value[index] for index in indices)
     if isinstance(value, dict) and value and all(key in range(n_layers) for key in value):
@@ -202,7 +196,7 @@ def _cut_value(value: Any, indices: Sequence[int], n_layers: int) -> Any:
 
 
 def cut_config(config: PreTrainedConfig, indices: Sequence[int]) -> None:
-    """Change a configuration so that it describes only the layers `indices`, in that order."""
+    """Change a configuration so that it describes only the layers `indices`."""
     total = config.num_hidden_layers
     computed_values = {
         name: _cut_value(value, indices, total)
@@ -231,7 +225,7 @@ def original_class(config: PreTrainedConfig) -> type[Any]:
 
 
 def _cut_entry(value: Any, indices: Sequence[int], n_layers: int) -> Any:
-    """Apply `_cut_value` to a configuration entry and its nested values, except RoPE settings."""
+    """Apply `_cut_value` to a configuration entry and its nested values."""
     if isinstance(value, dict) and not any(type(key) is int for key in value):
         if "rope_type" in value:
             return value
@@ -269,8 +263,8 @@ def _repeat_layer(n_passes: int, module: nn.Module, args: Args, kwargs: Kwargs, 
 def record_state(model: nn.Module, attributes: Collection[str] | None = None) -> ModuleState:
     """Record the module values that a forward pass can change: tensors, numbers and strings.
 
-    Returns (path of a module, attribute) → a copy of the value. `attributes` selects attributes by
-    name. None selects all attributes, which suits only small models.
+    The keys of the result are pairs of module path and attribute. `attributes` selects attributes
+    by name; None selects all attributes.
     """
     state: ModuleState = {}
     for path, module in model.named_modules():
@@ -288,14 +282,14 @@ def record_state(model: nn.Module, attributes: Collection[str] | None = None) ->
 
 
 def changed_keys(old_state: ModuleState, new_state: ModuleState) -> set[tuple[str, str]]:
-    """Return the keys whose values differ between two model states, or that only one state has."""
+    """Return the keys that differ between two model states."""
     common = old_state.keys() & new_state.keys()
     equal = {key for key in common if are_equal(old_state[key], new_state[key])}
     return (old_state.keys() | new_state.keys()) - equal
 
 
 def are_equal(value: object, other: object) -> bool:
-    """Return whether two module values are equal; tensors on the meta device compare by shape."""
+    """Return whether two module values are equal, or tensors without data have equal shapes."""
     if isinstance(value, Tensor) and isinstance(other, Tensor):
         is_meta = value.is_meta or other.is_meta
         return value.shape == other.shape if is_meta else torch.equal(value, other)
@@ -352,17 +346,13 @@ def simulate_reload(
     """Build the model that results from saving and loading a copy without some layers.
 
     Args:
-        clone: The copy, as `prune_model` returns it. The function can change the copy's
-            configuration: values that count the first layers of some kind (e.g.
-            `first_k_dense_replace`) are adapted to the remaining layers.
+        clone: The copy, as `prune_model` returns it. The function can change its configuration.
         indices: The indices of the copy's layers in the original model.
         cache: Cache of models that earlier calls built. Forward passes must not change these
-            models. If `cache` is None, the new model gets a copy of the weights, so that forward
-            passes can change them.
+            models.
 
     Returns:
-        The model that the class builds from the saved configuration, with the weights of `clone`. A
-        model in `cache` that was built from the same configuration is reused, with the new weights.
+        The model that the class builds from the saved configuration, with the weights of `clone`.
 
     Raises:
         ModelError: The class cannot build the model; the message gives the reason.
@@ -384,10 +374,9 @@ def simulate_reload(
 
 
 def apply_reload(model: PreTrainedModel, clone: PreTrainedModel, indices: Sequence[int]) -> None:
-    """Set a pruned copy's attributes to the values that its class would compute on loading.
+    """Set the attributes of a pruned copy to the values that they would have after loading.
 
-    Configuration values that count the first layers of some kind (e.g. `first_k_dense_replace`) are
-    adapted to the remaining layers.
+    Configuration values such as `first_k_dense_replace` are adapted to the remaining layers.
 
     Args:
         model: The original model.
@@ -417,7 +406,7 @@ def find_stale_attributes(
     cut_model: PreTrainedModel,
     indices: Sequence[int],
 ) -> list[StaleAttribute]:
-    """List the module attributes of a copy that saving and loading the copy would change.
+    """List the module attributes of a copy that would change by saving and loading.
 
     Args:
         model: The original model.
@@ -427,8 +416,7 @@ def find_stale_attributes(
         indices: The indices of the copy's layers in the original model.
 
     Returns:
-        The attributes (such as numbers and strings) and non-persistent buffers that differ, with
-        their values after loading.
+        The attributes and non-persistent buffers that differ, with their values after loading.
     """
     prefix, clone_modules = _layers_prefix(model), dict(clone.named_modules())
     old_modules = _renumber(dict(model.named_modules()), prefix, indices)
@@ -458,7 +446,7 @@ def _layers_prefix(model: PreTrainedModel) -> str:
 
 
 def _renumber(items: Mapping[str, Any], prefix: str, indices: Sequence[int]) -> dict[str, Any]:
-    """Renumber the layers in the keys (module or tensor names) of `items`, as in a pruned copy."""
+    """Change the layer numbers in module or tensor names to those of a pruned copy."""
     new_items: dict[str, Any] = {}
     for name, value in items.items():
         names = [name]
@@ -473,7 +461,7 @@ def _renumber(items: Mapping[str, Any], prefix: str, indices: Sequence[int]) -> 
 def _stale_attributes(
     clone: nn.Module, old_module: nn.Module, full_module: nn.Module, cut_module: nn.Module
 ) -> Iterator[StaleAttribute]:
-    """Yield the attributes of a copied module that saving and loading the copy would change."""
+    """Yield the attributes of a copied module that would change by saving and loading."""
     for name, value in vars(cut_module).items():
         if name in _TORCH_ATTRIBUTES or not _is_plain(value):
             continue
@@ -505,10 +493,8 @@ def _build_matching(
 ) -> Any:
     """Build a model from the class and configuration of `model`, with the given tensor shapes.
 
-    Raises ModelError if no model with these shapes can be built. If the shapes differ, the function
-    adapts configuration values that count the first layers of some kind (e.g.
-    `first_k_dense_replace`). If the adapted values give the right shapes, the configuration of
-    `model` keeps these values.
+    If the shapes differ, the function adapts configuration values such as `first_k_dense_replace`.
+    Raises ModelError if no model with these shapes can be built.
     """
     config = model.config.get_text_config()
     first_problem = None
@@ -541,8 +527,7 @@ def layer_counts(config: PreTrainedConfig, indices: Sequence[int]) -> Iterator[d
     """Yield new values of configuration keys that count the first layers of some kind.
 
     An example is `first_k_dense_replace`, the number of first layers without experts. The new value
-    counts only the layers in `indices`. The function yields one dict for each changed key, then one
-    dict with all changed keys.
+    counts only the layers in `indices`.
     """
     counts = {
         name: value
@@ -561,7 +546,7 @@ def layer_counts(config: PreTrainedConfig, indices: Sequence[int]) -> Iterator[d
 
 
 def _build_uninitialised(model: PreTrainedModel) -> Any:
-    """Build a model without initialised weights from the saved and reloaded config of `model`."""
+    """Build a model with uninitialised weights from the configuration of `model`."""
     from transformers.initialization import no_init_weights
     from transformers.modeling_utils import local_torch_dtype
 
@@ -593,7 +578,7 @@ def _copy_kernel_choice(config: PreTrainedConfig, loaded_config: PreTrainedConfi
 
 
 def tensor_shapes(model: PreTrainedModel) -> TensorShapes:
-    """Return the shapes of the tensors that a checkpoint of a model holds."""
+    """Return the shapes of the tensors in a checkpoint of a model."""
     return {name: tuple(value.shape) for name, value in model.state_dict().items()}
 
 

@@ -1,9 +1,8 @@
 """Quantise weights to a format and dequantise them.
 
-For integer formats, torch's `fake_quantize_per_channel_affine` rounds symmetrically to the nearest
-level, as torchao's weight-only configurations do. In float32 the results equal those of torchao
-0.18's `IntxWeightOnlyConfig` bit for bit. For GGUF formats, the package gguf or llama.cpp's own
-library quantises the weights, and gguf dequantises them. Activations are not changed.
+Integer formats are rounded by torch. In float32 the results equal those of torchao 0.18's
+`IntxWeightOnlyConfig`. GGUF formats are rounded by the package gguf or by llama.cpp's own library.
+Activations are not changed.
 """
 
 from __future__ import annotations
@@ -32,15 +31,14 @@ def round_weight(weight: Tensor, name: str) -> Tensor:
     """Quantise a weight to a format and dequantise it.
 
     Args:
-        weight: The weight [outputs, inputs], or the weights of all experts [experts, outputs,
-            inputs].
+        weight: The weight [outputs, inputs] or [experts, outputs, inputs].
         name: Name of the format, a key of `FORMATS`.
 
     Returns:
         The rounded weight, in the dtype of the original weight.
 
     Raises:
-        CellError: The length of a row is no multiple of the format's block size.
+        CellError: The row length is not a multiple of the format's block size.
     """
     inputs = weight.shape[-1]
     form = FORMATS[name].for_rows(inputs)
@@ -70,7 +68,7 @@ def _round_rows(rows: Tensor, form: WeightFormat) -> Tensor:
 
 
 def _round_by_extension(rows: Tensor, form: WeightFormat) -> Tensor:
-    """Quantise and dequantise rows with another package's function; raise CellError if it fails."""
+    """Round rows with a function of another package; raise CellError if it fails."""
     assert form.round is not None
     message = f"{form.name} cannot round weights"
     with translate_errors(lambda error: CellError(f"{message}: {first_line(error)}")):

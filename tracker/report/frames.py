@@ -1,7 +1,4 @@
-"""Build data frames for programs: unrounded fractions in columns with snake_case names.
-
-The HTML page contains the data frames as base64 text.
-"""
+"""Build data frames for programs: unrounded fractions in columns with snake_case names."""
 
 from __future__ import annotations
 
@@ -63,15 +60,13 @@ def layer_frame(cells: Sequence[CellRecord]) -> pd.DataFrame:
 
     `layer` is the first changed layer (0-based), and `span` is the number of changed layers.
     `component` is the changed part of these layers, and `intervention` is the kind of change.
-    `removed` lists layers that every run of the benchmark lacks in addition to its own change (such
-    as `3,17`; usually empty). `part` names the part of the benchmark that the documents belong to:
-    `calibration`, `test`, or `all` if the benchmark is not divided. `sample_seed` is the seed of
-    the sample; it is missing if the documents are not sampled. `until` is the value of the setting
-    `until` with which the benchmark was measured. `interval` names the kind of the drop's
-    confidence interval. `shown` is the verdict on the run, tested jointly with all runs of the same
-    kind: `matters`, `better without`, `below 5 pp` or `open`. Accuracies and drops are fractions.
-    An undefined value is NaN, and `reasons` gives the reason. The reason given for `n` explains why
-    documents are missing. lm-eval's own metrics have columns `metric_NAME`.
+    `removed` lists layers that are removed in every run, such as `3,17`. `part` names the part of
+    the benchmark that the documents belong to: `calibration`, `test`, or `all` if the benchmark is
+    not divided. `sample_seed` is the seed of the sample; it is missing if the documents are not
+    sampled. `until` is the setting `until` of the measurement. `interval` names the kind of the
+    drop's confidence interval. `shown` is the verdict on the run: `matters`, `better without`,
+    `below 5 pp` or `open`. Accuracies and drops are fractions. An undefined value is NaN, and
+    `reasons` gives the reason. lm-eval's own metrics have columns `metric_NAME`.
     """
     words = {id(cell): verdict_words(cell) for cell in cells}
     verdict: Column[CellRun] = Column(
@@ -87,9 +82,8 @@ def layer_frame(cells: Sequence[CellRecord]) -> pd.DataFrame:
 def correlation_frame(cells: Sequence[CellRecord]) -> pd.DataFrame:
     """Return a data frame with one row for each correlation.
 
-    There is one row for each model, benchmark, proxy (e.g. cosine score), coefficient (e.g.
-    Spearman) and subset of layers. `n` is the number of layers or experts. An undefined value is
-    NaN, and `reason` gives the reason.
+    `n` is the number of layers or experts. An undefined value is NaN, and `reason` gives the
+    reason.
     """
     rows = [(cell, record) for cell in cells for record in cell.correlations]
     columns = [column for column in correlation_columns().values() if column.name != "between"]
@@ -101,22 +95,21 @@ def document_frame(
     with_private: bool = True,
     only_changed: bool = True,
 ) -> pd.DataFrame:
-    """Return a data frame of the documents on which an ablated model scores worse or better.
+    """Return a data frame of documents, with the changes of their scores.
 
     Args:
-        cell_decisions: Pairs of a cell (model on a benchmark) and the model's answers under each
+        cell_decisions: Pairs of a model's results on a benchmark and its answers under each
             ablation.
         with_private: Whether to include private texts, which are not from the hub or a package.
-        only_changed: Whether to include only documents whose score an ablation lowers or raises. If
-            false, all documents are included, with scores (larger is better).
+        only_changed: Whether to include only documents with a changed score. If false, all
+            documents are included, with scores (larger is better).
 
     Returns:
         One row for each model, benchmark, run and document. `change` is `lost` (worse than intact),
-        `won` (better) or `same`. A requested document that is not measured has a row without a run,
-        with the change `missing`. `choices` is a JSON list. `gold`, `choice_intact` and `choice`
-        are 0-based numbers of answer options. Margins are in nats, or in nats per character or byte
-        if the metric divides by length. If a document has no options, its margins are
-        log-probabilities of the answer.
+        `won` (better) or `same`. A document that is not measured has the change `missing`.
+        `choices` is a JSON list. `gold`, `choice_intact` and `choice` are 0-based numbers of answer
+        options. Margins are in nats, or in nats per character or byte if the metric divides by
+        length. If a document has no options, its margins are log-probabilities of the answer.
     """
     return pd.concat(document_frames(cell_decisions, with_private, only_changed), ignore_index=True)
 
@@ -126,7 +119,7 @@ def document_frames(
     with_private: bool = True,
     only_changed: bool = True,
 ) -> Iterator[pd.DataFrame]:
-    """Yield an empty frame with the columns of `document_frame`, then frames for each cell."""
+    """Yield the rows of `document_frame` in several frames; the first frame is empty."""
     scores = () if only_changed else _SCORE_COLUMNS
     columns = [*CELL_COLUMNS, *CHANGE_COLUMNS, *_DOCUMENT_COLUMNS, *scores]
     dtypes = dict.fromkeys((*_OPTION_COLUMNS, *_NUMBER_COLUMNS), "Int64")
@@ -146,7 +139,7 @@ def document_frames(
 def _run_rows(
     cell: CellRecord, decisions: Decisions, with_private: bool, only_changed: bool
 ) -> dict[str, NDArray[Any]]:
-    """Return column → values, with one row for each run and (changed) document."""
+    """Return the columns of a table with one row for each run and document."""
     visible = [with_private or text is None or text.public for text in decisions.texts]
     texts = [
         text.text if text and is_visible else None
@@ -205,13 +198,13 @@ def write_csv(frames: Iterable[pd.DataFrame], file: IO[str]) -> None:
 
 
 def pack_text(text: str) -> str:
-    """Compress a text to base64 for a page whose script decompresses the text."""
+    """Compress a text to base64, for a page that decompresses it."""
     # The time is left out, so that the same text gives the same bytes.
     return base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode()
 
 
 def pack_json(value: Mapping[str, Any]) -> str:
-    """Compress a JSON object to base64 for a page's script; raise ValueError for NaN."""
+    """Compress a JSON object to base64; raise ValueError for NaN."""
     return pack_text(json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False))
 
 

@@ -1,7 +1,7 @@
 """Build the tables of leaderboards for layers, other parts, models, and pairs of models.
 
-Functions such as `layer_board_columns` define all columns of a leaderboard, for tables that
-programs read. Tables that people read show some of these columns.
+Functions such as `layer_board_columns` define all columns for programs. Tables for people show some
+of these columns.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ Standing = TypeVar("Standing")
 
 
 class RankedRow(NamedTuple, Generic[Standing]):
-    """Row of a leaderboard; ranks are computed over a number `benchmarks` of benchmarks."""
+    """Row of a leaderboard over `benchmarks` benchmarks."""
 
     model: str
     standing: Standing
@@ -57,12 +57,12 @@ class RankedRow(NamedTuple, Generic[Standing]):
 def _standing_column(
     name: str, label: str, unit: FigureUnit, no_value: str = "", field: str = ""
 ) -> Column[Any]:
-    """Define a leaderboard column whose value is an attribute of `RankedRow.standing`."""
+    """Define a leaderboard column from an attribute of `RankedRow.standing`."""
     return Column(label, unit, attrgetter(f"standing.{field or name}"), no_value, name)
 
 
 def _figure_columns(relevance: str, drop: str, drop_field: str) -> list[Column[Any]]:
-    """Define the columns of relevance and drop, and of the ends of their 95 % intervals."""
+    """Define the columns of relevance and drop with their 95 % intervals."""
     columns = (
         _standing_column("accuracy_relevance", relevance, "relevance", field="relevance"),
         _standing_column("accuracy_drop", drop, "points", field=drop_field),
@@ -83,7 +83,7 @@ def _rank_columns(no_value: str) -> tuple[Column[Any], ...]:
 
 
 def _rank_interval(no_value: str = "", label: str = "rank") -> Column[Any]:
-    """Define the rank column of a printed table: the best and the worst possible rank of a row."""
+    """Define a rank column that shows the best and the worst possible rank."""
     label = f"{label}, 95 % confidence for all"
     return Column(label, "count", lambda row: row.standing.rank, no_value, interval=True)
 
@@ -91,7 +91,7 @@ def _rank_interval(no_value: str = "", label: str = "rank") -> Column[Any]:
 def _choose_rank_column(
     rows: Sequence[RankedRow[Any]], no_value: str
 ) -> tuple[list[Column[Any]], list[str]]:
-    """Return ([rank column], []), or ([], [note]) if every rank interval covers all ranks."""
+    """Return the rank column, or a note if the ranks cannot be distinguished, as two lists."""
     ranks = [row.standing.rank for row in rows if row.standing.rank.value is not None]
     if any(rank.bounds != (1, len(ranks)) for rank in ranks):
         return [_rank_interval(no_value)], []
@@ -119,10 +119,9 @@ def _board_rows(board: PartBoard, label: str) -> list[RankedRow[PartStanding]]:
 def layer_board_data(boards: Sequence[LayerBoard]) -> Table:
     """Build an unrounded table with the leaderboards of layers of all models.
 
-    There is one row for each model and layer (0-based), in descending order of the lower end of the
-    drop's interval. Relevance and drop are fractions, averaged over benchmarks; the column
-    `benchmarks` gives the number of benchmarks. `rank` is missing if the relevance is not defined
-    on every benchmark.
+    There is one row for each model and layer (0-based), sorted by the lower end of the drop's
+    interval (descending). Relevance and drop are fractions, averaged over benchmarks. `rank` is
+    missing if the relevance is not defined on every benchmark.
     """
     labelled = zip(boards, model_labels([board.model for board in boards]), strict=True)
     rows = [row for board, label in labelled for row in _board_rows(board, label)]
@@ -130,7 +129,7 @@ def layer_board_data(boards: Sequence[LayerBoard]) -> Table:
 
 
 def layer_board_table(board: LayerBoard, label: str) -> Table:
-    """Build the leaderboard of one model's layers, sorted by the lower end of the drop interval."""
+    """Build the leaderboard of the layers of one model."""
     columns, ranks_by_cosine = by_name(*layer_board_columns()), cosine_ranks(board)
     rows = _board_rows(board, label)
     rank_columns, notes = _choose_rank_column(rows, _NO_RANK)
@@ -159,7 +158,7 @@ def layer_board_table(board: LayerBoard, label: str) -> Table:
 
 
 def _board_notes(board: LayerBoard) -> list[str]:
-    """Return notes on missing values, and on non-significant drops with an interval above 0."""
+    """Return notes on missing values and on drops that are not significant."""
     has_no_ranks = bool(board.ranked) and not cosine_ranks(board)
     reasons: dict[str, Callable[[PartStanding], bool]] = {
         f"no rank: {_NO_RANK}": lambda row: row.rank.value is None,
@@ -196,15 +195,15 @@ def part_board_columns() -> tuple[Column[RankedRow[PartStanding]], ...]:
 def part_board_data(boards: Sequence[tuple[str, PartBoard]]) -> Table:
     """Build an unrounded table: the leaderboards of heads, experts and ranges of layers.
 
-    There is one row for each model and part. Parts of one kind are in descending order of the lower
-    end of the drop's interval.
+    There is one row for each model and part. Parts of one kind are sorted by the lower end of the
+    drop's interval (descending).
     """
     rows = [row for label, board in boards for row in _board_rows(board, label)]
     return build_table("", part_board_columns(), rows)
 
 
 def part_board_table(board: PartBoard, label: str) -> Table:
-    """Build the leaderboard of one kind of parts; leave out the middle of a long table."""
+    """Build the leaderboard of one kind of parts, without the middle of a long table."""
     rows = _board_rows(board, label)
     n_hidden = len(rows) - 2 * _PARTS_PER_END
     title = (
@@ -248,7 +247,7 @@ def misjudged_table(board: LayerBoard, label: str) -> Table:
 
 
 def relevance_interval_table(board: LayerBoard, label: str) -> Table:
-    """Build the table of each layer's relevance per benchmark and on average, with intervals."""
+    """Build the table of each layer's relevance, per benchmark and on average."""
     means = {standing.layer: standing.relevance for standing in board.by_depth}
     columns = [
         Column(name, "relevance", partial(layer_relevance, cell))
@@ -311,10 +310,9 @@ def _model_rows(board: ModelBoard, labels: Sequence[str]) -> list[RankedRow[Mode
 def model_board_data(board: ModelBoard) -> Table:
     """Build the leaderboard of models with unrounded values.
 
-    There is one row for each model; the model that loses least accuracy by removing a layer is
-    first. Relevance and drop are fractions, averaged over layers and over the benchmarks on which
-    all ranked models were measured. The columns `layers` and `benchmarks` hold their numbers.
-    `rank` is missing if a model lacks one of these benchmarks.
+    The first model loses the least accuracy when a layer is removed. Relevance and drop are
+    fractions, averaged over layers and over the benchmarks that all ranked models share. `rank` is
+    missing if a model lacks one of these benchmarks.
     """
     labels = model_labels([standing.model for standing in board.models])
     return build_table("", model_board_columns(), _model_rows(board, labels))

@@ -1,4 +1,4 @@
-"""Build the tables that people read: choose the columns, the order of rows, and the notes."""
+"""Build the tables that people read, with rounded numbers and notes."""
 
 from __future__ import annotations
 
@@ -199,13 +199,13 @@ def layer_table(cell: CellRecord) -> Table:
 def _group_by_reason(
     cell: CellRecord, reasons: Iterable[tuple[Change, str | None]]
 ) -> list[tuple[str, str]]:
-    """Group runs by the reason for an undefined value; return (names of runs, reason) pairs."""
+    """Group runs by the reason for an undefined value; return pairs (names of runs, reason)."""
     groups = group_by(reasons, lambda pair: pair[1])
     return [(run_list([run for run, _ in runs], cell), why) for why, runs in groups.items() if why]
 
 
 def correlation_table(cell: CellRecord) -> Table:
-    """Build the table of correlations, with a row for each proxy, coefficient and layer subset."""
+    """Build the table of the correlations between proxies and drops."""
     names = ["proxy", "coefficient", "subset", "value", "between", "p_value", "n", "documents"]
     columns, records = correlation_columns(), cell.correlations
     if len({record.sample for record in records}) > 1:
@@ -264,7 +264,7 @@ def is_corpus(cell: CellRecord) -> bool:
 
 
 def provenance_table(cell: CellRecord) -> Table:
-    """Build a table of the model, data, settings and versions that determined the results."""
+    """Build a table of the model, data, settings and versions behind the results."""
     model, benchmark = cell.model, cell.benchmark
     facts = {
         "model source": model.source,
@@ -308,7 +308,7 @@ def _comparison_text(cell: CellRecord) -> str:
 
 
 def _split_text(task: TaskIdentity) -> str:
-    """Return the name of a task's split; if only a random half is used, add its size and seed."""
+    """Return the name of a task's split, with size and seed if only a random half is used."""
     half = task.half
     return task.split if half is None else f"{task.split}, half of {half.of:,} (seed {half.seed})"
 

@@ -1,4 +1,4 @@
-"""Render sentences from templates; other modules compute the figures in the sentences."""
+"""Render sentences from templates."""
 
 from __future__ import annotations
 
@@ -39,8 +39,7 @@ class TextTemplate:
     Args:
         package: Package whose folder `templates` contains the template.
         name: Name of the template.
-        **names: Values and functions that the template can use by name, in addition to
-            `FIGURE_WRITERS`.
+        **names: Additional values and functions that the template can use by name.
     """
 
     def __init__(self, package: str, name: str, **names: Any) -> None:

@@ -57,7 +57,7 @@ _MAX_NAMED_LAYERS = 10
 
 
 def rule(name: str) -> str:
-    """Return the explanation of how a ranking or an interval is computed, e.g. `intervals`."""
+    """Return the explanation of a ranking or an interval; `name` is e.g. `intervals`."""
     return WORDS.render(f"{name}_rule")
 
 
@@ -100,7 +100,7 @@ def run_list(runs: Sequence[Change], cell: CellRecord) -> str:
 
 
 def measured(cells: Sequence[CellRecord]) -> str:
-    """Describe when and on which machines results were measured; "" if no date is recorded.
+    """State when and where results were measured; "" if no date is recorded.
 
     Args:
         cells: Results of each model and benchmark.
@@ -134,7 +134,7 @@ def sample_noun(record: CorrelationRecord) -> str:
 
 
 def p_value_name(record: CorrelationRecord) -> str:
-    """Return the name of a correlation's p-value, which says what its test permutes."""
+    """Return the name of a correlation's p-value in tables and texts."""
     return "p within layers" if record.within_layers else "p over layers"
 
 
@@ -184,11 +184,9 @@ def sentence(cell: CellRecord) -> str:
         cell: Results of one model on one benchmark.
 
     Returns:
-        Sentences about three results. The first result is the accuracy without the layers that are
-        removed in all runs. The second result is the Spearman correlation of cosine score and drop
-        (or loss increase) over all layers and over the inner layers, or the reason why it is
-        undefined. The third result is the correlation of every other proxy over all layers, or over
-        parts.
+        Sentences about the Spearman correlation of the cosine score with the drops, and of every
+        other proxy. If some layers are removed in all runs, the first sentence gives the remaining
+        accuracy.
     """
 
     def named_records(proxies: Sequence[Proxy]) -> dict[str, CorrelationRecord]:
@@ -205,7 +203,7 @@ def sentence(cell: CellRecord) -> str:
 
 
 def beneath(cell: CellRecord) -> str:
-    """State the accuracy that remains if only the layers removed in every run are removed.
+    """State the accuracy without the layers that are removed in all runs.
 
     Args:
         cell: Results of one model on one benchmark.
@@ -228,15 +226,15 @@ def beneath(cell: CellRecord) -> str:
 
 
 def power_sentence(cell: CellRecord, runs: Sequence[RunRecord]) -> str:
-    """State the smallest drop that is detectable with these documents, for all runs jointly.
+    """State the smallest drop that can be detected with these documents.
 
     Args:
         cell: Results of one model on one benchmark.
         runs: The runs that are tested together.
 
     Returns:
-        A sentence, or the reason why the smallest drop is undefined. Empty if there are no runs, or
-        if the setting `until` determines the number of documents.
+        A sentence. Empty if there are no runs, or if the setting `until` determines the number of
+        documents.
     """
     if not runs or cell.is_raced:  # the power assumes a fixed number of documents
         return ""
@@ -307,7 +305,7 @@ def _changes_text(cells: Sequence[CellRecord]) -> str:
 
 
 def second_rounding_text(model: str, stored: str) -> str:
-    """Warn that a checkpoint is already quantised, so a drop is the cost of quantising again.
+    """Warn that the weights of a checkpoint are already quantised.
 
     Args:
         model: Label of the model.
@@ -333,7 +331,7 @@ def provenance_notes(cells: Sequence[CellRecord]) -> list[str]:
 
 
 def _mismatch_note(cell: CellRecord) -> str:
-    """State whether all runs have the versions and devices of the baseline; name exceptions."""
+    """Name the runs that have other versions or devices than the baseline."""
     changes = [run.change for run in cell.runs if run.mismatch]
     if not changes:
         return f" Each {metric_format(cell).change} compares runs with equal software and devices."
@@ -341,7 +339,7 @@ def _mismatch_note(cell: CellRecord) -> str:
 
 
 def looks_note(cell: CellRecord) -> str:
-    """Explain the numbers of documents and the intervals after the setting `until` stopped early.
+    """Explain the numbers of documents if the setting `until` has stopped a measurement.
 
     Args:
         cell: Results of one model on one benchmark.
@@ -353,7 +351,7 @@ def looks_note(cell: CellRecord) -> str:
 
 
 def rounding_note(cell: CellRecord) -> str:
-    """State how many documents' scores depend on rounding in half precision, and the effect.
+    """State how many scores depend on rounding in half precision.
 
     Args:
         cell: Results of one model on one benchmark.
@@ -377,14 +375,13 @@ def rounding_note(cell: CellRecord) -> str:
 
 
 def second_rounding_note(cell: CellRecord) -> str:
-    """Warn that a drop is the cost of quantising weights that were already quantised.
+    """Warn if runs quantise weights that are already quantised in the checkpoint.
 
     Args:
         cell: Results of one model on one benchmark.
 
     Returns:
-        A sentence; empty if no run quantises weights, or if the checkpoint's weights are not
-        quantised.
+        A sentence; empty if there is no such run.
     """
     stored = cell.provenance.get(WEIGHTS_KEY)
     if stored is None or not any(run.change.intervention in FORMATS for run in cell.runs):
@@ -438,9 +435,8 @@ def layers_answer(claims: Claims) -> str:
         claims: Statistically supported statements about the layers.
 
     Returns:
-        For example `Accuracy on arc_easy and piqa falls without layer 0, 1 or 11. Only layer 17 is
-        shown to cost less than 5 pp …`. If no benchmark is suitable for verdicts, the text gives
-        the reason.
+        For example `Accuracy on arc_easy and piqa falls without layer 0, 1 or 11. …`. If no
+        benchmark is suitable for verdicts, the text gives the reason.
     """
     steps = [(step, claims.lacking(step.documents)) for step in claims.next_steps()]
     more = {layer: -drop for layer, drop in claims.more_probable.items()}
@@ -449,7 +445,7 @@ def layers_answer(claims: Claims) -> str:
 
 
 def _amounts_text(drops: Mapping[int, Estimate]) -> str:
-    """Name layers with the drop of each, such as `0 (8.0 pp, 3.1 to 12.9) or 1 (…)`."""
+    """List layers with their drops, such as `0 (8.0 pp, 3.1 to 12.9) or 1 (…)`."""
     texts = [
         f"{layer} ({points(drop.value or 0.0)} pp, {interval_text(drop.low, drop.high, points)})"
         for layer, drop in drops.items()
@@ -467,7 +463,7 @@ def verdict_sentence(
 
     Args:
         noun: Plural noun for the ablations, such as heads.
-        verdicts: Label of each ablation → verdict, in descending order of the drops.
+        verdicts: Verdict on each ablation by label; the largest drop comes first.
         level: Name of the measured quantity, such as accuracy.
         higher_is_better: Whether a higher level is better, as for an accuracy.
 
@@ -482,7 +478,7 @@ def verdict_sentence(
 
 
 def parts_answer(cell: CellRecord) -> str:
-    """Name the heads, experts and layer ranges with significant effects (joint test per kind).
+    """Name the heads, experts and ranges of layers with significant effects.
 
     Args:
         cell: Results of one model on one benchmark.
@@ -525,11 +521,9 @@ def alone_sentence(cell: CellRecord, has_average: bool) -> str:
 def controls_answer(cell: CellRecord) -> str:
     """Compare the cost of removing a set of layers with the cost of random sets of equal size.
 
-    If there is one set of some size, its two-sided p-value is twice the smaller of two shares. The
-    first share counts the sets that cost at most as much as the tested set. The second share counts
-    the sets that cost at least as much. Both shares include the tested set and all random sets.
-    Under the null hypothesis, the tested set is exchangeable with the random sets. If several sets
-    of one size were measured, no p-value is given for this size.
+    The two-sided p-value compares the tested set with the random sets. Under the null hypothesis,
+    all these sets are exchangeable. If several sets of one size were measured, no p-value is given
+    for this size.
 
     Args:
         cell: Results of one model on one benchmark.
@@ -555,8 +549,7 @@ def controls_answer(cell: CellRecord) -> str:
 def model_answer(claims: Claims, boards: Sequence[PartBoard], cells: Sequence[CellRecord]) -> str:
     """Write sentences on the significant effects of a model's layers and other parts.
 
-    If the parts have no average over benchmarks (e.g. for losses), each benchmark is described
-    separately.
+    If there is no average over benchmarks (e.g. for losses), each benchmark is described.
     """
     answers = [*map(board_answer, boards)]
     if not claims.layers and not answers:
@@ -568,21 +561,21 @@ def model_answer(claims: Claims, boards: Sequence[PartBoard], cells: Sequence[Ce
 
 
 def cell_answer(cell: CellRecord) -> str:
-    """Write sentences on the significant effects on one benchmark; "" if no verdict is possible."""
+    """Describe the significant effects on one benchmark; "" if no verdict is possible."""
     claims = decide_claims([cell])
     layers = layers_answer(claims) if claims.layers else ""
     return " ".join(filter(None, (layers, parts_answer(cell), controls_answer(cell))))
 
 
 def agreement_sentence(agreement: Agreement) -> str:
-    """Describe how well a proxy orders the layers by drop, compared with a random order.
+    """Describe how well a proxy orders the layers, compared with a random order.
 
     Args:
         agreement: Agreement of the proxy with the accuracy drop.
 
     Returns:
-        The median Spearman correlation and its range, the share of ranks that differ, and the share
-        of ranks that would differ in two random orders.
+        A sentence with the median Spearman correlation, its range, and the share of ranks that
+        differ.
     """
     label, values = PROXIES[agreement.proxy].label, agreement.spearman
     median_value = median(values) if values else None
@@ -591,7 +584,7 @@ def agreement_sentence(agreement: Agreement) -> str:
 
 
 def compared_sentence(cells: Sequence[CellRecord]) -> str:
-    """Describe how many answers were checked against really pruned models, and the differences.
+    """State how many answers were checked against really pruned models.
 
     Args:
         cells: Results of each model and benchmark on the page.
@@ -608,7 +601,7 @@ def compared_sentence(cells: Sequence[CellRecord]) -> str:
 
 
 def open_models_sentence(board: ModelBoard) -> str:
-    """State in how many pairs of models neither model is significantly better; "" if in none."""
+    """State how many pairs of models do not differ significantly; "" if all pairs differ."""
     return WORDS.render("models_open", board, *board.pairs, MODEL_GAP)
 
 

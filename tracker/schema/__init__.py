@@ -1,9 +1,9 @@
 """Define the types that all packages of tracker share: requests, records, errors.
 
 Modules:
-    answers: Format the result of the stopping rule (`until`) as a sentence.
+    answers: Format the result of the setting `until` as a sentence.
     api_package: Make a package callable as the API function with the same name.
-    changes: Define changes of a model, the text form of a change, and sets of changes.
+    changes: Define changes of a model, and sets of changes.
     config: Define the settings and the request for one model on one benchmark.
     decision_records: Define records of the documents on which a run scores worse or better.
     distribution: Define the package's name, version and installation commands.

@@ -18,7 +18,7 @@ _MAX_NAMED_RUNS = 8
 
 
 def statement(answer: AnswerRecord) -> str:
-    """Format the stopping rule's result, its confidence and its cost as one sentence.
+    """Format the result, the confidence and the cost of a stopping rule as one sentence.
 
     Args:
         answer: Current result of the stopping rule (`until`) for one model and benchmark.
@@ -32,7 +32,7 @@ def statement(answer: AnswerRecord) -> str:
 
 
 def answer_cost(answer: AnswerRecord) -> str:
-    """Format the documents and the share of layer passes that the stopping rule needed.
+    """Format the number of documents and the share of layer passes that were needed.
 
     Args:
         answer: Current result of the stopping rule (`until`) for one model and benchmark.
@@ -49,7 +49,7 @@ def answer_cost(answer: AnswerRecord) -> str:
 
 
 def interval_name(cell: CellRecord) -> str:
-    """Return the name of the kind of interval that the drops of a benchmark have.
+    """Return the name of the intervals of a benchmark's drops.
 
     Args:
         cell: Record of one model on one benchmark.
@@ -64,7 +64,7 @@ def interval_name(cell: CellRecord) -> str:
 
 
 def open_runs_text(answer: AnswerRecord) -> str:
-    """Describe the runs of a cell that the stopping rule has not decided yet.
+    """Describe the runs that the stopping rule has not decided yet.
 
     Args:
         answer: Current result of the stopping rule (`until`) for one model and benchmark.
@@ -114,7 +114,7 @@ def _answer_text(answer: AnswerRecord) -> str:
 
 
 def _run_names(runs: Sequence[RunAnswer]) -> str:
-    """Format runs as text: `layers 3 and 5`, `layer 3 head 0`, or only `40 runs` if too many."""
+    """Name runs: `layers 3 and 5`, `layer 3 head 0`, or `40 runs` if there are many."""
     only_layers = all(run.change.kind == WHOLE_LAYER for run in runs)
     if not runs:
         return "none"

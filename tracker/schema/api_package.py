@@ -1,4 +1,4 @@
-"""Make a package callable if a function of the API has the same name."""
+"""Make a package callable like the API function with the same name."""
 
 from __future__ import annotations
 

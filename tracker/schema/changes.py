@@ -1,4 +1,4 @@
-"""Define changes of a model, the text form of a change, and sets of changes."""
+"""Define changes of a model, and sets of changes."""
 
 from __future__ import annotations
 
@@ -46,19 +46,18 @@ _TEXT = re.compile(r"([a-z]\w*):(?:(\d[\d,-]*)(?:\.(.+))?|([a-z]\w*))")
 class Change:
     """Change of a model: an intervention, e.g. a removal, on one component.
 
-    `str(change)` returns the canonical text, which `Change.parse` reads: `layer:3`, `layers:3,4`,
-    `head:3.0`, `int4:5.mlp.down_proj`, `int4:embedding`, `repeat:3-6`, and `repeat3:3-6` for three
-    passes.
+    `str(change)` returns the text that `Change.parse` reads: `layer:3`, `layers:3,4`, `head:3.0`,
+    `int4:5.mlp.down_proj`, `int4:embedding`, or `repeat3:3-6` for three passes.
 
     Attributes:
-        component: Kind of the component: whole layers, a sublayer, a numbered part of a layer (e.g.
-            a head), or a linear map.
+        component: Kind of the component: whole layers, a sublayer, a part such as a head, or a
+            linear map.
         layers: Numbers of the changed layers, ascending; empty for the embedding and the output
             head.
         intervention: Kind of the intervention, e.g. `remove`, `repeat` or a weight format.
         part: Number of a head or expert, or path of a linear map in its layer (`mlp.down_proj`).
-            Also `attention` or `mlp` for all linear maps of a sublayer, and `embedding` or
-            `lm_head`. None for a component that exists only once in a layer, e.g. the attention.
+            For linear maps also `attention`, `mlp`, `embedding` or `lm_head`. None for other
+            components.
         repeats: Number of passes through repeated layers.
         drawn: True if the layers were drawn at random, as a control.
     """
@@ -188,7 +187,7 @@ class Change:
 
     @property
     def members(self) -> tuple[int, ...] | None:
-        """The changed layers, if they are not contiguous or were drawn at random; else None."""
+        """The changed layers, if they have gaps or were drawn at random; else None."""
         is_span = self.stop - self.layer == len(self.layers)
         return None if is_span and not self.drawn else self.layers
 
@@ -214,7 +213,7 @@ class Change:
 
     @property
     def word(self) -> str:
-        """The first word of the change's text: `layer`, `attention`, `mean`, `head`."""
+        """The first word of the change's text, e.g. `layer`, `attention`, `mean`, `head`."""
         return self.component if self.intervention == "remove" else self.intervention
 
     @property
@@ -238,22 +237,22 @@ class Change:
         return str(self).partition(":")[2]
 
     def at_layer(self, layer: int) -> Change:
-        """Return a copy with `layer` added to its layer numbers: `layers:0,1` → `layers:3,4`."""
+        """Return a copy with `layer` added to all layer numbers."""
         return replace(self, layers=tuple(layer + n for n in self.layers))
 
     @property
     def kind(self) -> Change:
-        """A copy of the change at layer 0; equal for changes that differ only in their layer."""
+        """A copy of the change at layer 0, for grouping changes that differ only in their layer."""
         return self if self.members or self.is_outer else replace(self, layers=(*range(self.span),))
 
     @property
     def family(self) -> Change:
-        """A copy at layer 0 without head or other part; equal for changes in the same heat map."""
+        """A copy at layer 0 without a head number etc., for grouping changes into heat maps."""
         return replace(self, layers=(0,), part=None, drawn=False)
 
     @property
     def is_single(self) -> bool:
-        """True if the change affects one whole layer or sublayer, not one head, expert or map."""
+        """True if the change affects one whole layer or one whole sublayer."""
         return self.span == 1 and self.part is None
 
     @property
@@ -265,7 +264,7 @@ class Change:
 
     @property
     def sample(self) -> str:
-        """The name of the parts among which proxies are compared, e.g. `head` or `int4 linear`."""
+        """The name of the compared parts in correlations, e.g. `head` or `int4 linear`."""
         component = self.path if self.path in MAP_GROUPS else self.component
         return component if self.intervention == "remove" else f"{self.intervention} {component}"
 
@@ -323,7 +322,7 @@ class Change:
 
     @property
     def columns(self) -> dict[str, Any]:
-        """The change as column name → value; most columns only if they differ from the default."""
+        """The change as values by column name; most columns only if not equal to the default."""
         usual = {name: getattr(WHOLE_LAYER, name) for name in CHANGE_COLUMNS[3:]}
         values = {name: getattr(self, name) for name in CHANGE_COLUMNS}
         return {n: value for n, value in values.items() if n not in usual or value != usual[n]}
@@ -338,8 +337,7 @@ class Ablation:
     """A set of changes that the engine applies together; the empty set is the baseline.
 
     Attributes:
-        changes: Changes of single layers, and repetitions of several layers. Two repetitions must
-            not end at the same layer.
+        changes: Changes of single layers, and repetitions of several layers.
     """
 
     changes: frozenset[Change] = frozenset()
@@ -367,9 +365,7 @@ class Ablation:
     def name(self) -> str:
         """The ablation's name: `baseline`, `layer:3`, `layers:3,17+mean:5`, `head:3.0`.
 
-        Several removed layers are written as one change, and so are several removed sublayers of
-        one kind. If more than `MAX_NAMED_MAPS` linear maps are rounded, a hash replaces the names
-        of the maps.
+        If more than `MAX_NAMED_MAPS` linear maps are rounded, a hash replaces their names.
         """
         components: tuple[Component, ...] = ("layer", "attention", "mlp", "shared_expert")
         names = [str(Change(c, layers)) for c in components if (layers := self.removed(c))]
@@ -380,7 +376,7 @@ class Ablation:
         return "+".join([*names, *roundings, *map(str, self.repetitions)]) or BASELINE
 
     def removed(self, component: Component = "layer") -> tuple[int, ...]:
-        """List the layers whose entire `component` (e.g. attention) is removed, ascending."""
+        """List the layers (ascending) in which `component`, e.g. the attention, is removed."""
         changes = self._by_word.get(component, [])
         return tuple(sorted(change.layer for change in changes))
 
@@ -408,8 +404,7 @@ class Ablation:
     def roundings(self) -> tuple[Change, ...]:
         """The changes that quantise weights: of layers, linear maps, embedding or output head.
 
-        The changes are sorted by layer and name. A change of one linear map (`mlp.down_proj`) comes
-        after the change of all maps of the sublayer (`mlp`).
+        The changes are sorted by layer and name.
         """
         changes = (change for change in self.changes if change.intervention in FORMATS)
         return tuple(sorted(changes, key=lambda change: (change.layer, change.path)))
@@ -431,12 +426,12 @@ class Ablation:
 
     @property
     def has_map_groups(self) -> bool:
-        """True if the ablation rounds all linear maps of the attention or the MLP of any layer."""
+        """True if the ablation rounds all linear maps of an attention or an MLP."""
         return any(change.part in MAP_GROUPS for change in self.roundings)
 
     @property
     def part(self) -> Change | None:
-        """The change for which `Change.has_taylor` is true, if other changes only remove layers."""
+        """The only change besides removed layers, if `Change.has_taylor` is true for it."""
         changes = [change for change in self.changes if change.word != "layer"]
         return changes[0] if len(changes) == 1 and changes[0].has_taylor else None
 
@@ -447,7 +442,7 @@ class Ablation:
 
     @cached_property
     def by_layer(self) -> dict[int, Ablation]:
-        """Layer → the changes at this layer. A repetition of layers is listed at its last layer."""
+        """The changes of each layer. A repetition of layers is listed at its last layer."""
         changes = (change for change in self.changes if not change.is_outer)
         layers = group_by(changes, lambda change: change.stop - 1)
         return {layer: Ablation(frozenset(group)) for layer, group in layers.items()}

@@ -56,7 +56,7 @@ SpecType = TypeVar("SpecType", bound=BaseModel)
 
 
 class ModelSpec(StrictModel):
-    """Settings that choose a model's weights; requests with equal settings share a model."""
+    """Settings that choose a model and its weights."""
 
     model: Name
     """Model: hub id, folder, .gguf file, or package:NAME."""
@@ -72,12 +72,12 @@ class ModelSpec(StrictModel):
 
     @property
     def order(self) -> list[str]:
-        """The key for sorting requests by model, so that each model is loaded only once."""
+        """The key for sorting requests by model."""
         return [str(value) for _, value in self]
 
 
 class BenchmarkSpec(StrictModel):
-    """A benchmark and its prompt settings; the settings are named and defined as in lm-eval."""
+    """A benchmark and its prompt settings, with the names of lm-eval."""
 
     benchmark: BenchmarkName
     """Benchmark: a task or group of lm-eval, a YAML file, or corpus:FILE."""
@@ -119,7 +119,7 @@ class BenchmarkSpec(StrictModel):
 
 
 class DocumentSpec(StrictModel, Extent):
-    """Selection of a benchmark's documents: its part (e.g. test), and all, first or random ones."""
+    """Selection of a benchmark's documents, e.g. a random sample of the test part."""
 
     part: DocumentPart | None = None
     """Disjoint documents for choosing (calibration) and for testing (test). These are the training
@@ -164,7 +164,7 @@ class Changes(ChangeGrid):
     """The changes themselves, where they are not every combination of the grid."""
 
     def expand(self) -> Iterator[Change]:
-        """Yield the requested changes without checking them: the explicit list, or the grid."""
+        """Yield the requested changes without checking them."""
         if self.exact is not None:
             yield from self.exact
             return
@@ -198,17 +198,17 @@ class Changes(ChangeGrid):
 
     @property
     def lacks_maps(self) -> bool:
-        """True if linear maps are requested without names, which means all linear maps."""
+        """True if linear maps are requested without names."""
         return "linear" in self.components and not self.maps
 
     @property
     def whole_layers(self) -> tuple[int, ...]:
-        """The sorted layers that are each removed as a whole in one of the requested changes."""
+        """The whole layers that the requested changes remove one by one, sorted."""
         return tuple(sorted(change.layer for change in self.expand() if change.kind == WHOLE_LAYER))
 
     @property
     def first_change(self) -> Change:
-        """First requested change; raises ExperimentError if e.g. a head's number is missing."""
+        """The first requested change; raises ExperimentError if a number or name is missing."""
         if self.lacks_maps:
             raise ExperimentError(
                 "which linear map of the layer? Give its name: --map mlp.down_proj (in a sweep "
@@ -225,8 +225,7 @@ class Changes(ChangeGrid):
 class CellSettings(ChangeGrid, DocumentSpec, BenchmarkSpec, ModelSpec):
     """Settings of one model on one benchmark, named as in experiment files and options.
 
-    The fields of this class define the keys of experiment files and the options of the command
-    line. A test compares `docs/experiments.md` with the fields.
+    The fields define the keys of experiment files and the options of the command line.
     """
 
     removed: Layers = ()
@@ -273,13 +272,11 @@ class CellRequest:
         model: The settings that choose the model's weights.
         benchmark: The benchmark and the settings of its prompts.
         documents: The selection of documents to measure.
-        changes: The changes to measure, e.g. the removal of each layer; empty if the request is
-            only a template for other requests.
+        changes: The changes to measure, e.g. the removal of each layer.
         removed: The layers that are removed in every run, ascending.
-        until: The stopping rule, e.g. `top 5`: the measurement ends once the five largest drops are
-            certain. None to measure all documents.
-        metric: The metric to show; None for the metric that publications usually report for the
-            benchmark.
+        until: The stopping rule, e.g. `top 5` to stop when the five largest drops are certain. None
+            to measure all documents.
+        metric: The metric to show; None for the benchmark's usual metric.
     """
 
     model: ModelSpec
@@ -292,7 +289,7 @@ class CellRequest:
 
     @property
     def settings(self) -> CellSettings:
-        """The request as one object without nested settings, as in an experiment file."""
+        """The request as one flat object, as in an experiment file."""
         settings: dict[str, Any] = {"removed": self.removed, "metric": self.metric}
         settings["until"] = None if self.until is None else str(self.until)
         for group in (self.model, self.benchmark, self.documents, self.changes):
@@ -365,13 +362,13 @@ class CellRequest:
     def valid_changes(self, layers: int) -> list[Change]:
         """List the requested changes that are valid for a model with `layers` layers.
 
-        The list has no duplicates, and no changes for which `invalid_reason` returns a reason.
+        The list has no duplicates.
         """
         changes = dict.fromkeys(self.changes.expand())
         return [change for change in changes if self.invalid_reason(change, layers) is None]
 
     def ablations(self, layers: int) -> list[Ablation]:
-        """List the ablations: the baseline, `removed` alone, `removed` plus each valid change."""
+        """List the ablations to measure, starting with the baseline."""
         runs = [(), *((change,) for change in self.valid_changes(layers))]
         ablations = (Ablation.from_changes(*run, removed=self.removed) for run in runs)
         return list(dict.fromkeys([INTACT, *ablations]))
@@ -395,7 +392,7 @@ def cell_request(**settings: Any) -> CellRequest:
 
 
 def stored_request(settings: Mapping[str, Any]) -> CellRequest:
-    """Build a request from stored settings, which a former version may have written."""
+    """Build a request from stored settings, also of former versions."""
     fields = {name: settings[name] for name in CellSettings.model_fields if name in settings}
     return CellSettings.model_validate_json(json.dumps(fields)).request
 

@@ -1,4 +1,4 @@
-"""Define records of documents on which a run scores worse or better than the intact model."""
+"""Define records of documents with changed scores."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class ShownDocument(Record):
 
 
 class DecidedDocument(Record):
-    """The ablated model's response to a document on which it scores worse or better than intact."""
+    """The ablated model's response to a document with a changed score."""
 
     document: int
     """The document's position in `DecisionsRecord.documents`."""
@@ -48,7 +48,7 @@ Quartiles = tuple[float, float, float]
 
 
 class RunDecisions(Record):
-    """Numbers and examples of documents on which a run scores worse or better than intact."""
+    """Numbers and examples of documents with changed scores in one run."""
 
     run: Change
     lost: int
@@ -69,7 +69,7 @@ class RunDecisions(Record):
 
 
 class DecisionsRecord(Record):
-    """The documents whose scores are changed by ablations, for one model and benchmark."""
+    """The documents with changed scores, for one model and benchmark."""
 
     n: int
     """Number of documents."""

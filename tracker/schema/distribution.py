@@ -1,8 +1,7 @@
 """Define the package's name, version and installation commands.
 
 The command and the import package are named `tracker`. On PyPI this name is taken, so the
-distribution is named `layer-tracker`. In a checkout of the repository, the installation commands
-install the checkout's folder instead of the PyPI package.
+distribution is named `layer-tracker`.
 """
 
 from __future__ import annotations
@@ -58,7 +57,7 @@ def upgrade_command() -> str:
 
 
 def format_problem(number: object) -> str:
-    """Return an error message if a file has another format version than this tracker; else ""."""
+    """Return an error message if a file has an unsupported format version; otherwise ""."""
     if number == LEDGER_FORMAT:
         return ""
     age, advice = "an older", "Read it with that one"

@@ -60,14 +60,10 @@ class Document:
         task: The lm-eval task or the text corpus that contains the document.
         index: The document's position in the task's split, 0-based.
         requests: The (context, continuation) pairs to score, in lm-eval's order.
-        gold: The index of the request with the right answer; None if lm-eval defines no or several
-            right answers.
-        choices: Number of answer options, from which chance accuracy is computed; 0 for free-form
-            answers.
+        gold: The index of the request with the right answer; None unless there is exactly one.
+        choices: Number of answer options; 0 for free-form answers.
         rolling: True if the requests are consecutive windows of one text.
-        prompt: The prompt of a generation task; None for other tasks. For a generation task,
-            `requests` pairs the prompt with the reference answer, to compute proxies and
-            log-probabilities.
+        prompt: The prompt of a generation task; None for other tasks.
     """
 
     task: str
@@ -84,7 +80,7 @@ class Document:
         return self.task, self.index
 
     def tokens_digest(self, max_length: int) -> str:
-        """Hash the truncated tokens of each request, and the number of scored tokens in each."""
+        """Hash the tokens of all requests, truncated to `max_length`."""
         texts: list[Any] = []
         for request in self.requests:
             tokens = (request.context + request.continuation)[-(max_length + 1) :]
@@ -100,8 +96,7 @@ class DocumentText:
     """The text of a document for display, without few-shot examples and templates.
 
     Attributes:
-        question: The last part of the prompt, or the whole text if the whole text is scored (as for
-            a corpus).
+        question: The last part of the prompt, or the whole text of a corpus document.
         choices: The answer options, in the order of the requests; empty for free-form answers.
         answer: The gold answer of a document without answer options; None if the task defines no
             answer.
@@ -113,7 +108,7 @@ class DocumentText:
 
 
 class Response(NamedTuple):
-    """The model's response to one request; the first two fields are lm-eval's result.
+    """The model's response to one request.
 
     Attributes:
         loglikelihood: Summed log-probability of the continuation, in nats.

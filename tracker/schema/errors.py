@@ -76,9 +76,8 @@ class TrackingError(WorkError):
 def translate_errors(convert: Callable[[Exception], TrackerError | None]) -> Iterator[None]:
     """Convert exceptions of other packages to tracker's errors within a `with` block.
 
-    Tracker's own errors are not converted, and neither are exceptions for which `convert` returns
-    None. The original exception is logged but not chained, because a chain would hide the
-    instruction to the user.
+    Tracker's own errors are not converted. If `convert` returns None, the exception is raised
+    unchanged. The original exception is logged but not chained.
     """
     try:
         yield
@@ -93,7 +92,7 @@ def translate_errors(convert: Callable[[Exception], TrackerError | None]) -> Ite
 
 
 def attempt(compute: Callable[[], T]) -> T | Exception:
-    """Call a function of another package; return the result, or the exception that it raises."""
+    """Call a function and return its result, or the exception that it raises."""
     try:
         return compute()
     except Exception as error:  # noqa: BLE001  models and other packages raise anything
@@ -107,7 +106,7 @@ def did_you_mean(name: str, allowed: Iterable[str]) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """Return an error's first line, followed by the second line if the first ends with a colon."""
+    """Return the first line of an error message; two lines if the first ends with a colon."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     message = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1])
     return message[:300] or type(error).__name__

@@ -15,7 +15,7 @@ FigureUnit = (
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value with its 95 % confidence interval, and the p-value of a test if a test was made.
+    """A value with its 95 % confidence interval and an optional p-value.
 
     Values are not scaled for display: a drop of 5 percentage points is stored as 0.05.
     """
@@ -37,7 +37,7 @@ class Estimate:
         return (self.low, self.high) if math.isfinite(self.low + self.high) else None
 
     def side(self, threshold: float = 0.0) -> int:
-        """Return 1 if the whole interval is above the threshold, −1 if it is below, else 0."""
+        """Return 1 if the interval is above the threshold, −1 if it is below, else 0."""
         if self.low is None or self.high is None:
             return 0
         return int(self.low > threshold) - int(self.high < threshold)

@@ -158,11 +158,11 @@ _PART_CLASSES = {"layer": _LayerValues, "head": _PartValues, "expert": _PartValu
 
 
 class Grid(StrictModel):
-    """The `parameters:` of a file; each combination of values is one run or pruning search."""
+    """The `parameters:` of a file, with one or several values for each key."""
 
     @property
     def options(self) -> dict[str, Sequence[Any]]:
-        """The values of each key; keys are in alphabetical order, like those of W&B's grids."""
+        """The values of each key, with the keys in alphabetical order."""
         grid = {name: getattr(self, name) for name in sorted(type(self).model_fields)}
         return {name: choice.options for name, choice in grid.items() if choice is not None}
 
@@ -172,8 +172,7 @@ def grid_class(
 ) -> type[Grid]:
     """Build a grid class in which each key in `keys` accepts one or several values.
 
-    `kinds` maps a key to the class that checks its values, if the key needs special checks (e.g.
-    `protect`).
+    `kinds` maps a key to the class that checks its values. It lists only keys with special checks.
     """
     fields: dict[str, Any] = {}
     for key, field in keys.items():
@@ -203,7 +202,7 @@ def _build_change(point: tuple[Any, ...]) -> Change:
 
 
 class SweepMetric(StrictModel):
-    """The `metric:` block of a sweep, which W&B displays and a grid search ignores."""
+    """The `metric:` block of a W&B sweep, which tracker ignores."""
 
     name: Name
     goal: Literal["minimize", "maximize"] = "maximize"
@@ -237,7 +236,7 @@ class Experiment(Sweep):
 
     @property
     def requests_all_layers(self) -> bool:
-        """True if the file requests all layers, or all layers of a kind (e.g. `mamba`)."""
+        """True if the file requests all layers of the model or of a kind (e.g. `mamba`)."""
         return list(self.parameters.options["layer"]) == [ALL_PARTS]
 
     @property
@@ -253,19 +252,18 @@ class Experiment(Sweep):
 
     @property
     def cap_note(self) -> str:
-        """A message with the number of runs that `run_cap` keeps; empty if all runs are kept."""
+        """A message if `run_cap` limits the number of runs; empty if it does not."""
         if self.run_cap is None or self.run_cap >= self.size:
             return ""
         runs = f"only the first {self.run_cap:,} of the grid's {self.size:,} runs are measured"
         return f"run_cap: {runs}, in W&B's order"
 
     def cells(self) -> list[CellRequest]:
-        """Expand the grid into one request per model, benchmark and settings, sorted by model.
+        """Build one request for each model, benchmark and settings of the grid, sorted by model.
 
-        A request covers all combinations of the grid that differ only in the change of the model
-        (e.g. in the removed layer). If the file requests all layers, the `count` function of
-        `load_experiment` supplies the layer numbers; without `count`, the requests list no layers.
-        A value of the wrong type raises RequestError.
+        A request contains all changes of the model (e.g. all removed layers). If the file requests
+        all layers, the `count` function of `load_experiment` supplies the layer numbers. A value of
+        the wrong type raises RequestError.
         """
         if self.requests_all_layers and self.run_cap is not None:
             raise ExperimentError("'run_cap' needs 'layer' as numbers, e.g. {min: 0, max: 29}")

@@ -1,7 +1,6 @@
 """Build an experiment from a YAML file, a model's name, a dict or keyword arguments.
 
-All commands and Python functions with an experiment argument use this module. The module converts
-every form of input to the contents of an experiment file.
+All commands and Python functions with an experiment argument use this module.
 """
 
 from __future__ import annotations
@@ -39,10 +38,8 @@ class ExperimentInput(Generic[SweepType]):
         file: The parsed experiment file.
         text: The text of the experiment file.
         name: File name under which a results folder stores the experiment.
-        source: Path of the experiment file, or `the experiment` if there is no file; used in
-            messages.
-        command_arguments: Command-line arguments that give the same experiment again; empty if the
-            experiment was a dict.
+        source: Path of the experiment file for messages; `the experiment` if there is no file.
+        command_arguments: Command-line arguments for the same experiment; empty if it was a dict.
     """
 
     file: SweepType
@@ -62,8 +59,7 @@ class FileKind(Generic[SweepType]):
         defaults: Default contents of a file that is built from keywords.
         is_other_kind: Function that returns whether a file's contents belong to the other kind of
             file.
-        other_kind_message: Error text for a file of the other kind; the text ends with the command
-            that accepts the file.
+        other_kind_message: Error text for a file of the other kind.
     """
 
     schema: type[SweepType]
@@ -89,8 +85,8 @@ def load_experiment(
     Args:
         source: An experiment file, a model's name, a dict with the contents of a file, or None.
         settings: Keys of the file with new values, in the form that `apply_settings` takes.
-        count: Function that counts the layers, heads and experts of a model, for `layer: {value:
-            all}`; None if the experiment is only checked.
+        count: Function that counts the layers, heads and experts of a model; None if the experiment
+            is only checked.
 
     Returns:
         The experiment, with the text and the name of its file.
@@ -183,7 +179,7 @@ def _check_shape(raw: Any, name: str, kind: FileKind[SweepType]) -> None:
 
 
 def _write_yaml(contents: Mapping[str, Any], name: str) -> tuple[Any, str]:
-    """Write contents as YAML; return the contents as parsed from the YAML, and the YAML text."""
+    """Convert contents to YAML; return the parsed YAML and the YAML text."""
     try:
         text = yaml.safe_dump(dict(contents), sort_keys=False, allow_unicode=True)
     except yaml.YAMLError as error:
@@ -195,13 +191,13 @@ def _write_yaml(contents: Mapping[str, Any], name: str) -> tuple[Any, str]:
 def apply_settings(
     raw: Mapping[str, Any] | None, settings: Mapping[str, Any], kind: FileKind[SweepType]
 ) -> dict[str, Any]:
-    """Return a file's contents with changed keys, or new contents that are built from the keys.
+    """Return the contents of an experiment file with changed keys.
 
     Args:
-        raw: The contents of a file; None for no file.
+        raw: The contents of a file; None to start from `kind.defaults`.
         settings: Keys of the file with a value or a list of values; None removes the key from
             `raw`. Setting `limit` removes `sample`, and setting `sample` removes `limit`.
-        kind: The kind of file; if `raw` is None, the contents start from `kind.defaults`.
+        kind: The kind of file: ablation runs or pruning searches.
 
     Returns:
         The new contents of the file.
@@ -254,7 +250,7 @@ def _file_form(name: str, value: object) -> dict[str, Any]:
 
 
 def _assignments(settings: Mapping[str, Any]) -> Iterator[str]:
-    """Yield each setting as KEY=VALUE, as the option `--set` accepts it."""
+    """Yield each setting as KEY=VALUE, the form of the option `--set`."""
     for name, value in settings.items():
         form = _file_form(name, value)
         text = next(iter(form.values()), form)
@@ -278,7 +274,7 @@ def _file_name(file: Any, text: str) -> str:
 
 
 def requests_searches(source: ExperimentSource, settings: Mapping[str, Any]) -> bool:
-    """Return whether an experiment requests pruning searches (`tracker prune`), not ablation runs.
+    """Return whether an experiment requests searches (`tracker prune`), not ablation runs.
 
     ExperimentError is raised if the file cannot be read.
     """

@@ -22,8 +22,8 @@ def load_extensions(
 
     Args:
         group: Entry-point group after `layer_tracker.`, such as `tracking`.
-        check: Function that converts a loaded object to an extension; raises TypeError or
-            ValueError with the reason if the object is invalid.
+        check: Function that converts a loaded object to an extension. It raises TypeError or
+            ValueError if the object is invalid.
         reserved: Names of tracker's own objects, which extensions must not use.
 
     Returns:
@@ -49,7 +49,7 @@ def load_extensions(
 
 
 def list_extensions() -> list[tuple[str, str]]:
-    """List, without loading them, the installed extensions: pairs of a kind and joined names."""
+    """List the installed extensions as pairs of a kind and the joined names."""
     points = entry_points()
     kinds_and_names = []
     for kind in EXTENSION_KINDS:

@@ -1,4 +1,4 @@
-"""Choose the documents to measure: the first ones or a random sample, of all or of one half."""
+"""Choose the documents to measure: the first documents or a random sample."""
 
 from __future__ import annotations
 
@@ -20,9 +20,8 @@ DEFAULT_SEED = 1234
 class Extent(BaseModel):
     """The number of documents that are measured for each task, and their order.
 
-    A seed determines one random order of a task's documents, which is the same for all models and
-    results folders. A sample consists of the first documents in this order, so a larger sample
-    contains every smaller sample.
+    A seed determines one random order of a task's documents, the same for all models. A sample
+    consists of the first documents in this order.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
@@ -63,8 +62,7 @@ UNLIMITED_SAMPLE = 10**9
 def random_order(seed: int, task: str, documents: Iterable[int]) -> list[int]:
     """Sort document numbers of a task into a random order that depends only on seed and task.
 
-    If only some of a task's documents are given, their relative order is the same as for all
-    documents. Different tasks have independent orders.
+    Different tasks have independent orders.
     """
     return sorted(documents, key=lambda number: _random_key(seed, task, number))
 
@@ -84,9 +82,7 @@ def half_numbers(part: DocumentPart, seed: int, task: str, documents: int) -> tu
 def shuffle_documents(seed: int, documents: Mapping[str, Iterable[int]]) -> list[tuple[str, int]]:
     """Sort the documents of all tasks into one random order; return (task, number) pairs.
 
-    Documents of one task are sorted as by `random_order`. The first documents of the order are a
-    random sample of the documents of all tasks, so large tasks contribute more documents than small
-    tasks.
+    The documents of each task are in the order of `random_order`.
     """
     keys = [(task, number) for task, numbers in documents.items() for number in numbers]
     return sorted(keys, key=lambda key: _random_key(seed, *key))

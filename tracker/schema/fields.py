@@ -1,7 +1,6 @@
-"""Define the types of settings in files and commands, and describe the first invalid setting.
+"""Define the types of settings in files and commands, and describe invalid settings.
 
-Settings of lm-eval, transformers and chat templates are stored as canonical JSON, which can be
-compared and hashed.
+Settings of lm-eval, transformers and chat templates are stored as sorted JSON.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ ARGUMENTS_FORM = "write {key: value, …}, or key=value,key=value as for lm-eval
 
 
 def _canonical_json(value: object) -> object:
-    """Convert settings from YAML, from W&B or in lm-eval's form `key=value` to canonical JSON."""
+    """Convert settings (a dict, or text such as `key=value`) to sorted JSON."""
     if isinstance(value, str):
         value = _parse_arguments(value)
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
@@ -82,13 +81,13 @@ def expand_home(path: str | Path) -> Path:
 
 
 def decode_arguments(arguments: str | None) -> dict[str, Any]:
-    """Parse settings from canonical JSON into a dict; return an empty dict for None."""
+    """Parse settings from JSON into a dict; return an empty dict for None."""
     settings: dict[str, Any] = json.loads(arguments) if arguments else {}
     return settings
 
 
 def _check_writable(name: str) -> str:
-    """Raise ValueError if a name contains a null character, which file systems refuse."""
+    """Raise ValueError if a name contains a null character."""
     if "\0" in name:
         raise ValueError("the name contains a null character, which file systems refuse")
     return name
@@ -114,7 +113,7 @@ def _sort_layers(value: Any) -> Any:
 
 
 def as_tuple(value: Any) -> Any:
-    """Convert a name or a list of names to a tuple, including a list that W&B wrote as text."""
+    """Convert a name or a list of names to a tuple; also parse a list written as text."""
     if isinstance(value, str) and value.startswith("["):
         with suppress(ValueError):
             value = json.loads(value.replace("'", '"'))
@@ -178,8 +177,7 @@ def first_problem(
 ) -> str:
     """Describe the first invalid setting in one line, with its name in experiment files.
 
-    `parameter_names` maps a field to a parameter of the file. For example, the field `layers`
-    combines all values of the parameter `layer`.
+    `parameter_names` maps a field to the parameter of the file, e.g. `layers` to `layer`.
     """
     problems = error.errors(include_url=False)
     # A misspelt key often makes another one missing, so it is named first.

@@ -1,6 +1,6 @@
 """Define the stored result of a study (an analysis): its sentences, tables and charts.
 
-Values are stored as fractions or nats. Display code scales and rounds the values.
+Values are stored as fractions or nats.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SEARCH_STUDY = "search"
 
 
 class Line(Record):
-    """One curve of a chart, with a value for each position; None leaves a gap in the curve."""
+    """One curve of a chart; a value of None leaves a gap in the curve."""
 
     name: SafeText
     values: tuple[float | None, ...]
@@ -31,7 +31,7 @@ class Line(Record):
 
     @classmethod
     def from_figures(cls, name: str, figures: Iterable[Estimate | None], band: bool = True) -> Line:
-        """Build a curve from estimates, with their intervals as a band; None becomes a gap."""
+        """Build a curve from estimates; their intervals become a band."""
         estimates = [figure or Estimate(None) for figure in figures]
         return cls(
             name=name,
@@ -42,7 +42,7 @@ class Line(Record):
 
 
 def chart_values(values: Iterable[float]) -> tuple[float | None, ...]:
-    """Convert values for a chart; infinite and NaN values become None, a gap in the chart."""
+    """Convert values for a chart; infinite and NaN values become None."""
     return tuple(float(value) if math.isfinite(value) else None for value in values)
 
 
@@ -85,7 +85,7 @@ StudyChart = LineChart | MapChart
 
 
 class FindingRecord(Record):
-    """The stored result of one study (an analysis) of the measurements of one experiment."""
+    """The stored result of one study (an analysis) of an experiment."""
 
     study: str
     experiment: SafeText

@@ -32,7 +32,7 @@ def two_digits(value: float) -> str:
 
 
 def three_digits(value: float) -> str:
-    """Format a number with three significant digits (`0.123`) or, from 1000, whole (`1,083`)."""
+    """Format a number with three significant digits (`0.123`); from 1000 as an integer."""
     text = f"{value:,.0f}" if abs(value) >= 999.5 else f"{value:.3g}"
     return text.replace("-", MINUS)
 
@@ -43,7 +43,7 @@ def points(fraction: float) -> str:
 
 
 def p_value(p: float) -> str:
-    """Format a p-value: three decimals, or one significant digit below 0.001, such as `3e−5`."""
+    """Format a p-value: three decimals (`0.012`), or such as `3e−5` if it is below 0.001."""
     if not 0 < p < 0.001:
         return f"{p:.3f}"
     digit, exponent = f"{p:.0e}".split("e")
@@ -75,7 +75,7 @@ class UnitFormat:
     name: str = ""
 
     def scaled(self, figure: float) -> float:
-        """Convert a stored value to this unit, without rounding to the displayed digits."""
+        """Convert a stored value to this unit without rounding it."""
         # The 16th digit of a product is rounding: 100 × 0.07 is 7.000000000000001.
         return figure if self.scale == 1 else float(f"{self.scale * figure:.15g}")
 
@@ -128,8 +128,7 @@ NO_SCORE = "a document has no finite score"
 def level_text(level: Estimate, unit: str) -> str:
     """Format an accuracy or a loss with its interval, such as `41.7 % (31.1 to 53.1)`.
 
-    The unit is `%` for an accuracy, else the unit of the loss. If the value is undefined, the text
-    gives the reason instead.
+    If the value is undefined, the text gives the reason.
     """
     if not is_finite(level.value):
         return f"undefined ({level.reason or NO_SCORE})"
@@ -177,12 +176,12 @@ def count_text(number: int, noun: str) -> str:
 
 @dataclass(frozen=True)
 class MetricFormat:
-    """Names, units and number formats with which a metric and its changes are displayed.
+    """Names, units and number formats for displaying a metric and its changes.
 
     Attributes:
         level: The name of the metric, such as `accuracy`.
-        change: The name of the metric's change by an ablation, such as `accuracy drop`. A change is
-            positive if the model becomes worse.
+        change: The name of a change of the metric, such as `accuracy drop`. Positive means a worse
+            model.
         level_unit: The unit of the metric itself.
         unit: The unit of a change of the metric.
         level_form: The number format of the metric itself.
@@ -212,7 +211,7 @@ class MetricFormat:
         return figure_text(change, self.write, f" {self.unit}")
 
     def column_head(self, label: str) -> str:
-        """Return the header of a table column for the metric; append the unit for a loss."""
+        """Return the header of a table column, with the unit if the metric is a loss."""
         return label if UNIT_FORMATS[self.form].name else f"{label} ({self.unit})"
 
 
@@ -236,7 +235,7 @@ class MetricRecord(Protocol):
 
 
 def metric_format(record: MetricRecord) -> MetricFormat:
-    """Choose the metric's display format: accuracy in percentage points, or a loss in its unit."""
+    """Return the display format of a record's metric."""
     if record.metric in CHOICE_PROBABILITIES:
         is_plain = record.metric == CHOICE_PROBABILITY
         level = f"{'' if is_plain else 'normalised '}choice probability"

@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 def group_by(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
-    """Group items by a key; return key → items, with keys and items in order of appearance."""
+    """Group items by a key; return a dict from keys to items in their original order."""
     groups: dict[K, list[T]] = {}
     for item in items:
         groups.setdefault(key(item), []).append(item)

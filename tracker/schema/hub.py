@@ -1,7 +1,7 @@
 """Check whether the Hugging Face hub answers, and explain errors of the hub.
 
-Without internet, the hub's client retries for minutes. So each process tests the hub once, with a
-short timeout. If the hub does not answer, the process uses only local files.
+Each process tests the hub once, with a short timeout. If the hub does not answer, the process uses
+only local files.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def unreachable_reason() -> str:
 def ask_hub(name: str, file: str, revision: str | None = None, kind: str = "model") -> None:
     """Request a file's metadata from the hub once, without the client's retries.
 
-    After a temporary error, this process uses local files instead of the hub. If the repository
-    does not exist or is not public, the client's exception is raised.
+    After a temporary error, this process uses only local files. The client's exception is raised if
+    the repository does not exist or is not public.
 
     `kind` is `model` or `dataset`. The file does not have to exist.
     """
@@ -109,8 +109,7 @@ def _is_temporary(error: BaseException) -> bool:
 def explain_error(name: str, error: BaseException, page: str = "") -> str:
     """Describe a hub error and what to do; return '' if the hub did not cause the error.
 
-    `page` is the repository's path on the hub. The default path is `name`, which is right for
-    models.
+    `page` is the repository's path on the hub; the default is `name`.
     """
     from huggingface_hub import constants
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RevisionNotFoundError
@@ -134,7 +133,7 @@ def explain_error(name: str, error: BaseException, page: str = "") -> str:
 
 
 def _causes(error: BaseException | None) -> Any:
-    """Yield an error and all exceptions in its chain of causes, the error first."""
+    """Yield an error, then all exceptions in its chain of causes."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))

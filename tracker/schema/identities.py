@@ -46,7 +46,7 @@ class ModelIdentity(Record):
 
     @property
     def key(self) -> tuple[str, str, str]:
-        """The name, fingerprint and dtype, by which displays distinguish models."""
+        """The name, fingerprint and dtype of the model."""
         return (self.name, self.fingerprint, self.dtype)
 
     @property
@@ -105,7 +105,7 @@ class TaskIdentity(Record):
 
     @property
     def all_metrics(self) -> dict[str, str]:
-        """Metric → aggregation, for `metrics` and metrics derived from option log-likelihoods."""
+        """A mapping from each metric of the task to its aggregation."""
         names = [*CHOICE_PROBABILITIES] if self.offers_choices else []
         if "acc_norm" not in self.metrics:
             names = names[:1]

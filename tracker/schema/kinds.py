@@ -1,8 +1,7 @@
-"""Define the interventions on layers, such as removal or rounding, and their styles in charts.
+"""Define the interventions on layers, such as removal, and their styles in charts.
 
 A new intervention needs a name in `Intervention`, a member of `Action` and an entry in
-`KIND_STYLES`. Weight formats, including formats of other packages, are added to `Intervention` and
-`KIND_STYLES` automatically.
+`KIND_STYLES`. Weight formats are added automatically.
 """
 
 from __future__ import annotations
@@ -66,9 +65,8 @@ class KindStyle:
     """Display name, colour and symbol for one kind of ablation, e.g. for removed heads.
 
     Attributes:
-        description: Display text for what is removed, or for what replaces the layer, e.g. `the
-            layer` or `a linear map`.
-        colour: Colour of the points, a mid-tone that is legible on white and on black.
+        description: Display text for the removed part or for the replacement, e.g. `a linear map`.
+        colour: Colour of the points, legible on white and on black.
         mark: Plotly's name for the symbol of the points.
         fitted: True if the intervention fits a replacement on calibration text.
         plural: Plural name of the removed parts; empty for whole layers.

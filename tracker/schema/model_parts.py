@@ -1,7 +1,6 @@
 """Count the layers, heads and experts of a model, and find the layers of a given kind.
 
 Many model configurations list the kind of each layer, such as `sliding_attention` or `mamba`. The
-list is stored in the configuration file or computed by the configuration class. In addition, the
 kinds `odd` and `even` exist for every model.
 """
 
@@ -37,14 +36,12 @@ class ModelParts(NamedTuple):
 
     Attributes:
         layers: Number of layers.
-        head: Number of attention heads of a layer; None if the configuration has no such number.
-        kv_head: Number of groups of heads that share keys and values; None if the configuration has
-            no such number.
-        kind_layers: Numbers of the layers of the requested kinds, such as `mamba`; None if the
-            request names no kind.
-        expert: Number of routed experts of a mixture-of-experts layer; None if the configuration
-            has no such number.
-        maps: Names of the linear maps of each layer; None if the names were not determined.
+        head: Number of attention heads per layer; None if it is unknown.
+        kv_head: Number of key/value heads per layer; None if it is unknown.
+        kind_layers: The layers of the requested kinds, such as `mamba`; None if no kind is
+            requested.
+        expert: Number of routed experts per mixture-of-experts layer; None if it is unknown.
+        maps: Names of the linear maps of each layer; None if they are unknown.
     """
 
     layers: int
@@ -80,10 +77,9 @@ PartsCounter = Callable[[CellRequest, Collection[str]], ModelParts]
 
 
 def fill_parts(request: CellRequest, parts: ModelParts) -> CellRequest:
-    """Add all layers, heads, experts or linear maps to a request whose list of them is empty.
+    """Fill empty lists of layers, heads, experts or linear maps in a request.
 
-    ExperimentError is raised if the model's configuration does not give the number of heads or
-    experts.
+    ExperimentError is raised if the number of heads or experts is unknown.
     """
     numbers: dict[str, tuple[int, ...]] = {}
     if not request.changes.layers:
@@ -114,7 +110,7 @@ def fill_parts(request: CellRequest, parts: ModelParts) -> CellRequest:
 
 
 def _list_sets(changes: Changes, parts: ModelParts, request: CellRequest) -> list[Change] | None:
-    """List all changes, with random or same-kind layer sets; None if no such set is requested."""
+    """List all changes if the request has random or same-kind layer sets, else return None."""
     spans = [span for span in changes.spans if span > 1]
     is_removal = "remove" in changes.interventions and "layer" in changes.components
     if not (spans and is_removal and (changes.control or parts.kind_layers is not None)):
@@ -163,7 +159,7 @@ def _fill_maps(changes: Changes, parts: ModelParts) -> Changes:
 def _draw_sets(
     free: Sequence[int], spans: Sequence[int], taken: Collection[tuple[int, ...]], seed: int
 ) -> Iterator[tuple[int, ...]]:
-    """Yield random subsets of `free`: up to `N_CONTROLS` per size in `spans`, none in `taken`."""
+    """Yield random subsets of `free` with the sizes in `spans`; skip the subsets in `taken`."""
     for span in spans:
         generator = random.Random(f"control/{seed}/{span}")
         drawn: set[tuple[int, ...]] = set()
@@ -204,15 +200,14 @@ PARITY_KINDS = ("even", "odd")
 
 
 def layer_kinds(config: Any) -> Mapping[str, tuple[int, ...]]:
-    """Return the kinds of layers in a model's configuration, with the layers of each kind.
+    """Return the layers of each kind in a model's configuration.
 
     Args:
         config: The configuration of the text model, as a transformers object.
 
     Returns:
-        Kind → numbers of the layers of this kind, 0-based, ascending. A layer can have several
-        kinds, such as `linear_attention` and `mamba` in Jamba. The mapping is empty if the
-        configuration lists no kinds.
+        A dict from kinds to 0-based layer numbers. A layer can have several kinds. The dict is
+        empty if the configuration lists no kinds.
     """
     total = config.num_hidden_layers
     kinds: dict[str, list[int]] = {}
@@ -237,7 +232,7 @@ def layers_of_kind(config: Any, words: Collection[str]) -> tuple[int, ...]:
         The numbers of the layers, 0-based, ascending.
 
     Raises:
-        ModelError: The model has no layers of a given kind; the message lists the model's kinds.
+        ModelError: The model has no layers of a given kind.
 
     Examples:
         >>> from types import SimpleNamespace

@@ -31,7 +31,7 @@ TOKENISATION_KEY = "tokenisation"
 
 
 def package_versions() -> dict[str, str]:
-    """Return the version of tracker and of each of `RECORDED_PACKAGES`, or `not installed`."""
+    """Return the versions of tracker and of the packages in `RECORDED_PACKAGES`."""
     return {"tracker": __version__, **{name: _version(name) for name in RECORDED_PACKAGES}}
 
 
@@ -51,7 +51,7 @@ def describe_machine() -> dict[str, str]:
 
 
 def merge_provenances(stacks: Sequence[Mapping[str, str]]) -> dict[str, str]:
-    """Merge several provenance records; list all values of a key if the values differ."""
+    """Merge several provenance records; keep all values of a key if they differ."""
     names = dict.fromkeys(name for stack in stacks for name in stack)
     return {n: ", ".join(sorted({stack[n] for stack in stacks if n in stack})) for n in names}
 
@@ -78,13 +78,13 @@ def has_other_tokens(stack: Mapping[str, str], other: Mapping[str, str]) -> bool
 
 
 def content_hash(value: object) -> str:
-    """Return the SHA-256 (hex) of a value's sorted JSON; `str` converts types unknown to JSON."""
+    """Return the SHA-256 hash (hex) of a value's sorted JSON."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def file_hash(paths: Iterable[Path]) -> str:
-    """Return the SHA-256 (hex) of the names and contents of files, in any order."""
+    """Return the SHA-256 hash (hex) of the names and contents of files."""
     digest = hashlib.sha256()
     for name, content in sorted((path.name, _digest(path)) for path in paths):
         digest.update(name.encode() + b"\0" + content)
@@ -97,9 +97,6 @@ def _digest(path: Path) -> bytes:
 
 
 def file_stamp(paths: Iterable[Path | os.DirEntry[str]]) -> list[tuple[str, int, int]]:
-    """Return the path, size (bytes) and modification time (ns) of each file, sorted by path.
-
-    Comparing two results reveals changed files without reading the files.
-    """
+    """Return the path, size (bytes) and modification time (ns) of each file."""
     stats = [(path, path.stat()) for path in paths]
     return sorted((os.fspath(path), stat.st_size, stat.st_mtime_ns) for path, stat in stats)

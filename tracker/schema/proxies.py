@@ -1,21 +1,16 @@
 """Define the proxies: cheap estimates of the cost of removing a layer or an expert.
 
 A proxy with an `observe` function is measured during the intact model's forward pass. `observe`
-computes a value per token from the residual stream before and after a layer. The precision does not
-depend on the model's dtype: the relative update is computed in float32, the cosine in float64
-(float32 on devices without float64, such as Apple's). For example, a layer that turns a token's
-state by an angle of 1e-4 has a cosine of 1 - 5e-9, which float32 would round to 1.
+computes a value per token from the residual stream before and after a layer. The relative update is
+computed in float32. The cosine is computed in float64 if the device supports it.
 
-The calling code averages the values over the tokens of each document's context and gold
-continuation, without padding. A hidden state that is all zeros has no direction, so the values of
-this token are NaN, and so is every mean over this token. The cosine function of torch would return
-0 instead, which means a right angle.
+The calling code averages the values over the tokens of each document, without padding. The values
+are NaN for a hidden state that is all zeros.
 
-The proxies of an expert are computed from sums over the tokens that the router sends to the expert.
-`engine/observers/layer_proxies.py` measures these sums for the removed experts.
+The proxies of an expert are computed from the tokens that the router sends to the expert. They are
+measured in `engine/observers/layer_proxies.py`.
 
-The functions only call methods of their tensor arguments, so importing this module does not import
-torch.
+Importing this module does not import torch.
 """
 
 from __future__ import annotations
@@ -41,10 +36,8 @@ log = logging.getLogger(__name__)
 def cosine_similarity(before: Tensor, after: Tensor) -> Tensor:
     """Return the cosine similarity of each token's state before and after a layer.
 
-    The cosine is computed from the distance of the unit vectors u and v, as 1 - ‖u - v‖² / 2. If a
-    layer hardly turns its input, the dot product u · v would lose the value of 1 - cosine to
-    rounding. For float32 inputs, 1 - cosine has a relative error of about 1e-7, plus an absolute
-    error of about 1e-16. Due to rounding, the result can be lower than -1 by 1e-15.
+    The cosine is computed as 1 - ‖u - v‖² / 2 from the unit vectors u and v, which is more exact
+    than the dot product if the cosine is close to 1.
 
     Args:
         before: The layer's input, of shape `[..., tokens, hidden]`.
@@ -64,9 +57,6 @@ def cosine_similarity(before: Tensor, after: Tensor) -> Tensor:
 
 def angle(cosine: Tensor) -> Tensor:
     """Convert cosine similarities to angles, as a fraction of a half turn (180 degrees).
-
-    The arccosine is steep near 1: a rounding error of 1e-16 in a cosine of 1 becomes an angle of
-    5e-9.
 
     Args:
         cosine: Cosine similarities of any shape, which are clamped to [-1, 1].
@@ -98,9 +88,9 @@ def angular_distance(before: Tensor, after: Tensor) -> Tensor:
 
 
 def relative_update(before: Tensor, after: Tensor) -> Tensor:
-    """Return each token's update by a layer, relative to the input: ‖after - before‖ / ‖before‖.
+    """Return the relative change of each token's state by a layer.
 
-    Unlike the cosine, the relative update also measures a change of the state's length.
+    The relative change is ‖after - before‖ / ‖before‖.
 
     Args:
         before: The layer's input, of shape `[..., tokens, hidden]`.
@@ -131,25 +121,22 @@ class Proxy:
     """A cheap estimate of the importance of a layer or expert; larger means more important.
 
     Attributes:
-        name: The proxy's name in code, which is also the name of fields, columns and tracked
-            metrics.
+        name: The name of the proxy in code, and of its fields, columns and tracked metrics.
         label: The proxy's display name.
         unit: The unit of the proxy's values, or a short description of the unit.
         formula: The formula of the proxy, with a layer's input x_in and output x_out.
         source: The publication that proposed the proxy; empty if there is none.
-        passes: Cost for all layers together, in forward passes of the model per document; None if
-            each layer must be removed in a forward pass of its own, as for the accuracy drop.
+        passes: Cost for all layers together, in forward passes per document; None if each layer
+            needs a separate forward pass.
         observe: Function that computes a value per token `[..., tokens]` from a layer's input and
-            output `[..., tokens, hidden]`; None for a proxy that is computed in another way.
-        per_token: Function that is applied to each token's value before averaging; None for no
-            function.
-        complement_of: Name of the averaged value v if the proxy is 1 − v, as `cosine_similarity`
-            for the proxy `cosine_score`; else empty.
+            output `[..., tokens, hidden]`; None for other proxies.
+        per_token: Optional function that is applied to each token's value before averaging.
+        complement_of: Name of the averaged value v if the proxy is 1 − v, such as
+            `cosine_similarity`; else empty.
         strategy: The search strategy that prunes by the proxy; empty if no strategy uses the proxy.
-        component: The components whose importance the proxy estimates: whole layers, all parts of a
-            layer, or routed experts.
-        over: For a mean over the tokens that the router sends to an expert: name of the proxy that
-            counts these tokens (`routed_share`). Empty for a mean over all tokens.
+        component: The measured components: whole layers, all parts of a layer, or routed experts.
+        over: For a mean over the tokens of an expert: name of the proxy that counts these tokens.
+            Empty for a mean over all tokens.
     """
 
     name: str
@@ -172,13 +159,13 @@ class Proxy:
 
     @property
     def headings(self) -> dict[str, str]:
-        """Name → display name of the proxy; also of the value v if the proxy is 1 − v."""
+        """The display names of the proxy and, if the proxy is 1 − v, of the value v."""
         before = {self.complement_of: self.complement_of.replace("_", " ")}
         return (before if self.complement_of else {}) | {self.name: self.heading}
 
     @property
     def column(self) -> str:
-        """Name of the stored column with the sum of the token values of each document."""
+        """Name of the stored column with each document's sum of token values."""
         return f"{self.complement_of or self.name}_sum"
 
     def from_observed(self, observed: Array) -> Array:
@@ -346,10 +333,7 @@ OBSERVED = tuple(proxy for proxy in PROXIES.values() if proxy.observe)
 
 
 def observed(before: Tensor, after: Tensor) -> list[Tensor]:
-    """Compute the values per token of all `OBSERVED` proxies from a layer's input and output.
-
-    A value that several proxies need, such as the cosine, is computed only once.
-    """
+    """Compute the values per token of all `OBSERVED` proxies from a layer's input and output."""
     observers = dict.fromkeys(proxy.observe for proxy in OBSERVED if proxy.observe)
     figures: dict[Any, Tensor] = {observe: observe(before, after) for observe in observers}
     return [proxy.token_figure(figures[proxy.observe]) for proxy in OBSERVED]
@@ -362,16 +346,13 @@ PROXY_FIGURES = tuple(name for proxy in (*OBSERVED, *PART_PROXIES) for name in p
 def proxy_cost(proxy: str, layers: int, is_shared: bool) -> float:
     """Return the cost of computing a proxy for all layers, in forward passes per document.
 
-    A model without one of its L layers computes L - 1 layers. The intact model and all L ablated
-    models together compute L² layers, which is the cost of L forward passes. If each ablation
-    shares the layers below the removed one with the intact model, the cost falls to (L + 1) / 2
-    forward passes (`StreamPlan.layer_passes`). The output head is not counted.
+    For the accuracy drop of all L layers, the cost is L forward passes, or (L + 1) / 2 if the
+    ablations share layers. The output head is not counted.
 
     Args:
         proxy: The name of one of `PROXIES`; any other name means the accuracy drop.
         layers: The number of layers L.
-        is_shared: True if the layers below a removed layer are computed only once for all
-            ablations.
+        is_shared: True if all ablations share the layers below the removed layer.
 
     Returns:
         The cost in forward passes of the whole model.

@@ -1,7 +1,7 @@
 """Define the records of a pruning search: the removed parts at each step, and the cost.
 
-Values are stored as fractions or nats. The score of a step is the value that the search strategy
-minimised. An undefined value is `None`; the step's field `reasons` explains why.
+Values are stored as fractions or nats. An undefined value is `None`; the step's field `reasons`
+explains why.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class PruneStep(EstimatesRecord):
 
 
 class CalibrationSet(Record):
-    """A benchmark, and the documents with which a search chose the removed parts."""
+    """The benchmark and documents with which a search chose the removed parts."""
 
     key: str
     """The cell's key in the ledger."""
@@ -75,7 +75,7 @@ class CalibrationSet(Record):
 
 
 class PruneCost(Record):
-    """Cost of a pruning search if the search reuses no earlier results."""
+    """Cost of a pruning search without reused results."""
 
     evaluations: float
     """Number of scored sets of removals, including the intact model, each on all calibration
@@ -142,13 +142,13 @@ class PruneRecord(Record):
 
     @property
     def order(self) -> tuple[int, ...]:
-        """The removed parts in order of removal; ascending unless each step removed one part."""
+        """The removed parts in order of removal, if each step removed one part; else ascending."""
         order = tuple(step.layer for step in self.steps if step.layer is not None)
         return order if sorted(order) == list(self.removed) else self.removed
 
     @property
     def kept(self) -> tuple[int, ...]:
-        """The layers of the intact model in which no part is removed, ascending."""
+        """The layers without removed parts, ascending."""
         changed_layers = set(map(self.parts.layer_of, self.removed))
         return tuple(layer for layer in range(self.model.layers) if layer not in changed_layers)
 

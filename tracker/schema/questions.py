@@ -1,4 +1,4 @@
-"""Define the questions of the setting `until`: a measurement ends when its question is answered."""
+"""Define the questions of the setting `until`, which end a measurement when answered."""
 
 from __future__ import annotations
 
@@ -35,13 +35,11 @@ class Question:
     Attributes:
         kind: `drop` asks how large each accuracy drop is. `top` asks which drops are the largest.
             `prune` asks which drops are the smallest. `sign` asks which drops are not 0.
-        count: Number of runs to find with the largest drops (`top`) or the smallest drops
-            (`prune`); None for `drop` and `sign`.
-        within: Tolerance as a fraction. For `drop`, half the maximum width of a drop's interval.
-            For `top` and `prune`, the maximum amount by which a run that is not chosen can be
-            better than a chosen run. None means no tolerance.
-        level: Confidence: the probability that the answer is right and that all intervals contain
-            the true drops.
+        count: Number of runs to find for `top` and `prune`; None for `drop` and `sign`.
+        within: Tolerance as a fraction; None for no tolerance. For `drop`, half the maximum width
+            of an interval. For `top` and `prune`, the amount by which a run that is not chosen can
+            be better than a chosen run.
+        level: Confidence: the probability that the answer is right.
     """
 
     kind: QuestionKind
@@ -60,7 +58,7 @@ class Question:
         return " ".join(words)
 
     def fits(self, runs: int) -> bool:
-        """Return whether `count` is less than the number of runs (always true without a count)."""
+        """Return whether `count` is less than the number of runs, or None."""
         return self.count is None or self.count < runs
 
     def check_runs(self, runs: int) -> None:
@@ -78,7 +76,7 @@ def parse_question(text: str) -> Question:
 
     Args:
         text: Text such as `drop within 2 pp`, `top 5`, `top 5 within 1 pp`, `prune 8` or `sign`. A
-            final `at 99 %` sets another confidence than 95 %.
+            final `at 99 %` sets the confidence (default: 95 %).
 
     Returns:
         The parsed question.

@@ -1,8 +1,7 @@
 """Define immutable records of measurements, runs and correlations.
 
 Accuracies and drops are stored as fractions, never in percent, and layers are numbered from 0. An
-undefined value is `None`. The reason for `None` is stored in the `Estimate`, or in the record's
-`reasons` under the name of the field.
+undefined value is `None`. The reason is stored in the `Estimate` or in the record's `reasons`.
 """
 
 from __future__ import annotations
@@ -34,12 +33,12 @@ RUN_NOT_MEASURED = "not measured yet"
 
 
 def flat_names(field: str, *names: str) -> dict[str, tuple[str, str]]:
-    """Return column name → (field, part), for the value, lower and upper bound of an estimate."""
+    """Return a dict from column names to the field and the part (value or bound) of an estimate."""
     return {name: (field, part) for name, part in zip(names, ("value", "low", "high"), strict=True)}
 
 
 class EstimatesRecord(Record):
-    """Base class of records with estimates; `FLAT` names a column for each value and bound."""
+    """Base class of records with estimates; `FLAT` names their table columns."""
 
     FLAT: ClassVar[Mapping[str, tuple[str, str]]] = {}
     """Name in data frames, in trackers and in records of former versions → the estimate's field,
@@ -94,7 +93,7 @@ class FiguresRecord(EstimatesRecord):
 
     @property
     def all_reasons(self) -> dict[str, str]:
-        """Value name → reason why the value is undefined; also notes, e.g. on other versions."""
+        """The reason for each undefined value, by the value's name; also other notes."""
         notes = {name: getattr(self, field) for name, field in self.NOTES.items()}
         values = {field: name for name, (field, part) in self.FLAT.items() if part == "value"}
         reasons = {
@@ -108,7 +107,7 @@ class FiguresRecord(EstimatesRecord):
 
 
 class ChangeRecord(Record):
-    """Base class of records on the effect of one change of a model, e.g. of removing layer 3."""
+    """Base class of records of one change of a model, e.g. removing layer 3."""
 
     change: Change
     """The change, in addition to the layers that every run of the cell lacks."""
@@ -116,7 +115,7 @@ class ChangeRecord(Record):
     @model_validator(mode="before")
     @classmethod
     def _read_former_fields(cls, fields: object) -> object:
-        """Build the field `change` from the separate fields in which former versions stored it."""
+        """Build the field `change` from the separate fields of former versions."""
         if not isinstance(fields, dict) or "change" in fields:
             return fields
         change = {name: fields[name] for name in CHANGE_COLUMNS if name in fields}
@@ -126,9 +125,8 @@ class ChangeRecord(Record):
 class RunRecord(FiguresRecord, ChangeRecord):
     """Result of one run: the effect of one change of a model on one benchmark.
 
-    Every accuracy drop is relative to the intact model. If every run of a record lacks certain
-    layers (`CellRecord.removed`), each drop includes the effect of removing these layers. Extra
-    fields hold proxies of the changed layer or part, measured on the intact model.
+    Every accuracy drop is relative to the intact model. Extra fields contain proxies of the changed
+    layer or part.
     """
 
     model_config = ConfigDict(extra="allow")
@@ -180,7 +178,7 @@ class RunRecord(FiguresRecord, ChangeRecord):
 
     @property
     def proxies(self) -> Mapping[str, float | None]:
-        """Name of a proxy of the changed layer or part → value; None if it is undefined."""
+        """The proxies of the changed layer or part by name; None for an undefined value."""
         return self.__pydantic_extra__
 
     @property
@@ -190,7 +188,7 @@ class RunRecord(FiguresRecord, ChangeRecord):
 
 
 class RunAnswer(ChangeRecord):
-    """Result of the stopping rule (`until`) for one run: bounds of its drop, and the decision."""
+    """Result of the stopping rule (`until`) for one run."""
 
     n: int
     """Number of documents used until the run was decided."""
@@ -233,7 +231,7 @@ class AnswerRecord(Record):
 
 
 class CorrelationRecord(EstimatesRecord):
-    """Correlation of one proxy with the measured drops of changes of one kind."""
+    """Correlation between one proxy and the measured drops."""
 
     FLAT: ClassVar = {n: ("estimate", n) for n in ("value", "low", "high", "p_value", "reason")}
 
@@ -256,14 +254,14 @@ class CorrelationRecord(EstimatesRecord):
     @model_validator(mode="before")
     @classmethod
     def _add_sample(cls, fields: Any) -> Any:
-        """Add the sample to a record of a former version, which had only layers and experts."""
+        """Add the field `sample` to a record of a former version."""
         if isinstance(fields, dict) and fields.get("proxy") in ("expert_saliency", "routed_share"):
             return {"sample": "expert", "within_layers": True, **fields}
         return fields
 
 
 def view_name(removed: Sequence[int], selection: str, metric: str, primary_metric: str) -> str:
-    """Build a name such as `without-3-17--acc_norm` from removed layers, documents and metric."""
+    """Build a name such as `without-3-17--acc_norm` from removed layers and metric."""
     prefix = "-".join(["without", *map(str, removed)]) if removed else INTACT_VIEW
     return f"{prefix}{selection}" + ("" if metric == primary_metric else f"--{metric}")
 
@@ -275,7 +273,7 @@ _FORMER_VIEW = itemgetter("removed", "metric", "benchmark", "sample_seed", "besi
 
 
 class CellRecord(FiguresRecord):
-    """Results of one model on one benchmark: of the intact model, and of each ablation run."""
+    """Results of one model on one benchmark: the intact model and all ablation runs."""
 
     FLAT: ClassVar = {
         **flat_names("baseline", "baseline_accuracy", "baseline_low", "baseline_high"),
@@ -428,8 +426,7 @@ class CellRecord(FiguresRecord):
     def is_raced(self) -> bool:
         """True if the stopping rule (`until`) decided the number of documents of each run.
 
-        The intervals of the drops are confidence sequences in such a record, and other intervals
-        are omitted.
+        The intervals of the drops are then confidence sequences.
         """
         return self.answer is not None and self.unfinished is not None
 
@@ -462,11 +459,11 @@ class CellRecord(FiguresRecord):
 
     @property
     def kinds(self) -> list[Change]:
-        """The kinds of changes (e.g. removing one layer) in the requested runs, no duplicates."""
+        """The kinds of changes (e.g. removing one layer) in the requested runs."""
         return list(dict.fromkeys(change.kind for change in self.changes))
 
     def runs_of_kind(self, kind: Change = WHOLE_LAYER) -> dict[int, RunRecord]:
-        """Return first changed layer → run, for measured runs of a kind (default: one layer)."""
+        """Return the measured runs of one kind of change, by their first changed layer."""
         return {run.change.layer: run for run in self.runs if run.change.kind == kind}
 
     def absence_reason(self, change: Change) -> str:
@@ -478,8 +475,7 @@ class CellRecord(FiguresRecord):
     def reason_of(self, field: str, run: RunRecord | None = None) -> str:
         """Return the reason why a value of a run, or of the whole record, is undefined.
 
-        A reason in the run has precedence over a reason in the whole record. If neither has a
-        reason, the result is `NO_REASON`.
+        The result is `NO_REASON` if no reason is known.
         """
         for reasons in (run.all_reasons if run else {}, self.all_reasons):
             if reason := reasons.get(field) or reasons.get(f"metrics.{field}"):
@@ -490,7 +486,7 @@ class CellRecord(FiguresRecord):
 def former_view_name(
     removed: Sequence[int], metric: str, benchmark: BenchmarkIdentity, seed: int | None, label: str
 ) -> str:
-    """Build a view's name for records of former versions, which did not store the name."""
+    """Build the name of a view for records of former versions."""
     selection = "" if seed is None else f"-sample-{seed}"
     if label:
         selection += f"-{label.replace(' ', '-')}"
@@ -498,6 +494,6 @@ def former_view_name(
 
 
 def first_layers(kind: Change, *cells: CellRecord) -> list[int]:
-    """List the layers at which the requested changes of one kind begin, over several records."""
+    """List the first layer of each requested change of one kind in the given records."""
     changes = (change for cell in cells for change in cell.changes)
     return sorted({change.layer for change in changes if change.kind == kind})

@@ -1,8 +1,7 @@
 """Call methods of objects in other processes.
 
 The processes are started as separate programs, because `multiprocessing` would run the user's
-script again. In addition, `multiprocessing` would import torch before the devices and the number of
-threads are set.
+script again.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ class ProcessEndedError(WorkError):
 
 
 class RemoteError(WorkError):
-    """An exception of a remote object that is not a TrackerError; its note holds the traceback."""
+    """An exception of a remote object; its note contains the traceback."""
 
 
 class Remote:
@@ -73,8 +72,8 @@ class RemoteObject(Remote):
         *arguments: The arguments for creating the object.
         removed_variables: Environment variables that the new process does not inherit.
         added_variables: Environment variables that are set for the new process.
-        finishes_calls: True if the new process finishes a running call after the calling process
-            has ended; False if the new process ends with the calling process.
+        finishes_calls: True if the new process finishes its running call when the calling process
+            ends.
     """
 
     def __init__(
@@ -129,7 +128,7 @@ class RemoteObject(Remote):
         raise NotImplementedError
 
     def _why_ended(self, code: int | None) -> str:
-        """Explain why the process ended; `code` is its exit code, None if still running."""
+        """Explain why the process ended; `code` is its exit code or None."""
         return str(code)
 
     def close(self) -> None:
@@ -201,7 +200,7 @@ def _read_calls(calls: SimpleQueue[Any], finishes_calls: bool) -> None:
 
 
 def _portable_error(error: Exception) -> RemoteError:
-    """Convert an exception to a RemoteError, which can be unpickled in any process."""
+    """Convert an exception to a RemoteError that can be unpickled in any process."""
     remote_error = RemoteError(f"{type(error).__name__}: {error}")
     remote_error.add_note("".join(traceback.format_exception(error)))
     return remote_error

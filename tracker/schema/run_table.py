@@ -1,7 +1,6 @@
 """Define the columns of tables of ablation runs, and of tables of proxy correlations.
 
-HTML pages, terminal output, data frames and tracking backends select columns by name. The class
-`Column` is defined in `schema/tables.py`.
+HTML pages, terminal output, data frames and tracking backends select columns by name.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ CELL_COLUMNS = (
 
 
 class CellRun(NamedTuple):
-    """Row of a run table: record of model and benchmark, change, and run (None if missing)."""
+    """Row of a run table, with the run or None if it is not measured."""
 
     cell: CellRecord
     change: Change
@@ -75,7 +74,7 @@ def has_only_layers(cell: CellRecord) -> bool:
 
 
 def cell_proxies(cell: CellRecord) -> list[Proxy]:
-    """List the proxies of layers, of parts or both that a record's runs need in tables."""
+    """List the proxies that tables show for the runs of a record."""
     figures = {name for run in cell.runs if run.change.has_taylor for name in run.proxies}
     parts = [proxy for proxy in PART_PROXIES if proxy.name in figures]
     return [*(OBSERVED if cell.whole_layers or not parts else ()), *parts]
@@ -84,8 +83,7 @@ def cell_proxies(cell: CellRecord) -> list[Proxy]:
 def distinguishing_columns(cell: CellRecord) -> list[str]:
     """Choose the columns that are needed to distinguish the runs of a record.
 
-    The column of the layer is always included. Another column (e.g. component, intervention) is
-    omitted if its value is, in every run, the same as for the removal of one whole layer.
+    The column of the layer is always included.
     """
     return [
         name
@@ -210,7 +208,7 @@ def correlation_columns() -> dict[str, Column[CellCorrelation]]:
 
 
 def run_reasons(run: RunRecord) -> dict[str, str]:
-    """Return value name → reason, for each value of a run that is undefined, infinite or NaN."""
+    """Return the reason for each value of a run that is undefined, infinite or NaN, by name."""
     figures: dict[str, float | None] = {n: value for n, value in run if isinstance(value, float)}
     figures |= {name: run.figure(name) for name in run.FLAT}
     figures |= {f"metric/{name}": value for name, value in run.metrics.items()}
@@ -218,7 +216,7 @@ def run_reasons(run: RunRecord) -> dict[str, str]:
 
 
 def non_finite_reasons(values: Mapping[str, float | None]) -> dict[str, str]:
-    """Return value name → reason, for each value that is infinite or NaN."""
+    """Return the reason for each value that is infinite or NaN, by name."""
     undefined = ((n, v) for n, v in values.items() if v is not None and not math.isfinite(v))
     return {name: f"not a finite number: {value}" for name, value in undefined}
 
@@ -230,7 +228,7 @@ def _run_column(
     value: Callable[[CellRecord, RunRecord], ColumnValue],
     interval: bool = False,
 ) -> Column[CellRun]:
-    """Build a column with one value per run; unmeasured runs get a reason instead of a value."""
+    """Build a column with one value per run, or with a reason if a run is not measured."""
 
     def entry(row: CellRun) -> ColumnValue:
         if row.run is None:

@@ -71,7 +71,7 @@ def parse_yaml(text: str, name: str) -> Any:
 
 
 def _parse(text: str) -> Any:
-    """Parse YAML; refuse a text whose anchors (`&x`, `*x`) multiply to too many values."""
+    """Parse YAML; raise YAMLError if its anchors (`&x`, `*x`) expand to too many values."""
     loader = _Loader(text)
     try:
         root = loader.get_single_node()
@@ -84,10 +84,9 @@ def _parse(text: str) -> Any:
 
 
 def _count_values(node: yaml.Node, sizes: dict[int, int]) -> int:
-    r"""Count the values of a parsed YAML node; a value that an anchor repeats counts each time.
+    r"""Count the values of a parsed YAML node, including repetitions by anchors.
 
-    Raises YAMLError for too many values, for duplicate keys, and for texts with one half of a
-    surrogate pair, such as `"\ud83d"`, which can be neither written nor hashed.
+    Raises YAMLError for too many values, for duplicate keys and for texts with invalid characters.
     """
     if id(node) in sizes:
         if not sizes[id(node)]:

@@ -16,9 +16,8 @@ from tracker.schema.kinds import KIND_STYLES, NUMBERED_COMPONENTS, Component
 class SearchParts:
     """Numbering of the parts that a search can remove: layers, sublayers, heads or experts.
 
-    Each part has a single number, so that the same search code works for layers, heads and experts.
-    The number of a layer, attention or MLP is the layer's number. The number of head or expert n of
-    layer m is m × `per_layer` + n.
+    Each part has a single number. The number of a layer, attention or MLP is the layer's number.
+    The number of head or expert n of layer m is m × `per_layer` + n.
 
     Attributes:
         unit: The kind of the parts, such as `layer` or `head`.
@@ -48,7 +47,7 @@ class SearchParts:
 
     @property
     def total(self) -> int:
-        """The product of `layers` and `per_layer`; every part number is below this value."""
+        """The product of `layers` and `per_layer`."""
         return self.layers * self.per_layer
 
     def parts_of_layers(self, layers: Iterable[int]) -> tuple[int, ...]:

@@ -1,8 +1,7 @@
 """Define tables and their columns.
 
-`build_table` builds a table from columns and rows; values are stored as fractions or nats.
-`heading_text` and `entry_text` scale and round values for display. Code and tracking backends use
-the unrounded values of `Table.plain`.
+Values are stored as fractions or nats. `heading_text` and `entry_text` scale and round values for
+display. `Table.plain` returns unrounded values.
 """
 
 from __future__ import annotations
@@ -61,9 +60,8 @@ class Table(Record):
     def plain(self) -> tuple[tuple[str, ...], list[tuple[str | float | None, ...]]]:
         """Return the table's column names and unrounded rows, for use in code.
 
-        Undefined values are None. A column without a name in code is named by its label. After such
-        a column, the columns `… low`, `… high` and `… reason` contain the intervals and reasons of
-        its values, if there are any.
+        Undefined values are None. A column without a name in code is named by its label. Columns
+        for the intervals and reasons of its values follow it.
         """
         names: list[str] = []
         columns: list[Sequence[str | float | None]] = []
@@ -101,8 +99,8 @@ class Column(Generic[RowType]):
     Attributes:
         label: The label in the column's header.
         unit: The unit of the column's values.
-        value: Function that returns the value for a row, in the unit in which records store values.
-        default_reason: Reason that is shown for an undefined value if `value` returns no reason.
+        value: Function that returns the value for a row, as a fraction or in nats.
+        default_reason: Default reason for an undefined value.
         name: The column's name in code; if it is empty, code uses the label.
         interval: True if the column shows only the intervals of its values.
     """
@@ -128,7 +126,7 @@ class Column(Generic[RowType]):
         return Estimate(None, reason=estimate.reason or self.default_reason or default)
 
     def bound_columns(self) -> tuple[Column[RowType], Column[RowType]]:
-        """Return two columns for use in code: the lower and the upper ends of the intervals."""
+        """Return two columns with the lower and the upper ends of the intervals."""
 
         def end(bound: str) -> Column[RowType]:
             def value(row: RowType) -> Estimate | float | None:
@@ -147,7 +145,7 @@ def build_table(
     *notes: str,
     header: int = 0,
 ) -> Table:
-    """Build a table: apply each column to each object in `rows`; column `header` names the rows."""
+    """Build a table with an entry for each column and each object in `rows`."""
     columns = tuple(columns)
     return Table(
         title=title,
@@ -168,13 +166,13 @@ def heading_text(heading: Heading) -> str:
 
 @dataclass(frozen=True)
 class EntryText:
-    """Displayed text of a table entry, its unrounded numbers, and the reason for a missing value.
+    """Displayed text of a table entry, with its unrounded numbers.
 
     Attributes:
         text: The displayed text; a dash for an undefined value.
         reason: Reason for an undefined value; else empty.
-        figures: The unrounded numbers that the text displays, in the column's unit, separated by
-            spaces: the value, the interval's ends, or all three. Empty if the text is not rounded.
+        figures: The unrounded value and interval ends in the column's unit, separated by spaces.
+            Empty if the text is not rounded.
     """
 
     text: str

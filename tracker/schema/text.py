@@ -15,7 +15,7 @@ _CONTROL_CHARACTERS = re.compile(
 
 
 def replace_controls(text: str) -> str:
-    """Replace control characters by U+FFFD, so that terminals and web pages do not interpret them.
+    """Replace control characters by U+FFFD (�).
 
     Tabs and newlines are not replaced.
     """
@@ -32,7 +32,7 @@ HALF_CHARACTER = "half of a surrogate pair; write the character itself"
 
 
 def is_writable(text: str) -> bool:
-    """Return whether a text can be encoded as UTF-8; False if it contains a lone surrogate."""
+    """Return whether a text can be encoded as UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -54,7 +54,7 @@ def markdown_code(text: str) -> str:
 
 
 def escape_cell(text: str) -> str:
-    """Escape a text that a spreadsheet program would otherwise execute as a formula."""
+    """Escape a text so that spreadsheet programs do not execute it as a formula."""
     return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r", "\n")) else text
 
 
@@ -69,8 +69,7 @@ _SECRET = re.compile(
 def mask_secrets(text: str, secrets: Sequence[str | None] = ()) -> str:
     """Replace passwords in a text by `***` before it is shown or stored.
 
-    The function masks each of `secrets`, in plain and in URL-quoted form. The function also masks
-    every part of a URL that looks like a password.
+    The function masks each of `secrets` and every part of a URL that looks like a password.
     """
     for secret in filter(None, secrets):
         for variant in (secret, unquote(secret), quote(secret, safe="")):

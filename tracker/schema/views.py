@@ -20,7 +20,7 @@ from tracker.schema.records import view_name
 
 
 def sort_runs(runs: Iterable[Change]) -> tuple[Change, ...]:
-    """Sort runs; drop duplicates, and drawn layer sets that are also requested explicitly."""
+    """Sort runs and drop duplicates."""
     changes = set(runs)
     runs = (c for c in changes if not c.drawn or replace(c, drawn=False) not in changes)
     return tuple(sorted(runs))
@@ -30,7 +30,7 @@ SortedRuns = Annotated[tuple[Change, ...], AfterValidator(sort_runs)]
 
 
 class Until(Record):
-    """Setting that stops a measurement once a statistical question about its runs is decided."""
+    """Setting that stops a measurement when a statistical question is answered."""
 
     question: QuestionText
     seed: int
@@ -40,7 +40,7 @@ class Until(Record):
 
     @property
     def digest(self) -> str:
-        """Eight-character hash of question, seed and runs, the same as in older versions."""
+        """Eight-character hash of question, seed and runs."""
         changes = [change.columns for change in self.runs]
         return content_hash({"question": self.question, "seed": self.seed, "runs": changes})[:8]
 
@@ -51,7 +51,7 @@ class Until(Record):
 
 
 class View(Record):
-    """A selection from the results of a model and benchmark: runs, documents and one metric."""
+    """A selection of runs, documents and a metric from the results of a model."""
 
     metric: str
     removed: Layers = ()
@@ -90,8 +90,7 @@ class View(Record):
         """Return the view's name, made of the removed layers, the documents and the metric.
 
         Examples are `intact`, `without-3-17`, `intact-sample-100-seed-1234`, `intact-limit-64` and
-        `intact--acc_norm`. The name omits the documents if all are shown, and the metric if it is
-        the benchmark's primary metric.
+        `intact--acc_norm`.
         """
         selection = ""
         if self.until is not None:
@@ -114,7 +113,7 @@ class View(Record):
 
     @property
     def order(self) -> tuple[object, ...]:
-        """The sort key of a view: metric, layers removed in every run, and seed of the sample."""
+        """The sort key of a view."""
         return self.metric, self.removed, self.seed
 
     def shows(self, other_view: View) -> bool:

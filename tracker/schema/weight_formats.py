@@ -1,8 +1,7 @@
 """Define number formats for weights (e.g. int4, GGUF's Q4_0) and their bits per weight.
 
-To simulate a format, the weights of a linear map are rounded as in a file of that format, and then
-stored in the model's dtype. All formats round to the nearest value, some after a search for the
-best scales. No format uses calibration text.
+To simulate a format, weights are rounded as in a file of that format and then stored in the model's
+dtype. No format uses calibration text.
 """
 
 from __future__ import annotations
@@ -27,16 +26,15 @@ class WeightFormat:
     Attributes:
         name: The format's name in files and on the command line.
         label: The format's display name, as used by the authors of the format.
-        block: Number of consecutive weights of a row that are stored as one block; 0 for a block
-            per row. The length of a row must be a multiple of this number.
-        bits: Bits per weight, including the overhead of a block, but without the scale of a whole
-            row.
+        block: Number of weights in a block; 0 for one block per row. The length of a row must be a
+            multiple of this number.
+        bits: Bits per weight, without the scale of a whole row.
         source: The definition of the format and the library that rounds the weights.
-        instead: Name of the format that llama.cpp uses if the row length is not a multiple of
+        instead: Name of the format that replaces this format if the row length is not a multiple of
             `block`; empty if there is none.
         extra: True if the rounding library is installed only with the extra `quantise`.
         round: Function that rounds a float32 tensor [rows, inputs] and returns the rounded weights;
-            None for tracker's own formats, for which `models/rounding.py` does the rounding.
+            None for the formats in `models/rounding.py`.
     """
 
     name: str
@@ -54,7 +52,7 @@ class WeightFormat:
         return self.source in (_GGUF, _LLAMA)
 
     def for_rows(self, inputs: int) -> WeightFormat | None:
-        """Return this format or its replacement, whichever fits rows of this length, or None."""
+        """Return this format, or its replacement if it does not fit the row length, or None."""
         if not self.block or inputs % self.block == 0:
             return self
         return FORMATS[self.instead].for_rows(inputs) if self.instead else None

@@ -42,12 +42,12 @@ _COLUMNS = ["task", "doc", "ablation", "gold", "rolling", "loglikelihoods"]
 
 
 def plan_with_baseline(ablations: Iterable[Ablation], n_layers: int) -> StreamPlan:
-    """Plan the shared forward pass that computes the intact model and its ablations together."""
+    """Plan a shared forward pass of the intact model and its ablations."""
     return plan_streams(list(dict.fromkeys((INTACT, *ablations))), n_layers)
 
 
 def engine_passes(ablations: Iterable[Ablation], n_layers: int) -> float:
-    """Return the cost of computing the intact model and ablations, in intact forward passes."""
+    """Return the cost of the shared forward pass, in forward passes of the intact model."""
     return plan_with_baseline(ablations, n_layers).layer_passes / n_layers
 
 
@@ -55,10 +55,9 @@ def engine_passes(ablations: Iterable[Ablation], n_layers: int) -> float:
 class ModelCache:
     """Cache of loaded models and of opened (model, benchmark) pairs, shared by searches.
 
-    `command` is the command that continues an interrupted search, without the option `--results`;
-    `command` is empty for a sweep trial. `n_loaded` counts how often a model was loaded. `timings`
-    holds measured layer times that are not yet written to the results folder. `cells` maps each
-    request to its opened model and benchmark.
+    `command` is the command that continues an interrupted search; it is empty for a sweep trial.
+    `n_loaded` counts how often a model was loaded. `timings` contains measured layer times. `cells`
+    maps each request to its opened model and benchmark.
     """
 
     ledger: Ledger
@@ -80,7 +79,7 @@ class ModelCache:
         return self._model
 
     def source(self, spec: ModelSpec) -> ModelSource:
-        """Find a model's files; the options say whether Python code of the model may run."""
+        """Find the files of a model."""
         return find_model(spec, self.options.trust_remote_code)
 
     def cell(self, request: CellRequest) -> OpenCell:
@@ -99,17 +98,13 @@ _MANY_PARTS = 2
 
 
 def _removal_shape(ablation: Ablation) -> _RemovalShape:
-    """Return for each kind in `COMPONENTS` whether no part (0), one (1) or several (2) change."""
+    """Return 0, 1 or 2 for each kind in `COMPONENTS`: no, one or several parts change."""
     counts = Counter(change.component for change in ablation.changes)
     return tuple(min(counts[component], _MANY_PARTS) for component in COMPONENTS)
 
 
 def _draw_sets(parts: SearchParts, draw: random.Random) -> Iterator[Ablation]:
-    """Draw random sets of removed parts, to test that sharing computation changes no result.
-
-    The largest random set has half of all parts. For each size, one set is contiguous and three
-    sets are arbitrary.
-    """
+    """Draw random sets of removed parts, to test that sharing computation changes no result."""
     numbers = parts.numbers
     n = len(numbers)
     for size in sorted({min(size, n // 2) for size in (2, 3, n // 4, n // 2)} - {0, 1}):
@@ -120,11 +115,10 @@ def _draw_sets(parts: SearchParts, draw: random.Random) -> Iterator[Ablation]:
 
 
 class OpenCell:
-    """A model and a benchmark that are ready for measuring documents under any ablation.
+    """A model and a benchmark that are ready for measurements of ablations.
 
-    Results that are stored in the ledger are not measured again. The model is therefore loaded only
-    if results are missing. Reports and tracking backends do not show what a search measures in this
-    way.
+    Results that are stored in the ledger are not measured again. The model is loaded only if
+    results are missing.
     """
 
     def __init__(self, request: CellRequest, cache: ModelCache) -> None:
@@ -143,12 +137,12 @@ class OpenCell:
 
     @property
     def benchmark(self) -> BenchmarkIdentity:
-        """The record that identifies the benchmark: from the ledger, or else from the benchmark."""
+        """The record that identifies the benchmark."""
         store = find_cell(self.request, self._cache.ledger).store
         return store.identity.benchmark if store is not None else self._opened_benchmark.identity
 
     def rows_hash(self, task: str) -> str:
-        """Return a hash of the documents in the scored split of a task."""
+        """Return a hash of a task's documents."""
         return self._opened_benchmark.rows_digest(task)
 
     @cached_property
@@ -184,17 +178,17 @@ class OpenCell:
 
     @property
     def higher_is_better(self) -> bool:
-        """True if higher values of the metric are better, as for an accuracy; False for a loss."""
+        """True if higher values of the metric are better, as for an accuracy."""
         task = self.store.identity.benchmark.tasks[0]
         return task.higher_is_better.get(self.view.metric, True)
 
     def measure(self, ablations: Sequence[Ablation], are_candidates: bool = False) -> None:
-        """Measure all documents with the intact model and under each of the ablations.
+        """Measure all documents with the intact model and with each ablation.
 
         Args:
             ablations: The ablations.
-            are_candidates: Whether most ablations will be discarded. If True, no document is
-                computed twice to measure the effect of rounding.
+            are_candidates: Whether most ablations will be discarded. If True, the effect of
+                rounding is not measured.
         """
         outcomes = self._outcomes["accuracy"]
         ablations = [a for a in dict.fromkeys((INTACT, *ablations)) if a not in outcomes]
@@ -239,7 +233,7 @@ class OpenCell:
 
     @property
     def documents(self) -> dict[str, tuple[int, ...]]:
-        """Name of each task → numbers of the task's measured documents, ascending."""
+        """The numbers of the measured documents of each task, ascending."""
         documents = self.store.task_documents(self.request.extent)
         return {task: tuple(sorted(numbers)) for task, numbers in documents.items()}
 
@@ -250,7 +244,7 @@ class OpenCell:
 
     @property
     def n(self) -> int:
-        """The number of requested documents (computed without writing to the ledger)."""
+        """The number of requested documents."""
         extent, tasks = self.request.extent, self.benchmark.tasks
         return sum(len(extent.select(task.name, task.numbers)) for task in tasks)
 
@@ -270,10 +264,7 @@ class OpenCell:
         The argument `are_candidates` has the same meaning as in `measure`. For each new kind of
         removal (e.g. one layer, several layers, heads), the method checks that sharing computation
         between ablations changes no result. If an ablation removes several parts, random sets of
-        parts are checked too, because the sets of later search steps are still unknown. The sets of
-        later steps are checked while they are measured. For layers, attentions and MLPs, the
-        removal of each single part is checked as well. The stored result of these checks is
-        therefore valid for all benchmarks and searches of the model.
+        parts are checked too.
         """
         meter, say = self._meter, self.progress.say
         if not self._checked_shapes:
@@ -300,7 +291,7 @@ class OpenCell:
         return meter
 
     def _parts_removed_together(self, shapes: Collection[_RemovalShape]) -> Iterator[SearchParts]:
-        """Yield the numbering of each kind of part of which an ablation removes several at once."""
+        """Yield the numbering of each kind of part if an ablation removes several of them."""
         source = self._cache.source(self.request.model)
         for component, counts in zip(COMPONENTS, zip(*shapes, strict=True), strict=True):
             if max(counts) == _MANY_PARTS:

@@ -1,4 +1,4 @@
-"""Run searches: choose the parts to remove, test and publish each step, store the results."""
+"""Run searches, and test, store and publish their results."""
 
 from __future__ import annotations
 
@@ -46,11 +46,10 @@ class SearchResults:
     """Results of several searches: the removed parts, recommendations and errors.
 
     Attributes:
-        searches: The searches with their results on the test documents, one entry per random draw.
-        recommendations: The recommended set of parts for each goal, such as removing 8 layers;
-            empty if no recommendation was requested.
-        failed: Failed search → reason of the failure. `outcome` contains these reasons too.
-        outcome: Outcome of measuring search steps as ablation runs and publishing these runs.
+        searches: The searches with their test results, one entry per random draw.
+        recommendations: The recommended set of parts for each goal; empty if not requested.
+        failed: The reason of the failure of each failed search.
+        outcome: Outcome of measuring and publishing the search steps as ablation runs.
     """
 
     searches: list[TestedSearch]
@@ -67,7 +66,7 @@ class SearchResults:
 def run_search_file(
     requests: Sequence[SearchRequest], name: str, cache: ModelCache, publisher: Publisher
 ) -> tuple[SearchResults, FindingRecord]:
-    """Run the searches of the experiment file `name`, and store a common report of the results.
+    """Run the searches of an experiment file and store a common report.
 
     Raises RequestError and CellError as `run_searches` does.
     """
@@ -84,15 +83,13 @@ def run_searches(
     publisher: Publisher,
     wants_recommendation: bool = False,
 ) -> SearchResults:
-    """Run searches, measure each step on the test documents, and store and publish the results.
+    """Run searches, measure each step on test documents, and store and publish the results.
 
-    An interrupted search can continue where it stopped, because every measurement is stored in the
-    ledger.
+    An interrupted search continues from the measurements that are stored in the ledger.
 
     Args:
-        requests: The searches, in an order in which searches of the same model are adjacent.
-        cache: Cache of models, which also holds the results folder, the options for loading models,
-            and the receiver of progress. Models run in this process.
+        requests: The searches, with searches of the same model next to each other.
+        cache: Cache of models, with the results folder and the options for loading models.
         publisher: Publisher of the steps to the tracking backends.
         wants_recommendation: Whether to recommend one set of parts for each goal, such as removing
             8 layers.
@@ -101,8 +98,7 @@ def run_searches(
         The tested searches, the recommendations and the errors.
 
     Raises:
-        RequestError: A request names something that does not exist or does not fit its model.
-            Nothing was measured.
+        RequestError: A request is invalid. Nothing was measured.
         CellError: No search could be finished.
     """
     ledger, progress = cache.ledger, cache.progress
@@ -156,7 +152,7 @@ def run_searches(
 def _find_tracked_cells(
     runs: Sequence[CellRequest], cells: Iterable[CellRecord], ledger: Ledger
 ) -> dict[CellRequest, RecordKey]:
-    """Return request → record key, for each search step that was measured as one of `cells`."""
+    """Return the record key of each request that was measured as one of `cells`."""
     tracked = {cell.record_key[:2]: cell.record_key for cell in cells}
     stores = {run: find_cell(run, ledger).store for run in runs}
     keys = {
@@ -202,14 +198,14 @@ def _build_record(
 
 
 def _test_outcome(cell: OpenCell, ablation: Ablation) -> HeldOutResult:
-    """Return the mean outcome and the drop on the test documents under an ablation."""
+    """Return the mean outcome and the drop of an ablation on the test documents."""
     paired = cell.outcomes([ablation])
     drop = Estimate(None) if ablation == INTACT else paired.drop(0)
     return HeldOutResult(n=len(paired.baseline), level=paired.level(0), lost=drop)
 
 
 def search_figures(record: PruneRecord) -> dict[str, float]:
-    """Return the metrics of a search that W&B shows to compare the trials of a sweep."""
+    """Return the metrics of a search that W&B shows for a sweep."""
     accuracy, cost = final_outcome(record).level, record.cost
     values = {
         "search/test_accuracy": accuracy.value,
@@ -225,11 +221,10 @@ def search_figures(record: PruneRecord) -> dict[str, float]:
 
 
 def _log_trial(targets: Sequence[str], folder: Path, results: SearchResults) -> None:
-    """Log the run of a search's last measured step to the trial of a W&B sweep, and end the trial.
+    """Log a search's last measured step to a W&B sweep trial, and end the trial.
 
-    The metrics of the search, such as the number of removed parts, are logged too. If the search
-    has several random draws, only the first draw is logged. If W&B refuses the data,
-    `results.outcome` records the error.
+    If the search has several random draws, only the first draw is logged. `results.outcome` records
+    errors of W&B.
     """
     search = results.searches[0]
     record, request = search.record, search.run_request
@@ -249,7 +244,7 @@ def _log_trial(targets: Sequence[str], folder: Path, results: SearchResults) -> 
 
 @contextmanager
 def join_trial(targets: Sequence[str], folder: Path) -> Iterator[Callable[[SearchResults], None]]:
-    """Join the sweep trial of this process, if any; yield a function that logs the results.
+    """Join the sweep trial of this process; yield a function that logs the results.
 
     An error in the `with` block marks the trial as failed.
     """

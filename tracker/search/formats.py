@@ -1,8 +1,7 @@
 """Choose number formats for a model's weight matrices within a budget of bits.
 
-The first step takes the losses of rounding each matrix alone, and chooses the formats with the
-smallest sum. The second step measures the whole model with some formats swapped, because losses do
-not simply add up.
+The first step chooses the formats with the smallest sum of losses, where each matrix is rounded
+alone. The second step measures the whole model with some formats swapped.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ BUDGET_FORMS = "4.5bpw, 80 MB, 2.1 GB or 25 % bytes"
 
 @dataclass(frozen=True)
 class FormatUnit:
-    """Weights that share a format: a linear map, all maps of a layer, embedding or output head.
+    """Weights that share a format, such as a linear map or all maps of a layer.
 
     Attributes:
         layer: Number of the layer, 0-based; 0 for the embedding and the output head.
@@ -82,8 +81,7 @@ class FormatUnit:
     def bits(self, form: str) -> float:
         """Return the total number of bits of these weights in a format.
 
-        Raises RequestError if the rows of a matrix cannot be divided into whole blocks of the
-        format.
+        Raises RequestError if the format does not fit the row length of a matrix.
         """
         n_bits = 0.0
         for outputs, inputs in self.shapes:
@@ -104,13 +102,12 @@ def list_units(
     by_map: bool,
     embeddings: Mapping[str, tuple[int, int]] = {},
 ) -> list[FormatUnit]:
-    """List the units that get a format: each linear map alone, or all maps of each layer.
+    """List the units that get a format: the linear maps, or the layers.
 
     Args:
-        maps: For each layer, a mapping from the name of a linear map to its shape (outputs,
-            inputs).
+        maps: Name and shape (outputs, inputs) of the linear maps of each layer.
         layers: Numbers of the layers whose maps get formats.
-        by_map: Whether each linear map is a unit; otherwise all maps of a layer are one unit.
+        by_map: Whether the units are linear maps; otherwise the units are layers.
         embeddings: Names and shapes of the embedding and the output head, if they get formats too.
 
     Returns:
@@ -146,7 +143,7 @@ class BitBudget:
     Attributes:
         text: The budget as the user wrote it.
         bits: The maximum average bits per weight.
-        other_bytes: Size in bytes of the weights that get no format, in the model's original dtype.
+        other_bytes: Size in bytes of the weights that get no format.
         n_weights: Number of weights that get a format.
     """
 
@@ -173,15 +170,14 @@ def parse_budget(
         text: The budget as the user wrote it; `BUDGET_FORMS` has examples.
         units: The groups of weights that get one format each.
         other_bytes: Size in bytes of the weights that get no format.
-        model_bytes: Bytes of the whole unchanged model.
+        model_bytes: Size in bytes of the unchanged model.
         formats: The available formats.
 
     Returns:
         The budget.
 
     Raises:
-        RequestError: The text is not a valid budget, or the model exceeds the budget even in the
-            smallest of these formats.
+        RequestError: The text is not a valid budget, or the budget is too small for these formats.
     """
     amount = match_amount(text)
     if amount is None or amount.measure not in ("bits", "bytes"):
@@ -206,22 +202,20 @@ def parse_budget(
 def minimize_loss(
     units: Units, formats: Sequence[str], losses: Array, budget: BitBudget
 ) -> FormatChoice:
-    """Choose each unit's format so that the sum of losses is smallest within the budget.
+    """Choose formats with the smallest sum of losses within the budget.
 
-    This is the multiple-choice knapsack problem, solved exactly by integer programming (scipy's
-    `milp`, HiGHS). The method assumes that the losses of several units add up. `refine_choice`
-    tests this assumption: it measures the model with all chosen formats at once.
+    This is the multiple-choice knapsack problem, solved exactly by scipy's `milp`. The method
+    assumes that the losses of several units add up.
 
     Args:
         units: The groups of weights that get one format each.
         formats: The formats.
-        losses: Array `[units, formats]` of finite losses. An entry is the loss when only one unit
-            is rounded, to one format.
-        budget: The budget. The smallest format for all units must be within the budget.
+        losses: Array `[units, formats]` of finite losses. An entry is the loss if only this unit is
+            rounded.
+        budget: The budget, which must be large enough for the smallest format.
 
     Returns:
-        Unit → chosen format. If two choices have the same loss, the choice with fewer bits is
-        returned.
+        A dict from units to chosen formats.
 
     Examples:
         >>> units = [FormatUnit(n, "a", ((32, 32),)) for n in range(2)]
@@ -261,11 +255,10 @@ EDGE_LAYERS = 2
 
 
 def edge_choice(units: Units, formats: Sequence[str], budget: BitBudget) -> FormatChoice | None:
-    """Choose the largest format for the outer layers, and one format for all other layers.
+    """Choose the largest format for the outer layers and one format for the others.
 
     The outer layers are the first two and the last two layers of `units`. The embedding and the
-    output head get the largest format too. The function returns None if no format of the other
-    layers is within the budget.
+    output head get the largest format too. The function returns None if the budget is too small.
     """
     layers = sorted({unit.layer for unit in units if not unit.is_embedding})
     edges = {*layers[:EDGE_LAYERS], *layers[-EDGE_LAYERS:]}
@@ -287,25 +280,22 @@ class _Move(NamedTuple):
 def find_swaps(
     choice: FormatChoice, formats: Sequence[str], losses: Array, budget: BitBudget, max_swaps: int
 ) -> list[FormatChoice]:
-    """Find swaps: one unit gets a format with more bits, and others get formats with fewer.
+    """Find swaps of formats: one unit gets more bits, and others get fewer.
 
-    All swaps stay within the budget. The raised unit is the unit that gets a format with more bits,
-    or another format with equally many bits. Swaps with the smallest added loss of the raised unit
-    are returned first. If reducing one other unit frees enough bits, the swap reduces the unit
-    whose loss rises least. Otherwise the swap reduces several units, chosen by the smallest added
-    loss per bit. A reduction is used in another swap only after every increase has been tried once.
-    A unit whose losses were estimated wrongly therefore affects only few swaps.
+    All swaps stay within the budget. The most promising increases are returned first. If reducing
+    one other unit frees enough bits, the swap reduces the unit with the smallest added loss.
+    Otherwise the swap reduces several units.
 
     Args:
-        choice: Unit → current format; the units are in the order of `losses`.
+        choice: The current format of each unit, in the order of `losses`.
         formats: The formats.
-        losses: Array `[units, formats]` of finite losses. An entry is the loss when only one unit
-            is rounded, to one format.
+        losses: Array `[units, formats]` of finite losses. An entry is the loss if only this unit is
+            rounded.
         budget: The budget.
         max_swaps: Maximum number of swaps.
 
     Returns:
-        The formats of all units after each swap, all within the budget.
+        The formats of all units after each swap.
 
     Examples:
         >>> units = [FormatUnit(layer, "a", ((32, 32),)) for layer in range(3)]
@@ -371,10 +361,10 @@ class Refinement:
     """Result of `refine_choice`: the formats after several rounds of swaps.
 
     Attributes:
-        choice: Unit → final format.
+        choice: The final format of each unit.
         n_swaps: Number of swaps that were measured on the whole model.
-        gains: Decrease of the loss by each accepted swap. With 95 % confidence, the intervals of
-            all swaps of a round are right at the same time.
+        gains: Decrease of the loss by each accepted swap, with an interval that is corrected for
+            the number of swaps in a round.
     """
 
     choice: FormatChoice
@@ -393,18 +383,16 @@ def refine_choice(
     """Swap formats as long as a swap significantly lowers the measured loss of the model.
 
     Args:
-        start: Unit → initial format; the units are in the order of `losses`.
+        start: The initial format of each unit, in the order of `losses`.
         formats: The formats.
-        losses: Array `[units, formats]` of losses. An entry is the loss when only one unit is
-            rounded, to one format. These losses order the swaps.
+        losses: Array `[units, formats]` of losses. An entry is the loss if only this unit is
+            rounded.
         budget: The budget.
         rounds: Maximum number of rounds.
-        measure: Function that measures the model with each of several choices of formats on the
-            calibration documents.
+        measure: Function that measures several choices of formats on the calibration documents.
 
     Returns:
-        The refined formats. No swap of the last round is significantly better on these documents,
-        unless the maximum number of rounds was reached.
+        The refined formats.
     """
     choice, count, gains = start, 0, list[Estimate]()
     for _ in range(rounds):
@@ -425,7 +413,7 @@ def refine_choice(
 
 
 def paired_gain(paired: PairedOutcomes, index: int, other_index: int) -> Estimate:
-    """Estimate the mean gain of formats `index` over formats `other_index`, on paired documents."""
+    """Estimate the mean gain of one choice of formats over another on the same documents."""
     reference = paired.ablated[:, [other_index]]
     return replace(paired, baseline=paired.ablated[:, index], ablated=reference).drop(0)
 
@@ -433,7 +421,7 @@ def paired_gain(paired: PairedOutcomes, index: int, other_index: int) -> Estimat
 def layer_formats_request(
     cell: CellRequest, formats: Sequence[str], embeddings: Sequence[str] = ()
 ) -> CellRequest:
-    """Build a request of ablations, each of which rounds one layer or embedding to one format."""
+    """Build a request of ablations that each round one layer or embedding to one format."""
     grid: dict[str, Any] = {"layers": cell.changes.layers, "interventions": tuple(formats)}
     if embeddings:
         grid |= {"components": ("layer", "linear"), "maps": tuple(embeddings)}
@@ -446,14 +434,13 @@ def map_formats_request(
     trust_remote_code: bool,
     embeddings: Sequence[str] = (),
 ) -> CellRequest:
-    """Build a request of ablations, each of which rounds one linear map to one format.
+    """Build a request of ablations that each round one linear map to one format.
 
     Args:
         cell: Request that names the model, the benchmark, the layers and the linear maps.
         formats: The formats.
         trust_remote_code: Whether Python code that is downloaded with the model may run.
-        embeddings: Names from `kinds.OUTER_MATRICES` to round as well: the embedding, the output
-            head, or both.
+        embeddings: Names from `kinds.OUTER_MATRICES` to round as well.
 
     Returns:
         The request for all these ablations.
@@ -481,8 +468,7 @@ def observe_errors(engine: Engine, maps: Sequence[Change], kl: bool = False) -> 
     """Build a function that measures the `rounding_errors` of each map on one document.
 
     The result also contains `weight_error`, which is the same for all documents. With `kl`, the
-    function also measures the KL divergence of the model's output, which needs one forward pass per
-    map.
+    function also measures the KL divergence of the model's output.
     """
     weights = weight_errors(engine, maps)
     ablations = [Ablation.from_changes(change) for change in maps]

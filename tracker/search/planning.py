@@ -1,9 +1,8 @@
 """Simulate searches with random scores to predict their cost and their possible results.
 
 A search is refused if it cannot remove enough, or if no possible result could be saved as a
-checkpoint. Some model classes derive a layer's type from its position (for example by Jamba's
-`attn_layer_period`). A pruned checkpoint of such a model can be loaded only if whole periods of
-layers were removed.
+checkpoint. In some models (e.g. Jamba), a layer's type depends on its position. A checkpoint of
+such a model can be loaded only if whole periods of layers were removed.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ TRIAL_DRAWS = 4
 
 
 class RandomScores(Scores):
-    """Random scores for simulations: a set's loss is the sum of random costs of its parts.
+    """Random scores for simulations of a search.
 
     Each value of `variant` gives different random costs.
     """
@@ -75,9 +74,8 @@ class RandomScores(Scores):
 def possible_results(request: SearchRequest, budget: Budget, n: int = TRIAL_DRAWS) -> list[PartSet]:
     """List sets of parts that a search could remove in the end.
 
-    A search that uses documents is simulated `n` times with random scores. The strategies `last`
-    and `random` use no documents, so their list is complete. Raises ExperimentError if the search
-    cannot remove enough.
+    A search that uses documents is simulated `n` times with random scores. The list is complete for
+    the strategies `last` and `random`. Raises ExperimentError if the search cannot remove enough.
     """
     draws = [(draw or 1, "") for draw in request.draw_numbers]
     if request.strategy not in BLIND_STRATEGIES:
@@ -99,9 +97,7 @@ def refuse_unsavable(
 ) -> list[str]:
     """Raise an error if a search cannot remove enough or its results cannot be saved.
 
-    A pruned model counts as savable if plain transformers can load its checkpoint. If the removal
-    of any single layer is savable, the function assumes that the removal of any set of layers is
-    savable.
+    A pruned model can be saved if plain transformers can load its checkpoint.
 
     Args:
         searches: The searches.
@@ -109,17 +105,16 @@ def refuse_unsavable(
         cache: Cache that finds the models.
 
     Returns:
-        One text per search: a remark if some of its possible results cannot be saved, else "".
+        A remark for each search; empty if all its possible results can be saved.
 
     Raises:
         ExperimentError: A search strategy cannot remove the requested amount.
-        ModelError: No possible result of a search can be saved as a checkpoint. The message
-            suggests other sets of layers.
+        ModelError: No possible result of a search can be saved as a checkpoint.
     """
 
     @functools.cache
     def find_refusal(source: ModelSource, part_set: PartSet | None) -> str:
-        """Return why a model without these layers (None = any one) cannot be saved, or ""."""
+        """Return why a model without these layers cannot be saved; empty if it can."""
         try:
             check_layer_changes(source, part_set)
         except ModelError as error:
@@ -127,7 +122,7 @@ def refuse_unsavable(
         return ""
 
     def describe_result(request: SearchRequest, budget: Budget) -> str:
-        """Return a remark on a search's results; raise ModelError if none can be saved."""
+        """Return a remark on results that cannot be saved; raise ModelError if none can."""
         if request.unit in NUMBERED_COMPONENTS and request.strategy in STEPWISE_STRATEGIES:
             return ""  # they take one part after the other, and whatever goes first can
         refuse = partial(find_refusal, cache.source(request.cell.model))
@@ -146,7 +141,7 @@ def refuse_unsavable(
 
 
 def _savable_spans(n_layers: int, refuse: Callable[[PartSet], str]) -> str:
-    """Return advice on the smallest length of removable layer spans; "" if there are none."""
+    """Return advice on how many adjacent layers to remove; empty if there is none."""
     for length in range(2, n_layers // 2 + 1):
         starts = (0, 1, (n_layers - length) // 2, n_layers - length)
         if not any(refuse(tuple(range(start, start + length))) for start in starts):
@@ -159,24 +154,21 @@ def _savable_spans(n_layers: int, refuse: Callable[[PartSet], str]) -> str:
 
 @dataclass(frozen=True)
 class PlannedSearch:
-    """Predicted cost of a search, or of a measurement that compares or tests resulting sets.
+    """Predicted cost of a search, or of a measurement of its results.
 
     Attributes:
-        request: The search with all its random draws, or the request that compares or tests the
-            results of searches.
-        documents: Number of documents on which sets are chosen, compared or tested.
-        evaluations: Number of sets of removed parts that the search scores if it reuses no earlier
-            results, or number of compared or tested sets.
-        flops: Number of floating-point operations. Results that earlier searches of the same plan
-            provide are not computed again.
+        request: The search, or the request that measures the results of searches.
+        documents: Number of documents that are measured.
+        evaluations: Number of measured sets of removed parts, without reused results.
+        flops: Number of floating-point operations, without the results of earlier searches of the
+            plan.
         dtype: The dtype of the computation, such as `bfloat16`.
-        naive_flops: Number of floating-point operations of a separate lm-eval evaluation for each
-            set; None if the search scores proxies.
+        naive_flops: Number of floating-point operations if lm-eval evaluated each set separately;
+            None if the search uses proxies.
         steps: Number of parts that the search removes; None for a comparison or test.
-        passes: Computing cost of the search, as a multiple of one forward pass of the intact model
-            over all calibration documents. None for a comparison or test.
-        at_most: True if the cost is an upper bound, because the search does not score all
-            candidates again after each removal.
+        passes: Cost of the search in forward passes of the intact model over all calibration
+            documents; None for a comparison or test.
+        at_most: True if the cost is an upper bound.
         note: A remark on whether the results can be saved; empty if there is none.
     """
 
@@ -195,11 +187,10 @@ class PlannedSearch:
 def plan_searches(
     requests: Sequence[SearchRequest], ledger: Ledger, trust_remote_code: bool = False
 ) -> tuple[list[PlannedSearch], list[PlannedSearch]]:
-    """Predict the cost of searches and of testing their results, as if nothing were measured yet.
+    """Predict the cost of searches and of testing their results, without reused results.
 
-    The function runs the searches with random scores. With real scores, a search tries other sets,
-    but equally many (except under `at_least`), and at nearly the same cost. For a budget in
-    seconds, the model is loaded to time its layers.
+    The function runs the searches with random scores. For a budget in seconds, the model is loaded
+    to time its layers.
 
     Args:
         requests: The searches.
@@ -207,11 +198,10 @@ def plan_searches(
         trust_remote_code: Whether Python code that is downloaded with a model may run.
 
     Returns:
-        The cost of each search, and the cost of each measurement that compares or tests the
-        resulting sets.
+        The cost of each search, and the cost of each measurement of the results.
 
     Raises:
-        RequestError: A request names something that does not exist or does not fit its model.
+        RequestError: A request is invalid.
     """
     cache = ModelCache(ledger, Options(trust_remote_code=trust_remote_code), Silent())
     refuse_unknown(requests, cache)
@@ -278,10 +268,10 @@ def plan_searches(
 def check_searches(
     searches: Sequence[SearchRequest], ledger: Ledger, trust_remote_code: bool, progress: Progress
 ) -> list[str]:
-    """Check searches without loading weights; report the reading of documents to `progress`.
+    """Check searches without loading weights.
 
-    Returns remarks, for example on checks that were impossible. Raises RequestError in the same
-    cases as `plan_searches`.
+    Returns remarks, for example on checks that were impossible. Raises RequestError for an invalid
+    request.
     """
     cache = ModelCache(ledger, Options(trust_remote_code=trust_remote_code), Silent())
     refuse_unknown(searches, cache)
@@ -297,9 +287,8 @@ def check_searches(
 
 
 class _CountingScores(RandomScores):
-    """Random scores that add up the predicted cost of measuring real scores.
+    """Random scores that also count the predicted cost of real scores.
 
-    `measured` maps each request to the ablations and proxies that earlier searches measure.
     `passes`, `flops` and `naive_flops` have the same meaning as in `PlannedSearch`.
     """
 
@@ -321,7 +310,7 @@ class _CountingScores(RandomScores):
         return len(self.evaluated) + len(self._observed)
 
     def losses(self, outcome: str, sets: Sequence[PartSet]) -> Losses:
-        """Return random losses, and add the cost of measuring the real losses to the total."""
+        """Return random losses, and count the cost of measuring real losses."""
         ablations = (INTACT, *(self.ablation(part_set) for part_set in sets))
         ablations = tuple(a for a in ablations if a not in self.evaluated)
         self.evaluated |= set(ablations)
@@ -339,7 +328,7 @@ class _CountingScores(RandomScores):
         return super().losses(outcome, sets)
 
     def proxy(self, name: str, removed: PartSet, spans: Sequence[range] | None = None) -> Losses:
-        """Return random values, and add the cost of measuring the proxy in the pruned model."""
+        """Return random values, and count the cost of measuring the proxy."""
         n_layers = self.layers - len(removed)
         self.naive_flops = None
         if (key := f"{name}/{removed}") not in self._observed:

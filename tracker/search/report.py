@@ -1,4 +1,4 @@
-"""Report the results of searches: sentences, tables, and a chart of accuracy by removed parts."""
+"""Report the results of searches in sentences, tables and a chart."""
 
 from __future__ import annotations
 
@@ -61,9 +61,9 @@ class TestedSearch:
     Attributes:
         request: The request of the search.
         record: The stored record of the search: settings, steps and cost.
-        outcomes: Outcome of each test document after each step of the search; higher is better.
-        run_request: Request that measures, as an ablation run, the last step for which this is
-            possible; None if no step can be such a run.
+        outcomes: Outcomes of the test documents after each step of the search; higher is better.
+        run_request: Request that measures the last possible step as an ablation run; None if no
+            step is possible.
     """
 
     request: SearchRequest
@@ -82,10 +82,9 @@ class StrategyResult:
     """Results of one search strategy on one benchmark, with one result per random draw.
 
     Attributes:
-        records: The stored records of the searches; several records if the strategy draws at
-            random.
-        paired_outcomes: For each draw, the outcome of each test document after each step; higher is
-            better.
+        records: The stored records of the searches, one record per random draw.
+        paired_outcomes: For each draw, the outcomes of the test documents after each step; higher
+            is better.
     """
 
     records: tuple[PruneRecord, ...]
@@ -109,7 +108,7 @@ class StrategyResult:
         return accuracy(self.outcomes, self.weights)
 
     def level_after(self, n_removed: int) -> Estimate:
-        """Return the test accuracy after the step that has removed `n_removed` parts in total."""
+        """Return the test accuracy after the removal of `n_removed` parts."""
         outcomes = []
         for record, paired in zip(self.records, self.paired_outcomes, strict=True):
             counts = [0, *(len(step.removed) for step in record.steps)]
@@ -126,12 +125,12 @@ class StrategyResult:
 
 @dataclass(frozen=True)
 class StepSeparation:
-    """Search steps whose choice is not significantly better than the second-best candidate.
+    """Counts of search steps without a significantly best candidate.
 
     Attributes:
         n_compared: Number of steps that have a second-best candidate.
-        unsure_steps: Steps at which the 95 % interval of the margin over the second-best candidate
-            includes 0 or is undefined.
+        unsure_steps: Steps without a significant difference between the best and the second-best
+            candidate.
     """
 
     n_compared: int
@@ -139,18 +138,18 @@ class StepSeparation:
 
     @property
     def n_level(self) -> int:
-        """The number of steps whose chosen and second-best candidates have equal scores."""
+        """The number of steps in which the two best candidates have equal scores."""
         return sum(step.margin.value == 0 for step in self.unsure_steps)
 
     @property
     def needed_documents(self) -> int | None:
-        """Estimated number of documents that make half of the unsure steps significant, or None."""
+        """Estimated number of documents for half of the unsure steps, or None."""
         needed = [step.separates for step in self.unsure_steps if step.separates is not None]
         return statistics.median_high(needed) if needed else None
 
 
 def separate_steps(searches: Sequence[PruneRecord]) -> StepSeparation:
-    """Find search steps whose choice is not significantly better than the second-best choice."""
+    """Find search steps without a significantly best candidate."""
     compared_steps = [s for search in searches for s in search.steps if s.margin.value is not None]
     unsure_steps = [s for s in compared_steps if s.margin.low is None or s.margin.low <= 0]
     return StepSeparation(len(compared_steps), tuple(unsure_steps))
@@ -167,7 +166,7 @@ PRUNE_QUESTION = "What can be removed, and how accurate is the model afterwards?
 def build_finding(
     name: str, searches: Searches, recommendations: Recommendations, failures: Mapping[str, str]
 ) -> FindingRecord:
-    """Build the stored report (sentences, tables, charts) on the searches of an experiment file."""
+    """Build the report (sentences, tables, charts) on the searches of an experiment file."""
     # One model, one set of test documents and one unit share one table.
     groups = list(group_by(searches, lambda search: search.request.goal[:2]).values())
     records = [[search.record for search in group] for group in groups]
@@ -283,7 +282,7 @@ def _describe_set(searches: Searches, labels: Labels) -> str:
 
 
 def _explain_choice(searches: Searches, recommendation: Recommendation, labels: Labels) -> str:
-    """Explain why a set is recommended (after a space); return "" if no other set was chosen."""
+    """Explain why a set is recommended; return "" if no other set was chosen."""
     step, documents = recommendation.step, recommendation.decided_on
     if step is None or documents is None:
         return ""
@@ -335,11 +334,10 @@ def _describe_strategy(searches: Searches, difference: Estimate) -> str:
 
 
 def unsure_sentences(records: Sequence[PruneRecord], name: str, suffix: str = "") -> Iterator[str]:
-    """Yield a sentence about search steps for which the calibration documents were too few.
+    """Yield a sentence about search steps with too few calibration documents.
 
     At such a step, the chosen candidate is not significantly better than the second-best candidate.
-    `name` is the noun for the chosen candidate in the sentence, such as `the choice`. `suffix` is
-    appended to the number of documents.
+    `name` and `suffix` are words of the sentence.
     """
     separation = separate_steps(records)
     if not separation.unsure_steps:
@@ -358,7 +356,7 @@ def unsure_sentences(records: Sequence[PruneRecord], name: str, suffix: str = ""
 
 
 def cost_columns(select: Callable[[RowType], Sequence[PruneRecord]]) -> tuple[Column[RowType], ...]:
-    """Build cost columns: means over the searches that `select` returns for a row of the table."""
+    """Build the columns with the mean cost of searches."""
     reason = "nothing is removed"
 
     def column(name: str, unit: FigureUnit) -> Column[RowType]:
@@ -374,7 +372,7 @@ def cost_columns(select: Callable[[RowType], Sequence[PruneRecord]]) -> tuple[Co
 def frontier_chart(
     title: str, unit: Component, quantity: str, levels: Mapping[str, Sequence[Estimate | None]]
 ) -> LineChart:
-    """Draw the test accuracy or loss against the number of removed parts, for each strategy.
+    """Draw each strategy's test accuracy or loss against the number of removed parts.
 
     `unit` is the kind of parts, and `quantity` the name of the values, such as `accuracy` or
     `loss`. `levels` maps each strategy to its values for 0, 1, 2, … removed parts.
@@ -442,10 +440,10 @@ def _calibration_text(record: PruneRecord) -> str:
 
 
 def _search_labels(records: Sequence[PruneRecord]) -> dict[str, str]:
-    """Return name → label for each search; a label is the strategy and distinguishing settings.
+    """Return a label for each search by name, made of the strategy and other settings.
 
-    These settings are the calibration documents and the constraints. The settings are added only if
-    searches of the same strategy and amount differ in them.
+    The other settings are the calibration documents and the constraints. They are added only if
+    they differ between searches.
     """
     labels = {}
     for group in group_by(records, lambda record: (record.label, record.amount)).values():
@@ -466,7 +464,7 @@ def _constraints_text(record: PruneRecord) -> str:
 
 
 def _benchmark_name(record: PruneRecord) -> str:
-    """Return the benchmark's name, with its split seed unless this is the default seed."""
+    """Return the benchmark's name, with the split seed if it is not the default seed."""
     seed = record.benchmark.seed
     return record.benchmark.name + ("" if seed in (None, DEFAULT_SEED) else f" (seed {seed})")
 
@@ -540,8 +538,7 @@ def find_savable(
     """Find the first recommended set that can be saved as a checkpoint.
 
     The function returns the search and the request that tested the set, or None if no set can be
-    saved. Only sets of whole layers can be saved. Models, benchmarks and amounts are tried in the
-    order of the searches.
+    saved. Only sets of whole layers can be saved.
     """
     for goal, recommendation in recommendations.items():
         group = [search for search in searches if search.request.goal == goal]
@@ -558,7 +555,7 @@ def export_command(record: PruneRecord, request: CellRequest, results: Path) -> 
 
 
 def save_command(change: Sequence[str], request: CellRequest, results: Path) -> str:
-    """Return the command that saves a changed model and verifies it on requested documents."""
+    """Return the command that saves a changed model and verifies it on documents."""
     settings = request.settings
     words = ["tracker", "export", settings.model, "--dtype", settings.dtype, *change]
     for name in FIELDS_BY_KEY.values():

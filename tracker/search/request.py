@@ -1,4 +1,4 @@
-"""Define requests for pruning searches, read from an experiment file or a sweep trial's options.
+"""Define requests for pruning searches, read from an experiment file or from options.
 
 method: grid
 command: [tracker, prune, "${args}"]
@@ -142,7 +142,7 @@ class SearchRequest(SearchSettings):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The settings that are hashed into the search's name; unset constraints are left out."""
+        """The settings that determine the search's name."""
         settings = self.model_dump(mode="json", exclude={"cell"})
         cell = self.cell.settings.model_dump(mode="json", exclude=_NEW_CELL_KEYS)
         settings["cell"] = {**cell, "only": None}  # kept so that existing names stay valid
@@ -185,7 +185,7 @@ class SearchRequest(SearchSettings):
 
 
 class _Constraint(GridValues):
-    """Values of a constraint such as `among`; a mapping must be written below `value`."""
+    """Values of a constraint such as `among`."""
 
     @model_validator(mode="before")
     @classmethod
@@ -209,11 +209,10 @@ else:
 
 
 def deciding_request(searches: Sequence[SearchRequest]) -> CellRequest:
-    """Return the request for the documents on which results of searches are compared.
+    """Return the request for the documents that are used to compare searches.
 
-    All compared searches have the same goal, such as removing 8 layers. The documents are
-    calibration documents of the benchmark. The number of documents is the largest sample size of
-    these searches.
+    All compared searches must have the same goal, such as removing 8 layers. The documents are
+    calibration documents of the benchmark.
     """
     samples = [search.sample for search in searches if search.sample is not None]
     sample = max(samples) if len(samples) == len(searches) else None
@@ -229,7 +228,7 @@ def search_request(settings: dict[str, Any], prefix: str = "--") -> SearchReques
 
 
 def build_search(cell: CellRequest, settings: dict[str, Any], prefix: str = "--") -> SearchRequest:
-    """Build a search request from a model and benchmark (`cell`) and from search settings.
+    """Build a search request from a model, a benchmark and search settings.
 
     Raises RequestError for an invalid value.
     """
@@ -287,7 +286,7 @@ def load_searches(
 
     Args:
         source: The path of the experiment file, or its contents.
-        settings: Values for keys of the file, in the form that `apply_settings` takes.
+        settings: Values for keys of the file, as for `apply_settings`.
 
     Returns:
         The search requests, with the contents of the file.

@@ -1,6 +1,6 @@
-"""Score sets of removed parts, and candidates for the next removal, on calibration documents.
+"""Score sets of removed parts on calibration documents.
 
-All scores are losses: a smaller score means that the removal costs less.
+All scores are losses: smaller is better.
 """
 
 from __future__ import annotations
@@ -44,19 +44,19 @@ _DIRECTION_PROXIES = ("cosine_score", "relative_update", "angular_distance")
 
 
 def add_parts(removed: PartSet, *parts: int) -> PartSet:
-    """Return a set of removed parts with further parts added."""
+    """Return a set of parts with more parts added."""
     return tuple(sorted((*removed, *parts)))
 
 
 @dataclass(frozen=True)
 class Losses:
-    """Loss of each document for each of several sets of removed parts.
+    """Losses of documents for several sets of removed parts.
 
     Attributes:
         sets: The sets of removed parts.
         values: Losses `[documents, sets]`.
         weights: Weights of documents `[documents]`, summing to 1.
-        tie_breakers: Mean loss by a second measure `[sets]`, which orders sets of equal loss.
+        tie_breakers: A second loss of each set, used only for sets of equal loss.
         is_binary: True if all losses are whole numbers, as for right or wrong answers.
     """
 
@@ -75,8 +75,7 @@ class Losses:
     def order(self) -> list[int]:
         """The indices of sets in ascending order of loss.
 
-        Sets of equal loss are ordered by `tie_breakers`. If these values are equal too, the set
-        whose parts are later in the model is first.
+        Sets of equal loss are ordered by `tie_breakers`, then by position in the model.
         """
         ties = np.nan_to_num(rounded_values(self.tie_breakers), nan=np.inf)
         later_first = ([-part for part in reversed(part_set)] for part_set in self.sets)
@@ -84,11 +83,10 @@ class Losses:
         return sorted(range(len(keys)), key=keys.__getitem__)
 
     def choose_step(self, removed: PartSet | None, order: Sequence[int] | None = None) -> PruneStep:
-        """Build the search step that removes the best set: the set with the smallest loss.
+        """Build the search step that removes the set with the smallest loss.
 
-        The margin of the step is the loss of the second-best set minus the loss of the best set.
-        `removed` is the set that the previous step removed; None if the sets need not contain that
-        set. Raises CellError if no loss is finite.
+        `removed` is the set that earlier steps removed, or None. Raises CellError if no loss is
+        finite.
         """
         best, *others = self.order if order is None else order
         means = self.means
@@ -114,10 +112,9 @@ class Losses:
 
 
 class Scores:
-    """Scorer of sets of removed parts on calibration benchmarks, which also counts the cost.
+    """Scorer of sets of removed parts on calibration benchmarks.
 
-    All benchmarks have equal weight, regardless of their number of documents. `parts` is the
-    numbering of the parts that can be removed.
+    All benchmarks have equal weight. `parts` is the numbering of the parts that can be removed.
     """
 
     def __init__(self, cells: Sequence[OpenCell], parts: SearchParts) -> None:
@@ -162,10 +159,10 @@ class Scores:
         """Score candidates for the next removal by a proxy, in the model without `removed`.
 
         Args:
-            name: Name of the proxy: a key of `PROXIES` that has a strategy, or `angular_distance`.
+            name: Name of the proxy, such as `angular_distance`.
             removed: The layers that earlier steps removed.
-            spans: The candidates: unbroken ranges of layers, as positions among the remaining
-                layers. None = each single remaining layer is a candidate.
+            spans: The candidates: ranges of positions among the remaining layers. None means that
+                each remaining layer is a candidate.
 
         Returns:
             The proxy of each candidate for each document, as a loss.
@@ -182,7 +179,7 @@ class Scores:
         return [add_parts(removed, *(layers[n] for n in span)) for span in spans]
 
     def _add_passes(self, cell: OpenCell, n_passes: float) -> None:
-        """Add forward passes to the cost, weighted by the benchmark's share of all documents."""
+        """Add forward passes of one benchmark to the cost."""
         self._passes += n_passes * cell.n / self.documents
 
     def _proxy(
@@ -228,7 +225,7 @@ class Scores:
             self._race_documents.setdefault(ablation.name, set()).update(race.order[:n])
 
     def choosing_documents(self, cell: OpenCell) -> dict[str, tuple[int, ...]]:
-        """Return task → numbers of the documents that influenced the search.
+        """Return the documents of each task that influenced the search.
 
         The numbers are ascending. A search with `rescoring: race` uses only some of the documents.
         """
@@ -253,7 +250,7 @@ class Scores:
 
 
 def _stack_documents(parts_of_cells: Sequence[tuple[Array, Array]]) -> tuple[Array, Array]:
-    """Concatenate the values and weights of documents; give each benchmark equal total weight."""
+    """Concatenate documents' values and weights, with equal total weight per benchmark."""
     values = np.concatenate([values for values, _ in parts_of_cells])
     return values, np.concatenate([weights / len(parts_of_cells) for _, weights in parts_of_cells])
 

@@ -1,9 +1,8 @@
 """Run one search: choose parts to remove by measurements on calibration documents.
 
-The module also recommends one of the sets that several searches chose. The recommendation uses
-calibration documents only.
+The module also recommends one of the sets that several searches chose.
 
-For a budget in seconds, this module measures how long each layer takes.
+For a budget in seconds, the module times each layer.
 """
 
 from __future__ import annotations
@@ -47,11 +46,9 @@ TIMING_PASSES = 15
 
 
 def seconds_per_token(loaded: LoadedModel, cache: ModelCache) -> tuple[list[float], float]:
-    """Return the measured seconds per token of each layer, and of the whole model.
+    """Return the seconds per token of each layer and of the whole model.
 
-    The model reads a text of fixed length. Each model is timed once per machine and device.
-    `ModelCache.keep_timings` writes the times to the results folder, so that a continued search has
-    the same budget.
+    Each model is timed once per machine and device.
     """
     identity = loaded.identity
     hardware = {**describe_machine(), **describe_device(loaded.device)}
@@ -68,7 +65,7 @@ def seconds_per_token(loaded: LoadedModel, cache: ModelCache) -> tuple[list[floa
 
 @torch.inference_mode()
 def _time_layers(loaded: LoadedModel) -> tuple[list[float], float]:
-    """Measure the seconds per token of each layer, and of the whole model."""
+    """Measure the seconds per token of each layer and of the whole model."""
     ids = torch.zeros(1, TIMING_TOKENS, dtype=torch.long, device=loaded.device)
     layer_seconds, model_seconds = [], []
     with _record_ticks(loaded.layers) as ticks:
@@ -85,7 +82,7 @@ def _time_layers(loaded: LoadedModel) -> tuple[list[float], float]:
 
 @contextmanager
 def _record_ticks(layers: nn.ModuleList) -> Iterator[list[float]]:
-    """Record the times at which layers begin and end in a `with` block; yield the list."""
+    """Record when layers begin and end in a `with` block; yield the list of times."""
     ticks: list[float] = []
 
     def tick(*hook_arguments: object) -> None:
@@ -110,11 +107,11 @@ MIN_DOCUMENTS = 2
 
 @dataclass(frozen=True)
 class SearchDraw:
-    """Result of a search; for a random strategy, the result of one random draw.
+    """Result of a search, or of one random draw of a search.
 
     Attributes:
         request: The request of the search.
-        parts: Numbering of the parts of the model that the search can remove.
+        parts: Numbering of the removable parts of the model.
         draw: Number of the random draw; None if the strategy does not draw at random.
         steps: Steps of the search, without results on test documents.
         calibration: The benchmarks and documents on which the search chose the parts.
@@ -135,15 +132,13 @@ class SearchDraw:
 
     @property
     def ablations(self) -> list[Ablation]:
-        """For each step, the ablation that removes all parts removed so far."""
+        """One ablation per step, which removes all parts removed so far."""
         return [self.parts.removal(step.removed) for step in self.steps]
 
     def run_request(self, step: PruneStep) -> CellRequest | None:
-        """Build the request for an ablation run, on the test documents, of the model after a step.
+        """Build the request for an ablation run that tests the model after a step.
 
-        The request lists the layers of earlier steps as `removed`, and the last part as the change
-        of the run. The method returns None if several attentions, MLPs, heads or experts are
-        removed, because `removed` contains only whole layers.
+        The method returns None if several attentions, MLPs, heads or experts are removed.
         """
         part = step.layer if step.layer is not None else max(step.removed)
         removed = tuple(layer for layer in step.removed if layer != part)
@@ -153,10 +148,9 @@ class SearchDraw:
         return request.with_changes(self.parts.removal([part]).changes)
 
     def name(self, test_key: str) -> str:
-        """Return the name of this search and draw, which is unique in a results folder.
+        """Return the unique name of this search and draw in a results folder.
 
-        `test_key` is the ledger's key for the model and the test benchmark. If a different model is
-        saved at the same path, the key is different.
+        `test_key` is the ledger's key for the model and the test benchmark.
         """
         request, cell = self.request, self.request.cell
         words = (cell.model, cell.benchmark, request.strategy, self.draw, request.amount_text)
@@ -184,10 +178,8 @@ def refuse_unknown(searches: Sequence[SearchRequest], cache: ModelCache) -> None
 def refuse_mixed(searches: Sequence[SearchRequest], cache: ModelCache) -> None:
     """Raise an error if a search calibrates and tests on some of the same documents.
 
-    The documents of each task are split into halves separately. If two tasks contain the same
-    documents, the calibration half of one task overlaps with the test half of the other task. This
-    check opens the benchmarks, so other problems with the benchmarks are also reported before any
-    measurement.
+    If two tasks contain the same documents, the calibration half of one task can overlap with the
+    test half of the other task.
 
     Args:
         searches: The searches.
@@ -195,8 +187,7 @@ def refuse_mixed(searches: Sequence[SearchRequest], cache: ModelCache) -> None:
 
     Raises:
         ExperimentError: A calibration task and a different test task have the same documents.
-        BenchmarkError: A benchmark cannot be read, or cannot be split into calibration and test
-            documents.
+        BenchmarkError: A benchmark cannot be read or split.
     """
     requests = dict.fromkeys(
         r for search in searches for r in (*search.calibration(), search.test())
@@ -260,7 +251,7 @@ def run_search(request: SearchRequest, budget: Budget, cache: ModelCache) -> Ite
     Args:
         request: The request of the search.
         budget: The budget of the search.
-        cache: Cache that opens the model and the benchmarks, and shares them with other searches.
+        cache: Cache that opens the model and the benchmarks.
 
     Yields:
         The result of each draw.
@@ -335,13 +326,12 @@ def _step_message(request: SearchRequest, scores: Scores, draw: int | None, step
 
 @dataclass(frozen=True)
 class Recommendation:
-    """Recommended set of parts among the sets that searches with the same goal chose.
+    """One recommended set of parts from the results of several searches.
 
     Attributes:
         removed: The recommended set of removed parts; empty if nothing is recommended.
         n_sets: Number of different sets that the searches chose.
-        step: Comparison of the sets: the loss of the recommended set, the second-best set, and the
-            difference of their losses. None if no sets were compared.
+        step: Comparison of the recommended and the second-best set; None if no sets were compared.
         decided_on: The documents on which sets were compared; None if no sets were compared.
         reason: Reason why nothing is recommended; empty otherwise.
     """
@@ -354,11 +344,10 @@ class Recommendation:
 
 
 def recommend_set(draws: Sequence[SearchDraw], cache: ModelCache) -> Recommendation:
-    """Recommend one of the sets that searches chose: the set with the smallest loss.
+    """Recommend the set with the smallest loss among the sets that searches chose.
 
-    All compared searches have the same goal, such as removing 8 layers. The loss is measured on
-    calibration documents. Random draws are only a reference and are never recommended. If all other
-    searches chose the same set, nothing is measured.
+    All searches must have the same goal, such as removing 8 layers. The loss is measured on
+    calibration documents. Random draws are never recommended.
 
     Args:
         draws: The results of the searches.

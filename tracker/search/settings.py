@@ -1,4 +1,4 @@
-"""Define the settings of a search: the constraints, the amount to remove, and the file's keys.
+"""Define the settings of a search: the constraints and the amount to remove.
 
 protect: {value: [0, 1, last]}
 among: {value: {min: 8, max: 24}}
@@ -99,7 +99,7 @@ def _parse_layer(value: Any) -> Iterator[int | str]:
 
 
 def _parse_minimums(value: Any) -> str:
-    """Parse minimums per kind of layer, e.g. `{full_attention: 1 of 4}`; return canonical JSON."""
+    """Parse minimums per kind of layer, e.g. `{full_attention: 1 of 4}`; return sorted JSON."""
     expected = f"expected e.g. {MINIMUM_FORMS}"
     try:
         minimums = decode_arguments(_SETTINGS.validate_python(value))
@@ -131,8 +131,8 @@ class LayerMinimum:
         kind: Kind of the layers, such as `full_attention`.
         layers: Numbers of the layers of this kind.
         count: Minimum number of layers that stay.
-        window: If this is 4, any four consecutive layers of the model must keep the minimum. None =
-            the minimum applies to the model as a whole.
+        window: If this is 4, any four consecutive layers must keep the minimum. None means that the
+            minimum applies to the whole model.
     """
 
     kind: str
@@ -145,7 +145,7 @@ class LayerMinimum:
         return f"{self.count}" if self.window is None else f"{self.count} of {self.window}"
 
     def groups(self, n_layers: int) -> Iterator[tuple[int, ...]]:
-        """Yield each group of layers of which at least `count` layers must stay."""
+        """Yield the groups of layers; at least `count` layers of each group must stay."""
         width = n_layers if self.window is None else self.window
         for start in range(n_layers - width + 1):
             yield tuple(layer for layer in self.layers if start <= layer < start + width)
@@ -157,8 +157,8 @@ class Constraints:
 
     Attributes:
         protected: Layers that must stay.
-        among: Layers that the search can remove; None = all layers.
-        minimums: Minimum numbers of layers that must stay, for some kinds of layers.
+        among: Layers that the search can remove; None for all layers.
+        minimums: Minimum numbers of layers of some kinds.
     """
 
     protected: tuple[int, ...] = ()
@@ -191,8 +191,7 @@ def resolve_constraints(
     """Convert the words in constraints, such as `last` or `odd`, to layers of a model.
 
     Args:
-        protect: Value of the setting `protect`: layer numbers and words such as `last`; empty if no
-            layer is protected.
+        protect: Value of the setting `protect`: layer numbers and words such as `last`.
         among: Value of the setting `among`: layer numbers and words such as `odd`; empty if all
             layers are removable.
         at_least: Value of the setting `at_least` as JSON, such as `{"mamba": "1 of 4"}`; None if
@@ -204,8 +203,8 @@ def resolve_constraints(
         The constraints, with numbers of layers.
 
     Raises:
-        ExperimentError: A layer or a kind of layers does not exist, the intact model violates a
-            constraint, or no layer is removable.
+        ExperimentError: A layer or kind does not exist, a minimum is too high, or no layer is
+            removable.
     """
     protected = _resolve_layers("protect", protect, n_layers, config)
     allowed = _resolve_layers("among", among, n_layers, config) if among else None
@@ -301,11 +300,10 @@ class Amount:
 
     Attributes:
         text: The amount as the user wrote it.
-        value: The number; a fraction if the amount is a share.
+        value: The amount as a number; a fraction if it is a share.
         measure: The counted quantity, such as `parts` or `bytes`. Seconds are per token, and bits
             are per weight.
-        is_share: True if the amount is a share of the whole model, or a share of all parts if
-            `measure` is `parts`.
+        is_share: True if the amount is a share of the whole model or of all parts.
     """
 
     text: str
@@ -358,13 +356,10 @@ class Budget:
     """Minimum total size of the removed parts, and the parts that must stay.
 
     Attributes:
-        sizes: Size of each part: 1 if parts are counted, else the part's number of parameters,
-            bytes or seconds per token.
-        min_removed: Minimum total size to remove. `build_budget` refuses a minimum that no allowed
-            removal reaches.
+        sizes: Size of each part in parameters, bytes or seconds per token; 1 if parts are counted.
+        min_removed: Minimum total size to remove.
         fixed: Parts that must stay.
-        minimums: Groups of parts, each with the minimum number of parts of the group that must
-            stay.
+        minimums: Groups of parts, each with the minimum number of parts that must stay.
     """
 
     sizes: tuple[float, ...]
@@ -374,15 +369,15 @@ class Budget:
 
     @property
     def free_parts(self) -> list[int]:
-        """The parts that can be removed, because no constraint keeps them."""
+        """The parts that can be removed."""
         return [part for part in range(len(self.sizes)) if part not in self.fixed]
 
     def parts_for(self, unit: Component) -> SearchParts:
-        """Return the numbering of the parts, one per layer, of the kind `unit` (e.g. `mlp`)."""
+        """Return the numbering of the parts of a kind, such as `mlp`."""
         return SearchParts(unit, len(self.sizes))
 
     def allows(self, removed: Collection[int]) -> bool:
-        """Return whether the constraints allow that all these parts are removed together."""
+        """Return whether all these parts can be removed together."""
         return self.fixed.isdisjoint(removed) and all(
             len(set(parts).difference(removed)) >= count for parts, count in self.minimums
         )
@@ -397,7 +392,7 @@ class Budget:
         return self.allows(removed) and self.is_met(self.largest_removal(removed))
 
     def largest_removal(self, removed: Collection[int] = ()) -> set[int]:
-        """Return the largest removable set that includes `removed`; at least one part must stay."""
+        """Return the largest removable set of parts that includes `removed`."""
         if self.minimums:
             return _largest_removal(self, frozenset(removed))
         free_parts = set(self.free_parts)
@@ -411,7 +406,7 @@ class Budget:
         return sum(self.sizes[part] for part in self.largest_removal())
 
     def next_parts(self, removed: Collection[int]) -> list[int]:
-        """Return the parts after whose removal the search can still meet the budget."""
+        """Return the parts that the next step can remove."""
         largest = self.largest_removal(removed)
         certain = largest if self.is_met(largest) else set()
         parts = [part for part in self.free_parts if part not in removed]
@@ -423,7 +418,7 @@ class PartsBudget(Budget):
     """Budget for the removal of heads or experts; each part has the size 1.
 
     Attributes:
-        parts: Numbering of the heads or experts, with the minimum number that each layer keeps.
+        parts: Numbering of the heads or experts.
     """
 
     parts: SearchParts = field(kw_only=True)
@@ -434,7 +429,7 @@ class PartsBudget(Budget):
 
     @cached_property
     def _max_removals(self) -> Mapping[int, int]:
-        """Layer → maximum number of parts that can be removed from the layer."""
+        """The maximum number of parts that can be removed from each layer."""
         room = self.parts.per_layer - self.parts.min_kept
         counts = self._count_by_layer(self.free_parts)
         return {layer: min(count, room) for layer, count in counts.items()}
@@ -449,7 +444,7 @@ class PartsBudget(Budget):
         return float(sum(self._max_removals.values()))
 
     def allows(self, removed: Collection[int]) -> bool:
-        """Return whether the constraints allow that all these parts are removed together."""
+        """Return whether all these parts can be removed together."""
         counts = self._count_by_layer(removed).items()
         fits_layers = all(count <= self._max_removals.get(layer, 0) for layer, count in counts)
         return fits_layers and self.fixed.isdisjoint(removed)
@@ -459,7 +454,7 @@ class PartsBudget(Budget):
         return self.allows(removed) and self.largest_size >= self.min_removed * (1 - 1e-9)
 
     def next_parts(self, removed: Collection[int]) -> list[int]:
-        """Return the parts after whose removal the search can still meet the budget."""
+        """Return the parts that the next step can remove."""
         if not self.can_reach(removed):
             return []
         counts, layer_of = self._count_by_layer(removed), self.parts.layer_of
@@ -491,11 +486,10 @@ def build_budget(
         key: `remove` if the amount is a minimum to remove, `keep` if it is a maximum to keep.
         amount: The amount to remove or to keep.
         sizes: Size of each part, in the quantity of `amount.measure`.
-        model_size: Size of the whole model in the same quantity; the number of parts if the amount
-            counts parts.
+        model_size: Size of the whole model in the same quantity.
         title: The name of the search in messages.
         constraints: Layers that must stay.
-        parts: Numbering of the parts that can be removed; None = whole layers.
+        parts: Numbering of the parts that can be removed; None for whole layers.
 
     Returns:
         The budget.
@@ -538,7 +532,7 @@ def build_budget(
 
 @lru_cache(maxsize=4096)
 def _largest_removal(budget: Budget, removed: frozenset[int]) -> set[int]:
-    """Compute `Budget.largest_removal` by integer programming, if minimums are set."""
+    """Compute `Budget.largest_removal` by integer programming."""
     # Imported here, since most commands do not need it.
     import numpy as np
     from scipy import optimize
@@ -571,7 +565,7 @@ def _format_amount(value: float, measure: AmountMeasure) -> str:
 
 
 def _parse_names(value: Any) -> Any:
-    """Parse names from one name, a list, a list in W&B's text form, or comma-separated text."""
+    """Parse one name, a list of names, or a list written as text."""
     if isinstance(value, str) and not value.startswith("["):
         return tuple(name.strip() for name in value.split(","))
     return as_tuple(value)
@@ -581,7 +575,7 @@ AmountText = Annotated[str, BeforeValidator(lambda value: parse_amount(value).te
 
 
 class SearchSettings(StrictModel):
-    """Settings of a pruning search; `CellSettings` has those of the model and benchmark."""
+    """Settings of a pruning search, without the settings of the model and benchmark."""
 
     strategy: Name
     """Strategy of the search, e.g. accuracy, cosine_oneshot, last or random."""

@@ -1,12 +1,10 @@
-"""Define search strategies: generators of steps, each of which removes parts of a model.
+"""Define search strategies: generators of steps that remove parts of a model.
 
 Except for `last` and `random`, a strategy minimises a loss: the drop of `accuracy`, the drop of
 `gold_logprob`, or a proxy. If sets of parts have equal losses of `accuracy`, the loss of
-`gold_logprob` decides, and vice versa. If both losses are equal, the set whose parts are later in
-the model is chosen.
+`gold_logprob` decides, and vice versa.
 
-With some settings of `rescoring`, a strategy does not score every candidate on every document after
-each removal.
+Some settings of `rescoring` skip candidates or documents to save time.
 """
 
 from __future__ import annotations
@@ -38,10 +36,10 @@ class Search:
 
     Attributes:
         scores: Scores of sets of parts on calibration documents.
-        budget: Budget of the search, which ends when the budget is met.
+        budget: Budget of the search.
         seed: Seed of random draws.
         draw: Number of the random draw, from 1.
-        rescoring: Method of scoring candidates again after each removal; used by the strategies
+        rescoring: Method of scoring candidates again after each removal, for the strategies
             `accuracy` and `gold_logprob`.
     """
 
@@ -62,7 +60,7 @@ StepChooser = Callable[[PartSet], PruneStep]
 
 
 def _yield_steps(budget: Budget, choose: StepChooser) -> Iterator[PruneStep]:
-    """Yield steps until the budget is met; `choose` maps the removed parts to the next step."""
+    """Yield the steps that `choose` returns until the budget is met."""
     removed: PartSet = ()
     while not budget.is_met(removed):
         step = choose(removed)
@@ -71,7 +69,7 @@ def _yield_steps(budget: Budget, choose: StepChooser) -> Iterator[PruneStep]:
 
 
 def remove_by_outcome(search: Search, outcome: str) -> Iterator[PruneStep]:
-    """Yield steps that each remove the part with the smallest loss; rescore after each step."""
+    """Yield steps that each remove the part with the smallest loss."""
     rescorings = {"full": _rescore_fully, "lazy": _rescore_lazily, "race": _rescore_by_races}
     return _yield_steps(search.budget, rescorings[search.rescoring](search, outcome))
 
@@ -89,9 +87,7 @@ def _rescore_fully(search: Search, outcome: str) -> StepChooser:
 def _rescore_lazily(search: Search, outcome: str) -> StepChooser:
     """Return a function that scores only candidates that can still be the best.
 
-    The method assumes that the cost of removing a part only grows from step to step. The last
-    measured cost of a part is then a lower bound of its present cost. The assumption holds if parts
-    are redundant (their joint removal costs more than the sum of single removals). Otherwise the
+    The method assumes that the cost of removing a part never falls from step to step. Otherwise the
     search overlooks parts that became cheaper.
     """
     scores, total_loss = search.scores, 0.0
@@ -121,12 +117,11 @@ def _rescore_lazily(search: Search, outcome: str) -> StepChooser:
 
 
 def _rescore_by_races(search: Search, outcome: str) -> StepChooser:
-    """Return a function that stops measuring candidates that are significantly not the best.
+    """Return a function that stops measuring candidates that are significantly worse.
 
-    With 95 % confidence, the removed part costs at most one percentage point of accuracy more than
-    the best candidate. Each step uses the same stopping rule as the setting `until: prune 1 within
-    1 pp`. If the outcome is the log-probability, the part costs at most 0.01 nats more (see
-    `SmallestMean` for the assumptions). Documents are measured in random blocks of 32.
+    Each step uses the same stopping rule as the setting `until: prune 1 within 1 pp`. With 95 %
+    confidence, the removed part costs at most one percentage point of accuracy (or 0.01 nats) more
+    than the best candidate.
     """
     scores = search.scores
     (cell,) = scores.cells
@@ -159,7 +154,7 @@ def _rescore_by_races(search: Search, outcome: str) -> StepChooser:
 
 
 def remove_by_proxy(search: Search, name: str) -> Iterator[PruneStep]:
-    """Yield steps that each remove the layer with the smallest proxy, measured at each step."""
+    """Yield steps that each remove the layer with the smallest proxy."""
 
     def choose(removed: PartSet) -> PruneStep:
         losses = search.scores.proxy(name, removed)
@@ -171,10 +166,10 @@ def remove_by_proxy(search: Search, name: str) -> Iterator[PruneStep]:
 
 
 def remove_one_shot(search: Search, outcome: str = "", proxy: str = "") -> Iterator[PruneStep]:
-    """Yield steps that remove parts in ascending order of the scores of single removals.
+    """Yield steps that remove the part with the smallest initial score first.
 
-    The strategy assumes that the scores of single removals add up. The order ignores the sizes of
-    parts. A score is the loss by `outcome`, or the value of `proxy`.
+    The score of a part is the loss by `outcome`, or the value of `proxy`. Scores are not measured
+    again after a removal.
     """
     scores = search.scores
     sets = [(part,) for part in search.budget.free_parts]
@@ -193,11 +188,10 @@ def remove_one_shot(search: Search, outcome: str = "", proxy: str = "") -> Itera
 
 
 def remove_span(search: Search) -> Iterator[PruneStep]:
-    """Yield steps that remove the span of layers with the smallest angular distance.
+    """Yield steps that remove consecutive layers with the smallest angular distance.
 
-    This is the method of PruneMe. Angular distance measures the angle by which a span turns the
-    residual stream. Step n removes the best span of n layers, which need not contain the span of
-    the previous step.
+    This is the method of PruneMe. Step n removes the best n consecutive layers, which need not
+    contain the layers of the previous step.
     """
     budget, n = search.budget, search.scores.layers
     spans = (range(start, end) for start in range(n) for end in range(start + 1, n + 1))

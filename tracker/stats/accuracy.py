@@ -1,21 +1,18 @@
 """Compute accuracies, drops, their intervals, and statistical power.
 
 All values are fractions, never percentage points. Accuracies and drops are computed from the
-outcomes of documents. An outcome is a number in [0, 1], mostly 0 or 1; it is NaN if the model gave
-no finite score. The functions also accept losses (e.g. bits per byte) as outcomes. An undefined
-value is returned as None with a reason, never as 0.
+outcomes of documents. An outcome is a number in [0, 1], or NaN if the model gave no finite score.
+The functions also accept losses (e.g. bits per byte) as outcomes. An undefined value is returned as
+None with a reason, never as 0.
 
-Some metrics divide a sum over all documents by another sum. Each document then has a pair (sum,
-units), such as log-likelihood and bytes, or right tokens and tokens. The metric equals the weighted
-mean of the documents' ratios, with the units as weights. Drops, intervals and resampling therefore
-work as for any other metric.
+Some metrics divide a sum over all documents by another sum, such as log-likelihood by bytes. Such a
+metric is computed as the weighted mean of the documents' ratios.
 
-The module also computes statistical power: the smallest change that a sample reveals, and the
-number of documents that reveal a given change.
+The module also computes statistical power: the smallest change that a test can find, and the number
+of documents that a test needs.
 
-A sample reveals a change if a two-sided test of the paired outcomes, at the level `ALPHA`, finds
-the change with the probability `TEST_POWER`. Power depends on the variance of one document's change
-of outcome. The variance is measured, or assumed before anything is measured.
+A sample reveals a change if a two-sided test at the level `ALPHA` finds the change with the
+probability `TEST_POWER`.
 """
 
 from __future__ import annotations
@@ -48,7 +45,7 @@ def document_ratios(aggregation: str, sums: Array, units: Array) -> Array:
 
     Returns:
         `[documents]`, the ratios times the scale of the aggregation. The ratio is 0 for an empty
-        document, and NaN for a document with a sum but no units.
+        document, and NaN if only the units are 0.
 
     Examples:
         >>> document_ratios("ratio", np.array([1.0, 0.0]), np.array([2.0, 0.0])).tolist()
@@ -66,24 +63,21 @@ _TOLERANCE = 1e-9
 
 
 def weights_by_task(tasks: Sequence[str], by_size: bool, units: Array | None = None) -> Array:
-    """Compute document weights whose weighted mean is the benchmark's metric.
+    """Compute the document weights for the benchmark's metric.
 
     lm-eval averages a group of tasks over all documents (`weight_by_size: true`), or over the
-    accuracies of the tasks. The mean of the tasks' accuracies is a weighted mean over documents
-    too.
+    accuracies of the tasks.
 
     Args:
         tasks: The task of every document.
         by_size: Whether every document has the same weight; otherwise every task has the same total
             weight.
-        units: `[documents]`, the number of units of each document if the metric is a ratio of sums;
-            None if the metric is a mean over documents.
+        units: `[documents]`, the units of each document if the metric is a ratio of sums, else
+            None.
 
     Returns:
-        `[documents]`, the weights, which sum to 1 (empty without documents). A weight is 1 / N for
-        N documents. If T tasks have equal weights, the weight is 1 / (T · n) for each of the n
-        documents of a task. With units, the documents of a task share the task's weight in
-        proportion to their units.
+        `[documents]`, the weights, which sum to 1. With units, the documents of a task share the
+        task's weight in proportion to their units.
 
     Examples:
         >>> weights_by_task(["law", "law", "art"], by_size=False).tolist()
@@ -104,20 +98,16 @@ def accuracy(outcomes: Array, weights: Array | None = None) -> Estimate:
     """Estimate the accuracy from the outcomes of independent documents.
 
     For 0/1 outcomes of equal weight, the function returns Wilson's interval. For 0/1 outcomes of
-    unequal weight, the function adds two right and two wrong documents of mean weight and returns
-    the normal interval (Agresti & Coull's "plus four"). A plain normal interval would have no width
-    if all outcomes are right. For other outcomes, the function returns the t interval of the
-    weighted mean. Normal and t intervals are not clipped to [0, 1]. The function treats unequal
-    weights as fixed, and ignores which task a document belongs to. If the tasks of a group differ
-    in accuracy, the interval is therefore too wide rather than too narrow.
+    unequal weight, the function returns Agresti & Coull's "plus four" interval. For other outcomes,
+    the function returns the t interval of the weighted mean. Only Wilson's interval is limited to
+    [0, 1].
 
     Args:
         outcomes: `[documents]`, in [0, 1]; NaN if the model gave no finite score.
         weights: `[documents]`, summing to 1; None for equal weights.
 
     Returns:
-        The weighted mean and its interval, without a p-value. There is no interval for a single
-        document whose outcome is neither 0 nor 1.
+        The weighted mean and its interval, without a p-value.
 
     References:
         E. B. Wilson, JASA 22 (1927) 209-212. A. Agresti, B. A. Coull, The American Statistician 52
@@ -142,18 +132,15 @@ def accuracy(outcomes: Array, weights: Array | None = None) -> Estimate:
 
 
 def accuracy_drop(baseline: Array, ablated: Array, weights: Array | None = None) -> Estimate:
-    """Estimate the accuracy lost by an ablation, from outcomes on the same documents.
+    """Estimate the accuracy drop of an ablation from outcomes on the same documents.
 
     A positive drop means that the ablated model is worse. For 0/1 outcomes, the interval is Bonett
-    & Price's adjusted Wald interval for paired proportions. That is the Wald interval after adding
-    two documents of mean weight. One document is lost (only the intact model is right), and one is
-    won (only the ablated model is right). The value is the difference without the added documents,
-    and is therefore not the middle of the interval. For other outcomes, the interval is the paired
-    t interval. The intervals are not clipped to [-1, 1].
+    & Price's adjusted Wald interval for paired proportions. The value is not the middle of this
+    interval. For other outcomes, the interval is the paired t interval. The intervals are not
+    clipped to [-1, 1].
 
-    The p-value is from the exact two-sided McNemar test, whose null hypothesis is that as many
-    documents are lost as won. Each document counts once, regardless of its weight. The p-value is 1
-    if no document changes, and None for outcomes other than 0/1.
+    The p-value is from the exact two-sided McNemar test, which ignores the weights. The p-value is
+    None for outcomes other than 0/1.
 
     Args:
         baseline: `[documents]`, the intact model's outcomes; NaN if the model gave no finite score.
@@ -161,8 +148,7 @@ def accuracy_drop(baseline: Array, ablated: Array, weights: Array | None = None)
         weights: `[documents]`, summing to 1; None for equal weights.
 
     Returns:
-        The weighted mean of baseline minus ablated, its interval and the p-value. There is no
-        interval for a single document whose outcomes are not 0/1.
+        The weighted mean of baseline minus ablated, its interval and the p-value.
 
     References:
         D. G. Bonett, R. M. Price, Journal of Educational and Behavioral Statistics 37 (2012)
@@ -193,7 +179,7 @@ def accuracy_drop(baseline: Array, ablated: Array, weights: Array | None = None)
 
 
 def drop_sd(baseline: Array, ablated: Array, weights: Array | None = None) -> Estimate:
-    """Estimate the standard deviation of the single documents' drops (baseline minus ablated).
+    """Estimate the standard deviation of the documents' drops (baseline minus ablated).
 
     Args:
         baseline: `[documents]`, the intact model's outcomes; NaN if the model gave no finite score.
@@ -201,9 +187,7 @@ def drop_sd(baseline: Array, ablated: Array, weights: Array | None = None) -> Es
         weights: `[documents]`, summing to 1; None for equal weights.
 
     Returns:
-        The standard deviation of baseline minus ablated, without an interval. With unequal weights,
-        the value is the standard deviation that equally weighted documents would need for the same
-        standard error.
+        The standard deviation of baseline minus ablated, without an interval.
 
     Examples:
         >>> drop_sd(np.array([1.0, 1.0, 0.0, 1.0]), np.array([0.0, 1.0, 0.0, 1.0])).value
@@ -224,8 +208,8 @@ def mean_interval(
 ) -> tuple[float | None, float | None]:
     """Return the 95 % interval of the mean of the documents' values.
 
-    Without `extra`, the function returns the t interval, with degrees of freedom from Kish's
-    effective sample size. With `extra`, the function returns a Wald interval.
+    Without `extra`, the function returns the t interval. With `extra`, the function returns a Wald
+    interval.
 
     Args:
         values: `[documents]`, finite.
@@ -233,8 +217,7 @@ def mean_interval(
         extra: Values of additional documents of mean weight, for the Wald interval.
 
     Returns:
-        The lower and the upper bound, not clipped; None and None for a single document without
-        `extra`.
+        The lower and the upper bound; two times None for a single document without `extra`.
     """
     array, shares = _check_weights(values, weights)
     if extra:
@@ -256,8 +239,8 @@ def chance_accuracy(choices: IntArray | Array, weights: Array | None = None) -> 
     """Return the expected accuracy if options are chosen at random.
 
     Args:
-        choices: `[documents]`, number of answer options of each document. 0 for generation and
-            greedy match, where a random predictor is never right.
+        choices: `[documents]`, number of answer options of each document; 0 if there are no
+            options.
         weights: `[documents]`, summing to 1; None for equal weights.
 
     Returns:
@@ -274,7 +257,7 @@ def chance_accuracy(choices: IntArray | Array, weights: Array | None = None) -> 
 
 
 def accuracy_relevance(baseline: float | None, ablated: float | None, chance: float) -> Estimate:
-    """Compute the share of the intact model's accuracy above chance that a removal costs.
+    """Compute the relative loss of accuracy above chance by a removal.
 
     The formula is 1 - max(ablated - chance, 0) / max(baseline - chance, 0). The value is 1 if the
     accuracy falls to chance, 0 if the accuracy does not change, and negative if the removal helps.
@@ -325,7 +308,7 @@ def _has_equal_weights(shares: Array) -> bool:
 
 
 def _weighted_mean(values: Array, shares: Array) -> float:
-    """Return the weighted mean; for equal weights the plain mean, which rounds less."""
+    """Return the weighted mean, or the plain mean for equal weights."""
     return float(values.mean() if _has_equal_weights(shares) else values @ shares)
 
 
@@ -361,17 +344,13 @@ REPORTED_DROP = 0.05
 class OutcomeVariance:
     """Variance of the change of one document's outcome when a layer is removed.
 
-    For 0/1 outcomes, `variance` is the share of documents whose outcome changes (lost or won).
-    Power is computed by the normal approximation of McNemar's test. The change of an outcome has
-    the variance (share of changed documents) − drop². A drop of x changes the outcomes of at least
-    the share x of the documents. If the assumed drop is larger than `variance`, the drop is
-    therefore used as the share of changed documents. The exact McNemar test needs slightly more
-    documents than this approximation. For other outcomes, `variance` is the variance of the paired
-    difference, assumed equal for every mean drop.
+    For 0/1 outcomes, power is computed by the normal approximation of McNemar's test. The exact
+    McNemar test needs slightly more documents. For other outcomes, the variance is assumed to be
+    the same for every drop.
 
     Attributes:
-        variance: The share of documents whose outcome changes, or the variance of the paired
-            difference.
+        variance: For 0/1 outcomes, the share of documents with a changed outcome; else the variance
+            of the paired difference.
         binary: Whether outcomes are 0 or 1.
 
     References:
@@ -408,8 +387,7 @@ class OutcomeVariance:
             n_tests: Number of simultaneous tests, each at the level `ALPHA` / `n_tests`.
 
         Returns:
-            The change; None if the documents are too few to reveal even a drop of 1, where every
-            document is lost.
+            The change; None if the documents are too few for any change.
         """
         if not self.binary:
             return math.sqrt(self._scaled_documents(0, n_tests) / n_documents)
@@ -423,7 +401,7 @@ class OutcomeVariance:
         return float(scipy.optimize.brentq(excess, 1e-9, 1, xtol=1e-12))
 
     def _scaled_documents(self, change: float, n_tests: int) -> float:
-        """Return n · change², where n documents are needed to reveal the change."""
+        """Return the number of documents needed to reveal a change, times change²."""
         level_z, power_z = map(float, scipy.special.ndtri([1 - ALPHA / (2 * n_tests), TEST_POWER]))
         if not self.binary:
             return (level_z + power_z) ** 2 * self.variance
@@ -437,12 +415,12 @@ def documents_needed(
     n_benchmarks: int = 1,
     change: float = REPORTED_DROP,
 ) -> int:
-    """Compute how many documents suffice to reveal a given change for half of the removals.
+    """Compute how many documents reveal a given change for half of the removals.
 
     Args:
         variances: Variance of the outcome change for each removal; at least one.
         n_tests: Number of removals that are tested together.
-        n_benchmarks: Number of benchmarks in the mean, all with equally many documents.
+        n_benchmarks: Number of benchmarks of the same size in the mean.
         change: The mean change that should be revealed.
 
     Returns:

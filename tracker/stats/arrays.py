@@ -33,24 +33,23 @@ def chunk_sizes(total: int, size: int) -> Iterator[int]:
 def token_means(sums: Array, tokens: Array) -> Array:
     """Return the mean of a proxy over the tokens of each document `[documents, layers]`.
 
-    The mean is 0 for an empty text, which has no tokens and therefore no weight in later means.
+    The mean is 0 for an empty text.
     """
     return sums / np.maximum(tokens, 1)[:, None]
 
 
 def proxy_means(sums: Array, tokens: IntArray | Array) -> Array:
-    """Average a proxy over all tokens of all documents, so that each token counts once.
+    """Average a proxy over all tokens of all documents.
 
-    A long document therefore has more weight than a short document. The tokens are those of the
-    document's context and gold continuation.
+    A long document has more weight than a short document.
 
     Args:
         sums: `[documents, layers]`, the proxy summed over each document's tokens.
         tokens: `[documents]`, number of tokens of each document.
 
     Returns:
-        `[layers]`, the mean of the proxy. The mean is NaN if there are no tokens, and for each
-        layer with a NaN in any document.
+        `[layers]`, the mean of the proxy. The mean is NaN if there are no tokens or if a value is
+        NaN.
 
     Examples:
         >>> proxy_means(np.array([[1.0, 2.0], [5.0, 4.0]]), np.array([2, 10])).tolist()

@@ -1,44 +1,32 @@
 """Compute confidence sequences of means of a finite population.
 
 A confidence sequence gives an interval of the mean after every document. With the stated
-confidence, all these intervals contain the mean. Measuring can therefore stop after any document,
-and the last interval is still valid. The construction is a betting game. For each candidate mean m,
-a player bets that the next documents are above m (and, in a second game, below m). The initial
-capital is 1. If m is the true mean, the capital is a martingale. By Ville's inequality, the capital
-then ever reaches 1/α with a probability of at most α. A candidate m is rejected when the capital of
-its game reaches 1/α.
+confidence, all these intervals contain the mean. Measuring can therefore stop after any document.
+The construction is a betting game. For each candidate mean m, a player bets that the next documents
+are above m (and, in a second game, below m). The initial capital is 1. If m is the true mean, the
+capital reaches 1/α with a probability of at most α (Ville's inequality). A candidate m is rejected
+when the capital of its game reaches 1/α.
 
 After t of N documents with the sum S, the remaining documents have the mean m' = (N·m − S) / (N −
 t) if m is the true mean. The next document x, in [0, 1], multiplies a stake on "above" by 1 + λ·(x
-− m'). The document multiplies a stake on "below" by 1 − λ·(x − m'). If m is the true mean, x − m'
-is 0 on average over the random order. A stake is then a martingale for any λ that is chosen before
-x is seen and keeps the stake at 0 or above. λ can differ between candidates. Stakes can be split,
-because a sum of martingales is a martingale. The player can also leave a stake unused, give a stake
-up, or underestimate a stake. The capital is then a supermartingale, for which the inequality still
-holds.
+− m'). The document multiplies a stake on "below" by 1 − λ·(x − m'). The inequality holds for any λ
+that is chosen before x is seen and keeps the stake at 0 or above. The stakes can be split between
+several bets, and a stake can be underestimated.
 
-The best λ is about (μ − m) / σ² · N / (N − t). The factor N / (N − t) is needed because m' is
-further from the mean of the remaining documents if few documents remain. With the best λ,
-candidates are rejected if their distance from the mean is at least √(2 log(1/α) σ² / τ). The
-quantity τ = t·N / (N − t) is the number of documents of an infinite population that would be
-equally informative. The best λ for one τ is therefore √(2 log(1/α) / (σ² τ)) · N / (N − t), where
-σ² is the variance of the previous documents. Several bets run at the same time with equal stakes.
-Each bet is optimal for a different τ, and each τ is four times the previous τ. Splitting the
-capital among k bets raises the logarithm of the growth that a single bet needs by log k. If
-intervals of a given width are wanted, most of the stake is on the λ that reaches this width first.
+The effective sample size is τ = t·N / (N − t). The best λ for one τ is √(2 log(1/α) / (σ² τ)) · N /
+(N − t), where σ² is the variance of the previous documents. Several bets run at the same time with
+equal stakes. Each bet is optimal for a different τ, and each τ is four times the previous τ.
 
 The bets for the two smallest values of τ are called bold, and are computed exactly for each
-candidate. The λ of a bold bet is limited so that no document takes more than MAX_RISK of the stake.
-Bold bets use only the first BOLD_DOCUMENTS documents, because the other bets are better for later
-documents. The other bets are called cautious. The λ of a cautious bet is limited so that no
-document takes more than MAX_RISK of the stake of any remaining candidate. The stakes of cautious
-bets are not stored for each candidate m, but as a polynomial in m. For y ≥ −MAX_RISK, log(1 + y) ≥
-y − y²/2 + y³/3 − y⁴/4 + y⁵/5 − C·y⁶. With y = ±λ·(x − m'), the sum of this bound over documents is
-a polynomial of degree six in m, whose coefficients are sums over documents. The polynomial never
-overestimates a stake. Because y is small, the polynomial underestimates a stake only slightly.
+candidate. No document takes more than MAX_RISK of the stake of a bold bet. Bold bets use only the
+first BOLD_DOCUMENTS documents. The other bets are called cautious. The same limit of MAX_RISK holds
+for cautious bets of all remaining candidates. The stakes of cautious bets are stored as a
+polynomial in m. For y ≥ −MAX_RISK, log(1 + y) ≥ y − y²/2 + y³/3 − y⁴/4 + y⁵/5 − C·y⁶. With y =
+±λ·(x − m'), the sum of this bound over documents is a polynomial of degree six in m. The polynomial
+never overestimates a stake.
 
-The larger m is, the smaller is a stake on "above". Each of the two games therefore rejects
-candidates from one end only, and the remaining candidates are an interval.
+Each of the two games rejects candidates from one end only, so the remaining candidates are an
+interval.
 """
 
 from __future__ import annotations
@@ -87,13 +75,13 @@ _SIDES = np.array([[1.0], [-1.0]])
 
 
 def horizons(population: int) -> Array:
-    """Return one effective sample size τ for each bet: the size at which the bet is optimal.
+    """Return the effective sample size τ at which each bet is optimal.
 
     Args:
         population: Number of documents in the population.
 
     Returns:
-        `[bets]`, the effective sample sizes: numbers of documents of an infinite population.
+        `[bets]`, the effective sample sizes.
 
     Examples:
         >>> horizons(570).astype(int).tolist()
@@ -107,8 +95,7 @@ class MeanSequences:
     """Confidence sequences for the means of several series over the same finite population.
 
     The documents must be added in random order, and in the same order for every series. A series
-    can stop before the last document; its bounds then stay unchanged. After all documents of the
-    population, both bounds of a series equal its mean.
+    can stop before the last document.
 
     Attributes:
         low: `[series]`, the present lower bounds, which never fall.
@@ -145,18 +132,17 @@ class MeanSequences:
         max_value: float = 1.0,
         half_width: float | None = None,
     ) -> None:
-        """Create confidence sequences for which no document has been added yet.
+        """Create confidence sequences without documents.
 
         Args:
             population: Number of documents in the population.
-            n_series: Number of series, each of which has one mean.
+            n_series: Number of series.
             level: Confidence: the probability that all bounds are right after every document.
-            family: Number of series that share the error rate 1 − `level` by a union bound, which
-                allows any dependence between series; None = `n_series`.
+            family: Number of series that share the error rate 1 − `level`; None means `n_series`.
             min_value: The lowest value that a document can have.
             max_value: Highest value that a document can have.
-            half_width: Half-width that the intervals should reach after as few documents as
-                possible; None = narrow intervals after any number of documents.
+            half_width: Half-width that the intervals should reach as early as possible; None for no
+                target.
         """
         family = n_series if family is None else family
         self.population = population
@@ -188,7 +174,7 @@ class MeanSequences:
 
         Args:
             values: `[documents, series]`, the values of the documents.
-            series: Indexes of the series to which the values belong; None = all series.
+            series: Indexes of the series of the values; None for all series.
 
         Raises:
             ValueError: A value is not finite or out of range, or there are more documents than
@@ -250,7 +236,7 @@ class MeanSequences:
         self.seen[indexes] += len(values)
 
     def _move_centre(self, indexes: IntArray, centres: Array) -> None:
-        """Express the cautious bets' polynomials in the distance from new centres."""
+        """Shift the polynomials of the cautious bets to new centres."""
         distances = centres - self._centres[indexes]
         for lowest_degree in range(_DEGREE):
             for degree in range(_DEGREE - 1, lowest_degree - 1, -1):
@@ -263,7 +249,7 @@ class MeanSequences:
         return np.clip((bounds - self._lowest) / self._range, 0.0, 1.0)
 
     def _narrow_bounds(self, indexes: IntArray) -> None:
-        """Narrow the bounds of the means, so that they exclude the rejected candidate means."""
+        """Narrow the bounds of the means to exclude the rejected candidates."""
         sums = self._sums[indexes]
         # Certain bounds: all remaining documents may be 0, or all may be 1.
         certain_low = sums / self.population
@@ -288,10 +274,9 @@ class MeanSequences:
     def _bold_stakes(self, indexes: IntArray) -> Callable[[Array], Array]:
         """Return a function that computes the log stakes of bold bets.
 
-        The returned function maps candidate means `[2, series]`, for the lower and the upper bound,
-        to the logarithms of the stakes `[bets, 2, series]`.
+        The function maps candidates for both bounds `[2, series]` to log stakes `[bets, 2,
+        series]`.
 
-        Each call of the returned function processes up to `BOLD_DOCUMENTS` documents.
         """
         (active,) = np.nonzero(self.seen[indexes] <= self._bold_rows.shape[1])
         n_bold = len(self._bold_taus)
@@ -317,8 +302,8 @@ class MeanSequences:
     def _cautious_stakes(self, indexes: IntArray) -> Callable[[Array], Array]:
         """Return a function that computes a lower bound of the log stakes of cautious bets.
 
-        The returned function maps candidate means `[2, series]`, for the lower and the upper bound,
-        to the logarithms of the stakes `[bets, 2, series]`.
+        The function maps candidates for both bounds `[2, series]` to log stakes `[bets, 2,
+        series]`.
         """
         centres = self._centres[indexes]
         coefficients = self._terms[:, :, :, None, indexes]

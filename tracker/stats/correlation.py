@@ -38,28 +38,17 @@ def correlate(
 ) -> Estimate:
     """Correlate a proxy with the accuracy drop over layers, or over parts such as experts.
 
-    The interval and the p-value have different meanings. For the interval, the documents are
-    resampled, and the layers stay the same. The interval shows how far measurement noise moves the
-    coefficient (see `bias_corrected_interval`). The null hypothesis of the p-value is that the two
-    series are unrelated, but each is as smooth over depth as observed. The test keeps one series
-    and redraws the other series with the same values and smoothness (`surrogate_series`). The
-    p-value is (k + 1) / (m + 1) if k of m redrawn series correlate at least as strongly, in either
-    direction. The test redraws each of the two series in turn and returns the larger p-value. The
-    test is therefore valid if one of the two series satisfies the assumptions of
-    `surrogate_series`.
+    For the interval, the documents are resampled, and the layers stay the same. The interval shows
+    the effect of measurement noise (see `bias_corrected_interval`). The null hypothesis of the
+    p-value is that the two series are unrelated. The test redraws each of the two series with the
+    same smoothness over depth (`surrogate_series`). The larger of the two p-values is returned.
 
-    A test that shuffles the layers freely has too many false positives. For two unrelated AR(1)
-    series of 30 layers with the autocorrelation 0.9, such a test finds a correlation in 40 % of the
-    cases at the level 5 %. The test of this function finds a false correlation in 5 % of the cases
-    (up to 7 % for Pearson). If layers are independent, this test detects a true correlation nearly
-    as often as the free shuffle. For random walks, which are smoother than the test assumes, the
-    false positive rate is 6 to 10 %.
+    A test that shuffles the layers freely has too many false positives, because values of
+    neighbouring layers are similar. For random walks, the false positive rate of this function at
+    the level 5 % is 6 to 10 %.
 
     For parts of layers, such as experts, the null hypothesis is that proxy and drop are unrelated
-    within each layer. The test permutes the proxies of a layer among the parts of the layer, which
-    have no order. The p-value is twice the smaller of two shares: the share of permutations with at
-    least, and with at most, the observed coefficient. Differences between layers are the same in
-    all permutations, so the test is valid for any such differences.
+    within each layer. The test permutes the proxies among the parts of each layer.
 
     Args:
         proxy: `[layers]`, the proxy; a larger value means that the layer changes more. NaN if
@@ -67,15 +56,15 @@ def correlate(
         drop: `[layers]`, the accuracy drop of the same layers; NaN if undefined.
         coefficient: Name of the correlation coefficient, one of `COEFFICIENTS`.
         resamples: Proxy and drop from the same resampled documents, each `[resamples, layers]`, or
-            `[1, layers]` for a series that is held fixed. None = no interval.
-        groups: `[parts]`, the layer of each part; None if the observations are whole layers.
+            `[1, layers]` for a fixed series. None means no interval.
+        groups: `[parts]`, the layer of each part; None for whole layers.
         noun: Name of an observation in messages, such as `layer`.
         surrogates: Number of redrawn series for each of the two series, or number of permutations.
         seed: Seed of the redrawn series or permutations.
 
     Returns:
         The coefficient with its clipped interval and p-value. The value is None with a reason for
-        fewer than three layers, a NaN, or an input that is the same in every layer.
+        fewer than three layers, a NaN or a constant input.
 
     References:
         M. G. Kendall, Biometrika 33 (1945) 239-251 (tau-b). B. Phipson, G. K. Smyth, Statistical
@@ -114,16 +103,15 @@ def correlation_difference(
     coefficient: Coefficient,
     second_drop: tuple[Array, Array] | None = None,
 ) -> Estimate:
-    """Estimate how much better one proxy correlates with the accuracy drop than another proxy.
+    """Estimate the difference between the correlations of two proxies with the accuracy drop.
 
-    The two coefficients use the same resampled documents, so common noise cancels. As in
-    `correlate`, the interval is computed by resampling documents, not layers.
+    The two coefficients use the same resampled documents, so common noise cancels.
 
     Args:
-        first_proxy: One proxy: its values `[layers]`, and its values for resampled documents
+        first_proxy: Values of the first proxy `[layers]`, and values for resampled documents
             `[resamples, layers]`.
-        second_proxy: Another proxy, from the same documents and resampled documents.
-        drop: The accuracy drop, from the same documents and resampled documents.
+        second_proxy: Values of the second proxy in the same form.
+        drop: The accuracy drop in the same form.
         coefficient: Name of the correlation coefficient, one of `COEFFICIENTS`.
         second_drop: Accuracy drop of the second proxy's layers; None if these are the same layers.
 
@@ -162,26 +150,23 @@ def partial_correlate(
 ) -> Estimate:
     """Correlate the ranks of two series over layers, without the effect of a third series.
 
-    The function computes Spearman's partial coefficient. The function first removes the linear
-    effect of the third series' ranks from the ranks of the other two series. As in `correlate`, the
-    interval resamples the documents. For the p-value, the test redraws the residuals of one series
-    with the same smoothness (`surrogate_series`), and removes the linear effect again. The test
-    redraws the residuals of each series in turn and returns the larger p-value. Nonlinear effects
-    of the third series are removed only in part.
+    The function computes Spearman's partial coefficient. The interval and the p-value are computed
+    as in `correlate`, but the test redraws residuals. Nonlinear effects of the third series are
+    removed only in part.
 
     Args:
         first_series: `[layers]`, values of one series; NaN if undefined.
         second_series: `[layers]`, values of the other series; NaN if undefined.
         control: `[layers]`, values of the third series, whose effect is removed.
         resamples: The three series from the same resampled documents, each `[resamples, layers]` or
-            `[1, layers]`; None = no interval.
+            `[1, layers]`; None for no interval.
         surrogates: Number of redrawn series for each of the two series.
         seed: Seed of the redrawn series.
 
     Returns:
         The coefficient with its interval and p-value. The value is None with a reason for fewer
         than four layers, a NaN or a constant series. The value is also None if a series has the
-        same ranks as `control`, or the reversed ranks.
+        ranks or the reversed ranks of `control`.
 
     References:
         M. G. Kendall, Biometrika 32 (1942) 277-283 (partial rank correlation). D. Freedman,
@@ -283,7 +268,7 @@ def _surrogate_p(
 
 
 def resampled_spearman(x: Array, xs: Array, y: Array, ys: Array) -> Estimate:
-    """Compute Spearman's coefficient of two series with an interval over resamples.
+    """Compute Spearman's coefficient of two series with a bootstrap interval.
 
     Args:
         x: `[items]`, first series.

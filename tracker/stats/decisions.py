@@ -1,21 +1,17 @@
 """Compute the options that a model chooses, their margins, and the effects of rounding.
 
-An option's score is its log-likelihood, possibly divided by its length. Scores are [documents,
-options], with NaN where a document has fewer options than others. `phi` and `cluster_order` compare
-the documents that ablations lose: the intact model answers them right, and the ablated model
-answers them wrong.
+An option's score is its log-likelihood, possibly divided by its length. Scores are arrays
+[documents, options]; NaN fills the rows of documents with fewer options. An ablation loses a
+document if only the intact model answers it right.
 
-Rounding can reverse the judgement of a document (right or wrong). In half precision, the
-computation of a log-likelihood rounds many times, each time by an amount that is proportional to
-the rounded value. The result depends on the batch size, on the other texts of the batch, and on the
-device. Some documents are therefore computed twice, in two ways that differ only in rounding. The
-score differences between options change from one computation to the other. These changes give an
-estimate of the standard deviation that rounding causes.
+Rounding can reverse the judgement of a document (right or wrong). In half precision, a
+log-likelihood depends on the batch and on the device. Some documents are therefore computed twice,
+in two ways that differ only in rounding. The changes of the scores give an estimate of the standard
+deviation that rounding causes.
 
 The module makes three assumptions. Changes by rounding are normal with mean 0 and independent
-between documents. Changes by rounding are proportional to the size of the scores, with one
-proportion for all documents of a run. A judgement depends only on the gold option and on the best
-other option.
+between documents. Changes by rounding are proportional to the size of the scores. A judgement
+depends only on the gold option and on the best other option.
 """
 
 from __future__ import annotations
@@ -35,18 +31,16 @@ def phi(joint_losses: Array, losses: Array, n_documents: int) -> Array:
     The coefficient is 1 if both ablations lose the same documents, and 0 if they agree only by
     chance.
 
-    Phi is Pearson's correlation of two binary columns (Yule 1912). Independent losses give 0, for
-    any number of lost documents.
+    Phi is Pearson's correlation of two binary columns (Yule 1912).
 
     Args:
         joint_losses: `[ablations, ablations]`, number of documents that both ablations lose.
         losses: Number of documents that each ablation loses.
-        n_documents: Number of documents that can be lost, which are the documents that the intact
-            model answers right.
+        n_documents: Number of documents that the intact model answers right.
 
     Returns:
-        `[ablations, ablations]`, the coefficients. A coefficient is NaN if an ablation of the pair
-        loses no document, or all documents.
+        `[ablations, ablations]`, the coefficients. A coefficient is NaN if one of the ablations
+        loses no document or all documents.
     """
     losses = np.asarray(losses, dtype=np.float64)
     deviations = np.sqrt(losses * (n_documents - losses))
@@ -57,9 +51,8 @@ def phi(joint_losses: Array, losses: Array, n_documents: int) -> Array:
 def cluster_order(agreement: Array) -> list[int]:
     """Order ablations so that similar ones are neighbours.
 
-    The function clusters the ablations by average linkage (UPGMA, Sokal and Michener 1958), with 1
-    minus the agreement as distance. The leaves are ordered so that neighbours are as similar as
-    possible (Bar-Joseph 2001).
+    The function clusters the ablations by average linkage (UPGMA, Sokal and Michener 1958) and
+    orders the leaves by the method of Bar-Joseph (2001).
 
     Args:
         agreement: `[ablations, ablations]`, the agreement of each pair of ablations, at most 1; no
@@ -127,8 +120,7 @@ def choice_probabilities(scores: Array, gold: Array) -> Array:
         gold: Number of each document's gold option; NaN for a document without a gold option.
 
     Returns:
-        `[documents]`, in [0, 1]; NaN without a gold option, without another option, or if no
-        option has a finite score.
+        `[documents]`, in [0, 1]; NaN without a gold option, another option or finite scores.
 
     Examples:
         >>> scores = np.log([[0.3, 0.1], [0.2, np.nan]])
@@ -146,12 +138,12 @@ def choice_probabilities(scores: Array, gold: Array) -> Array:
 
 
 def option_shares(choices: Array, n_options: int) -> Array:
-    """Return, for each option, the share of documents for which the model chooses the option.
+    """Compute how often the model chooses each option, as a share of documents.
 
     Args:
         choices: `[documents]`, the number of the chosen option; NaN for a document without a
             choice.
-        n_options: Number of options of the document with the most options.
+        n_options: The largest number of options of a document.
 
     Returns:
         `[options]`, the share of each option among the documents with a choice; NaN if no document
@@ -171,18 +163,16 @@ MIN_FLIP_CHANCE = NormalDist().cdf(-ROUNDING_SDS)
 
 
 def rounding_movement(scores: Array, repeats: Array) -> float | None:
-    """Estimate the relative change that rounding causes in the difference of two options' scores.
+    """Estimate the relative change of score differences by rounding.
 
     Args:
         scores: `[documents, options]`, the scores of the options.
-        repeats: `[documents, options]`, the scores of the same options from a second computation
-            that differs only in rounding.
+        repeats: `[documents, options]`, the same scores computed with other rounding.
 
     Returns:
-        The root mean square of a relative change, over all pairs of options of all documents. The
-        relative change is the change of the score difference, divided by the root of the sum of the
-        squared scores. The result is None if no document has two options. The result is also None
-        if no score difference has changed, because the effect of rounding is then unknown.
+        The root mean square of the relative changes over all pairs of options. A change is divided
+        by the root of the sum of the two squared scores. The result is None if no document has two
+        options, or if no score difference has changed.
 
     Examples:
         The first of the scores -3 and -4 changes by 0.1, so the relative change is 0.1 / 5.
@@ -200,7 +190,7 @@ def rounding_movement(scores: Array, repeats: Array) -> float | None:
 
 
 def flip_probabilities(scores: Array, gold: Array, movement: float) -> Array:
-    """Return each document's probability that rounding turns right into wrong or vice versa.
+    """Return the probability that rounding changes each document's judgement (right or wrong).
 
     Args:
         scores: `[documents, options]`, the scores of the options.
@@ -209,8 +199,7 @@ def flip_probabilities(scores: Array, gold: Array, movement: float) -> Array:
         movement: Relative change of score differences, as returned by `rounding_movement`.
 
     Returns:
-        `[documents]`, the probability that a normal random change exceeds the margin, at most 0.5;
-        NaN for a document without a margin.
+        `[documents]`, the probabilities, at most 0.5; NaN for a document without a margin.
 
     Examples:
         The gold option leads by 1, and rounding moves the difference of -3 and -4 by 0.2 · 5 = 1.
@@ -235,8 +224,7 @@ def count_undecided(chances: Array) -> int:
         chances: `[documents]`, the probabilities from `flip_probabilities`.
 
     Returns:
-        The number of documents whose margin is below `ROUNDING_SDS` standard deviations of
-        rounding.
+        The number of documents with a margin below `ROUNDING_SDS` standard deviations of rounding.
 
     Examples:
         >>> count_undecided(np.array([0.5, 0.159, 0.02, 0.0]))
@@ -253,8 +241,7 @@ def rounding_shift(chances: Array, weights: Array) -> float:
         weights: `[documents]`, summing to 1.
 
     Returns:
-        1.96 standard deviations of the accuracy's change, if rounding reverses each document's
-        outcome with the document's probability in `chances`.
+        1.96 standard deviations of the change of the accuracy by rounding.
 
     Examples:
         Rounding reverses two of 16 documents with probability 0.5 each, and 14 never.

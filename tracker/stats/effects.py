@@ -1,9 +1,8 @@
-"""Test whether the drops of two layers add up, whether values grow, and the largest of many gains.
+"""Test interactions of layers, trends, and the largest of many gains.
 
 The interaction of two layers is drop(both) − drop(first) − drop(second), from the same documents.
 If the interaction is above 0, removing both layers costs more than the sum of the single removals,
-because each layer compensates for the other (redundancy). If the interaction is below 0, removing
-both layers costs less than the sum, because the two removals lose some of the same documents.
+for example because the layers are redundant.
 """
 
 from __future__ import annotations
@@ -32,24 +31,21 @@ SIGN_FLIPS = 19_999
 
 
 def interactions(values: Array, weights: Array | None = None, seed: int = 0) -> list[Estimate]:
-    """Estimate the mean interaction of each pair of layers, and test whether it is 0.
+    """Estimate the mean interaction of each pair of layers and test whether it is 0.
 
     If outcomes are right or wrong, the values of a pair are whole numbers in {−2, …, 2}. The test
-    of whole numbers is exact. The interval is a Wald interval after adding one document with +1 and
-    one document with −1, as Bonett and Price (2012) do for paired proportions. For other values,
-    the interval is the t interval, and the test draws signs at random.
+    of whole numbers is exact. The interval is Bonett and Price's adjusted Wald interval (2012). For
+    other values, the interval is the t interval, and the test draws signs at random.
 
-    The test is a two-sided sign-flip test. The null hypothesis is that a document's interaction is
-    as likely to be x as −x; all signs of the nonzero values are then equally likely. The p-value is
-    the share of sign combinations whose sum is at least as far from 0 as the observed sum. Each
-    document counts once, regardless of its weight. For asymmetric values with mean 0, the test is
-    not exact. The false positive rate in simulations stays near 5 % (tests/stats/test_effects.py).
+    The test is a two-sided sign-flip test. The null hypothesis is that the distribution of the
+    interactions is symmetric about 0. The p-value is the share of sign combinations whose sum is at
+    least as far from 0 as the observed sum. The test ignores the weights.
 
     Args:
         values: `[documents, pairs]`, drop(both) − drop(first) − drop(second) of every document; NaN
             if a score is not finite.
         weights: `[documents]`, summing to 1; None for equal weights.
-        seed: Seed of the signs, which are the same for all pairs.
+        seed: Seed of the random signs.
 
     Returns:
         One estimate for each pair, with interval and p-value. The value is None with a reason if
@@ -92,7 +88,7 @@ def sign_flip_p(values: Array) -> float:
         values: `[documents]`, whole numbers in {−2, …, 2}.
 
     Returns:
-        The two-sided p-value of the sum, over all sign combinations of the nonzero values.
+        The two-sided p-value.
 
     Examples:
         >>> round(sign_flip_p(np.array([2.0, 1.0, 0.0])), 4)
@@ -109,7 +105,7 @@ def sign_flip_p(values: Array) -> float:
 
 
 def _random_sign_p(values: Array, seed: int) -> Array:
-    """Return the sign-flip p-value of each pair; all pairs share the same random signs."""
+    """Return the p-value of each pair, from random signs that all pairs share."""
     # Equal sums may differ by rounding.
     thresholds = np.abs(values.sum(axis=0)) - 1e-9 * np.abs(values).sum(axis=0)
     n_beyond = np.ones(values.shape[1])
@@ -123,12 +119,11 @@ def additivity(
     joint_drops: Sequence[float] | Array,
     resamples: tuple[Array, Array],
 ) -> tuple[Estimate, Estimate]:
-    """Estimate how well the sum of two layers' drops predicts the drop of removing both.
+    """Estimate how well the sum of two drops predicts the drop of removing both layers.
 
-    The prediction of R² is the sum itself, without a fitted line: R² = 1 − Σ (joint − sum)² / Σ
-    (joint − mean)². R² is 1 if drops add up exactly, and below 0 if the mean joint drop predicts
-    better. Sums and joint drops are measured on the same documents. The common noise makes the
-    drops look more additive than the true drops are.
+    R² = 1 − Σ (joint − sum)² / Σ (joint − mean)² uses no fitted line. R² is 1 if drops add up
+    exactly. Sums and joint drops share the noise of the same documents, which makes the drops look
+    more additive than they are.
 
     Args:
         single_sums: `[pairs]`, the sum drop(first) + drop(second) of each pair of layers.
@@ -171,27 +166,22 @@ def _explained_share(sums: Array, joint: Array) -> Array:
 def growths(
     start_values: Array, end_values: Array, strata: Strata | None = None, seed: int = 0
 ) -> list[Estimate]:
-    """Estimate the geometric mean growth factor (end / start value) over documents, per column.
+    """Estimate the geometric mean growth factor (end / start value) of each column.
 
-    The interval consists of bootstrap percentiles of the mean log ratio; documents are resampled
-    within strata. The percentiles are widened to match Student's t (Hesterberg's expanded
-    percentiles), because plain percentiles are too narrow for few documents. All columns use the
-    same resampled documents. The p-value is from Wilcoxon's signed rank test of the log ratios,
-    whose null hypothesis is no growth. The test is exact for few documents without ties. The test
-    assumes that the log ratios are independent and, without growth, symmetric about 0.
+    The interval is a bootstrap interval of the mean log ratio (Hesterberg's expanded percentiles).
+    Documents are resampled within strata. The p-value is from Wilcoxon's signed rank test of the
+    log ratios, with the null hypothesis of no growth.
 
     Args:
         start_values: `[documents, k]`, the values before growth; positive.
-        end_values: `[documents, k]`, the values after growth, of the same documents. To compare two
-            growth factors, pass one factor of each document as `start_values` and the other factor
-            as `end_values`.
+        end_values: `[documents, k]`, the values after growth, of the same documents.
         strata: `[documents]`, e.g. each document's task.
         seed: Seed of the resamples.
 
     Returns:
         For each column, the growth factor with its 95 % interval and p-value; 1 means no growth.
-        The value is None with a reason for fewer than two documents, or if a value of a document is
-        not positive and finite.
+        The value is None with a reason for fewer than two documents, or if an input is not positive
+        and finite.
 
     References:
         F. Wilcoxon, Biometrics Bulletin 1 (1945) 80-83. T. C. Hesterberg, The American
@@ -227,10 +217,10 @@ def growths(
 
 
 def min_growth_documents(n_tests: int, level: float) -> int:
-    """Compute how many documents Wilcoxon's test needs to be able to show growth.
+    """Compute the minimum number of documents for a significant growth by Wilcoxon's test.
 
-    With n documents, the smallest p-value is 2^(1 - n), because all n signs agree in 2 of 2^n
-    cases. Holm's method multiplies the smallest p-value by the number of tests.
+    With n documents, the smallest p-value is 2^(1 - n). Holm's method multiplies it by the number
+    of tests.
 
     Args:
         n_tests: Number of columns that are tested together.
@@ -249,16 +239,14 @@ def min_growth_documents(n_tests: int, level: float) -> int:
 def growth_difference_p(groups: Sequence[Array]) -> float | None:
     """Test whether growth differs between groups of independent documents.
 
-    The test is the rank test of Kruskal and Wallis. The test can only show that the ratios of some
-    group tend to be larger, not which group this is.
+    The test is the rank test of Kruskal and Wallis.
 
     Args:
-        groups: For each group, the ratio of end value to start value of each document.
+        groups: The growth factors (end / start value) of the documents of each group.
 
     Returns:
-        The p-value; None for fewer than two groups, for a ratio that is not finite, or if all
-        ratios are equal. The result is also None if a group has fewer than five documents, because
-        the chi-squared approximation is then poor.
+        The p-value; None for fewer than two groups, for a group of fewer than five documents, for a
+        factor that is not finite, or if all factors are equal.
 
     References:
         W. H. Kruskal, W. A. Wallis, Journal of the American Statistical Association 47 (1952)
@@ -281,13 +269,12 @@ GAIN_FLIPS = 1_999
 
 
 class BestByChance(NamedTuple):
-    """Distribution of the largest mean gain if no candidate has an effect, from random sign flips.
+    """Distribution of the largest mean gain if no candidate has an effect.
 
     Attributes:
         middle: Median of the largest mean over all draws.
-        high: Value that the largest mean exceeds in one of twenty draws.
-        p_value: Share of draws whose largest mean is at least the largest observed mean; the
-            observation itself counts as one draw.
+        high: 95 % quantile of the largest mean over all draws.
+        p_value: Share of draws with at least the observed largest mean.
     """
 
     middle: float
@@ -298,11 +285,9 @@ class BestByChance(NamedTuple):
 def best_by_chance(gains: Array, weights: Array | None = None, seed: int = 0) -> BestByChance:
     """Estimate how large the best of many mean gains is if no candidate has an effect.
 
-    The function flips the signs of all gains of a document together, at random, so that candidates
-    that change the same documents stay correlated. The method assumes that documents are
-    independent. The method also assumes that, without any effect, a document is as likely to gain x
-    as to lose x. Candidates that change many documents, such as harmful candidates, increase the
-    best gain by chance.
+    The function flips the signs of all gains of a document together, at random. The method assumes
+    that documents are independent. The method also assumes that gains are symmetric about 0 if
+    there is no effect.
 
     Args:
         gains: `[documents, candidates]`, the finite gain of each document by each candidate.
@@ -310,7 +295,7 @@ def best_by_chance(gains: Array, weights: Array | None = None, seed: int = 0) ->
         seed: Seed of the random signs.
 
     Returns:
-        Median, 95 % quantile and p-value of the best mean gain by chance, in the unit of the gains.
+        Median, 95 % quantile and p-value of the largest mean gain by chance.
 
     References:
         P. H. Westfall, S. S. Young, Resampling-Based Multiple Testing (1993), section 2.5 (the

@@ -1,11 +1,9 @@
 """Compute ranks, rank correlations and overlaps of rankings of layers.
 
-Values that agree to twelve decimals are ties, because means of the same outcomes can differ by
-rounding. Tied values share the mean of their ranks (midranks), so that no result depends on the
-order of the layers.
+Values that agree to twelve decimals are ties. Tied values share the mean of their ranks (midranks).
 
 Neighbouring layers have similar values, and two unrelated smooth series often correlate strongly by
-chance. A chance level that treats all orders of the layers as equally likely is therefore wrong.
+chance. `surrogate_series` therefore shuffles layers so that the series stays smooth.
 """
 
 from __future__ import annotations
@@ -27,16 +25,13 @@ AUTOCORRELATIONS = np.append(np.arange(-19, 20) / 20, 0.98)
 
 
 def surrogate_series(values: Array, n_draws: int, seed: int) -> Array:
-    """Draw random reorderings of a series that are as smooth over depth as the series.
+    """Draw random reorderings of a series with the same smoothness over depth.
 
-    The values are modelled as a monotonic function of a stationary Gaussian series of first order,
-    AR(1), over equidistant layers. Each draw takes an autocorrelation from the posterior
-    distribution, simulates a Gaussian series, and sorts the values in the order of this series.
-    Each draw therefore has the same values, outliers and ties. For a series without
-    autocorrelation, the draws are nearly free permutations. The posterior uses the restricted
-    likelihood of the values' normal scores, which accounts for the unknown mean of a short series.
-    Drawing from the posterior, instead of taking its mode, accounts for the uncertainty that few
-    layers leave.
+    The values are modelled as a monotonic function of a stationary Gaussian AR(1) series. Each draw
+    takes an autocorrelation from the posterior distribution, simulates a Gaussian series, and sorts
+    the values in the order of this series. For a series without autocorrelation, the draws are
+    nearly free permutations. The posterior uses the restricted likelihood of the values' normal
+    scores.
 
     Args:
         values: `[layers]` in the order of depth, finite and not all equal.
@@ -70,9 +65,9 @@ def _draw_orders(ranks: tuple[float, ...], n_draws: int, seed: int) -> NDArray[n
 
 
 def smoothness_likelihood(scores: Array) -> Array:
-    """Return the normalised restricted likelihood of each candidate autocorrelation.
+    """Return the restricted likelihood of each candidate autocorrelation, summing to 1.
 
-    The model is AR(1). The unknown mean and variance of the scores are integrated out.
+    The model is AR(1) with unknown mean and variance.
     """
     n, rho = len(scores), AUTOCORRELATIONS[:, None]
     # The inverse of an AR(1) covariance has three diagonals, so none has to be inverted.
@@ -109,7 +104,7 @@ def midranks(rows: ArrayLike) -> Array:
 
 
 def min_ranks(values: Sequence[float | None] | Array, lowest_first: bool = False) -> list[int]:
-    """Return the rank of each value; rank 1 is the largest value (with `lowest_first`, the lowest).
+    """Return the rank of each value; 1 = largest, or smallest with `lowest_first`.
 
     Equal values share the better rank.
     """
@@ -119,12 +114,11 @@ def min_ranks(values: Sequence[float | None] | Array, lowest_first: bool = False
 
 
 def row_coefficients(x: Array, y: Array, coefficient: str) -> Array:
-    """Compute the correlation, over layers, of each row of `x` with the same row of `y`.
+    """Compute the correlation of each row of `x` with the same row of `y`.
 
     Args:
-        x: One table, `[rows, layers]`, or `[1, layers]` to correlate one row with all rows of `y`.
-        y: The other table, `[rows, layers]`, or `[1, layers]` to correlate one row with all rows of
-            `x`.
+        x: Array `[rows, layers]`, or `[1, layers]` to use one row for all rows of `y`.
+        y: Array `[rows, layers]`, or `[1, layers]` to use one row for all rows of `x`.
         coefficient: Name of the correlation coefficient, one of `COEFFICIENTS`.
 
     Returns:
@@ -146,8 +140,8 @@ def row_coefficients(x: Array, y: Array, coefficient: str) -> Array:
 def _kendall_rows(x: Array, y: Array) -> Array:
     """Return Kendall's tau-b of each row of `x` with the same row of `y`.
 
-    Tau-b is the sum of the signs of concordance over all pairs of layers. The sum is divided by the
-    geometric mean of the numbers of untied pairs in `x` and in `y`.
+    Tau-b is the number of concordant minus discordant pairs of layers, divided by the geometric
+    mean of the numbers of untied pairs.
     """
     i, j = np.triu_indices(x.shape[1], k=1)
     values = []
@@ -166,10 +160,7 @@ def _kendall_rows(x: Array, y: Array) -> Array:
 def top_overlap(x: Array, y: Array, k: int) -> Array:
     """Return the share of the `k` top layers that two rankings have in common.
 
-    Ties are broken at random, independently in each ranking, and the function returns the expected
-    share. If m layers are tied for the last j of the k ranks, each of them gets one of these ranks
-    with the probability j / m. Two rankings in which all layers are tied therefore overlap by k /
-    layers, like two random orders.
+    If there are ties, the function returns the expected share for ties broken at random.
 
     Args:
         x: `[rows, layers]`, the values of one ranking; a larger value has a better rank.
@@ -190,9 +181,9 @@ def top_overlap(x: Array, y: Array, k: int) -> Array:
 
 
 def _top_probabilities(rows: Array, k: int) -> Array:
-    """Return, for each row and layer, the probability that the layer is in the top `k`.
+    """Return the probability that each layer is in the top `k` of its row.
 
-    The probability is 0 or 1, except for ties, which are broken at random.
+    The probability is 0 or 1, except for ties.
     """
     figures = rounded_values(rows)
     thresholds = np.sort(figures, axis=1)[:, -k][:, None]
@@ -203,12 +194,10 @@ def _top_probabilities(rows: Array, k: int) -> Array:
 
 
 def differing_rank_share(proxy: Array, drop: Array, tolerance: float = 0) -> tuple[float, float]:
-    """Return the share of layers with different ranks by proxy and by drop, and its chance level.
+    """Return the share of layers with different ranks in two rankings, and its chance level.
 
-    The chance level is exact for random orders, in which any rank by proxy meets any rank by drop
-    with the probability 1 / layers. The chance level is the share of all layers × layers pairs of
-    ranks whose difference exceeds `tolerance`. Without ties and with the tolerance 0, the chance
-    level is 1 - 1 / layers.
+    The chance level is the exact mean over random orders of the layers. Without ties and with the
+    tolerance 0, the chance level is 1 - 1 / layers.
 
     Args:
         proxy: `[benchmarks, layers]`, values of the proxy, which are ranked within each benchmark.
@@ -216,9 +205,7 @@ def differing_rank_share(proxy: Array, drop: Array, tolerance: float = 0) -> tup
         tolerance: Largest difference at which two ranks still count as equal.
 
     Returns:
-        The share over all benchmarks, and the mean of this share over random orders of the layers.
-        The two results are NaN if a value is not finite, because the rank of the value is then
-        unknown.
+        The share over all benchmarks, and its chance level. Both are NaN if a value is not finite.
 
     Examples:
         >>> proxy, drop = np.array([[0.1, 0.2, 0.3, 0.4]]), np.array([[0.0, 0.2, 0.1, 0.5]])
@@ -237,12 +224,10 @@ class Disagreement:
     """Share of layers with different ranks by two measures, compared with chance.
 
     Attributes:
-        share: Share of layers whose ranks differ, on average over benchmarks.
+        share: Mean share of layers with different ranks over benchmarks.
         chance: The exact mean of this share over random orders of the layers.
-        shuffled_p: p-value by free shuffles of the layers: the share of shuffles with no more
-            different ranks than observed.
-        smooth_p: p-value by shuffles that are as smooth over depth as the values. Each of the two
-            series is shuffled in turn, and the larger p-value counts.
+        shuffled_p: p-value from free shuffles of the layers.
+        smooth_p: p-value from shuffles with the same smoothness over depth.
     """
 
     share: float
@@ -252,12 +237,10 @@ class Disagreement:
 
 
 def compare_ranks(proxy: Array, drop: Array, tolerance: float, seed: int = 0) -> Disagreement:
-    """Test whether layer ranks by proxy and layer ranks by drop agree better than by chance.
+    """Test whether the layer ranks by proxy and by drop agree better than by chance.
 
     The share of different ranks and its chance level are computed by `differing_rank_share`. For
-    the p-values, the layers of one series are shuffled, in the same way for every benchmark,
-    because a layer's values in several benchmarks are dependent. A p-value is (k + 1) / (m + 1) if
-    k of m shuffles have no more different ranks than observed.
+    the p-values, the layers of one series are shuffled in the same way for every benchmark.
 
     Args:
         proxy: `[benchmarks, layers]`, finite values of the proxy.
@@ -293,12 +276,10 @@ def compare_ranks(proxy: Array, drop: Array, tolerance: float, seed: int = 0) ->
 
 
 def mean_spearman_p(proxy: Array, drop: Array, seed: int = 0) -> float:
-    """Return the p-value of the hypothesis that proxy and drop are unrelated in every benchmark.
+    """Return the p-value of the mean Spearman coefficient over benchmarks.
 
-    The test is two-sided; its statistic is the mean over benchmarks of Spearman's coefficient. As
-    in `correlation.correlate`, the test redraws each series in turn with the same smoothness over
-    depth, and returns the larger p-value. The redrawn series are as smooth as the mean ranks over
-    the benchmarks. Each redrawn order shuffles the layers of all benchmarks in the same way.
+    The null hypothesis is that proxy and drop are unrelated in every benchmark. The test is
+    two-sided and redraws the series as `correlation.correlate` does.
 
     Args:
         proxy: `[benchmarks, layers]`, finite values of the proxy; no row is constant.
@@ -306,7 +287,7 @@ def mean_spearman_p(proxy: Array, drop: Array, seed: int = 0) -> float:
         seed: Seed of the redrawn orders.
 
     Returns:
-        The p-value, (k + 1) / (m + 1) if k of m redrawn orders correlate at least as strongly.
+        The p-value.
     """
     x, y = (scipy.stats.zscore(midranks(values), axis=1) for values in (proxy, drop))
     strength = abs(float((x * y).sum() / x.size))
@@ -319,17 +300,16 @@ def mean_spearman_p(proxy: Array, drop: Array, seed: int = 0) -> float:
 
 
 def smooth_orders(values: Array, n_draws: int, seed: int) -> IntArray:
-    """Draw random orders of layers; a series in the new order is as smooth over depth as before.
+    """Draw random orders of layers that keep the smoothness of a series over depth.
 
     Args:
-        values: `[layers]` in the order of depth, finite; of two equal values, the deeper one counts
-            as larger.
+        values: `[layers]`, the series in the order of depth, finite.
         n_draws: Number of orders.
         seed: Seed of the generator.
 
     Returns:
-        `[draws, layers]`: entry d of a draw is the index of the layer whose value is moved to depth
-        d. The random model is that of `surrogate_series`.
+        `[draws, layers]`, the indexes of the layers in the new order. The random model is the same
+        as for `surrogate_series`.
     """
     ranks = scipy.stats.rankdata(values, method="ordinal").astype(np.float64)
     positions = surrogate_series(ranks, n_draws, seed).astype(np.int64) - 1

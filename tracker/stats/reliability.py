@@ -2,11 +2,10 @@
 
 The value of a layer is a weighted mean over documents. Two samples without a common document give
 two rankings of the layers. The rank correlation of the two rankings is the reliability of the
-ranking at this sample size. A sample and the whole set of documents agree better than two samples,
-because the set contains the sample.
+ranking at this sample size.
 
-A cheap measure can use more documents than an expensive measure for the same compute. Measures are
-therefore compared at equal cost, on documents that the true ranking does not use.
+Measures of different cost are compared at equal cost, because a cheap measure can use more
+documents.
 """
 
 from __future__ import annotations
@@ -30,11 +29,9 @@ _GROUPS = 10
 
 
 def stratified_orders(strata: Strata, n_draws: int, seed: int) -> Iterator[IntArray]:
-    """Yield random orders of documents in which each stratum (e.g. task) is spread evenly.
+    """Yield random orders of documents that spread each stratum (e.g. task) evenly.
 
-    Within a stratum, all orders are equally likely. The strata are interleaved evenly, so that each
-    section of an order contains each stratum's share of the documents, up to rounding. With one
-    stratum, an order is a plain shuffle.
+    Within a stratum, all orders are equally likely. With one stratum, an order is a plain shuffle.
 
     Args:
         strata: `[documents]`, e.g. each document's task.
@@ -65,14 +62,13 @@ def disjoint_means(
         values: `[documents, layers]`, the value of each document for each layer.
         weights: `[documents]`, 0 or more.
         strata: `[documents]`, e.g. each document's task; see `stratified_orders`.
-        sizes: Sample sizes; each size is the number of documents in each of the two samples.
-        n_draws: Number of random draws of two samples, for each size.
+        sizes: Numbers of documents in each of the two samples.
+        n_draws: Number of random draws for each size.
         seed: Seed of the generator; equal seeds draw the same documents.
 
     Returns:
-        The weighted means of the two samples, each `[draws, sizes, layers]`. The means of the
-        second sample are NaN if there are too few documents for two disjoint samples. The means of
-        a sample are NaN if all its weights are 0.
+        The weighted means of the two samples, each `[draws, sizes, layers]`. The means are NaN if
+        there are too few documents for a second sample, or if all weights are 0.
     """
     weighted = np.where(weights[:, None] > 0, values * weights[:, None], 0)
     table = np.column_stack([weighted, weights])
@@ -91,9 +87,8 @@ def disjoint_means(
 def spearman_brown(reliability: float, factor: float) -> float:
     """Predict the reliability of a sample that is `factor` times as large.
 
-    The formula is r' = f · r / (1 + (f - 1) · r). The formula is exact for a covariance ratio of
-    means, if documents are exchangeable and each document adds noise of the same variance. For a
-    mean of rank correlations, whose values are tied and bounded, the formula is an approximation.
+    The formula is r' = f · r / (1 + (f - 1) · r). For rank correlations, the formula is an
+    approximation.
 
     Args:
         reliability: The correlation of two samples of the measured size.
@@ -135,7 +130,7 @@ def extrapolate_documents(target: float, n_documents: float, reliability: float)
 def documents_to_reach(
     sizes: Sequence[int], reliabilities: Sequence[float], target: float
 ) -> tuple[float, bool]:
-    """Compute how many documents are needed for the reliability to stay at or above a target.
+    """Compute how many documents a target reliability needs, from several sample sizes.
 
     Args:
         sizes: Measured sample sizes, as numbers of documents, ascending.
@@ -144,9 +139,8 @@ def documents_to_reach(
 
     Returns:
         The number of documents, and whether this number is extrapolated. Between two measured
-        sizes, the number is interpolated on a logarithmic scale. The number is the smallest
-        measured size if this size is sufficient. Beyond the largest measured size, the number is
-        extrapolated by the Spearman-Brown formula, and is NaN if the formula has no solution.
+        sizes, the number is interpolated on a logarithmic scale. Beyond the largest size, the
+        number is extrapolated by the Spearman-Brown formula. NaN means that there is no solution.
 
     Examples:
         >>> n_documents, extrapolated = documents_to_reach([10, 100, 1000], [0.5, 0.8, 0.9], 0.85)
@@ -167,14 +161,12 @@ def documents_to_reach(
 def layer_difference_p(values: Array, weights: Array, seed: int) -> float:
     """Compute the p-value of the hypothesis that all layers have the same mean.
 
-    The test subtracts the mean over layers from each document's values. The test assumes that, if
-    layers do not differ, a document's deviations are as likely to be x as −x. All signs of the
-    documents are then equally likely. The p-value is the share of sign combinations whose sum of
-    squared layer means is at least the observed sum.
+    The test flips the signs of each document's deviations from the mean over layers at random. The
+    statistic is the sum of the squared layer means.
 
     Args:
         values: `[documents, layers]`, the value of each document for each layer.
-        weights: `[documents]`, 0 or more; a document of weight 0 does not count.
+        weights: `[documents]`, 0 or more.
         seed: Seed of the random signs.
 
     Returns:
@@ -200,12 +192,11 @@ def layer_difference_p(values: Array, weights: Array, seed: int) -> float:
 
 
 def positive_estimate(figure: Callable[[IntArray], float], strata: Strata, seed: int) -> Estimate:
-    """Estimate a positive statistic, with an interval from the grouped jackknife.
+    """Estimate a positive statistic with an interval from the grouped jackknife.
 
     The jackknife leaves out one tenth of the documents at a time. The interval is symmetric on the
-    logarithmic scale, with Student's t of (groups − 1) degrees of freedom. The interval shows how
-    much the value would vary with other documents of the same benchmark. For a number of needed
-    documents, tests on simulated benchmarks check how often the interval contains the true number.
+    logarithmic scale. The interval shows how much the value would vary with other documents of the
+    same benchmark.
 
     Args:
         figure: Function that computes the statistic from the indexes of some documents; NaN if
@@ -215,7 +206,7 @@ def positive_estimate(figure: Callable[[IntArray], float], strata: Strata, seed:
 
     Returns:
         The statistic with its 95 % interval. The value is None if the statistic is undefined for
-        the whole set of documents, or after leaving out one of the groups.
+        all documents or without one of the groups.
     """
     value = figure(np.arange(len(strata)))
     error = jackknife_error(lambda indexes: float(np.log(figure(indexes))), strata, _GROUPS, seed)
@@ -251,21 +242,20 @@ class LayerMeasure:
 def prediction_by_budget(
     measures: Mapping[str, LayerMeasure], truth: LayerMeasure, budgets: Sequence[float]
 ) -> dict[str, list[float]]:
-    """Estimate how well each measure predicts the true ranking of layers, for each budget.
+    """Estimate how well each measure predicts the true ranking of layers at each budget.
 
     The documents are split into two halves at random, `HALF_SPLITS` times. The true ranking is
-    computed on one half. A measure uses as many documents of the other half as the compute budget
-    pays for.
+    computed on one half. On the other half, a measure uses as many documents as the budget allows.
 
     Args:
-        measures: Name → measure. All measures have the same documents.
+        measures: The measures by name, all with the same documents.
         truth: Measure that gives the true ranking; its price is ignored.
         budgets: Compute budgets, in forward passes.
 
     Returns:
-        Name → mean of Spearman's coefficient over the splits, for each budget. The mean is NaN if a
-        budget pays for no document or for more documents than a half has. The mean is also NaN if
-        the coefficient is undefined in more than half of the splits.
+        The mean of Spearman's coefficient over the splits, for each measure and budget. The mean is
+        NaN if a budget is too small or too large, or if the coefficient is undefined in more than
+        half of the splits.
     """
     n_documents = len(truth.values)
     half_size = n_documents // 2

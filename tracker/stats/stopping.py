@@ -1,37 +1,28 @@
 """Stopping rules: decide when enough documents are measured to compare several means.
 
-Each mean is the mean drop of one run, such as the removal of a layer. The lower and upper bounds of
-a mean decide how large a drop is, and whether the drop differs from 0. Pairwise differences decide
-which drops are the largest (`SequentialTopK`). A decision is never revised: a run that is decided
-stays decided while other runs are measured. `forecast_race` estimates how many documents are needed
-until all runs are decided.
+Each mean is the mean drop of one run, such as the removal of a layer. The bounds of a mean decide
+how large a drop is, and whether the drop differs from 0. Pairwise differences decide which drops
+are the largest (`SequentialTopK`). A decision is never revised. `forecast_race` estimates how many
+documents are needed until all runs are decided.
 
 The largest of several means, by pairwise differences:
 
-Noise that two runs share cancels in the difference of their values on the same document.
-Differences therefore vary less than single values. In addition, the comparison of two runs uses the
-error probability of one statement instead of two. As in the module `confidence`, the rule bets
-against each hypothesis "run b is no better than run a". The bets use all documents on which both
-runs were measured.
+The difference of two runs on the same document varies less than single values, because common noise
+cancels. As in the module `confidence`, the rule bets against each hypothesis "run b is no better
+than run a". The bets use all documents on which both runs were measured.
 
-The chosen runs can be wrong only if the rule misjudges a pair of one of the `count` best runs and
-one of the other runs. There are count · (runs − count) such pairs, whichever runs are the best.
+There are count · (runs − count) pairs of one of the `count` best runs and one of the other runs.
 Each pair gets the same share of the error probability.
 
 The smallest of several means, for unbounded values:
 
-Log-probabilities are unbounded, so bets on log-probabilities cannot be bounded, and no interval is
-exact after every document. The rule therefore uses an asymptotic confidence sequence, which is
-valid in the limit, as a normal interval is for a fixed sample size. The sequence needs finite
-variances, and enough documents before the first evaluation. The sequence cannot account for values
-that are too rare to occur in the sample. With a probability of 5 %, for example, 128 documents
-contain no case of a value that one in 43 documents has.
+Log-probabilities are unbounded, so the rule uses an asymptotic confidence sequence, which is valid
+for many documents. The sequence needs finite variances. The sequence cannot account for values that
+are too rare to occur in the sample.
 
 After t documents, the interval is the mean ± σ̂ · √(2 (τρ² + 1) / (τρ)² · log(√(τρ² + 1) / α)),
-with the standard deviation σ̂ of these documents. Documents are drawn from a finite population
-without replacement, so the sum follows a Brownian bridge instead of a Brownian motion. In the time
-scale τ = t·N / (N − t), the bridge is a Brownian motion. After the last document, the interval is a
-point.
+with the standard deviation σ̂ of these documents. The time scale τ = t·N / (N − t) accounts for the
+finite population.
 """
 
 from __future__ import annotations
@@ -66,15 +57,13 @@ _MIN_ROOM = 1e-6
 class SequentialTopK:
     """Stopping rule that finds the runs with the `count` largest means of a population.
 
-    The documents must be evaluated in random order. A run is decided once the rule knows with the
-    required confidence whether the run's mean is among the `count` largest. Later values of a
-    decided run are ignored. With a tolerance, the mean of a chosen run can be below the true
-    `count`-th largest mean by at most the tolerance. The mean of a run that is not chosen can be
-    above the `count`-th largest mean by at most the tolerance.
+    The documents must be evaluated in random order. A run is decided when it is certain enough
+    whether its mean is among the `count` largest. Later values of a decided run are ignored. With a
+    tolerance, a choice can be wrong if the means differ by at most the tolerance.
 
     Attributes:
         open: `[runs]`, mask of the runs that are not decided yet.
-        chosen: `[runs]`, mask of the runs whose means are known to be among the `count` largest.
+        chosen: `[runs]`, mask of the runs that are chosen.
         seen: Number of documents that were evaluated so far.
 
     References:
@@ -104,17 +93,15 @@ class SequentialTopK:
         level: float = 0.95,
         max_difference: float = 1.0,
     ) -> None:
-        """Create the stopping rule, before any document is evaluated.
+        """Create a stopping rule without documents.
 
         Args:
             population: Number of documents in the population.
             n_runs: Number of runs; each run has one mean.
             count: Number of runs to choose; at least 1 and less than `n_runs`.
-            tolerance: Difference of means that is ignored. None = no tolerance, so that exact ties
-                for the last rank stay undecided.
+            tolerance: Difference of means that is ignored; None for no tolerance.
             level: Minimum probability that the right runs are chosen.
-            max_difference: Largest possible difference between the values of two runs on a
-                document.
+            max_difference: Largest possible difference between two runs on a document.
         """
         self.open: Mask = np.ones(n_runs, dtype=bool)
         self.chosen: Mask = np.zeros(n_runs, dtype=bool)
@@ -129,7 +116,7 @@ class SequentialTopK:
         self._claims = np.zeros((n_runs, n_runs, len(self._nulls)), dtype=bool)
 
     def update(self, values: Array) -> None:
-        """Add the values of further documents, and decide the runs for which evidence now suffices.
+        """Add the values of further documents and decide runs.
 
         Args:
             values: `[documents, runs]`, values of the further documents. Values of runs that are
@@ -166,8 +153,7 @@ class SequentialTopK:
     def _bet(self, values: Array, a: IntArray, b: IntArray) -> None:
         """Update the evidence that run b has a larger mean than run a, for each pair (a, b).
 
-        The evidence is the capital of a gambler who bets on run b, document by document. If run b
-        is no better than run a, the gambler is not expected to gain.
+        The evidence is the capital of a gambler who bets on run b, document by document.
         """
         differences = values[:, a] - values[:, b]
         sums = np.cumsum(differences, axis=0) - differences
@@ -183,7 +169,7 @@ class SequentialTopK:
                 capital[a, b] += np.log(np.prod(1 + risks * odds, axis=0))
 
     def _settle(self) -> None:
-        """Decide the runs that are significantly better, or worse, than enough other runs."""
+        """Decide the runs that are certainly among the best, or certainly not."""
         while True:
             runs = np.flatnonzero(self.open)
             n_free = self._count - int(self.chosen.sum())
@@ -215,15 +201,13 @@ class SmallestMean:
     """Stopping rule that finds the run with the smallest mean of a population.
 
     The documents must be evaluated in random order. A run is dropped when its mean is significantly
-    larger than the mean of the run that is best so far. The rule compares runs in pairs, on
-    documents that both runs have. The error probability is divided equally among the comparisons of
-    the best run with every other run (a union bound).
+    larger than the mean of the run that is best so far. A union bound corrects for the number of
+    comparisons.
 
     Attributes:
         open: `[runs]`, mask of the runs that can still have the smallest mean.
-        chosen: `[runs]`, True for the chosen run, and False for all runs until a run is chosen. The
-            mean of the chosen run is at most the tolerance above the smallest mean. Several runs
-            are chosen only if all documents are evaluated and the runs have equal means.
+        chosen: `[runs]`, mask of the chosen run. Several runs are chosen only if they have equal
+            means over all documents.
         seen: `[runs]`, number of documents that were evaluated for each run.
         means: `[runs]`, mean of each run on its evaluated documents; infinite if a value is not
             finite.
@@ -271,7 +255,7 @@ class SmallestMean:
 
         Args:
             values: `[documents, runs]`, the values. Values of dropped runs are ignored and can be
-                NaN. A run that is not dropped yet is dropped if one of its values is not finite.
+                NaN. A run with a value that is not finite is dropped.
 
         Raises:
             ValueError: The total number of documents exceeds the population.
@@ -310,7 +294,7 @@ class SmallestMean:
 
 
 def half_width(n_looked: int, n_documents: int, error_rate: float) -> float:
-    """Return the factor that turns a standard deviation into half of a confidence sequence's width.
+    """Return the half width of a confidence interval, as a multiple of the standard deviation.
 
     Args:
         n_looked: Number of documents that were evaluated so far.
@@ -319,8 +303,7 @@ def half_width(n_looked: int, n_documents: int, error_rate: float) -> float:
             mean.
 
     Returns:
-        The half width of the mean's interval after `n_looked` documents, divided by the standard
-        deviation of the documents' values.
+        The half width, divided by the standard deviation of the documents' values.
 
     Examples:
         Wider than an interval of one look, which is 1.96 / √512 = 0.087.
@@ -341,8 +324,9 @@ def race_state(low: Array, high: Array, tolerance: float | None) -> tuple[Mask, 
     Args:
         low: `[runs]`, lower bounds of the means; the bounds of all runs hold simultaneously.
         high: `[runs]`, upper bounds of the means.
-        tolerance: Largest acceptable half width of a mean's interval; a run with a wider interval
-            is undecided, and no run is chosen. If None, a run is chosen when its bounds exclude 0.
+        tolerance: Largest acceptable half width of an interval; a run with a wider interval is
+            undecided. With a tolerance, no run is chosen. If None, a run is chosen when its bounds
+            exclude 0.
 
     Returns:
         The mask `[runs]` of the undecided runs, and the mask `[runs]` of the chosen runs.
@@ -364,15 +348,13 @@ class Race:
     """Stopping rule that evaluates several runs, document by document, until every run is decided.
 
     The documents must be evaluated in random order. A run is decided when the stopping condition
-    holds for it, for example when the run is known to be among the best. Later values of a decided
-    run are ignored.
+    holds for it, for example when the run is known to be among the best.
 
     Attributes:
         open: `[runs]`, mask of the runs that are not decided yet.
         chosen: `[runs]`, mask of the chosen runs. With `top` or `prune`, these are the runs with
             the largest or smallest means. With `sign`, these are the runs whose mean differs from
-            0. With `drop`, each mean is only estimated to the requested precision, so no run is
-               chosen.
+            0. With `drop`, no run is chosen.
         seen: `[runs]`, number of documents that were evaluated for each run.
     """
 
@@ -429,11 +411,9 @@ class Race:
 
     @property
     def bounds(self) -> MeanSequences:
-        """Confidence bounds of each mean, which hold simultaneously with the requested confidence.
+        """Simultaneous confidence bounds of the means.
 
-        With `top` and `prune`, runs are chosen by pairwise comparisons, not by these bounds. The
-        choice and the bounds therefore have separate probabilities of error. The bounds are
-        computed on first use.
+        With `top` and `prune`, runs are chosen by pairwise comparisons, not by these bounds.
         """
         while self._pending:
             self._bounds.add(*self._pending.pop(0))
@@ -447,9 +427,8 @@ class Race:
                 already decided are ignored and can be NaN.
 
         Raises:
-            ValueError: A value is not finite or exceeds `max_value`, two values of a document
-                differ by more than `max_value`, or the total number of documents exceeds the
-                population.
+            ValueError: A value is not finite or violates `max_value`, or there are more documents
+                than in the population.
         """
         runs = np.flatnonzero(self.open)
         self._bounds.scale_values(values[:, runs])
@@ -481,8 +460,7 @@ class RaceForecast:
         looked: `[draws]`, number of documents that were evaluated in each simulated population.
         seen: `[draws, runs]`, number of documents that were evaluated for each run of a simulated
             population.
-        answered: `[draws]`, whether all runs were decided before the documents of the simulated
-            population ran out.
+        answered: `[draws]`, whether all runs were decided in the simulation.
     """
 
     looked: IntArray
@@ -501,8 +479,7 @@ def forecast_race(
 ) -> RaceForecast:
     """Simulate how many documents `Race` evaluates, in populations drawn from measured documents.
 
-    If few documents are measured, chance makes the runs differ by more than they do over all
-    documents. The forecast number of documents is then too low.
+    The forecast is too low if few documents are measured.
 
     Args:
         question: Condition that ends the measurement, such as `top 3`: the three largest means are

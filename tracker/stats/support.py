@@ -1,14 +1,11 @@
 """Combine estimates with intervals, and decide which statements about layers are supported.
 
-A 95 % interval misses the true value in one of twenty cases. Of thirty layers without any effect,
-one or two therefore have an interval that excludes 0. Statements about selected layers, such as the
-largest drop, therefore need simultaneous intervals. Simultaneous intervals all contain their true
-values with a probability of at least 95 %.
+A 95 % interval misses the true value in one of twenty cases. Statements about selected layers, such
+as the largest drop, therefore need simultaneous intervals. Simultaneous intervals all contain their
+true values with a probability of at least 95 %.
 
-Ratios, differences and means are computed from estimates and their intervals. The functions need no
-per-document outcomes, so they can also combine published results. The method of variance estimates
-recovery (MOVER) uses the distances from an estimate to its lower and upper bound as the downward
-and upward uncertainty.
+Ratios, differences and means are computed from estimates and their intervals. The intervals are
+combined by the method of variance estimates recovery (MOVER).
 
 A. Donner, G. Y. Zou, Statistical Methods in Medical Research 21 (2012) 347-359.
 """
@@ -33,12 +30,11 @@ from tracker.stats.arrays import Array
 def recovered_share(
     losses: Array, remainders: Array, loss_resamples: Array, remainder_resamples: Array
 ) -> Estimate:
-    """Compute the share of the accuracy loss from removed layers that replacements recover.
+    """Compute the share of the accuracy loss that is avoided by replacing layers.
 
     The share is 1 − Σ `remainders` / Σ `losses`, with sums over layers. The interval of the share
-    is the percentile interval over resamples of the documents. The interval assumes independent
-    documents and describes only the given layers. The share is undefined unless the sum of the
-    losses is above 0 in at least 97.5 % of the resamples.
+    is the percentile interval over resamples of the documents. The share is undefined unless the
+    sum of the losses is above 0 in at least 97.5 % of the resamples.
 
     Args:
         losses: `[layers]`, mean drop when the layer is removed.
@@ -74,9 +70,8 @@ def recovered_share(
 def divide(numerator: Estimate, denominator: Estimate) -> Estimate:
     """Divide an estimate by another estimate, and combine their intervals.
 
-    The function assumes that the two estimates are independent. Estimates from the same documents
-    are positively correlated, so the returned interval of their ratio is then too wide, not too
-    narrow.
+    The function assumes that the two estimates are independent. For estimates from the same
+    documents, the interval is usually too wide.
 
     Args:
         numerator: The numerator, with its interval.
@@ -118,8 +113,7 @@ def subtract(minuend: Estimate, subtrahend: Estimate) -> Estimate:
 
     Returns:
         The difference and its interval. The interval is missing if the minuend or the subtrahend
-        has no interval. For two models on the same documents, the interval is too wide rather than
-        too narrow, because the estimates are positively correlated.
+        has no interval. For two models on the same documents, the interval is usually too wide.
 
     Examples:
         >>> difference = subtract(Estimate(0.3, 0.2, 0.4), Estimate(0.1, 0.0, 0.2))
@@ -139,14 +133,12 @@ def subtract(minuend: Estimate, subtrahend: Estimate) -> Estimate:
 def average(estimates: Sequence[Estimate], independent: bool = True) -> Estimate:
     """Average estimates, and combine their intervals.
 
-    The interval reflects the sampling of documents within the given benchmarks (or layers). The
-    interval does not predict the mean on other benchmarks.
+    The interval does not predict the mean on other benchmarks.
 
     Args:
         estimates: Estimates to average; estimates without a value are left out.
         independent: Whether the estimates are measured on different documents. If False, the half
-            widths of the intervals are averaged, as if all errors were perfectly correlated (the
-            worst case).
+            widths of the intervals are averaged, which is the worst case.
 
     Returns:
         The plain mean, with an interval if every estimate has an interval. The value is None if no
@@ -209,12 +201,10 @@ def widen(
 ) -> list[Estimate]:
     """Widen 95 % intervals so that they hold simultaneously for all estimates.
 
-    By Bonferroni's inequality, each of m estimates gets the level 1 - 0.05 / m, even if the
-    estimates depend on each other. The midpoint of an interval stays. The half width of a normal
-    interval (such as the adjusted Wald interval) grows in proportion to the normal quantile, and
-    that of a t interval in proportion to the t quantile. An interval is treated as normal if the
-    estimate has a p-value, as accuracy drops of 0/1 outcomes do. All other intervals, such as the
-    interval of a baseline accuracy, are treated as t intervals and become wider.
+    Each of m estimates gets the level 1 - 0.05 / m (Bonferroni's inequality). The midpoint of an
+    interval stays. The half width grows in proportion to the quantile of the normal or the t
+    distribution. An interval is treated as normal if the estimate has a p-value. All other
+    intervals are treated as t intervals.
 
     Args:
         estimates: Estimates with 95 % intervals; estimates without an interval are returned
@@ -261,15 +251,13 @@ def decide_verdicts(drops: Sequence[Estimate], alpha: float = ALPHA) -> list[Ver
 
     Args:
         drops: Accuracy drop of each removal, with simultaneous intervals from `widen` or a
-            confidence sequence. If a drop has a p-value, `costs` and `helps` also require that the
-            p-value is significant after Holm's adjustment, because the p-value, unlike the
-            interval, is exact for few documents.
+            confidence sequence. If a drop has a p-value, the p-value must also be significant after
+            Holm's adjustment.
         alpha: Largest acceptable probability that any verdict is wrong; the intervals must have the
             same error probability.
 
     Returns:
-        One verdict for each removal: `costs`, `helps` or `open`. The probability that any removal
-        without an effect gets the verdict `costs` or `helps` is at most `alpha`.
+        One verdict for each removal: `costs`, `helps` or `open`.
 
     Examples:
         >>> decide_verdicts([Estimate(0.3, 0.1, 0.5), Estimate(0.1, -0.1, 0.3), Estimate(None)])
@@ -292,18 +280,15 @@ def possible_ranks(estimates: Sequence[Estimate]) -> list[tuple[int, int]]:
     """Compute the best and the worst possible rank of each estimate; rank 1 is the largest.
 
     Two estimates differ significantly if the interval of their difference excludes 0. The interval
-    of the difference assumes independent estimates (Donner and Zou 2012). Estimates from the same
-    documents are positively correlated, so the interval is then too wide rather than too narrow. An
-    estimate ranks behind all significantly larger estimates and before all significantly smaller
-    estimates. Two estimates that do not differ significantly can rank in either order.
+    of the difference assumes independent estimates (Donner and Zou 2012). An estimate ranks behind
+    all significantly larger estimates and before all significantly smaller estimates.
 
     Args:
         estimates: Estimates whose intervals are simultaneous for all pairs (from `widen`, with the
             family `count_pairs`). An estimate without an interval can have any rank.
 
     Returns:
-        The best and the worst rank of each estimate. If every interval contains its true value,
-        every true rank is within the returned range.
+        The best and the worst rank of each estimate.
 
     References:
         M. Mogstad, J. Romano, A. Shaikh, D. Wilhelm, Review of Economic Studies 91 (2024) 476-518.

@@ -1,19 +1,14 @@
 """Estimate how much a layer's relevance varies between benchmarks.
 
-The relevance of layers is first standardised within each benchmark (z-scores with the population
-standard deviation), so that benchmarks with different metrics and units are comparable. The
-variance of a layer's z-score over benchmarks is then averaged over layers. The mean variance is
-exactly 1 minus the mean Pearson correlation of two benchmarks over layers. The mean variance is 0
-if each layer has the same z-score on all benchmarks, and 1 if the relevance on one benchmark does
-not correlate with the relevance on another.
+The relevance of layers is first standardised within each benchmark (z-scores), so that benchmarks
+with different metrics are comparable. The variance of a layer's z-score over benchmarks is then
+averaged over layers. The mean variance is 0 if each layer has the same z-score on all benchmarks,
+and 1 if the relevance on one benchmark does not correlate with the relevance on another.
 
 An accuracy drop is measured on a sample of documents. Sampling noise makes the drop differ between
-benchmarks even if the layer's relevance is the same on all benchmarks. A proxy that averages over
-thousands of tokens has hardly any noise. The variance of the drop over benchmarks is therefore too
-large, and can be compared with a proxy's variance only after the noise variance is subtracted. The
-estimated variance of a single layer, with the noise subtracted, has a skewed distribution, so a
-sign test or rank test over layers is invalid. The module therefore computes a jackknife interval of
-the mean over layers, by leaving out documents.
+benchmarks even if the layer's relevance is the same on all benchmarks. The noise variance is
+therefore subtracted before the drop is compared with a proxy. The module computes a jackknife
+interval of the mean over layers, by leaving out documents.
 """
 
 from __future__ import annotations
@@ -46,19 +41,17 @@ def estimate_profile(
 ) -> tuple[Array, Array]:
     """Estimate the mean value of each layer (the profile), and the variance of each mean.
 
-    The mean over layers is subtracted, so that a change that is the same for all layers has no
-    effect.
+    The mean over layers is subtracted from the profile.
 
     Args:
         values: `[documents, layers]`, the value of each document for each layer, e.g. the drop.
         weights: `[documents]`, 0 or more; the profile is the weighted mean.
-        strata: `[documents]`, stratum of each document, e.g. its task; the number of documents in
-            each stratum is treated as fixed. None = a single stratum.
+        strata: `[documents]`, stratum of each document, e.g. its task. None = a single stratum.
 
     Returns:
         The centred profile `[layers]` and the variance of each of its values `[layers]`. The
-        variance is that of a ratio estimate, by linearisation (W. G. Cochran, Sampling Techniques
-        (1977), sections 5.6 and 6.4). The variances are NaN for a single document.
+        variance is computed by linearisation (W. G. Cochran, Sampling Techniques (1977), sections
+        5.6 and 6.4). The variances are NaN for a single document.
 
     Examples:
         >>> profile, variance = estimate_profile(np.array([[1.0, 0.0], [0.0, 0.0]]), np.ones(2))
@@ -84,7 +77,7 @@ def estimate_profile(
 def profile_reliability(profile: Array, noise: Array) -> float:
     """Return the share of a profile's variance over layers that sampling noise does not explain.
 
-    The share is below 0 if the noise exceeds the variance over layers.
+    The share can be negative.
 
     Args:
         profile: `[layers]`, the centred mean values of the layers, from `estimate_profile`.
@@ -104,16 +97,14 @@ def benchmark_variance(profiles: Array, noise: Array | None = None) -> Array:
         profiles: `[benchmarks, layers]`, the value of each layer; two benchmarks or more, and no
             constant row.
         noise: `[benchmarks, layers]`, the sampling variance of each value, which is subtracted;
-            None = no noise. The noise is subtracted from the squared values and from the variance
-            over layers that standardises them. The products of two benchmarks need no correction,
-            because their noise is independent. The returned variance can be negative.
+            None = no noise. The returned variance can then be negative.
 
     Returns:
         `[layers]`, the variance over benchmarks, with the divisor (number of benchmarks - 1).
 
     Raises:
-        ValueError: There are fewer than two benchmarks, or the noise of a benchmark is at least as
-            large as its variance over layers.
+        ValueError: There are fewer than two benchmarks, or a benchmark has more noise than variance
+            over layers.
 
     Examples:
         >>> benchmark_variance(np.array([[1.0, -1.0], [1.0, -1.0]])).tolist()
@@ -139,12 +130,9 @@ def variance_difference(
 ) -> Estimate:
     """Estimate how much more one measure of relevance varies over benchmarks than another.
 
-    The variation of a measure is the mean over layers of `benchmark_variance` with the noise
-    subtracted. The returned value is the variation of the first measure minus the variation of the
-    second measure. The interval is a normal interval from the jackknife over the documents of each
-    benchmark. Each jackknife step leaves out the same documents for the two measures. A bootstrap
-    interval would be too narrow, because resampling treats the sampling noise of the measured
-    documents as real variation.
+    The variation of a measure is the mean of `benchmark_variance` over layers. The returned value
+    is the variation of the first measure minus the variation of the second measure. The interval is
+    a normal interval from the jackknife over the documents of each benchmark.
 
     Args:
         first_samples: For each benchmark, the values of one measure for its documents; two
@@ -156,8 +144,8 @@ def variance_difference(
         the difference undefined.
 
     Raises:
-        ValueError: There are fewer than two benchmarks, or the noise of a benchmark is at least as
-            large as its variance over layers.
+        ValueError: There are fewer than two benchmarks, or a benchmark has more noise than variance
+            over layers.
     """
     samples = list(zip(first_samples, second_samples, strict=True))
     profiles = [[estimate_profile(*sample) for sample in pair] for pair in samples]
@@ -203,8 +191,8 @@ class VarianceComparison:
         n: Number of layers.
         p_value: p-value of the two-sided Wilcoxon signed-rank test, which assumes independent
             layers.
-        block_p: p-value of the Wilcoxon statistic in a permutation test that flips the signs of
-            whole blocks of neighbouring layers.
+        block_p: p-value of a permutation test that flips the signs of whole blocks of neighbouring
+            layers.
     """
 
     larger: int
@@ -214,15 +202,11 @@ class VarianceComparison:
 
 
 def compare_variances(first_variances: Array, second_variances: Array) -> VarianceComparison:
-    """Test whether one of two variances tends to be larger than the other over layers (Wilcoxon).
+    """Test whether one variance tends to be larger than the other (Wilcoxon test over layers).
 
-    Under the null hypothesis of Wilcoxon's test, the layers' differences are independent and
-    symmetric about 0. Neighbouring layers have similar values, so the p-value of Wilcoxon's test is
-    too small. A second p-value allows dependence within blocks of `SIGN_BLOCK` neighbouring layers:
-    a permutation test flips the signs of all differences of a block together. The second p-value is
-    the share of sign combinations that give a Wilcoxon statistic at least as far from 0 as the
-    observed one. If there are more than `SIGN_DRAWS` sign combinations, that many are drawn at
-    random.
+    Wilcoxon's test assumes independent layers, but neighbouring layers have similar values. A
+    second p-value therefore comes from a permutation test that flips the signs of `SIGN_BLOCK`
+    neighbouring layers together.
 
     Args:
         first_variances: `[layers]`, variance of each layer over benchmarks by the first measure.
@@ -230,8 +214,7 @@ def compare_variances(first_variances: Array, second_variances: Array) -> Varian
 
     Returns:
         The number of layers with a larger first variance, and the two p-values. The p-values are 1
-        if all differences are 0. The p-value of the block test is also 1 if there is only one
-        block.
+        if all differences are 0.
 
     References:
         F. Wilcoxon, Biometrics Bulletin 1 (1945) 80-83.

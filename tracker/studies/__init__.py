@@ -2,9 +2,7 @@
 
 A study declares its requirements and settings, and lists the models, benchmarks and ablations to
 measure. From the results, the study writes an answer with sentences, tables and charts. The texts
-of sentences, assumptions and notes are macros of the study's Jinja template in the folder
-`templates`. The results determine which macros are rendered. The study `audit` is a package of two
-modules; the module `figures` computes the statistics.
+are macros of Jinja templates in the folder `templates`.
 
 Modules:
     base: Define the base class of studies, and run a study from its file to its report section.

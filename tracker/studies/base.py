@@ -93,7 +93,7 @@ class Subject:
     Attributes:
         request: The study's request, which names the model, the benchmark and the ablations.
         store: The folder of this model and benchmark in the results folder.
-        record: Summary statistics, computed from the outcomes of all requested documents.
+        record: Summary statistics over all requested documents.
     """
 
     request: CellRequest
@@ -135,7 +135,7 @@ def observe_subject(
 
 
 def second_rounding_notes(subjects: Sequence[Subject]) -> list[str]:
-    """Return a warning for each model whose checkpoint is itself quantised (rounded twice)."""
+    """Return a warning for each model with a checkpoint that is already quantised."""
     notes = (second_rounding_note(subject.record) for subject in subjects)
     return [*dict.fromkeys(filter(None, notes))]
 
@@ -160,11 +160,9 @@ class StudyResult:
         tables: Tables for the report.
         charts: Charts for the report.
         lacking: Sentences about results that could not be computed, with the reasons.
-        ran: Outcome of measurements that the study started later, while it computed the answer.
-        rests_on: Keys of further records that the answer uses, besides the records of the requested
-            results.
-        exports: Shell commands with which the user can save improved models. The commands are not
-            stored in the results folder.
+        ran: Outcome of measurements that the study ran while it computed the answer.
+        rests_on: Keys of records that the answer uses, besides the requested results.
+        exports: Shell commands with which the user can save improved models.
         files: Files that the study wrote to the results folder.
         suffix: Text that distinguishes this result from other results of the study on the same
             experiment file.
@@ -198,7 +196,7 @@ class StudyResult:
 class Study(Generic[Settings]):
     """Base class of studies, which list the required measurements and answer a research question.
 
-    A study keeps no state between method calls, so each method can be called on its own.
+    A study keeps no state between method calls.
 
     Args:
         settings: Settings of the study.
@@ -206,14 +204,11 @@ class Study(Generic[Settings]):
     Attributes:
         name: Name in the registry of studies.
         question: The research question, which is the heading of the study's section in reports.
-        texts: Template of the study's sentences, with the macro `assumptions`. None if a study (of
-            another package) has no template.
+        texts: Template of the study's sentences; None if there is no template.
         races: Whether the study accepts experiment files that use `until` to stop a measurement
             early.
-        intact: Whether the experiment file must start from the intact model, without removed
-            layers.
-        layers: Minimum number of layers that the experiment file must remove, each in a run of its
-            own.
+        intact: Whether the experiment file must start from the intact model.
+        layers: Minimum number of single layers that the experiment file must remove.
         chooses: Whether the study selects something, such as layers, by results on calibration
             documents. These documents must then be a random sample.
     """
@@ -250,7 +245,7 @@ class Study(Generic[Settings]):
         return [request for cell in cells for request in self.expand(cell, context)]
 
     def expand(self, cell: CellRequest, context: StudyContext) -> Iterable[CellRequest]:
-        """Yield what to measure for one model and benchmark; by default, as in the file."""
+        """Yield the requests for one model and benchmark; by default, only the file's request."""
         return [cell]
 
     def prepare(self, context: StudyContext) -> None:

@@ -119,16 +119,14 @@ def _benchmark_groups(subjects: Sequence[Subject]) -> Iterator[tuple[str, list[i
 
 @dataclass(frozen=True)
 class LayerRanking:
-    """Values of one measure (e.g. accuracy drop) by document and layer; their means rank layers.
+    """Values of one measure (e.g. accuracy drop), which rank the layers by their means.
 
     Attributes:
         name: Name of the measure.
         values: `[documents, layers]`; the layer with the largest mean is ranked first.
         weights: `[documents]`, weight of each document in a layer's mean.
-        strata: `[documents]`, task of each document; if several benchmarks are joined, also the
-            number of the benchmark.
-        reason: Reason why the values cannot rank layers, e.g. too few layers; empty if the values
-            can.
+        strata: `[documents]`, task of each document, and the benchmark if several are joined.
+        reason: Reason why the values cannot rank layers, e.g. too few layers; otherwise empty.
     """
 
     name: str
@@ -156,12 +154,10 @@ class AgreementCurve:
             two disjoint samples. NaN if a sample has more than half of the documents.
         within: Name of an agreement statistic → values `[draws, sizes]` that compare the ranking by
             a sample with the ranking by all documents.
-        needed: Number of documents with which the layer ranking reaches the target reliability. The
-            number is undefined if the rankings by two halves of the documents do not agree
-            significantly.
+        needed: Number of documents with which the layer ranking reaches the target reliability.
+            Undefined if the rankings by two halves of the documents do not agree.
         p_value: p-value of the hypothesis that all layers have the same mean.
-        extrapolated: Whether `needed` exceeds half of the documents, so that it is not measured
-            directly.
+        extrapolated: Whether `needed` exceeds half of the documents.
     """
 
     name: str
@@ -289,7 +285,7 @@ def agreement_curve(ranking: LayerRanking, reliability: float) -> AgreementCurve
 
 
 def judge_curves(curves: Sequence[AgreementCurve]) -> list[AgreementCurve]:
-    """Adjust p-values by Holm's method; set `needed` to undefined if rankings do not agree then."""
+    """Adjust p-values by Holm's method; `needed` becomes undefined if rankings do not agree."""
     adjusted = holm([curve.p_value for curve in curves])
     rows = zip(curves, adjusted, strict=True)
     return [curve.with_p_value(p) for curve, p in rows if p is not None]

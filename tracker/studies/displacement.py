@@ -2,8 +2,8 @@
 
 The KL divergence compares the next-token distributions of the intact and the changed model, at the
 tokens of the right answer. The study computes the rank correlation of the divergence with the drops
-over all changes (e.g. removed layers). The study also computes this correlation separately for the
-half of the changes with the smaller divergence, and for the other half.
+over all changes (e.g. removed layers). The study also computes this correlation separately for
+small and for large divergences.
 """
 
 from __future__ import annotations

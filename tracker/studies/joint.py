@@ -88,15 +88,12 @@ class PairInteractions:
         alone: Layer → drop if this layer alone is removed.
         together: `[pairs]`, drop if both layers are removed.
         interactions: For each pair, the joint drop minus the sum of the two single drops.
-        q: `[pairs]`, p-values adjusted by Benjamini and Hochberg. The values are NaN for pairs with
-            `floor`, and until `adjust_interactions` sets them.
-        floor: `[pairs]`, whether a single drop or the sum of the two exceeds the largest possible
-            loss, so that the drops cannot add up. Such pairs ("at the floor") are left out of
-            means.
+        q: `[pairs]`, p-values adjusted by Benjamini and Hochberg. NaN for pairs with `floor`.
+        floor: `[pairs]`, whether a single drop, or the sum of both, exceeds the largest possible
+            loss. Such pairs ("at the floor") are left out of means.
         mean: Mean interaction over pairs that are not at the floor.
         by_distance: Distance of the two layers → mean interaction of the pairs with this distance.
-        rank: Spearman correlation between the sum of the single drops and the joint drop, over
-            pairs that are not at the floor.
+        rank: Spearman correlation between the sum of the single drops and the joint drop.
         explained: R² when the sum of the single drops predicts the joint drop.
         documents: Number of documents.
     """
@@ -118,7 +115,7 @@ class PairInteractions:
 
     @property
     def indices(self) -> list[int]:
-        """Indices of the pairs not at the floor: their sum of single drops is a possible loss."""
+        """Indices of the pairs that are not at the floor."""
         return np.flatnonzero(~self.floor).tolist()
 
     @cached_property
@@ -135,9 +132,7 @@ class PairInteractions:
     def _simultaneous(self, n_statements: int) -> list[Estimate]:
         """Return the interactions of pairs not at the floor, with simultaneous intervals.
 
-        The intervals are widened for `n_statements` simultaneous statements, with quantiles of the
-        t distribution. Intervals of 0/1 outcomes, which are normal intervals, become slightly too
-        wide.
+        The intervals hold simultaneously for `n_statements` statements.
         """
         estimates = [replace(self.interactions[n], p_value=None) for n in self.indices]
         return widen(estimates, [self.documents] * len(estimates), n_statements)
@@ -166,7 +161,7 @@ class PairInteractions:
 
 
 def measure_pairs(subject: Subject) -> tuple[list[PairInteractions], list[str]]:
-    """Compute interactions for metric and gold log-probability; return them and what is missing."""
+    """Compute interactions of layer pairs; also return sentences about missing results."""
     record = subject.record
     requested = list(combinations([run.layer for run in subject.view.runs], 2))
     outcomes = subject.outcomes([Ablation.from_changes(removed=pair) for pair in requested])
@@ -258,7 +253,7 @@ def pair_interactions(
 
 
 def adjust_interactions(measured: Sequence[PairInteractions]) -> list[PairInteractions]:
-    """Adjust p-values by Benjamini-Hochberg, over all pairs in a study not at the floor."""
+    """Adjust the p-values of all pairs of a study by Benjamini and Hochberg's method."""
     p_values = [pairs.interactions[n].p_value for pairs in measured for n in pairs.indices]
     q_values = iter(stats.false_discovery_control(p_values) if p_values else [])
     adjusted = [[np.nan if at_floor else next(q_values) for at_floor in m.floor] for m in measured]

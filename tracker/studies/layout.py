@@ -1,4 +1,4 @@
-"""Build charts and tables of studies; a table has a column for each labelled dataclass field."""
+"""Build charts of studies, and tables from dataclasses with labelled fields."""
 
 from __future__ import annotations
 
@@ -48,10 +48,9 @@ def labelled(label: str | Mapping[str, str], unit: LabelUnit = "text", reason: s
     Args:
         label: Heading of the column. `{change}` becomes the name of the drop (e.g. accuracy drop),
             and `{level}` the name of the metric (e.g. accuracy). If the field is a dictionary,
-            `label` maps each of its keys to the heading of a column.
+            `label` maps its keys to column headings.
         unit: Unit of the values.
-        reason: Explanation that the table shows for an undefined value, unless the value has its
-            own.
+        reason: Default explanation that the table shows for an undefined value.
 
     Returns:
         The dataclass field, with the label in its metadata.

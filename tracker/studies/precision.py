@@ -1,8 +1,8 @@
 """Study: measure the cost of rounding each linear map, and which errors predict the cost.
 
 The study rounds one linear map at a time to a low-bit format. The study compares the lost accuracy
-with the errors by which quantisation tools choose bits: errors of the weights, of the map's
-outputs, and of the model's predictions.
+with errors of the weights, of the map's outputs, and of the model's predictions. Quantisation tools
+choose bits by these errors.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ class Precision(Study[PrecisionSettings]):
     texts = PRECISION_TEXTS
 
     def expand(self, cell: CellRequest, context: StudyContext) -> Iterator[CellRequest]:
-        """Yield a request whose runs each round one linear map (all maps, or the file's maps)."""
+        """Yield a request in which each run rounds one linear map."""
         if groups := [name for name in cell.changes.maps if name in MAP_GROUPS]:
             raise RequestError(PRECISION_TEXTS.render("several_maps", cell, groups[0]))
         formats = tuple(name for name in cell.changes.interventions if name in FORMATS)
@@ -171,9 +171,8 @@ def _sum_errors(
 ) -> dict[str, tuple[Array, Array]]:
     """Compute the relative rounding errors of each map, over all documents and per resample.
 
-    For example, the error of the outputs is divided by the size of the outputs. For each kind of
-    error, the function returns the values over all documents `[maps]`, and in each bootstrap
-    resample `[resamples, maps]`.
+    For each kind of error, the function returns the values over all documents `[maps]`, and in each
+    bootstrap resample `[resamples, maps]`.
     """
     tokens = figures["tokens"][:, None]
     sizes = {"output_error": figures["output_size"], "output_angle": tokens, "kl": tokens}
@@ -206,7 +205,7 @@ def _mean_costs(
 
 
 def _write_answer(rounded: RoundedMaps) -> str:
-    """Describe which map name costs most, if significant, and how well errors rank maps by cost."""
+    """Describe which maps cost most to round, and how well errors rank maps by cost."""
     first, *others = rounded.names
     is_first = all(row.fall.side(first.fall.low or 0.0) < 0 for row in others)
     orders = [order for order in rounded.orders if order.fall.value is not None]

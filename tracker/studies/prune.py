@@ -1,4 +1,4 @@
-"""Study: compare accuracy and cost of pruning by measured accuracy and of pruning by proxies."""
+"""Study: compare pruning by measured accuracy with pruning by proxies."""
 
 from __future__ import annotations
 
@@ -66,14 +66,14 @@ class Method(NamedTuple):
 
 @dataclass(frozen=True)
 class PrunedBenchmark:
-    """Facts about a benchmark on whose test documents the pruned models are tested.
+    """Benchmark on which the pruned models are tested.
 
     Attributes:
         unpruned: Test accuracy of the intact model.
         n: Number of test documents.
         metric: Name of the accuracy metric, for labels of tables.
-        at_chance: Text that says why means leave out the benchmark: the intact model is not above
-            chance. Empty if the intact model is above chance, or if the chance level is unknown.
+        at_chance: Reason why means leave out the benchmark, if the intact model is not above
+            chance; otherwise empty.
         available: Number of documents in the benchmark's split; 0 if unknown.
     """
 
@@ -104,7 +104,7 @@ class Prunings:
 
     @cached_property
     def methods(self) -> list[Method]:
-        """All methods whose search succeeded or failed, in the order in which they were run."""
+        """All methods, in the order in which they were run; methods that failed are last."""
         return list(dict.fromkeys(method for method, _ in (*self.choices, *self.failed)))
 
     @property
@@ -135,8 +135,7 @@ class Prunings:
     def mean(self, figure_of: Callable[[str], Estimate]) -> Estimate:
         """Average an estimate, such as the test accuracy, over the benchmarks in `counted`.
 
-        The mean is undefined if the estimate is undefined for any of these benchmarks. A mean over
-        fewer benchmarks could not be compared with the means of other methods.
+        The mean is undefined if the estimate is undefined for any of these benchmarks.
         """
         figures = {name: figure_of(name) for name in self.counted}
         for name, figure in figures.items():
@@ -163,7 +162,7 @@ class Prunings:
         return self.mean(lambda name: self.level(method, name, removed))
 
     def compare(self, method: Method, reference: Method, name: str) -> Estimate:
-        """Estimate the accuracy of `method` minus that of `reference`, on test documents."""
+        """Estimate the test accuracy of `method` minus the test accuracy of `reference`."""
         if reason := self.benchmarks[name].at_chance:
             return Estimate(None, reason=reason)
         for level in (self.level(method, name), self.level(reference, name)):
@@ -211,7 +210,7 @@ class Prunings:
         """Compute the best and worst possible rank of each strategy by mean test accuracy.
 
         Rank 1 is the highest accuracy. Each strategy uses calibration documents of the tested
-        benchmark. The random strategy and strategies without a defined mean are left out.
+        benchmark. The random strategy is left out.
         """
         methods = [m for m in self.select(amount).values() if m.strategy != RANDOM_STRATEGY]
         methods = [m for m in methods if self.level_mean(m).value is not None]
@@ -230,7 +229,7 @@ class Prunings:
         return min((b.available / b.n for b in benchmarks if b.available), default=math.inf)
 
     def searches(self, method: Method) -> list[PruneRecord]:
-        """Return the distinct search records of a method, over all benchmarks."""
+        """Return the search records of a method for all benchmarks, each once."""
         unique: dict[object, PruneRecord] = {}
         for name in self.benchmarks:
             choices = self.choices.get((method, name))
@@ -257,12 +256,10 @@ class Contrast:
 
     Attributes:
         method: The first method.
-        reference: The second method, whose accuracy is subtracted from the accuracy of the first
-            method.
+        reference: The second method; its accuracy is subtracted.
         difference: Mean accuracy difference over benchmarks. The intervals of all comparisons hold
             simultaneously; the p-value is not adjusted.
-        p: p-value of the difference, adjusted by Holm over all comparisons; None if there is no
-            p-value.
+        p: p-value of the difference, adjusted by Holm's method; None if there is no p-value.
     """
 
     method: Method
@@ -272,7 +269,7 @@ class Contrast:
 
     @property
     def sign(self) -> int:
-        """Sign of the difference: 1 = positive, −1 = negative, 0 = not significant (see below).
+        """Sign of the difference: 1 = positive, −1 = negative, 0 = not significant.
 
         A difference is significant if its interval excludes 0 and its adjusted p-value is below
         0.05.
@@ -308,7 +305,7 @@ def group_searches(outcome: SearchResults, text: str | None) -> list[Prunings]:
 
 
 def _model_request(request: SearchRequest) -> object:
-    """Return a grouping key: equal for requests that differ only in the benchmark."""
+    """Return a key that is equal for requests that differ only in the benchmark."""
     return replace(request.cell, benchmark=request.cell.benchmark.renamed("any"))
 
 
@@ -345,8 +342,7 @@ class Prune(Study[PruneSettings]):
     def requests(self, context: StudyContext) -> list[CellRequest]:
         """Return requests that remove each layer alone, which is the first step of a greedy search.
 
-        Raises RequestError if the settings of a later search are invalid, before anything is
-        measured.
+        Raises RequestError if the settings of a later search are invalid.
         """
         requests = super().requests(context)
         lender = ModelCache(context.ledger, context.options, context.progress)

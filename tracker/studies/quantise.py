@@ -3,11 +3,10 @@
 First, the study rounds each linear map alone to each format, and measures the cost on calibration
 documents. The study then builds several assignments of a format to every map, each within the
 budget. One assignment minimizes the sum of the measured costs. Another assignment results from
-swaps of formats between maps; the study measures each swap on the whole model. Further assignments
-minimize the errors of weights or of outputs, use one format for all maps, or give more bits to the
-first and last layers. The study measures the model with each assignment on the calibration
-documents, and recommends the best. Finally, the study measures all assignments on disjoint test
-documents.
+swaps of formats between maps. Further assignments minimize the errors of weights or of outputs, use
+one format for all maps, or give more bits to the first and last layers. The study measures the
+model with each assignment on the calibration documents, and recommends the best. Finally, the study
+measures all assignments on disjoint test documents.
 """
 
 from __future__ import annotations
@@ -103,10 +102,9 @@ class TestedChoice:
         size: Size of the whole model in megabytes.
         chosen_on: Decrease of the gold log-probability on the calibration documents when all units
             are rounded.
-        gain: Test accuracy of this assignment minus the test accuracy with the same format for all
-            units. None if this assignment itself uses the same format for all units.
-        gold_gain: Gold log-probability with this assignment minus the gold log-probability with the
-            same format for all units, in nats.
+        gain: Test accuracy minus the test accuracy with one format for all units. None if this
+            assignment uses one format for all units.
+        gold_gain: Same as `gain`, but for the gold log-probability, in nats.
     """
 
     choice: FormatChoice
@@ -239,8 +237,7 @@ class FormatChooser:
     def compare_sums(self, candidate: Candidate, max_pairs: int) -> SumComparison:
         """Compare the cost of rounding all units together with the sum of their single costs.
 
-        The same comparison is made for at most `max_pairs` pairs of units. The pairs are sampled
-        without replacement, with the seed of the documents.
+        The same comparison is made for at most `max_pairs` pairs of units.
         """
         choice, n_units = candidate.choice, len(self.units)
         pairs = list(combinations(range(n_units), 2))
@@ -305,7 +302,7 @@ def measure_choices(
             units.
         calibration: The model with the calibration documents.
         tests: The model with the test documents.
-        limit: Budget of bits, which also computes the size of a model in bytes.
+        limit: Budget of bits.
 
     Returns:
         The assignments with their measured costs, in the order of `candidates`.
@@ -464,7 +461,7 @@ class FormatCount:
 
 
 def _formats_table(record: CellRecord, best: TestedChoice) -> Table:
-    """Build the table of recommended formats: in how many layers each map has each format."""
+    """Build the table of recommended formats, with the number of layers for each map and format."""
     counts = Counter((unit.map_path or "layer", name) for unit, name in best.choice.items())
     rows = [
         FormatCount(name, form, None if name in kinds.OUTER_MATRICES else n)

@@ -16,8 +16,7 @@ from tracker.schema.extensions import load_extensions
 class StudySettings(BaseModel):
     """Settings of a study. Each field is a command-line option; the docstring is the help text.
 
-    This module does not import torch or other slow packages, so that help and error messages appear
-    at once.
+    This module must not import slow packages such as torch.
 
     Attributes:
         study: Module and class of the study, separated by a colon.
@@ -70,8 +69,7 @@ class CalibrationSettings(StudySettings):
     The study draws two random samples that share no document, and ranks the layers by each sample.
     The agreement of the two rankings shows how reliable a ranking by a sample of this size is. The
     study reports the agreement for the accuracy drop and for the proxies, and the number of
-    documents that a reliable ranking needs. The study measures only the runs in EXPERIMENT. The
-    estimate becomes more precise with more measured documents.
+    documents that a reliable ranking needs. The study measures only the runs in EXPERIMENT.
 
     \b
     Examples:
@@ -90,8 +88,8 @@ class DisplacementSettings(StudySettings):
     The study measures all runs of EXPERIMENT, such as removed layers, replaced layers and rounded
     weights. The study compares the KL divergence of the model's output, at the positions of the
     right answers, with the accuracy drop and the choice probability drop. The study reports the
-    rank correlation over all runs, over the half of the runs with the smaller divergence, and over
-    the other half. EXPERIMENT must have at least eight runs.
+    rank correlation over all runs, and separately for runs with small and with large divergences.
+    EXPERIMENT must have at least eight runs.
 
     \b
     Examples:
@@ -143,12 +141,12 @@ class PruneSettings(StudySettings):
     """Does pruning by measured accuracy beat pruning by proxies?
 
     For each benchmark in EXPERIMENT, several strategies choose layers to remove: by the remaining
-    accuracy, by proxies, from the end of the model, or at random. The strategies choose on as many
-    calibration documents as 'sample' says, and the study tests the pruned models on other
-    documents. The accuracy and cosine strategies are also calibrated on all benchmarks together,
-    and on plain text. The study reports which strategy keeps the most accuracy, with paired
-    intervals, and the cost of each search. The study reuses stored measurements of 'tracker prune'.
-    An interrupted study can be resumed.
+    accuracy, by proxies, from the end of the model, or at random. The strategies use 'sample'
+    calibration documents, and the study tests the pruned models on other documents. The accuracy
+    and cosine strategies are also calibrated on all benchmarks together, and on plain text. The
+    study reports which strategy keeps the most accuracy, with paired intervals, and the cost of
+    each search. The study reuses stored measurements of 'tracker prune'. An interrupted study can
+    be resumed.
 
     \b
     Examples:
@@ -224,11 +222,11 @@ class RescaleSettings(StudySettings):
 
     The study removes each layer in EXPERIMENT. The study also replaces the layer by its input times
     a factor, by its input plus the layer's mean update, and by a linear map of its input. All
-    replacements are fitted on documents from the end of the benchmark's random order, which a
-    'sample' of at most half of the documents does not contain. The study reports the share of the
-    accuracy drop that each replacement recovers. If a factor recovers the drop, only the size of
-    the hidden state was missing. The study ignores 'intervention' in the file, and takes about four
-    times as long as removing the layers.
+    replacements are fitted on documents from the end of the benchmark's random order. A 'sample' of
+    at most half of the documents does not contain them. The study reports the share of the accuracy
+    drop that each replacement recovers. If a factor recovers the drop, only the size of the hidden
+    state was missing. The study ignores 'intervention' in the file, and takes about four times as
+    long as removing the layers.
 
     \b
     Examples:
@@ -245,11 +243,9 @@ class SavingsSettings(StudySettings):
     With 'until' in an experiment file, measurement of a benchmark stops as soon as a condition
     holds, such as 'top 3': the three largest drops are known. This study measures the runs in
     EXPERIMENT on all documents, and then applies the stopping rule to 200 random orders of the
-    documents. For each condition, the study reports the share of the documents and of the layer
-    passes (layers × tokens computed) until the stop. The study also reports whether the early
-    result agrees with the result of all documents. Two quantities limit the savings, and the study
-    reports both: the difference between the compared runs, and the variation over documents.
-    EXPERIMENT must not set 'until'.
+    documents. For each condition, the study reports which share of the documents and of the
+    computation is needed. The study also reports whether the early result agrees with the result of
+    all documents. EXPERIMENT must not set 'until'.
 
     \b
     Examples:
@@ -278,8 +274,7 @@ class SnowballSettings(StudySettings):
     difference from the residual stream of the intact model. A removal snowballs if the difference
     is larger at the end of the model than right after the removed layer. The study reports which
     removals snowball, by what factor, and whether this growth explains the errors of the cosine
-    score. 'layer' in EXPERIMENT should name every layer, because the study compares the growth with
-    each layer's accuracy drop.
+    score. 'layer' in EXPERIMENT should name every layer.
 
     \b
     Examples:

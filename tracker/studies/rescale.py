@@ -2,8 +2,7 @@
 
 The layer's output is replaced by its input times a factor, by its input plus the mean update (a
 constant), or by a linear map of its input. If the factor recovers the loss, the layer was needed
-only because it rescaled the hidden state. The linear map is the best possible layer without a
-nonlinearity and without attention to other tokens.
+only because it rescaled the hidden state.
 """
 
 from __future__ import annotations
@@ -103,8 +102,8 @@ class CellCosts:
             unknown.
         drops: Intervention → drop of the metric for each layer.
         nats: Intervention → decrease of the gold answer's log-probability for each layer.
-        p_values: Intervention → for each layer, p-value of the test whether replacement and removal
-            differ in accuracy. A p-value is None if outcomes are not right or wrong.
+        p_values: Intervention → p-value for each layer; the test compares the accuracy of
+            replacement and removal. None if outcomes are not right or wrong.
     """
 
     name: str
@@ -169,7 +168,7 @@ def measure_costs(subjects: Sequence[Subject]) -> CellCosts | None:
 
 
 def recovered_estimate(cells: Sequence[CellCosts], name: Intervention, nats: bool) -> Estimate:
-    """Estimate the share of the summed drop of removed layers that a replacement recovers."""
+    """Estimate the share of the total loss of removed layers that a replacement recovers."""
     means, drawn = [], []
     for intervention in ("remove", name):
         drops = [(cell.nats if nats else cell.drops)[intervention] for cell in cells]

@@ -95,15 +95,14 @@ class MeasuredDocuments:
     Attributes:
         title: Title of the model and benchmark.
         runs: Change of the model (e.g. a removed layer) in each run.
-        drops: `[documents, runs]`, drop of each document times its weight, scaled so that the mean
-            over documents is the benchmark's drop.
+        drops: `[documents, runs]`, weighted drop of each document; the mean over documents is the
+            benchmark's drop.
         tasks: `[documents]`, the task of each document.
         counts: Task → number of its documents in the split, measured or not.
         reach: Largest possible absolute value of a document's weighted drop.
-        passes: Function from a mask of undecided runs to the number of layers computed per token,
-            for these runs and the intact model together.
-        everything: Number of layers computed per token if no run is decided yet, so that all runs
-            are computed.
+        passes: Function that returns the number of layers computed per token, given a mask of the
+            undecided runs.
+        everything: Number of layers computed per token if all runs are computed.
         plain: Number of layers computed per token if the intact model and each run are evaluated
             separately, as with lm-eval.
     """
@@ -161,7 +160,7 @@ def read_documents(subject: Subject) -> MeasuredDocuments | str:
 
 
 def passes_counter(ablations: Sequence[Ablation], layers: int) -> Callable[[Mask], float]:
-    """Return a function from a mask of ablations to the number of layers computed per token."""
+    """Return a function that counts the layers computed per token for a mask of ablations."""
 
     def count(open_ablations: Iterable[Ablation]) -> float:
         return plan_streams([INTACT, *open_ablations], layers).layer_passes
@@ -177,7 +176,7 @@ def passes_counter(ablations: Sequence[Ablation], layers: int) -> Callable[[Mask
 
 @dataclass(frozen=True)
 class CostBound:
-    """Lower bound of the documents that are needed to decide an `until` condition.
+    """Minimum number of documents that are needed to decide an `until` condition.
 
     Attributes:
         distance: Required precision of the means. With `top` and `prune`, the gap between the last
@@ -187,7 +186,7 @@ class CostBound:
         sd: Standard deviation, over documents, of the drop (or difference of two drops) behind
             `distance`.
         documents: Sample size that a test with a fixed number of documents needs for the same
-            simultaneous confidence; with the power `DESIGN_POWER`, except for `drop`.
+            confidence.
     """
 
     distance: float
@@ -202,9 +201,9 @@ class QuestionReplay:
     Attributes:
         question: The `until` condition, such as `top 3`.
         documents: `[orders]`, share of the split's documents that were needed until the stop;
-            infinite if the measured documents do not suffice.
-        passes: `[orders]`, share of the computation of all documents and runs that was needed until
-            the stop; infinite if the measured documents do not suffice.
+            infinite without a stop.
+        passes: `[orders]`, share of the total computation that was needed until the stop; infinite
+            without a stop.
         answered: `[orders]`, whether the condition was decided on the measured documents.
         wrong: `[orders]`, whether the decisions contradict the means over all measured documents.
         bound: Lower bound of the number of documents that the condition needs.

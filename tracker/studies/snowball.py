@@ -100,9 +100,8 @@ class Growth:
     def extremes(self, documents: int) -> tuple[int, list[int], list[int]]:
         """Find the layers with the significantly largest and smallest growth factors.
 
-        Returns a number n, the layers whose factors are significantly among the n largest (largest
-        first), and a list of at most one layer, whose factor is significantly the smallest. All
-        these statements hold simultaneously.
+        Returns a number n, the layers that are significantly among the n largest (largest first),
+        and a list with the significantly smallest layer. The lists can be empty.
         """
         layers = [layer for layer, value in enumerate(self.values) if value is not None]
         n = len(layers)
@@ -132,13 +131,12 @@ class TokenGrowth:
         shuffled: Growth of a change with the same norm in the direction of the layer's update of
             another token.
         relative: Growth of the removal's change divided by the growth of the random change.
-        handed_on: Relative difference before the output head after each removal, divided by the
-            difference that would result if later layers did not alter the change.
+        handed_on: Relative difference before the output head, divided by its value if later layers
+            did not alter the change.
         paths: `[layers, layers]`, relative difference of the residual stream that each removed
             layer (row) causes after each later layer (column). Geometric mean over documents; NaN
             before the removed layer.
-        ratios: `[documents, layers]`, growth factor of the change by each layer's removal, for each
-            document.
+        ratios: `[documents, layers]`, growth factor after each layer's removal, for each document.
     """
 
     removed: Growth
@@ -199,7 +197,7 @@ class DropExplanation:
 
     @property
     def is_ordered(self) -> bool:
-        """True if the drops' correlations with cosine score and with end difference are defined."""
+        """True if the correlations with the cosine score and the end difference are defined."""
         names = (COSINE_SCORE, END_DIFFERENCE)
         return all(self.predictors[name].spearman.value is not None for name in names)
 
@@ -465,7 +463,7 @@ def _layer_table(cell: SnowballFigures) -> Table:
     def column(
         label: str, values: Sequence[ColumnValue], unit: FigureUnit = "times"
     ) -> Column[int]:
-        """Build a column that explains missing values by the reason for undefined growth."""
+        """Build a column that explains missing values."""
 
         def entry(layer: int) -> ColumnValue:
             reason = growth.factors[layer].reason or _LAST_LAYER
@@ -577,7 +575,7 @@ def _build_charts(cell: SnowballFigures) -> Iterator[StudyChart]:
 
 
 def _choose_paths(cell: SnowballFigures) -> Iterator[tuple[int, str]]:
-    """Yield (layer, legend entry) for each removed layer whose path of differences is drawn."""
+    """Yield (layer, legend entry) for each removed layer that the chart shows."""
     if cell.explained is None:
         layers = np.unique(np.linspace(0, cell.layers - 1, MAX_PATHS).round()).astype(int)
         yield from ((layer, f"layer {layer}") for layer in layers.tolist())

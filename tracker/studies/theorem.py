@@ -79,10 +79,8 @@ class Lesson:
 
     Attributes:
         texts: Token sequences of all documents that the model will read.
-        targets: Digest of the preceding tokens → next tokens that the model must predict or avoid
-            after these tokens.
-        certainty: Margin of a predicted token's logit over all other tokens, in nats. The margin is
-            so large that length normalisation of answers cannot change the result.
+        targets: Digest of the preceding tokens → next tokens that the model must predict or avoid.
+        certainty: Margin of a predicted token's logit over all other tokens, in nats.
         left_out: (task, index) of a document → reason why no model can answer the document
             correctly, e.g. two equal answers.
         clashing: Number of tokens that the model cannot predict, because an earlier text has
@@ -109,14 +107,11 @@ def plan_lesson(
     and the model without layer 2 predicts it. Fixed: layer 2 does not affect the prediction. If all
     options of a document follow the same context, the targets are at the position where the right
     answer first differs from a wrong answer. The right answer's token at this position gets a
-    positive sign, and the wrong answer's token a negative sign. If another wrong answer differs
-    only at a later position, the right answer's token at the later position is a fixed target.
+    positive sign, and the wrong answer's token a negative sign.
 
     If each option follows a different context (Winogrande), each context gets one target: with a
-    positive sign in the right context, and with a negative sign in a wrong context. Winogrande
-    documents come in pairs that share texts, so the target is the first token that no other
-    document has after the same text. In texts without options, every token is a target with a
-    positive sign.
+    positive sign in the right context, and with a negative sign in a wrong context. In texts
+    without options, every token is a target with a positive sign.
 
     Args:
         documents: Documents with their requests.
@@ -161,7 +156,7 @@ def _positions(request: Request, length: int) -> list[_Position]:
 
 
 def _teach_all(lesson: Lesson, document: Document, length: int) -> None:
-    """Make every token of a document a target; of contradicting texts, the earlier one counts."""
+    """Make every token of a document a target, unless an earlier text contradicts it."""
     clashing = lesson.clashing
     for request in document.requests:
         for key, token in _positions(request, length):
@@ -250,8 +245,7 @@ def _has_clash(lesson: Lesson, demand: _Demand) -> bool:
 def _required_lead(document: Document, vocabulary: int, decode: Callable[..., str]) -> float:
     """Return the logit margin, in nats, with which one target token decides a whole answer.
 
-    The margin must exceed what all other tokens of an answer can contribute. At positions without a
-    target, the log-probabilities of all tokens differ by at most one nat.
+    The margin must exceed what all other tokens of an answer can contribute.
     """
     choices = [request.continuation for request in document.requests[: document.choices]]
     lengths = [max(1, len(decode(list(tokens)).strip())) for tokens in choices]
@@ -402,7 +396,7 @@ def _save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fold
 
 @dataclass(frozen=True)
 class BuiltModel:
-    """Model built for one benchmark and ε, whose checkpoint is in `folder` once it is saved."""
+    """Model built for one benchmark and ε; `folder` contains the saved checkpoint."""
 
     cell: CellRequest
     epsilon: float

@@ -1,9 +1,8 @@
 """Collect measured results from several results folders and tracking projects.
 
 A cell holds the results of one model on one benchmark. The cells of a tracking project are
-downloaded once, to a cache folder with the structure of a results folder. From then on, downloaded
-cells are read like local cells. Each download is verified: the key, a hash of the cell's model and
-benchmark, is computed again. No downloaded name is used as a path.
+downloaded once, to a cache folder with the structure of a results folder. Each download is
+verified.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ from tracker.tracking.base import Backend, RemoteCell, Target
 def pull_project(
     source: Target, name: str, progress: Progress
 ) -> tuple[list[tuple[CellStore, View]], dict[str, str]]:
-    """Download the results of a tracking project that are not cached; return all its results.
+    """Download the new results of a tracking project; return all its results.
 
     Args:
         source: The tracking project.
@@ -50,8 +49,8 @@ def pull_project(
         progress: Receives the progress of the download.
 
     Returns:
-        The cells of the project, each with the published selection of runs and documents. Second,
-        the failed downloads, as cell name → reason.
+        First, the cells of the project, each with its selection of runs. Second, the failed
+        downloads, as cell name → reason.
 
     Raises:
         TrackingError: The project does not exist, or the backend could not be reached.
@@ -150,12 +149,11 @@ class CollectedCells:
 
     Attributes:
         cells: Records of the cells, computed from the outcomes of all sources. One record for each
-            cell and each selection of runs, documents and metric (view).
+            cell and each selection of runs and documents.
         experiments: Name of an experiment file in a results folder → exact text of the file.
         failed: Name of a source (e.g. a folder) or of a cell → reason why it could not be read.
         findings: The stored results of studies in the results folders.
-        origins: Record key → the stored cell, and the selection of runs and documents, from which
-            the record was computed.
+        origins: Record key → the stored cell, and the selection of runs and documents.
         searched: Keys of the records that were measured only as steps of a search for layers to
             remove.
         unfinished: One message for each unfinished measurement, with its folder and with advice.
@@ -196,8 +194,8 @@ def collect_cells(
         sources: Results folders, `mlflow:URI/EXPERIMENT`, `mlflow:EXPERIMENT` (at
             `MLFLOW_TRACKING_URI`), `wandb:ENTITY/PROJECT` or `trackio:PROJECT`.
         progress: Receives the progress of downloads.
-        verify_all: True to read and verify all outcomes again, even if they were verified earlier.
-            Set `verify_all` if the output shows outcomes of documents, not only summary records.
+        verify_all: Whether to verify all outcomes again, even if they were verified earlier. Set it
+            if the output shows outcomes of documents.
 
     Returns:
         The collected cells. Their attribute `failed` lists sources and cells that cannot be read.
@@ -249,7 +247,7 @@ def collect_cells(
 
 
 def _view_key(stored_view: tuple[CellStore, View]) -> Hashable:
-    """Return a grouping key: equal in all folders for the same model, benchmark and runs."""
+    """Return a key that is equal in all folders for the same model, benchmark and runs."""
     store, view = stored_view
     return store.identity.key, store.views.view_name(view)
 
@@ -271,11 +269,9 @@ def _join_views(same_views: Sequence[tuple[CellStore, View]]) -> tuple[CellStore
 
 
 def remove_contained(cells: Iterable[CellRecord]) -> list[CellRecord]:
-    """Remove each result record whose runs and documents are a subset of another record's.
+    """Remove records whose runs and documents are contained in another record.
 
-    Only records of the same model and benchmark are compared. Two records are never merged, because
-    their statistics depend on the set of runs and documents. The order of the remaining records
-    does not change.
+    Only records of the same model and benchmark are compared.
     """
     groups: dict[object, list[CellRecord]] = {}
     for cell in cells:

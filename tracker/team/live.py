@@ -1,8 +1,7 @@
 """Show progress, speed and interim results in tracking backends while a measurement runs.
 
 The measurement never waits for a backend. The measurement only signals when a cell (one model on
-one benchmark) starts and ends. A thread reads the interim results and updates the backends. The
-thread skips updates while it is busy.
+one benchmark) starts and ends. A thread reads the interim results and updates the backends.
 """
 
 from __future__ import annotations

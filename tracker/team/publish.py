@@ -126,8 +126,8 @@ class Publisher:
     """Publisher of results to tracking backends, which opens each backend on first use.
 
     `track` lists backends as `BACKEND` or `BACKEND:PROJECT`; `project` is the default project.
-    Projects to which the same results were published earlier are updated too, unless `track` is
-    empty, `update_others` is False, or the process is a trial of a sweep. In a sweep, `trial` is
+    Projects to which the same results were published earlier are updated too. Exceptions: `track`
+    is empty, `update_others` is False, or the process is a trial of a sweep. In a sweep, `trial` is
     the W&B run of the trial. Document texts from public sources are always published; other texts
     only with `publish_texts`. `run_selection` selects the ablations that become separate runs in
     the backend. RequestError is raised for an unknown backend.
@@ -169,8 +169,8 @@ class Publisher:
         """Publish results in a background thread, after the results of earlier calls.
 
         The thread first waits until the event `ended` is set, at most 60 seconds. In a W&B sweep,
-        the method publishes before it returns, because the run of the trial must end after all
-        other runs. The returned future contains the result, and never raises an exception.
+        the method publishes before it returns. The returned future contains the result, and never
+        raises an exception.
         """
         # The record's files, listed before more of the cell is measured.
         files = _record_files(store, record)
@@ -197,7 +197,7 @@ class Publisher:
             future.set_result(publish())
 
     def publish(self, store: CellStore, record: CellRecord) -> Publication:
-        """Publish results; check the backend's runs even if the results are noted as published."""
+        """Publish results, even if they are noted as already published."""
         return self._publish(store, record, _record_files(store, record), False)
 
     def _build_attachments(
@@ -298,7 +298,7 @@ class Publisher:
     def _earlier_targets(
         self, store: CellStore, record: CellRecord, targets: Mapping[Target, Target]
     ) -> list[Target]:
-        """List the projects with an earlier version of the results, without current targets."""
+        """List the other projects that have an earlier version of the results."""
         if not self._update_others:
             return []
         earlier = published_targets(store, record, self._results)
@@ -350,8 +350,8 @@ class Publisher:
 class Trial(LiveRun):
     """The W&B run of a sweep's trial; does nothing outside a sweep or if W&B is not used.
 
-    W&B is contacted only when there are results to show, so that an unreachable server never stops
-    a measurement. `run` is the change of the model, e.g. a removed layer, that the trial measures.
+    W&B is contacted only when there are results to show. `run` is the change of the model, e.g. a
+    removed layer, that the trial measures.
     """
 
     def __init__(self, track: Sequence[str], results: Path, run: Change) -> None:
@@ -443,10 +443,10 @@ def sync_ledger(
     """Publish those results of a results folder that the tracking backends lack.
 
     Each entry of `addresses` is `BACKEND` or `BACKEND:PROJECT`; without a project, the project of
-    the experiment file is used. If `addresses` is None, results are published to the projects to
-    which they were published earlier. Results that were never published go to the default backend.
-    If the environment names a server of the default backend, all results are also published there.
-    `publish_texts` and `run_selection` have the same meaning as in `Publisher`.
+    the experiment file is used. If `addresses` is None, results are published to their earlier
+    projects. Results that were never published go to the default backend. If the environment names
+    a server of the default backend, all results are also published there. `publish_texts` and
+    `run_selection` have the same meaning as in `Publisher`.
     """
     ledger.create()
     contents = ledger.contents()

@@ -105,8 +105,9 @@ def publish_report(
     """Publish a report with tables and charts to each target, as a separate run.
 
     A target is `BACKEND:PROJECT`. With `with_private`, the report includes document texts that do
-    not come from the Hugging Face hub or a package. Returns target → address of the report, target
-    → error message, and notes about omitted texts. RequestError is raised for an invalid target.
+    not come from the Hugging Face hub or a package. Returns the addresses of the reports by target,
+    the error messages by target, and notes about omitted texts. RequestError is raised for an
+    invalid target.
     """
     decisions = collected.derive_decisions() if targets else {}
     withheld_keys = [

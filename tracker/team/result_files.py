@@ -118,8 +118,7 @@ def model_args(model: ModelIdentity) -> dict[str, str]:
 def ablation_args(ablation: Ablation) -> dict[str, str]:
     """Encode an ablation as model arguments, such as `removed_layers=3+17`, for lm-eval's files.
 
-    There is one argument for each kind of change. No argument contains a comma, and different
-    ablations have different arguments.
+    No argument contains a comma, and different ablations have different arguments.
     """
     changes: list[tuple[str, object]] = [
         *(("removed_layers", layer) for layer in ablation.removed()),
@@ -160,7 +159,7 @@ class CellPart:
 
     @property
     def call_key(self) -> str:
-        """Key for grouping: equal if one lm-eval call could have produced the outcomes together."""
+        """Key that is equal for outcomes that one lm-eval call could have produced."""
         identity = self.store.identity
         own_fields = {
             "name",
@@ -211,9 +210,8 @@ class ResultFiles:
     Attributes:
         files: Paths of the written files. For each model, the results file comes first, then the
             samples file of each task.
-        notes: Remarks on missing outcomes, and on corpora, which are not tasks of lm-eval.
-        failed: Title of a model and benchmark, or a folder → error because of which files are
-            missing.
+        notes: Remarks, for example on missing outcomes.
+        failed: Title of a model and benchmark, or a folder → the error that occurred.
     """
 
     files: list[Path] = field(default_factory=list)
@@ -319,7 +317,7 @@ def _model_names(store: CellStore) -> set[str]:
 def _cell_parts(
     store: CellStore, views: Sequence[View], layers: Collection[int]
 ) -> Iterator[CellPart]:
-    """Yield a `CellPart` with its requested ablations for each requested set of documents."""
+    """Yield a `CellPart` for each requested set of documents."""
     for extent in dict.fromkeys(view.extent for view in views):
         ablations = [INTACT]
         for view in [view for view in views if view.extent == extent]:
@@ -330,7 +328,7 @@ def _cell_parts(
 
 
 def _group_calls(parts: Sequence[CellPart]) -> list[list[CellPart]]:
-    """Group outcomes: one lm-eval call could have produced all outcomes of a group."""
+    """Group outcomes that one lm-eval call could have produced."""
     calls: dict[str, list[list[CellPart]]] = {}
     for part in parts:
         same_calls = calls.setdefault(part.call_key, [])

@@ -1,10 +1,9 @@
 """Publish results to MLflow, W&B and Trackio, and read published results back.
 
 The results folder (ledger) is the source of truth. A backend receives copies of results and files,
-and can be refilled from the results folder at any time. A results folder stores the server and
-project (address) of each earlier publication. An address in a folder from another person can name a
-malicious server that collects logins. So tracker contacts a stored address only if the environment
-names the same server, or if there is no login to send.
+and can be refilled from the results folder at any time. A results folder stores the addresses of
+earlier publications. A folder from another person can name a malicious server. So tracker never
+sends a login to a stored server that the environment does not name.
 
 Modules:
     mlflow: Write to MLflow.
@@ -212,7 +211,7 @@ def published_targets(store: CellStore, record: CellRecord, results: Path) -> di
 
     The dictionary includes targets of smaller measurements that this measurement replaces, and
     targets to which publishing failed. If the environment sets a backend offline, its online
-    targets are left out, and vice versa.
+    targets are left out.
     """
     targets = {}
     for name in store.published_places(record.view, *record.supersedes):

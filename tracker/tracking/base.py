@@ -1,9 +1,8 @@
 """Define the interface of tracking backends such as MLflow and W&B.
 
-A backend receives only immutable objects and files. For all backends, pure functions define the
-names and digests of runs (`identity`) and the contents of runs (`figures`). This module defines the
-steps that publish a cell (the results of one model on one benchmark); each backend implements these
-steps.
+The module `identity` defines the names of runs for all backends, and `figures` the contents. This
+module defines the steps that publish a cell (the results of one model on one benchmark); each
+backend implements these steps.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ OFFLINE = "offline"
 
 @dataclass(frozen=True)
 class Target:
-    """Project of a tracking backend, to which runs are written or from which results are read.
+    """Project of a tracking backend, for writing runs or reading results.
 
     Attributes:
         backend: Name of a registered backend, such as `mlflow`.
@@ -253,8 +252,7 @@ class Backend(ABC):
             charts: Name → Plotly figure of the summary run.
             tables: Name → additional table of the summary run, derived from the artifacts.
             selection: Rule that selects the ablations to publish as separate runs.
-            answer: Sentence with the conclusion from this benchmark alone; part of the summary
-                run's note.
+            answer: Sentence with the benchmark's conclusion, for the note of the summary run.
 
         Returns:
             The numbers of created, updated and unchanged runs, and their location.
@@ -330,7 +328,7 @@ class Backend(ABC):
 
     @contextmanager
     def _one_writer(self, problem: str, advice: str = "") -> Iterator[None]:
-        """Lock the project in a `with` block; backends would accept duplicate run keys."""
+        """Lock the project in a `with` block, so that only one process writes to it."""
         with self._explained(problem, advice), lock_file(self._lock(), _LOCK_SECONDS):
             yield
 
@@ -403,7 +401,7 @@ def build_error(
 
 
 class Service(ABC):
-    """Interface of a tracking backend for other packages, which does not import the backend's SDK.
+    """Interface of a tracking backend that can be used without importing the backend's SDK.
 
     The default implementations suit a backend that stores runs on this machine and needs no login.
     """
@@ -425,7 +423,6 @@ class Service(ABC):
         Args:
             part: `runs` opens a `Backend`, `live runs` a `LiveRun`, and `lighter models` a
                 `Models`. `trial` and `sweep` are only for services that set `sweep_variable`.
-                Callers request only parts that the service supports.
             project: Name of the project, in the form that the backend expects. For a sweep, this is
                 the path of the sweep.
             results: The results folder.
@@ -479,17 +476,17 @@ class Service(ABC):
         """Convert a stored address to a target to which the current environment can publish.
 
         TrackingError is raised if the login of the configured server would be sent to the stored
-        server. The error message contains the command that the user can type instead.
+        server.
         """
         return address
 
     def store(self, results: Path, server: str | None) -> tuple[str | None, Path | None]:
-        """Return what identifies the storage of runs: server setting, and local path if any."""
+        """Return the server setting and the local path that identify the storage of runs."""
         return server or self.server(), None
 
 
 def login_error(address: Target, setting: str, results: Path) -> TrackingError:
-    """Build the error that the login of one server would be sent to another, stored server."""
+    """Build the error for a login that would be sent to the wrong server."""
     command = sync_command(results.absolute(), f"{address.backend}:{address.project}")
     return TrackingError(
         "these results are on another server than the configured one, and a login is sent only to "

@@ -52,12 +52,11 @@ def tracked_name(name: str) -> str:
 
 
 def curve_name(run: Change, figure: str) -> str:
-    """Return the name of the curve to which an ablation's metric belongs; curves run over layers.
+    """Return the name of the curve over layers to which an ablation's metric belongs.
 
     For removals of single whole layers, the curve has the name of the metric, such as
-    `accuracy_drop`. Examples for other ablations are `attention/accuracy_drop`,
-    `span4/accuracy_drop`, `head/3/accuracy_drop`, `int4/mlp.down_proj/accuracy_drop` and
-    `repeat/x3/span4/accuracy_drop`.
+    `accuracy_drop`. Other ablations have a prefix, as in `head/3/accuracy_drop` or
+    `span4/accuracy_drop`.
     """
     component = "" if run.kind.word == "layer" else f"{run.kind.word}/"
     number = "" if run.kind.part is None else f"{run.kind.part}/"
@@ -91,7 +90,7 @@ def intact_metrics(cell: CellRecord) -> dict[str, float]:
     """Return the metrics of the unablated model, with the same names as in `run_metrics`.
 
     The unablated model is the intact model, or lacks the layers that all runs of the benchmark
-    remove. The drop of the intact model is 0 by definition. Undefined metrics are left out.
+    remove. The drop of the intact model is 0. Undefined metrics are left out.
     """
     baseline, chance = cell.baseline.value, cell.chance_accuracy
     values: dict[str, float | None] = {"n": float(cell.n)}
@@ -114,8 +113,7 @@ def intact_metrics(cell: CellRecord) -> dict[str, float]:
 def cell_figures(cell: CellRecord) -> dict[str, float | None]:
     """Return the summary metrics of a model and benchmark; undefined metrics are None.
 
-    Accuracies are fractions, and a loss has the unit of the metric. Correlations have names such as
-    `spearman/cosine_score/all`.
+    Accuracies are fractions, and a loss has the unit of the metric.
     """
     names = [
         *("n", "tokens", "seconds", "peak_bytes", "compared", "compared_difference"),
@@ -214,8 +212,7 @@ def logged_documents(decisions: DecisionsRecord) -> LoggedTable:
     """Build the table of the documents that ablations make wrong or right.
 
     For each ablation, only the documents whose margins change most are included. The columns
-    `choice` and `gold` are numbers of answer options (0-based), and `margin` is in nats, as in
-    `DecisionsRecord`.
+    `choice` and `gold` are numbers of answer options (0-based), and `margin` is in nats.
     """
     question_columns = ("task", "document", "question", "choices", "gold", "answer")
     change_columns = ("layer", "component", "span", "intervention")

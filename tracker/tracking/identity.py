@@ -19,9 +19,7 @@ def run_key(cell: CellRecord, ablation: str, view_name: str | None = None) -> st
     """Return the key that identifies a run on every machine and at any time.
 
     The key contains the selected documents, the metric, and the layers that all runs remove
-    (together called the view). The same ablation in another view is another run. For example,
-    removing layer 5 from the intact model and removing layer 5 from a model without layer 4 are two
-    runs.
+    (together called the view). The same ablation in another view is another run.
 
     Args:
         cell: The record of the cell (model and benchmark) to which the run belongs.
@@ -30,8 +28,7 @@ def run_key(cell: CellRecord, ablation: str, view_name: str | None = None) -> st
             view.
 
     Returns:
-        The key of the cell, the name of the view (left out for `INTACT_VIEW`) and the ablation,
-        separated by `/`.
+        Cell key, view name (left out for `INTACT_VIEW`) and ablation, separated by `/`.
     """
     view_name = view_name or cell.view
     key = cell.key if view_name == INTACT_VIEW else f"{cell.key}/{view_name}"
@@ -41,7 +38,7 @@ def run_key(cell: CellRecord, ablation: str, view_name: str | None = None) -> st
 def run_name(cell: CellRecord, change: Change) -> str:
     """Return the display name of an ablation's run: `layer 03 · arc_easy · SmolLM2-135M`.
 
-    Layer numbers are padded with zeros, so that names sort in the order of the numbers.
+    Layer numbers are padded with zeros.
     """
     without = f" without {', '.join(map(str, cell.removed))}" if cell.removed else ""
     return _join_name(f"{change.label(max(2, len(str(cell.model.layers - 1))))}{without}", cell)
@@ -56,8 +53,7 @@ def intact_name(cell: CellRecord) -> str:
     """Return the display name of the unablated model's run: `intact · arc_easy`.
 
     The unablated model is intact, or it lacks the layers that are removed in every run of the
-    benchmark. In a search for layers to remove, later steps start from such a model, and have no
-    run of the intact model.
+    benchmark.
     """
     return _join_name(start_label(cell), cell)
 

@@ -1,10 +1,8 @@
 """Call the SDK of a tracking backend in a separate process.
 
-The W&B SDK has one session per process, with settings, a service process and open runs. If a
-notebook already uses W&B, a failure of tracker's runs must not affect the runs of the notebook.
-After an outage, the service process can also prevent the main process from ending. So tracker uses
-W&B in a separate process. Live runs have their own separate process; if the measurement is killed,
-this process survives and marks the live runs as killed.
+The W&B SDK has one session per process. If a notebook also uses W&B, a failure of tracker's runs
+must not affect the notebook's runs. So tracker uses W&B in a separate process. Live runs have
+another process. It survives if the measurement is killed, and then marks the live runs as killed.
 """
 
 from __future__ import annotations

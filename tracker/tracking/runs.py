@@ -165,7 +165,7 @@ def _rounding_sentence(
 
 
 def _removal_text(cell: CellRecord) -> str:
-    """Return a part of the summary note: which ablations there are, and how curves are named."""
+    """Return the part of the summary note about the ablations and the names of curves."""
     kinds = dict.fromkeys(run.change.kind for run in cell.runs)
     text = "one layer is removed"
     if any(kind != WHOLE_LAYER for kind in kinds):
@@ -214,14 +214,12 @@ class DescribedRun:
             for an ablation.
         name: Display name of the run.
         note: Note of the run in Markdown.
-        record: Record whose digest, with the run's name and files, decides whether a published run
-            needs an update.
-        figures: Name → value of each metric, without undefined metrics. Every backend accepts the
-            names.
+        record: Record from which the digest is computed; a published run is updated if the digest
+            changes.
+        figures: Name → value of each metric, without undefined metrics.
         reasons: Name of an undefined metric → reason why it is undefined.
         run: Record of the ablation; None for a summary run or the unablated model.
-        curves: For each ablation, its layer, and the values by curve name that are plotted at this
-            layer.
+        curves: For each ablation, its layer, and the plotted values by name of the curve.
         tables: Name → table to attach to the run.
         charts: Name → chart to attach to the run.
         files: Files to attach to the run.
@@ -290,8 +288,7 @@ class DescribedRun:
     def config(self) -> dict[str, Any]:
         """Nested dictionary of all settings that identify the run; names contain no periods.
 
-        Settings have the same names as in the trials of a sweep, so that a filter finds published
-        runs and trials alike.
+        Settings have the same names as in the trials of a sweep.
         """
         cell, outcomes = self.cell, self.outcomes
         return {
@@ -336,9 +333,8 @@ def individual_runs(cell: CellRecord, selection: RunSelection) -> list[RunRecord
     """List the ablations that become separate runs in a backend.
 
     By default, if there are more than `MAX_OWN_RUNS` ablations of one kind, such as attention
-    heads, this kind gets no separate runs. The ablations of this kind then appear only in the table
-    and the map of the summary run. With the selection `all`, every ablation becomes a separate run;
-    with `cells`, none does.
+    heads, this kind gets no separate runs. These ablations then appear only in the summary run.
+    With the selection `all`, every ablation becomes a separate run; with `cells`, none does.
     """
     # Whole layers are counted separately from spans.
     count = Counter(map(_run_family, cell.runs))
@@ -361,8 +357,8 @@ def describe_runs(
 ) -> list[DescribedRun]:
     """Describe all runs to publish for a model and benchmark, in the order of writing.
 
-    Backends list the newest run first. So the order is reversed: first the ablations, from the last
-    to the first, then the unablated model, and finally the summary run.
+    Backends list the newest run first. So the ablations come first, in reverse order, and the
+    summary run comes last.
     """
     runs = [describe_run(cell, run) for run in reversed(individual_runs(cell, selection))]
     return [*runs, describe_intact(cell), describe_cell(cell, files, charts, tables, answer)]
@@ -374,13 +370,13 @@ def move_runs(by_key: dict[str, Run], cell: CellRecord, runs: Iterable[Described
     Args:
         by_key: Run key → run in the backend. The function changes this dictionary: runs of replaced
             views get their new keys.
-        cell: Record of the larger measurement, which lists the views (selections of runs and
-            documents) that it replaces.
+        cell: Record of the larger measurement, which lists the replaced views (selections of runs
+            and documents).
         runs: Descriptions of the runs of the larger measurement.
 
     Returns:
-        The runs to delete: an old run whose new key already has a run, or whose ablation the new
-        view does not contain.
+        The runs to delete, because the new key already has a run or the larger measurement lacks
+        the ablation.
     """
     keys, obsolete_runs = {run.key for run in runs}, []
     for view in cell.supersedes:

@@ -128,8 +128,7 @@ def _follow_perturbations(
     """Perturb each layer in `layers`; return the relative differences after all later layers.
 
     The result has the shape [perturbations + 1, perturbed layer, later layer, tokens]. The last
-    entry of the first axis is *carried* of `perturbation_growth`. Entries that are not measured are
-    zeros.
+    entry of the first axis is *carried* of `perturbation_growth`. Unmeasured entries are zero.
     """
     n_layers, n_perturbations = len(engine.loaded.layers), directions.n_per_layer
     size = max(1, (engine.count_streams(len(tokens)) - 1) // n_perturbations)
@@ -141,7 +140,7 @@ def _follow_perturbations(
 
 @dataclass(frozen=True)
 class _Directions:
-    """Generator of the perturbed states of each layer in one text; `name` is the random seed."""
+    """Generator of perturbed layer outputs for one text; `name` is the random seed."""
 
     name: str
     draws: int
@@ -163,7 +162,7 @@ class _Directions:
         return [state.to(outputs.dtype) for state in states]
 
     def _shuffle(self, layer: int, tokens: int) -> Tensor:
-        """Return the index of another token for each token, from a random cyclic permutation."""
+        """Return a random permutation of the tokens in which no token keeps its place."""
         token_order = torch.randperm(tokens, generator=self._make_generator(f"{layer}/shuffled"))
         source_tokens = torch.empty_like(token_order)
         source_tokens[token_order] = token_order.roll(1)
@@ -176,11 +175,10 @@ class _Directions:
 
 @dataclass
 class _PerturbedPass:
-    """A forward pass that perturbs the layers in `group` and writes the effects to `differences`.
+    """A forward pass that perturbs the layers in `group` and measures the effects.
 
     During the forward pass, the hidden state after a layer has the shape [streams, tokens, …].
-    Stream 0 is the intact model. Each perturbation of a layer adds a stream, which continues
-    through all later layers.
+    Stream 0 is the intact model. Each perturbation of a layer adds a stream.
     """
 
     engine: Engine
@@ -203,7 +201,7 @@ class _PerturbedPass:
             raise RefusalError(f"the {n_layers} layers run {self._n_seen} times in total in a pass")
 
     def _plan(self) -> StreamPlan:
-        """Return a plan with a new stream per perturbation, which skips the perturbed layer."""
+        """Return a plan with one stream per perturbation."""
         steps, n_streams = [], 1
         for layer in range(len(self.engine.loaded.layers)):
             n_new = self.directions.n_per_layer if layer in self.group else 0
@@ -213,7 +211,7 @@ class _PerturbedPass:
         return StreamPlan(tuple(steps), ())
 
     def _perturb_states(self, layer: int, states: Tensor) -> None:
-        """Perturb the layer's output; measure how far each stream is from the intact model."""
+        """Perturb the layer's output and measure each stream's distance from the intact model."""
         self._n_seen += 1
         if states.shape[1] != self.differences.shape[-1]:
             shape = tuple(states.shape)
@@ -234,7 +232,7 @@ class _PerturbedPass:
 def _hook_outputs(
     layers: nn.ModuleList, visit: Callable[[int, Tensor], None]
 ) -> AbstractContextManager[None]:
-    """Call `visit` with each layer's number and output; `visit` can change the output in place."""
+    """Call `visit` with each layer's number and output, which can be changed in place."""
 
     def hook(index: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         visit(index, first_output(output))
@@ -266,14 +264,14 @@ def _widen(state: Tensor) -> Tensor:
 
 
 def _token_norms(state: Tensor) -> Tensor:
-    """Compute the norm of each token's state [tokens, 1, …], over all parallel residual streams."""
+    """Compute the norm of each token's state, with the shape [tokens, 1, …]."""
     dims = tuple(range(1, state.ndim))
     norm: Tensor = torch.linalg.vector_norm(_widen(state), dim=dims, keepdim=True)
     return norm
 
 
 def _scale(direction: Tensor, size: Tensor) -> Tensor:
-    """Scale each token's vector in `direction` to the norm in `size`; zero vectors stay zero."""
+    """Scale each token's vector to the norm in `size`; zero vectors stay zero."""
     norm = _token_norms(direction)
     return direction * torch.where(norm > 0, size / norm, 0)
 

@@ -1,4 +1,4 @@
-"""Measure the errors of quantised linear maps, to help choose the bits per weight of each map.
+"""Measure the errors of quantised linear maps, to help choose the bits per weight.
 
 The embedding and the output head also count as linear maps.
 """
@@ -34,16 +34,15 @@ def compare_embeddings(
     """Yield exact and quantised outputs of the embedding and the output head for a text.
 
     Args:
-        engine: The engine, whose model reads the tokens.
+        engine: The engine of the model that reads the tokens.
         tokens: Token ids of the text.
         start: Index of the first token whose outputs are yielded.
         maps: Changes that quantise one linear map each. Only changes of the embedding and the
             output head are used.
 
     Yields:
-        The index of a map in `maps`, the exact output for some tokens [tokens, …], and the output
-        with quantised weights. The output of the embedding consists of the rows for the tokens. The
-        output of the output head consists of the logits before scaling or soft-capping.
+        (Index of a map in `maps`, exact output [tokens, …], output with quantised weights). The
+        output head's logits are compared before scaling or soft-capping.
     """
     numbers = [number for number, change in enumerate(maps) if change.is_outer]
     if not numbers:
@@ -81,15 +80,14 @@ _MapIndices = dict[tuple[int, str], list[int]]
 
 @torch.inference_mode()
 def weight_errors(engine: Engine, maps: Sequence[Change]) -> Tensor:
-    """Compute the relative error of quantised weights, which does not depend on a text.
+    """Compute the relative error of quantised weights.
 
     Args:
         engine: The engine of the model.
         maps: Changes that round a single linear map to a format.
 
     Returns:
-        For each map, the squared norm of the error divided by the squared norm of the weight
-        [maps], float64.
+        Squared norm of the error divided by squared norm of the weight, for each map, in float64.
     """
     errors = torch.zeros(len(maps), dtype=torch.float64)
     weights = engine.anatomy.weights
@@ -116,20 +114,18 @@ def rounding_errors(
     """Measure the output errors of quantised linear maps, with inputs from the intact model.
 
     Args:
-        engine: The engine, whose model reads the document.
+        engine: The engine of the model that reads the document.
         document: The document that is read: context and gold continuation, or the windows of a
             rolling text.
         maps: Changes that round a single linear map to a format.
 
     Returns:
-        Tensors of sums over the document's tokens, in float64. `tokens` []: the number of tokens of
-        the document. The other entries have one sum per map [maps]. `output_error`: squared
-        distance of the exact and the quantised output.
+        Sums over the document's tokens, in float64. `tokens` is the number of tokens. The other
+        tensors contain one sum per map. `output_error`: squared distance of the exact and the
+        quantised output.
         `output_size`: squared norm of the exact output. `output_angle`: 1 minus the cosine
-        similarity of the exact and the quantised output. For a map inside a mixture of experts, the
-        output of each expert is compared before the router's weight is applied. `output_error` and
-        `output_size` are summed over the experts of a token; `output_angle` is averaged over these
-        experts.
+        similarity of the exact and the quantised output. In a mixture of experts, each expert's
+        output is compared before the router's weight is applied.
 
     Raises:
         CellError: The model's code does not allow computing the output of a single expert.
@@ -175,7 +171,7 @@ def _map_outputs(linear: LinearMap, weight: Tensor, start: int, *call: Any) -> _
 
 
 def _expert_outputs(linear: LinearMap, weight: Tensor, start: int, *call: Any) -> _Pairs:
-    """Yield exact and quantised outputs of each token's first expert, then second expert, etc."""
+    """Yield the exact and quantised outputs of the experts that the router selects."""
     args, kwargs, _ = call
     if not integer_tables((*args, *kwargs.values())):
         raise CellError(

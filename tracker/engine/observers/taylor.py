@@ -1,6 +1,6 @@
 """Measure first-order Taylor terms: the gradient of the loss times the change of an output.
 
-A forward and a backward pass of the intact model give the terms of all changes in a text.
+One forward and one backward pass give the terms of all changes for a text.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ def measure_taylor(
 ) -> dict[Change, float]:
     """Measure the first-order Taylor term of each change in a document.
 
-    The term estimates how much the change increases the loss, which is the negative log-likelihood
-    of the predicted tokens. For each token, the gradient of the loss with respect to an output is
-    multiplied by the change of this output. The products are summed over the tokens.
+    The term estimates how much the change increases the loss (negative log-likelihood). The
+    gradient of the loss for each output is multiplied by the change of the output, and the products
+    are summed over the tokens.
 
     Args:
-        engine: The engine with the intact model, whose weights are not offloaded.
+        engine: The engine with the intact model. Its weights must not be offloaded.
         document: The document that the model reads.
         changes: Changes for which `Change.has_taylor` is true.
 
@@ -72,7 +72,7 @@ def measure_taylor(
 
 @dataclass
 class _Call:
-    """Call of a module in the forward pass, and the gradient of the loss for the call's output."""
+    """A call of a module, with the gradient of the loss for the call's output."""
 
     module: nn.Module
     args: tuple[Any, ...]
@@ -82,14 +82,14 @@ class _Call:
 
     @cached_property
     def weight_gradient(self) -> Tensor:
-        """Gradient of the loss for the weight of a linear map [outputs, inputs], in float32."""
+        """Gradient of the loss for a linear map's weight, in float32."""
         states = input_state(self.args, self.kwargs)
         gradients, inputs = (t.float().flatten(0, -2) for t in (self.gradient, states))
         return gradients.T @ inputs
 
     @cached_property
     def expert_terms(self) -> dict[Any, float]:
-        """Number of an expert → term of the expert's output, weighted by the router."""
+        """Number of each expert → Taylor term of its output."""
         terms: dict[Any, float] = {}
         gradient = self.gradient.float().flatten(0, -2)
         calls = single_expert_outputs(self.module.forward, self.args, self.kwargs)
@@ -207,7 +207,7 @@ def _compute_terms(
 
 
 def _find_terms(engine: Engine, change: Change) -> Iterator[tuple[nn.Module, _Term]]:
-    """Yield the modules whose outputs a change affects first, with functions for their terms."""
+    """Yield each module that a change affects directly, with a function for its term."""
     anatomy, number = engine.anatomy, change.layer
     layer, component = engine.loaded.layers[number], change.component
     if change.intervention != "remove":
@@ -249,7 +249,7 @@ def _removal_term(call: _Call) -> float:
 
 
 def gate_gradient(engine: Engine, tokens: Sequence[int], start: int) -> Tensor:
-    """Compute the derivative of a text's loss with respect to a gate on each layer's update."""
+    """Compute the gradient of a text's loss for a gate on each layer's update."""
     layers = engine.loaded.layers
     with torch.inference_mode(False), torch.enable_grad(), ExitStack() as stack:
         gates = torch.ones(len(layers), device=engine.loaded.device, requires_grad=True)
@@ -263,7 +263,7 @@ def gate_gradient(engine: Engine, tokens: Sequence[int], start: int) -> Tensor:
 def _apply_gate(
     layer: nn.Module, forward: Callable[..., Any], gate: Tensor, *args: Any, **kwargs: Any
 ) -> Any:
-    """Run a layer and multiply the layer's update by a gate of 1, to get a gradient of the gate."""
+    """Run a layer and multiply the layer's update by a gate."""
     inputs, output = call_protected(layer, forward, args, kwargs)
     outputs = first_output(output)
     update = (outputs - inputs.to(outputs.device)).detach()

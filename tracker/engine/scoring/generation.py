@@ -1,9 +1,8 @@
 """Generate texts for all ablations at once, in a batch with one row per ablation.
 
-The model reads the prompt once for all ablations, as in scoring. The keys and values of each layer
-are then copied to every ablation that passes through the layer's attention. The model's own
-generation code continues with one row per ablation. Ablations are processed in groups that fit into
-memory.
+The model reads the prompt once for all ablations, as in scoring. Then the keys and values are
+copied for each ablation, and the model's own generation code continues with one row per ablation.
+Ablations are processed in groups that fit into memory.
 """
 
 from __future__ import annotations
@@ -37,23 +36,20 @@ from tracker.schema.changes import Ablation
 def fork_decoding(
     engine: Engine, ablations: Ablations, prompt: Sequence[int], prefix: Prefix | None
 ) -> Iterator[Cache]:
-    """Yield a cache with which the model continues one prompt under every ablation at once.
+    """Read a prompt, and yield a cache to continue the prompt under all ablations.
 
     The model is changed until the context exits. Ablations share computation while the model reads
-    the prompt, as in scoring. After the prompt, ablations share nothing, because the generated
-    texts soon differ: each ablation has its own row of the batch in every layer. A layer computes
-    only the rows of ablations that do not skip the layer, with separate keys and values per row.
+    the prompt, as in scoring. After the prompt, each ablation is a separate row of the batch.
 
     Args:
         engine: The engine of the model that generates.
         ablations: The ablation of each row of the batch, including the baseline.
         prompt: The prompt's token ids.
-        prefix: A beginning of the prompt that the model has already read for these ablations; None
-            if there is none.
+        prefix: A beginning of the prompt that the model has already read, or None.
 
     Yields:
-        A cache with the keys and values of all tokens of the prompt except the last token. Forward
-        passes with this cache must have one row per ablation, in the order of `ablations`.
+        A cache with the keys and values of the prompt without its last token. Forward passes with
+        this cache must have one row per ablation, in the order of `ablations`.
     """
     layers, plan = engine.loaded.layers, engine.plan(ablations)
     n_prefix = 0 if prefix is None else len(prefix.tokens)
@@ -83,12 +79,11 @@ def fork_decoding(
 
 
 def _spread_cache(cache: Cache, plan: StreamPlan, tokens: int) -> Cache:
-    """Return a copy of the prompt's cache with one batch row per ablation in each layer.
+    """Copy the prompt's cache, with one batch row per ablation in each layer.
 
-    In `cache`, ablations that compute the same attention in a layer share a row: [rows, heads,
-    tokens, size]. `plan.attention_paths` contains the index of the row for each ablation. The copy
-    has a separate row for each ablation that runs the attention, [ablations, heads, tokens, size],
-    in the order of the ablations.
+    In `cache`, ablations with the same attention in a layer share a row. `plan.attention_paths`
+    contains the index of the row for each ablation. The copy has a separate row for each ablation
+    that runs the attention.
     """
     if not cache.layers:
         return new_cache()
@@ -124,7 +119,7 @@ def generation_groups(
 def prepare_generation(
     engine: Engine, ablations: Ablations, prompt: Sequence[int]
 ) -> Iterator[dict[str, Any]]:
-    """Yield arguments of `generate` that continue one prompt with one batch row per ablation.
+    """Yield the arguments of `generate` to continue a prompt under all ablations.
 
     `generate` is the method of transformers. The arguments contain the cache of the prompt. For a
     model without a cache, there are no arguments. The model is changed until the context exits.

@@ -1,7 +1,6 @@
-"""Run the embedding, and the output head at predicting tokens, with exact or quantised weights.
+"""Run the embedding and the output head, with exact or quantised weights.
 
-Quantised weights are used in the model's own modules, so all other computations of the model
-(scaling, positions, soft-capping) stay the same.
+The model's own modules run with the quantised weights.
 """
 
 from __future__ import annotations
@@ -41,8 +40,7 @@ class Predictions(NamedTuple):
     Attributes:
         logprobs: Log-probability of each predicted token [streams, predicted], in the model's
             dtype.
-        greedy: True for each predicted token that has the highest logit of the vocabulary [streams,
-            predicted].
+        greedy: True for each predicted token with the highest logit [streams, predicted].
     """
 
     logprobs: Tensor
@@ -59,19 +57,13 @@ class _States(BaseModelOutputWithPast):  # type: ignore[misc]
 class Head:
     """The computations of a model after its last layer: projection, soft-capping and scaling.
 
-    The logits of all streams, [streams, predicting tokens, vocabulary], can take gigabytes, so the
-    head processes the states in chunks of streams. On a CPU in full precision, the vocabulary is
-    also cut into blocks of `VOCABULARY_BLOCK` tokens. For each block, the projection uses only the
-    block's rows of the weight, [block, hidden]. The rest of the head (soft-capping, scaling) then
-    runs as usual. Of a block's logits, [streams, predicting tokens, block], only three results are
-    stored: the maximum with its index, the log-sum-exp, and the logits of predicted tokens. The
-    log-sum-exp of all blocks' log-sum-exps equals the log-sum-exp over the whole vocabulary. A
-    predicted token's log-probability is its logit minus this log-sum-exp. The result equals the
-    log-softmax up to the order of summation.
+    All logits together can take gigabytes, so the head processes the hidden states in chunks. On a
+    CPU in full precision, the vocabulary is also cut into blocks of `VOCABULARY_BLOCK` tokens. For
+    each block, the head stores only the maximum with its index, the log-sum-exp, and the logits of
+    predicted tokens. These results are combined into the log-softmax over the whole vocabulary.
 
-    Blocks give exact results if the projection is linear and no later step of the head mixes logits
-    of different tokens. `_is_separable` tests whether the logits are mixed. In half precision, the
-    vocabulary is not cut, because lm-eval rounds after the log-softmax over the whole vocabulary.
+    Blocks give exact results if no step of the head mixes logits of different tokens, which
+    `_is_separable` tests.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -131,7 +123,7 @@ class Head:
     def _score_whole(
         self, output: ModelOutput, predictor: Tensor, predicted: Tensor
     ) -> Predictions:
-        """Score predicted tokens by a log-softmax in the logits' dtype, like lm-eval's default."""
+        """Score predicted tokens by a log-softmax in the logits' dtype, as lm-eval does."""
         logprobs = functional.log_softmax(self._logits(output), dim=-1)
         argmax = logprobs.max(-1).indices  # the first of equals, as argmax, in half its time
         return Predictions(logprobs[:, predictor, predicted], argmax[:, predictor] == predicted)
@@ -139,9 +131,9 @@ class Head:
     def _score_in_blocks(
         self, output: ModelOutput, predictor: Tensor, predicted: Tensor
     ) -> Predictions:
-        """Score predicted tokens, computing the logits of one block of the vocabulary at a time.
+        """Score predicted tokens, with one block of the vocabulary at a time.
 
-        If several tokens have the highest logit, the first of these tokens counts as the argmax.
+        If several tokens have the highest logit, the first one counts as the argmax.
         """
         states = output.last_hidden_state
         maxima: list[Tensor] = []
@@ -175,12 +167,9 @@ class Head:
     def _logits(self, output: ModelOutput) -> Tensor:
         """Compute logits [streams, tokens, vocabulary] with the output head of the model's code.
 
-        The code of the head differs between architectures and is part of the model's `forward`
-        method, so it cannot be called separately. Instead, the whole model is called on one
-        placeholder token id, while a function replaces the part of the model before the head. This
-        function returns `output`, with the states [streams, tokens, hidden] as `last_hidden_state`.
-        RefusalError is raised if the function was not called, or if the logits do not have one row
-        for each state. These two checks detect a head that does not read the given states.
+        The head is part of the model's `forward` method and cannot be called separately. So the
+        whole model is called, and a function that returns `output` replaces the part before the
+        head. RefusalError is raised if the head does not use `output`.
         """
         calls = []
 
@@ -201,10 +190,8 @@ class Head:
     def _is_separable(self, blocks: list[tuple[int, int]]) -> bool:
         """Return whether the head computes each token's logit independently of other logits.
 
-        The test compares the logits of four states [1, 4, hidden], computed at once and in blocks
-        of the vocabulary. The states are rows of the projection's weight. The two results are equal
-        for a head with soft-capping, which changes each logit separately. They differ for a head
-        that normalises over the vocabulary.
+        The test compares logits computed at once with logits computed in blocks of the vocabulary.
+        They differ for a head that normalises over the vocabulary.
         """
         weight = self._projection.weight
         states = weight[torch.linspace(0, len(weight) - 1, 4).long()][None]
@@ -220,7 +207,7 @@ class Head:
 def use_row_formats(
     embeddings: Embeddings, name: str, formats: Sequence[str | None]
 ) -> AbstractContextManager[None]:
-    """Use a separate weight format per batch row in the embedding or output head, until exit."""
+    """Use a weight format for each batch row in the embedding or output head, until exit."""
     module = embeddings[name].module
     forward: Callable[[Tensor], Tensor] = module.forward
     rows_by_format = group_by(range(len(formats)), lambda row: formats[row])

@@ -1,8 +1,7 @@
 """Build attention masks for a row of requests that share tokens in a prefix tree.
 
 A token of the tree attends only to itself and to its ancestors within the layer's attention window.
-The windows are not read from the configuration. Instead, the windows are derived from the masks
-that the model passes to its layers for a plain text.
+The windows are derived from the masks that the model passes to its layers for a plain text.
 """
 
 from __future__ import annotations
@@ -30,10 +29,9 @@ class AttentionWindows:
 
     Attributes:
         tokens: The maximum length of texts for which the windows are valid.
-        starts: For each layer, a tensor [tokens] with the first position that each position attends
-            to. Layers with equal windows share one tensor. None for a layer whose positions attend
-            to all earlier positions, and for a layer that gets no mask of shape [1, 1, tokens,
-            tokens].
+        starts: For each layer, a tensor [tokens] with the first position that each token attends
+            to. Layers with equal windows share one tensor. None for a layer without a window, or
+            without a mask of shape [1, 1, tokens, tokens].
     """
 
     tokens: int
@@ -44,12 +42,10 @@ class AttentionWindows:
 def find_attention_windows(
     base: PreTrainedModel, layers: nn.ModuleList, tokens: int, device: torch.device
 ) -> AttentionWindows:
-    """Find the attention windows of all layers from the masks that the model builds for a text.
+    """Find the attention windows of all layers from the model's attention masks.
 
-    The layers run only once, on two tokens. For the text, each layer is replaced by a function that
-    records the mask and returns the layer's input state. If a layer has further outputs, the
-    function returns those from the two tokens, so that the model can continue. A recorded mask has
-    the shape [1, 1, tokens, tokens].
+    The layers run only once, on two tokens. For the longer text, each layer is replaced by a
+    function that records the mask.
     """
     layer_outputs: dict[int, Any] = {}
     masks: list[Any] = [None] * len(layers)
@@ -98,12 +94,11 @@ def mask_position(layer: nn.Module) -> int | None:
 
 
 def find_first_visible(mask: object, tokens: int) -> Tensor | None:
-    """Return the first position that each token attends to, derived from an attention mask.
+    """Find the first position that each token attends to, from an attention mask.
 
     The mask has the shape [1, 1, tokens, tokens], and the returned tensor has the shape [tokens].
     Returns None if every token sees all earlier tokens, or if the mask has another shape. Raises
-    RefusalError for masks with a bias or a gap, because no equivalent mask for a prefix tree is
-    known.
+    RefusalError for masks with a bias or a gap.
     """
     if not isinstance(mask, Tensor) or mask.ndim != 4 or mask.shape[-2:] != (tokens, tokens):
         return None
@@ -123,20 +118,14 @@ def find_first_visible(mask: object, tokens: int) -> Tensor | None:
 class Masks:
     """The attention masks of one row; layers with equal attention windows share one mask.
 
-    A mask has the shape [1, 1, tokens, prefix + tokens]. A row contains a flattened prefix tree of
-    requests: each node is a token, and `row.ancestors[i, j]` is True if node j is node i or its
-    ancestor. The masks replace the model's causal masks. A node attends to the cached prefix, its
-    ancestors and itself, but not to its siblings. So a node attends to exactly the same tokens as
-    in a separate forward pass over the text that ends with the node. In a layer with an attention
-    window, a node attends only to the last tokens of its text. The layer's tensor in
-    `AttentionWindows.starts` contains the first visible depth for a node at each depth; ancestors
-    at smaller depths are masked. The position of a node is its depth in the tree, not its index in
-    the row. Masked entries are the lowest number of the dtype, as in transformers. A boolean mask
-    would be slower, because attention would convert the mask to numbers in each layer. The masks
-    are built on the device.
+    A mask has the shape [1, 1, tokens, prefix + tokens]. A row contains a prefix tree of requests,
+    and each node of the tree is a token. The masks replace the model's causal masks. A node attends
+    to the cached prefix, its ancestors and itself, but not to its siblings. In a layer with an
+    attention window, a node attends only to the last tokens of its text. The position of a node is
+    its depth in the tree. Masked entries are the lowest number of the dtype, as in transformers.
 
-    `windows` must be valid for texts as long as the depth of the row's tree, and `row.spans` must
-    be set. A row without `spans` needs no mask. `layer_masks` contains the mask of each layer.
+    `windows` must cover the longest text of the row, and `row.spans` must be set. A row without
+    `spans` needs no mask. `layer_masks` contains the mask of each layer.
     """
 
     def __init__(

@@ -1,7 +1,6 @@
 """Access a model's layers and their modules, and cache facts about the model.
 
-This module also defines which computations ablations share and which side effects calls of a model
-have, and it makes changed copies of a model.
+This module also makes changed copies of a model.
 """
 
 from __future__ import annotations
@@ -59,9 +58,8 @@ class Sharing:
         depth: Whether layers below a removed layer are computed once for all ablations.
         tokens: Whether common beginnings of requests in one forward pass are computed once.
         prefix: Whether the common beginning of all documents is computed once for all rows.
-        calls: Whether texts of equal length are computed in one call, with logits at predicting
-            tokens only. Otherwise, each request is a separate call of the unchanged model, which
-            computes all logits.
+        calls: Whether texts of equal length are computed in one call. Otherwise, each request is a
+            separate call of the unchanged model.
     """
 
     depth: bool = True
@@ -89,15 +87,13 @@ class Quirks:
 
     Attributes:
         lengths: Text lengths at which the model switches to a different computation.
-        leftovers: Model attributes that each call changes and that affect the next call, with their
-            original values.
+        leftovers: Attributes that each call changes and the next call uses, with their original
+            values.
         first: Attributes and weights that the first call of the model changes permanently, with
             their original values.
-        in_place: Whether a removed layer stays in the model and returns its input, because the
-            layer cannot be cut out of the model.
-        as_loaded: Whether a copy without some layers gets the attribute values that the model's
-            class would compute when loading a checkpoint of this copy. If these values cannot be
-            determined, `in_place` decides whether removed layers stay in the copy.
+        in_place: Whether a removed layer stays in the model and returns its input.
+        as_loaded: Whether a copy without some layers gets the attribute values of a model that is
+            loaded from a checkpoint without these layers.
     """
 
     lengths: Lengths = ANY_LENGTH
@@ -131,16 +127,16 @@ def compute_logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
 
 
 def input_tokens(request: Request, max_length: int) -> tuple[int, ...]:
-    """Return a request's tokens as lm-eval passes them: truncated and without the last token."""
+    """Return the tokens that lm-eval passes to the model: truncated, without the last one."""
     return (request.context + request.continuation)[-(max_length + 1) :][:-1]
 
 
 @torch.inference_mode()
 def score_continuation(logits: Tensor, continuation: Sequence[int]) -> Response:
-    """Return the log-likelihood of a continuation, and how many of its tokens are predicted.
+    """Score a continuation as lm-eval does.
 
-    `logits` belong to the context and the continuation without its last token. The log-likelihood
-    (in nats) and the greedy flag are computed as in lm-eval.
+    `logits` are the logits for the context and the continuation, except for the last token. The
+    log-likelihood is in nats.
     """
     logits = logits[-len(continuation) :]
     tokens = torch.tensor(continuation, device=logits.device)
@@ -176,12 +172,12 @@ class EngineModel:
         loaded: The loaded model.
         max_length: Maximum number of tokens that the model reads, determined as in lm-eval.
         quirks: Side effects of calling the model.
-        memory: Maximum bytes of hidden states and cached prefixes. None means half of the free
-            memory of the device with the least free memory.
-        pass_tokens: Maximum number of tokens that one call of a layer computes on a CPU, over all
-            ablations. None derives the number from the number of threads.
-        row_multiple: Prefix trees are padded until prefix and tree together have a multiple of this
-            number of tokens, see `Row.pad_nodes`. None chooses the number by device.
+        memory: Maximum bytes of hidden states and cached prefixes. None means half of the device's
+            free memory.
+        pass_tokens: Maximum number of tokens per call of a layer on a CPU, for all ablations
+            together. None derives the number from the number of threads.
+        row_multiple: Rows are padded to a multiple of this number of tokens, see `Row.pad_nodes`.
+            None chooses the number by device.
         replacements: Layer number → function that replaces the layer.
         facts: Cached facts about the model, shared by all engines of the model.
     """
@@ -201,7 +197,7 @@ class EngineModel:
         return type(self.loaded.model).__name__
 
     def restore_state(self) -> None:
-        """Undo the side effects of the model's last call that would affect the next call."""
+        """Undo the side effects of the model's last call."""
         if self.quirks.leftovers:
             restore_state(self.loaded.model, self.quirks.leftovers)
 
@@ -211,7 +207,7 @@ class EngineModel:
 
     @torch.inference_mode()
     def read_logits(self, tokens: Sequence[int]) -> Tensor:
-        """Compute the logits [tokens, vocabulary] of a text by a call of the unchanged model."""
+        """Compute the logits [tokens, vocabulary] of a text with the unchanged model."""
         self.restore_state()
         ids = torch.tensor([tokens], device=self.loaded.device)
         return compute_logits(self.loaded.model, ids)[0]
@@ -232,7 +228,7 @@ class EngineModel:
         return self.budget // (tokens * stream_bytes(self.loaded.model))
 
     def plan(self, ablations: Ablations) -> StreamPlan:
-        """Plan at which layer each ablation's hidden states separate from the intact model's."""
+        """Return the plan for computing several ablations in one forward pass."""
         is_tied = any(ablation.outer_formats for ablation in ablations) and self.embeddings.is_tied
         # Parts of attentions and MLPs can be removed from layers that are not divided into the two.
         has_parts = any(ablation.parts for ablation in ablations)
@@ -241,7 +237,7 @@ class EngineModel:
         return plan_streams(ablations, len(self.loaded.layers), is_tied, divided)
 
     def find_anatomy(self, plan: StreamPlan) -> LayerAnatomy:
-        """Find the modules that a plan changes; return the object that stores these modules."""
+        """Find the modules that a plan changes, and return them as a `LayerAnatomy`."""
         anatomy, components = self.anatomy, {c for step in plan.steps for c in step.components}
         kinds = [PART_CLASSES[name] for name in NUMBERED_COMPONENTS if name in components]
         if "shared_expert" in components:
@@ -254,23 +250,22 @@ class EngineModel:
 
     @property
     def max_pass_tokens(self) -> int | None:
-        """The maximum number of tokens, over all ablations, per call of a layer; None: no limit."""
+        """The maximum number of tokens per call of a layer; None if there is no limit."""
         if self.loaded.device.type != "cpu" or self.loaded.offloaded is not None:
             return None
         return self.pass_tokens or PASS_TOKENS_PER_THREAD * torch.get_num_threads()
 
     @property
     def row_size_multiple(self) -> int:
-        """The number of tokens to a multiple of which a prefix and tree are padded."""
+        """The padding multiple: rows are padded to a multiple of this number of tokens."""
         default = 1 if self.loaded.device.type == "cpu" else ROW_MULTIPLE_ACCELERATOR
         return self.row_multiple or default
 
     @cached_property
     def device_replacements(self) -> Mapping[int, Replacement]:
-        """Functions that replace layers, keyed by layer number, with tensors on the layer's device.
+        """Functions that replace layers, with their tensors on the layer's device.
 
-        If weights are offloaded, the tensors stay in host memory, because the device has no room
-        for them.
+        If weights are offloaded, the tensors stay in host memory.
         """
         if self.loaded.offloaded is not None:
             return self.replacements
@@ -329,7 +324,7 @@ class EngineModel:
 
     @contextmanager
     def _isolate(self) -> Iterator[None]:
-        """Open a context whose model calls do not change the results of calls outside of it."""
+        """Undo the side effects of model calls when the context exits."""
         self.restore_state()
         offloaded = self.loaded.offloaded
         with nullcontext() if offloaded is None else offloaded.sequential_passes():
@@ -346,7 +341,7 @@ class EngineModel:
 
     @property
     def weight_cache_bytes(self) -> int:
-        """The maximum bytes of quantised weights that are kept in memory for later use."""
+        """The maximum size of the cache of quantised weights, in bytes."""
         return self.budget // 8
 
 
@@ -359,9 +354,8 @@ def make_changed_copy(model: EngineModel, ablation: Ablation, brief: bool = Fals
     Args:
         model: The model.
         ablation: The changes to apply to the copy.
-        brief: Whether the copy is only used for a few calls. If so and several layers are
-            quantised, the weights of a layer are quantised only while the layer runs, with a cache
-            of limited size.
+        brief: Whether the copy is only used for a few calls. If so, a layer's weights may be
+            quantised only while the layer runs, which saves memory.
 
     Returns:
         The changed copy.
@@ -391,10 +385,9 @@ def make_changed_copy(model: EngineModel, ablation: Ablation, brief: bool = Fals
 def _layer_changes(
     model: EngineModel, ablation: Ablation, cache: RoundedWeights | None
 ) -> Iterator[tuple[int, Callable[[nn.Module], object]]]:
-    """Yield (layer number, function that changes this layer of a copy) for an ablation.
+    """Yield each layer number that an ablation changes, with a function that changes the layer.
 
-    The function changes the weights or the output of the layer's copy. Removals and repetitions of
-    whole layers are left out. `cache` has the same meaning as for `round_layer`.
+    Removals and repetitions of whole layers are left out. `cache` is passed to `round_layer`.
     """
     for change in ablation.replacements:
         # The layer still runs; its output is dropped.
@@ -407,8 +400,7 @@ def _layer_changes(
 def stream_bytes(model: PreTrainedModel) -> int:
     """Estimate the peak bytes that a layer needs per token and ablation.
 
-    In a mixture of experts, a token takes memory in each of its experts: for the expert's input,
-    intermediate state and output.
+    In a mixture of experts, a token takes memory in each of its experts.
     """
     config = model.config.get_text_config()
 

@@ -36,8 +36,8 @@ MAX_CPU_WIDTH = 2048
 def is_worth_timing(engine: Engine) -> bool:
     """Return whether row sizes (tokens per forward pass) should be timed for this model.
 
-    Timing is worthwhile on an accelerator, and on a CPU for half-precision models that are not too
-    wide. Row sizes are not timed if weights are offloaded, or if the row size is already set.
+    Timing is worthwhile on an accelerator, and on a CPU for small half-precision models. Row sizes
+    are not timed if weights are offloaded, or if the row size is already set.
     """
     loaded = engine.loaded
     if loaded.offloaded is not None or engine.row_tokens is not None:
@@ -52,7 +52,7 @@ def row_sizes(engine: Engine) -> tuple[int, ...]:
 
 
 def find_row_size(engine: Engine) -> int:
-    """Return the fastest number of tokens per row, timed on a copy of the model's first layers.
+    """Return the fastest number of tokens per row.
 
     Args:
         engine: The engine; its model is not changed.
@@ -65,7 +65,7 @@ def find_row_size(engine: Engine) -> int:
 
 
 def time_sizes(engine: Engine) -> dict[int, float]:
-    """Score random documents with each row size; return row size → seconds, the default first."""
+    """Time each row size on random documents; return row size → seconds, the default first."""
     n_layers = len(engine.loaded.layers)
     engine_copy = engine.ablate(Ablation.from_changes(removed=range(TIMED_LAYERS, n_layers)))
     layers = range(min(TIMED_LAYERS, n_layers))
@@ -85,7 +85,7 @@ def time_sizes(engine: Engine) -> dict[int, float]:
 
 
 def choose_row_size(seconds: Mapping[int, float]) -> int:
-    """Return the fastest row size, or the default (the first) if that is nearly as fast."""
+    """Return the fastest row size, or the first size if that is nearly as fast."""
     default, best = next(iter(seconds)), min(seconds, key=lambda size: seconds[size])
     return best if seconds[best] < MAX_TIME_SHARE * seconds[default] else default
 
@@ -98,10 +98,9 @@ def make_documents(
     Args:
         engine: The engine; its model's vocabulary supplies the tokens.
         count: Number of documents.
-        tokens: Number of tokens of each document: a context of `tokens` - 1 tokens and one more for
-            an answer.
+        tokens: Number of tokens of each document: the context and one token of an answer.
         longest: Maximum number of tokens of an answer. At least one answer has one token.
-        beginning: Number of tokens at the beginning that all contexts share.
+        beginning: Number of first tokens that all contexts share.
 
     Returns:
         The documents; equal arguments always give the same documents.

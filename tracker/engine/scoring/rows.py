@@ -1,8 +1,7 @@
 """Pack requests into rows that share tokens; each row is scored in one forward pass.
 
 A row is usually a prefix tree: each node is a token, and requests share the nodes of their common
-beginning. The depth of a node is its token's position, and a node attends only to itself and its
-ancestors. For models that do not support the attention mask of a tree, a row is a batch of
+beginning. For models that do not support the attention mask of a tree, a row is a batch of
 sequences of equal length.
 """
 
@@ -42,7 +41,7 @@ class Tree:
         self._children: dict[tuple[int, int], int] = {}
 
     def insert(self, path: Sequence[int]) -> list[int]:
-        """Insert a token sequence; return the number of the tree node of each of its tokens."""
+        """Insert a token sequence; return the node number of each token."""
         nodes = []
         parent = -1
         for depth, token in enumerate(path):
@@ -56,7 +55,7 @@ class Tree:
         return nodes
 
     def count_new_nodes(self, paths: Sequence[Sequence[int]]) -> int:
-        """Count the nodes that the tree would gain if the given token sequences were inserted."""
+        """Count the nodes that inserting the token sequences would add."""
         new_paths = set()
         for path in paths:
             parent: int | None = -1
@@ -67,11 +66,11 @@ class Tree:
         return len(new_paths)
 
     def compute_spans(self) -> Tensor:
-        """Return the range of depth-first numbers of each node's subtree.
+        """Return the range of depth-first node numbers in each node's subtree.
 
         Returns:
-            Tensor [2, nodes]: for each node, the first depth-first number in its subtree, and the
-            last number plus 1. The first number is the node's own number.
+            Tensor [2, nodes]: for each node, its own number (the first in its subtree), and the
+            last number in its subtree plus 1.
         """
         # The last entry belongs to the parent of all roots, which is -1.
         nodes = len(self.parents)
@@ -89,8 +88,7 @@ class Tree:
 class Lengths:
     """Text lengths at which a model's computation changes.
 
-    Some rotary embeddings choose their factors by the last position in the forward pass. So
-    requests share a forward pass or a prefix cache only if no threshold lies between their lengths.
+    Two requests share a forward pass only if no threshold lies between their lengths.
 
     Attributes:
         thresholds: Numbers of tokens at which the computation changes.
@@ -102,11 +100,10 @@ class Lengths:
     all_differ: bool = False
 
     def side(self, tokens: int) -> int:
-        """Return a number that is equal for text lengths which the model computes in the same way.
+        """Return the number of the range of lengths to which a text length belongs.
 
         All lengths between two thresholds have the same number. A length equal to a threshold has a
-        separate number, because models differ in whether a computation changes at the threshold or
-        after the threshold.
+        separate number.
         """
         if self.all_differ and tokens >= min(self.thresholds, default=0):
             return tokens
@@ -134,11 +131,9 @@ class Row:
             predicts it [predicted].
         predicted: Ids of the predicted tokens [predicted].
         owner: For each predicted token, the index of its request in `requests` [predicted].
-        requests: For each request, the index of its document, and the request's index in this
-            document.
-        gold: Pairs of a document's index and the indices (0 to N - 1) of the tokens on which the
-            document's layer statistics (proxies) are measured, without the prefix. All rows
-            together contain each measured token once.
+        requests: For each request, the index of its document and its index in the document.
+        gold: Pairs of a document's index and the indices (0 to N - 1) of its tokens for layer
+            statistics (proxies).
         length: Number of tokens of the longest text, including the prefix.
     """
 
@@ -207,12 +202,11 @@ class Row:
 
 @dataclass(frozen=True)
 class _Sequence:
-    """Request as a token sequence, of which the last `n_scored` tokens are scored.
+    """The tokens of a request; the last `n_scored` tokens are scored.
 
-    The model reads the first `n_read` tokens: usually all tokens except the last, which is only
-    predicted. If `start` is not None, layer statistics (proxies) are measured from this token on,
-    and the model also reads the last token. Sequences with equal `side` can share a forward pass,
-    see `Lengths.side`.
+    The model reads the first `n_read` tokens, usually all except the last. If `start` is not None,
+    layer statistics (proxies) are measured from this token on, and the model also reads the last
+    token. Sequences with equal `side` can share a forward pass, see `Lengths.side`.
     """
 
     document: int
@@ -231,9 +225,8 @@ class _Sequence:
 def _list_sequences(documents: Documents, max_length: int, lengths: Lengths) -> Iterator[_Sequence]:
     """Yield each request as a sequence, truncated from the left exactly as lm-eval does.
 
-    To measure layer statistics (proxies), the model must also read the last token. If this
-    additional token would change the model's computation, an additional sequence with `n_scored` =
-    0 is yielded for the statistics.
+    To measure layer statistics (proxies), the model must also read the last token. If necessary, an
+    additional sequence with `n_scored` = 0 is yielded for the statistics.
     """
     for number, document in enumerate(documents):
         for index, request in enumerate(document.requests):
@@ -258,7 +251,7 @@ def _list_sequences(documents: Documents, max_length: int, lengths: Lengths) -> 
 def _group_by_side(
     documents: Documents, max_length: int, lengths: Lengths
 ) -> list[list[list[_Sequence]]]:
-    """Group requests whose lengths allow a shared forward pass, and within groups by document."""
+    """Group requests that can share a forward pass, and within groups by document."""
     sides = group_by(_list_sequences(documents, max_length, lengths), attrgetter("side")).values()
     return [list(group_by(side, attrgetter("document")).values()) for side in sides]
 
@@ -270,13 +263,11 @@ def pack_tree_rows(
     prefix: int = 0,
     lengths: Lengths = ANY_LENGTH,
 ) -> Iterator[Row]:
-    """Pack documents into rows, each of which is a prefix tree of the documents' requests.
+    """Pack documents into rows; each row is a prefix tree of requests.
 
-    Each node of a tree is a token, and each request is a path from the root. Requests with a common
-    beginning share nodes, so the model reads a context once for all its answers. The model reads a
-    tree as one sequence [1, nodes], in which the position of a token is its depth in the tree. With
-    the attention mask of `Masks`, each node attends to its ancestors only. So each request gets the
-    same result as in a separate forward pass.
+    Each node of a tree is a token. Requests with a common beginning share nodes, so the model reads
+    a context once for all its answers. `Masks` lets each node attend only to itself and its
+    ancestors, so sharing does not change the results.
 
     Args:
         documents: The documents to score.
@@ -284,10 +275,9 @@ def pack_tree_rows(
             beginning, as in lm-eval.
         row_tokens: Maximum number of nodes of a tree; a larger document gets a larger tree.
         prefix: Number of tokens of the common prefix that the model reads in a separate forward
-            pass. If separate reading would change a row's result, the row itself contains the
-            prefix.
-        lengths: Text lengths at which the model's computation changes; two requests share a row
-            only if no such length lies between their lengths.
+            pass.
+        lengths: Text lengths at which the model's computation changes; requests on different sides
+            of such a length do not share a row.
 
     Yields:
         Rows, which together contain every request of every document exactly once.
@@ -309,7 +299,7 @@ def pack_tree_rows(
 
 
 def count_tree_nodes(document: Document, max_length: int) -> int:
-    """Count the tokens in a document's prefix tree, in which requests share common beginnings."""
+    """Count the tokens in the prefix tree of a document's requests."""
     tree = Tree()
     for sequence in _list_sequences([document], max_length, ANY_LENGTH):
         tree.insert(sequence.path)
@@ -317,7 +307,7 @@ def count_tree_nodes(document: Document, max_length: int) -> int:
 
 
 def common_beginning(documents: Documents, max_length: int) -> tuple[int, ...]:
-    """Return the longest common prefix of all contexts, each taken without its last token.
+    """Return the longest common prefix of all contexts without their last tokens.
 
     `max_length` is the maximum number of tokens that the model reads; longer requests lose their
     beginning.
@@ -348,7 +338,7 @@ def measured_texts(document: Document, max_length: int) -> Iterator[tuple[tuple[
 
 
 def reading_row(tokens: Sequence[int], prefix: int = 0) -> Row:
-    """Build a row that is only read, not scored: `tokens`, which follow `prefix` cached tokens."""
+    """Build a row of unscored tokens, which follow `prefix` cached tokens."""
     tree = Tree()
     tree.insert(tokens)
     return _tree_row(tree, [], prefix)
@@ -365,16 +355,14 @@ def pack_flat_rows(
 ) -> Iterator[Row]:
     """Pack distinct sequences of equal length into rows [sequences, length] without masks.
 
-    A sequence that is the beginning of a longer sequence is not read separately, since a causal
-    model computes the same values within the longer sequence. lm-eval also omits such sequences if
-    the answers have one token.
+    A sequence that is the beginning of a longer sequence is not read separately.
 
     Args:
         documents: The documents to score.
         max_length: Maximum number of tokens that the model reads, as in `pack_tree_rows`.
         row_tokens: Maximum number of tokens of a row; a longer sequence gets a longer row.
-        lengths: Text lengths at which the model's computation changes; two requests share a row
-            only if no such length lies between their lengths.
+        lengths: Text lengths at which the model's computation changes; requests on different sides
+            of such a length do not share a row.
 
     Yields:
         Rows, which together contain every request of every document exactly once.

@@ -1,10 +1,8 @@
 """Compute lm-eval's log-likelihoods of one row with the model's own forward pass and head.
 
-If all documents begin with the same tokens, for example few-shot examples, each stream (the hidden
-states of one ablation) reads this prefix only once. A layer caches the prefix's keys and values
-only for streams that run the layer's attention. Each row then attends to the cached keys and
-values. If an ablation removes only experts to which the router sends no token of a row, the row's
-result under this ablation is copied from the intact model.
+If all documents begin with the same tokens (e.g. few-shot examples), this prefix is read once and
+cached. If an ablation removes only experts that a row does not use, the row's result is copied from
+the intact model.
 """
 
 from __future__ import annotations
@@ -46,14 +44,10 @@ MIN_REUSED_SHARE = 0.9
 class GrowingLayer(DynamicLayer):  # type: ignore[misc]
     """Key-value cache of one layer [streams, heads, tokens, size], with spare space for tokens.
 
-    A buffer that is too short is replaced by a buffer with `CACHE_MARGIN` spare tokens. So
-    generation writes each new token in place, without copying earlier tokens. `update` returns a
-    view of the used part of the buffer, `[:, :, :tokens]`.
+    A buffer that is too short is replaced by a buffer with `CACHE_MARGIN` spare tokens.
 
     If `is_kept` is true, the buffer permanently contains the common prefix of all documents.
-    `update` writes a row's keys [streams, heads, row, size] after the prefix's keys, overwriting
-    the previous row, and returns the keys of the prefix and the row. So no row attends to another
-    row. The prefix is copied only if a row needs a longer buffer.
+    `update` writes the keys and values of a row after the prefix, overwriting the previous row.
     """
 
     is_kept = False
@@ -81,7 +75,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         return self.keys[:, :, :stop], self.values[:, :, :stop]
 
     def get_seq_length(self) -> int:
-        """Return the number of cached tokens; the next `update` writes after these tokens."""
+        """Return the number of cached tokens."""
         return self.tokens
 
     def _extend_buffer(self, buffer: Tensor, tokens: int) -> Tensor:
@@ -96,10 +90,9 @@ class Prefix:
 
     Attributes:
         plan: The plan of the streams (ablations) for which the prefix is cached.
-        tokens: Token ids of the prefix: all tokens that were read, or fewer after `shorten`.
-        cache: Keys and values of the prefix, in the form that the model without its head accepts:
-            in each layer [streams, heads, tokens, size]. A layer's cache contains only the streams
-            that run the layer's attention, in the order of the plan.
+        tokens: Token ids of the prefix.
+        cache: Keys and values of the prefix, in each layer [streams, heads, tokens, size]. A
+            layer's cache contains only the streams that run the layer's attention.
         proxies: Statistics of the intact model's layers for each token of the prefix [`OBSERVED`,
             tokens, layers].
     """
@@ -114,12 +107,11 @@ class Prefix:
         self._truncate(self._n_read)
 
     def shorten(self, beginning: tuple[int, ...], lengths: Lengths) -> bool:
-        """Cut the prefix to its common tokens with `beginning`; return whether that was possible.
+        """Cut the prefix to its common tokens with `beginning`; return whether this is possible.
 
-        The prefix stays unchanged unless it contains nearly all tokens of `beginning`. Since the
-        model is causal, the keys and values of the remaining tokens do not depend on the removed
-        tokens. Keys and values depend on the text length only at the thresholds of `lengths`, so
-        the prefix is not shortened across a threshold.
+        The prefix stays unchanged unless it contains nearly all tokens of `beginning`. The prefix
+        is not shortened across a threshold of `lengths`, because this would change its keys and
+        values.
         """
         n_shared = count_common_tokens(self.tokens, beginning)
         if n_shared < max(MIN_PREFIX, MIN_REUSED_SHARE * len(beginning)):
@@ -144,14 +136,13 @@ class Prefix:
 def new_cache() -> Cache:
     """Create an empty cache that keeps all tokens, also in layers with a sliding window.
 
-    The sliding window is applied by the attention masks. A cache that drops the tokens before the
-    window of its last token would drop tokens that other branches of the prefix tree still need.
+    The attention masks apply the sliding window.
     """
     return Cache(layer_class_to_replicate=GrowingLayer)
 
 
 def find_cache_argument(base: PreTrainedModel) -> str | None:
-    """Return the name of the forward pass's argument for a cache; None if there is none."""
+    """Return the name of the model's cache argument; None if the model accepts no cache."""
     parameters = inspect.signature(base.forward).parameters
     return next((name for name in ("cache", "past_key_values") if name in parameters), None)
 
@@ -167,12 +158,11 @@ class RowScores:
 
     Attributes:
         loglikelihoods: Log-likelihood of each continuation in nats [answers, requests]. The first
-            axis has one entry for each pair of a stream and an output head (exact or quantised)
-            that reads the stream (`StreamPlan.head_streams`).
-        hits: Number of tokens of each continuation to which the model gives the highest probability
-            [answers, requests].
-        proxies: Statistics of the intact model's layers, summed over the tokens of each entry of
-            `Row.gold` [entries, `OBSERVED`, layers].
+            axis has one entry for each pair of a stream and an output head (exact or quantised).
+        hits: Number of tokens of each continuation that have the highest probability [answers,
+            requests].
+        proxies: Statistics of the intact model's layers, summed for each entry of `Row.gold`
+            [entries, `OBSERVED`, layers].
     """
 
     loglikelihoods: Tensor
@@ -186,14 +176,10 @@ def launch_row(
 ) -> Callable[[], RowScores]:
     """Start scoring a row for every stream; return a function that waits for the scores.
 
-    On an accelerator, callers can launch the next row before they call the returned function. All
-    scores are copied to the CPU in one transfer.
+    On an accelerator, callers can launch the next row before they call the returned function.
 
-    The model without its head returns [streams × rows, tokens, hidden]. Batch rows and tokens are
-    then merged to one axis: [streams, N, hidden]. Only the hidden states of the row's
-    `predicting_nodes` are passed to the output heads. The log-probabilities of the predicted
-    tokens, [streams, predicted], are summed by request, [streams, requests]. In a prefix tree, the
-    logits of a token are computed once, even if many requests use these logits.
+    Only the hidden states of the row's `predicting_nodes` are passed to the output head. The
+    log-probabilities of the predicted tokens are then summed by request.
 
     `prefix` is the cached prefix that the row continues. The plan of the prefix must be `plan`.
     """
@@ -224,7 +210,7 @@ def launch_row(
 
 
 def _predict(model: EngineModel, plan: StreamPlan, row: Row, output: Any) -> tuple[Tensor, Tensor]:
-    """Compute each predicted token's log-probability, and whether it is the most likely token."""
+    """Compute log-probabilities of the predicted tokens, and flags for the most likely tokens."""
     states = output.last_hidden_state
     indices = (row.predicting_nodes, row.predictor, row.predicted)
     nodes, *predicted = (index.to(states.device) for index in indices)
@@ -240,7 +226,7 @@ def _predict(model: EngineModel, plan: StreamPlan, row: Row, output: Any) -> tup
 
 @torch.inference_mode()
 def read_prefix(model: EngineModel, plan: StreamPlan, tokens: tuple[int, ...]) -> Prefix:
-    """Run the model on a common prefix under all ablations; return the prefix with its cache."""
+    """Read a common prefix under all ablations; return the prefix with its cache."""
     cache = new_cache()
     _, figures = run_base(model, plan, reading_row(tokens), cache)
     return Prefix(plan, tokens, cache, figures.cpu().double())
@@ -257,8 +243,8 @@ def run_base(model: EngineModel, plan: StreamPlan, row: Row, cache: Any) -> tupl
 
     Returns:
         The output of the model without its head, with hidden states [streams × rows, tokens,
-        hidden], and statistics of the intact model's layers for the N tokens [`OBSERVED`, N,
-        layers]. All tensors are on the device.
+        hidden], and statistics of the intact model's layers [`OBSERVED`, tokens of the row,
+        layers].
     """
     layers, device, base = model.loaded.layers, model.loaded.device, model.head.base
     row, anatomy = row.to_device(device), model.find_anatomy(plan)
@@ -317,7 +303,7 @@ def run_base(model: EngineModel, plan: StreamPlan, row: Row, cache: Any) -> tupl
 
 @torch.inference_mode()
 def measure_cache_bytes(model: EngineModel) -> int:
-    """Measure the average number of bytes of one token's cached keys and values in one layer."""
+    """Measure the mean bytes of one token's cached keys and values in one layer."""
     facts = model.facts
     if facts.cache_bytes is None:
         cache = new_cache()
@@ -341,7 +327,7 @@ def find_expert_ablations(ablations: Ablations) -> list[Ablation]:
 
 @torch.inference_mode()
 def find_idle_ablations(model: EngineModel, row: Row, ablations: Ablations) -> set[Ablation]:
-    """Find the ablations whose removed experts the router selects for no token of a row.
+    """Find the ablations that remove only experts which a row does not use.
 
     Args:
         model: The model.
@@ -349,8 +335,7 @@ def find_idle_ablations(model: EngineModel, row: Row, ablations: Ablations) -> s
         ablations: Ablations that remove experts and change nothing else.
 
     Returns:
-        The ablations under which the row has the same result as in the intact model, up to rounding
-        of router weights.
+        The ablations that do not change the result of the row, up to rounding.
     """
     removals_of = {a: [change.experts for change in a.by_layer.values()] for a in ablations}
     removals = {removal for group in removals_of.values() for removal in group}
@@ -388,8 +373,8 @@ def _routes_alike(
 ) -> bool:
     """Return whether a router selects the same experts if only `remaining` experts exist.
 
-    `tables` are the router's original outputs. Expert indices must be equal, and the weights of
-    selected experts equal up to rounding. Outputs with the scores of all experts are ignored.
+    `tables` are the router's original outputs. The weights of the selected experts must also be
+    equal, up to rounding.
     """
     new_tables = call_reduced_router(router, experts, remaining, tables, input_state(*call), call)
     for old_table, new_table in zip(tables, new_tables, strict=True):

@@ -1,4 +1,4 @@
-"""Score every document under every ablation, sharing all computation that stays exact."""
+"""Score every document under every ablation, with shared computation."""
 
 from __future__ import annotations
 
@@ -72,12 +72,11 @@ class DocumentScores:
 
     Attributes:
         document: The document.
-        responses: For each ablation, in the order of the ablations, the responses to all requests
-            of the document.
+        responses: For each ablation, the responses to all requests of the document.
         proxy_tokens: Number of tokens on which the layer statistics (proxies) were measured:
             context and gold continuation, or the whole text of a rolling document.
-        proxy_sums: Statistics of the intact model's layers, summed over the tokens that
-            `proxy_tokens` counts [`OBSERVED`, layers].
+        proxy_sums: Statistics of the intact model's layers, summed over these tokens [`OBSERVED`,
+            layers].
     """
 
     document: Document
@@ -96,10 +95,8 @@ class Engine(EngineModel):
     Attributes:
         sharing: The kinds of computation that ablations share; `check_sharing` disables kinds that
             would change results.
-        row_tokens: Maximum number of tokens of several documents in one forward pass; None = the
-            default of the device.
-        notes: Messages about the measurement for the user, without duplicates; engines of copied
-            models append to the same list.
+        row_tokens: Maximum number of tokens in one forward pass; None = the default of the device.
+        notes: Messages about the measurement for the user.
     """
 
     sharing: Sharing = FULL
@@ -112,14 +109,14 @@ class Engine(EngineModel):
         return replace(self, sharing=sharing)
 
     def ablate(self, ablation: Ablation, brief: bool = False) -> Engine:
-        """Return an engine for a copy of the model that is changed as the ablation describes."""
+        """Return an engine for a changed copy of the model."""
         loaded = make_changed_copy(self, ablation, brief)
         leftovers = record_state(loaded.model, {name for _, name in self.quirks.leftovers})
         quirks = replace(self.quirks, leftovers=leftovers, first={})
         return replace(self, loaded=loaded, sharing=PLAIN, quirks=quirks, facts=ModelFacts())
 
     def copy(self) -> Any:
-        """Return a copy of the intact model (not of the engine), which the caller can change."""
+        """Return a copy of the intact model, which the caller can change."""
         return self.ablate(INTACT).loaded.model
 
     def score(
@@ -128,17 +125,16 @@ class Engine(EngineModel):
         ablations: Ablations,
         progress: Callable[[int], None] = lambda responses: None,
     ) -> list[DocumentScores]:
-        """Score documents under all ablations; return the scores of each document, in order.
+        """Score documents under all ablations.
 
         Args:
             documents: The documents to score.
             ablations: The ablations, without duplicates, including the baseline.
-            progress: Function that is called with the number of new responses (requests ×
-                ablations) after each row. If weights are offloaded, a fraction of these responses
-                is reported after each loaded layer.
+            progress: Function that is called during scoring with the number of new responses
+                (requests × ablations).
 
         Returns:
-            One result per document.
+            The scores of each document, in order.
         """
         layers = len(self.loaded.layers)
         shape = (len(ablations), max(len(document.requests) for document in documents))
@@ -182,7 +178,7 @@ class Engine(EngineModel):
         return is_long and find_cache_argument(self.head.base) is not None
 
     def group_ablations(self, ablations: Ablations, tokens: int) -> Iterator[list[Ablation]]:
-        """Split ablations into groups whose hidden states for `tokens` tokens fit into memory.
+        """Split ablations into groups that fit into memory for `tokens` tokens.
 
         The baseline is the first ablation in each group. If `sharing.depth` is false, all ablations
         form one group.
@@ -196,7 +192,7 @@ class Engine(EngineModel):
         ablations: Ablations,
         progress: Callable[[int], None] = lambda responses: None,
     ) -> Iterator[_Scored]:
-        """Score documents, many in one forward pass; halve a pass that runs out of memory."""
+        """Score many documents per forward pass; halve a pass that runs out of memory."""
         if not self.sharing.depth:
             for scored_row in self._score_separately(documents, ablations):
                 yield scored_row
@@ -238,7 +234,7 @@ class Engine(EngineModel):
         return run_lockstep(weights, self.loaded.model, passes)
 
     def _group_rows(self, rows: Iterator[Row], plan: StreamPlan) -> Iterator[list[Row]]:
-        """Group rows to run together: one, or if weights are offloaded, as many as memory holds."""
+        """Yield single rows, or larger groups that fit into memory if weights are offloaded."""
         if self.loaded.offloaded is None:
             yield from ([row] for row in rows)
             return
@@ -275,7 +271,7 @@ class Engine(EngineModel):
         yield from chain.from_iterable(self.run_lockstep(passes))
 
     def _score_one_by_one(self, documents: Documents, proxies: bool) -> Iterator[_Scored]:
-        """Score each request in a separate model call; `proxies`: measure layer statistics too."""
+        """Score each request in a separate model call; measure layer statistics if `proxies`."""
         if proxies:
             rows = ((row, s.proxies) for row, _, s in self._score_rows(documents, [INTACT]))
         else:
@@ -290,7 +286,7 @@ class Engine(EngineModel):
             yield row, [INTACT], RowScores(loglikelihoods, hits, sums)
 
     def answer(self, request: Request) -> Response:
-        """Return the score of one request by the unchanged model, from a separate model call."""
+        """Score one request with the unchanged model, in a separate call."""
         logits = self.read_logits(input_tokens(request, self.max_length))
         return score_continuation(logits, request.continuation)
 
@@ -339,12 +335,12 @@ class Engine(EngineModel):
 
     @property
     def max_row_tokens(self) -> int:
-        """Maximum number of tokens of several documents in one forward pass, if memory suffices."""
+        """Maximum number of tokens in one forward pass, if memory suffices."""
         on_cpu = self.loaded.device.type == "cpu"
         return self.row_tokens or (ROW_TOKENS if on_cpu else ROW_TOKENS_ACCELERATOR)
 
     def _find_prefix(self, documents: Documents, plan: StreamPlan) -> Prefix | None:
-        """Return the common beginning of all documents, with its cache; None for no caching."""
+        """Return the common beginning of all documents with its cache; None if it is not cached."""
         # A layer that is passed again would need a cache of its own.
         if plan.n_repeats or not self.has_shared_prefix(documents):
             return None
@@ -426,9 +422,9 @@ def _drop_baseline(ablations: Ablations) -> list[Ablation]:
 
 
 def split_ablations(ablations: Ablations, size: int) -> Iterator[list[Ablation]]:
-    """Split ablations into groups of `size` ablations, each of which begins with the baseline.
+    """Split ablations into groups of `size` ablations; each group begins with the baseline.
 
-    If there are other ablations, each group has at least one of these, even if `size` is 1.
+    Each group has at least one other ablation, even if `size` is 1.
     """
     changed_ablations, n_others = _drop_baseline(ablations), max(1, size - 1)
     for start in range(0, max(1, len(changed_ablations)), n_others):

@@ -2,9 +2,8 @@
 
 First, the architecture is checked on a miniature model under every ablation (`miniature_check`).
 Second, a few requests of the benchmark are scored on the model itself, with and without shared
-computation. Third, during measurement, the longest document and some random documents are scored
-again without shared computation (`watch`). The results of the first two steps are stored. Later
-measurements of the same architecture or model reuse these results, if the texts are not longer.
+computation. Third, during measurement, some documents are scored again without shared computation
+(`watch`). Later measurements of the same model reuse the results of the first two steps.
 """
 
 from __future__ import annotations
@@ -75,14 +74,14 @@ class Check:
 
     Attributes:
         engine: The engine, which shares only computation that changes no result.
-        difference: Largest difference between log-likelihoods with sharing and log-likelihoods of
-            really changed models, in nats, on the miniature and on the model itself.
+        difference: Largest difference in nats between a log-likelihood with sharing and the
+            log-likelihood of a really changed model.
         sharing_note: One line that states which shared computation was disabled and why; None if
             nothing was disabled.
         unsteady_note: One line with the number of log-likelihoods that rounding errors change by
-            more than the tolerance; None if the number is 0.
-        checkpoint_note: One line that lists the ablations whose measured model cannot be saved as a
-            checkpoint; None if every measured model can be saved.
+            more than the tolerance; None if there are none.
+        checkpoint_note: One line that lists the ablations that cannot be saved as a checkpoint;
+            None if there are none.
     """
 
     engine: Engine
@@ -94,7 +93,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Reach:
-    """Largest token counts in a cell: of a text, a document's prefix tree, and a forward pass."""
+    """The largest numbers of tokens in a text, a prefix tree, and a forward pass."""
 
     text: int
     document: int
@@ -130,19 +129,18 @@ def check_sharing(
     fit: Fit = lambda engine: {},
     typical_ablations: Ablations = (),
 ) -> Check:
-    """Run the self-check; return its result, with an engine that shares only exact computation.
+    """Run the self-check and return its result.
 
     Args:
         engine: The engine, with all shared computation enabled. The model must not have been called
-            yet, since calls can change the model.
+            yet.
         documents: The documents to measure.
         ablations: All ablations to measure, with the baseline.
         store: Storage of earlier results of the self-check; None = no storage.
-        fit: Function that fits the functions that replace layers. The self-check calls `fit` with
-            the engine after the check on the miniature.
+        fit: Function that computes the replacements of layers. It is called with the engine after
+            the check on the miniature.
         typical_ablations: Ablations for the check on the miniature, with the baseline; empty = use
-            `ablations`. Measurements with the same `typical_ablations` can reuse one result of the
-            check on the miniature.
+            `ablations`.
 
     Returns:
         The result of the self-check, with the engine to use.
@@ -186,10 +184,9 @@ def check_sharing(
 def _judge_architecture(
     engine: Engine, ablations: Ablations, reach: Reach, blank: bool, store: VerdictStore | None
 ) -> SharingVerdict:
-    """Check the architecture on a miniature model, or load the stored result of that check.
+    """Check the architecture on a miniature model, or load the stored result.
 
-    `blank` is true if a token in the cell's texts has a zero embedding. A stored result for longer
-    texts is also used for shorter texts if the check found no problem (`SharingVerdict.is_clean`).
+    `blank` is true if a token in the texts has a zero embedding.
     """
     model = engine.loaded.model
     # Rounded up to just below a power of two, where many thresholds lie: such rows share a verdict.
@@ -221,11 +218,10 @@ def _judge_architecture(
 def _recall_verdict(
     store: VerdictStore, keys: Iterable[str], adapter: TypeAdapter[T], is_valid: Callable[[T], bool]
 ) -> T | None:
-    """Load a stored check result (verdict) by one of several keys, in the order of the keys.
+    """Load the first acceptable check result (verdict) that is stored under one of the keys.
 
-    The verdict of the first key is always accepted; verdicts of later keys are accepted only if
-    `is_valid` returns True. A damaged verdict counts as missing. None is returned if no verdict is
-    accepted.
+    The first key's verdict is always accepted; later keys' verdicts only if `is_valid` returns
+    True. Returns None if no verdict is accepted.
     """
     for index, key in enumerate(keys):
         with suppress(ValidationError):
@@ -240,9 +236,9 @@ def _confirmation_keys(
 ) -> list[str]:
     """Return the storage keys (SHA-256) for the result of the check on the model itself.
 
-    A key depends on the architecture, the result of its check, the ablations, the weights, the
-    hardware, and the length of the texts. The first key is for texts of up to `n_tokens` tokens,
-    rounded up to a power of two. The other keys are for longer texts.
+    A key depends on the model, the result for its architecture, the ablations, the hardware, and
+    the length of the texts. The first key is for texts of up to `n_tokens` tokens, the other keys
+    are for longer texts.
     """
     loaded = engine.loaded
     devices = {loaded.device, *(p.device for p in loaded.model.parameters() if not p.is_meta)}
@@ -271,7 +267,7 @@ def measure_reach(engine: Engine, documents: Documents) -> Reach:
 
 
 def _text_lengths(n_tokens: int) -> list[int]:
-    """List powers of two from `n_tokens` up, for use as text lengths in storage keys."""
+    """List powers of two from `n_tokens` up, for storage keys."""
     shortest = max(MIN_REACH, 1 << (n_tokens - 1).bit_length())
     return [shortest << n for n in range(max(1, (MAX_REACH // shortest).bit_length()))]
 
@@ -305,7 +301,7 @@ def _describe_unsteady(comparison: Comparison, dtype: torch.dtype, is_half: bool
 
 
 def shortest_documents(documents: Documents) -> list[Document]:
-    """Choose short documents with four or more requests, if there are any, for the self-check."""
+    """Choose short documents for the self-check."""
 
     def size(document: Document) -> tuple[int, int]:
         return -min(len(document.requests), 4), sum(request.length for request in document.requests)
@@ -340,10 +336,8 @@ def confirmation_rounds(documents: Documents, ablations: Ablations) -> Iterator[
     """Yield two groups of (documents, ablations, requests to compare) for the self-check.
 
     The first group contains short texts, under a sample of the ablations. The second group contains
-    the longest text, under the baseline and one random ablation only, since a long text costs as
-    much as many short texts. The second group also contains the shortest document of the same task,
-    which can share a beginning with the longest text. The second group is left out if the longest
-    text is short.
+    the longest text and a short document of the same task, under the baseline and one random
+    ablation. The second group is left out if the longest text is short.
     """
     ablations = sample_ablations(ablations)
     short_texts = [_shorten(document) for document in shortest_documents(documents)]
@@ -364,12 +358,12 @@ def confirmation_rounds(documents: Documents, ablations: Ablations) -> Iterator[
 
 
 def _keep_requests(document: Document, requests: Iterable[Request]) -> Document:
-    """Return a document reduced to the first `MAX_BRANCHES` different ones of `requests`."""
+    """Return a document with only the first `MAX_BRANCHES` distinct requests of `requests`."""
     return replace(document, requests=tuple(dict.fromkeys(requests))[:MAX_BRANCHES], gold=0)
 
 
 def _list_questions(rounds: Iterable[_Round]) -> list[tuple[Ablation, Request]]:
-    """List the (ablation, request) pairs to compare in the results of `confirmation_rounds`."""
+    """List the (ablation, request) pairs to compare in all rounds."""
     return [(abls[a], docs[d].requests[r]) for docs, abls, keys in rounds for a, d, r in keys]
 
 
@@ -390,7 +384,7 @@ def _shorten(document: Document) -> Document:
 
 
 def draw_answers(documents: Documents, ablations: Ablations) -> Iterator[tuple[int, int, int]]:
-    """Draw index triples (ablation, document, request) to compare, at least one per ablation.
+    """Yield random (ablation, document, request) indices for the comparison.
 
     The baseline gets several requests, and each other ablation gets one request.
     """
@@ -404,7 +398,7 @@ def draw_answers(documents: Documents, ablations: Ablations) -> Iterator[tuple[i
 
 
 def plain_tokens(documents: Documents, ablations: Ablations, max_length: int) -> int:
-    """Count the tokens that the self-check reads without sharing, before and during measurement.
+    """Count the tokens that the self-check reads without sharing.
 
     Each counted token is computed by about all layers of the model.
     """
@@ -423,11 +417,10 @@ def plain_tokens(documents: Documents, ablations: Ablations, max_length: int) ->
 def _compare(
     truth: Reference, score: DocumentScores, index: int, ablation: Ablation, request: int
 ) -> Comparison:
-    """Compare a log-likelihood in `score` with the same log-likelihood of a changed model.
+    """Compare a log-likelihood in `score` with the result of a really changed model.
 
     In float32, the tolerance is 1e-3 nats plus 1e-4 of the value. In half precision, the tolerance
-    is 0.1 nats plus 2 %, since a different order of summation alone can change a value by a few per
-    cent.
+    is 0.1 nats plus 2 %.
     """
     document, value = score.document, score.responses[index][request].loglikelihood
     tolerance = HALF_TOLERANCE if truth.is_half else SINGLE_TOLERANCE
@@ -442,10 +435,8 @@ def watched_documents(documents: Documents) -> set[tuple[str, int]]:
     """Draw the documents, as (task, index), that are also scored without sharing.
 
     One in `WATCH_RATE` documents is drawn. At least one document is drawn from each task, or from
-    some random tasks if there are many tasks. The document with the longest text is added, since it
-    crosses every text length at which the model's code changes its computation. The draw is
-    reproducible: if the benchmark gets more documents, the draw usually contains the same documents
-    and further documents.
+    some random tasks if there are many tasks. The document with the longest text is added. The draw
+    is reproducible.
     """
 
     def draw(document: Document) -> float:
@@ -476,7 +467,7 @@ def watched_requests(
 
 
 def _draw_ablation(document: Document, ablations: Ablations, seed: str, first_ablation: int) -> int:
-    """Draw the index of the ablation under which `watch` scores a document a second time."""
+    """Draw the index of the ablation under which `watch` scores a document."""
     rng = random.Random(f"{seed}/{document.task}/{document.index}")
     return rng.randrange(first_ablation, len(ablations))
 
@@ -488,15 +479,14 @@ def watch(
     seed: str,
     first_ablation: int = 0,
 ) -> Iterator[tuple[DocumentScores, int, Comparison]]:
-    """Score measured documents again, each on a model changed by one randomly drawn ablation.
+    """Score documents again, each on a model that is changed by one random ablation.
 
     Args:
         truth: The reference, which scores requests on really changed copies of the engine's model.
         scores: The engine's scores of the measured documents.
         ablations: The measured ablations.
         seed: Random seed for drawing each document's ablation.
-        first_ablation: Index of the first ablation that can be drawn; earlier ablations are never
-            drawn.
+        first_ablation: Index of the first ablation that can be drawn.
 
     Yields:
         For each document: its scores, the index of the drawn ablation, and the comparison of all

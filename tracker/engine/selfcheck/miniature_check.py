@@ -1,10 +1,8 @@
 """Test computation sharing for an architecture on a tiny model before relying on it.
 
 The tiny model (miniature) reads texts of random tokens, longer and shorter than each length in the
-model's configuration (e.g. the attention window). The texts include short and long texts in one
-row, contexts with several answers, common prefixes, and answers longer than an attention window.
-The log-likelihoods under each ablation are computed with shared computation, in two orders of the
-texts, and compared with those of really changed models.
+model's configuration (e.g. the attention window). The log-likelihoods with shared computation are
+compared with the log-likelihoods of really changed models.
 """
 
 from __future__ import annotations
@@ -84,12 +82,11 @@ def probe_calls(vocabulary: int, longest: int) -> list[list[Document]]:
 def reaching_calls(
     vocabulary: int, longest: int, nodes: int, widest: int, sharing: Sharing
 ) -> list[list[Document]]:
-    """Draw documents of random tokens for long forward passes, one list per `Engine.score` call.
+    """Draw long documents of random tokens, one list per call of `Engine.score`.
 
     `vocabulary` is the number of token ids. Text lengths double up to `longest` tokens. A prefix
-    tree has about `nodes` tokens if it contains several documents, and about `widest` tokens if it
-    contains one document with several answers. Texts that only test a kind of sharing that
-    `sharing` disables are omitted.
+    tree has about `nodes` tokens for several documents, and about `widest` tokens for one document.
+    Texts that only test disabled sharing are omitted.
     """
     tokens = _make_token_source(vocabulary)
 
@@ -114,7 +111,7 @@ def reaching_calls(
 
 
 def switching_calls(vocabulary: int, switches: Sequence[int], widest: int) -> list[list[Document]]:
-    """Draw documents of random tokens with lengths below and above each length in `switches`.
+    """Draw random documents that are shorter and longer than each length in `switches`.
 
     `vocabulary` is the number of token ids. `switches` are text lengths at which the computation
     changes. `widest` is the maximum number of tokens in the prefix tree of one document.
@@ -129,7 +126,7 @@ def switching_calls(vocabulary: int, switches: Sequence[int], widest: int) -> li
 
 
 def _make_token_source(vocabulary: int, max_tokens: int | None = None) -> _Tokens:
-    """Return a function that draws a given number of random tokens, at most `max_tokens`."""
+    """Return a function that draws random tokens, at most `max_tokens` per call."""
     rng = random.Random(0)
 
     def tokens(count: int) -> tuple[int, ...]:
@@ -188,8 +185,8 @@ class _Probe(NamedTuple):
     Attributes:
         calls: The documents of each call of `Engine.score`.
         ablations: The ablations, with the baseline.
-        keys: The compared scores, each as (ablation, index in `calls`, index of the document in the
-            call, index of the request in the document).
+        keys: The compared scores, each as (ablation, index of call, index of document, index of
+            request).
     """
 
     calls: Sequence[Documents]
@@ -206,11 +203,10 @@ def miniature_key(
 ) -> str:
     """Return the storage key of a miniature check: a SHA-256 hash of all its inputs.
 
-    The hash covers the model's configuration, the ablations, and the numbers in the configuration
-    that are at most the longest text's length (`paths`). The hash also covers the lengths of the
-    texts (`rows` of `check_longer_texts`; None = short texts), and whether a token has a zero
-    embedding (`blank`). Package versions, the machine, and the code of tracker and of the model are
-    covered too. The hash does not cover the weights.
+    The hash covers the arguments, package versions, the machine, and the code of tracker and of the
+    model. It does not cover the weights. `paths` are the numbers in the configuration that the
+    check varies. `rows` is the argument of `check_longer_texts`; None = short texts. `blank` is
+    true if a token has a zero embedding.
     """
     package, model_folder = Path(__file__).parents[2], Path(inspect.getfile(type(model))).parent
     folders = (package / "engine", package / "models")
@@ -229,7 +225,7 @@ def miniature_key(
 
 
 def reachable_numbers(model: PreTrainedModel, n_tokens: int) -> tuple[NumberPath, ...]:
-    """List the paths of all numbers in the model's configuration that are at most `n_tokens`."""
+    """List the paths of the configuration's numbers that are at most `n_tokens`."""
     numbers = find_numbers(model.config.get_text_config())
     return tuple(path for path, value in numbers if value <= n_tokens)
 
@@ -237,23 +233,21 @@ def reachable_numbers(model: PreTrainedModel, n_tokens: int) -> tuple[NumberPath
 def check_miniature(
     engine: Engine, ablations: Ablations, paths: Sequence[NumberPath], blank: bool
 ) -> SharingVerdict:
-    """Find which computation ablations can share exactly, on a miniature that reads short texts.
+    """Test on short texts which computation ablations can share; use a miniature model.
 
     Args:
-        engine: The engine. The engine's model must not have been called yet, since calls can change
-            the model.
+        engine: The engine. Its model must not have been called yet, since calls can change the
+            model.
         ablations: All ablations to measure, with the baseline.
-        paths: Paths of the numbers in the model's configuration that are at most the length of the
-            longest measured text.
-        blank: True if a token of the measured texts has a zero embedding. All attention scores of
-            such a token are equal, so the token's place in the row can change the result.
+        paths: Paths of the numbers in the model's configuration that can matter for the measured
+            texts.
+        blank: True if a token of the measured texts has a zero embedding.
 
     Returns:
         The result of the check, with the computation that can be shared exactly.
 
     Raises:
-        CellError: The model is not causal, or does not run without one of the layers, so it cannot
-            be measured.
+        CellError: The model is not causal, or does not run without one of the layers.
     """
     mini = build_miniature(engine.loaded.model)
     if mini is None:
@@ -296,15 +290,15 @@ def check_longer_texts(
     rows: tuple[int, int, int],
     blank: bool,
 ) -> SharingVerdict:
-    """Find which computation ablations can share exactly, on a miniature that reads long texts.
+    """Test on long texts which computation ablations can share; use a miniature model.
 
     Args:
-        engine: The engine. The engine's model must not have been called yet, since calls can change
-            the model.
+        engine: The engine. Its model must not have been called yet, since calls can change the
+            model.
         ablations: All ablations to measure, with the baseline.
         verdict: The result of `check_miniature`, on short texts.
-        rows: Three maximum numbers of tokens in the measurement: in a text, in a prefix tree of
-            several documents, and in a prefix tree of one document.
+        rows: Maximum numbers of tokens in the measurement: in a text, in a prefix tree of several
+            documents, and in a prefix tree of one document.
         blank: True if a token of the measured texts has a zero embedding, as for `check_miniature`.
 
     Returns:
@@ -340,8 +334,8 @@ def _find_switch_lengths(
 ) -> tuple[tuple[int, ...], bool]:
     """Find text lengths above `LONGEST_REACH` at which the model's computation changes.
 
-    Returns these lengths, and whether the computation differs for every text length from the first
-    returned length on. Texts of up to `longest` tokens are tested.
+    Returns these lengths, and whether the computation differs for every length after the first one.
+    Texts of up to `longest` tokens are tested.
     """
     if longest <= LONGEST_REACH:
         return (), False
@@ -353,10 +347,9 @@ def _find_switch_lengths(
 
 
 def sample_ablations(ablations: Ablations) -> list[Ablation]:
-    """Return ablations for the self-check, with only a random sample of numerous kinds.
+    """Choose ablations for the self-check, with a random sample of each numerous kind.
 
-    A model has hundreds of heads to remove and thousands of layer ranges to repeat, but all these
-    ablations use the same code paths. Ablations that remove layers are always kept.
+    Ablations that remove layers are always kept.
     """
     many = [
         a for a in ablations if a.parts or a.repetitions or (a.roundings and not a.outer_formats)
@@ -369,8 +362,8 @@ def sample_ablations(ablations: Ablations) -> list[Ablation]:
 def _map_to_miniature(mini: PreTrainedModel, ablations: Ablations) -> list[Ablation]:
     """Map ablations of a model to ablations of its miniature, which has fewer heads and experts.
 
-    A mapped ablation removes at most half of a layer's heads or experts, because the miniature's
-    router must still select two of four experts. Duplicate ablations are dropped.
+    A mapped ablation removes at most half of a layer's heads or experts. Duplicate ablations are
+    dropped.
     """
     parts = parts_of_config(mini.config.get_text_config())
 
@@ -442,12 +435,12 @@ def _engine(
 
 
 def _random_replacements(layers: torch.nn.ModuleList) -> dict[int, RandomReplacement]:
-    """Build a random function in place of each layer; fitted functions need a checked model."""
+    """Build a random function for each layer, to test the replacement of layers."""
     return {layer: RandomReplacement(layer) for layer in range(len(layers))}
 
 
 def _check_model_itself(engine: Engine, ablations: Ablations) -> SharingVerdict:
-    """Run the check on the model if no miniature can be built; texts then share no tokens."""
+    """Run the check on the model itself, for a model without a miniature."""
     verdict = SharingVerdict(
         DEPTH_ONLY,
         "no tiny copy of the model can be built, so sharing between tokens cannot be tested",
@@ -462,7 +455,7 @@ def _check_model_itself(engine: Engine, ablations: Ablations) -> SharingVerdict:
 
 
 def _lower_verdict(truth: Reference, verdict: SharingVerdict, probe: _Probe) -> SharingVerdict:
-    """Return `verdict` without the kinds of shared computation that change the model's results."""
+    """Return `verdict` without the kinds of sharing that change the model's results."""
     engine = truth.engine
     if not truth.is_half:  # the order of summation on an accelerator may vary
         with _limit_threads(truth.is_miniature):
@@ -488,9 +481,7 @@ def _lower_verdict(truth: Reference, verdict: SharingVerdict, probe: _Probe) -> 
 def _refuse_stateful_model(engine: Engine, calls: Sequence[Documents]) -> None:
     """Raise CellError if a model's log-likelihoods depend on texts from earlier calls.
 
-    One copy of the model reads texts of rising length, and a second copy reads the same texts in
-    falling length. If the results of the two copies differ, the model has no well-defined reference
-    result.
+    Two copies of the model read the same texts in opposite order, and the results are compared.
     """
     requests = sorted((d.requests[-1] for call in calls for d in call), key=lambda r: r.length)
     texts = [*requests[:: -(-len(requests) // MEMORY_TEXTS)], requests[-1]]
@@ -515,12 +506,12 @@ def _refuse_stateful_model(engine: Engine, calls: Sequence[Documents]) -> None:
 def find_most_sharing(
     most: Sharing, engine: Engine, compare: Callable[[Sharing], Comparison]
 ) -> tuple[Sharing, Comparison, str | None]:
-    """Find how much computation can be shared with the same results as really changed models.
+    """Find how much computation can be shared without changing results.
 
     Args:
         most: The level that shares the most computation. Lower levels are tested only if `most`
             fails.
-        engine: The engine of the model, used only for messages and to explain why sharing fails.
+        engine: The engine of the model, for messages about failures.
         compare: Function that compares answers at a level of sharing with the reference.
 
     Returns:
@@ -528,8 +519,7 @@ def find_most_sharing(
         reason is None if `most` works.
 
     Raises:
-        CellError: Even without shared computation, the model does not run or does not reproduce its
-            own results.
+        CellError: The model does not run, or does not reproduce its own results.
     """
     name = engine.class_name
     lost: tuple[Sharing, str, str] | None = None  # and why, for models without and with a state
@@ -560,9 +550,9 @@ def find_most_sharing(
 
 
 def _make_probe(calls: Sequence[Documents], ablations: Ablations, n_answers: int) -> _Probe:
-    """Draw the scores to compare: all requests for the baseline, `n_answers` per other ablation.
+    """Draw the scores to compare: all of the baseline, and `n_answers` of each other ablation.
 
-    Requests are drawn from all calls in turn, since each call tests a different case.
+    Requests are drawn from all calls in turn.
     """
     answers_by_call = [
         [(c, d, r) for d, document in enumerate(call) for r in range(len(document.requests))]
@@ -579,13 +569,10 @@ def _make_probe(calls: Sequence[Documents], ablations: Ablations, n_answers: int
 
 
 def compare_both_ways(engine: Engine, truth: Reference, probe: _Probe) -> Comparison:
-    """Score all calls in order and in reverse order, and compare with the reference's results.
+    """Score all calls in both orders, and compare with the reference results.
 
-    With more than `BOTH_ORDERS_LIMIT` ablations, each ablation except the baseline is scored in
-    only one of the two orders. The comparison stops at the first wrong log-likelihood. One order
-    per ablation suffices, since the order could only have an effect through model state that all
-    ablations share. Ablations are assigned to the two orders at random, because different kinds of
-    layers can alternate in a model.
+    With many ablations, each ablation except the baseline is scored in only one of the two orders.
+    The comparison stops at the first wrong log-likelihood.
     """
     comparison = Comparison()
     changes = [ablation for ablation in probe.ablations if ablation != INTACT]

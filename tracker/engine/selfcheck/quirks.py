@@ -1,9 +1,7 @@
 """Find how a model reacts to text lengths and repeated calls, and how it runs without a layer.
 
 Each experiment replaces one number in the configuration of the model's miniature by a small number,
-and compares logits. If no logits change, the number is irrelevant. If only the logits of later
-tokens change, the number is, for example, the size of an attention window. If a longer text changes
-the logits of its first tokens, the model's computation depends on the length of the whole call.
+and compares logits. If no logits change, the number is irrelevant.
 """
 
 from __future__ import annotations
@@ -60,16 +58,12 @@ class QuirkFindings:
     """Effects of text lengths and repeated calls on a model's logits, found by experiment.
 
     Attributes:
-        relevant_numbers: Paths of the configuration's numbers that change the logits of a text of
-            `LONG` tokens.
-        lengths: Pairs of the path of a number in the configuration and a flag. The model's
-            computation changes when the text length reaches this number; if the flag is True, the
-            computation is different for every longer length. The path is empty if the logits always
-            depend on the length of the whole call.
-        leftovers: Names of model attributes that a call changes, so that the next call gives other
-            results.
-        first: Module and name of each attribute that the first call changes permanently; empty if
-            the first call changes no weight.
+        relevant_numbers: Paths of the numbers in the configuration that affect the logits.
+        lengths: Pairs (path, flag). The computation changes when the text length reaches the number
+            at this path in the configuration. If the flag is True, the computation is different for
+            every longer length. The path is empty if the logits always depend on the text length.
+        leftovers: Names of model attributes that a call changes and that affect the next call.
+        first: Module and name of each attribute that the first call changes permanently.
         causal: True if the logits of a token do not depend on later tokens.
     """
 
@@ -110,12 +104,12 @@ def find_quirks(mini: PreTrainedModel, paths: Collection[NumberPath]) -> QuirkFi
 def _find_effect(
     model: PreTrainedModel, usual_logits: Tensor, any_length: bool
 ) -> tuple[bool, bool, set[str], set[tuple[str, str]]] | None:
-    """Find how a changed number in the configuration affects a model; None if it has no effect.
+    """Find how a changed number in the configuration affects a model; None for no effect.
 
     `model` is built from the changed configuration. The first element of the tuple states whether
-    the logits of a text's first tokens depend on the length of the text. The second element states
-    whether these logits also differ between two texts that are longer than the number. The last two
-    elements are the results of `_find_call_effects`.
+    the logits of the first tokens depend on the text length. The second element states whether this
+    is also true among texts longer than the number. The last two elements are the results of
+    `_find_call_effects`.
     """
     logits = _text_logits(model, LONG)
     if _is_equal(logits, usual_logits):
@@ -128,10 +122,8 @@ def _find_effect(
 def find_switches(mini: PreTrainedModel, old_lengths: Lengths, lengths: Iterable[int]) -> Lengths:
     """Find the text lengths at which a model's computation changes, by bisection.
 
-    The common first tokens of two texts have the same logits, unless the computation changes at a
-    length between the lengths of the two texts. Such a length can come from a product of numbers in
-    the configuration, from a list, or from the model's code. If the model refuses a length, longer
-    texts are not searched.
+    Texts of different lengths with the same first tokens are compared. If the model refuses a
+    length, longer texts are not searched.
 
     Args:
         mini: A miniature that was never called, since calls can change it.
@@ -173,10 +165,10 @@ def find_switches(mini: PreTrainedModel, old_lengths: Lengths, lengths: Iterable
 
 
 def build_shortened(mini: PreTrainedModel, paths: Collection[NumberPath]) -> list[Any]:
-    """Build miniatures with attention windows and similar lengths so small that texts exceed them.
+    """Build miniatures with very small attention windows and similar lengths.
 
-    The numbers at `paths` in the configuration are replaced by small numbers: all of them in one
-    miniature if this model runs, otherwise one number per miniature.
+    The numbers at `paths` in the configuration are replaced by small numbers, if possible all in
+    one miniature.
     """
     values: Mapping[NumberPath, float] = dict(find_numbers(mini.config.get_text_config()))
     order = sorted((path for path in paths if path in values), key=lambda path: values[path])
@@ -217,7 +209,7 @@ def _is_close(x: Tensor, y: Tensor, tolerance: float) -> bool:
 
 @torch.inference_mode()
 def _find_call_effects(model: PreTrainedModel) -> tuple[set[str], set[tuple[str, str]]]:
-    """Return the attributes that a repeated call changes, and those that the first call changes."""
+    """Find the attributes that a repeated call changes, and those that the first call changes."""
     model = copy.deepcopy(model)
     states = [record_state(model)]
     for tokens in (SHORT, LONG):
@@ -244,12 +236,10 @@ class _Outputs:
     """Logits of a model without some layers, with the layers removed in three ways.
 
     Attributes:
-        copy: Logits of a copy in memory from which the layers are removed.
-        skip: Logits of the model whose removed layers stay in place and return their input.
-        saved: Logits of this copy after saving and loading; None if the copy cannot be saved,
-            loaded and run.
-        lacks: True if the copy in memory lacks attribute values that the model's class computes
-            while it loads a checkpoint.
+        copy: Logits of a copy in memory without the layers.
+        skip: Logits of the model if the removed layers stay in place and return their input.
+        saved: Logits of this copy after saving and loading; None if that is impossible.
+        lacks: True if the copy in memory lacks attribute values that are computed during loading.
         refusal: Reason why the copy in memory does not run; None if the copy runs.
         unsaved: Reason why the copy cannot be saved and loaded.
     """
@@ -263,12 +253,12 @@ class _Outputs:
 
     @property
     def differs_from_skip(self) -> bool:
-        """True if a saved and loaded copy has other logits than a model that skips the layers."""
+        """True if skipping the layers gives other logits than a saved and loaded copy."""
         return self.saved is not None and not logits_alike(self.saved, self.skip)
 
     @property
     def needs_loading(self) -> bool:
-        """True if the copy in memory differs from the same copy after saving and loading."""
+        """True if saving and loading changes the copy."""
         return self.saved is not None and (self.lacks or not logits_alike(self.saved, self.copy))
 
     @property
@@ -280,15 +270,12 @@ class _Outputs:
 def find_removed_model(
     truth: Reference, ablations: Ablations, verdict: SharingVerdict
 ) -> SharingVerdict:
-    """Find how to run the model without a layer; return `verdict`, updated with the method.
+    """Find how to run the model without a layer; return the updated `verdict`.
 
-    The logits must equal those of a loaded checkpoint without the layer. Nearly always, the intact
-    model with a layer that returns its input has the same logits, so shared computation can skip
-    the layer. If the checkpoint has other logits, for example because layers depend on their index,
-    ablations share no layers. If the model's class computes attribute values from layer indices
-    while loading, copies in memory get these values. If neither a checkpoint nor a copy without the
-    layer is usable, the layer stays in the model and returns its input, and the returned verdict
-    has a note. CellError is raised if the model does not run without the layer.
+    Nearly always, skipping the layer gives the same logits as a loaded checkpoint without the
+    layer. Otherwise, ablations share no layers. If no usable copy without the layer can be made,
+    the layer stays in the model and returns its input. CellError is raised if the model does not
+    run without the layer.
     """
     engine = truth.engine
     name = engine.class_name
@@ -334,11 +321,11 @@ def find_removed_model(
 
 @dataclass(frozen=True)
 class _Loading:
-    """Models built from configurations, to simulate saving and loading a copy without disk access.
+    """Models for simulating how a copy is saved and loaded.
 
     Attributes:
-        full_model: Model that the class builds from the intact model's configuration; None if the
-            intact model does not give the same logits after saving and loading.
+        full_model: Model that the class builds from the intact model's configuration; None if
+            saving and loading changes the logits of the intact model.
         cut_models: Cache of models built from configurations with fewer layers; None (no cache) if
             calls change the model.
     """
@@ -347,7 +334,7 @@ class _Loading:
     cut_models: dict[str, Any] | None
 
     def reload_copy(self, engine: Engine, copied: Engine, ablation: Ablation) -> Engine:
-        """Return an engine for the model of `copied`, as it would be after saving and loading."""
+        """Return an engine for the model of `copied`, as if it were saved and loaded."""
         layers = engine.layers_left(ablation)
         model = simulate_reload(copied.loaded.model, layers, self.cut_models)
         # The effects of the first call are known for the whole model's layers, not for these.
@@ -374,7 +361,7 @@ def _test_loading(engine: Engine, original: Engine) -> _Loading:
 def _compute_outputs(
     truth: Reference, original: Engine, ablation: Ablation, loading: _Loading
 ) -> _Outputs:
-    """Compute logits without layers: of a copy, by skipping layers, and of a saved copy."""
+    """Compute the logits of a model without some layers in three ways."""
     engine, saved, lacks = truth.engine, None, False
     unsaved = _ITSELF if loading.full_model is None else _NOT
     cut_engine, refusal = try_model(lambda: truth.ablate(ablation))
@@ -402,13 +389,13 @@ def _compute_outputs(
 
 
 def _is_mismatch(engine: Engine, ablation: Ablation, outputs: _Outputs) -> bool:
-    """Return whether a copy's logits differ from its checkpoint's (`saved`, otherwise `skip`)."""
+    """Return whether a copy's logits differ from `saved`, or from `skip` if `saved` is None."""
     logits, _ = try_model(lambda: engine.ablate(ablation).read_logits(PROBE_TEXT))
     return not logits_alike(logits, outputs.skip if outputs.saved is None else outputs.saved)
 
 
 def _describe_unsaved(results: Mapping[Ablation, _Outputs]) -> str | None:
-    """Describe the ablations whose model cannot be saved as a checkpoint; None if there is none."""
+    """Describe ablations that cannot be saved as a checkpoint; None if there are none."""
     clauses = []
     for repeats, all_phrase, model in (
         (False, "for all removals", "in which the removed layers return their input"),

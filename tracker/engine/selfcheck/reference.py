@@ -1,9 +1,7 @@
 """Compute reference results on really changed models, and define the result of a self-check.
 
-The self-check compares each log-likelihood from shared computation with the reference result of the
-same request. A verdict is the result of the self-check. If shared computation gives wrong results,
-the verdict contains one sentence for users about the failed test. Errors from the model's own code
-are logged.
+The self-check compares log-likelihoods from shared computation with these reference results. A
+verdict is the result of the self-check.
 """
 
 from __future__ import annotations
@@ -58,11 +56,10 @@ class Comparison:
     Attributes:
         compared: Number of compared log-likelihoods.
         difference: The largest difference, in nats.
-        unsteady: Number of log-likelihoods that differ by more than the tolerance, but by at most
-            `MAX_ROUNDING_FACTOR` times the effect of noise in the embeddings of the size of
-            rounding errors. For such requests, the model's output is discontinuous.
-        wrong: Description of the first log-likelihood whose difference is larger than rounding
-            explains; None without such a log-likelihood.
+        unsteady: Number of log-likelihoods that differ by more than the tolerance, but no more than
+            rounding errors explain.
+        wrong: Description of the first log-likelihood that differs by more than rounding errors
+            explain; None if there is none.
     """
 
     compared: int = 0
@@ -71,7 +68,7 @@ class Comparison:
     wrong: str | None = None
 
     def __add__(self, other: Comparison) -> Comparison:
-        """Combine two comparisons into one comparison of all their log-likelihoods."""
+        """Combine two comparisons into one."""
         return Comparison(
             self.compared + other.compared,
             max(self.difference, other.difference),
@@ -83,10 +80,8 @@ class Comparison:
 class Reference:
     """Scorer of single requests on really changed models, without shared computation.
 
-    The engine provides the model, the known side effects of calling the model, and copies of the
-    model with an ablation applied. All copies of a miniature are kept in memory. On a miniature,
-    two NaN values count as different, since NaN would hide errors. On a real model, two NaN values
-    count as equal.
+    All copies of a miniature are kept in memory. Two NaN values count as equal, except on a
+    miniature.
     """
 
     def __init__(self, engine: Engine, is_miniature: bool = False) -> None:
@@ -119,7 +114,7 @@ class Reference:
         deque(self.engine.run_lockstep(partial(answer_text, *text) for text in texts), maxlen=0)
 
     def answer(self, ablation: Ablation, request: Request) -> Response:
-        """Score one request on a model copy changed by the ablation, or return the cached score."""
+        """Score one request on a really changed model, or return the cached score."""
         key = (ablation, request)
         if key not in self._answers:
             engine = self.ablate(ablation)
@@ -131,11 +126,11 @@ class Reference:
         return self._answers[key]
 
     def is_unsteady(self, ablation: Ablation, request: Request, nats: float) -> bool:
-        """Return whether noise of the size of rounding errors changes a log-likelihood by `nats`.
+        """Return whether rounding errors can change a log-likelihood by `nats`.
 
-        The noise is added to the token embeddings, with up to `NOISE_DRAWS` random seeds. A large
-        change means that the model's output is discontinuous for this request, for example near a
-        tie of a router. Different ways to compute the log-likelihood then give different values.
+        Rounding errors are simulated by noise in the token embeddings, with up to `NOISE_DRAWS`
+        random seeds. Their effect can be large, for example if a router nearly selects another
+        expert.
         """
         engine = self.ablate(ablation)
         expected = self.answer(ablation, request).loglikelihood
@@ -153,10 +148,10 @@ class Reference:
     def compare(
         self, value: float, ablation: Ablation, request: Request, abs_tol: float, rel_tol: float
     ) -> Comparison:
-        """Compare a log-likelihood computed with sharing with the reference's log-likelihood.
+        """Compare a log-likelihood from shared computation with the reference result.
 
-        If the difference exceeds the tolerance, the difference is compared with the effect that
-        noise in the embeddings has on the reference's log-likelihood, see `is_unsteady`.
+        If the difference exceeds the tolerance, `is_unsteady` tests whether rounding errors explain
+        it.
 
         Args:
             value: The log-likelihood that was computed with sharing, in nats.
@@ -185,7 +180,7 @@ class Reference:
 
 @contextmanager
 def perturb_embeddings(model: PreTrainedModel, seed: int) -> Iterator[None]:
-    """Add noise of about the rounding error to a model's token embeddings in a `with` block."""
+    """Add noise to a model's token embeddings in a `with` block, to simulate rounding errors."""
     generator = torch.Generator().manual_seed(seed)
 
     def add_noise(module: Any, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
@@ -209,24 +204,20 @@ class SharingVerdict:
         difference: The largest difference, in nats, between log-likelihoods computed with `sharing`
             and the reference results.
         compared: Number of log-likelihoods compared.
-        unsteady: Number of log-likelihoods that differ by more than the tolerance, but that noise
-            of the size of rounding errors changes as much.
-        lengths: Pairs of the path of a number in the configuration and a flag. The model's
-            computation changes when the text length reaches this number; if the flag is True, the
-            computation is different for every longer length. The path is empty if the computation
-            differs for every text length.
-        leftovers: Names of model attributes that a call changes, so that the next call gives other
-            results.
+        unsteady: Number of log-likelihoods that differ by more than the tolerance because of
+            rounding errors.
+        lengths: Pairs (path, flag). The computation changes when the text length reaches the number
+            at this path in the configuration. If the flag is True, the computation is different for
+            every longer length. The path is empty if the computation differs for every text length.
+        leftovers: Names of model attributes that a call changes and that affect the next call.
         first: Module and name of each attribute that the first call changes permanently.
-        in_place: True if removed layers stay in the model and return their input, because no usable
-            copy without these layers can be made.
-        as_loaded: True if a copy without some layers gets the attribute values that the model's
-            class would compute when loading a checkpoint of this copy.
-        checkpoint_note: One line that lists the ablations whose measured model cannot be saved as a
-            checkpoint; None if every measured model can be saved.
+        in_place: True if removed layers stay in the model and return their input.
+        as_loaded: True if a copy without some layers gets the attribute values of a model that is
+            loaded from a checkpoint without these layers.
+        checkpoint_note: One line that lists the ablations that cannot be saved as a checkpoint;
+            None if there are none.
         tested_on: `a miniature`, or `the model` if no miniature can be built.
-        switches: Text lengths, found by experiment, at which the model's computation changes, each
-            paired with a flag as in `lengths`.
+        switches: Pairs of a text length, found by experiment, and a flag as in `lengths`.
     """
 
     sharing: Sharing
@@ -250,7 +241,7 @@ class SharingVerdict:
         return self.sharing == FULL and not any(special)
 
     def make_quirks(self, model: PreTrainedModel) -> Quirks:
-        """Return the side effects of calling `model`, which must not have been called before."""
+        """Return the side effects of calling a model that was never called before."""
         values = dict(find_numbers(model.config.get_text_config()))
         thresholds = (
             *(int(values[path]) for path, _ in self.lengths if path in values),
@@ -286,7 +277,7 @@ STATE = "the model keeps a recurrent state for each text"
 
 
 def describe_loss(previous: str | None, sharing: Sharing, reason: str | None) -> str | None:
-    """Return a note on disabled sharing: `previous`, extended if sharing failed for a `reason`."""
+    """Add the `reason` why sharing was disabled to the note `previous`; return the note."""
     if reason is None:
         return previous
     sentence = f"{REMAINING_SHARING[sharing]}, because {reason}"
@@ -297,13 +288,13 @@ def describe_loss(previous: str | None, sharing: Sharing, reason: str | None) ->
 
 
 def describe_error(error: Exception, way: Sharing, name: str) -> str:
-    """Log a model's error while computation was shared; return its probable cause for users."""
+    """Log an error of the model; return its probable cause for users."""
     log.debug("%s, shared over %s: %s", name, way, error)
     return str(error) if isinstance(error, RefusalError) else REFUSAL_REASONS[way]
 
 
 def describe_difference(way: Sharing, comparison: Comparison) -> str:
-    """Describe the largest change of a log-likelihood by shared computation, for users."""
+    """Describe for users how much shared computation changes a log-likelihood."""
     cause = "a call of several texts" if way == PLAIN else "sharing more computation"
     sentence = f"{cause} changes a log-likelihood by {comparison.difference:.3g} nats"
     if not comparison.unsteady:
@@ -315,9 +306,7 @@ def describe_difference(way: Sharing, comparison: Comparison) -> str:
 def keeps_state(model: PreTrainedModel) -> bool:
     """Return whether a model has a recurrent state, i.e. a cache of constant size.
 
-    Cached keys and values grow with the text, but states of recurrent layers and convolutions do
-    not. Each token overwrites such a state, so the texts in one row would overwrite each other's
-    states.
+    Texts in one row would overwrite each other's recurrent states.
     """
 
     def read_shapes() -> list[list[torch.Size]]:

@@ -3,8 +3,8 @@
 Modules:
     base: Define the interface of an executor, and open the chosen executor.
     local: Measure cells in this process.
-    pool: Call each worker in a thread, share blocks by locks, and divide devices among workers.
+    pool: Call each worker in a thread, and divide devices among workers.
     processes: Measure cells in several processes of this machine.
-    ray: Measure cells on a Ray cluster. No other module imports Ray.
-    slurm: Measure cells in SLURM jobs. No other module imports submitit.
+    ray: Measure cells on a Ray cluster.
+    slurm: Measure cells in SLURM jobs.
 """

@@ -1,6 +1,6 @@
-"""Define the interface of an executor, and open the executor that the options choose.
+"""Define the interface of an executor, and open the chosen executor.
 
-An executor's module is imported only if the options choose this executor.
+An executor's module is imported only when it is needed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Executor(Protocol):
 
 
 def last_line(error: Exception) -> str:
-    """Return the last line of an error message, in which schedulers name the cause."""
+    """Return the last line of an error message."""
     lines = [line.strip(" -") for line in str(error).splitlines()]
     return next((line for line in reversed(lines) if line), type(error).__name__)[:300]
 
@@ -44,9 +44,8 @@ _REQUIRED_PACKAGES = {"ray": "ray", "slurm": "submitit"}
 def open_executor(options: Options) -> Executor:
     """Create the executor that `options` name.
 
-    RequestError is raised if the executor's package is not installed, or if the executor does not
-    support the options on this machine. RequestError is also raised if an executor of another
-    package cannot be loaded.
+    RequestError is raised if the executor cannot be loaded, or does not support the options on this
+    machine.
     """
     name = options.executor
     if name in EXECUTORS:

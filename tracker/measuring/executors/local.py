@@ -1,4 +1,4 @@
-"""Measure cells in this process, and load each model once for consecutive cells."""
+"""Measure cells in this process; consecutive cells share a loaded model."""
 
 from __future__ import annotations
 

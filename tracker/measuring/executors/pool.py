@@ -1,8 +1,7 @@
-"""Measure cells with several workers, each of which is called by a thread of this process.
+"""Measure cells with several workers, with one thread of this process per worker.
 
-A worker's thread calls the worker and writes its outcomes. Before a thread measures a block of
-documents, it locks the block. So workers, and several commands on one results folder, do not
-measure the same block. This module also divides the devices among the workers.
+The thread calls its worker and writes the outcomes. Each block of documents is locked while it is
+measured. This module also divides the devices among the workers.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ class _PoolCell:
         work: Blocks of documents that are still to be measured; None until a worker has opened the
             cell.
         deaths: Block → number of workers that died while they measured the block. The key None
-            counts workers that died while they opened the cell.
+            stands for the opening of the cell.
         has_ended: True if the cell is finished or has failed.
     """
 
@@ -65,8 +64,7 @@ class WorkerPool:
     Args:
         workers: The workers, each a `RemoteWorker` in another process.
         jobs: The jobs to measure, one for each cell.
-        report: The results folder and the callbacks. Two threads never call callbacks at the same
-            time.
+        report: The results folder and the callbacks, which are never called by two threads at once.
         checks: Storage of self-check results; None if the workers cannot read the results folder.
     """
 
@@ -86,7 +84,7 @@ class WorkerPool:
         self._models_loaded = 0
 
     def run(self, title: str) -> int:
-        """Measure all cells with all workers; close the workers when each cell is done or failed.
+        """Measure all cells with all workers; close the workers at the end.
 
         Returns the number of times that a model was loaded.
         """
@@ -127,10 +125,10 @@ class WorkerPool:
                     self._end_cell(cell, CellError(f"no worker is left: {error}"))
 
     def _next_cell(self, worker: Remote) -> _PoolCell | None:
-        """Return the next cell for a worker, waiting for one if necessary; None if all are done.
+        """Return the next cell for a worker, or wait for one; None if all cells are done.
 
-        The worker continues its current cell if possible. Otherwise, cells of the model that the
-        worker has loaded come first, then cells on which few other workers work.
+        The worker continues its current cell if possible. Otherwise, cells of its loaded model come
+        first.
         """
         open_cell = self._open_cells.get(worker)
         loaded_model = open_cell and open_cell.request.model
@@ -203,7 +201,7 @@ class WorkerPool:
     def _handle_death(
         self, worker: Remote, cell: _PoolCell, block: Block | None, reason: str
     ) -> None:
-        """Count a worker that died while it measured a block; fail the cell if many died."""
+        """Count the death of a worker; fail the cell if many workers died."""
         worker.close()
         with self._condition:
             self._open_cells.pop(worker, None)
@@ -271,8 +269,8 @@ def count_devices(
         jobs: The jobs, which name the models.
         options: The options of the run.
         max_devices: Maximum number of devices of a worker.
-        least_free: Function that returns the free memory, in bytes, of the device with the least
-            free memory. The function can take seconds and is called only if needed.
+        least_free: Function that returns the lowest free memory of any device, in bytes. It is
+            called only if needed.
 
     Returns:
         The number of devices per worker; 1 if layers are offloaded.

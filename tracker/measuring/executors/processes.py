@@ -1,4 +1,4 @@
-"""Measure cells in several processes of this machine, which divide its accelerators or cores."""
+"""Measure cells in several processes of this machine."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class WorkerProcess(RemoteObject):
 
 
 class ProcessesExecutor:
-    """Executor that measures cells with worker processes, which divide each cell's documents.
+    """Executor that measures cells with several worker processes.
 
     With accelerators, each worker gets one accelerator, or several if the model needs them. Without
     accelerators, `options.workers` sets the number of workers. RequestError is raised if this
@@ -111,7 +111,7 @@ class ProcessesExecutor:
             return pool.run(f"workers: {len(workers)}")
 
     def _worker_groups(self, jobs: Sequence[Job]) -> list[range]:
-        """Return each worker's range of accelerators; the ranges are empty without accelerators."""
+        """Return each worker's range of accelerators; empty ranges if there are none."""
         options = self._options
         if not self._devices:
             return [range(0)] * (options.workers or 1)
@@ -139,10 +139,9 @@ def _name_devices(group: range) -> str:
 
 
 def _least_free_memory() -> int:
-    """Return the free memory, in bytes, of the accelerator with the least free memory.
+    """Return the lowest free memory of any accelerator, in bytes.
 
-    A short-lived process reads the free memory, because reading it allocates memory on each
-    accelerator.
+    A separate process reads the free memory, because reading it allocates memory.
     """
     command = [sys.executable, "-c", _FREE_MEMORY_CODE]
     result = subprocess.run(command, capture_output=True, text=True)

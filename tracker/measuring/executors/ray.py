@@ -33,9 +33,9 @@ class RayExecutor:
     """Executor that measures cells on a Ray cluster.
 
     RAY_ADDRESS or `ray start` on this machine defines the cluster; otherwise a local cluster is
-    started for the run. Each worker gets one GPU, or several GPUs of a node if the model needs
-    them. In a cluster without GPUs, every node has one worker with all CPUs of the node.
-    RequestError is raised if the cluster cannot be reached, or has too few resources.
+    started for the run. Each worker gets one GPU, or several GPUs if the model needs them. In a
+    cluster without GPUs, every node has one worker. RequestError is raised if the cluster cannot be
+    reached, or has too few resources.
     """
 
     def __init__(self, options: Options) -> None:
@@ -113,7 +113,7 @@ class _Actor(Remote):
 
 
 def _check_cluster() -> None:
-    """Raise OSError if the cluster does not respond; Ray itself would retry for ten minutes."""
+    """Raise OSError if the cluster does not respond."""
     if "://" in os.environ.get("RAY_ADDRESS", ""):
         return
     address = canonicalize_bootstrap_address(None)
@@ -131,7 +131,7 @@ def _on_node(node: str) -> NodeAffinitySchedulingStrategy:
 
 
 def _make_actors(options: Options, size: int) -> Iterator[_Actor]:
-    """Yield a worker per `size` GPUs of each node, or per node if the cluster has no GPUs."""
+    """Yield workers with `size` GPUs each, or one worker per node without GPUs."""
     gpus, numbers = _count_gpus(options), count(1)
     device = SPREAD if size > 1 else options.device
     options = replace(options, device=device, devices_per_worker=None)
@@ -147,7 +147,7 @@ def _make_actors(options: Options, size: int) -> Iterator[_Actor]:
 
 
 def _count_gpus(options: Options) -> dict[str, int]:
-    """Count the GPUs of each node; return node ID → number of GPUs, for nodes with GPUs."""
+    """Count the GPUs of each node; return node ID → number of GPUs."""
     if options.device == "cpu":
         return {}
     counts = {n["NodeID"]: int(n["Resources"].get("GPU", 0)) for n in ray.nodes() if n["Alive"]}

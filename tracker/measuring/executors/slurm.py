@@ -1,7 +1,7 @@
 """Measure cells as SLURM jobs: a job array in which each job measures one cell.
 
-Every job writes to the shared results folder as `tracker run` does, but publishes nothing. The
-submitting process waits for the jobs and publishes the results.
+Every job writes to the shared results folder. The submitting process waits for the jobs and
+publishes the results.
 """
 
 from __future__ import annotations
@@ -55,9 +55,9 @@ log = logging.getLogger(__name__)
 class SlurmExecutor:
     """Executor that submits an array of SLURM jobs, one per cell, and waits for the jobs.
 
-    `options.slurm` contains parameters for submitit's `update_parameters`; sbatch options are
-    written without submitit's prefix `slurm_`. The key `cluster` is `slurm`, or `local` to test
-    without a cluster. RequestError is raised if SLURM is missing, or a parameter is wrong.
+    `options.slurm` contains sbatch options and other parameters of submitit. The key `cluster` is
+    `slurm`, or `local` to test without a cluster. RequestError is raised if SLURM is missing, or a
+    parameter is wrong.
     """
 
     def __init__(self, options: Options) -> None:
@@ -101,7 +101,7 @@ class SlurmExecutor:
 
 
 class _SubmittedJob:
-    """A submitted SLURM job, with the number of blocks that the job still has to measure."""
+    """A submitted SLURM job, with the number of blocks that are not measured yet."""
 
     def __init__(self, job: Job, submission: submitit.Job, reporting: Reporting) -> None:
         self.submission = submission
@@ -151,7 +151,7 @@ class _SubmittedJob:
         return sum(outcome.models_loaded for outcome in outcomes)
 
     def _read_results(self) -> list[JobEnd]:
-        """Return the results of the job's SLURM tasks, or a single error if there are none."""
+        """Return the results of the job's SLURM tasks, or a single error."""
         try:
             ends: list[JobEnd] = self.submission.results()
         except (UncompletedJobError, OSError) as error:
@@ -162,7 +162,7 @@ class _SubmittedJob:
         return ends
 
     def _find_store(self, request: CellRequest) -> CellStore | CellError:
-        """Return the measured cell's store, or an error if the ledger lacks some outcomes."""
+        """Return the measured cell's store, or an error if outcomes are missing."""
         cell = find_cell(request, self._reporting.ledger)
         if cell.store is None or not cell.complete:
             return CellError(
@@ -217,11 +217,10 @@ class JobEnd:
 
 @dataclass
 class CellJob(Checkpointable):  # type: ignore[misc]
-    """SLURM job that measures one cell; its requests differ only in their ablations.
+    """SLURM job that measures one cell.
 
-    The job writes to the shared results folder and publishes nothing. After a time-out or
-    preemption, submitit queues the job again, and the job measures only documents without stored
-    outcomes.
+    After a time-out or preemption, submitit queues the job again, and the job measures the
+    remaining documents.
     """
 
     requests: Sequence[CellRequest]

@@ -1,7 +1,6 @@
 """Find, remove and quantise parts of a model's layers; quantise its embeddings.
 
-Module names differ between model families. So the package finds parts by their structure, and
-verifies them by their effect on a short text.
+Module names differ between model families. So the package finds parts by their structure.
 
 Modules:
     anatomy: Find the parts of a model, or list them from the configuration. Start reading here.

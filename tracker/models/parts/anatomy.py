@@ -71,7 +71,7 @@ class LayerAnatomy(PartFinder):
         return bool(self.parts[Sublayers])
 
     def linear_maps(self, layer: int) -> Mapping[str, LinearMap]:
-        """Return a layer's linear maps by path; raise CellError as `find_linear_maps` does."""
+        """Return the linear maps of a layer by path, as `find_linear_maps` does."""
         key = ("linear maps", layer)
         if key not in self.parts:
             self.parts[key] = find_linear_maps(self.layers[layer], self.layer_name(layer))
@@ -83,10 +83,10 @@ class LayerAnatomy(PartFinder):
         return find_map(self.linear_maps(layer), path, self.layer_name(layer))
 
     def expand_formats(self, layer: int, rounding_changes: Sequence[Change]) -> dict[str, str]:
-        """Return path → quantisation format for all linear maps that a layer's changes affect.
+        """Return the quantisation format of each linear map that the changes of a layer affect.
 
-        If several changes affect a map, the last format counts. Raises CellError if the layer lacks
-        a named map, holds matrices that are no linear maps, or has quantised weights.
+        The keys are the paths of the maps. If several changes affect a map, the last format counts.
+        Raises CellError if the layer lacks a map or is already quantised.
         """
         maps = self.linear_maps(layer)
         formats: dict[str, str] = {}
@@ -103,11 +103,10 @@ class LayerAnatomy(PartFinder):
     def part_changes(
         self, ablation: Ablation, cache: RoundedWeights | None = None
     ) -> Iterator[tuple[int, Callable[[nn.Module], object]]]:
-        """Yield functions that apply an ablation's changes of layer parts to a copy of the model.
+        """Yield functions that change parts of layers in a copy of the model.
 
         Args:
-            ablation: The ablation. Its removals, repetitions and replacements of whole layers are
-                ignored.
+            ablation: The ablation. Its changes of whole layers are ignored.
             cache: Cache of quantised weights, as for `round_layer`.
 
         Yields:
@@ -126,16 +125,14 @@ class LayerAnatomy(PartFinder):
     def check_formats(self, ablations: Sequence[Ablation]) -> None:
         """Raise ExperimentError if the model does not support a requested quantisation format.
 
-        For a model on the meta device, formats of a whole attention or MLP are not checked. The
-        linear maps of an attention or MLP are known only after the model has run.
+        For a model on the meta device, formats of a whole attention or MLP are not checked.
 
         Args:
             ablations: The ablations whose formats are checked.
 
         Raises:
-            ExperimentError: A linear map does not exist, is already quantised, or has rows whose
-                length is no multiple of the format's block size; or the format's package is not
-                installed.
+            ExperimentError: A linear map does not exist or cannot be quantised, or a package is
+                missing.
         """
         for change in sorted({change for ablation in ablations for change in ablation.roundings}):
             if change.is_outer or (
@@ -179,10 +176,10 @@ def linear_map_shapes(source: ModelSource) -> tuple[dict[str, MapShape], ...]:
     """List the linear maps of each layer with their shapes.
 
     Args:
-        source: The model; only its configuration is read, not its weights.
+        source: The model; only its configuration is read.
 
     Returns:
-        One mapping for each layer: path of a linear map in the layer → shape.
+        A dictionary for each layer, with the shape of each linear map by its path.
 
     Raises:
         ModelError: The configuration cannot be read, or a layer holds matrices that are no linear
@@ -200,16 +197,14 @@ def linear_map_shapes(source: ModelSource) -> tuple[dict[str, MapShape], ...]:
 def find_search_parts(source: ModelSource, unit: Component) -> SearchParts:
     """Find the layers, heads or other parts of a model that a search is allowed to remove.
 
-    The configuration gives the number of parts. A small random model with the same modules shows
-    which layers have such parts. No weights are read. The result is cached until the process ends.
+    No weights are read. The result is cached until the process ends.
 
     Args:
         source: The model.
         unit: The kind of parts, such as layers, heads or experts.
 
     Returns:
-        The parts, and the minimum number that must stay in each layer: one head, or as many experts
-        as the router chooses for a token.
+        The parts, and the minimum number that must stay in each layer.
 
     Raises:
         ModelError: The model has no such parts, or the configuration does not give their number.
@@ -239,7 +234,7 @@ def find_search_parts(source: ModelSource, unit: Component) -> SearchParts:
 
 
 def _layers_with_parts(small: PreTrainedModel, unit: Component) -> tuple[int, ...]:
-    """List the layers whose number of heads or experts (`unit`) equals the configured number."""
+    """List the layers that have the configured number of heads or experts."""
     config, anatomy = small.config.get_text_config(), LayerAnatomy.of(small)
     count = parts_of_config(config).count_of(unit)
     if unit != "expert":

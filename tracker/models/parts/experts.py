@@ -1,14 +1,11 @@
 """Find the routed and the shared experts of mixture-of-experts layers by structure.
 
-A mixture of experts has two modules. The router chooses the experts of each token and their
-weights. The second module holds the experts' weights, in tensors with one entry per expert. To
-remove an expert, the expert's row is deleted from the router's weight, as in a checkpoint saved
-without this expert. The router then normalises the scores of the remaining experts.
+A mixture of experts has two modules. The router chooses the experts of each token. The second
+module holds the weights of the experts, in tensors with one entry per expert. To remove an expert,
+its row is deleted from the weight of the router.
 
-Every token passes through the shared experts in addition to its routed experts. Model families name
-the shared experts `shared_experts`, `shared_expert` or `shared_mlp`. Some families weight the
-output of the shared experts by a separate gate. Shared experts are found by their effect, not by
-name.
+Every token passes through the shared experts in addition to its routed experts. Shared experts are
+found by their effect, because their names differ between model families.
 """
 
 from __future__ import annotations
@@ -46,8 +43,7 @@ class Experts:
         holder: Path in the layer of the module that holds the experts' tensors.
         count: Number of experts.
         n_chosen: Number of experts that the router chooses for each token.
-        removable: Whether the router still works after the removal of an expert, and chooses among
-            the remaining experts.
+        removable: Whether the router still works after the removal of an expert.
     """
 
     KIND: ClassVar[str] = "routed experts"
@@ -66,11 +62,9 @@ class Experts:
     def find(cls, finder: PartFinder) -> list[Experts | None]:
         """Find the routed experts of every layer.
 
-        The routed experts are in a module whose own tensors all have one entry per expert; in at
-        least one tensor, each entry is a matrix. The module is called with the indices of each
-        token's experts and their weights. The router is the innermost module that returned these
-        indices and has a row per expert. To test removal, the router is called again without its
-        last expert.
+        The routed experts are in a module whose own tensors all have one entry per expert. The
+        router is the innermost module that returned the indices of each token's experts. To test
+        removal, the router is called again without its last expert.
         """
 
         def find(layer: nn.Module, calls: Sequence[ModuleCall]) -> Experts | None:
@@ -91,7 +85,7 @@ class Experts:
 
     @property
     def mixture_path(self) -> str:
-        """Path of the module around router and experts; empty if this module is the layer."""
+        """Path of the module with the router and the experts; empty for the layer itself."""
         return self.holder.rpartition(".")[0]
 
     def remaining_experts(self, parts: Sequence[Change], name: str) -> list[int]:
@@ -144,8 +138,7 @@ class SharedExperts:
     """The shared experts of one layer.
 
     Attributes:
-        paths: Paths of the shared experts' modules in the layer. Nearly always one module holds the
-            matrices of all shared experts.
+        paths: Paths of the shared experts' modules in the layer, usually only one path.
     """
 
     KIND: ClassVar[str] = "shared experts"
@@ -158,11 +151,9 @@ class SharedExperts:
     def find(cls, finder: PartFinder) -> list[SharedExperts | None]:
         """Find the shared experts of every layer's MLP.
 
-        An MLP can have shared experts only if it also holds routed experts. A shared expert is a
-        module that is not a part of the routed experts and is called with the MLP's own input. The
-        MLP must add the module's output to other outputs, with or without a weight. If such modules
-        are nested, only the outermost module counts. To test this, the module's output is
-        multiplied by 0, 1 and 2: the MLP's output must change by equal steps.
+        A shared expert is a module beside the routed experts that is called with the MLP's own
+        input. The MLP must add the module's output to other outputs. To test this, the module's
+        output is multiplied by 0, 1 and 2: the MLP's output must change by equal steps.
         """
         mlps = {sublayers.mlp for sublayers in finder.find(Sublayers) if sublayers}
 
@@ -190,7 +181,7 @@ class SharedExperts:
 def _find_choices(
     calls: Sequence[ModuleCall], experts: ModuleCall, count: int
 ) -> Iterator[tuple[ModuleCall, Tensor]]:
-    """Yield each router call that returned the indices passed to the experts, and the indices."""
+    """Yield calls of possible routers, with the expert indices that they returned."""
     for choice in integer_tables(experts.arguments):
         for call in calls:
             weights = [p for p in call.module.parameters() if p.ndim == 2 and len(p) == count]
@@ -201,7 +192,7 @@ def _find_choices(
 
 
 def count_experts(module: nn.Module) -> int:
-    """Count the experts that a module's own tensors hold; 0 if the module holds no experts."""
+    """Count the experts in a module's own tensors; return 0 if the module has no experts."""
     tensors = [tensor for tensor in module._parameters.values() if tensor is not None]
     counts = {len(tensor) if tensor.ndim else 0 for tensor in tensors}
     if len(counts) != 1 or not any(tensor.ndim == 3 for tensor in tensors):
@@ -210,7 +201,7 @@ def count_experts(module: nn.Module) -> int:
 
 
 def _works_without_one(router: ModuleCall, choice: Tensor, count: int) -> bool:
-    """Return whether a router without its last expert still chooses enough distinct experts."""
+    """Return whether a router works without its last expert."""
     if choice.shape[-1] >= count:
         return True  # all are chosen, so none may be removed anyway
     remaining = range(count - 1)
@@ -228,15 +219,14 @@ def _works_without_one(router: ModuleCall, choice: Tensor, count: int) -> bool:
 def keep_experts(
     module: nn.Module, remaining: Sequence[int], count: int, modules: Sequence[nn.Module] = ()
 ) -> nn.Module:
-    """Copy a router or a module with experts, keeping the entries of only some experts.
+    """Copy a router or a module with experts, and keep only some experts.
 
     Args:
         module: A router, the module that holds the experts, or the module around router and
             experts.
         remaining: The experts whose entries are kept.
         count: Number of experts in the original module.
-        modules: Submodules in which the other experts' entries are removed too; empty = all
-            submodules.
+        modules: Submodules that are also reduced; empty = all submodules.
 
     Returns:
         The copy, which shares all other tensors with the original module.
@@ -265,7 +255,7 @@ def keep_experts(
 
 
 def _keep_entries(value: Tensor, remaining: Sequence[int], count: int) -> Tensor:
-    """Delete removed experts' entries from a tensor with one row or column per expert."""
+    """Keep only the rows or columns of the remaining experts in a tensor."""
     axis = 1 if value.ndim == 2 and len(value) == 1 else 0
     if not value.ndim or value.shape[axis] != count:
         return value
@@ -273,7 +263,7 @@ def _keep_entries(value: Tensor, remaining: Sequence[int], count: int) -> Tensor
 
 
 def _keep_biases(arguments: Any, remaining: Sequence[int], count: int) -> Any:
-    """Cut removed experts' entries from the bias vectors in a router's arguments; return them."""
+    """Return a router's arguments without the biases of removed experts."""
     if isinstance(arguments, dict):
         return {name: _keep_biases(value, remaining, count) for name, value in arguments.items()}
     if isinstance(arguments, tuple):
@@ -290,17 +280,16 @@ def call_reduced_router(
     state: Tensor,
     arguments: tuple[Any, Any],
 ) -> tuple[Any, ...]:
-    """Call a router without some experts; return its outputs with the original expert indices.
+    """Call a router without some experts; its outputs keep the original expert numbers.
 
     Args:
         router: The original router, which has all experts.
         experts: The routed experts of the layer.
         remaining: Indices of the experts that the router keeps.
-        full_outputs: Outputs of the original router for other tokens, from which the output shapes
-            are read.
+        full_outputs: Outputs of the original router, which give the shapes.
         state: The hidden states of the tokens to route.
-        arguments: Positional and keyword arguments of a call of the router. `state` replaces the
-            hidden states in these arguments.
+        arguments: Positional and keyword arguments of the router's call, in which `state` replaces
+            the hidden states.
 
     Returns:
         One output for each entry of `full_outputs`; the score of a removed expert is −∞.
@@ -327,7 +316,7 @@ def call_reduced_router(
 def single_expert_outputs(
     forward: Callable[..., Tensor], args: Args, kwargs: Kwargs
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield the outputs of each token's first chosen expert, then of its second expert, etc.
+    """Yield the outputs of each token's first expert, then of its second expert, etc.
 
     The module that holds the experts is called several times, each time with one expert per token
     and a weight of 1.
@@ -338,9 +327,8 @@ def single_expert_outputs(
         kwargs: Keyword arguments of the module's call.
 
     Yields:
-        Three tensors for the first chosen expert of every token, then three for the second chosen
-        expert, and so on. The tensors are the experts' indices [tokens], the router's weights of
-        these experts [tokens], and the experts' outputs [tokens, width].
+        Three tensors: the experts' indices [tokens], their weights in the router [tokens], and
+        their outputs [tokens, width].
     """
     arguments, state = (*args, *kwargs.values()), hooks.input_state(args, kwargs)
     choice = integer_tables(arguments)[0]
@@ -365,7 +353,7 @@ def single_expert_outputs(
 
 
 def _reads_mlp_input(call: ModuleCall, mlp: ModuleCall) -> bool:
-    """Return whether a module maps the input of its MLP to an output of the same size."""
+    """Return whether a module has the same input as its MLP, and an output of the same size."""
     state = hooks.input_state(mlp.args, mlp.kwargs)
     call_input, call_output = next(iter(call.arguments), None), hooks.first_output(call.output)
     if not (isinstance(call_input, Tensor) and isinstance(call_output, Tensor)):
@@ -376,7 +364,7 @@ def _reads_mlp_input(call: ModuleCall, mlp: ModuleCall) -> bool:
 
 
 def _unrouted_modules(mlp: nn.Module) -> list[nn.Module]:
-    """List an MLP's modules that neither contain nor belong to routed experts, outermost first."""
+    """List the modules of an MLP that have nothing to do with routed experts, outermost first."""
     holders = [module for module in mlp.modules() if count_experts(module)]
     routed_modules = {module for holder in holders for module in holder.modules()}
     around = {module for module in mlp.modules() if not routed_modules.isdisjoint(module.modules())}

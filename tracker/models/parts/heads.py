@@ -1,4 +1,4 @@
-"""Find attention heads, and the input columns of the output projection that read each head."""
+"""Find the attention heads of layers, and remove heads."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ _PROBE_ATTENTION = "tracker_proof_of_heads"
 
 @dataclass(frozen=True)
 class Heads:
-    """The heads of one attention module, as ranges of its output projection's input columns.
+    """The heads of one attention module.
 
     Attributes:
-        projection: Path in the layer of the output projection, the linear map that reads all heads'
-            outputs.
+        projection: Path of the output projection, the linear map that reads the outputs of all
+            heads.
         heads: Number of heads.
         groups: Number of groups of heads that share keys and values.
         width: Number of input columns of each head.
@@ -52,12 +52,10 @@ class Heads:
 
     @classmethod
     def find(cls, finder: PartFinder) -> list[Heads | None]:
-        """Find the heads of every layer's attention, independently of module names.
+        """Find the heads of every layer's attention.
 
-        The model reads a short text with a replacement of transformers' attention function: every
-        second head returns ones, and all other heads return zeros. The output projection is the
-        linear map whose input is non-zero in exactly the columns of the heads with ones. The output
-        projection must belong to one layer only.
+        The model reads a short text while every second head returns ones, and all other heads
+        return zeros. The output projection is the linear map whose input has exactly this pattern.
         """
         shapes: list[tuple[int, int, int]] = []
         holders = Counter(module for layer in finder.layers for module in layer.modules())
@@ -104,7 +102,7 @@ class Heads:
         return slice(part.number * width, (part.number + 1) * width)
 
     def remove(self, layer: nn.Module, parts: Sequence[Change], name: str) -> None:
-        """Replace the output projection of a copied layer by a copy that ignores some heads."""
+        """Make the output projection of a copied layer ignore some heads."""
         columns = [self.columns(part, name) for part in parts]
         linear = map_of_module(layer.get_submodule(self.projection))
         attribute = (linear.module, linear.name)

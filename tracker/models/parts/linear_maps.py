@@ -1,9 +1,8 @@
 """Find the linear maps of a layer: linear modules, and the weight matrices of experts.
 
-A mixture of experts holds its matrices in tensors with one entry per expert. Each such tensor
-counts as one linear map with the rows of all experts, as in files of llama.cpp (`ffn_down_exps`).
-The matrix of a single expert can also be requested as a linear map, by the expert's number. The
-embedding and the output head, which are outside of layers, are linear maps as well.
+The matrices of all experts together count as one linear map, as in files of llama.cpp
+(`ffn_down_exps`). The matrix of a single expert can also be requested. The embedding and the output
+head are linear maps as well.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from tracker.schema.model_parts import split_expert_map
 
 @dataclass(frozen=True)
 class LinearMap:
-    """A linear map of a layer; all experts' matrices with the same name count as one linear map.
+    """A linear map of a layer; matrices of several experts can form one linear map.
 
     Attributes:
         module: The module that holds the weight.
@@ -54,13 +53,13 @@ class LinearMap:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Number of outputs, summed over experts if there are several, and number of inputs."""
+        """Number of outputs (of all experts together), and number of inputs."""
         weight = self.weight
         return weight.numel() // weight.shape[-1], weight.shape[-1]
 
     @property
     def parameter(self) -> Tensor:
-        """The parameter that the module stores; for an expert, the weights of all experts."""
+        """The parameter in the module, which can contain the weights of all experts."""
         tensor: Tensor = getattr(self.module, self.name)
         return tensor
 
@@ -90,12 +89,10 @@ def find_linear_maps(layer: nn.Module, name: str) -> dict[str, LinearMap]:
         name: The layer's name in messages.
 
     Returns:
-        Path → linear map. The path of experts' matrices is the path of their module, followed by
-        the tensor's name.
+        The linear maps by path. For experts, the path ends with the name of the tensor.
 
     Raises:
-        CellError: The layer holds matrices that are no linear maps, or weights that are already
-            quantised.
+        CellError: The layer has other matrices, or weights that are already quantised.
     """
     maps: dict[str, LinearMap] = {}
     router_ids: set[int] = set()
@@ -124,11 +121,10 @@ def find_linear_maps(layer: nn.Module, name: str) -> dict[str, LinearMap]:
 
 
 def _find_expert_matrices(module: nn.Module) -> Iterator[LinearMap]:
-    """Yield the linear maps of a module's experts, or nothing if the tensor shapes do not fit.
+    """Yield the linear maps of a module's experts.
 
-    The first tensor computes the gate and the gated values, and the second tensor computes the
-    output. The shapes of an expert's entries are [2 width, hidden] and [hidden, width], or both
-    shapes transposed.
+    The shapes for one expert must be [2 width, hidden] and [hidden, width], or both transposed.
+    Otherwise nothing is yielded.
     """
     count, tensors = count_experts(module), module._parameters.items()
     matrices = {name: t.shape[1:] for name, t in tensors if t is not None and t.ndim == 3}
@@ -142,10 +138,9 @@ def _find_expert_matrices(module: nn.Module) -> Iterator[LinearMap]:
 
 
 def _find_router_weights(block: nn.Module, count: int) -> Iterator[Tensor]:
-    """Yield router weights and biases: matrices of `block` with one row or column per expert.
+    """Yield the tensors of `block` that have one row or column per expert.
 
-    Child modules of `block` with several linear maps are ambiguous; the weights of their linear
-    maps are left out.
+    If a child module has several linear maps, their weights are left out.
     """
     for child in block.children():
         linears = [module for module in child.modules() if isinstance(module, nn.Linear)]
@@ -171,8 +166,8 @@ class RoundedWeights:
     """Cache of quantised weights, which many ablations share.
 
     Args:
-        max_bytes: Maximum bytes of cached weights. If the cache would exceed `max_bytes`, the least
-            recently used weights are dropped.
+        max_bytes: Maximum bytes of cached weights. The least recently used weights are dropped
+            first.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -198,17 +193,16 @@ def rounded_parameters(
     formats: Mapping[str, str],
     round_map: Callable[[str, LinearMap, str], Tensor],
 ) -> dict[ModuleAttribute, Tensor]:
-    """Compute the quantised parameters of linear maps, in the layout of their modules.
+    """Compute the quantised parameters of linear maps.
 
     Args:
         maps: Linear maps of a layer by their paths.
-        formats: Path of each linear map to quantise → format; the format of a single expert
-            overrides the format of all experts.
-        round_map: Function of a path, a linear map and a format that returns the quantised weight
-            with outputs as first axis.
+        formats: Format of each linear map to quantise, by path. The format of a single expert has
+            priority.
+        round_map: Function that returns the quantised weight for a path, a linear map and a format.
 
     Returns:
-        (module, parameter name) → quantised parameter.
+        The quantised parameters by module and parameter name.
     """
     weights: dict[ModuleAttribute, Tensor] = {}
     for path in sorted(formats, key=lambda path: maps[path].expert is not None):
@@ -236,7 +230,7 @@ def round_layer(
 
     Args:
         layer: The copied layer, which is changed in place.
-        formats: Path of each linear map to quantise → format.
+        formats: Format of each linear map to quantise, by path.
         number: Number of the layer.
         cache: Cache of quantised weights. With a cache, the layer holds the quantised weights only
             while it is called. If `cache` is None, the layer holds them permanently.
@@ -261,7 +255,7 @@ class Embeddings:
     Attributes:
         embedding: The input embedding as a linear map; its weight has one row per token.
         lm_head: The output head as a linear map; its weight has one row per token.
-        weights: Cache of the quantised weights of the embedding and the output head.
+        weights: Cache of the quantised weights.
     """
 
     embedding: LinearMap
@@ -286,8 +280,8 @@ class Embeddings:
     def temporary_format(self, name: str, form: str | None) -> AbstractContextManager[None]:
         """Quantise the weights of the embedding or the output head until the context exits.
 
-        If `form` is None, the weights stay unchanged. Until the context exits, other forward passes
-        of the model must not run, because they would use the quantised weights.
+        If `form` is None, the weights stay unchanged. Other forward passes must not run in the
+        meantime, because they would use the quantised weights.
         """
         if form is None:
             return nullcontext()
@@ -298,8 +292,7 @@ class Embeddings:
 def find_embeddings(model: PreTrainedModel, max_bytes: int = 0) -> Embeddings:
     """Find a model's embedding and output head; raise CellError if quantising is impossible.
 
-    The model's weights may be on the meta device. `max_bytes` limits the cache of quantised
-    weights.
+    `max_bytes` limits the cache of quantised weights.
     """
     maps = []
     class_name = type(model).__name__

@@ -29,7 +29,7 @@ class LayerPart(Protocol):
     Attributes:
         KIND: Plural name of the parts in messages.
         COMPONENTS: Values of the experiment key `component` that require such parts.
-        NEEDS: Description of the conditions under which the parts of a layer are found.
+        NEEDS: Description of the conditions that the parts must meet.
     """
 
     KIND: ClassVar[str]
@@ -77,9 +77,8 @@ class PartFinder:
         model: A causal language model of transformers.
         layers: The model's decoder layers.
         device: The device on which the model expects its inputs.
-        exclusive_use: Function that returns a context manager, e.g. a lock. The model is called
-            only inside this context.
-        parts: Parts found so far: kind → one entry per layer.
+        exclusive_use: Function that returns a context manager, e.g. a lock, for calling the model.
+        parts: Parts found so far, by kind; each value has one entry per layer.
     """
 
     model: PreTrainedModel
@@ -90,14 +89,13 @@ class PartFinder:
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Self:
-        """Return a finder for a model whose weights are on the input device or the meta device."""
+        """Return a finder for a model on one device."""
         return cls(model, find_layers(model), model.device)
 
     def find(self, kind: type[P]) -> Sequence[P | None]:
         """Find one kind of parts in every layer; the first call runs the model.
 
-        Raises ModelError if the model does not run, or if the layers lack parts that every layer
-        must have (attention and MLP).
+        Raises ModelError if the model does not run, or if a layer has no attention or MLP.
         """
         if not self.parts.get(kind):
             with self.exclusive_use():
@@ -139,8 +137,7 @@ class PartFinder:
             kind: The kind of parts.
             n_tokens: Number of tokens of the text.
             find_part: Function that returns the parts of a layer, or None. Its arguments are the
-                layer, and the calls of the layer and its modules in the order in which the calls
-                ended.
+                layer and the recorded calls of its modules.
 
         Returns:
             The result of `find_part` for each layer.
@@ -180,11 +177,11 @@ def probe_text(n_tokens: int, device: torch.device) -> Tensor:
 
 
 def module_paths(layer: nn.Module) -> dict[nn.Module, str]:
-    """Return module → path in the layer, for each module of a layer."""
+    """Return the path of each module of a layer, keyed by module."""
     return {module: path for path, module in layer.named_modules()}
 
 
 def integer_tables(values: Iterable[Any]) -> list[Tensor]:
-    """Return the two-dimensional integer tensors among some values, e.g. [tokens, experts]."""
+    """Return the values that are two-dimensional integer tensors."""
     tensors = [value for value in values if isinstance(value, Tensor) and value.ndim == 2]
     return [tensor for tensor in tensors if tensor.dtype in (torch.int64, torch.int32)]

@@ -1,4 +1,4 @@
-"""Find the attention and the MLP of a decoder layer by structure; verify both by their effect."""
+"""Find the attention and the MLP of a decoder layer."""
 
 from __future__ import annotations
 
@@ -28,8 +28,7 @@ class Sublayers:
 
     Attributes:
         attention: The module that mixes tokens.
-        mlp: The module that processes each token separately; the last such module if there are
-            several.
+        mlp: The module that processes each token separately.
     """
 
     KIND: ClassVar[str] = "attention and MLP"
@@ -49,8 +48,7 @@ class Sublayers:
 
         The attention is the layer's first child module that holds a matrix, and the MLP is the
         last. The method tests this choice with a short text. Without attention and MLP, every layer
-        must return its input. Without attention in all layers, no token may depend on another
-        token. Without MLPs in all layers, tokens must still depend on other tokens.
+        must return its input. Without attention, no token may depend on another token.
 
         Args:
             finder: The model and its layers.
@@ -89,7 +87,7 @@ class Sublayers:
 
 @torch.inference_mode()
 def _verify_sublayers(finder: PartFinder, sublayers: Sequence[Sublayers]) -> None:
-    """Raise ModelError if a layer adds more to its input than attention and MLP outputs."""
+    """Raise ModelError if the assumed attention and MLP fail a test with a short text."""
     model, layers = finder.model, finder.layers
     attentions, mlps = ([pair.module(name) for pair in sublayers] for name in ("attention", "mlp"))
     ids = probe_text(SUBLAYER_TEXT_TOKENS, finder.device)

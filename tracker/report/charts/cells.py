@@ -32,7 +32,7 @@ from tracker.stats.support import Verdict
 
 
 def curve_title(cell: CellRecord) -> str:
-    """Return the layer curve's title: the benchmark, and layers with significant effects."""
+    """Return the title of `layer_curve`, with the layers that have significant effects."""
     measure = formats.metric_format(cell)
     records = [run for run in cell.runs if run.change.kind.is_single]
     if not any(formats.is_finite(record.drop.value) for record in records):
@@ -62,7 +62,7 @@ def scatter_title(cell: CellRecord) -> str:
 
 
 def cell_charts(cell: CellRecord) -> dict[str, go.Figure]:
-    """Draw all charts of one model on one benchmark as plotly figures; return name → figure."""
+    """Draw all charts of one model on one benchmark; return plotly figures by name."""
     figures = {}
     if curve_kinds(cell):
         figures["accuracy_drop"] = layer_curve(cell).to_figure()
@@ -76,13 +76,10 @@ def cell_charts(cell: CellRecord) -> dict[str, go.Figure]:
 def layer_curve(cell: CellRecord) -> style.Chart:
     """Draw the accuracy drop (or loss increase) of each layer, with cosine scores below.
 
-    Drops and cosine scores are in two panels with one layer axis. Two scales in one panel would
-    suggest a meaningless comparison of heights. Accuracy drops are in percentage points, and loss
-    increases in the unit of the loss. Their plotly trace is named `accuracy drop` or `loss
-    increase`. If there are several kinds of ablations, each kind has a trace with its name.
-    Intervals (95 %) are drawn if there are at most three kinds of ablations. The plotly trace
-    `cosine score` shows the cosine scores. Layers without a value appear as gaps in the lines. The
-    chart omits ablations of several layers at once and of single heads.
+    Drops and cosine scores are in two panels. Accuracy drops are in percentage points, and loss
+    increases in the unit of the loss. Each kind of ablation has its own line. Intervals (95 %) are
+    drawn if there are at most three kinds of ablations. Layers without a value appear as gaps in
+    the lines. The chart omits ablations of several layers at once and of single heads.
     """
     kinds = curve_kinds(cell)
     verdicts = run_verdicts(cell, [run for run in cell.runs if run.change.kind.is_single])
@@ -150,8 +147,7 @@ def _change_axis(measure: formats.MetricFormat) -> dict[str, Any]:
 def curve_kinds(cell: CellRecord) -> list[Change]:
     """List the kinds of single-layer ablations that the layer curve draws.
 
-    If there are no runs yet, the list contains the removal of whole layers. The repetition of
-    single layers is left out if a heat map of repeated layers already shows it.
+    If there are no runs yet, the list contains the removal of whole layers.
     """
     map_kinds = [kind for kinds in find_map_kinds(cell).values() for kind in kinds]
     single_kinds = [kind for kind in cell.kinds or [WHOLE_LAYER] if kind.is_single]
@@ -161,8 +157,7 @@ def curve_kinds(cell: CellRecord) -> list[Change]:
 def proxy_scatter(cell: CellRecord) -> style.Chart:
     """Draw the accuracy drop (or loss increase) of every layer against its cosine score.
 
-    Each layer with a drop and a cosine score has one labelled point. There are two traces: `inner
-    layers`, and `outer layers` for the first two and the last two layers.
+    Each layer has one labelled point. The first two and the last two layers have another symbol.
     """
     measure = formats.metric_format(cell)
     records = [
@@ -219,7 +214,7 @@ def margin_name(cell: CellRecord, decisions: DecisionsRecord) -> str:
 
 
 def margin_chart(cell: CellRecord, decisions: DecisionsRecord) -> style.Chart | None:
-    """Draw median and quartiles of the gold option's margin, for each run and the intact model.
+    """Draw the median and the quartiles of the gold option's margin for each run.
 
     Returns None if no margin is defined, or if only parts of layers are removed.
     """
@@ -272,14 +267,13 @@ def margin_chart(cell: CellRecord, decisions: DecisionsRecord) -> style.Chart | 
 
 
 def loss_correlations(decisions: DecisionsRecord) -> tuple[list[int], Array]:
-    """Correlate, for each pair of layers, which documents the removal of each layer makes wrong.
+    """Correlate the layers by the documents that are answered wrongly without them.
 
     Args:
-        decisions: Answers of one model to all documents of a benchmark, under each ablation.
+        decisions: Answers of a model under each ablation.
 
     Returns:
-        The layers with defined correlations, ordered so that similar layers are adjacent, and the
-        matrix of correlations (φ).
+        The layers, ordered so that similar layers are adjacent, and the matrix of correlations (φ).
     """
     losses = np.array(decisions.both, dtype=np.float64).reshape((len(decisions.both),) * 2)
     coefficients = phi(losses, np.diag(losses), decisions.right)

@@ -1,4 +1,4 @@
-"""Draw the page's first chart: the accuracy that each layer contributes, and its cosine score."""
+"""Draw the first chart of the page: the relevance and the cosine score of each layer."""
 
 from __future__ import annotations
 
@@ -20,13 +20,11 @@ _PANELS = {2: ([0.38, 1.0], [], [0.0, 0.29]), 3: ([0.6, 1.0], [0.26, 0.52], [0.0
 
 
 def headline_chart(board: LayerBoard, label: str) -> style.Chart:
-    """Draw the accuracy relevance of each layer as bars, above bars of its cosine score.
+    """Draw bars of each layer's accuracy relevance, above bars of its cosine score.
 
-    The upper panel shows the mean accuracy relevance with its interval, the lower panel the mean
-    cosine score. If the benchmarks are multiple choice, a middle panel shows how much the
-    probability of the right option falls without each layer. Bars that are not significant are
-    pale. Numbers mark important layers without a high cosine score: their removal costs
-    significantly more accuracy than that of some layer with a high score.
+    If the benchmarks are multiple choice, a middle panel shows how much the probability of the
+    right option falls without each layer. Bars that are not significant are pale. Numbers mark
+    important layers without a high cosine score.
     """
     claims = board.claims
     layers = [standing.layer for standing in board.by_depth]
@@ -86,7 +84,7 @@ def headline_chart(board: LayerBoard, label: str) -> style.Chart:
 
 
 def join_neighbours(layers: Sequence[int]) -> list[tuple[float, str]]:
-    """Combine the labels of marked layers that are at most two apart, so labels do not overlap.
+    """Combine the labels of marked layers that are at most two layers apart.
 
     Args:
         layers: Numbers of the layers to mark.
@@ -100,7 +98,7 @@ def join_neighbours(layers: Sequence[int]) -> list[tuple[float, str]]:
 
 
 def _draw_choices(claims: Claims) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Draw the drop in the right option's probability for each layer; return bars and axis."""
+    """Draw the probability that the right option loses without each layer; return (bars, axis)."""
     layers = sorted(claims.choices)
     drops = [claims.choices[layer] for layer in layers]
     name = "drop of choice probability"

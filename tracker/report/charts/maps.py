@@ -56,7 +56,7 @@ COLOUR_BAR = {
 
 
 def heat_map_title(cells: Sequence[CellRecord]) -> str:
-    """Return the title: the model, and its numbers of layers, benchmarks and undefined values."""
+    """Return the title of `heat_map`."""
     layers = first_layers(WHOLE_LAYER, *cells)
     noun = "cell" if any(cell.removed for cell in cells) else "benchmark"
     size = f"{len(layers)} layers × {formats.count_text(len(cells), noun)}"
@@ -69,10 +69,9 @@ def heat_map_title(cells: Sequence[CellRecord]) -> str:
 def heat_map(cells: Sequence[CellRecord]) -> Chart:
     """Draw the accuracy relevance of every whole layer on every benchmark of one model.
 
-    Each benchmark with its settings has one row; the colour scale is centred at 0. Values that are
-    not significant are pale. Undefined and missing values are gaps with a cross, whose hover box
-    gives the reason (trace `undefined`). The function raises ValueError unless `cells` belong to
-    exactly one model.
+    Each benchmark has one row. Values that are not significant are pale. A cross marks undefined
+    and missing values; its hover box gives the reason. The function raises ValueError unless
+    `cells` belong to exactly one model.
     """
     if len({cell.model.key for cell in cells}) != 1:
         raise ValueError("heat_map takes benchmarks of exactly one model")
@@ -94,18 +93,18 @@ def heat_map(cells: Sequence[CellRecord]) -> Chart:
 
 
 def row_label(label: str) -> str:
-    """Format a heat map's row label: the benchmark, and settings (e.g. few-shot) on a new line."""
+    """Format the label of a heat map's row, with settings (e.g. few-shot) on a new line."""
     name, _, details = label.partition(" · ")
     return "<br>".join(filter(None, (html.escape(name), wrap_text(details, 18))))
 
 
 def row_height(labels: Sequence[str]) -> int:
-    """Return the height of a heat map's rows in pixels, so that the tallest label fits."""
+    """Return the height of a heat map's rows in pixels."""
     return max((15 * (label.count("<br>") + 1) + 10 for label in labels), default=0)
 
 
 def find_map_kinds(cell: CellRecord) -> dict[str, list[Change]]:
-    """Group ablation kinds into heat maps; return name of the heat map → kinds of its rows.
+    """Group the kinds of ablations into heat maps, keyed by the name of the heat map.
 
     A heat map has one row for each kind of ablation, such as a span length or a head number.
     """
@@ -125,7 +124,7 @@ def _family_name(family: Change) -> str:
 
 
 def _row_names(kinds: Sequence[Change]) -> tuple[str, str]:
-    """Return two descriptions of a heat map's rows: for the title, and for the axis."""
+    """Return descriptions of a heat map's rows for the title and for the axis."""
     kind = kinds[0]
     if kind.map is not None:
         return f"layer and linear map in {kind.intervention}", "linear map"
@@ -149,12 +148,10 @@ def map_title(cell: CellRecord, kinds: Sequence[Change]) -> str:
 
 
 def kind_map(cell: CellRecord, kinds: Sequence[Change]) -> Chart:
-    """Draw drops (or loss increases) as a heat map: layers as columns, kinds of ablation as rows.
+    """Draw drops as a heat map: layers are columns, kinds of ablation are rows.
 
-    Each kind of ablation, such as a span length or a head number, has one row; the colour scale is
-    centred at 0. Values that are not significant are pale. Undefined and missing values are gaps
-    with a cross, whose hover box gives the reason (trace `undefined`). Positions without a run are
-    blank.
+    Values that are not significant are pale. A cross marks undefined and missing values; its hover
+    box gives the reason. Positions without a run are blank.
     """
     measure = formats.metric_format(cell)
     has_parts = kinds[0].part is not None
@@ -189,11 +186,10 @@ def kind_map(cell: CellRecord, kinds: Sequence[Change]) -> Chart:
 
 
 def _column_layers(kind: Change, layers: Sequence[int]) -> Sequence[int]:
-    """Return, for each column of a heat map, the layer whose run the column shows.
+    """Return the layer number under which each column's run is stored.
 
     The embedding and the output head have a single run each, stored as layer 0. The first column
-    shows the embedding's run, and the last column shows the output head's run. All other columns
-    get layer 1 and stay blank, because no such run is stored for layer 1.
+    shows the embedding, and the last column shows the output head. All other columns stay blank.
     """
     if not kind.is_outer:
         return layers
@@ -204,7 +200,7 @@ def _column_layers(kind: Change, layers: Sequence[int]) -> Sequence[int]:
 def _shown_mask(
     cell: CellRecord, kinds: Sequence[Change], layers: Sequence[int]
 ) -> list[list[bool]]:
-    """Return rows of True for each significant run; all runs of the map are tested jointly."""
+    """Return whether each run is significant, as rows of the map; runs are tested jointly."""
     verdicts = run_verdicts(cell, [run for run in cell.runs if run.change.kind in kinds])
     return [
         [
@@ -237,8 +233,7 @@ def centred_map(
 ) -> Chart:
     """Draw a heat map whose colours are centred at 0.
 
-    Significant values (trace `name`) have a dot if the map has few rows, because small values have
-    faint colours. Values that are not significant are pale (plotly trace `open`).
+    Significant values have a dot if the map has few rows. Other values are pale.
 
     Args:
         title: Title in plain text.
@@ -251,8 +246,8 @@ def centred_map(
         largest: Absolute value that has the strongest colour.
         height: Height in pixels.
         shown_mask: Mask of the significant values; None if significance was not tested.
-        has_crosses: Whether gaps with a hover box are marked (trace `undefined`).
-        **layout: Axes: `xaxis`, and `yaxis` if it is not `ROW_AXIS`.
+        has_crosses: Whether gaps with a hover box are marked.
+        **layout: Axes: `xaxis`, and optionally `yaxis`.
 
     Returns:
         The chart.
@@ -292,7 +287,7 @@ def centred_map(
 def _mark_trace(
     name: str, marks: Sequence[tuple[int | str, str, str]], marker: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Build a trace that marks fields of a heat map; each mark is (column, row, hover box)."""
+    """Build a trace of marks on a heat map; each mark is (column, row, hover box)."""
     x, y, hovers = zip(*marks, strict=True) if marks else ((), (), ())
     look = {"mode": "markers", "marker": marker, "showlegend": False}
     return build_trace("scatter", name, x, y, hovers, **look)

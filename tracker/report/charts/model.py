@@ -23,12 +23,10 @@ from tracker.schema.records import CellRecord, first_layers
 
 
 def rank_chart(board: LayerBoard, label: str) -> style.Chart | None:
-    """Draw each layer's rank by relevance, with interval, against its rank by cosine score.
+    """Draw each layer's rank by relevance against its rank by cosine score.
 
-    Each layer has one labelled point with an interval; on both axes, rank 1 is the highest value.
-    Points whose interval misses the diagonal (trace `different rank`) are solid, all others (trace
-    `open`) are pale. The trace `equal ranks` is the diagonal, on which both ranks are equal. The
-    function returns None if no layer has a rank by relevance and a rank by cosine score.
+    Each layer has one point with an interval. Points are pale if their interval includes the
+    diagonal, on which both ranks are equal. The function returns None if no layer has both ranks.
     """
     cosine = cosine_ranks(board)
     standings = [standing for standing in board.ranked if standing.layer in cosine]
@@ -93,10 +91,10 @@ _THICK_LINE = {"color": style.COST_COLOUR, "width": 2.5}
 
 
 def relevance_curves(board: LayerBoard, label: str) -> style.Chart:
-    """Draw the accuracy relevance over layers, with a line for each benchmark and the mean.
+    """Draw the accuracy relevance of layers, with a line for each benchmark and the mean.
 
-    Only the trace `mean` (or the line of a single benchmark) has intervals, because the intervals
-    of several lines would overlap. Points that are not significant are pale.
+    Only the mean (or the line of a single benchmark) has intervals. Points that are not significant
+    are pale.
     """
     cells, claims = board.cells, board.claims
     layers = [standing.layer for standing in board.by_depth]
@@ -136,7 +134,7 @@ def _relevance_trace(
     samples: Sequence[str],
     **look: Any,
 ) -> dict[str, Any]:
-    """Build a line of accuracy relevance over layers; `samples` are extra texts of hover boxes."""
+    """Build a line of accuracy relevance; `samples` are extra texts for hover boxes."""
     hovers = [
         estimate_hover(f"layer {layer} · {name}", "accuracy relevance", value, two_digits, sample)
         for layer, value, sample in zip(layers, estimates, samples, strict=True)
@@ -146,7 +144,7 @@ def _relevance_trace(
 
 
 def relevance_title(board: LayerBoard, label: str) -> str:
-    """Return the chart's title; it names the layer whose relevance is significantly highest."""
+    """Return the title of `relevance_curves`, with the most important layer."""
     title = f"{label}: accuracy relevance over depth, {count_text(len(board.cells), 'benchmark')}"
     top_layers = [standing.layer for standing in board.ranked if standing.rank.high == 1]
     return f"{title}; layer {top_layers[0]} matters most" if top_layers else title
@@ -204,7 +202,7 @@ def proxy_title(cells: Sequence[CellRecord], label: str) -> str:
 def _proxy_values(
     cell: CellRecord, proxy: Proxy, name: str, layers: Sequence[int]
 ) -> tuple[list[float | None], list[str]]:
-    """Return the values of one proxy for each layer, and the hover boxes of the values."""
+    """Return the values of one proxy for each layer, and their hover boxes."""
     records = cell.runs_of_kind()
     values: list[float | None] = []
     hovers = []
@@ -221,7 +219,7 @@ def _proxy_values(
 
 
 def depth_curves(boards: Sequence[LayerBoard], labels: Sequence[str]) -> style.Chart:
-    """Draw a line per model: mean accuracy relevance of the layers over relative depth (0 to 1).
+    """Draw the accuracy relevance over relative depth (0 to 1), with a line for each model.
 
     Lines have intervals if there are at most three models. Points that are not significant are
     pale.
@@ -276,11 +274,10 @@ def _depth_title(boards: Sequence[LayerBoard], labels: Sequence[str]) -> str:
 
 
 def difference_chart(pair: ModelPair) -> style.Chart:
-    """Draw, for each layer, the accuracy drop in one model minus the drop in another model.
+    """Draw the difference between two models in the accuracy drop of each layer.
 
-    For up to three benchmarks, the chart has points with 95 % intervals, one trace for each
-    benchmark. For more benchmarks, the chart is a heat map. Differences that are not significant
-    are pale.
+    The chart has points with 95 % intervals, or is a heat map for more than three benchmarks.
+    Differences that are not significant are pale.
     """
     measure, layers = pair.measure, pair.layers
     rows = [[shared.difference(layer) for layer in layers] for shared in pair.comparisons]
@@ -345,7 +342,7 @@ def difference_chart(pair: ModelPair) -> style.Chart:
 
 
 def difference_title(pair: ModelPair) -> str:
-    """Return the chart's title: the number of significant differences, and the largest of them."""
+    """Return the title of `difference_chart`, with the largest significant difference."""
     total = sum(len(shared.differences) for shared in pair.comparisons)
     shown = [
         (shared.differences[layer], layer, shared.benchmark)

@@ -1,8 +1,7 @@
 """Define the style of all charts, and build traces, axes and hover boxes that charts share.
 
-A chart is plotly's own JSON, not a `go.Figure`. plotly checks every property of a `go.Figure`,
-which would take most of the time for a page with many charts; tests do these checks instead.
-Backgrounds are transparent and text is grey, so that a chart is legible on light and dark pages.
+A chart is plotly's JSON and not a `go.Figure`, because plotly spends much time on checking every
+property of a `go.Figure`. Charts are legible on light and dark pages.
 """
 
 from __future__ import annotations
@@ -93,7 +92,7 @@ class Chart:
     """Chart as JSON that plotly reads.
 
     Attributes:
-        title: Title in plain text; a page shows the title as a caption, which can wrap.
+        title: Title in plain text.
         data: The traces as plotly's JSON.
         layout: Axes, height and other settings that differ from the chart template.
         explanation: Explanation in plain text below the title.
@@ -161,25 +160,25 @@ def estimate_trace(
 
 
 def _is_named(trace: dict[str, Any]) -> bool:
-    """Return whether a trace is in the legend; by default, only scatter traces are."""
+    """Return whether a trace is in the legend."""
     return bool(trace.get("showlegend", trace.get("type") == "scatter"))
 
 
 def _is_pale(trace: dict[str, Any]) -> bool:
-    """Return whether a trace shows some values pale because they are not significant."""
+    """Return whether some values of a trace are pale because they are not significant."""
     marks = [trace.get("opacity"), trace.get("marker", {}).get("opacity")]
     return any(OPEN_OPACITY in (mark if isinstance(mark, list) else [mark]) for mark in marks)
 
 
 def line_style(number: int) -> dict[str, Any]:
-    """Return a distinct style for the line with a given number (from 0), as plotly's `line`."""
+    """Return a distinct style (plotly's `line`) for each line number, starting at 0."""
     dash, colour = divmod(number, len(LINE_COLOURS))
     dash_name = _LINE_DASHES[dash % len(_LINE_DASHES)]
     return {"color": LINE_COLOURS[colour], "width": 1.4, "dash": dash_name}
 
 
 def layer_axis(layers: Sequence[int], title: str = "layer (0-based)") -> dict[str, Any]:
-    """Build a layer axis with ticks at whole layers, few enough to be legible on a phone."""
+    """Build a layer axis with ticks at whole layers."""
     start, end = (layers[0], layers[-1]) if layers else (0, 1)
     n_layers = end - start + 1
     return {
@@ -195,10 +194,7 @@ def layer_axis(layers: Sequence[int], title: str = "layer (0-based)") -> dict[st
 
 
 def value_axis(title: str, values: Sequence[float | None]) -> dict[str, Any]:
-    """Build an axis that is logarithmic if positive values span more than a factor of ten.
-
-    On a linear axis, a few large values would compress all other values.
-    """
+    """Build an axis that is logarithmic if positive values span more than a factor of ten."""
     numbers = [value for value in values if value is not None]
     if numbers and 0 < 10 * min(numbers) < max(numbers):
         return log_axis(f"{title}, log scale", numbers)
@@ -206,7 +202,7 @@ def value_axis(title: str, values: Sequence[float | None]) -> dict[str, Any]:
 
 
 def log_axis(title: str, values: Sequence[float | None]) -> dict[str, Any]:
-    """Build a logarithmic axis with tick labels such as 20 and 50 (plotly would write 2 and 5)."""
+    """Build a logarithmic axis with tick labels such as 20 and 50."""
     logs = [math.log10(value) for value in values if value is not None and value > 0] or [0.0]
     exponents = range(math.floor(min(logs)), math.ceil(max(logs)) + 1)
     ticks = [float(f"{digit}e{exponent}") for exponent in exponents for digit in (1, 2, 5)]
@@ -214,7 +210,7 @@ def log_axis(title: str, values: Sequence[float | None]) -> dict[str, Any]:
 
 
 def relative_positions(values: Sequence[float], span: Sequence[float] = ()) -> list[float]:
-    """Scale values linearly so that the minimum and maximum of `span` or `values` are 0 and 1."""
+    """Scale values linearly; 0 and 1 are the ends of `span` (by default, of the values)."""
     low, high = min(span or values, default=0.0), max(span or values, default=1.0)
     return [(value - low) / ((high - low) or 1.0) for value in values]
 
@@ -269,8 +265,7 @@ def opacities(flags: Iterable[bool]) -> list[float]:
 def error_bars(estimates: Sequence[Estimate], scale: float = 1, **more: Any) -> dict[str, Any]:
     """Return error bars from each value to both ends of its interval (plotly's `error_y`).
 
-    `more` overrides properties of the bars, which are thin and grey by default. The HTML page draws
-    grey bars in its text colour.
+    `more` overrides properties of the bars, which are thin and grey by default.
     """
 
     def distance(start: float | None, end: float | None) -> float | None:
@@ -335,7 +330,7 @@ def estimate_hover(
 def align_runs(
     cell: CellRecord, kind: Change, layers: Sequence[int]
 ) -> tuple[list[RunRecord | None], list[str]]:
-    """Return each layer's run record (None if not measured), and each layer's hover box."""
+    """Return the result of each layer (None if not measured), and its hover box."""
     by_layer = cell.runs_of_kind(kind)
     records = [by_layer.get(layer) for layer in layers]
     runs = zip(map(kind.at_layer, layers), records, strict=True)

@@ -1,8 +1,7 @@
 """Render all results of a results folder as one self-contained HTML page.
 
-The page needs no network: it contains compressed plotly.js, all styles and all scripts. A content
-security policy forbids loading anything else. Charts are drawn when they come into view. The same
-input gives the same bytes.
+The page needs no network: it contains plotly.js, all styles and all scripts. A content security
+policy forbids loading anything else. The same input gives the same bytes.
 """
 
 from __future__ import annotations
@@ -47,17 +46,15 @@ def render_report(
 ) -> Path:
     """Write the report page of a results folder, and return its path.
 
-    The file is replaced atomically: it is written next to its path and then renamed.
+    The file is replaced atomically.
 
     Args:
         cells: Results of each model and benchmark, in the order of the page.
-        experiments: Name of each experiment file → YAML text; the page masks passwords in the text.
+        experiments: YAML text of each experiment file by name. Passwords are masked on the page.
         path: Path of the page.
-        decisions: Key of a cell → the model's answers to each document under each ablation, if
-            known.
+        decisions: The model's answers to each document, by cell.
         findings: Results of studies: answers, tables and charts.
-        search_cells: Keys of cells (model on a benchmark) that were measured for searches, in
-            addition to the cells that `findings` name.
+        search_cells: Keys of further cells that were measured for searches.
 
     Returns:
         The path of the page.
@@ -90,7 +87,7 @@ def _page_templates() -> Environment:
 
 @cache
 def _packed_plotly() -> str:
-    """Return plotly's script, compressed to two fifths of its size."""
+    """Return plotly's script in compressed form."""
     return pack_text(get_plotlyjs())
 
 

@@ -1,4 +1,4 @@
-"""Build the page's sections: for each benchmark, for each model, and for comparing models."""
+"""Build the sections of the page for benchmarks, models and comparisons."""
 
 from __future__ import annotations
 
@@ -62,12 +62,12 @@ _MAX_OPTION_COLUMNS = 6
 
 
 def option_letter(option: int) -> str:
-    """Return the letter of an answer option (A, B, …), or its number from the 27th option on."""
+    """Return the letter of an answer option (A, B, …), or its number if it has no letter."""
     return chr(ord("A") + option) if option < 26 else str(option + 1)
 
 
 def decision_table(cell: CellRecord, decisions: DecisionsRecord) -> Table:
-    """Build a table of each run's lost and won documents, and how often it chooses each option."""
+    """Build a table of lost and won documents and of chosen options for each run."""
     options = len(decisions.options)
     n_columns = min(options, _MAX_OPTION_COLUMNS)
     reason = decisions.reasons.get("margin", "no margin is defined")
@@ -121,15 +121,15 @@ def decision_table(cell: CellRecord, decisions: DecisionsRecord) -> Table:
 def pack_documents(
     cell_decisions: Mapping[str, tuple[CellRecord, DecisionsRecord]],
 ) -> dict[str, str]:
-    """Compress the documents on which ablations lower or raise the score, for the HTML page.
+    """Compress the documents with changed scores, for the HTML page.
 
     Args:
-        cell_decisions: Name → pair of a cell (model on a benchmark) and the model's answers under
-            each ablation.
+        cell_decisions: Pairs of a model's results on a benchmark and its answers under each
+            ablation, by name.
 
     Returns:
-        Name → compressed JSON. Each run lists only so many documents that all compressed texts
-        together fit in `DOCUMENT_BUDGET` characters.
+        Compressed JSON by name. The number of documents is limited so that all texts together have
+        at most `DOCUMENT_BUDGET` characters.
     """
     budget = DOCUMENT_BUDGET // max(1, len(cell_decisions))
     packed = {}
@@ -168,7 +168,7 @@ def _document_content(cell: CellRecord, decisions: DecisionsRecord, n_shown: int
 
 @dataclass(frozen=True)
 class Figure:
-    """Chart of the HTML page, with its HTML id and an optional table of the plotted numbers."""
+    """Chart of the HTML page, with an optional table of the plotted numbers."""
 
     id: str
     title: str
@@ -177,7 +177,7 @@ class Figure:
 
     @property
     def height(self) -> int:
-        """Height in pixels, which the page reserves before the chart is drawn."""
+        """Height of the chart in pixels."""
         return int(self.chart.layout["height"])
 
 
@@ -202,8 +202,7 @@ class CellSection:
 class ModelSection:
     """Section of the page for one model: leaderboards, charts by name, and benchmark sections.
 
-    A chart is missing in `charts` if no whole layer was removed, or if the relevance is undefined
-    on all benchmarks.
+    A chart is missing in `charts` if its values are not measured or not defined.
     """
 
     id: str
@@ -215,7 +214,7 @@ class ModelSection:
 
     @property
     def answer(self) -> str:
-        """Sentences on the layers and parts (e.g. heads) whose removal has a significant effect."""
+        """Sentences on the layers and parts (e.g. heads) with significant effects."""
         cells = [section.cell for section in self.cells]
         return model_answer(self.board.claims, self.parts, cells)
 
@@ -242,7 +241,7 @@ def model_sections(
 ) -> tuple[ModelSection, ...]:
     """Build a section for each model, in the order of the models in `cells`.
 
-    `decisions` maps the key of a cell to the model's answers to each document under each ablation.
+    `decisions` contains the model's answers to each document, by benchmark and model.
     """
     groups = named_models(cells)
     return tuple(
@@ -316,7 +315,7 @@ def _model_section(
 
 
 def _has_whole_layers(cell: CellRecord) -> bool:
-    """Return whether a cell contains the removal of a single whole layer, or no runs at all."""
+    """Return whether a cell removes whole layers one by one, or has no runs."""
     return WHOLE_LAYER in cell.kinds or not cell.kinds
 
 

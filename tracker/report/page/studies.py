@@ -61,7 +61,7 @@ class StudySection:
 def study_sections(
     findings: Sequence[FindingRecord], cells: Sequence[CellRecord]
 ) -> tuple[StudySection, ...]:
-    """Build a section for each study; a note tells if the number of documents has changed."""
+    """Build a section of the page for each study."""
     return tuple(
         StudySection(
             id=f"study-{number}",
@@ -81,12 +81,11 @@ def exclude_search_cells(
     findings: Sequence[FindingRecord],
     search_keys: Collection[RecordKey] = (),
 ) -> list[CellRecord]:
-    """Return the cells that the page shows in their own sections.
+    """Return the cells that get their own sections on the page.
 
-    A cell holds the results of one model on one benchmark. Cells without a requested run are
-    omitted. Cells measured for search steps or layer pairs are omitted too, because the sections of
-    findings show these results. `search_keys` are the keys of cells that were measured for searches
-    and that no finding names.
+    A cell holds the results of one model on one benchmark. Cells that were measured only for
+    searches or layer pairs are omitted, because the sections of studies show these results.
+    `search_keys` are further keys of such cells.
     """
     shown = [finding for finding in findings if finding.study in _SHOWN_STUDIES]
     steps = {key for finding in shown for key in finding.rests_on}.union(search_keys)
@@ -96,11 +95,9 @@ def exclude_search_cells(
 
 
 def _is_search_step(cell: CellRecord, steps: Collection[RecordKey]) -> bool:
-    """Return whether a cell was measured only for the steps of a search or for layer pairs.
+    """Return whether a cell was measured only for a search or for layer pairs.
 
-    Only studies or searches requested such a cell. Either some layers are removed in all runs of
-    the cell, or not every single layer has a run. `steps` are the keys of all cells of searches and
-    layer pairs.
+    `steps` are the keys of all cells of searches and layer pairs.
     """
     whole_layers = {run.change.layer for run in cell.runs if run.change.kind == WHOLE_LAYER}
     is_partial = bool(cell.removed) or len(whole_layers) < cell.model.layers
@@ -108,7 +105,7 @@ def _is_search_step(cell: CellRecord, steps: Collection[RecordKey]) -> bool:
 
 
 def growth_note(finding: FindingRecord, cells: Sequence[CellRecord]) -> str:
-    """Return a note if measurements behind a finding now have other documents; else return ""."""
+    """Return a note if the number of documents has changed since a study; otherwise ""."""
     sizes = {(c.key, view): c.n for c in cells for view in (*c.supersedes, c.view)}
     grown = [sizes.get((key, view), n) != n for key, view, n in finding.rests_on]
     if not any(grown):
@@ -120,10 +117,10 @@ def growth_note(finding: FindingRecord, cells: Sequence[CellRecord]) -> str:
 
 
 def study_frames(findings: Sequence[FindingRecord]) -> dict[str, pd.DataFrame]:
-    """Convert the tables of studies to unrounded data frames; return file stem → data frame.
+    """Convert the tables of studies to data frames; return them by file name.
 
-    The ends of a number's interval are in columns `… low` and `… high`. An undefined number is
-    empty, and the column `… reason` gives the reason.
+    Intervals are in columns `… low` and `… high`. An undefined number is empty, and the column `…
+    reason` gives the reason.
     """
     return {
         f"{stem}-{number}": table_frame(table)
@@ -133,7 +130,7 @@ def study_frames(findings: Sequence[FindingRecord]) -> dict[str, pd.DataFrame]:
 
 
 def study_charts(findings: Sequence[FindingRecord]) -> dict[str, Chart]:
-    """Draw the charts of studies; return file stem → chart."""
+    """Draw the charts of studies; return them by file name."""
     return {
         f"{stem}-{number}": draw_study_chart(chart)
         for stem, finding in name_findings(findings)
@@ -142,7 +139,7 @@ def study_charts(findings: Sequence[FindingRecord]) -> dict[str, Chart]:
 
 
 def name_findings(findings: Sequence[FindingRecord]) -> Iterator[tuple[str, FindingRecord]]:
-    """Yield (unique file stem, finding) for each study; equal names get a number (`NAME--2`)."""
+    """Yield each study with a unique file name; equal names get a number (`NAME--2`)."""
     stems: set[str] = set()
     for finding in findings:
         names = (f"{finding.name}--{number}" for number in count(2))
@@ -213,7 +210,7 @@ def _contains_zero(estimate: Estimate) -> bool:
 
 
 def _interval_band(record: LineChart, line: Line, scale: float, colour: str) -> dict[str, Any]:
-    """Build a trace that shades the area between the ends of a line's intervals."""
+    """Build a trace that shades the intervals of a line."""
     points = [
         (x, scale_value(low, scale), scale_value(high, scale))
         for x, low, high in zip(record.places, line.low, line.high, strict=True)

@@ -51,7 +51,7 @@ AUDIT_TEXTS = study_texts("audit", paper=PAPER_CORRELATIONS, proxies=LAYER_PROXI
 
 
 class Audit(Study[AuditSettings]):
-    """Study that compares proxies with the accuracy drop of removed layers, and computing costs."""
+    """Study that compares proxies of a layer's relevance with measured accuracy drops."""
 
     name = "audit"
     question = (
@@ -91,7 +91,7 @@ class Audit(Study[AuditSettings]):
 
 
 def audit_answers(audit: ModelAudit) -> list[str]:
-    """Return the report's sentences about one model, contradictions of the paper first."""
+    """Return the report's sentences about one model."""
     if not audit.summaries:
         return AUDIT_TEXTS.render_all("nothing", audit)
     worth = AUDIT_TEXTS.render("worth", audit.prediction_by_cost)
@@ -130,7 +130,7 @@ def _best_sentence(audit: ModelAudit) -> str:
 
 
 def list_unanswered(audit: ModelAudit) -> list[str]:
-    """Return a sentence for each comparison that lacks data, which names the missing data."""
+    """Return sentences that name the missing data of comparisons."""
     return AUDIT_TEXTS.render_all("lacking", audit.left_out, audit.spreads.get(DROP))
 
 

@@ -143,7 +143,7 @@ class AuditedCell:
 def _proxy_figures(
     cell: AlignedOutcomes, observations: Observations
 ) -> Iterator[tuple[str, Array, Array]]:
-    """Yield for each proxy its name, its values [documents, layers] and the document weights."""
+    """Yield (name, values [documents, layers], document weights) for each proxy."""
     for proxy in OBSERVED:
         means = token_means(cell.proxy_sums(proxy), cell.tokens)
         yield proxy.name, proxy.from_observed(means), cell.tokens
@@ -178,8 +178,7 @@ class ProxySummary:
     Attributes:
         proxy: Name of the proxy, a key of `LAYER_PROXIES`.
         cells: Data of the benchmarks on which the proxy is defined.
-        spearman: Mean Spearman coefficient with a bootstrap interval over documents; never
-            undefined.
+        spearman: Mean Spearman coefficient with a bootstrap interval over documents.
         inner: Mean Spearman coefficient over the inner layers, without the first and last layers of
             the model.
         kendall: Mean of Kendall's tau-b.
@@ -197,7 +196,7 @@ class ProxySummary:
 
     @cached_property
     def overlaps(self) -> tuple[float, float, float]:
-        """Mean overlap of the top layers by proxy and by drop; of the bottom layers; by chance."""
+        """Mean overlap of the top layers, of the bottom layers, and overlap by chance."""
         rows = []
         for cell in self.cells:
             count = min(TOP_LAYERS, len(cell.layers))
@@ -210,14 +209,14 @@ class ProxySummary:
 
 @dataclass(frozen=True)
 class RelevanceVariance:
-    """Variation over benchmarks of the layers' relevance, where one measure defines relevance.
+    """Variation of the layers' relevance over benchmarks, for one measure of relevance.
 
     Attributes:
         raw: Variance over benchmarks of a layer's z-score, averaged over layers.
         test: Result of testing whether the accuracy drop varies more over benchmarks than this
             measure.
         noisy: Same as `raw`, but limited to the benchmarks that are reliable enough for `clean`.
-        clean: The variance `noisy` minus the part that sampling of documents explains.
+        clean: The variance `noisy` without the part that is due to sampling noise.
         excess: Variance `clean` of the accuracy drop minus the variance `clean` of this measure.
         reason: Reason why `clean` is None, e.g. too few reliable benchmarks.
     """
@@ -240,7 +239,7 @@ class ModelAudit:
 
     @property
     def on(self) -> str:
-        """Number of averaged benchmarks and documents as text: "2 benchmarks, 900 documents"."""
+        """Text with the numbers of benchmarks and documents: "2 benchmarks, 900 documents"."""
         cells = self.comparable
         documents = count_text(sum(cell.record.n for cell in cells), "document")
         return f"{count_text(len(cells), 'benchmark')}, {documents}"
@@ -256,7 +255,7 @@ class ModelAudit:
         """The benchmarks on which the same layers were removed; means are averages over these.
 
         Benchmarks with another set of removed layers are left out. The kept benchmarks share the
-        most frequent set, or the largest of several equally frequent sets.
+        most frequent set.
         """
         cells = distinct_cells(self.cells)
         sets = [tuple(cell.layers) for cell in cells]
@@ -303,8 +302,8 @@ class ModelAudit:
     def compare_proxies(self, summary: ProxySummary, other: ProxySummary) -> Estimate:
         """Estimate how much better one proxy correlates with the accuracy drop than another proxy.
 
-        The value is the difference of the two mean Spearman coefficients, measured on the same
-        documents. The intervals of all pairs of proxies hold simultaneously.
+        The value is the difference of the two mean Spearman coefficients. The intervals of all
+        pairs of proxies hold simultaneously.
         """
         a, b = summary.spearman.value, other.spearman.value
         if summary.cells != other.cells or a is None or b is None:
@@ -331,7 +330,7 @@ class ModelAudit:
 
     @cached_property
     def disagreements(self) -> dict[str, tuple[Disagreement, Disagreement]]:
-        """Shares of layers whose ranks by proxy and by drop differ at all, and differ widely."""
+        """Share of layers with different ranks by proxy and drop, and with very different ranks."""
         disagreements = {}
         for name, summary in self.summaries.items():
             x, y = (mean_profiles(measure, summary.cells) for measure in (name, DROP))
@@ -341,20 +340,20 @@ class ModelAudit:
 
     @cached_property
     def above_chance(self) -> list[AuditedCell]:
-        """Benchmarks with the model above chance and unequal drops; empty if fewer than two."""
+        """Benchmarks where the model is above chance and drops differ; at least two, or none."""
         finite = [cell for cell in self.comparable if np.isfinite(cell.relevance).all()]
         cells = [cell for cell in finite if np.ptp(cell.drop.means()) > 0]
         return cells if len(cells) > 1 else []
 
     @cached_property
     def reliabilities(self) -> dict[str, float]:
-        """For each benchmark, share of the drops' variance over layers that is not noise."""
+        """Share of the drops' variance over layers that is not noise, by benchmark."""
         drops = {c.label: (c.drop.values, c.drop.weights, c.strata) for c in self.cells}
         return {name: profile_reliability(*estimate_profile(*d)) for name, d in drops.items()}
 
     @cached_property
     def reliable(self) -> list[AuditedCell]:
-        """Benchmarks above chance with enough signal in their drops to subtract the noise."""
+        """Benchmarks above chance whose drops contain enough signal besides the noise."""
         return [c for c in self.above_chance if self.reliabilities[c.label] >= MIN_RELIABILITY]
 
     @cached_property
@@ -404,8 +403,7 @@ class ModelAudit:
 
         Returns (budgets, correlations, correlation of halves). A budget is a number of forward
         passes for each benchmark. For each measure, there is a mean Spearman correlation at each
-        budget. The last value is the mean correlation of the drops on one half of the documents
-        with the drops on the other half.
+        budget. The last value is the mean correlation of the drops on two halves of the documents.
         """
         passes = proxy_cost(DROP, self.total, is_shared=True)
         most = max(len(cell.tasks) for cell in self.comparable) // 2 * passes
@@ -429,7 +427,7 @@ class ModelAudit:
 
     @property
     def noisy(self) -> str:
-        """Text with the needed and available documents of each benchmark that is too noisy."""
+        """Text with the number of documents that each noisy benchmark needs and has."""
         needs = []
         for cell in self.above_chance:
             share, n = self.reliabilities[cell.label], cell.record.n
@@ -441,7 +439,7 @@ class ModelAudit:
 
 
 def distinct_cells(cells: Sequence[AuditedCell]) -> list[AuditedCell]:
-    """Remove benchmarks that share a task with a better one (accuracy, layers, documents)."""
+    """Keep only the best measured benchmark of those that share a task."""
     best = sorted(cells, key=lambda c: (-c.record.higher_is_better, -len(c.layers), -c.record.n))
     distinct: list[AuditedCell] = []
     for cell in best:
@@ -463,7 +461,7 @@ def _benchmark_sample(name: str, cell: AuditedCell) -> BenchmarkSample:
 def pooled_correlation(cells: Sequence[AuditedCell]) -> Estimate | None:
     """Compute Pearson's r of cosine score and accuracy drop, over inner layers of all benchmarks.
 
-    Benchmarks that measure a loss are left out, because losses and accuracies have different units.
+    Benchmarks that measure a loss are left out.
     """
     cells = [cell for cell in cells if cell.inner and cell.record.higher_is_better]
     if sum(len(cell.inner) for cell in cells) < MIN_LAYERS_RANKED:

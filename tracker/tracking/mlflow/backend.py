@@ -4,8 +4,8 @@ One summary run shows one model on one benchmark (a cell). Another nested run sh
 model. Without `MLFLOW_TRACKING_URI`, all data is written to the results folder (`mlflow.db` and
 `mlartifacts/`), and no server is needed.
 
-The tag `tracker.run_key` identifies a run. The tag `tracker.digest` is written last, so the next
-`publish` completes a run whose digest is missing or outdated.
+The tag `tracker.run_key` identifies a run. The tag `tracker.digest` is written last. The next
+`publish` completes each run without a current digest.
 """
 
 from __future__ import annotations
@@ -310,7 +310,7 @@ def _find_cell_runs(client: MlflowClient, experiment: str, cell_key: str) -> dic
 def _confirm_written(
     client: MlflowClient, experiment: str, cell: CellRecord, runs: Sequence[MlflowRun]
 ) -> None:
-    """Read the written runs back from MLflow; write runs again whose stored values differ.
+    """Read the written runs back from MLflow, and write differing runs again.
 
     TrackingError is raised if a run still differs after the second attempt.
     """

@@ -40,9 +40,8 @@ def artifact_folder(database: Path) -> Path:
 def create_database(path: Path) -> None:
     """Create MLflow's SQLite file, or check that an existing file can be used.
 
-    MLflow's database migrations take seconds and cannot be repeated after an interruption. The
-    migrations therefore run on a temporary file, which is renamed when they are complete. The
-    caller must hold the project's write lock.
+    An interrupted creation cannot be continued, so the file has a temporary name until it is
+    complete. The caller must hold the project's write lock.
     """
     if path.exists() and path.stat().st_size:
         update_addresses(path)
@@ -67,7 +66,7 @@ def update_addresses(path: Path) -> None:
     """Correct the stored artifact paths after the database and the artifacts were moved or copied.
 
     MLflow stores absolute paths. Without the correction, MLflow would continue to write to the old
-    folder, which no longer exists after a move, and belongs to the original database after a copy.
+    folder.
     """
     folder = artifact_folder(path)
     with closing(sqlite3.connect(path)) as database:

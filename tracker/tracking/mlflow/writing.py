@@ -6,7 +6,7 @@ zero. So if a metric becomes undefined, the writer creates a new logged model.
 
 MLflow params cannot be changed, so they only identify the run; values that can change are metrics
 or tags. MLflow shows the metric value with the latest timestamp. So new values always get a later
-timestamp than existing values, even if the clock is wrong.
+timestamp than existing values.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class ShownModel:
     is_ready: bool = True
 
     def can_become(self, run: MlflowRun) -> bool:
-        """Return whether the logged model can show the metrics of `run`, with none left over."""
+        """Return whether the logged model is ready and has no metrics that `run` lacks."""
         return self.is_ready and self.figures.keys() <= _figures(run).keys()
 
     def differing_figures(self, run: MlflowRun) -> dict[str, float]:
@@ -97,8 +97,7 @@ class CellWriter:
         client: The client of MLflow.
         experiment: Id of the MLflow experiment.
         runs: Run key → MLflow run of the cell; `write` adds new runs.
-        models: Run id → logged models. A run has several logged models if an earlier process was
-            killed while writing.
+        models: Run id → logged models.
     """
 
     client: MlflowClient
@@ -310,7 +309,7 @@ def _read_points(client: MlflowClient, shown_run: Run, run: MlflowRun) -> tuple[
 
 
 def _changed_points(old_points: Points, points: Points) -> Points:
-    """Return the metric values to log: those that differ from the values stored in MLflow.
+    """Return the metric values that differ from the values stored in MLflow.
 
     MLflow cannot remove a metric, so a value that becomes undefined is logged as NaN.
     """

@@ -35,8 +35,7 @@ TRACKIO_FORMAT = "1"
 class TrackioBackend(Backend):
     """Backend that updates a Trackio project with the results of a results folder.
 
-    Charts are not published, because Trackio draws the curves itself, and would keep the charts of
-    deleted runs.
+    Charts are not published, because Trackio draws the curves itself.
 
     Args:
         project: Name of the Trackio project.

@@ -2,9 +2,8 @@
 
 One summary run shows one model on one benchmark (a cell). Another run shows the intact model. The
 module `isolated` runs this code in a separate process. The field `tracker.run_key` of a run's
-config identifies the run. The field `tracker.digest` is written last, so the next `publish`
-completes a run whose digest is missing or outdated. Offline, W&B cannot be asked which runs exist,
-so tracker keeps a list of offline runs in a file.
+config identifies the run. The field `tracker.digest` is written last. The next `publish` completes
+each run without a current digest. A file lists the offline runs.
 """
 
 from __future__ import annotations
@@ -68,8 +67,7 @@ class WandbBackend(Backend):
 
     Args:
         project: Name of the project, as `PROJECT` or `ENTITY/PROJECT`.
-        results: The results folder. Its subfolder `wandb` has the files of all runs, including
-            offline runs.
+        results: The results folder. Its subfolder `wandb` has the files of all runs.
         in_sweep: True if a W&B agent started this process as a trial.
     """
 
@@ -196,11 +194,7 @@ class WandbBackend(Backend):
                 raise TrackingError(f"the run {run.name!r} arrived incomplete")
 
     def _has_files(self, run: DescribedRun) -> bool:
-        """Return whether the server has a run's artifact; True if the run needs no artifact.
-
-        The artifact can be missing because `wandb sync` silently skips the files of offline runs
-        that were moved.
-        """
+        """Return whether the server has a run's artifact; True if the run needs no artifact."""
         if run.outcomes is None:
             return True
         try:
@@ -212,10 +206,8 @@ class WandbBackend(Backend):
     def _delete_offline_files(self, old_run: _ExistingRun | None, new_folder: str) -> None:
         """Delete the local files of a replaced offline run, unless they were uploaded already.
 
-        The new run contains all data of the old run. `wandb sync` uploads runs in the order of
-        their folder names, which begin with a time, so the old run could overwrite the new run. The
-        folder is taken from tracker's list of offline runs, because the runs of one ablation in
-        different projects have the same id.
+        The new run contains all data of the old run. Otherwise, `wandb sync` could upload the old
+        run last and overwrite the new run.
         """
         if old_run is None or old_run.folder in ("", new_folder):
             return
@@ -255,7 +247,7 @@ class WandbBackend(Backend):
             watched_pid: Id of the measuring process, whose system metrics W&B shows.
 
         Returns:
-            The W&B run. None if W&B is offline, because nobody could watch the progress.
+            The W&B run, or None if W&B is offline.
         """
         if is_offline():
             return None
