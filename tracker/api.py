@@ -69,7 +69,7 @@ RESULTS = Path("results")
 
 
 class _CallContext:
-    """Parsed keywords of an API call: run options (e.g. device), and experiment keys (`settings`).
+    """Parsed keywords of an API call.
 
     Args:
         keywords: Keywords that the caller passed.
@@ -142,7 +142,7 @@ _RUN_KEYWORDS = tuple(RunKeywords.__annotations__)
 
 
 def _parse_targets(targets: str | Sequence[str]) -> Sequence[str]:
-    """Return tracking backends as a list, from a list or comma-separated text; `none` gives []."""
+    """Return the list of tracking backends from a list or a comma-separated text."""
     names = targets.split(",") if isinstance(targets, str) else targets
     return [] if list(names) == ["none"] else [name.strip() for name in names]
 
@@ -205,9 +205,7 @@ def run(
 ) -> Results:
     """Run an experiment, reusing all outcomes that are already in the results folder.
 
-    If `model` is a transformers object, the model is first saved in the results folder, in a folder
-    that is named by a hash of weights, configuration and tokenizer. The saved model is then
-    measured.
+    If `model` is a transformers object, it is first saved in the results folder.
 
     Args:
         experiment: YAML file of the experiment, a dict with the same keys, or the name or folder of
@@ -216,9 +214,8 @@ def run(
         executor: Name of the executor: `local` (this machine), `ray` or `slurm`.
         slurm: Parameters of each SLURM job, named as in submitit, e.g. `{"partition": "gpu"}`.
         **settings: Options in `RunKeywords` (results folder, backends, device, …), and keys of the
-            experiment file (model, benchmark, sample, …). The value of a key, or a list of values,
-            overrides the same key of a file or dict. Without a file or dict, all layers are
-            measured unless `layer` is given.
+            experiment file (model, benchmark, sample, …). They override the same keys of a file or
+            dict.
 
     Returns:
         Results: the records of all measurements, the path of the report page, and the errors.
@@ -339,18 +336,16 @@ def quantise(
         test_sample: Number of test documents of each task; None for the same number as calibration
             documents.
         embeddings: Whether formats are also chosen for the embedding and the output head.
-        refine: Maximum number of rounds of refinement. In a round, formats of two units (linear
-            maps or layers) are swapped, and the loss of the whole model is measured.
-        pairs: Number of random pairs of units (linear maps or layers) that are quantised together,
-            to test whether the loss equals the sum of the two single losses.
+        refine: Maximum number of rounds that improve the choice by swapping formats.
+        pairs: Number of random pairs of linear maps or layers that are quantised together, to test
+            whether their losses add up.
         output: Folder in which the recommended model is saved; None to save no model.
         tokenizer: Tokenizer of a model object, as for `run`.
         **settings: Options and experiment keys, as for `run`.
 
     Returns:
-        Results: statistics of every tested assignment of formats, and the saved recommended model.
-        Each file in `files` lists the chosen format of every linear map for one model and
-        benchmark.
+        Results: statistics of every tested choice of formats, and the saved model. Each file in
+        `files` lists the chosen formats for one model and benchmark.
 
     Raises:
         RequestError: The request was wrong; nothing was computed or written.
@@ -390,13 +385,12 @@ def prune(
     output: Where | None = None,
     **settings: Unpack[PruneKeywords],
 ) -> Results:
-    """Search for layers or smaller parts (e.g. heads) to prune, and test on held-out documents.
+    """Search for layers or heads to prune, and test the choice on held-out documents.
 
     Args:
         experiment: YAML file that defines the searches, a dict with the same keys, or a model.
         tokenizer: Tokenizer of a model object, as for `run`.
-        output: Folder in which the recommended pruned model is saved as by `export`; None to save
-            no model.
+        output: Folder in which the recommended pruned model is saved; None to save no model.
         **settings: Options in `RunKeywords` (results folder, backends, device, …), and keys of the
             search file (model, benchmark, strategy, remove, …).
 
@@ -469,11 +463,10 @@ class Validation:
     """Number of measurements and searches that a valid experiment requests.
 
     Attributes:
-        measurements: Number of pairs of a model and a benchmark; 0 if the experiment requests
-            searches.
+        measurements: Number of measurements, one for each model and benchmark; 0 for searches.
         runs: Total number of runs; each run measures one ablation of one model on one benchmark.
         searches: Number of requested searches.
-        notes: Remarks, including a note on each item that could not be checked.
+        notes: Notes, e.g. on items that could not be checked.
     """
 
     measurements: int = 0
@@ -489,8 +482,7 @@ class Plan:
     Attributes:
         cells: Cost for each model and benchmark: documents, tokens, layer passes, FLOPs, memory.
         searches: Cost of each search; empty if the experiment requests no searches.
-        tests: Cost of evaluating the chosen layers, for each set of documents (comparison or test)
-            that is used for this.
+        tests: Cost of evaluating the chosen layers, for each set of documents.
     """
 
     cells: tuple[PlannedCell, ...] = ()
@@ -567,8 +559,7 @@ def plan(
 
     Args:
         experiment: YAML file, dict or model that defines the experiment, as for `run` and `prune`.
-        results: Results folder. Outcomes that are stored there need not be measured and reduce the
-            cost. For searches, only measured timings are read from the folder.
+        results: Results folder. Outcomes that are stored there reduce the cost.
         trust_remote_code: Whether code that comes with a downloaded model is allowed to run.
         progress: Listener that receives a message about each step.
         **settings: Keys of the experiment file, as for `run` and `prune`.
@@ -604,10 +595,9 @@ def plan(
 def evaluate(
     request: CellRequest, *, project: str = "tracker", **how: Unpack[RunKeywords]
 ) -> Results:
-    """Measure one run (e.g. without layer 3) as a W&B sweep's trial, with all runs of the sweep.
+    """Measure one run as a trial of a W&B sweep, together with all other runs of the sweep.
 
-    Only runs of the sweep with the same model and benchmark are measured together. Outside a sweep,
-    or if the sweep cannot be read, all layers of the model are measured.
+    Outside a sweep, or if the sweep cannot be read, all layers of the model are measured.
 
     Args:
         request: Request with the model, the benchmark and one run, e.g. the removal of a layer.
@@ -617,8 +607,7 @@ def evaluate(
 
     Returns:
         Results: the record of the model on the benchmark, and the errors. The record is missing if
-        the measurement failed or the run is invalid. A run is invalid if its layers extend beyond
-        the last layer or include a removed layer.
+        the measurement failed or the run is invalid.
 
     Raises:
         RequestError: The request was wrong; nothing was computed or written.
@@ -680,15 +669,14 @@ def export(
         output: Folder in which the model is saved. The folder must not exist yet.
         repeat: Consecutive layers to repeat.
         repeats: Number of passes through the repeated layers; None for two.
-        benchmark: Benchmark on which the change is measured and the saved model is verified; None
-            to verify on a few texts only.
-        component: Kind of part to remove. Only `layer` is supported; other values raise
-            RequestError with advice.
+        benchmark: Benchmark for measuring and verifying the model; None to verify on a few texts
+            only.
+        component: Kind of part to remove. Only `layer` is supported.
         project: Name of the project in the tracking backends.
         track: Tracking backends for the model, each as `BACKEND` or `BACKEND:PROJECT`.
         register: Name under which the model is registered in MLflow; None to skip the registration.
-        **settings: Options in `WorkKeywords` (results folder, device, …), and further settings of
-            the model and the benchmark (`dtype`, `revision`, `sample`, `data`, …).
+        **settings: Options in `WorkKeywords` (results folder, device, …), and settings of the model
+            and the benchmark (`dtype`, `sample`, …).
 
     Returns:
         Description of the saved model, e.g. its folder, accuracy, size and verification.
@@ -735,8 +723,7 @@ def report(
         form: Format of the report: `html` for the page, or one of
             `tracker.report.export.REPORT_FORMATS`.
         output: Path to write: a file for `html`, `md` and `tex`, and a folder for other formats.
-            The default path is in the folder of the source, or in the working folder if there are
-            several sources.
+            The default is a path in the source folder or the working folder.
         publish: Tracking projects to which the page is published, as `BACKEND` or
             `BACKEND:PROJECT`.
         publish_documents: Whether document texts from a folder or a corpus are published too. Texts
@@ -778,8 +765,7 @@ def leaderboard(
         progress: Listener that receives the progress of downloads.
 
     Returns:
-        Results, whose table `layer_leaderboard` contains the ranking, and all errors of reading and
-        publishing.
+        Results with the ranking (table `layer_leaderboard`) and all errors.
 
     Raises:
         RequestError: A source or a target is invalid, or no source contains a measurement.
@@ -795,7 +781,7 @@ def leaderboard(
 def _collect(
     sources: Sequence[Where], results: Where, progress: Progress | None, reads_outcomes: bool
 ) -> Results:
-    """Read all measurements of the sources; raise TrackingError or RequestError without any."""
+    """Read all measurements of the sources; raise an error if there are none."""
     names = [os.fspath(source) for source in sources] or [os.fspath(results)]
     collected = collect_cells(names, progress or Silent(), reads_outcomes)
     if not collected.cells and collected.failed:
@@ -825,7 +811,7 @@ def _publish(
 
 
 def _default_output(sources: Sequence[Where], results: Where, form: str) -> Path:
-    """Return a report's default path: in the only source's folder, else the working folder."""
+    """Return the default path of a report, in the source folder or the working folder."""
     names = list(sources) or [results]
     folder = Path(names[0]) if len(names) == 1 and Path(names[0]).is_dir() else Path()
     return folder / ("report" if form in FOLDER_FORMS else f"report.{form}")
@@ -841,14 +827,12 @@ def sync(
     """Query the tracking backends, and publish all results that a backend lacks.
 
     Args:
-        to: Tracking backends, each as `BACKEND` or `BACKEND:PROJECT`. The default project is the
-            project of the experiment that measured the result. None publishes each result where it
-            was published before, or to MLflow if it was never published.
+        to: Tracking backends, each as `BACKEND` or `BACKEND:PROJECT`. None publishes each result
+            where it was published before, or to MLflow if it was never published.
         results: The results folder.
         publish_documents: Whether document texts from a folder or a corpus are published too. Texts
             from the hub or a package are always published.
-        runs: Which runs to create in a tracking backend for a model and benchmark (`auto`, `all` or
-            `cells`), as for `run`.
+        runs: Which runs to create in a backend (`auto`, `all` or `cells`), as for `run`.
 
     Returns:
         The published measurements, and errors.
@@ -880,11 +864,9 @@ def log_samples(
     Args:
         output: Output folder, in which one folder is created for each intact or ablated model.
         results: The results folder.
-        model: Names of the models as typed by the user, or short names of the models; empty for all
-            models.
+        model: Names of the models; empty for all models.
         benchmark: Names of the benchmarks; empty for all benchmarks.
-        layer: Layer numbers. Only ablations whose first changed layer is listed are written. Empty
-            for all ablations.
+        layer: Numbers of the layers whose ablations are written; empty for all ablations.
         trust_remote_code: Whether code that comes with a downloaded model is allowed to run for its
             chat template.
         progress: Listener that receives the number of written models.
@@ -933,8 +915,7 @@ def check(
         progress: Listener that receives the number of verified measurements.
 
     Returns:
-        The verified measurements and damaged files, and a sentence for each difference between
-        `results` and `against`.
+        The verified measurements and damaged files, and a list of differences from `against`.
 
     Raises:
         ResultsError: The folder contains no results.
@@ -959,9 +940,9 @@ def ls(
 
     Args:
         results: The results folder.
-        damaged: Dict that is filled: damaged or unusable file or folder → advice on what to do.
-        unfinished: Dict that is filled: folder of an unfinished measurement → number of measured
-            documents, and advice on what to do.
+        damaged: Dict that is filled with damaged file or folder → advice.
+        unfinished: Dict that is filled with unfinished folder → number of measured documents, and
+            advice.
 
     Returns:
         One record for each model, benchmark and selection of documents and runs.

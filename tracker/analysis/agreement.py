@@ -22,7 +22,7 @@ from tracker.stats.support import subtract, widen
 
 @dataclass(frozen=True)
 class MisjudgedLayer:
-    """Layer whose cosine score gives a rank outside the confidence interval of its measured rank.
+    """Layer that the cosine score ranks clearly too high or too low.
 
     `standing` is the layer's leaderboard entry. `cosine_rank` is the layer's rank by mean cosine
     score. `off` is the number of ranks between `cosine_rank` and the confidence interval of the
@@ -35,7 +35,7 @@ class MisjudgedLayer:
 
 
 def cosine_ranks(board: LayerBoard) -> dict[int, int]:
-    """Rank the layers of a leaderboard by cosine score; return layer → rank, 1 = largest.
+    """Return the rank of each layer by cosine score; rank 1 has the largest score.
 
     Layers with equal scores share the better rank. Layers without a measured rank are left out. The
     result is empty if any layer with a measured rank lacks a cosine score.
@@ -47,9 +47,9 @@ def cosine_ranks(board: LayerBoard) -> dict[int, int]:
 
 
 def find_misjudged(board: LayerBoard) -> list[MisjudgedLayer]:
-    """Find layers whose rank by cosine score is outside the interval of their measured rank.
+    """Find layers that the cosine score ranks significantly too high or too low.
 
-    The first layer in the list has the cosine rank that is furthest outside the interval.
+    The list starts with the layer whose cosine rank is furthest outside the interval.
     """
     layers, ranks = [], cosine_ranks(board)
     for standing in board.ranked if ranks else ():
@@ -83,7 +83,7 @@ def find_correlation(
 
 
 def _proxies_and_drops(cell: CellRecord, proxy: str) -> Array:
-    """Return a `[2, layers]` array: proxy and accuracy drop of each layer that has both values."""
+    """Return a `[2, layers]` array with the proxy and the accuracy drop of each layer."""
     figures = ((run.figure(proxy), run.drop.value) for run in cell.whole_layers)
     defined = [pair for pair in figures if all(map(is_finite, pair))]
     return np.array(defined, dtype=np.float64).reshape(-1, 2).T
@@ -95,11 +95,10 @@ class Agreement:
 
     Attributes:
         proxy: Name of the proxy's field.
-        spearman: Spearman correlations between proxy and accuracy drop, one for each cell (a model
-            on a benchmark) where the correlation is defined.
-        differ: Share of layers whose rank by proxy differs from their rank by accuracy drop,
-            averaged over cells.
-        chance: Expected share of layers whose rank differs between two random orders.
+        spearman: Spearman correlation between proxy and accuracy drop, for each model and
+            benchmark.
+        differ: Mean share of layers whose two ranks differ.
+        chance: The same share for two random rankings.
     """
 
     proxy: str
@@ -109,7 +108,7 @@ class Agreement:
 
 
 def agreements(cells: Sequence[CellRecord]) -> list[Agreement]:
-    """Compute how well the layer ranking by each proxy agrees with the ranking by accuracy drop."""
+    """Compute how well each proxy's layer ranking agrees with the measured ranking."""
     # Skip cells whose layers were measured on different documents: their layers have no order.
     ordered_cells = [cell for cell in cells if not cell.is_raced]
     rows = []
@@ -130,7 +129,7 @@ MAX_PAIRS = 10
 
 @dataclass(frozen=True)
 class BenchmarkComparison:
-    """Comparison of two models' accuracy drops, layer by layer, on `n` documents of one benchmark.
+    """Comparison of two models' accuracy drops on `n` documents of one benchmark.
 
     Attributes:
         differences: Layer → drop of the first model minus drop of the second model, as a fraction
@@ -145,14 +144,14 @@ class BenchmarkComparison:
     shown: frozenset[int]
 
     def difference(self, layer: int) -> Estimate:
-        """Return the models' difference in drop for a layer, undefined if not measured in both."""
+        """Return the difference between the two models' drops for a layer."""
         undefined = Estimate(None, reason="not measured in both models")
         return self.differences.get(layer, undefined)
 
 
 @dataclass(frozen=True)
 class ModelPair:
-    """Two models with equally many layers, compared on all benchmarks that share a metric unit.
+    """Comparison of two models with equally many layers.
 
     Each difference is the drop of model `first` minus the drop of model `second`.
     """
@@ -171,8 +170,8 @@ class ModelPair:
 def pair_models(cells: Sequence[CellRecord]) -> tuple[list[ModelPair], int]:
     """List pairs of models with equally many layers, measured on a benchmark with equal settings.
 
-    Returns at most `MAX_PAIRS` pairs, and the total number of pairs. Two models form one pair for
-    benchmarks measured by accuracy, and another pair for benchmarks measured by a loss.
+    Returns at most `MAX_PAIRS` pairs, and the total number of pairs. Accuracies and losses are
+    compared in separate pairs.
     """
     models = {
         label: {comparison_key(cell): cell for cell in group if cell.whole_layers}
@@ -199,7 +198,7 @@ _SharedCells = tuple[str, CellRecord, CellRecord]
 
 
 def _compare_benchmarks(shared: Sequence[_SharedCells]) -> tuple[BenchmarkComparison, ...]:
-    """Compare two models on each benchmark; significance is corrected for all layers tested."""
+    """Compare the layers of two models on each benchmark."""
     differences = [drop_differences(cell, other_cell) for _, cell, other_cell in shared]
     family = sum(map(len, differences))
     comparisons = []
@@ -213,7 +212,7 @@ def _compare_benchmarks(shared: Sequence[_SharedCells]) -> tuple[BenchmarkCompar
 def drop_differences(
     cell: CellRecord, other_cell: CellRecord, family: int = 1
 ) -> dict[int, Estimate]:
-    """Subtract the second model's accuracy drops from the first model's accuracy drops, by layer.
+    """Return the difference between two models' accuracy drops for each layer.
 
     The two models must have equally many layers. Only whole layers that are measured in both models
     are compared. The confidence intervals are corrected for `family` comparisons.

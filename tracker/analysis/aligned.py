@@ -36,10 +36,8 @@ LOGPROB_TOLERANCES = 1e-6, 1e-4
 class AlignedOutcomes:
     """Outcomes of one model on one benchmark, for the documents on which all runs are measured.
 
-    `columns` lists the columns to read from the stored outcomes. If `columns` is None, all columns
-    are read, including the software versions and device of each document's measurement. Documents
-    that lack an outcome under one of the `extra_ablations` are dropped as well. The
-    `extra_ablations` are used as given: the layers that all runs of the view remove are not added.
+    `columns` lists the columns to read from the stored outcomes; None reads all columns. Documents
+    without an outcome under one of the `extra_ablations` are dropped as well.
     """
 
     def __init__(
@@ -126,7 +124,7 @@ class AlignedOutcomes:
 
     @property
     def strata(self) -> TaskNames | None:
-        """The task name of each document, for stratified resampling; None if there is one task."""
+        """The task name of each document; None if there is only one task."""
         return np.array(self.tasks) if len(set(self.tasks)) > 1 else None
 
     @property
@@ -141,15 +139,15 @@ class AlignedOutcomes:
 
     @property
     def plain_weights(self) -> Array:
-        """Document weights for a mean in which long documents count no more than short ones."""
+        """Document weights that do not depend on the length of documents."""
         return self._cached(self._document_weights)
 
     def metric_outcomes(self, ablations: Sequence[Ablation]) -> PairedOutcomes:
-        """Return the metric of each document, for the intact model and under each ablation."""
+        """Return the metric of each document for the intact and ablated models."""
         return self._pair(self.values, ablations, self.weights, self.higher_is_better)
 
     def gold_outcomes(self, ablations: Sequence[Ablation]) -> PairedOutcomes:
-        """Return each gold answer's log-probability in the intact and in each ablated model."""
+        """Return the log-probability of each gold answer for the intact and ablated models."""
         return self._pair(self.gold_logprobs, ablations, self.plain_weights)
 
     def choice_outcomes(self, ablations: Sequence[Ablation]) -> PairedOutcomes:
@@ -157,7 +155,7 @@ class AlignedOutcomes:
         return self._pair(self.choice_probabilities, ablations, self.plain_weights)
 
     def options_outcomes(self, ablations: Sequence[Ablation]) -> PairedOutcomes:
-        """Return the log of all options' summed probability, for intact and ablated models."""
+        """Return the log-probability of all options together, for intact and ablated models."""
         return self._pair(self.options_logprobs, ablations, self.plain_weights)
 
     def _pair(
@@ -170,21 +168,21 @@ class AlignedOutcomes:
         return PairedOutcomes(read(INTACT), self._stack(map(read, ablations)), *settings)
 
     def _stack(self, columns: Iterable[Array]) -> Array:
-        """Stack arrays `[documents]` as columns of one array; without arrays, `[documents, 0]`."""
+        """Stack arrays of length `[documents]` as the columns of one array."""
         arrays = list(columns)
         return np.stack(arrays, axis=1) if arrays else np.empty((len(self.tasks), 0))
 
     @property
     def tokens(self) -> Array:
-        """For each document, the number of tokens over which its stored proxies were summed."""
+        """Number of tokens of each document over which the stored proxies were summed."""
         return self.rows(INTACT)["proxy_tokens"].to_numpy(dtype=np.float64)
 
     def resample(self, values: Array, weights: Array | None = None) -> Array:
-        """Bootstrap the mean of each column, with the same random documents in every call."""
+        """Return bootstrap samples of the mean of each column."""
         return resampled_means(values, RESAMPLES, SEED, self.strata, weights)
 
     def check_summary(self) -> dict[str, Any]:
-        """Return how many responses were recomputed with pruned models, and how far they differ."""
+        """Return the number of responses recomputed with pruned models, and their differences."""
         if not self._rows:
             return {}
         rows = pd.concat(self._rows.values())
@@ -206,7 +204,7 @@ class AlignedOutcomes:
         return ablation.name in self._rows
 
     def rows(self, ablation: Ablation) -> pd.DataFrame:
-        """Return the outcomes under one ablation as a data frame with a row for each document."""
+        """Return the outcomes under one ablation, with one row per document."""
         return self._rows[ablation.name]
 
     def metric_rows(self, ablation: Ablation) -> pd.DataFrame:
@@ -220,7 +218,7 @@ class AlignedOutcomes:
 
     @property
     def undefined_reason(self) -> str:
-        """Reason why the metric is undefined (unknown lengths of options); "" if it is defined."""
+        """Reason why the metric is undefined; "" if it is defined."""
         return self._measure.reason
 
     def describe_mismatch(self, ablation: Ablation) -> str | None:
@@ -274,7 +272,7 @@ class AlignedOutcomes:
         return np.stack([unobserved if sums is None else sums for sums in self._stored_sums(proxy)])
 
     def part_sums(self, proxy: Proxy, runs: Sequence[Change]) -> Array:
-        """Return a proxy, summed per document, of the part (e.g. an expert) that each run removes.
+        """Return the sum of a proxy over each document, for the part that each run removes.
 
         The result is an array `[documents, runs]`. A sum is NaN if the document was measured
         without observing the proxy.
@@ -289,7 +287,7 @@ class AlignedOutcomes:
         return count_unobserved([sums is None for sums in self._stored_sums(proxy)])
 
     def _stored_sums(self, proxy: Proxy) -> list[Array | None]:
-        """Return a proxy's sums `[layers]` for each document; None where it was not observed."""
+        """Return a proxy's sum per layer for each document; None where it was not observed."""
         rows = self.rows(INTACT)
         column = rows.get(proxy.column, [None] * len(rows))
         return [value if isinstance(value, np.ndarray) else None for value in column]
@@ -300,7 +298,7 @@ class AlignedOutcomes:
         return weights_by_task(self.tasks, self.identity.benchmark.weight_by_size, units)
 
     def _document_weights(self, _: pd.DataFrame) -> Array:
-        """Compute weights for a mean in which long documents count no more than short ones."""
+        """Compute document weights that do not depend on the length of documents."""
         return weights_by_task(self.tasks, self.identity.benchmark.weight_by_size)
 
     def _cached(self, read: Callable[[pd.DataFrame], Array], ablation: Ablation = INTACT) -> Array:
@@ -334,8 +332,7 @@ def _options_logprobs(rows: pd.DataFrame) -> Array:
 def gold_logprobs(rows: pd.DataFrame) -> Array:
     """Return the log-probability of each document's gold answer.
 
-    A document that is scored in rolling windows has no gold answer. For such a document, the sum of
-    the log-probabilities of all windows is returned.
+    For a document that is scored in rolling windows, the log-probability of its text is returned.
     """
 
     def gold_logprob(logprobs: Sequence[float], gold: float | None, rolling: object) -> float:

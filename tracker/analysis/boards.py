@@ -40,7 +40,7 @@ from tracker.stats.support import (
 
 
 def layer_relevance(cell: CellRecord, layer: int) -> Estimate:
-    """Return a layer's accuracy relevance: accuracy drop / intact model's accuracy above chance."""
+    """Return a layer's accuracy drop divided by the intact model's accuracy above chance."""
     run = cell.runs_of_kind().get(layer)
     relevance = relevance_estimate(cell, run) if run else Estimate(None)
     if is_finite(relevance.value):
@@ -63,12 +63,11 @@ def relative_depth(layer: int, layers: int) -> float:
 
 
 def relevance_estimate(cell: CellRecord, run: RunRecord, family: int = 1) -> Estimate:
-    """Compute a run's accuracy relevance, with an interval corrected for comparing `family` runs.
+    """Compute a run's accuracy relevance, with a confidence interval.
 
     The relevance is the accuracy drop divided by the baseline's accuracy above chance. The interval
-    treats drop and baseline as independent. Drop and baseline are measured on the same documents,
-    so the interval is conservative (too wide). The interval is left out if the baseline's
-    confidence interval includes chance accuracy.
+    is corrected for comparing `family` runs. It is left out if the baseline's confidence interval
+    includes chance accuracy.
     """
     value, chance = run.accuracy_relevance, cell.chance_accuracy
     if value is None:
@@ -92,13 +91,11 @@ class PartStanding:
         relevance: Mean accuracy relevance over the benchmarks.
         benchmarks: Number of benchmarks on which the part's relevance is defined.
         deciding: Mean accuracy drop over the benchmarks, as a fraction. The confidence interval is
-            corrected for comparing all parts of the leaderboard; the verdict follows from this
-            interval.
-        rank: Rank (1 = matters most), with an interval from the best to the worst possible rank.
-            The rank is undefined if the part is not measured on all benchmarks. All rank intervals
-            of a leaderboard are correct together with 95 % confidence.
-        verdict: Whether removing the part is shown to cost accuracy (`costs`) or to help (`helps`),
-            or neither (`open`); corrected for comparing all parts of the leaderboard.
+            corrected for comparing all parts of the leaderboard.
+        rank: Rank (1 = matters most), with a 95 % confidence interval. The rank is undefined if the
+            part is not measured on all benchmarks.
+        verdict: `costs` if removing the part significantly reduces accuracy, `helps` if it
+            increases accuracy, else `open`.
         shown: The verdict as displayed, e.g. `matters` or `better without`.
     """
 
@@ -122,7 +119,7 @@ class PartStanding:
 
     @property
     def drop(self) -> Estimate:
-        """Mean accuracy drop over benchmarks; the interval is not corrected for comparing parts."""
+        """Mean accuracy drop over the benchmarks, with an uncorrected confidence interval."""
         return average([run.drop for run in self.runs])
 
     @property
@@ -140,7 +137,7 @@ class PartBoard:
 
     Attributes:
         kind: Kind of the parts, e.g. whole layers or attention heads.
-        cells: Results (cells) over which the leaderboard averages, one for each benchmark.
+        cells: The averaged results, one for each benchmark.
         parts: Entries of the leaderboard. Layers are always listed. A smaller part (e.g. a head) is
             listed only if its removal is measured on all benchmarks.
         left_out: Benchmark → reason why the leaderboard does not include it.
@@ -176,7 +173,7 @@ class LayerBoard(PartBoard):
 
 
 def layer_board(cells: Sequence[CellRecord]) -> LayerBoard:
-    """Rank the layers of one model; the result is empty if rankings can use none of the cells."""
+    """Rank the layers of one model."""
     counted_cells, left_out = select_countable(cells)
     rows = _group_runs(counted_cells, lambda cell: cell.whole_layers)
     statements = decide_claims(cells)
@@ -190,7 +187,7 @@ def layer_board(cells: Sequence[CellRecord]) -> LayerBoard:
 
 
 def part_boards(cells: Sequence[CellRecord]) -> list[PartBoard]:
-    """Rank the parts of one model; return one leaderboard for each kind of part (e.g. heads).
+    """Return one leaderboard for each kind of part (e.g. heads) of a model.
 
     A kind of part is left out if its leaderboard would be empty.
     """
@@ -202,7 +199,7 @@ def part_boards(cells: Sequence[CellRecord]) -> list[PartBoard]:
 
 
 def _part_board(cells: Sequence[CellRecord], kind: Change) -> PartBoard:
-    """Rank one model's parts of one kind, e.g. all attention heads."""
+    """Rank all parts of one kind in a model, e.g. all attention heads."""
 
     def runs_of(cell: CellRecord) -> list[RunRecord]:
         return [run for run in cell.runs if run.change.kind.family == kind]
@@ -225,7 +222,7 @@ _RunsByChange = Mapping[Change, Sequence[tuple[CellRecord, RunRecord]]]
 
 
 def _group_runs(cells: Sequence[CellRecord], select_runs: RunSelector) -> _RunsByChange:
-    """Group the runs that `select_runs` returns by their change, e.g. the removal of layer 3."""
+    """Group the selected runs by their change, e.g. the removal of layer 3."""
     pairs = ((cell, run) for cell in cells for run in select_runs(cell))
     return group_by(pairs, lambda pair: pair[1].change)
 
@@ -256,23 +253,21 @@ def _standings(
 
 
 def lower_end_key(drop: Estimate) -> tuple[bool, float]:
-    """Return a sort key: the largest lower bound comes first, undefined bounds come last."""
+    """Return a sort key that puts the largest lower bound first and undefined bounds last."""
     return None in (drop.value, drop.low), -(drop.low or 0.0)
 
 
 def rank_parts(cells: Sequence[CellRecord], parts: Sequence[Sequence[RunRecord]]) -> list[Estimate]:
     """Rank parts by their mean relevance over all benchmarks; rank 1 is the largest relevance.
 
-    On a benchmark, all drops are divided by the same number, the baseline's accuracy above chance.
-    The rank intervals therefore treat the baseline's accuracy as exactly known.
+    The rank intervals treat the baseline's accuracy as exactly known.
 
     Args:
         cells: Cells of one model, one for each benchmark.
-        parts: For each part, the runs that remove this part, one for each benchmark.
+        parts: The runs of each part, one for each benchmark.
 
     Returns:
-        The rank of each part, with an interval from the best to the worst possible rank. All rank
-        intervals are correct together with 95 % confidence.
+        The rank of each part, with a 95 % confidence interval.
     """
     ranks = min_ranks([mean_relevance(cells, runs, 1).value for runs in parts])
     levels = [cell.baseline.value for cell in cells]
@@ -306,14 +301,13 @@ class ModelStanding:
         model: Identity of the model.
         relevance: Mean accuracy relevance over layers and common benchmarks.
         drop: Mean accuracy drop over the same layers and benchmarks, as a fraction.
-        worst_layer: Layer whose mean relevance is significantly larger than that of all other
-            layers; None if there is no such layer.
-        costly: Number of layers whose removal significantly reduces the mean accuracy over the
-            common benchmarks; None if there is no common benchmark.
+        worst_layer: Layer that is significantly more relevant than all others; None if there is
+            none.
+        costly: Number of layers whose removal significantly reduces accuracy; None without common
+            benchmarks.
         layers: Number of layers over which relevance and drop are averaged.
-        rank: Rank (1 = hurt least), with an interval from the best to the worst possible rank. The
-            rank is undefined if the model is not measured on all common benchmarks, or if there is
-            no other model. All rank intervals are correct together with 95 % confidence.
+        rank: Rank (1 = hurt least), with a 95 % confidence interval. The rank is undefined if the
+            model is not measured on all common benchmarks, or if there is no other model.
     """
 
     model: ModelIdentity
@@ -327,15 +321,14 @@ class ModelStanding:
 
 @dataclass(frozen=True)
 class ModelBoard:
-    """Leaderboard of models; the model with the lowest mean relevance of its layers comes first.
+    """Leaderboard of models; the model that the removal of a layer hurts least comes first.
 
     Attributes:
-        benchmarks: Benchmarks that are used for the ranking because all ranked models share them.
-        left_out: Benchmark → reason why the ranking does not use it; model → reason why it has no
-            rank.
-        needed: Number of documents per benchmark with which two models whose relevance differs by
-            `MODEL_GAP` could be told apart; None if unknown, or if enough documents are measured.
-        available: Number of documents that the smallest of these benchmarks has.
+        benchmarks: Benchmarks on which all ranked models are measured.
+        left_out: Name of a benchmark or model → reason why the ranking does not include it.
+        needed: Documents per benchmark that are needed to distinguish the models; None if unknown,
+            or if enough documents are measured.
+        available: Number of documents in the smallest benchmark.
     """
 
     models: tuple[ModelStanding, ...]
@@ -346,7 +339,7 @@ class ModelBoard:
 
     @property
     def pairs(self) -> tuple[int, int]:
-        """Number of pairs of ranked models without a significant difference, and of all pairs."""
+        """Number of model pairs without a significant difference, and number of all pairs."""
         standings = [model for model in self.models if model.rank.value is not None]
         n_pairs = len(standings) * (len(standings) - 1) // 2
         # The best possible rank is one more than the number of models surely before it.
@@ -408,7 +401,7 @@ def model_board(cells: Sequence[CellRecord]) -> ModelBoard:
 def _shared_settings(
     usable: Mapping[str, Mapping[str, CellRecord]], by_key: Mapping[str, CellRecord]
 ) -> tuple[list[str], list[str]]:
-    """Choose the benchmarks and settings (e.g. few-shot count) with which most models are measured.
+    """Choose the benchmarks and settings that most models share.
 
     Args:
         usable: Name of a model → key of a benchmark and its settings → the model's cell with this
@@ -464,7 +457,7 @@ def _unshared_reason(
 
 
 def _missing_layers_reason(cell: CellRecord) -> str | None:
-    """Describe how many layers have an accuracy relevance; return None if none is missing."""
+    """Describe how many layers have a defined relevance; return None if all layers have one."""
     layers = {run.change.layer for run in cell.whole_layers if run.accuracy_relevance is not None}
     if layers.issuperset(range(cell.model.layers)):
         return None
@@ -475,10 +468,10 @@ def _missing_layers_reason(cell: CellRecord) -> str | None:
 
 
 def _needed_documents(models: list[list[CellRecord]], relevances: list[Estimate]) -> int | None:
-    """Count the documents with which half of the model pairs would show a gap of `MODEL_GAP`.
+    """Estimate how many documents are needed to distinguish half of the model pairs.
 
-    The variance of each model's relevance is assumed to be inversely proportional to the number of
-    documents. Returns None if enough documents are measured.
+    Two models count as different if their relevance differs by `MODEL_GAP`. Returns None if enough
+    documents are measured.
     """
     half_widths = [(ends[1] - ends[0]) / 2 for estimate in relevances if (ends := estimate.bounds)]
     documents = max(cell.n for cells in models for cell in cells)
@@ -492,7 +485,7 @@ def _needed_documents(models: list[list[CellRecord]], relevances: list[Estimate]
 
 
 def _mean_relevance(cells: Sequence[CellRecord], family: int = 1) -> Estimate:
-    """Average the accuracy relevance over a model's layers, corrected for `family` comparisons."""
+    """Average the accuracy relevance over all layers of a model."""
     by_cell = [cell.runs_of_kind() for cell in cells]
     layers = [
         mean_relevance(cells, [runs[layer] for runs in by_cell], family)
@@ -502,7 +495,7 @@ def _mean_relevance(cells: Sequence[CellRecord], family: int = 1) -> Estimate:
 
 
 def _model_standing(model: ModelIdentity, cells: list[CellRecord], reason: str) -> ModelStanding:
-    """Build a model's leaderboard entry; without cells, all its estimates are undefined."""
+    """Build the leaderboard entry of a model."""
     if not cells:
         undefined = Estimate(None, reason=reason)
         return ModelStanding(model, undefined, undefined, None, None, 0, undefined)

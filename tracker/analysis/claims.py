@@ -44,14 +44,13 @@ _ByCell = dict[str, dict[int, Estimate]]
 
 
 class NextStep(NamedTuple):
-    """Suggested larger sample that would probably detect a loss in half of the undecided layers.
+    """Suggested larger sample with which more layers could be decided.
 
     Attributes:
         measure: The measure to test: `choice_probability`, or "" for the metric of the cells.
         loss: Size of the loss to detect, as a fraction, e.g. 0.02 for 2 percentage points.
-        documents: Number of documents of each benchmark that the larger sample has.
-        seconds: Seconds to measure the documents that are not measured yet; None if the speed is
-            unknown.
+        documents: Number of documents of each benchmark in the larger sample.
+        seconds: Estimated seconds to measure the missing documents; None if unknown.
     """
 
     measure: str
@@ -67,19 +66,16 @@ class Claims:
     With at least 95 % confidence, all statements are true. Layers are 0-based numbers.
 
     Attributes:
-        cells: Results (cells) on which the statements are based, one for each benchmark. All
-            `layers` are measured in every cell.
+        cells: Results on which the statements are based, one for each benchmark.
         layers: Layers that are measured on all these benchmarks.
-        drops: Layer → mean accuracy drop (or loss increase), with a confidence interval that is
-            corrected for comparing all layers.
+        drops: Layer → mean accuracy drop (or loss increase), with a corrected confidence interval.
         verdicts: Layer → `costs` (removal significantly reduces accuracy), `helps` or `open`
             (undecided).
-        choices: Layer → mean drop of the choice probability, with a confidence interval that is
-            corrected for comparing all layers. Empty if a benchmark has no options, or if `drops`
-            are drops of the choice probability.
-        options: Key of a cell → layer → decrease of the log of the summed probability of all answer
-            options, if the layer is removed.
-        family: Number of comparisons for which the confidence interval of each drop is corrected.
+        choices: Layer → mean drop of the choice probability, with a corrected confidence interval.
+            Empty if a benchmark has no options, or if `drops` contains the same drops.
+        options: Key of a cell → layer → decrease of the log-probability of all answer options
+            together.
+        family: Number of comparisons for which the confidence intervals are corrected.
     """
 
     cells: tuple[CellRecord, ...]
@@ -109,12 +105,12 @@ class Claims:
 
     @property
     def less_probable(self) -> dict[int, Estimate]:
-        """Layer → significant drop of choice probability, for layers with the verdict `open`."""
+        """Layer → significant drop of the choice probability, for undecided layers."""
         return self._choices_of_open_layers(1)
 
     @property
     def more_probable(self) -> dict[int, Estimate]:
-        """Layer → significantly negative drop of choice probability, for the verdict `open`."""
+        """Layer → significant rise of the choice probability (negative), for undecided layers."""
         return self._choices_of_open_layers(-1)
 
     def _choices_of_open_layers(self, side: int) -> dict[int, Estimate]:
@@ -123,7 +119,7 @@ class Claims:
 
     @property
     def small_by_choice(self) -> list[int]:
-        """Layers, in no other list, whose choice probability drops by less than `SMALL_DROP`."""
+        """Remaining layers whose choice probability drops by less than `SMALL_DROP`."""
         others = {*self.costly, *self.helpful, *self.small, *self.less_probable}
         others |= {*self.more_probable}
         drops = self.choices.items()
@@ -153,10 +149,9 @@ class Claims:
 
     @property
     def missed(self) -> list[int]:
-        """List of the costly layers outside `by_cosine` that cost more than a layer in `by_cosine`.
+        """List of the costly layers that the cosine score misses.
 
-        The lower bound of a missed layer's drop exceeds the upper bound of some layer in
-        `by_cosine` that is not costly.
+        A missed layer is not in `by_cosine`, but costs significantly more than some layer in it.
         """
         costly, chosen_layers = self.costly, self.by_cosine
         ends = (self.drops[layer].high for layer in chosen_layers if layer not in costly)
@@ -166,11 +161,10 @@ class Claims:
 
     @property
     def broken(self) -> list[int]:
-        """Layers in `costly` or `less_probable` whose removal makes all options unlikely.
+        """Costly or less probable layers whose removal makes all options unlikely.
 
-        On some benchmark, removing such a layer divides the summed probability of all options by 10
-        or more. The logarithm of this sum also falls by at least half of its absolute value in the
-        intact model.
+        On some benchmark, removing such a layer divides the total probability of the options by at
+        least 10.
         """
 
         def is_broken(cell: CellRecord, layer: int) -> bool:
@@ -207,7 +201,7 @@ class Claims:
         return {1: "less probable", -1: "more probable"}.get(side, small)
 
     def next_steps(self) -> list[NextStep]:
-        """List larger samples that would probably detect a loss in half of the undecided layers.
+        """List larger samples that would probably decide half of the undecided layers.
 
         The list has at most two samples: one for the metric, and one for the choice probability.
         The list is empty if no layer is undecided, if the metric is a loss, or if no outcome
@@ -231,7 +225,7 @@ class Claims:
         return steps
 
     def _measuring_time(self, documents: int) -> float | None:
-        """Estimate the seconds that measuring up to `documents` documents of each benchmark takes.
+        """Estimate the seconds to measure up to `documents` documents of each benchmark.
 
         Returns None if the speed of a cell's measurement is unknown.
         """
@@ -251,13 +245,11 @@ def decide_claims(cells: Sequence[CellRecord]) -> Claims:
     """Decide which statements about one model's layers are statistically supported.
 
     Args:
-        cells: Cells of one model. For each benchmark, the same cell is used as for leaderboards.
-            Cells that the option `until` stopped early are not used. If leaderboards can use no
-            cell (e.g. because all metrics are losses), the first cell is used that measured whole
-            layers on the same documents.
+        cells: Cells of one model. One cell of each benchmark is used. Cells that the option `until`
+            stopped early are not used.
 
     Returns:
-        The supported statements, and the layers about which no statement is supported.
+        The supported statements and the undecided layers.
     """
     fallback = [c for c in cells if c.whole_layers and not c.is_raced and not c.removed]
     counted_cells = select_countable(cells)[0] or fallback[:1]
@@ -284,7 +276,7 @@ def decide_claims(cells: Sequence[CellRecord]) -> Claims:
 
 
 def _has_choices(cells: Sequence[CellRecord]) -> bool:
-    """Return whether all cells have choice probabilities in addition to a different metric."""
+    """Return whether all cells have choice probabilities besides another metric."""
     return all(
         cell.metric not in CHOICE_PROBABILITIES
         and any(run.choice_drop.bounds for run in cell.whole_layers)
@@ -293,7 +285,7 @@ def _has_choices(cells: Sequence[CellRecord]) -> bool:
 
 
 def _layer_error_share(cells: Sequence[CellRecord], n_layers: int) -> tuple[float, int]:
-    """Return the error rate for tests of layers' accuracy drops, and the number of comparisons.
+    """Return the error rate of the tests of accuracy drops, and the number of comparisons.
 
     Tests of the accuracy, of the choice probability and of the options' log-probability share the
     total error rate `ALPHA`.
@@ -338,12 +330,11 @@ def verdict_word(verdict: Verdict, drop: Estimate, is_accuracy: bool = True) -> 
 
 
 def run_verdicts(cell: CellRecord, runs: Sequence[RunRecord]) -> dict[Change, Verdict]:
-    """Decide for each run of a cell whether its drop is significant when all runs are tested.
+    """Decide for each run whether its drop is significant, corrected for testing all runs.
 
     Args:
-        cell: Record of one model on one benchmark. If `until` stopped the measurement early,
-            intervals are not corrected again, because confidence sequences already cover all runs.
-        runs: Runs of the cell for whose number the verdicts are corrected.
+        cell: Record of one model on one benchmark.
+        runs: Runs of the cell that are tested together.
 
     Returns:
         Change that a run makes to the model → `costs`, `helps` or `open`.
@@ -353,13 +344,13 @@ def run_verdicts(cell: CellRecord, runs: Sequence[RunRecord]) -> dict[Change, Ve
 
 
 def _corrected_drops(cell: CellRecord, runs: Sequence[RunRecord]) -> tuple[list[Estimate], float]:
-    """Return the runs' drops with corrected intervals, and the error rate for testing the drops."""
+    """Return the drops with corrected confidence intervals, and the error rate of the tests."""
     alpha, family = error_share(cell, runs)
     return _widened_drops(cell, runs, family), alpha
 
 
 def error_share(cell: CellRecord, runs: Sequence[RunRecord]) -> tuple[float, int]:
-    """Return the error rate for testing the drops of runs, and the number of comparisons.
+    """Return the error rate of the tests of drops, and the number of comparisons.
 
     For whole layers, tests of accuracy drops share the error rate with tests of choice
     probabilities.
@@ -378,8 +369,7 @@ def verdict_words(cell: CellRecord) -> dict[Change, str]:
         cell: Record of one model on one benchmark.
 
     Returns:
-        Change that a run makes to the model → the run's `verdict_word`. Runs without a drop are
-        left out.
+        Change → verdict in words. Runs without a drop are left out.
     """
 
     def family(run: RunRecord) -> tuple[bool, Change]:
@@ -395,7 +385,7 @@ def verdict_words(cell: CellRecord) -> dict[Change, str]:
 
 
 def cell_ranks(cell: CellRecord, runs: Sequence[RunRecord]) -> list[tuple[int, int]]:
-    """Compute the best and the worst possible rank of each run of a cell, ranked by drop.
+    """Compute the best and the worst possible rank of each run by its drop.
 
     Args:
         cell: Record of one model on one benchmark.
@@ -408,7 +398,7 @@ def cell_ranks(cell: CellRecord, runs: Sequence[RunRecord]) -> list[tuple[int, i
 
 
 def _widen_options(cells: Sequence[CellRecord], layers: Collection[int]) -> _ByCell:
-    """Return the decreases of the options' log-probability, corrected for all comparisons."""
+    """Return each layer's decrease of the options' log-probability, with corrected intervals."""
     runs = [runs[layer] for runs in map(CellRecord.runs_of_kind, cells) for layer in layers]
     family = math.ceil(len(runs) / _OPTIONS_SHARE) or 1
     falls = iter(widen([run.options_drop for run in runs], [run.n for run in runs], family))
@@ -422,6 +412,6 @@ def _widened_drops(cell: CellRecord, runs: Sequence[RunRecord], family: int) -> 
 
 
 def name_benchmarks(cells: Sequence[CellRecord]) -> str:
-    """List the benchmarks of the cells in one text, by their shortest distinct names."""
+    """Return a text that lists the benchmarks of the cells."""
     titles = [cell.benchmark.title for cell in cells]
     return join_words(titles if len({*titles}) == len(titles) else benchmark_labels(cells))

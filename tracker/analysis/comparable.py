@@ -16,7 +16,7 @@ from tracker.schema.records import CellRecord, RunRecord
 
 
 def group_editions(cells: Iterable[CellRecord]) -> list[list[list[CellRecord]]]:
-    """Group cells by model, benchmark and settings; split groups by task version (edition).
+    """Group cells by model, benchmark and settings, and within groups by task version.
 
     Within a group, editions are sorted by the date of their last measurement. Editions without a
     date come first.
@@ -57,7 +57,7 @@ def edition_labels(cells: Sequence[CellRecord]) -> list[str]:
 
 
 def find_outdated(cells: Iterable[CellRecord]) -> dict[int, CellRecord]:
-    """Find cells with outdated task versions; return `id(cell)` → cell with the newest version."""
+    """Find cells with an outdated task version; return `id(cell)` → newest cell."""
     return {
         id(cell): editions[-1][0]
         for editions in group_editions(cells)
@@ -121,8 +121,7 @@ def row_labels(cells: Sequence[CellRecord], documents: bool = True) -> list[tupl
         documents: Whether the table also shows the number of documents.
 
     Returns:
-        For each row, the model name, and the settings that distinguish this row from rows with
-        equal names (usually none).
+        The model name of each row, and the settings that distinguish rows with equal names.
     """
     models = {cell.model.key: cell.model for cell in cells}
     names = dict(zip(models, model_labels(list(models.values())), strict=True))
@@ -152,7 +151,7 @@ def _details(cell: CellRecord) -> tuple[str, ...]:
 
 
 def _distinct_labels(rows: Iterable[tuple[str, ...]]) -> list[str]:
-    """Label each row by its first string; append the row's next strings while labels are equal."""
+    """Label each row by its first string; append further strings until all labels differ."""
     if not (columns := list(zip(*rows, strict=True))):
         return []
     labels = list(columns[0])
@@ -181,7 +180,7 @@ def named_models(cells: Iterable[CellRecord]) -> dict[str, list[CellRecord]]:
 
 
 def comparison_key(cell: CellRecord) -> str:
-    """Return a hash of the settings that must be equal to compare two models on a benchmark.
+    """Return a hash of the settings that two comparable cells must share.
 
     The hash covers the prompt format, the metric, and the number and selection of documents.
     """
@@ -198,8 +197,7 @@ def select_countable(
 ) -> tuple[list[CellRecord], dict[str, str]]:
     """Choose the cells of one model that rankings use, one cell for each benchmark.
 
-    Also returns, for each other cell, the reason why rankings do not use it, keyed by the cell's
-    label.
+    Also returns the label of each unused cell → reason why it is not used.
     """
     labels = dict(zip(map(id, cells), benchmark_labels(cells), strict=True))
     outdated = find_outdated(cell for cell in cells if not unusable_reason(cell, select))
@@ -233,11 +231,10 @@ def select_countable(
 
 
 def cell_preference(cell: CellRecord, select: RunSelector = _WHOLE_LAYERS) -> tuple[int, ...]:
-    """Return a sort key: rankings use the cell with the largest key on each benchmark.
+    """Return a sort key of a cell; rankings use the cell with the largest key.
 
     Cells with more runs, and then cells with more documents, are preferred. Next come the
-    benchmark's own metric, and randomly drawn documents, because the first documents of a split are
-    no random sample.
+    benchmark's own metric and randomly drawn documents.
     """
     return len(select(cell)), cell.n, not cell.other_metric, bool(cell.sampling_text)
 

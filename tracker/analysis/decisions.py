@@ -1,4 +1,4 @@
-"""Derive which answer option the intact model and each ablated model choose for each document.
+"""Derive which answer option each model chooses for each document.
 
 An option's score is its log-likelihood. Some metrics divide the log-likelihood by the option's
 length. A model chooses the option with the largest score.
@@ -41,8 +41,7 @@ from tracker.stats.decisions import (
 class RoundingRisk(NamedTuple):
     """Probability, for each document, that rounding turns a right answer wrong or vice versa.
 
-    No probabilities are computed for a model in single precision, because rounding has almost no
-    effect in single precision.
+    No probabilities are computed for a model in single precision.
     """
 
     chances: Array | None
@@ -55,13 +54,12 @@ class RoundingRisk(NamedTuple):
 
 
 def rounding_risk(outcomes: AlignedOutcomes, ablation: Ablation, texts: TextReader) -> RoundingRisk:
-    """Compute, for each document, how probably rounding makes a right answer wrong or vice versa.
+    """Compute the probability that rounding changes whether each answer is right.
 
     Args:
         outcomes: Outcomes of the documents.
-        ablation: Ablation under which the answers to the documents were computed.
-        texts: Function that reads the documents' texts. It is called only if the metric divides
-            scores by the lengths of options.
+        ablation: Ablation under which the answers were computed.
+        texts: Function that reads the documents' texts.
 
     Returns:
         The probabilities in the order of the documents, or the reason why they are unknown.
@@ -98,14 +96,14 @@ _CHOICE_LENGTH = 200
 
 @dataclass(frozen=True)
 class ModelDecisions:
-    """Answers that the model chooses under one ablation; each sequence has one item per document.
+    """Answers that the model chooses under one ablation, with one item per document.
 
     Attributes:
         score: Metric of each document, negated for a loss, so that larger values are better.
         choice: Index of the chosen option; NaN for a document without options.
-        margin: Score of the gold option minus the score of the best other option. The unit is nats,
-            or nats per character or byte if the metric divides by length. For a document without
-            options, the margin is the gold answer's log-probability. An undefined margin is NaN.
+        margin: Score of the gold option minus the score of the best other option, in nats (or nats
+            per character or byte). For a document without options, the log-probability of the gold
+            answer. NaN if undefined.
         text: Generated text of each document; None if the task generates no text.
     """
 
@@ -117,7 +115,7 @@ class ModelDecisions:
 
 @dataclass(frozen=True)
 class Decisions:
-    """Answers that the intact and ablated models choose, on the documents that all runs measured.
+    """Answers that the intact model and all ablated models choose.
 
     Attributes:
         documents: Documents, each as task and number.
@@ -128,8 +126,7 @@ class Decisions:
         runs: Pairs of a run's change and the answers that the changed model chooses.
         binary: Whether every document's score is 0 or 1 (wrong or right).
         reasons: Name (`texts`, `margin` or `agreement`) → reason why this information is missing.
-        missing: Requested documents that are not measured, each as task and number. Empty if the
-            stopping rule (`until`) decides how many documents are measured.
+        missing: Requested documents that are not measured, each as task and number.
     """
 
     documents: Sequence[tuple[str, int]]
@@ -143,11 +140,11 @@ class Decisions:
     missing: Sequence[tuple[str, int]] = ()
 
     def lost_documents(self, run: ModelDecisions) -> np.ndarray:
-        """Return a boolean mask of the documents that score lower in a run than intact."""
+        """Return a boolean mask of the documents that score lower than with the intact model."""
         return run.score < self.baseline.score
 
     def won_documents(self, run: ModelDecisions) -> np.ndarray:
-        """Return a boolean mask of the documents that score higher in a run than intact."""
+        """Return a boolean mask of the documents that score higher than with the intact model."""
         return run.score > self.baseline.score
 
     @property
@@ -157,7 +154,7 @@ class Decisions:
 
 
 def derive_decisions(store: CellStore, view: View) -> Decisions | None:
-    """Return the answers that the model chooses in each requested run; None without documents."""
+    """Return the answers chosen in each requested run; None without documents."""
     outcomes = AlignedOutcomes(store, view)
     if not outcomes.tasks:
         return None
@@ -200,13 +197,12 @@ def derive_decisions(store: CellStore, view: View) -> Decisions | None:
 
 
 def decisions_record(decisions: Decisions, max_shown: int = MAX_SHOWN_DOCUMENTS) -> DecisionsRecord:
-    """Summarise changed answers: counts, shares of options, and the most changed documents.
+    """Summarise how the answers change in each run.
 
     Args:
         decisions: Answers chosen by the intact model and in each run.
-        max_shown: Maximum number of documents to list for each run, separately for documents that
-            score lower and that score higher than in the intact model. The documents whose margin
-            changes most are listed.
+        max_shown: Maximum number of worse and of better documents to list for each run. Documents
+            with the largest changes are listed.
 
     Returns:
         The record that report pages show.
@@ -256,7 +252,7 @@ def decisions_record(decisions: Decisions, max_shown: int = MAX_SHOWN_DOCUMENTS)
 
 
 def _lowest(values: Array, mask: np.ndarray, count: int) -> list[int]:
-    """Return the indexes of the `count` lowest values at which a boolean mask is true."""
+    """Return the indexes of the `count` lowest values among those that a mask selects."""
     indexes = np.flatnonzero(mask)
     lowest: list[int] = indexes[np.argsort(values[indexes], kind="stable")][:count].tolist()
     return lowest
@@ -281,7 +277,7 @@ def _shown_document(decisions: Decisions, index: int) -> ShownDocument:
 
 
 def _shorten(text: str | None, max_length: int = _QUESTION_LENGTH) -> str | None:
-    """Cut the middle of a long text; keep the end, because a prompt ends with the question."""
+    """Cut the middle out of a long text."""
     if not isinstance(text, str) or len(text) <= max_length:
         return text if isinstance(text, str) else None
     return f"{text[: max_length // 2].rstrip()} … {text[-max_length // 2 :].lstrip()}"
@@ -298,7 +294,7 @@ def _rounded_figure(value: float) -> float | None:
 
 
 def _quartiles(values: Array) -> tuple[float, float, float] | None:
-    """Return the three quartiles of the finite values; return None if no value is finite."""
+    """Return the three quartiles of all finite values; None without finite values."""
     finite_values = values[np.isfinite(values)]
     if not len(finite_values):
         return None
@@ -307,6 +303,6 @@ def _quartiles(values: Array) -> tuple[float, float, float] | None:
 
 
 def _option_shares(choices: Array, options: int) -> tuple[float, ...]:
-    """Return how often each option is chosen, as a share of the documents; () without options."""
+    """Return the share of documents for which each option is chosen."""
     shares = option_shares(choices, options)
     return () if np.isnan(shares).any() else tuple(shares.tolist())

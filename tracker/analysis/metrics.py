@@ -37,20 +37,18 @@ _LENGTH_FUNCTIONS: dict[str, Callable[[str], float]] = {
 
 
 class OptionScores:
-    """Answer options of each document, and the rule by which a metric scores the options.
+    """Answer options of each document, and the metric's rule to score them.
 
     Args:
-        rows: Outcome rows of the documents under one ablation (any ablation gives the same
-            options).
+        rows: Outcomes of the documents under any one ablation.
         metric: Name of the metric, e.g. `acc_norm`.
-        texts: Function that reads the documents' texts. It is called only if the metric divides
-            scores by the lengths of options.
+        texts: Function that reads the documents' texts.
 
     Attributes:
         counts: Number of answer options of each document.
         max_options: Largest number of options of a document; 0 if no document has options.
         gold: Index of each document's gold option; NaN if the document has no gold option.
-        lengths: `[documents, options]`, divisor of each option's log-likelihood; NaN if unknown.
+        lengths: Divisor of each option's log-likelihood, as `[documents, options]`; NaN if unknown.
         reason: Reason why the divisor of an option is unknown; "" if all divisors are known.
     """
 
@@ -97,8 +95,7 @@ class DocumentMetric:
         name: Name of the metric.
 
     Attributes:
-        columns: Columns of the outcomes from which the metric is computed, besides task and
-            document.
+        columns: Columns of the outcomes from which the metric is computed.
         aggregation: Name of lm-eval's aggregation.
         higher_is_better: True for an accuracy or similar; False for a loss.
     """
@@ -114,7 +111,7 @@ class DocumentMetric:
 
     @property
     def reason(self) -> str:
-        """Reason why the last call of `values` gave NaN: unknown lengths of options; else ""."""
+        """Reason why the last call of `values` gave NaN; "" if there is none."""
         return next((options.reason for options in self._options.values()), "")
 
     def values(self, rows: pd.DataFrame) -> Array:
@@ -130,7 +127,7 @@ class DocumentMetric:
         return document_ratios(self.aggregation, *read_pairs(column).T)
 
     def _read_options(self, rows: pd.DataFrame) -> OptionScores:
-        """Return the options of the documents in `rows`; cache them for the same documents."""
+        """Return the options of the documents in `rows`, and cache them."""
         documents = tuple(zip(rows["task"], rows["doc"], strict=True))
         if documents not in self._options:
             if self.name in _LENGTH_FUNCTIONS and not self._texts.keys() >= {*documents}:
@@ -140,13 +137,13 @@ class DocumentMetric:
         return self._options[documents]
 
     def units(self, rows: pd.DataFrame) -> Array | None:
-        """Return each row's denominator if the metric is a ratio of sums; None for a plain mean."""
+        """Return the denominators of a metric that is a ratio of sums; None for a plain mean."""
         is_ratio = self.aggregation in RATIO_SCALES
         return read_pairs(rows[self.columns[0]])[:, 1] if is_ratio else None
 
 
 def read_pairs(column: pd.Series[Any]) -> Array:
-    """Parse a metric that is stored as JSON pairs [sum, units]; return `[documents, 2]`.
+    """Parse a column of JSON pairs [sum, units]; return an array `[documents, 2]`.
 
     The row of a document without a stored pair is [NaN, NaN].
     """

@@ -29,7 +29,7 @@ def outcome_variance(run: RunRecord) -> OutcomeVariance | None:
 
 
 def choice_variance(run: RunRecord) -> OutcomeVariance | None:
-    """Estimate how much the drop in choice probability varies over documents, as a variance."""
+    """Estimate the variance of the drop in choice probability over documents."""
     drop = run.choice_drop
     if drop.low is None or drop.high is None or drop.high <= drop.low:
         return None
@@ -38,7 +38,7 @@ def choice_variance(run: RunRecord) -> OutcomeVariance | None:
 
 
 def variance_range(runs: Iterable[RunRecord]) -> tuple[OutcomeVariance, OutcomeVariance] | None:
-    """Return the median and the maximum over all runs of a run's `outcome_variance`.
+    """Return the median and the maximum of `outcome_variance` over all runs.
 
     Returns None if no outcome changes in any run, or if all variances are undefined.
     """
@@ -54,14 +54,13 @@ def variance_range(runs: Iterable[RunRecord]) -> tuple[OutcomeVariance, OutcomeV
 class PairedOutcomes:
     """Outcomes of each document in the intact model and under each of several ablations.
 
-    An outcome is NaN if lm-eval gives no finite score or names no gold answer. A NaN outcome makes
-    the document's drop NaN. Estimates over documents with a NaN are None, with a reason. Documents
-    with NaN outcomes are neither left out nor counted as 0.
+    An outcome is NaN if lm-eval gives no finite score or names no gold answer. Estimates over
+    documents with a NaN are undefined, and give a reason.
 
     Attributes:
-        baseline: `[documents]`, outcomes of the intact model.
-        ablated: `[documents, ablations]`, outcomes of the same documents under each ablation.
-        weights: `[documents]`, weight of each document in the mean outcome; the weights sum to 1.
+        baseline: Outcomes of the intact model, as `[documents]`.
+        ablated: Outcomes under each ablation, as `[documents, ablations]`.
+        weights: Weight of each document in the mean outcome; the weights sum to 1.
         higher_is_better: Whether larger outcomes are better, e.g. for an accuracy; False for a
             loss.
     """
@@ -104,10 +103,9 @@ class PairedOutcomes:
         return drop_sd(*self._drop_terms(index), self.weights)
 
     def _drop_terms(self, index: int) -> tuple[Array, Array]:
-        """Return the two arrays `[documents]` whose difference is the drop of each document.
+        """Return two arrays; the first minus the second is the drop of each document.
 
-        The first array is the minuend. For a loss, the arrays of intact and ablated outcomes are
-        swapped instead of negated, so that outcomes of 0 and 1 stay 0 and 1.
+        The arrays contain the intact and the ablated outcomes; for a loss, they are swapped.
         """
         intact, ablated = self.baseline, self.ablated[:, index]
         return (intact, ablated) if self.higher_is_better else (ablated, intact)

@@ -52,15 +52,13 @@ def cell_record(
 
     Args:
         store: Stored outcomes of one model on one benchmark.
-        view: Selection of documents, runs and metric. The metric is a mean or a ratio of sums over
-            documents.
+        view: Selection of documents, runs and metric.
         aggregate: Function that aggregates values with the named lm-eval aggregation.
         answer: Result of the stopping rule (`until`); None if the view has no stopping rule.
 
     Returns:
-        The record, computed on the documents that all runs measured. If the stopping rule (`until`)
-        ended the measurement early, the statistics of each run cover only the documents that had
-        been evaluated when the rule decided about this run.
+        The record, computed on the documents that all runs measured. After early stopping
+        (`until`), each run's statistics cover the documents up to its decision.
     """
     aligned = AlignedOutcomes(store, view)
     outcomes, order = _answered_outcomes(aligned, store, view, answer)
@@ -136,14 +134,14 @@ def cell_record(
 
 
 def unmeasured_record(store: CellStore, view: View, /, **fields: Any) -> CellRecord:
-    """Build the record for a view of which no document is measured; `fields` overrides fields."""
+    """Build the record of a view without measured documents; `fields` overrides fields."""
     empty = {"n": 0, "tokens": 0, "baseline_metrics": {}, "runs": (), "correlations": ()}
     empty["chance_accuracy"] = None
     return CellRecord(**{**empty, **_identity_fields(store, view), **fields})
 
 
 def _identity_fields(store: CellStore, view: View) -> dict[str, Any]:
-    """Return the record's fields for model, benchmark, metric, removed layers and sampling."""
+    """Return the record's fields that identify model, benchmark and settings."""
     return {
         "key": store.identity.key,
         "model": store.identity.model,
@@ -171,10 +169,9 @@ def _measuring_costs(shards: Sequence[Mapping[str, Any]]) -> dict[str, float | i
 def _answered_outcomes(
     aligned: AlignedOutcomes, store: CellStore, view: View, answer: AnswerRecord | None
 ) -> tuple[AlignedOutcomes, list[tuple[str, int]]]:
-    """Select the documents that the stopping rule evaluated for all runs; return their order too.
+    """Return the outcomes that the stopping rule evaluated, and the order of all documents.
 
-    The order lists all documents as the rule evaluates them. If there is no stopping rule, or if
-    all documents are measured, all documents and an empty order are returned.
+    Without early stopping, all outcomes and an empty order are returned.
     """
     if answer is None or len(aligned.tasks) >= aligned.n_requested:
         return aligned, []
@@ -222,8 +219,7 @@ def _incomplete_reason(n: int, n_requested: int, answer: AnswerRecord | None) ->
 def _calibration_text(store: CellStore, view: View, shards: list[dict[str, Any]]) -> str | None:
     """Describe the calibration texts on which layer replacements were fitted.
 
-    The description includes how many of the calibration texts were also used as benchmark
-    documents.
+    The description counts the calibration texts that are also benchmark documents.
     """
     ablations = (Ablation.from_changes(run, removed=view.removed) for run in view.runs)
     if not any(ablation.has_replacements for ablation in ablations):
@@ -244,7 +240,7 @@ def _calibration_text(store: CellStore, view: View, shards: list[dict[str, Any]]
 
 
 def _remaining_estimate(outcomes: AlignedOutcomes, view: View) -> Estimate:
-    """Estimate the metric of the model from which the layers in `view.removed` are removed."""
+    """Estimate the metric of the model without the layers in `view.removed`."""
     if not view.removed:
         return Estimate(None)
     ablation = Ablation.from_changes(removed=view.removed)
@@ -270,7 +266,7 @@ def _layer_columns(outcomes: AlignedOutcomes, proxies: LayerProxies) -> Iterator
 def _part_columns(
     outcomes: AlignedOutcomes, parts: PartProxies, records: Sequence[RunRecord]
 ) -> Iterator[tuple[list[Change], list[_ProxyColumn]]]:
-    """Yield the runs that change parts of one kind, with the values of each proxy for these runs.
+    """Yield the runs of each kind of part, together with the values of each proxy.
 
     Correlations use only parts whose proxy and accuracy drop are defined.
     """
@@ -296,8 +292,7 @@ def _correlations(
 ) -> Iterator[CorrelationRecord]:
     """Correlate proxies with accuracy drops, with and without the first and the last layers.
 
-    After early stopping (`is_raced`), confidence intervals and p-values are left out, because their
-    formulas assume a fixed sample size.
+    After early stopping (`is_raced`), confidence intervals and p-values are left out.
     """
     if not runs:
         return

@@ -67,8 +67,8 @@ class LayerProxies:
         outcomes: Outcomes of the documents.
 
     Attributes:
-        tokens: `[documents]`, number of tokens over which the proxies are summed.
-        sums: Name of the proxy → sums over each document's tokens `[documents, layers]`.
+        tokens: Number of tokens of each document over which the proxies are summed.
+        sums: Name of the proxy → array `[documents, layers]` of sums over tokens.
         reasons: Name of the proxy → reason why the proxy is undefined for all layers; "" if there
             is none.
     """
@@ -86,7 +86,7 @@ class LayerProxies:
                 self._estimates[name] = [_finite_estimate(value, reason) for value in values]
 
     def estimates(self, run: Change) -> dict[str, Estimate]:
-        """Return the proxies of the layer that a run removes, as proxy name → estimate."""
+        """Return proxy name → estimate for the layer that a run removes."""
         if run.kind != WHOLE_LAYER:
             return dict.fromkeys(self._estimates, Estimate(None, reason=_WHOLE_ONLY))
         return {name: values[run.layer] for name, values in self._estimates.items()}
@@ -100,7 +100,7 @@ class PartProxies:
 
     Attributes:
         runs: Runs that change a part of one layer.
-        sums: Name of the proxy → sums over each document's tokens `[documents, runs]`.
+        sums: Name of the proxy → array `[documents, runs]` of sums over tokens.
     """
 
     def __init__(self, outcomes: AlignedOutcomes) -> None:
@@ -110,7 +110,7 @@ class PartProxies:
         self._indexes = {run: index for index, run in enumerate(self.runs)}
 
     def proxies_of(self, run: Change) -> list[Proxy]:
-        """List the proxies of a run: those of its component, and those that a document has."""
+        """List the proxies that are available for a run."""
         index = self._indexes[run]
         return [
             proxy
@@ -120,20 +120,20 @@ class PartProxies:
         ]
 
     def unobserved_reason(self, proxy: Proxy, index: int) -> str:
-        """Return for how many documents a run's proxy was not computed; "" if for none."""
+        """Describe how many documents lack a proxy; return "" if the proxy is known for all."""
         name = proxy.name if proxy.component == "part" else "routed_share"
         return count_unobserved(np.isnan(self.sums[name][:, index]))
 
     def counts(self, proxy: Proxy) -> Array:
-        """Return the number of tokens over which a proxy is summed `[documents, runs]`."""
+        """Return an array `[documents, runs]` of the token counts over which a proxy is summed."""
         return self.sums[proxy.over] if proxy.over else self._tokens
 
     def means(self, proxy: Proxy) -> Array:
-        """Return a proxy's mean over tokens `[runs]` for the part that each run changes."""
+        """Return the mean of a proxy over all tokens, for the part that each run changes."""
         return safe_divide(self.sums[proxy.name].sum(axis=0), self.counts(proxy).sum(axis=0))
 
     def estimates(self, run: Change) -> dict[str, Estimate]:
-        """Return proxy name → value for the changed part; {} if the run changes no part."""
+        """Return proxy name → estimate for the part that a run changes."""
         if run not in self._indexes:
             return {}
         index = self._indexes[run]
@@ -210,7 +210,7 @@ def run_record(
 
 
 def accuracy_rounding(weights: Array, *risks: RoundingRisk) -> float | None:
-    """Estimate how far rounding shifts an accuracy, or (with two `risks`) a difference of two."""
+    """Estimate how far rounding shifts an accuracy, or the difference of two accuracies."""
     probabilities = [risk.chances for risk in risks if risk.chances is not None]
     if len(probabilities) < len(risks):
         return None
@@ -220,7 +220,7 @@ def accuracy_rounding(weights: Array, *risks: RoundingRisk) -> float | None:
 def apply_bounds(run: RunRecord, bounds: RunAnswer | None) -> RunRecord:
     """Replace a run's confidence intervals by bounds that are valid under early stopping.
 
-    The p-values are removed, because their formulas assume a fixed sample size.
+    The p-values are removed.
     """
     reasons = run.reasons | {"mcnemar_p": ONE_LOOK_REASON}
     if bounds is None:
@@ -260,7 +260,7 @@ def metric_values(
 def _aggregate_metric(
     rows: pd.DataFrame, column: str, aggregation: str | None, aggregate: Aggregate
 ) -> float | None:
-    """Aggregate one metric of one task; return None if the metric cannot be aggregated.
+    """Aggregate one metric of one task; return None if this is not possible.
 
     A metric cannot be aggregated if a value is missing, or if only lm-eval can aggregate it.
     """
@@ -273,9 +273,9 @@ def _aggregate_metric(
 
 
 def _mean_drop(paired: PairedOutcomes, noun: str) -> Estimate:
-    """Estimate how much a probability or its logarithm falls on average in the ablated model.
+    """Estimate the mean drop of a probability or log-probability in the ablated model.
 
-    If a document lacks the probability, the mean is undefined, with a reason that contains `noun`.
+    The mean is undefined if a document lacks the probability; `noun` names it in the reason.
     """
     drops = paired.drops[:, 0]
     if reason := missing_reason(drops, noun):

@@ -49,8 +49,8 @@ class InterimEstimates:
     """Progress of a running measurement, with interim estimates of the drops.
 
     Attributes:
-        documents: Number of documents that are measured in all requested runs. If a stopping rule
-            (`until`) is set, the number of documents that are measured with the intact model.
+        documents: Number of documents that are measured in all requested runs (with `until`: in the
+            intact model).
         requested: Number of requested documents; None if a stopping rule (`until`) decides when to
             stop.
         tokens: Number of tokens of these documents, counted like `CellRecord.tokens`.
@@ -88,7 +88,7 @@ def interim_estimates(store: CellStore, view: View) -> InterimEstimates:
 
 
 def _interim_raced(outcomes: AlignedOutcomes, view: View) -> InterimEstimates:
-    """Estimate each run's drop, without interval, from the documents measured in this run."""
+    """Estimate each run's drop from its measured documents, without an interval."""
     intact = outcomes.restrict(None, [])
     if not intact.tasks:
         return InterimEstimates(0, None, 0, {})
@@ -120,9 +120,9 @@ class RacedFigure(NamedTuple):
     Attributes:
         columns: Names of the outcome columns to read.
         compute: Function that computes the statistic from outcome rows.
-        failure_reason: Function that returns the reason why the statistic of a document is not
-            usable; "" if all are usable. The function's input has one row per document and one
-            column per model, the intact model first.
+        failure_reason: Function that returns the reason why a statistic is not usable; "" if all
+            are usable. Its input has one row per document and one column per model, the intact
+            model first.
     """
 
     columns: Sequence[str]
@@ -131,7 +131,7 @@ class RacedFigure(NamedTuple):
 
 
 def bounded_figure(store: CellStore, metric: str, key: str = "until") -> RacedFigure:
-    """Build the statistic of each document for a stopping rule that compares a metric.
+    """Build the document statistic for a stopping rule that compares a metric.
 
     Args:
         store: Stored outcomes of one model on one benchmark.
@@ -162,29 +162,23 @@ def bounded_figure(store: CellStore, metric: str, key: str = "until") -> RacedFi
 
 
 class BlockRace:
-    """Sequential comparison (race) of ablations, whose result does not depend on restarts.
+    """Sequential comparison (race) of ablations on blocks of documents.
 
-    The documents of the benchmark are evaluated in one random order. For every n, the first n
-    documents contain each task about in proportion to its size. The stopping rule is evaluated
-    after every block, up to the first block that is not measured completely. A block is complete if
-    all undecided runs are measured on all documents of the block. Outcomes after the first
-    incomplete block are ignored, because they are not necessarily a random sample.
+    The documents of the benchmark are evaluated in one random order. The stopping rule is evaluated
+    after every block, up to the first block that is not measured completely. Later outcomes are
+    ignored, because they may not be a random sample.
 
     Attributes:
         rule: Stopping rule that evaluates the documents.
-        next_block: Next block to measure, and the ablations to measure on this block. None if the
-            stopping rule has decided all runs, or if all documents are evaluated. Later blocks can
-            be measured in advance with the same ablations, even if the stopping rule then decides
-            some of these ablations first.
+        next_block: Next block to measure, and the ablations to measure on this block. None if all
+            runs are decided or all documents are evaluated.
         looked: Number of documents that the stopping rule has evaluated.
-        measured: Number of documents in all evaluated blocks. This number can exceed `looked`,
-            because a block can contain documents that come later in the order.
+        measured: Number of documents in all evaluated blocks; it can exceed `looked`.
         n_blocks: Number of blocks of documents that have been evaluated.
         order: All documents in the order of evaluation, each as task and number.
         population: Number of documents of the benchmark.
-        base: Number of layer passes per token that the intact model and the extra ablations need.
-            These models are measured on every evaluated document.
-        costs: `[runs]`, number of additional layer passes per token that each run needs.
+        base: Number of layer passes per token for the intact model and the extra ablations.
+        costs: Number of additional layer passes per token for each run.
     """
 
     rule: Race | SmallestMean
@@ -231,12 +225,12 @@ class BlockRace:
 
     @property
     def max_weight(self) -> float:
-        """The largest weight of a document; 1 is the weight in an unweighted mean."""
+        """The largest weight of a document; all weights are 1 in an unweighted mean."""
         return float(self._scale.max())
 
     @property
     def open(self) -> Mask:
-        """Boolean mask `[runs]`; true for the runs that the stopping rule has not decided yet."""
+        """Boolean mask of the runs that are still undecided."""
         return self.rule.open
 
     def advance(self) -> None:
@@ -271,12 +265,12 @@ class BlockRace:
 
     @property
     def remaining_blocks(self) -> list[Block]:
-        """List of the blocks of documents that are not evaluated yet, in order of evaluation."""
+        """List of the blocks of documents that are not evaluated yet."""
         return [turn.block for turn in self._turns[self.n_blocks :]]
 
     @property
     def needed_ablations(self) -> tuple[str, ...]:
-        """Names of the baseline, the extra ablations and the undecided runs, to measure next."""
+        """Names of the ablations that must be measured next."""
         names = (INTACT.name, *(ablation.name for ablation in self._extra_ablations))
         return (*names, *compress(self._names, self.open))
 
@@ -288,7 +282,7 @@ class BlockRace:
 
 
 class CellRace(BlockRace):
-    """Sequential comparison of a model's runs, which stops when the rule in `until` is decided.
+    """Sequential comparison of a model's runs, which stops when `until` is decided.
 
     Attributes:
         race: State of the comparison, with bounds on the mean drop of each run that `until`
@@ -361,10 +355,10 @@ class AnswerForecast:
     """Simulated forecast of how many documents a stopping rule (`until`) will need.
 
     Attributes:
-        measured: Number of measured documents from which the simulations draw at random.
+        measured: Number of measured documents that the simulations resample.
         documents: Number of documents measured until the rule stops (median, 90 % quantile).
-        share: Computing cost until the rule stops, as a share of the cost of measuring all
-            documents (median, 90 % quantile).
+        share: Share of the full computing cost that is needed until the rule stops (median, 90 %
+            quantile).
         open: Share of the simulations in which the rule is still undecided after all documents.
     """
 
@@ -375,7 +369,7 @@ class AnswerForecast:
 
 
 def forecast_answer(store: CellStore, view: View) -> AnswerForecast | None:
-    """Forecast the documents and cost until a rule stops; None if too few are measured."""
+    """Forecast the documents and cost of a stopping rule; None with too few measurements."""
     assert view.until is not None
     columns = ["task", "doc", "ablation", *DocumentMetric(store, view.metric).columns]
     outcomes = AlignedOutcomes(store, view, columns)
@@ -452,14 +446,14 @@ class CandidateRace(BlockRace):
 
     @property
     def winners(self) -> list[int]:
-        """Indexes of the winning candidates, or of all undecided candidates if none has won yet."""
+        """Indexes of the candidates that have won, or else of all undecided ones."""
         is_chosen = self.rule.chosen
         indexes: list[int] = np.flatnonzero(is_chosen if is_chosen.any() else self.open).tolist()
         return indexes
 
 
 def _missing_gold_reason(outcomes: Array) -> str:
-    """Explain why documents have no gold log-probability; return "" if all have one."""
+    """Explain why gold log-probabilities are missing; return "" if none is missing."""
     if np.isfinite(outcomes[:, 0]).all():
         return ""
     return (
@@ -469,7 +463,7 @@ def _missing_gold_reason(outcomes: Array) -> str:
 
 
 def count_passes(ablation: Ablation, layers: int) -> int:
-    """Count the layer passes that an ablation adds to the forward pass of the intact model."""
+    """Count the layers that must be computed in addition to the intact model's forward pass."""
     actions = [ablation.at_layer(layer).action for layer in range(layers)]
     changed_layers = (layer for layer, action in enumerate(actions) if action is not Action.PASS)
     first_layer = 0 if "embedding" in ablation.outer_formats else next(changed_layers, layers)

@@ -36,27 +36,24 @@ TRIAL_DOCUMENTS = 40
 
 @dataclass(frozen=True)
 class BenchResult:
-    """Timings of the engine and of evaluation loops, which evaluate one ablation at a time.
+    """Timings of the engine and of loops that evaluate one ablation at a time.
 
     Attributes:
         engine_seconds: Seconds that the engine needed for all ablations.
         check_seconds: Seconds that the self-check needed in addition to `engine_seconds`; None if
             the self-check was skipped.
         outside_share: Share of `engine_seconds` spent outside the model's layers and output head.
-            None on an accelerator, where the time of single layers is unknown because computation
-            is asynchronous.
+            None on an accelerator.
         offloaded_bytes: Bytes of the offloaded layers; 0 if no layer is offloaded.
         read_bytes: Bytes of offloaded layers that the engine loaded during the run.
         waiting_share: Share of `engine_seconds` spent waiting for offloaded layers.
-        loops: Name of an evaluation loop → timing of this loop. Empty if weights are offloaded,
-            because each call of a loop would read all offloaded weights.
+        loops: Name of an evaluation loop → its timing. Empty if weights are offloaded.
         layer_passes: Number of layer passes in the engine, summed over all tokens.
-        times_the_passes: Name of a program (e.g. lm-eval) → the program's number of layer passes,
-            divided by the engine's number.
+        times_the_passes: Name of a program (e.g. lm-eval) → layer passes of the program per layer
+            pass of the engine.
         sharing: Description of the computation that the engine shares between ablations.
         engine_gflops: Speed of the engine in GFLOP/s.
-        matrix_gflops: Speed of a matrix product alone in the same process, in GFLOP/s, for
-            comparison.
+        matrix_gflops: Speed of a matrix product in GFLOP/s, for comparison.
         engine_peak_gib: Peak memory of the process, or of the accelerator, while the engine ran.
     """
 
@@ -110,7 +107,7 @@ class BenchResult:
 def prepare_engine(
     request: CellRequest, options: Options, progress: Progress
 ) -> tuple[Engine, Sequence[Document], str]:
-    """Load model and documents; return an engine, the documents and the benchmark's title.
+    """Return an engine with the loaded model, the documents, and the benchmark's title.
 
     Raises RequestError if the model, data or device does not exist, or if the benchmark generates
     texts.
@@ -141,15 +138,13 @@ def run_bench(
     """Time the engine and each evaluation loop on the same documents and ablations.
 
     Args:
-        request: Request that defines the documents and the components (e.g. whole layers or MLPs).
-            The components of all layers are removed in turn, even if the request lists only some
-            layers.
+        request: Request that defines the documents and the components to remove. All layers are
+            removed in turn.
         options: Options of the model, such as its device.
         progress: Listener that receives progress messages.
-        with_check: Whether a self-check first verifies that computation shared between ablations
-            gives the right results.
-        competitor: Program in `COMPETITORS` to time in addition to lm-eval's Hugging Face model;
-            None to time no other program.
+        with_check: Whether a self-check first verifies the engine's results.
+        competitor: Further program in `COMPETITORS` to time; None to time only lm-eval's Hugging
+            Face model.
 
     Returns:
         The timings, and the differences between the programs' results.
@@ -221,7 +216,7 @@ def run_bench(
 
 
 def _sweep_ablations(request: CellRequest, loaded: LoadedModel) -> list[Ablation]:
-    """List the baseline, and for each requested component (e.g. MLP) one ablation per layer."""
+    """List the baseline, and one ablation per layer for each requested component."""
     named = request.changes
     sweep = Changes(components=named.components, heads=named.heads, experts=named.experts)
     parts = parts_of_config(loaded.model.config.get_text_config())
@@ -230,7 +225,7 @@ def _sweep_ablations(request: CellRequest, loaded: LoadedModel) -> list[Ablation
 
 
 def huggingface_loop(engine: Engine, batch_size: int) -> Loop:
-    """Build an evaluation loop that scores pruned copies of a model with lm-eval's HFLM class."""
+    """Build a loop that scores pruned copies of a model with lm-eval's HFLM class."""
 
     def prune_model(ablation: Ablation) -> Any:
         pruned = engine.ablate(ablation).loaded
@@ -241,7 +236,7 @@ def huggingface_loop(engine: Engine, batch_size: int) -> Loop:
 
 @contextmanager
 def _timed_model(engine: Engine) -> Iterator[list[float]]:
-    """Yield a list, to which the duration of each layer or output-head call is appended."""
+    """Yield a list that collects the duration of each call of a layer or the output head."""
     spent: list[float] = []
 
     def call_timed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -1,8 +1,7 @@
 """Check that an installation computes the right numbers on a device.
 
-The check uses a tiny mixture-of-experts model with random weights. Every feature of the engine
-(`FEATURES`) is computed on the device. The results are compared with a reference: a copy of the
-model that is actually changed for each ablation, on the CPU.
+The check uses a tiny mixture-of-experts model with random weights. The engine's results on the
+device are compared with changed copies of the model on the CPU.
 """
 
 from __future__ import annotations
@@ -69,7 +68,7 @@ def generate_documents(engine: Engine, common: int = 0) -> list[Document]:
 
 
 def score_ablations(engine: Engine, ablations: Sequence[Ablation], common: int = 0) -> Any:
-    """Score generated documents; return log-likelihoods, numbers of greedy tokens, proxy sums."""
+    """Return the scores and proxies of generated documents under each ablation."""
     scores = engine.score(generate_documents(engine, common), [INTACT, *ablations])
     figures = [(r.loglikelihood, r.hits) for s in scores for row in s.responses for r in row]
     return figures, [s.proxy_sums for s in scores]
@@ -98,7 +97,7 @@ def generate_tokens(engine: Engine) -> Any:
 
 
 def observe_maps(engine: Engine) -> Any:
-    """Measure the errors of two linear maps' weights and outputs after rounding to int8."""
+    """Measure the errors of two linear maps after their weights are rounded to int8."""
     paths = [*find_linear_maps(engine.loaded.layers[1], "layer 1")]
     maps = [Change.parse(f"int8:1.{path}") for path in (paths[0], paths[-1])]
     return weight_errors(engine, maps), rounding_errors(engine, generate_documents(engine)[0], maps)
@@ -127,7 +126,7 @@ FEATURES: Mapping[str, EngineFeature] = {
 def largest_difference(first: Any, second: Any) -> float:
     """Return the largest difference between two results, relative for values above 1.
 
-    The difference is infinite if a value is NaN in only one of the results, or if shapes differ.
+    The difference is infinite if shapes differ, or if only one of two values is NaN.
     """
     if isinstance(first, Mapping):
         if first.keys() != second.keys():
@@ -210,7 +209,7 @@ def diagnose(device: str, progress: Progress) -> Diagnosis:
 
 
 def _list_checks(folder: str, torch_device: torch.device) -> Mapping[str, Callable[[], float]]:
-    """Return name → function that computes the largest difference of device and reference."""
+    """Return the checks, as name → function that computes the largest difference."""
     source = find_model(folder)
 
     def load(device: str, **settings: Any) -> Engine:
@@ -245,7 +244,7 @@ def _run_check(name: str, check: Callable[[], float], progress: Progress) -> Che
 
 
 def _save_tiny_model(folder: Path) -> None:
-    """Save the tiny test model in a folder, with a tokenizer that knows only one word."""
+    """Save the tiny test model and a minimal tokenizer in a folder."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast

@@ -1,7 +1,6 @@
 """Evaluate all documents separately under each ablation, as the reference for timing the engine.
 
-The evaluations use lm-eval's own model classes: the Hugging Face class, or the vLLM class. vLLM
-loads the model once and skips removed layers.
+The evaluations use lm-eval's own model classes for Hugging Face or vLLM.
 """
 
 from __future__ import annotations
@@ -46,16 +45,16 @@ cost as much on average."""
 
 @dataclass(frozen=True)
 class LoopTiming:
-    """Timing of an evaluation loop, and differences between the results of loop and engine.
+    """Timing of an evaluation loop, and comparison of its results with the engine's.
 
     Attributes:
         settings: Settings that affect the loop's speed, e.g. the batch size, as text.
-        seconds: Seconds that all ablations would take, extrapolated from `evaluations`.
+        seconds: Estimated seconds for all ablations, extrapolated from `evaluations`.
         evaluations: Ablation → seconds that the evaluation under this ablation took.
         ratio: `seconds` divided by the seconds that the engine needed.
-        largest_difference: Largest difference between log-likelihoods of loop and engine, in nats.
-        greedy_disagreements: Number of requests for which loop and engine disagree whether the
-            continuation is the model's greedy continuation.
+        largest_difference: Largest difference from the engine's log-likelihoods, in nats.
+        greedy_disagreements: Number of requests for which only one program found the continuation
+            to be greedy.
         requests_compared: Number of requests that were compared.
     """
 
@@ -80,13 +79,12 @@ class LoopTiming:
 
 @dataclass(frozen=True)
 class Loop:
-    """Evaluation loop: a model of lm-eval scores the documents under one ablation at a time.
+    """Evaluation of one ablation after the other with a model of lm-eval.
 
     Attributes:
         name: The name of the program.
         settings: Settings that affect the loop's speed, e.g. the batch size, as text.
-        model_without: Function that applies an ablation and returns the ablated model as an lm-eval
-            model.
+        model_without: Function that returns the ablated model as an lm-eval model.
         evaluations: Ablation → seconds and results of the last evaluation under this ablation.
     """
 
@@ -112,7 +110,7 @@ class Loop:
     def timing(
         self, ablations: Sequence[Ablation], scores: Sequence[DocumentScores], engine_seconds: float
     ) -> LoopTiming:
-        """Extrapolate the loop's seconds to all ablations; compare results of loop and engine."""
+        """Return the estimated time of all ablations, and compare the results with the engine's."""
         timings = {name: seconds for name, (seconds, _) in self.evaluations.items()}
         baseline, *removed = timings.values()
         # A model of one layer has nothing to remove.
@@ -171,9 +169,7 @@ class SkippingWorker:
 def skip_layers(layers: Iterable[nn.Module], removed: Collection[int]) -> None:
     """Replace removed layers by the identity, and restore all other layers.
 
-    A layer of vLLM returns a pair: an update, and the residual stream without this update. The next
-    layer adds the update to the residual stream. The first layer receives only the residual stream,
-    as `hidden_states`.
+    A layer of vLLM returns an update and the residual stream. The next layer adds the two.
     """
     for index, layer in enumerate(layers):
         vars(layer).pop("forward", None)
@@ -182,7 +178,7 @@ def skip_layers(layers: Iterable[nn.Module], removed: Collection[int]) -> None:
 
 
 def _identity_forward(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Build a function with a layer's signature that leaves the residual stream unchanged."""
+    """Build a replacement for a layer's `forward` that changes nothing."""
     signature = inspect.signature(forward)
 
     def identity(*args: Any, **kwargs: Any) -> Any:
@@ -220,10 +216,9 @@ def open_vllm(
 
     Args:
         request: Request with the model's name and revision.
-        options: Options, of which vLLM uses two: whether remote code of the model may run, and the
-            memory for the key-value cache.
+        options: Options: permission to run remote code, and memory for the key-value cache.
         engine: Engine that holds the same model in this process.
-        documents: Documents to score. The longest document determines vLLM's maximum length.
+        documents: Documents to score.
 
     Yields:
         The evaluation loop that scores documents with vLLM.
@@ -280,7 +275,7 @@ def open_vllm(
 
 
 def _refusing_errors(problem: str) -> AbstractContextManager[None]:
-    """Return a context manager that converts any error of vLLM into a RequestError."""
+    """Return a context manager that converts errors of vLLM to RequestError."""
 
     def refuse(error: Exception) -> RequestError:
         reason = f"{type(error).__name__}: {first_line(error)}"

@@ -17,13 +17,12 @@ MetricValue = float | str
 
 
 class Benchmark(Protocol):
-    """Documents to score, and the code that computes metrics of a model's responses to them.
+    """Documents to score, and the metrics of a model's responses to them.
 
     Attributes:
         identity: Identity of the scored documents and of their prompts.
         public: True if all documents come from the hub or a package, and may be published.
-        is_model_specific: True if the documents are generated for one specific model, e.g. with the
-            model's tokenizer.
+        is_model_specific: True if the documents are generated for one specific model.
     """
 
     identity: BenchmarkIdentity
@@ -38,15 +37,14 @@ class Benchmark(Protocol):
             extent: Selection of the documents to tokenise.
 
         Returns:
-            The documents, grouped by task. The documents of a task have the order of the task's
-            split.
+            The documents, grouped by task.
 
         Raises:
             BenchmarkError: A document lacks a column that the benchmark reads.
         """
 
     def rows_digest(self, task: str) -> str:
-        """Hash the rows of the split on which a task is scored, whatever source they come from.
+        """Hash all rows of the split on which a task is scored.
 
         Args:
             task: Name of a task of the benchmark.
@@ -65,8 +63,8 @@ class Benchmark(Protocol):
             responses: Responses to the document's requests, in order.
 
         Returns:
-            Metric → value. A value is a number, or a JSON text if the task aggregates pairs of
-            numbers. If any log-likelihood is not finite, all values are None.
+            Metric → value: a number, or a pair of numbers as JSON text. If a log-likelihood is not
+            finite, all values are None.
         """
 
     def text(self, document: Document) -> DocumentText:

@@ -29,7 +29,7 @@ def open_benchmark(request: CellRequest) -> Benchmark:
 
 
 def check_benchmark(spec: BenchmarkSpec) -> None:
-    """Raise BenchmarkError if a data source, task or file does not exist; read no documents."""
+    """Raise BenchmarkError if a data source, task or file does not exist."""
     open_data_source(spec.data)
     if names_corpus(spec.benchmark):
         locate_corpus(spec)
@@ -40,7 +40,7 @@ def check_benchmark(spec: BenchmarkSpec) -> None:
 
 
 def is_local(spec: BenchmarkSpec) -> bool:
-    """Return whether a benchmark can be opened offline, since its documents are on this machine."""
+    """Return whether all documents of a benchmark are on this machine."""
     if spec.data != HUB:
         return True
     if names_corpus(spec.benchmark):
@@ -50,10 +50,9 @@ def is_local(spec: BenchmarkSpec) -> bool:
 
 @cache
 def _is_defined(name: str) -> bool:
-    """Return whether a YAML file of lm-eval defines a task; loading lm-eval's index takes 4 s.
+    """Return whether a YAML file of lm-eval defines a task.
 
-    lm-eval has thousands of YAML files. The function first searches files that are named like the
-    task.
+    Files that are named like the task are searched first.
     """
     key, value = "[\"']?(task|group|tag)[\"']?", f"[\"']?{re.escape(name)}[\"']?"
     pattern = re.compile(f"^{key}: *{value} *$".encode(), re.M)
@@ -64,10 +63,9 @@ def _is_defined(name: str) -> bool:
 
 
 def data_stamp(spec: BenchmarkSpec) -> object:
-    """Return a value that changes if a benchmark's data changes, without reading the data.
+    """Return a value that changes if a benchmark's data changes.
 
-    Returns None for data on the hub, because this data is not on this machine. Raises
-    BenchmarkError for an unknown source.
+    Returns None for data on the hub. Raises BenchmarkError for an unknown source.
     """
     if names_corpus(spec.benchmark):
         return corpus_stamp(spec)
@@ -80,14 +78,13 @@ def choose_metric(benchmark: BenchmarkIdentity, requested: str | None) -> str:
 
     Args:
         benchmark: Benchmark, all of whose tasks must define the metric.
-        requested: Metric that the experiment file names; None = the benchmark's primary metric.
+        requested: Name of the metric; None for the benchmark's primary metric.
 
     Returns:
         The name of the metric.
 
     Raises:
-        BenchmarkError: A task of the benchmark lacks the metric, or the metric is neither a mean
-            nor a ratio of sums over documents.
+        BenchmarkError: A task lacks the metric, or the metric cannot be used.
     """
     metric = requested or benchmark.primary_metric
     for task in benchmark.tasks:

@@ -2,9 +2,8 @@
 
 The name of such a benchmark is `corpus:PLACE`. PLACE is a .txt file (blank lines separate
 documents), a .jsonl file (one document a line) or a data set of the hub. A data set's configuration
-follows its name: `corpus:allenai/c4/en`. The name can end with these suffixes, in this order:
-`@SPLIT` of a data set, `:TOKENS` to read only so many tokens from the start of each text, and
-`#COLUMN`.
+follows its name: `corpus:allenai/c4/en`. These suffixes can follow, in this order: `@SPLIT`,
+`:TOKENS` (maximum number of tokens per text) and `#COLUMN`.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ _TEXT_COLUMNS = (
 
 @dataclass(frozen=True)
 class _CorpusLocation:
-    """Parsed name of a corpus: the location, and which split, tokens and column to read.
+    """Parsed name of a corpus.
 
     Attributes:
         name: Name of the corpus as typed, without split, tokens and column.
@@ -66,7 +65,7 @@ class _CorpusLocation:
 
     @property
     def label(self) -> str:
-        """Name of the benchmark, which contains the file's name but not the file's folder."""
+        """Name of the benchmark, without the file's folder."""
         label = f"{PREFIX}{self.file.name if self.file else self.name}"
         parts = (("@", self.split), (":", self.max_tokens), ("#", self.column))
         return replace_controls(label + "".join(f"{sign}{part}" for sign, part in parts if part))
@@ -148,8 +147,7 @@ class Corpus:
     """A benchmark whose documents are the texts of a corpus.
 
     Each text is cut into lm-eval's rolling windows, so that every token is predicted exactly once.
-    The context of a text's first token is the tokenizer's prefix token. Raises BenchmarkError for a
-    corpus that cannot be found or read, or contains no text.
+    Raises BenchmarkError for a corpus that cannot be found or read, or contains no text.
     """
 
     public = False
@@ -189,7 +187,7 @@ class Corpus:
         self._numbers = task.numbers
 
     def documents(self, encoder: RequestEncoder, extent: Extent) -> list[Document]:
-        """Cut each text into rolling windows; return one document per text, in corpus order."""
+        """Return one document per text, cut into rolling windows."""
         return [
             Document(
                 task=self._name,
@@ -211,8 +209,8 @@ class Corpus:
     ) -> dict[str, float | str | None]:
         """Count the correctly predicted tokens of a document, and sum the loss of all its tokens.
 
-        `acc` and `loss` (in nats) are JSON pairs [sum, number of tokens]. `acc` and `loss` are None
-        if a log-likelihood is not finite.
+        `acc` and `loss` (in nats) are JSON pairs [sum, number of tokens], or None if a
+        log-likelihood is not finite.
         """
         loss = -math.fsum(response.loglikelihood for response in responses)
         if not math.isfinite(loss):
@@ -271,7 +269,7 @@ def _read_json_lines(file: Path) -> Iterator[dict[str, Any]]:
 def _join_columns(
     location: _CorpusLocation, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]
 ) -> Iterator[str]:
-    """Yield the text of each row: the joined values of all columns that contain text."""
+    """Yield the text of each row, joined from several columns."""
     text_columns = _choose_columns(location, columns) if columns else ()
     for number, row in enumerate(rows, 1):
         parts = []

@@ -44,8 +44,7 @@ def score_with_lm_eval(
 ) -> list[tuple[float, bool]]:
     """Score documents with a model of lm-eval, in the same way as the command `lm_eval`.
 
-    Returns, for each request of all documents in order, the log-likelihood, and whether the
-    continuation is the model's greedy continuation.
+    Returns the log-likelihood of each request, and whether its continuation is greedy.
     """
     requests = [
         (None, list(request.context), list(request.continuation))
@@ -57,11 +56,7 @@ def score_with_lm_eval(
 
 
 class RequestEncoder(HFLM):  # type: ignore[misc]
-    """Subclass of lm-eval's Hugging Face model that records requests instead of scoring them.
-
-    The encoder inherits tokenisation, the treatment of empty contexts, special tokens and chat
-    templates from lm-eval.
-    """
+    """Subclass of lm-eval's Hugging Face model that records requests instead of scoring them."""
 
     _max_tokens: int | None = None
 
@@ -81,8 +76,7 @@ class RequestEncoder(HFLM):  # type: ignore[misc]
     def check_chat_template(self, spec: BenchmarkSpec) -> None:
         """Raise BenchmarkError if lm-eval cannot apply the chat template or the system prompt.
 
-        lm-eval always applies the tokenizer's default template, even if another template is named.
-        lm-eval also drops a system prompt that the template rejects.
+        lm-eval ignores a named template, and drops a system prompt that the template rejects.
         """
         if not spec.apply_chat_template:
             return
@@ -126,7 +120,7 @@ class RequestEncoder(HFLM):  # type: ignore[misc]
             return str(super().apply_chat_template(*args, **kwargs))
 
     def tokenisation_digest(self, with_template: bool) -> str:
-        """Hash the tokens of one test request, and whether the model runs remote code."""
+        """Return a hash of the tokens of one test request."""
         turns = [{"role": "user", "content": _QUESTION}]
         context = self.apply_chat_template(turns) if with_template else _QUESTION
         instance = Instance("loglikelihood", doc={}, arguments=(context, " 42"), idx=0)
@@ -135,13 +129,13 @@ class RequestEncoder(HFLM):  # type: ignore[misc]
         return content_hash([request.context, request.continuation, is_native])[:16]
 
     def encode(self, instances: Sequence[Any]) -> list[Request]:
-        """Tokenise lm-eval's `loglikelihood` instances, untruncated; return a request for each."""
+        """Tokenise lm-eval's `loglikelihood` instances without truncation."""
         self._recorded = []
         self.loglikelihood(list(instances), disable_tqdm=True)
         return self._recorded
 
     def rolling_windows(self, text: str, max_tokens: int | None = None) -> list[Request]:
-        """Cut a text into lm-eval's rolling windows; exactly one window predicts each token.
+        """Cut a text into lm-eval's rolling windows.
 
         `max_tokens` is the maximum number of tokens to use from the start of the text; None = all
         tokens.

@@ -52,12 +52,10 @@ _INDEX_FORMAT = 2
 def list_tasks() -> dict[str, Any]:
     """List lm-eval's tasks, groups and tags.
 
-    lm-eval builds this index from 14,000 files, which takes 5.1 s on two CPU cores. The index is
-    cached until one of the files changes. Reading the cached index takes 0.4 s.
+    Building the index takes seconds. It is cached until a task file changes.
 
     Returns:
-        Name of a task, group or tag → lm-eval's entry. An entry omits all settings of the task
-        except the location of the data on the hub.
+        Name of a task, group or tag → lm-eval's entry, without most settings.
     """
     folder = Path(lm_eval.tasks.__file__).parent
     stamp = file_stamp(_find_task_files(folder))
@@ -78,7 +76,7 @@ def list_tasks() -> dict[str, Any]:
 
 
 def _find_task_files(folder: str | Path) -> Iterator[os.DirEntry[str]]:
-    """Yield all files in a folder and its subfolders, also files without suffix (templates)."""
+    """Yield all files in a folder and its subfolders."""
     with os.scandir(folder) as entries:
         for entry in entries:
             if not entry.is_dir():
@@ -94,7 +92,7 @@ def _index_row(entry: Entry, folder: Path) -> list[Any]:
 
 
 def _is_inside(path: str | None) -> bool:
-    """Return whether a path is relative and has no `..`, so it cannot leave the task folder."""
+    """Return whether a path is relative and does not leave its folder with `..`."""
     return path is None or not (Path(path).is_absolute() or ".." in Path(path).parts)
 
 
@@ -110,7 +108,7 @@ _INSTALLED = (
 
 @dataclass(frozen=True)
 class SourceSplits:
-    """Data loader of a task, called by lm-eval, that returns splits which are already read."""
+    """Data loader of an lm-eval task that returns splits read before."""
 
     splits: Mapping[str, Any]
 
@@ -120,7 +118,7 @@ class SourceSplits:
 
 
 def makes_documents(config: TaskConfig) -> bool:
-    """Return whether a task's own code generates the documents, usually for one tokenizer."""
+    """Return whether a task's own code generates the documents."""
     return callable(config.custom_dataset) and not isinstance(config.custom_dataset, SourceSplits)
 
 
@@ -164,7 +162,7 @@ class SourcedFactory(TaskFactory):  # type: ignore[misc]
         return config
 
     def _fit_splits(self, config: dict[str, Any], splits: Mapping[str, Any]) -> None:
-        """Delete missing splits from a task's configuration; raise an error if one is needed."""
+        """Delete missing splits from a task's configuration; raise if a needed split is missing."""
         task = config["task"]
         split = config.get("test_split") or config.get("validation_split")
         if split not in splits:
@@ -188,7 +186,7 @@ class SourcedFactory(TaskFactory):  # type: ignore[misc]
 
 
 def _refuse_missing(name: str, files: Sequence[Path], task: Path) -> None:
-    """Raise BenchmarkError if a file from which a task reads its documents does not exist."""
+    """Raise BenchmarkError if a document file of a task does not exist."""
     for file in files:
         if not file.exists():
             hint = did_you_mean(file.name, [path.name for path in task.parent.iterdir()])
@@ -201,15 +199,15 @@ def _refuse_missing(name: str, files: Sequence[Path], task: Path) -> None:
 def resolve_num_fewshot(own_count: int | None, requested: int | None) -> int:
     """Return the number of few-shot examples that lm-eval uses for a task.
 
-    A task that sets the number to 0 uses no examples, even if the request sets another number.
+    A task's own 0 overrides the requested number.
     """
     return (own_count if own_count == 0 or requested is None else requested) or 0
 
 
 def draws_in_turn(task: Task, num_fewshot: int) -> bool:
-    """Return whether a task draws random few-shot examples anew for each document, in order.
+    """Return whether a task draws new random few-shot examples for each document.
 
-    If so, the prompt of a document depends on the documents whose prompts were built before.
+    If so, a prompt depends on the prompts that were built before it.
     """
     return bool(num_fewshot) and not isinstance(task.sampler, FirstNSampler)
 
@@ -223,12 +221,12 @@ def _has_own_data(config: Mapping[str, Any]) -> bool:
 
 
 def task_entries(spec: BenchmarkSpec) -> dict[str, Entry]:
-    """Return task name → lm-eval's entry; a user's task replaces lm-eval's task of equal name."""
+    """Return task name → lm-eval's entry, including the user's own tasks."""
     return {**list_tasks(), **TaskIndex.build(include_folders(spec))}
 
 
 def find_task(spec: BenchmarkSpec) -> Entry:
-    """Return lm-eval's entry of a task, group or tag, found by its name or its file.
+    """Return lm-eval's entry of a task, group or tag.
 
     Raises BenchmarkError, which lists similar names, if there is no such entry.
     """
@@ -296,7 +294,7 @@ def unreadable_error(task: str, source: str, error: Exception) -> BenchmarkError
 
 
 def _failing_line(error: BaseException) -> str:
-    """Describe the line of a task's own code that raised an error; "" if other code raised it."""
+    """Describe the line of a task's own code that raised an error."""
     if isinstance(error, SyntaxError) and error.filename:
         return f"{error.filename}, line {error.lineno}"
     tracebacks = [e.__traceback__ for e in (error.__cause__, error) if e is not None]

@@ -26,7 +26,7 @@ _NOT_CONTENT = (
 
 
 def task_identity(task: ConfigurableTask, num_fewshot: int, half: Half | None) -> TaskIdentity:
-    """Build the identity of an lm-eval task, or half of its documents, by hashing the content."""
+    """Build the identity of an lm-eval task, or of half of its documents."""
     config = {
         name: value
         for name, value in task.config.to_dict(keep_callable=True).items()
@@ -54,7 +54,7 @@ def task_identity(task: ConfigurableTask, num_fewshot: int, half: Half | None) -
 
 
 def list_rows(documents: Iterable[Any]) -> list[Any]:
-    """Convert documents to a list; use the fast `to_list` of a `datasets.Dataset` if possible."""
+    """Convert documents to a list."""
     if isinstance(documents, Dataset) and documents.format["type"] is None:
         rows: list[Any] = documents.to_list()
         return rows
@@ -62,7 +62,7 @@ def list_rows(documents: Iterable[Any]) -> list[Any]:
 
 
 def metric_names(task: ConfigurableTask) -> dict[str, str]:
-    """Return a mapping from each metric's name in stored outcomes to its name in lm-eval."""
+    """Return stored metric name → name in lm-eval."""
     filters = [ensemble.name for ensemble in task._filters] or ["none"]
     pairs = product(filters, task.aggregation())
     return {filtered_metric(metric, name): metric for name, metric in pairs}
@@ -100,7 +100,7 @@ def _defining_file(value: object) -> Path | None:
 
 
 def _source_files(function: Any) -> list[Path]:
-    """Return a function's file, and for user code also files imported from the same folder."""
+    """Return the file of a function, and the imported files in the same folder."""
     file = _defining_file(function)
     if file is None or not file.is_file():
         return []

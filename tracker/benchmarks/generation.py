@@ -1,4 +1,4 @@
-"""Generate texts with lm-eval's code, in batches whose rows can be computed by different models."""
+"""Generate texts with lm-eval's code, with several models in one batch."""
 
 from __future__ import annotations
 
@@ -26,11 +26,7 @@ Decoding = Callable[[Sequence[int]], AbstractContextManager[Mapping[str, Any]]]
 
 
 class TextGenerator(HFLM):  # type: ignore[misc]
-    """Subclass of lm-eval's Hugging Face model that generates texts.
-
-    The generator inherits tokenisation, truncation, special tokens, stop strings and the cutting of
-    texts from lm-eval.
-    """
+    """Subclass of lm-eval's Hugging Face model that generates texts."""
 
     def __init__(
         self,
@@ -50,8 +46,7 @@ class TextGenerator(HFLM):  # type: ignore[misc]
     def generate_texts(self, prompts: Sequence[Prompt]) -> list[str]:
         """Generate a continuation of each prompt; cut the continuations at stop strings.
 
-        Raises CellError if the maximum length of the generated text leaves no context for the
-        prompt.
+        Raises CellError if no context length is left for the prompt.
         """
         max_tokens = max(prompt.max_tokens for prompt in prompts)
         if max_tokens >= self.max_length:
@@ -97,7 +92,7 @@ class TextGenerator(HFLM):  # type: ignore[misc]
 
 
 class _RowCriterion(StoppingCriteria):  # type: ignore[misc]
-    """Stopping criterion that ends each row of a batch at the row's first stop string."""
+    """Stopping criterion that ends each row of a batch at its first stop string."""
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, stop: list[str], context: Tensor

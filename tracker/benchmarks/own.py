@@ -30,7 +30,7 @@ _Loader.add_constructor("!function", lambda loader, node: f"!function {node.valu
 
 
 def task_file(benchmark: str) -> Path | None:
-    """Return a benchmark's name as a path if the name looks like a task file, else None."""
+    """Return a benchmark's name as a path if it looks like a task file, else None."""
     return expand_home(benchmark) if benchmark.endswith(_SUFFIXES) else None
 
 
@@ -67,7 +67,7 @@ def task_names(content: dict[str, Any]) -> list[str]:
 
 
 def read_task(path: Path) -> dict[str, Any]:
-    """Read one task file; if its YAML is invalid, raise BenchmarkError that names the line."""
+    """Read one task file; raise BenchmarkError if its YAML is invalid."""
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except yaml.YAMLError as error:
@@ -83,8 +83,7 @@ def read_task(path: Path) -> dict[str, Any]:
 def own_tasks_stamp(spec: BenchmarkSpec) -> object:
     """Return a value that changes if the user's task files or the tasks' documents change.
 
-    The value depends on the tasks' folders and on the files of the tasks' documents. Returns None
-    if the benchmark names no tasks of the user.
+    Returns None if the benchmark names no tasks of the user.
     """
     task_folders = _task_folders(spec)
     if not task_folders:
@@ -96,7 +95,7 @@ def own_tasks_stamp(spec: BenchmarkSpec) -> object:
 
 
 def reads_local_files(spec: BenchmarkSpec) -> bool:
-    """Return whether the tasks that the user wrote read documents from files on this machine."""
+    """Return whether the user's own tasks read local document files."""
     return any(True for _ in _find_data(_task_folders(spec)))
 
 
@@ -107,7 +106,7 @@ def _task_folders(spec: BenchmarkSpec) -> list[Path]:
 
 
 def _find_data(task_folders: Sequence[Path]) -> Iterator[Path]:
-    """Yield the files and folders from which the tasks in `task_folders` read documents."""
+    """Yield the document files and folders of the tasks in `task_folders`."""
     for path in _find_task_files(task_folders):
         yield from find_data_files(resolve_dataset_kwargs(read_task(path), path))
 
@@ -118,7 +117,7 @@ def _find_task_files(folders: Sequence[Path]) -> Iterator[Path]:
 
 
 def find_data_files(kwargs: dict[str, Any]) -> Iterator[Path]:
-    """Yield the files and folders of documents that a task's `dataset_kwargs` name."""
+    """Yield the document files and folders in a task's `dataset_kwargs`."""
     values = [kwargs.get(key) for key in DATA_KEYS]
     while values:
         match values.pop():
@@ -133,8 +132,7 @@ def find_data_files(kwargs: dict[str, Any]) -> Iterator[Path]:
 def resolve_dataset_kwargs(content: dict[str, Any], task: Path) -> dict[str, Any]:
     """Return a task's `dataset_kwargs` with relative file names resolved to full paths.
 
-    A relative name is searched in the working folder, as in lm-eval, and then in the task file's
-    folder.
+    Relative names are searched in the working folder, and then in the task file's folder.
     """
 
     def resolve(name: Any) -> Any:
@@ -152,5 +150,5 @@ def resolve_dataset_kwargs(content: dict[str, Any], task: Path) -> dict[str, Any
 
 
 def _exists(name: str) -> bool:
-    """Return whether a file or folder exists that has this name or matches this pattern."""
+    """Return whether a file or folder matches a name or pattern."""
     return Path(name).exists() or bool(glob(name, recursive=True))  # noqa: PTH207

@@ -21,15 +21,13 @@ def choose_part(task: ConfigurableTask, documents: DocumentSpec, num_fewshot: in
     """Configure a task of lm-eval to score only its calibration or only its test documents.
 
     Args:
-        task: Task to configure. If the task has a training split, the calibration documents are the
-            training split.
-        documents: Selection of documents, whose `part` is `calibration`, `test` or None (all
+        task: Task to configure.
+        documents: Selection of documents; its `part` is `calibration`, `test` or None (all
             documents).
         num_fewshot: Number of few-shot examples.
 
     Returns:
-        The half of the split's documents that is scored; None if all documents of a split are
-        scored.
+        The half that is scored; None if a whole split is scored.
 
     Raises:
         BenchmarkError: The task has too few documents for two halves, or its few-shot examples
@@ -79,7 +77,7 @@ def requested_half(documents: DocumentSpec, task: str, total: int) -> Half:
 
 
 def part_setting(documents: DocumentSpec, halves: Collection[Half | None]) -> dict[str, str]:
-    """Return {"part": calibration or test}; {} if lm-eval scores the same documents by default."""
+    """Return the setting `part` as a dict; {} if lm-eval's default documents are scored."""
     if documents.part is None or (documents.part == "test" and not any(halves)):
         return {}
     return {"part": documents.part}

@@ -1,9 +1,7 @@
 """Import and patch private functions of lm-eval. No other module uses private functions of lm-eval.
 
 `docs/dev/private-apis.md` lists the features that break if a private function changes.
-`tests/benchmarks/test_private.py` checks these functions in every lm-eval version that
-`pyproject.toml` allows. lm-eval's main branch chooses few-shot examples differently since 0.4.13,
-so `pyproject.toml` sets an upper bound on the version.
+`tests/benchmarks/test_private.py` checks these functions in every supported version of lm-eval.
 """
 
 from __future__ import annotations
@@ -29,8 +27,7 @@ env.from_string = lru_cache(maxsize=1024)(env.from_string)
 def hide_progress_bars() -> Iterator[None]:
     """Disable the progress bars that lm-eval shows while it builds requests.
 
-    An environment variable could do the same, but it would also disable the progress bars of
-    downloads.
+    The progress bars of downloads are still shown.
     """
     progress_bar = _task.tqdm
     _task.tqdm = lambda documents, **_: documents

@@ -1,7 +1,6 @@
 """Score a checkpoint with plain transformers and lm-eval, as a separate program.
 
-The program runs as `python -P reference_process.py REQUEST.json`. It does not import tracker, so
-that its results come from transformers and lm-eval alone.
+The program runs as `python -P reference_process.py REQUEST.json`. It does not import tracker.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def main(request: dict[str, Any]) -> dict[str, Any]:
-    """Compute the results that a request lists; save the logits of texts in a separate file."""
+    """Compute the requested results, and save the logits in a file."""
     torch.set_num_threads(request["threads"])
     is_spread, trust = request["device"] == "spread", request["trust_remote_code"]
     tokenizer = transformers.AutoTokenizer.from_pretrained(
@@ -99,7 +98,7 @@ def _score_tasks(
 
 
 def _limit_documents(lm: LM, documents_by_task: dict[str, list[int]]) -> None:
-    """Make lm-eval run the model only on documents in `documents_by_task`."""
+    """Restrict lm-eval to the documents in `documents_by_task`."""
     scored = {task: set(documents) for task, documents in documents_by_task.items()}
     blanks = {"loglikelihood": (0.0, False), "loglikelihood_rolling": 0.0, "generate_until": ""}
 
@@ -115,7 +114,7 @@ def _limit_documents(lm: LM, documents_by_task: dict[str, list[int]]) -> None:
 
 
 def _storable_value(value: Any) -> Any:
-    """Convert a document's metric to a JSON value: a number, or a list if it is a pair."""
+    """Convert a document's metric to a JSON number, or a pair to a JSON list."""
     if isinstance(value, tuple | list):
         return [item.tolist() if hasattr(item, "tolist") else item for item in value]
     return float(value)

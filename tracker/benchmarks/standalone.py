@@ -35,7 +35,7 @@ REFERENCE_BATCH_SIZE = 8
 
 
 class _RecordingFactory(SourcedFactory):
-    """Task factory that stores lm-eval's entry and the overridden settings of each built task."""
+    """Task factory that records the entry and the settings of each built task."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -59,7 +59,7 @@ def refuse_corpus(spec: BenchmarkSpec) -> None:
 def write_tasks(
     request: CellRequest, documents: Mapping[str, Sequence[int]], folder: Path
 ) -> dict[str, Any]:
-    """Write a benchmark's task files; return the request to score them in a separate process.
+    """Write the task files of a benchmark; return the request to score them.
 
     Args:
         request: Request with the benchmark and its settings.
@@ -112,7 +112,7 @@ def write_tasks(
 def _task_content(
     factory: _RecordingFactory, name: str, folder: Path, has_part: bool
 ) -> dict[str, Any]:
-    """Return the content of a task file: include lm-eval's file, and locate the documents."""
+    """Return the content of a task file that includes lm-eval's task file."""
     entry, overrides, task = factory.built[name]
     content = {"include": str(Path(entry.yaml_path).absolute()), **overrides, "task": name}
     split_names = {key: getattr(task.config, key) for key in _SPLITS}
@@ -146,10 +146,9 @@ def _prompt_settings(request: CellRequest) -> dict[str, Any]:
 
 
 def _select_documents(documents: Mapping[str, Sequence[int]], in_turn: bool) -> dict[str, Any]:
-    """Return settings that select the documents to score: a limit, or a list of numbers.
+    """Return the settings that select the documents to score.
 
-    If few-shot examples are drawn document by document (`in_turn`), requests are also built for the
-    documents before the last requested document. Only the requested documents are scored.
+    With `in_turn`, requests are also built for earlier documents, but these are not scored.
     """
     numbers_by_task = {name: sorted(numbers) for name, numbers in documents.items()}
     limit = max(map(len, numbers_by_task.values()))

@@ -54,12 +54,10 @@ def is_public(spec: BenchmarkSpec, tasks: Iterable[Any]) -> bool:
 
     Args:
         spec: Benchmark settings, with the source of the data.
-        tasks: Tasks of the benchmark. With data from the hub, documents that a task reads from its
-            own files are not public.
+        tasks: Tasks of the benchmark.
 
     Returns:
-        True if all documents are public. A task that the user wrote counts as not public, even if
-        its data is public.
+        True if all documents are public. Tasks that the user wrote are not public.
     """
     if check_own_tasks(spec):
         return False
@@ -83,7 +81,7 @@ _SCORED_TYPES = ("multiple_choice", "loglikelihood", _ROLLING, _GENERATED)
 
 
 class LmEvalBenchmark:
-    """Benchmark that wraps a task or group of lm-eval on the documents of one data source.
+    """Benchmark that wraps a task or group of lm-eval.
 
     Raises BenchmarkError if the benchmark or its data cannot be found or read. `task_dict` holds
     tasks and groups by name, as lm-eval's `TaskManager.load` returns them.
@@ -159,8 +157,7 @@ class LmEvalBenchmark:
             encoder: Encoder that applies the chat template; None = no template.
 
         Returns:
-            Number of a document → requests of this document in lm-eval's order. The document
-            numbers ascend.
+            Number of a document → its requests in lm-eval's order.
 
         Raises:
             BenchmarkError: A document lacks a column that the task reads.
@@ -236,7 +233,7 @@ class LmEvalBenchmark:
         return DocumentText(str(task.doc_to_text(doc)), answer=_first_answer(task, doc).strip())
 
     def _configure(self, task: ConfigurableTask) -> None:
-        """Set a task's number of few-shot examples as lm-eval does; reject unsupported tasks."""
+        """Set a task's number of few-shot examples; reject unsupported tasks."""
         if not isinstance(task, ConfigurableTask) or task.OUTPUT_TYPE not in _SCORED_TYPES:
             raise BenchmarkError(
                 f"{task.task_name} has the output type {task.OUTPUT_TYPE!r}; tracker supports only "
@@ -284,7 +281,7 @@ class LmEvalBenchmark:
             )
 
     def _outcome_settings(self, num_fewshot: int) -> dict[str, str]:
-        """Return name in lm-eval → value, for all benchmark settings that affect outcomes."""
+        """Return all benchmark settings that affect outcomes, as name in lm-eval → value."""
         spec, chat = self._spec, bool(self._spec.apply_chat_template)
         generates = any(task.OUTPUT_TYPE == _GENERATED for task in self._tasks.values())
         is_single_turn = chat and num_fewshot and spec.fewshot_as_multiturn is False
@@ -300,7 +297,7 @@ class LmEvalBenchmark:
         return {name: str(value) for name, value in settings.items() if value is not None}
 
     def _check_judging(self, task: ConfigurableTask) -> None:
-        """Compute the metrics of dummy answers, to find errors in the user's task code early."""
+        """Check the user's task code by computing the metrics of dummy answers."""
         if not task.instances or not any(map(is_user_function, task.config.to_dict(True).values())):
             return
         instances = [i for i in task.instances if i.doc_id == task.instances[0].doc_id]
@@ -361,8 +358,7 @@ def aggregate(aggregation: str, values: Sequence[MetricValue]) -> float | None:
         values: Metric of each document, a number or JSON.
 
     Returns:
-        The metric of the task. None if the aggregation is a function in the task's own code, which
-        only lm-eval can call.
+        The metric of the task; None if only lm-eval can compute it.
     """
     if aggregation not in AGGREGATION_REGISTRY:
         return None
@@ -371,14 +367,14 @@ def aggregate(aggregation: str, values: Sequence[MetricValue]) -> float | None:
 
 
 def storable_value(value: Any) -> MetricValue:
-    """Convert a document's metric to a storable value: a number, or JSON if it is a pair."""
+    """Convert a document's metric to a number, or a pair to JSON."""
     if isinstance(value, tuple | list):
         return json.dumps([v.tolist() if hasattr(v, "tolist") else v for v in value])
     return float(value)
 
 
 def _build_prompt(text: str, settings: Mapping[str, Any], end: str | int | None) -> Prompt:
-    """Build a prompt; rename lm-eval's aliases of `max_gen_toks` (e.g. `max_tokens`) to it."""
+    """Build a prompt from a text and lm-eval's generation settings."""
     aliases = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
     lengths = [settings[name] for name in aliases if settings.get(name) is not None]
     settings = {name: value for name, value in settings.items() if name not in aliases}
@@ -386,7 +382,7 @@ def _build_prompt(text: str, settings: Mapping[str, Any], end: str | int | None)
 
 
 def _first_answer(task: ConfigurableTask, doc: Mapping[str, Any]) -> str:
-    """Return the first right answer to a document, with the delimiter that follows the prompt."""
+    """Return the first right answer to a document, including its delimiter."""
     target = task.doc_to_target(doc)
     if isinstance(target, int) and task.get_config("doc_to_choice") is not None:
         target = task.doc_to_choice(doc)[target]
@@ -398,7 +394,6 @@ def _first_answer(task: ConfigurableTask, doc: Mapping[str, Any]) -> str:
 def _answer_request(encoder: RequestEncoder, prompt: Prompt, answer: str) -> Request:
     """Build the request that scores a right answer as the continuation of a prompt.
 
-    lm-eval never scores right answers of generation tasks, so tracker must accept unusual answers.
     An answer that is longer than the model's context is cut. An empty answer becomes the
     end-of-text token.
     """
@@ -409,7 +404,7 @@ def _answer_request(encoder: RequestEncoder, prompt: Prompt, answer: str) -> Req
 
 
 def _gold_index(task: ConfigurableTask, doc: Mapping[str, Any], requests: int) -> int | None:
-    """Return the index of the request that contains the right answer; None if there is none."""
+    """Return the index of the request with the right answer; None without a right answer."""
     if task.OUTPUT_TYPE == _ROLLING:
         return None
     if task.OUTPUT_TYPE != "multiple_choice":

@@ -27,9 +27,8 @@ COLLECTION_THRESHOLD = 10_000
 class ErrorBoundary(GroupedCommands):
     """Command group that converts all errors to messages and exit codes.
 
-    Errors of tracker and of the system (e.g. a full disk or a missing permission) are printed as
-    one message. Any other error is reported as an internal error, and the traceback is saved in a
-    file.
+    Errors of tracker and of the system (e.g. a full disk) are printed as one message. Any other
+    error is reported as an internal error, and the traceback is saved in a file.
     """
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -67,7 +66,7 @@ class ErrorBoundary(GroupedCommands):
 
 @contextmanager
 def _infrequent_collection() -> Iterator[None]:
-    """Collect garbage rarely in a `with` block: a collection scans all imported modules."""
+    """Collect garbage less often in a `with` block."""
     old_threshold = gc.get_threshold()
     gc.set_threshold(COLLECTION_THRESHOLD, *old_threshold[1:])
     try:

@@ -114,14 +114,14 @@ def init(folder: Path) -> None:
 
 
 class ExecutorName(click.Choice[str]):
-    """Option type for the name of an executor: tracker's own (e.g. `local`) or a package's."""
+    """Option type for the name of an executor, e.g. `local`."""
 
     def __init__(self) -> None:
         self.case_sensitive = True
 
     @property
     def choices(self) -> tuple[str, ...]:  # type: ignore[override]
-        """Names of all executors; finding the executors of other packages takes 25 ms."""
+        """Names of all executors."""
         return executor_names()
 
     @override
@@ -130,7 +130,7 @@ class ExecutorName(click.Choice[str]):
 
 
 class ExecutionOptions(CommandOptions):
-    """Options for the executor (e.g. `local`), and for the storage of offloaded layers."""
+    """Options for the executor and for the storage of offloaded layers."""
 
     executor: Annotated[str, ExecutorName()] = "local"
     """Executor: local for this machine, ray for a Ray cluster, slurm for a job array with one job
@@ -196,8 +196,7 @@ def evaluate(project: str, **settings: Any) -> None:
     For each model and benchmark, the first trial measures all layers of the sweep together. This
     costs little more than measuring one layer. Outside a sweep, all layers of the model are
     measured. Later trials read the outcomes of their layer from the results folder and load no
-    model. A trial prints a note and exits with code 0 if its layers extend beyond the last layer or
-    include a removed layer.
+    model. A trial with invalid layers prints a note and exits with code 0.
 
     \b
     Example:
@@ -248,11 +247,9 @@ def bench(
     The engine and lm-eval score the same documents, and their results are compared. The lm-eval
     loop evaluates one pruned copy of the model after another, at the fastest of a few batch sizes.
     The loop is timed for the baseline and four removals of each component. The time for all
-    removals is extrapolated. The loop is left out if layers are offloaded, because every evaluation
-    would read all offloaded layers. One model and one benchmark are timed. Each ablation removes
-    one layer, and every layer is removed once. With --against vllm, lm-eval's vLLM model is timed
-    too, if vLLM is installed and runs on the model's device. The layer passes of the engine,
-    lm-eval and vLLM are always compared, even if vLLM is not timed.
+    removals is extrapolated. The loop is left out if layers are offloaded. One model and one
+    benchmark are timed. Each ablation removes one layer, and every layer is removed once. With
+    --against vllm, lm-eval's vLLM model is timed too.
 
     To time a model that is not on this machine, name its shape; the weights are then random:
     shape:llama-3-8b, shape:llama-2-13b, shape:qwen3-30b-a3b, shape:llama-3-70b, or
@@ -293,10 +290,9 @@ def bench(
 def doctor(device: str, as_json: bool) -> None:
     """Check that this installation computes the right numbers on a device.
 
-    The checks take about half a minute. Every feature of the engine is computed on the device, for
-    a tiny model with random weights. The results are compared with actually changed copies of the
-    model on the CPU, one ablation at a time. All checks run even if one fails. The exit code is 1
-    if any check fails.
+    The checks take about half a minute. The engine computes ablations of a tiny random model on the
+    device. The results are compared with changed copies of the model on the CPU. All checks run
+    even if one fails. The exit code is 1 if any check fails.
 
     \b
     Examples:

@@ -39,7 +39,7 @@ COMMAND_GROUPS: Mapping[str, Iterable[str]] = {
 
 
 class DashedOption(click.Option):
-    """Option whose usage line omits spellings with underscores and long lists of choices."""
+    """Option with a short usage line in the help."""
 
     def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
         """Return the option's usage (e.g. `--sample N`) and its help text."""

@@ -102,7 +102,7 @@ class SizeType(TextType):
 
 
 class LayersType(TextType):
-    """Option type for layers such as 3,17 or 3-7, or a list [3, 17] as W&B formats it."""
+    """Option type for layers such as 3,17 or 3-7."""
 
     def __init__(self, allow_all: bool = False, name: str = "layers") -> None:
         self.name = name
@@ -193,7 +193,7 @@ class BackendsType(TextType):
 
 
 class TrialCommand(GroupedCommand):
-    """Command that ignores options such as `--name=None`, which W&B passes for null values."""
+    """Command that ignores options with the value None, e.g. `--name=None`."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parse the arguments without the options whose value is `None`."""
@@ -212,11 +212,9 @@ def add_options(model: type[BaseModel], *names: str, defaults: bool = True) -> C
     """Build a decorator that adds a command-line option for each named field of a schema.
 
     Args:
-        model: Schema of the options. The fields of the schema define the types and the defaults;
-            the docstrings of the fields become the help texts.
+        model: Schema that defines the types, defaults and help texts of the options.
         *names: Names of the fields that become options, in order.
-        defaults: Whether options have the defaults of the fields, and are required if the fields
-            are required.
+        defaults: Whether options have the same defaults as the fields.
 
     Returns:
         A decorator for the function of a command.
@@ -254,10 +252,10 @@ def add_options(model: type[BaseModel], *names: str, defaults: bool = True) -> C
 def experiment_options(
     cell_keys: Sequence[str] = tuple(FIELDS_BY_KEY), search_keys: Sequence[str] = ()
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Build a decorator that adds the argument EXPERIMENT, and options that override file keys.
+    """Build a decorator that adds the argument EXPERIMENT and the options for its keys.
 
-    The decorated command receives `experiment` (the path of the file, or None) and `settings` (the
-    keys that the user typed as options, with their values).
+    The decorated command receives `experiment` (a path or None) and `settings` (the options that
+    the user typed).
 
     Args:
         cell_keys: Keys of experiment files (settings of one model and benchmark) that become
@@ -315,10 +313,9 @@ def _check_key(setting: tuple[str, Any]) -> tuple[str, Any]:
 
 
 def _find_experiment(experiment: str | None, settings: dict[str, Any]) -> Path | None:
-    """Return the experiment file; if a model is given, add it to `settings` and return None.
+    """Return the experiment file, or add the model to `settings` and return None.
 
-    Raises UsageError with a correct command if `experiment` is neither a file nor a model, or if a
-    setting is missing.
+    Raises UsageError if `experiment` is neither a file nor a model, or if a setting is missing.
     """
     path = None if experiment is None else _read_path(experiment)
     if path is not None and not names_model(path):
@@ -391,9 +388,7 @@ def _click_type(hint: Any) -> dict[str, Any]:
 class CommandOptions(BaseModel):
     """Schema of a command's options that are not keys of experiment files.
 
-    The annotation of a field can name the click type that parses the option. The alias of a field
-    becomes the option's name. A bool field becomes a flag. A tuple field becomes an option that can
-    be given several times.
+    A bool field becomes a flag. A tuple field becomes an option that can be given several times.
     """
 
     model_config = ConfigDict(use_attribute_docstrings=True)
@@ -414,7 +409,7 @@ def _click_arguments(hint: object, field: FieldInfo) -> dict[str, Any]:
 
 
 def _click_range(field: FieldInfo) -> dict[str, Any]:
-    """Return {"type": click's range type} for a number field with bounds; {} without bounds."""
+    """Return the click arguments for the bounds of a number field; {} without bounds."""
     limits = {
         name: getattr(bound, name)
         for bound in field.metadata
@@ -429,7 +424,7 @@ def _click_range(field: FieldInfo) -> dict[str, Any]:
 
 
 class ExperimentOptions(CommandOptions):
-    """Options for layers, heads and experts, and `--set` for any key of an experiment file."""
+    """Options for layers, heads, experts, and any other key of an experiment file."""
 
     layer: Annotated[Sequence[int] | str | None, LayersType(allow_all=True)] = None
     """Layers to change, e.g. 3,17 or 3-7 (default: all)."""
@@ -502,7 +497,7 @@ sources_argument = click.argument("sources", nargs=-1, type=WordType())
 
 
 def project_option(**options: Any) -> Callable[[F], F]:
-    """Build a decorator that adds the option --project: the project in the tracking backends."""
+    """Build a decorator that adds the option --project."""
     arguments = {"envvar": "WANDB_PROJECT", "show_default": True, **options}
     return click.option("--project", type=WordType(), **arguments)
 
@@ -512,14 +507,14 @@ work_options = add_options(WorkOptions, *WorkOptions.model_fields)
 
 
 def check_finite(ctx: click.Context, param: click.Parameter, value: float | None) -> float | None:
-    """Return the value; raise BadParameter for NaN and infinity, which click's ranges accept."""
+    """Return the value; raise BadParameter for NaN and infinity."""
     if value is not None and not math.isfinite(value):
         raise click.BadParameter(f"invalid number {value}; expected a finite number", ctx, param)
     return value
 
 
 def publish_option(subject: str) -> Callable[[F], F]:
-    """Build a decorator that adds the option --publish: tracking projects to publish to."""
+    """Build a decorator that adds the option --publish."""
     return click.option(
         "--publish",
         multiple=True,

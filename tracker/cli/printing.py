@@ -73,11 +73,10 @@ def print_diagnosis(diagnosis: Diagnosis) -> None:
 def print_cell(
     cell: CellRecord, only_change: Change | None = None, brief: bool = False, average: bool = False
 ) -> None:
-    """Print a table of a cell's runs, with `brief` only of runs with a significant effect.
+    """Print a table of the runs of a cell.
 
-    If `only_change` is given, the table contains only the run with this change. With `brief`, notes
-    that `print_results` prints are left out. `average` is true if an average over benchmarks was
-    printed before the table.
+    `only_change` restricts the table to one run, and `brief` to significant runs. `average` is true
+    if an average over benchmarks was printed before.
     """
     from tracker.analysis.claims import run_verdicts
     from tracker.report import wording
@@ -116,14 +115,14 @@ def print_cell(
 
 
 def _cell_notes(cell: CellRecord) -> tuple[str, ...]:
-    """Return three notes, on early stopping and rounding; a note that does not apply is ""."""
+    """Return notes on early stopping and rounding; a note that does not apply is ""."""
     from tracker.report.wording import looks_note, rounding_note, second_rounding_note
 
     return looks_note(cell), rounding_note(cell), second_rounding_note(cell)
 
 
 def print_results(cells: Sequence[CellRecord]) -> None:
-    """Print, for each model, a summary, the baselines, and the runs with significant effects."""
+    """Print a summary, the baselines and the significant runs of each model."""
     from tracker.analysis.agreement import find_correlation
     from tracker.analysis.boards import part_boards
     from tracker.analysis.claims import decide_claims, run_verdicts
@@ -200,7 +199,7 @@ def _unlisted_note(cell: CellRecord, average: bool) -> str:
 
 
 def _named_layers_table(claims: Claims) -> Table:
-    """Build a table of costly and helpful layers, with the mean drop and each benchmark's drop."""
+    """Build a table of the costly and helpful layers, with their drops."""
     from tracker.analysis.comparable import benchmark_labels
 
     measure = metric_format(claims.cells[0])
@@ -221,7 +220,7 @@ def _named_layers_table(claims: Claims) -> Table:
 
 
 def benchmark_label(cell: CellRecord, label: str) -> str:
-    """Return the text of a table's benchmark column: title, removed layers, metric and `label`."""
+    """Return the text of the benchmark column for a cell."""
     words = (cell.benchmark.title, cell.removed_text, f"({cell.metric})", label and f"· {label}")
     return " ".join(filter(None, words))
 
@@ -247,7 +246,7 @@ def print_next(experiment: str, results: Path, cells: Sequence[CellRecord]) -> N
 
 
 def print_finding(finding: FindingRecord) -> None:
-    """Print a study's question, answers and tables, and the questions that stay unanswered."""
+    """Print a study's question, answers, tables and open questions."""
     echo(f"\n{finding.question}")
     for answer in finding.answers:
         echo(f"  {answer}")
@@ -260,7 +259,7 @@ def print_finding(finding: FindingRecord) -> None:
 
 
 def _dash_reasons(printed_table: Table) -> Iterator[str]:
-    """Yield a line for each reason why entries are shown as dashes, with the entries' columns."""
+    """Yield lines that explain why entries are shown as dashes."""
     reasons: dict[str, dict[str, None]] = {}
     for row in printed_table.rows:
         for entry, heading in zip(row, printed_table.headings, strict=True):
@@ -271,7 +270,7 @@ def _dash_reasons(printed_table: Table) -> Iterator[str]:
 
 
 def print_boards(cells: Sequence[CellRecord]) -> None:
-    """Print the leaderboard of layers for each model, and a leaderboard of several models."""
+    """Print the layer leaderboard of each model, and the leaderboard of models."""
     from tracker.report.export import build_boards
     from tracker.report.wording import rule
 
@@ -292,7 +291,7 @@ def print_boards(cells: Sequence[CellRecord]) -> None:
 
 
 def print_end(result: Results, is_new: bool = False) -> None:
-    """Print where the page, tracked runs and a new experiment file are, and all failures."""
+    """Print the locations of all written results, and all failures."""
     outcome = result.outcome
     echo()
     if result.report is not None:
@@ -314,7 +313,7 @@ def print_end(result: Results, is_new: bool = False) -> None:
 
 
 def print_study(result: Results, is_new: bool) -> None:
-    """Print the results of a study or of searches, then the paths of files, and failures."""
+    """Print the results of a study or search, and the written files."""
     if result.finding is not None:
         print_finding(result.finding)
     print_end(result, is_new)
@@ -327,7 +326,7 @@ _COMMAND_PATTERN = re.compile(r"((?:\w+=(?:'[^']*'|\S*) )*)(\S*)(.*)", re.DOTALL
 
 
 def runnable_command(location: str) -> str:
-    """Replace a command's program by its path if the program is not on PATH."""
+    """Return the command with a full path if the program is not on PATH."""
     settings, program, arguments = _COMMAND_PATTERN.fullmatch(location).groups()  # type: ignore[union-attr]
     program_path = Path(sys.executable).parent / program
     if not arguments or shutil.which(program) or not program_path.is_file():
@@ -336,7 +335,7 @@ def runnable_command(location: str) -> str:
 
 
 def print_plan(cells: Sequence[PlannedCell], gflops: float | None) -> None:
-    """Print the estimated cost of an experiment, at `gflops` or at the measured compute rate."""
+    """Print the estimated cost of an experiment."""
     from tracker.report.wording import second_rounding_text
     from tracker.stats.accuracy import ALPHA, REPORTED_DROP, TEST_POWER
 
@@ -415,7 +414,7 @@ class _ComputeRates:
         self._measured: dict[str, float] = {}
 
     def seconds(self, flops: float, dtype: str) -> float:
-        """Return the seconds that `flops` floating-point operations take at the compute rate."""
+        """Return the seconds that `flops` operations take."""
         if self._gflops is not None:
             return flops / (self._gflops * 1e9)
         if dtype not in self._measured:
@@ -437,7 +436,7 @@ class _ComputeRates:
 def print_search_plan(
     searches: Sequence[PlannedSearch], tests: Sequence[PlannedSearch], gflops: float | None
 ) -> None:
-    """Print the estimated cost of searches and tests, at `gflops` or at the measured rate."""
+    """Print the estimated cost of searches and tests."""
     rates = _ComputeRates(gflops)
     no_search = "undefined for a test, which measures the removals that the searches chose"
     requests = [row.request for row in searches if not isinstance(row.request, CellRequest)]
@@ -525,7 +524,7 @@ def _describe_stopping(cell: PlannedCell) -> str:
 
 
 def _detectable_drop(cell: PlannedCell) -> tuple[str, str]:
-    """Return, as text, the smallest detectable drop, and the documents for `REPORTED_DROP`."""
+    """Return texts: the smallest detectable drop, and the documents needed for `REPORTED_DROP`."""
     from tracker.stats.accuracy import documents_needed
 
     if cell.spread is None:
@@ -537,7 +536,7 @@ def _detectable_drop(cell: PlannedCell) -> tuple[str, str]:
 
 
 def print_export(model: ExportedModel) -> None:
-    """Print a saved model's accuracy, size, speed, verification, and recipes for other tools."""
+    """Print the description of a saved model."""
     from tracker.export.card import no_recipe_reason, ordered_recipes
 
     echo()

@@ -81,12 +81,10 @@ class ExportOptions(CommandOptions):
 def export(**settings: Any) -> None:
     """Save a model with removed or repeated layers.
 
-    The result is a checkpoint that plain transformers loads. Before the checkpoint is moved into
-    place, a new process loads it and must compute the same logits. With --benchmark, plain lm-eval
-    scores the checkpoint in that process and must find exactly the measured accuracy. The folder
-    also contains a model card and tracker.json. Both files list the changes, and the accuracy and
-    size before and after the change. If mergekit or llama.cpp can make the same model, the files
-    contain recipes for it.
+    The result is a checkpoint that plain transformers loads. A new process loads the checkpoint and
+    must compute the same logits. With --benchmark, plain lm-eval must find exactly the measured
+    accuracy. The folder also contains a model card and tracker.json, which describe the changes. If
+    mergekit or llama.cpp can make the same model, the files contain recipes for it.
 
     \b
     Examples:
@@ -122,11 +120,10 @@ def prune(
 
     EXPERIMENT is a YAML file with the amount to remove ('remove' or 'keep') and the strategies.
     Options override the keys of the file, or define the search without a file. Each strategy
-    chooses a set of layers or parts on calibration documents. The best set on the calibration
-    documents is recommended. Each step of a search is tested on separate test documents, as a
-    tracked run. The chosen sets, their accuracy and the cost of the searches are printed and added
-    to the report. The same command resumes a stopped search. A trial of a W&B sweep calls this
-    command without EXPERIMENT, for one search.
+    chooses a set of layers or parts on calibration documents, and the best set is recommended. Each
+    step of a search is tested on separate test documents. The chosen sets, their accuracy and the
+    cost of the searches are printed and added to the report. The same command resumes a stopped
+    search. A trial of a W&B sweep calls this command without EXPERIMENT, for one search.
 
     \b
     Examples:

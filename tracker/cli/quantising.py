@@ -29,12 +29,9 @@ def quantise(experiment: Path | None, settings: dict[str, Any], **options: Any) 
     """Choose weight formats with fewer bits, and test the choice.
 
     Each linear map of the layers in EXPERIMENT is quantised alone to each format and measured on
-    'sample' calibration documents. Several assignments of formats within the budget are then
-    measured on the whole model. The first assignment has the smallest sum of losses. The second one
-    improves the first by swaps of formats that are shown to cost less. Further assignments follow
-    the error measures of other tools, keep the embedding and the output head in more bits, or use
-    one format for all maps. The best assignment on the calibration documents is recommended. All
-    assignments are tested on separate test documents. The same command resumes a stopped run.
+    'sample' calibration documents. Several choices of formats within the budget are then measured
+    on the whole model. The best choice on the calibration documents is recommended. All choices are
+    tested on separate test documents. The same command resumes a stopped run.
 
     \b
     Examples:

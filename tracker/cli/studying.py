@@ -36,9 +36,8 @@ def study() -> None:
 
     The questions come from the paper arXiv 2605.14075 and its reviewers. Each command below answers
     one question for all models and benchmarks in EXPERIMENT. EXPERIMENT is a YAML file, or a MODEL
-    with --benchmark, as for 'tracker run'. A study measures only outcomes that are missing in the
-    results folder, as tracked runs. A study prints its answer and adds tables and charts to the
-    report.
+    with --benchmark, as for 'tracker run'. A study measures only missing outcomes. It prints its
+    answer and adds tables and charts to the report.
 
     \b
     Examples:

@@ -60,8 +60,7 @@ def report(sources: tuple[str, ...], **settings: Any) -> None:
     """Write a report as a page, tables or figures.
 
     Each of the SOURCES is a results folder, mlflow:URI/EXPERIMENT or wandb:ENTITY/PROJECT (default:
-    the folder of --results). Each measurement of a tracking project is downloaded only once and
-    then cached.
+    the folder of --results).
 
     \b
     Examples:
@@ -295,10 +294,9 @@ def log_samples(output: Path, layer: tuple[tuple[int, ...], ...], **settings: An
 def check(folder: Path | None, results: Path, against: Path | None) -> None:
     """Verify that a results folder is undamaged.
 
-    Without FOLDER, the folder of --results is verified. Every file contains a digest of its
-    content. A file of outcomes (shard) that does not match its digest is set aside. The outcomes in
-    this file are computed again by the next run of the experiment. The exit code is 1 if any file
-    is damaged.
+    Without FOLDER, the folder of --results is verified. A damaged file of outcomes (shard) is set
+    aside. Its outcomes are computed again by the next run of the experiment. The exit code is 1 if
+    any file is damaged.
 
     \b
     Examples:

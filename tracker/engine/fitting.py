@@ -1,8 +1,7 @@
 """Fit functions that replace layers, by least squares over tokens of calibration text.
 
-The fit ignores the first token of a text, because the norm of the first hidden state is often a
-hundred times larger than other norms. If a text starts with the same tokens as the previous text,
-the fit also ignores these tokens.
+The fit ignores the first token of a text, because its hidden state is often unusually large. It
+also ignores tokens at the start that equal those of the previous text.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ class _Sums:
             self.cross_products += augmented.T @ outputs
 
     def fit_replacement(self) -> FittedReplacement:
-        """Compute the mean update, the factor and, if `linear`, the linear map that fit best."""
+        """Compute the best fits: mean update, factor and (if `linear`) linear map."""
         linear = None
         if self.linear:
             # The minimum-norm solution where inputs do not span all dimensions.
@@ -62,14 +61,13 @@ class _Sums:
 def fit_replacements(
     model: EngineModel, texts: Sequence[Sequence[int]], layers: Collection[int], linear: bool
 ) -> dict[int, FittedReplacement]:
-    """Fit, for some layers, functions that can replace the layers, by least squares.
+    """Fit functions that can replace layers, by least squares.
 
     Args:
         model: The intact model.
         texts: Token ids of the calibration texts, at least two tokens per text.
         layers: Numbers of the layers to fit, 0-based.
-        linear: Whether to fit a linear map for each layer, in addition to the mean update and the
-            factor.
+        linear: Whether to also fit a linear map for each layer.
 
     Returns:
         Layer number → fitted replacement.

@@ -1,9 +1,8 @@
 """Run several forward passes in lockstep, so that offloaded weights are loaded once for all.
 
 Each pass is a function that calls the model once or several times, and runs in its own greenlet. A
-pass pauses before a layer whose weights are offloaded. When all passes have paused or ended, one
-layer is loaded, and all passes that wait for this layer continue. Then the next layer for which a
-pass waits is loaded.
+pass pauses before a layer whose weights are offloaded. When all passes have paused, one layer is
+loaded, and all passes that wait for this layer continue.
 """
 
 from __future__ import annotations
@@ -28,14 +27,11 @@ def run_lockstep(
 ) -> Iterator[T]:
     """Run several functions that call a model, loading each offloaded layer as rarely as possible.
 
-    Without offloaded weights, each function runs only when the iterator yields its result. If a
-    running function calls `run_lockstep`, the new functions run in lockstep with the running
-    functions.
+    Without offloaded weights, the functions run one after the other.
 
     Args:
         weights: The offloaded weights; None if no weights are offloaded.
-        model: The model that the functions call, or a copy of the model. The functions can replace
-            the `forward` methods of modules.
+        model: The model that the functions call, or a copy of the model.
         passes: The functions to run, which must not depend on each other's results.
 
     Yields:
@@ -59,11 +55,11 @@ def run_lockstep(
 def report_progress(
     weights: OffloadedWeights | None, n_due: int, progress: Callable[[int], None]
 ) -> Iterator[Callable[[int], None]]:
-    """Yield a function to report finished work; loading an offloaded layer also counts as work.
+    """Yield a function that reports finished work.
 
     Args:
-        weights: The offloaded weights. Each time a layer is loaded, a share of the total work is
-            reported as done. None if no weights are offloaded.
+        weights: The offloaded weights, whose loading counts as work; None if no weights are
+            offloaded.
         n_due: The total amount of work.
         progress: Function that is called with the amount of work done since the last call.
 
@@ -101,7 +97,7 @@ def report_progress(
 
 
 class _Scheduler:
-    """Scheduler that runs each pass until the pass needs a layer or other passes' results."""
+    """Scheduler that runs several passes in turn."""
 
     def __init__(self, weights: OffloadedWeights) -> None:
         self._weights = weights
@@ -114,7 +110,7 @@ class _Scheduler:
     # On exit, inference mode restores the mode at entry, so it must be on for all passes.
     @torch.inference_mode()
     def run(self, passes: Sequence[_Pass[T]]) -> list[T]:
-        """Run functions that call the model until all have ended; return their results."""
+        """Run all functions until they have ended, and return their results."""
         previous_wait, self._weights.wait = self._weights.wait, self.wait
         self._ready, layer = [*passes], -1
         try:
@@ -134,7 +130,7 @@ class _Scheduler:
         return [task.result() for task in passes]
 
     def join(self, passes: Sequence[_Pass[T]]) -> list[T]:
-        """Add passes, pause the current pass until they have ended, and return their results."""
+        """Run further passes while the current pass is paused; return their results."""
         assert self._current is not None
         self._joins.append((self._current, passes))
         self._ready += passes
@@ -156,7 +152,7 @@ class _Scheduler:
 
 
 class _Pass(Generic[T]):
-    """A function that can be paused; while it is paused, modules have their original `forward`."""
+    """A function that can be paused and resumed."""
 
     def __init__(self, function: Callable[[], T], modules: Sequence[nn.Module]) -> None:
         self._function = function
@@ -186,7 +182,7 @@ class _Pass(Generic[T]):
             self._install_forwards(self._original_forwards)
 
     def abort(self) -> None:
-        """Raise an exception in the paused function, so that its context managers are closed."""
+        """Raise an exception in the paused function."""
         self._install_forwards(self._forwards)
         self._greenlet.throw()
         self._install_forwards(self._original_forwards)

@@ -20,7 +20,6 @@ same length.
 All other layers move the junk value to another dimension, which gives them a high cosine score.
 Layer 2 makes only a tiny change. Layers 3 and 4 amplify this change until it inverts the
 prediction.
-
 """  # noqa: E501
 
 from __future__ import annotations

@@ -276,7 +276,6 @@ class MeanSequences:
 
         The function maps candidates for both bounds `[2, series]` to log stakes `[bets, 2,
         series]`.
-
         """
         (active,) = np.nonzero(self.seen[indexes] <= self._bold_rows.shape[1])
         n_bold = len(self._bold_taus)

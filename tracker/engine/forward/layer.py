@@ -1,7 +1,7 @@
 """Run layers for all streams, and apply interventions on whole layers.
 
-A stream is the part of a batch that computes one ablation, or several ablations that are equal up
-to the current layer. Each layer of the model runs all streams as one batch.
+A stream is the part of a batch that computes one ablation. Each layer of the model runs all streams
+as one batch.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Replacement(Protocol):
 
 @dataclass(frozen=True)
 class FittedReplacement:
-    """Fitted functions that can replace one layer, in float32 for models of any dtype.
+    """Fitted functions that can replace one layer, in float32.
 
     Attributes:
         mean: Mean of the layer's output minus the layer's input [width].
@@ -58,7 +58,7 @@ class FittedReplacement:
     linear: tuple[Tensor, Tensor] | None = None
 
     def apply(self, action: Action, state: Tensor) -> Tensor:
-        """Return x + mean, scale·x or linear(x), depending on `action`; x is the input `state`."""
+        """Return state + mean, scale · state or linear(state), depending on `action`."""
         flat_state = state.flatten(2).float()
         if action is Action.MEAN:
             result = flat_state + self.mean.to(state.device)
@@ -83,7 +83,7 @@ class RandomReplacement:
     layer: int
 
     def apply(self, action: Action, state: Tensor) -> Tensor:
-        """Add a random update, multiply by a fixed factor, or apply a random linear map."""
+        """Return a random substitute for the layer's output."""
         width = state.flatten(2).shape[-1]
         rng = torch.Generator().manual_seed(self.layer)
         weight = torch.eye(width) + 0.3 * torch.randn(width, width, generator=rng) / width**0.5
@@ -104,17 +104,13 @@ class ForwardPass:
     """A forward pass of a model that computes several ablations as streams in one batch.
 
     The batch contains all streams. The model is called with `rows` texts, so the first layer gets
-    [rows, tokens, hidden]. The batch grows whenever a layer starts a new stream. The new stream
-    copies the layer's input from its parent stream. A stream either passes through the layer, or
-    skips the layer and keeps its state. The output of the last layer is [streams × rows, tokens,
-    hidden], ordered by stream. The rows of each stream equal the output of the pruned model, under
-    two assumptions. A layer must treat the rows of a batch separately, and layers must pass only
-    the hidden state to each other. If an assumption does not hold, either a RefusalError is raised,
-    or the self-check on a miniature model fails.
+    [rows, tokens, hidden]. The batch grows whenever a layer starts a new stream. The output of the
+    last layer is [streams × rows, tokens, hidden], ordered by stream. The rows of each stream equal
+    the output of the pruned model. This requires that a layer treats the rows of a batch
+    separately, and that layers pass only the hidden state to each other.
 
-    The model prepares the other inputs of a layer (masks, rotary embeddings, positions) for `rows`
-    rows. These inputs must broadcast over the rows of all streams. If `batched` is True, these
-    inputs can also have one row per stream.
+    The other inputs of a layer (e.g. masks and positions) must broadcast over the rows of all
+    streams.
 
     Attributes:
         layers: The model's decoder layers.
@@ -124,14 +120,10 @@ class ForwardPass:
             intact model.
         replace_mask: Function that replaces the model's own attention masks.
         replacements: Layer number → function that replaces the layer.
-        embeddings: Inputs to the first layer for streams with quantised embeddings, each [rows,
-            tokens, …]: one for each format in `plan.embedding_formats` except the unchanged
-            embedding.
-        max_streams: Maximum number of streams that a layer computes in one call, not counting
-            streams with changes inside the layer. None means all streams, for a model with a cache
-            or with offloaded weights.
-        batched: Whether masks, positions and other inputs can have one row per stream. If so, a
-            layer gets only the rows of the streams for which the layer is computed.
+        embeddings: Inputs to the first layer for streams with quantised embeddings, one for each
+            format.
+        max_streams: Maximum number of streams that a layer computes in one call; None for no limit.
+        batched: Whether masks, positions and other inputs can have one row per stream.
         extra_outputs: Tensors that earlier layers returned in addition to the hidden state.
         forks: The objects that replace the layers' `forward` methods, in the order of the layers.
     """
@@ -173,29 +165,23 @@ class ForwardPass:
 class LayerFork:
     """Replacement of a layer's `forward` method that runs the layer for all streams.
 
-    The input is [streams × rows, tokens, hidden], viewed as `inputs` [streams, rows, tokens,
-    hidden]. From `inputs`, the states of all streams for which the layer is computed are selected;
-    a new stream gets the state of its parent stream. The layer first computes the
-    `divided_streams`, as one batch. Then the layer computes the remaining streams in groups of at
-    most `max_streams`, so that intermediate results fit into the processor's cache. The results are
-    written to `outputs` [streams after the layer, rows, tokens, hidden]. The function
-    `replace_layers` writes the outputs of streams that skip or replace the layer. Nothing is summed
-    across streams, so each stream gets the same result as if it ran alone.
+    The input is [streams × rows, tokens, hidden]. A new stream gets the state of its parent stream.
+    The layer first computes the `divided_streams` as one batch, and then the remaining streams in
+    groups of at most `max_streams`. The function `replace_layers` writes the outputs of streams
+    that skip or replace the layer.
 
-    With several streams, RefusalError is raised if an earlier layer passes a tensor other than the
-    hidden state to this layer, because that tensor would belong to other streams.
+    With several streams, RefusalError is raised if an earlier layer passes a further tensor to this
+    layer.
 
     Attributes:
         index: The number of the layer.
         module: The layer's module.
-        step: The plan for this layer: the streams that start here, and how each stream changes the
-            layer.
+        step: The plan for this layer.
         divided_streams: Streams that are computed first, including all streams with changes inside
             the layer.
         original: The layer's original `forward` method.
         parent: The forward pass of the whole model, whose state all layers share.
-        is_whole: Whether the streams that the layer is currently computing are outside
-            `divided_streams`.
+        is_whole: Whether the layer currently computes streams outside `divided_streams`.
         arguments: Arguments of the layer in the current pass, without the hidden state.
     """
 
@@ -219,7 +205,7 @@ class LayerFork:
         return hooks.replace_first_output(output, outputs.flatten(0, 1))
 
     def run(self, states: Tensor) -> Tensor:
-        """Run the unchanged layer on `states` [streams, rows, tokens, …]; overwrite `states`."""
+        """Run the unchanged layer on `states`, and overwrite them with the result."""
         self.is_whole = True
         for streams in split_evenly(range(len(states)), self.parent.max_streams):
             shape = tuple(states.shape[1:])
@@ -251,7 +237,7 @@ class LayerFork:
         return view_streams(hidden, step.n_streams)
 
     def _run_entering(self, inputs: Tensor) -> tuple[Any, Tensor]:
-        """Run the layer for `step.entrants`; return a raw output and the new states."""
+        """Run the layer where needed; return its raw output and the new states."""
         step, shape = self.step, tuple(inputs.shape[1:])
         output: Any = None
         outputs = inputs
@@ -297,7 +283,7 @@ class LayerFork:
 
 
 def split_evenly(streams: Sequence[int], max_size: int | None) -> Iterator[Sequence[int]]:
-    """Split streams into as few groups of at most `max_size` as possible, about equally large."""
+    """Split streams into about equally large groups of at most `max_size` streams."""
     n_groups = -(-len(streams) // max_size) if max_size else 1
     size = -(-len(streams) // n_groups) if streams else 1
     yield from (streams[start : start + size] for start in range(0, len(streams), size))
@@ -307,8 +293,6 @@ def replace_layers(fork: LayerFork, inputs: Tensor, outputs: Tensor) -> None:
     """Write the outputs of a layer for the streams that skip or replace the layer.
 
     `inputs` and `outputs` are the states [streams, rows, tokens, …] before and after the layer.
-    When the function is called, `outputs` already contains the states of streams that run the
-    layer.
     """
     for stream, action in enumerate(fork.step.actions):
         if action is Action.SKIP:
@@ -319,10 +303,9 @@ def replace_layers(fork: LayerFork, inputs: Tensor, outputs: Tensor) -> None:
 
 
 def repeat_spans(fork: LayerFork, outputs: Tensor) -> None:
-    """Run an unbroken range of layers again, for streams whose repeated range ends at this layer.
+    """Run the repeated layers again, for streams in which the repetition ends at this layer.
 
-    In each repetition, a layer gets a new hidden state, but the same mask, positions and other
-    inputs as before.
+    In each repetition, only the hidden state changes; masks and positions stay the same.
     """
     repeats = fork.step.repeated_spans
     if not repeats:

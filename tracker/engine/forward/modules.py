@@ -40,7 +40,7 @@ class LayerSite:
         layer: The layer's module.
         step: Plan of the layer for the streams with changes inside the layer.
         anatomy: Object that finds the modules (e.g. the MLP) of each layer.
-        batched: Whether all inputs of the layer, also masks and positions, have one row per stream.
+        batched: Whether masks and positions have one row per stream.
     """
 
     index: int
@@ -55,7 +55,7 @@ class LayerSite:
         return self.anatomy.layer_name(self.index)
 
     def list_streams(self, module: nn.Module) -> Sequence[int]:
-        """List, for each output of a module of the layer, the index of a stream that uses it."""
+        """Return the index of one stream that uses each output of a module of the layer."""
         step = self.step
         if not step.components.isdisjoint(HEAD_COMPONENTS):
             heads = self.anatomy.get_part(Heads, self.index)
@@ -83,9 +83,7 @@ class LayerState(Protocol):
 class ModuleFork(ABC):
     """Replacement of a module's `forward` method that computes some streams differently.
 
-    Each kind of change within a layer is a subclass (e.g. `HeadFork` removes heads). A module can
-    have several such replacements. A replacement that is installed later calls the earlier
-    replacement as its `original`.
+    Each kind of change within a layer is a subclass (e.g. `HeadFork` removes heads).
 
     Attributes:
         module: The module.
@@ -98,7 +96,7 @@ class ModuleFork(ABC):
     @classmethod
     @abstractmethod
     def make_forks(cls, site: LayerSite) -> Iterator[ModuleFork]:
-        """Yield a replacement (fork) for each module of the layer that the subclass changes."""
+        """Yield a replacement for each module of the layer that the subclass changes."""
 
     @abstractmethod
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -127,7 +125,7 @@ def view_streams(batch: Tensor, n_streams: int, owner: str = "a batch has") -> T
 
 
 def select_streams(value: Any, n_streams: int, entrants: list[int]) -> Any:
-    """Select the streams `entrants` from each tensor with `n_streams` rows; keep other values."""
+    """Select the rows in `entrants` from tensors with `n_streams` rows; keep other values."""
     if isinstance(value, Tensor):
         return take_entries(value, entrants) if value.ndim and len(value) == n_streams else value
     if isinstance(value, tuple):
@@ -138,14 +136,14 @@ def select_streams(value: Any, n_streams: int, entrants: list[int]) -> Any:
 
 
 def is_alibi(name: str, value: Tensor) -> bool:
-    """Return whether an argument is Bloom's ALiBi tensor, with a row for each head and text."""
+    """Return whether an argument is Bloom's ALiBi tensor."""
     return name == "alibi" and value.ndim == 3
 
 
 def map_tensors(
     arguments: hooks.CallArguments, function: Callable[[str, Tensor], Tensor]
 ) -> hooks.CallArguments:
-    """Replace each tensor argument by `function(name, tensor)`; a positional one has name ''."""
+    """Replace each tensor argument by the result of `function(name, tensor)`."""
 
     def change(name: str, value: Any) -> Any:
         return function(name, value) if isinstance(value, Tensor) else value
@@ -156,21 +154,17 @@ def map_tensors(
 
 @dataclass
 class SublayerFork(ModuleFork):
-    """The attention or the MLP of a layer, if some streams skip it or share its output.
+    """The attention or the MLP of a layer, if some streams skip it.
 
     Streams that first differ within this layer have the same input, so their attention is computed
-    once. For example, the stream without the MLP uses the attention of the baseline. From the input
-    [streams × rows, tokens, hidden], the streams that must be computed are selected. Each output of
-    the sublayer is then copied to all streams that use this output. A stream without the sublayer
-    gets an output that changes nothing: zeros, or the residual stream itself if the sublayer
-    already adds its result to the residual stream.
+    once. For example, the stream without the MLP uses the attention of the baseline. Each output is
+    then copied to all streams that use it. A stream without the sublayer gets an output that leaves
+    the residual stream unchanged.
 
     Attributes:
         computed_streams: Indices of the streams for which the sublayer is computed.
-        sources: For each stream, the index of the output that the stream uses; None if the sublayer
-            is removed. The number of outputs is the number of computed streams, or more if some
-            streams lack heads.
-        batched: Whether all inputs of the layer, also masks and positions, have one row per stream.
+        sources: Index of the output that each stream uses; None if the sublayer is removed.
+        batched: Whether masks and positions have one row per stream.
     """
 
     computed_streams: Sequence[int]
@@ -187,7 +181,7 @@ class SublayerFork(ModuleFork):
             yield cls(parts.mlp, step.mlps, step.mlp_sources, site.batched)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the sublayer's output for all streams; compute a shared output only once."""
+        """Return the sublayer's output for all streams."""
         n_entering, streams = len(self.sources), list(self.computed_streams)
         if self.sources == tuple(range(n_entering)) == tuple(streams):
             return self.original(*args, **kwargs)
@@ -221,12 +215,11 @@ class HeadFork(ModuleFork):
     """The output projection of an attention, for streams that lack attention heads.
 
     The input is [computed attentions × rows, tokens, columns]; each head has its own columns. The
-    columns of removed heads are set to zero. A checkpoint gives the same result if its projection
-    weights are zero in the columns of the removed heads.
+    columns of removed heads are set to zero.
 
     Attributes:
-        sources: For each output, the index of the computed attention that is projected.
-        columns: For each output, the columns of the removed heads, which are set to zero.
+        sources: Index of the attention that gives each output.
+        columns: Columns of the removed heads, for each output.
     """
 
     sources: list[int]
@@ -257,15 +250,12 @@ class HeadFork(ModuleFork):
 class RouterFork(ModuleFork):
     """The router of a mixture of experts, for streams that lack some of the experts.
 
-    The input contains the tokens of each stream whose MLP is computed, stream after stream. The
-    output for a stream equals the output of a router that only has the remaining experts. The
-    output uses the original numbers of the experts, so the experts' module is called once for all
-    streams.
+    The output for a stream equals the output of a router that only has the remaining experts. It
+    uses the original numbers of the experts.
 
     Attributes:
-        experts: Paths of the layer's router and experts' module, and the number of experts.
-        remaining: For each computed MLP, the numbers of the remaining experts; None for all
-            experts.
+        experts: Paths of the router and the experts' module, and the number of experts.
+        remaining: Numbers of the remaining experts of each computed MLP; None for all experts.
     """
 
     experts: Experts
@@ -306,14 +296,14 @@ class SharedExpertFork(ModuleFork):
     """A shared expert whose output is set to zero in the streams that lack the expert.
 
     Attributes:
-        is_removed: For each stream whose MLP is computed, True if the shared expert is removed.
+        is_removed: Whether each computed MLP lacks the shared expert.
     """
 
     is_removed: Sequence[bool]
 
     @classmethod
     def make_forks(cls, site: LayerSite) -> Iterator[ModuleFork]:
-        """Yield a replacement of each shared expert, if some stream lacks the shared experts."""
+        """Yield a replacement of each shared expert, if some stream lacks it."""
         if "shared_expert" in site.step.components:
             is_removed = [bool(a.removed("shared_expert")) for a in site.step.mlp_ablations]
             for path in site.anatomy.get_part(SharedExperts, site.index).paths:
@@ -339,11 +329,9 @@ class RoundedFork(ModuleFork):
     """A module of a layer that has quantised weights in some streams.
 
     Attributes:
-        maps: Path → linear map, for all linear maps of the layer that are quantised in any stream.
-        formats: For each stream that the module computes, pairs of a linear map's path and its
-            weight format (e.g. int8).
-        make_weight: Function that returns the quantised weights for a path, a linear map and a
-            format.
+        maps: Path → linear map, for all quantised linear maps of the layer.
+        formats: Pairs of a linear map's path and its weight format, for each computed stream.
+        make_weight: Function that returns the quantised weights of a linear map.
     """
 
     maps: Mapping[str, LinearMap]
@@ -352,7 +340,7 @@ class RoundedFork(ModuleFork):
 
     @classmethod
     def make_forks(cls, site: LayerSite) -> Iterator[ModuleFork]:
-        """Yield a replacement of each module of the layer with quantised weights in any stream."""
+        """Yield a replacement of each module that is quantised in some stream."""
         step, index = site.step, site.index
         if "rounded" not in step.components:
             return
@@ -377,9 +365,8 @@ class RoundedFork(ModuleFork):
 class LinearFork(RoundedFork):
     """One linear map of a layer, with quantised weights in some streams.
 
-    The input is [streams × rows, tokens, features], or contains all tokens of each stream, stream
-    after stream. The module runs once for all streams. For streams with quantised weights, the
-    output is computed again with the quantised weights.
+    The module runs once for all streams. For streams with quantised weights, the output is computed
+    again.
     """
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -400,8 +387,7 @@ class LinearFork(RoundedFork):
 class ExpertsFork(RoundedFork):
     """The experts module of a mixture of experts, with quantised weights in some streams.
 
-    The input contains the tokens of all streams, and for each token the chosen experts and routing
-    weights. Streams with the same weights are computed together.
+    Streams with the same weights are computed together.
     """
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -1,11 +1,10 @@
 """Plan the sharing of layers: each ablation starts its own stream at its first changed layer.
 
 If layer l is removed, layers 0 to l−1 compute the same as in the baseline. So all ablations run in
-one batch, each as a part of the batch (a stream). At the first layer where an ablation differs from
-another stream, a new stream starts from the *input* of this layer in the other stream. Measuring
-the removal of each single layer of L layers takes L(L+1)/2 layer passes instead of L². Streams also
-share work inside a layer: if only the MLP is removed, the output of the attention equals the output
-in the baseline.
+one batch, each as a part of the batch (a stream). At the first layer that an ablation changes, a
+new stream starts from the *input* of this layer. Measuring the removal of each single layer of L
+layers takes L(L+1)/2 layer passes instead of L². Streams also share work inside a layer: if only
+the MLP is removed, the output of the attention equals the output in the baseline.
 """
 
 from __future__ import annotations
@@ -25,16 +24,13 @@ _DIVIDING_ACTIONS = (*_PART_ACTIONS[1:], Action.ROUNDED)
 
 @dataclass(frozen=True)
 class LayerStep:
-    """The plan for one layer: the streams that start there, and how each stream changes the layer.
+    """The computation plan of one layer for all streams (parts of a batch).
 
     Attributes:
         n_streams: Number of streams before the layer.
-        parents: For each new stream, the existing stream whose state it copies. New streams are
-            numbered after the existing streams.
-        ablations: For each stream, including new streams, the changes (e.g. removed heads) of this
-            layer.
-        divided: Whether the attention and the MLP of the layer can be computed for different sets
-            of streams.
+        parents: Number of the stream that each new stream copies.
+        ablations: Changes of this layer (e.g. removed heads) in each stream, including new streams.
+        divided: Whether attention and MLP can be computed for different streams.
     """
 
     n_streams: int
@@ -44,22 +40,21 @@ class LayerStep:
 
     @cached_property
     def actions(self) -> tuple[Action, ...]:
-        """For each stream, what happens at the layer, e.g. that the layer is skipped."""
+        """Action of each stream at the layer, e.g. to skip it."""
         return tuple(ablation.action for ablation in self.ablations)
 
     @cached_property
     def entrants(self) -> tuple[int, ...]:
         """The streams for which the layer is computed.
 
-        If the repeated layers of a stream end at this layer, and another stream gives the layer the
-        same input, the layer is computed only for the other stream.
+        Streams that copy the result of another stream are left out.
         """
         copies = {stream for stream, source, _ in self.repeated_spans if source != stream}
         return tuple(i for i, a in enumerate(self.actions) if a.runs_modules and i not in copies)
 
     @cached_property
     def repeated_spans(self) -> tuple[tuple[int, int, Change], ...]:
-        """For each repeated range of layers that ends here: stream, copied stream, and change."""
+        """Repeated ranges of layers that end here, as (stream, copied stream, change)."""
         first_streams: dict[int, int] = {}
         for stream, action in enumerate(self.actions):
             if action in (Action.PASS, Action.REPEAT):
@@ -72,11 +67,10 @@ class LayerStep:
 
     @cached_property
     def divided_step(self) -> tuple[LayerStep, tuple[int, ...]]:
-        """A `LayerStep` for the streams that change parts of the layer, and their indices.
+        """A `LayerStep` for the streams with changes inside the layer, and their indices.
 
-        The step also contains the baseline, and all streams with the same input as one of these
-        streams. The step and the indices are empty if no stream changes parts (e.g. heads) of the
-        layer.
+        The step also contains the baseline and all streams with the same input. The step and the
+        indices are empty if no stream has such changes.
         """
         origins = {self.origin(i) for i in self.entrants if self.actions[i] in _DIVIDING_ACTIONS}
         origins |= {0} if origins else set()
@@ -93,7 +87,7 @@ class LayerStep:
 
     @cached_property
     def has_sublayers(self) -> bool:
-        """True if any stream removes the attention, the MLP, or heads or experts of the layer."""
+        """True if any stream removes a part of the layer, e.g. the MLP or heads."""
         return self.divided and any(self.actions[i] in _PART_ACTIONS[1:] for i in self.entrants)
 
     @cached_property
@@ -103,15 +97,14 @@ class LayerStep:
         return {c.component if c.action is not Action.ROUNDED else c.action.value for c in changes}
 
     def origin(self, stream: int) -> int:
-        """Return the stream whose state is the layer's input for `stream`: itself or its parent."""
+        """Return the stream that provides the input of `stream`: itself or its parent."""
         return stream if stream < self.n_streams else self.parents[stream - self.n_streams]
 
     @cached_property
     def attention_sources(self) -> tuple[int | None, ...]:
-        """For each stream in `entrants`, the index of the stream that computes its attention.
+        """Index of the stream that computes the attention of each stream in `entrants`.
 
-        Streams share one attention if they have the same input, and only remove parts (e.g. the MLP
-        or heads) of the layer. None means that the stream removes the attention.
+        None means that the stream removes the attention.
         """
         index_of: dict[tuple[int, Ablation | None], int] = {}
         sources: list[int | None] = []
@@ -126,7 +119,7 @@ class LayerStep:
 
     @cached_property
     def _projection_of(self) -> tuple[tuple[int, tuple[Change, ...]] | None, ...]:
-        """For each stream in `entrants`, (index of its attention, removed heads), or None."""
+        """Index of the attention and removed heads of each stream in `entrants`, or None."""
         return tuple(
             None if source is None else (source, self.ablations[stream].heads)
             for stream, source in zip(self.entrants, self.attention_sources, strict=True)
@@ -134,12 +127,12 @@ class LayerStep:
 
     @cached_property
     def projections(self) -> tuple[tuple[int, tuple[Change, ...]], ...]:
-        """The distinct pairs (index of an attention, removed heads) that have to be projected."""
+        """All different pairs of an attention's index and the removed heads."""
         return tuple(sorted({pair for pair in self._projection_of if pair}))
 
     @cached_property
     def head_sources(self) -> tuple[int | None, ...]:
-        """For each stream in `entrants`, the index of its pair in `projections`, or None."""
+        """Index in `projections` of each stream in `entrants`, or None."""
         index_of = {pair: index for index, pair in enumerate(self.projections)}
         return tuple(pair and index_of[pair] for pair in self._projection_of)
 
@@ -156,28 +149,26 @@ class LayerStep:
 
     @property
     def mlp_ablations(self) -> list[Ablation]:
-        """For each stream whose MLP is computed, the stream's changes of this layer."""
+        """Changes of this layer in each stream that computes the MLP."""
         return [self.ablations[self.entrants[index]] for index in self.mlps]
 
     @cached_property
     def mlp_sources(self) -> tuple[int | None, ...]:
-        """For each stream in `entrants`, the index of its MLP in `mlps`, or None if removed."""
+        """Index in `mlps` of each stream in `entrants`, or None if the MLP is removed."""
         index_of = {entrant: number for number, entrant in enumerate(self.mlps)}
         return tuple(map(index_of.get, range(len(self.entrants))))
 
 
 @dataclass(frozen=True)
 class StreamPlan:
-    """Plan of a batch: the layer where each stream starts, and the streams of each ablation.
+    """Plan of which stream (part of a batch) computes each ablation.
 
     Attributes:
-        steps: For each layer, the streams that start there, and how each stream changes the layer.
-        paths: For each layer, the index of each ablation's stream after the layer, in the order of
-            the ablations.
-        embedding_formats: For each stream before the first layer, the weight format of the
-            embedding; None if unchanged.
-        head_formats: For each ablation, the weight format of the output head; empty if the plan has
-            no output head.
+        steps: The plan of each layer.
+        paths: Index of the stream of each ablation, after each layer.
+        embedding_formats: Embedding format of each stream before the first layer; None if
+            unchanged.
+        head_formats: Format of the output head for each ablation; empty without output head.
     """
 
     steps: tuple[LayerStep, ...]
@@ -187,31 +178,31 @@ class StreamPlan:
 
     @property
     def final_streams(self) -> tuple[int, ...]:
-        """For each ablation, the index of its stream after the last layer."""
+        """Index of the stream of each ablation after the last layer."""
         return self.paths[-1]
 
     @cached_property
     def head_streams(self) -> dict[str | None, list[int]]:
-        """Weight format of the output head (first None = unchanged) → streams with this format."""
+        """Format of the output head (None = unchanged) → streams with this format."""
         pairs = sorted((head or "", stream) for stream, head in set(self._answers))
         by_head = group_by(pairs, lambda pair: pair[0] or None)
         return {head: [stream for _, stream in group] for head, group in by_head.items()}
 
     @property
     def _answers(self) -> Iterator[tuple[int, str | None]]:
-        """Yield, for each ablation, its final stream and the weight format of its output head."""
+        """Yield the final stream and the output head's format of each ablation."""
         return zip(self.final_streams, self.head_formats, strict=True)
 
     @cached_property
     def answer_indices(self) -> tuple[int, ...]:
-        """For each ablation, the index of its result among results ordered as `head_streams`."""
+        """Index of the result of each ablation, in the order of `head_streams`."""
         answers = ((s, head) for head, streams in self.head_streams.items() for s in streams)
         index_of = {answer: index for index, answer in enumerate(answers)}
         return tuple(index_of[answer] for answer in self._answers)
 
     @property
     def n_answers(self) -> int:
-        """The number of output-head computations per token whose next token is predicted."""
+        """The number of output-head computations per predicted token."""
         return sum(map(len, self.head_streams.values()))
 
     @property
@@ -221,7 +212,7 @@ class StreamPlan:
 
     @property
     def attention_paths(self) -> Iterator[tuple[int | None, ...]]:
-        """Yield, for each layer, the index of each ablation's attention, or None if removed."""
+        """Yield the attention index of each ablation (None if removed), layer by layer."""
         for step, path in zip(self.steps, self.paths, strict=True):
             index_of = {
                 stream: step.attentions.index(source)
@@ -242,7 +233,7 @@ class StreamPlan:
 
     @property
     def layer_passes(self) -> float:
-        """The number of layer passes per token; a single attention or MLP counts as half a pass."""
+        """The number of layer passes per token; an attention or MLP counts as half a pass."""
         return (self.attention_passes + self.mlp_passes) / 2
 
     @property
@@ -266,10 +257,9 @@ def plan_streams(
 ) -> StreamPlan:
     """Plan which stream computes each ablation, and at which layer each stream starts.
 
-    The baseline must be among the ablations and becomes stream 0. The streams of ablations with
-    quantised embeddings start before the first layer. Quantised output heads need no stream of
-    their own. If embedding and output head share their weights (`is_tied`), both have the same
-    format. If `divided` is False, no work is shared inside a layer that some stream changes.
+    The baseline must be among the ablations and becomes stream 0. If embedding and output head
+    share their weights (`is_tied`), both have the same format. If `divided` is False, no work is
+    shared inside a layer that some stream changes.
     """
     baseline_index = ablations.index(INTACT)
     order = [baseline_index, *(i for i in range(len(ablations)) if i != baseline_index)]

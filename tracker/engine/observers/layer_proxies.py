@@ -2,8 +2,7 @@
 
 Divergences, loss, logit lens and first-order Taylor are computed from the model's output. Angles
 are measured between the residual stream before and after one or several layers. The load of an
-expert consists of the number of tokens that the router sends to the expert, and the size of the
-expert's contribution.
+expert is its number of tokens and the size of its contribution.
 """
 
 from __future__ import annotations
@@ -41,28 +40,26 @@ MASKED_LOGPROB = -1e4
 def output_proxies(
     engine: Engine, document: Document, only: str | None = None
 ) -> dict[str, Tensor]:
-    """Measure, for each layer, the layer's effect on the intact model's output in a document.
+    """Measure the effect of each layer on the model's output in one document.
 
-    If the engine shares layers between ablations, the intact model and all models without one layer
-    are computed together. Otherwise, a pruned copy of the model is made for each layer.
+    All models are computed together if the engine can share layers between them.
 
     Args:
-        engine: The engine, which shares computation between ablations if this is exact for the
-            model.
+        engine: The engine of the model.
         document: The document that the model reads.
         only: `loss_increase` or `gate_gradient`, to measure only this proxy and `predicted`; None
             to measure all proxies.
 
     Returns:
         Sums over the document's tokens, float64. `tokens` []: the number of tokens on which the
-        proxies are measured. `predicted` []: the number of measured tokens with a preceding token.
-        All other entries have one value per layer [layers]. `kl` and `js`: divergence between the
-        next-token distributions of the intact model and the model without the layer, in nats.
+        proxies are measured. `predicted` []: the same number without the first token of the text.
+        All other entries have one value per layer. `kl` and `js`: divergence between the next-token
+        distributions of the intact model and the model without the layer, in nats.
         `loss_increase`: decrease of the log-likelihood of the predicted tokens if the layer is
         removed, in nats. `lens_changes`: number of tokens at which the layer changes the most
         likely next token of the logit lens. `gate_gradient`: derivative of the negative
-        log-likelihood of the predicted tokens with respect to a gate on the layer's update, at gate
-        1; NaN if the model cannot be differentiated.
+        log-likelihood with respect to a factor on the layer's update; NaN if the model cannot be
+        differentiated.
 
     References:
         S. Kullback, R. A. Leibler, Annals of Mathematical Statistics 22 (1951) 79-86. J. Lin, IEEE
@@ -92,17 +89,16 @@ def output_proxies(
 
 
 def divergences(engine: Engine, document: Document, ablations: Ablations) -> dict[str, Tensor]:
-    """Measure how far each ablated model's token distributions diverge from the intact model's.
+    """Measure how far each ablated model's predictions diverge from the intact model's.
 
     Args:
-        engine: The engine, which shares computation between ablations if this is exact for the
-            model.
+        engine: The engine of the model.
         document: The document that the model reads.
         ablations: The ablations to measure, without the baseline.
 
     Returns:
         Sums over the document's tokens, float64. `tokens` []: the number of tokens. `kl`, `js` and
-        `loss_increase` [ablations]: the values that `output_proxies` defines, for each ablation.
+        `loss_increase` [ablations]: as in `output_proxies`.
     """
     totals: dict[str, Tensor] = {}
     for tokens, start in measured_texts(document, engine.max_length):
@@ -115,7 +111,7 @@ def divergences(engine: Engine, document: Document, ablations: Ablations) -> dic
 def answer_divergences(
     engine: Engine, document: Document, ablations: Ablations
 ) -> dict[str, Tensor]:
-    """Measure `divergences` only at positions where a token of the right answer comes next.
+    """Measure `divergences` only for the tokens of the right answer.
 
     If a document has no right answer (e.g. a window of a long text), all its tokens are measured.
     """
@@ -165,16 +161,15 @@ def _divergences(
 
 
 def _logprobs(logits: Tensor) -> Tensor:
-    """Return log-probabilities; those of masked tokens are finite, so that sums are not NaN."""
+    """Return log-probabilities, which are finite even for masked tokens."""
     return logits.float().log_softmax(-1).clamp_(min=MASKED_LOGPROB)
 
 
 def _kl_and_js(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute two tensors [positions]: KL(p ‖ q) and Jensen-Shannon divergence per position.
+    """Return the KL divergence KL(p ‖ q) and the Jensen-Shannon divergence at each position.
 
     The inputs are log-probabilities [positions, vocabulary] of the intact model (p) and of the
-    changed model (q). The Jensen-Shannon divergence is computed as the entropy of the mixture minus
-    the mean entropy, with a rounding error of about 1e-6.
+    changed model (q).
     """
     p, mixture = log_p.exp(), log_q.exp()
     sum_p, sum_q = torch.linalg.vecdot(p, log_p), torch.linalg.vecdot(mixture, log_q)
@@ -186,7 +181,7 @@ def _kl_and_js(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.inference_mode()
 def _lens_changes(engine: Engine, tokens: Sequence[int], start: int) -> Tensor:
-    """Count, for each layer, the tokens where the layer changes the logit lens's top prediction."""
+    """Count the tokens where each layer changes the most likely token of the logit lens."""
     n_layers = len(engine.loaded.layers)
     # The lens at a layer's input is the model without that layer and all above it.
     lenses = [Ablation.from_changes(removed=range(layer, n_layers)) for layer in range(n_layers)]
@@ -203,8 +198,8 @@ def _logits(
 ) -> Iterator[tuple[list[Ablation], range, Tensor]]:
     """Yield logits of ablations at positions from `first_position` on, in chunks.
 
-    Each chunk fits into memory. A chunk consists of a list of ablations, of which the first is the
-    baseline, a range of positions, and the logits [ablations, positions, vocabulary].
+    A chunk consists of ablations (first the baseline), positions, and logits [ablations, positions,
+    vocabulary].
     """
     for group, output, states in _compute_states(engine, ablations, tokens):
         plan = engine.plan(group)
@@ -253,10 +248,10 @@ def measure_span_similarity(engine: Engine, document: Document) -> dict[str, Ten
             rolling text.
 
     Returns:
-        Sums over the document's tokens, float64. `tokens` []: the number of tokens. For each layer
-        [layers]: the proxies from a layer's input and output (e.g. `cosine_score`) that pruning
-        strategies use. `angular_distance` [first layer, last layer]: the angle between the first
-        layer's input and the last layer's output; 0 if the last layer comes before the first layer.
+        Sums over the document's tokens, float64. `tokens` []: the number of tokens. Proxies of each
+        layer [layers], e.g. `cosine_score`. `angular_distance` [first layer, last layer]: the angle
+        between the first layer's input and the last layer's output; 0 if the last layer comes
+        before the first layer.
 
     Raises:
         RefusalError: The model's layers do not return one hidden state per token.
@@ -304,9 +299,7 @@ def measure_expert_load(
 ) -> dict[Change, tuple[float, ...]]:
     """Measure the load of some experts while the intact model reads a document.
 
-    This function runs an additional forward pass on the document. In this pass, all experts to
-    which a token is routed are computed a second time. The second computation gives the norm of
-    each expert's output before multiplication by the gate.
+    This function runs an additional forward pass on the document.
 
     Args:
         engine: The engine, whose model reads the document.
@@ -315,9 +308,8 @@ def measure_expert_load(
         parts: The experts to measure, each given as the change that removes the expert.
 
     Returns:
-        For each expert, two sums over the tokens that the router sends to the expert, in the order
-        of `EXPERT_PROXIES`: gate × ‖output‖, and the number of tokens. The sum of gate × ‖output‖
-        is NaN if the outputs of single experts cannot be computed.
+        Expert → sum of gate × ‖output‖ over its tokens, and number of its tokens. The sum is NaN if
+        the outputs of single experts cannot be computed.
     """
     layers, anatomy = engine.loaded.layers, engine.anatomy
     experts = {layer: anatomy.get_part(Experts, layer) for layer in {part.layer for part in parts}}
@@ -338,7 +330,7 @@ def measure_expert_load(
 def _record_load(
     forward: Callable[..., Tensor], sums: Tensor, start: int, *args: Any, **kwargs: Any
 ) -> Tensor:
-    """Run the experts' module `forward`; add each expert's load to `sums`; return the output."""
+    """Run the experts' module, add the load of each expert to `sums`, and return the output."""
     output = forward(*args, **kwargs)
     total = torch.zeros_like(output, dtype=torch.float32).flatten(0, -2)
     expert_outputs = []

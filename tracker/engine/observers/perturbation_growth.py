@@ -1,8 +1,7 @@
 """Measure how a perturbation of one layer's output changes the states after later layers.
 
 All perturbations are computed in one batch, like ablations. A perturbed state joins the batch after
-the perturbed layer. So in a model of L layers, n perturbations per layer cost n · L(L−1)/2 layer
-passes instead of n · L².
+the perturbed layer.
 """
 
 from __future__ import annotations
@@ -49,10 +48,9 @@ def perturbation_growth(
 
     After each later layer m, the relative difference ‖h′ₘ − hₘ‖ / ‖hₘ‖ is computed at each token
     and averaged over the tokens on which the proxies are measured. *carried* is ‖f‖ / ‖hₘ‖: the
-    relative difference that would result if later layers left the perturbation unchanged.
+    difference if later layers left the perturbation unchanged.
 
-    Random directions are drawn in float32 on the CPU, with a seed that depends on `seed`, document,
-    layer and draw. Perturbed states have the model's dtype.
+    The seed of a random direction depends on `seed`, document, layer and draw.
 
     Args:
         engine: The engine of the model.
@@ -66,9 +64,8 @@ def perturbation_growth(
         `random` [2, draws, layers, layers]. The last two axes are the perturbed layer and the layer
         after which the difference is measured. Entries are NaN if the measured layer comes before
         the perturbed layer. The first axis has two entries: the mean over all tokens, and the mean
-        without the text's first token. The norm of the first token is often far larger than other
-        norms. A mean is NaN if there are no tokens, or if a hidden state is not finite or all
-        zeros.
+        without the text's first token. A mean is NaN if there are no tokens, or if a hidden state
+        is not finite or all zeros.
 
     Raises:
         RefusalError: The structure of the model does not allow this measurement.
@@ -95,7 +92,7 @@ def perturbation_growth(
 
 @torch.inference_mode()
 def verify_growth(engine: Engine, document: Document, draws: int, seed: int = 0) -> None:
-    """Check the batched measurement for the middle layer against separate plain forward passes.
+    """Check the batched measurement of one layer against separate forward passes.
 
     The arguments have the same meaning as for `perturbation_growth`. Raises RefusalError if the
     batched and the separate forward passes differ by more than rounding errors.
