@@ -181,6 +181,41 @@ def test_charts_do_not_delay_the_measurement(measured):
     assert ended.wait(60)
 
 
+class RecordingRun(StuckRun):
+    """A live run that keeps the figures that it is sent."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.figures: list[dict[str, float]] = []
+
+    def begin(self, cell: CellRecord) -> None:
+        self.reached.set()
+
+    def update(self, key: str, figures: dict[str, float], documents: int) -> None:
+        self.figures.append(figures)
+
+    def end(self, key: str, status: str) -> None:
+        self.released.set()
+
+
+def test_speed_counts_from_the_first_interim_results(measured, monkeypatch):
+    full = interim_estimates(measured.store, measured.view)
+    counts = iter([2, 4])
+
+    def interim(store: CellStore, view: View) -> Any:
+        return replace(full, documents=next(counts, 4))
+
+    # The time before the run is opened is no time between two interim results.
+    monkeypatch.setattr(live, "GRACE_PERIOD", 3.0)
+    monkeypatch.setattr(live, "interim_estimates", interim)
+    run: Any = RecordingRun()
+    updater = measured.begin(run)
+    wait_for(lambda: len(run.figures) > 1)
+    assert run.figures[1]["progress/seconds_left"] < 3.0
+    assert updater.end(NAME, "finished").wait(60)
+    updater.close()
+
+
 def test_interim_estimates_agree_with_the_record(measured):
     store, view, record = measured.store, measured.view, measured.record
     estimates = interim_estimates(store, view)

@@ -46,10 +46,11 @@ class _LiveCell:
     store: CellStore
     view: View
     record: CellRecord
-    start_time: float
     due_time: float
     first_interim: InterimEstimates | None = None
     """The progress of the cell when its run was opened."""
+    first_time: float = 0.0
+    """The time of `first_interim`."""
     live_runs: tuple[LiveRun, ...] = ()
     """The live runs (of different backends) in which the cell is open."""
 
@@ -82,8 +83,7 @@ class LiveUpdater:
             provenance=store.identity.provenance,
             unfinished="it is being measured",
         )
-        now = time.monotonic()
-        cell = _LiveCell(store, view, record, now, now + GRACE_PERIOD)
+        cell = _LiveCell(store, view, record, time.monotonic() + GRACE_PERIOD)
         if self._thread is None:
             self._thread = Thread(target=self._process_messages, name="tracker-live", daemon=True)
             self._thread.start()
@@ -140,9 +140,10 @@ class LiveUpdater:
         duration = time.monotonic() - start
         is_first = cell.first_interim is None
         if is_first:
-            cell.first_interim, cell.live_runs = interim, self._live_runs
+            cell.first_interim, cell.first_time = interim, start
+            cell.live_runs = self._live_runs
         figures = progress_figures(
-            cell.first_interim or interim, interim, start - cell.start_time, cell.record
+            cell.first_interim or interim, interim, start - cell.first_time, cell.record
         )
         working_runs = []
         for live_run in cell.live_runs:
