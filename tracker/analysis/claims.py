@@ -161,7 +161,7 @@ class Claims:
 
     @property
     def broken(self) -> list[int]:
-        """Costly or less probable layers whose removal makes all options unlikely.
+        """Layers that are shown to matter and whose removal makes all answer options unlikely.
 
         On some benchmark, removing such a layer divides the total probability of the options by at
         least 10.

@@ -125,7 +125,7 @@ class PartProxies:
         return count_unobserved(np.isnan(self.sums[name][:, index]))
 
     def counts(self, proxy: Proxy) -> Array:
-        """Return an array `[documents, runs]` of the token counts over which a proxy is summed."""
+        """Return the number of tokens over which a proxy is summed, `[documents, runs]`."""
         return self.sums[proxy.over] if proxy.over else self._tokens
 
     def means(self, proxy: Proxy) -> Array:

@@ -207,7 +207,7 @@ def resolve_num_fewshot(own_count: int | None, requested: int | None) -> int:
 def draws_in_turn(task: Task, num_fewshot: int) -> bool:
     """Return whether a task draws new random few-shot examples for each document.
 
-    If so, a prompt depends on the prompts that were built before it.
+    With random examples, a prompt depends on the prompts that were built before it.
     """
     return bool(num_fewshot) and not isinstance(task.sampler, FirstNSampler)
 

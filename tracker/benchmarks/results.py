@@ -247,7 +247,7 @@ class _RecordedModel(LM):  # type: ignore[misc]
 
 
 class _UntimedTracker(GeneralConfigTracker):  # type: ignore[misc]
-    """Variant of lm-eval's tracker that records no durations."""
+    """Variant of lm-eval's `EvaluationTracker` that records no durations."""
 
     def log_end_time(self) -> None:
         """Do nothing, so that lm-eval records no duration."""

@@ -358,7 +358,7 @@ def aggregate(aggregation: str, values: Sequence[MetricValue]) -> float | None:
         values: Metric of each document, a number or JSON.
 
     Returns:
-        The metric of the task; None if only lm-eval can compute it.
+        The metric of the task; None if lm-eval has no function of this name.
     """
     if aggregation not in AGGREGATION_REGISTRY:
         return None

@@ -401,7 +401,7 @@ def print_plan(cells: Sequence[PlannedCell], gflops: float | None) -> None:
         "Smallest detectable drop: two-sided paired tests detect a drop of this size with "
         f"{100 * TEST_POWER:.0f} % power, at a level of {100 * ALPHA:.0f} % for all runs together"
     )
-    echo("The last two columns assume that a removal changes half of the outcomes at random")
+    echo("The last two columns assume that each removal changes a random half of the outcomes")
     if any(cell.observed for cell in cells):
         echo("*: assuming that a removal changes as many outcomes as the median measured removal")
 

@@ -289,7 +289,9 @@ def log_samples(output: Path, layer: tuple[tuple[int, ...], ...], **settings: An
 @folder_argument
 @results_option
 @click.option(
-    "--against", type=PathType(), help="Copy of the folder, whose outcomes must all be the same."
+    "--against",
+    type=PathType(),
+    help="Second results folder, e.g. a copy; all outcomes must be equal.",
 )
 def check(folder: Path | None, results: Path, against: Path | None) -> None:
     """Verify that a results folder is undamaged.

@@ -255,7 +255,7 @@ def _write_checkpoint(
 
 
 def _write_formats(model: ExportedModel, folder: Path) -> None:
-    """Write a file with the format of each weight, and one file per recipe."""
+    """Write a file with each weight's format, and a quantisation recipe for each other tool."""
     facts = {"tracker": __version__, "base": model.base.source, "formats": model.formats}
     (folder / FORMATS_FILE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     for recipe in ordered_recipes(model.recipes):

@@ -226,8 +226,8 @@ class CellStore:
     ) -> pd.DataFrame:
         """Read the outcomes of the given blocks as a data frame.
 
-        A damaged shard is renamed with a warning. Outcomes with other tokens than the rest of the
-        cell are left out, and their file is reported in `mixed`.
+        A damaged shard is renamed with a warning. Outcomes of differently tokenised texts are left
+        out, and their file is reported in `mixed`.
 
         Args:
             blocks: The blocks to read; None = all blocks.

@@ -234,7 +234,7 @@ class CellWork:
         self._progress.expect(self.total - n_missing)
 
     def _find_missing(self) -> dict[Block, int]:
-        """Map each block with missing outcomes to its maximum number of missing responses."""
+        """Return each block with missing outcomes and its maximum number of responses."""
         extent, race = self._extent, self._race
         if race is None and not self.store.is_complete(extent, self._names):
             blocks = self.store.blocks(extent)

@@ -519,7 +519,7 @@ def _check_savable(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
         method = quantiser.quantization_config.quant_method
         raise ModelError(
             f"the model's weights are quantised by {getattr(method, 'value', method)}, and "
-            "transformers cannot save them; pass the file or folder that was loaded"
+            "transformers cannot save them; pass the original file or folder, not the loaded model"
         )
     if changed_module := next(_changed_modules(model), None):
         raise ModelError(

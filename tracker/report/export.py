@@ -48,7 +48,7 @@ Writer = Callable[[Sequence[CellRecord], Path, ExtraFrames, Findings], list[Path
 
 
 def board_data(cells: Sequence[CellRecord]) -> dict[str, Table]:
-    """Build the tables `layer_leaderboard` and `model_leaderboard` with unrounded values.
+    """Build the tables `layer_leaderboard` and `model_leaderboard`; values are not rounded.
 
     The table `part_leaderboard` is added if heads, experts or ranges of several layers are ranked.
     """

@@ -308,7 +308,7 @@ def _model_rows(board: ModelBoard, labels: Sequence[str]) -> list[RankedRow[Mode
 
 
 def model_board_data(board: ModelBoard) -> Table:
-    """Build the leaderboard of models with unrounded values.
+    """Build the leaderboard of models; the values are not rounded.
 
     The first model loses the least accuracy when a layer is removed. Relevance and drop are
     fractions, averaged over layers and over the benchmarks that all ranked models share. `rank` is

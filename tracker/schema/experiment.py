@@ -262,8 +262,8 @@ class Experiment(Sweep):
         """Build one request for each model, benchmark and settings of the grid, sorted by model.
 
         A request contains all changes of the model (e.g. all removed layers). If the file requests
-        all layers, the `count` function of `load_experiment` supplies the layer numbers. A value of
-        the wrong type raises RequestError.
+        all layers, the layers are counted with `count`, a function passed to `load_experiment`. A
+        value of the wrong type raises RequestError.
         """
         if self.requests_all_layers and self.run_cap is not None:
             raise ExperimentError("'run_cap' needs 'layer' as numbers, e.g. {min: 0, max: 29}")

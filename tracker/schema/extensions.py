@@ -40,7 +40,9 @@ def load_extensions(
                 )
             extension = check(point.load())
             if (name := getattr(extension, "name", point.name)) != point.name:
-                raise ValueError(f"name the entry point {name!r}, like the extension")
+                raise ValueError(
+                    f"use the extension's name {name!r} as the name of its entry point"
+                )
             extensions[point.name] = extension
         except (Exception, SystemExit) as error:  # any code may run there
             log.warning("%s", describe_failure(point, error))

@@ -125,7 +125,7 @@ def _check_single(name: str) -> str:
     """Return a benchmark's name; raise ValueError if the text contains several names."""
     if SEVERAL_BENCHMARKS.fullmatch(name):
         names = ", ".join(part.strip() for part in name.split(","))
-        raise ValueError(f"several benchmarks are given; give one, or values: [{names}]")
+        raise ValueError(f"several benchmarks in one text; write one, or values: [{names}]")
     return name
 
 

@@ -277,7 +277,7 @@ _RESERVED_NAMES = re.compile(
 
 
 def _check_proxy(extension: object) -> Proxy:
-    """Return a proxy of another package; raise TypeError or ValueError if it is invalid."""
+    """Check a proxy from another package and return it; TypeError or ValueError if invalid."""
     if not isinstance(extension, Proxy):
         raise TypeError(f"{extension!r} is not a tracker.schema.proxies.Proxy")
     if _RESERVED_NAMES.fullmatch(extension.name):

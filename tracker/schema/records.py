@@ -442,7 +442,7 @@ class CellRecord(FiguresRecord):
 
     @property
     def missing_labels(self) -> tuple[str, ...]:
-        """Texts that name the requested documents and runs that are not measured yet."""
+        """Messages about requested documents and runs that have not been measured yet."""
         documents = () if self.unfinished is None else (self.unfinished,)
         return (*documents, *(change.label() for change in self.missing))
 

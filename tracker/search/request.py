@@ -302,6 +302,6 @@ _SEARCHES = FileKind(
     PruneFile.searches,
     {"method": "grid", "command": ["tracker", "prune", "${args}"]},
     is_removal_file,
-    "lists the removed layers itself ('layer'), but a search needs 'remove' or 'keep', such as "
+    "names layers ('layer'), but a search chooses them and needs 'remove' or 'keep', such as "
     "remove: {value: 8}. To measure these layers: tracker run",
 )

@@ -360,7 +360,7 @@ def recommend_set(draws: Sequence[SearchDraw], cache: ModelCache) -> Recommendat
     sets = list(dict.fromkeys(chosen))
     if not sets:
         return Recommendation(
-            reason="random draws are the chance baseline and are never recommended"
+            reason="random draws are the baseline for chance, so they are never recommended"
         )
     if len(sets) == 1:
         return Recommendation(sets[0], 1)

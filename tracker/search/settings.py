@@ -275,7 +275,7 @@ AMOUNT_FORMS = "8, 25 %, 25 % parameters, 25 % bytes, 25 % seconds, 34M paramete
 _TOO_FEW: Mapping[Component, str] = {
     "layer": "leaves no layer",
     "head": "leaves layers without a head",
-    "kv_head": "leaves layers without a group of heads",
+    "kv_head": "removes every group of heads of some layer",
     "expert": "leaves layers fewer experts than their routers choose",
 }
 _AMOUNT = re.compile(r"(\d+(?:\.\d+)?) ?(.*)")

@@ -8,10 +8,10 @@ capital reaches 1/α with a probability of at most α (Ville's inequality). A ca
 when the capital of its game reaches 1/α.
 
 After t of N documents with the sum S, the remaining documents have the mean m' = (N·m − S) / (N −
-t) if m is the true mean. The next document x, in [0, 1], multiplies a stake on "above" by 1 + λ·(x
-− m'). The document multiplies a stake on "below" by 1 − λ·(x − m'). The inequality holds for any λ
-that is chosen before x is seen and keeps the stake at 0 or above. The stakes can be split between
-several bets, and a stake can be underestimated.
+t) if m is the true mean. The outcome x of the next document, in [0, 1], multiplies a stake on
+"above m'" by 1 + λ·(x − m'), and a stake on "below m'" by 1 − λ·(x − m'). The inequality holds for
+any λ that is chosen before x is seen and keeps the stake at 0 or above. The stakes can be split
+between several bets, and a stake can be underestimated.
 
 The effective sample size is τ = t·N / (N − t). The best λ for one τ is √(2 log(1/α) / (σ² τ)) · N /
 (N − t), where σ² is the variance of the previous documents. Several bets run at the same time with
@@ -272,7 +272,7 @@ class MeanSequences:
         self.high[indexes] = self._lowest + self._range * rejected_means.max(axis=0)
 
     def _bold_stakes(self, indexes: IntArray) -> Callable[[Array], Array]:
-        """Return a function that computes the log stakes of bold bets.
+        """Return a function that computes the logarithms of the stakes of all bold bets.
 
         The function maps candidates for both bounds `[2, series]` to log stakes `[bets, 2,
         series]`.

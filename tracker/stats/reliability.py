@@ -245,7 +245,8 @@ def prediction_by_budget(
     """Estimate how well each measure predicts the true ranking of layers at each budget.
 
     The documents are split into two halves at random, `HALF_SPLITS` times. The true ranking is
-    computed on one half. On the other half, a measure uses as many documents as the budget allows.
+    computed on one half. On the other half of the documents, each measure is computed on as many
+    documents as its cost allows.
 
     Args:
         measures: The measures by name, all with the same documents.

@@ -21,8 +21,8 @@ for many documents. The sequence needs finite variances. The sequence cannot acc
 are too rare to occur in the sample.
 
 After t documents, the interval is the mean ± σ̂ · √(2 (τρ² + 1) / (τρ)² · log(√(τρ² + 1) / α)),
-with the standard deviation σ̂ of these documents. The time scale τ = t·N / (N − t) accounts for the
-finite population.
+where σ̂ is the standard deviation of these documents, and ρ sets how early the interval is
+narrowest. The time scale τ = t·N / (N − t) accounts for the finite population.
 """
 
 from __future__ import annotations

@@ -226,7 +226,7 @@ class Study(Generic[Settings]):
 
     @property
     def assumptions(self) -> Sequence[str]:
-        """Assumptions of the statistical methods with sources; empty without a template."""
+        """Assumptions of the statistical methods with sources; empty if the study states none."""
         return () if self.texts is None else self.texts.render_all("assumptions", self.settings)
 
     @property

@@ -245,7 +245,7 @@ def _unusable_reason(ranking: LayerRanking) -> str:
 
 
 def join_rankings(rankings: Sequence[LayerRanking]) -> LayerRanking:
-    """Join the rankings of several benchmarks by one measure; benchmarks have equal weight."""
+    """Average the rankings of layers on several benchmarks, all with equal weight."""
     reason = next((ranking.reason for ranking in rankings if ranking.reason), "")
     if len(rankings) == 1 or reason:
         return replace(rankings[0], reason=reason)

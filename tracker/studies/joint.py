@@ -125,7 +125,7 @@ class PairInteractions:
 
     @cached_property
     def ranks(self) -> dict[int, tuple[int, int]]:
-        """Best and worst possible rank of each pair's interaction, by pair index; 1 = largest."""
+        """Index of a pair → best and worst rank that its interaction can have; 1 = largest."""
         estimates = self._simultaneous(count_pairs(len(self.indices)))
         return dict(zip(self.indices, possible_ranks(estimates), strict=True))
 
@@ -298,7 +298,11 @@ def strongest_table(pairs: PairInteractions, sign: int) -> Table:
     """Build the table of the pairs with the most positive or most negative interactions."""
     values = [(sign * (pairs.value(n) or 0), n) for n in range(len(pairs.pairs))]
     rows = [n for value, n in sorted(values, reverse=True)[:MAX_PAIRS_LISTED] if value > 0]
-    kind = "redundant pairs, which cost more" if sign > 0 else "sub-additive pairs, which cost less"
+    kind = (
+        "redundant pairs, which cost more together"
+        if sign > 0
+        else "sub-additive pairs, which cost less together"
+    )
     return build_table(
         f"{pairs.record.title}: the most {kind} than the sum, by {pairs.measure}",
         [

@@ -487,6 +487,8 @@ def _sums_table(record: CellRecord, sums: SumComparison) -> Table:
         single = float(np.mean([pairs.alone[i] + pairs.alone[j] for i, j in pairs.pairs]))
         label = f"two, the mean of {count_text(len(pairs.pairs), 'drawn pair')}"
         rows.append(SumRow(label, float(pairs.together.mean()), single, pairs.mean))
-    title = f"{cell_label(record)}: joint loss, sum of single losses, choice by {MEASURED_CHOICE}"
+    title = (
+        f"{cell_label(record)}: joint and summed single losses of the choice by {MEASURED_CHOICE}"
+    )
     note = "95 % intervals over documents for these layers or maps, unadjusted."
     return figure_table(SumRow, f"{title}, on calibration documents.", rows, note)

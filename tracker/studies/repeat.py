@@ -141,7 +141,7 @@ def _write_answer(subject: Subject, spans: Sequence[TestedSpan]) -> str:
 
 
 def _best_by_chance(subject: Subject) -> BestByChance | None:
-    """Estimate the largest gain that chance produces among all spans; None with `until`."""
+    """Estimate the largest gain that chance produces among all spans; None if `until` is set."""
     if subject.record.answer is not None:
         return None
     outcomes = subject.outcomes()

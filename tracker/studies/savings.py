@@ -402,7 +402,7 @@ def _passes_chart(cell: MeasuredDocuments, replays: Sequence[QuestionReplay]) ->
         passes = 100 * np.where(race.answered, race.passes, np.inf)
         shares = [float((passes <= position + 1e-9).mean()) for position in positions]
         lines[str(race.question)] = shares
-    x = "layer passes, % of the passes for all documents of the split and all runs"
+    x = "layer passes (100 % = all runs on all documents)"
     axes = (x, f"answered, of {RANDOM_ORDERS} orders")
     title = f"{cell.title}: share of random document orders in which 'until' has stopped"
     return line_chart(title, axes, "percent", positions, lines)

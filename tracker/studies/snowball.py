@@ -346,7 +346,7 @@ def _explain_drops(cell: AlignedOutcomes, arrays: Mapping[str, Array]) -> DropEx
             better = correlation_difference((values, resamples), cosine, drop, "spearman")
         add(name, "drop", spearman, better, len(layers))
     inner = following > 0
-    none = Estimate(None, reason="a partial correlation is not compared")
+    none = Estimate(None, reason="partial correlations are not compared with the cosine score's")
     for name, figure in {
         REMOVAL_GROWTH: series(end - start),
         "growth of random directions": series(random - start),
@@ -369,7 +369,7 @@ class Snowball(Study[SnowballSettings]):
     texts = SNOWBALL_TEXTS
 
     def answer(self, context: StudyContext, subjects: list[Subject]) -> StudyResult:
-        """Describe the growth for each model; record why some results are missing."""
+        """Describe for each model how later layers amplify a removal; record missing results."""
         result, cells = StudyResult(), []
         kind = f"snowball-{self.settings.draws}"
         for subject in subjects:

@@ -2,8 +2,8 @@
 
 The results folder (ledger) is the source of truth. A backend receives copies of results and files,
 and can be refilled from the results folder at any time. A results folder stores the addresses of
-earlier publications. A folder from another person can name a malicious server. So tracker never
-sends a login to a stored server that the environment does not name.
+earlier publications. A folder from another person can name a malicious server. So tracker sends a
+login only to servers that the environment names, never to stored ones.
 
 Modules:
     mlflow: Write to MLflow.

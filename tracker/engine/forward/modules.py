@@ -157,9 +157,9 @@ class SublayerFork(ModuleFork):
     """The attention or the MLP of a layer, if some streams skip it.
 
     Streams that first differ within this layer have the same input, so their attention is computed
-    once. For example, the stream without the MLP uses the attention of the baseline. Each output is
-    then copied to all streams that use it. A stream without the sublayer gets an output that leaves
-    the residual stream unchanged.
+    once. For example, the ablation that removes the MLP uses the attention output of the intact
+    model. Each output is then copied to all streams that use it. A stream without the sublayer gets
+    an output that leaves the residual stream unchanged.
 
     Attributes:
         computed_streams: Indices of the streams for which the sublayer is computed.
@@ -263,7 +263,7 @@ class RouterFork(ModuleFork):
 
     @classmethod
     def make_forks(cls, site: LayerSite) -> Iterator[ModuleFork]:
-        """Yield a replacement of the router, if some stream lacks experts."""
+        """Yield a replacement of the router if any ablation removes experts, else nothing."""
         if "expert" in site.step.components:
             experts = site.anatomy.get_part(Experts, site.index)
             remaining = [

@@ -87,7 +87,7 @@ class LayerStep:
 
     @cached_property
     def has_sublayers(self) -> bool:
-        """True if any stream removes a part of the layer, e.g. the MLP or heads."""
+        """True if any ablation of this pass removes a part of the layer, e.g. the MLP or heads."""
         return self.divided and any(self.actions[i] in _PART_ACTIONS[1:] for i in self.entrants)
 
     @cached_property

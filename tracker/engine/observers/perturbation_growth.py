@@ -144,7 +144,7 @@ class _Directions:
 
     @property
     def n_per_layer(self) -> int:
-        """The number of perturbations per layer: removed, shuffled and the random directions."""
+        """The number of perturbations of each layer: two, and one for each random direction."""
         return RANDOM + self.draws
 
     def perturb(self, layer: int, inputs: Tensor, outputs: Tensor) -> list[Tensor]:

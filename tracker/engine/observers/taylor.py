@@ -149,7 +149,7 @@ def measure_kl_gradients(
 def _find_kl_terms(
     engine: Engine, copied: Engine, change: Change
 ) -> Iterator[tuple[nn.Module, _Term]]:
-    """Yield the rounded linear maps of a change in the copy, with functions for their terms."""
+    """Yield the linear maps that a change rounds in the copy, with functions for their terms."""
     for path in engine.anatomy.expand_formats(change.layer, [change]):
         exact, rounded = (e.anatomy.get_map(change.layer, path) for e in (engine, copied))
         # The change from the exact weight to the rounded weight, at the rounded weight.
@@ -170,7 +170,7 @@ def _compute_terms(
     find_terms: Callable[[Change], Iterable[tuple[nn.Module, _Term]]],
     compute_loss: Callable[[], Tensor],
 ) -> dict[Change, float]:
-    """Compute the terms of all changes in a text; raise RefusalError if autograd fails."""
+    """Compute the Taylor term of each change in a text; RefusalError if autograd fails."""
     terms_of: dict[nn.Module, list[tuple[Change, _Term]]] = {}
     for change in changes:
         for module, term in find_terms(change):

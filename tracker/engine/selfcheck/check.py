@@ -236,9 +236,9 @@ def _confirmation_keys(
 ) -> list[str]:
     """Return the storage keys (SHA-256) for the result of the check on the model itself.
 
-    A key depends on the model, the result for its architecture, the ablations, the hardware, and
-    the length of the texts. The first key is for texts of up to `n_tokens` tokens, the other keys
-    are for longer texts.
+    A key depends on the model, the result of the test of its architecture, the ablations, the
+    hardware, and the length of the texts. The first key is for texts of up to `n_tokens` tokens,
+    the other keys are for longer texts.
     """
     loaded = engine.loaded
     devices = {loaded.device, *(p.device for p in loaded.model.parameters() if not p.is_meta)}
@@ -258,7 +258,7 @@ def _confirmation_keys(
 
 
 def measure_reach(engine: Engine, documents: Documents) -> Reach:
-    """Count the tokens of the longest text, the largest prefix tree and the longest row."""
+    """Return the tokens of the longest text, of the largest prefix tree and of a batch row."""
     max_length = engine.max_length
     longest = max(request.length for document in documents for request in document.requests)
     widest = max(count_tree_nodes(document, max_length) for document in documents)

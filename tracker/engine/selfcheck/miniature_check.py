@@ -180,7 +180,7 @@ MAX_PART_ABLATIONS = 128
 
 
 class _Probe(NamedTuple):
-    """Documents to score under ablations, and the scores to compare with changed models.
+    """Documents to score under ablations, and the scores that changed models must reproduce.
 
     Attributes:
         calls: The documents of each call of `Engine.score`.
@@ -443,7 +443,7 @@ def _check_model_itself(engine: Engine, ablations: Ablations) -> SharingVerdict:
     """Run the check on the model itself, for a model without a miniature."""
     verdict = SharingVerdict(
         DEPTH_ONLY,
-        "no tiny copy of the model can be built, so sharing between tokens cannot be tested",
+        "no tiny copy of the model can be built, so sharing over tokens cannot be tested",
         lengths=(((), True),),
         tested_on="the model",
     )

@@ -253,7 +253,7 @@ class _Outputs:
 
     @property
     def differs_from_skip(self) -> bool:
-        """True if skipping the layers gives other logits than a saved and loaded copy."""
+        """True if skipping layers and a saved copy without these layers give different logits."""
         return self.saved is not None and not logits_alike(self.saved, self.skip)
 
     @property

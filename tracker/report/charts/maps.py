@@ -200,7 +200,7 @@ def _column_layers(kind: Change, layers: Sequence[int]) -> Sequence[int]:
 def _shown_mask(
     cell: CellRecord, kinds: Sequence[Change], layers: Sequence[int]
 ) -> list[list[bool]]:
-    """Return whether each run is significant, as rows of the map; runs are tested jointly."""
+    """Return for each cell of the map whether its run is significant; runs are tested jointly."""
     verdicts = run_verdicts(cell, [run for run in cell.runs if run.change.kind in kinds])
     return [
         [

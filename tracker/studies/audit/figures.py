@@ -316,7 +316,7 @@ class ModelAudit:
 
     @cached_property
     def ranks(self) -> dict[str, tuple[int, int]]:
-        """Best and worst possible rank by correlation with the drops, by name of the proxy."""
+        """Proxy → best and worst rank that its correlation with the drops can have."""
         summaries = list(self.summaries.values())
         lows = [[self.compare_proxies(a, b).low or 0.0 for b in summaries] for a in summaries]
         ranks = ranks_by_comparison(np.array(lows) > 0)

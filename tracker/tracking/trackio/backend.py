@@ -54,7 +54,7 @@ class TrackioBackend(Backend):
         SQLiteStorage.validate_project_name(self._project)
         if utils.get_storage_mode() != "sqlite":
             raise TrackingError(
-                "trackio cannot use its SQLite database here, as on a network file system; set "
+                "trackio cannot use its SQLite database here (a network file system?); set "
                 "TRACKIO_DIR to a local folder"
             )
         existing = self._runs_by_key()
