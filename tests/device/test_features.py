@@ -19,12 +19,13 @@ from tracker.bench.doctor import (
     largest_difference,
 )
 from tracker.engine.observers.layer_proxies import output_proxies
+from tracker.engine.observers.taylor import measure_kl_gradients, measure_taylor
 from tracker.engine.refusal import RefusalError
 from tracker.engine.scoring.model import DEPTH_ONLY, ONE_BY_ONE, PLAIN
 from tracker.engine.scoring.sweep import Engine
 from tracker.engine.selfcheck.check import check_sharing
 from tracker.measuring.progress import Silent
-from tracker.schema.changes import INTACT
+from tracker.schema.changes import INTACT, Change
 from tracker.schema.errors import CellError
 
 NO_EXPERTS = {"experts", "shared experts", "expert load"}
@@ -75,6 +76,24 @@ def test_gradients(engines):
     document = make_documents(1)[0]
     sums = [output_proxies(engine, document, "gate_gradient") for engine in engines("llama")]
     assert largest_difference(*sums) < 1e-5
+
+
+TAYLOR_CHANGES = {
+    "llama": ("head:1.3", "attention:0", "mlp:3", "int4:1.self_attn.q_proj"),
+    "qwen2_moe": ("expert:1.2", "shared_expert:2"),
+}
+
+
+@pytest.mark.parametrize("family", TAYLOR_CHANGES)
+def test_taylor_terms(engines, family):
+    document = make_documents(1)[0]
+    changes = [Change.parse(text) for text in TAYLOR_CHANGES[family]]
+    on_cpu, on_device = (measure_taylor(engine, document, changes) for engine in engines(family))
+    assert on_device == pytest.approx(on_cpu, rel=1e-4)
+    rounded = [change for change in changes if change.intervention != "remove"]
+    if rounded:
+        sums = (measure_kl_gradients(engine, [document], rounded) for engine in engines(family))
+        assert next(sums) == [pytest.approx(next(sums)[0], rel=1e-3, nan_ok=True)]
 
 
 @pytest.mark.parametrize("feature", WITHOUT_FLOAT64)
