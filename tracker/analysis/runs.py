@@ -36,6 +36,7 @@ ONE_LOOK_REASON = "the formula assumes a fixed sample size, but sampling stopped
 
 _NOT_FINITE = "in the intact model, a token's hidden state is zero or not finite"
 _WHOLE_ONLY = "measured for whole single layers only"
+_OTHER_KIND = "not measured for this kind of change"
 _NEVER_ROUTED = "no token of these documents is routed to this expert"
 _NOT_SEPARABLE = "the expert's output is not finite or not separable from other experts' outputs"
 _NO_EFFECT = (
@@ -108,6 +109,7 @@ class PartProxies:
         self.sums = {proxy.name: outcomes.part_sums(proxy, self.runs) for proxy in PART_PROXIES}
         self._tokens = np.tile(outcomes.tokens[:, None], len(self.runs))
         self._indexes = {run: index for index, run in enumerate(self.runs)}
+        self._names = {proxy.name for run in self.runs for proxy in self.proxies_of(run)}
 
     def proxies_of(self, run: Change) -> list[Proxy]:
         """List the proxies that are available for a run."""
@@ -133,11 +135,10 @@ class PartProxies:
         return safe_divide(self.sums[proxy.name].sum(axis=0), self.counts(proxy).sum(axis=0))
 
     def estimates(self, run: Change) -> dict[str, Estimate]:
-        """Return proxy name → estimate for the part that a run changes."""
-        if run not in self._indexes:
-            return {}
-        index = self._indexes[run]
-        return {proxy.name: self._estimate(proxy, index) for proxy in self.proxies_of(run)}
+        """Return proxy name → value for the changed part, for all proxies that any run has."""
+        own = self.proxies_of(run) if run in self._indexes else []
+        undefined = dict.fromkeys(self._names, Estimate(None, reason=_OTHER_KIND))
+        return undefined | {proxy.name: self._estimate(proxy, self._indexes[run]) for proxy in own}
 
     def _estimate(self, proxy: Proxy, index: int) -> Estimate:
         routed = self.sums["routed_share"][:, index].sum()

@@ -304,8 +304,8 @@ def run_hover(cell: CellRecord, run: Change, record: RunRecord | None) -> str:
     lines = [heading, f"{measure.change} {text}"]
     if record.drop.p_value is not None:
         lines.append(f"McNemar p {p_value(record.drop.p_value)} (unadjusted)")
-    proxies = [proxy.name for proxy in PART_PROXIES if proxy.name in record.proxies]
-    proxies = proxies or ["cosine_score"]
+    parts = (p for p in PART_PROXIES if p.component == run.component or record.proxies.get(p.name))
+    proxies = [proxy.name for proxy in parts] if run.has_taylor else ["cosine_score"]
     for field in ("accuracy_relevance", *proxies):
         value = record.figure(field)
         text = f"undefined: {wrap_text(cell.reason_of(field, record))}"
