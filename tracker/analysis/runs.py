@@ -136,9 +136,9 @@ class PartProxies:
 
     def estimates(self, run: Change) -> dict[str, Estimate]:
         """Return proxy name → value for the changed part, for all proxies that any run has."""
-        own = self.proxies_of(run) if run in self._indexes else []
+        proxies = self.proxies_of(run) if run in self._indexes else []
         undefined = dict.fromkeys(self._names, Estimate(None, reason=_OTHER_KIND))
-        return undefined | {proxy.name: self._estimate(proxy, self._indexes[run]) for proxy in own}
+        return undefined | {p.name: self._estimate(p, self._indexes[run]) for p in proxies}
 
     def _estimate(self, proxy: Proxy, index: int) -> Estimate:
         routed = self.sums["routed_share"][:, index].sum()
