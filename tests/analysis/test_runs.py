@@ -195,6 +195,23 @@ def test_taylor_terms_are_complete_or_undefined(cell):
     assert {(run.taylor, run.reasons["taylor"]) for run in record.runs} == {(None, reason)}
 
 
+def test_a_run_without_a_taylor_term_keeps_those_of_others(cell, monkeypatch):
+    """The first of the maps may be one of experts, which never has a term."""
+    monkeypatch.setitem(HEADS, "head:0.0", (12, math.nan))
+    record = write_heads(cell, range(DOCUMENTS))
+    runs = {run.ablation: run for run in record.runs}
+    assert runs["head:0.0"].taylor is None
+    assert "not computed for 20 of 20 documents" in runs["head:0.0"].reasons["taylor"]
+    assert runs["head:0.1"].taylor == pytest.approx(3)
+    (spearman,) = (
+        c
+        for c in record.correlations
+        if (c.sample, c.coefficient, c.subset) == ("head", "spearman", "all")
+    )
+    assert spearman.n == 2
+    assert spearman.estimate.reason == "2 heads, and a correlation needs at least 3"
+
+
 def test_cells_measured_before_have_no_taylor_terms(cell):
     record = write_heads(cell, ())
     assert not any("taylor" in run.proxies or "taylor" in run.reasons for run in record.runs)

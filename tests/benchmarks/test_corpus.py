@@ -235,7 +235,7 @@ class TestRefusals:
         assert "document 2: the column 'text' holds no text" in refusal(path)
 
     @pytest.mark.parametrize(
-        ("line", "why"), [("{", "not valid JSON"), ("[1]", "not a JSON object")]
+        ("line", "why"), [("{", "not valid JSON"), ("[1]", "expected a JSON object")]
     )
     def test_a_broken_line(self, tmp_path, line: str, why: str) -> None:
         path = tmp_path / "rows.jsonl"

@@ -148,7 +148,7 @@ def test_a_stretch_that_is_passed_again_is_asked_of_a_deeper_model(both):
     ablations = [INTACT, Ablation.parse("repeat:1-2"), Ablation.parse("layer:2")]
     (_, expected), (offloaded, scores) = check_and_score(both("llama"), ablations)
     assert not offloaded.engine.sharing.depth
-    assert "repeated" in offloaded.sharing_note
+    assert "cannot run twice" in offloaded.sharing_note
     assert_same_scores(scores, expected)
 
 

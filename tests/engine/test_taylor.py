@@ -31,7 +31,8 @@ def _changed_weight(change: Change, path: str, weight: torch.Tensor) -> torch.Te
     elif change.component == "expert":
         changed[change.part] = 0
     else:
-        changed.zero_()
+        # Gemma's norms multiply by 1 + weight, and their weights are 0 at first.
+        changed.fill_(0.0 if weight.any() else -1.0)
     return changed
 
 
@@ -77,7 +78,17 @@ CASES = {
         "attention:1": ["self_attention.dense.weight", "self_attention.dense.bias"],
         "mlp:2": ["mlp.dense_4h_to_h.weight", "mlp.dense_4h_to_h.bias"],
     },
-    "gemma3": {"head:1.2": ["self_attn.o_proj.weight"], "int4:2.mlp.down_proj": [MLP[2]]},
+    # Norms of sublayers' outputs are scaled: the direction of a removal is that of the norm.
+    "gemma3": {
+        "head:1.2": ["self_attn.o_proj.weight"],
+        "int4:2.mlp.down_proj": [MLP[2]],
+        "attention:1": ["post_attention_layernorm.weight"],
+        "mlp:0": ["post_feedforward_layernorm.weight"],
+    },
+    "olmo2": {
+        "attention:1": ["post_attention_layernorm.weight"],
+        "mlp:2": ["post_feedforward_layernorm.weight"],
+    },
     "qwen2_moe": {
         "expert:1.2": ["mlp.experts.down_proj"],
         "shared_expert:2": ["mlp.shared_expert.down_proj.weight"],
@@ -99,6 +110,30 @@ def test_a_term_is_the_derivative_in_the_direction_of_the_change(family: str) ->
         slope = _finite_difference(model, gold_tokens(document), change, paths)
         assert terms[change] == pytest.approx(abs(slope), rel=1e-2, abs=5e-4), change
         assert abs(slope) > 5e-3, change
+
+
+def test_a_term_does_not_depend_on_the_other_changes() -> None:
+    engine = engine_of(tiny_model("llama", intermediate_size=64))
+    (document,) = make_documents(1)
+    changes = [Change.parse(text) for text in LLAMA]
+    together = measure_taylor(engine, document, [*changes, *changes])
+    for change in changes:
+        alone = measure_taylor(engine, document, [change])
+        assert alone == {change: pytest.approx(together[change], rel=1e-5)}
+
+
+def test_a_module_that_runs_twice_has_no_term() -> None:
+    model = tiny_model("llama")
+    engine, (document,) = engine_of(model), make_documents(1)
+    changes = [Change.parse(text) for text in ("head:1.0", "mlp:2")]
+    assert all(map(math.isfinite, measure_taylor(engine, document, changes).values()))
+    find_layers(model)[2].register_forward_pre_hook(_call_mlp, with_kwargs=True)
+    terms = measure_taylor(engine, document, changes)
+    assert [math.isfinite(terms[change]) for change in changes] == [True, False]
+
+
+def _call_mlp(layer, args, kwargs) -> None:
+    layer.mlp(args[0] if args else kwargs["hidden_states"])
 
 
 def test_a_gradient_of_kl_is_the_derivative_at_the_rounded_model() -> None:

@@ -17,6 +17,7 @@ from tracker.analysis.boards import layer_board
 from tracker.report.export import export_report, report_figures, report_frames
 from tracker.report.frames import correlation_frame, document_frame, layer_frame
 from tracker.report.tables import overview_table
+from tracker.schema.errors import WorkError
 from tracker.schema.estimates import Estimate
 from tracker.schema.records import CellRecord
 from tracker.schema.tables import Column, build_table
@@ -161,6 +162,31 @@ def test_figures_are_drawn(two_models, tmp_path):
                 # Only the colour bar of the heat map is made of pixels.
                 has_image = b"/Subtype /Image" in content
                 assert has_image == path.stem.endswith("heat-map"), "it is a vector figure"
+
+
+@pytest.mark.parametrize("failures", [1, 2])
+def test_figures_that_the_browser_did_not_draw_are_not_reported(
+    two_models, tmp_path, monkeypatch, failures
+):
+    """Kaleido returns its errors: the file that a busy browser did not write was listed."""
+    attempts = []
+
+    def write(figures):
+        attempts.append([figure["path"].stem for figure in figures])
+        drawn = figures[1:] if len(attempts) <= failures else figures
+        for figure in drawn:
+            figure["path"].write_bytes(b"drawn")
+        return () if drawn is figures else (TimeoutError("the browser took 90 s"),)
+
+    monkeypatch.setattr("kaleido.write_fig_from_object_sync", write)
+    cells, folder = two_models[:1], tmp_path / "png"
+    if failures == 1:
+        assert all(path.exists() for path in export_report(cells, "png", folder))
+    else:
+        with pytest.raises(WorkError, match="1 figure was not drawn: the browser took 90 s"):
+            export_report(cells, "png", folder)
+    assert len(attempts) == 2
+    assert attempts[1] == attempts[0][:1]
 
 
 def test_a_filter_on_shown_gives_the_layers_that_the_page_shows(cells):

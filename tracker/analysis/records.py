@@ -274,12 +274,12 @@ def _part_columns(
     for runs in group_by(parts.runs, lambda run: run.sample).values():
         indexes = [parts.runs.index(run) for run in runs]
         columns: list[_ProxyColumn] = []
-        for proxy in parts.proxies_of(runs[0]):
+        for proxy in parts.list_proxies(runs):
             values = parts.means(proxy)[indexes]
             sums, counts = parts.sums[proxy.name][:, indexes], parts.counts(proxy)[:, indexes]
             resamples = safe_divide(outcomes.resample(sums), outcomes.resample(counts))
             is_usable = np.array([run in has_drop for run in runs]) & np.isfinite(values)
-            reason = parts.unobserved_reason(proxy, indexes[0])
+            reason = "" if is_usable.any() else parts.unobserved_reason(proxy, indexes)
             columns.append((proxy, values, resamples, is_usable, reason))
         yield runs, columns
 

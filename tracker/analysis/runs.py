@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 
 import numpy as np
 import pandas as pd
@@ -16,8 +17,9 @@ from tracker.analysis.paired import PairedOutcomes
 from tracker.ledger.outcomes import METRIC_PREFIX
 from tracker.schema.changes import INTACT, WHOLE_LAYER, Ablation, Change
 from tracker.schema.estimates import Estimate
+from tracker.schema.grouping import group_by
 from tracker.schema.identities import CHOICE_PROBABILITIES
-from tracker.schema.proxies import OBSERVED, PART_PROXIES, Proxy
+from tracker.schema.proxies import OBSERVED, PART_PROXIES, PROXIES, Proxy
 from tracker.schema.records import RunAnswer, RunRecord
 from tracker.stats.accuracy import (
     RATIO,
@@ -36,6 +38,7 @@ ONE_LOOK_REASON = "the formula assumes a fixed sample size, but sampling stopped
 
 _NOT_FINITE = "in the intact model, a token's hidden state is zero or not finite"
 _WHOLE_ONLY = "measured for whole single layers only"
+_NO_GRADIENT = "a gradient is not finite"
 _OTHER_KIND = "not measured for this kind of change"
 _NEVER_ROUTED = "no token of these documents is routed to this expert"
 _NOT_SEPARABLE = "the expert's output is not finite or not separable from other experts' outputs"
@@ -109,22 +112,25 @@ class PartProxies:
         self.sums = {proxy.name: outcomes.part_sums(proxy, self.runs) for proxy in PART_PROXIES}
         self._tokens = np.tile(outcomes.tokens[:, None], len(self.runs))
         self._indexes = {run: index for index, run in enumerate(self.runs)}
-        self._names = {proxy.name for run in self.runs for proxy in self.proxies_of(run)}
+        self._names = {
+            sample: [proxy.name for proxy in self.list_proxies(runs)]
+            for sample, runs in group_by(self.runs, lambda run: run.sample).items()
+        }
 
-    def proxies_of(self, run: Change) -> list[Proxy]:
-        """List the proxies that are available for a run."""
-        index = self._indexes[run]
+    def list_proxies(self, runs: Sequence[Change]) -> list[Proxy]:
+        """List the proxies of runs of one kind: of their component, or with a value in any run."""
+        indexes = [self._indexes[run] for run in runs]
         return [
             proxy
             for proxy in PART_PROXIES
-            if proxy.component == run.component
-            or (proxy.component == "part" and not np.isnan(self.sums[proxy.name][:, index]).all())
+            if proxy.component == runs[0].component
+            or (proxy.component == "part" and not np.isnan(self.sums[proxy.name][:, indexes]).all())
         ]
 
-    def unobserved_reason(self, proxy: Proxy, index: int) -> str:
+    def unobserved_reason(self, proxy: Proxy, indexes: Sequence[int]) -> str:
         """Describe how many documents lack a proxy; return "" if the proxy is known for all."""
         name = proxy.name if proxy.component == "part" else "routed_share"
-        return count_unobserved(np.isnan(self.sums[name][:, index]))
+        return count_unobserved(np.isnan(self.sums[name][:, indexes].sum(axis=1)))
 
     def counts(self, proxy: Proxy) -> Array:
         """Return the number of tokens over which a proxy is summed, `[documents, runs]`."""
@@ -136,14 +142,17 @@ class PartProxies:
 
     def estimates(self, run: Change) -> dict[str, Estimate]:
         """Return proxy name → value for the changed part, for all proxies that any run has."""
-        proxies = self.proxies_of(run) if run in self._indexes else []
-        undefined = dict.fromkeys(self._names, Estimate(None, reason=_OTHER_KIND))
-        return undefined | {p.name: self._estimate(p, self._indexes[run]) for p in proxies}
+        names = self._names.get(run.sample, ()) if run in self._indexes else ()
+        undefined = dict.fromkeys(chain(*self._names.values()), Estimate(None, reason=_OTHER_KIND))
+        return undefined | {name: self._estimate(PROXIES[name], run) for name in names}
 
-    def _estimate(self, proxy: Proxy, index: int) -> Estimate:
-        routed = self.sums["routed_share"][:, index].sum()
-        undefined = _NOT_SEPARABLE if routed else _NEVER_ROUTED
-        reason = self.unobserved_reason(proxy, index) or undefined
+    def _estimate(self, proxy: Proxy, run: Change) -> Estimate:
+        index = self._indexes[run]
+        undefined = _NO_GRADIENT
+        if proxy.component == "expert":
+            routed = self.sums["routed_share"][:, index].sum()
+            undefined = _NOT_SEPARABLE if routed else _NEVER_ROUTED
+        reason = self.unobserved_reason(proxy, [index]) or undefined
         return _finite_estimate(self.means(proxy)[index], reason)
 
 

@@ -220,7 +220,8 @@ class Meter:
             partial(scorer.score_again, repeated, scored),
             partial(reference.answer_all, watched_requests(checked, scored, seed, first_index)),
         ]
-        if parts := [ablation.part for ablation in scored if ablation.part is not None]:
+        # Two ablations have the same part if layers are removed in all runs of one of them.
+        if parts := [*dict.fromkeys(a.part for a in scored if a.part is not None)]:
             passes.append(partial(self._observe_parts, documents, parts))
         results, repeated_results, _, *part_sums = scorer.engine.run_lockstep(passes)
         compared = [result for result in results if result.document.key in self._checked_keys]
@@ -276,6 +277,7 @@ class Meter:
                 "taylor": [measure_taylor(engine, document, parts) for document in documents],
                 "kl_gradient": measure_kl_gradients(engine, documents, rounded),
             }
+            engine.restore_state()
             for name, document_terms in terms.items():
                 for document_sums, values in zip(sums, document_terms, strict=True):
                     for part, value in values.items():

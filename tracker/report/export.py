@@ -31,8 +31,9 @@ from tracker.report.tables import overview_table
 from tracker.report.wording import rule
 from tracker.schema import formats
 from tracker.schema.distribution import extra_command
-from tracker.schema.errors import RequestError
+from tracker.schema.errors import RequestError, WorkError, first_line
 from tracker.schema.findings import FindingRecord
+from tracker.schema.formats import count_text
 from tracker.schema.records import CellRecord
 from tracker.schema.tables import Table, entry_text, heading_text
 from tracker.schema.text import escape_markdown
@@ -101,6 +102,7 @@ def export_report(
 
     Raises:
         RequestError: The format needs the package kaleido, which is not installed.
+        WorkError: Some figures could not be drawn; the other files are written.
         WorkError: The disk is full or not writable.
     """
     return REPORT_FORMATS[report_format](cells, path, extra, findings)
@@ -224,12 +226,23 @@ def _write_images(
     for figure in drawn_figures.values():
         # Exported figures have a white background, because they are printed alone.
         figure.update_layout(paper_bgcolor="white", plot_bgcolor="white", font_color="black")
-    kaleido.write_fig_from_object_sync(
-        [
-            {"fig": figure, "path": path, "opts": {"format": suffix, "width": 900, "scale": 2}}
-            for figure, path in zip(drawn_figures.values(), paths, strict=True)
+    for path in paths:
+        path.unlink(missing_ok=True)
+    options = {"format": suffix, "width": 900, "scale": 2}
+    errors: Sequence[Exception] = ()
+    for _ in range(2):  # a busy browser may exceed its time limit once
+        pairs = zip(drawn_figures.values(), paths, strict=True)
+        missing = [
+            {"fig": figure, "path": path, "opts": options}
+            for figure, path in pairs
+            if not path.exists()
         ]
-    )
+        if missing:
+            errors = kaleido.write_fig_from_object_sync(missing)
+    if n_missing := sum(not path.exists() for path in paths):
+        reason = first_line(errors[0]) if errors else "the browser gave no reason"
+        verb = "was" if n_missing == 1 else "were"
+        raise WorkError(f"{count_text(n_missing, 'figure')} {verb} not drawn: {reason}")
     return paths
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tracker.engine.forward.layer import ForwardPass
 from tracker.engine.forward.streams import Ablations
-from tracker.engine.observers.taylor import gate_gradient
+from tracker.engine.observers.taylor import MAX_ROUNDING_SHARE, gate_gradient
 from tracker.engine.refusal import RefusalError, try_model
 from tracker.engine.scoring.head import LOGITS_BYTES
 from tracker.engine.scoring.rows import measured_texts, reading_row
@@ -289,10 +289,6 @@ def measure_span_similarity(engine: Engine, document: Document) -> dict[str, Ten
     return sums
 
 
-_MAX_ROUNDING_SHARE = 0.05
-"""Share of the experts' total output by which two orders of summation may differ."""
-
-
 @torch.inference_mode()
 def measure_expert_load(
     engine: Engine, document: Document, parts: Collection[Change]
@@ -340,7 +336,7 @@ def _record_load(
             (numbers, to_double(gates) * to_double(expert_output.float().norm(dim=-1)))
         )
     flat_output = output.float().flatten(0, -2)
-    is_separable = (total - flat_output).norm() <= _MAX_ROUNDING_SHARE * flat_output.norm()
+    is_separable = (total - flat_output).norm() <= MAX_ROUNDING_SHARE * flat_output.norm()
     for numbers, loads in expert_outputs:
         # A number beyond the last belongs to no expert of this module, but to one elsewhere.
         is_counted = (numbers < sums.shape[1]).cpu() & (torch.arange(len(numbers)) >= start)

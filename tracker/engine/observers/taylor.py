@@ -6,6 +6,7 @@ One forward and one backward pass give the terms of all changes for a text.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -16,10 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from tracker.engine.forward.modules import HEAD_COMPONENTS
-from tracker.engine.refusal import RefusalError, try_model
+from tracker.engine.refusal import RefusalError, is_device_lost, is_out_of_memory, try_model
 from tracker.engine.scoring.model import compute_logits
 from tracker.engine.scoring.rows import measured_texts
 from tracker.engine.scoring.sweep import Engine
+from tracker.models.devices import empty_cache
 from tracker.models.hooks import (
     call_protected,
     first_output,
@@ -28,10 +30,12 @@ from tracker.models.hooks import (
     replace_first_output,
     replaced_forward,
 )
+from tracker.models.parts.anatomy import LayerAnatomy
 from tracker.models.parts.experts import Experts, SharedExperts, single_expert_outputs
 from tracker.models.parts.heads import Heads
 from tracker.models.parts.linear_maps import LinearMap, map_of_module
-from tracker.models.parts.sublayers import Sublayers
+from tracker.models.parts.probe import ModuleCall
+from tracker.models.parts.sublayers import SUBLAYER_TEXT_TOKENS, Sublayers
 from tracker.schema.changes import Ablation, Change
 from tracker.schema.documents import Document
 from tracker.schema.errors import CellError
@@ -60,13 +64,8 @@ def measure_taylor(
         P. Molchanov et al., arXiv 1906.10771 (|gradient × activation|). P. Michel et al., arXiv
         1905.10650 (the absolute value is taken in each document).
     """
-    terms = dict.fromkeys(changes, 0.0)
-    for tokens, start in measured_texts(document, engine.max_length):
-        loss = partial(_text_loss, engine, tokens, start)
-        find = partial(_find_terms, engine)
-        text_terms, _ = try_model(partial(_compute_terms, engine, changes, find, loss))
-        for change in changes:
-            terms[change] += text_terms[change] if text_terms else math.nan
+    find = partial(_find_terms, engine)
+    terms = _sum_terms(engine, document, changes, find, partial(_text_loss, engine))
     return {change: abs(term) for change, term in terms.items()}
 
 
@@ -90,15 +89,24 @@ class _Call:
     @cached_property
     def expert_terms(self) -> dict[Any, float]:
         """Number of each expert → Taylor term of its output."""
-        terms: dict[Any, float] = {}
+        terms: dict[Any, float] = defaultdict(float)
         gradient = self.gradient.float().flatten(0, -2)
+        rest = self.output.float().flatten(0, -2)
+        size = float(rest.norm())
         calls = single_expert_outputs(self.module.forward, self.args, self.kwargs)
         for numbers, gates, outputs in calls:
-            products = -(gates.float() * (outputs.float() * gradient).sum(-1))
+            weighted = gates[:, None].float() * outputs.float()
+            rest = rest - weighted
+            products = -(weighted * gradient).sum(-1)
             for number, product in zip(numbers.tolist(), products.tolist(), strict=True):
-                terms[number] = terms.get(number, 0.0) + product
+                terms[number] += product
+        if float(rest.norm()) > MAX_ROUNDING_SHARE * size:  # not a sum of the experts' outputs
+            return defaultdict(lambda: math.nan)
         return terms
 
+
+MAX_ROUNDING_SHARE = 0.05
+"""Share of the experts' total output by which two orders of summation may differ."""
 
 _Term = Callable[[_Call], float]
 """Function that computes the term of a change from the call of a module."""
@@ -127,22 +135,44 @@ def measure_kl_gradients(
         `estimate_sensitivities` of mlx-lm, without its division by the number of weights.
     """
     sums = [dict.fromkeys(changes, math.nan) for _ in documents]
-    layers = range(len(engine.loaded.layers))
+    layers = engine.loaded.layers
+    # The copy takes as much memory as the layers: not beside a model that fills the memory.
+    if sum(weight.nbytes for weight in layers.parameters()) > engine.budget:
+        return sums
     for form, rounded in group_by(changes, lambda change: change.intervention).items():
-        everything = (Change(layers=(layer,), intervention=form) for layer in layers)
+        everything = [Change(layers=(layer,), intervention=form) for layer in range(len(layers))]
         try:
             copied = engine.ablate(Ablation.from_changes(*everything))
         except CellError:
             continue
+        find = partial(_find_kl_terms, engine, copied)
+        loss = partial(_kl_divergence, engine, copied)
         for document, terms in zip(documents, sums, strict=True):
-            totals = dict.fromkeys(rounded, 0.0)
-            for tokens, start in measured_texts(document, engine.max_length):
-                find = partial(_find_kl_terms, engine, copied)
-                loss = partial(_kl_divergence, engine, copied, tokens, start)
-                text_terms, _ = try_model(partial(_compute_terms, copied, rounded, find, loss))
-                for change in rounded:
-                    totals[change] += text_terms[change] if text_terms else math.nan
-            terms |= totals
+            terms |= _sum_terms(copied, document, rounded, find, loss)
+        del copied, find, loss  # before the next copy is made
+    return sums
+
+
+def _sum_terms(
+    engine: Engine,
+    document: Document,
+    changes: Sequence[Change],
+    find_terms: Callable[[Change], Iterable[tuple[nn.Module, _Term]]],
+    compute_loss: Callable[[Sequence[int], int], Tensor],
+) -> dict[Change, float]:
+    """Sum the terms of each change over a document's texts; NaN if the passes fail."""
+    sums = dict.fromkeys(changes, 0.0)
+    for tokens, start in measured_texts(document, engine.max_length):
+        loss = partial(compute_loss, tokens, start)
+        try:
+            terms, _ = try_model(partial(_compute_terms, engine, [*sums], find_terms, loss))
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            terms = None
+            empty_cache()
+        for change in sums:
+            sums[change] += terms[change] if terms else math.nan
     return sums
 
 
@@ -176,10 +206,11 @@ def _compute_terms(
         for module, term in find_terms(change):
             terms_of.setdefault(module, []).append((change, term))
     calls: dict[nn.Module, _Call] = {}
+    repeated: set[nn.Module] = set()
 
     def record(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         if module in calls:
-            raise RefusalError("a module runs several times in a forward pass")
+            repeated.add(module)
         calls[module] = _Call(module, args, kwargs, first_output(output))
         # A copy, because the layer may change the output in place.
         return replace_first_output(output, first_output(output).clone())
@@ -188,21 +219,25 @@ def _compute_terms(
         return output.detach().requires_grad_().clone()
 
     with torch.inference_mode(False), torch.enable_grad(), ExitStack() as stack:
-        embedding = engine.embeddings.embedding.module
+        embedding = engine.loaded.model.get_input_embeddings()
         stack.enter_context(embedding.register_forward_hook(require_gradient))
         for module in terms_of:
             stack.enter_context(module.register_forward_hook(record, with_kwargs=True))
         loss = compute_loss()
         outputs = [call.output for call in calls.values()]
-        for call, gradient in zip(calls.values(), _gradients(loss, outputs), strict=True):
+        gradients = _gradients(loss, outputs) if outputs else ()
+        for call, gradient in zip(calls.values(), gradients, strict=True):
             call.gradient = gradient
     sums = dict.fromkeys(changes, 0.0)
     with torch.no_grad():
         # Gradients of weights take much memory: they are freed after each module.
         for module, terms in terms_of.items():
-            call = calls.pop(module)
+            module_call = calls.pop(module, None)  # None for an expert without tokens
             for change, term in terms:
-                sums[change] += term(call)
+                if module in repeated:
+                    sums[change] = math.nan
+                elif module_call is not None:
+                    sums[change] += term(module_call)
     return sums
 
 
@@ -221,12 +256,43 @@ def _find_terms(engine: Engine, change: Change) -> Iterator[tuple[nn.Module, _Te
         yield layer.get_submodule(heads.projection), partial(_head_term, columns)
     elif component == "expert":
         holder = layer.get_submodule(anatomy.get_part(Experts, number).holder)
-        yield holder, lambda call: call.expert_terms.get(change.part, 0.0)
+        yield holder, lambda call: call.expert_terms[change.part]
     elif component == "shared_expert":
         for path in anatomy.get_part(SharedExperts, number).paths:
             yield layer.get_submodule(path), _removal_term
     else:
-        yield anatomy.get_part(Sublayers, number).module(component), _removal_term
+        yield _added_modules(anatomy)[number][component], _removal_term
+
+
+def _added_modules(anatomy: LayerAnatomy) -> Sequence[dict[str, nn.Module]]:
+    """Find the module whose output each sublayer adds to the residual stream, in each layer.
+
+    This is the sublayer, or a norm (as in Gemma) that reads the output of the sublayer.
+    """
+    numbers = {layer: number for number, layer in enumerate(anatomy.layers)}
+
+    def follow(module: nn.Module, calls: Sequence[ModuleCall]) -> nn.Module:
+        call = next(call for call in calls if call.module is module)
+        output = first_output(call.output)
+        if neutral_output(module, call.args, call.kwargs, output, len(output)).any():
+            return module  # it adds its input itself
+        for other in calls:
+            is_norm = all(parameter.ndim < 2 for parameter in other.module.parameters())
+            if is_norm and any(value is output for value in other.arguments):
+                module, output = other.module, first_output(other.output)
+        return module
+
+    def find(layer: nn.Module, calls: Sequence[ModuleCall]) -> dict[str, nn.Module]:
+        sublayers = anatomy.get_part(Sublayers, numbers[layer])
+        return {name: follow(sublayers.module(name), calls) for name in ("attention", "mlp")}
+
+    key = "added modules"
+    if key not in anatomy.parts:
+        anatomy.find(Sublayers)  # before the model runs here
+        with anatomy.exclusive_use():
+            anatomy.parts[key] = anatomy.probe(Sublayers, SUBLAYER_TEXT_TOKENS, find)
+    modules: Sequence[dict[str, nn.Module]] = anatomy.parts[key]
+    return modules
 
 
 def _rounding_term(linear: LinearMap, get_weight: Callable[[], Tensor], call: _Call) -> float:
@@ -289,4 +355,6 @@ def _gradients(loss: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     try:
         return torch.autograd.grad(loss, tensors)
     except RuntimeError as error:
+        if is_out_of_memory(error) or is_device_lost(error):
+            raise
         raise RefusalError(f"it cannot be differentiated: {error}") from None
