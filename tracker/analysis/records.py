@@ -272,10 +272,10 @@ def _part_columns(
     """
     has_drop = {record.change for record in records if record.drop.value is not None}
     for runs in group_by(parts.runs, lambda run: run.sample).values():
-        indexes = [parts.runs.index(run) for run in runs]
+        indexes = [parts.indexes[run] for run in runs]
         columns: list[_ProxyColumn] = []
         for proxy in parts.list_proxies(runs):
-            values = parts.means(proxy)[indexes]
+            values = parts.means[proxy.name][indexes]
             sums, counts = parts.sums[proxy.name][:, indexes], parts.counts(proxy)[:, indexes]
             resamples = safe_divide(outcomes.resample(sums), outcomes.resample(counts))
             is_usable = np.array([run in has_drop for run in runs]) & np.isfinite(values)

@@ -105,13 +105,21 @@ class PartProxies:
     Attributes:
         runs: Runs that change a part of one layer.
         sums: Name of the proxy → array `[documents, runs]` of sums over tokens.
+        means: Name of the proxy → array `[runs]` of means over all tokens.
+        indexes: Run → index of the run in `runs`.
     """
 
     def __init__(self, outcomes: AlignedOutcomes) -> None:
         self.runs = [run for run in outcomes.runs if run.has_taylor]
         self.sums = {proxy.name: outcomes.part_sums(proxy, self.runs) for proxy in PART_PROXIES}
         self._tokens = np.tile(outcomes.tokens[:, None], len(self.runs))
-        self._indexes = {run: index for index, run in enumerate(self.runs)}
+        self.means = {
+            proxy.name: safe_divide(
+                self.sums[proxy.name].sum(axis=0), self.counts(proxy).sum(axis=0)
+            )
+            for proxy in PART_PROXIES
+        }
+        self.indexes = {run: index for index, run in enumerate(self.runs)}
         self._names = {
             sample: [proxy.name for proxy in self.list_proxies(runs)]
             for sample, runs in group_by(self.runs, lambda run: run.sample).items()
@@ -119,7 +127,7 @@ class PartProxies:
 
     def list_proxies(self, runs: Sequence[Change]) -> list[Proxy]:
         """List the proxies of runs of one kind: of their component, or with a value in any run."""
-        indexes = [self._indexes[run] for run in runs]
+        indexes = [self.indexes[run] for run in runs]
         return [
             proxy
             for proxy in PART_PROXIES
@@ -136,24 +144,20 @@ class PartProxies:
         """Return the number of tokens over which a proxy is summed, `[documents, runs]`."""
         return self.sums[proxy.over] if proxy.over else self._tokens
 
-    def means(self, proxy: Proxy) -> Array:
-        """Return the mean of a proxy over all tokens, for the part that each run changes."""
-        return safe_divide(self.sums[proxy.name].sum(axis=0), self.counts(proxy).sum(axis=0))
-
     def estimates(self, run: Change) -> dict[str, Estimate]:
         """Return proxy name → value for the changed part, for all proxies that any run has."""
-        names = self._names.get(run.sample, ()) if run in self._indexes else ()
+        names = self._names.get(run.sample, ()) if run in self.indexes else ()
         undefined = dict.fromkeys(chain(*self._names.values()), Estimate(None, reason=_OTHER_KIND))
         return undefined | {name: self._estimate(PROXIES[name], run) for name in names}
 
     def _estimate(self, proxy: Proxy, run: Change) -> Estimate:
-        index = self._indexes[run]
+        index = self.indexes[run]
         undefined = _NO_GRADIENT
         if proxy.component == "expert":
             routed = self.sums["routed_share"][:, index].sum()
             undefined = _NOT_SEPARABLE if routed else _NEVER_ROUTED
         reason = self.unobserved_reason(proxy, [index]) or undefined
-        return _finite_estimate(self.means(proxy)[index], reason)
+        return _finite_estimate(self.means[proxy.name][index], reason)
 
 
 def _finite_estimate(value: float, reason: str) -> Estimate:
