@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tracker.engine.forward.layer import ForwardPass
 from tracker.engine.forward.streams import Ablations
-from tracker.engine.observers.taylor import MAX_ROUNDING_SHARE, gate_gradient
+from tracker.engine.observers.taylor import gate_gradient
 from tracker.engine.refusal import RefusalError, try_model
 from tracker.engine.scoring.head import LOGITS_BYTES
 from tracker.engine.scoring.rows import measured_texts, reading_row
@@ -28,7 +28,7 @@ from tracker.models.devices import copy_to_device, take_entries
 from tracker.models.hooks import (
     replaced_forward,
 )
-from tracker.models.parts.experts import Experts, single_expert_outputs
+from tracker.models.parts.experts import Experts, weighted_expert_outputs
 from tracker.schema.changes import INTACT, Ablation, Change
 from tracker.schema.documents import Document
 from tracker.schema.proxies import EXPERT_PROXIES, OBSERVED, angular_distance, to_double
@@ -328,16 +328,9 @@ def _record_load(
 ) -> Tensor:
     """Run the experts' module, add the load of each expert to `sums`, and return the output."""
     output = forward(*args, **kwargs)
-    total = torch.zeros_like(output, dtype=torch.float32).flatten(0, -2)
-    expert_outputs = []
-    for numbers, gates, expert_output in single_expert_outputs(forward, args, kwargs):
-        total += gates[:, None].float() * expert_output.float()
-        expert_outputs.append(
-            (numbers, to_double(gates) * to_double(expert_output.float().norm(dim=-1)))
-        )
-    flat_output = output.float().flatten(0, -2)
-    is_separable = (total - flat_output).norm() <= MAX_ROUNDING_SHARE * flat_output.norm()
-    for numbers, loads in expert_outputs:
+    expert_outputs, is_separable = weighted_expert_outputs(forward, args, kwargs, output)
+    for numbers, gates, expert_output in expert_outputs:
+        loads = to_double(gates) * to_double(expert_output.float().norm(dim=-1))
         # A number beyond the last belongs to no expert of this module, but to one elsewhere.
         is_counted = (numbers < sums.shape[1]).cpu() & (torch.arange(len(numbers)) >= start)
         experts, values = numbers.cpu()[is_counted].long(), loads.cpu().double()[is_counted]

@@ -31,7 +31,7 @@ from tracker.models.hooks import (
     replaced_forward,
 )
 from tracker.models.parts.anatomy import LayerAnatomy
-from tracker.models.parts.experts import Experts, SharedExperts, single_expert_outputs
+from tracker.models.parts.experts import Experts, SharedExperts, weighted_expert_outputs
 from tracker.models.parts.heads import Heads
 from tracker.models.parts.linear_maps import LinearMap, map_of_module
 from tracker.models.parts.probe import ModuleCall
@@ -91,22 +91,17 @@ class _Call:
         """Number of each expert → Taylor term of its output."""
         terms: dict[Any, float] = defaultdict(float)
         gradient = self.gradient.float().flatten(0, -2)
-        rest = self.output.float().flatten(0, -2)
-        size = float(rest.norm())
-        calls = single_expert_outputs(self.module.forward, self.args, self.kwargs)
-        for numbers, gates, outputs in calls:
-            weighted = gates[:, None].float() * outputs.float()
-            rest = rest - weighted
-            products = -(weighted * gradient).sum(-1)
+        expert_outputs, is_separable = weighted_expert_outputs(
+            self.module.forward, self.args, self.kwargs, self.output
+        )
+        if not is_separable:
+            return defaultdict(lambda: math.nan)
+        for numbers, gates, outputs in expert_outputs:
+            products = -(gates.float() * (outputs.float() * gradient).sum(-1))
             for number, product in zip(numbers.tolist(), products.tolist(), strict=True):
                 terms[number] += product
-        if float(rest.norm()) > MAX_ROUNDING_SHARE * size:  # not a sum of the experts' outputs
-            return defaultdict(lambda: math.nan)
         return terms
 
-
-MAX_ROUNDING_SHARE = 0.05
-"""Share of the experts' total output by which two orders of summation may differ."""
 
 _Term = Callable[[_Call], float]
 """Function that computes the term of a change from the call of a module."""

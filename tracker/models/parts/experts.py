@@ -32,6 +32,8 @@ EXPERT_TEXT_TOKENS = 16
 _ADDITION_TOLERANCE = 0.1
 """Tolerance between two orders of summation in half precision, relative to a shared expert's
 output."""
+_MAX_ROUNDING_SHARE = 0.05
+"""Share of the experts' total output by which two orders of summation may differ."""
 
 
 @dataclass(frozen=True)
@@ -350,6 +352,17 @@ def single_expert_outputs(
         single_kwargs = {name: single_choice(value, index) for name, value in kwargs.items()}
         output = forward(*single_args, **single_kwargs)
         yield choice[:, index], weights[:, index], output.flatten(0, -2)
+
+
+def weighted_expert_outputs(
+    forward: Callable[..., Tensor], args: Args, kwargs: Kwargs, output: Tensor
+) -> tuple[list[tuple[Tensor, Tensor, Tensor]], bool]:
+    """Return the results of `single_expert_outputs`, and whether their weighted sum is `output`."""
+    outputs = [*single_expert_outputs(forward, args, kwargs)]
+    total = sum(gates[:, None].float() * states.float() for _, gates, states in outputs)
+    flat_output = output.float().flatten(0, -2)
+    error = float((total - flat_output).norm())
+    return outputs, error <= _MAX_ROUNDING_SHARE * float(flat_output.norm())
 
 
 def _reads_mlp_input(call: ModuleCall, mlp: ModuleCall) -> bool:
