@@ -87,7 +87,7 @@ class _CallContext:
     ) -> None:
         given = {name: keywords[name] for name in _RUN_KEYWORDS if name in keywords}
         self.settings = {name: keywords[name] for name in keywords if name not in given}
-        allowed = [*names, *_RUN_KEYWORDS]
+        allowed = dict.fromkeys((*names, *_RUN_KEYWORDS))
         for name in self.settings:
             if name not in allowed:
                 near = did_you_mean(name, allowed)

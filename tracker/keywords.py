@@ -119,6 +119,7 @@ class FileKeywords(BenchmarkKeywords, total=False):
     repeats: Values[int]
     control: Values[Literal["random"] | None]
     removed: Values[Sequence[int]] | Sequence[int]
+    cluster: Values[str | None]
     method: Literal["grid"]
     command: list[str]
     program: str | None

@@ -21,11 +21,12 @@ from tracker.measuring.prepare import (
     check_range,
     find_cell,
     open_benchmarks,
+    with_clusters,
 )
 from tracker.measuring.progress import Progress
 from tracker.schema.answers import statement
 from tracker.schema.config import CellRequest, Changes
-from tracker.schema.errors import RequestError, TrackerError
+from tracker.schema.errors import ExperimentError, RequestError, TrackerError
 from tracker.schema.grouping import group_by
 from tracker.schema.model_parts import ModelParts
 from tracker.schema.records import CellRecord
@@ -103,6 +104,12 @@ def run_cells(
             written.
     """
     ledger.refuse_unwritable()
+    if not explicit and any(request.clusters for request in requests):
+        raise ExperimentError(
+            "cluster applies to tracker run; studies and searches take documents as independent. "
+            "Leave cluster out"
+        )
+    requests = [with_clusters(request) for request in requests]
     lookups = [find_cell(request, ledger, options.trust_remote_code) for request in requests]
     unfinished_cells = [cell for cell in lookups if not cell.complete]
     for cell in lookups:

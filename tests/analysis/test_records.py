@@ -7,7 +7,7 @@ import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,13 @@ from scipy import stats
 import tracker
 from tests.helpers.stored_cells import cell_record, layer_request, make_row, write_rows_to_blocks
 from tracker.analysis import records, runs
+from tracker.analysis.aligned import AlignedOutcomes
 from tracker.analysis.paired import outcome_variance
 from tracker.ledger.blocks import Block
 from tracker.ledger.cells import CellStore
 from tracker.ledger.outcomes import COMPARED_COLUMNS
 from tracker.measuring.derive import DERIVED_BY
+from tracker.schema.extent import Clusters
 from tracker.schema.proxies import OBSERVED, Proxy, relative_update
 from tracker.schema.records import CellRecord, RunRecord
 from tracker.stats.accuracy import OutcomeVariance
@@ -245,6 +247,30 @@ def test_the_intervals_of_a_single_task(record_of):
         # The share that changes is all that a smaller drop depends on.
         share = pytest.approx(np.count_nonzero(changes) / n)
         assert outcome_variance(run) == OutcomeVariance(share, binary=True)
+
+
+def test_the_interval_of_dependent_documents_is_that_of_their_clusters(store):
+    items = make_items({"arc_easy": 60})
+    labels = np.arange(60) // 4
+    clusters = Clusters(column="passage", labels=(("arc_easy", tuple(labels.tolist())),))
+    request = replace(layer_request(*range(LAYERS)), clusters=clusters)
+    cell = store(items)
+    record = cell_record(cell, request, "acc", aggregate)
+    aligned = AlignedOutcomes(cell, cell.views.view_of(request))
+    assert record.cluster == "passage"
+    for run in record.runs:
+        changes = np.array([i.accuracy("baseline") - i.accuracy(run.ablation) for i in items])
+        # The sandwich estimate of Liang and Zeger for clusters of equal size.
+        totals = [(changes - changes.mean())[labels == cluster].sum() for cluster in range(15)]
+        error = math.sqrt(15 / 14 * np.square(totals).sum()) / 60
+        half_width = stats.t.ppf(0.975, 14) * error
+        assert run.drop.value == pytest.approx(changes.mean())
+        assert run.drop.high - run.drop.low == pytest.approx(2 * half_width)
+        assert (run.clusters, run.units, run.drop.p_value) == (15, 15, None)
+        # So many independent documents would give the same error.
+        assert run.drop_sd / math.sqrt(60) == pytest.approx(error)
+        resamples = aligned.resample(changes[:, None])
+        assert resamples.std() == pytest.approx(error * math.sqrt(14 / 15), rel=0.1)
 
 
 @pytest.mark.parametrize("by_size", [True, False])

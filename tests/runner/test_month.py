@@ -24,6 +24,7 @@ from tests.helpers.runs import (
 )
 from tracker.ledger.store import Ledger
 from tracker.measuring.derive import derive_record
+from tracker.schema.errors import RequestError
 from tracker.schema.records import CellRecord
 from tracker.team.publish import Publisher
 from tracker.tracking.identity import run_key
@@ -165,6 +166,26 @@ def test_a_smaller_question_takes_nothing_away(month):
     assert [(len(run.runs), run.n) for run in month.records()] == [(2, 10), (4, 40), (2, 48)]
     month.run("rest", sample=48, layer=[0, 3])
     assert [(len(run.runs), run.n) for run in month.records()] == [(2, 10), (4, 48)]
+
+
+def test_clusters_of_documents_need_no_new_measurement(month):
+    (plain,), _ = month.run("plain", sample=40, layer=ALL)
+    (clustered,), lines = month.run("clustered", sample=40, layer=ALL, cluster="answerKey")
+    assert "checking models and benchmarks" not in lines
+    assert month.records() == [plain, clustered], "one view beside the other"
+    for run, independent in zip(clustered.runs, plain.runs, strict=True):
+        assert (run.units, independent.units) == (3, 40)
+        assert run.drop.value == pytest.approx(independent.drop.value)
+    assert "clustered by answerKey" in (month.results / "report.html").read_text()
+    for settings, words in (
+        ({"cluster": "answer"}, "Did you mean 'answerKey'"),
+        ({"cluster": "task"}, "same task"),
+        ({"cluster": "answerKey", "sample": None, "until": "top 1"}, "until and cluster"),
+    ):
+        with pytest.raises(RequestError, match=words):
+            run_experiment(month.file("wrong", **{"sample": 40, **settings}), month.results)
+    with pytest.raises(RequestError, match="studies and searches"):
+        tracker.study("audit", month.file("clustered2", cluster="answerKey"), results=month.results)
 
 
 def test_a_view_that_grows_is_one_set_of_runs_in_every_project(month):

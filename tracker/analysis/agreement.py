@@ -221,6 +221,6 @@ def drop_differences(
     differences = {}
     for run in cell.whole_layers:
         if other_run := other_runs.get(run.change.layer):
-            drops = widen([run.drop, other_run.drop], [run.n, other_run.n], family)
+            drops = widen([run.drop, other_run.drop], [run.units, other_run.units], family)
             differences[run.change.layer] = subtract(*drops)
     return differences

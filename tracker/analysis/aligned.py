@@ -20,12 +20,13 @@ from tracker.ledger.cells import CellStore
 from tracker.ledger.outcomes import METRIC_PREFIX, PROVENANCE_COLUMN
 from tracker.ledger.views import CellIdentity
 from tracker.schema.changes import INTACT, WHOLE_LAYER, Ablation, Change
+from tracker.schema.estimates import Estimate
 from tracker.schema.identities import CHOICE_PROBABILITIES, CHOICE_PROBABILITY
 from tracker.schema.provenance import list_differences
 from tracker.schema.proxies import Proxy
 from tracker.schema.views import View
-from tracker.stats.accuracy import weights_by_task
-from tracker.stats.arrays import Array
+from tracker.stats.accuracy import cluster_means, weights_by_task
+from tracker.stats.arrays import Array, IntArray
 from tracker.stats.resampling import RESAMPLES, SEED, resampled_means
 
 TaskNames = NDArray[np.str_]
@@ -53,6 +54,8 @@ class AlignedOutcomes:
         self._measures = {name: DocumentMetric(store, name) for name in names}
         self._measure = self._measures[view.metric]
         self._removed = view.removed
+        numbers = store.identity.benchmark.numbers
+        self._clusters = None if view.clusters is None else view.clusters.by_document(numbers)
         counts = store.counts(view.extent)
         self.n_requested = sum(counts.values())
         frame = store.read_documents(view.extent, columns)
@@ -128,6 +131,13 @@ class AlignedOutcomes:
         return np.array(self.tasks) if len(set(self.tasks)) > 1 else None
 
     @property
+    def clusters(self) -> IntArray | None:
+        """The number of each document's cluster; None if all documents are independent."""
+        if self._clusters is None:
+            return None
+        return np.array([self._clusters[key] for key in self.documents], dtype=np.int64)
+
+    @property
     def higher_is_better(self) -> bool:
         """True if higher values of the metric are better (e.g. accuracy); False for a loss."""
         return self._measure.higher_is_better
@@ -146,6 +156,10 @@ class AlignedOutcomes:
         """Return the metric of each document for the intact and ablated models."""
         return self._pair(self.values, ablations, self.weights, self.higher_is_better)
 
+    def level(self, ablation: Ablation) -> Estimate:
+        """Estimate the metric of the intact or an ablated model."""
+        return self.metric_outcomes([ablation]).level(0)
+
     def gold_outcomes(self, ablations: Sequence[Ablation]) -> PairedOutcomes:
         """Return the log-probability of each gold answer for the intact and ablated models."""
         return self._pair(self.gold_logprobs, ablations, self.plain_weights)
@@ -162,10 +176,12 @@ class AlignedOutcomes:
         self,
         read: Callable[[Ablation], Array],
         ablations: Sequence[Ablation],
-        *settings: Any,
+        weights: Array,
+        higher_is_better: bool = True,
     ) -> PairedOutcomes:
         """Pair the values that `read` returns for the intact model and for each ablation."""
-        return PairedOutcomes(read(INTACT), self._stack(map(read, ablations)), *settings)
+        columns = self._stack(map(read, ablations))
+        return PairedOutcomes(read(INTACT), columns, weights, higher_is_better, self.clusters)
 
     def _stack(self, columns: Iterable[Array]) -> Array:
         """Stack arrays of length `[documents]` as the columns of one array."""
@@ -179,7 +195,12 @@ class AlignedOutcomes:
 
     def resample(self, values: Array, weights: Array | None = None) -> Array:
         """Return bootstrap samples of the mean of each column."""
-        return resampled_means(values, RESAMPLES, SEED, self.strata, weights)
+        strata, clusters = self.strata, self.clusters
+        if clusters is not None:
+            shares = np.ones(len(values)) if weights is None else weights
+            values, weights = cluster_means(values, shares, clusters)
+            strata = None
+        return resampled_means(values, RESAMPLES, SEED, strata, weights)
 
     def check_summary(self) -> dict[str, Any]:
         """Return the number of responses recomputed with pruned models, and their differences."""

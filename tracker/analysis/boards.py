@@ -72,7 +72,7 @@ def relevance_estimate(cell: CellRecord, run: RunRecord, family: int = 1) -> Est
     value, chance = run.accuracy_relevance, cell.chance_accuracy
     if value is None:
         return Estimate(None, reason=run.reasons.get("accuracy_relevance", "not recorded"))
-    drop, baseline = widen([run.drop, cell.baseline], [run.n, cell.n], family)
+    drop, baseline = widen([run.drop, cell.baseline], [run.units, run.clusters or cell.n], family)
     if chance is None or baseline.value is None or baseline.bounds is None:
         return Estimate(value)
     low, high = baseline.bounds

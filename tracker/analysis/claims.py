@@ -313,7 +313,7 @@ def mean_drop(
     Returns:
         The mean accuracy drop, with its interval.
     """
-    drops = widen([figure(run) for run in runs], [run.n for run in runs], family)
+    drops = widen([figure(run) for run in runs], [run.units for run in runs], family)
     return average(drops) if len(drops) > 1 else drops[0]  # with its exact test
 
 
@@ -401,14 +401,14 @@ def _widen_options(cells: Sequence[CellRecord], layers: Collection[int]) -> _ByC
     """Return each layer's decrease of the options' log-probability, with corrected intervals."""
     runs = [runs[layer] for runs in map(CellRecord.runs_of_kind, cells) for layer in layers]
     family = math.ceil(len(runs) / _OPTIONS_SHARE) or 1
-    falls = iter(widen([run.options_drop for run in runs], [run.n for run in runs], family))
+    falls = iter(widen([run.options_drop for run in runs], [run.units for run in runs], family))
     return {cell.key: {layer: next(falls) for layer in layers} for cell in cells}
 
 
 def _widened_drops(cell: CellRecord, runs: Sequence[RunRecord], family: int) -> list[Estimate]:
     """Return the drops of runs, with intervals corrected for `family` comparisons."""
     drops = [run.drop for run in runs]
-    return drops if cell.is_raced else widen(drops, [run.n for run in runs], family)
+    return drops if cell.is_raced else widen(drops, [run.units for run in runs], family)
 
 
 def name_benchmarks(cells: Sequence[CellRecord]) -> str:

@@ -5,6 +5,7 @@ Also estimate the variance of outcomes, which determines the statistical power o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from statistics import NormalDist, median
@@ -13,8 +14,17 @@ import numpy as np
 
 from tracker.schema.estimates import Estimate
 from tracker.schema.records import RunRecord
-from tracker.stats.accuracy import LEVEL, OutcomeVariance, accuracy, accuracy_drop, drop_sd
-from tracker.stats.arrays import Array
+from tracker.stats.accuracy import (
+    LEVEL,
+    OutcomeVariance,
+    accuracy,
+    accuracy_drop,
+    cluster_means,
+    drop_sd,
+    mean_interval,
+    missing_reason,
+)
+from tracker.stats.arrays import Array, IntArray
 
 
 def outcome_variance(run: RunRecord) -> OutcomeVariance | None:
@@ -63,20 +73,22 @@ class PairedOutcomes:
         weights: Weight of each document in the mean outcome; the weights sum to 1.
         higher_is_better: Whether larger outcomes are better, e.g. for an accuracy; False for a
             loss.
+        clusters: Number of each document's cluster, whose documents depend on each other; None if
+            all documents are independent.
     """
 
     baseline: Array
     ablated: Array
     weights: Array
     higher_is_better: bool = True
+    clusters: IntArray | None = None
 
     @property
     def scores(self) -> PairedOutcomes:
         """Outcomes for which larger is always better: the outcomes of a loss are negated."""
         if self.higher_is_better:
             return self
-        negated = {"baseline": -self.baseline, "ablated": -self.ablated}
-        return replace(self, **negated, higher_is_better=True)
+        return replace(self, baseline=-self.baseline, ablated=-self.ablated, higher_is_better=True)
 
     @property
     def drops(self) -> Array:
@@ -92,20 +104,43 @@ class PairedOutcomes:
 
     def level(self, index: int) -> Estimate:
         """Estimate the mean outcome under the ablation in column `index`."""
-        return accuracy(self.ablated[:, index], self.weights)
+        return accuracy(*cluster_means(self.ablated[:, index], self.weights, self.clusters))
 
     def drop(self, index: int) -> Estimate:
         """Estimate the mean drop under the ablation in column `index`."""
-        return accuracy_drop(*self._drop_terms(index), self.weights)
+        return accuracy_drop(*self._drop_terms(index))
 
     def drop_sd(self, index: int) -> Estimate:
-        """Estimate the standard deviation of the drops under the ablation in column `index`."""
-        return drop_sd(*self._drop_terms(index), self.weights)
+        """Estimate the standard deviation of the drops under the ablation in column `index`.
 
-    def _drop_terms(self, index: int) -> tuple[Array, Array]:
-        """Return two arrays; the first minus the second is the drop of each document.
+        With clusters, it is the standard deviation of independent documents with which the mean
+        drop would be as uncertain.
+        """
+        terms = self._drop_terms(index)
+        spread, ratio = drop_sd(*terms), len(self.weights) / max(len(terms[-1]), 1)
+        scaled = None if spread.value is None else spread.value * math.sqrt(ratio)
+        return replace(spread, value=scaled)
 
-        The arrays contain the intact and the ablated outcomes; for a loss, they are swapped.
+    def mean_drop(self, noun: str) -> Estimate:
+        """Estimate the mean drop of a probability or log-probability in the first ablated model.
+
+        The mean is undefined if a document lacks the probability; `noun` names it in the reason.
+        """
+        drops = self.drops[:, 0]
+        if reason := missing_reason(drops, noun):
+            return Estimate(None, reason=reason)
+        interval = mean_interval(*cluster_means(drops, self.weights, self.clusters))
+        return Estimate(float(self.mean_drops[0]), *interval)
+
+    def _drop_terms(self, index: int) -> tuple[Array, Array, Array]:
+        """Return two arrays and weights; the first array minus the second is each unit's drop.
+
+        The units are documents or clusters. The arrays contain the intact and the ablated outcomes;
+        for a loss, they are swapped.
         """
         intact, ablated = self.baseline, self.ablated[:, index]
-        return (intact, ablated) if self.higher_is_better else (ablated, intact)
+        terms = (intact, ablated) if self.higher_is_better else (ablated, intact)
+        (first, weights), (second, _) = (
+            cluster_means(term, self.weights, self.clusters) for term in terms
+        )
+        return first, second, weights

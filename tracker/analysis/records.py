@@ -33,7 +33,6 @@ from tracker.schema.provenance import list_differences, merge_provenances
 from tracker.schema.proxies import OBSERVED, Proxy
 from tracker.schema.records import AnswerRecord, CellRecord, CorrelationRecord, RunRecord
 from tracker.schema.views import View
-from tracker.stats.accuracy import accuracy
 from tracker.stats.arrays import Array, Mask, proxy_means, safe_divide, token_means
 from tracker.stats.correlation import SURROGATES, correlate
 from tracker.stats.rank_agreement import COEFFICIENTS
@@ -148,6 +147,7 @@ def _identity_fields(store: CellStore, view: View) -> dict[str, Any]:
         "benchmark": store.identity.benchmark,
         "metric": view.metric,
         "removed": view.removed,
+        "cluster": view.clusters.column if view.clusters else None,
         "sample_seed": view.seed,
         "view": store.views.view_name(view),
     }
@@ -246,7 +246,7 @@ def _remaining_estimate(outcomes: AlignedOutcomes, view: View) -> Estimate:
     ablation = Ablation.from_changes(removed=view.removed)
     if not outcomes.is_measured(ablation):
         return Estimate(None, reason="not measured yet")
-    return accuracy(outcomes.values(ablation), outcomes.weights)
+    return outcomes.level(ablation)
 
 
 _ProxyColumn = tuple[Proxy, Array, Array, Mask, str]

@@ -13,7 +13,6 @@ import pandas as pd
 from tracker.analysis.aligned import AlignedOutcomes, count_unobserved
 from tracker.analysis.decisions import RoundingRisk, rounding_risk
 from tracker.analysis.metrics import TextReader, read_pairs
-from tracker.analysis.paired import PairedOutcomes
 from tracker.ledger.outcomes import METRIC_PREFIX
 from tracker.schema.changes import INTACT, WHOLE_LAYER, Ablation, Change
 from tracker.schema.estimates import Estimate
@@ -23,11 +22,8 @@ from tracker.schema.proxies import OBSERVED, PART_PROXIES, PROXIES, Proxy
 from tracker.schema.records import RunAnswer, RunRecord
 from tracker.stats.accuracy import (
     RATIO,
-    accuracy,
     accuracy_relevance,
     chance_accuracy,
-    mean_interval,
-    missing_reason,
 )
 from tracker.stats.arrays import Array, proxy_means, safe_divide
 from tracker.stats.decisions import rounding_shift
@@ -56,7 +52,7 @@ class IntactFigures:
 
     def __init__(self, outcomes: AlignedOutcomes, texts: TextReader) -> None:
         self.outcomes, self.texts, self.weights = outcomes, texts, outcomes.weights
-        baseline = accuracy(outcomes.values(INTACT), self.weights)
+        baseline = outcomes.level(INTACT)
         self.baseline = _explain(baseline, outcomes.undefined_reason)
         self.risk = rounding_risk(outcomes, INTACT, texts)
         choices = outcomes.rows(INTACT)["choices"].to_numpy(dtype=np.float64)
@@ -183,9 +179,9 @@ def run_record(
     relevance = Estimate(None, reason=f"{outcomes.metric} is no accuracy")
     if intact.chance is not None:
         relevance = accuracy_relevance(intact.baseline.value, level.value, intact.chance)
-    gold = _mean_drop(outcomes.gold_outcomes([ablation]), "finite gold score")
-    choice = _mean_drop(outcomes.choice_outcomes([ablation]), "choice of finite scores")
-    options = _mean_drop(outcomes.options_outcomes([ablation]), "options of a finite score")
+    gold = outcomes.gold_outcomes([ablation]).mean_drop("finite gold score")
+    choice = outcomes.choice_outcomes([ablation]).mean_drop("choice of finite scores")
+    options = outcomes.options_outcomes([ablation]).mean_drop("options of a finite score")
     if run.component == "expert" and outcomes.has_no_effect(ablation):
         # Removing an expert that no token was routed to changes nothing, so it has no drop.
         drop = spread = gold = choice = options = Estimate(None, reason=_NO_EFFECT)
@@ -193,6 +189,8 @@ def run_record(
     metrics = metric_values(outcomes, ablation, aggregate)
     risk = rounding_risk(outcomes, ablation, intact.texts)
     no_test_reason = drop.reason or "McNemar's test needs outcomes that are all 0 or 1"
+    if outcomes.clusters is not None and not drop.reason:
+        no_test_reason = "McNemar's test needs independent documents, but these form clusters"
     reasons = {
         "accuracy": level.reason,
         "drop_sd": spread.reason,
@@ -207,6 +205,7 @@ def run_record(
         change=run,
         ablation=ablation.name,
         n=len(outcomes.tasks),
+        clusters=None if outcomes.clusters is None else len({*outcomes.clusters}),
         accuracy=level.value,
         drop=drop,
         drop_sd=spread.value,
@@ -284,17 +283,6 @@ def _aggregate_metric(
         amount, units = read_pairs(rows[column]).sum(axis=0).tolist()
         return finite_or_none(amount / units) if units else None
     return aggregate(aggregation, rows[column].to_list())
-
-
-def _mean_drop(paired: PairedOutcomes, noun: str) -> Estimate:
-    """Estimate the mean drop of a probability or log-probability in the ablated model.
-
-    The mean is undefined if a document lacks the probability; `noun` names it in the reason.
-    """
-    drops = paired.drops[:, 0]
-    if reason := missing_reason(drops, noun):
-        return Estimate(None, reason=reason)
-    return Estimate(float(paired.mean_drops[0]), *mean_interval(drops, paired.weights))
 
 
 def finite_or_none(value: float) -> float | None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from tracker.schema.documents import Document, DocumentText, Response
-from tracker.schema.extent import Extent
+from tracker.schema.extent import Clusters, Extent
 from tracker.schema.identities import BenchmarkIdentity
 
 if TYPE_CHECKING:
@@ -51,6 +51,19 @@ class Benchmark(Protocol):
 
         Returns:
             The hash, which is equal for tasks that are scored on the same rows.
+        """
+
+    def clusters(self, column: str) -> Clusters:
+        """Group the documents by the value of a column.
+
+        Args:
+            column: Name of a column of the data, or `task`.
+
+        Returns:
+            The cluster of each document of the benchmark.
+
+        Raises:
+            BenchmarkError: The data lacks the column, or all documents have the same value.
         """
 
     def outcomes(

@@ -21,7 +21,7 @@ from tracker.benchmarks.sources import open_data_source
 from tracker.schema.config import BenchmarkSpec, CellRequest
 from tracker.schema.documents import Document, DocumentText, Response
 from tracker.schema.errors import BenchmarkError, did_you_mean
-from tracker.schema.extent import Extent
+from tracker.schema.extent import Clusters, Extent
 from tracker.schema.hub import check_name
 from tracker.schema.identities import BenchmarkIdentity, TaskIdentity
 from tracker.schema.provenance import content_hash, file_stamp
@@ -203,6 +203,12 @@ class Corpus:
     def rows_digest(self, task: str) -> str:
         """Return a hash of all texts of the corpus."""
         return content_hash(self._texts)
+
+    def clusters(self, column: str) -> Clusters:
+        """Raise BenchmarkError, because the texts of a corpus have no columns."""
+        raise BenchmarkError(
+            f"cluster: {column}: a corpus consists of texts without columns; leave cluster out"
+        )
 
     def outcomes(
         self, document: Document, responses: Sequence[Response]

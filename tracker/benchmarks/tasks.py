@@ -10,6 +10,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+import pandas as pd
 from lm_eval.api.group import Group
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import AGGREGATION_REGISTRY, get_aggregation
@@ -38,8 +40,8 @@ from tracker.benchmarks.private import hide_progress_bars
 from tracker.benchmarks.sources import DATA_PACKAGE, HUB, open_data_source
 from tracker.schema.config import BenchmarkSpec, CellRequest
 from tracker.schema.documents import Document, DocumentText, Prompt, Request, Response
-from tracker.schema.errors import BenchmarkError
-from tracker.schema.extent import Extent
+from tracker.schema.errors import BenchmarkError, did_you_mean
+from tracker.schema.extent import Clusters, Extent
 from tracker.schema.fields import decode_arguments, expand_home
 from tracker.schema.grouping import group_by
 from tracker.schema.identities import BenchmarkIdentity
@@ -195,6 +197,33 @@ class LmEvalBenchmark:
         """Return a hash of the rows of a task's scored split."""
         config, splits = self._tasks[task].config, self._tasks[task].dataset
         return content_hash(list(splits[config.test_split or config.validation_split]))
+
+    def clusters(self, column: str) -> Clusters:
+        """Group the documents of all tasks by the value of a column of their data."""
+        values = {name: self._column(name, column) for name in self._tasks}
+        codes, unique_values = pd.factorize(np.concatenate([*values.values()]))
+        if len(unique_values) < 2:
+            raise BenchmarkError(
+                f"cluster: all documents of {self._name} have the same {column}, and intervals "
+                "need at least two clusters; choose another column"
+            )
+        ends = np.cumsum([len(texts) for texts in values.values()])
+        labels = (tuple(part.tolist()) for part in np.split(codes, ends[:-1]))
+        return Clusters(column=column, labels=tuple(zip(values, labels, strict=True)))
+
+    def _column(self, name: str, column: str) -> list[str]:
+        """Return the values of a column for all documents of a task."""
+        rows, numbers = self._tasks[name].eval_docs, self._numbers[name]
+        if column == "task":
+            return [name] * len(numbers)
+        columns = list(rows[0])
+        if column not in columns:
+            hint = did_you_mean(column, columns)
+            raise BenchmarkError(
+                f"cluster: the documents of {name} have no column {column!r}.{hint} They have: "
+                f"{', '.join(columns)}. For the tasks of a group, use cluster: task"
+            )
+        return [str(rows[number][column]) for number in numbers]
 
     def outcomes(
         self, document: Document, responses: Sequence[Response]

@@ -21,7 +21,7 @@ OPTION_GROUPS: Mapping[str, Iterable[str]] = {
         *("component", "head", "expert", "map"),
         *("span", "intervention", "repeats", "control"),
     ],
-    "Documents": (*DocumentSpec.model_fields, "until"),
+    "Documents": (*DocumentSpec.model_fields, "until", "cluster"),
     "Execution": [
         *("executor", "slurm", "device", "memory", "weights", "offload"),
         *("workers", "devices_per_worker"),

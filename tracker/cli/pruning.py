@@ -36,7 +36,16 @@ _BENCHMARK_KEYS = [
     key
     for key, field in FIELDS_BY_KEY.items()
     if field
-    not in {"model", "benchmark", "revision", "dtype", "removed", "until", *ChangeGrid.model_fields}
+    not in {
+        "model",
+        "benchmark",
+        "revision",
+        "dtype",
+        "removed",
+        "until",
+        "cluster",
+        *ChangeGrid.model_fields,
+    }
 ]
 
 

@@ -144,6 +144,7 @@ class Views:
             seed=None if sample is None else seed,
             runs=runs,
             until=until,
+            clusters=request.clusters,
         )
 
     def add_request(
@@ -231,6 +232,8 @@ class Views:
             raise ValueError(f"the model has no layer {max(layers)}")
         if requested.view.metric not in self.identity.benchmark.tasks[0].all_metrics:
             raise ValueError(f"the benchmark has no metric {requested.view.metric!r}")
+        if requested.view.clusters is not None:
+            requested.view.clusters.by_document(self.identity.benchmark.numbers)
         return requested
 
     def write(self, requested: RequestedView) -> None:

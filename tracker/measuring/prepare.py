@@ -56,6 +56,17 @@ def find_cell(request: CellRequest, ledger: Ledger, trust_remote_code: bool = Fa
     return CellLookup(request, source, key, store, complete)
 
 
+def with_clusters(request: CellRequest) -> CellRequest:
+    """Return a request with the cluster of each document, read from the benchmark's data.
+
+    A request without the setting `cluster` is returned unchanged. BenchmarkError is raised if the
+    data lacks the column.
+    """
+    if request.clusters is None:
+        return request
+    return replace(request, clusters=open_benchmark(request).clusters(request.clusters.column))
+
+
 def make_counter(ledger: Ledger, trust_remote_code: bool) -> PartsCounter:
     """Return a function that counts the layers, heads and other parts of a request's model.
 

@@ -59,7 +59,7 @@ def interval_name(cell: CellRecord) -> str:
         the number of documents.
     """
     if cell.answer is None or not cell.is_raced:
-        return "95 % interval"
+        return f"95 % interval{f', clustered by {cell.cluster}' if cell.cluster else ''}"
     return f"confidence sequence at {100 * cell.answer.level:g} %"
 
 

@@ -12,7 +12,7 @@ from pydantic import BaseModel, model_validator
 
 from tracker.schema.changes import INTACT, WHOLE_LAYER, Ablation, Change
 from tracker.schema.errors import ExperimentError
-from tracker.schema.extent import UNLIMITED_SAMPLE, DocumentPart, Extent, Positive
+from tracker.schema.extent import UNLIMITED_SAMPLE, Clusters, DocumentPart, Extent, Positive
 from tracker.schema.fields import (
     BenchmarkName,
     Count,
@@ -235,12 +235,20 @@ class CellSettings(ChangeGrid, DocumentSpec, BenchmarkSpec, ModelSpec):
     answered."""
     metric: Name | None = None
     """Metric (default: the one that is usually reported for the benchmark)."""
+    cluster: Name | None = None
+    """Column whose value dependent documents share, such as passage or subject; task for the tasks
+    of a group. Intervals then treat clusters as independent (default: single documents)."""
 
     @model_validator(mode="after")
     def _check_one_limit(self) -> CellSettings:
         if self.until is not None and (self.limit is not None or self.sample is not None):
             key = "limit" if self.sample is None else "sample"
             raise ValueError(f"until and {key} are both given; leave one of them out")
+        if self.until is not None and self.cluster is not None:
+            raise ValueError(
+                "until and cluster are both given; leave one of them out. The intervals of until "
+                "are about this benchmark's documents, so clusters do not affect them"
+            )
         return self
 
     def spec(self, kind: type[SpecType]) -> SpecType:
@@ -258,6 +266,7 @@ class CellSettings(ChangeGrid, DocumentSpec, BenchmarkSpec, ModelSpec):
             removed=self.removed,
             until=None if self.until is None else parse_question(self.until),
             metric=self.metric,
+            clusters=None if self.cluster is None else Clusters(column=self.cluster),
         )
 
 
@@ -277,6 +286,7 @@ class CellRequest:
         until: The stopping rule, e.g. `top 5` to stop when the five largest drops are certain. None
             to measure all documents.
         metric: The metric to show; None for the benchmark's usual metric.
+        clusters: The clusters of dependent documents; None if all documents are independent.
     """
 
     model: ModelSpec
@@ -286,12 +296,14 @@ class CellRequest:
     removed: tuple[int, ...] = ()
     until: Question | None = None
     metric: str | None = None
+    clusters: Clusters | None = None
 
     @property
     def settings(self) -> CellSettings:
         """The request as one flat object, as in an experiment file."""
         settings: dict[str, Any] = {"removed": self.removed, "metric": self.metric}
         settings["until"] = None if self.until is None else str(self.until)
+        settings["cluster"] = None if self.clusters is None else self.clusters.column
         for group in (self.model, self.benchmark, self.documents, self.changes):
             settings |= {name: value for name, value in group if name != "exact"}
         return CellSettings.model_construct(**settings)
@@ -309,7 +321,8 @@ class CellRequest:
         removed = f" without {', '.join(map(str, self.removed))}" if self.removed else ""
         metric = f" by {self.metric}" if self.metric else ""
         part = f" ({self.documents.part})" if self.documents.part else ""
-        return f"{self.model} × {self.benchmark}{part}{removed}{metric}"
+        cluster = f" clustered by {self.clusters.column}" if self.clusters else ""
+        return f"{self.model} × {self.benchmark}{part}{removed}{metric}{cluster}"
 
     def with_changes(self, changes: Iterable[Change] | None = None, **grid: Any) -> CellRequest:
         """Copy the request with other changes: a list in `changes`, or a grid in `grid`."""

@@ -54,6 +54,29 @@ class Extent(BaseModel):
         return random_order(self.seed, task, documents)[: self.sample]
 
 
+class Clusters(BaseModel):
+    """Documents that depend on each other, such as the questions on one passage."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    column: str
+    """The column whose value all documents of a cluster share; `task` for the tasks of a group."""
+    labels: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    """Each task, and the cluster's number of each of its documents in ascending order."""
+
+    def by_document(self, numbers: Mapping[str, Sequence[int]]) -> dict[tuple[str, int], int]:
+        """Return (task, document) → number of the cluster; ValueError if labels do not match.
+
+        `numbers` contains the numbers of all documents of each task, ascending.
+        """
+        labels = dict(self.labels)
+        return {
+            (task, document): label
+            for task, documents in numbers.items()
+            for document, label in zip(documents, labels.get(task, ()), strict=True)
+        }
+
+
 ALL_DOCUMENTS = Extent()
 UNLIMITED_SAMPLE = 10**9
 """A sample that leaves nothing out: all documents, in their random order."""

@@ -143,6 +143,11 @@ class BenchmarkIdentity(Record):
         """The number of documents of all tasks, including documents that are not measured."""
         return sum(task.documents for task in self.tasks)
 
+    @property
+    def numbers(self) -> dict[str, Sequence[int]]:
+        """The numbers of all documents of each task, in lm-eval's numbering, ascending."""
+        return {task.name: task.numbers for task in self.tasks}
+
     def sample_size(self, documents: int) -> int:
         """Return the smallest sample size per task that gives at least `documents` in total."""
         sizes = [task.documents for task in self.tasks]

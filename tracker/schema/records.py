@@ -150,6 +150,8 @@ class RunRecord(FiguresRecord, ChangeRecord):
     """The ablation's name, e.g. `layer:3`; includes the layers that every run of the cell lacks."""
     n: int
     """Number of documents behind the figures."""
+    clusters: int | None = Field(None, exclude_if=lambda count: count is None)
+    """Number of independent clusters of these documents; None if documents are independent."""
     accuracy: float | None
     """The cell's metric under the ablation."""
     drop: Estimate
@@ -175,6 +177,11 @@ class RunRecord(FiguresRecord, ChangeRecord):
     the part of `gold_drop` that all options share. The rest moves to the other options."""
     metrics: dict[str, float | None]
     """Every metric of the benchmark, under lm-eval's names, under the ablation."""
+
+    @property
+    def units(self) -> int:
+        """Number of independent units behind the intervals: clusters, or else documents."""
+        return self.clusters or self.n
 
     @property
     def proxies(self) -> Mapping[str, float | None]:
@@ -295,6 +302,8 @@ class CellRecord(FiguresRecord):
     """Reason why fewer documents are measured than requested; None if all are."""
     unsaved: str | None = Field(None, exclude_if=lambda text: text is None)
     """Reason why no saved checkpoint holds the measured model; None if a checkpoint does."""
+    cluster: SafeText | None = Field(None, exclude_if=lambda column: column is None)
+    """The column whose value dependent documents share; None if documents are independent."""
     sample_seed: int | None = None
     """The seed of randomly drawn documents; None for the first ones, or all."""
     beside: str = Field("", exclude_if=lambda text: not text)
@@ -373,7 +382,9 @@ class CellRecord(FiguresRecord):
         """
         seed = self.answer.seed if self.answer and self.is_raced else self.sample_seed
         text = "" if seed is None else f"drawn at random (seed {seed})"
-        return f"{text}, stopped at an answer" if self.is_stopped else text
+        stop = "stopped at an answer" if self.is_stopped else ""
+        clusters = f"clustered by {self.cluster}" if self.cluster else ""
+        return ", ".join(filter(None, (text, stop, clusters)))
 
     @property
     def documents_text(self) -> str:
@@ -414,7 +425,7 @@ class CellRecord(FiguresRecord):
 
         If the other record is unfinished, only the numbers of documents are compared.
         """
-        fields = attrgetter("key", "removed", "metric", "sample_seed", "answer")
+        fields = attrgetter("key", "removed", "metric", "cluster", "sample_seed", "answer")
         if other.unfinished is None:
             has_documents = self.n == other.n and self.unfinished is None
         else:

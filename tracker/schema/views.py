@@ -10,7 +10,7 @@ from typing import Annotated
 from pydantic import AfterValidator, Field
 
 from tracker.schema.changes import Change
-from tracker.schema.extent import Extent, Positive
+from tracker.schema.extent import Clusters, Extent, Positive
 from tracker.schema.fields import Layers, QuestionText
 from tracker.schema.formats import count_text
 from tracker.schema.identities import Record
@@ -66,6 +66,8 @@ class View(Record):
     """The requested runs, each once, in the order of `Change.order`."""
     until: Until | None = Field(None, exclude_if=lambda until: until is None)
     """The question whose answer ends the measurement; None if all documents are measured."""
+    clusters: Clusters | None = Field(None, exclude_if=lambda clusters: clusters is None)
+    """The clusters of dependent documents; None if all documents are independent."""
     named: bool = Field(False, exclude_if=lambda named: not named)
     """True if the view was requested together with a larger view, so that both are kept."""
     explicit: bool = Field(False, exclude_if=lambda explicit: not explicit)
@@ -100,6 +102,8 @@ class View(Record):
             selection += f"-sample-{self.sample}-seed-{self.seed}"
         elif self.limit is not None:
             selection += f"-limit-{self.limit}"
+        if self.clusters is not None:
+            selection += f"-cluster-{self.clusters.column}"
         return view_name(self.removed, selection, self.metric, primary_metric)
 
     @property
@@ -114,7 +118,7 @@ class View(Record):
     @property
     def order(self) -> tuple[object, ...]:
         """The sort key of a view."""
-        return self.metric, self.removed, self.seed
+        return self.metric, self.removed, self.seed, self.clusters and self.clusters.column
 
     def shows(self, other_view: View) -> bool:
         """Return whether this view has all runs of another view, and more documents per task."""

@@ -172,10 +172,46 @@ def accuracy_drop(baseline: Array, ablated: Array, weights: Array | None = None)
         return Estimate(None, reason=reason)
     value = _weighted_mean(drops, shares)
     if not (_is_binary(intact) and _is_binary(changed)):
-        return Estimate(value, *mean_interval(drops, shares))
+        is_bounded = min(intact.min(), changed.min()) >= 0 and max(intact.max(), changed.max()) <= 1
+        # Without any change, the t interval would have no width.
+        extra = () if drops.any() or not is_bounded else (1.0, -1.0)
+        return Estimate(value, *mean_interval(drops, shares, extra))
     n_lost, n_changed = int((drops > 0).sum()), int((drops != 0).sum())
     p_value = float(scipy.stats.binomtest(n_lost, n_changed).pvalue) if n_changed else 1.0
     return Estimate(value, *mean_interval(drops, shares, (1.0, -1.0)), p_value)
+
+
+def cluster_means(values: Array, weights: Array, clusters: IntArray | None) -> tuple[Array, Array]:
+    """Average documents of the same cluster, so that clusters are the units of an estimate.
+
+    The weighted mean stays the same. Its interval then is robust to documents that are similar
+    within a cluster (e.g. questions on one passage), if clusters are independent.
+
+    Args:
+        values: `[documents]` or `[documents, k]`.
+        weights: `[documents]`, 0 or more.
+        clusters: `[documents]`, the number of each document's cluster; None = every document is a
+            cluster of its own.
+
+    Returns:
+        The weighted mean of each cluster, and the sum of each cluster's weights.
+
+    References:
+        E. Miller, arXiv 2411.00640. K.-Y. Liang, S. L. Zeger, Biometrika 73 (1986) 13-22.
+
+    Examples:
+        >>> outcomes, clusters = np.array([1.0, 0.0, 1.0]), np.array([0, 0, 5])
+        >>> means, shares = cluster_means(outcomes, np.ones(3), clusters)
+        >>> means.tolist(), shares.tolist()
+        ([0.5, 1.0], [2.0, 1.0])
+    """
+    if clusters is None:
+        return values, weights
+    _, indexes = np.unique(clusters, return_inverse=True)
+    shares = np.bincount(indexes, weights).astype(np.float64)
+    sums = np.zeros((len(shares), *values.shape[1:]))
+    np.add.at(sums, indexes, (np.where(weights > 0, values.T, 0.0) * weights).T)
+    return safe_divide(sums.T, shares, 0.0).T, shares
 
 
 def drop_sd(baseline: Array, ablated: Array, weights: Array | None = None) -> Estimate:

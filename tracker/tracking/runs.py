@@ -148,7 +148,7 @@ def _is_proved(cell: CellRecord, run: RunRecord) -> bool:
     """Return whether an ablation's drop is significant when corrected for all ablations."""
     drops = [cell_run.drop for cell_run in cell.runs]
     if not cell.is_raced:
-        drops = widen(drops, [cell_run.n for cell_run in cell.runs], len(drops))
+        drops = widen(drops, [cell_run.units for cell_run in cell.runs], len(drops))
     return decide_verdicts(drops)[cell.runs.index(run)] != "open"
 
 
