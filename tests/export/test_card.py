@@ -12,6 +12,7 @@ from tracker.cli.printing import print_export
 from tracker.export.card import card_text
 from tracker.export.changes import removal, rounding
 from tracker.export.facts import Accuracy, ExportedModel, ModelChange, Proof, Size
+from tracker.export.serving import ServingFigure
 from tracker.schema.changes import Ablation, Change
 from tracker.schema.estimates import Estimate
 
@@ -24,9 +25,13 @@ COSTS = (
     Accuracy("own", 2, "ppl", "9 texts", 9, Estimate(0.5, 0.4, 0.6), Estimate(None), "bits"),
 )
 PROOF = Proof(4, 0.0, ("copa",), 40, {"acc": 0.45}, 0.1, 1, {"transformers": "5", "lm-eval": "0.5"})
+FIGURES = (
+    ServingFigure("decode_1", "speed", (10, 9, 11), (12.71, 12.49, 13), (1.271, 1.249, 1.3)),
+    ServingFigure("cache_bytes", "bytes", (4096,) * 3, (2048,) * 3),
+)
 PRUNED = ExportedModel(
     Path("lighter"), BASE, removal((2, 1)), (0, 3), Size(4, 1000, 4000), Size(2, 500, 2000),
-    (1.271, 1.249, 1.3), "both by turns", {"llama.cpp": "quantize\n", "mergekit": "a: b\n"},
+    FIGURES, "both by turns", {"llama.cpp": "quantize\n", "mergekit": "a: b\n"},
     accuracy=COSTS, proof=PROOF,
 )  # fmt: skip
 REPEATED = replace(
@@ -44,7 +49,8 @@ MODELS = {
         PRUNED,
         base=BASE.model_copy(update={"revision": "c0ffee"}),
         change=removal((1,), strategy="accuracy", calibration=NAME),
-        faster=None,
+        serving=(),
+        speed_on="the program failed: <b>",
         accuracy=(),
         recipes={},
         resized=("layer_types", "max_window_layers"),
@@ -55,7 +61,7 @@ MODELS = {
         change=rounding({"0.mlp.down_proj": "q4_0", "1": "q8_0", "embedding": "q4_0"}),
         formats={"model.layers.0.mlp.down_proj": "q4_0", "model.embed_tokens": "q4_0"},
         after=Size(4, 1000, 1200),
-        faster=None,
+        serving=(),
         speed_on="",
     ),
 }

@@ -26,6 +26,7 @@ from tests.helpers.lm_eval import evaluate
 from tests.helpers.own_tasks import write_tasks
 from tests.helpers.registry import make_registered
 from tests.tools.variants import find_variant
+from tracker.export import serving
 from tracker.export.card import card_text
 from tracker.export.proof import MeasuredCell, expected_answers, prove
 from tracker.ledger.store import Ledger
@@ -132,18 +133,21 @@ def test_a_configuration_without_class(in_process, base, export, tmp_path, monke
     del config["architectures"]
     (folder / "config.json").write_text(json.dumps(config))
 
-    def fake_timing(model, base, batch, length):
-        layers = [tiny_model.config.num_hidden_layers for tiny_model in (model, base)]
-        return (*map(float, layers), float(length))
-
-    monkeypatch.setattr(checkpoint, "measure_speedup", fake_timing)
     saved = export(folder)
     assert saved.resized == ()
     assert "--prune-layers 1 " in saved.recipes["llama.cpp"]
-    # The pruned model beside the base, on a text of so many tokens.
+    # Keys and values of one layer fewer, and figures of both models' speed.
     facts = json.loads((saved.folder / "tracker.json").read_text())
-    assert facts["faster"] == [3, 4, 256]
-    assert "batch 1, 256 tokens, float32, on cpu" in facts["speed_on"]
+    figures = {figure["name"]: figure for figure in facts["serving"]}
+    assert 4 * figures["cache_bytes"]["model"][0] == 3 * figures["cache_bytes"]["base"][0]
+    assert facts["speed_on"].startswith("float32 on cpu")
+
+    def fail(request):
+        raise WorkError("no speed today")
+
+    monkeypatch.setattr(serving, "_run", fail)
+    shutil.rmtree(saved.folder)
+    assert export(folder).speed_on == "no speed today", "the model is saved nevertheless"
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import yaml
 from click.testing import Result
 
 from tests.conftest import cli, save_llama
-from tests.export.conftest import fast_timing, in_process  # noqa: F401  fixtures
+from tests.export.conftest import fast_serving, fast_timing, in_process  # noqa: F401  fixtures
 from tests.helpers.truth import plain_answers, pruned_copy
 from tracker.benchmarks.benchmark import open_benchmark
 from tracker.benchmarks.encoder import RequestEncoder

@@ -15,11 +15,11 @@ from transformers import AutoModelForCausalLM
 
 import tracker
 from tests.conftest import save_llama
+from tests.helpers.serving import serving_in_process
 from tracker.benchmarks import reference_process
 from tracker.export import proof
 from tracker.export.checkpoint import publish
 from tracker.export.facts import Accuracy, ExportedModel
-from tracker.models import checkpoint
 from tracker.schema.estimates import Estimate
 from tracker.tracking import open_backend
 from tracker.tracking.identity import run_key
@@ -32,8 +32,7 @@ from .conftest import cell_record
 def exported(tmp_path_factory) -> ExportedModel:
     """Build a tiny model without two of its layers, and made-up accuracies."""
     folder = tmp_path_factory.mktemp("exported")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "MIN_TIMING_SECONDS", 0.0)
+    with pytest.MonkeyPatch.context() as patch, serving_in_process():
         answer = reference_process.main
         patch.setattr(proof, "_run_reference", lambda question, _: answer(question) | {"ours": []})
         saved = tracker.export(str(save_llama(folder / "tiny")), [1, 2], folder / "lighter")

@@ -548,7 +548,7 @@ def print_export(model: ExportedModel) -> None:
         )
     echo(model.size)
     if model.speed_on:
-        echo(f"{model.speed} ({model.speed_on})")
+        echo_all(model.speed_title, *(f"  {figure.text}" for figure in model.serving))
     echo_all(*model.proof.sentences())
     echo()
     if model.recipes:

@@ -6,6 +6,8 @@ Modules:
     checkpoint: Write a checkpoint, check its results, and publish it.
     facts: Define the facts about a saved model.
     proof: Compare the saved files with the measured model, in a fresh process.
+    serving: Measure speed and memory of a saved model and of its base model, in fresh processes.
+    serving_process: Measure how fast models serve with plain transformers, as a separate program.
 """
 
 import sys

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from safetensors import SafetensorError
@@ -29,6 +30,7 @@ from tracker.export.changes import (
 )
 from tracker.export.facts import Accuracy, ExportedModel, ModelChange, Size
 from tracker.export.proof import ExpectedAnswers, MeasuredCell, expected_answers, prove
+from tracker.export.serving import measure_serving
 from tracker.ledger.files import new_folder
 from tracker.ledger.store import Ledger
 from tracker.measuring.job import Options
@@ -46,8 +48,6 @@ from tracker.team.publish import Publisher
 from tracker.tracking import open_models, service, target
 from tracker.tracking.base import SavedModel
 
-TIMING_BATCH, TIMING_LENGTH = 1, 256
-"""Number of texts, and of tokens per text, that the models read in timing."""
 FORMATS_FILE = "formats.json"
 """Name of the file with the format of each rounded weight."""
 _BENCHMARK_SETTINGS = ("part", "limit", "sample", "num_fewshot", "metric")
@@ -135,8 +135,9 @@ def export(request: ExportRequest, progress: Progress) -> ExportedModel:
     else:
         check_layer_changes(source, change.ablation.removed(), change.ablation.repetitions)
     record, cell = _measure_cost(request, progress) if request.has_benchmark else (None, None)
-    with draft_folder(request.output) as folder:
-        model, answers = _write_checkpoint(request, source, folder, progress)
+    with TemporaryDirectory() as name, draft_folder(request.output) as folder:
+        base_folder = Path(name)
+        model, answers = _write_checkpoint(request, source, folder, base_folder, progress)
         progress.say("loading the model in a fresh process" + (", for lm-eval" if cell else ""))
         release_memory()
         try:
@@ -146,6 +147,8 @@ def export(request: ExportRequest, progress: Progress) -> ExportedModel:
                 raise
             progress.say(f"not scored by lm-eval: {error}")
             proof = prove(folder, answers, None, trust_remote_code)
+        progress.say("measuring speed and memory")
+        model = _add_speed(model, base_folder, folder, answers, trust_remote_code)
         change = add_origin(change, request.ledger, model.base)
         rows = [] if cell is None else [_accuracy(record, cell, change, request.ledger)]
         # A measurement on exactly these documents is not repeated in the list.
@@ -212,11 +215,16 @@ def _measure_cost(
 
 
 def _write_checkpoint(
-    request: ExportRequest, source: ModelSource, folder: Path, progress: Progress
+    request: ExportRequest,
+    source: ModelSource,
+    folder: Path,
+    base_folder: Path,
+    progress: Progress,
 ) -> tuple[ExportedModel, ExpectedAnswers]:
     """Write the checkpoint; return facts about it, and logits for checking the saved files.
 
-    No model stays in memory after the call.
+    The base model's configuration is written to `base_folder`. No model stays in memory after the
+    call.
     """
     from tracker.models import checkpoint
     from tracker.models.load import load_model
@@ -245,13 +253,8 @@ def _write_checkpoint(
     )
     if exported.formats:
         _write_formats(exported, folder)
-        return exported, answers
-    progress.say("measuring how fast both read")
-    max_length = getattr(base.config.get_text_config(), "max_position_embeddings", None)
-    length = min(TIMING_LENGTH, max_length or TIMING_LENGTH)
-    speedup = checkpoint.measure_speedup(model, base, TIMING_BATCH, length)
-    conditions = _timing_conditions(answers, loaded.identity.dtype, length)
-    return replace(exported, faster=speedup, speed_on=conditions), answers
+    base.config.save_pretrained(base_folder)
+    return exported, answers
 
 
 def _write_formats(model: ExportedModel, folder: Path) -> None:
@@ -262,15 +265,24 @@ def _write_formats(model: ExportedModel, folder: Path) -> None:
         (folder / recipe.file).write_text(recipe.text + "\n", encoding="utf-8")
 
 
-def _timing_conditions(answers: ExpectedAnswers, dtype: str, length: int) -> str:
-    """Describe the hardware, dtype and text length of the speed measurement."""
-    facts = describe_machine()
-    threads = f", {count_text(answers.n_threads, 'thread')}" if answers.device == "cpu" else ""
-    cores = count_text(int(facts["cores"]), "core")
-    return (
-        f"both models alternately in one process, batch {TIMING_BATCH}, {length} tokens, {dtype}, "
-        f"on {answers.device}{threads} ({facts['platform']}, {cores})"
-    )
+def _add_speed(
+    model: ExportedModel, base: Path, folder: Path, answers: ExpectedAnswers, trust: bool
+) -> ExportedModel:
+    """Measure speed and memory of a saved model and its base model; add them to the facts.
+
+    Models with rounded weights are not measured, because their file holds unrounded numbers. `base`
+    is a folder with the base model's configuration.
+    """
+    if model.formats or answers.device == "spread":
+        return model
+    machine, threads, dtype = describe_machine(), answers.n_threads, model.base.dtype
+    cores = f"{count_text(threads, 'thread')} of {count_text(int(machine['cores']), 'core')}"
+    conditions = f"{dtype} on {answers.device}, {cores}, {machine['platform']}"
+    try:
+        figures = measure_serving(base, folder, answers.device, dtype, threads, trust)
+    except WorkError as error:
+        return replace(model, speed_on=str(error))
+    return replace(model, serving=tuple(figures), speed_on=f"{conditions}; medians and quartiles")
 
 
 def _accuracy(

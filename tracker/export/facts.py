@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic_core import to_jsonable_python
 
+from tracker.export.serving import ServingFigure
 from tracker.schema.changes import Ablation, Change
 from tracker.schema.estimates import Estimate
 from tracker.schema.formats import count_text, join_words
@@ -161,7 +162,7 @@ class ModelChange:
         return f"{subject.format(', '.join(map(str, layers)))} removed"
 
 
-_FACTS = ("before", "after", "faster", "speed_on", "recipes", "resized", "accuracy", "proof")
+_FACTS = ("before", "after", "serving", "speed_on", "recipes", "resized", "accuracy", "proof")
 """Fields of a saved model that are written to JSON unchanged."""
 
 
@@ -178,9 +179,9 @@ class ExportedModel:
         before: The size of the original model.
         after: The size of the saved model. Bytes are counted with each weight in its quantised
             format.
-        faster: Speed of forward passes as a multiple of the original model's speed: median and
-            quartiles. None if other work on the machine disturbed the timing.
-        speed_on: Description of the hardware and the texts of the timing; empty if not measured.
+        serving: Speed and memory of the saved model and of the original model.
+        speed_on: Description of the hardware of the timing, or the reason why it failed; empty if
+            speed was not measured.
         recipes: Tool → recipe to make the same model with this tool; empty if no tool can make the
             model.
         resized: Names of changed configuration entries, except for the number of layers.
@@ -197,7 +198,7 @@ class ExportedModel:
     kept_layers: tuple[int, ...]
     before: Size
     after: Size
-    faster: tuple[float, float, float] | None = None
+    serving: tuple[ServingFigure, ...] = ()
     speed_on: str = ""
     recipes: dict[str, str] = field(default_factory=dict)
     resized: tuple[str, ...] = ()
@@ -231,15 +232,11 @@ class ExportedModel:
         return "; ".join(f"{size[n]:,} of {base_size[n]:,} {n}" for n in base_size)
 
     @property
-    def speed(self) -> str:
-        """A sentence that compares the speed of the saved model and the original model."""
-        if self.faster is None:
-            return "The model's speed could not be measured: other work disturbed the timing"
-        ratio, low, high = self.faster
-        return (
-            f"The model reads texts {ratio:.2f} times as fast as the base model; the quartiles "
-            f"are {low:.2f} and {high:.2f}"
-        )
+    def speed_title(self) -> str:
+        """The line above the figures of speed and memory, or the reason why there are none."""
+        if not self.serving:
+            return f"Speed and memory are not known: {self.speed_on}"
+        return f"Speed and memory with plain transformers ({self.speed_on}):"
 
     def figures(self) -> dict[str, float]:
         """Return the model's numeric facts, by name."""
@@ -249,8 +246,11 @@ class ExportedModel:
             for name, size in (("base", self.before), (kind, self.after))
             for quantity, number in asdict(size).items()
         }
-        if self.faster is not None:
-            figures[f"{kind}/times_as_fast"] = self.faster[0]
+        for figure in self.serving:
+            figures |= {
+                f"base/{figure.name}": figure.base[0],
+                f"{kind}/{figure.name}": figure.model[0],
+            }
         for row in self.accuracy:
             metric = f"{row.benchmark}/{row.metric.replace(',', ' ')}"
             for name, level in (("base", row.before), (kind, row.after)):

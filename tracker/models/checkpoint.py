@@ -3,8 +3,8 @@
 Plain transformers can load the checkpoint. A copy is saved only if transformers can rebuild the
 same model from its configuration.
 
-The module also compares the speed of two models. If a notebook passes a model object, the module
-saves it once, in a folder named by a hash of the model.
+If a notebook passes a model object, the module saves it once, in a folder named by a hash of the
+model.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import gc
 import hashlib
 import re
 import shutil
-import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import lru_cache
@@ -48,68 +47,7 @@ from tracker.schema.provenance import content_hash, file_hash
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Speedup = tuple[float, float, float]
-"""Median of the ratios of two speeds, and the lower and upper quartile of the ratios."""
 Logits = NDArray[np.float32]
-MIN_TIMING_SECONDS = 4.0
-"""Minimum total run time of the two models, in seconds."""
-MIN_TIMING_TURNS = 8
-MAX_QUARTILE_RATIO = 1.15
-"""Maximum ratio of the upper to the lower quartile of the speed ratios. If it is exceeded, other
-work on the machine affected the two models unequally."""
-
-
-@torch.inference_mode()
-def measure_speedup(
-    model: PreTrainedModel, base: PreTrainedModel, batch: int, length: int
-) -> Speedup | None:
-    """Measure the speed of `model` relative to `base`, by alternating forward passes.
-
-    Args:
-        model: A causal language model.
-        base: The model to compare with, on the same device.
-        batch: Number of texts in a batch.
-        length: Number of tokens of each text.
-
-    Returns:
-        Median and quartiles of the speed ratio, as `median_speedup` returns them.
-    """
-    device = base.get_input_embeddings().weight.device
-    vocabulary = base.config.get_text_config().vocab_size
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(vocabulary, (batch, length), generator=generator).to(device)
-    timings: list[tuple[float, float]] = []
-    for m in (model, base):  # the first pass is slower
-        _time_pass(m, ids)
-    while len(timings) < MIN_TIMING_TURNS or sum(map(sum, timings)) < MIN_TIMING_SECONDS:
-        timings.append((_time_pass(model, ids), _time_pass(base, ids)))
-    return median_speedup(timings)
-
-
-def median_speedup(timings: Sequence[tuple[float, float]]) -> Speedup | None:
-    """Compute the speed ratio of two models from alternating timings.
-
-    Alternation reduces the influence of other work on the machine.
-
-    Args:
-        timings: The seconds of the model and of the base model in each turn.
-
-    Returns:
-        The median and the quartiles of the speed ratio. None if the quartiles differ too much
-        (`MAX_QUARTILE_RATIO`).
-    """
-    model_seconds, base_seconds = np.array(timings).T
-    low, median, high = np.quantile(base_seconds / model_seconds, (0.25, 0.5, 0.75))
-    return (float(median), float(low), float(high)) if high <= MAX_QUARTILE_RATIO * low else None
-
-
-def _time_pass(model: PreTrainedModel, ids: torch.Tensor) -> float:
-    start_time = time.perf_counter()
-    # Reading a number waits for the accelerator.
-    float(model(input_ids=ids, use_cache=False).logits[0, -1, 0])
-    return time.perf_counter() - start_time
-
-
 RELOAD_TOKENS = 48
 """Number of tokens that a miniature reads, larger than its attention windows."""
 RELOAD_TOLERANCE = 1e-4

@@ -1,0 +1,173 @@
+"""Measure speed and memory of a saved model and of its base model, in fresh processes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+
+from tracker.schema.errors import WorkError
+
+Spread = tuple[float, float, float]
+"""Median, and the lower and the upper quartile, of repeated measurements."""
+NEW_TOKENS = 32
+"""Number of tokens that each timed generation writes."""
+CACHED_TOKENS = 1000
+READ_LENGTHS, WRITE_BATCHES = (128, 1024), (1, 8)
+"""Numbers of tokens per prompt, and of texts that are written at once."""
+MIN_TURNS, MIN_SECONDS = 5, 10.0
+"""Minimum number of measurements of each figure, and of seconds for all of them."""
+MAX_QUARTILE_RATIO = 1.15
+"""Maximum ratio of the upper to the lower quartile of a speed ratio. If it is exceeded, other work
+on the machine affected the two models unequally."""
+_PROGRAM = Path(__file__).with_name("serving_process.py")
+
+
+@dataclass(frozen=True)
+class ServingFigure:
+    """One figure of speed or memory, for the base model and for the saved model.
+
+    Attributes:
+        name: The figure's name in trackers, e.g. `decode_1`.
+        title: The figure in words, with its unit.
+        base: The base model's value: median and quartiles; the same number thrice for bytes.
+        model: The saved model's value.
+        ratio: The saved model's speed as a multiple of the base model's. None for bytes, and if
+            other work on the machine disturbed the timing.
+    """
+
+    name: str
+    title: str
+    base: Spread
+    model: Spread
+    ratio: Spread | None = None
+
+    @property
+    def text(self) -> str:
+        """The figure in one line: both medians with their quartiles, and the ratio."""
+        if self.base[1] == self.base[2]:
+            return f"{self.title}: {self.model[0]:,.0f} (base model {self.base[0]:,.0f})"
+        base, model = (_spread_text(values) for values in (self.base, self.model))
+        text = f"{self.title}: {model}, base model {base}"
+        if self.ratio is None:
+            return text
+        median, low, high = self.ratio
+        return f"{text}; {median:.2f} times as fast ({low:.2f} to {high:.2f})"
+
+
+def measure_serving(
+    base: Path, saved: Path, device: str, dtype: str, threads: int, trust_remote_code: bool
+) -> list[ServingFigure]:
+    """Measure how fast a saved model and its base model read and write with plain transformers.
+
+    Args:
+        base: A folder with the base model's configuration.
+        saved: The folder of the saved model.
+        device: The device, e.g. `cpu`.
+        dtype: The dtype of the weights, e.g. `bfloat16`.
+        threads: The number of CPU threads.
+        trust_remote_code: Whether code in the folders may run.
+
+    Returns:
+        The figures of speed, then the figures of memory.
+
+    Raises:
+        WorkError: The models cannot be built or timed in a fresh process.
+    """
+    tasks = {f"prefill_{length}": (1, length, 0) for length in READ_LENGTHS}
+    tasks |= {f"decode_{batch}": (batch, READ_LENGTHS[0], NEW_TOKENS) for batch in WRITE_BATCHES}
+    request: dict[str, Any] = {
+        "tasks": {},
+        "turns": 0,
+        "seconds": 0,
+        "cached": CACHED_TOKENS,
+        **{"device": device, "dtype": dtype, "threads": threads},
+        "trust_remote_code": trust_remote_code,
+    }
+    timing = request | {"tasks": tasks, "turns": MIN_TURNS, "seconds": MIN_SECONDS}
+    seconds = _run({**timing, "folders": [str(base), str(saved)]})["seconds"]
+    figures = [_speed_figure(name, tasks[name], seconds[name]) for name in tasks]
+    for length in READ_LENGTHS:
+        waits = (spread(1000 * np.array(row)) for row in seconds[f"prefill_{length}"])
+        title = f"milliseconds to the first token, prompt of {length:,} tokens"
+        figures.append(ServingFigure(f"first_token_{length}", title, *waits))
+    # A process's peak is that of one model, so each has its own process.
+    memory = [_run({**request, "folders": [str(folder)]}) for folder in (base, saved)]
+    for name, title in _MEMORY_TITLES.items():
+        values = [answer[name] for answer in memory]
+        if None not in values:
+            figures.append(ServingFigure(name, title, *((float(v),) * 3 for v in values)))
+    return figures
+
+
+_MEMORY_TITLES = {
+    "cache_bytes": f"bytes of keys and values of {CACHED_TOKENS:,} tokens",
+    "peak_bytes": f"peak bytes of a process that reads {CACHED_TOKENS:,} tokens",
+}
+
+
+def _spread_text(values: Spread) -> str:
+    """Format a median and its quartiles, e.g. `12.7 (12.5 to 13)`."""
+    median, low, high = (f"{v:,.0f}" if v >= 100 else f"{v:.3g}" for v in values)
+    return f"{median} ({low} to {high})"
+
+
+def _speed_figure(
+    name: str, task: tuple[int, int, int], seconds: Sequence[Sequence[float]]
+) -> ServingFigure:
+    """Convert the seconds of both models in each turn to tokens per second."""
+    batch, length, new_tokens = task
+    title = f"tokens read per second, prompt of {length:,} tokens"
+    if new_tokens:
+        title = f"tokens written per second, batch {batch}"
+    base, model = (batch * (new_tokens or length) / np.array(row) for row in seconds)
+    return ServingFigure(name, title, spread(base), spread(model), median_speedup(*seconds))
+
+
+def spread(values: Any) -> Spread:
+    """Return the median and the quartiles of repeated measurements."""
+    low, median, high = np.quantile(values, (0.25, 0.5, 0.75)).tolist()
+    return median, low, high
+
+
+def median_speedup(base_seconds: Sequence[float], seconds: Sequence[float]) -> Spread | None:
+    """Compute the speed ratio of two models from alternating timings.
+
+    Alternation reduces the influence of other work on the machine.
+
+    Args:
+        base_seconds: The seconds of the base model in each turn.
+        seconds: The seconds of the other model in each turn.
+
+    Returns:
+        The median and the quartiles of the speed ratio. None if the quartiles differ too much
+        (`MAX_QUARTILE_RATIO`).
+    """
+    ratio = spread(np.divide(base_seconds, seconds))
+    return ratio if ratio[2] <= MAX_QUARTILE_RATIO * ratio[1] else None
+
+
+def _run(request: Mapping[str, Any]) -> dict[str, Any]:
+    """Run the measuring program in a fresh process; return its answer."""
+    with TemporaryDirectory() as name:
+        file, answer = Path(name) / "request.json", Path(name) / "answer.json"
+        file.write_text(json.dumps({**request, "answer": str(answer)}), encoding="utf-8")
+        process = subprocess.run(
+            [sys.executable, "-P", str(_PROGRAM), str(file)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        )
+        if process.returncode:
+            error = (process.stdout.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
+            raise WorkError(f"the program that measures speed failed: {error}")
+        result: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
+    return result

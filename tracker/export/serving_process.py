@@ -1,0 +1,95 @@
+"""Measure how fast models serve with plain transformers, as a separate program.
+
+The program runs as `python -P serving_process.py REQUEST.json`. It does not import tracker. It
+builds the models from their configurations with random weights, because speed and memory do not
+depend on the values of weights.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+
+def main(request: dict[str, Any]) -> dict[str, Any]:
+    """Time each task of the request with each model, by turns; return seconds and bytes."""
+    torch.set_num_threads(request["threads"])
+    torch.manual_seed(0)
+    models = [build_model(folder, request) for folder in request["folders"]]
+    seconds: dict[str, list[list[float]]] = {
+        name: [[] for _ in models] for name in request["tasks"]
+    }
+    start, turn = time.perf_counter(), 0
+    # The first turn is slower and does not count.
+    while turn <= request["turns"] or time.perf_counter() - start < request["seconds"]:
+        for name, (batch, length, new_tokens) in request["tasks"].items():
+            for model, durations in zip(models, seconds[name], strict=True):
+                duration, cache = time_answer(model, batch, length, new_tokens)
+                durations += [duration] * (turn > 0)
+                del cache
+        turn += 1
+    _, cache = time_answer(models[0], 1, request["cached"], 0)
+    return {"seconds": seconds, "cache_bytes": cache_bytes(cache), "peak_bytes": peak_bytes()}
+
+
+def build_model(folder: str, request: dict[str, Any]) -> PreTrainedModel:
+    """Build a model with random weights from a folder with its configuration."""
+    trust = request["trust_remote_code"]
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
+    dtype = getattr(torch, request["dtype"])
+    with torch.device(request["device"]):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust)
+    eval_model: PreTrainedModel = model.eval()
+    return eval_model
+
+
+@torch.inference_mode()
+def time_answer(
+    model: PreTrainedModel, batch: int, length: int, new_tokens: int
+) -> tuple[float, Any]:
+    """Read a prompt, or time the generation of tokens after it; return seconds and the cache.
+
+    Without new tokens, the seconds are those until the first token is known.
+    """
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = torch.randint(vocabulary, (batch, length), device=model.device)
+    accepted = inspect.signature(model.forward).parameters
+    settings: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+    cache_name = "cache" if "cache" in accepted else "past_key_values"  # of older versions
+    start, cache = time.perf_counter(), None
+    for step in range(new_tokens + 1):
+        output = model(input_ids=ids, use_cache=True, **settings, **{cache_name: cache})
+        cache, ids = output[cache_name], output.logits[:, -1:].argmax(-1)
+        ids.cpu()  # waits for the accelerator, as an application does that shows each token
+        if step == 0 and new_tokens:
+            start = time.perf_counter()
+    return time.perf_counter() - start, cache
+
+
+def cache_bytes(cache: Any) -> int | None:
+    """Count the bytes of the cached keys and values; None if the cache has another form."""
+    layers = getattr(cache, "layers", [])
+    tensors = [t for layer in layers for t in vars(layer).values() if torch.is_tensor(t)]
+    return sum(t.numel() * t.element_size() for t in tensors) or None
+
+
+def peak_bytes() -> int:
+    """Return the peak memory of this process on the accelerator, or else in main memory."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated()
+    import resource  # Unix only
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+if __name__ == "__main__":
+    request = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    Path(request["answer"]).write_text(json.dumps(main(request)), encoding="utf-8")
