@@ -120,6 +120,7 @@ class FileKeywords(BenchmarkKeywords, total=False):
     control: Values[Literal["random"] | None]
     removed: Values[Sequence[int]] | Sequence[int]
     cluster: Values[str | None]
+    observe: Values[Literal["kl"] | None]
     method: Literal["grid"]
     command: list[str]
     program: str | None

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Collection, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from tracker.benchmarks.base import Benchmark
 from tracker.benchmarks.benchmark import choose_metric
@@ -26,7 +27,7 @@ from tracker.measuring.prepare import (
 from tracker.measuring.progress import Progress
 from tracker.schema.answers import statement
 from tracker.schema.config import CellRequest, Changes
-from tracker.schema.errors import ExperimentError, RequestError, TrackerError
+from tracker.schema.errors import ExperimentError, RequestError, TrackerError, attempt
 from tracker.schema.grouping import group_by
 from tracker.schema.model_parts import ModelParts
 from tracker.schema.records import CellRecord
@@ -123,14 +124,28 @@ def run_cells(
         check_layers(unfinished_cells)
         jobs = _build_jobs(unfinished_cells)
         executor = open_executor(options)
+    unobserved: list[tuple[CellLookup, CellStore]] = []
+
+    def end(cell: CellLookup, outcome: CellStore | Exception) -> None:
+        if cell.request.observe and isinstance(outcome, CellStore):
+            unobserved.append((cell, outcome))
+        else:
+            finisher.finish(cell, outcome)
+
     for cell in lookups:
         if cell.complete and cell.store is not None:
-            finisher.finish(cell, cell.store)
+            end(cell, cell.store)
     report, records = finisher.report, finisher.records
     try:
         if unfinished_cells:
-            reporting = Reporting(ledger, progress, finisher.begin, finisher.finish)
+            reporting = Reporting(ledger, progress, finisher.begin, end)
             report.models_loaded = executor.measure(jobs, reporting)
+        # Only now, because the executor keeps a model in memory.
+        for cell, store in unobserved:
+            from tracker.measuring.observing import observe_divergences
+
+            observe = partial(observe_divergences, cell.request, store, ledger, options, progress)
+            finisher.finish(cell, attempt(observe))
     except Exception:  # measured cells are published before any error is raised
         finisher.wait()
         raise

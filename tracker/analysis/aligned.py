@@ -18,6 +18,7 @@ from tracker.analysis.metrics import DocumentMetric
 from tracker.analysis.paired import PairedOutcomes
 from tracker.ledger.cells import CellStore
 from tracker.ledger.outcomes import METRIC_PREFIX, PROVENANCE_COLUMN
+from tracker.ledger.shards import read_divergences
 from tracker.ledger.views import CellIdentity
 from tracker.schema.changes import INTACT, WHOLE_LAYER, Ablation, Change
 from tracker.schema.estimates import Estimate
@@ -59,6 +60,8 @@ class AlignedOutcomes:
         counts = store.counts(view.extent)
         self.n_requested = sum(counts.values())
         frame = store.read_documents(view.extent, columns)
+        if columns is None and len(divergences := read_divergences(store.folder)):
+            frame = frame.merge(divergences, "left", ["task", "doc", "ablation"])
         order = pd.Categorical(frame["task"], categories=list(counts))
         self._frame = frame.assign(order=order).sort_values(["order", "doc"])
         self._row_indexes = self._frame.groupby("ablation").indices
@@ -292,16 +295,16 @@ class AlignedOutcomes:
         unobserved = np.full(self.identity.model.layers, np.nan)
         return np.stack([unobserved if sums is None else sums for sums in self._stored_sums(proxy)])
 
-    def part_sums(self, proxy: Proxy, runs: Sequence[Change]) -> Array:
-        """Return the sum of a proxy over each document, for the part that each run removes.
+    def part_sums(self, column: str, runs: Sequence[Change]) -> Array:
+        """Return the sum of a proxy over each document, for the part that each run changes.
 
-        The result is an array `[documents, runs]`. A sum is NaN if the document was measured
-        without observing the proxy.
+        The result is an array `[documents, runs]` of the values in a column such as `taylor_sum`. A
+        sum is NaN if the document was measured without observing the proxy.
         """
         unobserved = np.full(len(self.tasks), np.nan)
         tables = (self.rows(self.ablation(run)) for run in runs)
-        columns = (rows.get(proxy.column, unobserved) for rows in tables)
-        return self._stack(np.asarray(column, dtype=np.float64) for column in columns)
+        columns = (rows.get(column, unobserved) for rows in tables)
+        return self._stack(np.asarray(values, dtype=np.float64) for values in columns)
 
     def unobserved_reason(self, proxy: Proxy) -> str:
         """Describe how many documents lack a proxy; return "" if the proxy is known for all."""

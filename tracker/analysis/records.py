@@ -25,7 +25,7 @@ from tracker.analysis.runs import (
 )
 from tracker.ledger.cells import CellStore, last_measured
 from tracker.ledger.outcomes import CHECKPOINT_KEY
-from tracker.schema.changes import INTACT, Ablation, Change
+from tracker.schema.changes import INTACT, WHOLE_LAYER, Ablation, Change
 from tracker.schema.estimates import Estimate
 from tracker.schema.extent import ALL_DOCUMENTS, shuffle_documents
 from tracker.schema.grouping import group_by
@@ -271,7 +271,8 @@ def _part_columns(
     Correlations use only parts whose proxy and accuracy drop are defined.
     """
     has_drop = {record.change for record in records if record.drop.value is not None}
-    for runs in group_by(parts.runs, lambda run: run.sample).values():
+    parts_and_layers = [run for run in parts.runs if run.has_taylor or run.kind == WHOLE_LAYER]
+    for runs in group_by(parts_and_layers, lambda run: run.sample).values():
         indexes = [parts.indexes[run] for run in runs]
         columns: list[_ProxyColumn] = []
         for proxy in parts.list_proxies(runs):

@@ -18,7 +18,7 @@ from tracker.schema.changes import INTACT, WHOLE_LAYER, Ablation, Change
 from tracker.schema.estimates import Estimate
 from tracker.schema.grouping import group_by
 from tracker.schema.identities import CHOICE_PROBABILITIES
-from tracker.schema.proxies import OBSERVED, PART_PROXIES, PROXIES, Proxy
+from tracker.schema.proxies import ANSWER_TOKENS, OBSERVED, PART_PROXIES, PROXIES, Proxy
 from tracker.schema.records import RunAnswer, RunRecord
 from tracker.stats.accuracy import (
     RATIO,
@@ -99,15 +99,16 @@ class PartProxies:
         outcomes: Outcomes of the documents.
 
     Attributes:
-        runs: Runs that change a part of one layer.
+        runs: The measured runs.
         sums: Name of the proxy → array `[documents, runs]` of sums over tokens.
         means: Name of the proxy → array `[runs]` of means over all tokens.
         indexes: Run → index of the run in `runs`.
     """
 
     def __init__(self, outcomes: AlignedOutcomes) -> None:
-        self.runs = [run for run in outcomes.runs if run.has_taylor]
-        self.sums = {proxy.name: outcomes.part_sums(proxy, self.runs) for proxy in PART_PROXIES}
+        self.runs = outcomes.runs
+        columns = {p.name: p.column for p in PART_PROXIES} | {ANSWER_TOKENS: ANSWER_TOKENS}
+        self.sums = {name: outcomes.part_sums(col, self.runs) for name, col in columns.items()}
         self._tokens = np.tile(outcomes.tokens[:, None], len(self.runs))
         self.means = {
             proxy.name: safe_divide(
@@ -117,8 +118,8 @@ class PartProxies:
         }
         self.indexes = {run: index for index, run in enumerate(self.runs)}
         self._names = {
-            sample: [proxy.name for proxy in self.list_proxies(runs)]
-            for sample, runs in group_by(self.runs, lambda run: run.sample).items()
+            key: [proxy.name for proxy in self.list_proxies(runs)]
+            for key, runs in group_by(self.runs, lambda r: (r.sample, r.has_taylor)).items()
         }
 
     def list_proxies(self, runs: Sequence[Change]) -> list[Proxy]:
@@ -142,7 +143,7 @@ class PartProxies:
 
     def estimates(self, run: Change) -> dict[str, Estimate]:
         """Return proxy name → value for the changed part, for all proxies that any run has."""
-        names = self._names.get(run.sample, ()) if run in self.indexes else ()
+        names = self._names.get((run.sample, run.has_taylor), ())
         undefined = dict.fromkeys(chain(*self._names.values()), Estimate(None, reason=_OTHER_KIND))
         return undefined | {name: self._estimate(PROXIES[name], run) for name in names}
 

@@ -21,7 +21,7 @@ OPTION_GROUPS: Mapping[str, Iterable[str]] = {
         *("component", "head", "expert", "map"),
         *("span", "intervention", "repeats", "control"),
     ],
-    "Documents": (*DocumentSpec.model_fields, "until", "cluster"),
+    "Documents": (*DocumentSpec.model_fields, "until", "cluster", "observe"),
     "Execution": [
         *("executor", "slurm", "device", "memory", "weights", "offload"),
         *("workers", "devices_per_worker"),

@@ -8,7 +8,7 @@ The file's metadata holds JSON under `tracker`:
     digest      SHA-256 of the whole file, with 64 zeros in the digest's place
     …           details of the measurement: date, seconds, sharing
 
-Statistics that studies measure are stored in `observed/KIND/TASK.NUMBER.parquet` in the cell's
+Statistics for studies and `observe` are stored in `observed/KIND/TASK.NUMBER.parquet` in the cell's
 folder, one file per block of documents. KIND names the measured quantity and the method.
 """
 
@@ -18,11 +18,13 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
@@ -30,6 +32,7 @@ from numpy.typing import NDArray
 from tracker.ledger.blocks import Block
 from tracker.ledger.files import write_bytes
 from tracker.schema.distribution import LEDGER_FORMAT
+from tracker.schema.proxies import ANSWER_TOKENS, KL_COLUMN, KL_KIND
 
 ASIDE_SUFFIX = ".aside"
 """Suffix of damaged files that were set aside."""
@@ -157,6 +160,24 @@ def read_observation_file(path: Path) -> Shard:
     if (original := shard.metadata.get("file", _file_identity(path))) != _file_identity(path):
         raise ValueError(f"it is a copy of {original}")
     return shard
+
+
+def divergence_files(folder: Path) -> list[Path]:
+    """List the files of a cell's folder that contain KL divergences."""
+    return sorted(folder.glob(f"observed/{KL_KIND}-*/*.parquet"))
+
+
+def read_divergences(folder: Path) -> pd.DataFrame:
+    """Read the KL divergences in a cell's folder, one row per (task, doc, ablation)."""
+    keys = ["task", "doc", "ablation"]
+    frames = [pd.DataFrame(columns=[*keys, ANSWER_TOKENS, KL_COLUMN])]
+    for path in divergence_files(folder):
+        with suppress(OSError, ValueError):  # damaged divergences are computed again
+            shard = read_observation_file(path)
+            frame = shard.table.to_pandas().set_index("doc").map(np.ndarray.item).reset_index()
+            frame = frame.melt(["doc", ANSWER_TOKENS], var_name="ablation", value_name=KL_COLUMN)
+            frames.append(frame.assign(task=shard.metadata["task"]))
+    return pd.concat(frames[1:] or frames).drop_duplicates(keys).astype({"doc": int})
 
 
 def _file_identity(path: Path) -> str:

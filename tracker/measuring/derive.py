@@ -10,6 +10,7 @@ from tracker.analysis.decisions import decisions_record, derive_decisions
 from tracker.analysis.records import cell_record
 from tracker.analysis.stopping import CellRace
 from tracker.ledger.cells import CellStore
+from tracker.ledger.shards import divergence_files
 from tracker.ledger.store import Contents
 from tracker.ledger.views import RequestedView
 from tracker.schema.decision_records import DecisionsRecord
@@ -21,7 +22,8 @@ from tracker.schema.views import View
 
 def derive_record(store: CellStore, view: View) -> CellRecord:
     """Return the figures of a view; compute them if no valid record is stored."""
-    state, name = _state_hash(store, view, *store.texts.file_names()), store.views.view_name(view)
+    extra = (*store.texts.file_names(), file_hash(divergence_files(store.folder)))
+    state, name = _state_hash(store, view, *extra), store.views.view_name(view)
     record = store.read_derived(state, name, CellRecord)
     if record is None:
         record = cell_record(store, view, _aggregate, derive_answer(store, view))

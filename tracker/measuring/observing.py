@@ -1,16 +1,21 @@
-"""Compute the statistics per document that studies need, and store them in the ledger."""
+"""Compute statistics per document for studies and `observe`, and store them in the ledger."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from itertools import compress
 from operator import itemgetter
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tracker.analysis.aligned import AlignedOutcomes
 from tracker.benchmarks.benchmark import open_benchmark
+from tracker.engine.forward.streams import Ablations
+from tracker.engine.observers.layer_proxies import answer_divergences
 from tracker.engine.scoring.sweep import Engine
 from tracker.ledger.blocks import Block
 from tracker.ledger.cache import Checks
@@ -24,6 +29,8 @@ from tracker.measuring.progress import Progress, report_work
 from tracker.schema.config import CellRequest
 from tracker.schema.documents import Document
 from tracker.schema.grouping import group_by
+from tracker.schema.provenance import content_hash
+from tracker.schema.proxies import ANSWER_TOKENS, KL_COLUMN, KL_KIND
 
 SAVE_SECONDS = 60.0
 """Seconds between two saves, so that a killed process loses at most this much work."""
@@ -115,3 +122,25 @@ def open_observed_cell(
     progress.say(f"{request.benchmark}: checking results against pruned models")
     meter.check(Checks(ledger.root))
     return meter.engine, meter.documents
+
+
+def observe_divergences(
+    request: CellRequest, store: CellStore, ledger: Ledger, options: Options, progress: Progress
+) -> CellStore:
+    """Compute and store the missing KL divergences of a measured request; return the cell."""
+    outcomes = AlignedOutcomes(store, store.views.view_of(request))
+    is_missing = np.isnan(outcomes.part_sums(KL_COLUMN, outcomes.runs).sum(axis=0))
+    ablations = [outcomes.ablation(run) for run in compress(outcomes.runs, is_missing)]
+    if ablations:
+        kind = f"{KL_KIND}-{content_hash([ablation.name for ablation in ablations])[:8]}"
+        open_cell = partial(open_observed_cell, request, store, ledger, options, progress)
+        begin = partial(partial, _observe_answer, ablations)
+        observe_cell(request, store, kind, begin, open_cell, progress)
+    return store
+
+
+def _observe_answer(ablations: Ablations, engine: Engine, document: Document) -> DocumentArrays:
+    """Measure the KL divergences of ablations at the tokens of a document's right answer."""
+    sums = answer_divergences(engine, document, ablations)
+    values = zip(ablations, sums["kl"].numpy(), strict=True)
+    return {ANSWER_TOKENS: sums["tokens"].numpy()} | {a.name: kl for a, kl in values}

@@ -27,6 +27,7 @@ from tracker.schema.run_table import (
     metric_columns,
     pick_columns,
     run_columns,
+    unobserved_columns,
 )
 from tracker.schema.tables import Column, Table, build_table
 from tracker.schema.text import escape_cell
@@ -73,7 +74,8 @@ def layer_frame(cells: Sequence[CellRecord]) -> pd.DataFrame:
         "shown", "text", lambda row: words[id(row.cell)].get(row.change), name="shown"
     )
     columns = run_columns()
-    names = [name for name in columns if name not in ("ablation", "drop_interval", "reasons")]
+    left_out = {"ablation", "drop_interval", "reasons"} | unobserved_columns(cells)
+    names = [name for name in columns if name not in left_out]
     picked = [*pick_columns(columns, *names), *metric_columns(cells), columns["reasons"]]
     picked.insert(names.index("drop_sd"), verdict)
     return table_frame(build_table("", picked, measured_runs(cells)))

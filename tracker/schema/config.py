@@ -6,9 +6,9 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain, product
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, model_validator
+from pydantic import BaseModel, BeforeValidator, model_validator
 
 from tracker.schema.changes import INTACT, WHOLE_LAYER, Ablation, Change
 from tracker.schema.errors import ExperimentError
@@ -24,6 +24,7 @@ from tracker.schema.fields import (
     QuestionText,
     StrictModel,
     Times,
+    as_tuple,
     validate_settings,
 )
 from tracker.schema.kinds import NUMBERED_COMPONENTS, OUTER_MATRICES, UNITS, Component, Intervention
@@ -238,12 +239,15 @@ class CellSettings(ChangeGrid, DocumentSpec, BenchmarkSpec, ModelSpec):
     cluster: Name | None = None
     """Column whose value dependent documents share, such as passage or subject; task for the tasks
     of a group. Intervals then treat clusters as independent (default: single documents)."""
+    observe: Annotated[tuple[Literal["kl"], ...], BeforeValidator(as_tuple)] = ()
+    """Statistics to measure for every run as well. kl: KL divergence of the output at the tokens of
+    right answers."""
 
     @model_validator(mode="after")
-    def _check_one_limit(self) -> CellSettings:
-        if self.until is not None and (self.limit is not None or self.sample is not None):
-            key = "limit" if self.sample is None else "sample"
-            raise ValueError(f"until and {key} are both given; leave one of them out")
+    def _check_until(self) -> CellSettings:
+        keys = [k for k in ("sample", "limit", "observe") if getattr(self, k) not in (None, ())]
+        if self.until is not None and keys:
+            raise ValueError(f"until and {keys[0]} are both given; leave one of them out")
         if self.until is not None and self.cluster is not None:
             raise ValueError(
                 "until and cluster are both given; leave one of them out. The intervals of until "
@@ -267,6 +271,7 @@ class CellSettings(ChangeGrid, DocumentSpec, BenchmarkSpec, ModelSpec):
             until=None if self.until is None else parse_question(self.until),
             metric=self.metric,
             clusters=None if self.cluster is None else Clusters(column=self.cluster),
+            observe=self.observe,
         )
 
 
@@ -287,6 +292,7 @@ class CellRequest:
             to measure all documents.
         metric: The metric to show; None for the benchmark's usual metric.
         clusters: The clusters of dependent documents; None if all documents are independent.
+        observe: The statistics to measure besides the outcomes, e.g. `kl`.
     """
 
     model: ModelSpec
@@ -297,10 +303,11 @@ class CellRequest:
     until: Question | None = None
     metric: str | None = None
     clusters: Clusters | None = None
+    observe: tuple[str, ...] = ()
 
     @property
     def settings(self) -> CellSettings:
-        """The request as one flat object, as in an experiment file."""
+        """The request as one flat object, as in an experiment file, without `observe`."""
         settings: dict[str, Any] = {"removed": self.removed, "metric": self.metric}
         settings["until"] = None if self.until is None else str(self.until)
         settings["cluster"] = None if self.clusters is None else self.clusters.column

@@ -136,7 +136,7 @@ class Proxy:
         strategy: The search strategy that prunes by the proxy; empty if no strategy uses the proxy.
         component: The measured components: whole layers, all parts of a layer, or routed experts.
         over: For a mean over the tokens of an expert: name of the proxy that counts these tokens.
-            Empty for a mean over all tokens.
+            `ANSWER_TOKENS` for a mean over the tokens of answers. Empty for a mean over all tokens.
     """
 
     name: str
@@ -182,6 +182,8 @@ class Proxy:
         return self.from_observed(self.token_figure(self.observe(before, after)))
 
 
+ANSWER_TOKENS = "answer_tokens"
+"""Number of a document's tokens over which `kl_divergence` is summed."""
 _OWN_PROXIES: Mapping[str, Proxy] = {
     proxy.name: proxy
     for proxy in (
@@ -245,6 +247,15 @@ _OWN_PROXIES: Mapping[str, Proxy] = {
             source="estimate_sensitivities of mlx-lm",
             passes=4.0,
             component="part",
+        ),
+        Proxy(
+            "kl_divergence",
+            "KL divergence at the answers",
+            "nats per token",
+            formula="mean over the tokens of right answers of KL(intact model ‖ changed model)",
+            passes=None,
+            component="part",
+            over=ANSWER_TOKENS,
         ),
         Proxy(
             "expert_saliency",
@@ -325,9 +336,14 @@ PROXIES: Mapping[str, Proxy] = {**_OWN_PROXIES, **_ADDED_PROXIES}
 LAYER_PROXIES = {name: proxy for name, proxy in PROXIES.items() if proxy.component == "layer"}
 """The proxies of whole layers."""
 PART_PROXIES = tuple(proxy for proxy in PROXIES.values() if proxy.component != "layer")
-"""The proxies of parts of a layer, measured on the intact model for runs that change a part."""
+"""The proxies of the change of a run, such as the removal of a part of a layer. `kl_divergence` is
+measured on the changed model, for all changes; the others are measured on the intact model."""
 EXPERT_PROXIES = tuple(proxy for proxy in PART_PROXIES if proxy.component == "expert")
 """The proxies of routed experts."""
+KL_COLUMN = PROXIES["kl_divergence"].column
+"""Column of a document's KL divergence, summed over its `ANSWER_TOKENS`."""
+KL_KIND = "kl-divergence"
+"""Start of the names under which KL divergences are stored; a hash of the ablations follows."""
 OBSERVED = tuple(proxy for proxy in PROXIES.values() if proxy.observe)
 """The proxies of a layer's input and output, measured on the intact model of every cell."""
 

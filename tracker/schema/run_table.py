@@ -75,9 +75,14 @@ def has_only_layers(cell: CellRecord) -> bool:
 
 def cell_proxies(cell: CellRecord) -> list[Proxy]:
     """List the proxies that tables show for the runs of a record."""
-    figures = {name for run in cell.runs if run.change.has_taylor for name in run.proxies}
+    figures = {name for run in cell.runs for name in run.proxies}
     parts = [proxy for proxy in PART_PROXIES if proxy.name in figures]
     return [*(OBSERVED if cell.whole_layers or not parts else ()), *parts]
+
+
+def unobserved_columns(cells: Iterable[CellRecord]) -> set[str]:
+    """Return the names of columns that are left out because no run has them."""
+    return {"kl_divergence"} - {name for cell in cells for run in cell.runs for name in run.proxies}
 
 
 def distinguishing_columns(cell: CellRecord) -> list[str]:

@@ -52,7 +52,7 @@ from tracker.search.strategies import (
 
 SearchGoal = tuple[CellRequest, Component, str, str]
 """Goal of searches: the test documents, the kind of parts, the amount, and the constraints."""
-_NEW_CELL_KEYS = {"heads", "experts", "maps", "repeats", "control", "cluster"}
+_NEW_CELL_KEYS = {"heads", "experts", "maps", "repeats", "control", "cluster", "observe"}
 """Keys of a cell that were added after the format of search names."""
 DEFAULT_STRATEGIES = ("accuracy", "cosine_oneshot", RANDOM_STRATEGY)
 """Default strategies: by measured outcomes, by the usual proxy, and at random."""

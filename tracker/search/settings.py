@@ -609,6 +609,6 @@ CELL_KEYS = tuple(
     key
     for key in FIELDS_BY_KEY
     if key not in FILE_KEYS.values()
-    and key not in ("removed", "control", "part", "limit", "sample", "until", "cluster")
+    and key not in ("removed", "control", "part", "limit", "sample", "until", "cluster", "observe")
 )
 """Keys of `CellSettings` in a search file; the search itself removes parts and draws documents."""

@@ -8,35 +8,21 @@ small and for large divergences.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tracker.engine.observers.layer_proxies import answer_divergences
-from tracker.engine.scoring.sweep import Engine
-from tracker.ledger.shards import DocumentArrays
-from tracker.measuring.observing import ObserveDocument
-from tracker.schema.changes import Ablation
 from tracker.schema.config import CellRequest
-from tracker.schema.documents import Document
 from tracker.schema.errors import RequestError
 from tracker.schema.estimates import Estimate
 from tracker.schema.formats import metric_format
-from tracker.schema.provenance import content_hash
+from tracker.schema.proxies import ANSWER_TOKENS, KL_COLUMN
 from tracker.schema.tables import Table
 from tracker.stats.arrays import safe_divide
 from tracker.stats.correlation import correlation_difference, resampled_spearman
-from tracker.studies.base import (
-    Study,
-    StudyContext,
-    StudyResult,
-    Subject,
-    observe_subject,
-    study_texts,
-)
+from tracker.studies.base import Study, StudyContext, StudyResult, Subject, study_texts
 from tracker.studies.layout import figure_table, labelled
 from tracker.studies.registry import DisplacementSettings
 
@@ -66,30 +52,26 @@ class Displacement(Study[DisplacementSettings]):
     texts = DISPLACEMENT_TEXTS
 
     def expand(self, cell: CellRequest, context: StudyContext) -> Iterator[CellRequest]:
-        """Yield the request unchanged; RequestError if it has fewer than `MIN_CHANGES` changes."""
+        """Request KL divergences too; RequestError for fewer than `MIN_CHANGES` changes."""
         if (count := len([*cell.changes.expand()])) < MIN_CHANGES:
             raise RequestError(DISPLACEMENT_TEXTS.render("few", cell, count, MIN_CHANGES))
-        yield cell
+        yield replace(cell, observe=("kl",))
 
     def answer(self, context: StudyContext, subjects: list[Subject]) -> StudyResult:
         """Correlate KL divergences with drops, for each model and benchmark."""
         result = StudyResult()
         for subject in subjects:
-            result.add(*_compare(context, subject))
+            result.add(*_compare(subject))
         return result
 
 
-def _compare(context: StudyContext, subject: Subject) -> tuple[str, Table]:
+def _compare(subject: Subject) -> tuple[str, Table]:
     """Return a sentence and a table of the correlations for one model and benchmark."""
     outcomes = subject.outcomes()
     ablations = [outcomes.ablation(run) for run in outcomes.runs]
-    kind = f"answer-kl-{content_hash([ablation.name for ablation in ablations])[:8]}"
-    begin = partial(_begin_observing, ablations=ablations)
-    observations = observe_subject(subject, kind, context, begin, outcomes.documents)
-    sums = observations.select(outcomes.documents)
-    tokens = sums["tokens"][:, None]
-    kl = safe_divide(sums["kl"].sum(axis=0), tokens.sum(axis=0))
-    resampled_kl = safe_divide(outcomes.resample(sums["kl"]), outcomes.resample(tokens))
+    sums, tokens = (outcomes.part_sums(n, outcomes.runs) for n in (KL_COLUMN, ANSWER_TOKENS))
+    kl = safe_divide(sums.sum(axis=0), tokens.sum(axis=0))
+    resampled_kl = safe_divide(outcomes.resample(sums), outcomes.resample(tokens))
     measures = (outcomes.metric_outcomes, outcomes.choice_outcomes, outcomes.gold_outcomes)
     paired = [measure(ablations) for measure in measures]
     costs = [(p.mean_drops, outcomes.resample(p.drops, p.weights)) for p in paired]
@@ -123,11 +105,3 @@ def _compare(context: StudyContext, subject: Subject) -> tuple[str, Table]:
     n_undefined = len(kl) - int(is_defined.sum())
     notes = DISPLACEMENT_TEXTS.render_all("notes", n_undefined)
     return answer, figure_table(KlAgreement, heading, rows, *notes, measure=measure)
-
-
-def _begin_observing(engine: Engine, ablations: Sequence[Ablation]) -> ObserveDocument:
-    def observe_document(document: Document) -> DocumentArrays:
-        sums = answer_divergences(engine, document, ablations)
-        return {name: np.asarray(sums[name]) for name in ("tokens", "kl")}
-
-    return observe_document

@@ -194,7 +194,8 @@ def logged_layers(cell: CellRecord) -> LoggedTable:
     run_columns = run_table.run_columns(cell)
     names = ("layer", "component", "span", "intervention", "ablation", "n", *_RUN_FIGURES)
     metrics = run_table.metric_columns([cell], "metric/")
-    picked = run_table.pick_columns(run_columns, *names)
+    left_out = run_table.unobserved_columns([cell])
+    picked = run_table.pick_columns(run_columns, *(n for n in names if n not in left_out))
     columns = [*picked, *metrics, run_columns["reasons"]]
     return logged_table(build_table(cell.title, columns, run_table.measured_runs([cell])))
 
