@@ -317,6 +317,7 @@ def quantise(
     budget: str,
     format: str | Sequence[str] | None = None,
     by: Literal["map", "layer"] = "map",
+    tie: Literal["fused", "none"] = "fused",
     test_sample: int | None = None,
     embeddings: bool = False,
     refine: int = 3,
@@ -333,6 +334,8 @@ def quantise(
         format: Allowed weight formats; None for the formats in llama.cpp's own mixtures.
         by: Granularity: `map` chooses a format for each linear map, `layer` one format for all
             linear maps of a layer.
+        tie: Linear maps that share one format: `fused` for the maps that vLLM and SGLang fuse
+            (query, key and value; gate and up; all experts of a layer), `none` for no maps.
         test_sample: Number of test documents of each task; None for the same number as calibration
             documents.
         embeddings: Whether formats are also chosen for the embedding and the output head.
@@ -361,7 +364,7 @@ def quantise(
 
     if output is not None:
         checkpoint.refuse_output(Path(output))
-    options: dict[str, Any] = {"budget": budget, "by": by, "test_sample": test_sample}
+    options: dict[str, Any] = {"budget": budget, "by": by, "tie": tie, "test_sample": test_sample}
     options |= {"embeddings": embeddings, "refine": refine, "pairs": pairs}
     options |= {} if format is None else {"format": format}
     results = study("quantise", experiment, tokenizer=tokenizer, **options, **settings)

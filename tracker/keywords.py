@@ -166,6 +166,7 @@ class StudyKeywords(ExperimentKeywords, total=False):
     budget: str
     format: str | Sequence[str]
     by: Literal["map", "layer"]
+    tie: Literal["fused", "none"]
     embeddings: bool
     refine: int
     pairs: int

@@ -21,7 +21,7 @@ import yaml
 from tests.helpers import llama_cpp
 from tests.helpers.families import tiny_model
 from tests.helpers.llama_cpp import write_gguf
-from tracker.export.card import format_recipes
+from tracker.export.card import format_recipes, recipe_problems
 from tracker.models.gguf_file import Reader
 from tracker.models.rounding import round_weight
 from tracker.schema.weight_formats import FORMATS
@@ -179,6 +179,40 @@ def test_compressed_tensors_finds_embedding_and_head(tied: str) -> None:
     assert bits == {"model.layers.0.mlp.up_proj": 8, **embedding_bits}
 
 
+@pytest.mark.parametrize("name", ["nvfp4", "mxfp8"])
+def test_small_blocks_are_the_presets_of_compressed_tensors(name: str) -> None:
+    """mlx-lm has a mode of the same name; GPTQModel and llama.cpp do not take them."""
+    from compressed_tensors.quantization import QuantizationScheme, preset_name_to_scheme
+
+    formats = dict.fromkeys(MIXED, name)
+    recipes = format_recipes(formats, "llama", 11, "base.gguf")
+    assert [*recipes] == ["llm-compressor", "mlx-lm"]
+    (group,) = modifier_of(recipes)["config_groups"].values()
+    assert QuantizationScheme(**group).weights == preset_name_to_scheme(f"{name}a16", []).weights
+    assert [*recipe_problems(formats, "llama", 11)] == ["llama.cpp", "GPTQModel"]
+
+
+def test_a_missing_recipe_has_a_reason() -> None:
+    """vLLM runs query, key and value as one map; mlx-lm and GPTQModel do not."""
+    formats = {f"model.layers.3.self_attn.{name}_proj": "int4" for name in "qkvo"}
+    split = {**formats, "model.layers.3.self_attn.k_proj": "int8_g32"}
+    assert [*recipe_problems(formats, "llama", 4)] == ["llama.cpp"]
+    problems = recipe_problems(split, "llama", 4)
+    assert re.search(r"int4 and int8_g32", problems["llama.cpp"])
+    assert re.search(r"layers\.3\.self_attn\.q_proj.*k_proj.*v_proj", problems["llm-compressor"])
+    assert [*format_recipes(split, "llama", 4, "base.gguf")] == ["mlx-lm", "GPTQModel"]
+    ends = recipe_problems({**formats, "lm_head": "int4"}, "llama", 4)
+    assert re.search("output head", ends["GPTQModel"])
+    experts = dict.fromkeys(("gate_up_proj", "down_proj"), "q4_0")
+    experts = {f"model.layers.0.mlp.experts.{name}": form for name, form in experts.items()}
+    assert "llama.cpp" not in recipe_problems(experts, "olmoe", 1)
+    integers = recipe_problems(dict.fromkeys(experts, "int4"), "olmoe", 1)
+    reasons = [integers.pop(tool) for tool in ("llm-compressor", "mlx-lm", "GPTQModel")]
+    assert all("expert" in reason for reason in reasons)
+    absorbed = {"model.layers.0.self_attn.kv_b_proj": "q8_0"}
+    assert re.search("no matching tensor", recipe_problems(absorbed, "deepseek_v3", 1)["llama.cpp"])
+
+
 def test_no_recipe_for_unknown_formats() -> None:
     formats = {"model.layers.0.mlp.down_proj": "nf4", "model.layers.1.mlp.down_proj": "q4_0"}
     assert format_recipes(formats, "llama", 2, "base.gguf") == {}
@@ -202,6 +236,7 @@ MIXED = {
     "model.layers.10.mlp.down_proj": "int4",
 }
 BITS = {"int4": (4, 32), "int8_g32": (8, 32), "int4_g128": (4, 128)}
+MLX_BITS = {**BITS, "nvfp4": (4, 16), "mxfp8": (8, 32)}
 UNNAMED = ("model.layers.1.mlp.up_proj", "model.layers.0.mlp.down_proj.more", "lm_head")
 
 
@@ -210,8 +245,9 @@ def test_mlx_lm_reads_its_recipe() -> None:
     from mlx.utils import tree_unflatten
     from mlx_lm import utils
 
-    recipe = json.loads(format_recipes(MIXED, "llama", 11, "base.gguf")["mlx-lm"])
-    model, maps = nn.Module(), [(path, nn.Linear(256, 8)) for path in (*MIXED, "lm_head")]
+    mixed = {**MIXED, "model.layers.4.mlp.up_proj": "nvfp4", "model.layers.5.mlp.up_proj": "mxfp8"}
+    recipe = json.loads(format_recipes(mixed, "llama", 11, "base.gguf")["mlx-lm"])
+    model, maps = nn.Module(), [(path, nn.Linear(256, 8)) for path in (*mixed, "lm_head")]
     for name, part in tree_unflatten(maps).items():
         setattr(model, name, part)
     _, config = utils.quantize_model(
@@ -225,7 +261,7 @@ def test_mlx_lm_reads_its_recipe() -> None:
     assert config["quantization"] == recipe
     rounded = {path: module for path, module in model.named_modules() if hasattr(module, "bits")}
     formats = {path: (module.bits, module.group_size) for path, module in rounded.items()}
-    assert formats == {path: BITS[form] for path, form in MIXED.items()}
+    assert formats == {path: MLX_BITS[form] for path, form in mixed.items()}
 
 
 def test_gptqmodel_finds_a_rule_for_each_map() -> None:

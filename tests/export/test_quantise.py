@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from tests.helpers.mixtures import save_mixture
 from tests.helpers.package_tasks import plain_package_tasks
 from tests.studies.conftest import plain_values, table_column
 from tracker import api
+from tracker.export.changes import rounding
 from tracker.ledger.files import read_note
 from tracker.ledger.outcomes import METRIC_PREFIX
 from tracker.ledger.store import Ledger, read_records
@@ -62,9 +65,15 @@ def _gold_losses(frame):
     return means - means["baseline"]
 
 
-def test_formats_have_the_least_sum_of_losses(quantised):
-    """By trying all that give the maps of a layer one of two formats is too many: by exchange."""
+@pytest.mark.usefixtures("in_process")
+@pytest.mark.parametrize("tie", ["fused", "none"])
+def test_formats_have_the_least_sum_of_losses(tie, quantised, tmp_path):
+    """Each choice that was measured gives fused maps one format, unless they are not tied."""
     model, results, done = quantised
+    if tie == "none":  # the same measurements of single maps serve both
+        results = shutil.copytree(results, tmp_path / "results")
+        settings = {**SETTINGS, **BUDGET, "refine": 0, "pairs": 0, "tie": tie}
+        done = api.quantise(str(model), **settings, results=results, track=[])
     losses = _gold_losses(_read_frames(results)["calibration"])
     loaded = AutoModelForCausalLM.from_pretrained(model)
     maps = {
@@ -78,15 +87,32 @@ def test_formats_have_the_least_sum_of_losses(quantised):
     for (name, weight), word in itertools.product(maps.items(), WORDS):
         word_bits = FORMATS[word].bits_per_weight(weight.shape[1])
         bits[name, word] = weight.numel() * word_bits / total
-    min_loss = min(
-        sum(losses[f"{word}:{name}"] for name, word in zip(maps, forms, strict=True))
+    groups = [["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"]]
+    fused = [
+        [n for n, name in enumerate(maps) if name[0] == layer and name.split(".")[-1] in group]
+        for layer in "01"
+        for group in groups
+    ]
+    choices = [
+        dict(zip(maps, forms, strict=True))
         for forms in itertools.product(WORDS, repeat=len(maps))
-        if sum(bits[pair] for pair in zip(maps, forms, strict=True)) <= 6
+        if tie == "none" or all(len({forms[n] for n in group}) == 1 for group in fused)
+    ]
+    min_loss = min(
+        sum(losses[f"{word}:{name}"] for name, word in choice.items())
+        for choice in choices
+        if sum(bits[pair] for pair in choice.items()) <= 6
     )
     table = done.finding.tables[0]
     heading = "sum of single losses, calibration"
     assert _values(table, heading, "measured") == pytest.approx(min_loss)
     assert _values(table, "bits a weight", "measured") <= 6
+    (note,) = (read_note(path)["formats"] for path in done.files)
+    assert note in choices
+    if tie == "fused":
+        tested = {*_read_frames(results)["test"]["ablation"]} - {"baseline"}
+        assert tested <= {str(rounding(choice).ablation) for choice in choices}
+        assert len(tested) > 2
 
 
 def test_quantise_leaves_no_unfinished_files(quantised):
@@ -136,6 +162,8 @@ def test_lm_eval_agrees_on_the_saved_model(quantised, tmp_path):
     )
     assert done.saved.after.bytes == size
     card = (done.saved.folder / "README.md").read_text()
+    for tool in ("llm-compressor", "mlx-lm", "GPTQModel"):
+        assert re.search(rf"No recipe for {tool}: .* q4\\?_0 and q8\\?_0", card)
     assert f"| bytes of weights | {done.saved.before.bytes:,} | {round(size):,} |" in card
     (row,) = done.saved.accuracy
     assert (row.n, row.after.value) == (24, pytest.approx(accuracy))
@@ -156,6 +184,10 @@ def test_a_repeated_command_measures_nothing(quantised, tmp_path):
         (("--budget=much",), "invalid budget 'much'; expected e.g. 4.5bpw"),
         (("--budget=5bpw", "--format=q4_0"), "name at least two formats"),
         (("--budget=5bpw", "--format=q4_0,q8"), "there is no format 'q8'"),
+        (("--budget=5bpw", "--format=q4_0,mxfp9"), "there is no format 'mxfp9'"),
+        (("--budget=6bpw", "--format=q4_0,int4_g128"), "blocks of 128 weights, but each row"),
+        (("--budget=6bpw", "--tie=fuse"), "'fuse' is not one of 'fused', 'none'"),
+        (("--budget=6bpw", "--tie=none", "--by=layer"), "no effect with --by layer"),
         (("--budget=5bpw", "--output", model), "is a folder that is not empty"),
     ):
         result = cli(*command, *words)

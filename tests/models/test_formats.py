@@ -6,6 +6,14 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.compressors.nvfp4.helpers import unpack_fp4_from_uint8
+from compressed_tensors.quantization import (
+    dequantize,
+    initialize_module_for_quantization,
+    preset_name_to_scheme,
+)
+from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
 
 from tests.helpers import llama_cpp
 from tests.helpers.llama_cpp import write_gguf
@@ -93,9 +101,62 @@ def test_experts_are_rounded_one_by_one(name) -> None:
     assert all(map(torch.equal, round_weight(experts, name), expected))
 
 
-def test_rows_without_whole_blocks_are_refused() -> None:
-    with pytest.raises(CellError, match=r"int4_g128 rounds blocks of 128 weights.* has 576"):
-        round_weight(random_weight(2, 576), "int4_g128")
+@pytest.mark.parametrize(
+    ("name", "size", "inputs"), [("int4_g128", 128, 576), ("nvfp4", 16, 72), ("mxfp8", 32, 48)]
+)
+def test_rows_without_whole_blocks_are_refused(name: str, size: int, inputs: int) -> None:
+    with pytest.raises(CellError, match=rf"{name} rounds blocks of {size} weights.* has {inputs}"):
+        round_weight(random_weight(2, inputs), name)
+
+
+def make_outliers() -> torch.Tensor:
+    """Make a weight of many magnitudes, with a row and a block of zeros."""
+    weight = random_weight(48, 256) * 10 ** torch.linspace(-6, 3, 48)[:, None]
+    weight[5], weight[7, :64], weight[9, 3] = 0, 0, 1e4
+    return weight
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("make_weight", [random_weight, make_outliers, lambda: torch.zeros(2, 64)])
+@pytest.mark.parametrize("name", ["nvfp4", "mxfp8"])
+def test_weights_equal_those_in_a_file_of_compressed_tensors(name, make_weight, dtype) -> None:
+    """The maker packs the codes of its own module into a file, and unpacks them."""
+    weight = make_weight().to(dtype)
+    scheme = preset_name_to_scheme(f"{name}a16", ["Linear"])
+    module = torch.nn.Linear(*reversed(weight.shape), bias=False)
+    module.weight.data = weight.float()
+    initialize_module_for_quantization(module, scheme)
+    blocks = module.weight.data.unflatten(1, (-1, scheme.weights.group_size))
+    whole = None
+    if name == "nvfp4":
+        whole = generate_gparam(*module.weight.data.aminmax())
+        module.weight_global_scale.data = whole
+    scales, _ = calculate_qparams(blocks.amin(-1), blocks.amax(-1), scheme.weights, whole)
+    module.weight_scale.data = scales
+    form = {"nvfp4": "nvfp4-pack-quantized", "mxfp8": "mxfp8-quantized"}[name]
+    compressor = BaseCompressor.get_value_from_registry(form)
+    stored = compressor.compress(dict(module.state_dict()), scheme)
+    unpacked = compressor.decompress(stored, scheme)["weight"].to(dtype)
+    if (name, dtype) == ("nvfp4", torch.float32):  # `decompress` gives bfloat16
+        codes = unpack_fp4_from_uint8(stored["weight_packed"], *weight.shape, dtype=dtype)
+        stored_scales = stored["weight_scale"].to(dtype)
+        unpacked = dequantize(codes, stored_scales, args=scheme.weights, global_scale=whole)
+    assert torch.equal(round_weight(weight, name), unpacked)
+    # Of the file, the blocks and their scales; NVFP4's scale of the matrix is one number.
+    names = ("weight_packed", "weight", "weight_scale")
+    n_bits = sum(8 * stored[key].nbytes for key in names if key in stored)
+    assert n_bits == weight.numel() * FORMATS[name].bits_per_weight(weight.shape[1])
+
+
+def test_nvfp4_is_the_nearest_of_eight_values() -> None:
+    original = random_weight(4, 64)
+    matrix_scale = 448 * 6 / original.abs().max()
+    rounded = round_weight(original, "nvfp4").reshape(-1, 16)
+    levels = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    for old, new in zip(original.reshape(-1, 16), rounded, strict=True):
+        scale = (old.abs().max() / 6 * matrix_scale).to(torch.float8_e4m3fn).float() / matrix_scale
+        distances = (old[:, None].abs() - levels * scale).abs()
+        torch.testing.assert_close((new - old).abs(), distances.amin(1), rtol=0, atol=1e-6)
 
 
 def test_recently_used_weights_are_cached_up_to_a_size() -> None:

@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import itertools
 import random
+import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from tests.helpers.registry import make_registered
+from tracker.models.parts.anatomy import LayerAnatomy
+from tracker.schema.changes import Change
 from tracker.schema.errors import RequestError
 from tracker.search.formats import (
     BitBudget,
     FormatUnit,
     bits_per_weight,
+    choice_ablation,
     find_swaps,
+    list_units,
     minimize_loss,
     parse_budget,
 )
+from tracker.studies.quantise import unit_losses
 
 FORMATS = ("q4_0", "q5_1", "q8_0")
-UNITS = [FormatUnit(layer, name, ((32, 64), (64, 32))) for layer in range(3) for name in "ab"]
+UNITS = [FormatUnit(layer, (name,), ((32, 64), (64, 32))) for layer in range(3) for name in "ab"]
 
 
 @pytest.mark.parametrize(
@@ -49,11 +57,90 @@ def test_too_small_budgets_are_refused() -> None:
         parse_budget("5bpw", UNITS, 0, 0, ("int4_g128", "q8_0"))
 
 
+@pytest.mark.parametrize(("formats", "inputs"), [(("q4_k", "q6_k"), 576), (("int4_row",), 72)])
+def test_the_smallest_budget_that_works_is_named(formats, inputs: int) -> None:
+    units = [
+        FormatUnit(0, ("a", "b"), ((32, inputs), (48, inputs))),
+        FormatUnit(0, ("c",), UNITS[0].shapes),
+    ]
+    with pytest.raises(RequestError) as error:
+        parse_budget("2bpw", units, 0, 0, formats)
+    (budget,) = re.findall(r"at least --budget (\S+)bpw", str(error.value))
+    assert parse_budget(f"{budget}bpw", units, 0, 0, formats).bits == float(budget)
+    with pytest.raises(RequestError, match="too small"):
+        parse_budget(f"{float(budget) - 0.001:.4f}bpw", units, 0, 0, formats)
+
+
+GATE_UP, QKV = {"mlp.gate_proj", "mlp.up_proj"}, {f"self_attn.{name}_proj" for name in "qkv"}
+EXPERTS = {"mlp.experts.gate_up_proj", "mlp.experts.down_proj"}
+SHARED = {f"mlp.shared_experts.{name}_proj" for name in ("gate", "up")}
+MLA = {"self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa"}
+
+
+@pytest.mark.parametrize(
+    ("family", "layer", "groups"),
+    [
+        ("llama", 0, [QKV, GATE_UP]),
+        ("opt", 0, [QKV]),
+        ("phi3", 0, []),  # its query, key and value are one map already
+        ("olmoe", 0, [QKV, EXPERTS]),
+        ("deepseek_v3", 0, [MLA, GATE_UP]),
+        ("deepseek_v3", 3, [MLA, EXPERTS, SHARED]),
+    ],
+)
+def test_maps_that_vllm_fuses_are_one_unit(family: str, layer: int, groups) -> None:
+    anatomy = LayerAnatomy.of(make_registered(family))
+    maps = {path: linear.shape for path, linear in anatomy.linear_maps(layer).items()}
+    units = list_units({layer: maps}, [layer], by_map=True, is_tied=True)
+    several = [{*unit.paths} for unit in units if len(unit.paths) > 1]
+    assert sorted(map(sorted, several)) == sorted(map(sorted, groups))
+    for unit in units:
+        assert unit.shapes == tuple(maps[path] for path in unit.paths)
+    alone = list_units({layer: maps}, [layer], by_map=True)
+    assert [unit.paths for unit in alone] == [(path,) for path in maps]
+    assert {path for unit in units for path in unit.paths} == {*maps}
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_least_loss_of_tied_maps_equals_exhaustive_search(seed: int) -> None:
+    """Over all formats of single maps, without those that split query, key and value."""
+    generator = random.Random(seed)
+    sizes = {f"self_attn.{name}_proj": 32 * generator.randint(1, 4) for name in "qkvo"}
+    maps = {path: (size, 64) for path, size in {**sizes, "mlp.down_proj": 64}.items()}
+    losses = {f"{form}:0.{path}": generator.uniform(-0.1, 1) for path in maps for form in FORMATS}
+    runs = [
+        SimpleNamespace(change=Change.parse(name), gold_drop=SimpleNamespace(value=loss))
+        for name, loss in losses.items()
+    ]
+    n_weights = sum(outputs * inputs for outputs, inputs in maps.values())
+    budget = BitBudget("", generator.uniform(4.6, 8), 0, n_weights)
+    units = list_units([maps], [0], by_map=True, is_tied=True)
+    unit_costs = unit_losses(SimpleNamespace(runs=runs), units, FORMATS)
+    choice = minimize_loss(units, FORMATS, unit_costs, budget)
+    best = min(
+        sum(losses[change] for change in changes)
+        for forms in itertools.product(FORMATS, repeat=len(maps))
+        if len({*forms[:3]}) == 1  # query, key and value
+        and sum(
+            outputs * inputs * {"q4_0": 4.5, "q5_1": 6, "q8_0": 8.5}[form]
+            for (outputs, inputs), form in zip(maps.values(), forms, strict=True)
+        )
+        <= budget.bits * n_weights
+        for changes in [[f"{f}:0.{path}" for path, f in zip(maps, forms, strict=True)]]
+    )
+    assert budget.holds(choice)
+    changes = choice_ablation(choice).changes
+    assert len(changes) == len(maps)
+    assert sum(losses[str(change)] for change in changes) == pytest.approx(best)
+    del runs[0]
+    assert unit_losses(SimpleNamespace(runs=runs), units, FORMATS) is None
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_least_loss_equals_exhaustive_search(seed: int) -> None:
     generator = random.Random(seed)
     sizes = [generator.choice([32, 64, 128]) for _ in range(5)]
-    units = [FormatUnit(n, "a", ((size, 32),)) for n, size in enumerate(sizes)]
+    units = [FormatUnit(n, ("a",), ((size, 32),)) for n, size in enumerate(sizes)]
     losses = np.array([[generator.uniform(-0.1, 1) for _ in FORMATS] for _ in units])
     budget = BitBudget("", generator.uniform(4.6, 8), 0, sum(unit.n_weights for unit in units))
     chosen = minimize_loss(units, FORMATS, losses, budget)
@@ -71,7 +158,7 @@ def test_least_loss_equals_exhaustive_search(seed: int) -> None:
 @pytest.mark.parametrize("seed", range(6))
 def test_swaps_stay_within_the_budget(seed: int) -> None:
     generator = random.Random(seed)
-    units = [FormatUnit(n, "a", ((generator.choice([32, 64, 96]), 32),)) for n in range(9)]
+    units = [FormatUnit(n, ("a",), ((generator.choice([32, 64, 96]), 32),)) for n in range(9)]
     losses = np.array([[generator.uniform(-0.1, 1) for _ in FORMATS] for _ in units])
     budget = BitBudget("", generator.uniform(4.8, 7.5), 0, sum(unit.n_weights for unit in units))
     start = minimize_loss(units, FORMATS, losses, budget)

@@ -30,7 +30,7 @@ from tracker.search.formats import (
 )
 
 FORMATS = ("q4_0", "q5_1", "q8_0")
-UNITS = [FormatUnit(layer, "a", ((32, 32),)) for layer in range(4)]
+UNITS = [FormatUnit(layer, ("a",), ((32, 32),)) for layer in range(4)]
 BUDGET = BitBudget("", 6.1, 0, 4 * 1024)
 DOCUMENTS = 60
 

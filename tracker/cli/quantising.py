@@ -56,4 +56,6 @@ def quantise(experiment: Path | None, settings: dict[str, Any], **options: Any) 
         echo(f"saved: {result.saved.folder}")
         for tool in result.saved.recipes:
             echo(f"to make the smaller file with {tool}, see the recipe in the saved folder")
+        for tool, reason in result.saved.problems.items():
+            echo(f"no recipe for {tool}: {reason}")
     sys.exit(result.outcome.exit_code)

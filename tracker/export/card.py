@@ -11,7 +11,7 @@ import re
 import shlex
 import string
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cache, partial
 from itertools import chain, groupby
 from pathlib import Path
@@ -23,11 +23,12 @@ from jinja2 import Template
 from tracker.export.facts import ExportedModel
 from tracker.models.sources import MODEL_PACKAGE, ModelSource
 from tracker.report.texts import open_templates
-from tracker.schema.formats import level_text
+from tracker.schema.formats import join_words, level_text
 from tracker.schema.grouping import group_by
 from tracker.schema.hub import check_name
 from tracker.schema.identities import ModelIdentity
 from tracker.schema.kinds import Component
+from tracker.schema.model_parts import fused_map
 from tracker.schema.text import escape_markdown, markdown_code
 from tracker.schema.weight_formats import FORMATS
 
@@ -83,9 +84,7 @@ def ordered_recipes(texts: Mapping[str, str]) -> list[Recipe]:
 
 
 def no_recipe_reason(resized: Sequence[str]) -> str:
-    """Return a sentence that explains why the model card has no recipe."""
-    if not resized:
-        return "None: no tool supports all of these formats and weights."
+    """Explain why there is no recipe for a model with changed configuration entries."""
     reason = (
         "None: mergekit and llama.cpp change only the number of layers, but this configuration "
         f"also describes each layer: {', '.join(resized)}."
@@ -223,10 +222,19 @@ def skip_lists(component: Component, layers: Sequence[int]) -> str:
 FormatsByPath = Mapping[str, str]
 """Format of each linear map by its path in the model, as the checkpoint names it."""
 _INTEGER_FORMATS = ("int8", "int8_g32", "int8_g128", "int4", "int4_g128", "int4_row")
-"""Formats that compressed-tensors and GPTQModel support; all are symmetric."""
-_MLX_FORMATS = ("int8_g32", "int8_g128", "int4", "int4_g128", "mxfp4")
-"""Formats that mlx-lm supports. mlx-lm's integers are affine, with a zero point; tracker's are
-symmetric. So the recipe states only the bits of each module."""
+"""Symmetric integers, which compressed-tensors and GPTQModel support."""
+_MICRO_FORMATS = {"nvfp4": "float8_e4m3fn", "mxfp8": "uint8"}
+"""Formats with small blocks of floating-point numbers, and torch's dtype of the blocks' scales."""
+_MLX_MODES = ("mxfp4", *_MICRO_FORMATS)
+"""Formats that are quantisation modes of mlx-lm."""
+_TOOL_FORMATS: Mapping[str, Collection[str]] = {
+    "llama.cpp": [name for name, form in FORMATS.items() if form.is_gguf],
+    "llm-compressor": (*_INTEGER_FORMATS, "fp8", *_MICRO_FORMATS),
+    "mlx-lm": ("int8_g32", "int8_g128", "int4", "int4_g128", *_MLX_MODES),
+    "GPTQModel": _INTEGER_FORMATS,
+}
+"""Tool → formats that the tool supports. mlx-lm's integers are affine, with a zero point; tracker's
+are symmetric. So its recipe states only the bits of each module."""
 _GGUF_EMBEDDINGS = ("token_embd.weight", "output.weight")
 """Names of the embedding and the head in GGUF files."""
 _ARCHITECTURES = {"mixtral": "llama", "deepseek_v2": "deepseek2", "deepseek_v3": "deepseek2"}
@@ -249,27 +257,52 @@ def format_recipes(
         tied_path: The path of the embedding if it is quantised and tied to the output head.
 
     Returns:
-        Tool → recipe. There is a recipe for llama.cpp if all formats are GGUF formats and llama.cpp
-        has names for all weights. Recipes for llm-compressor, mlx-lm and GPTQModel require that the
-        tool supports all formats and that no weight belongs to an expert.
+        Tool → recipe, for each tool without an entry in `recipe_problems`.
     """
-    recipes = {}
-    are_ggufs = all(FORMATS[form].is_gguf for form in formats.values())
-    if are_ggufs and (names := _gguf_names(formats, architecture, layers)):
+
+    def write_command(formats: FormatsByPath) -> str:
+        names = _gguf_names(formats, architecture, layers)
         tensors = {name: form for path, form in formats.items() for name in names[path]}
-        recipes["llama.cpp"] = quantise_command(tensors, file, bool(tied_path))
-    if any(_EXPERTS_PATH.search(path) for path in formats):
-        return recipes  # the others look for modules, and experts' matrices are none
-    in_layers = all(_LAYER_PATH.search(path) for path in formats)
-    writers: dict[str, tuple[Sequence[str], Callable[[FormatsByPath], str]]] = {
-        "llm-compressor": ((*_INTEGER_FORMATS, "fp8"), partial(llm_compressor, tied=tied_path)),
-        "mlx-lm": (_MLX_FORMATS, mlx_lm),
-        "GPTQModel": (_INTEGER_FORMATS if in_layers else (), gptqmodel),
+        return quantise_command(tensors, file, bool(tied_path))
+
+    writers: dict[str, Callable[[FormatsByPath], str]] = {
+        "llama.cpp": write_command,
+        "llm-compressor": partial(llm_compressor, tied=tied_path),
+        "mlx-lm": mlx_lm,
+        "GPTQModel": gptqmodel,
     }
-    for tool, (words, write) in writers.items():
-        if set(formats.values()) <= {*words}:
-            recipes[tool] = write(formats)
-    return recipes
+    problems = recipe_problems(formats, architecture, layers)
+    return {tool: write(formats) for tool, write in writers.items() if tool not in problems}
+
+
+def recipe_problems(formats: FormatsByPath, architecture: str, layers: int) -> dict[str, str]:
+    """Return the reason (by tool) why a tool cannot make a model with weights in these formats.
+
+    The arguments are those of `format_recipes`.
+    """
+    problems = {}
+    if not _gguf_names(formats, architecture, layers):
+        problems["llama.cpp"] = "its files have no matching tensor for some of the weights"
+    if split := _split_fused_maps(formats):
+        problems["llm-compressor"] = (
+            f"vLLM fuses the maps {join_words(split)}, which have different formats; use --tie "
+            "fused"
+        )
+    if not all(_LAYER_PATH.search(path) for path in formats):
+        problems["GPTQModel"] = "it does not quantise the embedding or the output head"
+    if any(_EXPERTS_PATH.search(path) for path in formats):
+        reason = "it finds weights by module, but all experts of a layer are one module"
+        problems |= dict.fromkeys(_TOOL_FORMATS.keys() - {"llama.cpp"}, reason)
+    for tool, supported in _TOOL_FORMATS.items():
+        if others := sorted({*formats.values()} - {*supported}):
+            problems[tool] = f"it does not support {join_words(others)}"
+    return {tool: problems[tool] for tool in _TOOL_FORMATS if tool in problems}
+
+
+def _split_fused_maps(formats: FormatsByPath) -> list[str]:
+    """List the paths of the first fused maps that have different formats; empty if none have."""
+    groups = group_by(formats, fused_map).values()
+    return next((paths for paths in groups if len({formats[path] for path in paths}) > 1), [])
 
 
 def _gguf_names(formats: FormatsByPath, architecture: str, layers: int) -> dict[str, list[str]]:
@@ -354,11 +387,13 @@ def llm_compressor(formats: FormatsByPath, tied: str = "") -> str:
     by_format = group_by((path for path in formats if path != tied), lambda path: formats[path])
     for number, (name, paths) in enumerate(sorted(by_format.items())):
         form = FORMATS[name]
-        kind = "float" if name == "fp8" else "int"
+        kind = "int" if name in _INTEGER_FORMATS else "float"
+        strategy = "tensor_group" if name == "nvfp4" else "group" if form.block else "channel"
         weights: dict[str, object] = {"num_bits": int(form.bits), "type": kind}
-        weights |= {"strategy": "group" if form.block else "channel"}
+        weights |= {"strategy": strategy, "symmetric": True, "dynamic": False}
         weights |= {"group_size": form.block} if form.block else {}
-        weights |= {"symmetric": True, "dynamic": False}
+        if name in _MICRO_FORMATS:
+            weights |= dict.fromkeys(("scale_dtype", "zp_dtype"), f"torch.{_MICRO_FORMATS[name]}")
         targets = [f"re:^{re.escape(path)}$" for path in paths]
         groups[f"group_{number}"] = {"targets": targets, "weights": weights}
     ignored = [] if "lm_head" in formats else ["lm_head"]
@@ -378,7 +413,7 @@ def mlx_lm(formats: FormatsByPath) -> str:
     """
     modules: dict[str, dict[str, Any]] = {}
     for path, name in formats.items():
-        form, mode = FORMATS[name], name if name == "mxfp4" else "affine"
+        form, mode = FORMATS[name], name if name in _MLX_MODES else "affine"
         modules[path] = {"group_size": form.block, "bits": int(form.bits), "mode": mode}
     smallest = min(modules.values(), key=lambda module: (module["group_size"], module["mode"]))
     return json.dumps({**smallest, **modules}, indent=2)

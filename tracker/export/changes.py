@@ -9,7 +9,13 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tracker.export.card import find_windows, format_recipes, layer_recipes, skip_lists
+from tracker.export.card import (
+    find_windows,
+    format_recipes,
+    layer_recipes,
+    recipe_problems,
+    skip_lists,
+)
 from tracker.export.facts import Accuracy, ModelChange
 from tracker.ledger.cells import CellStore
 from tracker.ledger.store import Contents, Ledger
@@ -109,6 +115,7 @@ class ChangedModel(NamedTuple):
         kept_layers: For each layer of the copy, the number of the original layer.
         bytes: Size in bytes of a file with the quantised weights.
         recipes: Tool → recipe to make the same model with this tool.
+        problems: Tool → reason why this tool cannot make the model.
         resized: Names of changed configuration entries, except for the number of layers.
         formats: Path of each quantised weight → the weight's format.
     """
@@ -119,6 +126,7 @@ class ChangedModel(NamedTuple):
     recipes: dict[str, str]
     resized: tuple[str, ...] = ()
     formats: Mapping[str, str] = {}
+    problems: Mapping[str, str] = {}
 
 
 def changed_layers(source: ModelSource, loaded: LoadedModel, change: ModelChange) -> ChangedModel:
@@ -172,8 +180,11 @@ def rounded_weights(source: ModelSource, loaded: LoadedModel, change: ModelChang
         size += rows * inputs * (stored_bytes - full_bytes)
     layers, kind = len(loaded.layers), model.config.get_text_config().model_type
     file = source.gguf_file or f"{source.name}.gguf"
-    recipes = format_recipes({**formats, **embedding_formats}, kind, layers, file, tied_path)
-    return ChangedModel(model, tuple(range(layers)), round(size), recipes, formats=formats)
+    stored_formats = {**formats, **embedding_formats}
+    recipes = format_recipes(stored_formats, kind, layers, file, tied_path)
+    problems = recipe_problems(stored_formats, kind, layers)
+    kept_layers = tuple(range(layers))
+    return ChangedModel(model, kept_layers, round(size), recipes, (), formats, problems)
 
 
 def _stored_format(form: str, inputs: int) -> WeightFormat:

@@ -250,6 +250,7 @@ def _write_checkpoint(
         recipes=changed_model.recipes,
         resized=changed_model.resized,
         formats=changed_model.formats,
+        problems=changed_model.problems,
     )
     if exported.formats:
         _write_formats(exported, folder)

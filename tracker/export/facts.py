@@ -186,6 +186,7 @@ class ExportedModel:
             model.
         resized: Names of changed configuration entries, except for the number of layers.
         formats: Path of each rounded weight → its format.
+        problems: Tool → reason why this tool cannot make the model with these formats.
         accuracy: Metrics before and after the change.
         proof: Result of the check that the saved files give the measured results.
         locations: Tracking backend → location of the published model.
@@ -203,6 +204,7 @@ class ExportedModel:
     recipes: dict[str, str] = field(default_factory=dict)
     resized: tuple[str, ...] = ()
     formats: Mapping[str, str] = field(default_factory=dict)
+    problems: Mapping[str, str] = field(default_factory=dict)
     accuracy: tuple[Accuracy, ...] = ()
     proof: Proof = Proof(texts=0, difference=0.0)
     locations: dict[str, str] = field(default_factory=dict)
@@ -274,6 +276,7 @@ class ExportedModel:
             "kept": self.kept_layers,
             **{name: getattr(self, name) for name in _FACTS},
         }
-        facts |= {"formats": self.formats} if self.formats else {}
+        if self.formats:
+            facts |= {"formats": self.formats, "no_recipes": self.problems}
         json_values: dict[str, Any] = to_jsonable_python(facts)
         return json_values

@@ -23,7 +23,8 @@ from tracker.schema.weight_formats import FORMATS, WeightFormat
 
 _INTEGER_LEVELS = {"int8": (-128, 127), "int4": (-8, 7)}
 _LARGEST_FP8 = torch.finfo(torch.float8_e4m3fn).max
-_PACKAGES = ("llama_cpp_py_sync", "bitsandbytes")
+_PACKAGES = {"nf4": "bitsandbytes"} | dict.fromkeys(("nvfp4", "mxfp8"), "compressed_tensors")
+"""Package that rounds to a format of the extra `quantise`; by default llama.cpp's library."""
 _MIN_SCALE = torch.finfo(torch.float32).eps
 
 
@@ -64,6 +65,8 @@ def _round_rows(rows: Tensor, form: WeightFormat) -> Tensor:
     if form.name == "fp8":
         scale = (rows.abs().amax(1, keepdim=True) / _LARGEST_FP8).clamp_min(_MIN_SCALE)
         return (rows / scale).to(torch.float8_e4m3fn).float() * scale
+    if form.name in ("nvfp4", "mxfp8"):
+        return _round_to_micro_blocks(rows, form)
     return _round_to_nf4(rows) if form.name == "nf4" else _round_to_gguf(rows, form)
 
 
@@ -89,6 +92,19 @@ def _round_to_nf4(rows: Tensor) -> Tensor:
 
     packed, state = functional.quantize_4bit(rows.contiguous(), blocksize=64, quant_type="nf4")
     rounded: Tensor = functional.dequantize_4bit(packed, state)
+    return rounded
+
+
+def _round_to_micro_blocks(rows: Tensor, form: WeightFormat) -> Tensor:
+    from compressed_tensors.quantization import fake_quantize, preset_name_to_scheme
+    from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
+
+    settings = preset_name_to_scheme(f"{form.name}a16", ["Linear"]).weights
+    low, high = rows.reshape(len(rows), -1, form.block).aminmax(dim=-1)
+    # Only NVFP4 has a scale of the whole matrix, besides the scales of its blocks.
+    matrix_scale = generate_gparam(low.min(), high.max()) if form.name == "nvfp4" else None
+    scales = calculate_qparams(low, high, settings, global_scale=matrix_scale)
+    rounded: Tensor = fake_quantize(rows, *scales, settings, global_scale=matrix_scale)
     return rounded
 
 
@@ -123,7 +139,8 @@ def _load_llama_cpp() -> Any:
 
 def check_installed(form: WeightFormat) -> None:
     """Raise ExperimentError if the package that quantises to a format is not installed."""
-    if form.extra and importlib.util.find_spec(_PACKAGES[form.name == "nf4"]) is None:
+    package = _PACKAGES.get(form.name, "llama_cpp_py_sync")
+    if form.extra and importlib.util.find_spec(package) is None:
         raise ExperimentError(
             f"rounding to {form.name} needs the original implementation of this format, which is "
             f"not installed. Type: {extra_command('quantise')}"

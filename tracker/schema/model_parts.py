@@ -26,6 +26,19 @@ TOKEN_EXPERT_KEYS = (
 )
 """Names in configurations of the number of experts that a router chooses for each token."""
 _EXPERT_MAP = re.compile(r"(.+)\.(\d+)\.([^.]+)")
+_EXPERTS = re.compile(r".*?\bexperts(?=\.)")
+_FUSED_NAMES = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("gate_proj", "up_proj"),
+    ("w1", "w3"),
+    ("q_a_proj", "kv_a_proj_with_mqa"),
+)
+"""Names of linear maps that vLLM and SGLang fuse if they lie in the same module.
+
+References:
+    `FUSED_LAYER_NAMES` of github.com/vllm-project/llm-compressor, and vLLM's
+    `packed_modules_mapping`.
+"""
 
 N_CONTROLS = 40
 """Number of random sets of each size: the smallest that allows a two-sided p below 5 %."""
@@ -70,6 +83,18 @@ def split_expert_map(map_name: str) -> tuple[str, int] | None:
     """Split `mlp.experts.7.down_proj` into `mlp.experts.down_proj` and 7; None for other names."""
     match = _EXPERT_MAP.fullmatch(map_name)
     return (f"{match[1]}.{match[3]}", int(match[2])) if match else None
+
+
+def fused_map(path: str) -> str:
+    """Return the path of the map in which inference engines fuse a linear map with others.
+
+    The path of fused key maps is `self_attn.q_proj+k_proj+v_proj`, and that of the experts of a
+    layer is `mlp.experts`. A map that is not fused keeps its path.
+    """
+    if experts := _EXPERTS.match(path):
+        return experts[0]
+    module, dot, name = path.rpartition(".")
+    return module + dot + next(("+".join(names) for names in _FUSED_NAMES if name in names), name)
 
 
 PartsCounter = Callable[[CellRequest, Collection[str]], ModelParts]

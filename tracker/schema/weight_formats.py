@@ -13,6 +13,7 @@ from typing import Any
 from tracker.schema.extensions import load_extensions
 
 _TORCHAO = "torchao's IntxWeightOnlyConfig, symmetric"
+_COMPRESSED_TENSORS = "compressed-tensors' fake_quantize"
 _GGUF, _LLAMA = "GGUF, rounded by the package gguf", "GGUF, rounded by llama.cpp"
 
 SCALE_BITS = 16
@@ -76,6 +77,8 @@ _OWN_FORMATS: Mapping[str, WeightFormat] = {
         ),
         WeightFormat("fp8", "fp8 e4m3, a scale a row", 0, 8, "torch.float8_e4m3fn"),
         WeightFormat("mxfp4", "MXFP4", 32, 4.25, _GGUF),
+        WeightFormat("nvfp4", "NVFP4", 16, 4.5, _COMPRESSED_TENSORS, extra=True),
+        WeightFormat("mxfp8", "MXFP8", 32, 8.25, _COMPRESSED_TENSORS, extra=True),
         WeightFormat("q2_k", "Q2_K", 256, 2.625, _LLAMA, instead="q4_0", extra=True),
         WeightFormat("q3_k", "Q3_K", 256, 3.4375, _LLAMA, instead="q4_0", extra=True),
         WeightFormat("q4_0", "Q4_0", 32, 4.5, _GGUF),

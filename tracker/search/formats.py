@@ -6,6 +6,7 @@ alone. The second step measures the whole model with some formats swapped.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -27,8 +28,9 @@ from tracker.schema.config import CellRequest
 from tracker.schema.documents import Document
 from tracker.schema.errors import RequestError
 from tracker.schema.estimates import Estimate
+from tracker.schema.grouping import group_by
 from tracker.schema.kinds import OUTER_MATRICES
-from tracker.schema.model_parts import ModelParts, check_parts, fill_parts
+from tracker.schema.model_parts import ModelParts, check_parts, fill_parts, fused_map
 from tracker.schema.weight_formats import FORMATS
 from tracker.search.settings import match_amount
 from tracker.stats.arrays import Array
@@ -40,38 +42,40 @@ BUDGET_FORMS = "4.5bpw, 80 MB, 2.1 GB or 25 % bytes"
 
 @dataclass(frozen=True)
 class FormatUnit:
-    """Weights that share a format, such as a linear map or all maps of a layer.
+    """Weights that share a format: a linear map, maps that engines fuse, or all maps of a layer.
 
     Attributes:
         layer: Number of the layer, 0-based; 0 for the embedding and the output head.
-        map_path: Path of the linear map, as in `Change.path`; empty for all maps of a layer.
+        paths: Paths of the linear maps, as in `Change.path`; one empty path for all maps of a
+            layer. Each path is measured alone, and the unit's loss is the sum.
         shapes: Numbers of outputs and inputs of each weight matrix.
     """
 
     layer: int
-    map_path: str
+    paths: tuple[str, ...]
     shapes: tuple[tuple[int, int], ...]
 
     @property
     def name(self) -> str:
         """The name of these weights in messages, such as `layer 3 mlp.down_proj` or `embedding`."""
-        if self.is_embedding:
-            return self.map_path
-        return f"layer {self.layer} {self.map_path}".strip()
+        names = ", ".join(self.paths)
+        return names if self.is_embedding else f"layer {self.layer} {names}".strip()
 
     @property
-    def key(self) -> str:
-        """The name of these weights in files, such as `3.mlp.down_proj`, `3` or `embedding`."""
-        return self.map_path if self.is_embedding else f"{self.layer}.{self.map_path}".rstrip(".")
+    def keys(self) -> list[str]:
+        """The names of these weights in files, such as `3.mlp.down_proj`, `3` or `embedding`."""
+        if self.is_embedding:
+            return [*self.paths]
+        return [f"{self.layer}.{path}".rstrip(".") for path in self.paths]
 
-    def change(self, form: str) -> Change:
-        """Return the change of the model that rounds these weights to a format."""
-        return Change.parse(f"{form}:{self.key}")
+    def changes(self, form: str) -> list[Change]:
+        """Return the changes of the model that round these weights to a format, one per path."""
+        return [Change.parse(f"{form}:{key}") for key in self.keys]
 
     @property
     def is_embedding(self) -> bool:
         """True if these weights are the embedding or the output head."""
-        return self.map_path in OUTER_MATRICES
+        return self.paths[0] in OUTER_MATRICES
 
     @property
     def n_weights(self) -> int:
@@ -101,23 +105,29 @@ def list_units(
     layers: Sequence[int],
     by_map: bool,
     embeddings: Mapping[str, tuple[int, int]] = {},
+    is_tied: bool = False,
 ) -> list[FormatUnit]:
-    """List the units that get a format: the linear maps, or the layers.
+    """List the units that get a format: the linear maps, groups of fused maps, or the layers.
 
     Args:
         maps: Name and shape (outputs, inputs) of the linear maps of each layer.
         layers: Numbers of the layers whose maps get formats.
         by_map: Whether the units are linear maps; otherwise the units are layers.
         embeddings: Names and shapes of the embedding and the output head, if they get formats too.
+        is_tied: Whether linear maps that inference engines fuse form one unit.
 
     Returns:
         The units of the layers, followed by the embedding and the output head.
     """
-    units = [FormatUnit(layer, "", tuple(maps[layer].values())) for layer in layers]
+    units = [FormatUnit(layer, ("",), tuple(maps[layer].values())) for layer in layers]
     if by_map:
-        shapes = [(layer, name, shape) for layer in layers for name, shape in maps[layer].items()]
-        units = [FormatUnit(layer, name, (shape,)) for layer, name, shape in shapes]
-    return units + [FormatUnit(0, name, (shape,)) for name, shape in embeddings.items()]
+        groups = {layer: group_by(maps[layer], fused_map if is_tied else str) for layer in layers}
+        units = [
+            FormatUnit(layer, tuple(paths), tuple(maps[layer][path] for path in paths))
+            for layer in layers
+            for paths in groups[layer].values()
+        ]
+    return units + [FormatUnit(0, (name,), (shape,)) for name, shape in embeddings.items()]
 
 
 Units = Sequence[FormatUnit]
@@ -125,9 +135,14 @@ FormatChoice = Mapping[FormatUnit, str]
 """The chosen format of each unit."""
 
 
+def choice_changes(choice: FormatChoice) -> list[Change]:
+    """List the changes that round the weights of each unit to the chosen format."""
+    return [change for unit, form in choice.items() for change in unit.changes(form)]
+
+
 def choice_ablation(choice: FormatChoice) -> Ablation:
     """Return the ablation that rounds the weights of each unit to the chosen format."""
-    return Ablation.from_changes(*(unit.change(form) for unit, form in choice.items()))
+    return Ablation.from_changes(*choice_changes(choice))
 
 
 def bits_per_weight(choice: FormatChoice) -> float:
@@ -194,7 +209,8 @@ def parse_budget(
         raise RequestError(
             f"--budget {text} is too small: with {smallest} in every linear map, the maps take "
             f"{min_bits:.3g} bits per weight, and the model takes {size} (including {other_size} "
-            "of other weights). Raise the budget, or add a format of fewer bits to --format"
+            f"of other weights). Use at least --budget {math.ceil(1000 * min_bits) / 1000}bpw, or "
+            "add a format of fewer bits to --format"
         )
     return budget
 
@@ -218,7 +234,7 @@ def minimize_loss(
         A dict from units to chosen formats.
 
     Examples:
-        >>> units = [FormatUnit(n, "a", ((32, 32),)) for n in range(2)]
+        >>> units = [FormatUnit(n, ("a",), ((32, 32),)) for n in range(2)]
         >>> losses = np.array([[0.0, 0.5], [0.0, 0.1]])
         >>> budget = BitBudget("6.5bpw", 6.5, 0, 2048)
         >>> [*minimize_loss(units, ["q8_0", "q4_0"], losses, budget).values()]
@@ -298,7 +314,7 @@ def find_swaps(
         The formats of all units after each swap.
 
     Examples:
-        >>> units = [FormatUnit(layer, "a", ((32, 32),)) for layer in range(3)]
+        >>> units = [FormatUnit(layer, ("a",), ((32, 32),)) for layer in range(3)]
         >>> losses = np.array([[0.0, 0.5], [0.0, 0.1], [0.0, 0.2]])
         >>> budget = BitBudget("6bpw", 6, 0, 3072)
         >>> choice = dict(zip(units, ["q8_0", "q4_0", "q4_0"]))

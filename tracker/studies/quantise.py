@@ -48,6 +48,7 @@ from tracker.search.formats import (
     Refinement,
     bits_per_weight,
     choice_ablation,
+    choice_changes,
     edge_choice,
     layer_formats_request,
     list_units,
@@ -130,7 +131,8 @@ class SumComparison:
         expected: Sum of the costs of rounding each unit alone.
         whole: Measured cost of rounding all units together.
         more: Measured cost minus the sum of the single costs, with a confidence interval.
-        pairs: The same comparison for sampled pairs of units; None if no pairs were requested.
+        pairs: The same comparison for sampled pairs of layers or linear maps; None if no pairs were
+            requested.
     """
 
     units: int
@@ -148,7 +150,7 @@ class FormatChooser:
         context: Context of the study.
         subject: Measured results of rounding each unit alone to each format.
         cell: The loaded model and the calibration documents, for measuring further assignments.
-        units: Layers or linear maps, each of which gets its own format.
+        units: Layers, linear maps or groups of linear maps, each of which gets its own format.
         formats: Formats to choose from.
         limit: Maximum average number of bits per weight.
         losses: `[units, formats]`, lost gold log-probability when one unit is rounded to one
@@ -210,15 +212,19 @@ class FormatChooser:
 
     def _errors(self) -> dict[str, Array]:
         """Compute rounding errors `[units, formats]` of weights and of outputs, by label."""
-        maps = [unit.change(name) for unit in self.units for name in self.formats]
+        by_unit = [zip(*map(unit.changes, self.formats), strict=True) for unit in self.units]
+        maps = [*chain.from_iterable(chain.from_iterable(by_unit))]
         kind = f"rounding-{content_hash([*map(str, maps)])[:8]}"
         begin = partial(observe_errors, maps=maps)
         observed = observe_subject(self.subject, kind, self.context, begin)
         figures = observed.select(self.subject.outcomes().documents)
         outputs = figures["output_error"].sum(axis=0) / figures["output_size"].sum(axis=0)
         errors = {"error of weights": figures["weight_error"][0], "error of outputs": outputs}
-        shape = (len(self.units), len(self.formats))
-        return {name: array.reshape(shape) for name, array in errors.items()}
+        starts = np.cumsum([0, *(len(unit.paths) for unit in self.units[:-1])])
+        return {
+            name: np.add.reduceat(array.reshape(-1, len(self.formats)), starts)
+            for name, array in errors.items()
+        }
 
     def _swap(self, start: Candidate, rounds: int) -> Refinement:
         """Swap formats between units as long as a swap significantly reduces the cost."""
@@ -235,22 +241,23 @@ class FormatChooser:
         return refine_choice(start.choice, self.formats, self.losses, self.limit, rounds, measure)
 
     def compare_sums(self, candidate: Candidate, max_pairs: int) -> SumComparison:
-        """Compare the cost of rounding all units together with the sum of their single costs.
+        """Compare the cost of rounding all weights together with the sum of their single costs.
 
-        The same comparison is made for at most `max_pairs` pairs of units.
+        The same comparison is made for at most `max_pairs` pairs of maps or layers.
         """
-        choice, n_units = candidate.choice, len(self.units)
+        changes = choice_changes(candidate.choice)
+        n_units = len(changes)
         pairs = list(combinations(range(n_units), 2))
         generator = random.Random(f"pairs/{self.cell.request.documents.seed}")
         pairs = sorted(generator.sample(pairs, min(max_pairs, len(pairs))))
 
         def ablation(*units: int) -> Ablation:
-            return choice_ablation({self.units[n]: choice[self.units[n]] for n in units})
+            return Ablation.from_changes(*(changes[n] for n in units))
 
         single, joint = [ablation(n) for n in range(n_units)], [ablation(*pair) for pair in pairs]
-        whole = choice_ablation(choice)
+        whole = choice_ablation(candidate.choice)
         if pairs:
-            self.say(f"{count_text(len(pairs), 'pair')} of units, drawn")
+            self.say(f"{count_text(len(pairs), 'pair')} of maps or layers, drawn")
             self.cell.measure(joint, are_candidates=True)
         outcomes = self.subject.outcomes([whole, *joint])
         paired = outcomes.gold_outcomes([whole, *single])
@@ -279,17 +286,19 @@ def unit_losses(
 
     Args:
         record: Record of the runs that round each unit alone.
-        units: Layers or linear maps.
+        units: Layers, linear maps or groups of linear maps. The cost of a group is the sum of the
+            costs of its maps.
         formats: Names of the formats.
 
     Returns:
         The costs `[units, formats]` in nats, or None if any cost is undefined.
     """
-    pairs = ((run.change, run.gold_drop.value) for run in record.runs)
-    drops = {(c.layer, c.map or "", str(c.intervention)): value for c, value in pairs}
-    losses = [[drops.get((unit.layer, unit.map_path, name)) for name in formats] for unit in units]
-    defined = all(loss is not None for row in losses for loss in row)
-    return np.array(losses, dtype=np.float64) if defined else None
+    pairs = ((str(run.change), run.gold_drop.value) for run in record.runs)
+    drops = {change: value for change, value in pairs if value is not None}
+    changes = [[[*map(str, unit.changes(name))] for name in formats] for unit in units]
+    if not drops.keys() >= {*chain(*chain(*changes))}:
+        return None
+    return np.array([[sum(drops[change] for change in group) for group in row] for row in changes])
 
 
 def measure_choices(
@@ -339,13 +348,20 @@ class Quantise(Study[QuantiseSettings]):
                 raise RequestError(f"there is no format {name!r}.{hint}")
         if len(self.formats) < 2:
             raise RequestError("--format: one format leaves no choice; name at least two formats")
+        if (settings.by, settings.tie) == ("layer", "none"):
+            raise RequestError(
+                "--tie none has no effect with --by layer, which gives all maps of a layer one "
+                "format; leave --tie or --by out"
+            )
+        self._is_tied = (settings.by, settings.tie) == ("map", "fused")
 
     def expand(self, cell: CellRequest, context: StudyContext) -> Iterator[CellRequest]:
         """Yield the request that rounds each layer or map alone, on the calibration documents."""
         trust = context.options.trust_remote_code
         request = replace(cell, until=None).on_part("calibration")
         request = request.with_changes(layers=cell.changes.layers)
-        ends = [unit.map_path for unit in self._budget(request, trust)[0] if unit.is_embedding]
+        units, _ = self._budget(request, trust)
+        ends = [path for unit in units if unit.is_embedding for path in unit.paths]
         if self.settings.by == "layer":
             yield layer_formats_request(request, self.formats, ends)
         else:
@@ -356,8 +372,8 @@ class Quantise(Study[QuantiseSettings]):
         source = find_model(request.model, trust)
         model = build_hollow(source, request.model.dtype)
         ends = embedding_shapes(model) if self.settings.embeddings else {}
-        by_map = self.settings.by == "map"
-        units = list_units(linear_map_shapes(source), request.changes.layers, by_map, ends)
+        by_map, maps = self.settings.by == "map", linear_map_shapes(source)
+        units = list_units(maps, request.changes.layers, by_map, ends, self._is_tied)
         total = weight_bytes(model)
         fixed = total - int(model.dtype.itemsize) * sum(unit.n_weights for unit in units)
         return units, parse_budget(self.settings.budget, units, fixed, total, self.formats)
@@ -366,7 +382,8 @@ class Quantise(Study[QuantiseSettings]):
         """Assign formats within the budget, and measure the assignments on test documents."""
         # Another budget, or other formats, are another question about the same file.
         ends = ["embeddings"] if self.settings.embeddings else []
-        words = [self.settings.budget, self.settings.by, *ends, *self.formats]
+        tie = [self.settings.tie] if self._is_tied else []
+        words = [self.settings.budget, self.settings.by, *tie, *ends, *self.formats]
         result = StudyResult(suffix=re.sub(r"[^\w.]+", "-", " ".join(words)))
         for subject in subjects:
             self._choose(subject, context, result)
@@ -410,7 +427,7 @@ def _write_choice(
 ) -> Path:
     """Write the best assignment of formats to a file in the results folder; return its path."""
     stem = f"{record.model.name}-{record.benchmark.name}-{best.by}-{context.input.name}"
-    formats = {unit.key: name for unit, name in best.choice.items()}
+    formats = {key: name for unit, name in best.choice.items() for key in unit.keys}
     readable = re.sub(r"[^A-Za-z0-9_]+", "-", stem).strip("-")
     path = context.ledger.root / "formats" / f"{readable}-{content_hash(formats)[:8]}.json"
     content = {"tested_on": tests.settings.model_dump(mode="json"), "formats": formats}
@@ -462,7 +479,8 @@ class FormatCount:
 
 def _formats_table(record: CellRecord, best: TestedChoice) -> Table:
     """Build the table of recommended formats, with the number of layers for each map and format."""
-    counts = Counter((unit.map_path or "layer", name) for unit, name in best.choice.items())
+    units = best.choice.items()
+    counts = Counter((path or "layer", name) for unit, name in units for path in unit.paths)
     rows = [
         FormatCount(name, form, None if name in kinds.OUTER_MATRICES else n)
         for (name, form), n in sorted(counts.items())

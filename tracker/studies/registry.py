@@ -184,7 +184,10 @@ class QuantiseSettings(StudySettings):
     ] = "q3_k,q4_k,q6_k"
     """Allowed formats, comma-separated, e.g. int4,int8."""
     by: Literal["map", "layer"] = "map"
-    """Unit that gets its own format: each linear map, or each layer."""
+    """What is measured alone: each linear map, or each layer, which then has one format."""
+    tie: Literal["fused", "none"] = "fused"
+    """Maps that share one format. fused: maps that vLLM and SGLang fuse (query, key and value; gate
+    and up; all experts of a layer). none: no maps."""
     test_sample: int | None = Field(None, ge=1)
     """Test documents of each task. Default: as many as choose."""
     embeddings: bool = False
@@ -194,7 +197,8 @@ class QuantiseSettings(StudySettings):
     measured as a whole on the calibration documents. A round keeps the best swap if it is shown to
     cost less. 0: none."""
     pairs: int = Field(20, ge=0)
-    """Number of random pairs of units whose joint loss is compared with the sum. 0: none."""
+    """Number of random pairs of maps or layers whose joint loss is compared with the sum. 0:
+    none."""
 
 
 class RepeatSettings(StudySettings):
