@@ -129,7 +129,7 @@ def test_every_package_that_is_imported_is_a_dependency_with_a_lower_bound():
         elif isinstance(node, ast.ImportFrom) and not node.level:
             imported.add((node.module or "").split(".")[0])
     extras = {"ray", "submitit", "trackio", "kaleido", "wandb_workspaces"}
-    extras |= {"bitsandbytes", "llama_cpp_py_sync", "vllm"}
+    extras |= {"bitsandbytes", "compressed_tensors", "llama_cpp_py_sync", "vllm"}
     # With lm-eval[hf], with jinja2, with pydantic and transformers, which pin them.
     indirect = {"peft", "markupsafe", "pydantic_core", "tokenizers"}
     missing = imported - declared - extras - indirect - {"tracker", *sys.stdlib_module_names}
