@@ -127,9 +127,8 @@ def test_weights_equal_those_in_a_file_of_compressed_tensors(name, make_weight, 
     module.weight.data = weight.float()
     initialize_module_for_quantization(module, scheme)
     blocks = module.weight.data.unflatten(1, (-1, scheme.weights.group_size))
-    whole = None
-    if name == "nvfp4":
-        whole = generate_gparam(*module.weight.data.aminmax())
+    whole = generate_gparam(*module.weight.data.aminmax()) if name == "nvfp4" else None
+    if whole is not None:
         module.weight_global_scale.data = whole
     scales, _ = calculate_qparams(blocks.amin(-1), blocks.amax(-1), scheme.weights, whole)
     module.weight_scale.data = scales
@@ -139,20 +138,18 @@ def test_weights_equal_those_in_a_file_of_compressed_tensors(name, make_weight, 
     unpacked = compressor.decompress(stored, scheme)["weight"].to(dtype)
     if (name, dtype) == ("nvfp4", torch.float32):  # `decompress` gives bfloat16
         codes = unpack_fp4_from_uint8(stored["weight_packed"], *weight.shape, dtype=dtype)
-        stored_scales = stored["weight_scale"].to(dtype)
-        unpacked = dequantize(codes, stored_scales, args=scheme.weights, global_scale=whole)
+        settings = {"args": scheme.weights, "global_scale": whole}
+        unpacked = dequantize(codes, stored["weight_scale"].to(dtype), **settings)
     assert torch.equal(round_weight(weight, name), unpacked)
     # Of the file, the blocks and their scales; NVFP4's scale of the matrix is one number.
-    names = ("weight_packed", "weight", "weight_scale")
-    n_bits = sum(8 * stored[key].nbytes for key in names if key in stored)
-    assert n_bits == weight.numel() * FORMATS[name].bits_per_weight(weight.shape[1])
+    n_bytes = sum(tensor.nbytes for key, tensor in stored.items() if key != "weight_global_scale")
+    assert 8 * n_bytes == weight.numel() * FORMATS[name].bits_per_weight(weight.shape[1])
 
 
 def test_nvfp4_is_the_nearest_of_eight_values() -> None:
-    original = random_weight(4, 64)
+    original, levels = random_weight(4, 64), torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
     matrix_scale = 448 * 6 / original.abs().max()
     rounded = round_weight(original, "nvfp4").reshape(-1, 16)
-    levels = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
     for old, new in zip(original.reshape(-1, 16), rounded, strict=True):
         scale = (old.abs().max() / 6 * matrix_scale).to(torch.float8_e4m3fn).float() / matrix_scale
         distances = (old[:, None].abs() - levels * scale).abs()
