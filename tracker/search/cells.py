@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -277,7 +277,7 @@ class OpenCell:
             say(f"{self.request.benchmark}: checking results against pruned models")
             checked, drawn_sets = {INTACT: None}, dict[Ablation, None]()
             draw = random.Random(0)
-            for parts in self._parts_removed_together(shapes):
+            for parts in self._parts_removed_together(requested):
                 drawn_sets |= dict.fromkeys(_draw_sets(parts, draw))
                 if parts.unit not in NUMBERED_COMPONENTS:
                     checked |= dict.fromkeys(parts.removal([part]) for part in parts.numbers)
@@ -290,9 +290,13 @@ class OpenCell:
         meter.ablations = list(requested)
         return meter
 
-    def _parts_removed_together(self, shapes: Collection[_RemovalShape]) -> Iterator[SearchParts]:
-        """Yield the numbering of each kind of part if an ablation removes several of them."""
+    def _parts_removed_together(self, ablations: Iterable[Ablation]) -> Iterator[SearchParts]:
+        """Yield the numbering of each kind of part if an ablation removes several of them.
+
+        Parts that an ablation rounds to a format are not counted.
+        """
         source = self._cache.source(self.request.model)
+        shapes = (_removal_shape(Ablation(a.changes.difference(a.roundings))) for a in ablations)
         for component, counts in zip(COMPONENTS, zip(*shapes, strict=True), strict=True):
             if max(counts) == _MANY_PARTS:
                 yield find_search_parts(source, component)
