@@ -409,9 +409,16 @@ def prune(
     """
     from tracker.export import checkpoint
     from tracker.export.changes import refuse_units, removal_by_search
+    from tracker.ledger.store import write_finding
     from tracker.search.cells import ModelCache
     from tracker.search.conduct import join_trial, run_search_file
-    from tracker.search.report import export_command, find_savable
+    from tracker.search.report import (
+        export_command,
+        find_savable,
+        recommendation_text,
+        refuse_unreached,
+        unsaved_reason,
+    )
     from tracker.search.request import load_searches, refuse_draws, search_request
 
     call = _CallContext(settings, PruneKeywords.__annotations__)
@@ -441,24 +448,35 @@ def prune(
     outcome = searched.outcome
     records = tuple(searched.records)
     results = replace(call.finish(source, outcome), finding=finding, searches=records)
+    refuse_unreached(searched.searches, searched.recommendations)
     choice = find_savable(searched.searches, searched.recommendations)
     if choice is None:
         if output is not None:
-            outcome.unsaved = "there is no recommended model to save"
+            outcome.unsaved = unsaved_reason(
+                searched.searches, searched.recommendations, call.ledger.root
+            )
         return results
-    best, request = choice
-    exports = (export_command(best.record, request, call.ledger.root),)
+    best, step, request = choice
+    exports = (export_command(step, request, call.ledger.root),)
     results = replace(results, exports=exports)
     if output is None:
         return results
-    goal = searched.recommendations[best.request.goal]
-    change = removal_by_search(call.ledger, best.record, goal.decided_on)
+    recommendation = searched.recommendations[best.request.goal]
+    group = [search for search in searched.searches if search.request.goal == best.request.goal]
+    text = recommendation_text(group, recommendation)
+    change = removal_by_search(call.ledger, best.record, step, recommendation.decided_on, text)
     fields = {"request": request, "has_benchmark": True, "project": project}
     try:
-        return replace(results, saved=call.export(output, change=change, **fields))
+        saved = call.export(output, change=change, **fields)
     except TrackerError as error:
         outcome.unsaved = str(error)
         return results
+    if saved.proof.ties:  # the page shows both figures too
+        finding = finding.model_copy(update={"answers": (*finding.answers, saved.proof.ties_text)})
+        write_finding(call.ledger.root, finding)
+        results = replace(call.finish(source, outcome), finding=finding, searches=records)
+        results = replace(results, exports=exports)
+    return replace(results, saved=saved)
 
 
 @dataclass(frozen=True)

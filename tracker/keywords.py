@@ -137,6 +137,8 @@ class SearchKeywords(FileKeywords, total=False):
     strategy: Values[str]
     remove: Values[int | str]
     keep: Values[int | str]
+    max_drop: Values[str | None]
+    keep_accuracy: Values[str | None]
     unit: Values[SearchUnit]
     protect: Constraint
     among: Constraint

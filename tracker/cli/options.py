@@ -27,7 +27,7 @@ from tracker.schema.experiment_input import names_model
 from tracker.schema.extent import Positive
 from tracker.schema.fields import SEVERAL_BENCHMARKS, Count, JsonArguments, Name, StrictModel, Times
 from tracker.schema.safe_yaml import parse_yaml, suggest_file
-from tracker.search.settings import SearchSettings
+from tracker.search.settings import AMOUNT_KEYS, SearchSettings
 
 F = TypeVar("F", bound=Callable[..., Any])
 DOCUMENT_KEYS = ("part", "limit", "sample")
@@ -335,9 +335,10 @@ def _find_experiment(experiment: str | None, settings: dict[str, Any]) -> Path |
             f"--{missing_keys[0]} is missing. Give an experiment file, or a model and a benchmark: "
             f"{example}"
         )
-    if command == "prune" and not {"remove", "keep"} & settings.keys():
+    if command == "prune" and not {*AMOUNT_KEYS} & settings.keys():
         raise click.UsageError(
-            f"--remove or --keep is missing; give the amount to remove, for example: {example}"
+            "--remove, --keep, --max-drop or --keep-accuracy is missing; give the amount to remove "
+            f"or the accuracy to lose, for example: {example}"
         )
     return None
 

@@ -259,14 +259,20 @@ def find_repetition(ledger: Ledger, model: ModelIdentity, repetition: Change) ->
 
 
 def removal_by_search(
-    ledger: Ledger, record: PruneRecord, deciding: CalibrationSet | None = None
+    ledger: Ledger,
+    record: PruneRecord,
+    step: PruneStep,
+    deciding: CalibrationSet | None = None,
+    recommendation: str = "",
 ) -> ModelChange:
-    """Return the final removal of a search, with the measurements that chose it.
+    """Return the removal by a step of a search, with the measurements that chose it.
 
-    `deciding` are the documents on which the best of several searches was chosen.
+    `deciding` are the documents on which the best of several searches was chosen, and
+    `recommendation` is the paragraph that recommends the step.
     """
-    change = _build_removal(ledger.contents(), [(record, record.steps[-1])])
-    return replace(change, documents=(*change.documents, *filter(None, [deciding])))
+    change = _build_removal(ledger.contents(), [(record, step)])
+    documents = (*change.documents, *filter(None, [deciding]))
+    return replace(change, documents=documents, recommendation=recommendation)
 
 
 def _build_removal(

@@ -293,9 +293,8 @@ def _accuracy(
     benchmark, metric = cell.store.identity.benchmark, cell.metric
     title, shots = benchmark.title, benchmark.num_fewshot
     if record is None:
-        unit = "%" if benchmark.tasks[0].higher_is_better.get(metric, True) else ""
-        documents = unused_documents(cell.n)
-        return Accuracy(title, shots, metric, documents, cell.n, cell.baseline, cell.level, unit)
+        documents, levels = unused_documents(cell.n), (cell.baseline, cell.level)
+        return Accuracy(title, shots, metric, documents, cell.n, *levels, cell.unit)
     documents, unit = record.documents_text, metric_format(record).level_unit
     if title != benchmark.name:
         documents += f" of {title}"

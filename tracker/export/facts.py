@@ -13,7 +13,7 @@ from pydantic_core import to_jsonable_python
 from tracker.export.serving import ServingFigure
 from tracker.schema.changes import Ablation, Change
 from tracker.schema.estimates import Estimate
-from tracker.schema.formats import count_text, join_words
+from tracker.schema.formats import count_text, join_words, level_text, ties_text
 from tracker.schema.identities import ModelIdentity
 from tracker.schema.prune_records import CalibrationSet
 from tracker.schema.records import CellRecord
@@ -67,6 +67,9 @@ class Proof:
             measured documents of a single task.
         loglikelihood: The largest difference between lm-eval's and tracker's log-likelihood of the
             same request, in nats.
+        measured: The measured value of the metric in `figure`; None without `figure`.
+        unit: The unit of both values: `%` for an accuracy, otherwise the unit of the loss.
+        is_half: Whether the model computes in half precision.
         ties: Number of documents whose metric differs because two answers are nearly equal.
         versions: The versions of transformers and lm-eval.
     """
@@ -77,6 +80,9 @@ class Proof:
     documents: int = 0
     figure: dict[str, float] = field(default_factory=dict)
     loglikelihood: float | None = None
+    measured: float | None = None
+    unit: str = "%"
+    is_half: bool = False
     ties: int = 0
     versions: dict[str, str] = field(default_factory=dict)
 
@@ -96,7 +102,19 @@ class Proof:
                 f"In this process, plain lm-eval computes for {self.documents:,} documents of "
                 f"{name} the same outcomes as tracker{exception if self.ties else ''}{figure}."
             )
+        if self.ties:
+            sentences.append(f"{self.ties_text}.")
         return sentences
+
+    @property
+    def ties_text(self) -> str:
+        """The measured value beside lm-eval's, and the number of ties within rounding."""
+        ties = ties_text(self.ties, self.documents, self.is_half)
+        if self.measured is None:
+            return ties
+        values = (self.measured, *self.figure.values())
+        ours, theirs = (level_text(Estimate(value), self.unit) for value in values)
+        return f"{ours} measured with shared computation, {theirs} by plain lm-eval: {ties}"
 
 
 _TAGS = {
@@ -122,6 +140,7 @@ class ModelChange:
             choose the change.
         chosen_by: Records of the measurements that chose the change.
         documents: The documents on which the change was chosen.
+        recommendation: The paragraph of the search that recommends the change; empty if none does.
     """
 
     ablation: Ablation
@@ -131,6 +150,7 @@ class ModelChange:
     tested: tuple[Accuracy, ...] = ()
     chosen_by: tuple[CellRecord, ...] = field(default=(), repr=False)
     documents: tuple[CalibrationSet, ...] = field(default=(), repr=False)
+    recommendation: str = ""
 
     @property
     def kind(self) -> str:

@@ -102,6 +102,12 @@ class MeasuredCell:
         """Name of the requested metric, by default the benchmark's own metric."""
         return self.store.views.view_of(self.request).metric
 
+    @property
+    def unit(self) -> str:
+        """The unit of the metric: `%` for an accuracy, otherwise empty."""
+        task = self.store.identity.benchmark.tasks[0]
+        return "%" if task.higher_is_better.get(self.metric, True) else ""
+
     @cached_property
     def documents(self) -> Mapping[str, Sequence[int]]:
         """The numbers of the measured documents of each task."""
@@ -175,11 +181,15 @@ def prove(
     if cell is None:
         return proof
     nats, ties = _compare_outcomes(answer, cell, expected.is_half)
+    figure = {} if question["benchmark"]["only"] else _compare_figure(answer, cell, ties)
     return replace(
         proof,
         tasks=tuple(cell.documents),
         documents=cell.n,
-        figure={} if question["benchmark"]["only"] else _compare_figure(answer, cell, ties),
+        figure=figure,
+        measured=cell.level.value if figure else None,
+        unit=cell.unit,
+        is_half=expected.is_half,
         loglikelihood=nats,
         ties=ties,
         versions={**proof.versions, "lm-eval": answer["lm_eval"]},

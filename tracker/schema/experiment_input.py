@@ -295,7 +295,7 @@ def is_removal_file(raw: object) -> bool:
     return "layer" in _parameter_names(raw) and not _SEARCH_KEYS & _parameter_names(raw)
 
 
-_SEARCH_KEYS = {"remove", "keep", "strategy"}
+_SEARCH_KEYS = {"remove", "keep", "max_drop", "keep_accuracy", "strategy"}
 
 
 def _parameter_names(raw: object) -> set[Any]:

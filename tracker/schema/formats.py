@@ -165,6 +165,38 @@ def time_text(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
+MAX_TIES = 0.02
+"""Largest share of documents that are ties within rounding, for a decision about a model."""
+
+
+def ties_text(n_ties: int, n_documents: int, is_half: bool) -> str:
+    """Describe documents that are ties within rounding, and say if they are too many.
+
+    Args:
+        n_ties: Number of documents whose result rounding may reverse.
+        n_documents: Number of measured documents.
+        is_half: Whether the model computes in half precision.
+
+    Returns:
+        A clause, with a second sentence if the share of ties exceeds `MAX_TIES`.
+
+    Examples:
+        >>> ties_text(1, 100, is_half=True)
+        '1 document is a tie within rounding; --dtype float32 removes such ties'
+    """
+    verb = "is a tie" if n_ties == 1 else "are ties"
+    text = f"{count_text(n_ties, 'document')} {verb} within rounding"
+    if not is_half:
+        return text
+    text += "; --dtype float32 removes such ties"
+    if n_ties <= MAX_TIES * n_documents:
+        return text
+    return (
+        f"{text}. {points(n_ties / n_documents)} % of {n_documents:,} documents are too many for a "
+        "decision: repeat the command with --dtype float32"
+    )
+
+
 def count_text(number: int, noun: str) -> str:
     """Format a number with a noun in singular or plural, such as `1 layer` or `1,200 searches`."""
     plural = f"{noun}es" if noun.endswith("ch") else f"{noun}s"

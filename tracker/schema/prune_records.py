@@ -35,6 +35,8 @@ class HeldOutResult(EstimatesRecord):
     """The benchmark's metric."""
     lost: Estimate = Estimate(None)
     """The decline of the metric relative to the intact model; positive = worse."""
+    rounded: int | None = Field(None, exclude_if=lambda count: count is None)
+    """Number of documents whose result rounding may reverse, as `RunRecord.rounded`."""
 
 
 class PruneStep(EstimatesRecord):
@@ -57,6 +59,8 @@ class PruneStep(EstimatesRecord):
     """Estimated number of calibration documents that would separate best and runner-up; None where
     they are separated already, or equal, so that no number separates them."""
     test: HeldOutResult | None = None
+    parameters: int | None = Field(None, exclude_if=lambda count: count is None)
+    """Number of parameters of the model after the step; None for heads and experts."""
     reasons: dict[str, str] = Field(default_factory=dict)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 from tracker.ledger.store import Ledger, write_finding, write_search
@@ -23,6 +24,7 @@ from tracker.schema.prune_records import HeldOutResult, PruneRecord
 from tracker.schema.records import CellRecord, RecordKey
 from tracker.search.cells import ModelCache, OpenCell
 from tracker.search.planning import refuse_unsavable
+from tracker.search.recommending import recommend_within
 from tracker.search.report import TestedSearch, build_finding, final_outcome
 from tracker.search.request import SearchGoal, SearchRequest
 from tracker.search.search import (
@@ -125,24 +127,34 @@ def run_searches(
     for test, test_draws in group_by(draws, lambda draw: draw.request.test()).items():
         if wants_recommendation:
             for goal, goal_draws in group_by(test_draws, lambda draw: draw.request.goal).items():
-                recommendations[goal] = recommend_set(goal_draws, cache)
+                if goal_draws[0].request.accuracy_budget is None:
+                    recommendations[goal] = recommend_set(goal_draws, cache)
         progress.say(f"{test.title}: testing what was chosen")
         cache.cell(test).measure([ablation for draw in test_draws for ablation in draw.ablations])
-    runs_of_draws = [list(filter(None, map(draw.run_request, draw.steps))) for draw in draws]
-    runs = list(dict.fromkeys(run for draw_runs in runs_of_draws for run in draw_runs))
+    runs_of_draws = [tuple(map(draw.run_request, draw.steps)) for draw in draws]
+    runs = list(dict.fromkeys(filter(None, chain.from_iterable(runs_of_draws))))
     outcome = run_cells(runs, ledger, publisher, cache.options, progress) if runs else RunOutcome()
     outcome.failed |= reasons
     outcome.models_loaded += cache.n_loaded
     tracked_cells = _find_tracked_cells(runs, outcome.cells, ledger)
+    rounded: dict[tuple[RecordKey | None, str], int | None] = {
+        (cell.record_key, run.ablation): run.rounded for cell in outcome.cells for run in cell.runs
+    }
     searches = []
     for draw, draw_runs in zip(draws, runs_of_draws, strict=True):
         request, cell = draw.request, cache.cell(draw.request.test())
-        tracked = [tracked_cells[run] for run in draw_runs if run in tracked_cells]
-        record = _build_record(draw, cell, tracked, find_constraints(request, cache))
+        keys = [None if run is None else tracked_cells.get(run) for run in draw_runs]
+        names = [(key, ablation.name) for key, ablation in zip(keys, draw.ablations, strict=True)]
+        tracked = list(filter(None, keys))
+        constraints = find_constraints(request, cache)
+        record = _build_record(draw, cell, tracked, constraints, [rounded.get(n) for n in names])
         write_search(ledger.root, record)
         outcomes = cell.outcomes(draw.ablations).scores
-        last_run = draw_runs[-1] if draw_runs else None
-        searches.append(TestedSearch(request, record, outcomes, last_run))
+        searches.append(TestedSearch(request, record, outcomes, draw_runs))
+    if wants_recommendation:
+        for goal, group in group_by(searches, lambda search: search.request.goal).items():
+            if (accuracy_budget := group[0].request.accuracy_budget) is not None:
+                recommendations[goal] = recommend_within(accuracy_budget, group)
     if not failures:
         for cell in cache.cells.values():
             cell.end()
@@ -164,12 +176,16 @@ def _find_tracked_cells(
 
 
 def _build_record(
-    draw: SearchDraw, cell: OpenCell, tracked: Sequence[RecordKey], constraints: Constraints
+    draw: SearchDraw,
+    cell: OpenCell,
+    tracked: Sequence[RecordKey],
+    constraints: Constraints,
+    rounded: Sequence[int | None],
 ) -> PruneRecord:
     """Build the stored record of one draw of a search, with the test results of each step."""
     steps = [
-        step.model_copy(update={"test": _test_outcome(cell, ablation)})
-        for step, ablation in zip(draw.steps, draw.ablations, strict=True)
+        step.model_copy(update={"test": _test_outcome(cell, ablation, count)})
+        for step, ablation, count in zip(draw.steps, draw.ablations, rounded, strict=True)
     ]
     request, identity, parts = draw.request, cell.store.identity, draw.parts
     return PruneRecord(
@@ -197,11 +213,11 @@ def _build_record(
     )
 
 
-def _test_outcome(cell: OpenCell, ablation: Ablation) -> HeldOutResult:
+def _test_outcome(cell: OpenCell, ablation: Ablation, rounded: int | None = None) -> HeldOutResult:
     """Return the mean outcome and the drop of an ablation on the test documents."""
     paired = cell.outcomes([ablation])
     drop = Estimate(None) if ablation == INTACT else paired.drop(0)
-    return HeldOutResult(n=len(paired.baseline), level=paired.level(0), lost=drop)
+    return HeldOutResult(n=len(paired.baseline), level=paired.level(0), lost=drop, rounded=rounded)
 
 
 def search_figures(record: PruneRecord) -> dict[str, float]:

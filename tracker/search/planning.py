@@ -85,10 +85,12 @@ def possible_results(request: SearchRequest, budget: Budget, n: int = TRIAL_DRAW
         scores = RandomScores(budget.parts_for(request.unit), variant)
         search = Search(scores, budget, request.cell.documents.seed, draw)
         try:
-            *_, step = STRATEGIES[request.strategy](search)
+            steps = list(STRATEGIES[request.strategy](search))
         except ExperimentError as error:
             raise ExperimentError(f"{request.title}: {error}") from None
-        sets[step.removed] = None
+        # With a budget of accuracy, any step may be the last one.
+        ends = steps if request.accuracy_budget is not None else steps[-1:]
+        sets |= dict.fromkeys(step.removed for step in ends)
     return list(sets)
 
 
@@ -251,7 +253,7 @@ def plan_searches(
                 naive_flops=sum(naive) if len(naive) == len(scores_of_draws) else None,
                 steps=len(steps[-1].removed),
                 passes=sum(scores.passes for scores in scores_of_draws),
-                at_most=request.used_rescoring != "full",
+                at_most=request.used_rescoring != "full" or request.accuracy_budget is not None,
                 note=note,
             )
         )
@@ -280,7 +282,9 @@ def check_searches(
     if not unchecked:
         refuse_mixed(searches, cache)
     # Timing layers would load the weights.
-    untimed = [search for search in searches if search.amount.measure != "seconds"]
+    untimed = [
+        search for search in searches if search.amount is None or search.amount.measure != "seconds"
+    ]
     budgets = [find_budget(search, cache) for search in untimed]
     notes = refuse_unsavable(untimed, budgets, cache)
     return [*filter(None, notes), *(f"not checked: {text}" for text in unchecked)]

@@ -14,6 +14,7 @@ import numpy as np
 
 from tracker.analysis.paired import PairedOutcomes
 from tracker.schema.config import FIELDS_BY_KEY, CellRequest, CellSettings, ChangeGrid
+from tracker.schema.errors import ExperimentError
 from tracker.schema.estimates import Estimate, FigureUnit
 from tracker.schema.extent import DEFAULT_SEED
 from tracker.schema.findings import SEARCH_STUDY, FindingRecord, Line, LineChart
@@ -25,6 +26,9 @@ from tracker.schema.formats import (
     join_words,
     level_text,
     metric_format,
+    points,
+    round_count,
+    ties_text,
 )
 from tracker.schema.grouping import group_by
 from tracker.schema.kinds import NUMBERED_COMPONENTS, Component
@@ -62,14 +66,28 @@ class TestedSearch:
         request: The request of the search.
         record: The stored record of the search: settings, steps and cost.
         outcomes: Outcomes of the test documents after each step of the search; higher is better.
-        run_request: Request that measures the last possible step as an ablation run; None if no
-            step is possible.
+        run_requests: For each step, the request that measures the step as an ablation run; None if
+            no run can.
     """
 
     request: SearchRequest
     record: PruneRecord
     outcomes: PairedOutcomes
-    run_request: CellRequest | None
+    run_requests: tuple[CellRequest | None, ...]
+
+    @property
+    def run_request(self) -> CellRequest | None:
+        """The request of the last step that an ablation run can measure; None if none can."""
+        return next(filter(None, reversed(self.run_requests)), None)
+
+    def find_step(self, removed: Sequence[int]) -> int | None:
+        """Return the index of the step that has removed exactly these parts; None if there is none.
+
+        Searches of the strategy `random` are never recommended, so the result is None.
+        """
+        sets = [step.removed for step in self.record.steps]
+        is_found = removed in sets and self.request.strategy != RANDOM_STRATEGY
+        return sets.index(tuple(removed)) if is_found else None
 
 
 Searches = Sequence[TestedSearch]
@@ -187,6 +205,7 @@ def build_finding(
     )
 
 
+NO_SIZE = "parameters of heads and experts are not counted"
 COST_NOTE = (
     "Cost: what a search needs if it runs alone. Evaluations: number of sets of removed layers, "
     "heads or experts that are scored on all calibration documents; a loop would run one pruned "
@@ -218,18 +237,10 @@ def _answers(searches: Searches, recommendations: Recommendations) -> Iterator[s
     labels = _search_labels([search.record for search in searches])
     for goal, group in group_by(searches, lambda search: search.request.goal).items():
         record, recommendation = group[0].record, recommendations[goal]
-        best = recommended_searches(group, recommendation)
-        if best:
-            text = _describe_set(best, labels) + _explain_choice(group, recommendation, labels)
-        else:
-            text = (
-                f"no set is recommended: {recommendation.reason}. The unpruned model has a "
-                f"test {_metric_name(record)} of {_format_level(record, record.baseline.level)}, "
-                f"n = {record.baseline.n:,}."
-            )
-        text = f"{record.model.name} on {_benchmark_name(record)}, {record.amount}: {text}"
+        text = recommendation_text(group, recommendation, labels)
         yield " ".join((text, *constraint_sentences(record)))
-        yield from _compare_strategies(group, best)
+        if group[0].request.accuracy_budget is None:
+            yield from _compare_strategies(group, recommended_searches(group, recommendation))
         for search in group:
             for sentence in unsure_sentences([search.record], "the choice"):
                 yield f"{labels[search.record.name]}: {sentence}"
@@ -258,8 +269,98 @@ def _format_parts(unit: Component, layers: Sequence[int]) -> str:
 
 def recommended_searches(searches: Searches, recommendation: Recommendation) -> list[TestedSearch]:
     """Return the searches that chose the recommended set; random searches are excluded."""
-    informed = [search for search in searches if search.request.strategy != RANDOM_STRATEGY]
-    return [search for search in informed if search.record.removed == recommendation.removed]
+    return [s for s in searches if s.find_step(recommendation.removed) is not None]
+
+
+def recommendation_text(
+    searches: Searches, recommendation: Recommendation, labels: Labels | None = None
+) -> str:
+    """Describe a recommended model in one paragraph, for the terminal, the page and the card.
+
+    Args:
+        searches: All searches with the same goal.
+        recommendation: What is recommended of their results.
+        labels: Labels of the searches, by name; None for their strategies.
+
+    Returns:
+        The model, its size, its loss with an interval, and what is not known.
+    """
+    record, labels = searches[0].record, labels or _search_labels([s.record for s in searches])
+    removed, estimated = recommendation.removed, recommendation.estimated
+    texts = list[str]()
+    if removed:
+        described = _describe_set(searches, removed, labels)
+        texts.append(described + _explain_choice(searches, recommendation, labels))
+        texts += _shown_sentences(searches, recommendation)
+    else:
+        reason = recommendation.reason or unshown_reason(searches, recommendation)
+        level = _format_level(record, record.baseline.level)
+        intact = f"test {_metric_name(record)} of {level}, n = {record.baseline.n:,}"
+        texts.append(f"no set is recommended: {reason}. The unpruned model has a {intact}.")
+    if estimated and estimated != removed:
+        described = _describe_set(searches, estimated, labels)
+        texts.append(f"By its estimate alone, which is not shown, {described}")
+        if removed and recommendation.n_needed is not None:
+            texts.append(
+                f"About {round_count(recommendation.n_needed)} test documents would show it."
+            )
+    if removed or estimated:
+        texts += _rounding_sentences(searches, removed or estimated)
+        texts.append(UNKNOWN_LOSSES)
+    return f"{record.model.name} on {_benchmark_name(record)}, {record.amount}: {' '.join(texts)}"
+
+
+UNKNOWN_LOSSES = (
+    "Not known: the loss on other benchmarks, with other prompts and in generated text."
+)
+
+
+def unshown_reason(searches: Searches, recommendation: Recommendation) -> str:
+    """Explain why no set is shown to be within a budget of accuracy, and what to type."""
+    budget, n = searches[0].request.accuracy_budget, searches[0].record.baseline.n
+    if budget is None or not (recommendation.nearest or recommendation.estimated):
+        return recommendation.reason or NO_SCORE
+    documents = f"on {count_text(n, 'test document')}, no removal is"
+    if recommendation.nearest:
+        return (
+            f"{documents} estimated to {budget.text}; the nearest budget that one reaches is "
+            f"{recommendation.nearest}"
+        )
+    text = f"{documents} shown to {budget.text}"
+    if recommendation.n_needed is None:
+        return f"{text}, and the estimate of a smaller removal is not below this budget"
+    needed = round_count(recommendation.n_needed)
+    return f"{text}; about {needed} test documents would show the lightest estimate"
+
+
+def _shown_sentences(searches: Searches, recommendation: Recommendation) -> Iterator[str]:
+    """Yield a sentence about a set that is shown to be within a budget of accuracy, if any."""
+    search, index = _find_search(searches, recommendation.removed)
+    budget, n = search.request.accuracy_budget, search.record.baseline.n
+    if budget is None:
+        return
+    n_searches = recommendation.n_sets
+    (excess,) = widen([budget.excess(search.outcomes, index)], [n], n_searches)
+    assert excess.high is not None  # it is shown
+    loss = f"the accuracy drop is at most {points(budget.max_drop + excess.high)} pp"
+    if budget.kept_share < 1:
+        loss = f"at least {points(-excess.high)} pp remain to this budget"
+    together = f", {n_searches} searches together" if n_searches > 1 else ""
+    yield f"It is shown to {budget.text}: {loss} (95 %{together})."
+
+
+def _find_search(searches: Searches, removed: Sequence[int]) -> tuple[TestedSearch, int]:
+    """Return the first search with a step that removed these parts, and the step's index."""
+    indices = ((search, search.find_step(removed)) for search in searches)
+    return next((search, index) for search, index in indices if index is not None)
+
+
+def _rounding_sentences(searches: Searches, removed: Sequence[int]) -> Iterator[str]:
+    """Yield a sentence about test documents that are ties within rounding, if there are some."""
+    search, index = _find_search(searches, removed)
+    outcome, model = test_outcome(search.record.steps[index]), search.record.model
+    if outcome.rounded:
+        yield f"In {model.dtype}, {ties_text(outcome.rounded, outcome.n, model.is_half)}."
 
 
 def _metric_name(record: PruneRecord) -> str:
@@ -269,16 +370,42 @@ def _metric_name(record: PruneRecord) -> str:
     return level if is_named else record.metric
 
 
-def _describe_set(searches: Searches, labels: Labels) -> str:
-    """Describe a set of removed parts and its result on the test documents."""
-    record = searches[0].record
-    strategies = join_words([labels[search.record.name] for search in searches])
+def _describe_set(searches: Searches, removed: Sequence[int], labels: Labels) -> str:
+    """Describe a set of removed parts, its size and its result on the test documents."""
+    search, index = _find_search(searches, removed)
+    record, step = search.record, search.record.steps[index]
+    choosing = [s for s in searches if s.find_step(removed) is not None]
+    strategies = join_words([labels[search.record.name] for search in choosing])
+    measure, outcome = metric_format(record), test_outcome(step)
     return (
-        f"the set chosen by {strategies} removes {unit_plural(record.unit)} {record.names} "
-        f"({len(record.removed)} of {record.there or record.model.layers}). The pruned model has a "
-        f"test {_metric_name(record)} of {_format_level(record, final_outcome(record).level)}, the "
-        f"unpruned model {_format_level(record, record.baseline.level)}, n = {record.baseline.n:,}."
+        f"the set chosen by {strategies} removes {unit_plural(record.unit)} "
+        f"{record.parts.names(removed)} ({len(removed)} of {record.there or record.model.layers})."
+        f"{_describe_size(record, step)} The pruned model has a test {_metric_name(record)} of "
+        f"{_format_level(record, outcome.level)}, the unpruned model "
+        f"{_format_level(record, record.baseline.level)}, n = {record.baseline.n:,}; the "
+        f"{measure.change} is {measure.amount(replace(outcome.lost, reason=NO_SCORE))}."
     )
+
+
+def _describe_size(record: PruneRecord, step: PruneStep) -> str:
+    """Compare the parameters and bytes of a pruned model and the intact model, if known."""
+    if step.parameters is None:
+        return ""
+    sizes = [step.parameters, record.model.parameters]
+    counts, megabytes = (
+        [f"{size / 1e6:,.1f}" for size in row]
+        for row in (sizes, [_bytes(record, n) for n in sizes])
+    )
+    share = UNIT_FORMATS["percent"].write(1 - sizes[0] / sizes[1])
+    return (
+        f" {counts[0]}M of {counts[1]}M parameters remain ({share} % fewer), {megabytes[0]} of "
+        f"{megabytes[1]} MB in {record.model.dtype}."
+    )
+
+
+def _bytes(record: PruneRecord, n_parameters: int) -> int:
+    """Return the bytes of a number of parameters in the model's dtype."""
+    return n_parameters * (2 if record.model.is_half else 4)
 
 
 def _explain_choice(searches: Searches, recommendation: Recommendation, labels: Labels) -> str:
@@ -370,20 +497,23 @@ def cost_columns(select: Callable[[RowType], Sequence[PruneRecord]]) -> tuple[Co
 
 
 def frontier_chart(
-    title: str, unit: Component, quantity: str, levels: Mapping[str, Sequence[Estimate | None]]
+    title: str, x: str, quantity: str, levels: Mapping[str, Mapping[float, Estimate]]
 ) -> LineChart:
-    """Draw each strategy's test accuracy or loss against the number of removed parts.
+    """Draw each strategy's test accuracy or loss against the size of the model.
 
-    `unit` is the kind of parts, and `quantity` the name of the values, such as `accuracy` or
-    `loss`. `levels` maps each strategy to its values for 0, 1, 2, … removed parts.
+    `x` is the name of the sizes, and `quantity` the name of the values, such as `accuracy` or
+    `loss`. `levels` maps each strategy to its values by size.
     """
+    places = sorted(set().union(*levels.values()))
     return LineChart(
         title=title,
-        x=f"{unit_plural(unit)} removed",
+        x=x,
         y=f"test {quantity}",
         unit="score" if quantity == "loss" else "percent",
-        places=tuple(range(max(map(len, levels.values())))),
-        lines=tuple(Line.from_figures(name, line) for name, line in levels.items()),
+        places=tuple(places),
+        lines=tuple(
+            Line.from_figures(name, map(line.get, places)) for name, line in levels.items()
+        ),
     )
 
 
@@ -496,6 +626,15 @@ def _steps_table(records: Sequence[PruneRecord]) -> Table:
     def drop(row: _StepRow) -> Estimate:
         return test_outcome(row.step).lost
 
+    def level(row: _StepRow) -> Estimate:
+        return test_outcome(row.step).level
+
+    def parameters(row: _StepRow) -> int | None:
+        return row.step.parameters
+
+    def size(row: _StepRow) -> int | None:
+        return row.step.parameters and _bytes(record, row.step.parameters)
+
     change = "lost" if record.higher_is_better else "added"
     drop_heading = f"test {metric_format(record).level} {change}"
     part_unit: FigureUnit = "text" if is_numbered else "count"
@@ -505,7 +644,10 @@ def _steps_table(records: Sequence[PruneRecord]) -> Table:
         Column(record.unit, part_unit, part, "the step chose all removals at once"),
         Column("score", "times", score),
         Column("runner-up worse by", "times", margin),
+        Column(f"test {metric_format(record).level}", _figure_unit(record), level, NO_SCORE),
         Column(drop_heading, _figure_unit(record, "points"), drop, NO_SCORE),
+        Column("parameters", "count", parameters, NO_SIZE),
+        Column("bytes", "count", size, NO_SIZE),
     )
     rows = [_StepRow(labels[s.name], *step) for s in records for step in enumerate(s.steps, 1)]
     return build_table(
@@ -517,40 +659,79 @@ def _steps_table(records: Sequence[PruneRecord]) -> Table:
 
 
 def _draw_frontier(records: Sequence[PruneRecord]) -> LineChart:
-    """Draw each strategy's test accuracy or loss against the number of removed parts."""
+    """Draw each strategy's test accuracy or loss against the parameters, or the removed parts."""
     record, labels = records[0], _search_labels(records)
     ascending = sorted(records, key=lambda search: len(search.removed))
     # Of several amounts of one strategy, the last has all steps.
     longest = {labels[search.name]: search for search in ascending}
-    counts = range(len(ascending[-1].removed) + 1)
-    levels: dict[str, list[Estimate | None]] = {}
+    has_sizes = all(step.parameters for search in records for step in search.steps)
+    x = f"{unit_plural(record.unit)} removed"
+    if has_sizes:
+        x = f"million parameters, {_bytes(record, 1)} bytes each"
+
+    def size(step: PruneStep) -> float:
+        return (step.parameters or 0) / 1e6 if has_sizes else len(step.removed)
+
+    levels = {}
     for label, search in longest.items():
-        outcomes = {0: search.baseline, **{len(s.removed): s.test for s in search.steps if s.test}}
-        levels[label] = [outcomes[n].level if n in outcomes else None for n in counts]
-    title = f"{_metric_name(record)} by number of removed {unit_plural(record.unit)}"
+        intact = record.model.parameters / 1e6 if has_sizes else 0
+        outcomes = {size(step): test_outcome(step).level for step in search.steps}
+        levels[label] = {intact: search.baseline.level, **outcomes}
+    title = f"{_metric_name(record)} by {'size' if has_sizes else x}"
     title = f"{record.model.name} · {_benchmark_name(record)}: {title}"
-    return frontier_chart(title, record.unit, metric_format(record).level, levels)
+    return frontier_chart(title, x, metric_format(record).level, levels)
 
 
 def find_savable(
-    searches: Searches, recommendations: Recommendations
-) -> tuple[TestedSearch, CellRequest] | None:
+    searches: Searches, recommendations: Recommendations, is_shown: bool = True
+) -> tuple[TestedSearch, PruneStep, CellRequest] | None:
     """Find the first recommended set that can be saved as a checkpoint.
 
-    The function returns the search and the request that tested the set, or None if no set can be
-    saved. Only sets of whole layers can be saved.
+    Only sets of whole layers can be saved.
+
+    Args:
+        searches: The tested searches.
+        recommendations: The recommendation for each goal.
+        is_shown: False for the first set whose estimate alone is within a budget of accuracy.
+
+    Returns:
+        The search, the step that removed the set, and the request that tested it; None if no set
+        can be saved.
     """
     for goal, recommendation in recommendations.items():
-        group = [search for search in searches if search.request.goal == goal]
-        for search in recommended_searches(group, recommendation):
-            if search.request.unit == "layer" and search.run_request is not None:
-                return search, search.run_request
+        removed = recommendation.removed if is_shown else recommendation.estimated
+        for search in (search for search in searches if search.request.goal == goal):
+            index = search.find_step(removed)
+            request = None if index is None else search.run_requests[index]
+            if index is not None and request is not None and search.request.unit == "layer":
+                return search, search.record.steps[index], request
     return None
 
 
-def export_command(record: PruneRecord, request: CellRequest, results: Path) -> str:
+def refuse_unreached(searches: Searches, recommendations: Recommendations) -> None:
+    """Raise ExperimentError if no tested set is within any of the budgets of accuracy."""
+    if all(recommendation.nearest for recommendation in recommendations.values()):
+        goal, recommendation = next(iter(recommendations.items()))
+        group = [search for search in searches if search.request.goal == goal]
+        reason = unshown_reason(group, recommendation)
+        raise ExperimentError(f"{group[0].record.model.name}: {reason}")
+
+
+def unsaved_reason(searches: Searches, recommendations: Recommendations, results: Path) -> str:
+    """Explain why no recommended model is saved, and how to save one that is not shown."""
+    estimate = find_savable(searches, recommendations, is_shown=False)
+    if estimate is None:
+        return "there is no recommended model to save"
+    search, step, request = estimate
+    goal = search.request.goal
+    group = [search for search in searches if search.request.goal == goal]
+    reason = unshown_reason(group, recommendations[goal])
+    return f"{reason}. To save it nevertheless: {export_command(step, request, results)}"
+
+
+def export_command(step: PruneStep, request: CellRequest, results: Path) -> str:
     """Return the command that saves the pruned model and verifies it on the test documents."""
-    removed = ["--remove", ",".join(map(str, record.removed)), "--output", "lighter"]
+    removed = ["--remove", ",".join(map(str, step.removed)), "--output", "lighter"]
     return save_command(removed, request, results)
 
 

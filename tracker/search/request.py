@@ -33,7 +33,10 @@ from tracker.schema.fields import Name, decode_arguments, validate_settings
 from tracker.schema.kinds import NUMBERED_COMPONENTS, Component
 from tracker.schema.prune_records import Rescoring
 from tracker.schema.search_parts import unit_plural
+from tracker.search.accuracy_budget import AccuracyBudget
 from tracker.search.settings import (
+    ACCURACY_KEYS,
+    AMOUNT_KEYS,
     CELL_KEYS,
     CONSTRAINTS,
     Amount,
@@ -54,6 +57,8 @@ SearchGoal = tuple[CellRequest, Component, str, str]
 """Goal of searches: the test documents, the kind of parts, the amount, and the constraints."""
 _NEW_CELL_KEYS = {"heads", "experts", "maps", "repeats", "control", "cluster", "observe"}
 """Keys of a cell that were added after the format of search names."""
+_OPTIONAL_KEYS = {*CONSTRAINTS, *ACCURACY_KEYS}
+"""Keys of a search that its name contains only if they are set."""
 DEFAULT_STRATEGIES = ("accuracy", "cosine_oneshot", RANDOM_STRATEGY)
 """Default strategies: by measured outcomes, by the usual proxy, and at random."""
 
@@ -82,16 +87,20 @@ class SearchRequest(SearchSettings):
 
     def _problems(self) -> Iterator[str]:
         """Yield an error message for each contradiction between settings."""
-        if (self.remove is None) == (self.keep is None):
+        set_keys = {key for key in AMOUNT_KEYS if getattr(self, key) is not None}
+        if not set_keys or {"remove", "keep"} <= set_keys:
             yield (
                 "set either 'remove' or 'keep', the amount to remove or to keep: "
-                'remove: {value: 8}, or keep: {value: "100M parameters"}'
+                'remove: {value: 8}, or keep: {value: "100M parameters"}; or the loss of accuracy, '
+                "max_drop: {value: 2pp}"
             )
+        if {*ACCURACY_KEYS} <= set_keys:
+            yield "set either 'max_drop' or 'keep_accuracy', not both"
         unit, amount = self.unit, self.amount
         if unit != "layer" and self.strategy in LAYER_STRATEGIES:
             fitting = ", ".join(name for name in STRATEGIES if name not in LAYER_STRATEGIES)
             yield f"{self.strategy} scores whole layers, but 'unit' is {unit}; use {fitting}"
-        if unit != "layer" and amount.measure != "parts":
+        if unit != "layer" and amount is not None and amount.measure != "parts":
             yield (
                 f"with 'unit' {unit}, 'remove' and 'keep' take a number or a percentage; "
                 f"{amount.text} is only for whole layers"
@@ -107,9 +116,15 @@ class SearchRequest(SearchSettings):
             yield "'rescoring: race' chooses the number of documents itself; leave 'sample' out"
 
     @property
-    def amount(self) -> Amount:
-        """The amount to remove or to keep."""
-        return parse_amount(self.remove or self.keep or "")
+    def amount(self) -> Amount | None:
+        """The amount to remove or to keep; None if only a budget of accuracy ends the search."""
+        text = self.remove or self.keep
+        return None if text is None else parse_amount(text)
+
+    @property
+    def accuracy_budget(self) -> AccuracyBudget | None:
+        """The largest acceptable loss of accuracy; None if the amount alone ends the search."""
+        return AccuracyBudget.parse(self.max_drop, self.keep_accuracy)
 
     @property
     def amount_key(self) -> Literal["remove", "keep"]:
@@ -118,11 +133,14 @@ class SearchRequest(SearchSettings):
 
     @property
     def amount_text(self) -> str:
-        """The amount in messages: `remove 8`, `remove 8 heads`, `keep 75 % of experts`."""
-        if self.unit not in NUMBERED_COMPONENTS:
-            return f"{self.amount_key} {self.amount.text}"
-        suffix = " of" if self.amount.is_share else ""
-        return f"{self.amount_key} {self.amount.text}{suffix} {unit_plural(self.unit)}"
+        """The amount in messages: `remove 8`, `keep 75 % of experts`, `lose at most 2pp`."""
+        texts = [] if self.accuracy_budget is None else [self.accuracy_budget.text]
+        if amount := self.amount:
+            of = " of" if amount.is_share else ""
+            is_numbered = self.unit in NUMBERED_COMPONENTS
+            suffix = f"{of} {unit_plural(self.unit)}" if is_numbered else ""
+            texts.insert(0, f"{self.amount_key} {amount.text}{suffix}")
+        return ", ".join(texts)
 
     @property
     def title(self) -> str:
@@ -146,7 +164,7 @@ class SearchRequest(SearchSettings):
         settings = self.model_dump(mode="json", exclude={"cell"})
         cell = self.cell.settings.model_dump(mode="json", exclude=_NEW_CELL_KEYS)
         settings["cell"] = {**cell, "only": None}  # kept so that existing names stay valid
-        return {key: value for key, value in settings.items() if value or key not in CONSTRAINTS}
+        return {key: value for key, value in settings.items() if value or key not in _OPTIONAL_KEYS}
 
     @property
     def draw_numbers(self) -> tuple[int | None, ...]:

@@ -13,26 +13,29 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
 
-from tracker.benchmarks.benchmark import check_benchmark
+from tracker.benchmarks.benchmark import check_benchmark, choose_metric
 from tracker.ledger.files import read_note
 from tracker.models.checkpoint import check_plain_weights
 from tracker.models.devices import describe_device, synchronize
 from tracker.models.layers import find_layers
-from tracker.models.load import LoadedModel, build_for_planning
+from tracker.models.load import LoadedModel, build_for_planning, build_hollow
 from tracker.models.parts.anatomy import find_search_parts
+from tracker.models.parts.sublayers import Sublayers
 from tracker.models.sources import count_layers, read_config
 from tracker.schema.changes import Ablation
 from tracker.schema.config import CellRequest
 from tracker.schema.errors import ExperimentError, TrackerError
-from tracker.schema.kinds import NUMBERED_COMPONENTS
+from tracker.schema.kinds import NUMBERED_COMPONENTS, Component
 from tracker.schema.provenance import content_hash, describe_machine
 from tracker.schema.prune_records import CalibrationSet, PruneCost, PruneStep
 from tracker.schema.search_parts import SearchParts
+from tracker.search.accuracy_budget import AccuracyBudget
 from tracker.search.cells import ModelCache, OpenCell
 from tracker.search.request import SearchRequest, deciding_request
 from tracker.search.scores import PartSet, Scores
@@ -218,19 +221,47 @@ def find_budget(request: SearchRequest, cache: ModelCache) -> Budget:
     # Constraints that are wrong are reported before anything is timed.
     constraints = find_constraints(request, cache)
     parts: SearchParts | None = None
-    if amount.measure == "seconds":
-        sizes, total = seconds_per_token(cache.model(cell.model).loaded, cache)
-    elif amount.measure == "parts":
+    if amount is None or amount.measure == "parts":
         parts = find_search_parts(source, request.unit)
         sizes, total = [1.0] * parts.total, float(len(parts.numbers))
+    elif amount.measure == "seconds":
+        sizes, total = seconds_per_token(cache.model(cell.model).loaded, cache)
     else:
         model, _ = build_for_planning(source, cell.model.dtype)
         size = 1 if amount.measure == "parameters" else int(model.dtype.itemsize)
-        layers = find_layers(model)
-        sizes = [float(size * sum(p.numel() for p in layer.parameters())) for layer in layers]
+        sizes = [float(size * count) for count in _count_parameters(model, "layer")]
         total = float(size * model.num_parameters())
+    if request.accuracy_budget is not None:
+        refuse_untestable(request, cache)
     key, title = request.amount_key, request.title
     return build_budget(key, amount, sizes, total, title, constraints, parts)
+
+
+def _count_parameters(model: Any, unit: Component) -> list[int]:
+    """Count the parameters of each layer, attention or MLP; return [] for heads and experts."""
+    modules: list[nn.Module] = [*find_layers(model)]
+    if unit in NUMBERED_COMPONENTS:
+        return []
+    if unit != "layer":
+        pairs = filter(None, map(Sublayers.first_and_last, modules))
+        modules = [pair.module(unit) for pair in pairs]
+    return [sum(p.numel() for p in module.parameters()) for module in modules]
+
+
+def refuse_untestable(request: SearchRequest, cache: ModelCache) -> None:
+    """Raise ExperimentError if test documents cannot show that a budget of accuracy holds."""
+    cell = cache.cell(request.test())
+    metric = choose_metric(cell.benchmark, request.cell.metric)
+    if not cell.benchmark.tasks[0].higher_is_better.get(metric, True):
+        raise ExperimentError(
+            f"{request.title}: {metric} is not an accuracy; 'max_drop' and 'keep_accuracy' need a "
+            "metric from 0 to 1 of which more is better, such as acc. Set 'metric', or use 'remove'"
+        )
+    if not cell.n:
+        raise ExperimentError(
+            f"{request.title}: no test documents are left to show the loss of accuracy; use a "
+            "larger benchmark"
+        )
 
 
 def find_constraints(request: SearchRequest, cache: ModelCache) -> Constraints:
@@ -266,15 +297,68 @@ def run_search(request: SearchRequest, budget: Budget, cache: ModelCache) -> Ite
     _refuse_mixtures(request, cells)
     cache.keep_timings()
     seed, rescoring = request.cell.documents.seed, request.used_rescoring
+    model = build_hollow(cache.source(request.cell.model), request.cell.model.dtype)
+    sizes, total = _count_parameters(model, request.unit), model.num_parameters()
     for draw in request.draw_numbers:
         scores = Scores(cells, budget.parts_for(request.unit))
+        walk = _AccuracyWalk.open(request, scores, cache)
         steps = []
         search = Search(scores, budget, seed, draw or 1, rescoring)
         for step in STRATEGIES[request.strategy](search):
+            if len(sizes) == scores.parts.total:
+                remaining = total - sum(sizes[part] for part in step.removed)
+                step = step.model_copy(update={"parameters": remaining})
             steps.append(step)
             cache.progress.say(_step_message(request, scores, draw, step))
-        records = tuple(calibration_record(cell, scores.choosing_documents(cell)) for cell in cells)
-        yield SearchDraw(request, scores.parts, draw, tuple(steps), records, scores.cost())
+            if walk is not None and walk.is_over(step.removed):
+                break
+        records = {cell: scores.choosing_documents(cell) for cell in cells}
+        cost = scores.cost()
+        if walk is not None:
+            records |= {walk.cell: walk.cell.documents}
+            cost = walk.add_cost(cost)
+        calibration = tuple(calibration_record(*documents) for documents in records.items())
+        yield SearchDraw(request, scores.parts, draw, tuple(steps), calibration, cost)
+
+
+class _AccuracyWalk(NamedTuple):
+    """The rule that ends a search with a budget of accuracy, measured on calibration documents.
+
+    Attributes:
+        budget: The budget of accuracy.
+        cell: The benchmark's calibration documents.
+        scores: Scores on these documents; those of the search where it uses the same documents.
+        is_extra: Whether the rule measures more than the search does.
+    """
+
+    budget: AccuracyBudget
+    cell: OpenCell
+    scores: Scores
+    is_extra: bool
+
+    @classmethod
+    def open(
+        cls, request: SearchRequest, scores: Scores, cache: ModelCache
+    ) -> _AccuracyWalk | None:
+        """Open the calibration documents of the rule; return None without a budget of accuracy."""
+        if request.accuracy_budget is None:
+            return None
+        cell = cache.cell(deciding_request([request]))
+        is_extra = list(scores.cells) != [cell]
+        own_scores = Scores([cell], scores.parts) if is_extra else scores
+        return cls(request.accuracy_budget, cell, own_scores, is_extra)
+
+    def is_over(self, removed: PartSet) -> bool:
+        """Measure the loss without some parts, and return whether the search ends here."""
+        self.scores.losses("accuracy", [removed])
+        return self.budget.is_clearly_exceeded(self.cell.outcomes([self.scores.ablation(removed)]))
+
+    def add_cost(self, cost: PruneCost) -> PruneCost:
+        """Return the cost of a search, with the cost of the rule."""
+        if not self.is_extra:
+            return cost
+        extra = self.scores.cost()
+        return PruneCost(**{name: value + getattr(extra, name) for name, value in cost})
 
 
 def refuse_few(request: CellRequest, n_documents: int) -> None:
@@ -324,16 +408,28 @@ def _step_message(request: SearchRequest, scores: Scores, draw: int | None, step
     return f"{request.cell.benchmark}, {name}: {text}"
 
 
+RANDOM_REASON = "random draws are the baseline for chance, so they are never recommended"
+"""Reason why searches of the strategy `random` alone recommend nothing."""
+
+
 @dataclass(frozen=True)
 class Recommendation:
     """One recommended set of parts from the results of several searches.
 
     Attributes:
-        removed: The recommended set of removed parts; empty if nothing is recommended.
-        n_sets: Number of different sets that the searches chose.
+        removed: The recommended set of removed parts; empty if nothing is recommended. With a
+            budget of accuracy, the lightest set that is shown to be within the budget.
+        n_sets: Number of different sets that the searches chose. With a budget of accuracy, the
+            number of searches for which intervals are simultaneous.
         step: Comparison of the recommended and the second-best set; None if no sets were compared.
         decided_on: The documents on which sets were compared; None if no sets were compared.
         reason: Reason why nothing is recommended; empty otherwise.
+        estimated: With a budget of accuracy, the lightest set whose estimate is within the budget;
+            otherwise empty.
+        n_needed: Number of test documents that would show that `estimated` is within the budget;
+            None if unknown.
+        nearest: The smallest budget that a tested set reaches, as an option; empty unless no
+            tested set is within the budget.
     """
 
     removed: PartSet = ()
@@ -341,6 +437,9 @@ class Recommendation:
     step: PruneStep | None = None
     decided_on: CalibrationSet | None = None
     reason: str = ""
+    estimated: PartSet = ()
+    n_needed: int | None = None
+    nearest: str = ""
 
 
 def recommend_set(draws: Sequence[SearchDraw], cache: ModelCache) -> Recommendation:
@@ -359,9 +458,7 @@ def recommend_set(draws: Sequence[SearchDraw], cache: ModelCache) -> Recommendat
     chosen = (draw.removed for draw in draws if draw.request.strategy != RANDOM_STRATEGY)
     sets = list(dict.fromkeys(chosen))
     if not sets:
-        return Recommendation(
-            reason="random draws are the baseline for chance, so they are never recommended"
-        )
+        return Recommendation(reason=RANDOM_REASON)
     if len(sets) == 1:
         return Recommendation(sets[0], 1)
     request = deciding_request([draw.request for draw in draws])

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from itertools import chain
 from typing import Annotated, Any, Literal
 
@@ -31,9 +31,14 @@ from tracker.schema.model_parts import layers_of_kind
 from tracker.schema.prune_records import Rescoring
 from tracker.schema.safe_yaml import short_text
 from tracker.schema.search_parts import SearchParts
+from tracker.search.accuracy_budget import parse_percentage
 
 CONSTRAINTS = ("protect", "among", "at_least")
 """Keys of a search that define constraints."""
+ACCURACY_KEYS = ("max_drop", "keep_accuracy")
+"""Keys of a search that define a budget of accuracy."""
+AMOUNT_KEYS = ("remove", "keep", *ACCURACY_KEYS)
+"""Keys of a search that end it."""
 LAST_LAYER = "last"
 """Word for the last layer in settings."""
 LAYER_FORMS = "[0, 1, last], 3-7, {min: 8, max: 24}, odd, even, or {kind: sliding_attention}"
@@ -357,7 +362,7 @@ class Budget:
 
     Attributes:
         sizes: Size of each part in parameters, bytes or seconds per token; 1 if parts are counted.
-        min_removed: Minimum total size to remove.
+        min_removed: Minimum total size to remove; 0 if only a budget of accuracy ends the search.
         fixed: Parts that must stay.
         minimums: Groups of parts, each with the minimum number of parts that must stay.
     """
@@ -386,6 +391,14 @@ class Budget:
         """Return whether the removed parts have at least the minimum total size."""
         removed_size = sum(self.sizes[part] for part in removed)
         return removed_size >= self.min_removed * (1 - 1e-9)
+
+    def is_finished(self, removed: Collection[int]) -> bool:
+        """Return whether a search ends: enough is removed, or without a minimum, all that can."""
+        return self.is_met(removed) if self.min_removed else self.is_exhausted(removed)
+
+    def is_exhausted(self, removed: Collection[int]) -> bool:
+        """Return whether nothing else can be removed."""
+        return len(removed) >= len(self.largest_removal(removed))
 
     def can_reach(self, removed: Collection[int]) -> bool:
         """Return whether a search that removed these parts can still meet the budget."""
@@ -443,6 +456,10 @@ class PartsBudget(Budget):
         """The largest number of parts that can be removed under the constraints."""
         return float(sum(self._max_removals.values()))
 
+    def is_exhausted(self, removed: Collection[int]) -> bool:
+        """Return whether nothing else can be removed."""
+        return len(removed) >= self.largest_size
+
     def allows(self, removed: Collection[int]) -> bool:
         """Return whether all these parts can be removed together."""
         counts = self._count_by_layer(removed).items()
@@ -473,7 +490,7 @@ def unmet_budget_error(reason: str) -> ExperimentError:
 
 def build_budget(
     key: Literal["remove", "keep"],
-    amount: Amount,
+    amount: Amount | None,
     sizes: Sequence[float],
     model_size: float,
     title: str,
@@ -484,7 +501,7 @@ def build_budget(
 
     Args:
         key: `remove` if the amount is a minimum to remove, `keep` if it is a maximum to keep.
-        amount: The amount to remove or to keep.
+        amount: The amount to remove or to keep; None if only a budget of accuracy ends the search.
         sizes: Size of each part, in the quantity of `amount.measure`.
         model_size: Size of the whole model in the same quantity.
         title: The name of the search in messages.
@@ -497,14 +514,15 @@ def build_budget(
     Raises:
         ExperimentError: The amount would remove nothing, everything, or more than allowed.
     """
-    measure = amount.measure
-    value = amount.value * model_size if amount.is_share else amount.value
-    min_removed = value if key == "remove" else model_size - value
-    if min_removed <= 0:
-        raise ExperimentError(
-            f"{title}: '{key}: {amount.text}' removes nothing: the model has "
-            f"{_format_amount(model_size, measure)}; keep less"
-        )
+    min_removed = 0.0
+    if amount is not None:
+        value = amount.value * model_size if amount.is_share else amount.value
+        min_removed = value if key == "remove" else model_size - value
+        if min_removed <= 0:
+            raise ExperimentError(
+                f"{title}: '{key}: {amount.text}' removes nothing: the model has "
+                f"{_format_amount(model_size, amount.measure)}; keep less"
+            )
     parts = parts or SearchParts("layer", len(sizes))
     fixed = frozenset(range(parts.total)).difference(parts.numbers)
     fixed |= {*parts.parts_of_layers(constraints.fixed(parts.layers))}
@@ -517,15 +535,16 @@ def build_budget(
             for group in minimum.groups(parts.layers)
         )
         budget = Budget(tuple(sizes), min_removed, fixed, tuple(minimums))
-    if not budget.can_reach(()):
+    if amount is not None and not budget.can_reach(()):
         limit, bound = "at most", budget.largest_size
         if key == "keep":
             limit, bound = "no less than", model_size - bound
         names = constraints.names
         reason = f"does not fit {names}" if names else _TOO_FEW.get(parts.unit, _TOO_FEW["layer"])
         raise ExperimentError(
-            f"{title}: '{key}: {amount.text}' {reason}: of {_format_amount(model_size, measure)}, "
-            f"{key} {limit} {_format_amount(bound, measure)}"
+            f"{title}: '{key}: {amount.text}' {reason}: of "
+            f"{_format_amount(model_size, amount.measure)}, "
+            f"{key} {limit} {_format_amount(bound, amount.measure)}"
         )
     return budget
 
@@ -572,6 +591,8 @@ def _parse_names(value: Any) -> Any:
 
 
 AmountText = Annotated[str, BeforeValidator(lambda value: parse_amount(value).text)]
+MaxDrop = Annotated[str, BeforeValidator(partial(parse_percentage, "max_drop"))]
+KeptAccuracy = Annotated[str, BeforeValidator(partial(parse_percentage, "keep_accuracy"))]
 
 
 class SearchSettings(StrictModel):
@@ -583,6 +604,10 @@ class SearchSettings(StrictModel):
     """Minimum amount to remove, e.g. 8, 25 %, 25 % parameters, 70 MB or 5 ms."""
     keep: AmountText | None = None
     """Maximum amount to keep, e.g. 22, 100M parameters or 200 MB."""
+    max_drop: MaxDrop | None = None
+    """Largest loss of accuracy, in percentage points, e.g. 2pp."""
+    keep_accuracy: KeptAccuracy | None = None
+    """Smallest share of the intact model's accuracy to keep, e.g. 95%."""
     unit: SearchUnit = "layer"
     """Unit to remove."""
     protect: LayerWords = ()

@@ -60,9 +60,9 @@ StepChooser = Callable[[PartSet], PruneStep]
 
 
 def _yield_steps(budget: Budget, choose: StepChooser) -> Iterator[PruneStep]:
-    """Yield the steps that `choose` returns until the budget is met."""
+    """Yield the steps that `choose` returns until the budget's end."""
     removed: PartSet = ()
-    while not budget.is_met(removed):
+    while not budget.is_finished(removed):
         step = choose(removed)
         yield step
         removed = step.removed
@@ -211,7 +211,7 @@ def remove_span(search: Search) -> Iterator[PruneStep]:
         is_nested = set(removed) < set(step.removed)
         removed = step.removed
         yield step.model_copy(update={"layer": min(added) if is_nested else None})
-        if budget.is_met(removed):
+        if budget.is_finished(removed):
             return
 
 
@@ -247,7 +247,7 @@ def _remove_in_order(search: Search, order: Iterable[int]) -> Iterator[PruneStep
     for part in order:
         removed = add_parts(removed, part)
         yield PruneStep(removed=removed, layer=part, reasons=reasons)
-        if search.budget.is_met(removed):
+        if search.budget.is_finished(removed):
             return
 
 

@@ -582,6 +582,8 @@ def build_charts(group: Prunings) -> Iterator[LineChart]:
 
     counts = range(max(max(group.removed_counts(amount)) for amount in group.amounts) + 1)
     names = dict.fromkeys(m.strategy for m in group.methods if m.calibration == OWN_TASK)
-    levels = {name: [level(name, count) for count in counts] for name in names}
+    levels: dict[str, dict[float, Estimate]] = {
+        name: {count: level(name, count) for count in counts} for name in names
+    }
     title = f"{group.title}: test accuracy by number of removed layers, {group.over}"
-    yield frontier_chart(title, "layer", "accuracy", levels)
+    yield frontier_chart(title, "layers removed", "accuracy", levels)

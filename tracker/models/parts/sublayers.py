@@ -62,7 +62,7 @@ class Sublayers:
         """
         sublayers = []
         for layer in finder.layers:
-            if (pair := cls._first_and_last(layer)) is None:
+            if (pair := cls.first_and_last(layer)) is None:
                 raise _division_error(
                     finder.model, layer, "the layer has fewer than two modules with matrices"
                 )
@@ -71,14 +71,14 @@ class Sublayers:
         return sublayers
 
     @classmethod
-    def _first_and_last(cls, layer: nn.Module) -> Sublayers | None:
+    def first_and_last(cls, layer: nn.Module) -> Sublayers | None:
         """Return the first and last child module with a matrix; None if fewer than two exist."""
         parts = [part for part in layer.children() if any(p.ndim > 1 for p in part.parameters())]
         return cls(parts[0], parts[-1]) if len(parts) > 1 else None
 
     def remove(self, layer: nn.Module, parts: Sequence[Change], name: str) -> None:
         """Make some sublayers of a copied layer add nothing to the residual stream."""
-        sublayers = self._first_and_last(layer)
+        sublayers = self.first_and_last(layer)
         assert sublayers is not None
         for part in parts:
             module = sublayers.module(part.component)

@@ -1,0 +1,147 @@
+"""Define budgets of accuracy: the largest acceptable loss of a pruned model.
+
+max_drop: {value: 2pp}
+keep_accuracy: {value: 95%}
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+
+from tracker.analysis.paired import PairedOutcomes
+from tracker.schema.estimates import Estimate
+from tracker.schema.safe_yaml import short_text
+from tracker.stats.accuracy import LEVEL, OutcomeVariance, budget_excess
+
+WALK_FACTOR = 2.0
+"""A search ends as soon as its loss on calibration documents exceeds this many budgets."""
+_FORMS = {"max_drop": ("pp", "2pp"), "keep_accuracy": ("%", "95%")}
+"""Unit and example of each setting."""
+_NUMBER = re.compile(r"(\d+(?:\.\d+)?) ?(pp|%)")
+
+
+def parse_percentage(key: str, value: object) -> str:
+    """Parse a budget of accuracy such as `2pp` or `95%`; return it without a space.
+
+    Args:
+        key: The setting, `max_drop` or `keep_accuracy`.
+        value: The value from a file or an option.
+
+    Returns:
+        The budget as text.
+
+    Raises:
+        ValueError: The unit is missing or wrong, or the number is not between 0 and 100.
+
+    Examples:
+        >>> parse_percentage("max_drop", "2 pp")
+        '2pp'
+    """
+    unit, example = _FORMS[key]
+    text = " ".join(str(value).split())
+    match = _NUMBER.fullmatch(text)
+    if match is None or match[2] != unit:
+        raise ValueError(f"invalid budget {short_text(value)}; expected e.g. {example}")
+    if not 0 < float(match[1]) < 100:
+        raise ValueError(f"invalid budget {text!r}; expected above 0 and below 100 {unit}")
+    return f"{match[1]}{unit}"
+
+
+@dataclass(frozen=True)
+class AccuracyBudget:
+    """The largest acceptable loss of accuracy.
+
+    Attributes:
+        text: The budget for messages, such as `lose at most 2pp`.
+        max_drop: The largest acceptable loss, as a fraction.
+        kept_share: The share of the intact model's accuracy that the loss is counted from; 1 for a
+            budget in percentage points.
+    """
+
+    text: str
+    max_drop: float = 0.0
+    kept_share: float = 1.0
+
+    @classmethod
+    def parse(cls, max_drop: str | None, keep_accuracy: str | None) -> AccuracyBudget | None:
+        """Build the budget from its two settings; return None if both are None."""
+        if max_drop is not None:
+            return cls(f"lose at most {max_drop}", max_drop=float(max_drop[:-2]) / 100)
+        if keep_accuracy is not None:
+            text = f"keep {keep_accuracy} of the accuracy"
+            return cls(text, kept_share=float(keep_accuracy[:-1]) / 100)
+        return None
+
+    def is_clearly_exceeded(self, paired: PairedOutcomes) -> bool:
+        """Return whether the estimated loss exceeds `WALK_FACTOR` budgets; a search ends then."""
+        intact = float(paired.weights @ paired.baseline)
+        allowed = self.max_drop + (1 - self.kept_share) * intact
+        return bool(paired.mean_drops[0] > WALK_FACTOR * allowed + 1e-9)
+
+    def excess(self, paired: PairedOutcomes, index: int) -> Estimate:
+        """Estimate by how much the loss in column `index` exceeds the budget.
+
+        The budget is shown to hold if the upper end of the interval is at most 0.
+        """
+        outcomes = paired.baseline, paired.ablated[:, index], paired.weights
+        return budget_excess(*outcomes, self.max_drop, self.kept_share)
+
+    def nearest_option(self, paired: PairedOutcomes, index: int) -> str:
+        """Return the smallest budget, as an option, that the estimate in a column reaches."""
+        loss, intact = paired.mean_drops[index], paired.weights @ paired.baseline
+        if self.kept_share == 1:
+            return f"--max-drop {math.ceil(1000 * loss - 1e-6) / 10:g}pp"
+        return f"--keep-accuracy {math.floor(1000 * (1 - loss / intact) + 1e-6) / 10:g}%"
+
+
+def count_shown(excesses: Sequence[Estimate]) -> int:
+    """Count the steps of a search that are shown to be within a budget.
+
+    Steps are tested from the lightest removal on, up to the first that is not shown. Such a fixed
+    sequence needs no correction for the number of steps: a false statement needs a false first
+    rejection, which has the probability of a single test.
+
+    Args:
+        excesses: Loss above the budget after each step, with intervals that are simultaneous for
+            all searches whose results are compared.
+
+    Returns:
+        The number of leading steps whose intervals end at or below 0.
+
+    References:
+        W. Maurer, L. A. Hothorn, W. Lehmacher, Biometrie in der chemisch-pharmazeutischen Industrie
+        6 (1995) 3-18.
+
+    Examples:
+        >>> count_shown([Estimate(-0.04, -0.06, -0.02), Estimate(-0.01, -0.03, 0.01)])
+        1
+    """
+    is_shown = [excess.high is not None and excess.high <= 0 for excess in excesses]
+    return (*is_shown, False).index(False)
+
+
+def count_needed(excesses: Sequence[Estimate], n_documents: int, n_searches: int) -> int | None:
+    """Estimate how many test documents would show that the last of several steps is in the budget.
+
+    Args:
+        excesses: Loss above the budget after each step up to this step, with 95 % intervals.
+        n_documents: Number of measured test documents.
+        n_searches: Number of searches whose results are compared.
+
+    Returns:
+        The number of documents, for the power `TEST_POWER`; None if the estimate of a step is not
+        within the budget.
+    """
+    counts = []
+    for excess in excesses:
+        if excess.value is None or excess.bounds is None or excess.value >= 0:
+            return None
+        half_width = (excess.bounds[1] - excess.bounds[0]) / 2
+        variance = n_documents * (half_width / NormalDist().inv_cdf((1 + LEVEL) / 2)) ** 2
+        outcomes = OutcomeVariance(variance, binary=False)
+        counts.append(outcomes.count_documents(-excess.value, n_searches))
+    return max(counts, default=None)
