@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import resource
 import shlex
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -303,7 +305,17 @@ class TestProof:
     def test_answers_within_rounding_are_ties(self, prove_falsified):
         proof = prove_falsified(5e-4)
         assert proof.ties == 1
-        assert "except for 1 whose answers differ only within rounding" in proof.sentences()[-1]
+        sentence, ties = proof.sentences()[-2:]
+        assert "except for 1 whose answers differ only within rounding" in sentence
+        # Both figures of one model stand side by side: they differ by this document.
+        ours, theirs = map(float, re.findall(r"([\d.]+) %", ties))
+        assert abs(ours - theirs) == pytest.approx(100 / SAMPLE, abs=0.11)
+        assert theirs == pytest.approx(100 * proof.figure["acc"], abs=0.06)
+        assert "float32" not in ties
+        half = replace(proof, is_half=True).ties_text
+        assert "too many for a decision" in half
+        assert "too many" not in replace(proof, is_half=True, documents=50).ties_text
+        assert "--dtype float32 removes" in half
 
     def test_another_figure(self, in_process, exported, measured, answers, monkeypatch):
         monkeypatch.setattr(MeasuredCell, "level", Estimate(0.75))

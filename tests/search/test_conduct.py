@@ -311,16 +311,18 @@ def test_output_saves_the_recommended_set(write, prune, truth, tmp_path: Path) -
     write_search(results, other_record)
     joint_change = find_removal(ledger, model, winner.removed)
     assert joint_change.strategy == f"a, {winner.strategy}"
-    change = removal_by_search(ledger, winner)
+    change = removal_by_search(ledger, winner, winner.steps[-1])
     assert (change.strategy, change.order) == (winner.strategy, winner.order)
     # Of the documents that chose, none tests; all of them are among those that chose.
-    removal = removal_by_search(ledger, records["accuracy"])
+    removal = removal_by_search(ledger, records["accuracy"], records["accuracy"].steps[-1])
     stores = {store.identity.key: store for store in ledger.cells()}
     (calibration,) = removal.documents
     assert count_choosing(ledger, removal, stores[calibration.key], Extent(sample=8)) == 8
     assert count_choosing(ledger, removal, stores[winner.rests_on[0][0]], ALL_DOCUMENTS) == 0
     # So are those that decided for a set which looked at no document.
-    blind_removal = removal_by_search(ledger, records["last"], calibration)
+    blind_removal = removal_by_search(
+        ledger, records["last"], records["last"].steps[-1], calibration
+    )
     assert count_choosing(ledger, blind_removal, stores[calibration.key], Extent(sample=8)) == 8
 
     refused(prune(path, "--output", lighter), "that is not empty")

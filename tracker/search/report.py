@@ -295,8 +295,10 @@ def recommendation_text(
     else:
         reason = recommendation.reason or unshown_reason(searches, recommendation)
         level = _format_level(record, record.baseline.level)
-        intact = f"test {_metric_name(record)} of {level}, n = {record.baseline.n:,}"
-        texts.append(f"no set is recommended: {reason}. The unpruned model has a {intact}.")
+        texts.append(f"no set is recommended: {reason}.")
+        if not estimated:
+            intact = f"test {_metric_name(record)} of {level}, n = {record.baseline.n:,}"
+            texts.append(f"The unpruned model has a {intact}.")
     if estimated and estimated != removed:
         described = _describe_set(searches, estimated, labels)
         texts.append(f"By its estimate alone, which is not shown, {described}")
@@ -330,7 +332,7 @@ def unshown_reason(searches: Searches, recommendation: Recommendation) -> str:
     if recommendation.n_needed is None:
         return f"{text}, and the estimate of a smaller removal is not below this budget"
     needed = round_count(recommendation.n_needed)
-    return f"{text}; about {needed} test documents would show the lightest estimate"
+    return f"{text}; raise 'test_sample' to about {needed} to show the lightest estimate"
 
 
 def _shown_sentences(searches: Searches, recommendation: Recommendation) -> Iterator[str]:
@@ -377,12 +379,13 @@ def _describe_set(searches: Searches, removed: Sequence[int], labels: Labels) ->
     choosing = [s for s in searches if s.find_step(removed) is not None]
     strategies = join_words([labels[search.record.name] for search in choosing])
     measure, outcome = metric_format(record), test_outcome(step)
+    unit = unit_plural(record.unit) if len(removed) > 1 else record.unit
     return (
-        f"the set chosen by {strategies} removes {unit_plural(record.unit)} "
+        f"the set chosen by {strategies} removes {unit} "
         f"{record.parts.names(removed)} ({len(removed)} of {record.there or record.model.layers})."
         f"{_describe_size(record, step)} The pruned model has a test {_metric_name(record)} of "
         f"{_format_level(record, outcome.level)}, the unpruned model "
-        f"{_format_level(record, record.baseline.level)}, n = {record.baseline.n:,}; the "
+        f"{_format_level(record, record.baseline.level)}, n = {record.baseline.n:,}. The "
         f"{measure.change} is {measure.amount(replace(outcome.lost, reason=NO_SCORE))}."
     )
 
@@ -504,16 +507,14 @@ def frontier_chart(
     `x` is the name of the sizes, and `quantity` the name of the values, such as `accuracy` or
     `loss`. `levels` maps each strategy to its values by size.
     """
-    places = sorted(set().union(*levels.values()))
+    sizes = sorted(set().union(*levels.values()))
     return LineChart(
         title=title,
         x=x,
         y=f"test {quantity}",
         unit="score" if quantity == "loss" else "percent",
-        places=tuple(places),
-        lines=tuple(
-            Line.from_figures(name, map(line.get, places)) for name, line in levels.items()
-        ),
+        places=tuple(sizes),
+        lines=tuple(Line.from_figures(name, map(line.get, sizes)) for name, line in levels.items()),
     )
 
 
@@ -632,8 +633,9 @@ def _steps_table(records: Sequence[PruneRecord]) -> Table:
     def parameters(row: _StepRow) -> int | None:
         return row.step.parameters
 
-    def size(row: _StepRow) -> int | None:
-        return row.step.parameters and _bytes(record, row.step.parameters)
+    def size(row: _StepRow) -> Estimate:
+        count = row.step.parameters
+        return Estimate(None if count is None else _bytes(record, count) / 1e6, reason=NO_SIZE)
 
     change = "lost" if record.higher_is_better else "added"
     drop_heading = f"test {metric_format(record).level} {change}"
@@ -647,11 +649,11 @@ def _steps_table(records: Sequence[PruneRecord]) -> Table:
         Column(f"test {metric_format(record).level}", _figure_unit(record), level, NO_SCORE),
         Column(drop_heading, _figure_unit(record, "points"), drop, NO_SCORE),
         Column("parameters", "count", parameters, NO_SIZE),
-        Column("bytes", "count", size, NO_SIZE),
+        Column("MB", "times", size),
     )
     rows = [_StepRow(labels[s.name], *step) for s in records for step in enumerate(s.steps, 1)]
     return build_table(
-        f"{record.model.name} · {_benchmark_name(record)}: step by step",
+        f"{record.model.name} · {_benchmark_name(record)}: accuracy and size, step by step",
         columns,
         rows,
         "score: the quantity that the strategy minimises on the calibration documents",

@@ -257,11 +257,6 @@ def refuse_untestable(request: SearchRequest, cache: ModelCache) -> None:
             f"{request.title}: {metric} is not an accuracy; 'max_drop' and 'keep_accuracy' need a "
             "metric from 0 to 1 of which more is better, such as acc. Set 'metric', or use 'remove'"
         )
-    if not cell.n:
-        raise ExperimentError(
-            f"{request.title}: no test documents are left to show the loss of accuracy; use a "
-            "larger benchmark"
-        )
 
 
 def find_constraints(request: SearchRequest, cache: ModelCache) -> Constraints:

@@ -1,0 +1,220 @@
+"""Test budgets of accuracy: where a search ends, and what test documents recommend."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from statistics import NormalDist
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import scipy
+
+from tests.conftest import refused
+from tests.helpers.truth import plain_answers, pruned_copy
+from tests.tools import accuracy_budget as simulation
+from tracker.analysis.paired import PairedOutcomes
+from tracker.schema.prune_records import HeldOutResult, PruneStep
+from tracker.search.accuracy_budget import AccuracyBudget
+from tracker.search.recommending import recommend_within
+
+from .conftest import LAYERS, Truth, open_documents, stored_searches
+
+STRATEGIES = ["accuracy", "last", "random"]
+SETTINGS = {"strategy": STRATEGIES, "draws": 1, "seed": 0, "test_sample": 40}
+
+
+def plain_outcomes(request, sets) -> dict[tuple[int, ...], np.ndarray]:
+    """Answer each document by plain passes of really pruned models."""
+    model, documents, max_length = open_documents(request)
+
+    def outcomes(removed: tuple[int, ...]) -> np.ndarray:
+        changed = pruned_copy(model, removed)
+        answers = [plain_answers(changed, d.requests, max_length) for d in documents]
+        chosen = [int(np.argmax([value for value, _ in answer])) for answer in answers]
+        return np.array([c == d.gold for c, d in zip(chosen, documents, strict=True)], dtype=float)
+
+    return {removed: outcomes(removed) for removed in dict.fromkeys([(), *sets])}
+
+
+def naive_bound(lost: int, won: int, n: int, share: float = 1.0, family: int = 1) -> float:
+    """Write the upper end of the loss out: two lost documents and a won one are added."""
+    values = [share] * (lost + 2) + [-1.0] * (won + 1) + [0.0] * (n - lost - won)
+    z = NormalDist().inv_cdf(0.975)
+    if family > 1:  # by Student's distribution, as all intervals without a p-value
+        t = scipy.stats.t(n - 1)
+        z *= t.ppf(1 - 0.025 / family) / t.ppf(0.975)
+    return float(np.mean(values) + z * np.std(values) / np.sqrt(n + 3))
+
+
+@pytest.mark.usefixtures("one_thread", "in_process")
+def test_the_lightest_set_within_the_budget_is_saved(write, prune, ask, tmp_path: Path) -> None:
+    lighter, budget = tmp_path / "lighter", 0.30
+    path = write(**SETTINGS, remove=3, max_drop="30pp")
+    result = prune(path, "--output", lighter)
+    assert result.exit_code == 0, result.output
+    records = {record.strategy: record for record in stored_searches(tmp_path)}
+    truth = Truth(ask(strategy="accuracy", seed=0).calibration()[0])
+    for record in records.values():
+        losses = [truth.lost("accuracy", step.removed) for step in record.steps]
+        # It ends at the amount, or at the first loss above twice the budget.
+        assert all(loss <= 2 * budget for loss in losses[:-1])
+        assert losses[-1] > 2 * budget or len(record.removed) == 3
+    request = ask(strategy="accuracy", seed=0, test_sample=40).test()
+    steps = {name: [s.removed for s in record.steps] for name, record in records.items()}
+    outcomes = plain_outcomes(request, [s for sets in steps.values() for s in sets])
+    shown = []
+    for name in ("accuracy", "last"):
+        for removed in steps[name]:
+            changes = outcomes[()] - outcomes[removed]
+            lost, won = int((changes > 0).sum()), int((changes < 0).sum())
+            if naive_bound(lost, won, 40, family=2) > budget:
+                break
+            shown.append((len(removed), -(lost - won), removed))
+    facts = json.loads((lighter / "tracker.json").read_text())
+    assert facts["removed"] == list(max(shown)[2])
+    # One paragraph in the terminal, on the page and on the card.
+    sentence = re.search(
+        r"It is shown to lose at most 30pp: [^(]*", result.output.replace("\n", " ")
+    )
+    assert sentence is not None
+    words = re.sub(r"\s+", " ", sentence[0]).strip()
+    for file in (lighter / "README.md", tmp_path / "results" / "report.html"):
+        assert words in re.sub(r"\s+", " ", file.read_text().replace("\\", "")), file
+
+    # A smaller budget of the same searches: an estimate is not enough for --output.
+    small = write(**SETTINGS, remove=3, max_drop="6pp")
+    result = prune(small, "--output", tmp_path / "none")
+    assert result.exit_code == 1
+    assert not (tmp_path / "none").exists()
+    assert re.search(
+        r"not saved: .*is shown to lose at most 6pp; raise .* to about [\d,]+ ", result.output
+    )
+    assert re.search(r"To save it nevertheless: tracker export .* --remove [\d,]+ ", result.output)
+
+
+def make_search(outcomes: list[tuple[int, int]], n: int, strategy: str = "accuracy"):
+    """Make a tested search of which each step loses and wins some of `n` documents."""
+    baseline = (np.arange(n) < n // 2).astype(float)
+    columns = [
+        np.where(np.arange(n) < lost, 0.0, np.where(np.arange(n) >= n - won, 1.0, baseline))
+        for lost, won in outcomes
+    ]
+    paired = PairedOutcomes(baseline, np.stack(columns, axis=1), np.full(n, 1 / n))
+    tests = [
+        HeldOutResult(n=n, level=paired.level(k), lost=paired.drop(k)) for k in range(len(outcomes))
+    ]
+    steps = [PruneStep(removed=tuple(range(k + 1)), test=test) for k, test in enumerate(tests)]
+    record = SimpleNamespace(steps=steps, baseline=SimpleNamespace(n=n))
+    return SimpleNamespace(
+        request=SimpleNamespace(strategy=strategy), record=record, outcomes=paired
+    )
+
+
+def test_steps_are_tested_up_to_the_first_that_is_not_shown() -> None:
+    """A later step that looks better is not shown."""
+    budget = AccuracyBudget.parse("5pp", None)
+    outcomes = [(2, 2), (12, 4), (30, 14), (12, 4)]
+    bounds = [naive_bound(*pair, 400) for pair in outcomes]
+    assert [bound <= 0.05 for bound in bounds] == [True, True, False, True]
+    result = recommend_within(budget, [make_search(outcomes, 400)])  # type: ignore[arg-type]
+    assert (result.removed, result.estimated) == ((0, 1), (0, 1, 2, 3))
+    # Draws at random are no candidates, and a second search costs width.
+    random_search = make_search([(0, 0)] * 6, 400, "random")
+    result = recommend_within(budget, [make_search(outcomes, 400), random_search])  # type: ignore[arg-type]
+    assert (result.removed, result.n_sets) == ((0, 1), 1)
+    close = (14, 5)
+    assert naive_bound(*close, 400) <= 0.049 < naive_bound(*close, 400, family=2)
+    narrow = AccuracyBudget.parse("4.9pp", None)
+    searches = [make_search([close], 400), make_search([(90, 0)], 400, "last")]
+    assert recommend_within(narrow, searches[:1]).removed == (0,)  # type: ignore[arg-type]
+    assert recommend_within(narrow, searches).removed == ()  # type: ignore[arg-type]
+
+
+def test_the_needed_documents_show_an_estimate() -> None:
+    """With so many documents, and the same shares, about 80 % of samples show it."""
+    budget = AccuracyBudget.parse("5pp", None)
+    result = recommend_within(budget, [make_search([(5, 3)], 100)])  # type: ignore[arg-type]
+    assert (result.removed, result.estimated) == ((), (0,))
+    needed = result.n_needed or 0
+    generator, n_shown = np.random.default_rng(0), 0
+    for _ in range(400):
+        lost, won, _ = generator.multinomial(needed, [0.05, 0.03, 0.92])
+        n_shown += naive_bound(lost, won, needed) <= 0.05
+    assert 0.75 < n_shown / 400 < 0.97
+
+
+def test_the_nearest_budget_is_named() -> None:
+    searches = [make_search([(30, 2), (21, 3), (60, 0)], 400)]
+    for texts, option in (
+        (("2pp", None), "--max-drop 4.5pp"),
+        ((None, "95%"), "--keep-accuracy 91%"),
+    ):
+        result = recommend_within(AccuracyBudget.parse(*texts), searches)  # type: ignore[arg-type]
+        assert (result.removed, result.estimated, result.nearest) == ((), (), option)
+        # What is named is reached.
+        number = option.split()[1]
+        reached = AccuracyBudget.parse(*(number if text else None for text in texts))
+        assert recommend_within(reached, searches).estimated == (0, 1)  # type: ignore[arg-type]
+
+
+def test_a_share_of_the_accuracy_is_kept() -> None:
+    """95 % of an accuracy of 50 % is a loss of 2.5 pp, whose base is measured too."""
+    budget = AccuracyBudget.parse(None, "95%")
+    for lost, is_shown in ((8, True), (20, False)):
+        excess = budget.excess(make_search([(lost, 1)], 1000).outcomes, 0)
+        assert excess.value == pytest.approx((lost - 1) / 1000 - 0.05 * 0.5)
+        values = [0.95] * (lost + 2) + [-1.0] * 2 + [-0.05] * (500 - lost) + [0.0] * 499
+        bound = np.mean(values) + NormalDist().inv_cdf(0.975) * np.std(values) / np.sqrt(1003)
+        assert excess.high == pytest.approx(bound)
+        assert (bound <= 0) == is_shown
+
+
+def test_false_statements_are_rare() -> None:
+    assert simulation.worst_error(simulation.usual_bound, [0.05]) > 0.05
+    assert simulation.worst_error(simulation.budget_bound, [0.05]) < 0.035
+    budget = AccuracyBudget.parse("5pp", None)
+    results = np.sum([simulation.simulate(seed, budget, 300, 0.1) for seed in range(40)], axis=0)
+    n_shown, n_over, n_over_by_estimate = results.tolist()
+    assert n_shown > 30
+    assert n_over <= 2 < n_over_by_estimate
+
+
+def test_an_unreachable_budget_is_refused(write, prune, tmp_path: Path) -> None:
+    settings = {"strategy": "last", "protect": "1-4", "seed": 1, "test_sample": 10, "sample": 8}
+    result = prune(write(**settings, remove=None, keep_accuracy="99.9%"))
+    assert result.exit_code == 2, result.output
+    assert stored_searches(tmp_path)[0].removed == (0,)
+
+
+def test_losses_have_no_budget(write, prune, tmp_path: Path) -> None:
+    texts = tmp_path / "texts.txt"
+    texts.write_text("\n\n".join(f"This is text number {n} of the corpus." for n in range(8)))
+    corpus = {
+        "benchmark": f"corpus:{texts}",
+        "data": None,
+        "strategy": "last",
+        "metric": "bits_per_byte",
+    }
+    refused(prune(write(**corpus, max_drop="2pp")), "is not an accuracy; 'max_drop' and")
+    assert not list((tmp_path / "results").rglob("shards/*"))
+
+
+def test_all_layers_can_be_walked(ask, make_cache) -> None:
+    """Without an amount, a search ends only where nothing else may go."""
+    from tracker.search.planning import possible_results
+    from tracker.search.search import find_budget
+
+    for strategy in ("accuracy", "cosine_oneshot", "angular", "random"):
+        for stays, n_stay in (({}, 1), ({"at_least": "odd=1"}, 1), ({"protect": "0,1"}, 2)):
+            request = ask(strategy=strategy, remove=None, max_drop="2pp", **stays)
+            if strategy == "angular" and stays == {"at_least": "odd=1"}:
+                continue  # spans may stop before
+            sets = possible_results(request, find_budget(request, make_cache()))
+            assert max(map(len, sets)) == LAYERS - n_stay, (strategy, stays)
+            assert {len(s) for s in sets} == set(range(1, LAYERS - n_stay + 1))
+    request = ask(unit="head", strategy="last", remove=None, max_drop="2pp")
+    heads = find_budget(request, make_cache())
+    assert max(map(len, possible_results(request, heads))) == int(heads.largest_size) - 3
