@@ -35,6 +35,7 @@ from tracker.schema.kinds import NUMBERED_COMPONENTS, Component
 from tracker.schema.prune_records import HeldOutResult, PruneRecord, PruneStep
 from tracker.schema.search_parts import unit_plural
 from tracker.schema.tables import Column, RowType, Table, build_table
+from tracker.schema.text import capitalise
 from tracker.search.request import SearchGoal
 from tracker.search.search import Recommendation
 from tracker.search.settings import format_layers
@@ -302,10 +303,8 @@ def recommendation_text(
     if estimated and estimated != removed:
         described = _describe_set(searches, estimated, labels)
         texts.append(f"By its estimate alone, which is not shown, {described}")
-        if removed and recommendation.n_needed is not None:
-            texts.append(
-                f"About {round_count(recommendation.n_needed)} test documents would show it."
-            )
+        if removed:
+            texts.append(f"{capitalise(_needed_text(recommendation))}.")
     if removed or estimated:
         texts += _rounding_sentences(searches, removed or estimated)
         texts.append(UNKNOWN_LOSSES)
@@ -328,11 +327,15 @@ def unshown_reason(searches: Searches, recommendation: Recommendation) -> str:
             f"{documents} estimated to {budget.text}; the nearest budget that one reaches is "
             f"{recommendation.nearest}"
         )
-    text = f"{documents} shown to {budget.text}"
+    return f"{documents} shown to {budget.text}; {_needed_text(recommendation)}"
+
+
+def _needed_text(recommendation: Recommendation) -> str:
+    """State how many test documents would show that the lightest estimate is within a budget."""
     if recommendation.n_needed is None:
-        return f"{text}, and the estimate of a smaller removal is not below this budget"
+        return "more documents may not show it, since a smaller removal is estimated to lose more"
     needed = round_count(recommendation.n_needed)
-    return f"{text}; raise 'test_sample' to about {needed} to show the lightest estimate"
+    return f"raise 'test_sample' to about {needed} to show the lightest estimate"
 
 
 def _shown_sentences(searches: Searches, recommendation: Recommendation) -> Iterator[str]:
