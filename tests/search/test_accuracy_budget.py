@@ -77,7 +77,7 @@ def test_the_lightest_set_within_the_budget_is_saved(write, prune, ask, tmp_path
     assert facts["removed"] == list(max(shown)[2])
     # One paragraph in the terminal, on the page and on the card.
     sentence = re.search(
-        r"It is shown to lose at most 30pp: [^(]*", result.output.replace("\n", " ")
+        r"It is shown to lose at most 30pp, [^(]*", result.output.replace("\n", " ")
     )
     assert sentence is not None
     words = re.sub(r"\s+", " ", sentence[0]).strip()

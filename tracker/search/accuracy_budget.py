@@ -7,48 +7,16 @@ keep_accuracy: {value: 95%}
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
 from tracker.analysis.paired import PairedOutcomes
 from tracker.schema.estimates import Estimate
-from tracker.schema.safe_yaml import short_text
 from tracker.stats.accuracy import LEVEL, OutcomeVariance, budget_excess
 
 WALK_FACTOR = 2.0
 """A search ends as soon as its loss on calibration documents exceeds this many budgets."""
-_FORMS = {"max_drop": ("pp", "2pp"), "keep_accuracy": ("%", "95%")}
-"""Unit and example of each setting."""
-_NUMBER = re.compile(r"(\d+(?:\.\d+)?) ?(pp|%)")
-
-
-def parse_percentage(key: str, value: object) -> str:
-    """Parse a budget of accuracy such as `2pp` or `95%`; return it without a space.
-
-    Args:
-        key: The setting, `max_drop` or `keep_accuracy`.
-        value: The value from a file or an option.
-
-    Returns:
-        The budget as text.
-
-    Raises:
-        ValueError: The unit is missing or wrong, or the number is not between 0 and 100.
-
-    Examples:
-        >>> parse_percentage("max_drop", "2 pp")
-        '2pp'
-    """
-    unit, example = _FORMS[key]
-    text = " ".join(str(value).split())
-    match = _NUMBER.fullmatch(text)
-    if match is None or match[2] != unit:
-        raise ValueError(f"invalid budget {short_text(value)}; expected e.g. {example}")
-    if not 0 < float(match[1]) < 100:
-        raise ValueError(f"invalid budget {text!r}; expected above 0 and below 100 {unit}")
-    return f"{match[1]}{unit}"
 
 
 @dataclass(frozen=True)

@@ -86,9 +86,8 @@ class TestedSearch:
 
         Searches of the strategy `random` are never recommended, so the result is None.
         """
-        sets = [step.removed for step in self.record.steps]
-        is_found = removed in sets and self.request.strategy != RANDOM_STRATEGY
-        return sets.index(tuple(removed)) if is_found else None
+        steps = self.record.steps if self.request.strategy != RANDOM_STRATEGY else ()
+        return next((n for n, step in enumerate(steps) if step.removed == removed), None)
 
 
 Searches = Sequence[TestedSearch]
@@ -296,10 +295,8 @@ def recommendation_text(
     else:
         reason = recommendation.reason or unshown_reason(searches, recommendation)
         level = _format_level(record, record.baseline.level)
-        texts.append(f"no set is recommended: {reason}.")
-        if not estimated:
-            intact = f"test {_metric_name(record)} of {level}, n = {record.baseline.n:,}"
-            texts.append(f"The unpruned model has a {intact}.")
+        intact = f"test {_metric_name(record)} of {level}, n = {record.baseline.n:,}"
+        texts.append(f"no set is recommended: {reason}. The unpruned model has a {intact}.")
     if estimated and estimated != removed:
         described = _describe_set(searches, estimated, labels)
         texts.append(f"By its estimate alone, which is not shown, {described}")
@@ -346,12 +343,9 @@ def _shown_sentences(searches: Searches, recommendation: Recommendation) -> Iter
         return
     n_searches = recommendation.n_sets
     (excess,) = widen([budget.excess(search.outcomes, index)], [n], n_searches)
-    assert excess.high is not None  # it is shown
-    loss = f"the accuracy drop is at most {points(budget.max_drop + excess.high)} pp"
-    if budget.kept_share < 1:
-        loss = f"at least {points(-excess.high)} pp remain to this budget"
+    margin = points(-(excess.high or 0.0))
     together = f", {n_searches} searches together" if n_searches > 1 else ""
-    yield f"It is shown to {budget.text}: {loss} (95 %{together})."
+    yield f"It is shown to {budget.text}, with {margin} pp to spare (95 %{together})."
 
 
 def _find_search(searches: Searches, removed: Sequence[int]) -> tuple[TestedSearch, int]:
@@ -397,15 +391,11 @@ def _describe_size(record: PruneRecord, step: PruneStep) -> str:
     """Compare the parameters and bytes of a pruned model and the intact model, if known."""
     if step.parameters is None:
         return ""
-    sizes = [step.parameters, record.model.parameters]
-    counts, megabytes = (
-        [f"{size / 1e6:,.1f}" for size in row]
-        for row in (sizes, [_bytes(record, n) for n in sizes])
-    )
-    share = UNIT_FORMATS["percent"].write(1 - sizes[0] / sizes[1])
+    total, size = record.model.parameters, _bytes(record, step.parameters)
+    share = UNIT_FORMATS["percent"].write(1 - step.parameters / total)
     return (
-        f" {counts[0]}M of {counts[1]}M parameters remain ({share} % fewer), {megabytes[0]} of "
-        f"{megabytes[1]} MB in {record.model.dtype}."
+        f" {step.parameters / 1e6:,.1f}M of {total / 1e6:,.1f}M parameters remain ({share} % "
+        f"fewer), {size / 1e6:,.1f} MB in {record.model.dtype}."
     )
 
 
@@ -633,9 +623,6 @@ def _steps_table(records: Sequence[PruneRecord]) -> Table:
     def level(row: _StepRow) -> Estimate:
         return test_outcome(row.step).level
 
-    def parameters(row: _StepRow) -> int | None:
-        return row.step.parameters
-
     def size(row: _StepRow) -> Estimate:
         count = row.step.parameters
         return Estimate(None if count is None else _bytes(record, count) / 1e6, reason=NO_SIZE)
@@ -651,7 +638,7 @@ def _steps_table(records: Sequence[PruneRecord]) -> Table:
         Column("runner-up worse by", "times", margin),
         Column(f"test {metric_format(record).level}", _figure_unit(record), level, NO_SCORE),
         Column(drop_heading, _figure_unit(record, "points"), drop, NO_SCORE),
-        Column("parameters", "count", parameters, NO_SIZE),
+        Column("parameters", "count", lambda row: row.step.parameters, NO_SIZE),
         Column("MB", "times", size),
     )
     rows = [_StepRow(labels[s.name], *step) for s in records for step in enumerate(s.steps, 1)]

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -292,11 +292,17 @@ def run_search(request: SearchRequest, budget: Budget, cache: ModelCache) -> Ite
     _refuse_mixtures(request, cells)
     cache.keep_timings()
     seed, rescoring = request.cell.documents.seed, request.used_rescoring
+    accuracy_budget, deciding_cell = (
+        request.accuracy_budget,
+        cache.cell(deciding_request([request])),
+    )
     model = build_hollow(cache.source(request.cell.model), request.cell.model.dtype)
     sizes, total = _count_parameters(model, request.unit), model.num_parameters()
     for draw in request.draw_numbers:
         scores = Scores(cells, budget.parts_for(request.unit))
-        walk = _AccuracyWalk.open(request, scores, cache)
+        # A budget of accuracy ends the search on calibration documents of the benchmark itself.
+        is_extra = accuracy_budget is not None and cells != [deciding_cell]
+        walk = Scores([deciding_cell], scores.parts) if is_extra else scores
         steps = []
         search = Search(scores, budget, seed, draw or 1, rescoring)
         for step in STRATEGIES[request.strategy](search):
@@ -305,55 +311,23 @@ def run_search(request: SearchRequest, budget: Budget, cache: ModelCache) -> Ite
                 step = step.model_copy(update={"parameters": remaining})
             steps.append(step)
             cache.progress.say(_step_message(request, scores, draw, step))
-            if walk is not None and walk.is_over(step.removed):
+            if accuracy_budget is not None and _is_over(accuracy_budget, walk, step.removed):
                 break
-        records = {cell: scores.choosing_documents(cell) for cell in cells}
+        documents = {cell: scores.choosing_documents(cell) for cell in cells}
+        if accuracy_budget is not None:
+            documents[deciding_cell] = deciding_cell.documents
+        records = tuple(calibration_record(*pair) for pair in documents.items())
         cost = scores.cost()
-        if walk is not None:
-            records |= {walk.cell: walk.cell.documents}
-            cost = walk.add_cost(cost)
-        calibration = tuple(calibration_record(*documents) for documents in records.items())
-        yield SearchDraw(request, scores.parts, draw, tuple(steps), calibration, cost)
+        if is_extra:
+            cost = PruneCost(**{name: n + getattr(walk.cost(), name) for name, n in cost})
+        yield SearchDraw(request, scores.parts, draw, tuple(steps), records, cost)
 
 
-class _AccuracyWalk(NamedTuple):
-    """The rule that ends a search with a budget of accuracy, measured on calibration documents.
-
-    Attributes:
-        budget: The budget of accuracy.
-        cell: The benchmark's calibration documents.
-        scores: Scores on these documents; those of the search where it uses the same documents.
-        is_extra: Whether the rule measures more than the search does.
-    """
-
-    budget: AccuracyBudget
-    cell: OpenCell
-    scores: Scores
-    is_extra: bool
-
-    @classmethod
-    def open(
-        cls, request: SearchRequest, scores: Scores, cache: ModelCache
-    ) -> _AccuracyWalk | None:
-        """Open the calibration documents of the rule; return None without a budget of accuracy."""
-        if request.accuracy_budget is None:
-            return None
-        cell = cache.cell(deciding_request([request]))
-        is_extra = list(scores.cells) != [cell]
-        own_scores = Scores([cell], scores.parts) if is_extra else scores
-        return cls(request.accuracy_budget, cell, own_scores, is_extra)
-
-    def is_over(self, removed: PartSet) -> bool:
-        """Measure the loss without some parts, and return whether the search ends here."""
-        self.scores.losses("accuracy", [removed])
-        return self.budget.is_clearly_exceeded(self.cell.outcomes([self.scores.ablation(removed)]))
-
-    def add_cost(self, cost: PruneCost) -> PruneCost:
-        """Return the cost of a search, with the cost of the rule."""
-        if not self.is_extra:
-            return cost
-        extra = self.scores.cost()
-        return PruneCost(**{name: value + getattr(extra, name) for name, value in cost})
+def _is_over(budget: AccuracyBudget, scores: Scores, removed: PartSet) -> bool:
+    """Measure the loss without some parts, and return whether a search ends here."""
+    scores.losses("accuracy", [removed])
+    (cell,) = scores.cells
+    return budget.is_clearly_exceeded(cell.outcomes([scores.ablation(removed)]))
 
 
 def refuse_few(request: CellRequest, n_documents: int) -> None:

@@ -31,7 +31,6 @@ from tracker.schema.model_parts import layers_of_kind
 from tracker.schema.prune_records import Rescoring
 from tracker.schema.safe_yaml import short_text
 from tracker.schema.search_parts import SearchParts
-from tracker.search.accuracy_budget import parse_percentage
 
 CONSTRAINTS = ("protect", "among", "at_least")
 """Keys of a search that define constraints."""
@@ -588,6 +587,38 @@ def _parse_names(value: Any) -> Any:
     if isinstance(value, str) and not value.startswith("["):
         return tuple(name.strip() for name in value.split(","))
     return as_tuple(value)
+
+
+_ACCURACY_FORMS = {"max_drop": ("pp", "2pp"), "keep_accuracy": ("%", "95%")}
+"""Unit and example of each setting."""
+_PERCENTAGE = re.compile(r"(\d+(?:\.\d+)?) ?(pp|%)")
+
+
+def parse_percentage(key: str, value: object) -> str:
+    """Parse a budget of accuracy such as `2pp` or `95%`; return it without a space.
+
+    Args:
+        key: The setting, `max_drop` or `keep_accuracy`.
+        value: The value from a file or an option.
+
+    Returns:
+        The budget as text.
+
+    Raises:
+        ValueError: The unit is missing or wrong, or the number is not between 0 and 100.
+
+    Examples:
+        >>> parse_percentage("max_drop", "2 pp")
+        '2pp'
+    """
+    unit, example = _ACCURACY_FORMS[key]
+    text = " ".join(str(value).split())
+    match = _PERCENTAGE.fullmatch(text)
+    if match is None or match[2] != unit:
+        raise ValueError(f"invalid budget {short_text(value)}; expected e.g. {example}")
+    if not 0 < float(match[1]) < 100:
+        raise ValueError(f"invalid budget {text!r}; expected above 0 and below 100 {unit}")
+    return f"{match[1]}{unit}"
 
 
 AmountText = Annotated[str, BeforeValidator(lambda value: parse_amount(value).text)]
