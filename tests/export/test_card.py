@@ -48,7 +48,8 @@ MODELS = {
     "chosen by a search": replace(
         PRUNED,
         base=BASE.model_copy(update={"revision": "c0ffee"}),
-        change=removal((1,), strategy="accuracy", calibration=NAME),
+        change=removal((1,), strategy="accuracy", calibration=NAME, recommendation=NAME),
+        proof=replace(PROOF, measured=0.425, is_half=True),
         serving=(),
         speed_on="the program failed: <b>",
         accuracy=(),

@@ -67,11 +67,11 @@ class Proof:
             measured documents of a single task.
         loglikelihood: The largest difference between lm-eval's and tracker's log-likelihood of the
             same request, in nats.
-        measured: The measured value of the metric in `figure`; None without `figure`.
-        unit: The unit of both values: `%` for an accuracy, otherwise the unit of the loss.
-        is_half: Whether the model computes in half precision.
         ties: Number of documents whose metric differs because two answers are nearly equal.
         versions: The versions of transformers and lm-eval.
+        measured: The measured value of the metric in `figure`; None without `figure`.
+        unit: The unit of both values: `%` for an accuracy, otherwise empty.
+        is_half: Whether the model computes in half precision.
     """
 
     texts: int
@@ -80,11 +80,11 @@ class Proof:
     documents: int = 0
     figure: dict[str, float] = field(default_factory=dict)
     loglikelihood: float | None = None
+    ties: int = 0
+    versions: dict[str, str] = field(default_factory=dict)
     measured: float | None = None
     unit: str = "%"
     is_half: bool = False
-    ties: int = 0
-    versions: dict[str, str] = field(default_factory=dict)
 
     def sentences(self) -> list[str]:
         """Return one or two sentences for the model card about the result of the comparison."""
@@ -102,7 +102,7 @@ class Proof:
                 f"In this process, plain lm-eval computes for {self.documents:,} documents of "
                 f"{name} the same outcomes as tracker{exception if self.ties else ''}{figure}."
             )
-        if self.ties:
+        if self.ties and (self.is_half or self.measured is not None):
             sentences.append(f"{self.ties_text}.")
         return sentences
 
