@@ -18,7 +18,9 @@ from tests.tools import accuracy_budget as simulation
 from tracker.analysis.paired import PairedOutcomes
 from tracker.schema.prune_records import HeldOutResult, PruneStep
 from tracker.search.accuracy_budget import AccuracyBudget
+from tracker.search.planning import plan_searches, possible_results
 from tracker.search.recommending import recommend_within
+from tracker.search.search import find_budget, run_search
 
 from .conftest import LAYERS, Truth, open_documents, stored_searches
 
@@ -189,6 +191,19 @@ def test_an_unreachable_budget_is_refused(write, prune, tmp_path: Path) -> None:
     assert stored_searches(tmp_path)[0].removed == (0,)
 
 
+@pytest.mark.parametrize("strategy", ["last", "cosine_oneshot", "accuracy"])
+def test_a_whole_walk_costs_what_was_planned(ask, make_cache, one_thread, strategy) -> None:
+    """With a budget that is never exceeded, the bound is reached."""
+    request = ask(strategy=strategy, remove=None, max_drop="99pp")
+    cache = make_cache()
+    ((planned,), _) = plan_searches([request], cache.ledger)
+    (draw,) = run_search(request, find_budget(request, cache), cache)
+    assert planned.at_most
+    assert (planned.steps, len(draw.steps)) == (LAYERS - 1, LAYERS - 1)
+    assert planned.evaluations == draw.cost.evaluations
+    assert planned.passes == pytest.approx(draw.cost.passes, rel=0.4)
+
+
 def test_losses_have_no_budget(write, prune, tmp_path: Path) -> None:
     texts = tmp_path / "texts.txt"
     texts.write_text("\n\n".join(f"This is text number {n} of the corpus." for n in range(8)))
@@ -204,9 +219,6 @@ def test_losses_have_no_budget(write, prune, tmp_path: Path) -> None:
 
 def test_all_layers_can_be_walked(ask, make_cache) -> None:
     """Without an amount, a search ends only where nothing else may go."""
-    from tracker.search.planning import possible_results
-    from tracker.search.search import find_budget
-
     for strategy in ("accuracy", "cosine_oneshot", "angular", "random"):
         for stays, n_stay in (({}, 1), ({"at_least": "odd=1"}, 1), ({"protect": "0,1"}, 2)):
             request = ask(strategy=strategy, remove=None, max_drop="2pp", **stays)

@@ -229,7 +229,9 @@ def plan_searches(
     budgets = [find_budget(request, cache) for request in requests]
     notes = refuse_unsavable(requests, budgets, cache)
     for request, budget, note in zip(requests, budgets, notes, strict=True):
-        cells = {cell: read_documents(cell)[0] for cell in request.calibration()}
+        has_budget = request.accuracy_budget is not None
+        deciding = [deciding_request([request])] if has_budget else []
+        cells = {cell: read_documents(cell)[0] for cell in (*request.calibration(), *deciding)}
         for cell, documents in cells.items():
             refuse_few(cell, documents.documents)
         scores_of_draws = []
@@ -237,6 +239,8 @@ def plan_searches(
             scores = _CountingScores(cells, budget.parts_for(request.unit), measured)
             search = Search(scores, budget, request.cell.documents.seed, draw or 1)
             steps = list(STRATEGIES[request.strategy](search))
+            for step in steps if has_budget else ():  # its rule measures each step
+                scores.losses("accuracy", [step.removed])
             scores_of_draws.append(scores)
             sets = dict.fromkeys(scores.ablation(step.removed) for step in steps)
             test_sets.setdefault(request.test(), {INTACT: None}).update(sets)
@@ -253,7 +257,7 @@ def plan_searches(
                 naive_flops=sum(naive) if len(naive) == len(scores_of_draws) else None,
                 steps=len(steps[-1].removed),
                 passes=sum(scores.passes for scores in scores_of_draws),
-                at_most=request.used_rescoring != "full" or request.accuracy_budget is not None,
+                at_most=request.used_rescoring != "full" or has_budget,
                 note=note,
             )
         )

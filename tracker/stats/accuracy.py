@@ -227,7 +227,7 @@ def budget_excess(
     the budget if the upper end of the interval is at most 0.
 
     The interval is Bonett & Price's with one more lost document. Their interval has too low an
-    upper end where a removal only loses: up to 6.4 % of samples would show a loss above the budget,
+    upper end where a removal only loses: up to 6.7 % of samples would show a loss above the budget,
     against 3.0 % with the added document (exact, `python -m tests.tools.accuracy_budget`).
 
     Args:
