@@ -1,4 +1,4 @@
-"""Save a model with removed or repeated layers as an ordinary checkpoint.
+"""Save a model with removed or repeated layers, or fewer heads or experts, as a checkpoint.
 
 Plain transformers can load the checkpoint. A copy is saved only if transformers can rebuild the
 same model from its configuration.
@@ -31,6 +31,10 @@ from tracker.models.hooks import TRANSFORMERS_LOCK
 from tracker.models.layers import find_layers
 from tracker.models.load import LoadedModel, build_hollow, load_model
 from tracker.models.miniature import build_miniature
+from tracker.models.narrowed import NumberedParts, narrowed_copies, plan_narrowing
+from tracker.models.parts.anatomy import PART_CLASSES, LayerAnatomy, find_search_parts
+from tracker.models.parts.experts import Experts
+from tracker.models.parts.heads import Heads
 from tracker.models.pruned import (
     TensorShapes,
     apply_reload,
@@ -39,9 +43,17 @@ from tracker.models.pruned import (
     shape_mismatch,
     tensor_shapes,
 )
-from tracker.models.sources import BITSANDBYTES_ARGUMENTS, ModelSource, find_model, read_config
-from tracker.schema.changes import Change
+from tracker.models.sources import (
+    BITSANDBYTES_ARGUMENTS,
+    ModelSource,
+    find_model,
+    parts_of_config,
+    read_config,
+)
+from tracker.schema.changes import Ablation, Change
 from tracker.schema.errors import ModelError, WorkError, attempt, first_line, translate_errors
+from tracker.schema.formats import join_words
+from tracker.schema.kinds import Component
 from tracker.schema.provenance import content_hash, file_hash
 
 if TYPE_CHECKING:
@@ -81,20 +93,51 @@ def savable_copy(
     for position, index in enumerate(indices):
         if index in indices[:position]:
             layers[position] = copy.deepcopy(layers[position])
-    config = clone.config.get_text_config()
+    with suppress(ModelError):  # the check below reports the reason
+        apply_reload(model, clone, indices)
+    _refuse_other_shapes(model, clone, f"that {_describe_changes(removed, repeated)}")
+    return clone
+
+
+def savable_copies(model: PreTrainedModel, ablation: Ablation) -> tuple[Any, Any]:
+    """Copy a model with changed layers, or without some heads or experts.
+
+    Args:
+        model: A causal language model of transformers.
+        ablation: Removed and repeated layers, or removed heads and experts.
+
+    Returns:
+        The copy to save, and the copy that the engine measures, which can be the same.
+
+    Raises:
+        ModelError: The configuration cannot describe the copy; the message gives the reason.
+    """
+    if not ablation.parts:
+        clone = savable_copy(model, ablation.removed(), ablation.repetitions)
+        return clone, clone
+    clone, measured = narrowed_copies(model, ablation)
+    _refuse_other_shapes(model, clone, f"the numbers of {_plurals(ablation)}")
+    return clone, measured
+
+
+def _plurals(ablation: Ablation) -> str:
+    """Name the kinds of removed parts, such as `groups of heads and experts`."""
+    return join_words(list(dict.fromkeys(change.plural for change in ablation.parts)))
+
+
+def _refuse_other_shapes(model: PreTrainedModel, clone: PreTrainedModel, subject: str) -> None:
+    """Raise ModelError if the configuration of a changed copy gives other tensor shapes.
+
+    If transformers has the model's class, a reference to downloaded code is removed from the copy.
+    """
     model_class = type(model) if _has_remote_code(model) else None
     if model_class is None:
         # It points to code that was not used, and that a user would have to trust.
-        for part in (clone.config, config):
+        for part in (clone.config, clone.config.get_text_config()):
             vars(part).pop("auto_map", None)
-    with suppress(ModelError):  # the check below reports the reason
-        apply_reload(model, clone, indices)
     if problem := _config_mismatch(clone, model_class):
-        raise ModelError(
-            f"{type(model).__name__}: its configuration cannot say that "
-            f"{_describe_changes(removed, repeated)}: {problem}"
-        )
-    return clone
+        name = type(model).__name__
+        raise ModelError(f"{name}: its configuration cannot say {subject}: {problem}")
 
 
 def config_changes(model: PreTrainedModel, clone: PreTrainedModel) -> tuple[str, ...]:
@@ -164,7 +207,47 @@ def check_layer_changes(
         if small_model is None:
             savable_copy(model, layers, repeated)
         else:
-            _check_reload(copy.deepcopy(small_model), layers, repeated)
+            ablation = Ablation.from_changes(*repeated, removed=layers)
+            _check_reload(copy.deepcopy(small_model), ablation)
+
+
+def check_part_removal(source: ModelSource, ablation: Ablation) -> None:
+    """Raise ModelError if plain transformers could not load the model without heads or experts.
+
+    The function tests a small random model with the same architecture.
+    """
+    check_plain_weights(source)
+    model, small_model = _hollow_and_miniature(source, content_hash(source.stamp()))
+    config, name = model.config.get_text_config(), type(model).__name__
+    if (layer := max(ablation.by_layer)) >= (n_layers := len(find_layers(model))):
+        has = f"{source.source} has {n_layers} layers, 0 to {n_layers - 1}"
+        raise ModelError(f"layer {layer} is out of range: {has}")
+
+    def find_parts(kind: type[NumberedParts]) -> dict[int, NumberedParts]:
+        unit = next(c.component for c in ablation.parts if PART_CLASSES[c.component] is kind)
+        parts, counts = find_search_parts(source, unit), parts_of_config(config)
+        heads, groups = counts.head or 1, counts.kv_head or counts.head or 1
+        width = getattr(config, "head_dim", None) or config.hidden_size // heads
+        part: NumberedParts = Heads("", heads, groups, width)
+        if kind is Experts:
+            part = Experts("", "", parts.per_layer, parts.min_kept, removable=True)
+        return dict.fromkeys(parts.used_layers or (), part)
+
+    plan_narrowing(ablation, find_parts, name).check_config(model)
+    if small_model is not None:
+        small_copy = copy.deepcopy(small_model)
+        _check_reload(small_copy, _uniform_removal(small_copy, ablation))
+
+
+def _uniform_removal(model: PreTrainedModel, ablation: Ablation) -> Ablation:
+    """Return the removal of one part per layer, of each kind that `ablation` removes."""
+    anatomy, changes = LayerAnatomy.of(model), list[Change]()
+    for kind in dict.fromkeys(PART_CLASSES[change.component] for change in ablation.parts):
+        unit: Component = "expert" if kind is Experts else "kv_head"
+        for layer, part in enumerate(anatomy.find(kind)):
+            if isinstance(part, NumberedParts):
+                changes.append(Change(unit, (layer,), part=layer % part.counts[unit]))
+    return Ablation.from_changes(*changes)
 
 
 @lru_cache(maxsize=1)
@@ -191,30 +274,29 @@ def check_plain_weights(source: ModelSource) -> None:
         )
 
 
-def _check_reload(
-    small_model: PreTrainedModel, removed: Collection[int], repeated: Sequence[Change]
-) -> None:
+def _check_reload(small_model: PreTrainedModel, ablation: Ablation) -> None:
     """Change, save and load a small model; raise ModelError if loading changes the logits."""
     from transformers import AutoModelForCausalLM
 
-    name = type(small_model).__name__
+    name, removed = type(small_model).__name__, ablation.removed()
     small_model.float()
-    clone = savable_copy(small_model, removed, repeated)
+    clone, measured = savable_copies(small_model, ablation)
     config = clone.config.get_text_config()
     # On loading, a class sets the row of the padding token to its own value.
     padding = getattr(config, "pad_token_id", None)
     tokens = [token for token in range(config.vocab_size) if token != padding]
     ids = torch.tensor([(tokens * RELOAD_TOKENS)[:RELOAD_TOKENS]])
-    if repeated:
-        changes_text = f"where {_describe_changes(removed, repeated)}"
-    else:
-        changes_text = f"without {_layers_text(removed)}"
+    changes_text = f"without {_layers_text(removed)}"
+    if ablation.repetitions:
+        changes_text = f"where {_describe_changes(removed, ablation.repetitions)}"
+    elif ablation.parts:
+        changes_text = f"with fewer {_plurals(ablation)}"
 
     def problem(text: str) -> AbstractContextManager[None]:
         return translate_errors(lambda error: ModelError(f"{name} {text}: {first_line(error)}"))
 
     with problem(f"does not run {changes_text}"):
-        logits = _compute_logits(clone, ids)
+        logits = _compute_logits(measured, ids)
     reloading = problem(f"{changes_text} cannot be saved and loaded")
     with TemporaryDirectory() as folder, _hidden_progress_bars(), reloading:
         clone.save_pretrained(folder)
@@ -227,9 +309,12 @@ def _check_reload(
         loaded_logits = _compute_logits(loaded_model.eval(), ids)
     distance = float((logits - loaded_logits)[..., tokens].abs().max())
     if stray_keys or not distance <= RELOAD_TOLERANCE * max(1.0, float(logits.abs().max())):
+        reason = "a norm or a bias spans all of them, so each of them depends on the others"
+        if not ablation.parts:
+            reason = _describe_difference(clone, loaded_model)
         raise ModelError(
             f"{name} {changes_text}: if plain transformers loads the saved checkpoint, its logits "
-            f"differ by up to {distance:.3g}: {_describe_difference(clone, loaded_model)}"
+            f"differ by up to {distance:.3g}: {reason}"
         )
 
 
@@ -292,8 +377,8 @@ def save_copy(loaded: LoadedModel, clone: PreTrainedModel, folder: Path) -> None
         # Weights of a GGUF file are dequantised, and only their markers are left.
         clone.hf_quantizer = None
         clone.is_quantized = False
-        for config in (clone.config, clone.config.get_text_config()):
-            vars(config).pop("quantization_config", None)
+    for config in (clone.config, clone.config.get_text_config()):
+        vars(config).pop("quantization_config", None)
     if type(loaded.tokenizer).__module__.startswith(_TRANSFORMERS_PREFIX):
         loaded.tokenizer.init_kwargs.pop("auto_map", None)
     clone.save_pretrained(folder)

@@ -516,10 +516,10 @@ def _build_matching(
 def _build_cached(model: PreTrainedModel, cache: dict[str, Any] | None) -> Any:
     """Build a model from the class and configuration of `model`, or reuse a model in `cache`."""
     if cache is None:
-        return _build_uninitialised(model)
+        return build_uninitialised(model)
     key = model.config.to_json_string()
     if key not in cache:
-        cache[key] = _build_uninitialised(model)
+        cache[key] = build_uninitialised(model)
     return cache[key]
 
 
@@ -545,14 +545,12 @@ def layer_counts(config: PreTrainedConfig, indices: Sequence[int]) -> Iterator[d
         yield changed_counts
 
 
-def _build_uninitialised(model: PreTrainedModel) -> Any:
+def build_uninitialised(model: PreTrainedModel) -> Any:
     """Build a model with uninitialised weights from the configuration of `model`."""
     from transformers.initialization import no_init_weights
     from transformers.modeling_utils import local_torch_dtype
 
-    with TemporaryDirectory() as folder:
-        model.config.to_json_file(Path(folder) / "config.json")
-        config = original_class(model.config).from_pretrained(folder)
+    config = reload_config(model)
     _copy_kernel_choice(model.config, config)
     is_double = model.dtype == torch.float64
     with (
@@ -567,6 +565,13 @@ def _build_uninitialised(model: PreTrainedModel) -> Any:
         with local_torch_dtype(loading_dtype), torch.device("cpu"):
             built_model = type(model)(config).eval()
     return built_model.double() if is_double else built_model
+
+
+def reload_config(model: PreTrainedModel) -> Any:
+    """Save a model's configuration, and load it as transformers does."""
+    with TemporaryDirectory() as folder:
+        model.config.to_json_file(Path(folder) / "config.json")
+        return original_class(model.config).from_pretrained(folder)
 
 
 def _copy_kernel_choice(config: PreTrainedConfig, loaded_config: PreTrainedConfig) -> None:

@@ -10,8 +10,8 @@ found by their effect, because their names differ between model families.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -22,10 +22,17 @@ from tracker.models import hooks
 from tracker.models.devices import put_entries, take_entries
 from tracker.models.hooks import Args, Kwargs
 from tracker.models.offloaded import ModuleAttribute, is_absent, replace_attributes
-from tracker.models.parts.probe import ModuleCall, PartFinder, integer_tables, module_paths
+from tracker.models.parts.probe import (
+    KeptEntries,
+    ModuleCall,
+    PartFinder,
+    integer_tables,
+    module_paths,
+)
 from tracker.models.parts.sublayers import Sublayers
 from tracker.schema.changes import Change
 from tracker.schema.errors import CellError, attempt
+from tracker.schema.kinds import Component
 
 EXPERT_TEXT_TOKENS = 16
 """Number of tokens of the text for the verification."""
@@ -89,6 +96,15 @@ class Experts:
     def mixture_path(self) -> str:
         """Path of the module with the router and the experts; empty for the layer itself."""
         return self.holder.rpartition(".")[0]
+
+    @property
+    def counts(self) -> Mapping[Component, int]:
+        """The number of experts."""
+        return {"expert": self.count}
+
+    def narrow(self, parts: Sequence[Change], name: str) -> tuple[Experts, KeptEntries]:
+        """Return the experts that remain without some parts; `remove` has resized all tensors."""
+        return replace(self, count=len(self.remaining_experts(parts, name))), {}
 
     def remaining_experts(self, parts: Sequence[Change], name: str) -> list[int]:
         """List the experts that remain in a layer; raise CellError if removal is impossible."""

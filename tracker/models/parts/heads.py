@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -17,9 +17,10 @@ from transformers.pytorch_utils import Conv1D
 from tracker.models.hooks import enter_all, replaced_attributes
 from tracker.models.offloaded import ModuleAttribute, replace_attributes
 from tracker.models.parts.linear_maps import map_of_module
-from tracker.models.parts.probe import ModuleCall, PartFinder, module_paths
+from tracker.models.parts.probe import KeptEntries, ModuleCall, PartFinder, module_paths
 from tracker.schema.changes import Change
 from tracker.schema.errors import CellError
+from tracker.schema.formats import join_words
 from tracker.schema.kinds import KIND_STYLES, Component
 
 HEAD_TEXT_TOKENS = 6
@@ -100,6 +101,37 @@ class Heads:
             )
         width = self.heads // n_parts * self.width
         return slice(part.number * width, (part.number + 1) * width)
+
+    @property
+    def counts(self) -> Mapping[Component, int]:
+        """The numbers of heads and of groups of heads."""
+        return {"head": self.heads, "kv_head": self.groups}
+
+    def narrow(self, parts: Sequence[Change], name: str) -> tuple[Heads, KeptEntries]:
+        """Return the heads that remain without some parts, and the entries of tensors they use.
+
+        Raises CellError if the remaining groups would have different numbers of heads.
+        """
+        width, per_group = self.width, self.heads // self.groups
+        columns = (range(self.heads * width)[self.columns(part, name)] for part in parts)
+        removed = {column // width for part_columns in columns for column in part_columns}
+        heads = [head for head in range(self.heads) if head not in removed]
+        groups = Counter(head // per_group for head in heads)
+        if len({*groups.values()}) != 1:
+            numbers = join_words([str(groups[group]) for group in range(self.groups)])
+            raise CellError(
+                f"the groups of heads of {name} would keep {numbers} heads, but plain transformers "
+                "loads groups of equal size: remove the same number of heads from each group, or "
+                "whole groups (kv_head)"
+            )
+        queries, keys = ([n * width + i for n in ns for i in range(width)] for ns in (heads, groups))
+        n_queries, n_keys = self.heads * width, self.groups * width
+        # One map may compute queries, keys and values, side by side.
+        starts = (n_queries, n_queries + n_keys)
+        packed = [*queries, *(start + entry for start in starts for entry in keys)]
+        entries = {self.heads: heads, n_keys: keys, n_queries: queries}
+        entries[n_queries + 2 * n_keys] = packed
+        return replace(self, heads=len(heads), groups=len(groups)), entries
 
     def remove(self, layer: nn.Module, parts: Sequence[Change], name: str) -> None:
         """Make the output projection of a copied layer ignore some heads."""

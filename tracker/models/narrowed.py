@@ -1,0 +1,227 @@
+"""Make copies of a model that have fewer heads or experts in each layer, with smaller weights.
+
+The configuration of transformers has one number of heads and one number of experts for all layers.
+So plain transformers loads such a copy only if each layer has lost the same number.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from tracker.models.devices import take_entries
+from tracker.models.layers import find_layers
+from tracker.models.parts.anatomy import PART_CLASSES, LayerAnatomy
+from tracker.models.parts.experts import Experts
+from tracker.models.parts.heads import Heads
+from tracker.models.parts.probe import KeptEntries
+from tracker.models.pruned import build_uninitialised, prune_model, reload_config
+from tracker.schema.changes import Ablation, Change
+from tracker.schema.errors import CellError, ModelError, attempt, first_line
+from tracker.schema.formats import count_text, join_words
+from tracker.schema.grouping import group_by
+from tracker.schema.kinds import KIND_STYLES, Component
+from tracker.schema.model_parts import EXPERT_COUNT_KEYS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+NumberedParts = Heads | Experts
+PartNumbers = Mapping[Component, int]
+"""Numbers of heads, groups of heads or experts in each layer."""
+_NUMBER_KEYS: Mapping[Component, Sequence[str]] = {
+    "head": ("num_attention_heads",),
+    "kv_head": ("num_key_value_heads", "num_kv_heads"),
+    "expert": EXPERT_COUNT_KEYS,
+}
+"""Names in configurations of the numbers of parts."""
+
+
+@dataclass
+class Narrowing:
+    """Numbers of parts in each layer of a model without some heads or experts.
+
+    Attributes:
+        old_numbers: The numbers in the original model.
+        numbers: The numbers in the narrowed model.
+        head_width: Width of a head; None if no heads are removed.
+        entries: Layer → the entries of its tensors that remain.
+    """
+
+    old_numbers: dict[Component, int] = field(default_factory=dict)
+    numbers: dict[Component, int] = field(default_factory=dict)
+    head_width: int | None = None
+    entries: dict[int, dict[int, Sequence[int]]] = field(default_factory=lambda: defaultdict(dict))
+
+    def resize(self, config: PreTrainedConfig, numbers: PartNumbers) -> None:
+        """Write numbers of parts to a configuration, and the width of a head if it is implied."""
+        for component, number in numbers.items():
+            for key in _NUMBER_KEYS[component]:
+                if getattr(config, key, None) == self.old_numbers[component]:
+                    setattr(config, key, number)
+        if self.head_width is not None and getattr(config, "head_dim", None) is None:
+            config.head_dim = self.head_width
+
+    def check_config(self, model: PreTrainedModel) -> None:
+        """Raise ModelError if the class of a configuration refuses the numbers.
+
+        The message lists the numbers that the class accepts.
+        """
+
+        def find_problem(numbers: PartNumbers) -> Exception | None:
+            shell = prune_model(model)
+            self.resize(shell.config.get_text_config(), numbers)
+            result = attempt(partial(reload_config, shell))
+            return result if isinstance(result, Exception) else None
+
+        problem = find_problem(self.numbers)
+        if problem is None:
+            return
+        unit, old = min(self.old_numbers.items(), key=lambda item: item[1])
+        scaled = ({c: n // old * k for c, n in self.old_numbers.items()} for k in range(1, old))
+        accepted = [str(numbers[unit]) for numbers in scaled if find_problem(numbers) is None]
+        allowed = f"it accepts {join_words(accepted, 'or')}" if accepted else "it accepts no other"
+        plural = KIND_STYLES[unit].plural
+        raise ModelError(
+            f"{type(model.config).__name__} refuses {self.numbers[unit]} of {old} {plural} in each "
+            f"layer; {allowed} ({first_line(problem)})"
+        )
+
+
+def plan_narrowing(
+    ablation: Ablation,
+    find_parts: Callable[[type[NumberedParts]], Mapping[int, NumberedParts]],
+    owner: str,
+) -> Narrowing:
+    """Plan the removal of heads and experts.
+
+    Args:
+        ablation: The heads and experts to remove.
+        find_parts: Function that returns the heads or the experts of each layer that has them.
+        owner: Name of the model in messages.
+
+    Returns:
+        The numbers of parts after the removal, and the remaining entries of tensors.
+
+    Raises:
+        ModelError: A layer has no such part, or layers lose different numbers of parts.
+    """
+    plan = Narrowing()
+    for kind, changes in group_by(ablation.parts, lambda c: PART_CLASSES[c.component]).items():
+        assert issubclass(kind, NumberedParts)
+        parts, by_layer = find_parts(kind), group_by(changes, lambda change: change.layer)
+        if strange_layers := by_layer.keys() - parts.keys():
+            raise ModelError(f"layer {min(strange_layers)} of {owner} has no {kind.KIND}")
+        narrowed: dict[int, NumberedParts] = {}
+        for layer, part in parts.items():
+            narrowed[layer], entries = _narrow(part, by_layer.get(layer, ()), layer, owner)
+            plan.entries[layer] |= entries
+            if isinstance(part, Heads):
+                plan.head_width = part.width
+        _refuse_uneven(parts, narrowed, changes[0].component)
+        plan.old_numbers |= next(iter(parts.values())).counts
+        plan.numbers |= next(iter(narrowed.values())).counts
+    return plan
+
+
+def _narrow(
+    part: NumberedParts, removed: Sequence[Change], layer: int, owner: str
+) -> tuple[NumberedParts, KeptEntries]:
+    """Return the parts of a layer after a removal; raise ModelError if it is impossible."""
+    try:
+        return part.narrow(removed, f"layer {layer} of {owner}") if removed else (part, {})
+    except CellError as error:  # nothing has been measured yet
+        raise ModelError(str(error)) from None
+
+
+def _refuse_uneven(
+    parts: Mapping[int, NumberedParts], narrowed: Mapping[int, NumberedParts], unit: Component
+) -> None:
+    """Raise ModelError if layers have or lose different numbers of parts."""
+    counts = {layer: part.counts for layer, part in parts.items()}
+    losses = {layer: count[unit] - narrowed[layer].counts[unit] for layer, count in counts.items()}
+    most, least = max(losses, key=losses.__getitem__), min(losses, key=losses.__getitem__)
+    if losses[most] != losses[least]:
+        plural = KIND_STYLES[unit].plural
+        raise ModelError(
+            f"layer {most} loses {count_text(losses[most], unit)} and layer {least} loses "
+            f"{losses[least]}, but plain transformers reads one number of {plural} for all layers: "
+            "remove the same number from each layer, as 'tracker prune --uniform true' does"
+        )
+    if len({tuple(part.counts.values()) for part in narrowed.values()}) != 1:
+        raise ModelError(
+            "the layers have different numbers of heads or experts, and plain transformers reads "
+            "one number for all layers; so no heads or experts can be removed"
+        )
+
+
+def narrowed_copies(model: PreTrainedModel, ablation: Ablation) -> tuple[Any, Any]:
+    """Copy a model without some heads or experts, in the saved form and in the measured form.
+
+    Args:
+        model: A causal language model of transformers.
+        ablation: The heads and experts to remove, the same number in each layer.
+
+    Returns:
+        The copy with smaller weights, whose configuration states the smaller numbers; and the copy
+        that the engine measures, in which the output projection ignores the removed heads.
+
+    Raises:
+        ModelError: Plain transformers could not load the copy; the message gives the reason.
+    """
+    anatomy, owner = LayerAnatomy.of(model), type(model).__name__
+
+    def find_parts(kind: type[NumberedParts]) -> dict[int, NumberedParts]:
+        return {layer: part for layer, part in enumerate(anatomy.find(kind)) if part is not None}
+
+    plan = plan_narrowing(ablation, find_parts, owner)
+    plan.check_config(model)
+    measured = prune_model(model, changes=anatomy.part_changes(ablation))
+    shell = prune_model(model)
+    plan.resize(shell.config.get_text_config(), plan.numbers)
+    narrow = attempt(partial(build_uninitialised, shell))
+    if isinstance(narrow, Exception):
+        raise ModelError(f"{owner} cannot be built with these numbers: {first_line(narrow)}")
+    layer_numbers = {
+        module: number
+        for number, layer in enumerate(find_layers(narrow))
+        for module in layer.modules()
+    }
+    full_modules = dict(measured.named_modules())
+    for path, module in narrow.named_modules():
+        entries = plan.entries.get(layer_numbers.get(module, -1), {})
+        for table in ("_parameters", "_buffers"):
+            values, full_values = vars(module)[table], vars(full_modules[path])[table]
+            for name in values.keys() - module._non_persistent_buffers_set:
+                full_name = f"{path}.{name} of {owner}"
+                values[name] = _cut_tensor(full_values[name], values[name], entries, full_name)
+    narrow.generation_config = model.generation_config
+    return narrow.to(model.device), measured
+
+
+def _cut_tensor(
+    value: Tensor | None, expected: Tensor | None, entries: KeptEntries, name: str
+) -> Tensor | None:
+    """Keep the entries that remain in each axis that is shorter in the `expected` tensor.
+
+    Raises ModelError if the entries of an axis are unknown. A tensor that keeps its shape is
+    returned itself, so that tied weights stay tied.
+    """
+    if value is None or expected is None or value.shape == expected.shape:
+        return value
+    cut = value.detach()
+    for axis, (length, new_length) in enumerate(zip(value.shape, expected.shape, strict=True)):
+        if length != new_length:
+            if len(entries.get(length, ())) != new_length:
+                raise ModelError(
+                    f"{name} has {length} entries and would need {new_length}; which ones belong "
+                    "to the remaining heads is unknown, so they cannot be removed from the model"
+                )
+            cut = take_entries(cut, entries[length], axis)
+    cut = cut.contiguous()
+    return nn.Parameter(cut, requires_grad=False) if isinstance(value, nn.Parameter) else cut
