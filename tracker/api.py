@@ -36,6 +36,7 @@ from tracker.measuring.prepare import widen_request
 from tracker.measuring.progress import Progress, Silent, report_work
 from tracker.results import FOLDER_FORMS, Results, default_progress
 from tracker.runner import RunOutcome, run_cells
+from tracker.schema.changes import Ablation
 from tracker.schema.config import CellRequest, stored_request
 from tracker.schema.errors import RequestError, TrackerError, TrackingError, WorkError, did_you_mean
 from tracker.schema.experiment_input import (
@@ -133,8 +134,16 @@ class _CallContext:
     def export(self, output: Where, **request: Any) -> ExportedModel:
         """Save a changed model and verify it; `request` gives the fields of `ExportRequest`."""
         from tracker.export import checkpoint
+        from tracker.search.cells import ModelCache
+
+        def measure(cell: CellRequest, ablation: Ablation) -> None:
+            # The cache ends with the call, so that two models are never in memory.
+            opened = ModelCache(self.ledger, self.options, self.progress).cell(cell)
+            opened.measure([ablation])
+            opened.end()
 
         request |= {"output": Path(output), "ledger": self.ledger, "options": self.options}
+        request["measure"] = measure
         return checkpoint.export(checkpoint.ExportRequest(**request), self.progress)
 
 
@@ -419,7 +428,7 @@ def prune(
         refuse_unreached,
         unsaved_reason,
     )
-    from tracker.search.request import load_searches, refuse_draws, search_request
+    from tracker.search.request import as_uniform, load_searches, refuse_draws, search_request
 
     call = _CallContext(settings, PruneKeywords.__annotations__)
     _refuse_incomplete(experiment, call.settings, "prune(remove=8, ")
@@ -441,6 +450,7 @@ def prune(
         if output is not None:
             refuse_units({request.unit for request in searches})
             refuse_draws(searches)
+            searches = list(map(as_uniform, searches))
         with call.publisher(project) as publisher:
             models = ModelCache(call.ledger, call.options, call.progress, command)
             searched, finding = run_search_file(searches, name, models, publisher)
@@ -457,7 +467,7 @@ def prune(
             )
         return results
     best, step, request = choice
-    exports = (export_command(step, request, call.ledger.root),)
+    exports = (export_command(best.record, step, request, call.ledger.root),)
     results = replace(results, exports=exports)
     if output is None:
         return results
@@ -667,7 +677,7 @@ def evaluate(
 
 def export(
     model: str,
-    remove: Sequence[int],
+    remove: Sequence[int | str],
     output: Where,
     *,
     repeat: Sequence[int] = (),
@@ -679,14 +689,15 @@ def export(
     register: str | None = None,
     **settings: Unpack[ExportKeywords],
 ) -> ExportedModel:
-    """Save a model with removed or repeated layers, and verify that it equals the measured model.
+    """Save a model without some layers, heads or experts, and verify that it is the measured one.
 
     To verify the model, a new process loads it with plain transformers and scores it with plain
     lm-eval.
 
     Args:
         model: Model to change: hub id, folder, GGUF file or `package:NAME`.
-        remove: 0-based numbers of the layers to remove; empty if layers are repeated.
+        remove: 0-based numbers of the layers to remove, or texts of heads and experts such as
+            `kv_head:3.1`, the same number from each layer; empty if layers are repeated.
         output: Folder in which the model is saved. The folder must not exist yet.
         repeat: Consecutive layers to repeat.
         repeats: Number of passes through the repeated layers; None for two.

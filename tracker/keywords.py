@@ -143,6 +143,7 @@ class SearchKeywords(FileKeywords, total=False):
     protect: Constraint
     among: Constraint
     at_least: Arguments | None
+    uniform: bool
     calibrate: Values[str]
     test_sample: Values[int | None]
     rescoring: Values[Rescoring]

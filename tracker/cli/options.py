@@ -104,13 +104,22 @@ class SizeType(TextType):
 class LayersType(TextType):
     """Option type for layers such as 3,17 or 3-7."""
 
-    def __init__(self, allow_all: bool = False, name: str = "layers") -> None:
+    def __init__(
+        self, allow_all: bool = False, name: str = "layers", allow_parts: bool = False
+    ) -> None:
         self.name = name
         self._allow_all = allow_all
         """Whether `all` is allowed."""
+        self._allow_parts = allow_parts
+        """Whether texts of heads and experts are allowed."""
 
-    def read(self, text: str) -> tuple[int, ...] | str:
-        """Parse layers; return their numbers in ascending order, or `ALL_PARTS` for all layers."""
+    def read(self, text: str) -> tuple[int | str, ...] | str:
+        """Parse layers; return their numbers in ascending order, or `ALL_PARTS` for all layers.
+
+        If heads and experts are allowed, their texts are split at commas and returned.
+        """
+        if self._allow_parts and ":" in text:
+            return tuple(word.strip() for word in text.split(","))
         if self._allow_all and text == ALL_PARTS:
             return ALL_PARTS
         inner_text = text.strip()

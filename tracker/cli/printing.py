@@ -556,7 +556,7 @@ def print_export(model: ExportedModel) -> None:
         for recipe in ordered_recipes(model.recipes):
             echo_all(recipe.words, recipe.text)
     else:
-        echo(f"to make the same model with other tools: {no_recipe_reason(model.resized)}")
+        echo(f"to make the same model with other tools: {no_recipe_reason(model)}")
     echo(f"\nsaved: {model.folder}")
     for location in model.locations.values():
         echo(f"model: {runnable_command(location)}")

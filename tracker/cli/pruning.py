@@ -28,7 +28,7 @@ from tracker.cli.options import (
 from tracker.cli.printing import print_export, print_study
 from tracker.cli.terminal import ProgressDisplay, announce_start, echo
 from tracker.schema.config import FIELDS_BY_KEY, CellSettings, ChangeGrid
-from tracker.schema.kinds import UNITS
+from tracker.schema.kinds import NUMBERED_COMPONENTS, UNITS
 from tracker.schema.search_parts import unit_plural
 from tracker.search.settings import CELL_KEYS, SearchSettings
 
@@ -52,8 +52,9 @@ _BENCHMARK_KEYS = [
 class ExportOptions(CommandOptions):
     """Options of `tracker export`: the layers to change, and the output folder."""
 
-    remove: Annotated[Sequence[int] | None, LayersType()] = None
-    """Layers to remove, 0-based, e.g. 3,17 or 3-7."""
+    remove: Annotated[Sequence[int | str] | None, LayersType(allow_parts=True)] = None
+    """Layers to remove, 0-based, e.g. 3,17 or 3-7. Or heads and experts, the same number from each
+    layer, e.g. kv_head:0.1,kv_head:1.2 or expert:0.7,expert:1.3."""
     repeat: Annotated[Sequence[int] | None, LayersType()] = None
     """Neighbouring layers to pass again, e.g. 8-11."""
     repeats: Annotated[int | None, click.IntRange(min=2)] = None
@@ -61,8 +62,9 @@ class ExportOptions(CommandOptions):
     output: Annotated[Path, PathType()]
     """New folder for the model."""
     component: Annotated[str, click.Choice(UNITS)] = "layer"
-    """Component to remove. Plain transformers can load a model only if whole layers are removed.
-    Anything else is refused, with the lists that code needs to skip attentions or MLPs."""
+    """Component to remove from each layer in --remove. Plain transformers cannot load a model
+    without some attentions or MLPs, so these are refused, with the lists that code needs to skip
+    them."""
     benchmark: str | None = None
     """Task or group on which the change is measured, and plain lm-eval verifies the export
     (default: none; the logits of a few texts are compared)."""
@@ -88,7 +90,7 @@ class ExportOptions(CommandOptions):
 @trust_option
 @results_option
 def export(**settings: Any) -> None:
-    """Save a model with removed or repeated layers.
+    """Save a model with removed or repeated layers, or with fewer heads or experts.
 
     The result is a checkpoint that plain transformers loads. A new process loads the checkpoint and
     must compute the same logits. With --benchmark, plain lm-eval must find exactly the measured
@@ -151,8 +153,10 @@ def prune(
     for command in () if result.saved else result.exports:
         echo(f"\nto save the recommended one: {command}")
     for unit in dict.fromkeys(search.unit for search in result.searches if search.unit != "layer"):
-        plural = unit_plural(unit)
-        echo(f"the model cannot be saved: tracker export removes only whole layers, not {plural}")
+        if unit not in NUMBERED_COMPONENTS:
+            echo(f"the model cannot be saved: plain transformers needs all {unit_plural(unit)}")
+        elif not result.exports:
+            echo("to search for a model that can be saved, add: --uniform true")
     if result.saved:
         echo()
         print_export(result.saved)

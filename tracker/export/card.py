@@ -83,8 +83,11 @@ def ordered_recipes(texts: Mapping[str, str]) -> list[Recipe]:
     ]
 
 
-def no_recipe_reason(resized: Sequence[str]) -> str:
+def no_recipe_reason(model: ExportedModel) -> str:
     """Explain why there is no recipe for a model with changed configuration entries."""
+    resized, parts = model.resized, model.change.parts_text
+    if parts:
+        return f"None: mergekit and llama.cpp cannot remove {parts}."
     reason = (
         "None: mergekit and llama.cpp change only the number of layers, but this configuration "
         f"also describes each layer: {', '.join(resized)}."
@@ -456,7 +459,7 @@ def write_card(model: ExportedModel, folder: Path) -> None:
 
 def card_text(model: ExportedModel) -> str:
     """Render the text of a model card, without the front matter."""
-    recipes, reason = ordered_recipes(model.recipes), no_recipe_reason(model.resized)
+    recipes, reason = ordered_recipes(model.recipes), no_recipe_reason(model)
     return _template().render(model=model, recipes=recipes, why_none=reason)
 
 

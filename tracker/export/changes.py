@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tracker.export.card import (
@@ -21,11 +22,11 @@ from tracker.ledger.cells import CellStore
 from tracker.ledger.store import Contents, Ledger
 from tracker.measuring.derive import list_records
 from tracker.schema.changes import Ablation, Change
-from tracker.schema.errors import RequestError
+from tracker.schema.errors import RequestError, attempt
 from tracker.schema.extent import Extent
 from tracker.schema.formats import count_text
 from tracker.schema.identities import ModelIdentity
-from tracker.schema.kinds import Component
+from tracker.schema.kinds import NUMBERED_COMPONENTS, Component
 from tracker.schema.prune_records import CalibrationSet, PruneRecord, PruneStep
 from tracker.schema.records import CellRecord
 from tracker.schema.weight_formats import FORMATS, WeightFormat
@@ -40,6 +41,18 @@ if TYPE_CHECKING:
 def removal(layers: Sequence[int], **origin: Any) -> ModelChange:
     """Return the change that removes `layers`, given in the order in which they were chosen."""
     return ModelChange(Ablation.from_changes(removed=layers), tuple(layers), **origin)
+
+
+def part_removal(texts: Sequence[str]) -> ModelChange:
+    """Return the change that removes heads and experts, given as texts such as `kv_head:3.1`."""
+    for text in texts:
+        change = attempt(partial(Change.parse, text))
+        if isinstance(change, Exception) or change.word not in NUMBERED_COMPONENTS:
+            raise RequestError(
+                f"--remove: invalid part {text!r}; expected either layers, as in 3,17, or heads "
+                "and experts, as in kv_head:3.1,expert:2.7"
+            )
+    return ModelChange(Ablation.from_changes(*map(Change.parse, texts)))
 
 
 def rounding(formats: Mapping[str, str]) -> ModelChange:
@@ -57,7 +70,7 @@ def rounding(formats: Mapping[str, str]) -> ModelChange:
 
 
 def layer_change(
-    remove: Sequence[int], repeat: Sequence[int], repeats: int | None, component: Component
+    remove: Sequence[int | str], repeat: Sequence[int], repeats: int | None, component: Component
 ) -> ModelChange:
     """Return the change that the options of `export` describe; raise RequestError if invalid."""
     if repeats is not None and not repeat:
@@ -65,8 +78,11 @@ def layer_change(
     if not repeat:
         if not remove:
             raise RequestError("nothing to remove or repeat; use --remove 3,17 or --repeat 8-11")
-        _refuse_sublayers(component, remove)
-        return removal(remove)
+        layers = [layer for layer in remove if isinstance(layer, int)]
+        if len(layers) < len(remove) and component == "layer":
+            return part_removal([*map(str, remove)])
+        _refuse_sublayers(component, layers)
+        return removal(layers)
     if remove:
         raise RequestError(
             "--remove and --repeat cannot be saved in one step: export with one of the options, "
@@ -98,12 +114,12 @@ def _refuse_sublayers(component: Component, layers: Sequence[int]) -> None:
 
 
 def refuse_units(units: Collection[Component]) -> None:
-    """Raise RequestError unless searches removed whole layers."""
-    other_units = sorted(set(units) - {"layer"})
+    """Raise RequestError unless searches remove whole layers, heads or experts."""
+    other_units = sorted(set(units) - {"layer", *NUMBERED_COMPONENTS})
     if other_units:
         raise RequestError(
-            "--output can save a model only if whole layers are removed (unit layer), not unit "
-            f"{other_units[0]}; leave --output out"
+            "--output can save a model only if whole layers, heads or experts are removed, not "
+            f"unit {other_units[0]}; leave --output out"
         )
 
 
@@ -112,6 +128,7 @@ class ChangedModel(NamedTuple):
 
     Attributes:
         model: The changed copy of the model.
+        measured: The copy that the engine measures, which must compute the same logits.
         kept_layers: For each layer of the copy, the number of the original layer.
         bytes: Size in bytes of a file with the quantised weights.
         recipes: Tool → recipe to make the same model with this tool.
@@ -121,6 +138,7 @@ class ChangedModel(NamedTuple):
     """
 
     model: PreTrainedModel
+    measured: PreTrainedModel
     kept_layers: tuple[int, ...]
     bytes: int
     recipes: dict[str, str]
@@ -130,20 +148,21 @@ class ChangedModel(NamedTuple):
 
 
 def changed_layers(source: ModelSource, loaded: LoadedModel, change: ModelChange) -> ChangedModel:
-    """Make a copy of a loaded model with layers removed or repeated."""
+    """Make a copy of a loaded model with layers removed or repeated, or fewer heads or experts."""
     from tracker.models import checkpoint
     from tracker.models.offloaded import weight_bytes
     from tracker.models.pruned import remaining_layers
 
     removed, repeated = change.ablation.removed(), change.ablation.repetitions
     kept_layers = tuple(remaining_layers(len(loaded.layers), removed, repeated))
-    model = checkpoint.savable_copy(loaded.model, removed, repeated)
+    model, measured = checkpoint.savable_copies(loaded.model, change.ablation)
     # Computed before saving, which adds the class to configurations without it, such as of GGUF.
     resized = checkpoint.config_changes(loaded.model, model)
     config = model.config.get_text_config()
     windows = find_windows(config.model_type, getattr(config, "layer_types", None) or ())
     recipes = layer_recipes(source, loaded.identity, kept_layers, removed, resized, windows)
-    return ChangedModel(model, kept_layers, weight_bytes(model), recipes, resized)
+    size = weight_bytes(model)
+    return ChangedModel(model, measured, kept_layers, size, recipes, resized)
 
 
 def rounded_weights(source: ModelSource, loaded: LoadedModel, change: ModelChange) -> ChangedModel:
@@ -184,7 +203,7 @@ def rounded_weights(source: ModelSource, loaded: LoadedModel, change: ModelChang
     recipes = format_recipes(stored_formats, kind, layers, file, tied_path)
     problems = recipe_problems(stored_formats, kind, layers)
     kept_layers = tuple(range(layers))
-    return ChangedModel(model, kept_layers, round(size), recipes, (), formats, problems)
+    return ChangedModel(model, model, kept_layers, round(size), recipes, (), formats, problems)
 
 
 def _stored_format(form: str, inputs: int) -> WeightFormat:
@@ -198,33 +217,33 @@ def add_origin(change: ModelChange, ledger: Ledger, model: ModelIdentity) -> Mod
     """Add the searches or documents that chose a change, and return the change."""
     if change.stretch is not None:
         return find_repetition(ledger, model, change.stretch)
-    if change.order and change.strategy is None:
-        return find_removal(ledger, model, change.order)
+    if change.kind == "pruned" and change.strategy is None:
+        return find_removal(ledger, model, change)
     return change
 
 
-def find_removal(ledger: Ledger, model: ModelIdentity, removed: tuple[int, ...]) -> ModelChange:
-    """Return the removal of layers, with the searches that chose these layers.
+def find_removal(ledger: Ledger, model: ModelIdentity, change: ModelChange) -> ModelChange:
+    """Return the removal of layers, heads or experts, with the searches that chose them.
 
     Args:
         ledger: The results folder.
         model: The identity of the original model.
-        removed: The numbers of the removed layers.
+        change: The removal.
 
     Returns:
-        The change, with the searches that removed exactly these layers as their final result, or
+        The change, with the searches that removed exactly these parts as their final result, or
         else at an earlier step. Searches that used calibration documents are preferred.
     """
     contents = ledger.contents()
     choices = [
         (record, step)
         for record in contents.searches
-        if record.unit == "layer" and record.model.key == model.key
+        if record.model.key == model.key
         for step in record.steps
-        if step.removed == tuple(sorted(removed))
+        if record.parts.removal(step.removed) == change.ablation
     ]
     if not choices:
-        return removal(removed)
+        return change
     ranks = [(record.steps[-1] == step, bool(record.calibration)) for record, step in choices]
     best = [choice for choice, rank in zip(choices, ranks, strict=True) if rank == max(ranks)]
     return _build_removal(contents, best)
@@ -278,13 +297,15 @@ def removal_by_search(
 def _build_removal(
     contents: Contents, choices: Sequence[tuple[PruneRecord, PruneStep]]
 ) -> ModelChange:
-    """Build a removal of layers from the search steps that chose these layers."""
+    """Build a removal of layers or parts of layers from the search steps that chose them."""
     records = [record for record, _ in choices]
     record, step = choices[0]
     order = record.order[: len(step.removed)]
     calibration = [", ".join(map(_documents_text, record.calibration)) for record in records]
-    return removal(
-        order if sorted(order) == list(step.removed) else step.removed,
+    order = order if sorted(order) == list(step.removed) else step.removed
+    return ModelChange(
+        record.parts.removal(step.removed),
+        order if record.unit == "layer" else (),
         strategy=", ".join(dict.fromkeys(_strategy_text(*choice) for choice in choices)),
         calibration="; ".join(dict.fromkeys(filter(None, calibration))) or None,
         tested=tuple(_accuracy(*choice) for choice in choices if choice[1].test is not None),

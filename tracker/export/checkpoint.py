@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -38,6 +38,7 @@ from tracker.measuring.prepare import find_cell
 from tracker.measuring.progress import Progress
 from tracker.models.sources import ModelSource, find_model
 from tracker.runner import run_cells
+from tracker.schema.changes import Ablation
 from tracker.schema.config import CellRequest, cell_request
 from tracker.schema.distribution import __version__
 from tracker.schema.errors import BenchmarkError, CellError, RequestError, TrackerError, WorkError
@@ -70,6 +71,7 @@ class ExportRequest:
         track: The tracking backends to which the model is published.
         project: The project for entries of `track` that name no project.
         register: The name under which MLflow's registry gets the model; None to register no model.
+        measure: Function that measures a removal of heads or experts on the benchmark's documents.
     """
 
     change: ModelChange
@@ -81,6 +83,7 @@ class ExportRequest:
     track: tuple[str, ...] = ()
     project: str = "tracker"
     register: str | None = None
+    measure: Callable[[CellRequest, Ablation], object] = lambda *_: None
 
 
 def model_request(model: str, benchmark: str | None, **settings: Any) -> CellRequest:
@@ -117,7 +120,7 @@ def export(request: ExportRequest, progress: Progress) -> ExportedModel:
         WorkError: The saved model differs from the measured model, or cannot be written. No file is
             left.
     """
-    from tracker.models.checkpoint import check_layer_changes, check_plain_weights, release_memory
+    from tracker.models import checkpoint
 
     change, trust_remote_code = request.change, request.options.trust_remote_code
     backends = [service(target(text, "lighter models").backend) for text in request.track]
@@ -130,16 +133,19 @@ def export(request: ExportRequest, progress: Progress) -> ExportedModel:
         refuse_corpus(request.request.benchmark)
         check_benchmark(request.request.benchmark)
     progress.say("checking that the configuration can describe the remaining layers")
+    ablation = change.ablation
     if is_rounded:
-        check_plain_weights(source)
+        checkpoint.check_plain_weights(source)
+    elif ablation.parts:
+        checkpoint.check_part_removal(source, ablation)
     else:
-        check_layer_changes(source, change.ablation.removed(), change.ablation.repetitions)
+        checkpoint.check_layer_changes(source, ablation.removed(), ablation.repetitions)
     record, cell = _measure_cost(request, progress) if request.has_benchmark else (None, None)
     with TemporaryDirectory() as name, draft_folder(request.output) as folder:
         base_folder = Path(name)
         model, answers = _write_checkpoint(request, source, folder, base_folder, progress)
         progress.say("loading the model in a fresh process" + (", for lm-eval" if cell else ""))
-        release_memory()
+        checkpoint.release_memory()
         try:
             proof = prove(folder, answers, cell, trust_remote_code)
         except BenchmarkError as error:
@@ -202,7 +208,9 @@ def _measure_cost(
     """Return the changed model's results on the benchmark; measure them if necessary."""
     cell, record, ledger = request.request, None, request.ledger
     ablation = request.change.ablation
-    if request.change.kind != "quantised":  # the choice of formats was measured as a whole
+    if ablation.parts:
+        request.measure(cell, ablation)
+    elif request.change.kind != "quantised":  # the choice of formats was measured as a whole
         cell = replace(cell, removed=ablation.removed()).with_changes(ablation.repetitions)
         with closing(Publisher(request.track, request.project, ledger.root)) as publisher:
             outcome = run_cells([cell], ledger, publisher, request.options, progress)
@@ -239,7 +247,8 @@ def _write_checkpoint(
     _refuse_small_disk(folder, weight_bytes(model))
     progress.say("writing the checkpoint")
     checkpoint.save_copy(loaded, model, folder)
-    answers = expected_answers(loaded, model, options.device)
+    answers = expected_answers(loaded, changed_model.measured, options.device)
+    answers = replace(answers, n_parameters=model.num_parameters())
     exported = ExportedModel(
         folder=request.output,
         base=loaded.identity,
@@ -293,7 +302,11 @@ def _accuracy(
     benchmark, metric = cell.store.identity.benchmark, cell.metric
     title, shots = benchmark.title, benchmark.num_fewshot
     if record is None:
+        n = count_choosing(ledger, change, cell.store, cell.request.extent)
         documents, levels = unused_documents(cell.n), (cell.baseline, cell.level)
+        if n or (change.ablation.parts and change.strategy is None):
+            documents = count_text(cell.n, "document")
+            documents += f", {n:,} of which chose the parts" if n else ""
         return Accuracy(title, shots, metric, documents, cell.n, *levels, cell.unit)
     documents, unit = record.documents_text, metric_format(record).level_unit
     if title != benchmark.name:

@@ -130,7 +130,8 @@ class ModelChange:
     """A change of an exported model, and how the change was chosen.
 
     Attributes:
-        ablation: The change: removed layers, repeated layers, or weights rounded to formats.
+        ablation: The change: removed layers, heads or experts, repeated layers, or weights rounded
+            to formats.
         order: The removed layers, in the order in which they were chosen; empty if no layers are
             removed.
         strategy: The strategy that chose the layers; None if a user named them.
@@ -162,12 +163,18 @@ class ModelChange:
     @property
     def tags(self) -> tuple[str, ...]:
         """Tags of the model on the Hugging Face hub, such as `layer-pruning`."""
-        return _TAGS[self.kind]
+        return ("pruned", "structured-pruning") if self.ablation.parts else _TAGS[self.kind]
 
     @property
     def stretch(self) -> Change | None:
         """The repetition of a range of layers; None if no layers are repeated."""
         return next(iter(self.ablation.repetitions), None)
+
+    @property
+    def parts_text(self) -> str:
+        """The numbers of removed heads and experts, such as `30 groups of heads`; else empty."""
+        counts = Counter(change.plural for change in self.ablation.parts)
+        return join_words([f"{n} {plural}" for plural, n in counts.items()])
 
     @property
     def clause(self) -> str:
@@ -177,6 +184,8 @@ class ModelChange:
         if formats := Counter(unit.intervention for unit in self.ablation.roundings):
             counts = join_words([f"{count} to {name}" for name, count in formats.most_common()])
             return f"the weights of {count_text(formats.total(), 'unit')} are rounded: {counts}"
+        if self.ablation.parts:
+            return f"{self.parts_text} are removed, the same number from each layer"
         layers = self.ablation.removed()
         subject = "layers {} are" if len(layers) > 1 else "layer {} is"
         return f"{subject.format(', '.join(map(str, layers)))} removed"
@@ -234,7 +243,9 @@ class ExportedModel:
     def name(self) -> str:
         """The name of the saved model."""
         suffix = f"{self.after.layers}-of-{self.before.layers}-layers"
-        if self.change.stretch is not None:
+        if self.change.ablation.parts:
+            suffix = f"without-{self.change.parts_text.replace(' ', '-')}"
+        elif self.change.stretch is not None:
             suffix = str(self.change.stretch).replace(":", "-")
         elif self.formats:
             suffix = "-".join(sorted(set(self.formats.values())))
@@ -298,5 +309,6 @@ class ExportedModel:
         }
         if self.formats:
             facts |= {"formats": self.formats, "no_recipes": self.problems}
+        facts |= {"removed_parts": [*map(str, parts)]} if (parts := change.ablation.parts) else {}
         json_values: dict[str, Any] = to_jsonable_python(facts)
         return json_values

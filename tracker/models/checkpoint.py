@@ -143,7 +143,7 @@ def _refuse_other_shapes(model: PreTrainedModel, clone: PreTrainedModel, subject
 def config_changes(model: PreTrainedModel, clone: PreTrainedModel) -> tuple[str, ...]:
     """List the configuration keys that differ in a copy, except the number of layers."""
     old, new = (m.config.get_text_config().to_dict() for m in (model, clone))
-    ignored_keys = ("num_hidden_layers", "auto_map")
+    ignored_keys = ("num_hidden_layers", "auto_map", "_name_or_path")
     return tuple(sorted(n for n in new if n not in ignored_keys and new[n] != old.get(n)))
 
 
@@ -219,9 +219,6 @@ def check_part_removal(source: ModelSource, ablation: Ablation) -> None:
     check_plain_weights(source)
     model, small_model = _hollow_and_miniature(source, content_hash(source.stamp()))
     config, name = model.config.get_text_config(), type(model).__name__
-    if (layer := max(ablation.by_layer)) >= (n_layers := len(find_layers(model))):
-        has = f"{source.source} has {n_layers} layers, 0 to {n_layers - 1}"
-        raise ModelError(f"layer {layer} is out of range: {has}")
 
     def find_parts(kind: type[NumberedParts]) -> dict[int, NumberedParts]:
         unit = next(c.component for c in ablation.parts if PART_CLASSES[c.component] is kind)

@@ -19,11 +19,10 @@ from tracker.models.layers import find_layers
 from tracker.models.parts.anatomy import PART_CLASSES, LayerAnatomy
 from tracker.models.parts.experts import Experts
 from tracker.models.parts.heads import Heads
-from tracker.models.parts.probe import KeptEntries
 from tracker.models.pruned import build_uninitialised, prune_model, reload_config
-from tracker.schema.changes import Ablation, Change
+from tracker.schema.changes import Ablation
 from tracker.schema.errors import CellError, ModelError, attempt, first_line
-from tracker.schema.formats import count_text, join_words
+from tracker.schema.formats import join_words
 from tracker.schema.grouping import group_by
 from tracker.schema.kinds import KIND_STYLES, Component
 from tracker.schema.model_parts import EXPERT_COUNT_KEYS
@@ -56,7 +55,7 @@ class Narrowing:
     old_numbers: dict[Component, int] = field(default_factory=dict)
     numbers: dict[Component, int] = field(default_factory=dict)
     head_width: int | None = None
-    entries: dict[int, dict[int, Sequence[int]]] = field(default_factory=lambda: defaultdict(dict))
+    entries: dict[int, dict[int, list[int]]] = field(default_factory=lambda: defaultdict(dict))
 
     def resize(self, config: PreTrainedConfig, numbers: PartNumbers) -> None:
         """Write numbers of parts to a configuration, and the width of a head if it is implied."""
@@ -73,23 +72,21 @@ class Narrowing:
         The message lists the numbers that the class accepts.
         """
 
-        def find_problem(numbers: PartNumbers) -> Exception | None:
+        def find_problem(numbers: PartNumbers) -> str:
             shell = prune_model(model)
             self.resize(shell.config.get_text_config(), numbers)
             result = attempt(partial(reload_config, shell))
-            return result if isinstance(result, Exception) else None
+            return first_line(result) if isinstance(result, Exception) else ""
 
-        problem = find_problem(self.numbers)
-        if problem is None:
+        if not (problem := find_problem(self.numbers)):
             return
         unit, old = min(self.old_numbers.items(), key=lambda item: item[1])
         scaled = ({c: n // old * k for c, n in self.old_numbers.items()} for k in range(1, old))
-        accepted = [str(numbers[unit]) for numbers in scaled if find_problem(numbers) is None]
-        allowed = f"it accepts {join_words(accepted, 'or')}" if accepted else "it accepts no other"
-        plural = KIND_STYLES[unit].plural
+        accepted = [str(numbers[unit]) for numbers in scaled if not find_problem(numbers)]
         raise ModelError(
-            f"{type(model.config).__name__} refuses {self.numbers[unit]} of {old} {plural} in each "
-            f"layer; {allowed} ({first_line(problem)})"
+            f"{type(model.config).__name__} refuses {self.numbers[unit]} of {old} "
+            f"{KIND_STYLES[unit].plural} in each layer; it accepts "
+            f"{join_words(accepted, 'or') or 'no smaller number'} ({problem})"
         )
 
 
@@ -117,47 +114,34 @@ def plan_narrowing(
         parts, by_layer = find_parts(kind), group_by(changes, lambda change: change.layer)
         if strange_layers := by_layer.keys() - parts.keys():
             raise ModelError(f"layer {min(strange_layers)} of {owner} has no {kind.KIND}")
-        narrowed: dict[int, NumberedParts] = {}
-        for layer, part in parts.items():
-            narrowed[layer], entries = _narrow(part, by_layer.get(layer, ()), layer, owner)
+        narrowed = dict(parts)
+        for layer, removed in by_layer.items():
+            try:
+                narrowed[layer], entries = parts[layer].narrow(removed, f"layer {layer} of {owner}")
+            except CellError as error:  # nothing has been measured yet
+                raise ModelError(str(error)) from None
             plan.entries[layer] |= entries
-            if isinstance(part, Heads):
-                plan.head_width = part.width
-        _refuse_uneven(parts, narrowed, changes[0].component)
-        plan.old_numbers |= next(iter(parts.values())).counts
-        plan.numbers |= next(iter(narrowed.values())).counts
+        numbers = {layer: (parts[layer].counts, part.counts) for layer, part in narrowed.items()}
+        _refuse_uneven(numbers, changes[0].component)
+        old, new = next(iter(numbers.values()))
+        plan.old_numbers |= old
+        plan.numbers |= new
+        plan.head_width = getattr(next(iter(parts.values())), "width", plan.head_width)
     return plan
 
 
-def _narrow(
-    part: NumberedParts, removed: Sequence[Change], layer: int, owner: str
-) -> tuple[NumberedParts, KeptEntries]:
-    """Return the parts of a layer after a removal; raise ModelError if it is impossible."""
-    try:
-        return part.narrow(removed, f"layer {layer} of {owner}") if removed else (part, {})
-    except CellError as error:  # nothing has been measured yet
-        raise ModelError(str(error)) from None
-
-
-def _refuse_uneven(
-    parts: Mapping[int, NumberedParts], narrowed: Mapping[int, NumberedParts], unit: Component
-) -> None:
-    """Raise ModelError if layers have or lose different numbers of parts."""
-    counts = {layer: part.counts for layer, part in parts.items()}
-    losses = {layer: count[unit] - narrowed[layer].counts[unit] for layer, count in counts.items()}
-    most, least = max(losses, key=losses.__getitem__), min(losses, key=losses.__getitem__)
-    if losses[most] != losses[least]:
-        plural = KIND_STYLES[unit].plural
-        raise ModelError(
-            f"layer {most} loses {count_text(losses[most], unit)} and layer {least} loses "
-            f"{losses[least]}, but plain transformers reads one number of {plural} for all layers: "
-            "remove the same number from each layer, as 'tracker prune --uniform true' does"
-        )
-    if len({tuple(part.counts.values()) for part in narrowed.values()}) != 1:
-        raise ModelError(
-            "the layers have different numbers of heads or experts, and plain transformers reads "
-            "one number for all layers; so no heads or experts can be removed"
-        )
+def _refuse_uneven(numbers: Mapping[int, tuple[PartNumbers, PartNumbers]], unit: Component) -> None:
+    """Raise ModelError if layers have different numbers of parts before or after a removal."""
+    counts = {layer: (old[unit], new[unit]) for layer, (old, new) in numbers.items()}
+    layers = min(counts, key=counts.__getitem__), max(counts, key=counts.__getitem__)
+    if counts[layers[0]] == counts[layers[1]]:
+        return
+    plural = KIND_STYLES[unit].plural
+    texts = [f"layer {n} keeps {counts[n][1]} of {counts[n][0]} {plural}" for n in layers]
+    raise ModelError(
+        f"{join_words(texts)}, but plain transformers loads the same number for all layers: remove "
+        "the same number from each layer, as 'tracker prune' does with 'uniform: true'"
+    )
 
 
 def narrowed_copies(model: PreTrainedModel, ablation: Ablation) -> tuple[Any, Any]:
@@ -187,11 +171,8 @@ def narrowed_copies(model: PreTrainedModel, ablation: Ablation) -> tuple[Any, An
     narrow = attempt(partial(build_uninitialised, shell))
     if isinstance(narrow, Exception):
         raise ModelError(f"{owner} cannot be built with these numbers: {first_line(narrow)}")
-    layer_numbers = {
-        module: number
-        for number, layer in enumerate(find_layers(narrow))
-        for module in layer.modules()
-    }
+    layers = enumerate(find_layers(narrow))
+    layer_numbers = {module: number for number, layer in layers for module in layer.modules()}
     full_modules = dict(measured.named_modules())
     for path, module in narrow.named_modules():
         entries = plan.entries.get(layer_numbers.get(module, -1), {})
@@ -205,7 +186,7 @@ def narrowed_copies(model: PreTrainedModel, ablation: Ablation) -> tuple[Any, An
 
 
 def _cut_tensor(
-    value: Tensor | None, expected: Tensor | None, entries: KeptEntries, name: str
+    value: Tensor | None, expected: Tensor | None, entries: Mapping[int, Sequence[int]], name: str
 ) -> Tensor | None:
     """Keep the entries that remain in each axis that is shorter in the `expected` tensor.
 
@@ -216,12 +197,10 @@ def _cut_tensor(
         return value
     cut = value.detach()
     for axis, (length, new_length) in enumerate(zip(value.shape, expected.shape, strict=True)):
-        if length != new_length:
-            if len(entries.get(length, ())) != new_length:
-                raise ModelError(
-                    f"{name} has {length} entries and would need {new_length}; which ones belong "
-                    "to the remaining heads is unknown, so they cannot be removed from the model"
-                )
-            cut = take_entries(cut, entries[length], axis)
-    cut = cut.contiguous()
-    return nn.Parameter(cut, requires_grad=False) if isinstance(value, nn.Parameter) else cut
+        if length != new_length and len(entries.get(length, ())) != new_length:
+            raise ModelError(
+                f"{name} has {length} entries and would need {new_length}; which ones belong to "
+                "the remaining heads is unknown, so they cannot be removed from the model"
+            )
+        cut = take_entries(cut, entries[length], axis) if length != new_length else cut
+    return nn.Parameter(cut.contiguous(), requires_grad=False)

@@ -21,7 +21,7 @@ from tracker.measuring.job import Options
 from tracker.measuring.planning import read_texts
 from tracker.measuring.prepare import check_documents
 from tracker.measuring.progress import Progress, Silent
-from tracker.models.checkpoint import check_layer_changes
+from tracker.models.checkpoint import check_layer_changes, check_part_removal
 from tracker.models.sources import ModelSource
 from tracker.schema.changes import INTACT, Ablation
 from tracker.schema.config import CellRequest
@@ -125,6 +125,11 @@ def refuse_unsavable(
 
     def describe_result(request: SearchRequest, budget: Budget) -> str:
         """Return a remark on results that cannot be saved; raise ModelError if none can."""
+        if request.uniform:
+            part_set = possible_results(request, budget, 1)[0]
+            removal = budget.parts_for(request.unit).removal(part_set)
+            check_part_removal(cache.source(request.cell.model), removal)
+            return ""
         if request.unit in NUMBERED_COMPONENTS and request.strategy in STEPWISE_STRATEGIES:
             return ""  # they take one part after the other, and whatever goes first can
         refuse = partial(find_refusal, cache.source(request.cell.model))

@@ -679,7 +679,7 @@ def find_savable(
 ) -> tuple[TestedSearch, PruneStep, CellRequest] | None:
     """Find the first recommended set that can be saved as a checkpoint.
 
-    Only sets of whole layers can be saved.
+    Only sets of whole layers, or of as many parts of each layer, can be saved.
 
     Args:
         searches: The tested searches.
@@ -694,9 +694,13 @@ def find_savable(
         removed = recommendation.removed if is_shown else recommendation.estimated
         for search in (search for search in searches if search.request.goal == goal):
             index = search.find_step(removed)
-            request = None if index is None else search.run_requests[index]
-            if index is not None and request is not None and search.request.unit == "layer":
-                return search, search.record.steps[index], request
+            if index is None:
+                continue
+            step, request = search.record.steps[index], search.run_requests[index]
+            if search.request.uniform:
+                return search, step, search.request.test()
+            if search.request.unit == "layer" and request is not None:
+                return search, step, request
     return None
 
 
@@ -718,12 +722,15 @@ def unsaved_reason(searches: Searches, recommendations: Recommendations, results
     goal = search.request.goal
     group = [search for search in searches if search.request.goal == goal]
     reason = unshown_reason(group, recommendations[goal])
-    return f"{reason}. To save it nevertheless: {export_command(step, request, results)}"
+    return f"{reason}. To save it nevertheless: {export_command(search.record, step, request, results)}"
 
 
-def export_command(step: PruneStep, request: CellRequest, results: Path) -> str:
+def export_command(
+    record: PruneRecord, step: PruneStep, request: CellRequest, results: Path
+) -> str:
     """Return the command that saves the pruned model and verifies it on the test documents."""
-    removed = ["--remove", ",".join(map(str, step.removed)), "--output", "lighter"]
+    parts = record.parts.removal(step.removed).parts or step.removed
+    removed = ["--remove", ",".join(map(str, parts)), "--output", "lighter"]
     return save_command(removed, request, results)
 
 

@@ -51,6 +51,7 @@ from tracker.search.strategies import (
     RANDOM_STRATEGY,
     RESCORED_STRATEGIES,
     STRATEGIES,
+    UNIFORM_STRATEGIES,
 )
 
 SearchGoal = tuple[CellRequest, Component, str, str]
@@ -110,6 +111,15 @@ class SearchRequest(SearchSettings):
                 f"'at_least' counts layers that stay, but 'unit' is {unit}: every layer keeps "
                 f"some {unit_plural(unit)} anyway; use 'protect' or 'among'"
             )
+        if self.uniform and unit not in NUMBERED_COMPONENTS:
+            yield f"'uniform' is only for heads and experts, but 'unit' is {unit}; leave it out"
+        elif self.uniform and self.strategy not in UNIFORM_STRATEGIES:
+            yield (
+                f"{self.strategy} removes one part at a time, but 'uniform' removes one from each "
+                f"layer; use {', '.join(UNIFORM_STRATEGIES)}"
+            )
+        if self.uniform and (self.protect or self.among):
+            yield "'uniform' removes parts from every layer; leave 'protect' and 'among' out"
         if self.rescoring == "race" and len(self.calibrate) > 1:
             yield "'rescoring: race' needs a single calibration benchmark; use full or lazy"
         if self.rescoring == "race" and self.sample is not None:
@@ -156,7 +166,8 @@ class SearchRequest(SearchSettings):
         texts = {key: ", ".join(format_layers(getattr(self, key))) for key in ("protect", "among")}
         minimums = decode_arguments(self.at_least)
         texts["at_least"] = ", ".join(f"{kind}: {n}" for kind, n in minimums.items())
-        return ", ".join(f"{key} {words}" for key, words in texts.items() if words)
+        words = [f"{key} {words}" for key, words in texts.items() if words]
+        return ", ".join([*words, *["uniform"] * self.uniform])
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -251,6 +262,22 @@ def build_search(cell: CellRequest, settings: dict[str, Any], prefix: str = "--"
     Raises RequestError for an invalid value.
     """
     return validate_settings(SearchRequest, {"cell": cell, **settings}, prefix)
+
+
+def as_uniform(search: SearchRequest) -> SearchRequest:
+    """Return the search with `uniform` set, as the default for parts of a model that is saved.
+
+    Raises RequestError if `uniform` is false, or if the other settings contradict it.
+    """
+    if search.unit not in NUMBERED_COMPONENTS or search.uniform:
+        return search
+    if "uniform" in search.model_fields_set:
+        raise RequestError(
+            f"--output can save a model without some {unit_plural(search.unit)} only if each layer "
+            "loses the same number: set 'uniform' to true, or leave --output out"
+        )
+    settings = search.model_dump(exclude={"cell"}, exclude_unset=True)
+    return build_search(search.cell, {**settings, "uniform": True}, "parameters.")
 
 
 def refuse_unused_settings(searches: Collection[SearchRequest]) -> None:

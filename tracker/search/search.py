@@ -27,7 +27,7 @@ from tracker.models.layers import find_layers
 from tracker.models.load import LoadedModel, build_for_planning, build_hollow
 from tracker.models.parts.anatomy import find_search_parts
 from tracker.models.parts.sublayers import Sublayers
-from tracker.models.sources import count_layers, read_config
+from tracker.models.sources import count_layers, count_parts, read_config
 from tracker.schema.changes import Ablation
 from tracker.schema.config import CellRequest
 from tracker.schema.errors import ExperimentError, TrackerError
@@ -221,9 +221,15 @@ def find_budget(request: SearchRequest, cache: ModelCache) -> Budget:
     # Constraints that are wrong are reported before anything is timed.
     constraints = find_constraints(request, cache)
     parts: SearchParts | None = None
+    block: int | None = None
     if amount is None or amount.measure == "parts":
         parts = find_search_parts(source, request.unit)
         sizes, total = [1.0] * parts.total, float(len(parts.numbers))
+        if request.uniform:
+            counts, block = count_parts(source), parts.per_layer
+            # Heads are removed evenly from the groups that share keys and values.
+            if request.unit == "head" and counts.kv_head:
+                block //= counts.kv_head if counts.kv_head < block else 1
     elif amount.measure == "seconds":
         sizes, total = seconds_per_token(cache.model(cell.model).loaded, cache)
     else:
@@ -234,7 +240,7 @@ def find_budget(request: SearchRequest, cache: ModelCache) -> Budget:
     if request.accuracy_budget is not None:
         refuse_untestable(request, cache)
     key, title = request.amount_key, request.title
-    return build_budget(key, amount, sizes, total, title, constraints, parts)
+    return build_budget(key, amount, sizes, total, title, constraints, parts, block)
 
 
 def _count_parameters(model: Any, unit: Component) -> list[int]:

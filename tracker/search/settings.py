@@ -32,7 +32,7 @@ from tracker.schema.prune_records import Rescoring
 from tracker.schema.safe_yaml import short_text
 from tracker.schema.search_parts import SearchParts
 
-CONSTRAINTS = ("protect", "among", "at_least")
+CONSTRAINTS = ("protect", "among", "at_least", "uniform")
 """Keys of a search that define constraints."""
 ACCURACY_KEYS = ("max_drop", "keep_accuracy")
 """Keys of a search that define a budget of accuracy."""
@@ -372,6 +372,15 @@ class Budget:
     minimums: tuple[tuple[tuple[int, ...], int], ...] = ()
 
     @property
+    def is_uniform(self) -> bool:
+        """True if each layer must lose the same number of parts."""
+        return False
+
+    def block_of(self, part: int) -> int:
+        """Return the number of the block of a part, of which uniform removals take one each."""
+        return part
+
+    @property
     def free_parts(self) -> list[int]:
         """The parts that can be removed."""
         return [part for part in range(len(self.sizes)) if part not in self.fixed]
@@ -431,9 +440,17 @@ class PartsBudget(Budget):
 
     Attributes:
         parts: Numbering of the heads or experts.
+        uniform_block: Number of consecutive parts in each block, such as those of a layer, if each
+            block must lose the same number of parts; None for no such constraint.
     """
 
     parts: SearchParts = field(kw_only=True)
+    uniform_block: int | None = None
+
+    @property
+    def is_uniform(self) -> bool:
+        """True if each block must lose the same number of parts."""
+        return self.uniform_block is not None
 
     def parts_for(self, unit: Component) -> SearchParts:
         """Return the numbering of the heads or experts in this budget."""
@@ -441,19 +458,25 @@ class PartsBudget(Budget):
 
     @cached_property
     def _max_removals(self) -> Mapping[int, int]:
-        """The maximum number of parts that can be removed from each layer."""
-        room = self.parts.per_layer - self.parts.min_kept
-        counts = self._count_by_layer(self.free_parts)
-        return {layer: min(count, room) for layer, count in counts.items()}
+        """The maximum number of parts that can be removed from each block."""
+        room = (self.uniform_block or self.parts.per_layer) - self.parts.min_kept
+        counts = self._count_by_block(self.free_parts)
+        return {block: min(count, room) for block, count in counts.items()}
 
-    def _count_by_layer(self, parts: Iterable[int]) -> Counter[int]:
-        """Count how many of the given parts each layer contains."""
-        return Counter(map(self.parts.layer_of, parts))
+    def block_of(self, part: int) -> int:
+        """Return the number of the block of a part: of its layer, unless blocks are smaller."""
+        return part // (self.uniform_block or self.parts.per_layer)
+
+    def _count_by_block(self, parts: Iterable[int]) -> Counter[int]:
+        """Count how many of the given parts each block contains."""
+        return Counter(map(self.block_of, parts))
 
     @property
     def largest_size(self) -> float:
         """The largest number of parts that can be removed under the constraints."""
-        return float(sum(self._max_removals.values()))
+        counts = self._max_removals.values()
+        total = sum(counts) if self.uniform_block is None else min(counts) * len(counts)
+        return float(total)
 
     def is_exhausted(self, removed: Collection[int]) -> bool:
         """Return whether nothing else can be removed."""
@@ -461,9 +484,9 @@ class PartsBudget(Budget):
 
     def allows(self, removed: Collection[int]) -> bool:
         """Return whether all these parts can be removed together."""
-        counts = self._count_by_layer(removed).items()
-        fits_layers = all(count <= self._max_removals.get(layer, 0) for layer, count in counts)
-        return fits_layers and self.fixed.isdisjoint(removed)
+        counts = self._count_by_block(removed).items()
+        fits_blocks = all(count <= self._max_removals.get(block, 0) for block, count in counts)
+        return fits_blocks and self.fixed.isdisjoint(removed)
 
     def can_reach(self, removed: Collection[int]) -> bool:
         """Return whether a search that removed these parts can still meet the budget."""
@@ -473,10 +496,10 @@ class PartsBudget(Budget):
         """Return the parts that the next step can remove."""
         if not self.can_reach(removed):
             return []
-        counts, layer_of = self._count_by_layer(removed), self.parts.layer_of
-        rooms = {layer: count - counts[layer] for layer, count in self._max_removals.items()}
+        counts = self._count_by_block(removed)
+        rooms = {block: count - counts[block] for block, count in self._max_removals.items()}
         parts = set(self.free_parts).difference(removed)
-        return sorted(part for part in parts if rooms[layer_of(part)] > 0)
+        return sorted(part for part in parts if rooms[self.block_of(part)] > 0)
 
 
 def unmet_budget_error(reason: str) -> ExperimentError:
@@ -495,6 +518,7 @@ def build_budget(
     title: str,
     constraints: Constraints = NO_CONSTRAINTS,
     parts: SearchParts | None = None,
+    uniform_block: int | None = None,
 ) -> Budget:
     """Build the budget of a search that removes or keeps a given amount of the model.
 
@@ -506,6 +530,7 @@ def build_budget(
         title: The name of the search in messages.
         constraints: Layers that must stay.
         parts: Numbering of the parts that can be removed; None for whole layers.
+        uniform_block: The attribute of `PartsBudget`.
 
     Returns:
         The budget.
@@ -526,7 +551,9 @@ def build_budget(
     fixed = frozenset(range(parts.total)).difference(parts.numbers)
     fixed |= {*parts.parts_of_layers(constraints.fixed(parts.layers))}
     if parts.unit in NUMBERED_COMPONENTS:
-        budget: Budget = PartsBudget(tuple(sizes), min_removed, fixed, parts=parts)
+        budget: Budget = PartsBudget(
+            tuple(sizes), min_removed, fixed, parts=parts, uniform_block=uniform_block
+        )
     else:
         minimums = dict.fromkeys(
             (group, minimum.count)
@@ -648,6 +675,9 @@ class SearchSettings(StrictModel):
     at_least: LayerMinimums | None = None
     """Minimum number of layers of a kind to keep, of all or of each run of consecutive layers, e.g.
     full_attention=2 or 'full_attention=1 of 4'."""
+    uniform: bool = False
+    """Remove the same number of heads or experts from each layer, so that the model can be saved
+    (default: true with --output)."""
     calibrate: Annotated[tuple[Name, ...], BeforeValidator(_parse_names)] = ()
     """Calibration benchmarks, comma-separated (default: the benchmark itself)."""
     sample: Positive | None = None

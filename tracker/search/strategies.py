@@ -184,6 +184,8 @@ def remove_one_shot(search: Search, outcome: str = "", proxy: str = "") -> Itera
             updates["runner_up"] = add_parts(removed, *step.runner_up)
         return step.model_copy(update=updates)
 
+    if search.budget.is_uniform:
+        return _remove_in_order(search, (losses.sets[index][0] for index in order))
     return _yield_steps(search.budget, choose)
 
 
@@ -218,7 +220,8 @@ def remove_span(search: Search) -> Iterator[PruneStep]:
 def remove_last(search: Search) -> Iterator[PruneStep]:
     """Yield steps that remove layers from the end, but keep the very last layer."""
     budget, parts = search.budget, search.scores.parts
-    budget = replace(budget, fixed=budget.fixed | {*parts.parts_of_layers([parts.layers - 1])})
+    if not budget.is_uniform:
+        budget = replace(budget, fixed=budget.fixed | {*parts.parts_of_layers([parts.layers - 1])})
     if not budget.can_reach(()):
         raise unmet_budget_error("the strategy 'last' keeps the final layer")
     yield from _remove_in_order(search, _filter_removable(reversed(budget.free_parts), budget))
@@ -241,13 +244,22 @@ def _filter_removable(order: Iterable[int], budget: Budget) -> Iterator[int]:
 
 
 def _remove_in_order(search: Search, order: Iterable[int]) -> Iterator[PruneStep]:
-    """Yield steps that remove parts one by one in a given order, until the budget is met."""
+    """Yield steps that remove parts in a given order, until the budget is met.
+
+    Each step removes one part, or with a uniform budget the next part of each block.
+    """
+    budget = search.budget
     removed: PartSet = ()
     reasons = {"score": "the strategy uses no document", "margin": "nothing is compared"}
-    for part in order:
-        removed = add_parts(removed, part)
-        yield PruneStep(removed=removed, layer=part, reasons=reasons)
-        if search.budget.is_finished(removed):
+    steps: Iterable[tuple[int, ...]] = ((part,) for part in order)
+    if budget.is_uniform:
+        steps = zip(*group_by(order, budget.block_of).values(), strict=False)
+        reasons = dict.fromkeys(reasons, "a step removes one part of every layer")
+    for parts in steps:
+        removed = add_parts(removed, *parts)
+        layer = None if budget.is_uniform else parts[0]
+        yield PruneStep(removed=removed, layer=layer, reasons=reasons)
+        if budget.is_finished(removed):
             return
 
 
@@ -277,6 +289,8 @@ LAYER_STRATEGIES = tuple(_BY_PROXY)
 """Strategies that use proxies, which only whole layers have."""
 STEPWISE_STRATEGIES = tuple(_BY_OUTCOME)
 """Strategies that remove one part at a time, in any order."""
+UNIFORM_STRATEGIES = (*(f"{name}_oneshot" for name in OUTCOME_STRATEGIES), "last", RANDOM_STRATEGY)
+"""Strategies that can remove one part of every layer in each step."""
 BLIND_STRATEGIES = ("last", RANDOM_STRATEGY)
 """Strategies that use no documents."""
 DRAWN_STRATEGIES = (RANDOM_STRATEGY,)

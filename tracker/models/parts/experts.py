@@ -22,13 +22,7 @@ from tracker.models import hooks
 from tracker.models.devices import put_entries, take_entries
 from tracker.models.hooks import Args, Kwargs
 from tracker.models.offloaded import ModuleAttribute, is_absent, replace_attributes
-from tracker.models.parts.probe import (
-    KeptEntries,
-    ModuleCall,
-    PartFinder,
-    integer_tables,
-    module_paths,
-)
+from tracker.models.parts.probe import ModuleCall, PartFinder, integer_tables, module_paths
 from tracker.models.parts.sublayers import Sublayers
 from tracker.schema.changes import Change
 from tracker.schema.errors import CellError, attempt
@@ -102,7 +96,7 @@ class Experts:
         """The number of experts."""
         return {"expert": self.count}
 
-    def narrow(self, parts: Sequence[Change], name: str) -> tuple[Experts, KeptEntries]:
+    def narrow(self, parts: Sequence[Change], name: str) -> tuple[Experts, dict[int, list[int]]]:
         """Return the experts that remain without some parts; `remove` has resized all tensors."""
         return replace(self, count=len(self.remaining_experts(parts, name))), {}
 

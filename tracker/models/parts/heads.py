@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from tracker.models.hooks import enter_all, replaced_attributes
 from tracker.models.offloaded import ModuleAttribute, replace_attributes
 from tracker.models.parts.linear_maps import map_of_module
-from tracker.models.parts.probe import KeptEntries, ModuleCall, PartFinder, module_paths
+from tracker.models.parts.probe import ModuleCall, PartFinder, module_paths
 from tracker.schema.changes import Change
 from tracker.schema.errors import CellError
 from tracker.schema.formats import join_words
@@ -107,9 +107,10 @@ class Heads:
         """The numbers of heads and of groups of heads."""
         return {"head": self.heads, "kv_head": self.groups}
 
-    def narrow(self, parts: Sequence[Change], name: str) -> tuple[Heads, KeptEntries]:
+    def narrow(self, parts: Sequence[Change], name: str) -> tuple[Heads, dict[int, list[int]]]:
         """Return the heads that remain without some parts, and the entries of tensors they use.
 
+        The entries are keyed by the length of the tensor's axis in the original layer.
         Raises CellError if the remaining groups would have different numbers of heads.
         """
         width, per_group = self.width, self.heads // self.groups
@@ -117,6 +118,8 @@ class Heads:
         removed = {column // width for part_columns in columns for column in part_columns}
         heads = [head for head in range(self.heads) if head not in removed]
         groups = Counter(head // per_group for head in heads)
+        if not heads:
+            raise CellError(f"no head of {name} would remain; at least one must stay")
         if len({*groups.values()}) != 1:
             numbers = join_words([str(groups[group]) for group in range(self.groups)])
             raise CellError(
@@ -124,7 +127,9 @@ class Heads:
                 "loads groups of equal size: remove the same number of heads from each group, or "
                 "whole groups (kv_head)"
             )
-        queries, keys = ([n * width + i for n in ns for i in range(width)] for ns in (heads, groups))
+        queries, keys = (
+            [n * width + i for n in ns for i in range(width)] for ns in (heads, groups)
+        )
         n_queries, n_keys = self.heads * width, self.groups * width
         # One map may compute queries, keys and values, side by side.
         starts = (n_queries, n_queries + n_keys)

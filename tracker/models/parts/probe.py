@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 P = TypeVar("P", bound="LayerPart")
-KeptEntries = Mapping[int, Sequence[int]]
-"""Length of a tensor's axis → the entries that remain if parts of the layer are cut out."""
 
 
 class LayerPart(Protocol):
