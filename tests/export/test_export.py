@@ -33,7 +33,7 @@ from tracker.export.card import card_text
 from tracker.export.proof import MeasuredCell, expected_answers, prove
 from tracker.ledger.store import Ledger
 from tracker.measuring.prepare import find_cell
-from tracker.models import checkpoint
+from tracker.models import checkpoint, narrowed
 from tracker.models.load import load_model
 from tracker.models.sources import find_model
 from tracker.schema.changes import Ablation
@@ -252,6 +252,19 @@ class TestFailedExport:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft_limit, hard_limit))
         assert "is not written" in message
         assert "Partial files are deleted" in message
+
+    def test_saved_heads_are_compared_with_the_measured_ones(
+        self, in_process, refused, base, monkeypatch
+    ):
+        """Other heads than the removed ones are cut out of the saved copy."""
+        monkeypatch.setattr(checkpoint, "check_part_removal", lambda *_: None)
+
+        def take_first(tensor, indices, axis):
+            return tensor.narrow(axis, 0, len(indices))
+
+        monkeypatch.setattr(narrowed, "take_entries", take_first)
+        message = refused(WorkError, base, [f"kv_head:{layer}.0" for layer in range(4)])
+        assert "plain transformers loads a different model: logits of" in message
 
     def test_a_small_disk(self, refused, base, monkeypatch):
         monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=2**20))

@@ -16,13 +16,14 @@ from tests.helpers.own_tasks import write_pair
 from tracker import api
 from tracker.cli.pruning import export as exporting
 from tracker.export import checkpoint
-from tracker.export.changes import count_choosing, find_removal, removal_by_search
+from tracker.export.changes import count_choosing, find_removal, removal, removal_by_search
 from tracker.ledger.store import Ledger, write_search
 from tracker.measuring.progress import Silent
 from tracker.models import checkpoint as models
 from tracker.schema.config import cell_request
 from tracker.schema.errors import ModelError, WorkError
 from tracker.schema.extent import ALL_DOCUMENTS, Extent
+from tracker.schema.search_parts import SearchParts
 from tracker.search import cells, planning, report
 from tracker.search import search as searching
 
@@ -302,23 +303,23 @@ def test_output_saves_the_recommended_set(write, prune, truth, tmp_path: Path) -
     # What was chosen on the way is known too; what nobody chose is not.
     ledger, model = Ledger(results), winner.model
     first_step = winner.steps[0]
-    change = find_removal(ledger, model, first_step.removed)
+    change = find_removal(ledger, model, removal(first_step.removed))
     assert change.tested[0].after == first_step.test.level  # type: ignore[union-attr]
     assert f"{winner.label}, step 1 of 2" in str(change.strategy)
-    assert find_removal(ledger, model, (0, 1, 2)).strategy is None
+    assert find_removal(ledger, model, removal((0, 1, 2))).strategy is None
     # Another search that ended there takes nothing from it.
     other_record = winner.model_copy(update={"name": "a", "strategy": "a", "rests_on": ()})
     write_search(results, other_record)
-    joint_change = find_removal(ledger, model, winner.removed)
+    joint_change = find_removal(ledger, model, removal(winner.removed))
     assert joint_change.strategy == f"a, {winner.strategy}"
     change = removal_by_search(ledger, winner, winner.steps[-1])
     assert (change.strategy, change.order) == (winner.strategy, winner.order)
     # Of the documents that chose, none tests; all of them are among those that chose.
-    removal = removal_by_search(ledger, records["accuracy"], records["accuracy"].steps[-1])
+    own_removal = removal_by_search(ledger, records["accuracy"], records["accuracy"].steps[-1])
     stores = {store.identity.key: store for store in ledger.cells()}
-    (calibration,) = removal.documents
-    assert count_choosing(ledger, removal, stores[calibration.key], Extent(sample=8)) == 8
-    assert count_choosing(ledger, removal, stores[winner.rests_on[0][0]], ALL_DOCUMENTS) == 0
+    (calibration,) = own_removal.documents
+    assert count_choosing(ledger, own_removal, stores[calibration.key], Extent(sample=8)) == 8
+    assert count_choosing(ledger, own_removal, stores[winner.rests_on[0][0]], ALL_DOCUMENTS) == 0
     # So are those that decided for a set which looked at no document.
     blind_removal = removal_by_search(
         ledger, records["last"], records["last"].steps[-1], calibration
@@ -332,8 +333,8 @@ def test_export_command_has_all_settings(write, tmp_path: Path) -> None:
     options = {"seed": 7, "apply_chat_template": True, "include_path": "/a b", "num_fewshot": 0}
     options |= {"model_args": {"attn_implementation": "eager"}, "part": "test", "sample": 5}
     request = cell_request(model="m", benchmark="copa", layers=(3,), removed=(1,), **options)
-    record = SimpleNamespace(removed=(1, 3))
-    command = shlex.split(report.export_command(record, request, tmp_path))  # type: ignore[arg-type]
+    record = SimpleNamespace(removed=(1, 3), parts=SearchParts("layer", LAYERS))
+    command = shlex.split(report.export_command(record, record.steps[-1], request, tmp_path))  # type: ignore[arg-type]
     assert command[:3] == ["tracker", "export", "m"]
     params = exporting.make_context("export", command[2:]).params
     assert params["remove"] == (1, 3)

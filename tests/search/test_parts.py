@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+import shlex
 from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import combinations
@@ -10,8 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
-from tests.conftest import printed, save_llama
+from tests.conftest import cli, printed, refused, save_llama
 from tests.helpers.mixtures import save_mixture, without_experts
 from tests.helpers.truth import find_layer_list, without_heads
 from tracker.measuring.job import Options
@@ -26,11 +31,11 @@ from tracker.search.request import SearchRequest, search_request
 from tracker.search.scores import PartSet, Scores
 from tracker.search.search import find_budget
 from tracker.search.settings import PartsBudget
-from tracker.search.strategies import LAYER_STRATEGIES, STRATEGIES, Search
+from tracker.search.strategies import LAYER_STRATEGIES, STRATEGIES, UNIFORM_STRATEGIES, Search
 
 from .conftest import SETTINGS, Truth, stored_searches
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "fast_timing", "in_process")
 N_REMOVED, DOCUMENTS = 3, 4
 UNITS = {"head": (4, 1), "kv_head": (2, 1), "expert": (4, 2)}
 """What goes → how many a layer has, and how many of them must stay."""
@@ -143,6 +148,74 @@ def test_one_shot_leaves_each_layer_enough(unit, truth, make_request, model_cach
     assert [step.layer for step in steps] == expected[:max_removed]
 
 
+BLOCKS = {"head": 2, "kv_head": 2, "expert": 4}
+"""What goes → the size of a group of heads, or of a layer."""
+
+
+@pytest.mark.parametrize("by", ["accuracy", "gold_logprob"])
+def test_uniform_takes_the_best_of_every_block(unit, truth, make_request, model_cache, by) -> None:
+    """The naive one: the ranks of a block's parts, each rank a step. Of experts two may go."""
+    blocks = [truth.all_parts[n : n + BLOCKS[unit]] for n in truth.all_parts[:: BLOCKS[unit]]]
+    ranked = [sorted(block, key=lambda part: truth.key(by, (part,))) for block in blocks]
+    n_steps = 2 if unit == "expert" else 1
+    remove = (n_steps - 1) * len(blocks) + 1  # more is removed where blocks are of more
+    request = make_request(unit, strategy=f"{by}_oneshot", remove=remove, uniform=True)
+    steps = run_strategy(model_cache, request)
+    for n, step in enumerate(steps, 1):
+        assert step.removed == tuple(sorted(part for block in ranked for part in block[:n]))
+    assert len(steps) == n_steps
+
+
+@pytest.mark.parametrize("strategy", UNIFORM_STRATEGIES)
+def test_uniform_strategies_remove_as_much_of_each_layer(strategy: str) -> None:
+    parts = SearchParts("expert", 4, per_layer=4, used_layers=(0, 2, 3), min_kept=2)
+    fixed = frozenset(parts.parts_of_layers([1]))
+    for needed in range(1, 8):
+        sizes = (1.0,) * parts.total
+        budget = PartsBudget(sizes, needed, fixed, parts=parts, uniform_block=4)
+        assert budget.can_reach(()) == (needed <= 6)
+        if needed <= 6:
+            steps = list(STRATEGIES[strategy](Search(RandomScores(parts), budget)))
+            counts = [Counter(map(parts.layer_of, step.removed)) for step in steps]
+            assert counts == [dict.fromkeys((0, 2, 3), n) for n in range(1, len(steps) + 1)]
+            assert len(steps) == -(-needed // 3)
+
+
+def test_a_uniform_choice_is_saved(write, prune, tmp_path) -> None:
+    """`--output` makes it uniform, and plain transformers loads what lm-eval has judged."""
+    model = save_llama(tmp_path / "tiny", layers=3, vocab_size=352)
+    settings = {"model": str(model), "unit": "kv_head", "remove": 2, "sample": 4, "test_sample": 4}
+    path = write(strategy=["gold_logprob_oneshot", "random"], **settings)
+    for option, problem in (
+        ("--strategy=accuracy", "accuracy removes one part at a time"),
+        ("--uniform=false", "only if each layer loses the same number"),
+        ("--protect=0", "leave 'protect' and 'among' out"),
+        ("--unit=mlp", "not unit mlp"),
+    ):
+        refused(prune(path, option, "--output", tmp_path / "saved"), problem)
+    result = prune(path, "--output", tmp_path / "saved")
+    assert result.exit_code == 0, result.output
+    records = {record.strategy: record for record in stored_searches(tmp_path)}
+    best = records["gold_logprob_oneshot"]
+    removed = [str(part) for part in best.parts.removal(best.removed).parts]
+    facts = json.loads((tmp_path / "saved" / "tracker.json").read_text())
+    assert facts["removed_parts"] == removed
+    assert [best.parts.layer_of(part) for part in best.removed] == [0, 1, 2]
+    (accuracy,) = facts["accuracy"]
+    assert accuracy["after"]["value"] == best.steps[-1].test.level.value  # type: ignore[union-attr]
+    assert facts["proof"]["documents"] == 4
+    assert facts["strategy"] == "gold_logprob_oneshot"
+    config = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").config
+    assert (config.num_attention_heads, config.num_key_value_heads) == (2, 1)
+    # The command that is printed without `--output` saves the same model.
+    output = prune(path, "--uniform=true").output
+    command = output.split("to save the recommended one: ")[1].splitlines()[0]
+    words = [tmp_path / "again" if word == "lighter" else word for word in shlex.split(command)[1:]]
+    assert cli(*words).exit_code == 0
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("saved", "again")]
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
 PARTS = SearchParts("expert", 4, per_layer=3, used_layers=(0, 2, 3), min_kept=2)
 """Of which one a layer may go; layer 1 has none."""
 
@@ -205,4 +278,4 @@ def test_a_file_of_heads_is_searched_and_shown(write, prune, tmp_path) -> None:
     assert len(best_record.rests_on) == 1
     text = " ".join(result.output.split())
     assert f"removes heads {names} (2 of 12)" in text
-    assert "the model cannot be saved: tracker export removes only whole layers, not heads" in text
+    assert "add: --uniform true" in text

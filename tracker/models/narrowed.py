@@ -181,7 +181,7 @@ def narrowed_copies(model: PreTrainedModel, ablation: Ablation) -> tuple[Any, An
             for name in values.keys() - module._non_persistent_buffers_set:
                 full_name = f"{path}.{name} of {owner}"
                 values[name] = _cut_tensor(full_values[name], values[name], entries, full_name)
-    narrow.generation_config = model.generation_config
+    narrow.generation_config = getattr(model, "generation_config", None)
     return narrow.to(model.device), measured
 
 

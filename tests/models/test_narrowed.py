@@ -1,0 +1,195 @@
+"""Fewer heads and experts: plain transformers loads the model that is sliced by hand here."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import transformers
+
+from tests.helpers.families import tiny_model
+from tests.helpers.mixtures import ONE_GROUP, tiny_mixture, without_experts
+from tests.helpers.truth import without_heads
+from tracker.models.checkpoint import check_part_removal, savable_copies
+from tracker.models.layers import find_layers
+from tracker.models.sources import find_model
+from tracker.schema.changes import Ablation, Change
+from tracker.schema.errors import ModelError
+
+IDS = torch.tensor([[3, 5, 8, 13, 21, 34, 55, 7, 9, 11, 2, 40]])
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(IDS, use_cache=False).logits
+
+
+def removal(unit, numbers_by_layer):
+    """Remove parts, given as the numbers in each layer."""
+    parts = [(layer, n) for layer, numbers in enumerate(numbers_by_layer) for n in numbers]
+    return Ablation.from_changes(*(Change(unit, (layer,), part=n) for layer, n in parts))
+
+
+def save_and_load(model, ablation, folder):
+    """Save the narrowed copy, and load it by plain transformers."""
+    before = copy.deepcopy(model.state_dict())
+    clone, measured = savable_copies(model, ablation)
+    clone.save_pretrained(folder)
+    loaded, info = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True
+    )
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert clone.num_parameters() == loaded.num_parameters() < model.num_parameters()
+    return loaded, measured
+
+
+def is_close(a, b):
+    return torch.allclose(a, b, rtol=1e-5, atol=1e-5 * float(b.abs().max()))
+
+
+def slice_by_hand(model, kept_heads, n_groups):
+    """Build the model with fewer heads of width 8, and fill it with slices by tensor names."""
+    config = copy.deepcopy(model.config)
+    per_group = model.config.num_attention_heads // model.config.num_key_value_heads
+    heads, n_keys = model.config.num_attention_heads, model.config.num_key_value_heads
+    config.num_attention_heads, config.num_key_value_heads = len(kept_heads[0]), n_groups
+    config.head_dim = 8
+    smaller = type(model)(config).float().eval()
+    weights = model.state_dict()
+    for layer, queries in enumerate(kept_heads):
+        keys = sorted({head // per_group for head in queries})
+        q, k = (torch.cat([torch.arange(8 * n, 8 * n + 8) for n in ns]) for ns in (queries, keys))
+        rows = {"q_proj": q, "k_proj": k, "v_proj": k, "sinks": torch.tensor(queries)}
+        rows["qkv_proj"] = torch.cat([q, 8 * heads + k, 8 * (heads + n_keys) + k])
+        for name in [name for name in weights if f"layers.{layer}.self_attn" in name]:
+            part = name.split("self_attn.")[1].split(".")[0]
+            if name.endswith("o_proj.weight"):
+                weights[name] = weights[name][:, q]
+            elif part in rows:
+                weights[name] = weights[name][rows[part]]
+    smaller.load_state_dict(weights)
+    return smaller
+
+
+HEAD_FAMILIES = [
+    "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_mixed", "phi3", "granite", "mixtral",
+    "gpt_oss",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("family", HEAD_FAMILIES)
+def test_fewer_groups_of_heads_are_loaded(family, tmp_path):
+    model = tiny_model(family)
+    assert getattr(model.config, "head_dim", None) in (8, None), "four heads of eight, two groups"
+    ablation = removal("kv_head", [[0], [1], [1], [0]])
+    loaded, measured = save_and_load(model, ablation, tmp_path)
+    by_hand = slice_by_hand(model, [(2, 3), (0, 1), (0, 1), (2, 3)], 1)
+    assert is_close(logits(loaded), logits(by_hand))
+    assert is_close(logits(measured), logits(without_heads(model, ablation)))
+    assert is_close(logits(loaded), logits(measured))
+    assert not torch.allclose(logits(loaded), logits(model), atol=1e-2), "they mattered"
+    config = loaded.config
+    numbers = (config.num_attention_heads, config.num_key_value_heads, config.head_dim)
+    assert numbers == (2, 1, 8)
+    assert model.config.num_attention_heads == 4, "it is left alone"
+
+
+def test_fewer_heads_of_each_group_are_loaded(tmp_path):
+    """Groups keep their keys and values, and lose one of two queries each."""
+    model = tiny_model("qwen3")
+    ablation = removal("head", [[0, 3], [1, 2], [1, 3], [0, 2]])
+    loaded, _ = save_and_load(model, ablation, tmp_path)
+    by_hand = slice_by_hand(model, [(1, 2), (0, 3), (0, 2), (1, 3)], 2)
+    assert is_close(logits(loaded), logits(by_hand))
+    assert (loaded.config.num_attention_heads, loaded.config.num_key_value_heads) == (2, 2)
+
+
+MIXTURE_FAMILIES = {
+    "mixtral": "num_local_experts",
+    "qwen2_moe": "num_experts",
+    "qwen3_moe": "num_experts",
+    "olmoe": "num_experts",
+    "deepseek_v2": "n_routed_experts",
+    "deepseek_v3": "n_routed_experts",
+    "gpt_oss": "num_local_experts",
+}
+
+
+def make_mixture(family, monkeypatch):
+    settings = {"deepseek_v2": ONE_GROUP, "qwen2_moe": {"num_key_value_heads": 2}}
+    monkeypatch.setitem(tiny_mixture.__globals__["MIXTURES"], family, MIXTURE_FAMILIES[family])
+    return tiny_mixture(family, **settings.get(family, {}))
+
+
+@pytest.mark.parametrize("family", MIXTURE_FAMILIES)
+def test_fewer_experts_are_loaded(family, tmp_path, monkeypatch):
+    model = make_mixture(family, monkeypatch)
+    numbers = [[0, 3], [1, 2], [4, 2], [0, 4]]
+    for layer, module in enumerate(find_layers(model)):  # the first ones of DeepSeek have none
+        if not any(parameter.ndim == 3 for parameter in module.parameters()):
+            numbers[layer] = []
+    ablation = removal("expert", numbers)
+    loaded, measured = save_and_load(model, ablation, tmp_path)
+    by_hand = without_experts(model, family, ablation)
+    assert is_close(logits(loaded), logits(by_hand))
+    assert is_close(logits(measured), logits(by_hand))
+    assert not torch.allclose(logits(loaded), logits(model), atol=1e-2), "they mattered"
+    assert getattr(loaded.config, MIXTURE_FAMILIES[family]) == 3
+
+
+def test_heads_and_experts_together(tmp_path):
+    model = tiny_mixture("mixtral")
+    heads, experts = removal("kv_head", [[0]] * 4), removal("expert", [[n] for n in range(4)])
+    both = Ablation(heads.changes | experts.changes)
+    loaded, _ = save_and_load(model, both, tmp_path)
+    expected = without_experts(without_heads(model, heads), "mixtral", experts)
+    assert is_close(logits(loaded), logits(expected))
+    assert (loaded.config.num_local_experts, loaded.config.num_key_value_heads) == (4, 1)
+
+
+def test_tied_weights_stay_tied(tmp_path):
+    model = tiny_model("llama", tie_word_embeddings=True)
+    loaded, _ = save_and_load(model, removal("kv_head", [[0]] * 4), tmp_path)
+    clone, _ = savable_copies(model, removal("kv_head", [[0]] * 4))
+    assert clone.lm_head.weight is clone.model.embed_tokens.weight
+    assert loaded.lm_head.weight.data_ptr() == loaded.model.embed_tokens.weight.data_ptr()
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "unit", "numbers", "message"),
+    [
+        ("llama", {}, "kv_head", [[0], [1], [1], []], "layer 3 keeps 2 of 2 groups of heads"),
+        ("llama", {}, "kv_head", [[0, 1], [1], [1], [0]], "no head of layer 0 .* would remain"),
+        ("llama", {}, "head", [[0], [1], [1], [0]], "would keep 1 and 2 heads"),
+        ("llama", {}, "kv_head", [[0], [1], [1], [0], [0]], "layer 4 .* has no attention heads"),
+        ("llama", {}, "expert", [[0]] * 4, "has no number of experts"),
+        # 32 is no multiple of 3 heads.
+        (
+            "llama", {"num_key_value_heads": 4}, "kv_head", [[0]] * 4,
+            "LlamaConfig refuses 3 of 4 .* accepts 1 or 2 ",
+        ),
+        ("olmo2", {}, "kv_head", [[0]] * 4, "a norm or a bias spans all of them"),
+        ("deepseek_v3", {}, "head", [[0]] * 4, "q_b_proj.weight .* is unknown"),
+        ("mixtral", {}, "expert", [[0], [1], [2], [0, 1]], "keeps 2 of 4 .* keeps 3 of 4 experts"),
+        ("mixtral", {}, "expert", [[0, 1, 2]] * 4, "leaves too few"),
+    ],
+)  # fmt: skip
+def test_removals_that_no_configuration_describes(
+    family, settings, unit, numbers, message, tmp_path
+):
+    tiny_model(family, **settings).config.save_pretrained(tmp_path)
+    source = find_model(str(tmp_path))
+    with pytest.raises(ModelError, match=message):
+        check_part_removal(source, removal(unit, numbers))
+
+
+def test_a_class_that_only_building_refuses():
+    """Tensors are checked again with the real numbers, which a miniature does not have."""
+    model = tiny_model("gpt2")
+    with pytest.raises(ModelError, match=r"cannot be built with these numbers: .*divisible"):
+        savable_copies(model, removal("head", [[0]] * 4))
