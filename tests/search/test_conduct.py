@@ -333,8 +333,9 @@ def test_export_command_has_all_settings(write, tmp_path: Path) -> None:
     options = {"seed": 7, "apply_chat_template": True, "include_path": "/a b", "num_fewshot": 0}
     options |= {"model_args": {"attn_implementation": "eager"}, "part": "test", "sample": 5}
     request = cell_request(model="m", benchmark="copa", layers=(3,), removed=(1,), **options)
-    record = SimpleNamespace(removed=(1, 3), parts=SearchParts("layer", LAYERS))
-    command = shlex.split(report.export_command(record, record.steps[-1], request, tmp_path))  # type: ignore[arg-type]
+    record = SimpleNamespace(parts=SearchParts("layer", LAYERS))
+    step = SimpleNamespace(removed=(1, 3))
+    command = shlex.split(report.export_command(record, step, request, tmp_path))  # type: ignore[arg-type]
     assert command[:3] == ["tracker", "export", "m"]
     params = exporting.make_context("export", command[2:]).params
     assert params["remove"] == (1, 3)

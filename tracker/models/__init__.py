@@ -1,7 +1,7 @@
 """Find and load models, find their parts, and make changed copies.
 
 Modules:
-    checkpoint: Save models without some layers, or model objects from notebooks, as checkpoints.
+    checkpoint: Save changed models, or model objects from notebooks, as checkpoints.
     counterexample: Build the transformer that proves the paper's theorem.
     devices: Query accelerators, and copy data to and from them.
     gguf_file: Parse GGUF files.
@@ -9,6 +9,7 @@ Modules:
     layers: Find the decoder layers.
     load: Load a model and its tokenizer.
     miniature: Build a small model of the same class with random weights.
+    narrowed: Copy a model with fewer heads or experts in each layer.
     offloaded: Choose the layers to offload, and load an offloaded layer when it is needed.
     parts: Find, remove and quantise parts of layers, such as heads, experts and linear maps.
     pruned: Copy a model without some layers.
