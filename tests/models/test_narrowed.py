@@ -188,6 +188,13 @@ def test_removals_that_no_configuration_describes(
         check_part_removal(source, removal(unit, numbers))
 
 
+def test_a_model_on_several_devices_is_refused():
+    model = tiny_model("llama")
+    model.lm_head.to("meta")
+    with pytest.raises(ModelError, match=r"several devices; .* use --device cpu"):
+        savable_copies(model, removal("kv_head", [[0]] * 4))
+
+
 def test_a_class_that_only_building_refuses():
     """Tensors are checked again with the real numbers, which a miniature does not have."""
     model = tiny_model("gpt2")

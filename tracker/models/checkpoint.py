@@ -31,10 +31,13 @@ from tracker.models.hooks import TRANSFORMERS_LOCK
 from tracker.models.layers import find_layers
 from tracker.models.load import LoadedModel, build_hollow, load_model
 from tracker.models.miniature import build_miniature
-from tracker.models.narrowed import NumberedParts, narrowed_copies, plan_narrowing
-from tracker.models.parts.anatomy import PART_CLASSES, LayerAnatomy, find_search_parts
-from tracker.models.parts.experts import Experts
-from tracker.models.parts.heads import Heads
+from tracker.models.narrowed import narrowed_copies, plan_narrowing
+from tracker.models.parts.anatomy import (
+    PART_CLASSES,
+    LayerAnatomy,
+    NumberedParts,
+    find_configured_parts,
+)
 from tracker.models.pruned import (
     TensorShapes,
     apply_reload,
@@ -43,17 +46,10 @@ from tracker.models.pruned import (
     shape_mismatch,
     tensor_shapes,
 )
-from tracker.models.sources import (
-    BITSANDBYTES_ARGUMENTS,
-    ModelSource,
-    find_model,
-    parts_of_config,
-    read_config,
-)
+from tracker.models.sources import BITSANDBYTES_ARGUMENTS, ModelSource, find_model, read_config
 from tracker.schema.changes import Ablation, Change
 from tracker.schema.errors import ModelError, WorkError, attempt, first_line, translate_errors
 from tracker.schema.formats import join_words
-from tracker.schema.kinds import Component
 from tracker.schema.provenance import content_hash, file_hash
 
 if TYPE_CHECKING:
@@ -136,8 +132,8 @@ def _refuse_other_shapes(model: PreTrainedModel, clone: PreTrainedModel, subject
         for part in (clone.config, clone.config.get_text_config()):
             vars(part).pop("auto_map", None)
     if problem := _config_mismatch(clone, model_class):
-        name = type(model).__name__
-        raise ModelError(f"{name}: its configuration cannot say {subject}: {problem}")
+        owner = type(model).__name__
+        raise ModelError(f"{owner}: its configuration cannot say {subject}: {problem}")
 
 
 def config_changes(model: PreTrainedModel, clone: PreTrainedModel) -> tuple[str, ...]:
@@ -218,19 +214,12 @@ def check_part_removal(source: ModelSource, ablation: Ablation) -> None:
     """
     check_plain_weights(source)
     model, small_model = _hollow_and_miniature(source, content_hash(source.stamp()))
-    config, name = model.config.get_text_config(), type(model).__name__
 
     def find_parts(kind: type[NumberedParts]) -> dict[int, NumberedParts]:
-        unit = next(c.component for c in ablation.parts if PART_CLASSES[c.component] is kind)
-        parts, counts = find_search_parts(source, unit), parts_of_config(config)
-        heads, groups = counts.head or 1, counts.kv_head or counts.head or 1
-        width = getattr(config, "head_dim", None) or config.hidden_size // heads
-        part: NumberedParts = Heads("", heads, groups, width)
-        if kind is Experts:
-            part = Experts("", "", parts.per_layer, parts.min_kept, removable=True)
-        return dict.fromkeys(parts.used_layers or (), part)
+        units = (c.component for c in ablation.parts if PART_CLASSES[c.component] is kind)
+        return find_configured_parts(source, next(units))
 
-    plan_narrowing(ablation, find_parts, name).check_config(model)
+    plan_narrowing(ablation, find_parts, type(model).__name__).check_config(model)
     if small_model is not None:
         small_copy = copy.deepcopy(small_model)
         _check_reload(small_copy, _uniform_removal(small_copy, ablation))
@@ -240,10 +229,10 @@ def _uniform_removal(model: PreTrainedModel, ablation: Ablation) -> Ablation:
     """Return the removal of one part per layer, of each kind that `ablation` removes."""
     anatomy, changes = LayerAnatomy.of(model), list[Change]()
     for kind in dict.fromkeys(PART_CLASSES[change.component] for change in ablation.parts):
-        unit: Component = "expert" if kind is Experts else "kv_head"
         for layer, part in enumerate(anatomy.find(kind)):
             if isinstance(part, NumberedParts):
-                changes.append(Change(unit, (layer,), part=layer % part.counts[unit]))
+                *_, (unit, count) = part.counts.items()  # whole groups of heads
+                changes.append(Change(unit, (layer,), part=layer % count))
     return Ablation.from_changes(*changes)
 
 

@@ -16,9 +16,7 @@ from torch import Tensor, nn
 
 from tracker.models.devices import take_entries
 from tracker.models.layers import find_layers
-from tracker.models.parts.anatomy import PART_CLASSES, LayerAnatomy
-from tracker.models.parts.experts import Experts
-from tracker.models.parts.heads import Heads
+from tracker.models.parts.anatomy import PART_CLASSES, LayerAnatomy, NumberedParts
 from tracker.models.pruned import build_uninitialised, prune_model, reload_config
 from tracker.schema.changes import Ablation
 from tracker.schema.errors import CellError, ModelError, attempt, first_line
@@ -30,7 +28,6 @@ from tracker.schema.model_parts import EXPERT_COUNT_KEYS
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-NumberedParts = Heads | Experts
 PartNumbers = Mapping[Component, int]
 """Numbers of heads, groups of heads or experts in each layer."""
 _NUMBER_KEYS: Mapping[Component, Sequence[str]] = {
@@ -159,6 +156,8 @@ def narrowed_copies(model: PreTrainedModel, ablation: Ablation) -> tuple[Any, An
         ModelError: Plain transformers could not load the copy; the message gives the reason.
     """
     anatomy, owner = LayerAnatomy.of(model), type(model).__name__
+    if len({parameter.device for parameter in model.parameters()}) > 1:
+        raise ModelError(f"{owner} is on several devices; to remove parts, use --device cpu")
 
     def find_parts(kind: type[NumberedParts]) -> dict[int, NumberedParts]:
         return {layer: part for layer, part in enumerate(anatomy.find(kind)) if part is not None}

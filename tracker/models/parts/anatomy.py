@@ -50,6 +50,10 @@ PART_CLASSES: Mapping[Component, type[LayerPart]] = {
 """Component → class of the layer parts that belong to the component."""
 
 
+NumberedParts = Heads | Experts
+"""Parts of which a layer has several."""
+
+
 @dataclass(frozen=True)
 class LayerAnatomy(PartFinder):
     """Finder of the attention, MLP, heads, experts and linear maps of a model's layers.
@@ -231,6 +235,20 @@ def find_search_parts(source: ModelSource, unit: Component) -> SearchParts:
             "'unit'"
         )
     return SearchParts(unit, counts.layers, count, layers, n_staying)
+
+
+def find_configured_parts(source: ModelSource, unit: Component) -> dict[int, NumberedParts]:
+    """Describe the heads or the experts of each layer that has them, without reading weights.
+
+    The paths of modules are empty. Raises ModelError as `find_search_parts` does.
+    """
+    parts, config = find_search_parts(source, unit), read_config(source)
+    experts = Experts("", "", parts.per_layer, parts.min_kept, removable=True)
+    counts = parts_of_config(config)
+    heads, groups = counts.head or 1, counts.kv_head or counts.head or 1
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    part = experts if unit == "expert" else Heads("", heads, groups, width)
+    return dict.fromkeys(parts.used_layers or (), part)
 
 
 def _layers_with_parts(small: PreTrainedModel, unit: Component) -> tuple[int, ...]:
