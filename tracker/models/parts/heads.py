@@ -123,8 +123,8 @@ class Heads:
         if len({*groups.values()}) != 1:
             numbers = join_words([str(groups[group]) for group in range(self.groups)])
             raise CellError(
-                f"the groups of {name} would keep {numbers} heads. Plain transformers loads groups of "
-                "equal size: remove as many heads from each group, or whole groups (kv_head)"
+                f"the groups of {name} would keep {numbers} heads. Plain transformers loads equal "
+                "groups: remove as many heads from each group, or whole groups (kv_head)"
             )
         queries, keys = (
             [n * width + i for n in ns for i in range(width)] for ns in (heads, groups)
