@@ -10,7 +10,7 @@ import pytest
 from tests.helpers.stored_cells import model_identity
 from tracker.cli.printing import print_export
 from tracker.export.card import card_text
-from tracker.export.changes import removal, rounding
+from tracker.export.changes import part_removal, removal, rounding
 from tracker.export.facts import Accuracy, ExportedModel, ModelChange, Proof, Size
 from tracker.export.serving import ServingFigure
 from tracker.schema.changes import Ablation, Change
@@ -55,6 +55,13 @@ MODELS = {
         accuracy=(),
         recipes={},
         resized=("layer_types", "max_window_layers"),
+    ),
+    "without heads and experts": replace(
+        PRUNED,
+        change=part_removal(["kv_head:0.1", "expert:0.2", "kv_head:1.0", "expert:1.0"]),
+        kept_layers=(0, 1),
+        recipes={},
+        resized=("num_experts",),
     ),
     "repeated": REPEATED,
     "quantised": replace(

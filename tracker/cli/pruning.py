@@ -43,6 +43,7 @@ _BENCHMARK_KEYS = [
         "dtype",
         "removed",
         "until",
+        "observe",
         "cluster",
         *ChangeGrid.model_fields,
     }

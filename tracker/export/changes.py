@@ -78,7 +78,7 @@ def layer_change(
     if not repeat:
         if not remove:
             raise RequestError("nothing to remove or repeat; use --remove 3,17 or --repeat 8-11")
-        layers = [layer for layer in remove if isinstance(layer, int)]
+        layers = [int(layer) for layer in remove if not isinstance(layer, str)]
         if len(layers) < len(remove) and component == "layer":
             return part_removal([*map(str, remove)])
         _refuse_sublayers(component, layers)
