@@ -722,7 +722,8 @@ def unsaved_reason(searches: Searches, recommendations: Recommendations, results
     goal = search.request.goal
     group = [search for search in searches if search.request.goal == goal]
     reason = unshown_reason(group, recommendations[goal])
-    return f"{reason}. To save it nevertheless: {export_command(search.record, step, request, results)}"
+    command = export_command(search.record, step, request, results)
+    return f"{reason}. To save it nevertheless: {command}"
 
 
 def export_command(
