@@ -15,6 +15,7 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 if TYPE_CHECKING:
     from tracker.api import (
         check,
+        compare,
         evaluate,
         export,
         leaderboard,
@@ -36,6 +37,7 @@ __all__ = [
     "Results",
     "__version__",
     "check",
+    "compare",
     "evaluate",
     "export",
     "leaderboard",

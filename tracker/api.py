@@ -15,6 +15,7 @@ from contextlib import closing
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Unpack
 
 from tracker.keywords import (
@@ -59,6 +60,7 @@ from tracker.tracking.runs import RunSelection
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from tracker.comparison.verdicts import Comparison
     from tracker.export.facts import ExportedModel
     from tracker.measuring.planning import PlannedCell
     from tracker.schema.kinds import Component
@@ -808,6 +810,63 @@ def leaderboard(
     """
     collected_results = _collect(sources, results, progress, reads_outcomes=bool(publish))
     return _publish(collected_results, publish, results)
+
+
+def compare(
+    *sources: Where,
+    metric: Sequence[str] = (),
+    within: float | Mapping[str, float] = MappingProxyType({}),
+    allow_different: Sequence[str] = (),
+    progress: Progress | None = None,
+) -> Comparison:
+    """Compare models with the first one by their logged answers to the same documents.
+
+    Args:
+        *sources: Folders or files of `lm_eval --log_samples`, or runs `FOLDER:CELL:CHANGE`.
+        metric: Metrics to compare; empty for all logged ones.
+        within: Largest acceptable difference as a fraction, or a mapping of each benchmark to its
+            own; the key `""` stands for all other benchmarks.
+        allow_different: Settings that may differ between the models.
+        progress: Listener that receives the number of megabytes.
+
+    Returns:
+        The differences with intervals and verdicts.
+
+    Raises:
+        RequestError: A source is invalid, the settings differ, or nothing is in common.
+        ResultsError: A results folder cannot be used.
+
+    Example:
+        >>> tracker.compare("lm-eval/original", "lm-eval/int4", within=0.01).exit_code
+    """
+    from tracker.comparison.verdicts import ALL_BENCHMARKS, compare_models, read_models
+
+    margins = within if isinstance(within, Mapping) else {ALL_BENCHMARKS: within}
+    models = read_models([os.fspath(source) for source in sources], progress or Silent())
+    return compare_models(models, metric, margins, allow_different)
+
+
+def publish_comparison(
+    comparison: Comparison, targets: str | Sequence[str], *, results: Where = RESULTS
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Publish the page and the table of a comparison to tracking backends, as a separate run.
+
+    Args:
+        comparison: The comparison, from `compare`.
+        targets: Tracking backends, each as `BACKEND` or `BACKEND:PROJECT`.
+        results: The results folder, in which a backend without a server stores its files.
+
+    Returns:
+        Addresses of the run, and error messages, by target.
+
+    Raises:
+        RequestError: A target is invalid.
+    """
+    from tracker.comparison.display import build_page
+    from tracker.team.reports import publish_page
+
+    build = partial(build_page, comparison)
+    return publish_page(build, _parse_targets(targets), Path(results), ["tracker"])
 
 
 def _collect(

@@ -15,7 +15,7 @@ Modules:
     viewing: Define the commands on stored results: report, leaderboard, sync, ls, check.
 """
 
-from tracker.cli import pruning, quantising, studying, viewing  # noqa: F401  they register their commands
+from tracker.cli import comparing, pruning, quantising, studying, viewing  # noqa: F401  they register their commands
 from tracker.cli.commands import main
 
 __all__ = ["main"]

@@ -84,6 +84,7 @@ def main(debug: bool) -> None:
       tracker export MODEL --remove 3,17 …       save a model without some layers
       tracker report                             write the report page
       tracker leaderboard                        rank layers and models
+      tracker compare A B --within 1pp           test whether model B is worse than model A
       tracker sync                               publish runs that a tracker lacks
       tracker log-samples --output lm-eval       write lm-eval's files for every ablated model
 

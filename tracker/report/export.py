@@ -114,13 +114,13 @@ def _write_markdown(
     sections = ["# Which layers matter", wording.summary(cells)]
     sections += ["## Leaderboards", rule("layers"), rule("models"), rule("intervals")]
     tables, notes = build_boards(cells)
-    sections += [*map(_markdown_table, tables), *map(escape_markdown, notes)]
-    sections += ["## Benchmarks", _markdown_table(overview_table(cells))]
+    sections += [*map(markdown_table, tables), *map(escape_markdown, notes)]
+    sections += ["## Benchmarks", markdown_table(overview_table(cells))]
     for finding in findings:
         sections += [f"## {escape_markdown(finding.question)}"]
         sections += [f"`{finding.study}` over {escape_markdown(finding.experiment)}"]
         sections += map(escape_markdown, finding.answers)
-        sections += map(_markdown_table, finding.tables)
+        sections += map(markdown_table, finding.tables)
         sections += [escape_markdown(f"Could not be said: {line}") for line in finding.lacking]
     write_text(path, "\n\n".join(sections) + "\n")
     return [path]
@@ -178,7 +178,7 @@ def text_frame(table: Table) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=list(map(heading_text, table.headings)))
 
 
-def _markdown_table(table: Table) -> str:
+def markdown_table(table: Table) -> str:
     """Render a table as Markdown."""
     frame = text_frame(table).map(escape_markdown).rename(columns=escape_markdown)
     text = frame.to_markdown(index=False, disable_numparse=True)

@@ -44,5 +44,7 @@ class Estimate:
 
     def __neg__(self) -> Estimate:
         """Return the estimate with the opposite sign, for example to turn a loss into a gain."""
-        value, high, low = (None if x is None else -x for x in (self.value, self.low, self.high))
+        value, high, low = (
+            None if x is None else 0.0 - x for x in (self.value, self.low, self.high)
+        )
         return Estimate(value, low, high, reason=self.reason)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -119,21 +120,31 @@ def publish_report(
         for cell in collected.cells
         if cell.record_key in withheld_keys
     )
+    build = partial(_build_page, collected, decisions, with_private)
+    return *publish_page(build, targets, results, collected.projects), notes
+
+
+def publish_page(
+    build: Callable[[Path], Page], targets: Sequence[str], results: Path, projects: Collection[str]
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Publish a page to each target, as a separate run.
+
+    The function `build` writes the files into a folder. A target without a project gets the only
+    one of `projects`. Returns addresses and error messages by target. RequestError is raised for an
+    invalid target.
+    """
     locations: dict[str, str] = {}
     errors: dict[str, str] = {}
-    for target_text, report_target in [
-        (target_text, _read_target(target_text, collected.projects)) for target_text in targets
-    ]:
+    for target_text, report_target in [(text, _read_target(text, projects)) for text in targets]:
         backend = open_backend(
             report_target.backend, report_target.project or "", results, report_target.server
         )
         with closing(backend), TemporaryDirectory() as folder:
             try:
-                page = _build_page(collected, decisions, with_private, Path(folder))
-                locations[mask_secrets(target_text)] = backend.add_page(page)
+                locations[mask_secrets(target_text)] = backend.add_page(build(Path(folder)))
             except TrackerError as error:
                 errors[mask_secrets(target_text)] = mask_secrets(str(error))
-    return locations, errors, notes
+    return locations, errors
 
 
 def _build_page(

@@ -150,6 +150,7 @@ class Page:
             their published outcomes.
         text: Summary in a few paragraphs of Markdown.
         charts: Name → Plotly figure to publish with the report.
+        name: Name of the report's run.
     """
 
     files: Sequence[Path]
@@ -157,6 +158,7 @@ class Page:
     cells: Sequence[CellRecord]
     text: str = ""
     charts: Mapping[str, Figure] = field(default_factory=dict)
+    name: str = "report"
 
 
 class LiveRun(Protocol):

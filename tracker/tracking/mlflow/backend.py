@@ -170,7 +170,7 @@ class MlflowBackend(Backend):
             # Start times increase, so that the newest report is the first in MLflow's list.
             reports = _search_runs(client, experiment, f"tags.`{KIND_TAG}` = 'report'")
             start = next_timestamp(max((run.info.start_time for run in reports), default=0))
-            run_id = client.create_run(experiment, start, tags, "report").info.run_id
+            run_id = client.create_run(experiment, start, tags, page.name).info.run_id
             log_attachments(client, run_id, page.tables, page.charts)
             for file in page.files:
                 client.log_artifact(run_id, str(file))

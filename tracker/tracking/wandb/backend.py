@@ -138,13 +138,15 @@ class WandbBackend(Backend):
     @override
     def add_page(self, page: Page) -> str:
         views = _import_views()
-        labels = {"name": "report", "job_type": "report", "notes": page.text}
+        labels = {"name": page.name, "job_type": "report", "notes": page.text}
         with self._explained("did not take the report"):
             log_in()
             with self._linked_run(page.cells, labels) as handle:
                 handle.log({f"tables/{name}": wandb_table(t) for name, t in page.tables.items()})
                 handle.log({f"charts/{name}": figure for name, figure in page.charts.items()})
-                log_files(handle, wandb.Artifact("layer-report", type="report"), page.files)
+                log_files(handle, wandb.Artifact(f"layer-{page.name}", type="report"), page.files)
+            if not page.cells:  # the project's report is about its own cells
+                return self._location()
             entity, _, project = self._path().rpartition("/")
             reports = wandb.Api().reports(self._path())
             ids = (report.id for report in reports if report.display_name == views.REPORT_TITLE)

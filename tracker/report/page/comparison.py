@@ -1,0 +1,33 @@
+"""Render the comparison of two or more models as a self-contained HTML page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from markupsafe import Markup
+
+from tracker.report.texts import open_templates
+from tracker.schema.tables import Table, entry_text, heading_text
+
+
+def render_comparison(
+    sentences: Sequence[str], table: Table, first: str, lost: Mapping[str, Any]
+) -> str:
+    """Return the HTML text of the page.
+
+    Args:
+        sentences: The main results.
+        table: Table of all differences.
+        first: Name of the first model.
+        lost: Title → difference with the attributes `model` and `lost_documents`.
+
+    Returns:
+        The page; all texts are escaped.
+    """
+    environment = open_templates("tracker.report.page", autoescape=True)
+    environment.globals |= {"entry_text": entry_text, "heading_text": heading_text}
+    assert environment.loader is not None
+    style = Markup(environment.loader.get_source(environment, "report.css")[0])
+    template = environment.get_template("comparison.html.j2")
+    return template.render(sentences=sentences, table=table, first=first, lost=lost, style=style)
