@@ -1,28 +1,17 @@
-"""Define a model's answers to the documents of several tasks."""
+"""Define a model's answers to the documents of several benchmarks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import pandas as pd
 
-from tracker.stats.arrays import Array
 
-ENDING_LENGTH = 200
-"""Number of characters at the end of a prompt that identify a document without hashes."""
-
-
-@dataclass(frozen=True)
-class AnswerText:
-    """Text of a document and of a model's answer, for display.
-
-    Attributes:
-        question: The prompt, or its end.
-        answer: The chosen option, or the generated text.
-        target: The right answer.
-    """
+class AnswerText(NamedTuple):
+    """Texts for display: end of the prompt, chosen or generated answer, right answer."""
 
     question: str
     answer: str
@@ -30,55 +19,43 @@ class AnswerText:
 
 
 @dataclass(frozen=True)
-class TaskAnswers:
-    """A model's answers to the documents of one task.
+class BenchmarkAnswers:
+    """A model's answers to the documents of a task or a group of tasks.
 
     Attributes:
-        documents: Table with one row per document. The index is the document's number. The columns
-            are `key` (hash of document and right answer), `prompt` (hash of the prompt) and
-            `ending` (end of the prompt); an unknown entry is empty.
-        metrics: Metric → its value for each document, in the same order; NaN if undefined.
-        higher_is_better: Metric → whether higher is better.
+        table: Table with one row per document. The columns are `task`, `doc` (the document's
+            number), `key` (hash of document and right answer, unique), `prompt` (hash of the
+            prompt), and the metrics. Unknown hashes are empty, and undefined metrics are NaN.
+        higher_is_better: Metric of the table → whether higher is better.
         settings: Setting that changes the answers → its value as text; unknown settings are absent.
         left_out: Metric that cannot be compared → reason.
-        read_text: Function that reads the text of a document, given by its number.
-        path: File of the answers; None if they are not in one file.
+        by_size: Whether metrics are means over documents; otherwise over tasks.
+        read_text: Function that reads the texts of a document, given by task and number.
     """
 
-    documents: pd.DataFrame
-    metrics: Mapping[str, Array]
+    table: pd.DataFrame
     higher_is_better: Mapping[str, bool]
     settings: Mapping[str, str]
     left_out: Mapping[str, str]
-    read_text: Callable[[int], AnswerText]
-    path: Path | None = None
-
-
-@dataclass(frozen=True)
-class TaskGroup:
-    """Group of tasks whose accuracies are averaged into one.
-
-    Attributes:
-        tasks: Names of the tasks.
-        by_size: Whether every document has the same weight; otherwise every task.
-    """
-
-    tasks: Sequence[str]
-    by_size: bool = True
+    by_size: bool
+    read_text: Callable[[str, int], AnswerText]
 
 
 @dataclass(frozen=True)
 class ModelAnswers:
-    """A model's answers to all its tasks.
+    """A model's answers to all its benchmarks.
 
     Attributes:
         name: Short name of the model.
         source: The argument that names the answers, as typed.
-        tasks: Name of a task → answers.
-        groups: Name of a group → its tasks.
+        benchmarks: Name of the benchmark → answers.
     """
 
     name: str
     source: str
-    tasks: Mapping[str, TaskAnswers]
-    groups: Mapping[str, TaskGroup] = field(default_factory=dict)
+    benchmarks: Mapping[str, BenchmarkAnswers]
+
+
+def setting_text(value: object) -> str:
+    """Write the value of a setting as text."""
+    return value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)

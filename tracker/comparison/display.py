@@ -6,11 +6,12 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 
 from tracker.comparison.verdicts import OPEN_CODE, WORSE_CODE, Comparison, Difference
 from tracker.ledger.files import write_text
-from tracker.report.export import markdown_table, text_frame
+from tracker.report.export import markdown_table
 from tracker.report.page.comparison import render_comparison
 from tracker.schema.estimates import Estimate
 from tracker.schema.formats import join_words, points, three_digits
@@ -20,6 +21,9 @@ from tracker.schema.text import escape_markdown
 from tracker.tracking.base import Page
 from tracker.tracking.figures import logged_table
 
+MAX_LOST = 30
+"""Maximum number of lost documents of a model and metric on a page."""
+_TEXTS = ("document", "question", "right answer")
 COLUMN_NOTE = (
     "Differences are those of the other model from {first} on the same documents; positive = "
     "the other model is better. With 95 % confidence, all {count} intervals hold together "
@@ -69,7 +73,7 @@ def comparison_table(comparison: Comparison) -> Table:
         Column("benchmark", "text", lambda row: row.benchmark),
         Column("metric", "text", lambda row: row.metric),
         Column("documents", "count", lambda row: row.n),
-        Column(comparison.first, "percent", partial(_level, name="first"), name="first"),
+        Column(comparison.models[0].name, "percent", partial(_level, name="first"), name="first"),
         Column(second, "percent", partial(_level, name="second"), name="second"),
         Column("won", "count", lambda row: row.won),
         Column("lost", "count", lambda row: row.lost),
@@ -80,7 +84,7 @@ def comparison_table(comparison: Comparison) -> Table:
         Column("documents to settle", "count", _needed),
     )
     rows = comparison.differences
-    note = COLUMN_NOTE.format(first=comparison.first, count=len(rows))
+    note = COLUMN_NOTE.format(first=comparison.models[0].name, count=len(rows))
     notes = (note, *comparison.notes)
     return build_table("", columns[is_single:], rows, *notes, header=0 if is_single else 1)
 
@@ -100,7 +104,7 @@ def sentences(comparison: Comparison) -> list[str]:
             for verdict, group in group_by(rows, verdict_text).items()
         }
         texts = [f"{verdict} on {benchmarks}" for verdict, benchmarks in names.items()]
-        lines.append(f"{model} compared with {comparison.first}: {'; '.join(texts)}.")
+        lines.append(f"{model} compared with {comparison.models[0].name}: {'; '.join(texts)}.")
     if comparison.is_gate:
         lines.append(_GATE[comparison.exit_code].format(_needed_text(comparison)))
     return lines
@@ -121,10 +125,11 @@ def _needed_text(comparison: Comparison) -> str:
 
 def write_json(comparison: Comparison) -> str:
     """Write all figures as JSON, as fractions and without texts of documents."""
-    content = asdict(comparison) | {"exit_code": comparison.exit_code}
-    for row in content["differences"]:
-        row["lost_documents"] = [[d["task"], d["doc"]] for d in row["lost_documents"]]
-    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    names = [model.name for model in comparison.models]
+    rows = [asdict(row) for row in comparison.differences]
+    content = {"models": names, "differences": rows, "notes": comparison.notes}
+    content |= {"unmatched": comparison.unmatched, "exit_code": comparison.exit_code}
+    return json.dumps(content, indent=2, ensure_ascii=False, default=int) + "\n"
 
 
 def write_markdown(comparison: Comparison) -> str:
@@ -135,14 +140,28 @@ def write_markdown(comparison: Comparison) -> str:
 
 def write_html(comparison: Comparison) -> str:
     """Write sentences, table and lost documents as a page that needs no network."""
-    lost = {
-        f"{row.model}: {row.lost} lost of {row.benchmark} ({row.metric})": row
+    models = {model.name: model for model in comparison.models}
+    first = comparison.models[0]
+    tables = [
+        build_table(
+            f"{row.model} loses {row.lost} documents of {row.benchmark} ({row.metric})",
+            [
+                Column(name, "text", itemgetter(i))
+                for i, name in enumerate((*_TEXTS, first.name, row.model))
+            ],
+            [
+                (f"{task} {doc}", text.question, text.target, text.answer, other.answer)
+                for task, doc, other_doc in row.lost_documents[:MAX_LOST]
+                for text in [first.benchmarks[row.benchmark].read_text(task, doc)]
+                for other in [
+                    models[row.model].benchmarks[row.benchmark].read_text(task, other_doc)
+                ]
+            ],
+        )
         for row in comparison.differences
-        if row.lost_documents
-    }
-    return render_comparison(
-        sentences(comparison), comparison_table(comparison), comparison.first, lost
-    )
+        if row.lost
+    ]
+    return render_comparison(sentences(comparison), comparison_table(comparison), tables)
 
 
 def build_page(comparison: Comparison, folder: Path) -> Page:
@@ -154,15 +173,7 @@ def build_page(comparison: Comparison, folder: Path) -> Page:
     return Page([path], {"differences": logged_table(table)}, [], text, name="comparison")
 
 
-def write_plain(comparison: Comparison) -> str:
-    """Write sentences and table as plain text with aligned columns."""
-    table = comparison_table(comparison)
-    lines = (*table.notes, *sentences(comparison))
-    return "\n".join([text_frame(table).to_string(index=False), *lines]) + "\n"
-
-
 WRITERS: Mapping[str, Callable[[Comparison], str]] = {
-    "text": write_plain,
     "md": write_markdown,
     "json": write_json,
     "html": write_html,

@@ -2,81 +2,68 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
-from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from tracker.analysis.metrics import DocumentMetric
-from tracker.comparison.answers import (
-    ENDING_LENGTH,
-    AnswerText,
-    ModelAnswers,
-    TaskAnswers,
-    TaskGroup,
-)
-from tracker.comparison.lm_eval_files import setting_text
+from tracker.comparison import answers
 from tracker.ledger.cells import CellStore
 from tracker.ledger.store import Ledger
-from tracker.ledger.texts import StoredText
 from tracker.schema.changes import INTACT, Ablation
 from tracker.schema.documents import DocumentText
 from tracker.schema.errors import RequestError
 from tracker.schema.extent import ALL_DOCUMENTS
-from tracker.schema.identities import TaskIdentity
 from tracker.stats.decisions import choose_options
 
 INTACT_WORD = "intact"
 """Word for the intact model in the name of a run."""
 
 
-def find_run(source: str) -> tuple[Path, str, str] | None:
-    """Split `FOLDER:CELL:CHANGE` into its parts; return None if `source` names no run."""
+class RunName(NamedTuple):
+    """Name of a run, typed as `FOLDER:CELL:CHANGE`."""
+
+    folder: Path
+    cell: str
+    change: str
+
+
+def parse_run_name(source: str) -> RunName | None:
+    """Split the name of a run of an existing results folder; return None for other texts."""
     folder, _, rest = source.partition(":")
     cell, _, change = rest.partition(":")
-    is_run = bool(change) and (Path(folder) / "tracker.json").is_file()
-    return (Path(folder), cell, change) if is_run else None
+    is_run = change and (Path(folder) / "tracker.json").is_file()
+    return RunName(Path(folder), cell, change) if is_run else None
 
 
-def read_run(source: str, folder: Path, cell: str, change: str) -> ModelAnswers:
+def read_run(source: str, name: RunName) -> answers.ModelAnswers:
     """Read the answers of a model under one change.
 
     Args:
         source: The argument that names the run.
-        folder: The results folder.
-        cell: Folder of the cell, with or without its key, or the name of a model for all its cells.
-        change: The change, e.g. `layer:3`, or `intact`.
+        name: Results folder, cell and change. The cell is its folder's name, with or without the
+            key, or the name of a model for all its cells. The change `intact` is the intact model.
 
     Raises:
         RequestError: The cell or the run does not exist, or the name fits several cells.
         ResultsError: The results folder cannot be used.
     """
     try:
-        ablation = INTACT if change == INTACT_WORD else Ablation.parse(change)
+        ablation = INTACT if name.change == INTACT_WORD else Ablation.parse(name.change)
     except ValueError as error:
         raise RequestError(f"{source}: {error}, or {INTACT_WORD}") from None
-    all_stores = Ledger.open_existing(folder).cells()
-    stores = [store for store in all_stores if cell in _names(store)]
-    if not stores:
-        names = ", ".join(store.folder.name for store in all_stores[:5])
-        raise RequestError(f"{source}: there is no cell {cell!r}; known are {names}")
-    tasks: dict[str, TaskAnswers] = {}
-    for store in stores:
-        for name, answers in _read_tasks(source, store, ablation):
-            if name in tasks:
-                names = ", ".join(store.folder.name for store in stores)
-                raise RequestError(f"{source} fits several cells; name one of {names}")
-            tasks[name] = answers
-    groups = {
-        benchmark.name: TaskGroup([t.name for t in benchmark.tasks], benchmark.weight_by_size)
-        for benchmark in (store.identity.benchmark for store in stores)
-        if len(benchmark.tasks) > 1
-    }
-    return ModelAnswers(f"{stores[0].identity.model.name} {change}", source, tasks, groups)
+    stores = Ledger.open_existing(name.folder).cells()
+    chosen = [store for store in stores if name.cell in _names(store)]
+    benchmarks = {s.identity.benchmark.name: _read_cell(source, s, ablation) for s in chosen}
+    if not chosen or len(benchmarks) < len(chosen):
+        problem = "fits several cells" if chosen else "fits no cell"
+        known = ", ".join(store.folder.name for store in (chosen or stores)[:5])
+        raise RequestError(f"{source} {problem}; write one of {known}")
+    title = f"{chosen[0].identity.model.name} {name.change}"
+    return answers.ModelAnswers(title, source, benchmarks)
 
 
 def _names(store: CellStore) -> set[str]:
@@ -85,63 +72,42 @@ def _names(store: CellStore) -> set[str]:
     return {name, name.rpartition("--")[0], store.identity.model.name}
 
 
-def _read_tasks(
-    source: str, store: CellStore, ablation: Ablation
-) -> Iterator[tuple[str, TaskAnswers]]:
-    """Yield the name and the answers of each task of a cell."""
+def _read_cell(source: str, store: CellStore, ablation: Ablation) -> answers.BenchmarkAnswers:
+    """Read the outcomes of a cell under one ablation."""
     frame = store.read_documents(ALL_DOCUMENTS)
-    rows = frame[frame["ablation"] == ablation.name].set_index(["task", "doc"]).sort_index()
+    rows = frame[frame["ablation"] == ablation.name].sort_values(["task", "doc"])
     if rows.empty:
-        names = islice(sorted(set(frame["ablation"]) - {INTACT.name}), 5)
-        known = ", ".join((INTACT_WORD, *names))
-        raise RequestError(f"{source}: {store.folder.name} has no such run; it has {known}, …")
-    texts = store.texts.read()
-    for task in store.identity.benchmark.tasks:
-        if task.name in rows.index.get_level_values("task"):
-            yield task.name, _task_answers(store, task, rows.loc[[task.name]].reset_index(), texts)
-
-
-def _task_answers(
-    store: CellStore,
-    task: TaskIdentity,
-    rows: pd.DataFrame,
-    texts: dict[tuple[str, int], StoredText],
-) -> TaskAnswers:
-    """Convert the outcomes of a task."""
-    unknown = StoredText(DocumentText(""), public=False)
-    questions = [texts.get((task.name, doc), unknown).text.question for doc in rows["doc"]]
-    documents = pd.DataFrame({"key": "", "prompt": "", "ending": questions}, index=rows["doc"])
-    documents["ending"] = documents["ending"].str.strip().str[-ENDING_LENGTH:]
-    means, left_out = {}, {}
-    for name, aggregation in task.all_metrics.items():
-        if aggregation in ("mean", "nanmean"):
-            means[name] = DocumentMetric(store, name).values(rows)
-        else:
-            left_out[name] = f"it is no mean over documents, but their {aggregation}"
-    higher = {name: task.higher_is_better.get(name, True) for name in means}
-    read_text = partial(_read_text, task.name, rows.set_index("doc"), texts)
-    return TaskAnswers(documents, means, higher, _settings(store, task), left_out, read_text)
-
-
-def _settings(store: CellStore, task: TaskIdentity) -> dict[str, str]:
-    """Return the settings that lm-eval's files state, too."""
+        known = [INTACT_WORD, *sorted({*frame["ablation"]} - {INTACT.name})[:5]]
+        raise RequestError(f"{source}: {store.folder.name} has no such run; try {', '.join(known)}")
     benchmark = store.identity.benchmark
-    settings = {"version": task.version, "num_fewshot": setting_text(benchmark.num_fewshot)}
-    if not benchmark.apply_chat_template:
-        settings["chat_template"] = setting_text(None)
-    if "system_instruction" not in benchmark.settings:
-        settings["system_instruction"] = setting_text(None)
-    return settings
+    task = benchmark.tasks[0]
+    rows = rows.set_index(["task", "doc"], drop=False).rename_axis([None, None])
+    table, left_out = rows[["task", "doc"]].assign(key="", prompt=""), {}
+    for metric, aggregation in task.all_metrics.items():
+        if aggregation in ("mean", "nanmean"):
+            table[metric] = DocumentMetric(store, metric).values(rows)
+        else:
+            left_out[metric] = f"it is no mean over documents, but their {aggregation}"
+    metrics = map(str, table.columns[4:])
+    higher = {metric: task.higher_is_better.get(metric, True) for metric in metrics}
+    settings = {
+        "version": ", ".join(dict.fromkeys(task.version for task in benchmark.tasks)),
+        "num_fewshot": answers.setting_text(benchmark.num_fewshot),
+    }
+    if not benchmark.apply_chat_template:  # the digest of a template is unknown
+        settings["chat_template"] = answers.setting_text(None)
+    read_text = partial(_read_text, store, rows)
+    by_size = benchmark.weight_by_size
+    return answers.BenchmarkAnswers(table, higher, settings, left_out, by_size, read_text)
 
 
-def _read_text(
-    task: str, rows: pd.DataFrame, texts: dict[tuple[str, int], StoredText], doc: int
-) -> AnswerText:
-    """Return the text of a document and of the model's answer."""
-    row: Any = rows.loc[doc]
-    text = texts[task, doc].text if (task, doc) in texts else DocumentText("")
+def _read_text(store: CellStore, rows: pd.DataFrame, task: str, doc: int) -> answers.AnswerText:
+    """Return the texts of a document and of the model's answer."""
+    row: Any = rows.loc[(task, doc)]
+    stored = store.texts.read().get((task, doc))
+    text = stored.text if stored else DocumentText("")
     if not text.choices:
-        return AnswerText(text.question, str(row.get("text") or ""), text.answer or "")
+        return answers.AnswerText(text.question, str(row.get("text") or ""), text.answer or "")
     (choice,) = choose_options(np.array([row["loglikelihoods"][: len(text.choices)]]))
     target = "" if pd.isna(row["gold"]) else text.choices[int(row["gold"])]
-    return AnswerText(text.question, text.choices[int(choice)].strip(), target.strip())
+    return answers.AnswerText(text.question, text.choices[int(choice)].strip(), target.strip())

@@ -6,31 +6,24 @@ All differences of one call are one family: their intervals hold together with 9
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations, compress
 from pathlib import Path
+from statistics import NormalDist
 from typing import Literal
 
-import numpy as np
-
 from tracker.analysis.paired import PairedOutcomes
-from tracker.comparison.answers import AnswerText, ModelAnswers, TaskGroup
-from tracker.comparison.lm_eval_files import find_samples, read_answers
-from tracker.comparison.pairing import MAX_NAMED, PairedTask, pair_task
-from tracker.comparison.stored_runs import find_run, read_run
+from tracker.comparison.answers import BenchmarkAnswers, ModelAnswers
+from tracker.comparison.lm_eval_files import find_samples, read_model
+from tracker.comparison.pairing import PairedTables, pair_documents
+from tracker.comparison.stored_runs import RunName, parse_run_name, read_run
 from tracker.measuring.progress import Progress, Silent, report_work
 from tracker.schema.errors import RequestError, did_you_mean
 from tracker.schema.estimates import Estimate
 from tracker.schema.formats import count_text
 from tracker.schema.identities import CHOICE_PROBABILITIES, CHOICE_PROBABILITY
-from tracker.stats.accuracy import (
-    ALPHA,
-    OutcomeVariance,
-    accuracy,
-    drop_below_p,
-    weights_by_task,
-)
-from tracker.stats.arrays import Array
+from tracker.stats.accuracy import ALPHA, OutcomeVariance, accuracy, drop_below_p, weights_by_task
 from tracker.stats.support import decide_verdicts, widen
 
 Verdict = Literal["better", "worse", "equivalent", "equivalent or better", "open"]
@@ -41,18 +34,8 @@ MIN_SHOWN_SIZE = 20
 """Size of files in megabytes from which a progress bar is shown."""
 ALL_BENCHMARKS = ""
 """Key of the margin of all benchmarks without their own."""
-MAX_LOST = 30
-"""Maximum number of lost documents that are kept for display."""
-
-
-@dataclass(frozen=True)
-class LostDocument:
-    """Document that the first model answers better than another model."""
-
-    task: str
-    doc: int
-    first: AnswerText
-    second: AnswerText
+MAX_NAMED = 5
+"""Maximum number of documents that a note names."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +59,7 @@ class Difference:
         margin: Largest acceptable difference; None without a gate.
         verdict: Supported statement about the other model.
         needed: Number of documents that would probably settle an open verdict.
-        lost_documents: The first lost documents with their texts.
+        lost_documents: Task and numbers (in both models) of each lost document.
     """
 
     model: str
@@ -93,7 +76,7 @@ class Difference:
     margin: float | None = None
     verdict: Verdict = "open"
     needed: int | None = None
-    lost_documents: tuple[LostDocument, ...] = ()
+    lost_documents: Sequence[tuple[str, int, int]] = ()
 
 
 @dataclass(frozen=True)
@@ -101,17 +84,16 @@ class Comparison:
     """Comparison of several models with the first one.
 
     Attributes:
-        first: Name of the first model.
+        models: The models' answers.
         differences: Differences of each metric, benchmark and model.
         notes: What was left out, and why.
-        unmatched: Benchmark, task and models → numbers of the documents that only one model
-            answered.
+        unmatched: Benchmark and models → the documents that only one model answered.
     """
 
-    first: str
-    differences: tuple[Difference, ...]
-    notes: tuple[str, ...]
-    unmatched: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    models: Sequence[ModelAnswers]
+    differences: Sequence[Difference]
+    notes: Sequence[str]
+    unmatched: Mapping[str, Sequence[str]]
 
     @property
     def is_gate(self) -> bool:
@@ -121,37 +103,35 @@ class Comparison:
     @property
     def exit_code(self) -> int:
         """0 without a gate or if it is passed, 3 if a model is worse, 4 if anything is open."""
-        failing = {row.verdict for row in self.differences if row.verdict not in PASSING}
+        failing = {row.verdict for row in self.differences} - {*PASSING}
         if not self.is_gate or not failing:
             return 0
         return WORSE_CODE if "worse" in failing else OPEN_CODE
 
 
 def read_models(sources: Sequence[str], progress: Progress) -> list[ModelAnswers]:
-    """Read the answers of all models; refuse fewer than two, and a file that is given twice."""
+    """Read the answers of all models; refuse fewer than two, and answers that are given twice."""
     if len(sources) < 2:
         raise RequestError("give at least two models, for example: tracker compare A B")
-    runs = {source: run for source in sources if (run := find_run(source))}
-    files = {source: find_samples(Path(source)) for source in sources if source not in runs}
-    seen: dict[object, str] = {}
-    for source in sources:
-        keys: list[object] = [path.resolve() for path in files.get(source, {}).values()]
-        for key in keys or [runs[source]]:
-            if key in seen:
-                raise RequestError(f"{seen[key]} and {source} are the same answers; give another")
-        seen |= dict.fromkeys(keys or [runs[source]], source)
-    sizes = (path.stat().st_size for paths in files.values() for path in paths.values())
-    size = sum(sizes) // 1_000_000
+    inputs = [(s, parse_run_name(s) or find_samples(Path(s))) for s in sources]
+    for (source, found), (other, other_found) in combinations(inputs, 2):
+        if _identity(found) & _identity(other_found):
+            raise RequestError(f"{source} and {other} are the same answers; give another model")
+    files = [path for _, found in inputs if isinstance(found, dict) for path in found.values()]
+    size = sum(path.stat().st_size for path in files) // 1_000_000
     progress = progress if size >= MIN_SHOWN_SIZE else Silent()
     with report_work(progress, "reading", size, "MB"):
         models = [
-            read_run(source, *runs[source])
-            if source in runs
-            else read_answers(source, files[source], progress)
-            for source in sources
+            read_model(s, found, progress) if isinstance(found, dict) else read_run(s, found)
+            for s, found in inputs
         ]
     names = [model.name for model in models]
     return [replace(m, name=m.source) if names.count(m.name) > 1 else m for m in models]
+
+
+def _identity(found: Mapping[str, Path] | RunName) -> set[object]:
+    """Return the files of samples, or the run, that a source stands for."""
+    return {found} if isinstance(found, RunName) else {path.resolve() for path in found.values()}
 
 
 def compare_models(
@@ -173,103 +153,95 @@ def compare_models(
         RequestError: Settings differ, or there is nothing in common.
     """
     first, *others = models
-    notes: list[str] = []
-    unmatched: dict[str, Sequence[int]] = {}
+    unmatched: dict[str, list[str]] = {}
     differences: list[Difference] = []
     for other in others:
-        benchmarks = _benchmarks(first, other)
-        for name, group in benchmarks.items():
-            paired = {
-                task: pair_task(f"{name}: {task}" if task != name else name, *pair, allowed)
-                for task in group.tasks
-                if (pair := (first.tasks[task], other.tasks[task]))
-            }
-            for task, pairs in paired.items():
-                _note_unmatched(task, pairs, (first.name, other.name), notes, unmatched)
-            differences += _compare_benchmark(other.name, name, group, paired, metrics)
-        _note_left_out(first, other, benchmarks, notes)
-    _refuse_absent(metrics, differences, models)
-    names = dict.fromkeys(row.benchmark for row in differences)
-    for benchmark in margins:
-        if benchmark not in (ALL_BENCHMARKS, *names):
-            near = did_you_mean(benchmark, names)
-            raise RequestError(f"--within {benchmark}: compared are {', '.join(names)}.{near}")
+        common = [name for name in first.benchmarks if name in other.benchmarks]
+        if not common:
+            names = [", ".join(model.benchmarks) for model in (first, other)]
+            sources = f"{first.source} and {other.source} have no benchmark in common"
+            raise RequestError(f"{sources}: {names[0]} against {names[1]}")
+        for benchmark in common:
+            answers = first.benchmarks[benchmark], other.benchmarks[benchmark]
+            pairs = pair_documents(benchmark, *answers, allowed)
+            differences += _compare_benchmark(other.name, benchmark, answers[0], pairs)
+            for case, table in (
+                (f"{first.name}, not {other.name}", pairs.only_first),
+                (f"{other.name}, not {first.name}", pairs.only_second),
+            ):
+                docs = [
+                    f"{task} {doc}" for task, doc in zip(table["task"], table["doc"], strict=True)
+                ]
+                unmatched |= {f"{benchmark}: only of {case}": docs} if docs else {}
+    logged = {row.metric for row in differences}
+    differences = [
+        row
+        for row in differences
+        if (row.metric in metrics if metrics else row.metric not in CHOICE_PROBABILITIES)
+    ]
+    benchmarks = {row.benchmark for row in differences}
+    _refuse_unknown("--metric", metrics, logged)
+    _refuse_unknown("--within", {*margins} - {ALL_BENCHMARKS}, benchmarks)
+    if not differences:
+        raise RequestError("the models have no metric in common that is a mean over documents")
     return Comparison(
-        first.name, tuple(_decide(differences, margins)), tuple(dict.fromkeys(notes)), unmatched
+        models, [*_decide(differences, margins)], [*_notes(models, unmatched)], unmatched
     )
 
 
-def _benchmarks(first: ModelAnswers, other: ModelAnswers) -> dict[str, TaskGroup]:
-    """Return the common benchmarks: groups, and tasks of no group."""
-    common = [task for task in first.tasks if task in other.tasks]
-    if not common:
-        raise RequestError(
-            f"{first.source} and {other.source} have no task in common: "
-            f"{', '.join(first.tasks)} against {', '.join(other.tasks)}"
-        )
-    groups = {
-        name: TaskGroup(tasks, group.by_size)
-        for name, group in (dict(other.groups) | dict(first.groups)).items()
-        if (tasks := [task for task in group.tasks if task in common])
-    }
-    grouped = {task for group in groups.values() for task in group.tasks}
-    return groups | {task: TaskGroup([task]) for task in common if task not in grouped}
+def _refuse_unknown(option: str, names: Iterable[str], known: Collection[str]) -> None:
+    """Raise RequestError if an option names something that is not compared."""
+    for name in names:
+        if name not in known:
+            known_text = f"known are {', '.join(sorted(known))}.{did_you_mean(name, known)}"
+            raise RequestError(f"{option}: the models have no {name!r} in common; {known_text}")
+
+
+def _notes(models: Sequence[ModelAnswers], unmatched: Mapping[str, Sequence[str]]) -> Iterator[str]:
+    """Yield notes about benchmarks, metrics and documents that are left out."""
+    common = set.intersection(*({*model.benchmarks} for model in models))
+    for model in models:
+        if names := [name for name in model.benchmarks if name not in common]:
+            yield f"{model.name} has results of {', '.join(names)}, but not every model has"
+        for benchmark, answers in model.benchmarks.items():
+            for metric, reason in answers.left_out.items():
+                yield f"{benchmark}: {metric} of {model.name} is left out: {reason}"
+    for case, docs in unmatched.items():
+        names_text = ", ".join(docs[:MAX_NAMED]) + (", …" if docs[MAX_NAMED:] else "")
+        yield f"{case}: {count_text(len(docs), 'document')} left out ({names_text})"
 
 
 def _compare_benchmark(
-    model: str,
-    benchmark: str,
-    group: TaskGroup,
-    paired: Mapping[str, PairedTask],
-    metrics: Collection[str],
+    model: str, benchmark: str, answers: BenchmarkAnswers, pairs: PairedTables
 ) -> Iterator[Difference]:
-    """Yield the difference of each metric that all tasks of a benchmark have."""
-    pairs = [pair for pair in paired.values() if len(pair.first_rows)]
-    if not pairs:
-        raise RequestError(f"{benchmark}: the models have no document in common")
-    names = [
-        name
-        for name in pairs[0].first.metrics
-        if all(name in p.first.metrics and name in p.second.metrics for p in pairs)
-    ]
-    tasks = [task for task, pair in paired.items() for _ in pair.first_rows]
-    weights = weights_by_task(tasks, group.by_size)
-
-    def outcomes(metric: str) -> PairedOutcomes:
-        columns = zip(*(pair.values(metric) for pair in pairs), strict=True)
-        first, second = map(np.concatenate, columns)
-        is_higher_better = pairs[0].first.higher_is_better.get(metric, True)
-        return PairedOutcomes(first, second[:, None], weights, is_higher_better)
-
-    choice = Estimate(None, reason="no log-likelihoods of options, or no single right one")
-    if CHOICE_PROBABILITY in names:
-        choice = -outcomes(CHOICE_PROBABILITY).drop(0)
-    for metric in names:
-        if metric in metrics if metrics else metric not in CHOICE_PROBABILITIES:
-            result = outcomes(metric)
-            drop, drops = result.drop(0), result.drops[:, 0]
-            yield Difference(
-                model=model,
-                benchmark=benchmark,
-                metric=metric,
-                n=len(drops),
-                first=accuracy(result.baseline, weights),
-                second=result.level(0),
-                won=int((drops < 0).sum()),
-                lost=int((drops > 0).sum()),
-                difference=replace(-drop, p_value=drop.p_value),
-                choice=choice,
-                higher_is_better=result.higher_is_better,
-                lost_documents=tuple(_lost_documents(paired, drops)),
-            )
-
-
-def _lost_documents(paired: Mapping[str, PairedTask], drops: Array) -> Iterator[LostDocument]:
-    """Yield the first lost documents."""
-    numbers = [(task, n) for task, pair in paired.items() for n in range(len(pair.first_rows))]
-    for index in np.flatnonzero(drops > 0)[:MAX_LOST]:
-        task, number = numbers[index]
-        yield LostDocument(task, *paired[task].read_texts(number))
+    """Yield the difference of each common metric."""
+    first, second = pairs.first, pairs.second
+    weights = weights_by_task(first["task"].tolist(), answers.by_size)
+    outcomes = {
+        name: PairedOutcomes(first[name].to_numpy(), second[[name]].to_numpy(), weights, is_better)
+        for name, is_better in answers.higher_is_better.items()
+        if name in second
+    }
+    choice = Estimate(None, reason="the log-likelihood of a right option is unknown")
+    if CHOICE_PROBABILITY in outcomes:
+        choice = -outcomes[CHOICE_PROBABILITY].drop(0)
+    for name, result in outcomes.items():
+        drop, drops = result.drop(0), result.drops[:, 0]
+        docs = zip(first["task"], first["doc"], second["doc"], strict=True)
+        yield Difference(
+            model=model,
+            benchmark=benchmark,
+            metric=name,
+            n=len(drops),
+            first=accuracy(result.baseline, weights),
+            second=result.level(0),
+            won=int((drops < 0).sum()),
+            lost=int((drops > 0).sum()),
+            difference=replace(-drop, p_value=drop.p_value),
+            choice=choice,
+            higher_is_better=result.higher_is_better,
+            lost_documents=[*compress(docs, drops > 0)],
+        )
 
 
 def _decide(
@@ -282,26 +254,25 @@ def _decide(
     words: dict[str, Verdict] = {"costs": "worse", "helps": "better", "open": "open"}
     for row, drop, statement in zip(differences, drops, decide_verdicts(drops), strict=True):
         margin = margins.get(row.benchmark, margins.get(ALL_BENCHMARKS))
-        verdict = words[statement]
-        if verdict != "better" and margin is not None and _is_below(row, drop, margin, family):
-            is_equivalent = _is_below(row, drop, margin, family, sign=-1)
+        verdict, difference = words[statement], replace(-drop, p_value=drop.p_value)
+        if verdict != "better" and _is_below(drop, margin, row.lost, row.won, row.n, family):
+            is_equivalent = _is_below(difference, margin, row.won, row.lost, row.n, family)
             verdict = "equivalent" if is_equivalent else "equivalent or better"
         needed = _documents_needed(row, drop, margin, family) if verdict == "open" else None
-        difference = replace(-drop, p_value=drop.p_value)
         yield replace(row, difference=difference, margin=margin, verdict=verdict, needed=needed)
 
 
 def _is_below(
-    row: Difference, drop: Estimate, margin: float, family: int, sign: Literal[1, -1] = 1
+    drop: Estimate, margin: float | None, lost: int, won: int, n: int, family: int
 ) -> bool:
-    """Return whether the drop (or the gain, for sign −1) is shown to be below the margin."""
-    low, high = (drop.low, drop.high) if sign == 1 else ((-drop).low, (-drop).high)
-    if low is None or high is None or high >= margin:
+    """Return whether a drop is shown to be below the margin.
+
+    If outcomes are 0 or 1, Tango's test must agree: where almost nothing changes, the interval is
+    inside the margin too often.
+    """
+    if margin is None or drop.high is None or drop.high >= margin:
         return False
-    if drop.p_value is None:
-        return True
-    counts = (row.lost, row.won) if sign == 1 else (row.won, row.lost)
-    return drop_below_p(*counts, row.n, margin) <= ALPHA / (2 * family)
+    return drop.p_value is None or drop_below_p(lost, won, n, margin) <= ALPHA / (2 * family)
 
 
 def _documents_needed(
@@ -313,63 +284,12 @@ def _documents_needed(
     """
     if drop.value is None or drop.low is None or drop.high is None:
         return None
-    is_binary = drop.p_value is not None
-    size = abs(drop.value)
+    size, is_binary = abs(drop.value), drop.p_value is not None
     # As in the interval of Bonett and Price, one more document is lost and one more won.
     share = (row.lost + row.won + 2) / (row.n + 2)
-    half_width = (drop.high - drop.low) / 2
-    variance = OutcomeVariance(share if is_binary else half_width**2 * row.n, is_binary)
+    error = (drop.high - drop.low) / (2 * NormalDist().inv_cdf(1 - ALPHA / (2 * family)))
+    variance = OutcomeVariance(share if is_binary else error**2 * row.n, is_binary)
     counts = [variance.count_documents(size, family)] if size > 0 else []
     if margin is not None and size < margin:
         counts.append(variance.count_equivalence_documents(margin - size, family))
     return max(min(counts), row.n + 1) if counts else None
-
-
-def _note_unmatched(
-    task: str,
-    pairs: PairedTask,
-    names: tuple[str, str],
-    notes: list[str],
-    unmatched: dict[str, Sequence[int]],
-) -> None:
-    """Add a note about the documents that only one of two models answered."""
-    for (name, other), docs in zip((names, names[::-1]), pairs.unmatched, strict=True):
-        if docs:
-            numbers = ", ".join(map(str, docs[:MAX_NAMED])) + (", …" if docs[MAX_NAMED:] else "")
-            count = count_text(len(docs), "document")
-            notes.append(f"{task}: {count} of {name} left out, absent in {other}: {numbers}")
-            unmatched[f"{task}: {name}, not {other}"] = docs
-
-
-def _note_left_out(
-    first: ModelAnswers,
-    other: ModelAnswers,
-    benchmarks: Mapping[str, TaskGroup],
-    notes: list[str],
-) -> None:
-    """Add notes about tasks and metrics that cannot be compared."""
-    for model, counterpart in ((first, other), (other, first)):
-        missing = [task for task in model.tasks if task not in counterpart.tasks]
-        if missing:
-            notes.append(f"only {model.name} has {', '.join(missing)}")
-        for task, answers in model.tasks.items():
-            for metric, reason in answers.left_out.items():
-                notes.append(f"{task}: {metric} of {model.name} is left out: {reason}")
-
-
-def _refuse_absent(
-    metrics: Collection[str], differences: Sequence[Difference], models: Sequence[ModelAnswers]
-) -> None:
-    """Raise RequestError if a metric is absent, or if no metric is common."""
-    logged = dict.fromkeys(
-        name for model in models for task in model.tasks.values() for name in task.metrics
-    )
-    known = f"logged are {', '.join(logged) or 'none'}"
-    for metric in metrics:
-        if metric not in {row.metric for row in differences}:
-            near = did_you_mean(metric, logged)
-            raise RequestError(
-                f"--metric: the models have no metric {metric!r} in common; {known}{near}"
-            )
-    if not differences:
-        raise RequestError(f"the models have no metric in common; {known}")

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from markupsafe import Markup
 
@@ -11,16 +10,13 @@ from tracker.report.texts import open_templates
 from tracker.schema.tables import Table, entry_text, heading_text
 
 
-def render_comparison(
-    sentences: Sequence[str], table: Table, first: str, lost: Mapping[str, Any]
-) -> str:
+def render_comparison(sentences: Sequence[str], table: Table, details: Sequence[Table]) -> str:
     """Return the HTML text of the page.
 
     Args:
         sentences: The main results.
         table: Table of all differences.
-        first: Name of the first model.
-        lost: Title → difference with the attributes `model` and `lost_documents`.
+        details: Tables of lost documents.
 
     Returns:
         The page; all texts are escaped.
@@ -30,4 +26,4 @@ def render_comparison(
     assert environment.loader is not None
     style = Markup(environment.loader.get_source(environment, "report.css")[0])
     template = environment.get_template("comparison.html.j2")
-    return template.render(sentences=sentences, table=table, first=first, lost=lost, style=style)
+    return template.render(sentences=sentences, table=table, details=details, style=style)
