@@ -109,6 +109,7 @@ def compare(
     from tracker.comparison import display
     from tracker.ledger.files import write_text
 
+    locations, errors = api.publish_comparison(comparison, track or (), results=results)
     if output is not None:
         write_text(output, display.WRITERS[form](comparison))
     elif form != "text":
@@ -116,7 +117,6 @@ def compare(
     else:
         print_table(table := display.comparison_table(comparison))
         echo_all(*table.notes, *display.sentences(comparison))
-    locations, errors = api.publish_comparison(comparison, track or (), results=results)
     for location in locations.values():
         echo(f"published: {runnable_command(location)}", error=True)
     print_failures("not published", errors)

@@ -174,6 +174,7 @@ def build_page(comparison: Comparison, folder: Path) -> Page:
 
 
 WRITERS: Mapping[str, Callable[[Comparison], str]] = {
+    "text": write_markdown,
     "md": write_markdown,
     "json": write_json,
     "html": write_html,

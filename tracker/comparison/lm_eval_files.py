@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from tracker.comparison import answers
+from tracker.comparison.answers import AnswerText, BenchmarkAnswers, ModelAnswers, setting_text
 from tracker.measuring.progress import Progress
 from tracker.schema.errors import RequestError, first_line, translate_errors
 from tracker.schema.identities import CHOICE_PROBABILITY
@@ -69,7 +69,7 @@ def _task_and_date(path: Path) -> tuple[str, str]:
     return (match[1], match[2] or "") if match else (path.stem, "")
 
 
-def read_model(source: str, files: Mapping[str, Path], progress: Progress) -> answers.ModelAnswers:
+def read_model(source: str, files: Mapping[str, Path], progress: Progress) -> ModelAnswers:
     """Read a model's answers from its files of samples.
 
     Args:
@@ -81,18 +81,18 @@ def read_model(source: str, files: Mapping[str, Path], progress: Progress) -> an
         RequestError: A file is damaged or incomplete.
     """
     name = Path(source).stem
-    benchmarks: dict[str, answers.BenchmarkAnswers] = {}
+    benchmarks: dict[str, BenchmarkAnswers] = {}
     for date in dict.fromkeys(_task_and_date(path)[1] for path in files.values()):
         paths = {task: path for task, path in files.items() if _task_and_date(path)[1] == date}
         report = _read_report(next(iter(paths.values())).parent, date)
         name = str(report.get("model_name") or name).rstrip("/").rpartition("/")[2]
         samples = {task: _read_samples(task, path, progress) for task, path in paths.items()}
         for benchmark, tasks in _benchmarks(report, paths).items():
-            frame = pd.DataFrame([row for task in tasks for row in samples.pop(task)])
+            rows = [row for task in tasks for row in samples.pop(task)]
             with _explained(paths[tasks[0]]):
                 read_text = partial(_read_text, paths)
-                benchmarks[benchmark] = _Report(report, benchmark, tasks).read(frame, read_text)
-    return answers.ModelAnswers(name, source, benchmarks)
+                benchmarks[benchmark] = _Report(report, benchmark, tasks).read(rows, read_text)
+    return ModelAnswers(name, source, benchmarks)
 
 
 def _explained(place: object) -> AbstractContextManager[None]:
@@ -168,6 +168,10 @@ def _parse_sample(line: bytes) -> dict[str, Any]:
     }
 
 
+_CONFIG_SETTINGS = ("filter_list", "repeats", "generation_kwargs")
+"""Settings in a task's configuration that change the answers."""
+
+
 class _Report:
     """What a file of results states about a benchmark and its tasks."""
 
@@ -175,45 +179,36 @@ class _Report:
         self._report, self._tasks = report, tasks
         results = report.get("results", {})
         self._reported: Mapping[str, Any] = results.get(benchmark, {})
-        self._count = sum(results.get(task, {}).get("sample_len", 0) for task in tasks)
+        self._count = sum(results.get(task, {}).get("sample_len", 1) for task in tasks)
 
-    def read(self, samples: pd.DataFrame, read_text: Any) -> answers.BenchmarkAnswers:
+    def read(self, samples: Sequence[Mapping[str, Any]], read_text: Any) -> BenchmarkAnswers:
         """Build the answers from the samples of all tasks."""
-        document = ["task", "doc"]
-        if repeated := samples[samples.duplicated([*document, "filter"])]["doc"].tolist():
-            raise ValueError(f"document {repeated[0]} occurs twice: it mixes repeated runs")
-        table = (
-            samples.drop_duplicates(document)
-            .set_index(document, drop=False)
-            .rename_axis([None, None])
-        )
-        if not len(table) or len(table) < self._count:
-            raise ValueError(f"{len(table)} of {self._count} documents")
-        read_text = partial(read_text, table.pop("offset").to_dict())
-        options = table.pop("options").tolist()
-        left_out: dict[str, str] = {}
-        by_size = True
-        table = table[[*document, "key", "prompt"]]
-        for filter_name, group in samples.groupby("filter"):
-            suffix = "" if filter_name == "none" else f",{filter_name}"
-            frame = pd.DataFrame([*group["metrics"]], pd.MultiIndex.from_frame(group[document]))
-            for name, values in frame.add_suffix(suffix).items():
-                reason, by_size = self._check_mean(str(name), values, by_size)
-                if reason:
-                    left_out[str(name)] = reason
-                else:
-                    table = table.assign(**{str(name): values.astype(np.float64)})
+        rows = {(row["task"], row["doc"]): row for row in samples}
+        if len(rows) < self._count:
+            raise ValueError(f"{len(rows)} of {self._count} documents")
+        table = pd.DataFrame([*rows.values()], pd.MultiIndex.from_tuples(rows))
+        offsets, options = table["offset"].to_dict(), table["options"].tolist()
+        copies = table.groupby(["task", "key"]).cumcount().astype(str)
+        table["key"] = table["key"].where(table["key"] == "", table["key"] + copies)
+        table = table[["task", "doc", "key", "prompt"]]
+        left_out, by_size = {}, True
+        for name, values in _metric_values(samples).items():
+            column = pd.Series(values).reindex(table.index)
+            reason, by_size = self._check_mean(name, column, by_size)
+            if reason:
+                left_out[name] = reason
+            else:
+                table = table.assign(**{name: column.astype(np.float64)})
         probabilities = _choice_probabilities(options, table.get("acc"))
         if probabilities is not None:
             table[CHOICE_PROBABILITY] = probabilities
-        copies = table.groupby(["task", "key"]).cumcount().astype(str)
-        table["key"] = table["key"].where(table["key"] == "", table["key"] + copies)
         higher = self._report.get("higher_is_better", {}).get(self._tasks[0], {})
         metrics = map(str, table.columns[4:])
         is_better = {name: higher.get(name.partition(",")[0]) is not False for name in metrics}
-        return answers.BenchmarkAnswers(
-            table.sort_index(), is_better, self._settings(), left_out, by_size, read_text
-        )
+        read_text = partial(read_text, offsets)
+        settings = self._settings() if self._report else {}
+        table = table.sort_index()
+        return BenchmarkAnswers(table, is_better, settings, left_out, by_size, read_text)
 
     def _check_mean(self, name: str, values: pd.Series[Any], by_size: bool) -> tuple[str, bool]:
         """Return why a metric cannot be compared, and whether the mean is over documents."""
@@ -222,33 +217,44 @@ class _Report:
         value = self._reported.get(name if "," in name else f"{name},none")
         if not isinstance(value, float | int):
             return "", by_size
-        tasks = values.index.get_level_values("task").tolist()
+        tasks = values.index.get_level_values(0).tolist()
         for flag in (by_size, not by_size):
             if abs(values @ weights_by_task(tasks, flag) - value) < _TOLERANCE:
                 return "", flag
         return f"the reported {value:.4f} is no mean over the documents of the samples", by_size
 
     def _settings(self) -> dict[str, str]:
-        """Return the settings that change the answers; empty without a file of results."""
-        settings: dict[str, list[Any]] = {
-            "version": [self._report.get("versions", {}).get(task) for task in self._tasks],
-            "num_fewshot": [self._report.get("n-shot", {}).get(task) for task in self._tasks],
-            "chat_template": [self._report.get("chat_template_sha")],
-            "system_instruction": [self._report.get("system_instruction_sha")],
-        }
+        """Return the settings that change the answers."""
+
+        def texts(key: str) -> dict[str, None]:
+            values = self._report.get(key, {})
+            return dict.fromkeys(setting_text(values.get(task)) for task in self._tasks)
+
         configs = [self._report.get("configs", {}).get(task, {}) for task in self._tasks]
-        for name, key in _CONFIG_SETTINGS.items():
-            settings[name] = [config.get(key) for config in configs]
-        texts = {name: dict.fromkeys(map(answers.setting_text, v)) for name, v in settings.items()}
-        return {name: ", ".join(values) for name, values in texts.items()} if self._report else {}
+        settings = {
+            "version": texts("versions"),
+            "num_fewshot": texts("n-shot"),
+            "chat_template": [setting_text(self._report.get("chat_template_sha"))],
+            "system_instruction": [setting_text(self._report.get("system_instruction_sha"))],
+            **{
+                key: dict.fromkeys(setting_text(config.get(key)) for config in configs)
+                for key in _CONFIG_SETTINGS
+            },
+        }
+        return {name: ", ".join(values) for name, values in settings.items()}
 
 
-_CONFIG_SETTINGS = {
-    "filter": "filter_list",
-    "repeats": "repeats",
-    "generation_kwargs": "generation_kwargs",
-}
-"""Setting → key of a task's configuration."""
+def _metric_values(samples: Iterable[Mapping[str, Any]]) -> dict[str, dict[tuple[str, int], Any]]:
+    """Return metric → document → value; raise ValueError if a document has two values."""
+    metrics: dict[str, dict[tuple[str, int], Any]] = {}
+    for sample in samples:
+        suffix = "" if sample["filter"] == "none" else f",{sample['filter']}"
+        for metric, value in sample["metrics"].items():
+            values = metrics.setdefault(f"{metric}{suffix}", {})
+            if (sample["task"], sample["doc"]) in values:
+                raise ValueError(f"document {sample['doc']} occurs twice: repeated runs are mixed")
+            values[sample["task"], sample["doc"]] = value
+    return metrics
 
 
 def _choice_probabilities(options: Sequence[Any], acc: pd.Series[Any] | None) -> Any:
@@ -265,7 +271,7 @@ def _choice_probabilities(options: Sequence[Any], acc: pd.Series[Any] | None) ->
 
 def _read_text(
     paths: Mapping[str, Path], offsets: Mapping[tuple[str, int], int], task: str, doc: int
-) -> answers.AnswerText:
+) -> AnswerText:
     """Read the texts of a document and of the model's answer."""
     with paths[task].open("rb") as file:
         file.seek(offsets[task, doc])
@@ -278,4 +284,4 @@ def _read_text(
         options = [str(request["arg_1"]).strip() for request in requests]
         answer = options[int(np.argmax([float(score) for score, _ in responses]))]
         target = options[int(target)]
-    return answers.AnswerText(question[-_ENDING_LENGTH:], str(answer), target)
+    return AnswerText(question[-_ENDING_LENGTH:], str(answer), target)

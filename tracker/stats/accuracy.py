@@ -497,7 +497,8 @@ class OutcomeVariance:
         """Compute how many documents are needed to show that two equal models are equivalent.
 
         Equivalence is shown if the interval of the difference lies inside ±margin. By the normal
-        approximation, this happens with the probability `TEST_POWER`.
+        approximation, this happens with the probability `TEST_POWER`. For 0/1 outcomes, z² / (2 ·
+        margin) documents are added, with which Tango's score test has this power, too.
 
         Args:
             margin: Largest acceptable difference, above 0.
@@ -511,14 +512,15 @@ class OutcomeVariance:
             section 3.1.3.
 
         Examples:
-            A 95 % interval, power 80 %: (1.960 + 1.282)² · 0.07 / 0.01².
+            A 95 % interval, power 80 %: (1.960 + 1.282)² · 0.07 / 0.01² + 1.960² / (2 · 0.01).
 
             >>> OutcomeVariance(0.07, binary=True).count_equivalence_documents(0.01)
-            7356
+            7548
         """
         levels = [1 - ALPHA / (2 * n_tests), (1 + TEST_POWER) / 2]
         level_z, power_z = map(float, scipy.special.ndtri(levels))
-        return math.ceil((level_z + power_z) ** 2 * self.variance / margin**2)
+        correction = level_z**2 / (2 * margin) if self.binary else 0
+        return math.ceil((level_z + power_z) ** 2 * self.variance / margin**2 + correction)
 
     def detectable_change(self, n_documents: int, n_tests: int = 1) -> float | None:
         """Return the smallest change that a given number of documents reveals.

@@ -1,0 +1,354 @@
+"""Models compared by lm-eval's files, against lm-eval's figures and naive statistics."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable
+from html import unescape
+from pathlib import Path
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from lm_eval.tasks import TaskManager
+from scipy.stats import binomtest
+
+import tracker
+from tests.conftest import cli, printed, refused
+from tests.helpers.lm_eval import folder_tasks, metric_value, write_rows
+from tests.helpers.samples import DATE, run_lm_eval, sample, write_outcomes, write_samples
+from tests.tools.gate import gate_rates, probability_of
+from tracker.stats.accuracy import OutcomeVariance
+
+TASK = """
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+"""
+CHOICES = """
+output_type: multiple_choice
+doc_to_text: "Question: {{question}}\\nAnswer:"
+doc_to_choice: "{{choices}}"
+doc_to_target: answer
+metric_list:
+  - {metric: acc, aggregation: mean, higher_is_better: true}
+  - {metric: acc_norm, aggregation: mean, higher_is_better: true}
+metadata: {version: 1.0}
+"""
+TEXTS = """
+output_type: generate_until
+doc_to_text: "{{question}}"
+doc_to_target: a
+filter_list:
+  - {name: first, filter: [{function: take_first}]}
+  - {name: upper, filter: [{function: uppercase}, {function: take_first}]}
+metric_list:
+  - {metric: exact_match, aggregation: mean, higher_is_better: true, ignore_case: true}
+"""
+WORDS = """
+output_type: loglikelihood
+doc_to_text: "{{question}}"
+doc_to_target: " yes"
+metric_list:
+  - {metric: perplexity, aggregation: perplexity, higher_is_better: false}
+"""
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory) -> TaskManager:
+    """Write tasks of several kinds, and a group whose tasks have equal weights."""
+    folder = tmp_path_factory.mktemp("tasks")
+    kinds = {"facts": (CHOICES, 60), "art": (CHOICES, 25), "law": (CHOICES, 50)}
+    kinds |= {"texts": (TEXTS, 40), "words": (WORDS, 30)}
+    for name, (kind, count) in kinds.items():
+        rows = [
+            {"question": f"{name} {i}?", "choices": ["yes", "no", "perhaps"], "answer": i % 3}
+            for i in range(count)
+        ]
+        data = write_rows(folder / "data", **{name: rows}) / f"{name}.jsonl"
+        (folder / f"{name}.yaml").write_text(TASK.format(name=name, data=data) + kind)
+    mean = {"metric": "acc", "aggregation": "mean", "weight_by_size": False}
+    group = {"group": "school", "task": ["art", "law"], "aggregate_metric_list": [mean]}
+    (folder / "school.yaml").write_text(yaml.safe_dump(group))
+    return folder_tasks(folder)
+
+
+NAMES = ["facts", "school", "texts", "words"]
+
+
+@pytest.fixture(scope="module")
+def models(tasks, tmp_path_factory) -> dict[str, Any]:
+    """Evaluate three made-up models by lm-eval; folder → results and samples."""
+    folder = tmp_path_factory.mktemp("models")
+    return {
+        str(folder / name): run_lm_eval(folder / name, tasks, NAMES, seed)
+        for seed, name in enumerate(("A", "B", "C"))
+    }
+
+
+def naive_interval(drops: np.ndarray, weights: np.ndarray, family: int) -> tuple[float, float]:
+    """Return Bonett and Price's interval at Bonferroni's level, one document after another."""
+    z = NormalDist().inv_cdf(1 - 0.025 / family)
+    n = len(drops)
+    values, shares = [*drops, 1, -1], [*(weights * n / (n + 2)), 1 / (n + 2), 1 / (n + 2)]
+    mean = sum(v * s for v, s in zip(values, shares, strict=True))
+    variance = sum(s**2 * (v - mean) ** 2 for v, s in zip(values, shares, strict=True))
+    return mean - z * math.sqrt(variance), mean + z * math.sqrt(variance)
+
+
+def test_figures_equal_those_of_lm_eval(models):
+    first, *others = models
+    comparison = tracker.compare(*models)
+    metrics = {(row.benchmark, row.metric) for row in comparison.differences}
+    # Perplexity is no mean; the group lacks acc_norm.
+    assert metrics == {
+        *(("facts", "acc"), ("facts", "acc_norm"), ("school", "acc"), ("school", "acc_norm")),
+        *(("texts", "exact_match,first"), ("texts", "exact_match,upper")),
+    }
+    assert any("perplexity" in note for note in comparison.notes)
+    family = len(comparison.differences)
+    for row in comparison.differences:
+        name, _, filter_name = row.metric.partition(",")
+        folders = first, next(folder for folder in others if folder.endswith(row.model))
+        groups = {"school": ["art", "law"]}.get(row.benchmark, [row.benchmark])
+        values, weights = [[], []], []
+        for task in groups:
+            for side, folder in enumerate(folders):
+                rows = models[folder][1][task]
+                rows = [r for r in rows if r["filter"] == (filter_name or "none")]
+                values[side] += [r[name] for r in sorted(rows, key=lambda r: r["doc_id"])]
+            weights += [1 / len(groups) / len(rows)] * len(rows)
+        a, b, w = map(np.array, (*values, weights))
+        if row.benchmark == "school" and name == "acc_norm":  # not aggregated by lm-eval
+            w = np.full(len(a), 1 / len(a)) if row.first.value == pytest.approx(a.mean()) else w
+        else:
+            for folder, level in zip(folders, (row.first, row.second), strict=True):
+                reported = models[folder][0]["results"][row.benchmark]
+                assert level.value == pytest.approx(reported[f"{name},{filter_name or 'none'}"])
+        assert (row.won, row.lost) == ((b > a).sum(), (a > b).sum())
+        low, high = naive_interval(a - b, w, family)
+        assert (row.difference.low, row.difference.high) == pytest.approx((-high, -low))
+        test = binomtest(row.lost, row.lost + row.won)
+        assert row.difference.p_value == pytest.approx(test.pvalue)
+        if row.benchmark == "facts":
+            chances = [
+                metric_value({"samples": models[f][1]}, "facts", "choice_probability")
+                for f in folders
+            ]
+            assert row.choice.value == pytest.approx(chances[1] - chances[0])
+
+
+def test_a_published_example_gives_its_p_value(tmp_path):
+    # EleutherAI/lm-evaluation-harness, pull request 3868: 220 documents, unpaired p = 0.080,
+    # paired p = 0.008; the counts are some that give both.
+    a, b = write_outcomes(tmp_path, both=110, lost=30, won=12, neither=68)
+    (row,) = tracker.compare(a, b).differences
+    levels = [(x, x * (1 - x) / 219) for x in (row.first.value, row.second.value)]
+    z = (levels[0][0] - levels[1][0]) / math.sqrt(levels[0][1] + levels[1][1])
+    assert round(2 * NormalDist().cdf(-abs(z)), 3) == 0.080
+    assert round(row.difference.p_value, 3) == 0.008
+    assert row.verdict == "worse"
+
+
+@pytest.mark.parametrize(
+    ("counts", "margin", "verdict", "code"),
+    [
+        ((800, 40, 5), "1pp", "worse", 3),
+        ((800, 5, 40), "1pp", "better", 0),
+        ((2000, 1, 1), "1pp", "equivalent", 0),
+        ((900, 10, 30), "1pp", "better", 0),
+        ((900, 10, 20), "1pp", "equivalent or better", 0),
+        ((300, 5, 5), "1pp", "open", 4),
+        # The interval is inside the margin, but Tango's test is not significant.
+        ((276, 0, 0), "0.01", "open", 4),
+        # 57.0 against 54.0 on 300 documents is no regression yet.
+        ((150, 21, 12, 117), "1pp", "open", 4),
+    ],
+)
+def test_gate(tmp_path, counts, margin, verdict, code):
+    result = cli(
+        "compare", *write_outcomes(tmp_path, *counts), "--within", margin, "--format", "json"
+    )
+    content = json.loads(result.stdout)
+    (row,) = content["differences"]
+    assert (row["verdict"], result.exit_code, content["exit_code"]) == (verdict, code, code)
+    assert (row["needed"] is not None) == (verdict == "open")
+    without = json.loads(printed("compare", tmp_path / "A", tmp_path / "B", "--format", "json"))
+    assert without["exit_code"] == 0
+
+
+def test_the_gate_is_rarely_wrong():
+    for documents, margin, family in ((60, 0.05, 1), (277, 0.01, 1), (200, 0.02, 5)):
+        rates = [gate_rates(documents, margin, family, ratio) for ratio in (1.01, 3)]
+        assert max(rate.equivalent for rate in rates) <= 0.05
+        assert max(rate.worse for rate in rates) <= 0.05
+
+
+def test_the_planned_documents_give_the_planned_power():
+    count = OutcomeVariance(0.07, binary=True).count_equivalence_documents(0.05, 2)
+    power = probability_of({"equivalent"}, count, 0.05, 2, share=0.07, drop=0.0)
+    assert power == pytest.approx(0.8, abs=0.03)
+    text = printed("compare", "--plan", "--within", "5pp", "--agreement", 0.93, "--comparisons", 2)
+    assert f"{count:,} documents" in text
+
+
+def test_documents_are_matched_by_their_hashes(tmp_path):
+    a = write_samples(tmp_path / "A", "parity", [sample(i, 1) for i in range(30)])
+    rows = [sample(i + 3, i % 2, question=f"Is {i} even?") for i in range(5, 35)]
+    b = write_samples(tmp_path / "B", "parity", rows)
+    comparison = tracker.compare(a, b)
+    (row,) = comparison.differences
+    assert (row.n, row.lost) == (25, 12)
+    assert [*comparison.unmatched.values()] == [
+        [f"parity {i}" for i in range(5)],
+        [f"parity {i}" for i in range(33, 38)],
+    ]
+    assert any("5 documents" in note and "parity 0" in note for note in comparison.notes)
+
+
+def test_equal_documents_are_matched_one_by_one(tmp_path):
+    rows = [sample(i, i < 3, question="Is 2 even?") for i in range(4)]
+    a = write_samples(tmp_path / "A", "parity", rows)
+    b = write_samples(tmp_path / "B", "parity", rows)
+    (row,) = tracker.compare(a, b).differences
+    assert (row.n, row.lost, row.won) == (4, 0, 0)
+
+
+def test_documents_without_hashes_are_matched_by_number_and_text(tmp_path):
+    rows = [sample(i, 1, question=f"Is {i + 5 * (i > 7)} even?") for i in range(10)]
+    for row in rows:
+        del row["doc_hash"]
+    a = write_samples(tmp_path / "A", "parity", rows)
+    b = write_samples(tmp_path / "B", "parity", [sample(i, 1) for i in range(10)])
+    comparison = tracker.compare(a, b)
+    assert comparison.differences[0].n == 8
+    assert [*comparison.unmatched.values()] == [["parity 8", "parity 9"]] * 2
+
+
+def test_a_lower_loss_is_better(tmp_path):
+    changes = {"metrics": ["loss"], "target": "?"}
+    higher = {"higher_is_better": {"parity": {"loss": False}}}
+    a, b = (
+        write_samples(
+            tmp_path / name,
+            "parity",
+            [sample(i, 1, loss=2.5 + i % 3 + change * (1 + i % 2), **changes) for i in range(40)],
+            **higher,
+        )
+        for name, change in (("A", 0.0), ("B", -0.25))
+    )
+    (row,) = tracker.compare(a, b).differences
+    assert row.difference.value == pytest.approx(0.375)
+    assert (row.won, row.lost, row.verdict) == (40, 0, "better")
+    assert row.difference.p_value is None
+    assert "2.1250" in printed("compare", a, b) or "3.1" in printed("compare", a, b)
+
+
+def rewrite(path: Path, change: Callable[[str], str]) -> None:
+    path.write_text(change(path.read_text()))
+
+
+SAMPLES, REPORT = f"samples_parity_{DATE}.jsonl", f"results_{DATE}.json"
+
+
+def drop_line(text: str) -> str:
+    return "".join(text.splitlines(keepends=True)[:-1])
+
+
+def repeat_line(text: str) -> str:
+    return text + text.splitlines(keepends=True)[-1]
+
+
+WRONG_FILES = [
+    (SAMPLES, lambda text: text[:-30], f"{SAMPLES}, line 40,"),
+    (SAMPLES, lambda text: text + "[]\n", f"{SAMPLES}, line 41,"),
+    (SAMPLES, lambda text: text.replace('"filter"', '"f"'), "line 1.*lacks 'filter'"),
+    (SAMPLES, drop_line, "39 of 40 documents"),
+    (SAMPLES, lambda text: "", "0 of 40 documents"),
+    (SAMPLES, repeat_line, "document 39 occurs twice.*repeated runs"),
+    (SAMPLES, lambda text: text.replace('doc_hash": "', 'doc_hash": "0'), "no document in common"),
+    (
+        SAMPLES,
+        lambda text: text.replace('prompt_hash": "', 'prompt_hash": "0'),
+        "prompt differs",
+    ),
+    (SAMPLES, lambda text: text.replace('"acc"', '"f1"'), "no metric in common"),
+    (REPORT, lambda text: text[:-5], REPORT),
+    (REPORT, lambda text: text.replace('"parity": 1.0', '"parity": 2.0'), "version differs"),
+    (REPORT, lambda text: text.replace('"parity": 0}', '"parity": 5}'), "num_fewshot differs"),
+    (REPORT, lambda text: text.replace('_sha": null', '_sha": "ab"'), "chat_template differs"),
+    (REPORT, lambda text: '{"results": [], "configs": {}}', "not of lm-eval"),
+]
+
+
+@pytest.mark.parametrize(("name", "change", "message"), WRONG_FILES)
+def test_wrong_files_are_refused(tmp_path, name, change, message):
+    a, b = write_outcomes(tmp_path, 20, 15, 5)
+    rewrite(b / name, change)
+    result = cli("compare", a, b)
+    refused(result)
+    assert re.search(message, result.output)
+    if match := re.search(r"--allow-different (\w+)", result.output):
+        assert cli("compare", a, b, *match.group().split()).exit_code == 0
+
+
+WRONG_ARGUMENTS = [
+    (["A"], "two models"),
+    (["A", "A"], "same answers"),
+    (["A", f"A/{SAMPLES}"], "same answers"),
+    (["A", "missing"], "does not exist"),
+    (["A", "empty"], "--log_samples"),
+    (["A", f"B/{REPORT}"], "--log_samples"),
+    (["A", "."], "2 models"),
+    (["A", "other"], "no benchmark in common: parity against sums"),
+    (["A", "B", "--metric", "ac"], "no 'ac'.*Did you mean 'acc'"),
+    (["A", "B", "--within", "1%"], "1pp"),
+    (["A", "B", "--within", "2"], "1pp"),
+    (["A", "B", "--within", "party=1pp"], "no 'party'.*Did you mean 'parity'"),
+    (["--plan"], "--within"),
+    (["A", "B", "--track", "mlfow"], "mlfow"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), WRONG_ARGUMENTS)
+def test_wrong_arguments_are_refused(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / REPORT).write_text("{}")
+    write_outcomes(tmp_path, 20, 15, 5)
+    write_samples(tmp_path / "far" / "other", "sums", [sample(i, 1) for i in range(5)])
+    names = ["far/other" if name == "other" else name for name in arguments]
+    result = cli("compare", *names, "--output", "out")
+    refused(result)
+    assert re.search(message, result.output), result.output
+    assert not Path("out").exists()
+
+
+def test_texts_from_files_are_escaped(tmp_path):
+    evil = "<script>alert(1)</script> | `x` \x1b[31m"
+    pairs = [[sample(i, right, question=f"{evil} {i}") for i in range(40)] for right in (1, 0)]
+    a = write_samples(tmp_path / "A", "parity", pairs[0], model_name=f"org/{evil}A")
+    b = write_samples(tmp_path / "B", "parity", pairs[1], model_name=evil)
+    page = printed("compare", a, b, "--format", "html")
+    assert "<script" not in page
+    assert "alert(1)</script> | `x`" in unescape(page)
+    assert page.count("<tr>") >= 30
+    comment = printed("compare", a, b, "--format", "md")
+    assert "<script" not in comment
+    assert re.search(r"^\|(?: *[:-]+ *\|){11,}$", comment, re.MULTILINE)
+    assert "\x1b" not in printed("compare", a, b)
+
+
+def test_a_file_beside_others_is_one_model(tmp_path):
+    a, b = write_outcomes(tmp_path, 20, 5, 5)
+    write_samples(tmp_path / "old" / "A", "sums", [sample(i, 1) for i in range(5)])
+    (tmp_path / "old/A" / f"samples_sums_{DATE}.jsonl").rename(a / f"samples_sums_{DATE}.jsonl")
+    output = tmp_path / "out.md"
+    printed("compare", a / SAMPLES, b, "--format", "md", "--output", output)
+    assert "parity" in output.read_text()
+    assert "sums" not in output.read_text()
