@@ -4,24 +4,31 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
+import shutil
+import subprocess
+import tarfile
 from collections.abc import Callable
 from html import unescape
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
+import lm_eval.evaluator
 import numpy as np
 import pytest
 import yaml
 from lm_eval.tasks import TaskManager
+from mlflow import MlflowClient
 from scipy.stats import binomtest
 
 import tracker
-from tests.conftest import cli, printed, refused
+from tests.conftest import TRACKER, cli, printed, refused
 from tests.helpers.lm_eval import folder_tasks, metric_value, write_rows
 from tests.helpers.samples import DATE, run_lm_eval, sample, write_outcomes, write_samples
 from tests.tools.gate import gate_rates, probability_of
+from tracker.benchmarks import results
 from tracker.stats.accuracy import OutcomeVariance
 
 TASK = """
@@ -352,3 +359,85 @@ def test_a_file_beside_others_is_one_model(tmp_path):
     printed("compare", a / SAMPLES, b, "--format", "md", "--output", output)
     assert "parity" in output.read_text()
     assert "sums" not in output.read_text()
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory) -> Path:
+    """Unpack a results folder of SmolLM2 on arc_easy and piqa."""
+    folder = tmp_path_factory.mktemp("demo")
+    with tarfile.open(Path(__file__).parents[1] / "golden/folders/demo.tar.xz") as archive:
+        archive.extractall(folder, filter="data")
+    return folder
+
+
+def test_runs_of_a_results_folder_have_the_drops_of_their_records(demo):
+    runs = [f"{demo}:SmolLM2-135M-Instruct:{change}" for change in ("intact", "layer:3", "layer:0")]
+    comparison = tracker.compare(*runs, metric=["acc", "choice_probability"])
+    records = {record.benchmark.name: record for record in tracker.ls(demo)}
+    assert len(comparison.differences) == 8
+    for row in comparison.differences:
+        record = records[row.benchmark]
+        (run,) = (r for r in record.runs if f"{r.change}" == row.model.split()[-1])
+        drop = run.choice_drop if row.metric == "choice_probability" else run.drop
+        if row.metric in (record.metric, "choice_probability"):
+            assert row.difference.value == pytest.approx(-drop.value)
+            assert row.difference.p_value == drop.p_value
+            assert row.n == run.n
+    assert "chlorophyll" in printed("compare", *runs, "--format", "html")
+
+
+def test_a_run_is_compared_with_files_of_lm_eval(demo, tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "BOOTSTRAP_ITERS", 10)
+    monkeypatch.setattr(lm_eval.evaluator, "add_env_info", lambda storage: None)
+    cell = f"{demo}:SmolLM2-135M-Instruct--arc_easy"
+    tracker.log_samples(tmp_path, results=demo, benchmark=["arc_easy"], layer=[0])
+    intact, removed = sorted(tmp_path.iterdir())
+    comparison = tracker.compare(f"{cell}:intact", intact, removed, metric=["acc"])
+    same, other = comparison.differences
+    assert (same.won, same.lost, same.choice.value) == (0, 0, pytest.approx(0, abs=1e-6))
+    expected = tracker.compare(f"{cell}:intact", f"{cell}:layer:0", metric=["acc"]).differences[0]
+    assert (other.won, other.lost, other.n) == (expected.won, expected.lost, expected.n)
+    assert not comparison.unmatched
+
+
+@pytest.mark.parametrize(
+    ("run", "message"),
+    [
+        ("SmolLM2-135M-Instruct--arc:intact", "fits no cell.*arc_easy"),
+        ("SmolLM2-135M-Instruct:layer:99", "no such run; try intact, layer"),
+        ("SmolLM2-135M-Instruct:lair:3", "invalid change 'lair:3'"),
+        ("SmolLM2-135M-Instruct:intact", "same answers"),
+    ],
+)
+def test_wrong_runs_are_refused(demo, run, message):
+    result = cli("compare", f"{demo}:SmolLM2-135M-Instruct:intact", f"{demo}:{run}")
+    refused(result)
+    assert re.search(message, result.output), result.output
+
+
+def test_a_comparison_is_a_run_in_mlflow(tmp_path, template, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(template, tmp_path / "mlflow.db")
+    printed("compare", *write_outcomes(tmp_path, 30, 5, 9), "--track", "mlflow", "--results", ".")
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    (experiment,) = (e for e in client.search_experiments() if e.name == "tracker")
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.run_name == "comparison"
+    assert {f.path for f in client.list_artifacts(run.info.run_id)} >= {"comparison.html"}
+    assert "open on parity" in run.data.tags["mlflow.note.content"]
+
+
+def test_the_workflow_of_the_documentation_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_outcomes(tmp_path, 200, 60, 5)
+    Path("lm-eval").mkdir()
+    Path("A").rename("lm-eval/original")
+    Path("B").rename("lm-eval/int4")
+    text = (Path(__file__).parents[2] / "docs/compare.md").read_text()
+    (workflow,) = map(yaml.safe_load, re.findall(r"```yaml\n(.*?)```", text, re.DOTALL))
+    steps = [s["run"] for job in workflow["jobs"].values() for s in job["steps"] if "run" in s]
+    (script,) = (step for step in steps if "tracker compare" in step)
+    environment = {**os.environ, "GITHUB_STEP_SUMMARY": "summary.md"}
+    environment["PATH"] = f"{TRACKER.parent}:{environment['PATH']}"
+    assert subprocess.run(["bash", "-e", "-c", script], env=environment).returncode == 3
+    assert "| worse" in Path("summary.md").read_text()

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from tracker.analysis.metrics import DocumentMetric
+from tracker.analysis.metrics import DocumentMetric, TextReader
 from tracker.comparison import answers
 from tracker.ledger.cells import CellStore
 from tracker.ledger.store import Ledger
@@ -96,15 +96,15 @@ def _read_cell(source: str, store: CellStore, ablation: Ablation) -> answers.Ben
     }
     if not benchmark.apply_chat_template:  # the digest of a template is unknown
         settings["chat_template"] = answers.setting_text(None)
-    read_text = partial(_read_text, store, rows)
+    read_text = partial(_read_text, cache(store.texts.read), rows)
     by_size = benchmark.weight_by_size
     return answers.BenchmarkAnswers(table, higher, settings, left_out, by_size, read_text)
 
 
-def _read_text(store: CellStore, rows: pd.DataFrame, task: str, doc: int) -> answers.AnswerText:
+def _read_text(read: TextReader, rows: pd.DataFrame, task: str, doc: int) -> answers.AnswerText:
     """Return the texts of a document and of the model's answer."""
     row: Any = rows.loc[(task, doc)]
-    stored = store.texts.read().get((task, doc))
+    stored = read().get((task, doc))
     text = stored.text if stored else DocumentText("")
     if not text.choices:
         return answers.AnswerText(text.question, str(row.get("text") or ""), text.answer or "")
