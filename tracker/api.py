@@ -846,29 +846,6 @@ def compare(
     return compare_models(models, metric, margins, allow_different)
 
 
-def publish_comparison(
-    comparison: Comparison, targets: str | Sequence[str], *, results: Where = RESULTS
-) -> tuple[dict[str, str], dict[str, str]]:
-    """Publish the page and the table of a comparison to tracking backends, as a separate run.
-
-    Args:
-        comparison: The comparison, from `compare`.
-        targets: Tracking backends, each as `BACKEND` or `BACKEND:PROJECT`.
-        results: The results folder, in which a backend without a server stores its files.
-
-    Returns:
-        Addresses of the run, and error messages, by target.
-
-    Raises:
-        RequestError: A target is invalid.
-    """
-    from tracker.comparison.display import build_page
-    from tracker.team.reports import publish_page
-
-    build = partial(build_page, comparison)
-    return publish_page(build, _parse_targets(targets), Path(results), ["tracker"])
-
-
 def _collect(
     sources: Sequence[Where], results: Where, progress: Progress | None, reads_outcomes: bool
 ) -> Results:

@@ -275,9 +275,9 @@ WRONG_FILES = [
     (SAMPLES, lambda text: text[:-30], f"{SAMPLES}, line 40,"),
     (SAMPLES, lambda text: text + "[]\n", f"{SAMPLES}, line 41,"),
     (SAMPLES, lambda text: text.replace('"filter"', '"f"'), "line 1.*lacks 'filter'"),
-    (SAMPLES, drop_line, "39 of 40 documents"),
+    (SAMPLES, drop_line, "39 of 40 documents of parity"),
     (SAMPLES, lambda text: "", "0 of 40 documents"),
-    (SAMPLES, repeat_line, "document 39 occurs twice.*repeated runs"),
+    (SAMPLES, repeat_line, "document 39 of parity occurs twice.*repeated runs"),
     (SAMPLES, lambda text: text.replace('doc_hash": "', 'doc_hash": "0'), "no document in common"),
     (
         SAMPLES,
@@ -290,6 +290,7 @@ WRONG_FILES = [
     (REPORT, lambda text: text.replace('"parity": 0}', '"parity": 5}'), "num_fewshot differs"),
     (REPORT, lambda text: text.replace('_sha": null', '_sha": "ab"'), "chat_template differs"),
     (REPORT, lambda text: '{"results": [], "configs": {}}', "not of lm-eval"),
+    (REPORT, lambda text: text.replace('"n-shot"', '"group_subtasks": [1], "n"'), "not of lm-eval"),
 ]
 
 

@@ -7,7 +7,6 @@ a gate says "equivalent" (or better) at the margin's edge, and "worse" without a
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
 from functools import cache
 from typing import NamedTuple
 
@@ -40,7 +39,7 @@ def verdict(lost: int, won: int, documents: int, margin: float, family: int) -> 
     level = Estimate(None)
     row = verdicts.Difference(
         *("B", "parity", "acc", documents, level, level, won, lost),
-        *(replace(-drop, p_value=drop.p_value), level, True),
+        *(-drop, level),
     )
     decided = [*verdicts._decide([row] * family, {verdicts.ALL_BENCHMARKS: margin})]
     return decided[0].verdict

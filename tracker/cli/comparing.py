@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -108,8 +109,10 @@ def compare(
     )
     from tracker.comparison import display
     from tracker.ledger.files import write_text
+    from tracker.team.reports import publish_page
 
-    locations, errors = api.publish_comparison(comparison, track or (), results=results)
+    build = partial(display.build_page, comparison)
+    locations, errors = publish_page(build, track or (), results, ["tracker"])
     if output is not None:
         write_text(output, display.WRITERS[form](comparison))
     elif form != "text":
@@ -125,7 +128,6 @@ def compare(
 
 def _print_plan(margins: dict[str, float], agreement: float, comparisons: int) -> None:
     """Print the number of documents that show equivalence of equal models."""
-    from tracker.schema.formats import points
     from tracker.stats.accuracy import TEST_POWER, OutcomeVariance
 
     if not margins:
@@ -133,8 +135,5 @@ def _print_plan(margins: dict[str, float], agreement: float, comparisons: int) -
     variance = OutcomeVariance(1 - agreement, binary=True)
     for benchmark, margin in margins.items():
         count = variance.count_equivalence_documents(margin, comparisons)
-        echo(
-            f"{benchmark or 'each benchmark'}: about {count:,} documents show that two equal "
-            f"models are equivalent within {points(margin)} pp, with a probability of "
-            f"{TEST_POWER:.0%} (agreement {agreement:.0%}, {comparisons} decided together)"
-        )
+        subject = f"{count:,} documents of {benchmark or 'each benchmark'} show that equal models"
+        echo(f"{subject} are equivalent within {100 * margin:g} pp in {TEST_POWER:.0%} of cases")

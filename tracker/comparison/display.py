@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
-from functools import partial
 from operator import itemgetter
 from pathlib import Path
 
@@ -13,7 +12,6 @@ from tracker.comparison.verdicts import OPEN_CODE, WORSE_CODE, Comparison, Diffe
 from tracker.ledger.files import write_text
 from tracker.report.export import markdown_table
 from tracker.report.page.comparison import render_comparison
-from tracker.schema.estimates import Estimate
 from tracker.schema.formats import join_words, points, three_digits
 from tracker.schema.grouping import group_by
 from tracker.schema.tables import Column, Table, build_table
@@ -23,7 +21,6 @@ from tracker.tracking.figures import logged_table
 
 MAX_LOST = 30
 """Maximum number of lost documents of a model and metric on a page."""
-_TEXTS = ("document", "question", "right answer")
 COLUMN_NOTE = (
     "Differences are those of the other model from {first} on the same documents; positive = "
     "the other model is better. With 95 % confidence, all {count} intervals hold together "
@@ -31,96 +28,56 @@ COLUMN_NOTE = (
 )
 
 
-def _is_fraction(row: Difference) -> bool:
-    """Return whether a metric is shown as a percentage."""
-    values = [level.value for level in (row.first, row.second) if level.value is not None]
-    return row.higher_is_better and all(0 <= value <= 1 for value in values)
-
-
-def _level(row: Difference, name: str) -> Estimate:
-    level: Estimate = getattr(row, name)
-    return _in_unit(row, Estimate(level.value, reason=level.reason))
-
-
-def _change(row: Difference) -> Estimate:
-    return _in_unit(row, replace(row.difference, p_value=None))
-
-
-def _in_unit(row: Difference, figure: Estimate) -> Estimate:
-    """Return a figure that is not shown as a percentage with the unit of its metric."""
-    return figure if _is_fraction(row) else replace(figure, unit="metric")
-
-
-def _needed(row: Difference) -> Estimate:
-    reason = "the models do not differ, and there is no margin"
-    return Estimate(row.needed, reason=reason if row.verdict == "open" else "nothing is open")
-
-
 def verdict_text(row: Difference) -> str:
     """Return the verdict, with the margin if it depends on one."""
     if row.margin is None or "equivalent" not in row.verdict:
         return row.verdict
-    margin = f"{points(row.margin)} pp" if _is_fraction(row) else three_digits(row.margin)
+    margin = three_digits(row.margin) if row.first.unit else f"{points(row.margin)} pp"
     return f"{row.verdict} (within {margin})"
 
 
 def comparison_table(comparison: Comparison) -> Table:
     """Build the table of all differences."""
-    is_single = len({row.model for row in comparison.differences}) == 1
-    second = comparison.differences[0].model if is_single else "other model"
+    rows, first = comparison.differences, comparison.models[0].name
+    has_models = len(comparison.models) > 2
+    second = "other model" if has_models else comparison.models[1].name
     columns: tuple[Column[Difference], ...] = (
         Column("model", "text", lambda row: row.model),
         Column("benchmark", "text", lambda row: row.benchmark),
         Column("metric", "text", lambda row: row.metric),
         Column("documents", "count", lambda row: row.n),
-        Column(comparison.models[0].name, "percent", partial(_level, name="first"), name="first"),
-        Column(second, "percent", partial(_level, name="second"), name="second"),
+        Column(first, "percent", lambda row: replace(row.first, low=None), name="first"),
+        Column(second, "percent", lambda row: replace(row.second, low=None), name="second"),
         Column("won", "count", lambda row: row.won),
         Column("lost", "count", lambda row: row.lost),
-        Column("difference", "points", _change),
+        Column("difference", "points", lambda row: row.difference),
         Column("p", "p", lambda row: row.difference.p_value, "not 0 or 1 for every document"),
         Column("choice probability", "points", lambda row: row.choice),
         Column("verdict", "text", verdict_text),
-        Column("documents to settle", "count", _needed),
+        Column("documents to settle", "count", lambda row: row.needed, "settled, or no margin"),
     )
-    rows = comparison.differences
-    note = COLUMN_NOTE.format(first=comparison.models[0].name, count=len(rows))
-    notes = (note, *comparison.notes)
-    return build_table("", columns[is_single:], rows, *notes, header=0 if is_single else 1)
+    notes = (COLUMN_NOTE.format(first=first, count=len(rows)), *comparison.notes)
+    return build_table("", columns[not has_models :], rows, *notes, header=int(has_models))
 
 
 def sentences(comparison: Comparison) -> list[str]:
     """Return one sentence for each model, and one about the gate."""
     lines = []
     for model, rows in group_by(comparison.differences, lambda row: row.model).items():
-        has_metrics = len({row.metric for row in rows}) > 1
-        names = {
-            verdict: join_words(
-                [
-                    f"{row.benchmark} ({row.metric})" if has_metrics else row.benchmark
-                    for row in group
-                ]
-            )
+        texts = [
+            f"{verdict} on {join_words([f'{row.benchmark} ({row.metric})' for row in group])}"
             for verdict, group in group_by(rows, verdict_text).items()
-        }
-        texts = [f"{verdict} on {benchmarks}" for verdict, benchmarks in names.items()]
+        ]
         lines.append(f"{model} compared with {comparison.models[0].name}: {'; '.join(texts)}.")
-    if comparison.is_gate:
-        lines.append(_GATE[comparison.exit_code].format(_needed_text(comparison)))
-    return lines
+    return lines + ([_GATE[comparison.exit_code]] if comparison.is_gate else [])
 
 
 _GATE = {
     0: "Gate passed.",
     WORSE_CODE: "Gate not passed: a model is worse.",
-    OPEN_CODE: "Gate open: the documents are too few to decide{}.",
+    OPEN_CODE: "Gate open: the documents are too few to decide.",
 }
 """Exit code → sentence about the gate."""
-
-
-def _needed_text(comparison: Comparison) -> str:
-    counts = [row.needed for row in comparison.differences if row.needed]
-    return f"; about {max(counts):,} documents of a benchmark would" if counts else ""
 
 
 def write_json(comparison: Comparison) -> str:
@@ -140,28 +97,22 @@ def write_markdown(comparison: Comparison) -> str:
 
 def write_html(comparison: Comparison) -> str:
     """Write sentences, table and lost documents as a page that needs no network."""
-    models = {model.name: model for model in comparison.models}
-    first = comparison.models[0]
-    tables = [
-        build_table(
-            f"{row.model} loses {row.lost} documents of {row.benchmark} ({row.metric})",
-            [
-                Column(name, "text", itemgetter(i))
-                for i, name in enumerate((*_TEXTS, first.name, row.model))
-            ],
-            [
-                (f"{task} {doc}", text.question, text.target, text.answer, other.answer)
-                for task, doc, other_doc in row.lost_documents[:MAX_LOST]
-                for text in [first.benchmarks[row.benchmark].read_text(task, doc)]
-                for other in [
-                    models[row.model].benchmarks[row.benchmark].read_text(task, other_doc)
-                ]
-            ],
-        )
-        for row in comparison.differences
-        if row.lost
-    ]
+    tables = [_lost_table(comparison, row) for row in comparison.differences if row.lost]
     return render_comparison(sentences(comparison), comparison_table(comparison), tables)
+
+
+def _lost_table(comparison: Comparison, row: Difference) -> Table:
+    """Build the table of the first lost documents, with the answers of both models."""
+    models = {model.name: model for model in comparison.models}
+    names = (comparison.models[0].name, row.model)
+    first, second = (models[name].benchmarks[row.benchmark] for name in names)
+    lines = []
+    for task, doc, second_doc in row.lost_documents[:MAX_LOST]:
+        text, answer = first.read_text(task, doc), second.read_text(task, second_doc).answer
+        lines.append((f"{task} {doc}", text.question, text.target, text.answer, answer))
+    title = f"{row.model} loses {row.lost} documents of {row.benchmark} ({row.metric})"
+    labels = enumerate(("document", "question", "right answer", *names))
+    return build_table(title, [Column(n, "text", itemgetter(i)) for i, n in labels], lines)
 
 
 def build_page(comparison: Comparison, folder: Path) -> Page:

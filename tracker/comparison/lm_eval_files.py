@@ -23,7 +23,7 @@ from tracker.schema.identities import CHOICE_PROBABILITY
 from tracker.stats.accuracy import weights_by_task
 from tracker.stats.decisions import choice_probabilities, choose_options
 
-_NAME = re.compile(r"(?:samples_)?(.+?)(?:_(\d{4}-\d\d-\d\dT[\d.-]+))?", re.DOTALL)
+_NAME = re.compile(r"(?:samples_)?(.*?)(?:_(\d{4}-\d\d-\d\dT[\d.-]+))?", re.DOTALL)
 """Stem of a file's name: task and date."""
 _ARGUMENTS, _RESPONSES = b'"arguments": {"gen_args_0"', b'"resps": ['
 _MEGABYTE = 1_000_000
@@ -59,14 +59,14 @@ def find_samples(path: Path) -> dict[str, Path]:
     if not files or path.suffix == ".json":
         command = "run lm_eval with --log_samples and --output_path"
         raise RequestError(f"{path} holds no samples_TASK_DATE.jsonl; {command}")
-    return {
-        _task_and_date(file)[0]: file for file in sorted(files, key=lambda f: _task_and_date(f)[1])
-    }
+    files.sort(key=lambda file: _task_and_date(file)[1])
+    return {_task_and_date(file)[0]: file for file in files}
 
 
 def _task_and_date(path: Path) -> tuple[str, str]:
     match = _NAME.fullmatch(path.stem)
-    return (match[1], match[2] or "") if match else (path.stem, "")
+    assert match
+    return match[1], match[2] or ""
 
 
 def read_model(source: str, files: Mapping[str, Path], progress: Progress) -> ModelAnswers:
@@ -80,16 +80,15 @@ def read_model(source: str, files: Mapping[str, Path], progress: Progress) -> Mo
     Raises:
         RequestError: A file is damaged or incomplete.
     """
-    name = Path(source).stem
+    name = Path(source).name
     benchmarks: dict[str, BenchmarkAnswers] = {}
     for date in dict.fromkeys(_task_and_date(path)[1] for path in files.values()):
         paths = {task: path for task, path in files.items() if _task_and_date(path)[1] == date}
         report = _read_report(next(iter(paths.values())).parent, date)
-        name = str(report.get("model_name") or name).rstrip("/").rpartition("/")[2]
-        samples = {task: _read_samples(task, path, progress) for task, path in paths.items()}
-        for benchmark, tasks in _benchmarks(report, paths).items():
-            rows = [row for task in tasks for row in samples.pop(task)]
-            with _explained(paths[tasks[0]]):
+        with _explained(source):
+            name = str(report.get("model_name") or name).rstrip("/").rpartition("/")[2]
+            for benchmark, tasks in _benchmarks(report, paths).items():
+                rows = [row for task in tasks for row in _read_samples(task, paths[task], progress)]
                 read_text = partial(_read_text, paths)
                 benchmarks[benchmark] = _Report(report, benchmark, tasks).read(rows, read_text)
     return ModelAnswers(name, source, benchmarks)
@@ -185,7 +184,8 @@ class _Report:
         """Build the answers from the samples of all tasks."""
         rows = {(row["task"], row["doc"]): row for row in samples}
         if len(rows) < self._count:
-            raise ValueError(f"{len(rows)} of {self._count} documents")
+            names = ", ".join(self._tasks)
+            raise ValueError(f"{len(rows)} of {self._count} documents of {names}")
         table = pd.DataFrame([*rows.values()], pd.MultiIndex.from_tuples(rows))
         offsets, options = table["offset"].to_dict(), table["options"].tolist()
         copies = table.groupby(["task", "key"]).cumcount().astype(str)
@@ -226,22 +226,17 @@ class _Report:
     def _settings(self) -> dict[str, str]:
         """Return the settings that change the answers."""
 
-        def texts(key: str) -> dict[str, None]:
-            values = self._report.get(key, {})
-            return dict.fromkeys(setting_text(values.get(task)) for task in self._tasks)
+        def join(values: Iterable[object]) -> str:
+            return ", ".join(dict.fromkeys(map(setting_text, values)))
 
-        configs = [self._report.get("configs", {}).get(task, {}) for task in self._tasks]
-        settings = {
-            "version": texts("versions"),
-            "num_fewshot": texts("n-shot"),
-            "chat_template": [setting_text(self._report.get("chat_template_sha"))],
-            "system_instruction": [setting_text(self._report.get("system_instruction_sha"))],
-            **{
-                key: dict.fromkeys(setting_text(config.get(key)) for config in configs)
-                for key in _CONFIG_SETTINGS
-            },
-        }
-        return {name: ", ".join(values) for name, values in settings.items()}
+        report = self._report
+        configs = [report.get("configs", {}).get(task, {}) for task in self._tasks]
+        settings = {key: join(config.get(key) for config in configs) for key in _CONFIG_SETTINGS}
+        for name, key in (("version", "versions"), ("num_fewshot", "n-shot")):
+            settings[name] = join(report.get(key, {}).get(task) for task in self._tasks)
+        for name in ("chat_template", "system_instruction"):
+            settings[name] = setting_text(report.get(f"{name}_sha"))
+        return settings
 
 
 def _metric_values(samples: Iterable[Mapping[str, Any]]) -> dict[str, dict[tuple[str, int], Any]]:
@@ -252,7 +247,8 @@ def _metric_values(samples: Iterable[Mapping[str, Any]]) -> dict[str, dict[tuple
         for metric, value in sample["metrics"].items():
             values = metrics.setdefault(f"{metric}{suffix}", {})
             if (sample["task"], sample["doc"]) in values:
-                raise ValueError(f"document {sample['doc']} occurs twice: repeated runs are mixed")
+                document = f"document {sample['doc']} of {sample['task']}"
+                raise ValueError(f"{document} occurs twice: repeated runs are mixed")
             values[sample["task"], sample["doc"]] = value
     return metrics
 

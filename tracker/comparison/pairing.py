@@ -17,12 +17,12 @@ PROMPT_SETTINGS = {PROMPT, "version", "num_fewshot", "chat_template", "system_in
 
 
 class PairedTables(NamedTuple):
-    """Tables of two models' answers: to the common documents in one order, and to the others."""
+    """Two models' answers to the common documents, and the names of all other documents."""
 
     first: pd.DataFrame
     second: pd.DataFrame
-    only_first: pd.DataFrame
-    only_second: pd.DataFrame
+    only_first: list[str]
+    only_second: list[str]
 
 
 def pair_documents(
@@ -57,7 +57,8 @@ def pair_documents(
         common = common[[_have_same_end(first, second, *document) for document in common]]
     if not len(common):
         raise RequestError(f"{benchmark}: the models have no document in common")
-    pairs = PairedTables(a.loc[common], b.loc[common], a.drop(common), b.drop(common))
+    others = ((t.drop(common)["task"] + " " + t.drop(common)["doc"].astype(str)) for t in (a, b))
+    pairs = PairedTables(a.loc[common], b.loc[common], *(names.tolist() for names in others))
     prompts = pairs.first["prompt"], pairs.second["prompt"]
     differs = (prompts[0] != prompts[1]) & (prompts[0] != "") & (prompts[1] != "")
     if differs.any() and not PROMPT_SETTINGS & {*allowed}:

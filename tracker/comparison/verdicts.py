@@ -20,7 +20,7 @@ from tracker.comparison.pairing import PairedTables, pair_documents
 from tracker.comparison.stored_runs import RunName, parse_run_name, read_run
 from tracker.measuring.progress import Progress, Silent, report_work
 from tracker.schema.errors import RequestError, did_you_mean
-from tracker.schema.estimates import Estimate
+from tracker.schema.estimates import Estimate, FigureUnit
 from tracker.schema.formats import count_text
 from tracker.schema.identities import CHOICE_PROBABILITIES, CHOICE_PROBABILITY
 from tracker.stats.accuracy import ALPHA, OutcomeVariance, accuracy, drop_below_p, weights_by_task
@@ -47,7 +47,7 @@ class Difference:
         benchmark: Name of the task or group.
         metric: Name of the metric.
         n: Number of common documents.
-        first: Metric of the first model.
+        first: Metric of the first model; its unit is `metric` if it is shown as a plain number.
         second: Metric of the other model.
         won: Number of documents on which the other model is better.
         lost: Number of documents on which the first model is better.
@@ -55,7 +55,6 @@ class Difference:
             a loss; positive = the other model is better. The interval is simultaneous. The p-value
             is from the exact McNemar test.
         choice: The same difference in the probability of the right option, with a single interval.
-        higher_is_better: Whether higher values of the metric are better.
         margin: Largest acceptable difference; None without a gate.
         verdict: Supported statement about the other model.
         needed: Number of documents that would probably settle an open verdict.
@@ -72,7 +71,6 @@ class Difference:
     lost: int
     difference: Estimate
     choice: Estimate
-    higher_is_better: bool
     margin: float | None = None
     verdict: Verdict = "open"
     needed: int | None = None
@@ -165,28 +163,19 @@ def compare_models(
             answers = first.benchmarks[benchmark], other.benchmarks[benchmark]
             pairs = pair_documents(benchmark, *answers, allowed)
             differences += _compare_benchmark(other.name, benchmark, answers[0], pairs)
-            for case, table in (
-                (f"{first.name}, not {other.name}", pairs.only_first),
-                (f"{other.name}, not {first.name}", pairs.only_second),
-            ):
-                docs = [
-                    f"{task} {doc}" for task, doc in zip(table["task"], table["doc"], strict=True)
-                ]
-                unmatched |= {f"{benchmark}: only of {case}": docs} if docs else {}
+            unmatched[f"{benchmark}: {first.name}, not {other.name}"] = pairs.only_first
+            unmatched[f"{benchmark}: {other.name}, not {first.name}"] = pairs.only_second
     logged = {row.metric for row in differences}
-    differences = [
-        row
-        for row in differences
-        if (row.metric in metrics if metrics else row.metric not in CHOICE_PROBABILITIES)
-    ]
-    benchmarks = {row.benchmark for row in differences}
     _refuse_unknown("--metric", metrics, logged)
-    _refuse_unknown("--within", {*margins} - {ALL_BENCHMARKS}, benchmarks)
+    shown = metrics or logged.difference(CHOICE_PROBABILITIES)
+    differences = [row for row in differences if row.metric in shown]
     if not differences:
         raise RequestError("the models have no metric in common that is a mean over documents")
-    return Comparison(
-        models, [*_decide(differences, margins)], [*_notes(models, unmatched)], unmatched
-    )
+    benchmarks = {row.benchmark for row in differences}
+    _refuse_unknown("--within", {*margins} - {ALL_BENCHMARKS}, benchmarks)
+    unmatched = {case: docs for case, docs in unmatched.items() if docs}
+    notes = [*_notes(models, unmatched)]
+    return Comparison(models, [*_decide(differences, margins)], notes, unmatched)
 
 
 def _refuse_unknown(option: str, names: Iterable[str], known: Collection[str]) -> None:
@@ -208,7 +197,7 @@ def _notes(models: Sequence[ModelAnswers], unmatched: Mapping[str, Sequence[str]
                 yield f"{benchmark}: {metric} of {model.name} is left out: {reason}"
     for case, docs in unmatched.items():
         names_text = ", ".join(docs[:MAX_NAMED]) + (", …" if docs[MAX_NAMED:] else "")
-        yield f"{case}: {count_text(len(docs), 'document')} left out ({names_text})"
+        yield f"{count_text(len(docs), 'document')} left out of {case}: {names_text}"
 
 
 def _compare_benchmark(
@@ -227,19 +216,21 @@ def _compare_benchmark(
         choice = -outcomes[CHOICE_PROBABILITY].drop(0)
     for name, result in outcomes.items():
         drop, drops = result.drop(0), result.drops[:, 0]
+        levels = accuracy(result.baseline, weights), result.level(0)
+        is_fraction = result.higher_is_better and all(0 <= (x.value or 0) <= 1 for x in levels)
+        unit: FigureUnit | None = None if is_fraction else "metric"
         docs = zip(first["task"], first["doc"], second["doc"], strict=True)
         yield Difference(
             model=model,
             benchmark=benchmark,
             metric=name,
             n=len(drops),
-            first=accuracy(result.baseline, weights),
-            second=result.level(0),
+            first=replace(levels[0], unit=unit),
+            second=replace(levels[1], unit=unit),
             won=int((drops < 0).sum()),
             lost=int((drops > 0).sum()),
-            difference=replace(-drop, p_value=drop.p_value),
+            difference=replace(-drop, unit=unit),
             choice=choice,
-            higher_is_better=result.higher_is_better,
             lost_documents=[*compress(docs, drops > 0)],
         )
 
@@ -248,13 +239,13 @@ def _decide(
     differences: Sequence[Difference], margins: Mapping[str, float]
 ) -> Iterator[Difference]:
     """Yield the differences with simultaneous intervals and verdicts."""
-    drops = [replace(-row.difference, p_value=row.difference.p_value) for row in differences]
-    family = max(sum(drop.low is not None for drop in drops), 1)
-    drops = widen(drops, [row.n for row in differences], family)
+    family = max(sum(row.difference.low is not None for row in differences), 1)
+    counts = [row.n for row in differences]
+    drops = widen([-row.difference for row in differences], counts, family)
     words: dict[str, Verdict] = {"costs": "worse", "helps": "better", "open": "open"}
     for row, drop, statement in zip(differences, drops, decide_verdicts(drops), strict=True):
         margin = margins.get(row.benchmark, margins.get(ALL_BENCHMARKS))
-        verdict, difference = words[statement], replace(-drop, p_value=drop.p_value)
+        verdict, difference = words[statement], -drop
         if verdict != "better" and _is_below(drop, margin, row.lost, row.won, row.n, family):
             is_equivalent = _is_below(difference, margin, row.won, row.lost, row.n, family)
             verdict = "equivalent" if is_equivalent else "equivalent or better"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 FigureUnit = (
@@ -43,8 +43,11 @@ class Estimate:
         return int(self.low > threshold) - int(self.high < threshold)
 
     def __neg__(self) -> Estimate:
-        """Return the estimate with the opposite sign, for example to turn a loss into a gain."""
+        """Return the estimate with the opposite sign, for example to turn a loss into a gain.
+
+        The two-sided p-value stays.
+        """
         value, high, low = (
             None if x is None else 0.0 - x for x in (self.value, self.low, self.high)
         )
-        return Estimate(value, low, high, reason=self.reason)
+        return replace(self, value=value, low=low, high=high)
