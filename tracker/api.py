@@ -60,7 +60,7 @@ from tracker.tracking.runs import RunSelection
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from tracker.comparison.verdicts import Comparison
+    from tracker.comparison.verdicts import ModelComparison
     from tracker.export.facts import ExportedModel
     from tracker.measuring.planning import PlannedCell
     from tracker.schema.kinds import Component
@@ -818,7 +818,7 @@ def compare(
     within: float | Mapping[str, float] = MappingProxyType({}),
     allow_different: Sequence[str] = (),
     progress: Progress | None = None,
-) -> Comparison:
+) -> ModelComparison:
     """Compare models with the first one by their logged answers to the same documents.
 
     Args:

@@ -435,7 +435,7 @@ def test_the_workflow_of_the_documentation_runs(tmp_path, monkeypatch):
     Path("A").rename("lm-eval/original")
     Path("B").rename("lm-eval/int4")
     text = (Path(__file__).parents[2] / "docs/compare.md").read_text()
-    (workflow,) = map(yaml.safe_load, re.findall(r"```yaml\n(.*?)```", text, re.DOTALL))
+    (workflow,) = map(yaml.safe_load, re.findall(r"```yml\n(.*?)```", text, re.DOTALL))
     steps = [s["run"] for job in workflow["jobs"].values() for s in job["steps"] if "run" in s]
     (script,) = (step for step in steps if "tracker compare" in step)
     environment = {**os.environ, "GITHUB_STEP_SUMMARY": "summary.md"}

@@ -29,8 +29,8 @@ class MadeUpModel(LM):  # type: ignore[misc]
         return [(self._score(request.args), False) for request in requests]
 
     def _score(self, texts: tuple[str, str]) -> float:
-        own = random.Random(f"{self._seed}{texts}").gauss(0, self._noise)
-        return random.Random(str(texts)).gauss(-9, 2) + own
+        noise = random.Random(f"{self._seed}{texts}").gauss(0, self._noise)
+        return random.Random(str(texts)).gauss(-9, 2) + noise
 
     def generate_until(self, requests: Any) -> list[str]:
         return [random.Random(f"{self._seed}{r.args[0]}").choice("ab1") for r in requests]

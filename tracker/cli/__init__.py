@@ -5,6 +5,7 @@ The exit code is 0 if all work is done, 1 if some work failed, and 2 if the requ
 Modules:
     boundary: Turn every error into a message and an exit code.
     commands: Define `main` and the commands that measure, plan or check.
+    comparing: Define the command compare.
     help: Print the help of commands, with options in groups.
     options: Define the options that commands share, and their types.
     printing: Print records, plans and leaderboards.

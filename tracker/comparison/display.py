@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from operator import itemgetter
 from pathlib import Path
 
-from tracker.comparison.verdicts import OPEN_CODE, WORSE_CODE, Comparison, Difference
+from tracker.comparison.verdicts import OPEN_CODE, WORSE_CODE, Difference, ModelComparison
 from tracker.ledger.files import write_text
 from tracker.report.export import markdown_table
 from tracker.report.page.comparison import render_comparison
@@ -36,7 +36,7 @@ def verdict_text(row: Difference) -> str:
     return f"{row.verdict} (within {margin})"
 
 
-def comparison_table(comparison: Comparison) -> Table:
+def comparison_table(comparison: ModelComparison) -> Table:
     """Build the table of all differences."""
     rows, first = comparison.differences, comparison.models[0].name
     has_models = len(comparison.models) > 2
@@ -60,7 +60,7 @@ def comparison_table(comparison: Comparison) -> Table:
     return build_table("", columns[not has_models :], rows, *notes, header=int(has_models))
 
 
-def sentences(comparison: Comparison) -> list[str]:
+def sentences(comparison: ModelComparison) -> list[str]:
     """Return one sentence for each model, and one about the gate."""
     lines = []
     for model, rows in group_by(comparison.differences, lambda row: row.model).items():
@@ -80,7 +80,7 @@ _GATE = {
 """Exit code → sentence about the gate."""
 
 
-def write_json(comparison: Comparison) -> str:
+def write_json(comparison: ModelComparison) -> str:
     """Write all figures as JSON, as fractions and without texts of documents."""
     names = [model.name for model in comparison.models]
     rows = [asdict(row) for row in comparison.differences]
@@ -89,19 +89,19 @@ def write_json(comparison: Comparison) -> str:
     return json.dumps(content, indent=2, ensure_ascii=False, default=int) + "\n"
 
 
-def write_markdown(comparison: Comparison) -> str:
+def write_markdown(comparison: ModelComparison) -> str:
     """Write sentences and table as Markdown, e.g. for a comment on a pull request."""
     lines = map(escape_markdown, sentences(comparison))
     return "\n\n".join([*lines, markdown_table(comparison_table(comparison)).strip()]) + "\n"
 
 
-def write_html(comparison: Comparison) -> str:
+def write_html(comparison: ModelComparison) -> str:
     """Write sentences, table and lost documents as a page that needs no network."""
     tables = [_lost_table(comparison, row) for row in comparison.differences if row.lost]
     return render_comparison(sentences(comparison), comparison_table(comparison), tables)
 
 
-def _lost_table(comparison: Comparison, row: Difference) -> Table:
+def _lost_table(comparison: ModelComparison, row: Difference) -> Table:
     """Build the table of the first lost documents, with the answers of both models."""
     models = {model.name: model for model in comparison.models}
     names = (comparison.models[0].name, row.model)
@@ -115,7 +115,7 @@ def _lost_table(comparison: Comparison, row: Difference) -> Table:
     return build_table(title, [Column(n, "text", itemgetter(i)) for i, n in labels], lines)
 
 
-def build_page(comparison: Comparison, folder: Path) -> Page:
+def build_page(comparison: ModelComparison, folder: Path) -> Page:
     """Write the page into a folder; return it with the table, for a tracking backend."""
     path = folder / "comparison.html"
     write_text(path, write_html(comparison))
@@ -124,7 +124,7 @@ def build_page(comparison: Comparison, folder: Path) -> Page:
     return Page([path], {"differences": logged_table(table)}, [], text, name="comparison")
 
 
-WRITERS: Mapping[str, Callable[[Comparison], str]] = {
+WRITERS: Mapping[str, Callable[[ModelComparison], str]] = {
     "text": write_markdown,
     "md": write_markdown,
     "json": write_json,

@@ -77,6 +77,9 @@ def read_model(source: str, files: Mapping[str, Path], progress: Progress) -> Mo
         files: Name of the task → file of samples, as from `find_samples`.
         progress: Receives the number of megabytes.
 
+    Returns:
+        The answers to all tasks and groups.
+
     Raises:
         RequestError: A file is damaged or incomplete.
     """
@@ -94,12 +97,12 @@ def read_model(source: str, files: Mapping[str, Path], progress: Progress) -> Mo
     return ModelAnswers(name, source, benchmarks)
 
 
-def _explained(place: object) -> AbstractContextManager[None]:
+def _explained(source: object) -> AbstractContextManager[None]:
     """Convert errors about unexpected content in a `with` block to RequestError."""
 
     def convert(error: Exception) -> RequestError | None:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else first_line(error)
-        text = f"{place} is incomplete or not of lm-eval ({reason}); copy the file again"
+        text = f"{source} is incomplete or not of lm-eval ({reason}); copy the file again"
         return None if isinstance(error, OSError) else RequestError(text)
 
     return translate_errors(convert)
@@ -172,7 +175,7 @@ _CONFIG_SETTINGS = ("filter_list", "repeats", "generation_kwargs")
 
 
 class _Report:
-    """What a file of results states about a benchmark and its tasks."""
+    """Content of a file of results about a benchmark and its tasks."""
 
     def __init__(self, report: Mapping[str, Any], benchmark: str, tasks: Sequence[str]) -> None:
         self._report, self._tasks = report, tasks

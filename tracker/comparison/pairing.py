@@ -42,6 +42,9 @@ def pair_documents(
         second: Answers of the second model.
         allowed: Settings that may differ.
 
+    Returns:
+        The rows of both tables for the common documents, and the names of all others.
+
     Raises:
         RequestError: A setting differs that may not differ, or no document is common.
     """
@@ -73,5 +76,5 @@ def _different(benchmark: str, name: str, values: str) -> RequestError:
 
 def _have_same_end(first: BenchmarkAnswers, second: BenchmarkAnswers, task: str, doc: int) -> bool:
     """Return whether one prompt ends with the other; an unknown text ends with any other."""
-    one, other = (a.read_text(task, doc).question.strip()[-100:] for a in (first, second))
-    return one.endswith(other) or other.endswith(one)
+    a, b = (answers.read_text(task, doc).question.strip()[-100:] for answers in (first, second))
+    return a.endswith(b) or b.endswith(a)

@@ -47,6 +47,9 @@ def read_run(source: str, name: RunName) -> answers.ModelAnswers:
         name: Results folder, cell and change. The cell is its folder's name, with or without the
             key, or the name of a model for all its cells. The change `intact` is the intact model.
 
+    Returns:
+        The answers to the benchmarks of the cells.
+
     Raises:
         RequestError: The cell or the run does not exist, or the name fits several cells.
         ResultsError: The results folder cannot be used.
@@ -60,8 +63,8 @@ def read_run(source: str, name: RunName) -> answers.ModelAnswers:
     benchmarks = {s.identity.benchmark.name: _read_cell(source, s, ablation) for s in chosen}
     if not chosen or len(benchmarks) < len(chosen):
         problem = "fits several cells" if chosen else "fits no cell"
-        known = ", ".join(store.folder.name for store in (chosen or stores)[:5])
-        raise RequestError(f"{source} {problem}; write one of {known}")
+        names = ", ".join(store.folder.name for store in (chosen or stores)[:5])
+        raise RequestError(f"{source} {problem}; write one of {names}")
     title = f"{chosen[0].identity.model.name} {name.change}"
     return answers.ModelAnswers(title, source, benchmarks)
 
@@ -77,8 +80,8 @@ def _read_cell(source: str, store: CellStore, ablation: Ablation) -> answers.Ben
     frame = store.read_documents(ALL_DOCUMENTS)
     rows = frame[frame["ablation"] == ablation.name].sort_values(["task", "doc"])
     if rows.empty:
-        known = [INTACT_WORD, *sorted({*frame["ablation"]} - {INTACT.name})[:5]]
-        raise RequestError(f"{source}: {store.folder.name} has no such run; try {', '.join(known)}")
+        names = [INTACT_WORD, *sorted({*frame["ablation"]} - {INTACT.name})[:5]]
+        raise RequestError(f"{source}: {store.folder.name} has no such run; try {', '.join(names)}")
     benchmark = store.identity.benchmark
     task = benchmark.tasks[0]
     rows = rows.set_index(["task", "doc"], drop=False).rename_axis([None, None])

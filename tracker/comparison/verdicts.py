@@ -26,15 +26,15 @@ from tracker.schema.identities import CHOICE_PROBABILITIES, CHOICE_PROBABILITY
 from tracker.stats.accuracy import ALPHA, OutcomeVariance, accuracy, drop_below_p, weights_by_task
 from tracker.stats.support import decide_verdicts, widen
 
-Verdict = Literal["better", "worse", "equivalent", "equivalent or better", "open"]
-PASSING: tuple[Verdict, ...] = ("better", "equivalent", "equivalent or better")
+ModelVerdict = Literal["better", "worse", "equivalent", "equivalent or better", "open"]
+PASSING: tuple[ModelVerdict, ...] = ("better", "equivalent", "equivalent or better")
 WORSE_CODE, OPEN_CODE = 3, 4
 """Exit codes of a gate that is not passed."""
 MIN_SHOWN_SIZE = 20
 """Size of files in megabytes from which a progress bar is shown."""
 ALL_BENCHMARKS = ""
 """Key of the margin of all benchmarks without their own."""
-MAX_NAMED = 5
+MAX_NAMED_DOCUMENTS = 5
 """Maximum number of documents that a note names."""
 
 
@@ -72,14 +72,14 @@ class Difference:
     difference: Estimate
     choice: Estimate
     margin: float | None = None
-    verdict: Verdict = "open"
+    verdict: ModelVerdict = "open"
     needed: int | None = None
     lost_documents: Sequence[tuple[str, int, int]] = ()
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """Comparison of several models with the first one.
+class ModelComparison:
+    """ModelComparison of several models with the first one.
 
     Attributes:
         models: The models' answers.
@@ -112,24 +112,24 @@ def read_models(sources: Sequence[str], progress: Progress) -> list[ModelAnswers
     if len(sources) < 2:
         raise RequestError("give at least two models, for example: tracker compare A B")
     inputs = [(s, parse_run_name(s) or find_samples(Path(s))) for s in sources]
-    for (source, found), (other, other_found) in combinations(inputs, 2):
-        if _identity(found) & _identity(other_found):
+    for (source, answers), (other, other_answers) in combinations(inputs, 2):
+        if _identity(answers) & _identity(other_answers):
             raise RequestError(f"{source} and {other} are the same answers; give another model")
-    files = [path for _, found in inputs if isinstance(found, dict) for path in found.values()]
+    files = [path for _, paths in inputs if isinstance(paths, dict) for path in paths.values()]
     size = sum(path.stat().st_size for path in files) // 1_000_000
     progress = progress if size >= MIN_SHOWN_SIZE else Silent()
     with report_work(progress, "reading", size, "MB"):
         models = [
-            read_model(s, found, progress) if isinstance(found, dict) else read_run(s, found)
-            for s, found in inputs
+            read_run(s, run) if isinstance(run, RunName) else read_model(s, run, progress)
+            for s, run in inputs
         ]
     names = [model.name for model in models]
     return [replace(m, name=m.source) if names.count(m.name) > 1 else m for m in models]
 
 
-def _identity(found: Mapping[str, Path] | RunName) -> set[object]:
+def _identity(run: Mapping[str, Path] | RunName) -> set[object]:
     """Return the files of samples, or the run, that a source stands for."""
-    return {found} if isinstance(found, RunName) else {path.resolve() for path in found.values()}
+    return {run} if isinstance(run, RunName) else {path.resolve() for path in run.values()}
 
 
 def compare_models(
@@ -137,7 +137,7 @@ def compare_models(
     metrics: Collection[str] = (),
     margins: Mapping[str, float] = {},
     allowed: Collection[str] = (),
-) -> Comparison:
+) -> ModelComparison:
     """Compare all models with the first one.
 
     Args:
@@ -146,6 +146,9 @@ def compare_models(
         margins: Benchmark → largest acceptable difference; the key `ALL_BENCHMARKS` stands for all
             others.
         allowed: Settings that may differ.
+
+    Returns:
+        The differences with simultaneous intervals and verdicts.
 
     Raises:
         RequestError: Settings differ, or there is nothing in common.
@@ -175,14 +178,14 @@ def compare_models(
     _refuse_unknown("--within", {*margins} - {ALL_BENCHMARKS}, benchmarks)
     unmatched = {case: docs for case, docs in unmatched.items() if docs}
     notes = [*_notes(models, unmatched)]
-    return Comparison(models, [*_decide(differences, margins)], notes, unmatched)
+    return ModelComparison(models, [*_decide(differences, margins)], notes, unmatched)
 
 
-def _refuse_unknown(option: str, names: Iterable[str], known: Collection[str]) -> None:
+def _refuse_unknown(option: str, names: Iterable[str], compared: Collection[str]) -> None:
     """Raise RequestError if an option names something that is not compared."""
     for name in names:
-        if name not in known:
-            known_text = f"known are {', '.join(sorted(known))}.{did_you_mean(name, known)}"
+        if name not in compared:
+            known_text = f"known are {', '.join(sorted(compared))}.{did_you_mean(name, compared)}"
             raise RequestError(f"{option}: the models have no {name!r} in common; {known_text}")
 
 
@@ -196,7 +199,9 @@ def _notes(models: Sequence[ModelAnswers], unmatched: Mapping[str, Sequence[str]
             for metric, reason in answers.left_out.items():
                 yield f"{benchmark}: {metric} of {model.name} is left out: {reason}"
     for case, docs in unmatched.items():
-        names_text = ", ".join(docs[:MAX_NAMED]) + (", …" if docs[MAX_NAMED:] else "")
+        names_text = ", ".join(docs[:MAX_NAMED_DOCUMENTS]) + (
+            ", …" if docs[MAX_NAMED_DOCUMENTS:] else ""
+        )
         yield f"{count_text(len(docs), 'document')} left out of {case}: {names_text}"
 
 
@@ -242,7 +247,7 @@ def _decide(
     family = max(sum(row.difference.low is not None for row in differences), 1)
     counts = [row.n for row in differences]
     drops = widen([-row.difference for row in differences], counts, family)
-    words: dict[str, Verdict] = {"costs": "worse", "helps": "better", "open": "open"}
+    words: dict[str, ModelVerdict] = {"costs": "worse", "helps": "better", "open": "open"}
     for row, drop, statement in zip(differences, drops, decide_verdicts(drops), strict=True):
         margin = margins.get(row.benchmark, margins.get(ALL_BENCHMARKS))
         verdict, difference = words[statement], -drop
