@@ -88,8 +88,8 @@ def main(debug: bool) -> None:
       tracker sync                               publish runs that a tracker lacks
       tracker log-samples --output lm-eval       write lm-eval's files for every ablated model
 
-    Exit codes: 0 done, 1 some of the work failed, 2 the request was wrong, 3 and 4 a gate of compare
-    is not passed.
+    Exit codes: 0 done, 1 some of the work failed, 2 the request was wrong. 3 and 4: a release gate
+    of compare is not passed.
     """
     silence_libraries(debug)
 
