@@ -60,8 +60,9 @@ def pair_documents(
         common = common[[_have_same_end(first, second, *document) for document in common]]
     if not len(common):
         raise RequestError(f"{benchmark}: the models have no document in common")
-    others = ((t.drop(common)["task"] + " " + t.drop(common)["doc"].astype(str)) for t in (a, b))
-    pairs = PairedTables(a.loc[common], b.loc[common], *(names.tolist() for names in others))
+    others = [table[~table.index.isin(common)] for table in (a, b)]
+    names = ((table["task"] + " " + table["doc"].astype(str)).tolist() for table in others)
+    pairs = PairedTables(a.loc[common], b.loc[common], *names)
     prompts = pairs.first["prompt"], pairs.second["prompt"]
     differs = (prompts[0] != prompts[1]) & (prompts[0] != "") & (prompts[1] != "")
     if differs.any() and not PROMPT_SETTINGS & {*allowed}:
