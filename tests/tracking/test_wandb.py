@@ -60,6 +60,11 @@ def test_cells_are_read_back_from_wandb(double, publish):
     publish.backend.add_page(Page([publish.outcomes], {}, [cell, cell_record(key="another")]))
     (run,) = (run for run in project_run_list(double) if run.job_type == "report")
     assert run.used_artifacts == [f"outcomes-SmolLM2-135M-Instruct-arc_easy-intact-{cell.key}:v0"]
+    # A page about other models is only a run.
+    sent = len(double.requests)
+    publish.backend.add_page(Page([publish.outcomes], {}, [], name="comparison"))
+    assert "comparison" in [run.name for run in project_run_list(double)]
+    assert not [r for r in double.requests[sent:] if "upsertView" in r.body]
 
 
 def keys(value: Any) -> Iterator[str]:
