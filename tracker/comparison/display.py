@@ -45,6 +45,7 @@ def comparison_table(comparison: ModelComparison) -> Table:
         Column("model", "text", lambda row: row.model),
         Column("benchmark", "text", lambda row: row.benchmark),
         Column("metric", "text", lambda row: row.metric),
+        Column("verdict", "text", verdict_text),
         Column("documents", "count", lambda row: row.n),
         Column(first, "percent", lambda row: replace(row.first, low=None), name="first"),
         Column(second, "percent", lambda row: replace(row.second, low=None), name="second"),
@@ -53,7 +54,6 @@ def comparison_table(comparison: ModelComparison) -> Table:
         Column("difference", "points", lambda row: row.difference),
         Column("p", "p", lambda row: row.difference.p_value, "not 0 or 1 for every document"),
         Column("choice probability", "points", lambda row: row.choice),
-        Column("verdict", "text", verdict_text),
         Column("documents to settle", "count", lambda row: row.needed, "settled, or no margin"),
     )
     notes = (COLUMN_NOTE.format(first=first, count=len(rows)), *comparison.notes)
