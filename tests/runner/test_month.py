@@ -177,6 +177,9 @@ def test_clusters_of_documents_need_no_new_measurement(month):
         assert (run.units, independent.units) == (3, 40)
         assert run.drop.value == pytest.approx(independent.drop.value)
     assert "clustered by answerKey" in (month.results / "report.html").read_text()
+    names = [f"{month.results}:{clustered.model.name}:{run}" for run in ("intact", "layer:0")]
+    (row,) = tracker.compare(*names, metric=["acc"]).differences
+    assert (row.n_clusters, -row.difference) == (3, clustered.runs[0].drop)
     for settings, words in (
         ({"cluster": "answer"}, "Did you mean 'answerKey'"),
         ({"cluster": "task"}, "same task"),

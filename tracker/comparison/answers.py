@@ -25,7 +25,8 @@ class BenchmarkAnswers:
     Attributes:
         table: Table with one row per document. The columns are `task`, `doc` (the document's
             number), `key` (hash of document and right answer, unique), `prompt` (hash of the
-            prompt), and the metrics. Unknown hashes are empty, and undefined metrics are NaN.
+            prompt), the metrics, and `cluster` (number of the document's cluster) if the user named
+            clusters. Unknown hashes are empty, and undefined metrics are NaN.
         higher_is_better: Metric of the table → whether higher is better.
         settings: Setting that changes the answers → its value as text; unknown settings are absent.
         left_out: Metric that cannot be compared → reason.

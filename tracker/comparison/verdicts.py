@@ -23,7 +23,14 @@ from tracker.schema.errors import RequestError, did_you_mean
 from tracker.schema.estimates import Estimate, FigureUnit
 from tracker.schema.formats import count_text
 from tracker.schema.identities import CHOICE_PROBABILITIES, CHOICE_PROBABILITY
-from tracker.stats.accuracy import ALPHA, OutcomeVariance, accuracy, drop_below_p, weights_by_task
+from tracker.stats.accuracy import (
+    ALPHA,
+    OutcomeVariance,
+    accuracy,
+    cluster_means,
+    drop_below_p,
+    weights_by_task,
+)
 from tracker.stats.support import decide_verdicts, widen
 
 ModelVerdict = Literal["better", "worse", "equivalent", "equivalent or better", "open"]
@@ -59,6 +66,7 @@ class Difference:
         verdict: Supported statement about the other model.
         needed: Number of documents that would probably settle an open verdict.
         lost_documents: Task and numbers (in both models) of each lost document.
+        n_clusters: Number of clusters that the interval treats as independent; None for documents.
     """
 
     model: str
@@ -75,6 +83,7 @@ class Difference:
     verdict: ModelVerdict = "open"
     needed: int | None = None
     lost_documents: Sequence[tuple[str, int, int]] = ()
+    n_clusters: int | None = None
 
 
 @dataclass(frozen=True)
@@ -178,6 +187,11 @@ def compare_models(
     _refuse_unknown("--within", {*margins} - {ALL_BENCHMARKS}, benchmarks)
     unmatched = {case: docs for case, docs in unmatched.items() if docs}
     notes = [*_notes(models, unmatched)]
+    notes += dict.fromkeys(
+        f"{row.benchmark}: intervals are robust to dependence within {row.n_clusters:,} clusters"
+        for row in differences
+        if row.n_clusters
+    )
     return ModelComparison(models, [*_decide(differences, margins)], notes, unmatched)
 
 
@@ -211,8 +225,11 @@ def _compare_benchmark(
     """Yield the difference of each common metric."""
     first, second = pairs.first, pairs.second
     weights = weights_by_task(first["task"].tolist(), answers.by_size)
+    clusters = next((t["cluster"].to_numpy() for t in (first, second) if "cluster" in t), None)
     outcomes = {
-        name: PairedOutcomes(first[name].to_numpy(), second[[name]].to_numpy(), weights, is_better)
+        name: PairedOutcomes(
+            first[name].to_numpy(), second[[name]].to_numpy(), weights, is_better, clusters
+        )
         for name, is_better in answers.higher_is_better.items()
         if name in second
     }
@@ -221,7 +238,7 @@ def _compare_benchmark(
         choice = -outcomes[CHOICE_PROBABILITY].drop(0)
     for name, result in outcomes.items():
         drop, drops = result.drop(0), result.drops[:, 0]
-        levels = accuracy(result.baseline, weights), result.level(0)
+        levels = accuracy(*cluster_means(result.baseline, weights, clusters)), result.level(0)
         is_fraction = result.higher_is_better and all(0 <= (x.value or 0) <= 1 for x in levels)
         unit: FigureUnit | None = None if is_fraction else "metric"
         docs = zip(first["task"], first["doc"], second["doc"], strict=True)
@@ -230,6 +247,7 @@ def _compare_benchmark(
             benchmark=benchmark,
             metric=name,
             n=len(drops),
+            n_clusters=None if clusters is None else len({*clusters}),
             first=replace(levels[0], unit=unit),
             second=replace(levels[1], unit=unit),
             won=int((drops < 0).sum()),
@@ -245,7 +263,7 @@ def _decide(
 ) -> Iterator[Difference]:
     """Yield the differences with simultaneous intervals and verdicts."""
     family = max(sum(row.difference.low is not None for row in differences), 1)
-    counts = [row.n for row in differences]
+    counts = [row.n_clusters or row.n for row in differences]
     drops = widen([-row.difference for row in differences], counts, family)
     words: dict[str, ModelVerdict] = {"costs": "worse", "helps": "better", "open": "open"}
     for row, drop, statement in zip(differences, drops, decide_verdicts(drops), strict=True):

@@ -247,7 +247,7 @@ def budget_excess(
         >>> ablated = np.array([0.0] * 6 + [1.0] * 2 + [0.0] * 392)
         >>> excess = budget_excess(baseline, ablated, max_drop=0.05)
         >>> round(excess.value, 3), round(excess.high, 3)
-        (-0.04, -0.021)
+        (-0.04, -0.022)
     """
     intact, shares = _check_weights(baseline, weights)
     excesses = kept_share * intact - _check_weights(ablated, None)[0] - max_drop
