@@ -68,11 +68,13 @@ def test_budgets_measure_the_model(ask, make_cache, model, monkeypatch) -> None:
     assert parameter_budget.min_removed == pytest.approx(loaded_model.num_parameters() / 2)
     request = ask(strategy="last", remove="50 % bytes", dtype="float16")
     assert find_budget(request, make_cache()).sizes == tuple(2.0 * size for size in sizes)
-    monkeypatch.setattr(search, "_time_layers", lambda loaded: ([0.1] * LAYERS, 0.7))
+    latency_budget = find_budget(ask(strategy="last", remove="2 % latency"), make_cache())
+    assert 0 < 0.02 * sum(latency_budget.sizes) < latency_budget.min_removed
+    monkeypatch.setattr(search, "_time_layers", lambda *given: ([0.1] * LAYERS, 0.7))
     time_budget = find_budget(ask(strategy="last", remove="20 % seconds"), cache := make_cache())
     assert (time_budget.sizes, time_budget.min_removed) == ((0.1,) * LAYERS, pytest.approx(0.14))
     # Measured once: other searches and the next process have the same budget.
-    monkeypatch.setattr(search, "_time_layers", lambda loaded: pytest.fail("measured again"))
+    monkeypatch.setattr(search, "_time_layers", lambda *given: pytest.fail("measured again"))
     assert find_budget(ask(strategy="random", remove="20 % seconds"), cache) == time_budget
     cache.keep_timings()
     assert find_budget(ask(strategy="last", remove="20 % seconds"), make_cache()) == time_budget

@@ -33,7 +33,7 @@ from tracker.search.cells import ModelCache, engine_passes, plan_with_baseline
 from tracker.search.request import SearchGoal, SearchRequest, deciding_request
 from tracker.search.scores import Losses, PartSet, Scores
 from tracker.search.search import find_budget, refuse_few, refuse_mixed, refuse_unknown
-from tracker.search.settings import Budget
+from tracker.search.settings import TIMED, Budget
 from tracker.search.strategies import (
     BLIND_STRATEGIES,
     RANDOM_STRATEGY,
@@ -292,7 +292,7 @@ def check_searches(
         refuse_mixed(searches, cache)
     # Timing layers would load the weights.
     untimed = [
-        search for search in searches if search.amount is None or search.amount.measure != "seconds"
+        search for search in searches if search.amount is None or search.amount.measure not in TIMED
     ]
     budgets = [find_budget(search, cache) for search in untimed]
     notes = refuse_unsavable(untimed, budgets, cache)

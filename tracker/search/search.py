@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from tracker.benchmarks.benchmark import check_benchmark, choose_metric
+from tracker.engine.scoring.score import find_cache_argument
 from tracker.ledger.files import read_note
 from tracker.models.checkpoint import check_plain_weights
 from tracker.models.devices import describe_device, synchronize
@@ -39,7 +40,13 @@ from tracker.search.accuracy_budget import AccuracyBudget
 from tracker.search.cells import ModelCache, OpenCell
 from tracker.search.request import SearchRequest, deciding_request
 from tracker.search.scores import PartSet, Scores
-from tracker.search.settings import Budget, Constraints, build_budget, resolve_constraints
+from tracker.search.settings import (
+    TIMED,
+    Budget,
+    Constraints,
+    build_budget,
+    resolve_constraints,
+)
 from tracker.search.strategies import RANDOM_STRATEGY, STRATEGIES, Search
 
 TIMING_TOKENS = 128
@@ -48,39 +55,53 @@ TIMING_PASSES = 15
 """Number of timed passes for each layer's median; half as many warm-up passes run first."""
 
 
-def seconds_per_token(loaded: LoadedModel, cache: ModelCache) -> tuple[list[float], float]:
+def seconds_per_token(
+    loaded: LoadedModel, cache: ModelCache, is_decoding: bool = False
+) -> tuple[list[float], float]:
     """Return the seconds per token of each layer and of the whole model.
 
-    Each model is timed once per machine and device.
+    The tokens are read at once, or with `is_decoding` written one by one after a prompt. Each model
+    is timed once per machine and device.
     """
     identity = loaded.identity
     hardware = {**describe_machine(), **describe_device(loaded.device)}
     hardware["threads"] = str(torch.get_num_threads())
+    if is_decoding:
+        hardware["pass"] = "decoding"
     name = content_hash([identity.fingerprint, identity.dtype, hardware])[:16]
     path = cache.ledger.root / "searches" / "timing" / f"{name}.json"
     timing = cache.timings.get(path) or read_note(path)
     if not timing:
-        layers, model_seconds = _time_layers(loaded)
+        layers, model_seconds = _time_layers(loaded, is_decoding)
         timing = {"model": identity.name, **hardware, "layers": layers, "whole": model_seconds}
         cache.timings[path] = timing
     return [float(layer_seconds) for layer_seconds in timing["layers"]], float(timing["whole"])
 
 
 @torch.inference_mode()
-def _time_layers(loaded: LoadedModel) -> tuple[list[float], float]:
+def _time_layers(loaded: LoadedModel, is_decoding: bool) -> tuple[list[float], float]:
     """Measure the seconds per token of each layer and of the whole model."""
     ids = torch.zeros(1, TIMING_TOKENS, dtype=torch.long, device=loaded.device)
+    settings: dict[str, Any] = {"use_cache": is_decoding}
+    if is_decoding:
+        if (name := find_cache_argument(loaded.model)) is None:
+            raise ExperimentError(
+                f"{loaded.identity.name} has no cache of keys and values, so its latency cannot be "
+                "timed; give the amount in '% seconds', '% parameters' or '% bytes'"
+            )
+        settings[name] = loaded.model(input_ids=ids, use_cache=True)[name]
+        ids = ids[:, :1]
     layer_seconds, model_seconds = [], []
     with _record_ticks(loaded.layers) as ticks:
         for _ in range(TIMING_PASSES + TIMING_PASSES // 2):
             ticks.clear()
             start = _synchronized_time()
-            loaded.model(input_ids=ids, use_cache=False)
+            loaded.model(input_ids=ids, **settings)
             model_seconds.append(_synchronized_time() - start)
             # Each layer has two ticks: when it begins, and when it ends.
             layer_seconds.append(np.diff(ticks)[::2])
-    layers = np.median(layer_seconds[-TIMING_PASSES:], axis=0) / TIMING_TOKENS
-    return layers.tolist(), float(np.median(model_seconds[-TIMING_PASSES:])) / TIMING_TOKENS
+    layers = np.median(layer_seconds[-TIMING_PASSES:], axis=0) / ids.numel()
+    return layers.tolist(), float(np.median(model_seconds[-TIMING_PASSES:])) / ids.numel()
 
 
 @contextmanager
@@ -230,8 +251,9 @@ def find_budget(request: SearchRequest, cache: ModelCache) -> Budget:
             # Heads are removed evenly from the groups that share keys and values.
             if request.unit == "head" and counts.kv_head:
                 block //= counts.kv_head if counts.kv_head < block else 1
-    elif amount.measure == "seconds":
-        sizes, total = seconds_per_token(cache.model(cell.model).loaded, cache)
+    elif amount.measure in TIMED:
+        loaded, is_decoding = cache.model(cell.model).loaded, amount.measure == "latency"
+        sizes, total = seconds_per_token(loaded, cache, is_decoding)
     else:
         model, _ = build_for_planning(source, cell.model.dtype)
         size = 1 if amount.measure == "parameters" else int(model.dtype.itemsize)

@@ -272,8 +272,10 @@ def format_layers(layers: Sequence[int | str]) -> list[str]:
     return list(chain.from_iterable(texts))
 
 
-AmountMeasure = Literal["parts", "parameters", "bytes", "seconds", "bits"]
-AMOUNT_FORMS = "8, 25 %, 25 % parameters, 25 % bytes, 25 % seconds, 34M parameters, 70 MB or 5 ms"
+AmountMeasure = Literal["parts", "parameters", "bytes", "seconds", "latency", "bits"]
+TIMED: tuple[AmountMeasure, ...] = ("seconds", "latency")
+"""Measures for which each layer is timed: per token read, or per token written."""
+AMOUNT_FORMS = "8, 25 %, 25 % parameters, 25 % bytes, 25 % latency, 34M parameters, 70 MB or 5 ms"
 """Examples of valid amounts, shown in messages."""
 
 _TOO_FEW: Mapping[Component, str] = {
@@ -288,6 +290,7 @@ _SHARES: Mapping[str, AmountMeasure] = {
     "% parameters": "parameters",
     "% bytes": "bytes",
     "% seconds": "seconds",
+    "% latency": "latency",
 }
 _SIZES: Mapping[AmountMeasure, Mapping[str, float]] = {
     "parameters": {"parameters": 1, "K parameters": 1e3, "M parameters": 1e6, "B parameters": 1e9},
