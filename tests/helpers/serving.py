@@ -18,6 +18,7 @@ def serving_in_process() -> Iterator[None]:
         patch.setattr(serving, "MIN_TURNS", 1)
         patch.setattr(serving, "MIN_SECONDS", 0.0)
         patch.setattr(serving, "READ_LENGTHS", (4, 8))
+        patch.setattr(serving, "PROMPT_TOKENS", 4)
         patch.setattr(serving, "CACHED_TOKENS", 16)
         yield
 

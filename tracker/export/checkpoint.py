@@ -153,7 +153,7 @@ def export(request: ExportRequest, progress: Progress) -> ExportedModel:
                 raise
             progress.say(f"not scored by lm-eval: {error}")
             proof = prove(folder, answers, None, trust_remote_code)
-        progress.say("measuring speed and memory")
+        progress.say("measuring speed and memory (a few minutes for a large model)")
         model = _add_speed(model, base_folder, folder, answers, trust_remote_code)
         change = add_origin(change, request.ledger, model.base)
         rows = [] if cell is None else [_accuracy(record, cell, change, request.ledger)]

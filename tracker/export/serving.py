@@ -22,11 +22,15 @@ NEW_TOKENS = 32
 CACHED_TOKENS = 1000
 READ_LENGTHS, WRITE_BATCHES = (128, 1024), (1, 8)
 """Numbers of tokens per prompt, and of texts that are written at once."""
-MIN_TURNS, MIN_SECONDS = 5, 10.0
-"""Minimum number of measurements of each figure, and of seconds for all of them."""
+PROMPT_TOKENS = 32
+"""Number of tokens of the prompts before generated tokens."""
+MIN_TURNS, MIN_SECONDS, MAX_SECONDS = 5, 10.0, 60.0
+"""Minimum number of measurements of each figure, and of seconds for all of them. After the maximum
+number of seconds, no further measurement begins."""
 MAX_QUARTILE_RATIO = 1.15
 """Maximum ratio of the upper to the lower quartile of a speed ratio. If it is exceeded, other work
 on the machine affected the two models unequally."""
+MIN_RATIO_TURNS = 3
 _PROGRAM = Path(__file__).with_name("serving_process.py")
 
 
@@ -82,11 +86,12 @@ def measure_serving(
         WorkError: The models cannot be built or timed in a fresh process.
     """
     tasks = {f"prefill_{length}": (1, length, 0) for length in READ_LENGTHS}
-    tasks |= {f"decode_{batch}": (batch, READ_LENGTHS[0], NEW_TOKENS) for batch in WRITE_BATCHES}
+    tasks |= {f"decode_{batch}": (batch, PROMPT_TOKENS, NEW_TOKENS) for batch in WRITE_BATCHES}
     request: dict[str, Any] = {
         "tasks": {},
         "turns": 0,
         "seconds": 0,
+        "max_seconds": MAX_SECONDS,
         "cached": CACHED_TOKENS,
         **{"device": device, "dtype": dtype, "threads": threads},
         "trust_remote_code": trust_remote_code,
@@ -148,10 +153,11 @@ def median_speedup(base_seconds: Sequence[float], seconds: Sequence[float]) -> S
 
     Returns:
         The median and the quartiles of the speed ratio. None if the quartiles differ too much
-        (`MAX_QUARTILE_RATIO`).
+        (`MAX_QUARTILE_RATIO`), or for fewer than `MIN_RATIO_TURNS` turns.
     """
     ratio = spread(np.divide(base_seconds, seconds))
-    return ratio if ratio[2] <= MAX_QUARTILE_RATIO * ratio[1] else None
+    is_steady = ratio[2] <= MAX_QUARTILE_RATIO * ratio[1]
+    return ratio if is_steady and len(seconds) >= MIN_RATIO_TURNS else None
 
 
 def _run(request: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import inspect
 import json
 import sys
 import time
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +27,17 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
     seconds: dict[str, list[list[float]]] = {
         name: [[] for _ in models] for name in request["tasks"]
     }
-    start, turn = time.perf_counter(), 0
-    # The first turn is slower and does not count.
-    while turn <= request["turns"] or time.perf_counter() - start < request["seconds"]:
-        for name, (batch, length, new_tokens) in request["tasks"].items():
+    start = time.perf_counter()
+    for turn in count(1):
+        for name, task in request["tasks"].items():
             for model, durations in zip(models, seconds[name], strict=True):
-                duration, cache = time_answer(model, batch, length, new_tokens)
-                durations += [duration] * (turn > 0)
-                del cache
-        turn += 1
+                durations.append(time_answer(model, *task)[0])
+        elapsed = time.perf_counter() - start
+        is_enough = turn > request["turns"] and elapsed > request["seconds"]
+        if is_enough or elapsed > request["max_seconds"]:
+            break
+    if turn > 1:  # the first turn is slower
+        seconds = {name: [row[1:] for row in rows] for name, rows in seconds.items()}
     _, cache = time_answer(models[0], 1, request["cached"], 0)
     return {"seconds": seconds, "cache_bytes": cache_bytes(cache), "peak_bytes": peak_bytes()}
 
