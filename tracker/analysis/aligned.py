@@ -26,7 +26,7 @@ from tracker.schema.identities import CHOICE_PROBABILITIES, CHOICE_PROBABILITY
 from tracker.schema.provenance import list_differences
 from tracker.schema.proxies import Proxy
 from tracker.schema.views import View
-from tracker.stats.accuracy import cluster_means, weights_by_task
+from tracker.stats.accuracy import cluster_means, effective_number, weights_by_task
 from tracker.stats.arrays import Array, IntArray
 from tracker.stats.resampling import RESAMPLES, SEED, resampled_means
 
@@ -139,6 +139,11 @@ class AlignedOutcomes:
         if self._clusters is None:
             return None
         return np.array([self._clusters[key] for key in self.documents], dtype=np.int64)
+
+    @property
+    def n_clusters(self) -> float | None:
+        """The effective number of clusters: fewer than there are if their weights differ."""
+        return None if self._clusters is None else effective_number(self.weights, self.clusters)
 
     @property
     def higher_is_better(self) -> bool:

@@ -31,7 +31,7 @@ def outcome_variance(run: RunRecord) -> OutcomeVariance | None:
     """Compute the variance of a run's outcomes; return None if it is undefined or 0."""
     if run.drop_sd is None or run.drop.value is None:
         return None
-    is_binary = run.drop.p_value is not None
+    is_binary = run.drop.p_value is not None and run.clusters is None
     # McNemar's variance is about 0, the sample's about its mean.
     square = run.drop_sd**2 * (run.n - 1) / run.n + run.drop.value**2
     variance = min(square, 1.0) if is_binary else run.drop_sd**2

@@ -206,7 +206,7 @@ def run_record(
         change=run,
         ablation=ablation.name,
         n=len(outcomes.tasks),
-        clusters=None if outcomes.clusters is None else len({*outcomes.clusters}),
+        clusters=outcomes.n_clusters,
         accuracy=level.value,
         drop=drop,
         drop_sd=spread.value,

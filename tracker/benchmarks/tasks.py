@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -201,7 +202,11 @@ class LmEvalBenchmark:
     def clusters(self, column: str) -> Clusters:
         """Group the documents of all tasks by the value of a column of their data."""
         values = {name: self._column(name, column) for name in self._tasks}
-        codes, unique_values = pd.factorize(np.concatenate([*values.values()]))
+        codes, unique_values = pd.factorize(np.array([*chain(*values.values())], dtype=object))
+        if (codes < 0).any() or "" in unique_values:
+            raise BenchmarkError(
+                f"cluster: some documents of {self._name} have no {column}; choose another column"
+            )
         if len(unique_values) < 2:
             raise BenchmarkError(
                 f"cluster: all documents of {self._name} have the same {column}, and intervals "
@@ -211,8 +216,8 @@ class LmEvalBenchmark:
         labels = (tuple(part.tolist()) for part in np.split(codes, ends[:-1]))
         return Clusters(column=column, labels=tuple(zip(values, labels, strict=True)))
 
-    def _column(self, name: str, column: str) -> list[str]:
-        """Return the values of a column for all documents of a task."""
+    def _column(self, name: str, column: str) -> list[str | None]:
+        """Return the values of a column for all documents of a task; None for missing values."""
         rows, numbers = self._tasks[name].eval_docs, self._numbers[name]
         if column == "task":
             return [name] * len(numbers)
@@ -223,7 +228,8 @@ class LmEvalBenchmark:
                 f"cluster: the documents of {name} have no column {column!r}.{hint} They have: "
                 f"{', '.join(columns)}. For the tasks of a group, use cluster: task"
             )
-        return [str(rows[number][column]) for number in numbers]
+        values = (rows[number].get(column) for number in numbers)
+        return [None if value is None or value != value else str(value) for value in values]
 
     def outcomes(
         self, document: Document, responses: Sequence[Response]

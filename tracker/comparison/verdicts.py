@@ -29,6 +29,7 @@ from tracker.stats.accuracy import (
     accuracy,
     cluster_means,
     drop_below_p,
+    effective_number,
     weights_by_task,
 )
 from tracker.stats.support import decide_verdicts, widen
@@ -66,7 +67,7 @@ class Difference:
         verdict: Supported statement about the other model.
         needed: Number of documents that would probably settle an open verdict.
         lost_documents: Task and numbers (in both models) of each lost document.
-        n_clusters: Number of clusters that the interval treats as independent; None for documents.
+        n_clusters: Effective number of clusters; None if documents are independent.
     """
 
     model: str
@@ -83,7 +84,7 @@ class Difference:
     verdict: ModelVerdict = "open"
     needed: int | None = None
     lost_documents: Sequence[tuple[str, int, int]] = ()
-    n_clusters: int | None = None
+    n_clusters: float | None = None
 
 
 @dataclass(frozen=True)
@@ -188,7 +189,7 @@ def compare_models(
     unmatched = {case: docs for case, docs in unmatched.items() if docs}
     notes = [*_notes(models, unmatched)]
     notes += dict.fromkeys(
-        f"{row.benchmark}: intervals are robust to dependence within {row.n_clusters:,} clusters"
+        f"{row.benchmark}: intervals are robust to dependence within clusters"
         for row in differences
         if row.n_clusters
     )
@@ -247,7 +248,7 @@ def _compare_benchmark(
             benchmark=benchmark,
             metric=name,
             n=len(drops),
-            n_clusters=None if clusters is None else len({*clusters}),
+            n_clusters=None if clusters is None else effective_number(weights, clusters),
             first=replace(levels[0], unit=unit),
             second=replace(levels[1], unit=unit),
             won=int((drops < 0).sum()),

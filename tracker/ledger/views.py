@@ -214,6 +214,8 @@ class Views:
             "beside": self._label(view) if other_names else "",
             "named": view.named or named,
             "explicit": explicit or any(v.explicit for v in (view, *superseded.values())),
+            # The last run decides; studies and searches keep what it decided.
+            "clusters": new.clusters if explicit else view.clusters,
             "supersedes": tuple(sorted(names)),
         }
         return view.model_copy(update=update), list(superseded.values())

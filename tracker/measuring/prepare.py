@@ -221,6 +221,8 @@ def open_benchmarks(
             is_specific = benchmark.is_model_specific
             benchmarks[(key, request.model.model) if is_specific else key] = benchmark
         metric = choose_metric(benchmark.identity, request.metric)
+        if request.clusters is not None:
+            benchmark.clusters(request.clusters.column)
         if request.until is not None:
             check_bounded(benchmark.identity, metric)
         yield benchmark

@@ -150,8 +150,9 @@ class RunRecord(FiguresRecord, ChangeRecord):
     """The ablation's name, e.g. `layer:3`; includes the layers that every run of the cell lacks."""
     n: int
     """Number of documents behind the figures."""
-    clusters: int | None = Field(None, exclude_if=lambda count: count is None)
-    """Number of independent clusters of these documents; None if documents are independent."""
+    clusters: float | None = Field(None, exclude_if=lambda count: count is None)
+    """Effective number of clusters, lower if their weights differ; None if documents are
+    independent."""
     accuracy: float | None
     """The cell's metric under the ablation."""
     drop: Estimate
@@ -179,7 +180,7 @@ class RunRecord(FiguresRecord, ChangeRecord):
     """Every metric of the benchmark, under lm-eval's names, under the ablation."""
 
     @property
-    def units(self) -> int:
+    def units(self) -> float:
         """Number of independent units behind the intervals: clusters, or else documents."""
         return self.clusters or self.n
 
@@ -425,7 +426,7 @@ class CellRecord(FiguresRecord):
 
         If the other record is unfinished, only the numbers of documents are compared.
         """
-        fields = attrgetter("key", "removed", "metric", "cluster", "sample_seed", "answer")
+        fields = attrgetter("key", "removed", "metric", "sample_seed", "answer")
         if other.unfinished is None:
             has_documents = self.n == other.n and self.unfinished is None
         else:

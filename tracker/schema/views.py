@@ -102,8 +102,6 @@ class View(Record):
             selection += f"-sample-{self.sample}-seed-{self.seed}"
         elif self.limit is not None:
             selection += f"-limit-{self.limit}"
-        if self.clusters is not None:
-            selection += f"-cluster-{self.clusters.column}"
         return view_name(self.removed, selection, self.metric, primary_metric)
 
     @property
@@ -118,7 +116,7 @@ class View(Record):
     @property
     def order(self) -> tuple[object, ...]:
         """The sort key of a view."""
-        return self.metric, self.removed, self.seed, self.clusters and self.clusters.column
+        return self.metric, self.removed, self.seed
 
     def shows(self, other_view: View) -> bool:
         """Return whether this view has all runs of another view, and more documents per task."""

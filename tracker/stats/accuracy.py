@@ -58,6 +58,8 @@ def document_ratios(aggregation: str, sums: Array, units: Array) -> Array:
 LEVEL = 0.95
 """The confidence level of every interval in this module."""
 
+MAX_CONCENTRATION = 0.75
+"""Largest sum of squared weights for which a variance is estimated; 0.5 for two equal weights."""
 _TOLERANCE = 1e-9
 """Accuracies and weights that differ by less than this value count as equal."""
 
@@ -173,8 +175,8 @@ def accuracy_drop(baseline: Array, ablated: Array, weights: Array | None = None)
     value = _weighted_mean(drops, shares)
     if not (_is_binary(intact) and _is_binary(changed)):
         is_bounded = min(intact.min(), changed.min()) >= 0 and max(intact.max(), changed.max()) <= 1
-        # Without any change, the t interval would have no width.
-        extra = () if drops.any() or not is_bounded else (1.0, -1.0)
+        # If all documents change alike, the t interval has no width.
+        extra = () if np.ptp(drops) > 0 or not is_bounded else (1.0, -1.0)
         return Estimate(value, *mean_interval(drops, shares, extra))
     n_lost, n_changed = int((drops > 0).sum()), int((drops != 0).sum())
     p_value = float(scipy.stats.binomtest(n_lost, n_changed).pvalue) if n_changed else 1.0
@@ -290,6 +292,12 @@ def drop_below_p(lost: int, won: int, n_documents: int, margin: float) -> float:
     won_share = max(root - linear, 0.0) / (4 * n_documents)
     variance = n_documents * (2 * won_share + margin * (1 - margin))
     return float(scipy.special.ndtr((lost - won - n_documents * margin) / math.sqrt(variance)))
+
+
+def effective_number(weights: Array, clusters: IntArray | None) -> float:
+    """Return the number of clusters of equal weight with the same sum of squared weights."""
+    _, shares = cluster_means(weights, weights, clusters)
+    return float(shares.sum() ** 2 / (shares @ shares))
 
 
 def drop_sd(baseline: Array, ablated: Array, weights: Array | None = None) -> Estimate:
@@ -441,9 +449,9 @@ def _is_binary(values: Array) -> bool:
 
 
 def _error_variance(values: Array, shares: Array) -> float | None:
-    """Estimate the variance of a weighted mean; None for a single document."""
+    """Estimate the variance of a weighted mean; None if one document has most of the weight."""
     concentration = float(shares @ shares)
-    if 1 - concentration < _TOLERANCE:
+    if concentration > MAX_CONCENTRATION:
         return None
     return float(shares**2 @ (values - float(values @ shares)) ** 2) / (1 - concentration)
 

@@ -197,7 +197,7 @@ Verdict = Literal["costs", "helps", "open"]
 
 
 def widen(
-    estimates: Sequence[Estimate], counts: Sequence[int], family: int | None = None
+    estimates: Sequence[Estimate], counts: Sequence[float], family: int | None = None
 ) -> list[Estimate]:
     """Widen 95 % intervals so that they hold simultaneously for all estimates.
 
@@ -209,7 +209,7 @@ def widen(
     Args:
         estimates: Estimates with 95 % intervals; estimates without an interval are returned
             unchanged.
-        counts: Number of documents of each estimate.
+        counts: Number of independent documents or clusters of each estimate.
         family: Number of estimates for which the intervals shall hold simultaneously; None = the
             number of estimates with an interval.
 
@@ -234,7 +234,7 @@ def widen(
         wide, narrow = scipy.special.stdtrit(df, levels)
         return float(wide / narrow)
 
-    def widen_one(estimate: Estimate, count: int) -> Estimate:
+    def widen_one(estimate: Estimate, count: float) -> Estimate:
         low, high = estimate.low, estimate.high
         if family == 1 or low is None or high is None:
             return estimate

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from tracker.ledger.store import Ledger
 from tracker.measuring.derive import derive_record
-from tracker.measuring.prepare import find_cell, find_earlier_request
+from tracker.measuring.prepare import find_cell, find_earlier_request, with_clusters
 from tracker.schema.config import FIELDS_BY_KEY, CellRequest, Changes, run_request
 from tracker.schema.errors import ResultsError, TrackerError
 from tracker.schema.experiment import Experiment
@@ -110,7 +110,7 @@ def _find_measured_run(request: CellRequest, ledger: Ledger) -> tuple[CellRecord
     )
     if store is None or not find_cell(used_request, ledger).complete:
         raise ResultsError(f"{ledger.root} does not hold all outcomes of the run")
-    view, change = store.views.view_of(used_request), request.changes.first_change
+    view, change = store.views.view_of(with_clusters(used_request)), request.changes.first_change
     if (reason := request.invalid_reason(change, store.identity.model.layers)) is not None:
         raise ResultsError(f"it is no run: {reason}")
     record = derive_record(store, view)
