@@ -15,6 +15,7 @@ from contextlib import closing
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Unpack
 
@@ -47,6 +48,7 @@ from tracker.schema.experiment_input import (
     move_model,
     requests_searches,
 )
+from tracker.schema.fields import validate_settings
 from tracker.schema.records import CellRecord
 from tracker.schema.text import mask_secrets
 from tracker.team import publish as publishing
@@ -334,6 +336,7 @@ def quantise(
     refine: int = 3,
     pairs: int = 20,
     output: Where | None = None,
+    gguf: Where | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     **settings: Unpack[ExperimentKeywords],
 ) -> Results:
@@ -353,7 +356,8 @@ def quantise(
         refine: Maximum number of rounds that improve the choice by swapping formats.
         pairs: Number of random pairs of linear maps or layers that are quantised together, to test
             whether their losses add up.
-        output: Folder in which the recommended model is saved; None to save no model.
+        output: Folder in which the recommended model is saved; None to save no folder.
+        gguf: GGUF file that llama.cpp writes of the recommended model; None to write no file.
         tokenizer: Tokenizer of a model object, as for `run`.
         **settings: Options and experiment keys, as for `run`.
 
@@ -378,17 +382,32 @@ def quantise(
     options: dict[str, Any] = {"budget": budget, "by": by, "tie": tie, "test_sample": test_sample}
     options |= {"embeddings": embeddings, "refine": refine, "pairs": pairs}
     options |= {} if format is None else {"format": format}
+    names = WorkKeywords.__annotations__
+    call = _CallContext({name: value for name, value in settings.items() if name in names})
+    if gguf is not None:
+        from tracker.export.gguf_model import refuse_gguf
+        from tracker.studies.registry import QuantiseSettings
+
+        formats = validate_settings(QuantiseSettings, options, "--").format.split(",")
+        reading = _CallContext(settings, ExperimentKeywords.__annotations__)
+        _refuse_incomplete(experiment, reading.settings, 'quantise(budget="4.5bpw", ')
+        given = _read_experiment(reading.read, experiment, tokenizer, reading).file
+        refuse_gguf(Path(gguf), formats, [cell.model for cell in given.cells()])
     results = study("quantise", experiment, tokenizer=tokenizer, **options, **settings)
-    if output is None:
+    if output is None and gguf is None:
         return results
     if len(results.files) != 1:
-        count = f"--output saves one model, but {len(results.files)} models are recommended"
+        option = "--gguf" if output is None else "--output"
+        count = f"{option} saves one model, but {len(results.files)} models are recommended"
         raise RequestError(f"{count}; ask for one model and one benchmark")
     note = read_note(results.files[0])
     change, request = rounding(note["formats"]), stored_request(note["tested_on"])
-    names = WorkKeywords.__annotations__
-    call = _CallContext({name: value for name, value in settings.items() if name in names})
-    saved = call.export(output, change=change, request=request, has_benchmark=True)
+    file = None if gguf is None else Path(gguf)
+    with TemporaryDirectory(dir=file and file.absolute().parent) as folder:
+        facts = {"change": change, "request": request, "has_benchmark": True, "gguf": file}
+        saved = call.export(output or Path(folder) / "model", **facts)
+    if output is None and file is not None:
+        saved = replace(saved, folder=file.absolute().parent)
     return replace(results, saved=saved)
 
 

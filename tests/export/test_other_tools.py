@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 import tracker
 from tests.helpers import llama_cpp
 from tracker.export.card import WINDOWS_RECIPE, find_windows, layer_recipes
+from tracker.export.llama_cpp import FLOAT32, read_logits
 from tracker.models import checkpoint
 from tracker.models.gguf_file import Reader, cached_gguf_parsing
 from tracker.models.load import load_model
@@ -98,7 +99,7 @@ def test_llama_cpp_makes_the_model_that_is_exported(smollm2, tmp_path):
     made = load_model(find_model(str(made_file)), "float32").model
     assert are_equal(made.state_dict(), pruned.state_dict())
     # Its own arithmetic on Q4_1 rounds what a layer reads to eight bits, so in float32.
-    llama_cpp.quantize(made_file, tmp_path / "float32.gguf", file_type=llama_cpp.FLOAT32)
+    llama_cpp.quantize(made_file, tmp_path / "float32.gguf", file_type=FLOAT32)
     assert logit_difference(tmp_path / "float32.gguf", smollm2, pruned) < 0.1
     assert logit_difference(made_file, smollm2) > 5
 
@@ -108,7 +109,7 @@ def logit_difference(file: Path, loaded, pruned=None) -> float:
     tokens = loaded.tokenizer(TEXT)["input_ids"]
     with torch.inference_mode():
         expected = (pruned or loaded.model)(torch.tensor([tokens])).logits[0].numpy()
-    return float(np.abs(llama_cpp.read_logits(file, tokens) - expected).max())
+    return float(np.abs(read_logits(file, [tokens])[0] - expected).max())
 
 
 def shorten_vocabulary(file: Path, target: Path) -> Path:
@@ -145,7 +146,7 @@ def test_llama_cpp_gets_windows_of_gemma_3(gemma, tmp_path, monkeypatch):
     exec(recipes[WINDOWS_RECIPE], {})
     windowed = tmp_path / "pruned-windows.gguf"
     tokens = loaded.tokenizer(TEXT)["input_ids"]
-    default, corrected = (llama_cpp.read_logits(file, tokens) for file in (plain_file, windowed))
+    default, corrected = (read_logits(file, [tokens])[0] for file in (plain_file, windowed))
     assert np.abs(default - corrected).max() > 5
-    llama_cpp.quantize(windowed, tmp_path / "float32.gguf", file_type=llama_cpp.FLOAT32)
+    llama_cpp.quantize(windowed, tmp_path / "float32.gguf", file_type=FLOAT32)
     assert logit_difference(tmp_path / "float32.gguf", loaded, pruned) < 0.5

@@ -12,7 +12,7 @@ from tracker.export import serving, serving_process
 from tracker.export.serving import measure_serving, median_speedup
 from tracker.schema.errors import WorkError
 
-REAL_RUN = serving._run
+REAL_RUN = serving.run_program
 
 
 def test_other_work_in_whole_turns_does_not_matter():
@@ -29,7 +29,7 @@ def test_unequal_disturbances_give_no_speedup():
 
 def test_fresh_processes_measure_both_models(tmp_path, monkeypatch):
     # The real program, which the other tests run in their own process.
-    monkeypatch.setattr(serving, "_run", REAL_RUN)
+    monkeypatch.setattr(serving, "run_program", REAL_RUN)
     base = save_llama(tmp_path / "base")
     model = shutil.copytree(base, tmp_path / "model")
     config = json.loads((model / "config.json").read_text())

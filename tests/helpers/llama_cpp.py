@@ -1,18 +1,20 @@
-"""llama.cpp's own library, from the wheel llama-cpp-py-sync: its quantiser and its logits."""
+"""llama.cpp's quantiser with the options of llama-quantize, and small files for it."""
 
 from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFWriter
+from gguf import GGUFWriter
 
-FLOAT32, COPY = 0, "COPY"
-"""Of `llama_ftype`: all in float32; and what llama-quantize calls changing nothing."""
+from tracker.export.llama_cpp import FLOAT32, type_number
+from tracker.export.llama_cpp import quantize as quantize_file
+
+COPY = "COPY"
+"""What llama-quantize calls changing nothing."""
 
 
 def write_gguf(
@@ -32,17 +34,6 @@ def write_gguf(
     return file
 
 
-@cache
-def _library() -> tuple[Any, Any, Any]:
-    from llama_cpp_py_sync import _cffi_bindings as bindings
-
-    signature = "void(enum ggml_log_level, const char *, void *)"
-    silent = bindings.ffi.callback(signature, lambda *_: None)
-    library = bindings.get_lib()
-    library.llama_log_set(silent, bindings.ffi.NULL)
-    return bindings.ffi, library, silent  # which must live as long as the library
-
-
 def quantize(
     source: Path,
     target: Path,
@@ -58,25 +49,16 @@ def quantize(
     With its --prune-layers, --pure, and --tensor-type, with which --token-embedding-type and
     --output-tensor-type are told too.
     """
-    ffi, library, _ = _library()
-    defaults = library.llama_model_quantize_default_params()
-    parameters = ffi.new("llama_model_quantize_params *", defaults)
-    parameters.nthread, parameters.pure = 1, pure
-    parameters.only_copy, parameters.allow_requantize = file_type == COPY, file_type != COPY
+    settings: dict[str, Any] = {"pure": pure, "only_copy": file_type == COPY}
+    settings["ftype"] = FLOAT32 if file_type == COPY else file_type
     if types:
-        parameters.token_embedding_type = int(GGMLQuantizationType[embedding.upper()])
-        parameters.output_tensor_type = int(GGMLQuantizationType[output.upper()])
-        patterns = [ffi.new("char[]", pattern.encode()) for pattern, _ in types]
-        overrides = ffi.new("struct llama_model_tensor_override[]", len(types) + 1)
-        for index, (pattern, (_, kind)) in enumerate(zip(patterns, types, strict=True)):
-            overrides[index].pattern = pattern
-            overrides[index].type = int(GGMLQuantizationType[kind.upper()])
-        overrides[len(types)].pattern = ffi.NULL
-        parameters.tt_overrides = overrides
-    parameters.ftype = FLOAT32 if file_type == COPY else file_type
-    removed = ffi.new("int32_t[]", [*layers, -1])
-    parameters.prune_layers = removed if layers else ffi.NULL
-    assert library.llama_model_quantize(str(source).encode(), str(target).encode(), parameters) == 0
+        settings["token_embedding_type"] = type_number(embedding)
+        settings["output_tensor_type"] = type_number(output)
+    if layers:
+        from llama_cpp_py_sync import _cffi_bindings
+
+        settings["prune_layers"] = _cffi_bindings.ffi.new("int32_t[]", [*layers, -1])
+    quantize_file(source, target, dict(types), **settings)
 
 
 def run_quantize_line(line: str, folder: Path) -> Path:
@@ -85,28 +67,3 @@ def run_quantize_line(line: str, folder: Path) -> Path:
     assert (program, option, quantisation) == ("llama-quantize", "--prune-layers", COPY)
     quantize(folder / source, folder / target, [int(layer) for layer in layers.split(",")])
     return folder / target
-
-
-def read_logits(file: Path, tokens: Sequence[int]) -> np.ndarray:
-    """Read tokens in one go: the logits after each."""
-    ffi, library, _ = _library()
-    parameters = library.llama_model_default_params()
-    model = library.llama_model_load_from_file(str(file).encode(), parameters)
-    assert model != ffi.NULL
-    parameters, count = library.llama_context_default_params(), len(tokens)
-    parameters.n_ctx = parameters.n_batch = parameters.n_ubatch = max(64, count)
-    parameters.n_threads = parameters.n_threads_batch = 1
-    context = library.llama_init_from_model(model, parameters)
-    batch = library.llama_batch_init(count, 0, 1)
-    batch.n_tokens = count
-    for index, token in enumerate(tokens):
-        batch.token[index], batch.pos[index], batch.logits[index] = token, index, 1
-        batch.n_seq_id[index], batch.seq_id[index][0] = 1, 0
-    assert library.llama_decode(context, batch) == 0
-    width = library.llama_vocab_n_tokens(library.llama_model_get_vocab(model))
-    buffer = ffi.buffer(library.llama_get_logits(context), 4 * count * width)
-    logits = np.frombuffer(buffer, dtype=np.float32).reshape(count, width).copy()
-    library.llama_batch_free(batch)
-    library.llama_free(context)
-    library.llama_model_free(model)
-    return logits

@@ -535,6 +535,12 @@ def _detectable_drop(cell: PlannedCell) -> tuple[str, str]:
     return drop_text, f"{documents_needed([cell.spread], n_tests):,}{mark}"
 
 
+def print_speed(model: ExportedModel) -> None:
+    """Print the figures of speed and memory of a saved model, or why there are none."""
+    if model.speed_on:
+        echo_all(model.speed_title, *(f"  {figure.text}" for figure in model.serving))
+
+
 def print_export(model: ExportedModel) -> None:
     """Print the description of a saved model."""
     from tracker.export.card import no_recipe_reason, ordered_recipes
@@ -547,8 +553,7 @@ def print_export(model: ExportedModel) -> None:
             "after"
         )
     echo(model.size)
-    if model.speed_on:
-        echo_all(model.speed_title, *(f"  {figure.text}" for figure in model.serving))
+    print_speed(model)
     echo_all(*model.proof.sentences())
     echo()
     if model.recipes:

@@ -8,7 +8,7 @@ from typing import Any
 
 from tracker.cli.commands import main
 from tracker.cli.options import add_options, experiment_options, work_options
-from tracker.cli.printing import print_study
+from tracker.cli.printing import print_speed, print_study
 from tracker.cli.terminal import ProgressDisplay, announce_start, echo, echo_all
 from tracker.studies.registry import QuantiseSettings
 
@@ -19,6 +19,9 @@ class QuantiseOptions(QuantiseSettings):
     output: Path | None = None
     """New folder in which to save the recommended choice. It has recipes for llama.cpp,
     llm-compressor, mlx-lm and GPTQModel, if these support its formats."""
+    gguf: Path | None = None
+    """New GGUF file that llama.cpp writes of the recommended choice, for a model from a GGUF file.
+    Its logits are compared, and its speed is measured."""
 
 
 @main.command()
@@ -51,11 +54,14 @@ def quantise(experiment: Path | None, settings: dict[str, Any], **options: Any) 
         for path in result.files:
             echo(f"format of each map: {path}")
         echo("to save the recommended model, type the same command with --output FOLDER")
-    else:
+    elif options["output"] is not None:
         echo_all(*result.saved.proof.sentences())
         echo(f"saved: {result.saved.folder}")
         for tool in result.saved.recipes:
             echo(f"to make the smaller file with {tool}, see the recipe in the saved folder")
         for tool, reason in result.saved.problems.items():
             echo(f"no recipe for {tool}: {reason}")
+    if result.saved is not None and result.saved.gguf is not None:
+        echo(f"GGUF: {result.saved.gguf.text}")
+        print_speed(result.saved)
     sys.exit(result.outcome.exit_code)

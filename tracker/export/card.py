@@ -264,9 +264,7 @@ def format_recipes(
     """
 
     def write_command(formats: FormatsByPath) -> str:
-        names = _gguf_names(formats, architecture, layers)
-        tensors = {name: form for path, form in formats.items() for name in names[path]}
-        return quantise_command(tensors, file, bool(tied_path))
+        return quantise_command(gguf_tensors(formats, architecture, layers), file, bool(tied_path))
 
     writers: dict[str, Callable[[FormatsByPath], str]] = {
         "llama.cpp": write_command,
@@ -306,6 +304,15 @@ def _split_fused_maps(formats: FormatsByPath) -> list[str]:
     """List the paths of the first fused maps that have different formats; empty if none have."""
     groups = group_by(formats, fused_map).values()
     return next((paths for paths in groups if len({formats[path] for path in paths}) > 1), [])
+
+
+def gguf_tensors(formats: FormatsByPath, architecture: str, layers: int) -> dict[str, str]:
+    """Return the format of each tensor in a GGUF file by its name; empty if a name is unknown.
+
+    The arguments are those of `format_recipes`.
+    """
+    names = _gguf_names(formats, architecture, layers)
+    return {name: formats[path] for path in names for name in names[path]}
 
 
 def _gguf_names(formats: FormatsByPath, architecture: str, layers: int) -> dict[str, list[str]]:

@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -30,7 +31,7 @@ from tracker.export.changes import (
 )
 from tracker.export.facts import Accuracy, ExportedModel, ModelChange, Size
 from tracker.export.proof import ExpectedAnswers, MeasuredCell, expected_answers, prove
-from tracker.export.serving import measure_serving
+from tracker.export.serving import measure_llama_cpp, measure_serving
 from tracker.ledger.files import new_folder
 from tracker.ledger.store import Ledger
 from tracker.measuring.job import Options
@@ -66,6 +67,7 @@ class ExportRequest:
         request: The model, and the benchmark on which the saved files are checked.
         has_benchmark: False if the request's benchmark is only a placeholder.
         output: The folder to create.
+        gguf: The GGUF file to create; None for none.
         ledger: The results folder.
         options: Options such as the device, and whether code from a download is trusted.
         track: The tracking backends to which the model is published.
@@ -84,6 +86,7 @@ class ExportRequest:
     project: str = "tracker"
     register: str | None = None
     measure: Callable[[CellRequest, Ablation], object] = lambda *_: None
+    gguf: Path | None = None
 
 
 def model_request(model: str, benchmark: str | None, **settings: Any) -> CellRequest:
@@ -141,7 +144,9 @@ def export(request: ExportRequest, progress: Progress) -> ExportedModel:
     else:
         checkpoint.check_layer_changes(source, ablation.removed(), ablation.repetitions)
     record, cell = _measure_cost(request, progress) if request.has_benchmark else (None, None)
-    with TemporaryDirectory() as name, draft_folder(request.output) as folder:
+    gguf = request.gguf
+    workplace = None if gguf is None else gguf.absolute().parent
+    with draft_folder(request.output) as folder, TemporaryDirectory(dir=workplace) as name:
         base_folder = Path(name)
         model, answers = _write_checkpoint(request, source, folder, base_folder, progress)
         progress.say("loading the model in a fresh process" + (", for lm-eval" if cell else ""))
@@ -153,15 +158,22 @@ def export(request: ExportRequest, progress: Progress) -> ExportedModel:
                 raise
             progress.say(f"not scored by lm-eval: {error}")
             proof = prove(folder, answers, None, trust_remote_code)
+        if gguf is not None:
+            progress.say("writing the GGUF file with llama.cpp")
+            model = _add_gguf(model, source, folder, answers, base_folder / gguf.name)
         progress.say("measuring speed and memory (a few minutes for a large model)")
-        model = _add_speed(model, base_folder, folder, answers, trust_remote_code)
+        model = _add_speed(model, base_folder, folder, answers, source)
         change = add_origin(change, request.ledger, model.base)
         rows = [] if cell is None else [_accuracy(record, cell, change, request.ledger)]
         # A measurement on exactly these documents is not repeated in the list.
         keys = {(row.benchmark, row.n, row.before) for row in rows}
         rows += [row for row in change.tested if (row.benchmark, row.n, row.before) not in keys]
         model = replace(model, change=change, accuracy=tuple(rows), proof=proof)
+        if gguf is not None and model.gguf is not None:
+            model = replace(model, gguf=replace(model.gguf, path=gguf))
         write_card(model, folder)
+        if gguf is not None:
+            (base_folder / gguf.name).rename(gguf)
     cells = (*change.chosen_by, *filter(None, [record]))
     results, project = request.ledger.root, request.project
     return publish(model, cells, request.track, project, results, request.register)
@@ -275,24 +287,40 @@ def _write_formats(model: ExportedModel, folder: Path) -> None:
         (folder / recipe.file).write_text(recipe.text + "\n", encoding="utf-8")
 
 
+def _add_gguf(
+    model: ExportedModel, source: ModelSource, folder: Path, answers: ExpectedAnswers, file: Path
+) -> ExportedModel:
+    """Write a saved model as a GGUF file in a temporary folder; add it to the facts."""
+    from tracker.export.gguf_model import write_gguf
+
+    # Beside the file, there is a copy with float32 weights for a while.
+    _refuse_small_disk(file.parent, 4 * model.before.parameters + model.after.bytes)
+    return replace(model, gguf=write_gguf(file, source.files()[0], model, folder, answers))
+
+
 def _add_speed(
-    model: ExportedModel, base: Path, folder: Path, answers: ExpectedAnswers, trust: bool
+    model: ExportedModel, base: Path, folder: Path, answers: ExpectedAnswers, source: ModelSource
 ) -> ExportedModel:
     """Measure speed and memory of a saved model and its base model; add them to the facts.
 
-    Models with rounded weights are not measured, because their file holds unrounded numbers. `base`
-    is a folder with the base model's configuration.
+    The folder of a model with rounded weights is not measured, because it holds unrounded numbers,
+    but its GGUF file is. `base` is a folder with the base model's configuration.
     """
-    if model.formats or answers.device == "spread":
-        return model
     machine, threads, dtype = describe_machine(), answers.n_threads, model.base.dtype
     cores = f"{count_text(threads, 'thread')} of {count_text(int(machine['cores']), 'core')}"
-    conditions = f"{dtype} on {answers.device}, {cores}, {machine['platform']}"
+    hardware = f"{cores}, {machine['platform']}; medians and quartiles"
     try:
-        figures = measure_serving(base, folder, answers.device, dtype, threads, trust)
+        if model.gguf is not None:
+            tool = f"llama.cpp of llama-cpp-py-sync {version('llama-cpp-py-sync')} on cpu"
+            figures = measure_llama_cpp(source.files()[0], model.gguf.path, threads)
+        elif model.formats or answers.device == "spread":
+            return model
+        else:
+            tool, trust = f"{dtype} on {answers.device}", source.trust_remote_code
+            figures = measure_serving(base, folder, answers.device, dtype, threads, trust)
     except WorkError as error:
         return replace(model, speed_on=str(error))
-    return replace(model, serving=tuple(figures), speed_on=f"{conditions}; medians and quartiles")
+    return replace(model, serving=tuple(figures), speed_on=f"{tool}, {hardware}")
 
 
 def _accuracy(

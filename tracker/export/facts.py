@@ -117,6 +117,38 @@ class Proof:
         return f"{ours} measured with shared computation, {theirs} by plain lm-eval: {ties}"
 
 
+@dataclass(frozen=True)
+class GgufFile:
+    """A GGUF file of a saved model.
+
+    Attributes:
+        path: The path of the file.
+        bytes: The size of the file.
+        difference: The largest difference between llama.cpp's logits with unrounded activations
+            and the logits of the changed model in memory, on the texts of the proof.
+        equal_tokens: Number of tokens of these texts after which llama.cpp predicts the same next
+            token with rounded activations, its default.
+        tokens: Number of tokens of these texts.
+    """
+
+    path: Path
+    bytes: int
+    difference: float
+    equal_tokens: int
+    tokens: int
+
+    @property
+    def text(self) -> str:
+        """The file, its size and the result of its check."""
+        return (
+            f"{self.path} has {self.bytes:,} bytes and the measured weights, bit by bit. In "
+            "float32, llama.cpp computes the same logits with them, to within "
+            f"{self.difference:.1e} (rounding). By default, it also rounds activations to 8 bits, "
+            f"and predicts the same next token after {self.equal_tokens:,} of {self.tokens:,} "
+            "tokens."
+        )
+
+
 _TAGS = {
     "pruned": ("pruned", "layer-pruning"),
     "repeated": ("self-merge", "repeated-layers"),
@@ -215,6 +247,8 @@ class ExportedModel:
             model.
         resized: Names of changed configuration entries, except for the number of layers.
         formats: Path of each rounded weight → its format.
+        gguf: The GGUF file of the saved model; None if none was requested. Its speed is measured
+            instead of the folder's.
         problems: Tool → reason why this tool cannot make the model with these formats.
         accuracy: Metrics before and after the change.
         proof: Result of the check that the saved files give the measured results.
@@ -233,6 +267,7 @@ class ExportedModel:
     recipes: dict[str, str] = field(default_factory=dict)
     resized: tuple[str, ...] = ()
     formats: Mapping[str, str] = field(default_factory=dict)
+    gguf: GgufFile | None = None
     problems: Mapping[str, str] = field(default_factory=dict)
     accuracy: tuple[Accuracy, ...] = ()
     proof: Proof = Proof(texts=0, difference=0.0)
@@ -269,7 +304,8 @@ class ExportedModel:
         """The line above the figures of speed and memory, or the reason why there are none."""
         if not self.serving:
             return f"Speed and memory are not known: {self.speed_on}"
-        return f"Speed and memory with plain transformers ({self.speed_on}):"
+        tool = "Speed and memory with plain transformers" if self.gguf is None else "Speed"
+        return f"{tool} ({self.speed_on}):"
 
     def figures(self) -> dict[str, float]:
         """Return the model's numeric facts, by name."""
@@ -279,6 +315,8 @@ class ExportedModel:
             for name, size in (("base", self.before), (kind, self.after))
             for quantity, number in asdict(size).items()
         }
+        if self.gguf is not None:
+            figures[f"{kind}/gguf_bytes"] = self.gguf.bytes
         for figure in self.serving:
             figures |= {
                 f"base/{figure.name}": figure.base[0],
@@ -310,5 +348,7 @@ class ExportedModel:
         if self.formats:
             facts |= {"formats": self.formats, "no_recipes": self.problems}
         facts |= {"removed_parts": [*map(str, parts)]} if (parts := change.ablation.parts) else {}
+        if self.gguf is not None:
+            facts["gguf"] = self.gguf
         json_values: dict[str, Any] = to_jsonable_python(facts)
         return json_values

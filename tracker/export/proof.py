@@ -176,7 +176,7 @@ def prove(
         answer = _run_reference(question, folder)
         logits = load_file(question["logits"])
         _refuse_other_model(answer, expected)
-        difference = _compare_logits([logits[str(n)] for n in range(len(PROOF_TEXTS))], expected)
+        difference = compare_logits([logits[str(n)] for n in range(len(PROOF_TEXTS))], expected)
     proof = Proof(len(PROOF_TEXTS), difference, versions={"transformers": version("transformers")})
     if cell is None:
         return proof
@@ -234,7 +234,9 @@ def _refuse_other_model(answer: Answer, expected: ExpectedAnswers) -> None:
             raise WorkError(f"the saved tokenizer splits {text!r} into different tokens")
 
 
-def _compare_logits(logits: Sequence[torch.Tensor], expected: ExpectedAnswers) -> float:
+def compare_logits(
+    logits: Sequence[torch.Tensor], expected: ExpectedAnswers, tool: str = "plain transformers"
+) -> float:
     """Return the largest difference from the expected logits; raise WorkError if too large."""
     max_nats, max_share = HALF_TOLERANCE if expected.is_half else SINGLE_TOLERANCE
     largest = 0.0
@@ -242,8 +244,7 @@ def _compare_logits(logits: Sequence[torch.Tensor], expected: ExpectedAnswers) -
         difference = float((their_logits - our_logits).abs().max())
         if not difference <= max_nats + max_share * float(our_logits.abs().max()):
             raise WorkError(
-                f"plain transformers loads a different model: logits of {text!r} differ by "
-                f"{difference:.3g}"
+                f"{tool} loads a different model: logits of {text!r} differ by {difference:.3g}"
             )
         largest = max(largest, difference)
     return largest

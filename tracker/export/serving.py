@@ -31,7 +31,8 @@ MAX_QUARTILE_RATIO = 1.15
 """Maximum ratio of the upper to the lower quartile of a speed ratio. If it is exceeded, other work
 on the machine affected the two models unequally."""
 MIN_RATIO_TURNS = 3
-_PROGRAM = Path(__file__).with_name("serving_process.py")
+_TRANSFORMERS_PROGRAM = (str(Path(__file__).with_name("serving_process.py")),)
+LLAMA_CPP_PROGRAM = ("-m", "tracker.export.llama_cpp")
 
 
 @dataclass(frozen=True)
@@ -85,8 +86,7 @@ def measure_serving(
     Raises:
         WorkError: The models cannot be built or timed in a fresh process.
     """
-    tasks = {f"prefill_{length}": (1, length, 0) for length in READ_LENGTHS}
-    tasks |= {f"decode_{batch}": (batch, PROMPT_TOKENS, NEW_TOKENS) for batch in WRITE_BATCHES}
+    tasks = _timed_tasks()
     request: dict[str, Any] = {
         "tasks": {},
         "turns": 0,
@@ -97,19 +97,39 @@ def measure_serving(
         "trust_remote_code": trust_remote_code,
     }
     timing = request | {"tasks": tasks, "turns": MIN_TURNS, "seconds": MIN_SECONDS}
-    seconds = _run({**timing, "folders": [str(base), str(saved)]})["seconds"]
+    seconds = run_program({**timing, "folders": [str(base), str(saved)]})["seconds"]
     figures = [_speed_figure(name, tasks[name], seconds[name]) for name in tasks]
     for length in READ_LENGTHS:
         waits = (spread(1000 * np.array(row)) for row in seconds[f"prefill_{length}"])
         title = f"milliseconds to the first token, prompt of {length:,} tokens"
         figures.append(ServingFigure(f"first_token_{length}", title, *waits))
     # A process's peak is that of one model, so each has its own process.
-    memory = [_run({**request, "folders": [str(folder)]}) for folder in (base, saved)]
+    memory = [run_program({**request, "folders": [str(folder)]}) for folder in (base, saved)]
     for name, title in _MEMORY_TITLES.items():
         values = [answer[name] for answer in memory]
         if None not in values:
             figures.append(ServingFigure(name, title, *((float(v),) * 3 for v in values)))
     return figures
+
+
+def measure_llama_cpp(base: Path, saved: Path, threads: int) -> list[ServingFigure]:
+    """Measure how fast llama.cpp reads and writes with a GGUF file and with that of its base.
+
+    The arguments are those of `measure_serving`.
+    """
+    tasks = {name: task for name, task in _timed_tasks().items() if task[0] == 1}
+    request = {"function": "time_files", "files": [str(base), str(saved)], "threads": threads}
+    request |= {"tasks": tasks, "turns": MIN_TURNS, "seconds": MIN_SECONDS}
+    request["max_seconds"] = MAX_SECONDS
+    seconds = run_program(request, LLAMA_CPP_PROGRAM)["seconds"]
+    return [_speed_figure(f"llama_cpp_{name}", tasks[name], seconds[name]) for name in tasks]
+
+
+def _timed_tasks() -> dict[str, tuple[int, int, int]]:
+    """Return the number of texts, of tokens per prompt and of new tokens of each timed task."""
+    tasks = {f"prefill_{length}": (1, length, 0) for length in READ_LENGTHS}
+    writing = {f"decode_{batch}": (batch, PROMPT_TOKENS, NEW_TOKENS) for batch in WRITE_BATCHES}
+    return tasks | writing
 
 
 _MEMORY_TITLES = {
@@ -160,13 +180,16 @@ def median_speedup(base_seconds: Sequence[float], seconds: Sequence[float]) -> S
     return ratio if is_steady and len(seconds) >= MIN_RATIO_TURNS else None
 
 
-def _run(request: Mapping[str, Any]) -> dict[str, Any]:
-    """Run the measuring program in a fresh process; return its answer."""
+def run_program(request: Mapping[str, Any], program: Sequence[str] = _TRANSFORMERS_PROGRAM) -> Any:
+    """Run a program in a fresh process; return its answer, or raise WorkError with its error.
+
+    `program` are the arguments of Python: by default, the program that times plain transformers.
+    """
     with TemporaryDirectory() as name:
         file, answer = Path(name) / "request.json", Path(name) / "answer.json"
         file.write_text(json.dumps({**request, "answer": str(answer)}), encoding="utf-8")
         process = subprocess.run(
-            [sys.executable, "-P", str(_PROGRAM), str(file)],
+            [sys.executable, "-P", *program, str(file)],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -174,6 +197,5 @@ def _run(request: Mapping[str, Any]) -> dict[str, Any]:
         )
         if process.returncode:
             error = (process.stdout.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
-            raise WorkError(f"the program that measures speed failed: {error}")
-        result: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
-    return result
+            raise WorkError(f"a program in a fresh process failed: {error}")
+        return json.loads(answer.read_text(encoding="utf-8"))

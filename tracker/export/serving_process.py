@@ -11,6 +11,7 @@ import inspect
 import json
 import sys
 import time
+from collections.abc import Callable, Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,16 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(request["threads"])
     torch.manual_seed(0)
     models = [build_model(folder, request) for folder in request["folders"]]
+    # Without its cache, whose memory the next task needs.
+    seconds = time_by_turns(models, request, lambda *task: time_answer(*task)[0])
+    _, cache = time_answer(models[0], 1, request["cached"], 0)
+    return {"seconds": seconds, "cache_bytes": cache_bytes(cache), "peak_bytes": peak_bytes()}
+
+
+def time_by_turns(
+    models: Sequence[Any], request: Mapping[str, Any], time_answer: Callable[..., float]
+) -> dict[str, list[list[float]]]:
+    """Time each task of the request with each model, by turns; return seconds by task."""
     seconds: dict[str, list[list[float]]] = {
         name: [[] for _ in models] for name in request["tasks"]
     }
@@ -31,15 +42,14 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
     for turn in count(1):
         for name, task in request["tasks"].items():
             for model, durations in zip(models, seconds[name], strict=True):
-                durations.append(time_answer(model, *task)[0])
+                durations.append(time_answer(model, *task))
         elapsed = time.perf_counter() - start
         is_enough = turn > request["turns"] and elapsed > request["seconds"]
         if is_enough or elapsed > request["max_seconds"]:
             break
     if turn > 1:  # the first turn is slower
         seconds = {name: [row[1:] for row in rows] for name, rows in seconds.items()}
-    _, cache = time_answer(models[0], 1, request["cached"], 0)
-    return {"seconds": seconds, "cache_bytes": cache_bytes(cache), "peak_bytes": peak_bytes()}
+    return seconds
 
 
 def build_model(folder: str, request: dict[str, Any]) -> PreTrainedModel:

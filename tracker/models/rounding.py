@@ -10,14 +10,13 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tracker.schema.distribution import extra_command
+from tracker.schema.distribution import extra_command, package_folder
 from tracker.schema.errors import CellError, ExperimentError, first_line, translate_errors
 from tracker.schema.weight_formats import FORMATS, WeightFormat
 
@@ -127,9 +126,9 @@ def _round_to_gguf(rows: Tensor, form: WeightFormat) -> Tensor:
 @cache
 def _load_llama_cpp() -> Any:
     """Load the function of llama.cpp that quantises rows (ggml.h, `ggml_quantize_chunk`)."""
-    import llama_cpp_py_sync
-
-    library = next(Path(llama_cpp_py_sync.__file__).parent.glob("*ggml-base*"))
+    folder = package_folder("llama_cpp_py_sync")
+    assert folder is not None  # checked by check_installed
+    library = next(folder.glob("*ggml-base*"))
     quantise = ctypes.CDLL(str(library)).ggml_quantize_chunk
     quantise.restype = ctypes.c_size_t
     pointer, integer = ctypes.c_void_p, ctypes.c_int64
