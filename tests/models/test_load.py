@@ -242,6 +242,16 @@ def write_llama(path: Path, more_tokens: Sequence[str] = ()) -> Path:
     )  # fmt: skip
 
 
+def test_a_gguf_file_of_the_same_name_is_not_read(tmp_path, monkeypatch) -> None:
+    """Was: transformers read the weights of such a file in the current folder."""
+    (tmp_path / "here").mkdir()
+    expected = load(write_llama(tmp_path / "model.gguf"), "float32").model.state_dict()
+    write_llama(tmp_path / "here" / "model.gguf", ["and", "more"])
+    monkeypatch.chdir(tmp_path / "here")
+    loaded = load(tmp_path / "model.gguf", "float32").model.state_dict()
+    assert all(torch.equal(loaded[name], expected[name]) for name in expected)
+
+
 @pytest.fixture
 def counted(monkeypatch):
     """Write down when some functions are called."""

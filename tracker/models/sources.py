@@ -151,7 +151,8 @@ class ModelSource:
         """Return the keyword arguments for all `from_pretrained` calls of transformers."""
         arguments: dict[str, Any] = {"trust_remote_code": self.trust_remote_code}
         if self.gguf_file:
-            arguments["gguf_file"] = self.gguf_file
+            # With a name alone, transformers prefers such a file in the current folder.
+            arguments["gguf_file"] = str(Path(self.location) / self.gguf_file)
         if self.revision:
             arguments["revision"] = self.revision
         if not self.is_local and "subfolder" in self.arguments:
