@@ -317,8 +317,9 @@ def _add_speed(
             return model
         else:
             tool, trust = f"{dtype} on {answers.device}", source.trust_remote_code
-            figures = measure_serving(base, folder, answers.device, dtype, threads, trust)
-    except WorkError as error:
+            settings = (answers.device, dtype, threads, trust, answers.max_length)
+            figures = measure_serving(base, folder, *settings)
+    except (WorkError, OSError) as error:  # a proven model is saved nevertheless
         return replace(model, speed_on=str(error))
     return replace(model, serving=tuple(figures), speed_on=f"{tool}, {hardware}")
 

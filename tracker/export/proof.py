@@ -55,6 +55,7 @@ class ExpectedAnswers:
         is_half: True if the model computes in half precision.
         device: The device that computed the logits.
         n_threads: The number of CPU threads that computed the logits.
+        max_length: The maximum number of tokens that the model reads; None if unlimited.
     """
 
     tokens: list[list[int]]
@@ -63,6 +64,7 @@ class ExpectedAnswers:
     is_half: bool
     device: str
     n_threads: int
+    max_length: int | None
 
 
 def expected_answers(loaded: LoadedModel, model: PreTrainedModel, device: str) -> ExpectedAnswers:
@@ -80,6 +82,7 @@ def expected_answers(loaded: LoadedModel, model: PreTrainedModel, device: str) -
         model.dtype not in (torch.float32, torch.float64),
         "spread" if device == "spread" else str(loaded.device),
         torch.get_num_threads(),
+        getattr(model.config.get_text_config(), "max_position_embeddings", None),
     )
 
 

@@ -61,14 +61,22 @@ class ServingFigure:
             return f"{self.title}: {self.model[0]:,.0f} (base model {self.base[0]:,.0f})"
         base, model = (_spread_text(values) for values in (self.base, self.model))
         text = f"{self.title}: {model}, base model {base}"
-        if self.ratio is None:
+        if self.name.startswith("first_token"):
             return text
+        if self.ratio is None:
+            return f"{text}; no ratio, because other work disturbed the timing"
         median, low, high = self.ratio
         return f"{text}; {median:.2f} times as fast ({low:.2f} to {high:.2f})"
 
 
 def measure_serving(
-    base: Path, saved: Path, device: str, dtype: str, threads: int, trust_remote_code: bool
+    base: Path,
+    saved: Path,
+    device: str,
+    dtype: str,
+    threads: int,
+    trust_remote_code: bool,
+    max_length: int | None = None,
 ) -> list[ServingFigure]:
     """Measure how fast a saved model and its base model read and write with plain transformers.
 
@@ -79,6 +87,7 @@ def measure_serving(
         dtype: The dtype of the weights, e.g. `bfloat16`.
         threads: The number of CPU threads.
         trust_remote_code: Whether code in the folders may run.
+        max_length: The maximum number of tokens that both models read; None if unlimited.
 
     Returns:
         The figures of speed, then the figures of memory.
@@ -86,29 +95,31 @@ def measure_serving(
     Raises:
         WorkError: The models cannot be built or timed in a fresh process.
     """
-    tasks = _timed_tasks()
+    tasks = _timed_tasks(max_length)
+    n_cached = min(CACHED_TOKENS, max_length or CACHED_TOKENS)
     request: dict[str, Any] = {
         "tasks": {},
         "turns": 0,
         "seconds": 0,
         "max_seconds": MAX_SECONDS,
-        "cached": CACHED_TOKENS,
+        "cached": n_cached,
         **{"device": device, "dtype": dtype, "threads": threads},
         "trust_remote_code": trust_remote_code,
     }
     timing = request | {"tasks": tasks, "turns": MIN_TURNS, "seconds": MIN_SECONDS}
     seconds = run_program({**timing, "folders": [str(base), str(saved)]})["seconds"]
-    figures = [_speed_figure(name, tasks[name], seconds[name]) for name in tasks]
-    for length in READ_LENGTHS:
-        waits = (spread(1000 * np.array(row)) for row in seconds[f"prefill_{length}"])
-        title = f"milliseconds to the first token, prompt of {length:,} tokens"
-        figures.append(ServingFigure(f"first_token_{length}", title, *waits))
+    figures = [_speed_figure(name, tasks[name], seconds[name]) for name in seconds]
+    for name in (name for name in seconds if not tasks[name][-1]):
+        waits = (spread(1000 * np.array(row)) for row in seconds[name])
+        title = f"milliseconds to the first token, prompt of {tasks[name][1]:,} tokens"
+        figures.append(ServingFigure(f"first_token_{tasks[name][1]}", title, *waits))
     # A process's peak is that of one model, so each has its own process.
     memory = [run_program({**request, "folders": [str(folder)]}) for folder in (base, saved)]
     for name, title in _MEMORY_TITLES.items():
         values = [answer[name] for answer in memory]
         if None not in values:
-            figures.append(ServingFigure(name, title, *((float(v),) * 3 for v in values)))
+            text = f"{title} {n_cached:,} tokens"
+            figures.append(ServingFigure(name, text, *((float(v),) * 3 for v in values)))
     return figures
 
 
@@ -125,16 +136,17 @@ def measure_llama_cpp(base: Path, saved: Path, threads: int) -> list[ServingFigu
     return [_speed_figure(f"llama_cpp_{name}", tasks[name], seconds[name]) for name in tasks]
 
 
-def _timed_tasks() -> dict[str, tuple[int, int, int]]:
+def _timed_tasks(max_length: int | None = None) -> dict[str, tuple[int, int, int]]:
     """Return the number of texts, of tokens per prompt and of new tokens of each timed task."""
-    tasks = {f"prefill_{length}": (1, length, 0) for length in READ_LENGTHS}
+    lengths = dict.fromkeys(min(length, max_length or length) for length in READ_LENGTHS)
+    tasks = {f"prefill_{length}": (1, length, 0) for length in lengths}
     writing = {f"decode_{batch}": (batch, PROMPT_TOKENS, NEW_TOKENS) for batch in WRITE_BATCHES}
     return tasks | writing
 
 
 _MEMORY_TITLES = {
-    "cache_bytes": f"bytes of keys and values of {CACHED_TOKENS:,} tokens",
-    "peak_bytes": f"peak bytes of a process that reads {CACHED_TOKENS:,} tokens",
+    "cache_bytes": "bytes of keys and values of",
+    "peak_bytes": "peak bytes of a process that reads",
 }
 
 
@@ -197,5 +209,7 @@ def run_program(request: Mapping[str, Any], program: Sequence[str] = _TRANSFORME
         )
         if process.returncode:
             error = (process.stdout.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
+            if process.returncode < 0:
+                error = f"signal {-process.returncode} ended it, perhaps for lack of memory"
             raise WorkError(f"a program in a fresh process failed: {error}")
         return json.loads(answer.read_text(encoding="utf-8"))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -25,10 +26,15 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(request["threads"])
     torch.manual_seed(0)
     models = [build_model(folder, request) for folder in request["folders"]]
+    _, cache = time_answer(models[0], 1, request["cached"], 0)
+    if cache is None:  # such models cannot go on writing
+        tasks = {name: task for name, task in request["tasks"].items() if not task[-1]}
+        request = {**request, "tasks": tasks}
+    memory = {"cache_bytes": cache_bytes(cache), "peak_bytes": peak_bytes(request["device"])}
+    del cache
     # Without its cache, whose memory the next task needs.
     seconds = time_by_turns(models, request, lambda *task: time_answer(*task)[0])
-    _, cache = time_answer(models[0], 1, request["cached"], 0)
-    return {"seconds": seconds, "cache_bytes": cache_bytes(cache), "peak_bytes": peak_bytes()}
+    return {"seconds": seconds, **memory}
 
 
 def time_by_turns(
@@ -79,7 +85,7 @@ def time_answer(
     start, cache = time.perf_counter(), None
     for step in range(new_tokens + 1):
         output = model(input_ids=ids, use_cache=True, **settings, **{cache_name: cache})
-        cache, ids = output[cache_name], output.logits[:, -1:].argmax(-1)
+        cache, ids = output.get(cache_name), output.logits[:, -1:].argmax(-1)
         ids.cpu()  # waits for the accelerator, as an application does that shows each token
         if step == 0 and new_tokens:
             start = time.perf_counter()
@@ -93,14 +99,16 @@ def cache_bytes(cache: Any) -> int | None:
     return sum(t.numel() * t.element_size() for t in tensors) or None
 
 
-def peak_bytes() -> int:
-    """Return the peak memory of this process on the accelerator, or else in main memory."""
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return torch.cuda.max_memory_allocated()
-    import resource  # Unix only
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
+def peak_bytes(device: str) -> int | None:
+    """Return this process's peak memory on a CUDA device, or else in main memory if known."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if device != "cpu" or not status.is_file():
+        return None
+    # Unlike ru_maxrss, it does not begin at the peak of the process that started this one.
+    (kilobytes,) = re.findall(r"VmHWM:\s+(\d+) kB", status.read_text(encoding="utf-8"))
+    return 1024 * int(kilobytes)
 
 
 if __name__ == "__main__":

@@ -84,12 +84,13 @@ def _time_layers(loaded: LoadedModel, is_decoding: bool) -> tuple[list[float], f
     ids = torch.zeros(1, TIMING_TOKENS, dtype=torch.long, device=loaded.device)
     settings: dict[str, Any] = {"use_cache": is_decoding}
     if is_decoding:
-        if (name := find_cache_argument(loaded.model)) is None:
+        name = find_cache_argument(loaded.model) or ""
+        settings[name] = loaded.model(input_ids=ids, use_cache=True).get(name)
+        if settings[name] is None:
             raise ExperimentError(
                 f"{loaded.identity.name} has no cache of keys and values, so its latency cannot be "
                 "timed; give the amount in '% seconds', '% parameters' or '% bytes'"
             )
-        settings[name] = loaded.model(input_ids=ids, use_cache=True)[name]
         ids = ids[:, :1]
     layer_seconds, model_seconds = [], []
     with _record_ticks(loaded.layers) as ticks:
