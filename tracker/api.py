@@ -861,6 +861,7 @@ def compare(
     from tracker.comparison.verdicts import ALL_BENCHMARKS, compare_models, read_models
 
     margins = within if isinstance(within, Mapping) else {ALL_BENCHMARKS: within}
+    metric = (metric,) if isinstance(metric, str) else metric
     models = read_models([os.fspath(source) for source in sources], progress or Silent())
     return compare_models(models, metric, margins, allow_different)
 

@@ -28,7 +28,9 @@ from tests.conftest import TRACKER, cli, printed, refused
 from tests.helpers.lm_eval import folder_tasks, metric_value, write_rows
 from tests.helpers.samples import DATE, run_lm_eval, sample, write_outcomes, write_samples
 from tests.tools.gate import gate_rates, probability_of
+from tracker.analysis.paired import PairedOutcomes
 from tracker.benchmarks import results
+from tracker.comparison.verdicts import ALL_BENCHMARKS, Difference, _decide
 from tracker.stats.accuracy import OutcomeVariance
 
 TASK = """
@@ -320,6 +322,7 @@ WRONG_ARGUMENTS = [
     (["A", "B", "--within", "1%"], "1pp"),
     (["A", "B", "--within", "2"], "1pp"),
     (["A", "B", "--within", "party=1pp"], "no 'party'.*Did you mean 'parity'"),
+    (["A", "B", "--allow-different", "num_fewshotz"], "Did you mean 'num_fewshot'"),
     (["--plan"], "--within"),
     (["A", "B", "--track", "mlfow"], "mlfow"),
 ]
@@ -337,6 +340,44 @@ def test_wrong_arguments_are_refused(tmp_path, monkeypatch, arguments, message):
     refused(result)
     assert re.search(message, result.output), result.output
     assert not Path("out").exists()
+
+
+def test_a_gate_is_open_where_results_are_missing(tmp_path):
+    write_outcomes(tmp_path, 3000, 0, 0)
+    assert cli("compare", tmp_path / "A", tmp_path / "B", "--within", "1pp").exit_code == 0
+    rows = [sample(i, 1, metrics=["acc", "em"], em=1.0) for i in range(3000)]
+    for changed, report in (
+        ([rows, rows[:2900]], {}),  # documents
+        ([rows, [row | {"metrics": ["acc"]} for row in rows]], {}),  # a metric
+        ([rows, [row | {"em": math.nan} for row in rows]], {}),
+        ([[row | {"metrics": ["loss"], "loss": 1.0} for row in rows]] * 2, {}),  # a direction
+    ):
+        for name, lines in zip("AB", changed, strict=True):
+            shutil.rmtree(tmp_path / name)
+            write_samples(tmp_path / name, "parity", lines, **report)
+        result = cli("compare", tmp_path / "A", tmp_path / "B", "--within", "1pp")
+        assert result.exit_code in (4, 2), result.output
+    # A benchmark.
+    write_outcomes(tmp_path, 3000, 0, 0)
+    (tmp_path / "A" / f"samples_other_{DATE}.jsonl").write_text(json.dumps(sample(0, 1)) + "\n")
+    assert cli("compare", tmp_path / "A", tmp_path / "B", "--within", "1pp").exit_code == 4
+
+
+def test_equivalence_holds_for_rare_large_losses():
+    """An interval that trusts the observed variance would be wrong in one of ten samples."""
+    generator, n_wrong = np.random.default_rng(0), 0
+    for _ in range(400):
+        small = np.where(generator.random(100) < 0.3, 0.01, 0.0)
+        drops = np.where(generator.random(100) < 0.0175, 1.0, small)  # 2 pp on average
+        first, second = np.ones(100), (1 - drops)[:, None]
+        weights = np.full(100, 0.01)
+        drop = PairedOutcomes(first, second, weights).drop(0)
+        row = Difference(
+            "B", "b", "m", 100, drop, drop, 0, 0, -drop, drop, spread=drops.std(ddof=1)
+        )
+        (decided,) = _decide([row], {ALL_BENCHMARKS: 0.02})
+        n_wrong += "equivalent" in decided.verdict
+    assert n_wrong <= 0.05 * 400
 
 
 def test_texts_from_files_are_escaped(tmp_path):

@@ -40,6 +40,7 @@ def verdict(lost: int, won: int, documents: int, margin: float, family: int) -> 
     row = verdicts.Difference(
         *("B", "parity", "acc", documents, level, level, won, lost),
         *(-drop, level),
+        spread=float((first - second).std(ddof=1)),
     )
     decided = [*verdicts._decide([row] * family, {verdicts.ALL_BENCHMARKS: margin})]
     return decided[0].verdict

@@ -9,6 +9,9 @@ from typing import NamedTuple
 
 import pandas as pd
 
+CLUSTER = "(cluster)"
+"""Column with the number of a document's cluster; no metric has this name."""
+
 
 class AnswerText(NamedTuple):
     """Texts for display: end of the prompt, chosen or generated answer, right answer."""
@@ -25,7 +28,7 @@ class BenchmarkAnswers:
     Attributes:
         table: Table with one row per document. The columns are `task`, `doc` (the document's
             number), `key` (hash of document and right answer, unique), `prompt` (hash of the
-            prompt), the metrics, and `cluster` (number of the document's cluster) if the user named
+            prompt), the metrics, and `CLUSTER` (number of the document's cluster) if the user named
             clusters. Unknown hashes are empty, and undefined metrics are NaN.
         higher_is_better: Metric of the table → whether higher is better.
         settings: Setting that changes the answers → its value as text; unknown settings are absent.

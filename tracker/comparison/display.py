@@ -75,7 +75,7 @@ def sentences(comparison: ModelComparison) -> list[str]:
 _GATE = {
     0: "Gate passed.",
     WORSE_CODE: "Gate not passed: a model is worse.",
-    OPEN_CODE: "Gate open: the documents are too few to decide.",
+    OPEN_CODE: "Gate open: the results do not decide it.",
 }
 """Exit code → sentence about the gate."""
 

@@ -91,6 +91,11 @@ def read_model(source: str, files: Mapping[str, Path], progress: Progress) -> Mo
         with _explained(source):
             name = str(report.get("model_name") or name).rstrip("/").rpartition("/")[2]
             for benchmark, tasks in _benchmarks(report, paths).items():
+                if benchmark in benchmarks:
+                    raise RequestError(
+                        f"{source} has results of {benchmark} from two dates; give the files of "
+                        "one date"
+                    )
                 rows = [row for task in tasks for row in _read_samples(task, paths[task], progress)]
                 read_text = partial(_read_text, paths)
                 benchmarks[benchmark] = _Report(report, benchmark, tasks).read(rows, read_text)
@@ -170,6 +175,8 @@ def _parse_sample(line: bytes) -> dict[str, Any]:
     }
 
 
+_ACCURACIES = ("acc", "exact_match", "f1", "em", "bleu", "rouge", "mcc")
+"""Starts of the names of metrics of which higher is better, if no file of results says so."""
 _CONFIG_SETTINGS = ("filter_list", "repeats", "generation_kwargs")
 """Settings in a task's configuration that change the answers."""
 
@@ -198,6 +205,8 @@ class _Report:
         for name, values in _metric_values(samples).items():
             column = pd.Series(values).reindex(table.index)
             reason, by_size = self._check_mean(name, column, by_size)
+            if self._is_better(name) is None:
+                reason = reason or "it is not known whether higher is better"
             if reason:
                 left_out[name] = reason
             else:
@@ -205,13 +214,19 @@ class _Report:
         probabilities = _choice_probabilities(options, table.get("acc"))
         if probabilities is not None:
             table[CHOICE_PROBABILITY] = probabilities
-        higher = self._report.get("higher_is_better", {}).get(self._tasks[0], {})
         metrics = map(str, table.columns[4:])
-        is_better = {name: higher.get(name.partition(",")[0]) is not False for name in metrics}
+        is_better = {name: self._is_better(name) is not False for name in metrics}
         read_text = partial(read_text, offsets)
         settings = self._settings() if self._report else {}
         table = table.sort_index()
         return BenchmarkAnswers(table, is_better, settings, left_out, by_size, read_text)
+
+    def _is_better(self, metric: str) -> bool | None:
+        """Return whether higher values of a metric are better; None if it is not known."""
+        name = metric.partition(",")[0]
+        higher = self._report.get("higher_is_better", {}).get(self._tasks[0], {})
+        value: bool | None = higher.get(name, True if name.startswith(_ACCURACIES) else None)
+        return value
 
     def _check_mean(self, name: str, values: pd.Series[Any], by_size: bool) -> tuple[str, bool]:
         """Return why a metric cannot be compared, and whether the mean is over documents."""

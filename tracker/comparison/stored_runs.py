@@ -95,7 +95,7 @@ def _read_cell(source: str, store: CellStore, ablation: Ablation) -> answers.Ben
     higher = {metric: task.higher_is_better.get(metric, True) for metric in metrics}
     views = (requested.view for requested in store.views.read_requested({}))
     if clusters := next((view.clusters for view in views if view.clusters), None):
-        table["cluster"] = table.index.map(clusters.by_document(benchmark.numbers))
+        table[answers.CLUSTER] = table.index.map(clusters.by_document(benchmark.numbers))
     settings = {
         "version": ", ".join(dict.fromkeys(task.version for task in benchmark.tasks)),
         "num_fewshot": answers.setting_text(benchmark.num_fewshot),

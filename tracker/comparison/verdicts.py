@@ -13,10 +13,12 @@ from pathlib import Path
 from statistics import NormalDist
 from typing import Literal
 
+import numpy as np
+
 from tracker.analysis.paired import PairedOutcomes
-from tracker.comparison.answers import BenchmarkAnswers, ModelAnswers
+from tracker.comparison.answers import CLUSTER, BenchmarkAnswers, ModelAnswers
 from tracker.comparison.lm_eval_files import find_samples, read_model
-from tracker.comparison.pairing import PairedTables, pair_documents
+from tracker.comparison.pairing import PROMPT_SETTINGS, PairedTables, pair_documents
 from tracker.comparison.stored_runs import RunName, parse_run_name, read_run
 from tracker.measuring.progress import Progress, Silent, report_work
 from tracker.schema.errors import RequestError, did_you_mean
@@ -27,6 +29,7 @@ from tracker.stats.accuracy import (
     ALPHA,
     OutcomeVariance,
     accuracy,
+    bernstein_half_width,
     cluster_means,
     drop_below_p,
     effective_number,
@@ -68,6 +71,8 @@ class Difference:
         needed: Number of documents that would probably settle an open verdict.
         lost_documents: Task and numbers (in both models) of each lost document.
         n_clusters: Effective number of clusters; None if documents are independent.
+        spread: Standard deviation of the documents' differences. None if equivalence cannot be
+            tested, because documents have unequal weights or form clusters.
     """
 
     model: str
@@ -85,6 +90,7 @@ class Difference:
     needed: int | None = None
     lost_documents: Sequence[tuple[str, int, int]] = ()
     n_clusters: float | None = None
+    spread: float | None = None
 
 
 @dataclass(frozen=True)
@@ -96,12 +102,14 @@ class ModelComparison:
         differences: Differences of each metric, benchmark and model.
         notes: What was left out, and why.
         unmatched: Benchmark and models → the documents that only one model answered.
+        has_gaps: True if results of the first model are not compared.
     """
 
     models: Sequence[ModelAnswers]
     differences: Sequence[Difference]
     notes: Sequence[str]
     unmatched: Mapping[str, Sequence[str]]
+    has_gaps: bool = False
 
     @property
     def is_gate(self) -> bool:
@@ -110,11 +118,16 @@ class ModelComparison:
 
     @property
     def exit_code(self) -> int:
-        """0 without a gate or if it is passed, 3 if a model is worse, 4 if anything is open."""
-        failing = {row.verdict for row in self.differences} - {*PASSING}
-        if not self.is_gate or not failing:
+        """0 without a gate or if it is passed, 3 if a model is worse, 4 if anything is open.
+
+        A gate is open, too, if results of the first model are not compared.
+        """
+        if not self.is_gate:
             return 0
-        return WORSE_CODE if "worse" in failing else OPEN_CODE
+        if any(row.verdict == "worse" for row in self.differences):
+            return WORSE_CODE
+        gated = [row.verdict for row in self.differences if row.margin is not None]
+        return OPEN_CODE if self.has_gaps or {*gated} - {*PASSING} else 0
 
 
 def read_models(sources: Sequence[str], progress: Progress) -> list[ModelAnswers]:
@@ -163,6 +176,12 @@ def compare_models(
     Raises:
         RequestError: Settings differ, or there is nothing in common.
     """
+    for name, margin in margins.items():
+        if not 0 < margin < 1:
+            text = f"{name}={margin}" if name else str(margin)
+            raise RequestError(f"within {text}: a margin is a fraction between 0 and 1, e.g. 0.01")
+    known = {key for m in models for answers in m.benchmarks.values() for key in answers.settings}
+    _refuse_unknown("--allow-different", allowed, known | PROMPT_SETTINGS)
     first, *others = models
     unmatched: dict[str, list[str]] = {}
     differences: list[Difference] = []
@@ -187,13 +206,22 @@ def compare_models(
     benchmarks = {row.benchmark for row in differences}
     _refuse_unknown("--within", {*margins} - {ALL_BENCHMARKS}, benchmarks)
     unmatched = {case: docs for case, docs in unmatched.items() if docs}
-    notes = [*_notes(models, unmatched)]
+    gaps = [*_gaps(models, differences, metrics)]
+    notes = [*gaps, *_notes(models, unmatched)]
+    if margins:
+        notes += dict.fromkeys(
+            f"{row.benchmark} ({row.metric}): equivalence is not tested, because documents have "
+            "unequal weights or form clusters"
+            for row in differences
+            if row.spread is None
+        )
     notes += dict.fromkeys(
         f"{row.benchmark}: intervals are robust to dependence within clusters"
         for row in differences
         if row.n_clusters
     )
-    return ModelComparison(models, [*_decide(differences, margins)], notes, unmatched)
+    decided = [*_decide(differences, margins)]
+    return ModelComparison(models, decided, notes, unmatched, bool(gaps or unmatched))
 
 
 def _refuse_unknown(option: str, names: Iterable[str], compared: Collection[str]) -> None:
@@ -204,12 +232,29 @@ def _refuse_unknown(option: str, names: Iterable[str], compared: Collection[str]
             raise RequestError(f"{option}: the models have no {name!r} in common; {known_text}")
 
 
+def _gaps(
+    models: Sequence[ModelAnswers], differences: Sequence[Difference], metrics: Collection[str]
+) -> Iterator[str]:
+    """Yield a note for each benchmark of the first model with a metric that is not compared."""
+    compared = {(row.model, row.benchmark, row.metric) for row in differences}
+    first, *others = models
+    for other in others:
+        for benchmark, answers in first.benchmarks.items():
+            usual = [name for name in answers.higher_is_better if name not in CHOICE_PROBABILITIES]
+            logged = {*answers.higher_is_better, *answers.left_out}
+            names = [name for name in metrics if name in logged] if metrics else usual
+            lacking = [n for n in names if (other.name, benchmark, n) not in compared]
+            if lacking or not (names or metrics):
+                text = ", ".join(lacking) or "it has no metric that is a mean over documents"
+                yield f"{benchmark} of {other.name} is not compared: {text}"
+
+
 def _notes(models: Sequence[ModelAnswers], unmatched: Mapping[str, Sequence[str]]) -> Iterator[str]:
     """Yield notes about benchmarks, metrics and documents that are left out."""
-    common = set.intersection(*({*model.benchmarks} for model in models))
+    for model in models[1:]:
+        if names := [name for name in model.benchmarks if name not in models[0].benchmarks]:
+            yield f"{model.name} has results of {', '.join(names)}, but {models[0].name} has none"
     for model in models:
-        if names := [name for name in model.benchmarks if name not in common]:
-            yield f"{model.name} has results of {', '.join(names)}, but not every model has"
         for benchmark, answers in model.benchmarks.items():
             for metric, reason in answers.left_out.items():
                 yield f"{benchmark}: {metric} of {model.name} is left out: {reason}"
@@ -226,7 +271,7 @@ def _compare_benchmark(
     """Yield the difference of each common metric."""
     first, second = pairs.first, pairs.second
     weights = weights_by_task(first["task"].tolist(), answers.by_size)
-    clusters = next((t["cluster"].to_numpy() for t in (first, second) if "cluster" in t), None)
+    clusters = next((t[CLUSTER].to_numpy() for t in (first, second) if CLUSTER in t), None)
     outcomes = {
         name: PairedOutcomes(
             first[name].to_numpy(), second[[name]].to_numpy(), weights, is_better, clusters
@@ -240,8 +285,11 @@ def _compare_benchmark(
     for name, result in outcomes.items():
         drop, drops = result.drop(0), result.drops[:, 0]
         levels = accuracy(*cluster_means(result.baseline, weights, clusters)), result.level(0)
+        is_equal = clusters is None and np.ptp(weights) < 1e-12
         is_fraction = result.higher_is_better and all(0 <= (x.value or 0) <= 1 for x in levels)
         unit: FigureUnit | None = None if is_fraction else "metric"
+        both = np.array([result.baseline, result.ablated[:, 0]])
+        is_bounded = is_fraction and bool(((both >= 0) & (both <= 1)).all())
         docs = zip(first["task"], first["doc"], second["doc"], strict=True)
         yield Difference(
             model=model,
@@ -255,6 +303,7 @@ def _compare_benchmark(
             lost=int((drops > 0).sum()),
             difference=replace(-drop, unit=unit),
             choice=choice,
+            spread=float(drops.std(ddof=1)) if is_equal and is_bounded and len(drops) > 1 else None,
             lost_documents=[*compress(docs, drops > 0)],
         )
 
@@ -270,24 +319,29 @@ def _decide(
     for row, drop, statement in zip(differences, drops, decide_verdicts(drops), strict=True):
         margin = margins.get(row.benchmark, margins.get(ALL_BENCHMARKS))
         verdict, difference = words[statement], -drop
-        if verdict != "better" and _is_below(drop, margin, row.lost, row.won, row.n, family):
-            is_equivalent = _is_below(difference, margin, row.won, row.lost, row.n, family)
+        if verdict != "better" and _is_below(drop, margin, row.lost, row.won, row, family):
+            is_equivalent = _is_below(difference, margin, row.won, row.lost, row, family)
             verdict = "equivalent" if is_equivalent else "equivalent or better"
         needed = _documents_needed(row, drop, margin, family) if verdict == "open" else None
         yield replace(row, difference=difference, margin=margin, verdict=verdict, needed=needed)
 
 
 def _is_below(
-    drop: Estimate, margin: float | None, lost: int, won: int, n: int, family: int
+    drop: Estimate, margin: float | None, lost: int, won: int, row: Difference, family: int
 ) -> bool:
     """Return whether a drop is shown to be below the margin.
 
-    If outcomes are 0 or 1, Tango's test must agree: where almost nothing changes, the interval is
-    inside the margin too often.
+    Where almost nothing changes, the interval is inside the margin too often. So Tango's test must
+    agree if outcomes are 0 or 1, and otherwise a bound for any distribution.
     """
-    if margin is None or drop.high is None or drop.high >= margin:
+    if margin is None or drop.value is None or drop.high is None or drop.high >= margin:
         return False
-    return drop.p_value is None or drop_below_p(lost, won, n, margin) <= ALPHA / (2 * family)
+    alpha = ALPHA / (2 * family)
+    if row.spread is None:
+        return False
+    if drop.p_value is not None:
+        return drop_below_p(lost, won, row.n, margin) <= alpha
+    return drop.value + bernstein_half_width(row.spread, row.n, alpha) < margin
 
 
 def _documents_needed(
@@ -305,6 +359,6 @@ def _documents_needed(
     error = (drop.high - drop.low) / (2 * NormalDist().inv_cdf(1 - ALPHA / (2 * family)))
     variance = OutcomeVariance(share if is_binary else error**2 * row.n, is_binary)
     counts = [variance.count_documents(size, family)] if size > 0 else []
-    if margin is not None and size < margin:
+    if margin is not None and size < margin and row.spread is not None:
         counts.append(variance.count_equivalence_documents(margin - size, family))
     return max(min(counts), row.n + 1) if counts else None

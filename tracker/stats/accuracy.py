@@ -294,6 +294,31 @@ def drop_below_p(lost: int, won: int, n_documents: int, margin: float) -> float:
     return float(scipy.special.ndtr((lost - won - n_documents * margin) / math.sqrt(variance)))
 
 
+def bernstein_half_width(sd: float, n: int, alpha: float) -> float:
+    """Return how far the mean of differences in [-1, 1] may lie above the observed mean.
+
+    The bound holds with the probability 1 - `alpha` for any distribution, also if large differences
+    are rare.
+
+    Args:
+        sd: Standard deviation of the observed differences.
+        n: Number of independent differences, 2 or more.
+        alpha: The probability that the true mean lies higher.
+
+    Returns:
+        The distance, above 0.
+
+    References:
+        A. Maurer, M. Pontil, Empirical Bernstein bounds, COLT 2009 (theorem 4).
+
+    Examples:
+        >>> round(bernstein_half_width(0.1, 2000, 0.025), 4)
+        0.0168
+    """
+    log = math.log(2 / alpha)
+    return sd * math.sqrt(2 * log / n) + 14 * log / (3 * (n - 1))
+
+
 def effective_number(weights: Array, clusters: IntArray | None) -> float:
     """Return the number of clusters of equal weight with the same sum of squared weights."""
     _, shares = cluster_means(weights, weights, clusters)
