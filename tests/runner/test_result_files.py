@@ -29,6 +29,7 @@ from transformers import AutoTokenizer
 import tracker
 from tests.conftest import CHAT, golden, save_llama
 from tests.helpers.lm_eval import folder_tasks, load_model_parts, write_rows
+from tests.helpers.packages import fetch_every_eval_ever
 from tests.helpers.runs import run_experiment as measure
 from tests.helpers.runs import type_command, write_study
 from tracker.benchmarks import factory, results
@@ -355,11 +356,16 @@ def test_what_lies_beneath_and_which_component_is_in_the_name(study):
     assert args == "base=lab/tiny,dtype=float32,removed_layers=0,removed_attention=2"
 
 
-def model_id(results: dict[str, Any]) -> str:
-    """Return the id that every_eval_ever 0.3 gives a model (converters/lm_eval/adapter.py)."""
-    pairs = (part.partition("=") for part in results["config"]["model_args"].split(","))
-    arguments = {name.strip(): value.strip() for name, _, value in pairs}
-    return arguments.get("pretrained", results["model_name"])
+def model_ids(folder: Path) -> dict[str, str]:
+    """Return the id that every_eval_ever's converter gives each model, by the model's name."""
+    fetch_every_eval_ever()
+    from every_eval_ever.converters.lm_eval.adapter import LMEvalAdapter
+
+    return {
+        path.name.replace("__", "/"): record.model_info.id
+        for path in folder.iterdir()
+        for record in LMEvalAdapter().transform_from_directory(path, {})
+    }
 
 
 def test_no_ablated_model_passes_for_another(study):
@@ -373,7 +379,7 @@ def test_no_ablated_model_passes_for_another(study):
     code, output = log_samples("--results", str(measured), "--output", "ours-again")
     assert (code, "3 models, 6 files" in output) == (0, True), output
     contents = {path.name: read_results(path)[0] for path in (folder / "ours-again").iterdir()}
-    ids = {name.replace("__", "/"): model_id(results) for name, results in contents.items()}
+    ids = model_ids(folder / "ours-again")
     assert ids == {name: name for name in ids} != {}
     assert set(ids) == {
         f"lab/tiny{end}" for end in ("", *(f",repeated_layers=1{n}" for n in ("", "x3")))
