@@ -773,8 +773,8 @@ def report(
     Args:
         *sources: Results folders, `mlflow:URI/EXPERIMENT` or `wandb:ENTITY/PROJECT`. Without
             sources, the folder in `results` is used.
-        form: Format of the report: `html` for the page, or one of
-            `tracker.report.export.REPORT_FORMATS`.
+        form: Format of the report: `html` for the page, one of
+            `tracker.report.export.REPORT_FORMATS`, or `every_eval_ever`.
         output: Path to write: a file for `html`, `md` and `tex`, and a folder for other formats.
             The default is a path in the source folder or the working folder.
         publish: Tracking projects to which the page is published, as `BACKEND` or
@@ -795,10 +795,10 @@ def report(
         >>> tracker.report("results", form="csv", output="figures")
     """
     # These also show documents from the outcomes themselves, besides derived records.
-    reads_outcomes = bool(publish) or form in ("csv", "parquet")
+    reads_outcomes = bool(publish) or form in ("csv", "parquet", "every_eval_ever")
     collected = _collect(sources, results, progress, reads_outcomes=reads_outcomes)
     output = _default_output(sources, results, form) if output is None else output
-    reported = replace(collected, files=collected.save(output, form))
+    reported = replace(collected, files=collected.save(output, form, publish_documents))
     return _publish(reported, publish, results, publish_documents)
 
 

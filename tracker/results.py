@@ -73,7 +73,7 @@ class Bar(Progress):
             self._bar = None
 
 
-FOLDER_FORMS = ("csv", "parquet", "png", "pdf")
+FOLDER_FORMS = ("csv", "parquet", "png", "pdf", "every_eval_ever")
 """Formats of a report that consist of several files in a folder."""
 _MAX_ROWS = 10
 """Maximum number of layers in the table of a notebook or a terminal."""
@@ -259,14 +259,17 @@ class Results:
             raise RequestError(f"no benchmark of {name} has results for all layers. {reasons}")
         return headline_chart(boards[name], name).to_figure()
 
-    def save(self, output: str | os.PathLike[str], form: str = "") -> tuple[Path, ...]:
+    def save(
+        self, output: str | os.PathLike[str], form: str = "", publish_documents: bool = False
+    ) -> tuple[Path, ...]:
         """Write the results as a report page, as tables or as figures.
 
         Args:
-            output: A file for `html`, `md` and `tex`, a folder for `csv`, `parquet`, `png` and
-                `pdf`.
+            output: A file for `html`, `md` and `tex`, a folder for all other formats.
             form: The format. Empty selects the format by the file name's extension, or `csv` if the
                 name has no extension.
+            publish_documents: Whether `every_eval_ever` contains document texts from a folder or a
+                corpus too.
 
         Returns:
             The paths of the written files.
@@ -288,7 +291,7 @@ class Results:
             advice = f"a folder; name a file, e.g. {path}/report"
             advice = advice if path.is_dir() else "a file; name a folder"
             raise RequestError(f"--output: {path} is {advice}")
-        return tuple(reports.write_collected(self._collected(), form, path))
+        return tuple(reports.write_collected(self._collected(), form, path, publish_documents))
 
     @property
     def answer(self) -> str:

@@ -44,7 +44,8 @@ class ReportOptions(CommandOptions):
     """Options of `tracker report`: the format and the output file."""
 
     form: Annotated[str, click.Choice(REPORT_FORMS)] = Field("html", alias="format")
-    """Format. html: the page. md, tex: tables. csv, parquet: all data. png, pdf: figures."""
+    """Format. html: the page. md, tex: tables. csv, parquet: all data. png, pdf: figures.
+    every_eval_ever: records for its collection."""
     output: Annotated[Path | None, PathType()] = None
     """File for html, md and tex, folder for other formats (default: in the results folder, or here
     if there are several sources)."""

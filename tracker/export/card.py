@@ -25,7 +25,6 @@ from tracker.models.sources import MODEL_PACKAGE, ModelSource
 from tracker.report.texts import open_templates
 from tracker.schema.formats import join_words, level_text
 from tracker.schema.grouping import group_by
-from tracker.schema.hub import check_name
 from tracker.schema.identities import ModelIdentity
 from tracker.schema.kinds import Component
 from tracker.schema.model_parts import fused_map
@@ -494,19 +493,10 @@ def _front_matter(model: ExportedModel) -> Any:
         if row.after.value is not None
     ]
     return ModelCardData(
-        base_model=model.base.source if _is_on_the_hub(model) else None,
+        base_model=model.base.source if model.base.is_on_hub else None,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=[*model.change.tags, "layer-tracker"],
         model_name=model.name if results else None,
         eval_results=results or None,
     )
-
-
-def _is_on_the_hub(model: ExportedModel) -> bool:
-    """Return whether the base model was loaded from the Hugging Face hub."""
-    try:
-        check_name(model.base.source)
-    except ValueError:
-        return False
-    return model.base.revision is not None

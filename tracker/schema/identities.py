@@ -8,6 +8,7 @@ from typing import Annotated
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from tracker.schema.extent import DocumentPart, half_numbers
+from tracker.schema.hub import check_name
 from tracker.schema.text import replace_controls
 
 _MAX_SETTING_LENGTH = 40
@@ -48,6 +49,15 @@ class ModelIdentity(Record):
     def key(self) -> tuple[str, str, str]:
         """The name, fingerprint and dtype of the model."""
         return (self.name, self.fingerprint, self.dtype)
+
+    @property
+    def is_on_hub(self) -> bool:
+        """True if the model was loaded from the Hugging Face hub."""
+        try:
+            check_name(self.source)
+        except ValueError:
+            return False
+        return self.revision is not None
 
     @property
     def is_half(self) -> bool:

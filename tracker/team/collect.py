@@ -17,6 +17,7 @@ from typing import Any
 
 from filelock import FileLock
 
+from tracker.analysis.decisions import Decisions, derive_decisions
 from tracker.ledger.cache import private_folder
 from tracker.ledger.cells import CellStore
 from tracker.ledger.files import read_note, write_note, write_text
@@ -168,6 +169,11 @@ class CollectedCells:
     searched: set[RecordKey] = field(default_factory=set)
     unfinished: list[str] = field(default_factory=list)
     projects: set[str] = field(default_factory=set)
+
+    def read_answers(self, cell: CellRecord) -> Decisions | None:
+        """Read the answers on all documents; None if the outcomes are not stored here."""
+        origin = self.origins.get(cell.record_key)
+        return derive_decisions(*origin) if origin else None
 
     def derive_decisions(self) -> dict[RecordKey, DecisionsRecord]:
         """Return the documents that each ablation makes wrong or right, by key of the record.

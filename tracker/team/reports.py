@@ -14,9 +14,9 @@ import pandas as pd
 from tracker.analysis.boards import part_boards
 from tracker.analysis.claims import decide_claims
 from tracker.analysis.comparable import named_models
-from tracker.analysis.decisions import derive_decisions
 from tracker.ledger.store import Ledger
 from tracker.measuring.derive import derive_records
+from tracker.report.evaluations import write_evaluations
 from tracker.report.export import REPORT_FORMATS, board_data, export_report, report_figures
 from tracker.report.frames import document_frames
 from tracker.report.page.html import render_report
@@ -56,18 +56,27 @@ def write_report(ledger: Ledger) -> tuple[Path, dict[str, str]]:
     ), collected.failed
 
 
-def write_collected(collected: CollectedCells, report_format: str, path: Path) -> list[Path]:
-    """Write a report to `path`; `report_format` is `html` or a key of `REPORT_FORMATS`.
+EXCHANGE_FORMATS = {"every_eval_ever": write_evaluations}
+"""Format for publication → function that writes it; private texts are left out by default."""
 
-    Returns the written files. RequestError is raised for an unknown format, WorkError if the disk
-    is full or not writable.
+
+def write_collected(
+    collected: CollectedCells, report_format: str, path: Path, with_private: bool = False
+) -> list[Path]:
+    """Write a report to `path`; `report_format` is `html` or a key of one of the tables of formats.
+
+    With `with_private`, `EXCHANGE_FORMATS` include texts that do not come from the hub or a
+    package. Returns the written files. RequestError is raised for an unknown format, WorkError if
+    the disk is full or not writable.
     """
     if report_format == "html":
         return [_write_page(collected, path, collected.derive_decisions())]
+    if report_format in EXCHANGE_FORMATS:
+        write = EXCHANGE_FORMATS[report_format]
+        return write(collected.cells, path, collected.read_answers, with_private)
     if report_format not in REPORT_FORMATS:
-        raise RequestError(
-            f"there is no format {report_format!r}; use one of: html, {', '.join(REPORT_FORMATS)}"
-        )
+        formats = ", ".join([*REPORT_FORMATS, *EXCHANGE_FORMATS])
+        raise RequestError(f"there is no format {report_format!r}; use one of: html, {formats}")
     if report_format in ("csv", "parquet"):
         return export_report(
             collected.cells,
@@ -93,8 +102,7 @@ def _document_frames(
     collected: CollectedCells, with_private: bool = True
 ) -> Iterator[pd.DataFrame]:
     """Yield data frames that list the documents that ablations make wrong or right."""
-    origins = ((cell, collected.origins.get(cell.record_key)) for cell in collected.cells)
-    cell_decisions = ((cell, derive_decisions(*origin)) for cell, origin in origins if origin)
+    cell_decisions = ((cell, collected.read_answers(cell)) for cell in collected.cells)
     return document_frames(
         ((cell, decisions) for cell, decisions in cell_decisions if decisions), with_private
     )

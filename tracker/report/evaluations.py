@@ -1,0 +1,259 @@
+"""Write results in the format of every_eval_ever, a shared collection of evaluations.
+
+The model of every record is the intact model. Accuracy drops of changed models are results of their
+own metric, so that no reader takes the accuracy of a changed model for that of its base.
+
+References:
+    eval.schema.json and instance_level_eval.schema.json of every_eval_ever 0.3.0 (PyPI).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from functools import partial
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import numpy as np
+
+from tracker.analysis.decisions import Decisions, ModelDecisions
+from tracker.ledger.files import write_atomically, write_text
+from tracker.schema.answers import interval_name
+from tracker.schema.changes import INTACT
+from tracker.schema.distribution import __version__
+from tracker.schema.documents import DocumentText
+from tracker.schema.errors import RequestError
+from tracker.schema.estimates import Estimate
+from tracker.schema.formats import is_finite, metric_format
+from tracker.schema.identities import ModelIdentity
+from tracker.schema.provenance import content_hash
+from tracker.schema.records import CellRecord, RunRecord
+from tracker.stats.arrays import Array
+
+Decide = Callable[[CellRecord], Decisions | None]
+"""Function that reads a record's outcomes of documents; None if they are not stored."""
+SCHEMA_VERSION = "0.3.0"
+Json = dict[str, Any]
+_PACKAGE = "package:"
+_SOURCE = {"source_name": "layer-tracker", "source_type": "evaluation_run"}
+_SOURCE |= {"source_organization_name": "unknown", "evaluator_relationship": "other"}
+_PAIRED_METHOD = "paired by document: Bonett and Price, or t for outcomes other than 0 and 1"
+_LEVEL_METHOD = "Wilson, or t for outcomes other than 0 and 1"
+
+
+def write_evaluations(
+    cells: Sequence[CellRecord], path: Path, decide: Decide, with_private: bool = False
+) -> list[Path]:
+    """Write one record per model and benchmark, with the outcomes of its documents beside it.
+
+    Args:
+        cells: Results of each model and benchmark.
+        path: Folder in which `data/BENCHMARK/OWNER/MODEL/` is made.
+        decide: Reads the outcomes of a record's documents.
+        with_private: Whether to write texts that do not come from the hub or a package.
+
+    Returns:
+        The paths of the files.
+
+    Raises:
+        RequestError: No benchmark has an intact accuracy or loss.
+    """
+    evaluations = [_Evaluation(cell) for cell in cells if is_finite(cell.baseline.value)]
+    if not evaluations:
+        raise RequestError("no benchmark has a defined accuracy or loss of the intact model")
+    paths = []
+    for evaluation in evaluations:
+        content, file = evaluation.as_json(), path / f"{evaluation.path}.json"
+        if decisions := decide(evaluation.cell):
+            samples = file.with_name(f"{file.stem}_samples.jsonl")
+            write_atomically(samples, partial(evaluation.write_samples, decisions, with_private))
+            content["detailed_evaluation_results"] = {
+                "format": "jsonl",
+                "file_path": samples.relative_to(path).as_posix(),
+                "hash_algorithm": "sha256",
+                "checksum": sha256(samples.read_bytes()).hexdigest(),
+                "total_rows": samples.read_bytes().count(b"\n"),
+            }
+            paths.append(samples)
+        write_text(file, f"{json.dumps(content, indent=2, allow_nan=False)}\n")
+        paths.append(file)
+    return paths
+
+
+@dataclass(frozen=True)
+class _Evaluation:
+    """The results of one model on one benchmark, as a record of every_eval_ever."""
+
+    cell: CellRecord
+
+    @property
+    def name(self) -> str:
+        """The name of the benchmark."""
+        return self.cell.benchmark.name
+
+    @property
+    def path(self) -> str:
+        """The path of the record in a collection, without extension; repeated reports keep it."""
+        digest = content_hash([*self.cell.record_key, self.cell.apart])
+        file = UUID(digest[:32], version=4)
+        return f"data/{_path_part(self.name)}/{model_id(self.cell.model)}/{file}"
+
+    @property
+    def id(self) -> str:
+        """The record's identifier."""
+        return self.path.removeprefix("data/")
+
+    @property
+    def runs(self) -> list[RunRecord]:
+        """The runs with a defined drop."""
+        return [run for run in self.cell.runs if is_finite(run.drop.value)]
+
+    def as_json(self) -> Json:
+        """Return the record as JSON values."""
+        cell, model = self.cell, self.cell.model
+        is_open = model.is_on_hub or model.source.startswith(_PACKAGE)
+        details = {"fingerprint": model.fingerprint, "dtype": model.dtype, **model.arguments}
+        details |= {"revision": model.revision} if model.revision else {}
+        details |= {"deployment_type": "self_deployed"}
+        details |= {"model_availability": "open_weights" if is_open else "unknown"}
+        library = {"name": "layer-tracker", "version": __version__}
+        record: Json = {
+            "schema_version": SCHEMA_VERSION,
+            "evaluation_id": self.id,
+            "retrieved_timestamp": f"{time.time():.0f}",
+            "source_metadata": _SOURCE,
+            "model_info": {
+                "name": model.name,
+                "id": model_id(model),
+                "additional_details": details,
+            },
+            "eval_library": {**library, "additional_details": dict(cell.provenance)},
+            "evaluation_results": [self._intact_result(), *map(self._drop_result, self.runs)],
+        }
+        if cell.measured:
+            measured = datetime.fromisoformat(cell.measured).timestamp()
+            record["evaluation_timestamp"] = f"{measured:.0f}"
+        return record
+
+    def _intact_result(self) -> Json:
+        cell = self.cell
+        metric: Json = {"metric_id": "accuracy" if cell.metric == "acc" else cell.metric}
+        metric |= {"metric_name": cell.metric, "lower_is_better": not cell.higher_is_better}
+        details = _uncertainty(cell.baseline, cell.n, 0.95, interval_name(cell), _LEVEL_METHOD)
+        return self._result(self.name, INTACT.name, metric | self._bounds(0), details)
+
+    def _drop_result(self, run: RunRecord) -> Json:
+        cell, change = self.cell, metric_format(self.cell).change
+        metric: Json = {"metric_id": change.replace(" ", "_"), "metric_name": change}
+        metric |= {"metric_parameters": {"change": run.ablation, "metric": cell.metric}}
+        level = cell.answer.level if cell.answer and cell.is_raced else 0.95
+        details = _uncertainty(run.drop, run.n, level, interval_name(cell), _PAIRED_METHOD)
+        figures = {"changed": run.accuracy, "mcnemar_p": run.drop.p_value}
+        details["details"] = {name: repr(x) for name, x in figures.items() if is_finite(x)}
+        metric |= {"lower_is_better": True, **self._bounds(-1)}
+        return self._result(self.drop_name(run), run.ablation, metric, details)
+
+    def drop_name(self, run: RunRecord) -> str:
+        """Return the name of a drop, which is never that of the benchmark."""
+        return f"{self.name}/{metric_format(self.cell).change} by {run.ablation}"
+
+    def _bounds(self, lowest: int) -> Json:
+        """Return the range of a metric; without limits if it is no fraction of 1."""
+        is_fraction = metric_format(self.cell).unit == "pp" and self.cell.baseline.side(1) <= 0
+        low, high = (lowest, 1) if is_fraction else ("-Infinity", "Infinity")
+        return {"score_type": "continuous", "min_score": low, "max_score": high}
+
+    def _result(self, name: str, key: str, metric: Json, score: Json) -> Json:
+        """Build one entry of the record; `key` joins it with the outcomes of documents."""
+        benchmark = self.cell.benchmark
+        is_shared = benchmark.data == "hub" or benchmark.data.startswith(_PACKAGE)
+        data = {"data": benchmark.data if is_shared else "own"}
+        data |= {"documents": self.cell.documents_text}
+        source: Json = {
+            "dataset_name": self.name,
+            "source_type": "other",
+            "additional_details": data,
+        }
+        settings = {"num_fewshot": str(benchmark.num_fewshot), **benchmark.settings}
+        return {
+            **{"evaluation_result_id": key, "evaluation_name": name, "source_data": source},
+            **{"metric_config": metric, "score_details": score},
+            "generation_config": {"additional_details": settings},
+        }
+
+    def write_samples(self, decisions: Decisions, with_private: bool, path: Path) -> None:
+        """Write a line per document for the intact model, and per document and run."""
+        answers, intact = dict(decisions.runs), decisions.baseline
+        sign = 1.0 if self.cell.higher_is_better else -1.0
+        groups = [(INTACT.name, self.name, intact, sign * intact.score)]
+        for run in self.runs:
+            if changed := answers.get(run.change):
+                drops = intact.score - changed.score
+                groups.append((run.ablation, self.drop_name(run), changed, drops))
+        with path.open("w", encoding="utf-8") as file:
+            for key, name, model, scores in groups:
+                rows = _sample_rows(model, scores, decisions, with_private, key == INTACT.name)
+                ids = {"schema_version": SCHEMA_VERSION, "evaluation_id": self.id}
+                ids |= {"model_id": model_id(self.cell.model)}
+                ids |= {"evaluation_name": name, "evaluation_result_id": key}
+                file.writelines(f"{json.dumps(ids | row, allow_nan=False)}\n" for row in rows)
+
+
+def _uncertainty(score: Estimate, n: int, level: float, interval: str, method: str) -> Json:
+    """Return a score with its interval."""
+    uncertainty: Json = {"num_samples": n}
+    if score.bounds:
+        ends = {"lower": score.low, "upper": score.high, "confidence_level": level}
+        uncertainty["confidence_interval"] = {**ends, "method": f"{interval}; {method}"}
+    return {"score": score.value, "uncertainty": uncertainty}
+
+
+def _sample_rows(
+    answers: ModelDecisions,
+    scores: Array,
+    decisions: Decisions,
+    with_private: bool,
+    is_intact: bool,
+) -> Iterator[Json]:
+    """Yield a row per document with a finite score; only the intact model's rows have its text."""
+    right = answers.score > 0 if decisions.binary else answers.choice == decisions.gold
+    for index in np.flatnonzero(np.isfinite(scores)).tolist():
+        task, doc = decisions.documents[index]
+        stored, generated = decisions.texts[index], answers.text[index]
+        is_shown = stored is not None and (with_private or stored.public)
+        text = stored.text if stored is not None and is_shown else DocumentText("")
+        gold, choice = decisions.gold[index], answers.choice[index]
+        output = [generated] if is_shown and isinstance(generated, str) else _option(text, choice)
+        document: Json = {"raw": "", "reference": []}
+        if is_intact:
+            reference = _option(text, gold) or ([text.answer] if text.answer else [])
+            document = {"raw": text.question, "reference": reference, "choices": [*text.choices]}
+        yield {
+            **{"sample_id": f"{task}:{doc}", "interaction_type": "single_turn", "input": document},
+            **{"output": {"raw": output}, "answer_attribution": []},
+            "evaluation": {"score": float(scores[index]), "is_correct": bool(right[index])},
+            "metadata": {} if np.isnan(choice) else {"choice": f"{choice:.0f}"},
+        }
+
+
+def _option(text: DocumentText, choice: float) -> list[str]:
+    """Return the option with this number; empty if it is unknown or private."""
+    return [] if np.isnan(choice) else [*text.choices[int(choice) : int(choice) + 1]]
+
+
+def model_id(model: ModelIdentity) -> str:
+    """Return a model's id on the hub, or `local/NAME`; parts are safe as names of folders."""
+    source = model.arguments.get("peft", model.source)
+    owner, _, name = (source if model.is_on_hub else f"local/{model.name}").rpartition("/")
+    return f"{_path_part(owner or 'local')}/{_path_part(name)}"
+
+
+def _path_part(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", text)[:80].strip(".-") or "unnamed"
