@@ -774,7 +774,7 @@ def report(
         *sources: Results folders, `mlflow:URI/EXPERIMENT` or `wandb:ENTITY/PROJECT`. Without
             sources, the folder in `results` is used.
         form: Format of the report: `html` for the page, one of
-            `tracker.report.export.REPORT_FORMATS`, or `every_eval_ever`.
+            `tracker.report.export.REPORT_FORMATS`, `every_eval_ever` or `dataset`.
         output: Path to write: a file for `html`, `md` and `tex`, and a folder for other formats.
             The default is a path in the source folder or the working folder.
         publish: Tracking projects to which the page is published, as `BACKEND` or
@@ -795,7 +795,7 @@ def report(
         >>> tracker.report("results", form="csv", output="figures")
     """
     # These also show documents from the outcomes themselves, besides derived records.
-    reads_outcomes = bool(publish) or form in ("csv", "parquet", "every_eval_ever")
+    reads_outcomes = bool(publish) or form in ("csv", "parquet", "every_eval_ever", "dataset")
     collected = _collect(sources, results, progress, reads_outcomes=reads_outcomes)
     output = _default_output(sources, results, form) if output is None else output
     reported = replace(collected, files=collected.save(output, form, publish_documents))
@@ -864,6 +864,43 @@ def compare(
     metric = (metric,) if isinstance(metric, str) else metric
     models = read_models([os.fspath(source) for source in sources], progress or Silent())
     return compare_models(models, metric, margins, allow_different)
+
+
+def profile(
+    model: str,
+    *sources: Where,
+    results: Where = RESULTS,
+    progress: Progress | None = None,
+) -> Results:
+    """Find the results of one model in data sets of layer profiles and in results folders.
+
+    Args:
+        model: The model's name, hub id or path.
+        *sources: Folders that `report` wrote as `dataset`, or sources as for `report`.
+        results: The results folder, which is used without sources.
+        progress: Listener that receives the progress of downloads.
+
+    Returns:
+        Results of this model only.
+
+    Raises:
+        RequestError: A source is invalid, or no source contains the model.
+        TrackingError: No source could be read.
+
+    Example:
+        >>> print(tracker.profile("SmolLM2-135M-Instruct", "profiles").answer)
+    """
+    from tracker.report.evaluations import model_id
+
+    collected = _collect(sources, results, progress, reads_outcomes=False)
+    names = {id(c): {c.model.name, c.model.source, model_id(c.model)} for c in collected.cells}
+    cells = [cell for cell in collected.cells if model in names[id(cell)]]
+    if not cells:
+        known = sorted({cell.model.name for cell in collected.cells})
+        hint = did_you_mean(model, set().union(*names.values()))
+        raise RequestError(f"there are no results of {model!r}.{hint} Known: {', '.join(known)}")
+    shown = replace(collected.sources or CollectedCells(), cells=tuple(cells))
+    return replace(collected, outcome=replace(collected.outcome, cells=cells), sources=shown)
 
 
 def _collect(

@@ -73,7 +73,7 @@ class Bar(Progress):
             self._bar = None
 
 
-FOLDER_FORMS = ("csv", "parquet", "png", "pdf", "every_eval_ever")
+FOLDER_FORMS = ("csv", "parquet", "png", "pdf", "every_eval_ever", "dataset")
 """Formats of a report that consist of several files in a folder."""
 _MAX_ROWS = 10
 """Maximum number of layers in the table of a notebook or a terminal."""
@@ -268,8 +268,8 @@ class Results:
             output: A file for `html`, `md` and `tex`, a folder for all other formats.
             form: The format. Empty selects the format by the file name's extension, or `csv` if the
                 name has no extension.
-            publish_documents: Whether `every_eval_ever` contains document texts from a folder or a
-                corpus too.
+            publish_documents: Whether `every_eval_ever` and `dataset` contain document texts from a
+                folder or a corpus too.
 
         Returns:
             The paths of the written files.

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
 import pytest
+from huggingface_hub import DatasetCard
 
-from tests.conftest import printed, save_llama
+from tests.conftest import cli, printed, refused, save_llama
 from tests.helpers.lm_eval import write_rows
 from tests.helpers.packages import fetch_every_eval_ever
 from tests.helpers.runs import run_experiment, write_study
+from tests.report.conftest import build_cell
 from tracker import api
+from tracker.analysis.claims import decide_claims
+from tracker.report.dataset import read_dataset, write_dataset
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -118,3 +126,99 @@ def test_own_texts_are_in_every_eval_ever_only_on_request(results, tmp_path, is_
     assert "\u2028" not in files
     assert "\x1b" not in files
     assert str(results.parent) not in files  # no folder of this machine
+
+
+@pytest.fixture
+def profiles(results, tmp_path, monkeypatch) -> Path:
+    """Write the results as a data set; `datasets` has a cache of its own."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    printed("report", results, "--format", "dataset", "--output", tmp_path / "profiles")
+    return tmp_path / "profiles"
+
+
+def test_datasets_loads_the_layer_profiles(results, profiles):
+    rows = datasets.load_dataset(str(profiles), "changes", split="train").to_list()
+    cells = api.ls(results)
+    expected = [
+        (cell.benchmark.name, run.ablation, run.drop.value, run.drop.low, run.drop.high, run.n)
+        for cell in cells
+        for run in cell.runs
+    ]
+    names = ("benchmark", "change", "accuracy_drop", "accuracy_drop_low", "accuracy_drop_high", "n")
+    assert sorted(tuple(row[name] for name in names) for row in rows) == sorted(expected)
+    assert {row["measured"] for row in rows} == {cell.measured for cell in cells}
+    assert json.loads(rows[0]["provenance"]) == cells[0].provenance
+    documents = datasets.load_dataset(str(profiles), "documents", split="train").to_list()
+    questions = {row["benchmark"]: row["question"] for row in documents}
+    assert questions["arc_easy"] is None
+    assert len(questions["copa"]) > 20
+    for cell in cells:
+        for run in cell.runs:
+            drops = [
+                row["score_intact"] - row["score"]
+                for row in documents
+                if (row["benchmark"], row["layer"]) == (cell.benchmark.name, run.change.layer)
+            ]
+            assert (len(drops), np.mean(drops)) == (12, pytest.approx(run.drop.value))
+
+
+def test_a_data_set_is_read_as_the_folder_it_was_written_from(results, profiles):
+    arguments = ("leaderboard", profiles), ("leaderboard", results)
+    first, second = (printed(*words) for words in arguments)
+    assert first == second
+    assert {c.model_dump_json() for c in api.leaderboard(profiles).cells} == {
+        c.model_dump_json() for c in api.leaderboard(results).cells
+    }
+    assert len(api.leaderboard(profiles, results).cells) == 2  # the same results count once
+
+
+def test_a_profile_names_the_layers_that_are_shown_to_matter(tmp_path):
+    cells = [
+        build_cell("arc_easy", measured="2026-11-30T00:00:00+00:00"),
+        build_cell("piqa", model="other"),
+    ]
+    write_dataset(cells, tmp_path, lambda cell: None)
+    shown = [str(layer) for layer in decide_claims(cells[:1]).costly]
+    output = printed("profile", "SmolLM2-135M-Instruct", tmp_path)
+    (line,) = output.splitlines()
+    named = re.search(r"falls without layer ([\d, or]+)\.", line)
+    assert named
+    assert re.findall(r"\d+", named[1]) == shown != []
+    assert "2026-11-30" in line
+    assert "160 documents" in line
+    refused(cli("profile", "SmolLM2-135M", tmp_path), "SmolLM2-135M-Instruct", "other")
+
+
+def test_hostile_names_are_escaped_in_a_card(tmp_path):
+    write_dataset(
+        [build_cell("<b>|x", model=f"[a](b)\n---\n{HOSTILE}")], tmp_path, lambda cell: None
+    )
+    card = DatasetCard.load(tmp_path / "README.md")
+    assert [c["config_name"] for c in card.data.to_dict()["configs"]] == ["changes", "measurements"]
+    assert not re.search(r"<b>|\n---\n.*\n---\n|(?<!\\)\[a", card.text)
+
+
+DAMAGES: dict[str, Any] = {
+    "no_parquet": lambda path: path.write_bytes(b"PAR1"),
+    "no_record": lambda path: pd.DataFrame({"record": ["{}"]}).to_parquet(path),
+    "no_column": lambda path: pd.DataFrame({"model": ["m"]}).to_parquet(path),
+    "deep": lambda path: pd.DataFrame({"record": ["[" * 200_000]}).to_parquet(path),
+}
+
+
+def test_a_data_set_that_is_too_large_is_not_read(profiles, monkeypatch):
+    """Its size is that of the decompressed column, which the file's end states."""
+    size = pq.ParquetFile(profiles / "measurements.parquet").metadata.row_group(0).total_byte_size
+    for limit, count in ((size, 2), (size - 1, 0)):
+        monkeypatch.setattr("tracker.report.dataset._MAX_BYTES", limit)
+        if count:
+            assert len(read_dataset(profiles)) == count
+        else:
+            refused(cli("leaderboard", profiles), "more than")
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_data_set_is_refused(damage, tmp_path):
+    DAMAGES[damage](tmp_path / "measurements.parquet")
+    refused(cli("profile", "m", tmp_path), "measurements.parquet is damaged")
+    refused(cli("profile", "m", tmp_path / "none"), "is not a results folder")

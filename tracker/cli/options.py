@@ -32,7 +32,7 @@ from tracker.search.settings import AMOUNT_KEYS, SearchSettings
 F = TypeVar("F", bound=Callable[..., Any])
 DOCUMENT_KEYS = ("part", "limit", "sample")
 """Keys that select documents."""
-REPORT_FORMS = ("html", "md", "tex", "csv", "parquet", "png", "pdf", "every_eval_ever")
+REPORT_FORMS = ("html", "md", "tex", "csv", "parquet", "png", "pdf", "every_eval_ever", "dataset")
 
 
 class TextType(click.ParamType, ABC):  # type: ignore[type-arg]

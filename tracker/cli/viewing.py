@@ -1,4 +1,4 @@
-"""Define the commands on stored results: report, leaderboard, sync, ls, log-samples, check."""
+"""Define the commands on stored results: report, leaderboard, profile, sync, ls and others."""
 
 from __future__ import annotations
 
@@ -45,7 +45,8 @@ class ReportOptions(CommandOptions):
 
     form: Annotated[str, click.Choice(REPORT_FORMS)] = Field("html", alias="format")
     """Format. html: the page. md, tex: tables. csv, parquet: all data. png, pdf: figures.
-    every_eval_ever: records for its collection."""
+    every_eval_ever: records for its collection. dataset: layer profiles for datasets.load_dataset
+    and tracker profile."""
     output: Annotated[Path | None, PathType()] = None
     """File for html, md and tex, folder for other formats (default: in the results folder, or here
     if there are several sources)."""
@@ -105,6 +106,30 @@ def leaderboard(sources: tuple[str, ...], **settings: Any) -> None:
 
     result = api.leaderboard(*sources, progress=ProgressDisplay(error=True), **settings)
     print_boards(result.cells)
+    _finish_report(result)
+
+
+@main.command()
+@click.argument("model", type=WordType())
+@sources_argument
+@results_option
+def profile(model: str, sources: tuple[str, ...], **settings: Any) -> None:
+    """Name the layers of a model that matter, from published results.
+
+    MODEL is a model's name, hub id or path. Each of the SOURCES is a folder that tracker report
+    --format dataset wrote, a results folder, or a tracking project (default: the folder of
+    --results). Each line holds with 95 % confidence by itself.
+
+    \b
+    Examples:
+      tracker profile SmolLM2-135M-Instruct
+      tracker profile EleutherAI/pythia-410m profiles /shared/anna/profiles
+    """
+    from tracker import api
+    from tracker.report.wording import profile_sentence
+
+    result = api.profile(model, *sources, progress=ProgressDisplay(error=True), **settings)
+    echo_all(*map(profile_sentence, result.cells))
     _finish_report(result)
 
 

@@ -3,6 +3,7 @@
 Modules:
     charts: Draw charts of results with plotly.
     page: Render the HTML page.
+    dataset: Write and read data sets of layer profiles.
     evaluations: Write results as records of every_eval_ever.
     export: Write reports as Markdown, LaTeX, CSV, Parquet or images.
     frames: Build data frames of runs, correlations and documents.

@@ -74,13 +74,9 @@ def write_evaluations(
         if decisions := decide(evaluation.cell):
             samples = file.with_name(f"{file.stem}_samples.jsonl")
             write_atomically(samples, partial(evaluation.write_samples, decisions, with_private))
-            content["detailed_evaluation_results"] = {
-                "format": "jsonl",
-                "file_path": samples.relative_to(path).as_posix(),
-                "hash_algorithm": "sha256",
-                "checksum": sha256(samples.read_bytes()).hexdigest(),
-                "total_rows": samples.read_bytes().count(b"\n"),
-            }
+            details = {"format": "jsonl", "file_path": samples.relative_to(path).as_posix()}
+            details |= {"checksum": sha256(samples.read_bytes()).hexdigest()}
+            content["detailed_evaluation_results"] = {**details, "hash_algorithm": "sha256"}
             paths.append(samples)
         write_text(file, f"{json.dumps(content, indent=2, allow_nan=False)}\n")
         paths.append(file)
@@ -124,23 +120,18 @@ class _Evaluation:
         details |= {"deployment_type": "self_deployed"}
         details |= {"model_availability": "open_weights" if is_open else "unknown"}
         library = {"name": "layer-tracker", "version": __version__}
-        record: Json = {
+        info: Json = {"name": model.name, "id": model_id(model), "additional_details": details}
+        record = {
             "schema_version": SCHEMA_VERSION,
             "evaluation_id": self.id,
             "retrieved_timestamp": f"{time.time():.0f}",
             "source_metadata": _SOURCE,
-            "model_info": {
-                "name": model.name,
-                "id": model_id(model),
-                "additional_details": details,
-            },
+            "model_info": info,
             "eval_library": {**library, "additional_details": dict(cell.provenance)},
             "evaluation_results": [self._intact_result(), *map(self._drop_result, self.runs)],
         }
-        if cell.measured:
-            measured = datetime.fromisoformat(cell.measured).timestamp()
-            record["evaluation_timestamp"] = f"{measured:.0f}"
-        return record
+        when = datetime.fromisoformat(cell.measured).timestamp() if cell.measured else None
+        return record | ({"evaluation_timestamp": f"{when:.0f}"} if when else {})
 
     def _intact_result(self) -> Json:
         cell = self.cell
@@ -176,17 +167,12 @@ class _Evaluation:
         is_shared = benchmark.data == "hub" or benchmark.data.startswith(_PACKAGE)
         data = {"data": benchmark.data if is_shared else "own"}
         data |= {"documents": self.cell.documents_text}
-        source: Json = {
-            "dataset_name": self.name,
-            "source_type": "other",
-            "additional_details": data,
-        }
+        source: Json = {"dataset_name": self.name, "source_type": "other"}
+        source |= {"additional_details": data}
         settings = {"num_fewshot": str(benchmark.num_fewshot), **benchmark.settings}
-        return {
-            **{"evaluation_result_id": key, "evaluation_name": name, "source_data": source},
-            **{"metric_config": metric, "score_details": score},
-            "generation_config": {"additional_details": settings},
-        }
+        result = {"evaluation_result_id": key, "evaluation_name": name, "source_data": source}
+        result |= {"metric_config": metric, "score_details": score}
+        return result | {"generation_config": {"additional_details": settings}}
 
     def write_samples(self, decisions: Decisions, with_private: bool, path: Path) -> None:
         """Write a line per document for the intact model, and per document and run."""
@@ -235,12 +221,10 @@ def _sample_rows(
         if is_intact:
             reference = _option(text, gold) or ([text.answer] if text.answer else [])
             document = {"raw": text.question, "reference": reference, "choices": [*text.choices]}
-        yield {
-            **{"sample_id": f"{task}:{doc}", "interaction_type": "single_turn", "input": document},
-            **{"output": {"raw": output}, "answer_attribution": []},
-            "evaluation": {"score": float(scores[index]), "is_correct": bool(right[index])},
-            "metadata": {} if np.isnan(choice) else {"choice": f"{choice:.0f}"},
-        }
+        row = {"sample_id": f"{task}:{doc}", "interaction_type": "single_turn", "input": document}
+        row |= {"output": {"raw": output}, "answer_attribution": []}
+        row["evaluation"] = {"score": float(scores[index]), "is_correct": bool(right[index])}
+        yield row | ({} if np.isnan(choice) else {"metadata": {"choice": f"{choice:.0f}"}})
 
 
 def _option(text: DocumentText, choice: float) -> list[str]:

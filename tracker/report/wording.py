@@ -17,7 +17,7 @@ from tracker.analysis.claims import (
 )
 from tracker.analysis.paired import variance_range
 from tracker.report.texts import TextTemplate
-from tracker.schema.answers import interval_name
+from tracker.schema.answers import interval_name, statement
 from tracker.schema.changes import WHOLE_LAYER, Change
 from tracker.schema.estimates import Estimate
 from tracker.schema.formats import (
@@ -565,6 +565,14 @@ def cell_answer(cell: CellRecord) -> str:
     claims = decide_claims([cell])
     layers = layers_answer(claims) if claims.layers else ""
     return " ".join(filter(None, (layers, parts_answer(cell), controls_answer(cell))))
+
+
+def profile_sentence(cell: CellRecord) -> str:
+    """State which layers matter on one benchmark, when this was measured, and on what."""
+    measured_on = f"measured {cell.measured[:10]}" if cell.measured else "date unknown"
+    stopped = statement(cell.answer) if cell.answer else "no layer or part has a verdict"
+    answer = cell_answer(cell) or stopped
+    return f"{cell.heading} ({measured_on}, {cell.documents_text}): {answer}"
 
 
 def agreement_sentence(agreement: Agreement) -> str:

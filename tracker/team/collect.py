@@ -26,6 +26,7 @@ from tracker.ledger.texts import is_text_file
 from tracker.ledger.views import CellIdentity, folder_name
 from tracker.measuring.derive import derive_record, read_decisions
 from tracker.measuring.progress import Progress
+from tracker.report.dataset import RECORDS_FILE, read_dataset
 from tracker.schema.decision_records import DecisionsRecord
 from tracker.schema.distribution import format_problem
 from tracker.schema.errors import TrackerError, TrackingError
@@ -197,8 +198,9 @@ def collect_cells(
     """Collect the measured results of several results folders and tracking projects.
 
     Args:
-        sources: Results folders, `mlflow:URI/EXPERIMENT`, `mlflow:EXPERIMENT` (at
-            `MLFLOW_TRACKING_URI`), `wandb:ENTITY/PROJECT` or `trackio:PROJECT`.
+        sources: Results folders, folders of `report --format dataset`, `mlflow:URI/EXPERIMENT`,
+            `mlflow:EXPERIMENT` (at `MLFLOW_TRACKING_URI`), `wandb:ENTITY/PROJECT` or
+            `trackio:PROJECT`.
         progress: Receives the progress of downloads.
         verify_all: Whether to verify all outcomes again, even if they were verified earlier. Set it
             if the output shows outcomes of documents.
@@ -212,8 +214,12 @@ def collect_cells(
     opened = {source: _open_source(source) for source in sources}
     collected = CollectedCells()
     views: list[tuple[CellStore, View]] = []
+    published: list[CellRecord] = []
     for source, opened_source in opened.items():
         try:
+            if isinstance(opened_source, list):
+                published += opened_source
+                continue
             if isinstance(opened_source, Target):
                 remote_views, errors = pull_project(opened_source, source, progress)
                 views += remote_views
@@ -248,7 +254,7 @@ def collect_cells(
             collected.failed[str(same_views[0][0].folder)] = str(error)
     for store in stores.values():
         collected.failed |= store.damaged_shards()
-    collected.cells = tuple(remove_contained(cell for cell in cells if cell.n))
+    collected.cells = tuple(remove_contained(cell for cell in (*cells, *published) if cell.n))
     return collected
 
 
@@ -287,9 +293,14 @@ def remove_contained(cells: Iterable[CellRecord]) -> list[CellRecord]:
     return [cell for group in groups.values() for cell in group]
 
 
-def _open_source(source: str) -> Ledger | Target:
-    """Open a results folder, or parse a tracking project; RequestError for an invalid source."""
+def _open_source(source: str) -> Ledger | Target | list[CellRecord]:
+    """Open a results folder, read a data set, or parse a tracking project.
+
+    RequestError is raised for an invalid source.
+    """
     path = Path(source)
+    if (path / RECORDS_FILE).is_file():
+        return read_dataset(path)
     if ":" not in source or path.exists():
         return Ledger.open_existing(path)
     return target(source, is_source=True)

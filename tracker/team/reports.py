@@ -16,6 +16,7 @@ from tracker.analysis.claims import decide_claims
 from tracker.analysis.comparable import named_models
 from tracker.ledger.store import Ledger
 from tracker.measuring.derive import derive_records
+from tracker.report.dataset import write_dataset
 from tracker.report.evaluations import write_evaluations
 from tracker.report.export import REPORT_FORMATS, board_data, export_report, report_figures
 from tracker.report.frames import document_frames
@@ -56,7 +57,7 @@ def write_report(ledger: Ledger) -> tuple[Path, dict[str, str]]:
     ), collected.failed
 
 
-EXCHANGE_FORMATS = {"every_eval_ever": write_evaluations}
+EXCHANGE_FORMATS = {"every_eval_ever": write_evaluations, "dataset": write_dataset}
 """Format for publication → function that writes it; private texts are left out by default."""
 
 

@@ -1,0 +1,98 @@
+"""Write and read data sets of layer profiles: Parquet files with a card, for `datasets`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tracker.ledger.files import write_atomically, write_text
+from tracker.report.evaluations import Decide, model_id
+from tracker.report.frames import document_frames, layer_frame
+from tracker.report.texts import open_templates
+from tracker.schema.errors import ResultsError, first_line
+from tracker.schema.records import CellRecord
+from tracker.schema.text import escape_markdown
+
+RECORDS_FILE = "measurements.parquet"
+"""File with one row per model and benchmark, whose column `record` has the record as JSON."""
+_MAX_BYTES = 500_000_000
+"""Maximum number of decompressed bytes that are read of such a file."""
+
+
+def write_dataset(
+    cells: Sequence[CellRecord], path: Path, decide: Decide, with_private: bool = False
+) -> list[Path]:
+    """Write all results as a folder that `datasets.load_dataset` reads.
+
+    Args:
+        cells: Results of each model and benchmark.
+        path: The folder.
+        decide: Reads the outcomes of a record's documents.
+        with_private: Whether to write texts that do not come from the hub or a package.
+
+    Returns:
+        The paths of the files.
+    """
+    from huggingface_hub import DatasetCardData
+
+    outcomes = ((cell, decisions) for cell in cells if (decisions := decide(cell)))
+    documents = pd.concat(document_frames(outcomes, with_private, only_changed=False))
+    frames = {"changes": _change_frame(cells), "measurements": _record_frame(cells)}
+    frames |= {"documents": documents} if len(documents) else {}
+    files = {name: path / f"{name}.parquet" for name in frames}
+    for name, frame in frames.items():
+        write_atomically(files[name], partial(frame.to_parquet, index=False))
+    configs = [{"config_name": name, "data_files": file.name} for name, file in files.items()]
+    head = DatasetCardData(pretty_name="Layer profiles", tags=["layer-tracker"], configs=configs)
+    environment = open_templates("tracker.report", keep_trailing_newline=True)
+    environment.filters["markdown"] = escape_markdown
+    template = environment.get_template("dataset.md.j2")
+    text = template.render(cells=cells, has_documents="documents" in frames)
+    write_text(path / "README.md", f"---\n{head.to_yaml()}\n---\n\n{text}")
+    return [path / "README.md", *files.values()]
+
+
+def _change_frame(cells: Sequence[CellRecord]) -> pd.DataFrame:
+    """Return the frame of all runs, with the names of changes and the versions of packages."""
+    frame, pairs = layer_frame(cells), [(cell, run) for cell in cells for run in cell.runs]
+    frame.insert(0, "change", [run.ablation for _, run in pairs])
+    frame["measured"] = [cell.measured for cell, _ in pairs]
+    frame["provenance"] = [json.dumps(cell.provenance, sort_keys=True) for cell, _ in pairs]
+    return frame
+
+
+def _record_frame(cells: Sequence[CellRecord]) -> pd.DataFrame:
+    """Return a frame with a row per record, which `read_dataset` turns back into the record."""
+    rows = [
+        (model_id(cell.model), cell.benchmark.name, json.dumps(cell.model_dump(mode="json")))
+        for cell in cells
+    ]
+    return pd.DataFrame(rows, columns=["model", "benchmark", "record"])
+
+
+def read_dataset(folder: Path) -> list[CellRecord]:
+    """Read the records of a data set; raise ResultsError if it is damaged or too large."""
+    try:
+        # As a dictionary, equal texts are read once, however often a file repeats them.
+        with pq.ParquetFile(folder / RECORDS_FILE, read_dictionary=["record"]) as file:
+            groups = map(file.metadata.row_group, range(file.num_row_groups))
+            if sum(group.total_byte_size for group in groups) > _MAX_BYTES:
+                raise ValueError(f"more than {_MAX_BYTES:,} bytes")
+            texts = file.read(columns=["record"]).column("record").unique().to_pylist()
+        return [CellRecord.model_validate(json.loads(text)) for text in texts]
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        LookupError,
+        RecursionError,
+        pa.ArrowException,
+    ) as error:
+        reason = f"{folder / RECORDS_FILE} is damaged: {first_line(error)}"
+        raise ResultsError(f"{reason}. Name a folder of tracker report --format dataset") from None
