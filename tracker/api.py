@@ -867,10 +867,7 @@ def compare(
 
 
 def profile(
-    model: str,
-    *sources: Where,
-    results: Where = RESULTS,
-    progress: Progress | None = None,
+    model: str, *sources: Where, results: Where = RESULTS, progress: Progress | None = None
 ) -> Results:
     """Find the results of one model in data sets of layer profiles and in results folders.
 
@@ -896,9 +893,9 @@ def profile(
     names = {id(c): {c.model.name, c.model.source, model_id(c.model)} for c in collected.cells}
     cells = [cell for cell in collected.cells if model in names[id(cell)]]
     if not cells:
-        known = sorted({cell.model.name for cell in collected.cells})
+        models = ", ".join(sorted({cell.model.name for cell in collected.cells}))
         hint = did_you_mean(model, set().union(*names.values()))
-        raise RequestError(f"there are no results of {model!r}.{hint} Known: {', '.join(known)}")
+        raise RequestError(f"there are no results of {model!r}.{hint} Known: {models}")
     shown = replace(collected.sources or CollectedCells(), cells=tuple(cells))
     return replace(collected, outcome=replace(collected.outcome, cells=cells), sources=shown)
 

@@ -16,7 +16,8 @@ from types import SimpleNamespace
 import lm_eval.tasks
 import pytest
 import torch
-from huggingface_hub import ModelCard
+import yaml
+from huggingface_hub import ModelCard, parse_eval_result_entries
 from lm_eval.models.huggingface import HFLM
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -29,7 +30,7 @@ from tests.helpers.own_tasks import write_tasks
 from tests.helpers.registry import make_registered
 from tests.tools.variants import find_variant
 from tracker.export import serving
-from tracker.export.card import card_text
+from tracker.export.card import card_text, write_eval_results
 from tracker.export.proof import MeasuredCell, expected_answers, prove
 from tracker.ledger.store import Ledger
 from tracker.measuring.prepare import find_cell
@@ -91,6 +92,19 @@ class TestExportedModel:
         assert result.metric_value == exported.accuracy[0].after.value
         assert card_text(exported) in card.content
 
+    def test_the_hub_reads_what_the_proof_measured(self, exported):
+        file = exported.folder / ".eval_results/arc_easy.yaml"
+        (entry,) = parse_eval_result_entries(yaml.safe_load(file.read_text()))
+        assert (entry.dataset_id, entry.task_id) == ("allenai/ai2_arc", "arc_easy")
+        assert entry.value == exported.accuracy[0].after.value
+        assert f"{SAMPLE} documents" in entry.notes
+
+    @pytest.mark.parametrize("proof", [{"data_set": "json"}, {"data_set": ""}, {"figure": {}}])
+    def test_no_result_is_named_after_other_documents(self, exported, proof, tmp_path):
+        model = replace(exported, proof=replace(exported.proof, **proof))
+        write_eval_results(model, tmp_path)
+        assert not [*tmp_path.iterdir()]
+
     def test_machines_read_the_same_facts(self, exported):
         facts = json.loads((exported.folder / "tracker.json").read_text())
         assert facts == json.loads(json.dumps(exported.as_json()))
@@ -104,7 +118,8 @@ class TestExportedModel:
     def test_weights_have_the_umasks_permissions(self, exported):
         """Was: safetensors' own 0600, whatever the umask."""
         os.umask(mask := os.umask(0))
-        modes = {path.name: path.stat().st_mode & 0o777 for path in exported.folder.iterdir()}
+        paths = [path for path in exported.folder.rglob("*") if path.is_file()]
+        modes = {path.name: path.stat().st_mode & 0o777 for path in paths}
         assert modes == dict.fromkeys(modes, 0o666 & ~mask)
 
 

@@ -104,6 +104,7 @@ def write_tasks(
         "tasks_in": str(folder),
         "metadata": metadata,
         "model": {name: value for name, value in model_settings.items() if value is not None},
+        "data_sets": [task.config.dataset_path for _, _, task in built_tasks.values()],
         "evaluate": {"tasks": list(built_tasks), **_prompt_settings(request)},
         **_select_documents(documents, in_turn),
     }

@@ -463,6 +463,28 @@ def write_card(model: ExportedModel, folder: Path) -> None:
     (folder / FACTS_FILE).write_text(facts + "\n", encoding="utf-8")
 
 
+def write_eval_results(model: ExportedModel, folder: Path) -> None:
+    """Write the metric that lm-eval found in the proof to `.eval_results`, which the hub shows.
+
+    No file is written without a data set of the hub, or by versions of huggingface_hub without this
+    format.
+    """
+    import huggingface_hub as hub
+
+    proof = model.proof
+    is_on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", proof.data_set)
+    if not (is_on_hub and proof.figure and hasattr(hub, "EvalResultEntry")):
+        return
+    basis = f"{proof.documents} documents, lm-eval {proof.versions['lm-eval']}"
+    entries = [
+        hub.EvalResultEntry(proof.data_set, proof.tasks[0], value, notes=f"{metric}, {basis}")
+        for metric, value in proof.figure.items()
+    ]
+    file = folder / ".eval_results" / f"{Path(proof.tasks[0]).name}.yaml"
+    file.parent.mkdir()
+    file.write_text(yaml.safe_dump(hub.eval_result_entries_to_yaml(entries), sort_keys=False))
+
+
 def card_text(model: ExportedModel) -> str:
     """Render the text of a model card, without the front matter."""
     recipes, reason = ordered_recipes(model.recipes), no_recipe_reason(model)

