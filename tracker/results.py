@@ -200,12 +200,11 @@ class Results:
 
     def _documents(self) -> pd.DataFrame:
         """Build the table `documents`: one row per model, benchmark, run and document."""
-        from tracker.analysis.decisions import derive_decisions
         from tracker.report.frames import document_frame
+        from tracker.team.collect import CollectedCells
 
-        origins = self._collected().origins if self.cells else {}
-        cells = [cell for cell in self.cells if cell.record_key in origins]
-        pairs = ((cell, derive_decisions(*origins[cell.record_key])) for cell in cells)
+        collected = self._collected() if self.cells else CollectedCells()
+        pairs = ((cell, collected.read_answers(cell)) for cell in self.cells)
         measured = [(cell, decisions) for cell, decisions in pairs if decisions]
         return document_frame(measured, only_changed=False)
 

@@ -136,23 +136,29 @@ def profiles(results, tmp_path, monkeypatch) -> Path:
     return tmp_path / "profiles"
 
 
-def test_datasets_loads_the_layer_profiles(results, profiles):
-    rows = datasets.load_dataset(str(profiles), "changes", split="train").to_list()
-    cells = api.ls(results)
+def test_datasets_loads_a_row_per_change(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    cells = [build_cell(name, measured="2026-11-30T00:00:00+00:00") for name in ("a", "b")]
+    write_dataset(cells, tmp_path / "profiles", lambda cell: None)
+    rows = datasets.load_dataset(str(tmp_path / "profiles"), "changes", split="train").to_list()
     expected = [
         (cell.benchmark.name, run.ablation, run.drop.value, run.drop.low, run.drop.high, run.n)
         for cell in cells
         for run in cell.runs
     ]
     names = ("benchmark", "change", "accuracy_drop", "accuracy_drop_low", "accuracy_drop_high", "n")
-    assert sorted(tuple(row[name] for name in names) for row in rows) == sorted(expected)
+    assert [tuple(row[name] for name in names) for row in rows] == expected
     assert {row["measured"] for row in rows} == {cell.measured for cell in cells}
     assert json.loads(rows[0]["provenance"]) == cells[0].provenance
+    assert rows[3]["cosine_score"] == cells[0].runs[3].cosine_score
+
+
+def test_datasets_loads_the_outcomes_of_documents(results, profiles):
     documents = datasets.load_dataset(str(profiles), "documents", split="train").to_list()
     questions = {row["benchmark"]: row["question"] for row in documents}
     assert questions["arc_easy"] is None
     assert len(questions["copa"]) > 20
-    for cell in cells:
+    for cell in api.ls(results):
         for run in cell.runs:
             drops = [
                 row["score_intact"] - row["score"]

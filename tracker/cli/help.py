@@ -32,7 +32,10 @@ OPTION_GROUPS: Mapping[str, Iterable[str]] = {
 """Title of a group → its options, as in Python; those of no group are the command's own."""
 COMMAND_GROUPS: Mapping[str, Iterable[str]] = {
     "Measure": ("init", "validate", "plan", "run", "evaluate"),
-    "Results": ("ls", "report", "leaderboard", "profile", "compare", "sync", "log-samples", "check"),
+    "Results": (
+        *("ls", "report", "leaderboard", "profile", "compare"),
+        *("sync", "log-samples", "check"),
+    ),
     "Questions and models": ("study", "prune", "quantise", "export"),
     "This machine": ("doctor", "bench"),
 }

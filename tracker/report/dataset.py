@@ -52,8 +52,7 @@ def write_dataset(
     head = DatasetCardData(pretty_name="Layer profiles", tags=["layer-tracker"], configs=configs)
     environment = open_templates("tracker.report", keep_trailing_newline=True)
     environment.filters["markdown"] = escape_markdown
-    template = environment.get_template("dataset.md.j2")
-    text = template.render(cells=cells, has_documents="documents" in frames)
+    text = environment.get_template("dataset.md.j2").render(cells=cells, files=files)
     write_text(path / "README.md", f"---\n{head.to_yaml()}\n---\n\n{text}")
     return [path / "README.md", *files.values()]
 

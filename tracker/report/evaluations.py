@@ -42,7 +42,6 @@ Json = dict[str, Any]
 _SOURCE = {"source_name": "layer-tracker", "source_type": "evaluation_run"}
 _SOURCE |= {"source_organization_name": "unknown", "evaluator_relationship": "other"}
 _PAIRED_METHOD = "paired by document: Bonett and Price, or t for outcomes other than 0 and 1"
-_LEVEL_METHOD = "Wilson, or t for outcomes other than 0 and 1"
 
 
 def write_evaluations(
@@ -107,7 +106,6 @@ class _Evaluation:
         is_open = model.is_on_hub or model.source.startswith("package:")
         availability = "open_weights" if is_open else "unknown"
         details = {"fingerprint": model.fingerprint, "dtype": model.dtype, **model.arguments}
-        details |= {"revision": model.revision} if model.revision else {}
         details |= {"deployment_type": "self_deployed", "model_availability": availability}
         library = {"name": "layer-tracker", "version": __version__}
         info: Json = {"name": model.name, "id": model_id(model), "additional_details": details}
@@ -126,18 +124,18 @@ class _Evaluation:
         cell = self.cell
         metric: Json = {"metric_id": "accuracy" if cell.metric == "acc" else cell.metric}
         metric |= {"metric_name": cell.metric, "lower_is_better": not cell.higher_is_better}
-        details = _uncertainty(cell.baseline, cell.n, 0.95, interval_name(cell), _LEVEL_METHOD)
+        details = _uncertainty(cell.baseline, cell.n, 0.95, interval_name(cell), "Wilson or t")
         return self._result(self.name, INTACT.name, metric | self._bounds(0), details)
 
     def _drop_result(self, run: RunRecord) -> Json:
         cell, change = self.cell, metric_format(self.cell).change
         metric: Json = {"metric_id": change.replace(" ", "_"), "metric_name": change}
-        metric |= {"metric_parameters": {"change": run.ablation, "metric": cell.metric}}
+        parameters = {"change": run.ablation, "metric": cell.metric}
+        metric |= {"metric_parameters": parameters, "lower_is_better": True, **self._bounds(-1)}
         level = cell.answer.level if cell.answer and cell.is_raced else 0.95
         details = _uncertainty(run.drop, run.n, level, interval_name(cell), _PAIRED_METHOD)
         figures = {"changed": run.accuracy, "mcnemar_p": run.drop.p_value}
         details["details"] = {name: repr(x) for name, x in figures.items() if is_finite(x)}
-        metric |= {"lower_is_better": True, **self._bounds(-1)}
         return self._result(self.drop_name(run), run.ablation, metric, details)
 
     def drop_name(self, run: RunRecord) -> str:
