@@ -18,10 +18,15 @@ from tests.conftest import cli, printed, refused, save_llama
 from tests.helpers.lm_eval import write_rows
 from tests.helpers.packages import fetch_every_eval_ever
 from tests.helpers.runs import run_experiment, write_study
+from tests.helpers.stored_cells import model_identity
+from tests.report.cells import loss_cell
 from tests.report.conftest import build_cell
 from tracker import api
 from tracker.analysis.claims import decide_claims
 from tracker.report.dataset import read_dataset, write_dataset
+from tracker.report.evaluations import write_evaluations
+from tracker.schema.errors import RequestError
+from tracker.schema.estimates import Estimate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -74,6 +79,27 @@ def test_every_eval_ever_accepts_its_records(results, tmp_path, capsys):
 
     paths = [*tmp_path.glob("data/*/*/*/*.json*")]
     assert (len(paths), main([*map(str, paths)])) == (4, 0), capsys.readouterr().out
+
+
+def test_every_eval_ever_accepts_losses_and_hostile_names(tmp_path, capsys):
+    cell = build_cell("../../x", model=HOSTILE)
+    hub = {"source": "lab/model", "name": "model", "revision": "a" * 40}
+    cells = [cell, loss_cell(), cell.model_copy(update={"model": model_identity(**hub)})]
+    hub["arguments"] = {"peft": "/home/anna/adapter"}
+    cells.append(build_cell("b", baseline=0.0, removed=(3,)))
+    cells[3] = cells[3].model_copy(update={"model": model_identity(**hub)})
+    paths = write_evaluations(cells, tmp_path / "out", lambda cell: None)
+    fetch_every_eval_ever()
+    from every_eval_ever.validator.validate import main
+
+    assert (len(paths), main([*map(str, paths)])) == (4, 0), capsys.readouterr().out
+    assert {path.parts[-5] for path in paths} == {"data"}  # nothing leaves the folder
+    ids = [json.loads(path.read_text())["model_info"]["id"] for path in paths]
+    assert ids[1:] == ["local/SmolLM2-135M-Instruct", "lab/model", "local/adapter"]
+    assert ids[0].startswith("local/")
+    undefined = cell.model_copy(update={"baseline": Estimate(None, reason="no document")})
+    with pytest.raises(RequestError, match="no benchmark"):
+        write_evaluations([undefined], tmp_path / "none", lambda cell: None)
 
 
 def test_a_record_of_every_eval_ever_holds_the_runs_of_the_base_model(results, tmp_path):

@@ -172,9 +172,12 @@ class _Evaluation:
         with path.open("w", encoding="utf-8") as file:
             for key, name, model, scores in groups:
                 rows = _sample_rows(model, scores, decisions, with_private, key == INTACT.name)
-                ids = {"schema_version": SCHEMA_VERSION, "evaluation_id": self.id}
-                ids |= {"model_id": model_id(self.cell.model)}
-                ids |= {"evaluation_name": name, "evaluation_result_id": key}
+                ids = {"schema_version": SCHEMA_VERSION, "model_id": model_id(self.cell.model)}
+                ids |= {
+                    "evaluation_id": self.id,
+                    "evaluation_name": name,
+                    "evaluation_result_id": key,
+                }
                 file.writelines(f"{json.dumps(ids | row, allow_nan=False)}\n" for row in rows)
 
 
@@ -219,9 +222,13 @@ def _option(text: DocumentText, choice: float) -> list[str]:
 
 
 def model_id(model: ModelIdentity) -> str:
-    """Return a model's id on the hub, or `local/NAME`; parts are safe as names of folders."""
-    source = model.arguments.get("peft", model.source)
-    owner, _, name = (source if model.is_on_hub else f"local/{model.name}").rpartition("/")
+    """Return a model's id on the hub, or `local/NAME`; parts are safe as names of folders.
+
+    An adapter never gets the id of its base.
+    """
+    is_plain = model.is_on_hub and "peft" not in model.arguments
+    name = Path(model.arguments.get("peft", model.name)).name
+    owner, _, name = model.source.rpartition("/") if is_plain else ("local", "", name)
     return f"{_path_part(owner or 'local')}/{_path_part(name)}"
 
 
