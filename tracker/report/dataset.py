@@ -68,11 +68,10 @@ def _change_frame(cells: Sequence[CellRecord]) -> pd.DataFrame:
 
 def _record_frame(cells: Sequence[CellRecord]) -> pd.DataFrame:
     """Return a frame with a row per record, which `read_dataset` turns back into the record."""
-    rows = [
-        (model_id(cell.model), cell.benchmark.name, json.dumps(cell.model_dump(mode="json")))
-        for cell in cells
-    ]
-    return pd.DataFrame(rows, columns=["model", "benchmark", "record"])
+    models = [model_id(cell.model) for cell in cells]
+    benchmarks = [cell.benchmark.name for cell in cells]
+    records = [json.dumps(cell.model_dump(mode="json")) for cell in cells]
+    return pd.DataFrame({"model": models, "benchmark": benchmarks, "record": records})
 
 
 def read_dataset(folder: Path) -> list[CellRecord]:

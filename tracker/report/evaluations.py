@@ -173,11 +173,8 @@ class _Evaluation:
             for key, name, model, scores in groups:
                 rows = _sample_rows(model, scores, decisions, with_private, key == INTACT.name)
                 ids = {"schema_version": SCHEMA_VERSION, "model_id": model_id(self.cell.model)}
-                ids |= {
-                    "evaluation_id": self.id,
-                    "evaluation_name": name,
-                    "evaluation_result_id": key,
-                }
+                ids |= {"evaluation_id": self.id, "evaluation_name": name}
+                ids |= {"evaluation_result_id": key}
                 file.writelines(f"{json.dumps(ids | row, allow_nan=False)}\n" for row in rows)
 
 
