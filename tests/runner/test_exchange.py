@@ -167,6 +167,7 @@ def test_datasets_loads_a_row_per_change(tmp_path, monkeypatch):
     cells = [build_cell(name, measured="2026-11-30T00:00:00+00:00") for name in ("a", "b")]
     write_dataset(cells, tmp_path / "profiles", lambda cell: None)
     rows = datasets.load_dataset(str(tmp_path / "profiles"), "changes", split="train").to_list()
+    assert datasets.load_dataset(str(tmp_path / "profiles"), split="train").to_list() == rows
     expected = [
         (cell.benchmark.name, run.ablation, run.drop.value, run.drop.low, run.drop.high, run.n)
         for cell in cells

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tracker.ledger.files import write_atomically, write_text
-from tracker.report.evaluations import Decide, model_id
+from tracker.report.evaluations import Decide
 from tracker.report.frames import document_frames, layer_frame
 from tracker.report.texts import open_templates
 from tracker.schema.errors import ResultsError, first_line
@@ -48,7 +48,10 @@ def write_dataset(
     files = {name: path / f"{name}.parquet" for name in frames}
     for name, frame in frames.items():
         write_atomically(files[name], partial(frame.to_parquet, index=False))
-    configs = [{"config_name": name, "data_files": file.name} for name, file in files.items()]
+    configs = [
+        {"config_name": name, "data_files": file.name, "default": name == "changes"}
+        for name, file in files.items()
+    ]
     head = DatasetCardData(pretty_name="Layer profiles", tags=["layer-tracker"], configs=configs)
     environment = open_templates("tracker.report", keep_trailing_newline=True)
     environment.filters["markdown"] = escape_markdown
@@ -68,10 +71,8 @@ def _change_frame(cells: Sequence[CellRecord]) -> pd.DataFrame:
 
 def _record_frame(cells: Sequence[CellRecord]) -> pd.DataFrame:
     """Return a frame with a row per record, which `read_dataset` turns back into the record."""
-    models = [model_id(cell.model) for cell in cells]
-    benchmarks = [cell.benchmark.name for cell in cells]
     records = [json.dumps(cell.model_dump(mode="json")) for cell in cells]
-    return pd.DataFrame({"model": models, "benchmark": benchmarks, "record": records})
+    return pd.DataFrame({"title": [cell.title for cell in cells], "record": records})
 
 
 def read_dataset(folder: Path) -> list[CellRecord]:

@@ -570,8 +570,7 @@ def cell_answer(cell: CellRecord) -> str:
 def profile_sentence(cell: CellRecord) -> str:
     """State which layers matter on one benchmark, when this was measured, and on what."""
     measured_on = f"measured {cell.measured[:10]}" if cell.measured else "date unknown"
-    stopped = statement(cell.answer) if cell.answer else "no layer or part has a verdict"
-    answer = cell_answer(cell) or stopped
+    answer = cell_answer(cell) or (cell.answer and statement(cell.answer)) or "no verdict"
     return f"{cell.heading} ({measured_on}, {cell.documents_text}): {answer}"
 
 
