@@ -180,8 +180,8 @@ def compare_models(
         if not 0 < margin < 1:
             text = f"{name}={margin}" if name else str(margin)
             raise RequestError(f"within {text}: a margin is a fraction between 0 and 1, e.g. 0.01")
-    known = {key for m in models for answers in m.benchmarks.values() for key in answers.settings}
-    _refuse_unknown("--allow-different", allowed, known | PROMPT_SETTINGS)
+    names = {name for m in models for answers in m.benchmarks.values() for name in answers.settings}
+    _refuse_unknown("--allow-different", allowed, names | PROMPT_SETTINGS)
     first, *others = models
     unmatched: dict[str, list[str]] = {}
     differences: list[Difference] = []
