@@ -1,10 +1,9 @@
 """Compare models by their logged answers to the same documents.
 
 Modules:
-    answers: Define a model's answers.
+    answers: Define a model's answers, and match the documents of two models.
     lm_eval_files: Read the files of `lm_eval --log_samples`.
     stored_runs: Read runs of a results folder.
-    pairing: Match the documents of two models, and refuse different settings.
     verdicts: Compute differences, and decide verdicts.
     display: Write a comparison as Markdown, JSON or a page.
 """

@@ -16,9 +16,15 @@ from typing import Literal
 import numpy as np
 
 from tracker.analysis.paired import PairedOutcomes
-from tracker.comparison.answers import CLUSTER, BenchmarkAnswers, ModelAnswers
+from tracker.comparison.answers import (
+    CLUSTER,
+    PROMPT_SETTINGS,
+    BenchmarkAnswers,
+    ModelAnswers,
+    PairedTables,
+    pair_documents,
+)
 from tracker.comparison.lm_eval_files import find_samples, read_model
-from tracker.comparison.pairing import PROMPT_SETTINGS, PairedTables, pair_documents
 from tracker.comparison.stored_runs import RunName, parse_run_name, read_run
 from tracker.measuring.progress import Progress, Silent, report_work
 from tracker.schema.errors import RequestError, did_you_mean
@@ -180,8 +186,10 @@ def compare_models(
         if not 0 < margin < 1:
             text = f"{name}={margin}" if name else str(margin)
             raise RequestError(f"within {text}: a margin is a fraction between 0 and 1, e.g. 0.01")
-    names = {name for m in models for answers in m.benchmarks.values() for name in answers.settings}
-    _refuse_unknown("--allow-different", allowed, names | PROMPT_SETTINGS)
+    settings = {
+        key for m in models for answers in m.benchmarks.values() for key in answers.settings
+    }
+    _refuse_unknown("--allow-different", allowed, settings | PROMPT_SETTINGS)
     first, *others = models
     unmatched: dict[str, list[str]] = {}
     differences: list[Difference] = []
