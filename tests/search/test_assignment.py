@@ -23,6 +23,7 @@ from tracker.search.formats import (
     list_units,
     minimize_loss,
     parse_budget,
+    uniform_choice,
 )
 from tracker.studies.quantise import unit_losses
 
@@ -57,13 +58,22 @@ def test_too_small_budgets_are_refused() -> None:
         parse_budget("5bpw", UNITS, 0, 0, ("int4_g128", "q8_0"))
 
 
-@pytest.mark.parametrize(("formats", "inputs"), [(("q4_k", "q6_k"), 576), (("int4_row",), 72)])
+@pytest.mark.parametrize(
+    ("formats", "inputs"),
+    # The rows of `UNITS` are too short for Q3_K, so MXFP4 is smaller there.
+    [(("q4_k", "q6_k"), 576), (("int4_row",), 72), (("q3_k", "mxfp4"), 512)],
+)
 def test_the_smallest_budget_that_works_is_named(formats, inputs: int) -> None:
     units = [FormatUnit(0, ("a", "b"), ((32, inputs), (48, inputs))), *UNITS]
     with pytest.raises(RequestError) as error:
         parse_budget("2bpw", units, 0, 0, formats)
     (budget,) = re.findall(r"at least --budget (\S+)bpw", str(error.value))
-    assert parse_budget(f"{budget}bpw", units, 0, 0, formats).bits == float(budget)
+    limit = parse_budget(f"{budget}bpw", units, 0, 0, formats)
+    assert limit.bits == float(budget)
+    products = itertools.product(formats, repeat=len(units))
+    choices = [dict(zip(units, forms, strict=True)) for forms in products]
+    assert limit.bits - 0.001 <= min(map(bits_per_weight, choices)) <= limit.bits
+    assert limit.holds(uniform_choice(units, formats, limit))
     with pytest.raises(RequestError, match="too small"):
         parse_budget(f"{float(budget) - 0.001:.4f}bpw", units, 0, 0, formats)
 

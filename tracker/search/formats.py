@@ -28,6 +28,7 @@ from tracker.schema.config import CellRequest
 from tracker.schema.documents import Document
 from tracker.schema.errors import RequestError
 from tracker.schema.estimates import Estimate
+from tracker.schema.formats import join_words
 from tracker.schema.grouping import group_by
 from tracker.schema.kinds import OUTER_MATRICES
 from tracker.schema.model_parts import ModelParts, check_parts, fill_parts, fused_map
@@ -201,18 +202,24 @@ def parse_budget(
     if amount.measure == "bytes":
         bits = 8 * (bits * (model_bytes if amount.is_share else 1) - other_bytes) / n_weights
     budget = BitBudget(text, bits, other_bytes, n_weights)
-    smallest = min(formats, key=lambda form: sum(unit.bits(form) for unit in units))
-    min_bits = bits_per_weight(dict.fromkeys(units, smallest))
+    smallest = smallest_choice(units, formats)
+    min_bits = bits_per_weight(smallest)
     if bits < min_bits:
         sizes = (budget.model_bytes(min_bits), other_bytes)
         size, other_size = (f"{size / 1e6:,.1f} MB" for size in sizes)
+        names = join_words(list(dict.fromkeys(smallest.values())), "or")
         raise RequestError(
-            f"--budget {text} is too small: with {smallest} in every linear map, the maps take "
+            f"--budget {text} is too small: with {names} in every linear map, the maps take "
             f"{min_bits:.3g} bits per weight, and the model takes {size} (including {other_size} "
             f"of other weights). Use at least --budget {math.ceil(1000 * min_bits) / 1000}bpw, or "
             "add a format of fewer bits to --format"
         )
     return budget
+
+
+def smallest_choice(units: Units, formats: Collection[str]) -> FormatChoice:
+    """Choose the format of the fewest bits for each unit, which depends on its row lengths."""
+    return {unit: min(formats, key=unit.bits) for unit in units}
 
 
 def minimize_loss(
@@ -228,7 +235,7 @@ def minimize_loss(
         formats: The formats.
         losses: Array `[units, formats]` of finite losses. An entry is the loss if only this unit is
             rounded.
-        budget: The budget, which must be large enough for the smallest format.
+        budget: The budget, which must be large enough for `smallest_choice`.
 
     Returns:
         A dict from units to chosen formats.
@@ -255,15 +262,19 @@ def minimize_loss(
         ],
         options={"mip_rel_gap": 1e-6},
     )
-    assert solution.x is not None  # everything in the smallest format is within the budget
+    assert solution.x is not None  # the smallest choice is within the budget
     indices = solution.x.reshape(n_units, n_formats).argmax(axis=1)
     return {unit: formats[index] for unit, index in zip(units, indices.tolist(), strict=True)}
 
 
 def uniform_choice(units: Units, formats: Sequence[str], budget: BitBudget) -> FormatChoice:
-    """Choose one format for all weights: the largest format within the budget."""
+    """Choose the largest format within the budget for all weights.
+
+    If no single format is within the budget, each unit gets its format of the fewest bits.
+    """
     choices = [dict.fromkeys(units, form) for form in formats]
-    return max(filter(budget.holds, choices), key=bits_per_weight)
+    smallest = smallest_choice(units, formats)
+    return max(filter(budget.holds, choices), key=bits_per_weight, default=smallest)
 
 
 EDGE_LAYERS = 2

@@ -174,7 +174,9 @@ class FormatChooser:
                 choices[name] = minimize_loss(units, formats, errors, limit)
         if choice := edge_choice(units, formats, limit):
             choices[f"first and last {EDGE_LAYERS} layers in more bits"] = choice
-        choices[UNIFORM_CHOICE] = uniform_choice(units, formats, limit)
+        choice = uniform_choice(units, formats, limit)
+        is_mixed = len(set(choice.values())) > 1  # no single format is within the budget
+        choices[f"{UNIFORM_CHOICE}, fewest bits" if is_mixed else UNIFORM_CHOICE] = choice
         return [self.candidate(name, choice) for name, choice in choices.items()]
 
     def candidate(self, by: str, choice: FormatChoice) -> Candidate:
@@ -307,8 +309,7 @@ def measure_choices(
     """Measure the model with each assignment of formats, on calibration and test documents.
 
     Args:
-        candidates: Assignments of formats; one of the assignments uses the same format for all
-            units.
+        candidates: Assignments of formats; the name of one of them starts with `UNIFORM_CHOICE`.
         calibration: The model with the calibration documents.
         tests: The model with the test documents.
         limit: Budget of bits.
@@ -320,7 +321,7 @@ def measure_choices(
     tests.progress.say(f"{tests.request.title}: {count_text(len(ablations), 'choice')}, whole")
     losses = calibration.outcomes(ablations, "gold_logprob").mean_drops
     metric, gold = (tests.outcomes(ablations, name) for name in ("accuracy", "gold_logprob"))
-    reference = [candidate.by for candidate in candidates].index(UNIFORM_CHOICE)
+    reference = [c.by.startswith(UNIFORM_CHOICE) for c in candidates].index(True)
     tested = []
     for n, (by, choice, expected) in enumerate(candidates):
         bits = bits_per_weight(choice)
