@@ -38,6 +38,7 @@ class Heads:
         heads: Number of heads.
         groups: Number of groups of heads that share keys and values.
         width: Number of input columns of each head.
+        is_packed: Whether one linear map may compute queries, keys and values, side by side.
     """
 
     KIND: ClassVar[str] = "attention heads"
@@ -50,6 +51,7 @@ class Heads:
     heads: int
     groups: int
     width: int
+    is_packed: bool = True
 
     @classmethod
     def find(cls, finder: PartFinder) -> list[Heads | None]:
@@ -81,7 +83,10 @@ class Heads:
             modules = {call.module for call in calls if _reads_columns(call, is_one)}
             if heads % groups or [holders[module] for module in modules] != [1]:
                 return None
-            return cls(module_paths(layer)[modules.pop()], heads, groups, width)
+            projection = module_paths(layer)[modules.pop()]
+            # A map of queries and gates can be as long as one of queries, keys and values.
+            is_packed = groups * width not in _other_output_sizes(layer, projection)
+            return cls(projection, heads, groups, width, is_packed)
 
         with _replaced_attention(finder.model, mark_alternate_heads):
             return finder.probe(cls, HEAD_TEXT_TOKENS, find)
@@ -130,11 +135,11 @@ class Heads:
             [n * width + i for n in ns for i in range(width)] for ns in (heads, groups)
         )
         n_queries, n_keys = self.heads * width, self.groups * width
-        # One map may compute queries, keys and values, side by side.
-        starts = (n_queries, n_queries + n_keys)
-        packed = [*queries, *(start + entry for start in starts for entry in keys)]
         entries = {self.heads: heads, n_keys: keys, n_queries: queries}
-        entries[n_queries + 2 * n_keys] = packed
+        if self.is_packed:
+            starts = (n_queries, n_queries + n_keys)
+            packed = [*queries, *(start + entry for start in starts for entry in keys)]
+            entries[n_queries + 2 * n_keys] = packed
         return replace(self, heads=len(heads), groups=len(groups)), entries
 
     def remove(self, layer: nn.Module, parts: Sequence[Change], name: str) -> None:
@@ -155,6 +160,15 @@ class Heads:
             return {attribute: linear.to_module_layout(weight, linear.parameter)}
 
         replace_attributes(layer, [attribute], make)
+
+
+def _other_output_sizes(layer: nn.Module, projection: str) -> set[int]:
+    """Return the numbers of outputs of an attention's linear maps before the output projection."""
+    attention, _, name = projection.rpartition(".")
+    modules = dict(layer.get_submodule(attention).named_modules())
+    del modules[name]
+    maps = (m for m in modules.values() if isinstance(m, (nn.Linear, Conv1D)))
+    return {map_of_module(module).shape[0] for module in maps}
 
 
 def _reads_columns(call: ModuleCall, columns: Tensor) -> bool:
