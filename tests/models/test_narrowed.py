@@ -176,6 +176,8 @@ def test_tied_weights_stay_tied(tmp_path):
         ("olmo2", {}, "kv_head", [[0]] * 4, "its logits differ .* in another way"),
         # Its map of queries and gates is as long as a map of queries, keys and values.
         ("qwen3_next", {}, "kv_head", [[], [0], [], [1]], "q_proj.weight .* is unknown"),
+        ("gpt_neox", {}, "head", [[0, 1]] * 4, "its logits differ .* in another way"),
+        ("gpt2", {"n_embd": 64, "n_head": 8}, "head", [[0]] * 4, "built .*: 64 and `num_heads`: 7"),
         ("deepseek_v3", {}, "head", [[0]] * 4, "q_b_proj.weight .* is unknown"),
         ("mixtral", {}, "expert", [[0], [1], [2], [0, 1]], "keeps 2 of 4 .* keeps 3 of 4 experts"),
         ("mixtral", {}, "expert", [[0, 1, 2]] * 4, "leaves too few"),
@@ -188,6 +190,21 @@ def test_removals_that_no_configuration_describes(
     source = find_model(str(tmp_path))
     with pytest.raises(ModelError, match=message):
         check_part_removal(source, removal(unit, numbers))
+
+
+@pytest.mark.parametrize(
+    ("heads", "numbers"), [(8, [0, 1, 4, 6]), (4, [3, 1, 0]), (12, [7, 1, 0, 2, 3, 5])]
+)
+def test_a_miniature_that_needs_other_numbers_refuses_nothing(heads, numbers, tmp_path):
+    """The hidden size is a multiple of the number of remaining heads, but not of 3 of 4."""
+    sizes = {"hidden_size": 8 * heads, "num_attention_heads": heads, "num_key_value_heads": heads}
+    model = tiny_model("llama", **sizes)
+    model.config.save_pretrained(tmp_path)
+    ablation = removal("head", [numbers] * 4)
+    check_part_removal(find_model(str(tmp_path)), ablation)
+    loaded, _ = save_and_load(model, ablation, tmp_path / "saved")
+    assert is_close(logits(loaded), logits(without_heads(model, ablation)))
+    assert loaded.config.num_attention_heads == heads - len(numbers)
 
 
 def test_a_model_on_several_devices_is_refused():

@@ -30,8 +30,8 @@ from tracker.models.devices import empty_cache
 from tracker.models.hooks import TRANSFORMERS_LOCK
 from tracker.models.layers import find_layers
 from tracker.models.load import LoadedModel, build_hollow, load_model
-from tracker.models.miniature import build_miniature
-from tracker.models.narrowed import narrowed_copies, plan_narrowing
+from tracker.models.miniature import MINIATURE_HEADS, build_miniature
+from tracker.models.narrowed import narrowed_copies, plan_narrowing, plan_removal
 from tracker.models.parts.anatomy import (
     PART_CLASSES,
     LayerAnatomy,
@@ -117,8 +117,9 @@ def savable_copies(model: PreTrainedModel, ablation: Ablation) -> tuple[Any, Any
 
 
 def _plurals(ablation: Ablation) -> str:
-    """Name the kinds of removed parts, such as `groups of heads and experts`."""
-    return join_words(list(dict.fromkeys(change.plural for change in ablation.parts)))
+    """Name the kinds of removed parts, such as `attention heads and experts`."""
+    kinds = dict.fromkeys(PART_CLASSES[change.component] for change in ablation.parts)
+    return join_words([kind.KIND for kind in kinds])
 
 
 def _refuse_other_shapes(model: PreTrainedModel, clone: PreTrainedModel, subject: str) -> None:
@@ -219,21 +220,32 @@ def check_part_removal(source: ModelSource, ablation: Ablation) -> None:
         units = (c.component for c in ablation.parts if PART_CLASSES[c.component] is kind)
         return find_configured_parts(source, next(units))
 
-    plan_narrowing(ablation, find_parts, type(model).__name__).check_config(model)
+    plan_narrowing(ablation, find_parts, type(model).__name__).build(model)
     if small_model is not None:
         small_copy = copy.deepcopy(small_model)
         _check_reload(small_copy, _uniform_removal(small_copy, ablation))
 
 
 def _uniform_removal(model: PreTrainedModel, ablation: Ablation) -> Ablation:
-    """Return the removal of one part per layer, of each kind that `ablation` removes."""
-    anatomy, changes = LayerAnatomy.of(model), list[Change]()
-    for kind in dict.fromkeys(PART_CLASSES[change.component] for change in ablation.parts):
-        for layer, part in enumerate(anatomy.find(kind)):
+    """Return the smallest removal from each layer that the model's class accepts.
+
+    It removes the kinds of parts that `ablation` removes. Raises ModelError if none is accepted.
+    """
+    anatomy = LayerAnatomy.of(model)
+    kinds = dict.fromkeys(PART_CLASSES[change.component] for change in ablation.parts)
+    parts = [(n, part) for kind in kinds for n, part in enumerate(anatomy.find(kind))]
+    for n_removed in range(1, MINIATURE_HEADS):
+        changes = list[Change]()
+        for layer, part in parts:
             if isinstance(part, NumberedParts):
                 *_, (unit, count) = part.counts.items()  # whole groups of heads
-                changes.append(Change(unit, (layer,), part=layer % count))
-    return Ablation.from_changes(*changes)
+                numbers = {(layer + n) % count for n in range(n_removed)}
+                changes += [Change(unit, (layer,), part=number) for number in numbers]
+        removal = Ablation.from_changes(*changes)
+        with suppress(ModelError):  # 4 heads may become 2 or 1, but not 3
+            plan_removal(anatomy, removal).build(model)
+            return removal
+    raise ModelError(f"{type(model).__name__} cannot be built with fewer {_plurals(ablation)}")
 
 
 @lru_cache(maxsize=1)
@@ -278,8 +290,11 @@ def _check_reload(small_model: PreTrainedModel, ablation: Ablation) -> None:
     elif ablation.parts:
         changes_text = f"with fewer {_plurals(ablation)}"
 
+    # Errors of a miniature with fewer parts state numbers that the user's model does not have.
+    reason = "its class computes the remaining ones in another way" if ablation.parts else ""
+
     def problem(text: str) -> AbstractContextManager[None]:
-        return translate_errors(lambda error: ModelError(f"{name} {text}: {first_line(error)}"))
+        return translate_errors(lambda e: ModelError(f"{name} {text}: {reason or first_line(e)}"))
 
     with problem(f"does not run {changes_text}"):
         logits = _compute_logits(measured, ids)
@@ -295,9 +310,7 @@ def _check_reload(small_model: PreTrainedModel, ablation: Ablation) -> None:
         loaded_logits = _compute_logits(loaded_model.eval(), ids)
     distance = float((logits - loaded_logits)[..., tokens].abs().max())
     if stray_keys or not distance <= RELOAD_TOLERANCE * max(1.0, float(logits.abs().max())):
-        reason = "its class computes the remaining ones in another way"
-        if not ablation.parts:
-            reason = _describe_difference(clone, loaded_model)
+        reason = reason or _describe_difference(clone, loaded_model)
         raise ModelError(
             f"{name} {changes_text}: if plain transformers loads the saved checkpoint, its logits "
             f"differ by up to {distance:.3g}: {reason}"

@@ -86,6 +86,22 @@ class Narrowing:
             f"{join_words(accepted, 'or') or 'no smaller number'} ({problem})"
         )
 
+    def build(self, model: PreTrainedModel) -> Any:
+        """Build the narrowed model with uninitialised weights.
+
+        Raises ModelError if the configuration or the model's class refuses the numbers. A model on
+        the meta device stays there.
+        """
+        self.check_config(model)
+        shell = prune_model(model)
+        self.resize(shell.config.get_text_config(), self.numbers)
+        device = "meta" if model.device.type == "meta" else "cpu"
+        narrow = attempt(partial(build_uninitialised, shell, device))
+        if isinstance(narrow, Exception):
+            text = f"{type(model).__name__} cannot be built with these numbers"
+            raise ModelError(f"{text}: {first_line(narrow)}")
+        return narrow
+
 
 def plan_narrowing(
     ablation: Ablation,
@@ -141,6 +157,15 @@ def _refuse_uneven(numbers: Mapping[int, tuple[PartNumbers, PartNumbers]], unit:
     )
 
 
+def plan_removal(anatomy: LayerAnatomy, ablation: Ablation) -> Narrowing:
+    """Plan the removal of heads and experts from a loaded model, as `plan_narrowing` does."""
+
+    def find_parts(kind: type[NumberedParts]) -> dict[int, NumberedParts]:
+        return {layer: part for layer, part in enumerate(anatomy.find(kind)) if part is not None}
+
+    return plan_narrowing(ablation, find_parts, type(anatomy.model).__name__)
+
+
 def narrowed_copies(model: PreTrainedModel, ablation: Ablation) -> tuple[Any, Any]:
     """Copy a model without some heads or experts, in the saved form and in the measured form.
 
@@ -159,17 +184,9 @@ def narrowed_copies(model: PreTrainedModel, ablation: Ablation) -> tuple[Any, An
     if len({parameter.device for parameter in model.parameters()}) > 1:
         raise ModelError(f"{owner} is on several devices; to remove parts, use --device cpu")
 
-    def find_parts(kind: type[NumberedParts]) -> dict[int, NumberedParts]:
-        return {layer: part for layer, part in enumerate(anatomy.find(kind)) if part is not None}
-
-    plan = plan_narrowing(ablation, find_parts, owner)
-    plan.check_config(model)
+    plan = plan_removal(anatomy, ablation)
+    narrow = plan.build(model)
     measured = prune_model(model, changes=anatomy.part_changes(ablation))
-    shell = prune_model(model)
-    plan.resize(shell.config.get_text_config(), plan.numbers)
-    narrow = attempt(partial(build_uninitialised, shell))
-    if isinstance(narrow, Exception):
-        raise ModelError(f"{owner} cannot be built with these numbers: {first_line(narrow)}")
     layers = enumerate(find_layers(narrow))
     layer_numbers = {module: number for number, layer in layers for module in layer.modules()}
     full_modules = dict(measured.named_modules())
@@ -198,8 +215,8 @@ def _cut_tensor(
     for axis, (length, new_length) in enumerate(zip(value.shape, expected.shape, strict=True)):
         if length != new_length and len(entries.get(length, ())) != new_length:
             raise ModelError(
-                f"{name} has {length} entries and would need {new_length}; which ones belong to "
-                "the remaining heads is unknown, so they cannot be removed from the model"
+                f"{name} is too long, and which of its entries belong to the remaining heads is "
+                "unknown, so the others cannot be removed from the model"
             )
         cut = take_entries(cut, entries[length], axis) if length != new_length else cut
     return nn.Parameter(cut.contiguous(), requires_grad=False)

@@ -545,7 +545,7 @@ def layer_counts(config: PreTrainedConfig, indices: Sequence[int]) -> Iterator[d
         yield changed_counts
 
 
-def build_uninitialised(model: PreTrainedModel) -> Any:
+def build_uninitialised(model: PreTrainedModel, device: str = "cpu") -> Any:
     """Build a model with uninitialised weights from the configuration of `model`."""
     from transformers.initialization import no_init_weights
     from transformers.modeling_utils import local_torch_dtype
@@ -562,7 +562,7 @@ def build_uninitialised(model: PreTrainedModel) -> Any:
         warnings.simplefilter("ignore")
         # Tables wider than those that a file's loader computes would differ.
         loading_dtype = torch.float32 if is_double else model.dtype
-        with local_torch_dtype(loading_dtype), torch.device("cpu"):
+        with local_torch_dtype(loading_dtype), torch.device(device):
             built_model = type(model)(config).eval()
     return built_model.double() if is_double else built_model
 
