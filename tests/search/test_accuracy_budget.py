@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 from statistics import NormalDist
 from types import SimpleNamespace
@@ -123,6 +124,11 @@ def test_steps_are_tested_up_to_the_first_that_is_not_shown() -> None:
     assert [bound <= 0.05 for bound in bounds] == [True, True, False, True]
     result = recommend_within(budget, [make_search(outcomes, 400)])  # type: ignore[arg-type]
     assert (result.removed, result.estimated) == ((0, 1), (0, 1, 2, 3))
+    # Steps that cannot be saved are left out, and so they do not end the sequence.
+    for sizes, removed in (((1, 3, 4), (0,)), ((1, 4), (0, 1, 2, 3)), ((3,), ())):
+        searches = [make_search(outcomes, 400)]
+        saved = partial(lambda sizes, _, step: len(step.removed) in sizes, sizes)
+        assert recommend_within(budget, searches, saved).removed == removed  # type: ignore[arg-type]
     # Draws at random are no candidates, and a second search costs width.
     random_search = make_search([(0, 0)] * 6, 400, "random")
     result = recommend_within(budget, [make_search(outcomes, 400), random_search])  # type: ignore[arg-type]

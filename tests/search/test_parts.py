@@ -25,6 +25,7 @@ from tracker.schema.changes import Ablation, Change
 from tracker.schema.errors import ExperimentError
 from tracker.schema.prune_records import PruneRecord, PruneStep
 from tracker.schema.search_parts import SearchParts
+from tracker.search import conduct
 from tracker.search.cells import ModelCache, OpenCell
 from tracker.search.planning import RandomScores
 from tracker.search.request import SearchRequest, search_request
@@ -214,6 +215,26 @@ def test_a_uniform_choice_is_saved(write, prune, tmp_path) -> None:
     assert cli(*words, "--results", tmp_path / "new").exit_code == 0
     weights = [load_file(tmp_path / name / "model.safetensors") for name in ("saved", "again")]
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
+def test_a_budget_recommends_what_can_be_saved(write, prune, tmp_path, monkeypatch) -> None:
+    """Of 6 groups of 2 heads, 5 cannot stay: 96 is no multiple of 10."""
+    shape = {"hidden_size": 96, "num_attention_heads": 12, "num_key_value_heads": 6}
+    model = save_llama(tmp_path / "tiny", layers=2, **shape)
+    settings = {"model": str(model), "unit": "kv_head", "strategy": "gold_logprob_oneshot"}
+    settings |= {"sample": 4, "test_sample": 16}
+    output = tmp_path / "saved"
+    refused(prune(write(remove=1, **settings), "--output", output), "refuses 5 of 6")
+    # The later steps can be saved too, so a test refuses them here.
+    refusals = {4: ""}
+    monkeypatch.setattr(
+        conduct, "find_part_refusal", lambda _, removal: refusals.get(len(removal.parts), "no")
+    )
+    result = prune(write(remove=None, max_drop="60pp", **settings), "--output", output)
+    assert result.exit_code == 0, result.output
+    (record,) = stored_searches(tmp_path)
+    assert [len(step.removed) for step in record.steps] == [2, 4, 6, 8, 10]
+    assert AutoModelForCausalLM.from_pretrained(output).config.num_key_value_heads == 4
 
 
 PARTS = SearchParts("expert", 4, per_layer=3, used_layers=(0, 2, 3), min_kept=2)

@@ -20,10 +20,10 @@ from tracker.schema.estimates import Estimate
 from tracker.schema.findings import FindingRecord
 from tracker.schema.grouping import group_by
 from tracker.schema.kinds import NUMBERED_COMPONENTS
-from tracker.schema.prune_records import HeldOutResult, PruneRecord
+from tracker.schema.prune_records import HeldOutResult, PruneRecord, PruneStep
 from tracker.schema.records import CellRecord, RecordKey
 from tracker.search.cells import ModelCache, OpenCell
-from tracker.search.planning import refuse_unsavable
+from tracker.search.planning import find_part_refusal, refuse_unsavable
 from tracker.search.recommending import recommend_within
 from tracker.search.report import TestedSearch, build_finding, final_outcome
 from tracker.search.request import SearchGoal, SearchRequest
@@ -151,10 +151,15 @@ def run_searches(
         write_search(ledger.root, record)
         outcomes = cell.outcomes(draw.ablations).scores
         searches.append(TestedSearch(request, record, outcomes, draw_runs))
+
+    def is_savable(search: TestedSearch, step: PruneStep) -> bool:
+        source, removal = cache.source(search.request.cell.model), search.record.parts.removal
+        return not search.request.uniform or not find_part_refusal(source, removal(step.removed))
+
     if wants_recommendation:
         for goal, group in group_by(searches, lambda search: search.request.goal).items():
             if (accuracy_budget := group[0].request.accuracy_budget) is not None:
-                recommendations[goal] = recommend_within(accuracy_budget, group)
+                recommendations[goal] = recommend_within(accuracy_budget, group, is_savable)
     if not failures:
         for cell in cache.cells.values():
             cell.end()

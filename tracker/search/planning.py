@@ -8,6 +8,7 @@ such a model can be loaded only if whole periods of layers were removed.
 from __future__ import annotations
 
 import functools
+import itertools
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -126,9 +127,13 @@ def refuse_unsavable(
     def describe_result(request: SearchRequest, budget: Budget) -> str:
         """Return a remark on results that cannot be saved; raise ModelError if none can."""
         if request.uniform:
-            part_set = possible_results(request, budget, 1)[0]
-            removal = budget.parts_for(request.unit).removal(part_set)
-            check_part_removal(cache.source(request.cell.model), removal)
+            # Sets of the same size have the same number of parts in each layer.
+            sets = {len(part_set): part_set for part_set in possible_results(request, budget, 1)}
+            source, parts = cache.source(request.cell.model), budget.parts_for(request.unit)
+            texts = (find_part_refusal(source, parts.removal(s)) for s in sets.values())
+            refusals = list(itertools.takewhile(bool, texts))
+            if len(refusals) == len(sets):
+                raise ModelError(refusals[0])
             return ""
         if request.unit in NUMBERED_COMPONENTS and request.strategy in STEPWISE_STRATEGIES:
             return ""  # they take one part after the other, and whatever goes first can
@@ -145,6 +150,15 @@ def refuse_unsavable(
         return f"{request.title}: the result may not be savable as a checkpoint: {message}"
 
     return list(map(describe_result, searches, budgets))
+
+
+def find_part_refusal(source: ModelSource, removal: Ablation) -> str:
+    """Return why a model without these heads or experts cannot be saved; empty if it can."""
+    try:
+        check_part_removal(source, removal)
+    except ModelError as error:
+        return str(error)
+    return ""
 
 
 def _savable_spans(n_layers: int, refuse: Callable[[PartSet], str]) -> str:

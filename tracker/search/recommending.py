@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from tracker.schema.prune_records import PruneStep
 from tracker.search.accuracy_budget import AccuracyBudget, count_needed, count_shown
-from tracker.search.report import Searches, test_outcome
+from tracker.search.report import Searches, TestedSearch, test_outcome
 from tracker.search.search import RANDOM_REASON, Recommendation
 from tracker.search.strategies import RANDOM_STRATEGY
 from tracker.stats.support import widen
 
 _TOLERANCE = 1e-9
+NO_STEP = "no tested removal has a score and can be saved as a checkpoint"
 
 
-def recommend_within(budget: AccuracyBudget, searches: Searches) -> Recommendation:
+def recommend_within(
+    budget: AccuracyBudget,
+    searches: Searches,
+    is_savable: Callable[[TestedSearch, PruneStep], bool] = lambda search, step: True,
+) -> Recommendation:
     """Recommend the lightest set that test documents show to be within a budget of accuracy.
 
     Each search is a fixed sequence of tests, from its lightest removal on (`count_shown`). The
@@ -21,6 +28,8 @@ def recommend_within(budget: AccuracyBudget, searches: Searches) -> Recommendati
     Args:
         budget: The budget.
         searches: The tested searches, all with this budget.
+        is_savable: Function that returns whether the model after a step can be saved. All other
+            steps are left out, whatever their results are.
 
     Returns:
         The set that is shown, the lightest set whose estimate is within the budget, and the reason
@@ -32,20 +41,23 @@ def recommend_within(budget: AccuracyBudget, searches: Searches) -> Recommendati
     shown, estimated = list[PruneStep](), list[tuple[PruneStep, int | None]]()
     nearest = list[tuple[float, str]]()
     for search in informed:
-        paired, steps, n = search.outcomes, search.record.steps, search.record.baseline.n
-        excesses = [budget.excess(paired, index) for index in range(len(steps))]
+        paired, n = search.outcomes, search.record.baseline.n
+        steps = {i: step for i, step in enumerate(search.record.steps) if is_savable(search, step)}
+        excesses = [budget.excess(paired, index) for index in steps]
         n_shown = count_shown(widen(excesses, [n] * len(steps), len(informed)))
-        shown += steps[:n_shown][-1:]
-        for index, (step, excess) in enumerate(zip(steps, excesses, strict=True)):
+        shown += [*steps.values()][:n_shown][-1:]
+        for n_tested, (index, step) in enumerate(steps.items(), 1):
+            excess = excesses[n_tested - 1]
             if excess.value is None:
                 continue
             nearest.append((excess.value, budget.nearest_option(paired, index)))
             if excess.value <= _TOLERANCE:
-                needed = count_needed(excesses[: index + 1], n, len(informed))
+                needed = count_needed(excesses[:n_tested], n, len(informed))
                 estimated.append((step, needed))
     if not estimated:
         nearest_option = min(nearest, default=(0.0, ""))[1]
-        return Recommendation(n_sets=len(informed), nearest=nearest_option)
+        reason = "" if nearest else NO_STEP
+        return Recommendation(n_sets=len(informed), reason=reason, nearest=nearest_option)
     step, needed = max(estimated, key=lambda pair: _lightness(pair[0]))
     lightest = max(shown, key=_lightness).removed if shown else ()
     return Recommendation(lightest, len(informed), estimated=step.removed, n_needed=needed)
