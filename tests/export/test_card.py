@@ -83,3 +83,11 @@ def test_cards_and_terminal_match_the_golden_files(capsys: pytest.CaptureFixture
         print_export(model)
         text += f"===== {title}\n{card}----- printed\n{capsys.readouterr().out}"
     assert text == GOLDEN.read_text(encoding="utf-8")
+
+
+def test_the_terminal_gives_the_reason_for_each_missing_recipe(capsys) -> None:
+    problems = {"llama.cpp": "too many formats", "mlx-lm": "it has no q8_0"}
+    print_export(replace(MODELS["quantised"], recipes={}, problems=problems))
+    printed = capsys.readouterr().out
+    assert all(f"{tool}: {reason}\n" in printed for tool, reason in problems.items())
+    assert "each layer" not in printed, "this is a reason for removed layers"

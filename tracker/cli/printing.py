@@ -541,6 +541,12 @@ def print_speed(model: ExportedModel) -> None:
         echo_all(model.speed_title, *(f"  {figure.text}" for figure in model.serving))
 
 
+def print_missing_recipes(model: ExportedModel) -> None:
+    """Print for which tools there is no recipe for a quantised model, and why."""
+    for tool, reason in model.problems.items():
+        echo(f"no recipe for {tool}: {reason}")
+
+
 def print_export(model: ExportedModel) -> None:
     """Print the description of a saved model."""
     from tracker.export.card import no_recipe_reason, ordered_recipes
@@ -560,8 +566,9 @@ def print_export(model: ExportedModel) -> None:
         echo("to make the same model with other tools:")
         for recipe in ordered_recipes(model.recipes):
             echo_all(recipe.words, recipe.text)
-    else:
+    elif not model.problems:
         echo(f"to make the same model with other tools: {no_recipe_reason(model)}")
+    print_missing_recipes(model)
     echo(f"\nsaved: {model.folder}")
     for location in model.locations.values():
         echo(f"model: {runnable_command(location)}")

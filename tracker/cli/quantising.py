@@ -8,7 +8,7 @@ from typing import Any
 
 from tracker.cli.commands import main
 from tracker.cli.options import add_options, experiment_options, work_options
-from tracker.cli.printing import print_speed, print_study
+from tracker.cli.printing import print_missing_recipes, print_speed, print_study
 from tracker.cli.terminal import ProgressDisplay, announce_start, echo, echo_all
 from tracker.studies.registry import QuantiseSettings
 
@@ -59,8 +59,7 @@ def quantise(experiment: Path | None, settings: dict[str, Any], **options: Any) 
         echo(f"saved: {result.saved.folder}")
         for tool in result.saved.recipes:
             echo(f"to make the smaller file with {tool}, see the recipe in the saved folder")
-        for tool, reason in result.saved.problems.items():
-            echo(f"no recipe for {tool}: {reason}")
+        print_missing_recipes(result.saved)
     if result.saved is not None and result.saved.gguf is not None:
         echo(f"GGUF: {result.saved.gguf.text}")
         print_speed(result.saved)
