@@ -162,7 +162,7 @@ def test_a_configuration_without_class(in_process, base, export, tmp_path, monke
     def fail(request):
         raise WorkError("no speed today")
 
-    monkeypatch.setattr(serving, "_run", fail)
+    monkeypatch.setattr(serving, "run_program", fail)
     shutil.rmtree(saved.folder)
     assert export(folder).speed_on == "no speed today", "the model is saved nevertheless"
 
