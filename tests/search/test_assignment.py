@@ -71,8 +71,8 @@ def test_the_smallest_budget_that_works_is_named(formats, inputs: int) -> None:
     limit = parse_budget(f"{budget}bpw", units, 0, 0, formats)
     assert limit.bits == float(budget)
     products = itertools.product(formats, repeat=len(units))
-    choices = [dict(zip(units, forms, strict=True)) for forms in products]
-    assert limit.bits - 0.001 <= min(map(bits_per_weight, choices)) <= limit.bits
+    smallest = min(bits_per_weight(dict(zip(units, forms, strict=True))) for forms in products)
+    assert limit.bits - 0.001 <= smallest <= limit.bits
     assert limit.holds(uniform_choice(units, formats, limit))
     with pytest.raises(RequestError, match="too small"):
         parse_budget(f"{float(budget) - 0.001:.4f}bpw", units, 0, 0, formats)

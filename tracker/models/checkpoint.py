@@ -234,14 +234,13 @@ def _uniform_removal(model: PreTrainedModel, ablation: Ablation) -> Ablation:
     anatomy = LayerAnatomy.of(model)
     kinds = dict.fromkeys(PART_CLASSES[change.component] for change in ablation.parts)
     parts = [(n, part) for kind in kinds for n, part in enumerate(anatomy.find(kind))]
+    # The last of the counts is that of whole groups of heads.
+    counts = [(n, *[*p.counts.items()][-1]) for n, p in parts if isinstance(p, NumberedParts)]
     for n_removed in range(1, MINIATURE_HEADS):
-        changes = list[Change]()
-        for layer, part in parts:
-            if isinstance(part, NumberedParts):
-                *_, (unit, count) = part.counts.items()  # whole groups of heads
-                numbers = {(layer + n) % count for n in range(n_removed)}
-                changes += [Change(unit, (layer,), part=number) for number in numbers]
-        removal = Ablation.from_changes(*changes)
+        numbers = [
+            (n, unit, (n + k) % m) for n, unit, m in counts for k in range(min(n_removed, m))
+        ]
+        removal = Ablation.from_changes(*(Change(u, (n,), part=part) for n, u, part in numbers))
         with suppress(ModelError):  # 4 heads may become 2 or 1, but not 3
             plan_removal(anatomy, removal).build(model)
             return removal

@@ -12,7 +12,6 @@ from tracker.search.strategies import RANDOM_STRATEGY
 from tracker.stats.support import widen
 
 _TOLERANCE = 1e-9
-NO_STEP = "no tested removal has a score and can be saved as a checkpoint"
 
 
 def recommend_within(
@@ -56,7 +55,7 @@ def recommend_within(
                 estimated.append((step, needed))
     if not estimated:
         nearest_option = min(nearest, default=(0.0, ""))[1]
-        reason = "" if nearest else NO_STEP
+        reason = "" if nearest else "no tested removal has a score and can be saved"
         return Recommendation(n_sets=len(informed), reason=reason, nearest=nearest_option)
     step, needed = max(estimated, key=lambda pair: _lightness(pair[0]))
     lightest = max(shown, key=_lightness).removed if shown else ()

@@ -165,9 +165,8 @@ class Heads:
 def _other_output_sizes(layer: nn.Module, projection: str) -> set[int]:
     """Return the numbers of outputs of an attention's linear maps before the output projection."""
     attention, _, name = projection.rpartition(".")
-    modules = dict(layer.get_submodule(attention).named_modules())
-    del modules[name]
-    maps = (m for m in modules.values() if isinstance(m, (nn.Linear, Conv1D)))
+    modules = layer.get_submodule(attention).named_modules()
+    maps = (m for path, m in modules if path != name and isinstance(m, (nn.Linear, Conv1D)))
     return {map_of_module(module).shape[0] for module in maps}
 
 
