@@ -27,10 +27,10 @@ import tracker
 from tests.conftest import TRACKER, cli, printed, refused
 from tests.helpers.lm_eval import folder_tasks, metric_value, write_rows
 from tests.helpers.samples import DATE, run_lm_eval, sample, write_outcomes, write_samples
-from tests.tools.gate import gate_rates, probability_of
+from tests.tools.gate import decide, gate_rates, probability_of
 from tracker.analysis.paired import PairedOutcomes
 from tracker.benchmarks import results
-from tracker.comparison.verdicts import ALL_BENCHMARKS, Difference, _decide
+from tracker.comparison.verdicts import Difference
 from tracker.stats.accuracy import OutcomeVariance
 
 TASK = """
@@ -375,8 +375,7 @@ def test_equivalence_holds_for_rare_large_losses():
         row = Difference(
             "B", "b", "m", 100, drop, drop, 0, 0, -drop, drop, spread=drops.std(ddof=1)
         )
-        (decided,) = _decide([row], {ALL_BENCHMARKS: 0.02})
-        n_wrong += "equivalent" in decided.verdict
+        n_wrong += "equivalent" in decide(row, 0.02)
     assert n_wrong <= 0.05 * 400
 
 

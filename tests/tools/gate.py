@@ -42,8 +42,12 @@ def verdict(lost: int, won: int, documents: int, margin: float, family: int) -> 
         *(-drop, level),
         spread=float((first - second).std(ddof=1)),
     )
-    decided = [*verdicts._decide([row] * family, {verdicts.ALL_BENCHMARKS: margin})]
-    return decided[0].verdict
+    return decide(row, margin, family)
+
+
+def decide(row: verdicts.Difference, margin: float, family: int = 1) -> str:
+    """Return the verdict on a difference that is one of `family` equal ones."""
+    return next(verdicts._decide([row] * family, {verdicts.ALL_BENCHMARKS: margin})).verdict
 
 
 def probability_of(
