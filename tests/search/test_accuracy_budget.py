@@ -141,6 +141,14 @@ def test_steps_are_tested_up_to_the_first_that_is_not_shown() -> None:
     assert recommend_within(narrow, searches).removed == ()  # type: ignore[arg-type]
 
 
+def test_a_loss_without_a_value_ends_a_search() -> None:
+    outcomes = make_search([(0, 0)], 40).outcomes
+    budget = AccuracyBudget.parse("5pp", None)
+    assert not budget.is_clearly_exceeded(outcomes)
+    outcomes.ablated[3] = np.nan
+    assert budget.is_clearly_exceeded(outcomes)
+
+
 def test_the_needed_documents_show_an_estimate() -> None:
     """With so many documents, and the same shares, about 80 % of samples show it."""
     budget = AccuracyBudget.parse("5pp", None)

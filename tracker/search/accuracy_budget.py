@@ -45,10 +45,13 @@ class AccuracyBudget:
         return None
 
     def is_clearly_exceeded(self, paired: PairedOutcomes) -> bool:
-        """Return whether the estimated loss exceeds `WALK_FACTOR` budgets; a search ends then."""
+        """Return whether the estimated loss exceeds `WALK_FACTOR` budgets; a search ends then.
+
+        A loss that is not a number exceeds every budget.
+        """
         intact = float(paired.weights @ paired.baseline)
         allowed = self.max_drop + (1 - self.kept_share) * intact
-        return bool(paired.mean_drops[0] > WALK_FACTOR * allowed + 1e-9)
+        return not paired.mean_drops[0] <= WALK_FACTOR * allowed + 1e-9
 
     def excess(self, paired: PairedOutcomes, index: int) -> Estimate:
         """Estimate by how much the loss in column `index` exceeds the budget.
