@@ -176,6 +176,18 @@ def test_the_nearest_budget_is_named() -> None:
         assert recommend_within(reached, searches).estimated == (0, 1)  # type: ignore[arg-type]
 
 
+def test_no_accuracy_has_no_nearest_budget() -> None:
+    for texts in ((None, "95%"), ("2pp", None)):
+        budget = AccuracyBudget.parse(*texts)
+        wrong = make_search([(0, 0)], 40)
+        wrong.outcomes.baseline[:] = wrong.outcomes.ablated[:] = 0
+        assert recommend_within(budget, [wrong]).reason  # type: ignore[arg-type]
+        wrong.outcomes.ablated[0] = np.nan
+        assert recommend_within(budget, [wrong]).estimated == ()  # type: ignore[arg-type]
+    result = recommend_within(AccuracyBudget.parse(None, "95%"), [make_search([(20, 0)], 40)])  # type: ignore[arg-type]
+    assert result.nearest == ""
+
+
 def test_a_share_of_the_accuracy_is_kept() -> None:
     """95 % of an accuracy of 50 % is a loss of 2.5 pp, whose base is measured too."""
     budget = AccuracyBudget.parse(None, "95%")

@@ -62,11 +62,16 @@ class AccuracyBudget:
         return budget_excess(*outcomes, self.max_drop, self.kept_share)
 
     def nearest_option(self, paired: PairedOutcomes, index: int) -> str:
-        """Return the smallest budget, as an option, that the estimate in a column reaches."""
+        """Return the smallest budget, as an option, that the estimate in a column reaches.
+
+        The result is empty if only a budget of the whole accuracy would do, which is refused.
+        """
         loss, intact = paired.mean_drops[index], paired.weights @ paired.baseline
         if self.kept_share == 1:
-            return f"--max-drop {math.ceil(1000 * loss - 1e-6) / 10:g}pp"
-        return f"--keep-accuracy {math.floor(1000 * (1 - loss / intact) + 1e-6) / 10:g}%"
+            points = math.ceil(1000 * loss - 1e-6) / 10
+            return f"--max-drop {points:g}pp" if points < 100 else ""
+        percent = math.floor(1000 * (1 - loss / intact) + 1e-6) / 10
+        return f"--keep-accuracy {percent:g}%" if percent > 0 else ""
 
 
 def count_shown(excesses: Sequence[Estimate]) -> int:

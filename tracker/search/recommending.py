@@ -11,6 +11,8 @@ from tracker.search.search import RANDOM_REASON, Recommendation
 from tracker.search.strategies import RANDOM_STRATEGY
 from tracker.stats.support import widen
 
+NO_ACCURACY = "the unpruned model has an accuracy of 0"
+"""Reason why no set is recommended, although none can lose accuracy."""
 _TOLERANCE = 1e-9
 
 
@@ -38,7 +40,9 @@ def recommend_within(
     if not informed:
         return Recommendation(reason=RANDOM_REASON)
     shown, estimated = list[PruneStep](), list[tuple[PruneStep, int | None]]()
-    nearest = list[tuple[float, str]]()
+    if not informed[0].outcomes.weights @ informed[0].outcomes.baseline:
+        return Recommendation(n_sets=len(informed), reason=NO_ACCURACY)
+    losses = list[tuple[float, TestedSearch, int]]()
     for search in informed:
         paired, n = search.outcomes, search.record.baseline.n
         steps = {i: step for i, step in enumerate(search.record.steps) if is_savable(search, step)}
@@ -49,14 +53,17 @@ def recommend_within(
             excess = excesses[n_tested - 1]
             if excess.value is None:
                 continue
-            nearest.append((excess.value, budget.nearest_option(paired, index)))
+            losses.append((excess.value, search, index))
             if excess.value <= _TOLERANCE:
                 needed = count_needed(excesses[:n_tested], n, len(informed))
                 estimated.append((step, needed))
     if not estimated:
-        nearest_option = min(nearest, default=(0.0, ""))[1]
-        reason = "" if nearest else "no tested removal has a score and can be saved"
-        return Recommendation(n_sets=len(informed), reason=reason, nearest=nearest_option)
+        if not losses:
+            reason = "no tested removal has a score and can be saved"
+            return Recommendation(n_sets=len(informed), reason=reason)
+        _, search, index = min(losses, key=lambda loss: loss[0])
+        nearest = budget.nearest_option(search.outcomes, index)
+        return Recommendation(n_sets=len(informed), nearest=nearest)
     step, needed = max(estimated, key=lambda pair: _lightness(pair[0]))
     lightest = max(shown, key=_lightness).removed if shown else ()
     return Recommendation(lightest, len(informed), estimated=step.removed, n_needed=needed)

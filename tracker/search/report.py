@@ -308,6 +308,7 @@ def recommendation_text(
     return f"{record.model.name} on {_benchmark_name(record)}, {record.amount}: {' '.join(texts)}"
 
 
+ALL_LOST = "each removal loses all accuracy"
 UNKNOWN_LOSSES = (
     "Not known: the loss on other benchmarks, with other prompts and in generated text."
 )
@@ -316,14 +317,13 @@ UNKNOWN_LOSSES = (
 def unshown_reason(searches: Searches, recommendation: Recommendation) -> str:
     """Explain why no set is shown to be within a budget of accuracy, and what to type."""
     budget, n = searches[0].request.accuracy_budget, searches[0].record.baseline.n
-    if budget is None or not (recommendation.nearest or recommendation.estimated):
+    nearest = recommendation.nearest
+    if budget is None or (nearest is None and not recommendation.estimated):
         return recommendation.reason or NO_SCORE
     documents = f"on {count_text(n, 'test document')}, no removal is"
-    if recommendation.nearest:
-        return (
-            f"{documents} estimated to {budget.text}; the nearest budget that one reaches is "
-            f"{recommendation.nearest}"
-        )
+    if nearest is not None:
+        option = f"the nearest budget that one reaches is {nearest}"
+        return f"{documents} estimated to {budget.text}; {option if nearest else ALL_LOST}"
     return f"{documents} shown to {budget.text}; {_needed_text(recommendation)}"
 
 
@@ -706,7 +706,7 @@ def find_savable(
 
 def refuse_unreached(searches: Searches, recommendations: Recommendations) -> None:
     """Raise ExperimentError if no tested set is within any of the budgets of accuracy."""
-    if all(recommendation.nearest for recommendation in recommendations.values()):
+    if all(recommendation.nearest is not None for recommendation in recommendations.values()):
         goal, recommendation = next(iter(recommendations.items()))
         group = [search for search in searches if search.request.goal == goal]
         reason = unshown_reason(group, recommendation)

@@ -426,8 +426,8 @@ class Recommendation:
             otherwise empty.
         n_needed: Number of test documents that would show that `estimated` is within the budget;
             None if unknown.
-        nearest: The smallest budget that a tested set reaches, as an option; empty unless no
-            tested set is within the budget.
+        nearest: The smallest budget that a tested set reaches, as an option; empty if every set
+            loses all accuracy, and None unless no tested set is within the budget.
     """
 
     removed: PartSet = ()
@@ -437,7 +437,7 @@ class Recommendation:
     reason: str = ""
     estimated: PartSet = ()
     n_needed: int | None = None
-    nearest: str = ""
+    nearest: str | None = None
 
 
 def recommend_set(draws: Sequence[SearchDraw], cache: ModelCache) -> Recommendation:
