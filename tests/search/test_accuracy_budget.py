@@ -18,6 +18,7 @@ from tests.helpers.truth import plain_answers, pruned_copy
 from tests.tools import accuracy_budget as simulation
 from tracker.analysis.paired import PairedOutcomes
 from tracker.schema.prune_records import HeldOutResult, PruneStep
+from tracker.search import report
 from tracker.search.accuracy_budget import AccuracyBudget
 from tracker.search.planning import plan_searches, possible_results
 from tracker.search.recommending import recommend_within
@@ -111,9 +112,8 @@ def make_search(outcomes: list[tuple[int, int]], n: int, strategy: str = "accura
     ]
     steps = [PruneStep(removed=tuple(range(k + 1)), test=test) for k, test in enumerate(tests)]
     record = SimpleNamespace(steps=steps, baseline=SimpleNamespace(n=n))
-    return SimpleNamespace(
-        request=SimpleNamespace(strategy=strategy), record=record, outcomes=paired
-    )
+    request = SimpleNamespace(strategy=strategy, accuracy_budget=None)
+    return report.TestedSearch(request, record, paired, ())  # type: ignore[arg-type]
 
 
 def test_steps_are_tested_up_to_the_first_that_is_not_shown() -> None:
@@ -160,6 +160,15 @@ def test_the_needed_documents_show_an_estimate() -> None:
         lost, won, _ = generator.multinomial(needed, [0.05, 0.03, 0.92])
         n_shown += naive_bound(lost, won, needed) <= 0.05
     assert 0.75 < n_shown / 400 < 0.97
+
+
+def test_a_loss_at_the_budget_needs_no_number_of_documents() -> None:
+    for n in (60, 140, 400):
+        search = make_search([(n // 20, 0)], n)
+        budget = search.request.accuracy_budget = AccuracyBudget.parse("5pp", None)  # type: ignore[misc]
+        result = recommend_within(budget, [search])
+        assert (result.estimated, result.n_needed) == ((0,), None)
+        assert "equals the budget" in report.unshown_reason([search], result)
 
 
 def test_the_nearest_budget_is_named() -> None:

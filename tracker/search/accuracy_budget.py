@@ -18,6 +18,9 @@ from tracker.stats.accuracy import LEVEL, OutcomeVariance, budget_excess
 WALK_FACTOR = 2.0
 """A search ends as soon as its loss on calibration documents exceeds this many budgets."""
 
+TOLERANCE = 1e-9
+"""Largest difference of two losses that is due to rounding."""
+
 
 @dataclass(frozen=True)
 class AccuracyBudget:
@@ -51,7 +54,7 @@ class AccuracyBudget:
         """
         intact = float(paired.weights @ paired.baseline)
         allowed = self.max_drop + (1 - self.kept_share) * intact
-        return not paired.mean_drops[0] <= WALK_FACTOR * allowed + 1e-9
+        return not paired.mean_drops[0] <= WALK_FACTOR * allowed + TOLERANCE
 
     def excess(self, paired: PairedOutcomes, index: int) -> Estimate:
         """Estimate by how much the loss in column `index` exceeds the budget.
@@ -109,12 +112,12 @@ def count_needed(excesses: Sequence[Estimate], n_documents: int, n_searches: int
         n_searches: Number of searches whose results are compared.
 
     Returns:
-        The number of documents, for the power `TEST_POWER`; None if the estimate of a step is not
-        within the budget.
+        The number of documents, for the power `TEST_POWER`; None if no number would show it,
+        because the estimate of a step is at the budget or above.
     """
     counts = []
     for excess in excesses:
-        if excess.value is None or excess.bounds is None or excess.value >= 0:
+        if excess.value is None or excess.bounds is None or excess.value > -TOLERANCE:
             return None
         half_width = (excess.bounds[1] - excess.bounds[0]) / 2
         variance = n_documents * (half_width / NormalDist().inv_cdf((1 + LEVEL) / 2)) ** 2

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from tracker.schema.prune_records import PruneStep
-from tracker.search.accuracy_budget import AccuracyBudget, count_needed, count_shown
+from tracker.search.accuracy_budget import TOLERANCE, AccuracyBudget, count_needed, count_shown
 from tracker.search.report import Searches, TestedSearch, test_outcome
 from tracker.search.search import RANDOM_REASON, Recommendation
 from tracker.search.strategies import RANDOM_STRATEGY
@@ -13,7 +13,6 @@ from tracker.stats.support import widen
 
 NO_ACCURACY = "the unpruned model has an accuracy of 0"
 """Reason why no set is recommended, although none can lose accuracy."""
-_TOLERANCE = 1e-9
 
 
 def recommend_within(
@@ -54,7 +53,7 @@ def recommend_within(
             if excess.value is None:
                 continue
             losses.append((excess.value, search, index))
-            if excess.value <= _TOLERANCE:
+            if excess.value <= TOLERANCE:
                 needed = count_needed(excesses[:n_tested], n, len(informed))
                 estimated.append((step, needed))
     if not estimated:

@@ -36,6 +36,7 @@ from tracker.schema.prune_records import HeldOutResult, PruneRecord, PruneStep
 from tracker.schema.search_parts import unit_plural
 from tracker.schema.tables import Column, RowType, Table, build_table
 from tracker.schema.text import capitalise
+from tracker.search.accuracy_budget import TOLERANCE, AccuracyBudget
 from tracker.search.request import SearchGoal
 from tracker.search.search import Recommendation
 from tracker.search.settings import format_layers
@@ -287,6 +288,7 @@ def recommendation_text(
     """
     record, labels = searches[0].record, labels or _search_labels([s.record for s in searches])
     removed, estimated = recommendation.removed, recommendation.estimated
+    budget = searches[0].request.accuracy_budget
     texts = list[str]()
     if removed:
         described = _describe_set(searches, removed, labels)
@@ -300,8 +302,8 @@ def recommendation_text(
     if estimated and estimated != removed:
         described = _describe_set(searches, estimated, labels)
         texts.append(f"By its estimate alone, which is not shown, {described}")
-        if removed:
-            texts.append(f"{capitalise(_needed_text(recommendation))}.")
+        if removed and budget is not None:
+            texts.append(f"{capitalise(_needed_text(searches, recommendation, budget))}.")
     if removed or estimated:
         texts += _rounding_sentences(searches, removed or estimated)
         texts.append(UNKNOWN_LOSSES)
@@ -324,13 +326,16 @@ def unshown_reason(searches: Searches, recommendation: Recommendation) -> str:
     if nearest is not None:
         option = f"the nearest budget that one reaches is {nearest}"
         return f"{documents} estimated to {budget.text}; {option if nearest else ALL_LOST}"
-    return f"{documents} shown to {budget.text}; {_needed_text(recommendation)}"
+    return f"{documents} shown to {budget.text}; {_needed_text(searches, recommendation, budget)}"
 
 
-def _needed_text(recommendation: Recommendation) -> str:
+def _needed_text(searches: Searches, recommendation: Recommendation, budget: AccuracyBudget) -> str:
     """State how many test documents would show that the lightest estimate is within a budget."""
+    search, index = _find_search(searches, recommendation.estimated)
     if recommendation.n_needed is None:
-        return "more documents may not show it, since a smaller removal is estimated to lose more"
+        excess = budget.excess(search.outcomes, index).value or 0.0
+        loser = "its own loss equals" if excess > -TOLERANCE else "a smaller removal loses at least"
+        return f"more documents may not show it, since by estimate {loser} the budget"
     needed = round_count(recommendation.n_needed)
     return f"raise 'test_sample' to about {needed} to show the lightest estimate"
 
