@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,8 @@ from tests.conftest import refused
 from tests.helpers.truth import plain_answers, pruned_copy
 from tests.tools import accuracy_budget as simulation
 from tracker.analysis.paired import PairedOutcomes
+from tracker.schema.formats import round_count
+from tracker.schema.identities import BenchmarkIdentity
 from tracker.schema.prune_records import HeldOutResult, PruneStep
 from tracker.search import report
 from tracker.search.accuracy_budget import AccuracyBudget
@@ -160,6 +163,25 @@ def test_the_needed_documents_show_an_estimate() -> None:
         lost, won, _ = generator.multinomial(needed, [0.05, 0.03, 0.92])
         n_shown += naive_bound(lost, won, needed) <= 0.05
     assert 0.75 < n_shown / 400 < 0.97
+
+
+def test_a_sample_is_asked_for_per_task_where_there_are_documents() -> None:
+    """What a benchmark without more documents would show is named, and is shown."""
+    for texts in (("5pp", None), (None, "90%")):
+        search = make_search([(5, 3)], 100)
+        search.request.accuracy_budget = AccuracyBudget.parse(*texts)  # type: ignore[misc]
+        result = recommend_within(search.request.accuracy_budget, [search])  # type: ignore[arg-type]
+        tasks = [SimpleNamespace(documents=result.n_needed) for _ in range(4)]
+        for n_tasks in (4, 1):
+            benchmark = BenchmarkIdentity.model_construct(tasks=tasks[:n_tasks])  # type: ignore[arg-type]
+            search.record.benchmark = benchmark  # type: ignore[misc]
+            reason = report.unshown_reason([search], result)
+            needed = math.ceil(result.n_needed / n_tasks)
+            assert f"'test_sample' to about {round_count(needed)} " in reason
+        benchmark.tasks[0].documents -= 1  # type: ignore[misc]
+        option = report.unshown_reason([search], result).split()[-1]
+        shown = AccuracyBudget.parse(*(option if text else None for text in texts))
+        assert recommend_within(shown, [search]).removed == (0,)  # type: ignore[arg-type]
 
 
 def test_a_loss_at_the_budget_needs_no_number_of_documents() -> None:

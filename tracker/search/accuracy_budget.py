@@ -64,16 +64,16 @@ class AccuracyBudget:
         outcomes = paired.baseline, paired.ablated[:, index], paired.weights
         return budget_excess(*outcomes, self.max_drop, self.kept_share)
 
-    def nearest_option(self, paired: PairedOutcomes, index: int) -> str:
-        """Return the smallest budget, as an option, that the estimate in a column reaches.
+    def nearest_option(self, excess: float, paired: PairedOutcomes) -> str:
+        """Return the smallest budget, as an option, that is larger by `excess`.
 
         The result is empty if only a budget of the whole accuracy would do, which is refused.
         """
-        loss, intact = paired.mean_drops[index], paired.weights @ paired.baseline
         if self.kept_share == 1:
-            points = math.ceil(1000 * loss - 1e-6) / 10
+            points = math.ceil(1000 * (self.max_drop + excess) - 1e-6) / 10
             return f"--max-drop {points:g}pp" if points < 100 else ""
-        percent = math.floor(1000 * (1 - loss / intact) + 1e-6) / 10
+        share = self.kept_share - excess / float(paired.weights @ paired.baseline)
+        percent = math.floor(1000 * share + 1e-6) / 10
         return f"--keep-accuracy {percent:g}%" if percent > 0 else ""
 
 

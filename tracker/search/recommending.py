@@ -41,27 +41,26 @@ def recommend_within(
     shown, estimated = list[PruneStep](), list[tuple[PruneStep, int | None]]()
     if not informed[0].outcomes.weights @ informed[0].outcomes.baseline:
         return Recommendation(n_sets=len(informed), reason=NO_ACCURACY)
-    losses = list[tuple[float, TestedSearch, int]]()
+    values = list[float]()
     for search in informed:
         paired, n = search.outcomes, search.record.baseline.n
         steps = {i: step for i, step in enumerate(search.record.steps) if is_savable(search, step)}
         excesses = [budget.excess(paired, index) for index in steps]
         n_shown = count_shown(widen(excesses, [n] * len(steps), len(informed)))
         shown += [*steps.values()][:n_shown][-1:]
-        for n_tested, (index, step) in enumerate(steps.items(), 1):
+        for n_tested, step in enumerate(steps.values(), 1):
             excess = excesses[n_tested - 1]
             if excess.value is None:
                 continue
-            losses.append((excess.value, search, index))
+            values.append(excess.value)
             if excess.value <= TOLERANCE:
                 needed = count_needed(excesses[:n_tested], n, len(informed))
                 estimated.append((step, needed))
     if not estimated:
-        if not losses:
+        if not values:
             reason = "no tested removal has a score and can be saved"
             return Recommendation(n_sets=len(informed), reason=reason)
-        _, search, index = min(losses, key=lambda loss: loss[0])
-        nearest = budget.nearest_option(search.outcomes, index)
+        nearest = budget.nearest_option(min(values), informed[0].outcomes)
         return Recommendation(n_sets=len(informed), nearest=nearest)
     step, needed = max(estimated, key=lambda pair: _lightness(pair[0]))
     lightest = max(shown, key=_lightness).removed if shown else ()

@@ -332,12 +332,19 @@ def unshown_reason(searches: Searches, recommendation: Recommendation) -> str:
 def _needed_text(searches: Searches, recommendation: Recommendation, budget: AccuracyBudget) -> str:
     """State how many test documents would show that the lightest estimate is within a budget."""
     search, index = _find_search(searches, recommendation.estimated)
+    excesses = [budget.excess(search.outcomes, k) for k in range(index + 1)]
     if recommendation.n_needed is None:
-        excess = budget.excess(search.outcomes, index).value or 0.0
-        loser = "its own loss equals" if excess > -TOLERANCE else "a smaller removal loses at least"
+        is_equal = (excesses[-1].value or 0.0) > -TOLERANCE
+        loser = "its own loss equals" if is_equal else "a smaller removal loses at least"
         return f"more documents may not show it, since by estimate {loser} the budget"
-    needed = round_count(recommendation.n_needed)
-    return f"raise 'test_sample' to about {needed} to show the lightest estimate"
+    benchmark, n = search.record.benchmark, search.record.baseline.n
+    if max(recommendation.n_needed, n + 1) > benchmark.documents:
+        text = f"the benchmark has too few test documents to show it ({benchmark.documents:,})"
+        bounds = widen(excesses, [n] * len(excesses), recommendation.n_sets)
+        option = budget.nearest_option(max(b.high or 0.0 for b in bounds), search.outcomes)
+        return f"{text}; {count_text(n, 'document')} would show about {option}" if option else text
+    needed = round_count(benchmark.sample_size(recommendation.n_needed))
+    return f"raise 'test_sample' to about {needed} per task to show the lightest estimate"
 
 
 def _shown_sentences(searches: Searches, recommendation: Recommendation) -> Iterator[str]:
