@@ -248,10 +248,15 @@ def test_an_unreachable_budget_is_refused(write, prune, tmp_path: Path) -> None:
     assert stored_searches(tmp_path)[0].removed == (0,)
 
 
-@pytest.mark.parametrize("strategy", ["last", "cosine_oneshot", "accuracy"])
-def test_a_whole_walk_costs_what_was_planned(ask, make_cache, one_thread, strategy) -> None:
+@pytest.mark.parametrize(
+    ("strategy", "calibrate"),
+    [("last", ()), ("cosine_oneshot", ()), ("accuracy", ()), ("gold_logprob", ("winogrande",))],
+)
+def test_a_whole_walk_costs_what_was_planned(
+    ask, make_cache, one_thread, strategy, calibrate
+) -> None:
     """With a budget that is never exceeded, the bound is reached."""
-    request = ask(strategy=strategy, remove=None, max_drop="99pp")
+    request = ask(strategy=strategy, remove=None, max_drop="99pp", calibrate=calibrate)
     cache = make_cache()
     ((planned,), _) = plan_searches([request], cache.ledger)
     (draw,) = run_search(request, find_budget(request, cache), cache)

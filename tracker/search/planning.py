@@ -249,18 +249,24 @@ def plan_searches(
     notes = refuse_unsavable(requests, budgets, cache)
     for request, budget, note in zip(requests, budgets, notes, strict=True):
         has_budget = request.accuracy_budget is not None
-        deciding = [deciding_request([request])] if has_budget else []
-        cells = {cell: read_documents(cell)[0] for cell in (*request.calibration(), *deciding)}
+        deciding = deciding_request([request])
+        # The rule that ends a walk has documents of its own if others choose the parts.
+        extra = [deciding] if has_budget and request.calibration() != (deciding,) else []
+        cells = {cell: read_documents(cell)[0] for cell in (*request.calibration(), *extra)}
         for cell, documents in cells.items():
             refuse_few(cell, documents.documents)
-        scores_of_draws = []
+        scores_of_draws = list[_CountingScores]()
         for draw in request.draw_numbers:
-            scores = _CountingScores(cells, budget.parts_for(request.unit), measured)
+            choosing = {cell: cells[cell] for cell in request.calibration()}
+            scores = _CountingScores(choosing, budget.parts_for(request.unit), measured)
+            walk = scores
+            if extra:
+                walk = _CountingScores({deciding: cells[deciding]}, scores.parts, measured)
             search = Search(scores, budget, request.cell.documents.seed, draw or 1)
             steps = list(STRATEGIES[request.strategy](search))
             for step in steps if has_budget else ():  # its rule measures each step
-                scores.losses("accuracy", [step.removed])
-            scores_of_draws.append(scores)
+                walk.losses("accuracy", [step.removed])
+            scores_of_draws += dict.fromkeys((scores, walk))
             sets = dict.fromkeys(scores.ablation(step.removed) for step in steps)
             test_sets.setdefault(request.test(), {INTACT: None}).update(sets)
             if request.strategy != RANDOM_STRATEGY:
