@@ -320,6 +320,8 @@ def _accuracy(record: PruneRecord, step: PruneStep) -> Accuracy:
     assert test is not None  # guaranteed by the callers
     unit, baseline = "%" if record.higher_is_better else "", record.baseline.level
     title, shots, documents = benchmark.title, benchmark.num_fewshot, unused_documents(test.n)
+    if record.budget is not None:
+        documents = f"{count_text(test.n, 'document')} that decided how much is removed"
     return Accuracy(title, shots, record.metric, documents, test.n, baseline, test.level, unit)
 
 

@@ -333,7 +333,9 @@ def _accuracy(
     title, shots = benchmark.title, benchmark.num_fewshot
     if record is None:
         n = count_choosing(ledger, change, cell.store, cell.request.extent)
-        documents, levels = unused_documents(cell.n), (cell.baseline, cell.level)
+        tested = {(row.benchmark, row.n): row.documents for row in change.tested}
+        documents = tested.get((title, cell.n), unused_documents(cell.n))
+        levels = (cell.baseline, cell.level)
         if n or (change.ablation.parts and change.strategy is None):
             documents = count_text(cell.n, "document")
             documents += f", {n:,} of which chose the parts" if n else ""

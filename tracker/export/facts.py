@@ -172,7 +172,7 @@ class ModelChange:
         calibration: Description of the documents on which the change was chosen; None if no
             documents were used.
         tested: Metrics before and after the change, measured on documents that were not used to
-            choose the change.
+            choose the change, except for how much is removed within a budget of accuracy.
         chosen_by: Records of the measurements that chose the change.
         documents: The documents on which the change was chosen.
         recommendation: The paragraph of the search that recommends the change; empty if none does.

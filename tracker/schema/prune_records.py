@@ -114,6 +114,9 @@ class PruneRecord(Record):
     rescoring: Rescoring = "full"
     amount: SafeText
     """The requested amount: `remove 8`, `keep 100M parameters`."""
+    budget: SafeText | None = Field(None, exclude_if=lambda budget: budget is None)
+    """The budget of accuracy, such as `lose at most 2pp`: test documents decide how many parts of
+    the search's order are removed. None if the amount alone ends the search."""
     protected: Layers = ()
     """Layers that must not be removed."""
     among: Layers | None = None

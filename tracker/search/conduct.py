@@ -193,6 +193,7 @@ def _build_record(
         for step, ablation, count in zip(draw.steps, draw.ablations, rounded, strict=True)
     ]
     request, identity, parts = draw.request, cell.store.identity, draw.parts
+    budget = request.accuracy_budget
     return PruneRecord(
         name=draw.name(identity.key),
         model=identity.model,
@@ -207,6 +208,7 @@ def _build_record(
         draw=draw.draw,
         rescoring=request.used_rescoring,
         amount=request.amount_text,
+        budget=None if budget is None else budget.text,
         protected=constraints.protected,
         among=constraints.among,
         at_least={minimum.kind: str(minimum) for minimum in constraints.minimums},

@@ -190,6 +190,11 @@ def build_finding(
     groups = list(group_by(searches, lambda search: search.request.goal[:2]).values())
     records = [[search.record for search in group] for group in groups]
     cells = dict.fromkeys(cell for search in searches for cell in search.record.rests_on)
+    has_budget = [search.record.budget is not None for search in searches]
+    choices = (
+        *(() if all(has_budget) else CHOICE_ASSUMPTIONS),
+        *(BUDGET_ASSUMPTIONS if any(has_budget) else ()),
+    )
     return FindingRecord(
         study=SEARCH_STUDY,
         experiment=name,
@@ -201,7 +206,7 @@ def build_finding(
         ),
         charts=tuple(map(_draw_frontier, records)),
         lacking=tuple(f"{title}: {reason}" for title, reason in failures.items()),
-        assumptions=ASSUMPTIONS,
+        assumptions=(*choices, *ASSUMPTIONS),
         rests_on=tuple(cells),
     )
 
@@ -213,11 +218,20 @@ COST_NOTE = (
     "model per set. Passes: computing cost, as a multiple of one forward pass of the intact model "
     "over these documents."
 )
-ASSUMPTIONS = (
+CHOICE_ASSUMPTIONS = (
     "Calibration and test documents are disjoint, so the choice does not inflate the accuracy "
     "after pruning. The intervals of a step are computed on the test documents.",
     "The recommended set loses least on the calibration documents, among the sets of all "
     "strategies except random. Test documents do not influence the choice.",
+)
+BUDGET_ASSUMPTIONS = (
+    "Calibration and test documents are disjoint. Within a budget of accuracy, calibration "
+    "documents choose the order of removal, and test documents decide how much is removed.",
+    "For each budget and benchmark, a set is falsely shown to be within the budget with a "
+    "probability of at most 5 %. The accuracy of the set is measured on the same test documents, "
+    "so it may be slightly too high.",
+)
+ASSUMPTIONS = (
     "Accuracies have Wilson intervals. Losses and differences of two pruned models have intervals "
     "for paired documents (Bonett and Price 2012). The intervals in sentences hold for all "
     "differences at once (Bonferroni). Random draws are averaged document by document.",

@@ -204,7 +204,7 @@ class SearchRequest(SearchSettings):
         return replace(cell, benchmark=spec, metric=None)
 
     def test(self) -> CellRequest:
-        """Return the request for the test documents, which never influence the choice."""
+        """Return the request for the test documents, which choose no parts."""
         return self.cell.on_part("test", sample=self.test_sample)
 
     @property
