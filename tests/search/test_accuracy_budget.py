@@ -172,7 +172,7 @@ def test_the_needed_documents_show_an_estimate() -> None:
 
 
 def test_a_sample_is_asked_for_per_task_where_there_are_documents() -> None:
-    """What a benchmark without more documents would show is named, and is shown."""
+    """Where no documents are left, the named budget is shown by the measured ones."""
     for texts in (("5pp", None), (None, "90%")):
         search = make_search([(5, 3)], 100)
         search.request.accuracy_budget = AccuracyBudget.parse(*texts)  # type: ignore[misc]

@@ -92,8 +92,8 @@ class SearchRequest(SearchSettings):
         if not set_keys or {"remove", "keep"} <= set_keys:
             yield (
                 "set either 'remove' or 'keep', the amount to remove or to keep: "
-                'remove: {value: 8}, or keep: {value: "100M parameters"}. Or set the loss of accuracy: '
-                "max_drop: {value: 2pp} or keep_accuracy: {value: 95%}"
+                'remove: {value: 8}, or keep: {value: "100M parameters"}. Or set the loss of '
+                "accuracy: max_drop: {value: 2pp} or keep_accuracy: {value: 95%}"
             )
         if {*ACCURACY_KEYS} <= set_keys:
             yield "set either 'max_drop' or 'keep_accuracy', not both"
