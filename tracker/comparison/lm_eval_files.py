@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from functools import partial
 from pathlib import Path
@@ -190,7 +190,9 @@ class _Report:
         self._reported: Mapping[str, Any] = results.get(benchmark, {})
         self._count = sum(results.get(task, {}).get("sample_len", 1) for task in tasks)
 
-    def read(self, samples: Sequence[Mapping[str, Any]], read_text: Any) -> BenchmarkAnswers:
+    def read(
+        self, samples: Sequence[Mapping[str, Any]], read_text: Callable[..., AnswerText]
+    ) -> BenchmarkAnswers:
         """Build the answers from the samples of all tasks."""
         rows = {(row["task"], row["doc"]): row for row in samples}
         if len(rows) < self._count:

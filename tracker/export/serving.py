@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from tracker.schema.errors import WorkError
+from tracker.stats.arrays import Array
 
 Spread = tuple[float, float, float]
 """Median, and the lower and the upper quartile, of repeated measurements."""
@@ -168,7 +169,7 @@ def _speed_figure(
     return ServingFigure(name, title, spread(base), spread(model), median_speedup(*seconds))
 
 
-def spread(values: Any) -> Spread:
+def spread(values: Array) -> Spread:
     """Return the median and the quartiles of repeated measurements."""
     low, median, high = np.quantile(values, (0.25, 0.5, 0.75)).tolist()
     return median, low, high
