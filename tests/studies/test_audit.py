@@ -125,6 +125,7 @@ class DrawnCell(AuditedCell):
                 SimpleNamespace(
                     change=Change(layers=(layer,)),
                     n=documents,
+                    units=documents,
                     accuracy_relevance=float(relevance[layer]),
                     cosine_score=float(self.measures["cosine_score"].means()[layer]),
                     drop=Estimate(drop, drop - spread[layer], drop + spread[layer]),

@@ -176,7 +176,8 @@ def accuracy_drop(baseline: Array, ablated: Array, weights: Array | None = None)
     if not (_is_binary(intact) and _is_binary(changed)):
         is_bounded = min(intact.min(), changed.min()) >= 0 and max(intact.max(), changed.max()) <= 1
         # If all documents change alike, the t interval has no width.
-        extra = () if np.ptp(drops) > 0 or not is_bounded else (1.0, -1.0)
+        is_alike = len(drops) > 1 and np.ptp(drops) == 0
+        extra = (1.0, -1.0) if is_alike and is_bounded else ()
         return Estimate(value, *mean_interval(drops, shares, extra))
     n_lost, n_changed = int((drops > 0).sum()), int((drops != 0).sum())
     p_value = float(scipy.stats.binomtest(n_lost, n_changed).pvalue) if n_changed else 1.0

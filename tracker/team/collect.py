@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -299,7 +299,10 @@ def _open_source(source: str) -> Ledger | Target | list[CellRecord]:
     RequestError is raised for an invalid source.
     """
     path = Path(source)
-    if (path / RECORDS_FILE).is_file():
+    is_data_set = False
+    with suppress(OSError):  # the ledger explains a name that is too long
+        is_data_set = (path / RECORDS_FILE).is_file()
+    if is_data_set:
         return read_dataset(path)
     if ":" not in source or path.exists():
         return Ledger.open_existing(path)
