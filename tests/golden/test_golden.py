@@ -214,7 +214,7 @@ def page(folder: Path) -> Shown:
     parser = PageText()
     parser.feed(Path("page.html").read_text(encoding="utf-8"))
     lines = [round_figures(line) for line in parser.lines]
-    end = lines.index(DEFINITIONS) if folder.name.rstrip("0") != DEFINED_IN else len(lines)
+    end = lines.index(DEFINITIONS) if folder.name.rstrip("0123456789") != DEFINED_IN else len(lines)
     yield from lines[:end]
     seen: set[str] = set()
     for name, script in parser.scripts.items():
