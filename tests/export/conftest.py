@@ -35,7 +35,7 @@ def fast_timing(monkeypatch, fast_serving):
     monkeypatch.setattr(checkpoint, "release_memory", lambda: None)
 
 
-def run_in_process(question: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+def run_in_process(question: Mapping[str, Any]) -> dict[str, Any]:
     """Run the reference program in this process, without asking pip, git and compilers."""
     plain_question = json.loads(json.dumps(question))
     with pytest.MonkeyPatch.context() as patch:

@@ -34,7 +34,7 @@ def exported(tmp_path_factory) -> ExportedModel:
     folder = tmp_path_factory.mktemp("exported")
     with pytest.MonkeyPatch.context() as patch, serving_in_process():
         answer = reference_process.main
-        patch.setattr(proof, "_run_reference", lambda question, _: answer(question) | {"ours": []})
+        patch.setattr(proof, "_run_reference", lambda question: answer(question) | {"ours": []})
         saved = tracker.export(str(save_llama(folder / "tiny")), [1, 2], folder / "lighter")
     levels = Estimate(0.5, 0.4, 0.6), Estimate(0.25, 0.1, 0.4)
     accuracy = Accuracy("arc_easy", 0, "acc", "24 documents", 24, *levels)

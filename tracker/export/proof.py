@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -20,6 +18,7 @@ from tracker.analysis.aligned import AlignedOutcomes
 from tracker.benchmarks.standalone import write_tasks
 from tracker.engine.selfcheck.check import HALF_TOLERANCE, SINGLE_TOLERANCE
 from tracker.export.facts import Proof
+from tracker.export.serving import run_program
 from tracker.ledger.cells import CellStore
 from tracker.ledger.outcomes import METRIC_PREFIX
 from tracker.models.load import LoadedModel
@@ -39,7 +38,6 @@ PROOF_TEXTS = (
 )
 """Texts that both the saved model and the changed model in memory read."""
 _REFERENCE_PROGRAM = Path(__file__).parents[1] / "benchmarks" / "reference_process.py"
-_MAX_ERROR_CHARACTERS = 600
 Answer = Mapping[str, Any]
 """The answers of the fresh process."""
 
@@ -170,13 +168,12 @@ def prove(
             "texts": PROOF_TEXTS,
             "tokens": expected.tokens,
             "logits": str(folder / "logits.safetensors"),
-            "answer": str(folder / "answer.json"),
             "benchmark": None,
         }
         if cell is not None:
             tasks = write_tasks(cell.request, cell.documents, folder / "tasks")
             question["benchmark"] = tasks
-        answer = _run_reference(question, folder)
+        answer = _run_reference(question)
         logits = load_file(question["logits"])
         _refuse_other_model(answer, expected)
         difference = compare_logits([logits[str(n)] for n in range(len(PROOF_TEXTS))], expected)
@@ -200,24 +197,10 @@ def prove(
     )
 
 
-def _run_reference(question: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+def _run_reference(question: Mapping[str, Any]) -> dict[str, Any]:
     """Load and score the checkpoint in a fresh process without tracker; return its results."""
-    file = folder / "question.json"
-    file.write_text(json.dumps(question), encoding="utf-8")
-    process = subprocess.run(
-        [sys.executable, "-P", str(_REFERENCE_PROGRAM), str(file)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-    )
-    if process.returncode:
-        error = (process.stdout.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
-        raise WorkError(
-            "the saved checkpoint does not load in a fresh process, or lm-eval cannot score it: "
-            f"{error[:_MAX_ERROR_CHARACTERS]}"
-        )
-    answer: dict[str, Any] = json.loads(Path(question["answer"]).read_text(encoding="utf-8"))
+    problem = "the saved checkpoint does not load in a fresh process, or lm-eval cannot score it"
+    answer: dict[str, Any] = run_program(question, [str(_REFERENCE_PROGRAM)], problem)
     if answer["ours"]:
         raise WorkError(f"the fresh process has imported {answer['ours'][0]}")
     return answer

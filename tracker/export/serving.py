@@ -32,6 +32,7 @@ MAX_QUARTILE_RATIO = 1.15
 """Maximum ratio of the upper to the lower quartile of a speed ratio. If it is exceeded, other work
 on the machine affected the two models unequally."""
 MIN_RATIO_TURNS = 3
+_MAX_ERROR_CHARACTERS = 600
 _TRANSFORMERS_PROGRAM = (str(Path(__file__).with_name("serving_process.py")),)
 LLAMA_CPP_PROGRAM = ("-m", "tracker.export.llama_cpp")
 
@@ -193,10 +194,15 @@ def median_speedup(base_seconds: Sequence[float], seconds: Sequence[float]) -> S
     return ratio if is_steady and len(seconds) >= MIN_RATIO_TURNS else None
 
 
-def run_program(request: Mapping[str, Any], program: Sequence[str] = _TRANSFORMERS_PROGRAM) -> Any:
+def run_program(
+    request: Mapping[str, Any],
+    program: Sequence[str] = _TRANSFORMERS_PROGRAM,
+    problem: str = "a program in a fresh process failed",
+) -> Any:
     """Run a program in a fresh process; return its answer, or raise WorkError with its error.
 
     `program` are the arguments of Python: by default, the program that times plain transformers.
+    `problem` begins the message of the error.
     """
     with TemporaryDirectory() as name:
         file, answer = Path(name) / "request.json", Path(name) / "answer.json"
@@ -212,5 +218,5 @@ def run_program(request: Mapping[str, Any], program: Sequence[str] = _TRANSFORME
             error = (process.stdout.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
             if process.returncode < 0:
                 error = f"signal {-process.returncode} ended it, perhaps for lack of memory"
-            raise WorkError(f"a program in a fresh process failed: {error}")
+            raise WorkError(f"{problem}: {error[:_MAX_ERROR_CHARACTERS]}")
         return json.loads(answer.read_text(encoding="utf-8"))
