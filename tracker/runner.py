@@ -110,7 +110,7 @@ def run_cells(
             "cluster applies to tracker run; studies and searches take documents as independent. "
             "Leave cluster out"
         )
-    requests = [with_clusters(request) for request in requests]
+    requests = with_clusters(requests)
     lookups = [find_cell(request, ledger, options.trust_remote_code) for request in requests]
     unfinished_cells = [cell for cell in lookups if not cell.complete]
     for cell in lookups:

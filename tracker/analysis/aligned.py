@@ -138,7 +138,7 @@ class AlignedOutcomes:
         """The number of each document's cluster; None if all documents are independent."""
         if self._clusters is None:
             return None
-        return np.array([self._clusters[key] for key in self.documents], dtype=np.int64)
+        return self._cached(self._cluster_numbers).astype(np.int64)
 
     @property
     def n_clusters(self) -> float | None:
@@ -329,6 +329,11 @@ class AlignedOutcomes:
     def _document_weights(self, _: pd.DataFrame) -> Array:
         """Compute document weights that do not depend on the length of documents."""
         return weights_by_task(self.tasks, self.identity.benchmark.weight_by_size)
+
+    def _cluster_numbers(self, _: pd.DataFrame) -> Array:
+        """Look up the number of each document's cluster."""
+        clusters = self._clusters or {}
+        return np.array([clusters[key] for key in self.documents], dtype=np.float64)
 
     def _cached(self, read: Callable[[pd.DataFrame], Array], ablation: Ablation = INTACT) -> Array:
         """Apply a function to the outcome rows of an ablation, and cache the result."""

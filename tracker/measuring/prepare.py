@@ -56,15 +56,19 @@ def find_cell(request: CellRequest, ledger: Ledger, trust_remote_code: bool = Fa
     return CellLookup(request, source, key, store, complete)
 
 
-def with_clusters(request: CellRequest) -> CellRequest:
-    """Return a request with the cluster of each document, read from the benchmark's data.
+def with_clusters(requests: Sequence[CellRequest]) -> list[CellRequest]:
+    """Return requests with the cluster of each document, read from the benchmarks' data.
 
-    A request without the setting `cluster` is returned unchanged. BenchmarkError is raised if the
+    Requests without the setting `cluster` are returned unchanged. BenchmarkError is raised if the
     data lacks the column.
     """
-    if request.clusters is None:
-        return request
-    return replace(request, clusters=open_benchmark(request).clusters(request.clusters.column))
+    benchmarks = open_benchmarks(request for request in requests if request.clusters)
+    return [
+        replace(request, clusters=next(benchmarks).clusters(request.clusters.column))
+        if request.clusters
+        else request
+        for request in requests
+    ]
 
 
 def make_counter(ledger: Ledger, trust_remote_code: bool) -> PartsCounter:

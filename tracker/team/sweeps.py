@@ -110,7 +110,8 @@ def _find_measured_run(request: CellRequest, ledger: Ledger) -> tuple[CellRecord
     )
     if store is None or not find_cell(used_request, ledger).complete:
         raise ResultsError(f"{ledger.root} does not hold all outcomes of the run")
-    view, change = store.views.view_of(with_clusters(used_request)), request.changes.first_change
+    (clustered_request,) = with_clusters([used_request])
+    view, change = store.views.view_of(clustered_request), request.changes.first_change
     if (reason := request.invalid_reason(change, store.identity.model.layers)) is not None:
         raise ResultsError(f"it is no run: {reason}")
     record = derive_record(store, view)
