@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from tests.helpers.families import SMALL_CONFIG, tiny_model
 from tests.helpers.registry import families, make_registered
+from tests.helpers.saved import logits, save_and_load
 from tests.helpers.truth import deeper_copy
 from tests.tools.variants import find_variant
 from tracker.models.checkpoint import check_layer_changes, config_changes, savable_copy, save_copy
@@ -24,24 +25,8 @@ from tracker.schema.changes import Ablation, Change
 from tracker.schema.errors import ModelError
 
 REMOVED = (0, 2)
-IDS = torch.tensor([[3, 5, 8, 13, 21, 34, 55, 7, 9, 11, 2, 40]])
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def logits(model):
-    with torch.no_grad():
-        return model.eval()(IDS, use_cache=False).logits
-
-
-def save_and_load(model, folder):
-    model.save_pretrained(folder)
-    loaded, info = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, output_loading_info=True
-    )
-    assert not info["missing_keys"]
-    assert not info["unexpected_keys"]
-    return loaded
 
 
 def config_source(variant, folder):

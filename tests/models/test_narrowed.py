@@ -6,10 +6,10 @@ import copy
 
 import pytest
 import torch
-import transformers
 
 from tests.helpers.families import tiny_model
 from tests.helpers.mixtures import ONE_GROUP, tiny_mixture, without_experts
+from tests.helpers.saved import logits, save_and_load
 from tests.helpers.truth import without_heads
 from tracker.models.checkpoint import check_part_removal, savable_copies
 from tracker.models.layers import find_layers
@@ -17,14 +17,7 @@ from tracker.models.sources import find_model
 from tracker.schema.changes import Ablation, Change
 from tracker.schema.errors import ModelError
 
-IDS = torch.tensor([[3, 5, 8, 13, 21, 34, 55, 7, 9, 11, 2, 40]])
-
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def logits(model):
-    with torch.no_grad():
-        return model.eval()(IDS, use_cache=False).logits
 
 
 def removal(unit, numbers_by_layer):
@@ -33,16 +26,11 @@ def removal(unit, numbers_by_layer):
     return Ablation.from_changes(*(Change(unit, (layer,), part=n) for layer, n in parts))
 
 
-def save_and_load(model, ablation, folder):
+def narrow_and_load(model, ablation, folder):
     """Save the narrowed copy, and load it by plain transformers."""
     before = copy.deepcopy(model.state_dict())
     clone, measured = savable_copies(model, ablation)
-    clone.save_pretrained(folder)
-    loaded, info = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, output_loading_info=True
-    )
-    assert not info["missing_keys"]
-    assert not info["unexpected_keys"]
+    loaded = save_and_load(clone, folder)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert clone.num_parameters() == loaded.num_parameters() < model.num_parameters()
     return loaded, measured
@@ -87,7 +75,7 @@ def test_fewer_groups_of_heads_are_loaded(family, tmp_path):
     model = tiny_model(family)
     assert getattr(model.config, "head_dim", None) in (8, None), "four heads of eight, two groups"
     ablation = removal("kv_head", [[0], [1], [1], [0]])
-    loaded, measured = save_and_load(model, ablation, tmp_path)
+    loaded, measured = narrow_and_load(model, ablation, tmp_path)
     by_hand = slice_by_hand(model, [(2, 3), (0, 1), (0, 1), (2, 3)], 1)
     assert is_close(logits(loaded), logits(by_hand))
     assert is_close(logits(measured), logits(without_heads(model, ablation)))
@@ -103,7 +91,7 @@ def test_fewer_heads_of_each_group_are_loaded(tmp_path):
     """Groups keep their keys and values, and lose one of two queries each."""
     model = tiny_model("qwen3")
     ablation = removal("head", [[0, 3], [1, 2], [1, 3], [0, 2]])
-    loaded, _ = save_and_load(model, ablation, tmp_path)
+    loaded, _ = narrow_and_load(model, ablation, tmp_path)
     by_hand = slice_by_hand(model, [(1, 2), (0, 3), (0, 2), (1, 3)], 2)
     assert is_close(logits(loaded), logits(by_hand))
     assert (loaded.config.num_attention_heads, loaded.config.num_key_value_heads) == (2, 2)
@@ -134,7 +122,7 @@ def test_fewer_experts_are_loaded(family, tmp_path, monkeypatch):
         if not any(parameter.ndim == 3 for parameter in module.parameters()):
             numbers[layer] = []
     ablation = removal("expert", numbers)
-    loaded, measured = save_and_load(model, ablation, tmp_path)
+    loaded, measured = narrow_and_load(model, ablation, tmp_path)
     by_hand = without_experts(model, family, ablation)
     assert is_close(logits(loaded), logits(by_hand))
     assert is_close(logits(measured), logits(by_hand))
@@ -146,7 +134,7 @@ def test_heads_and_experts_together(tmp_path):
     model = tiny_mixture("mixtral")
     heads, experts = removal("kv_head", [[0]] * 4), removal("expert", [[n] for n in range(4)])
     both = Ablation(heads.changes | experts.changes)
-    loaded, _ = save_and_load(model, both, tmp_path)
+    loaded, _ = narrow_and_load(model, both, tmp_path)
     expected = without_experts(without_heads(model, heads), "mixtral", experts)
     assert is_close(logits(loaded), logits(expected))
     assert (loaded.config.num_local_experts, loaded.config.num_key_value_heads) == (4, 1)
@@ -154,7 +142,7 @@ def test_heads_and_experts_together(tmp_path):
 
 def test_tied_weights_stay_tied(tmp_path):
     model = tiny_model("llama", tie_word_embeddings=True)
-    loaded, _ = save_and_load(model, removal("kv_head", [[0]] * 4), tmp_path)
+    loaded, _ = narrow_and_load(model, removal("kv_head", [[0]] * 4), tmp_path)
     clone, _ = savable_copies(model, removal("kv_head", [[0]] * 4))
     assert clone.lm_head.weight is clone.model.embed_tokens.weight
     assert loaded.lm_head.weight.data_ptr() == loaded.model.embed_tokens.weight.data_ptr()
@@ -200,7 +188,7 @@ def test_a_miniature_that_needs_other_numbers_refuses_nothing(heads, numbers, tm
     model.config.save_pretrained(tmp_path)
     ablation = removal("head", [numbers] * 4)
     check_part_removal(find_model(str(tmp_path)), ablation)
-    loaded, _ = save_and_load(model, ablation, tmp_path / "saved")
+    loaded, _ = narrow_and_load(model, ablation, tmp_path / "saved")
     assert is_close(logits(loaded), logits(without_heads(model, ablation)))
     assert loaded.config.num_attention_heads == heads - len(numbers)
 
