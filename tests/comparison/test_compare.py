@@ -429,6 +429,24 @@ def test_runs_of_a_results_folder_have_the_drops_of_their_records(demo):
     assert "chlorophyll" in printed("compare", *runs, "--format", "html")
 
 
+def test_runs_of_a_data_set_compare_as_those_of_its_results_folder(demo, tmp_path):
+    printed("report", demo, "--format", "dataset", "--output", tmp_path / "profiles")
+    changes, metric = ("intact", "layer:3", "layer:0"), ["acc"]
+    truth, rows = (
+        tracker.compare(*(f"{f}:SmolLM2-135M-Instruct:{c}" for c in changes), metric=metric)
+        for f in (demo, tmp_path / "profiles")
+    )
+    assert len(rows.differences) == 4
+    for row, true_row in zip(rows.differences, truth.differences, strict=True):
+        assert (row.n, row.won, row.lost) == (true_row.n, true_row.won, true_row.lost)
+        assert row.difference == true_row.difference
+    runs = [f"{f}:SmolLM2-135M-Instruct:layer:3" for f in (demo, tmp_path / "profiles")]
+    for row in tracker.compare(*runs, metric=metric).differences:
+        assert (row.won, row.lost) == (0, 0)
+    other = runs[1].replace("layer:3", "layer:0")
+    assert "while holding the phones" in printed("compare", runs[1], other, "--format", "html")
+
+
 def test_a_run_is_compared_with_files_of_lm_eval(demo, tmp_path, monkeypatch):
     monkeypatch.setattr(results, "BOOTSTRAP_ITERS", 10)
     monkeypatch.setattr(lm_eval.evaluator, "add_env_info", lambda storage: None)

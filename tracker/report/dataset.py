@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from tracker.schema.text import escape_markdown
 
 RECORDS_FILE = "measurements.parquet"
 """File with one row per model and benchmark, whose column `record` has the record as JSON."""
+DOCUMENTS_FILE = "documents.parquet"
+"""File with one row per document and run; absent if no outcomes may be published."""
 _MAX_BYTES = 500_000_000
 """Maximum number of decompressed bytes that are read of such a file."""
 
@@ -77,14 +80,37 @@ def _record_frame(cells: Sequence[CellRecord]) -> pd.DataFrame:
 
 def read_dataset(folder: Path) -> list[CellRecord]:
     """Read the records of a data set; raise ResultsError if it is damaged or too large."""
-    try:
-        # As a dictionary, equal texts are read once, however often a file repeats them.
-        with pq.ParquetFile(folder / RECORDS_FILE, read_dictionary=["record"]) as file:
-            groups = map(file.metadata.row_group, range(file.num_row_groups))
-            if sum(group.total_byte_size for group in groups) > _MAX_BYTES:
-                raise ValueError(f"more than {_MAX_BYTES:,} bytes")
-            texts = file.read(columns=["record"]).column("record").unique().to_pylist()
+    with _explained(folder / RECORDS_FILE) as path:
+        texts = _read_table(path, ["record"]).column("record").unique().to_pylist()
         return [CellRecord.model_validate(json.loads(text)) for text in texts]
+
+
+def read_document_frame(folder: Path) -> pd.DataFrame:
+    """Read the documents of a data set, as `document_frame` returns them with all documents.
+
+    Raises ResultsError if the file is missing, damaged or too large.
+    """
+    with _explained(folder / DOCUMENTS_FILE) as path:
+        frame: pd.DataFrame = _read_table(path).to_pandas()
+        frame[["key", "ablation", "task", "doc", "score", "score_intact"]]  # raises KeyError
+        return frame
+
+
+def _read_table(path: Path, columns: list[str] | None = None) -> pa.Table:
+    """Read a Parquet file; raise ValueError if its decompressed content is too large."""
+    # As a dictionary, equal texts are read once, however often a file repeats them.
+    with pq.ParquetFile(path, read_dictionary=columns) as file:
+        groups = map(file.metadata.row_group, range(file.num_row_groups))
+        if sum(group.total_byte_size for group in groups) > _MAX_BYTES:
+            raise ValueError(f"more than {_MAX_BYTES:,} bytes")
+        return file.read(columns=columns)
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[Path]:
+    """Convert errors of a damaged or missing file of a data set to ResultsError."""
+    try:
+        yield path
     except (
         OSError,
         ValueError,
@@ -93,5 +119,5 @@ def read_dataset(folder: Path) -> list[CellRecord]:
         RecursionError,
         pa.ArrowException,
     ) as error:
-        reason = f"{folder / RECORDS_FILE} is damaged: {first_line(error)}"
+        reason = f"{path} is damaged: {first_line(error)}"
         raise ResultsError(f"{reason}. Name a folder of tracker report --format dataset") from None

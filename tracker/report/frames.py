@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from tracker.analysis.claims import verdict_words
 from tracker.analysis.decisions import Decisions, ModelDecisions
-from tracker.schema.changes import CHANGE_COLUMNS
+from tracker.schema.changes import CHANGE_COLUMNS, Ablation
 from tracker.schema.records import CellRecord
 from tracker.schema.run_table import (
     CELL_COLUMNS,
@@ -104,7 +104,7 @@ def document_frame(
             ablation.
         with_private: Whether to include private texts, which are not from the hub or a package.
         only_changed: Whether to include only documents with a changed score. If false, all
-            documents are included, with scores (larger is better).
+            documents are included, with scores (larger is better) and names of ablations.
 
     Returns:
         One row for each model, benchmark, run and document. `change` is `lost` (worse than intact),
@@ -123,7 +123,8 @@ def document_frames(
 ) -> Iterator[pd.DataFrame]:
     """Yield the rows of `document_frame` in several frames; the first frame is empty."""
     scores = () if only_changed else _SCORE_COLUMNS
-    columns = [*CELL_COLUMNS, *CHANGE_COLUMNS, *_DOCUMENT_COLUMNS, *scores]
+    names = () if only_changed else ("ablation",)
+    columns = [*CELL_COLUMNS, *names, *CHANGE_COLUMNS, *_DOCUMENT_COLUMNS, *scores]
     dtypes = dict.fromkeys((*_OPTION_COLUMNS, *_NUMBER_COLUMNS), "Int64")
     dtypes |= dict.fromkeys((*_MARGIN_COLUMNS, *scores), "float64")
     yield pd.DataFrame(columns=columns).astype(dtypes)
@@ -176,6 +177,8 @@ def _run_rows(
         return {}
     selected, counts = np.concatenate(numbers), [*map(len, numbers)]
     entries: dict[str, NDArray[Any]] = {}
+    ablations = [Ablation.from_changes(c, removed=cell.removed).name for c, _ in decisions.runs]
+    entries["ablation"] = np.repeat(_object_array(ablations), counts)
     for column in pick_columns(run_columns(), *CELL_COLUMNS, *CHANGE_COLUMNS):
         values = _object_array(column.value(CellRun(cell, run)) for run, _ in decisions.runs)
         entries[column.name] = np.repeat(values, counts)
