@@ -429,6 +429,14 @@ def test_runs_of_a_results_folder_have_the_drops_of_their_records(demo):
     assert "chlorophyll" in printed("compare", *runs, "--format", "html")
 
 
+def test_one_task_of_a_group_is_compared_alone(models):
+    first, second = (next(Path(folder).rglob("samples_law_*.jsonl")) for folder in [*models][:2])
+    (row,) = tracker.compare(str(first), str(second), metric=["acc"]).differences
+    whole = [json.loads(line)["acc"] for line in first.read_text().splitlines()]
+    assert (row.benchmark, row.n) == ("law", 50)
+    assert row.first.value == pytest.approx(np.mean(whole))
+
+
 def test_runs_of_a_data_set_compare_as_those_of_its_results_folder(demo, tmp_path):
     printed("report", demo, "--format", "dataset", "--output", tmp_path / "profiles")
     changes, metric = ("intact", "layer:3", "layer:0"), ["acc"]

@@ -123,7 +123,7 @@ def _read_report(folder: Path, date: str) -> dict[str, Any]:
 
 
 def _benchmarks(report: Mapping[str, Any], paths: Mapping[str, Path]) -> dict[str, list[str]]:
-    """Return the tasks with samples of each outermost group, and of each other task."""
+    """Return the tasks of each outermost group with all samples, and of each other task."""
     subtasks: Mapping[str, list[str]] = report.get("group_subtasks") or {}
     inner_names = {child for children in subtasks.values() for child in children}
     benchmarks: dict[str, list[str]] = {}
@@ -132,7 +132,8 @@ def _benchmarks(report: Mapping[str, Any], paths: Mapping[str, Path]) -> dict[st
         names = [group]
         for name in names:
             names += [child for child in subtasks.get(name, ()) if child not in names]
-        if tasks := [name for name in names[1:] if name in others]:
+        tasks = [name for name in names[1:] if not subtasks.get(name)]
+        if tasks and others.keys() >= {*tasks}:
             benchmarks[group] = tasks
             for task in tasks:
                 del others[task]
