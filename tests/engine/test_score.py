@@ -37,7 +37,7 @@ def test_a_row_without_requests_has_proxies_alone(engine: Engine) -> None:
     (row,) = pack_tree_rows(make_documents(2), MAX_LENGTH, 1000)
     expected = score_row(engine, PLAN, row)
     scores = score_row(engine, PLAN, replace(row, requests=[]))
-    assert scores.loglikelihoods.shape == scores.hits.shape == (3, 0)
+    assert (scores.loglikelihoods.shape, scores.hits.shape) == ((3, 0), (3, 0, 2))
     assert scores.hits.dtype == expected.hits.dtype
     torch.testing.assert_close(scores.proxies, expected.proxies)
     assert expected.proxies.shape == (2, 3, 4)

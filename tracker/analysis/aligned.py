@@ -285,7 +285,9 @@ class AlignedOutcomes:
     def has_no_effect(self, ablation: Ablation) -> bool:
         """Return whether an ablation changes neither generated texts nor scores beyond rounding."""
         tables = self.rows(INTACT), self.rows(ablation)
-        if "text" in tables[0] and list(tables[0]["text"]) != list(tables[1]["text"]):
+        texts, changed_texts = ([*rows.get("text", ())] for rows in tables)
+        is_written = any(isinstance(text, str) for text in changed_texts)
+        if is_written and texts != changed_texts:
             return False
         columns = ([*rows["loglikelihoods"], []] for rows in tables)
         intact, ablated = (np.concatenate(column).astype(np.float64) for column in columns)

@@ -16,4 +16,5 @@ Modules:
     sources: Find the data of a benchmark on the hub, in a folder or in a package.
     standalone: Write a benchmark as task files that lm-eval can read without tracker.
     tasks: Adapt lm-eval's tasks and groups to the interface in `base`.
+    traces: Score texts that the intact model wrote, under every change.
 """

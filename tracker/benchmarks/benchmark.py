@@ -9,6 +9,7 @@ from tracker.benchmarks.base import Benchmark
 from tracker.benchmarks.corpus import Corpus, corpus_stamp, locate_corpus, names_corpus
 from tracker.benchmarks.own import check_own_tasks, own_tasks_stamp, reads_local_files
 from tracker.benchmarks.sources import HUB, open_data_source
+from tracker.benchmarks.traces import Traces, names_traces, written_spec
 from tracker.schema.config import BenchmarkSpec, CellRequest
 from tracker.schema.distribution import package_folder
 from tracker.schema.errors import BenchmarkError, did_you_mean
@@ -17,12 +18,14 @@ from tracker.stats.accuracy import RATIO_SCALES
 
 
 def open_benchmark(request: CellRequest) -> Benchmark:
-    """Open the benchmark that a request names: a corpus, or a task or group of lm-eval.
+    """Open the benchmark that a request names: a corpus, traces, or a task or group of lm-eval.
 
     Raises BenchmarkError if the benchmark or its data cannot be found or read.
     """
     if names_corpus(request.benchmark.benchmark):
         return Corpus(request)
+    if names_traces(request.benchmark.benchmark):
+        return Traces(request)
     from tracker.benchmarks.tasks import LmEvalBenchmark
 
     return LmEvalBenchmark(request)
@@ -31,6 +34,7 @@ def open_benchmark(request: CellRequest) -> Benchmark:
 def check_benchmark(spec: BenchmarkSpec) -> None:
     """Raise BenchmarkError if a data source, task or file does not exist."""
     open_data_source(spec.data)
+    spec = written_spec(spec)
     if names_corpus(spec.benchmark):
         locate_corpus(spec)
     elif not (check_own_tasks(spec) or _is_defined(spec.benchmark)):
@@ -43,6 +47,7 @@ def is_local(spec: BenchmarkSpec) -> bool:
     """Return whether all documents of a benchmark are on this machine."""
     if spec.data != HUB:
         return True
+    spec = written_spec(spec)
     if names_corpus(spec.benchmark):
         return locate_corpus(spec).file is not None
     return reads_local_files(spec)
@@ -67,6 +72,7 @@ def data_stamp(spec: BenchmarkSpec) -> object:
 
     Returns None for data on the hub. Raises BenchmarkError for an unknown source.
     """
+    spec = written_spec(spec)
     if names_corpus(spec.benchmark):
         return corpus_stamp(spec)
     source_stamp, tasks_stamp = open_data_source(spec.data).stamp(), own_tasks_stamp(spec)

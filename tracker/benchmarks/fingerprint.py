@@ -15,7 +15,7 @@ from lm_eval.api.registry import AGGREGATION_REGISTRY
 from lm_eval.api.task import ConfigurableTask
 
 from tracker.benchmarks.factory import is_installed_code
-from tracker.schema.identities import Half, TaskIdentity
+from tracker.schema.identities import Half, TaskIdentity, filtered_metric
 from tracker.schema.provenance import content_hash
 
 _NOT_CONTENT = (
@@ -66,11 +66,6 @@ def metric_names(task: ConfigurableTask) -> dict[str, str]:
     filters = [ensemble.name for ensemble in task._filters] or ["none"]
     pairs = product(filters, task.aggregation())
     return {filtered_metric(metric, name): metric for name, metric in pairs}
-
-
-def filtered_metric(metric: str, filter_name: str) -> str:
-    """Return a metric's name in stored outcomes: `METRIC,FILTER`, or `METRIC` without a filter."""
-    return metric if filter_name == "none" else f"{metric},{filter_name}"
 
 
 def _stable_value(value: Any) -> Any:

@@ -25,11 +25,11 @@ from lm_eval.utils import sanitize_model_name
 
 from tracker.benchmarks.base import MetricValue
 from tracker.benchmarks.encoder import RequestEncoder
-from tracker.benchmarks.fingerprint import filtered_metric
 from tracker.benchmarks.tasks import LmEvalBenchmark, storable_value
 from tracker.schema.errors import CellError, WorkError
 from tracker.schema.extent import Extent
 from tracker.schema.grouping import group_by
+from tracker.schema.identities import filtered_metric
 from tracker.schema.provenance import content_hash
 
 BOOTSTRAP_ITERS = 100_000

@@ -22,6 +22,7 @@ from tracker.benchmarks.factory import (
 )
 from tracker.benchmarks.parts import choose_part
 from tracker.benchmarks.sources import open_data_source
+from tracker.benchmarks.traces import names_traces, written_spec
 from tracker.schema.config import BenchmarkSpec, CellRequest
 from tracker.schema.errors import BenchmarkError
 from tracker.schema.fields import decode_arguments
@@ -48,7 +49,13 @@ class _RecordingFactory(SourcedFactory):
 
 
 def refuse_corpus(spec: BenchmarkSpec) -> None:
-    """Raise BenchmarkError if the benchmark is a corpus, which plain lm-eval cannot read."""
+    """Raise BenchmarkError for a corpus or traces, which plain lm-eval cannot read."""
+    if names_traces(spec.benchmark):
+        task = written_spec(spec)
+        raise BenchmarkError(
+            f"{spec.benchmark} reads texts that the intact model wrote, but an export is verified "
+            f"with a task of lm-eval; write --benchmark {task}, or leave --benchmark out"
+        )
     if names_corpus(spec.benchmark):
         raise BenchmarkError(
             f"{spec.benchmark} is your own text, but an export is verified with a task of lm-eval; "

@@ -30,7 +30,6 @@ from tracker.benchmarks.factory import (
     unreadable_error,
 )
 from tracker.benchmarks.fingerprint import (
-    filtered_metric,
     is_user_function,
     metric_names,
     task_identity,
@@ -45,7 +44,7 @@ from tracker.schema.errors import BenchmarkError, did_you_mean
 from tracker.schema.extent import Clusters, Extent
 from tracker.schema.fields import decode_arguments, expand_home
 from tracker.schema.grouping import group_by
-from tracker.schema.identities import BenchmarkIdentity
+from tracker.schema.identities import BenchmarkIdentity, filtered_metric
 from tracker.schema.provenance import content_hash
 
 _FILES = ("arrow", "audiofolder", "csv", "imagefolder", "json", "pandas", "parquet", "text", "xml")
@@ -132,7 +131,7 @@ class LmEvalBenchmark:
             text, settings = instances[0].args
             prompt = _build_prompt(text, settings, self._spec.think_end_token)
             try:
-                requests = [_answer_request(encoder, prompt, _first_answer(task, doc))]
+                requests = [answer_request(encoder, prompt, _first_answer(task, doc))]
             except UNREADABLE as error:
                 raise unreadable_error(name, self._source.name, error) from None
         elif task.OUTPUT_TYPE == _ROLLING:
@@ -242,11 +241,7 @@ class LmEvalBenchmark:
             answers = [response.text for response in responses]
         elif document.rolling:
             answers = [sum(response.loglikelihood for response in responses)]
-        for instance, answer in zip(instances, answers, strict=True):
-            instance.resps = [answer]
-            instance.filtered_resps = {}
-        task._instances = instances
-        task.apply_filters()
+        self._filter(task, instances, answers)
         values: dict[str, MetricValue | None] = {}
         for name in instances[0].filtered_resps:
             metrics = task.process_results(doc, [i.filtered_resps[name] for i in instances])
@@ -254,6 +249,21 @@ class LmEvalBenchmark:
         if not all(math.isfinite(response.loglikelihood) for response in responses):
             return dict.fromkeys(values)
         return values
+
+    @staticmethod
+    def _filter(task: Any, instances: Sequence[Any], answers: Iterable[Any]) -> None:
+        """Apply the task's filters to the answers to one document."""
+        for instance, answer in zip(instances, answers, strict=True):
+            instance.resps = [answer]
+            instance.filtered_resps = {}
+        task._instances = instances
+        task.apply_filters()
+
+    def extract_answers(self, document: Document, text: str) -> dict[str, str]:
+        """Extract the final answer from a generated text with each filter of the task."""
+        _, (instance,) = self._documents[document.task, document.index]
+        self._filter(self._tasks[document.task], [instance], [text])
+        return {name: _first_text(answer) for name, answer in instance.filtered_resps.items()}
 
     def text(self, document: Document) -> DocumentText:
         """Return a document's question and answer, without few-shot examples and chat template."""
@@ -421,12 +431,17 @@ def _first_answer(task: ConfigurableTask, doc: Mapping[str, Any]) -> str:
     target = task.doc_to_target(doc)
     if isinstance(target, int) and task.get_config("doc_to_choice") is not None:
         target = task.doc_to_choice(doc)[target]
-    while isinstance(target, list | tuple):
-        target = target[0] if target else ""
-    return f"{task.config.target_delimiter}{target}"
+    return f"{task.config.target_delimiter}{_first_text(target)}"
 
 
-def _answer_request(encoder: RequestEncoder, prompt: Prompt, answer: str) -> Request:
+def _first_text(value: Any) -> str:
+    """Return a value, or the first value of a nested list, as text."""
+    while isinstance(value, list | tuple):
+        value = value[0] if value else ""
+    return str(value)
+
+
+def answer_request(encoder: RequestEncoder, prompt: Prompt, answer: str) -> Request:
     """Build the request that scores a right answer as the continuation of a prompt.
 
     An answer that is longer than the model's context is cut. An empty answer becomes the

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import pyarrow as pa
 
+from tracker.schema.changes import INTACT
 from tracker.schema.documents import Document, Response
 from tracker.schema.proxies import OBSERVED, PART_PROXIES
 
@@ -69,6 +70,8 @@ def outcome_row(
     }
     if document.prompt is not None:
         row["text"] = responses[0].text
+    elif document.trace is not None and ablation == INTACT.name:
+        row["text"] = document.trace
     tokens, sums = proxies if proxies is not None else (None, (None,) * len(PROXY_SUMS))
     row["proxy_tokens"] = tokens
     row.update(zip(PROXY_SUMS, sums, strict=True))

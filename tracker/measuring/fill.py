@@ -16,6 +16,7 @@ from typing import NamedTuple
 from filelock import Timeout
 
 from tracker.analysis.stopping import BlockRace, CellRace
+from tracker.benchmarks.traces import names_traces
 from tracker.ledger.blocks import Block, split_missing
 from tracker.ledger.cells import CellStore
 from tracker.ledger.outcomes import DIGEST_COLUMN, PROVENANCE_COLUMN
@@ -35,8 +36,13 @@ AHEAD_RATIO = 4
 """Number of blocks that the race must have used for each block that is measured ahead of it."""
 
 
-MeasureDocuments = Callable[[str, Sequence[str], Sequence[int], Advance], Measurement]
-"""Function that measures documents of a task under named ablations and reports progress."""
+MeasureDocuments = Callable[
+    [str, Sequence[str], Sequence[int], Mapping[int, str], Advance], Measurement
+]
+"""Function that measures documents of a task under named ablations and reports progress.
+
+The mapping contains the texts that the intact model wrote before for documents of `traces:TASK`.
+"""
 
 
 def refuse_other_tokens(store: CellStore, facts: CellFacts, progress: Progress) -> None:
@@ -163,13 +169,13 @@ class CellWork:
     def measure(self, work: BlockWork, measure: MeasureDocuments) -> None:
         """Measure and write the missing outcomes of a block; the caller must hold its lock."""
         block, missing = work
-        n_pending = self._count_responses(block, missing)
+        n_pending, traces = self._count_responses(block, missing), self._read_traces(block)
         # Offloaded weights are read once for all documents that are computed together.
         portions = missing.items() if self._facts.offloaded else split_missing(missing)
         for names, documents in portions:
             n_pending -= self._count_responses(block, {names: documents})
             advance = partial(self._report_responses, block, n_pending)
-            shard = measure(block.task, names, documents, advance)
+            shard = measure(block.task, names, documents, traces, advance)
             for line in shard.notes:
                 self._progress.say(line)
             # Texts first: a block with outcomes is not measured again, so a kill would lose them.
@@ -178,6 +184,14 @@ class CellWork:
             self._report_done(block, n_pending)
         with self._condition:
             self._update_race()
+
+    def _read_traces(self, block: Block) -> dict[int, str]:
+        """Return the stored texts of the intact model that changed models read."""
+        if not names_traces(self.store.identity.benchmark.name):
+            return {}
+        frame = self.store.read_block(block, self._extent)
+        texts = zip(frame["doc"], frame.get("text", [None] * len(frame)), strict=True)
+        return {int(doc): text for doc, text in texts if isinstance(text, str)}
 
     def _lock_block(self, locks: ExitStack) -> BlockWork | None:
         """Lock and return the first unlocked block with missing outcomes, or None."""

@@ -7,9 +7,11 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from tracker.benchmarks.base import Benchmark
+from tracker.benchmarks.traces import FIRST_TRACES, Traces
 from tracker.ledger.outcomes import CHECKPOINT_KEY, DIGEST_COLUMN, outcome_row
 from tracker.ledger.texts import text_row
 from tracker.measuring.calibrate import CalibrationTexts, choose_calibration, repeated_documents
@@ -127,6 +129,7 @@ class Meter:
         self._benchmark, self._model, self._memory = benchmark, model, options.memory
         self._scorer: Scorer | None = None
         self._n_notes = 0
+        self._has_checked_traces = False
         self._encoder = encoder = RequestEncoder(loaded.model, loaded.tokenizer, spec)
         documents = benchmark.documents(encoder, extent)
         self.documents = {document.key: document for document in documents}
@@ -174,8 +177,9 @@ class Meter:
 
         engine = set_row_size(Engine(loaded, self._encoder.max_length, memory=self._memory))
         documents = list(self.documents.values())
+        writers = [INTACT] if isinstance(self._benchmark, Traces) else None
         self._scorer, notes = checked_scorer(
-            engine, loaded.tokenizer, documents, self.ablations, verdicts, fit, typical
+            engine, loaded.tokenizer, documents, self.ablations, verdicts, fit, typical, writers
         )
         return [f"{loaded.identity.name}: {line}" for line in notes]
 
@@ -184,6 +188,7 @@ class Meter:
         task: str,
         names: Sequence[str],
         indices: Sequence[int],
+        traces: Mapping[int, str] = MappingProxyType({}),
         advance: Advance = lambda responses: None,
     ) -> Measurement:
         """Measure a list of documents of one task.
@@ -192,6 +197,7 @@ class Meter:
             task: Name of the task.
             names: Names of the ablations under which the documents are measured.
             indices: Positions of the documents in the task's split.
+            traces: Position of a document → text that the intact model wrote for it before.
             advance: Function that is called with the number of new responses.
 
         Returns:
@@ -199,6 +205,7 @@ class Meter:
 
         Raises:
             CellError: A spot check finds that shared computation gives wrong results.
+            BenchmarkError: The task finds no answer in any of the intact model's first texts.
         """
         from tracker.engine.selfcheck.check import watched_requests
         from tracker.engine.selfcheck.reference import Reference
@@ -210,6 +217,8 @@ class Meter:
         # Scoring the baseline costs nothing extra: every other stream forks from it.
         scored = [INTACT, *(by_name[name] for name in names if name != INTACT.name)]
         documents = [self.documents[task, index] for index in indices]
+        if isinstance(self._benchmark, Traces):
+            documents = self._read_traces(self._benchmark, documents, traces)
         repeated = [document for document in documents if document.key in self.repeated_keys]
         # Only outcomes whose rows are written are compared: the rows contain the comparison.
         checked = [document for document in documents if document.key in self._checked_keys]
@@ -246,6 +255,28 @@ class Meter:
         text, is_public = self._benchmark.text, self._benchmark.public
         texts = [text_row(document, text(document), is_public) for document in documents]
         return Measurement(rows, metadata, texts, self._notes())
+
+    def _read_traces(
+        self, benchmark: Traces, documents: Sequence[Document], traces: Mapping[int, str]
+    ) -> list[Document]:
+        """Return documents that score the intact model's texts; generate missing texts."""
+        texts, unwritten = dict(traces), [d for d in documents if d.index not in traces]
+        for group in (unwritten[:FIRST_TRACES], unwritten[FIRST_TRACES:]):
+            texts |= {document.index: self._write_trace(document) for document in group}
+            if group and not self._has_checked_traces:
+                read = [benchmark.read_trace(d, texts[d.index], self._encoder) for d in group]
+                self.engine.notes.extend(benchmark.check_traces(read))
+                self._has_checked_traces = True
+        return [benchmark.read_trace(d, texts[d.index], self._encoder) for d in documents]
+
+    def _write_trace(self, document: Document) -> str:
+        """Generate the intact model's text for a document."""
+        scorer, prompt = self._scorer, document.prompt
+        assert scorer is not None
+        assert scorer.generation is not None
+        assert prompt is not None
+        (text,) = scorer.generation.generate(prompt, [INTACT])
+        return text
 
     def _notes(self) -> list[str]:
         """Return the new messages of the engine since the last call."""

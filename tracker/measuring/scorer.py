@@ -147,6 +147,7 @@ def checked_scorer(
     verdicts: VerdictStore | None = None,
     fit: Fit = lambda engine: {},
     typical: Sequence[Ablation] = (),
+    writers: Sequence[Ablation] | None = None,
 ) -> tuple[Scorer, list[str]]:
     """Build a scorer; test whether sharing computation among ablations keeps results exact.
 
@@ -158,6 +159,7 @@ def checked_scorer(
         verdicts: Cache of earlier test results; None = no cache.
         fit: Function that fits the replacements (e.g. linear maps) of ablated layers.
         typical: Ablations for the test on a small random model; if empty, `ablations` are tested.
+        writers: Ablations under which texts are generated; None = `ablations`.
 
     Returns:
         The scorer, and notes for the user, e.g. about disabled sharing or numerical noise.
@@ -172,7 +174,7 @@ def checked_scorer(
     if not prompts:
         return Scorer(result.engine, checkpoint_note=result.checkpoint_note), notes
     generation = Generation(result.engine, tokenizer, think_end_token=prompts[0].think_end_token)
-    generation, reason = generation.choose_mode(prompts[0], ablations)
+    generation, reason = generation.choose_mode(prompts[0], writers or ablations)
     scorer = Scorer(result.engine, generation, result.checkpoint_note)
     return scorer, [*notes, *([_LESS_SHARING + reason] if reason else [])]
 

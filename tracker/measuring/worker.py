@@ -84,11 +84,12 @@ class Worker:
         task: str,
         names: Sequence[str],
         documents: Sequence[int],
+        traces: Mapping[int, str],
         advance: Advance = lambda responses: None,
     ) -> Measurement:
         """Measure documents of a task of the opened benchmark under the ablations `names`."""
         assert self._meter is not None, "open() comes first"
-        return self._meter.measure(task, names, documents, advance)
+        return self._meter.measure(task, names, documents, traces, advance)
 
 
 _VARIABLE_PREFIXES = ("HF_", "TRANSFORMERS_", "TOKENIZERS_", "TQDM_")

@@ -81,7 +81,7 @@ class BenchmarkSpec(StrictModel):
     """A benchmark and its prompt settings, with the names of lm-eval."""
 
     benchmark: BenchmarkName
-    """Benchmark: a task or group of lm-eval, a YAML file, or corpus:FILE."""
+    """Benchmark: task or group of lm-eval, YAML file, corpus:FILE, or traces:TASK."""
     num_fewshot: Count | None = None
     """Number of few-shot examples (default: that of the task)."""
     data: Name = "hub"

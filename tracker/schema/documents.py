@@ -64,6 +64,8 @@ class Document:
         choices: Number of answer options; 0 for free-form answers.
         rolling: True if the requests are consecutive windows of one text.
         prompt: The prompt of a generation task; None for other tasks.
+        trace: The text that the intact model wrote and that the requests score; None for given
+            texts.
     """
 
     task: str
@@ -73,6 +75,7 @@ class Document:
     choices: int
     rolling: bool = False
     prompt: Prompt | None = None
+    trace: str | None = None
 
     @property
     def key(self) -> tuple[str, int]:
@@ -115,9 +118,12 @@ class Response(NamedTuple):
         greedy: True if the model ranks every token of the continuation first.
         hits: Number of continuation tokens that the model ranks first.
         text: The generated text; None if the document is not part of a generation task.
+        leading: Number of continuation tokens before the first token that the model does not rank
+            first; None if unknown.
     """
 
     loglikelihood: float
     greedy: bool
     hits: int
     text: str | None = None
+    leading: int | None = None

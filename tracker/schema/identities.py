@@ -83,6 +83,11 @@ CHOICE_PROBABILITIES = (CHOICE_PROBABILITY, "choice_probability_norm")
 """Metrics that are derived from the log-likelihoods of answer options."""
 
 
+def filtered_metric(metric: str, filter_name: str) -> str:
+    """Return a metric's name in stored outcomes: `METRIC,FILTER`, or `METRIC` without a filter."""
+    return metric if filter_name == "none" else f"{metric},{filter_name}"
+
+
 class TaskIdentity(Record):
     """One scored task: an lm-eval task (alone or in a group) or a text corpus."""
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from tracker.benchmarks.corpus import names_corpus
+from tracker.benchmarks.traces import names_traces
 from tracker.ledger.cells import CellStore
 from tracker.ledger.outcomes import METRIC_PREFIX, PROVENANCE_COLUMN
 from tracker.ledger.store import Ledger
@@ -257,9 +258,11 @@ def write_result_files(
         views = [view_request.view for view_request in store.views.read_requested(result.failed)]
         first_layers.update(run.layer for view in views for run in view.runs if not run.is_outer)
         cell_parts = list(_cell_parts(store, views, layers))
-        if cell_parts and names_corpus(store.identity.benchmark.name):
+        name = store.identity.benchmark.name
+        if cell_parts and (names_corpus(name) or names_traces(name)):
+            noun = "corpus" if names_corpus(name) else "text that another model wrote"
             result.notes.append(
-                f"{cell_parts[0].title}: left out, since a corpus is not a task of lm-eval"
+                f"{cell_parts[0].title}: left out, since a {noun} is not a task of lm-eval"
             )
         else:
             parts += cell_parts

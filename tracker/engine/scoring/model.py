@@ -141,8 +141,9 @@ def score_continuation(logits: Tensor, continuation: Sequence[int]) -> Response:
     logits = logits[-len(continuation) :]
     tokens = torch.tensor(continuation, device=logits.device)
     logprobs = logits.log_softmax(-1).gather(1, tokens[:, None]).sum()
-    hits = int((logits.argmax(-1) == tokens).sum())
-    return Response(float(logprobs), hits == len(continuation), hits)
+    is_greedy = logits.argmax(-1) == tokens
+    hits, leading = int(is_greedy.sum()), int(is_greedy.cumprod(0).sum())
+    return Response(float(logprobs), hits == len(continuation), hits, leading=leading)
 
 
 @dataclass

@@ -159,8 +159,8 @@ class RowScores:
     Attributes:
         loglikelihoods: Log-likelihood of each continuation in nats [answers, requests]. The first
             axis has one entry for each pair of a stream and an output head (exact or quantised).
-        hits: Number of tokens of each continuation that have the highest probability [answers,
-            requests].
+        hits: Number of tokens of each continuation that have the highest probability, and number of
+            such tokens before the first other token [answers, requests, 2].
         proxies: Statistics of the intact model's layers, summed for each entry of `Row.gold`
             [entries, `OBSERVED`, layers].
     """
@@ -200,13 +200,32 @@ def launch_row(
         # Summed in float32 and rounded once, like the sum of a half-precision tensor in lm-eval;
         # on the host, since the order of summation on an accelerator varies.
         totals = zeros.index_add(1, owner, logprobs.float()).to(dtype)
-        hits = zeros.index_add(1, owner, greedy.float())
+        hits = torch.stack(
+            [zeros.index_add(1, owner, greedy.float()), _count_leading(owner, greedy)]
+        )
         proxies = torch.zeros(len(row.gold), *figures[:, 0].shape, dtype=torch.float64)
         for index, (_, path) in enumerate(row.gold):
             proxies[index] = figures[:, path].double().sum(1) + prefix_sums
-        return RowScores(totals.float(), hits.int(), proxies)
+        return RowScores(totals.float(), hits.permute(1, 2, 0).int(), proxies)
 
     return read
+
+
+def _count_leading(owner: Tensor, greedy: Tensor) -> Tensor:
+    """Count the leading greedy tokens of each request.
+
+    Args:
+        owner: Index of the request of each predicted token, in ascending order.
+        greedy: Flag of each predicted token, 1 if it is the most likely token [answers, tokens].
+
+    Returns:
+        The counts [answers, requests].
+    """
+    lengths = owner.bincount()  # no continuation is empty
+    positions = torch.arange(len(owner)) - (lengths.cumsum(0) - lengths)[owner]
+    misses = torch.where(greedy > 0, lengths[owner], positions)
+    counts = lengths.expand(len(greedy), -1)
+    return counts.scatter_reduce(1, owner.expand_as(misses), misses, "amin").float()
 
 
 def _predict(model: EngineModel, plan: StreamPlan, row: Row, output: Any) -> tuple[Tensor, Tensor]:

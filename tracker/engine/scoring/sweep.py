@@ -140,7 +140,7 @@ class Engine(EngineModel):
         shape = (len(ablations), max(len(document.requests) for document in documents))
         # A result that never arrives is NaN, not zero.
         loglikelihoods = torch.full((len(documents), *shape), math.nan)
-        hits = torch.zeros(len(documents), *shape, dtype=torch.int)
+        hits = torch.zeros(len(documents), *shape, 2, dtype=torch.int)
         sums = torch.zeros(len(documents), len(OBSERVED), layers, dtype=torch.float64)
         tokens = [0] * len(documents)
         column_of = {ablation: column for column, ablation in enumerate(ablations)}
@@ -282,7 +282,7 @@ class Engine(EngineModel):
             answers = (partial(self.answer, documents[d].requests[r]) for d, r in row.requests)
             responses = [*self.run_lockstep(answers)]
             loglikelihoods = torch.tensor([[response.loglikelihood for response in responses]])
-            hits = torch.tensor([[response.hits for response in responses]], dtype=torch.int)
+            hits = torch.tensor([[(r.hits, r.leading) for r in responses]], dtype=torch.int)
             yield row, [INTACT], RowScores(loglikelihoods, hits, sums)
 
     def answer(self, request: Request) -> Response:
@@ -395,7 +395,10 @@ def _make_responses(
     """Build the responses [ablations][requests] to a document from arrays of scores."""
     lengths = [len(request.continuation) for request in document.requests]
     return [
-        [Response(value, n == length, n) for value, n, length in zip(*row, lengths, strict=False)]
+        [
+            Response(value, hits == length, hits, leading=leading)
+            for value, (hits, leading), length in zip(*row, lengths, strict=False)
+        ]
         for row in zip(loglikelihoods.tolist(), hits.tolist(), strict=True)
     ]
 

@@ -159,7 +159,7 @@ class WorkerPool:
                     if is_open := self._open_cells.get(worker) is cell:
                         block = block_work.block
                         # A remote worker reports no progress within a block.
-                        work.measure(block_work, lambda *args: worker.measure(*args[:3]))
+                        work.measure(block_work, lambda *args: worker.measure(*args[:4]))
                 block = None
                 if not is_open:
                     self._open(worker, cell)

@@ -1,0 +1,247 @@
+"""Score texts that the intact model wrote for a generation task, under every change.
+
+The name of such a benchmark is `traces:TASK`. The intact model writes a text (trace) for each
+document once, and every changed model reads the same text.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import TYPE_CHECKING
+
+from tracker.benchmarks.base import MetricValue
+from tracker.benchmarks.corpus import names_corpus
+from tracker.schema.config import BenchmarkSpec, CellRequest
+from tracker.schema.documents import Document, DocumentText, Request, Response
+from tracker.schema.errors import BenchmarkError
+from tracker.schema.extent import Clusters, Extent
+from tracker.schema.identities import TaskIdentity, filtered_metric
+from tracker.schema.provenance import content_hash
+from tracker.schema.safe_yaml import short_text
+
+if TYPE_CHECKING:
+    from tracker.benchmarks.encoder import RequestEncoder
+
+TRACES_PREFIX = "traces:"
+FIRST_TRACES = 8
+"""Number of traces that are checked before any is read."""
+_ANSWER_METRICS = ("answer_kept", "answer_kept_right", "answer_kept_wrong", "answer_probability")
+"""Metrics of the final answer that a filter extracts from the trace."""
+_TRACE_METRICS = {"tokens_kept": True, "prefix_kept": True, "trace_loss": False}
+"""Metric of the whole trace → whether higher is better."""
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """The final answer that a filter extracts from a trace.
+
+    Attributes:
+        request: Index of the request that scores the answer; None if the trace has no answer.
+        right: Whether the task judges the answer as right.
+    """
+
+    request: int | None
+    right: bool
+
+
+@dataclass(frozen=True)
+class _Trace:
+    """Properties of a trace that do not depend on the model that reads it.
+
+    Attributes:
+        answers: Name of a filter → the final answer that it extracts; the first decides.
+        is_cut: Whether the trace has as many tokens as the task allows.
+    """
+
+    answers: Mapping[str, _Answer]
+    is_cut: bool
+
+    @property
+    def gold(self) -> int | None:
+        """Index of the request that scores the first filter's answer; None without an answer."""
+        return next(iter(self.answers.values())).request
+
+
+def names_traces(benchmark: str) -> bool:
+    """Return whether a benchmark's name denotes texts to read instead of a task of lm-eval."""
+    return benchmark.startswith(TRACES_PREFIX)
+
+
+def written_spec(spec: BenchmarkSpec) -> BenchmarkSpec:
+    """Return the settings of the benchmark whose texts are read; other settings are unchanged.
+
+    Raises BenchmarkError if the name of the benchmark contains no task.
+    """
+    task = spec.benchmark.removeprefix(TRACES_PREFIX)
+    if names_traces(spec.benchmark) and (not task or names_traces(task) or names_corpus(task)):
+        raise BenchmarkError(
+            f"{spec.benchmark!r} names no generation task; write traces:TASK, e.g. traces:gsm8k"
+        )
+    return spec.renamed(task)
+
+
+class Traces:
+    """Benchmark that wraps a generation task of lm-eval, whose texts are read instead of written.
+
+    Raises BenchmarkError if the task or its data cannot be found or read, or writes no texts.
+    """
+
+    def __init__(self, request: CellRequest) -> None:
+        from tracker.benchmarks.tasks import LmEvalBenchmark
+
+        spec = written_spec(request.benchmark)
+        self._task = LmEvalBenchmark(replace(request, benchmark=spec))
+        for name, task in self._task.task_dict["tasks"].items():
+            if task.OUTPUT_TYPE != "generate_until":
+                raise BenchmarkError(
+                    f"{request.benchmark}: {name} scores given answers, so the model writes no "
+                    f"text to read; name a generation task, or write benchmark: {spec}"
+                )
+        identity = self._task.identity
+        self._judges = {task.name: _find_judges(task) for task in identity.tasks}
+        first_filter = next(iter(self._judges[identity.tasks[0].name]))
+        self.public = self._task.public
+        self.is_model_specific = self._task.is_model_specific
+        self.identity = identity.model_copy(
+            update={
+                "name": TRACES_PREFIX + identity.name,
+                "tasks": tuple(map(self._task_identity, identity.tasks)),
+                "primary_metric": filtered_metric(_ANSWER_METRICS[0], first_filter),
+            }
+        )
+        self._traces: dict[tuple[str, int], _Trace] = {}
+
+    def _task_identity(self, task: TaskIdentity) -> TaskIdentity:
+        pairs = product(self._judges[task.name], _ANSWER_METRICS)
+        names = [filtered_metric(metric, filter_name) for filter_name, metric in pairs]
+        directions = dict.fromkeys(names, True) | _TRACE_METRICS
+        return task.model_copy(
+            update={
+                "fingerprint": content_hash(["traces", task.fingerprint]),
+                "metrics": dict.fromkeys(directions, "mean"),
+                "higher_is_better": directions,
+                "has_options": None,
+            }
+        )
+
+    def documents(self, encoder: RequestEncoder, extent: Extent) -> list[Document]:
+        """Return the documents with their prompts, for which the intact model writes texts."""
+        return self._task.documents(encoder, extent)
+
+    def read_trace(self, document: Document, text: str, encoder: RequestEncoder) -> Document:
+        """Return a document whose requests score a trace and the final answers in it.
+
+        Args:
+            document: Document that `documents()` returned.
+            text: The text that the intact model wrote for the document's prompt.
+            encoder: Encoder that tokenises requests for the model as lm-eval does.
+
+        Returns:
+            The document. Its gold request is the final answer of the primary metric's filter.
+        """
+        from tracker.benchmarks.tasks import answer_request
+
+        prompt, judges = document.prompt, self._judges[document.task]
+        assert prompt is not None
+        whole = answer_request(encoder, prompt, text)
+        # The model that wrote the text read no more of the prompt.
+        context = whole.context[-max(1, encoder.max_length - prompt.max_tokens) :]
+        requests, answers = [replace(whole, context=context)], {}
+        judged = self._task.outcomes(document, [Response(0.0, False, 0, text)])
+        extracted = self._task.extract_answers(document, text)
+        for name, metric in judges.items():
+            answers[name] = _Answer(None, False)
+            if span := find_tokens(encoder, whole.continuation, extracted[name]):
+                before, answer = (whole.continuation[part] for part in (slice(span.start), span))
+                answers[name] = _Answer(len(requests), judged[metric] == 1)
+                requests.append(Request(context + before, answer))
+        is_cut = len(whole.continuation) >= prompt.max_tokens
+        self._traces[document.key] = trace = _Trace(answers, is_cut)
+        return replace(document, requests=tuple(requests), gold=trace.gold, prompt=None, trace=text)
+
+    def check_traces(self, documents: Sequence[Document]) -> list[str]:
+        """Check the first documents that `read_trace` returned; return messages for the user.
+
+        Raises BenchmarkError if no trace has a final answer.
+        """
+        traces, n = [self._traces[document.key] for document in documents], len(documents)
+        if all(trace.gold is None for trace in traces):
+            texts = ", ".join(short_text(document.trace) for document in documents)
+            raise BenchmarkError(
+                f"{self.identity.name}: the task finds no answer in the model's first {n} texts: "
+                f"{texts}. Raise max_gen_toks in gen_kwargs, add few-shot examples or a chat "
+                "template, or choose another task"
+            )
+        n_cut = sum(trace.is_cut for trace in traces)
+        if n_cut <= n / 2:
+            return []
+        return [
+            f"{self.identity.name}: {n_cut} of the first {n} texts end at the limit of tokens, "
+            "often before an answer; raise max_gen_toks in gen_kwargs"
+        ]
+
+    def rows_digest(self, task: str) -> str:
+        """Return a hash of the rows of a task's scored split."""
+        return self._task.rows_digest(task)
+
+    def clusters(self, column: str) -> Clusters:
+        """Group the documents of all tasks by the value of a column of their data."""
+        return self._task.clusters(column)
+
+    def outcomes(
+        self, document: Document, responses: Sequence[Response]
+    ) -> dict[str, MetricValue | None]:
+        """Compute how much of a trace and of its answers a model still ranks first.
+
+        An answer that the trace lacks is kept by no model, with the probability 0.
+        """
+        whole, n_tokens = responses[0], len(document.requests[0].continuation)
+        values: dict[str, MetricValue | None] = {}
+        for name, answer in self._traces[document.key].answers.items():
+            response = None if answer.request is None else responses[answer.request]
+            is_kept = response is not None and response.greedy
+            probability = 0.0 if response is None else math.exp(min(response.loglikelihood, 0.0))
+            flags = (is_kept, is_kept and answer.right, is_kept and not answer.right)
+            names = (filtered_metric(metric, name) for metric in _ANSWER_METRICS)
+            values |= zip(names, (*map(float, flags), probability), strict=True)
+        # An empty text has no token that could change.
+        sums = (n_tokens, n_tokens, 0.0)
+        if document.trace:
+            sums = (whole.hits, whole.leading or 0, -whole.loglikelihood)
+        values |= {name: n / n_tokens for name, n in zip(_TRACE_METRICS, sums, strict=True)}
+        is_finite = all(math.isfinite(response.loglikelihood) for response in responses)
+        return values if is_finite else dict.fromkeys(values)
+
+    def text(self, document: Document) -> DocumentText:
+        """Return a document's question and right answer."""
+        return self._task.text(document)
+
+
+def find_tokens(encoder: RequestEncoder, tokens: Sequence[int], answer: str) -> slice | None:
+    """Find the last tokens of a text that contain an extracted answer; None if it has none.
+
+    Upper and lower case may differ, because filters can change them.
+    """
+    *beginnings, text = (encoder.tok_decode(tokens[:n]) for n in range(len(tokens) + 1))
+    answer = answer.strip()
+    start = text.rfind(answer)
+    if start < 0:
+        start = text.lower().rfind(answer.lower())
+    if not answer or start < 0:
+        return None
+    # A beginning can end within a character.
+    lengths = {n: len(s) for n, s in enumerate([*beginnings, text]) if text.startswith(s)}
+    first = max(n for n, length in lengths.items() if length <= start)
+    stop = min(n for n, length in lengths.items() if length >= start + len(answer))
+    return slice(first, stop)
+
+
+def _find_judges(task: TaskIdentity) -> dict[str, str]:
+    """Return each filter of a task, with the first metric that judges its answers."""
+    judges: dict[str, str] = {}
+    for metric in task.metrics:
+        judges.setdefault(metric.partition(",")[2] or "none", metric)
+    return judges
