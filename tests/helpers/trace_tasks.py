@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -71,8 +70,3 @@ def read_plainly(
         "prefix_kept": [*is_top, False].index(False) / len(ids),
         "trace_loss": -sum(values) / len(ids),
     }
-
-
-def read_rows(file: Path) -> list[dict[str, str]]:
-    """Return the rows of a task's documents."""
-    return [json.loads(line) for line in file.read_text().splitlines()]
