@@ -125,6 +125,8 @@ def test_an_answer_is_found_in_tokens(tokenizer, text, answer, expected) -> None
     tokens = tokenizer(text).input_ids
     span = find_tokens(SimpleNamespace(tok_decode=tokenizer.decode), tokens, answer)
     assert (span and tokenizer.decode(tokens[span])) == expected
+    if span:
+        assert tokenizer.decode(tokens[: span.start]) == text[: text.lower().rfind(answer)]
 
 
 def make_document(traces: Traces, encoder: Any, text: str) -> Document:
