@@ -155,6 +155,12 @@ def test_a_trace_is_read_after_as_much_of_the_prompt_as_it_was_written_after(tra
     assert cut.continuation == whole.continuation
 
 
+def test_a_plan_expects_the_longest_traces(traces, encoder) -> None:
+    documents = traces.documents(encoder, ALL_DOCUMENTS)
+    for document, longest in zip(documents, traces.longest_readings(documents), strict=True):
+        assert [r.length for r in longest.requests] == [len(document.requests[0].context) + 12]
+
+
 def test_texts_without_any_answer_are_refused_and_cut_ones_are_said(traces, encoder) -> None:
     long, unanswered = "many words " * 4, "12 34 " * 30
     documents = [make_document(traces, encoder, text) for text in (long, unanswered)]

@@ -131,6 +131,15 @@ class Traces:
         """Return the documents with their prompts, for which the intact model writes texts."""
         return self._task.documents(encoder, extent)
 
+    def longest_readings(self, documents: Sequence[Document]) -> list[Document]:
+        """Return documents with traces of the maximum length, to estimate the cost of reading."""
+        readings = []
+        for document in documents:
+            request, prompt = document.requests[0], document.prompt
+            tokens = request.continuation[:1] * (prompt.max_tokens if prompt else 1)
+            readings.append(replace(document, requests=(Request(request.context, tokens),)))
+        return readings
+
     def read_trace(self, document: Document, text: str, encoder: RequestEncoder) -> Document:
         """Return a document whose requests score a trace and the final answers in it.
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from tracker.analysis.paired import variance_range
 from tracker.analysis.stopping import AnswerForecast, check_bounded, forecast_answer
+from tracker.benchmarks.traces import Traces
 from tracker.ledger.blocks import BLOCK_SIZE
 from tracker.ledger.store import Ledger
 from tracker.measuring.calibrate import repeated_documents
@@ -144,6 +145,8 @@ def read_texts(request: CellRequest, source: ModelSource) -> PlannedTexts:
     documents = benchmark.documents(encoder, request.extent)
     if not documents:
         raise ModelError(f"{request.title} has no documents")
+    if isinstance(benchmark, Traces):
+        documents = benchmark.longest_readings(documents)
     return PlannedTexts(benchmark.identity, metric, model, documents, encoder.max_length)
 
 
