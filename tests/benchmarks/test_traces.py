@@ -24,6 +24,7 @@ from tracker.engine.scoring.sweep import Engine
 from tracker.schema.documents import Document
 from tracker.schema.errors import BenchmarkError
 from tracker.schema.extent import ALL_DOCUMENTS
+from tracker.schema.formats import metric_format
 
 QUESTIONS = ("Which organ pumps the blood? It is the", "The capital of France")
 FAMILIES = (
@@ -173,6 +174,15 @@ def test_texts_without_any_answer_are_refused_and_cut_ones_are_said(traces, enco
         BenchmarkError, match=r"no answer in the model's first 1 texts: '12 34 .*…\. "
     ):
         traces.check_traces(documents[1:])
+
+
+def test_reports_call_no_metric_an_accuracy(traces) -> None:
+    (task,) = traces.identity.tasks
+    for metric, higher_is_better in task.higher_is_better.items():
+        fields = {"metric": metric, "higher_is_better": higher_is_better}
+        measure = metric_format(SimpleNamespace(benchmark=traces.identity, **fields))
+        assert "accuracy" not in f"{measure.level} {measure.change}"
+    assert task.higher_is_better["trace_loss"] is False
 
 
 @pytest.mark.parametrize("name", ["traces:", "traces:traces:letters", "traces:corpus:notes.txt"])

@@ -247,6 +247,15 @@ class MetricFormat:
         return label if UNIT_FORMATS[self.form].name else f"{label} ({self.unit})"
 
 
+_TRACE_LEVELS = {
+    "answer_kept": "answer retention",
+    "answer_kept_right": "right-answer retention",
+    "answer_kept_wrong": "wrong-answer retention",
+    "answer_probability": "answer probability",
+    "tokens_kept": "token retention",
+    "prefix_kept": "prefix retention",
+}
+"""Metric of the benchmark `traces:TASK` → its name in reports; none of them is an accuracy."""
 ACCURACY_FORMAT = MetricFormat("accuracy", "accuracy drop", "%", "pp", "percent", "points")
 
 
@@ -271,6 +280,8 @@ def metric_format(record: MetricRecord) -> MetricFormat:
     if record.metric in CHOICE_PROBABILITIES:
         is_plain = record.metric == CHOICE_PROBABILITY
         level = f"{'' if is_plain else 'normalised '}choice probability"
+        return replace(ACCURACY_FORMAT, level=level, change=f"{level} drop")
+    if level := _TRACE_LEVELS.get(record.metric.partition(",")[0], ""):
         return replace(ACCURACY_FORMAT, level=level, change=f"{level} drop")
     if record.higher_is_better:
         return ACCURACY_FORMAT
