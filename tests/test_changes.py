@@ -25,6 +25,7 @@ TEXTS = {
     "shared_expert:2": Change("shared_expert", (2,)),
     "head:3.0": Change("head", (3,), part=0),
     "kv_head:3.1": Change("kv_head", (3,), part=1),
+    "neuron:3.5": Change("neuron", (3,), part=5),
     "expert:11.63": Change("expert", (11,), part=63),
     "mean:3": Change("layer", (3,), "mean"),
     "linear:3": Change("layer", (3,), "linear"),

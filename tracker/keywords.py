@@ -115,6 +115,7 @@ class FileKeywords(BenchmarkKeywords, total=False):
     intervention: Values[Intervention]
     head: Values[int]
     expert: Values[int]
+    neuron: Values[int]
     map: Values[str]
     repeats: Values[int]
     control: Values[Literal["random"] | None]

@@ -14,12 +14,13 @@ from tests.helpers.families import tiny_model
 from tests.helpers.mixtures import MIXTURES, tiny_mixture
 from tests.helpers.mixtures import UNDIVIDED_MIXTURES as EXPERTS_BESIDE
 from tests.helpers.registry import Variant, make_registered, tiny_settings
-from tests.helpers.truth import deeper_copy, without_heads
+from tests.helpers.truth import NEURON_MAPS, deeper_copy, without_heads, without_neurons
 from tracker.engine.forward.streams import plan_streams
 from tracker.engine.scoring.model import DEPTH_ONLY, FULL, PLAIN
 from tracker.engine.selfcheck.miniature_check import check_miniature
 from tracker.models.layers import find_layers
 from tracker.models.parts.heads import Heads
+from tracker.models.parts.neurons import Neurons
 from tracker.schema.changes import INTACT, Ablation, Change
 from tracker.schema.errors import CellError, ModelError, TrackerError
 
@@ -49,6 +50,9 @@ HEADS = parse_ablations(
     "baseline head:0.0 head:0.3 head:3.0 head:3.3 head:2.1+head:2.3 "
     "kv_head:0.0 kv_head:0.1 kv_head:2.0 kv_head:2.1"
 )
+NEURONS = parse_ablations(
+    "baseline neuron:0.0 neuron:0.3 neuron:3.0 neuron:2.1+neuron:2.3 neuron:1.1+neuron:3.2"
+)
 SPANS = parse_ablations(
     "baseline repeat:0-0 repeat:0-1 repeat:0-2 repeat:0-3 repeat:1-1 repeat:1-2 repeat:1-3 "
     "repeat:2-2 repeat:2-3 repeat:3-3 repeat3:1-2 layer:0+repeat:2-3 layer:3"
@@ -70,6 +74,21 @@ def test_a_model_without_a_head_is_one_whose_projection_ignores_it(family):
     _check_ways(
         model, ablations, lambda ablation: without_heads(model, ablation, PROJECTIONS[family])
     )
+
+
+@pytest.mark.parametrize("family", NEURON_MAPS)
+def test_a_model_without_neurons_is_one_whose_projection_ignores_them(family):
+    model = tiny_model(family)
+    _check_ways(model, NEURONS, lambda ablation: without_neurons(model, ablation, family))
+
+
+def test_neurons_heads_and_formats_of_one_layer_change_together():
+    """The output projection of OPT is its whole MLP, which other streams lack or round."""
+    model = tiny_model("opt")
+    texts = "baseline neuron:1.0 mlp:1 int4_row:1 neuron:1.2+head:1.0 attention:1 neuron:1.3+mlp:2"
+    engine = engine_of(model)
+    ablations = parse_ablations(texts)
+    _check_ways(model, ablations, lambda ablation: engine.ablate(ablation).loaded.model)
 
 
 @pytest.mark.parametrize("family", UNDIVIDED)
@@ -147,5 +166,14 @@ def test_a_head_of_quantised_weights_is_refused():
     engine = engine_of(tiny_model("llama"))
     quantised = engine_of(model)
     quantised.anatomy.parts[Heads] = engine.anatomy.find(Heads)
-    with pytest.raises(CellError, match="is quantised, so the columns of a head cannot be set"):
+    with pytest.raises(CellError, match="is quantised, so its columns cannot be set"):
         quantised.ablate(remove_heads(1, 0))
+
+
+def test_neurons_of_quantised_weights_are_refused():
+    model = tiny_model("llama")
+    engine = engine_of(model)
+    projection = engine.anatomy.find(Neurons)[1].maps[1].module
+    projection.weight = torch.nn.Parameter(projection.weight.to(torch.int8), requires_grad=False)
+    with pytest.raises(CellError, match="are quantised or offloaded, so neurons cannot be sorted"):
+        engine.ablate(Ablation.parse("neuron:1.0"))

@@ -10,7 +10,7 @@ import torch
 
 from tests.helpers.engines import engine_of, gold_tokens, make_documents
 from tests.helpers.families import tiny_model
-from tests.helpers.truth import model_logits
+from tests.helpers.truth import model_logits, neurons_of
 from tracker.engine.observers.taylor import measure_kl_gradients, measure_taylor
 from tracker.models.layers import find_layers
 from tracker.models.rounding import round_weight
@@ -20,7 +20,7 @@ STEP = 2e-3
 HEAD_COLUMNS = {"head": 8, "kv_head": 16}
 
 
-def _changed_weight(change: Change, path: str, weight: torch.Tensor) -> torch.Tensor:
+def _changed_weight(model, change: Change, weight: torch.Tensor) -> torch.Tensor:
     """Return the weight under a change, computed without code of the package."""
     if change.intervention != "remove":
         return round_weight(weight.float(), change.intervention).to(weight)
@@ -28,6 +28,8 @@ def _changed_weight(change: Change, path: str, weight: torch.Tensor) -> torch.Te
     if change.component in HEAD_COLUMNS:
         width = HEAD_COLUMNS[change.component]
         changed[:, change.part * width : (change.part + 1) * width] = 0
+    elif change.component == "neuron":
+        changed[:, neurons_of(model, "llama", change.layer, change.part)] = 0
     elif change.component == "expert":
         changed[change.part] = 0
     else:
@@ -41,8 +43,7 @@ def _finite_difference(model, tokens, change: Change, paths: list[str]) -> float
     layer = find_layers(model)[change.layer]
     parameters = [layer.get_parameter(path) for path in paths]
     intact = [parameter.detach().clone() for parameter in parameters]
-    pairs = zip(paths, intact, strict=True)
-    directions = [_changed_weight(change, path, weight) - weight for path, weight in pairs]
+    directions = [_changed_weight(model, change, weight) - weight for weight in intact]
 
     def loss(step: float) -> float:
         with torch.no_grad():
@@ -63,6 +64,7 @@ LLAMA = {
     "kv_head:2.1": ["self_attn.o_proj.weight"],
     "attention:0": ["self_attn.o_proj.weight"],
     "mlp:3": ["mlp.down_proj.weight"],
+    "neuron:2.1": ["mlp.down_proj.weight"],
     "int4:1.mlp.up_proj": ["mlp.up_proj.weight"],
     "int4:1.self_attn.q_proj": ["self_attn.q_proj.weight"],
     "int4:2.attention": ATTENTION,

@@ -8,6 +8,7 @@ input (`without`), or a model with a cut configuration is made and given the rem
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
@@ -152,4 +153,42 @@ def without_heads(model: Any, ablation: Ablation, path: str = "self_attn.o_proj"
         group_size = config.num_attention_heads // groups if part.component == "kv_head" else 1
         first_column = part.number * group_size * width
         weight.data[:, first_column : first_column + group_size * width] = 0
+    return twin
+
+
+NEURON_MAPS = {
+    **dict.fromkeys(("llama", "gemma3", "qwen2"), "mlp.down_proj mlp.up_proj mlp.gate_proj"),
+    **{"phi3": "mlp.down_proj mlp.gate_up_proj", "gpt2": "mlp.c_proj mlp.c_fc"},
+    **{"gpt_neox": "mlp.dense_4h_to_h mlp.dense_h_to_4h", "opt": "fc2 fc1"},
+}
+"""Of some families: the output projection of the MLP, and the maps before it."""
+
+
+def neurons_of(model: Any, family: str, layer: int, *groups: int) -> list[int]:
+    """List the neurons of groups by a loop over the neurons; four groups make an MLP."""
+    module = find_layer_list(model)[layer]
+    maps = [module.get_submodule(path) for path in NEURON_MAPS[family].split()]
+    is_transposed = family == "gpt2"
+    down, *others = (m.weight.double().T if is_transposed else m.weight.double() for m in maps)
+    width = down.shape[1]
+
+    def norm(neuron: int) -> float:
+        rows = [row for weight in others for row in weight[neuron::width]]
+        assert len(rows) == (1 if family in ("gpt2", "gpt_neox", "opt") else 2)
+        vectors = [down[:, neuron], *rows]
+        return math.prod(math.sqrt(sum(x * x for x in vector.tolist())) for vector in vectors)
+
+    ranked = sorted(range(width), key=norm, reverse=True)
+    size = width // 4
+    return [neuron for group in groups for neuron in ranked[group * size : (group + 1) * size]]
+
+
+def without_neurons(model: Any, ablation: Ablation, family: str) -> Any:
+    """Zero the columns of neurons in a copy's weights."""
+    twin = copy.deepcopy(model)
+    for part in ablation.parts:
+        path = NEURON_MAPS[family].split()[0]
+        weight = find_layer_list(twin)[part.layer].get_submodule(path).weight
+        neurons = neurons_of(model, family, part.layer, part.number)
+        (weight.T if family == "gpt2" else weight)[:, neurons] = 0
     return twin

@@ -218,7 +218,8 @@ def run_bench(
 def _sweep_ablations(request: CellRequest, loaded: LoadedModel) -> list[Ablation]:
     """List the baseline, and one ablation per layer for each requested component."""
     named = request.changes
-    sweep = Changes(components=named.components, heads=named.heads, experts=named.experts)
+    numbers = {field: getattr(named, field) for field in ("heads", "experts", "neurons")}
+    sweep = Changes(components=named.components, **numbers)
     parts = parts_of_config(loaded.model.config.get_text_config())
     request = fill_parts(replace(request, changes=sweep, removed=()), parts)
     return request.ablations(loaded.identity.layers)

@@ -18,7 +18,7 @@ OPTION_GROUPS: Mapping[str, Iterable[str]] = {
     "Model": (*ModelSpec.model_fields, "removed", "trust_remote_code"),
     "Benchmark": (*BenchmarkSpec.model_fields, "metric"),
     "Changes": [
-        *("component", "head", "expert", "map"),
+        *("component", "head", "expert", "neuron", "map"),
         *("span", "intervention", "repeats", "control"),
     ],
     "Documents": (*DocumentSpec.model_fields, "until", "cluster", "observe"),

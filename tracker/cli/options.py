@@ -443,6 +443,8 @@ class ExperimentOptions(CommandOptions):
     (default: all)."""
     expert: Annotated[Sequence[int] | None, LayersType(name="experts")] = None
     """Routed experts of each layer (component expert), e.g. 0,3 or 0-3 (default: all)."""
+    neuron: Annotated[Sequence[int] | None, LayersType(name="neurons")] = None
+    """Groups of neurons of each layer (component neuron), e.g. 0,3 or 0-3 (default: all)."""
     changes: Annotated[tuple[tuple[str, Any], ...], SettingType(is_yaml=True)] = Field(
         (), alias="set"
     )

@@ -37,7 +37,13 @@ from tracker.schema.errors import (
 )
 from tracker.schema.fields import decode_arguments, expand_home
 from tracker.schema.hub import ask_hub, check_name, explain_error, unreachable_reason
-from tracker.schema.model_parts import EXPERT_COUNT_KEYS, ModelParts, layers_of_kind
+from tracker.schema.model_parts import (
+    EXPERT_COUNT_KEYS,
+    ModelParts,
+    layers_of_kind,
+    mlp_width,
+    neuron_group_size,
+)
 from tracker.schema.provenance import content_hash, file_hash, file_stamp, package_versions
 from tracker.schema.safe_yaml import short_text
 
@@ -511,7 +517,15 @@ def parts_of_config(config: PreTrainedConfig) -> ModelParts:
     n_heads, n_groups = (n if isinstance(n, int) else None for n in (heads, groups))
     expert_counts = (getattr(config, name, None) for name in EXPERT_COUNT_KEYS)
     n_experts = next((n for n in expert_counts if isinstance(n, int) and n > 1), None)
-    return ModelParts(int(config.num_hidden_layers), n_heads, n_groups, expert=n_experts)
+    n_neurons = _count_neuron_groups(mlp_width(config))
+    layers = int(config.num_hidden_layers)
+    return ModelParts(layers, n_heads, n_groups, expert=n_experts, neuron=n_neurons)
+
+
+def _count_neuron_groups(width: int | None) -> int | None:
+    """Count the groups of neurons of an MLP; None if the width is unknown or not divisible."""
+    size = neuron_group_size(width) if width else None
+    return width // size if width and size else None
 
 
 def _parts_of_gguf(model: ModelSource) -> ModelParts | None:
@@ -523,12 +537,14 @@ def _parts_of_gguf(model: ModelSource) -> ModelParts | None:
     def read() -> ModelParts | None:
         reader = Reader(Path(model.location) / str(model.gguf_file))
         architecture = reader.get_field("general.architecture").contents()
-        names = ("block_count", "attention.head_count", "attention.head_count_kv", "expert_count")
+        names = ("block_count", "attention.head_count", "attention.head_count_kv")
+        names += ("feed_forward_length", "expert_count")
         fields = [reader.get_field(f"{architecture}.{name}") for name in names]
         *counts, n_experts = (field and field.contents() for field in fields)
         # Some counts are lists, with one for each layer.
         if architecture in GGUF_CONFIG_MAPPING and all(isinstance(n, int) for n in counts):
-            parts = ModelParts(*counts)._replace(expert=n_experts or None)
+            groups = _count_neuron_groups(counts.pop())
+            parts = ModelParts(*counts, expert=n_experts or None, neuron=groups)
             return parts if 0 < parts.layers <= MAX_LAYERS else None
         return None
 

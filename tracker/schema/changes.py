@@ -391,8 +391,13 @@ class Ablation:
         return self._with_words("expert")
 
     @property
+    def neurons(self) -> tuple[Change, ...]:
+        """The changes that remove groups of neurons."""
+        return self._with_words("neuron")
+
+    @property
     def parts(self) -> tuple[Change, ...]:
-        """The changes that remove heads, groups of heads or routed experts, sorted by layer."""
+        """The changes that remove numbered parts such as heads or experts, sorted by layer."""
         return self._with_words(*NUMBERED_COMPONENTS)
 
     @property

@@ -146,6 +146,9 @@ class ChangeGrid(StrictModel):
     kv_head), 0-based (default: all)."""
     experts: tuple[Count, ...] = ()
     """Routed expert of the layer (component expert), 0-based (default: all)."""
+    neurons: tuple[Count, ...] = ()
+    """Group of neurons of the layer's MLP (component neuron), 0-based, by the norms of its weights;
+    group 0 has the largest (default: all)."""
     maps: tuple[Name, ...] = ()
     """Linear map of the layer (component linear), by its name in the checkpoint: self_attn.q_proj,
     mlp.down_proj, mlp.experts.down_proj (all experts), mlp.experts.7.down_proj (one). Also
@@ -184,8 +187,9 @@ class Changes(ChangeGrid):
         return self.model_copy(update={"exact": tuple(changes)})
 
     def numbers(self, component: Component) -> tuple[int, ...]:
-        """Return the requested numbers of heads or experts; an empty tuple means all numbers."""
-        return self.experts if component == "expert" else self.heads
+        """Return the requested numbers of heads, experts or neurons; an empty tuple means all."""
+        numbers: tuple[int, ...] = getattr(self, number_field(component))
+        return numbers
 
     @property
     def numbered(self) -> list[Component]:
@@ -394,9 +398,9 @@ class CellRequest:
         return list(dict.fromkeys([INTACT, *ablations]))
 
 
-def number_field(component: Component) -> Literal["heads", "experts"]:
-    """Return the name of the `ChangeGrid` field for head numbers or for expert numbers."""
-    return "experts" if component == "expert" else "heads"
+def number_field(component: Component) -> Literal["heads", "experts", "neurons"]:
+    """Return the name of the `ChangeGrid` field for the numbers of a kind of parts."""
+    return {"expert": "experts", "neuron": "neurons"}.get(component, "heads")
 
 
 def all_ablations(requests: Iterable[CellRequest], layers: int) -> list[Ablation]:
@@ -430,6 +434,7 @@ FILE_KEYS = {
     "interventions": "intervention",
     "heads": "head",
     "experts": "expert",
+    "neurons": "neuron",
     "maps": "map",
     "repeats": "repeats",
 }

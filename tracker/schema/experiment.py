@@ -105,7 +105,7 @@ def _check_number(given: object, number: ValidatorFunctionWrapHandler) -> Any:
 
 
 class _PartValues(GridValues):
-    """Values of the key `head` or `expert` of an experiment file: numbers, or `all`."""
+    """Values of the key `head`, `expert` or `neuron` of an experiment file: numbers, or `all`."""
 
     value: Annotated[Count | None, WrapValidator(_check_number)] = None
     values: list[Count] | None = None
@@ -154,7 +154,7 @@ class _LayerValues(_PartValues):
         return [ALL_PARTS] if str(self.value) == ALL_PARTS or self.kind else super().options
 
 
-_PART_CLASSES = {"layer": _LayerValues, "head": _PartValues, "expert": _PartValues}
+_PART_CLASSES = {"layer": _LayerValues, **dict.fromkeys(("head", "expert", "neuron"), _PartValues)}
 
 
 class Grid(StrictModel):
@@ -296,7 +296,7 @@ class Experiment(Sweep):
             # Compared by repr: values of the wrong kind may have no hash.
             for field, kinds in zip(FILE_KEYS, zip(*points, strict=True), strict=True):
                 settings[field] = tuple({repr(kind): kind for kind in kinds}.values())
-            for field in ("heads", "experts", "maps"):
+            for field in ("heads", "experts", "neurons", "maps"):
                 if settings[field] in ((None,), (ALL_PARTS,)):
                     settings[field] = ()
             is_open = self.requests_all_layers

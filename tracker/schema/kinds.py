@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 from tracker.schema.weight_formats import FORMATS
 
-SearchUnit = Literal["layer", "attention", "mlp", "head", "kv_head", "expert"]
-"""Units that a search removes: whole layers, sublayers, heads or experts."""
+SearchUnit = Literal["layer", "attention", "mlp", "head", "kv_head", "expert", "neuron"]
+"""Units that a search removes: whole layers, sublayers, heads, experts or groups of neurons."""
 Component = Literal[SearchUnit, "shared_expert", "linear"]
 """The changed component of a layer: the whole layer, one of its two sublayers, one attention head,
-all heads that share keys and values, one routed expert, the experts that every token passes, or
-one named linear map."""
-NUMBERED_COMPONENTS: tuple[Component, ...] = ("head", "kv_head", "expert")
+all heads that share keys and values, one routed expert, a group of neurons of the MLP, the experts
+that every token passes, or one named linear map."""
+NUMBERED_COMPONENTS: tuple[Component, ...] = ("head", "kv_head", "expert", "neuron")
 """Components of which a layer has several, identified by a 0-based number."""
 if TYPE_CHECKING:
     Intervention = str
@@ -90,6 +90,9 @@ KIND_STYLES: Mapping[str, KindStyle] = {
         "heads that share keys and values", "#8a5a44", "square-cross", plural="groups of heads"
     ),
     "expert": KindStyle("a routed expert", "#4f8a6b", "diamond-open", plural="experts"),
+    "neuron": KindStyle(
+        "a group of neurons", "#8f5f9c", "diamond-tall", plural="groups of neurons"
+    ),
     "shared_expert": KindStyle("its shared expert", "#6a7f3d", "hexagram"),
     "mean": KindStyle("its mean update", "#2f8f8f", "triangle-up", fitted=True),
     "scale": KindStyle("a factor", "#8c7a2e", "triangle-down", fitted=True),

@@ -20,6 +20,8 @@ from tracker.schema.kinds import KIND_STYLES, MAP_GROUPS, OUTER_MATRICES, Compon
 
 EXPERT_COUNT_KEYS = ("moe_num_experts", "n_routed_experts", "num_experts", "num_local_experts")
 """Names in configurations of the number of routed experts of a layer."""
+MLP_WIDTH_KEYS = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")
+"""Names in configurations of the number of neurons of a layer's MLP."""
 TOKEN_EXPERT_KEYS = (
     *("moe_k", "moe_topk", "num_experts_per_tok", "num_experts_per_token"),
     "top_k_experts",
@@ -55,6 +57,7 @@ class ModelParts(NamedTuple):
             requested.
         expert: Number of routed experts per mixture-of-experts layer; None if it is unknown.
         maps: Names of the linear maps of each layer; None if they are unknown.
+        neuron: Number of groups of neurons per layer; None if it is unknown.
     """
 
     layers: int
@@ -63,9 +66,10 @@ class ModelParts(NamedTuple):
     kind_layers: tuple[int, ...] | None = None
     expert: int | None = None
     maps: tuple[tuple[str, ...], ...] | None = None
+    neuron: int | None = None
 
     def count_of(self, component: Component) -> int | None:
-        """Return how many heads, head groups or experts one layer has; None if unknown."""
+        """Return how many parts of a kind, e.g. heads, one layer has; None if unknown."""
         count: int | None = getattr(self, component)
         return count
 
@@ -77,6 +81,25 @@ def experts_per_token(config: Any) -> int:
         for names in (EXPERT_COUNT_KEYS, TOKEN_EXPERT_KEYS)
     )
     return min(count, chosen)
+
+
+def mlp_width(config: Any) -> int | None:
+    """Return the number of neurons of each MLP from a configuration; None if it is unknown."""
+    width = next((n for name in MLP_WIDTH_KEYS if (n := getattr(config, name, None))), None)
+    if width is None and hasattr(config, "n_inner"):  # GPT-2 and GPT-J
+        width = 4 * config.hidden_size
+    return width if isinstance(width, int) else None
+
+
+def neuron_group_size(width: int) -> int | None:
+    """Return the number of neurons of each group in an MLP; None if it cannot be divided.
+
+    A group has 128 neurons if they divide a width of 1,024 or more, and else 64. In MLPs below 256
+    neurons, a group is a quarter.
+    """
+    size = 128 if width >= 1024 and width % 128 == 0 else 64
+    size = width // 4 if width < 4 * size else size
+    return size if size and width % size == 0 else None
 
 
 def split_expert_map(map_name: str) -> tuple[str, int] | None:

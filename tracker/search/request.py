@@ -56,7 +56,7 @@ from tracker.search.strategies import (
 
 SearchGoal = tuple[CellRequest, Component, str, str]
 """Goal of searches: the test documents, the kind of parts, the amount, and the constraints."""
-_NEW_CELL_KEYS = {"heads", "experts", "maps", "repeats", "control", "cluster", "observe"}
+_NEW_CELL_KEYS = {"heads", "experts", "neurons", "maps", "repeats", "control", "cluster", "observe"}
 """Keys of a cell that were added after the format of search names."""
 _OPTIONAL_KEYS = {*CONSTRAINTS, *ACCURACY_KEYS}
 """Keys of a search that its name contains only if they are set."""

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from tracker.engine.forward.modules import (
-    HeadFork,
     LayerSite,
+    ProjectionFork,
     RoundedFork,
     RouterFork,
     SharedExpertFork,
@@ -327,5 +327,7 @@ def repeat_spans(fork: LayerFork, outputs: Tensor) -> None:
     put_entries(outputs, [stream for stream, *_ in repeats], states)
 
 
-MODULE_FORKS = (SublayerFork, RoundedFork, HeadFork, RouterFork, SharedExpertFork)
-"""Interventions within layers. If two change one module, the later one calls the earlier one."""
+MODULE_FORKS = (RoundedFork, ProjectionFork, RouterFork, SharedExpertFork, SublayerFork)
+"""Interventions within layers. If two change one module, the later one calls the earlier one.
+
+The MLP of OPT is one linear map: `SublayerFork` selects its streams before the others run."""

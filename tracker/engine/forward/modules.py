@@ -1,6 +1,6 @@
 """Run the modules of a layer whose computation differs between streams (ablations).
 
-One class exists for each intervention: removed sublayers, heads or experts, and quantised weights.
+One class exists for each intervention: removed sublayers or parts of them, and quantised weights.
 """
 
 from __future__ import annotations
@@ -24,8 +24,11 @@ from tracker.models.parts.anatomy import LayerAnatomy
 from tracker.models.parts.experts import Experts, SharedExperts, call_reduced_router
 from tracker.models.parts.heads import Heads
 from tracker.models.parts.linear_maps import LinearMap, copy_with_weights, rounded_parameters
+from tracker.models.parts.neurons import Neurons
 from tracker.models.parts.probe import integer_tables
+from tracker.models.parts.projection import Columns
 from tracker.models.parts.sublayers import Sublayers
+from tracker.schema.changes import Change
 from tracker.schema.grouping import group_by
 
 HEAD_COMPONENTS = ("head", "kv_head")
@@ -83,7 +86,7 @@ class LayerState(Protocol):
 class ModuleFork(ABC):
     """Replacement of a module's `forward` method that computes some streams differently.
 
-    Each kind of change within a layer is a subclass (e.g. `HeadFork` removes heads).
+    Each kind of change within a layer is a subclass (e.g. `ProjectionFork` removes heads).
 
     Attributes:
         module: The module.
@@ -211,35 +214,49 @@ class SublayerFork(ModuleFork):
 
 
 @dataclass
-class HeadFork(ModuleFork):
-    """The output projection of an attention, for streams that lack attention heads.
+class ProjectionFork(ModuleFork):
+    """The output projection of an attention or an MLP, for streams that lack heads or neurons.
 
-    The input is [computed attentions × rows, tokens, columns]; each head has its own columns. The
-    columns of removed heads are set to zero.
+    The input is [computed sublayers × rows, tokens, columns]; each head or neuron has its own
+    columns. The columns of removed parts are set to zero.
 
     Attributes:
-        sources: Index of the attention that gives each output.
-        columns: Columns of the removed heads, for each output.
+        sources: Index of the computed sublayer that gives each output.
+        columns: Columns of the removed parts, for each output.
     """
 
-    sources: list[int]
-    columns: Sequence[Sequence[slice]]
+    sources: Sequence[int]
+    columns: Sequence[Sequence[Columns]]
 
     @classmethod
     def make_forks(cls, site: LayerSite) -> Iterator[ModuleFork]:
-        """Yield a replacement of the output projection, if some stream lacks heads."""
+        """Yield a replacement of each output projection, if some stream lacks heads or neurons."""
         step, projections = site.step, site.step.projections
         if not step.components.isdisjoint(HEAD_COMPONENTS):
-            heads = site.anatomy.get_part(Heads, site.index)
-            columns = [[heads.columns(h, site.name) for h in removed] for _, removed in projections]
             sources = [step.attentions.index(source) for source, _ in projections]
-            yield cls(site.layer.get_submodule(heads.projection), sources, columns)
+            yield cls._make(site, Heads, sources, [removed for _, removed in projections])
+        if "neuron" in step.components:
+            removed = [ablation.neurons for ablation in step.mlp_ablations]
+            yield cls._make(site, Neurons, range(len(removed)), removed)
+
+    @classmethod
+    def _make(
+        cls,
+        site: LayerSite,
+        kind: type[Heads | Neurons],
+        sources: Sequence[int],
+        removed: Sequence[Sequence[Change]],
+    ) -> ModuleFork:
+        """Return the replacement of a projection, given the removed parts of each output."""
+        parts = site.anatomy.get_part(kind, site.index)
+        columns = [[parts.columns(part, site.name) for part in group] for group in removed]
+        return cls(site.layer.get_submodule(parts.projection), sources, columns)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the projections of all attentions, each without its removed heads."""
+        """Return the projections of all computed sublayers, each without its removed parts."""
         (inputs,) = (*args, *kwargs.values())
-        attended = view_streams(inputs, max(self.sources) + 1, "the attention heads have")
-        states = take_entries(attended, self.sources)
+        computed = view_streams(inputs, max(self.sources) + 1, "the heads or neurons have")
+        states = take_entries(computed, self.sources)
         for state, removed_columns in zip(states, self.columns, strict=True):
             for columns in removed_columns:
                 state[..., columns] = 0

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tracker.engine.forward.modules import HEAD_COMPONENTS
 from tracker.engine.refusal import RefusalError, is_device_lost, is_out_of_memory, try_model
 from tracker.engine.scoring.model import compute_logits
 from tracker.engine.scoring.rows import measured_texts
@@ -30,11 +29,11 @@ from tracker.models.hooks import (
     replace_first_output,
     replaced_forward,
 )
-from tracker.models.parts.anatomy import LayerAnatomy
+from tracker.models.parts.anatomy import PART_CLASSES, LayerAnatomy
 from tracker.models.parts.experts import Experts, SharedExperts, weighted_expert_outputs
-from tracker.models.parts.heads import Heads
 from tracker.models.parts.linear_maps import LinearMap, map_of_module
 from tracker.models.parts.probe import ModuleCall
+from tracker.models.parts.projection import Columns, ProjectionColumns
 from tracker.models.parts.sublayers import SUBLAYER_TEXT_TOKENS, Sublayers
 from tracker.schema.changes import Ablation, Change
 from tracker.schema.documents import Document
@@ -245,10 +244,10 @@ def _find_terms(engine: Engine, change: Change) -> Iterator[tuple[nn.Module, _Te
             linear = anatomy.get_map(number, path)
             get_weight = partial(anatomy.weights.get_weight, number, path, linear, form)
             yield linear.module, partial(_rounding_term, linear, get_weight)
-    elif component in HEAD_COMPONENTS:
-        heads = anatomy.get_part(Heads, number)
-        columns = heads.columns(change, anatomy.layer_name(number))
-        yield layer.get_submodule(heads.projection), partial(_head_term, columns)
+    elif issubclass(kind := PART_CLASSES[component], ProjectionColumns):
+        part = anatomy.get_part(kind, number)
+        columns = part.columns(change, anatomy.layer_name(number))
+        yield layer.get_submodule(part.projection), partial(_columns_term, columns)
     elif component == "expert":
         holder = layer.get_submodule(anatomy.get_part(Experts, number).holder)
         yield holder, lambda call: call.expert_terms[change.part]
@@ -297,7 +296,7 @@ def _rounding_term(linear: LinearMap, get_weight: Callable[[], Tensor], call: _C
     return float((call.weight_gradient * (get_weight().float() - linear.weight.float())).sum())
 
 
-def _head_term(columns: slice, call: _Call) -> float:
+def _columns_term(columns: Columns, call: _Call) -> float:
     """Compute the term of removed input columns of an output projection."""
     weight = map_of_module(call.module).weight[:, columns]
     return -float((call.weight_gradient[:, columns] * weight.float()).sum())

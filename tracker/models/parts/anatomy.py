@@ -1,4 +1,4 @@
-"""Find the parts of a model's layers (sublayers, heads, experts, linear maps), and cache them.
+"""Find the parts of a model's layers (sublayers, heads, experts, …), and cache them.
 
 If a model's configuration gives the number of parts, the parts are listed without reading weights.
 """
@@ -24,6 +24,7 @@ from tracker.models.parts.linear_maps import (
     find_map,
     round_layer,
 )
+from tracker.models.parts.neurons import Neurons
 from tracker.models.parts.probe import LayerPart, PartFinder
 from tracker.models.parts.sublayers import Sublayers
 from tracker.models.rounding import check_installed
@@ -32,7 +33,7 @@ from tracker.schema.changes import Ablation, Change
 from tracker.schema.errors import CellError, ExperimentError, ModelError
 from tracker.schema.grouping import group_by
 from tracker.schema.kinds import KIND_STYLES, MAP_GROUPS, NUMBERED_COMPONENTS, Component
-from tracker.schema.model_parts import experts_per_token
+from tracker.schema.model_parts import experts_per_token, mlp_width
 from tracker.schema.search_parts import SearchParts
 from tracker.schema.weight_formats import FORMATS
 
@@ -45,12 +46,13 @@ PART_CLASSES: Mapping[Component, type[LayerPart]] = {
     "head": Heads,
     "kv_head": Heads,
     "expert": Experts,
+    "neuron": Neurons,
     "shared_expert": SharedExperts,
 }
 """Component → class of the layer parts that belong to the component."""
 
 
-NumberedParts = Heads | Experts
+NumberedParts = Heads | Experts | Neurons
 """Parts of which a layer has several."""
 
 
@@ -228,8 +230,8 @@ def find_search_parts(source: ModelSource, unit: Component) -> SearchParts:
     if not layers or n_staying >= count:
         reason = f": each layer has {count} {plural}, and {n_staying} of them must stay"
         if not layers:
-            router = f"{Experts.NEEDS} and without groups of experts or a fixed table"
-            reason = f" (needed: {router if unit == 'expert' else Heads.NEEDS})"
+            router = " and without groups of experts or a fixed table" * (unit == "expert")
+            reason = f" (needed: {PART_CLASSES[unit].NEEDS}{router})"
         raise ModelError(
             f"{source.source} has no {plural} that can be removed one by one{reason}; use another "
             "'unit'"
@@ -238,29 +240,33 @@ def find_search_parts(source: ModelSource, unit: Component) -> SearchParts:
 
 
 def find_configured_parts(source: ModelSource, unit: Component) -> dict[int, NumberedParts]:
-    """Describe the heads or the experts of each layer that has them, without reading weights.
+    """Describe the heads, experts or neurons of each layer with them, without reading weights.
 
     The paths of modules are empty. Raises ModelError as `find_search_parts` does.
     """
     parts, config = find_search_parts(source, unit), read_config(source)
-    experts = Experts("", "", parts.per_layer, parts.min_kept, removable=True)
-    counts = parts_of_config(config)
-    heads, groups = counts.head or 1, counts.kv_head or counts.head or 1
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    part = experts if unit == "expert" else Heads("", heads, groups, width)
+    counts, number = parts_of_config(config), parts.per_layer
+    part: NumberedParts
+    if unit == "expert":
+        part = Experts("", "", number, parts.min_kept, removable=True)
+    elif unit == "neuron":
+        part = Neurons("", (mlp_width(config) or 0) // number, number)
+    else:
+        heads, groups = counts.head or 1, counts.kv_head or counts.head or 1
+        width = getattr(config, "head_dim", None) or config.hidden_size // heads
+        part = Heads("", heads, groups, width)
     return dict.fromkeys(parts.used_layers or (), part)
 
 
 def _layers_with_parts(small: PreTrainedModel, unit: Component) -> tuple[int, ...]:
-    """List the layers that have the configured number of heads or experts."""
+    """List the layers that have the configured number of heads, experts or neurons."""
     config, anatomy = small.config.get_text_config(), LayerAnatomy.of(small)
-    count = parts_of_config(config).count_of(unit)
-    if unit != "expert":
-        heads = enumerate(anatomy.find(Heads))
-        return tuple(layer for layer, part in heads if part and part.count(unit) == count)
-    experts, expected = enumerate(anatomy.find(Experts)), (True, count, experts_per_token(config))
-    return tuple(
-        layer
-        for layer, part in experts
-        if part and (part.removable, part.count, part.n_chosen) == expected
-    )
+    count, n_chosen = parts_of_config(config).count_of(unit), experts_per_token(config)
+
+    def is_configured(part: LayerPart | None) -> bool:
+        if isinstance(part, Experts) and (part.removable, part.n_chosen) != (True, n_chosen):
+            return False
+        return isinstance(part, NumberedParts) and part.counts[unit] == count
+
+    parts = enumerate(anatomy.find(PART_CLASSES[unit]))
+    return tuple(layer for layer, part in parts if is_configured(part))

@@ -15,13 +15,13 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from transformers.pytorch_utils import Conv1D
 
 from tracker.models.hooks import enter_all, replaced_attributes
-from tracker.models.offloaded import ModuleAttribute, replace_attributes
 from tracker.models.parts.linear_maps import map_of_module
 from tracker.models.parts.probe import ModuleCall, PartFinder, module_paths
+from tracker.models.parts.projection import ProjectionColumns, count_holders, linear_calls
 from tracker.schema.changes import Change
 from tracker.schema.errors import CellError
 from tracker.schema.formats import join_words
-from tracker.schema.kinds import KIND_STYLES, Component
+from tracker.schema.kinds import Component
 
 HEAD_TEXT_TOKENS = 6
 """Number of tokens of the text for the verification."""
@@ -29,7 +29,7 @@ _PROBE_ATTENTION = "tracker_proof_of_heads"
 
 
 @dataclass(frozen=True)
-class Heads:
+class Heads(ProjectionColumns):
     """The heads of one attention module.
 
     Attributes:
@@ -61,7 +61,7 @@ class Heads:
         return zeros. The output projection is the linear map whose input has exactly this pattern.
         """
         shapes: list[tuple[int, int, int]] = []
-        holders = Counter(module for layer in finder.layers for module in layer.modules())
+        holders = count_holders(finder.layers)
 
         def mark_alternate_heads(
             module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: object, **__: object
@@ -80,7 +80,7 @@ class Heads:
             heads, groups, width = attentions[0]
             # Only the output projection reads all heads side by side.
             is_one = torch.arange(heads).repeat_interleave(width) % 2 == 0
-            modules = {call.module for call in calls if _reads_columns(call, is_one)}
+            modules = {c.module for c in linear_calls(calls) if _reads_columns(c.args[0], is_one)}
             if heads % groups or [holders[module] for module in modules] != [1]:
                 return None
             projection = module_paths(layer)[modules.pop()]
@@ -91,21 +91,10 @@ class Heads:
         with _replaced_attention(finder.model, mark_alternate_heads):
             return finder.probe(cls, HEAD_TEXT_TOKENS, find)
 
-    def count(self, component: Component) -> int:
-        """Return the number of heads, or of groups of heads if `component` is `kv_head`."""
-        return self.groups if component == "kv_head" else self.heads
-
-    def columns(self, part: Change, name: str) -> slice:
-        """Return the input columns of a head or group; raise CellError if there is no such head."""
-        n_parts = self.count(part.component)
-        assert part.number is not None
-        if part.number >= n_parts:
-            raise CellError(
-                f"{name} has {n_parts} {KIND_STYLES[part.component].plural}, 0 to {n_parts - 1}; "
-                f"leave {part.number} out of 'head'"
-            )
+    def select_columns(self, number: int, n_parts: int) -> slice:
+        """Return the input columns of a head or a group of heads."""
         width = self.heads // n_parts * self.width
-        return slice(part.number * width, (part.number + 1) * width)
+        return slice(number * width, (number + 1) * width)
 
     @property
     def counts(self) -> Mapping[Component, int]:
@@ -119,8 +108,8 @@ class Heads:
         Raises CellError if the remaining groups would have different numbers of heads.
         """
         width, per_group = self.width, self.heads // self.groups
-        columns = (range(self.heads * width)[self.columns(part, name)] for part in parts)
-        removed = {column // width for part_columns in columns for column in part_columns}
+        columns = torch.arange(self.heads * width)
+        removed = {c // width for part in parts for c in columns[self.columns(part, name)].tolist()}
         heads = [head for head in range(self.heads) if head not in removed]
         groups = Counter(head // per_group for head in heads)
         if not heads:
@@ -142,25 +131,6 @@ class Heads:
             entries[n_queries + 2 * n_keys] = packed
         return replace(self, heads=len(heads), groups=len(groups)), entries
 
-    def remove(self, layer: nn.Module, parts: Sequence[Change], name: str) -> None:
-        """Make the output projection of a copied layer ignore some heads."""
-        columns = [self.columns(part, name) for part in parts]
-        linear = map_of_module(layer.get_submodule(self.projection))
-        attribute = (linear.module, linear.name)
-        if not linear.weight.is_floating_point():
-            raise CellError(
-                f"{self.projection} of {name} is quantised, so the columns of a head cannot be set "
-                f"to 0; leave {self.COMPONENTS} out of 'component'"
-            )
-
-        def make() -> dict[ModuleAttribute, Tensor]:
-            weight = linear.weight.detach().clone()
-            for part_columns in columns:
-                weight[:, part_columns] = 0
-            return {attribute: linear.to_module_layout(weight, linear.parameter)}
-
-        replace_attributes(layer, [attribute], make)
-
 
 def _other_output_sizes(layer: nn.Module, projection: str) -> set[int]:
     """Return the numbers of outputs of an attention's linear maps before the output projection."""
@@ -170,12 +140,9 @@ def _other_output_sizes(layer: nn.Module, projection: str) -> set[int]:
     return {map_of_module(module).shape[0] for module in maps}
 
 
-def _reads_columns(call: ModuleCall, columns: Tensor) -> bool:
+def _reads_columns(states: Tensor, columns: Tensor) -> bool:
     """Return whether the input of a linear map was non-zero in exactly the given columns."""
-    if not isinstance(call.module, (nn.Linear, Conv1D)) or not call.args:
-        return False
-    states = call.args[0]
-    return states.ndim > 1 and torch.equal((states.flatten(0, -2) != 0).any(0).cpu(), columns)
+    return torch.equal((states.flatten(0, -2) != 0).any(0).cpu(), columns)
 
 
 def _replaced_attention(

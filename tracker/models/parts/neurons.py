@@ -1,0 +1,154 @@
+"""Find the neurons (intermediate channels) of MLPs, and group them by norms of their weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from tracker.models import hooks
+from tracker.models.offloaded import is_absent
+from tracker.models.parts.linear_maps import LinearMap, map_of_module
+from tracker.models.parts.probe import ModuleCall, PartFinder, module_paths
+from tracker.models.parts.projection import ProjectionColumns, count_holders, linear_calls
+from tracker.models.parts.sublayers import SUBLAYER_TEXT_TOKENS, Sublayers
+from tracker.schema.changes import Change
+from tracker.schema.errors import CellError
+from tracker.schema.kinds import Component
+from tracker.schema.model_parts import neuron_group_size
+
+
+@dataclass(frozen=True)
+class Neurons(ProjectionColumns):
+    """The neurons of one MLP, in groups of equal size.
+
+    Attributes:
+        projection: Path of the output projection, the linear map that reads all neurons.
+        size: Number of neurons of each group.
+        groups: Number of groups.
+        maps: The output projection, and the maps that compute the neurons. Empty if the weights are
+            unknown; the groups are then in the order of the columns.
+    """
+
+    KIND: ClassVar[str] = "groups of neurons"
+    COMPONENTS: ClassVar[str] = "neuron"
+    NEEDS: ClassVar[str] = (
+        "an MLP without experts, with one output projection whose number of inputs is a multiple "
+        "of 64"
+    )
+
+    projection: str
+    size: int
+    groups: int
+    maps: tuple[LinearMap, ...] = ()
+
+    @classmethod
+    def find(cls, finder: PartFinder) -> list[Neurons | None]:
+        """Find the neurons of every layer's MLP.
+
+        The output projection is the last linear map that the MLP calls. To find the maps that
+        compute its inputs, random outputs of each earlier map are replaced by ones: the inputs of
+        the projection must change in exactly these places. All matrices of the MLP must be among
+        these maps, so a mixture of experts has no neurons.
+        """
+        sublayers = dict(zip(finder.layers, finder.find(Sublayers), strict=True))
+        holders = count_holders(finder.layers)
+
+        def find(layer: nn.Module, calls: Sequence[ModuleCall]) -> Neurons | None:
+            pair = sublayers[layer]
+            assert pair is not None
+            attention, mlp = {*pair.attention.modules()}, [*pair.mlp.modules()]
+            maps = [call for call in linear_calls(calls) if call.module not in attention]
+            if not maps or maps[-1].module not in mlp or holders[maps[-1].module] > 1:
+                return None
+            *others, last = maps
+            width = last.args[0].shape[-1]
+            size = neuron_group_size(width)
+            modules = [c.module for c in others if _computes_inputs(c.module, last, calls[-1])]
+            matrices = {m for m in mlp for p in m.parameters(recurse=False) if p.ndim > 1}
+            if not size or not modules or matrices - {*modules, last.module}:
+                return None
+            linear_maps = tuple(map_of_module(module) for module in (last.module, *modules))
+            return cls(module_paths(layer)[last.module], size, width // size, linear_maps)
+
+        return finder.probe(cls, SUBLAYER_TEXT_TOKENS, find)
+
+    @property
+    def counts(self) -> Mapping[Component, int]:
+        """The number of groups."""
+        return {"neuron": self.groups}
+
+    @cached_property
+    def order(self) -> Tensor:
+        """The input columns of the projection, from the largest norm to the smallest.
+
+        The norm of a neuron is the product of the Euclidean norms of its column in the output
+        projection and its rows in the other maps, without biases.
+        """
+        width = self.size * self.groups
+        norms = torch.ones(width, dtype=torch.float64)
+        for axis, linear in zip((0, *[1] * len(self.maps)), self.maps, strict=False):
+            weight = linear.weight.detach()
+            if is_absent(weight) or weight.is_meta or not weight.is_floating_point():
+                raise CellError(
+                    f"the weights before {self.projection} are quantised or offloaded, so neurons "
+                    "cannot be sorted by them; leave neuron out of 'component'"
+                )
+            # A packed map has rows of gates, then rows of values.
+            norms *= weight.cpu().double().norm(dim=axis).view(-1, width).prod(0)
+        # Sums of other devices differ in the last bits.
+        order = norms.float().argsort(descending=True, stable=True)
+        return order.to(self.maps[0].weight.device) if self.maps else order
+
+    def select_columns(self, number: int, n_parts: int) -> Tensor:
+        """Return the input columns of a group of neurons."""
+        return self.order[number * self.size : (number + 1) * self.size]
+
+    def narrow(self, parts: Sequence[Change], name: str) -> tuple[Neurons, dict[int, list[int]]]:
+        """Return the groups that remain without some parts, and the entries of tensors they use.
+
+        The entries are keyed by the length of the tensor's axis in the original layer. Raises
+        CellError if no group remains.
+        """
+        width = self.size * self.groups
+        is_kept = torch.ones(width, dtype=torch.bool)
+        for part in parts:
+            is_kept[self.columns(part, name).cpu()] = False
+        kept = is_kept.nonzero().flatten().tolist()
+        if not kept:
+            raise CellError(f"no neuron of {name} would remain; at least one group must stay")
+        entries = {width: kept, 2 * width: [*kept, *(width + column for column in kept)]}
+        return replace(self, groups=len(kept) // self.size), entries
+
+
+def _computes_inputs(module: nn.Module, projection: ModuleCall, layer: ModuleCall) -> bool:
+    """Return whether a map computes the inputs of a projection, each from its own outputs.
+
+    `projection` and `layer` are calls in which all outputs were unchanged.
+    """
+    inputs = projection.args[0]
+    width = inputs.shape[-1]
+    is_marked = torch.rand(width, generator=torch.Generator().manual_seed(0)) < 0.5
+    new_inputs: list[Tensor] = []
+
+    def mark(_: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        n_outputs = output.shape[-1]
+        if n_outputs not in (width, 2 * width):
+            return None
+        marks = is_marked.repeat(n_outputs // width).to(output.device)
+        return output.masked_fill(marks, 1)
+
+    def record(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        new_inputs.append(args[0])
+
+    with (
+        module.register_forward_hook(mark),
+        projection.module.register_forward_pre_hook(record),
+    ):
+        hooks.call_protected(layer.module, layer.module.forward, layer.args, layer.kwargs)
+    is_changed = (new_inputs[-1] != inputs).flatten(0, -2).any(0).cpu()
+    return torch.equal(is_changed, is_marked)
