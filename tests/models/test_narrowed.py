@@ -10,7 +10,7 @@ import torch
 from tests.helpers.families import tiny_model
 from tests.helpers.mixtures import ONE_GROUP, tiny_mixture, without_experts
 from tests.helpers.saved import logits, save_and_load
-from tests.helpers.truth import without_heads
+from tests.helpers.truth import NEURON_MAPS, neurons_of, without_heads, without_neurons
 from tracker.models.checkpoint import check_part_removal, savable_copies
 from tracker.models.layers import find_layers
 from tracker.models.sources import find_model
@@ -97,6 +97,52 @@ def test_fewer_heads_of_each_group_are_loaded(tmp_path):
     assert (loaded.config.num_attention_heads, loaded.config.num_key_value_heads) == (2, 2)
 
 
+def slice_neurons(model, family, numbers):
+    """Build the model without two of four groups, and fill it with slices by tensor names."""
+    config, weights = copy.deepcopy(model.config), model.state_dict()
+    down, *others = NEURON_MAPS[family].split()
+    layers = next(name for name in weights if f".0.{down}." in name).partition(".0.")[0]
+    for layer, groups in enumerate(numbers):
+        removed = neurons_of(model, family, layer, *groups)
+        width = 2 * len(removed)
+        names = [
+            f"{layers}.{layer}.{path}.{kind}" for path in others for kind in ("weight", "bias")
+        ]
+        for name in {f"{layers}.{layer}.{down}.weight", *names} & weights.keys():
+            axis = int((f".{down}." in name) != (family == "gpt2")) if weights[name].ndim > 1 else 0
+            rows = [n for n in range(weights[name].shape[axis]) if n % width not in removed]
+            weights[name] = weights[name].index_select(axis, torch.tensor(rows))
+    key = {"gpt2": "n_inner", "opt": "ffn_dim"}.get(family, "intermediate_size")
+    setattr(config, key, width // 2)
+    smaller = type(model)(config).float().eval()
+    smaller.load_state_dict(weights)
+    return smaller
+
+
+@pytest.mark.parametrize("family", NEURON_MAPS)
+def test_fewer_neurons_are_loaded(family, tmp_path):
+    model = tiny_model(family)
+    numbers = [[0, 3], [1, 2], [2, 1], [3, 0]]
+    loaded, measured = narrow_and_load(model, removal("neuron", numbers), tmp_path)
+    by_hand = slice_neurons(model, family, numbers)
+    assert loaded.num_parameters() == by_hand.num_parameters()
+    assert is_close(logits(loaded), logits(by_hand))
+    assert is_close(logits(loaded), logits(measured))
+    assert is_close(
+        logits(measured), logits(without_neurons(model, removal("neuron", numbers), family))
+    )
+    assert not torch.allclose(logits(loaded), logits(model), atol=1e-2), "they mattered"
+
+
+def test_heads_and_neurons_together(tmp_path):
+    model = tiny_model("llama")
+    heads, neurons = removal("kv_head", [[0], [1]] * 2), removal("neuron", [[3], [1]] * 2)
+    loaded, _ = narrow_and_load(model, Ablation(heads.changes | neurons.changes), tmp_path)
+    expected = without_heads(without_neurons(model, neurons, "llama"), heads)
+    assert is_close(logits(loaded), logits(expected))
+    assert (loaded.config.intermediate_size, loaded.config.num_key_value_heads) == (36, 1)
+
+
 MIXTURE_FAMILIES = {
     "mixtral": "num_local_experts",
     "qwen2_moe": "num_experts",
@@ -156,6 +202,10 @@ def test_tied_weights_stay_tied(tmp_path):
         ("llama", {}, "head", [[0], [1], [1], [0]], "would keep 1 and 2 heads"),
         ("llama", {}, "kv_head", [[0], [1], [1], [0], [0]], "layer 4 .* has no attention heads"),
         ("llama", {}, "expert", [[0]] * 4, "has no number of experts"),
+        ("llama", {}, "neuron", [[0], [1], [], [2]], "layer 2 keeps 4 of 4 groups of neurons"),
+        ("llama", {}, "neuron", [[0, 1, 2, 3]] * 4, "no neuron of layer 0 .* would remain"),
+        ("mixtral", {}, "neuron", [[0]] * 4, "no groups of neurons .* without experts"),
+        ("bloom", {}, "neuron", [[0]] * 4, "has no number of groups of neurons"),
         # 96 is no multiple of 10 heads. The miniature has fewer heads, which are accepted.
         (
             "llama", {"hidden_size": 96, "num_attention_heads": 12, "num_key_value_heads": 6},

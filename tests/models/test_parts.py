@@ -34,6 +34,7 @@ def save_tiny_model(folder: Path, family: str, **changes: Any) -> PretrainedConf
         ("llama", "head", "all", "num_attention_heads", 1),
         ("llama", "kv_head", "all", "num_key_value_heads", 1),
         ("gpt2", "head", "all", "num_attention_heads", 1),
+        ("llama", "neuron", "all", 4, 1),
         ("mixtral", "expert", "all", 5, 2),
         ("olmoe", "expert", "all", 5, 2),
         ("gpt_oss", "expert", "all", 5, 2),

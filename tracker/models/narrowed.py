@@ -1,7 +1,7 @@
-"""Make copies of a model that have fewer heads or experts in each layer, with smaller weights.
+"""Make copies of a model with fewer heads, experts or neurons in each layer and smaller weights.
 
-The configuration of transformers has one number of heads and one number of experts for all layers.
-So plain transformers loads such a copy only if each layer has lost the same number.
+The configuration of transformers has one number of heads, experts and neurons for all layers. So
+plain transformers loads such a copy only if each layer has lost the same number.
 """
 
 from __future__ import annotations
@@ -17,49 +17,58 @@ from torch import Tensor, nn
 from tracker.models.devices import take_entries
 from tracker.models.layers import find_layers
 from tracker.models.parts.anatomy import PART_CLASSES, LayerAnatomy, NumberedParts
+from tracker.models.parts.heads import Heads
+from tracker.models.parts.neurons import Neurons
 from tracker.models.pruned import build_uninitialised, prune_model, reload_config
 from tracker.schema.changes import Ablation
 from tracker.schema.errors import CellError, ModelError, attempt, first_line
 from tracker.schema.formats import join_words
 from tracker.schema.grouping import group_by
 from tracker.schema.kinds import KIND_STYLES, Component
-from tracker.schema.model_parts import EXPERT_COUNT_KEYS
+from tracker.schema.model_parts import EXPERT_COUNT_KEYS, MLP_WIDTH_KEYS, mlp_width
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 PartNumbers = Mapping[Component, int]
-"""Numbers of heads, groups of heads or experts in each layer."""
+"""Numbers of parts of each kind, such as heads, in each layer."""
 _NUMBER_KEYS: Mapping[Component, Sequence[str]] = {
     "head": ("num_attention_heads",),
     "kv_head": ("num_key_value_heads", "num_kv_heads"),
     "expert": EXPERT_COUNT_KEYS,
+    "neuron": MLP_WIDTH_KEYS,
 }
 """Names in configurations of the numbers of parts."""
 
 
 @dataclass
 class Narrowing:
-    """Numbers of parts in each layer of a model without some heads or experts.
+    """Numbers of parts in each layer of a model without some heads, experts or neurons.
 
     Attributes:
         old_numbers: The numbers in the original model.
         numbers: The numbers in the narrowed model.
         head_width: Width of a head; None if no heads are removed.
+        group_size: Number of neurons in each group; configurations count single neurons.
         entries: Layer → the entries of its tensors that remain.
     """
 
     old_numbers: dict[Component, int] = field(default_factory=dict)
     numbers: dict[Component, int] = field(default_factory=dict)
     head_width: int | None = None
+    group_size: int = 1
     entries: dict[int, dict[int, list[int]]] = field(default_factory=lambda: defaultdict(dict))
 
     def resize(self, config: PreTrainedConfig, numbers: PartNumbers) -> None:
         """Write numbers of parts to a configuration, and the width of a head if it is implied."""
         for component, number in numbers.items():
+            size = self.group_size if component == "neuron" else 1
             for key in _NUMBER_KEYS[component]:
-                if getattr(config, key, None) == self.old_numbers[component]:
-                    setattr(config, key, number)
+                value = getattr(config, key, None)
+                if key == "n_inner" and hasattr(config, key):  # None means a multiple
+                    value = mlp_width(config)
+                if value == size * self.old_numbers[component]:
+                    setattr(config, key, size * number)
         if self.head_width is not None and getattr(config, "head_dim", None) is None:
             config.head_dim = self.head_width
 
@@ -108,11 +117,11 @@ def plan_narrowing(
     find_parts: Callable[[type[NumberedParts]], Mapping[int, NumberedParts]],
     owner: str,
 ) -> Narrowing:
-    """Plan the removal of heads and experts.
+    """Plan the removal of heads, experts and neurons.
 
     Args:
-        ablation: The heads and experts to remove.
-        find_parts: Function that returns the heads or the experts of each layer that has them.
+        ablation: The parts to remove.
+        find_parts: Function that returns the parts of one kind of each layer that has them.
         owner: Name of the model in messages.
 
     Returns:
@@ -133,13 +142,23 @@ def plan_narrowing(
                 narrowed[layer], entries = parts[layer].narrow(removed, f"layer {layer} of {owner}")
             except CellError as error:  # nothing has been measured yet
                 raise ModelError(str(error)) from None
-            plan.entries[layer] |= entries
+            old_entries = plan.entries[layer]
+            if any(old_entries.get(n, kept) != kept for n, kept in entries.items()):
+                raise ModelError(
+                    f"tensors of heads and of neurons of {owner} have equal sizes; save a model "
+                    "without the one kind, then remove the other from it"
+                )
+            old_entries.update(entries)
         numbers = {layer: (parts[layer].counts, part.counts) for layer, part in narrowed.items()}
         _refuse_uneven(numbers, changes[0].component)
         old, new = next(iter(numbers.values()))
         plan.old_numbers |= old
         plan.numbers |= new
-        plan.head_width = getattr(next(iter(parts.values())), "width", plan.head_width)
+        part = next(iter(parts.values()))
+        if isinstance(part, Heads):
+            plan.head_width = part.width
+        elif isinstance(part, Neurons):
+            plan.group_size = part.size
     return plan
 
 
@@ -158,7 +177,7 @@ def _refuse_uneven(numbers: Mapping[int, tuple[PartNumbers, PartNumbers]], unit:
 
 
 def plan_removal(anatomy: LayerAnatomy, ablation: Ablation) -> Narrowing:
-    """Plan the removal of heads and experts from a loaded model, as `plan_narrowing` does."""
+    """Plan the removal of parts from a loaded model, as `plan_narrowing` does."""
 
     def find_parts(kind: type[NumberedParts]) -> dict[int, NumberedParts]:
         return {layer: part for layer, part in enumerate(anatomy.find(kind)) if part is not None}
@@ -167,15 +186,15 @@ def plan_removal(anatomy: LayerAnatomy, ablation: Ablation) -> Narrowing:
 
 
 def narrowed_copies(model: PreTrainedModel, ablation: Ablation) -> tuple[Any, Any]:
-    """Copy a model without some heads or experts, in the saved form and in the measured form.
+    """Copy a model without some parts, in the saved form and in the measured form.
 
     Args:
         model: A causal language model of transformers.
-        ablation: The heads and experts to remove, the same number in each layer.
+        ablation: The heads, experts or neurons to remove, the same number in each layer.
 
     Returns:
         The copy with smaller weights, whose configuration states the smaller numbers; and the copy
-        that the engine measures, in which the output projection ignores the removed heads.
+        that the engine measures, in which output projections ignore the removed parts.
 
     Raises:
         ModelError: Plain transformers could not load the copy; the message gives the reason.
@@ -215,7 +234,7 @@ def _cut_tensor(
     for axis, (length, new_length) in enumerate(zip(value.shape, expected.shape, strict=True)):
         if length != new_length and len(entries.get(length, ())) != new_length:
             raise ModelError(
-                f"{name} is too long, and which of its entries belong to the remaining heads is "
+                f"{name} is too long, and which of its entries belong to the remaining parts is "
                 "unknown, so the others cannot be removed from the model"
             )
         cut = take_entries(cut, entries[length], axis) if length != new_length else cut

@@ -537,14 +537,18 @@ def _parts_of_gguf(model: ModelSource) -> ModelParts | None:
     def read() -> ModelParts | None:
         reader = Reader(Path(model.location) / str(model.gguf_file))
         architecture = reader.get_field("general.architecture").contents()
-        names = ("block_count", "attention.head_count", "attention.head_count_kv")
-        names += ("feed_forward_length", "expert_count")
+        names = (
+            *("block_count", "attention.head_count", "attention.head_count_kv"),
+            *("feed_forward_length", "expert_count"),
+        )
         fields = [reader.get_field(f"{architecture}.{name}") for name in names]
-        *counts, n_experts = (field and field.contents() for field in fields)
+        *counts, width, n_experts = (field and field.contents() for field in fields)
         # Some counts are lists, with one for each layer.
-        if architecture in GGUF_CONFIG_MAPPING and all(isinstance(n, int) for n in counts):
-            groups = _count_neuron_groups(counts.pop())
-            parts = ModelParts(*counts, expert=n_experts or None, neuron=groups)
+        if architecture in GGUF_CONFIG_MAPPING and all(
+            isinstance(n, int) for n in (*counts, width)
+        ):
+            n_neurons = _count_neuron_groups(width)
+            parts = ModelParts(*counts)._replace(expert=n_experts or None, neuron=n_neurons)
             return parts if 0 < parts.layers <= MAX_LAYERS else None
         return None
 

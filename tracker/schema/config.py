@@ -400,7 +400,9 @@ class CellRequest:
 
 def number_field(component: Component) -> Literal["heads", "experts", "neurons"]:
     """Return the name of the `ChangeGrid` field for the numbers of a kind of parts."""
-    return {"expert": "experts", "neuron": "neurons"}.get(component, "heads")
+    if component == "neuron":
+        return "neurons"
+    return "experts" if component == "expert" else "heads"
 
 
 def all_ablations(requests: Iterable[CellRequest], layers: int) -> list[Ablation]:

@@ -115,14 +115,16 @@ class Neurons(ProjectionColumns):
         CellError if no group remains.
         """
         width = self.size * self.groups
-        is_kept = torch.ones(width, dtype=torch.bool)
+        is_kept = torch.ones(width, dtype=torch.bool, device=self.order.device)
         for part in parts:
-            is_kept[self.columns(part, name).cpu()] = False
-        kept = is_kept.nonzero().flatten().tolist()
-        if not kept:
+            is_kept[self.columns(part, name)] = False
+        remaining = is_kept.nonzero().flatten().tolist()
+        if not remaining:
             raise CellError(f"no neuron of {name} would remain; at least one group must stay")
-        entries = {width: kept, 2 * width: [*kept, *(width + column for column in kept)]}
-        return replace(self, groups=len(kept) // self.size), entries
+        entries = {width: remaining}
+        if any(linear.shape[0] == 2 * width for linear in self.maps):
+            entries[2 * width] = [*remaining, *(width + column for column in remaining)]
+        return replace(self, groups=len(remaining) // self.size), entries
 
 
 def _computes_inputs(module: nn.Module, projection: ModuleCall, layer: ModuleCall) -> bool:

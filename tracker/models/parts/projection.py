@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import ClassVar
 
 from torch import Tensor, nn
@@ -79,6 +79,6 @@ def linear_calls(calls: Sequence[ModuleCall]) -> list[ModuleCall]:
     return [call for call in linear if call.args[0].ndim > 1]
 
 
-def count_holders(layers: Sequence[nn.Module]) -> Counter[nn.Module]:
+def count_holders(layers: Iterable[nn.Module]) -> Counter[nn.Module]:
     """Count the layers that hold each module."""
     return Counter(module for layer in layers for module in layer.modules())
