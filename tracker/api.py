@@ -710,15 +710,15 @@ def export(
     register: str | None = None,
     **settings: Unpack[ExportKeywords],
 ) -> ExportedModel:
-    """Save a model without some layers, heads or experts, and verify that it is the measured one.
+    """Save a model without some layers or parts, and verify that it is the measured one.
 
     To verify the model, a new process loads it with plain transformers and scores it with plain
     lm-eval.
 
     Args:
         model: Model to change: hub id, folder, GGUF file or `package:NAME`.
-        remove: 0-based numbers of the layers to remove, or texts of heads and experts such as
-            `kv_head:3.1`, the same number from each layer; empty if layers are repeated.
+        remove: 0-based numbers of the layers to remove, or texts of heads, experts and neurons
+            such as `kv_head:3.1`, the same number from each layer; empty if layers are repeated.
         output: Folder in which the model is saved. The folder must not exist yet.
         repeat: Consecutive layers to repeat.
         repeats: Number of passes through the repeated layers; None for two.

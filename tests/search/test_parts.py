@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.conftest import cli, printed, refused, save_llama
 from tests.helpers.mixtures import save_mixture, without_experts
-from tests.helpers.truth import find_layer_list, without_heads
+from tests.helpers.truth import find_layer_list, without_heads, without_neurons
 from tracker.measuring.job import Options
 from tracker.measuring.progress import Silent
 from tracker.schema.changes import Ablation, Change
@@ -38,7 +38,7 @@ from .conftest import SETTINGS, Truth, stored_searches
 
 pytestmark = pytest.mark.usefixtures("one_thread", "fast_timing", "in_process")
 N_REMOVED, DOCUMENTS = 3, 4
-UNITS = {"head": (4, 1), "kv_head": (2, 1), "expert": (4, 2)}
+UNITS = {"head": (4, 1), "kv_head": (2, 1), "expert": (4, 2), "neuron": (4, 1)}
 """What goes → how many a layer has, and how many of them must stay."""
 
 
@@ -54,6 +54,8 @@ class PartsTruth(Truth):
             ablation = Ablation.from_changes(*changes)
             if unit == "expert":
                 return without_experts(model, "mixtral", ablation)
+            if unit == "neuron":
+                return without_neurons(model, ablation, "llama")
             return without_heads(model, ablation)
 
         super().__init__(request, change_model)
@@ -77,7 +79,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("parts")
     llama = save_llama(folder / "llama", seed=3, layers=2, vocab_size=352)
     save_mixture(mixtral := folder / "mixtral", "mixtral")
-    return {"head": llama, "kv_head": llama, "expert": mixtral}
+    return {"head": llama, "kv_head": llama, "expert": mixtral, "neuron": llama}
 
 
 MakeRequest = Callable[..., SearchRequest]
@@ -149,7 +151,7 @@ def test_one_shot_leaves_each_layer_enough(unit, truth, make_request, model_cach
     assert [step.layer for step in steps] == expected[:max_removed]
 
 
-BLOCKS = {"head": 2, "kv_head": 2, "expert": 4}
+BLOCKS = {"head": 2, "kv_head": 2, "expert": 4, "neuron": 4}
 """What goes → the size of a group of heads, or of a layer."""
 
 

@@ -111,12 +111,12 @@ class LayersType(TextType):
         self._allow_all = allow_all
         """Whether `all` is allowed."""
         self._allow_parts = allow_parts
-        """Whether texts of heads and experts are allowed."""
+        """Whether texts of parts such as heads are allowed."""
 
     def read(self, text: str) -> tuple[int | str, ...] | str:
         """Parse layers; return their numbers in ascending order, or `ALL_PARTS` for all layers.
 
-        If heads and experts are allowed, their texts are split at commas and returned.
+        If parts are allowed, their texts are split at commas and returned.
         """
         if self._allow_parts and ":" in text:
             return tuple(word.strip() for word in text.split(","))
@@ -434,7 +434,7 @@ def _click_range(field: FieldInfo) -> dict[str, Any]:
 
 
 class ExperimentOptions(CommandOptions):
-    """Options for layers, heads, experts, and any other key of an experiment file."""
+    """Options for layers, heads, experts, neurons, and any other key of an experiment file."""
 
     layer: Annotated[Sequence[int] | str | None, LayersType(allow_all=True)] = None
     """Layers to change, e.g. 3,17 or 3-7 (default: all)."""

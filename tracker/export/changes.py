@@ -44,13 +44,13 @@ def removal(layers: Sequence[int], **origin: Any) -> ModelChange:
 
 
 def part_removal(texts: Sequence[str]) -> ModelChange:
-    """Return the change that removes heads and experts, given as texts such as `kv_head:3.1`."""
+    """Return the change that removes parts of layers, given as texts such as `kv_head:3.1`."""
     for text in texts:
         change = attempt(partial(Change.parse, text))
         if isinstance(change, Exception) or change.word not in NUMBERED_COMPONENTS:
             raise RequestError(
-                f"--remove: invalid part {text!r}; expected either layers, as in 3,17, or heads "
-                "and experts, as in kv_head:3.1,expert:2.7"
+                f"--remove: invalid part {text!r}; expected either layers, as in 3,17, or heads, "
+                "experts and neurons, as in kv_head:3.1,neuron:2.7"
             )
     return ModelChange(Ablation.from_changes(*map(Change.parse, texts)))
 
@@ -114,11 +114,11 @@ def _refuse_sublayers(component: Component, layers: Sequence[int]) -> None:
 
 
 def refuse_units(units: Collection[Component]) -> None:
-    """Raise RequestError unless searches remove whole layers, heads or experts."""
+    """Raise RequestError unless searches remove whole layers, heads, experts or neurons."""
     other_units = sorted(set(units) - {"layer", *NUMBERED_COMPONENTS})
     if other_units:
         raise RequestError(
-            "--output can save a model only if whole layers, heads or experts are removed, not "
+            "--output can save a model only if layers, heads, experts or neurons are removed, not "
             f"unit {other_units[0]}; leave --output out"
         )
 
@@ -148,7 +148,7 @@ class ChangedModel(NamedTuple):
 
 
 def changed_layers(source: ModelSource, loaded: LoadedModel, change: ModelChange) -> ChangedModel:
-    """Make a copy of a loaded model with layers removed or repeated, or fewer heads or experts."""
+    """Make a copy of a loaded model with layers removed or repeated, or without some parts."""
     from tracker.models import checkpoint
     from tracker.models.offloaded import weight_bytes
     from tracker.models.pruned import remaining_layers
@@ -223,7 +223,7 @@ def add_origin(change: ModelChange, ledger: Ledger, model: ModelIdentity) -> Mod
 
 
 def find_removal(ledger: Ledger, model: ModelIdentity, change: ModelChange) -> ModelChange:
-    """Return the removal of layers, heads or experts, with the searches that chose them.
+    """Return the removal of layers or parts of layers, with the searches that chose them.
 
     Args:
         ledger: The results folder.

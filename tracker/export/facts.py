@@ -164,7 +164,7 @@ class ModelChange:
     """A change of an exported model, and how the change was chosen.
 
     Attributes:
-        ablation: The change: removed layers, heads or experts, repeated layers, or weights rounded
+        ablation: The change: removed layers or parts of layers, repeated layers, or weights rounded
             to formats.
         order: The removed layers, in the order in which they were chosen; empty if no layers are
             removed.
@@ -206,7 +206,7 @@ class ModelChange:
 
     @property
     def parts_text(self) -> str:
-        """The numbers of removed heads and experts, such as `30 groups of heads`; else empty."""
+        """The numbers of removed parts of layers, such as `30 groups of heads`; else empty."""
         counts = Counter(change.plural for change in self.ablation.parts)
         return join_words([f"{n} {plural}" for plural, n in counts.items()])
 

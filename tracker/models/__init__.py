@@ -9,7 +9,7 @@ Modules:
     layers: Find the decoder layers.
     load: Load a model and its tokenizer.
     miniature: Build a small model of the same class with random weights.
-    narrowed: Copy a model with fewer heads or experts in each layer.
+    narrowed: Copy a model with fewer heads, experts or neurons in each layer.
     offloaded: Choose the layers to offload, and load an offloaded layer when it is needed.
     parts: Find, remove and quantise parts of layers, such as heads, experts and linear maps.
     pruned: Copy a model without some layers.

@@ -1,4 +1,4 @@
-"""Save a model with removed or repeated layers, or fewer heads or experts, as a checkpoint.
+"""Save a model with removed or repeated layers, or fewer parts in each layer, as a checkpoint.
 
 Plain transformers can load the checkpoint. A copy is saved only if transformers can rebuild the
 same model from its configuration.
@@ -96,11 +96,11 @@ def savable_copy(
 
 
 def savable_copies(model: PreTrainedModel, ablation: Ablation) -> tuple[Any, Any]:
-    """Copy a model with changed layers, or without some heads or experts.
+    """Copy a model with changed layers, or without some parts of layers.
 
     Args:
         model: A causal language model of transformers.
-        ablation: Removed and repeated layers, or removed heads and experts.
+        ablation: Removed and repeated layers, or removed parts such as heads.
 
     Returns:
         The copy to save, and the copy that the engine measures, which can be the same.
@@ -209,7 +209,7 @@ def check_layer_changes(
 
 
 def check_part_removal(source: ModelSource, ablation: Ablation) -> None:
-    """Raise ModelError if plain transformers could not load the model without heads or experts.
+    """Raise ModelError if plain transformers could not load the model without some parts.
 
     The function tests a small random model with the same architecture.
     """

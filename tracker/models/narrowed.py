@@ -143,7 +143,7 @@ def plan_narrowing(
             except CellError as error:  # nothing has been measured yet
                 raise ModelError(str(error)) from None
             old_entries = plan.entries[layer]
-            if any(old_entries.get(n, kept) != kept for n, kept in entries.items()):
+            if any(old_entries.get(n, numbers) != numbers for n, numbers in entries.items()):
                 raise ModelError(
                     f"tensors of heads and of neurons of {owner} have equal sizes; save a model "
                     "without the one kind, then remove the other from it"

@@ -176,7 +176,7 @@ def _board_notes(board: LayerBoard) -> list[str]:
 
 
 def part_board_columns() -> tuple[Column[RankedRow[PartStanding]], ...]:
-    """Define all columns of a leaderboard of parts, such as heads or experts."""
+    """Define all columns of a leaderboard of parts, such as heads or neurons."""
 
     return (
         Column("model", "text", lambda row: row.model, name="model"),

@@ -283,6 +283,7 @@ def _changes_text(cells: Sequence[CellRecord]) -> str:
         "each attention head": "head" in components,
         "each group of heads": "kv_head" in components,
         "each routed expert": "expert" in components,
+        "each group of neurons": "neuron" in components,
         "each layer’s shared expert": "shared_expert" in components,
         "each span of layers": "layer" in span_components,
         "the attention or MLP of each span of layers": bool(span_components - {"layer"}),

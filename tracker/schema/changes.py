@@ -55,9 +55,9 @@ class Change:
         layers: Numbers of the changed layers, ascending; empty for the embedding and the output
             head.
         intervention: Kind of the intervention, e.g. `remove`, `repeat` or a weight format.
-        part: Number of a head or expert, or path of a linear map in its layer (`mlp.down_proj`).
-            For linear maps also `attention`, `mlp`, `embedding` or `lm_head`. None for other
-            components.
+        part: Number of a head or another numbered part, or path of a linear map in its layer
+            (`mlp.down_proj`). For linear maps also `attention`, `mlp`, `embedding` or
+            `lm_head`. None for other components.
         repeats: Number of passes through repeated layers.
         drawn: True if the layers were drawn at random, as a control.
     """
@@ -193,7 +193,7 @@ class Change:
 
     @property
     def number(self) -> int | None:
-        """The number of the changed head or expert, 0-based; None for other components."""
+        """The number of the changed head or other part, 0-based; None for other components."""
         return self.part if isinstance(self.part, int) else None
 
     @property

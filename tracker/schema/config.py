@@ -198,7 +198,7 @@ class Changes(ChangeGrid):
 
     @property
     def has_parts(self) -> bool:
-        """True if the request includes heads, experts or linear maps of a layer."""
+        """True if the request includes heads, experts, neurons or linear maps of a layer."""
         return bool(self.numbered) or "linear" in self.components
 
     @property

@@ -1,4 +1,4 @@
-"""Count the layers, heads and experts of a model, and find the layers of a given kind.
+"""Count the layers and their parts of a model, and find the layers of a given kind.
 
 Many model configurations list the kind of each layer, such as `sliding_attention` or `mamba`. The
 kinds `odd` and `even` exist for every model.
@@ -47,7 +47,7 @@ N_CONTROLS = 40
 
 
 class ModelParts(NamedTuple):
-    """Numbers of layers, heads and experts of a model.
+    """Numbers of layers and of their parts in a model.
 
     Attributes:
         layers: Number of layers.
@@ -125,9 +125,9 @@ PartsCounter = Callable[[CellRequest, Collection[str]], ModelParts]
 
 
 def fill_parts(request: CellRequest, parts: ModelParts) -> CellRequest:
-    """Fill empty lists of layers, heads, experts or linear maps in a request.
+    """Fill empty lists of layers, heads, other parts or linear maps in a request.
 
-    ExperimentError is raised if the number of heads or experts is unknown.
+    ExperimentError is raised if the number of heads, experts or neurons is unknown.
     """
     numbers: dict[str, tuple[int, ...]] = {}
     if not request.changes.layers:

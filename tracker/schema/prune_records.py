@@ -60,7 +60,7 @@ class PruneStep(EstimatesRecord):
     they are separated already, or equal, so that no number separates them."""
     test: HeldOutResult | None = None
     parameters: int | None = Field(None, exclude_if=lambda count: count is None)
-    """Number of parameters of the model after the step; None for heads and experts."""
+    """Number of parameters of the model after the step; None for heads, experts and neurons."""
     reasons: dict[str, str] = Field(default_factory=dict)
 
 
@@ -134,7 +134,7 @@ class PruneRecord(Record):
 
     @property
     def parts(self) -> SearchParts:
-        """The layers, heads or experts that the search can remove, numbered consecutively."""
+        """The layers or parts of layers that the search can remove, numbered consecutively."""
         return SearchParts(self.unit, self.model.layers, self.per_layer)
 
     @property

@@ -1,4 +1,4 @@
-"""Number the removable parts of a model (layers, heads or experts) consecutively."""
+"""Number the removable parts of a model (layers, heads, …) consecutively."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from tracker.schema.kinds import KIND_STYLES, NUMBERED_COMPONENTS, Component
 
 @dataclass(frozen=True)
 class SearchParts:
-    """Numbering of the parts that a search can remove: layers, sublayers, heads or experts.
+    """Numbering of the parts that a search can remove: layers, sublayers, heads, etc.
 
     Each part has a single number. The number of a layer, attention or MLP is the layer's number.
-    The number of head or expert n of layer m is m × `per_layer` + n.
+    The number of part n, e.g. a head, of layer m is m × `per_layer` + n.
 
     Attributes:
         unit: The kind of the parts, such as `layer` or `head`.

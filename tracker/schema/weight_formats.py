@@ -93,7 +93,7 @@ _OWN_FORMATS: Mapping[str, WeightFormat] = {
     )
 }
 _RESERVED_WORDS = (
-    *("layer", "attention", "mlp", "head", "kv_head", "expert", "shared_expert"),
+    *("layer", "attention", "mlp", "head", "kv_head", "expert", "neuron", "shared_expert"),
     *("embedding", "lm_head", "remove", "mean", "scale", "linear", "repeat", "drawn"),
 )
 """Names that no format may have, since they mean something else in the text of a change."""

@@ -153,7 +153,7 @@ def refuse_unsavable(
 
 
 def find_part_refusal(source: ModelSource, removal: Ablation) -> str:
-    """Return why a model without these heads or experts cannot be saved; empty if it can."""
+    """Return why a model without these parts of layers cannot be saved; empty if it can."""
     try:
         check_part_removal(source, removal)
     except ModelError as error:

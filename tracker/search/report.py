@@ -211,11 +211,11 @@ def build_finding(
     )
 
 
-NO_SIZE = "parameters of heads and experts are not counted"
+NO_SIZE = "parameters of heads, experts and neurons are not counted"
 COST_NOTE = (
-    "Cost: what a search needs if it runs alone. Evaluations: number of sets of removed layers, "
-    "heads or experts that are scored on all calibration documents; a loop would run one pruned "
-    "model per set. Passes: computing cost, as a multiple of one forward pass of the intact model "
+    "Cost: what a search needs if it runs alone. Evaluations: number of sets of removed layers "
+    "or parts that are scored on all calibration documents; a loop would run one pruned model per "
+    "set. Passes: computing cost, as a multiple of one forward pass of the intact model "
     "over these documents."
 )
 CHOICE_ASSUMPTIONS = (

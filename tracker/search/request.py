@@ -112,7 +112,10 @@ class SearchRequest(SearchSettings):
                 f"some {unit_plural(unit)} anyway; use 'protect' or 'among'"
             )
         if self.uniform and unit not in NUMBERED_COMPONENTS:
-            yield f"'uniform' is only for heads and experts, but 'unit' is {unit}; leave it out"
+            yield (
+                "'uniform' is only for heads, experts and neurons, but 'unit' is "
+                f"{unit}; leave it out"
+            )
         elif self.uniform and self.strategy not in UNIFORM_STRATEGIES:
             yield (
                 f"{self.strategy} removes one part at a time, but 'uniform' removes one from each "

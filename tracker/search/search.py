@@ -163,7 +163,7 @@ class SearchDraw:
     def run_request(self, step: PruneStep) -> CellRequest | None:
         """Build the request for an ablation run that tests the model after a step.
 
-        The method returns None if several attentions, MLPs, heads or experts are removed.
+        The method returns None if several attentions, MLPs or numbered parts are removed.
         """
         part = step.layer if step.layer is not None else max(step.removed)
         removed = tuple(layer for layer in step.removed if layer != part)
@@ -267,7 +267,7 @@ def find_budget(request: SearchRequest, cache: ModelCache) -> Budget:
 
 
 def _count_parameters(model: Any, unit: Component) -> list[int]:
-    """Count the parameters of each layer, attention or MLP; return [] for heads and experts."""
+    """Count the parameters of each layer, attention or MLP; return [] for numbered parts."""
     modules: list[nn.Module] = [*find_layers(model)]
     if unit in NUMBERED_COMPONENTS:
         return []

@@ -283,6 +283,7 @@ _TOO_FEW: Mapping[Component, str] = {
     "head": "leaves layers without a head",
     "kv_head": "removes every group of heads of some layer",
     "expert": "leaves layers fewer experts than their routers choose",
+    "neuron": "leaves layers without a group of neurons",
 }
 _AMOUNT = re.compile(r"(\d+(?:\.\d+)?) ?(.*)")
 _SHARES: Mapping[str, AmountMeasure] = {
@@ -439,10 +440,10 @@ class Budget:
 
 @dataclass(frozen=True)
 class PartsBudget(Budget):
-    """Budget for the removal of heads or experts; each part has the size 1.
+    """Budget for the removal of heads, experts or neurons; each part has the size 1.
 
     Attributes:
-        parts: Numbering of the heads or experts.
+        parts: Numbering of the parts.
         uniform_block: Number of consecutive parts in each block, such as those of a layer, if each
             block must lose the same number of parts; None for no such constraint.
     """
@@ -456,7 +457,7 @@ class PartsBudget(Budget):
         return self.uniform_block is not None
 
     def parts_for(self, unit: Component) -> SearchParts:
-        """Return the numbering of the heads or experts in this budget."""
+        """Return the numbering of the parts in this budget."""
         return self.parts
 
     @cached_property
@@ -679,8 +680,8 @@ class SearchSettings(StrictModel):
     """Minimum number of layers of a kind to keep, of all or of each run of consecutive layers, e.g.
     full_attention=2 or 'full_attention=1 of 4'."""
     uniform: bool = False
-    """Remove the same number of heads or experts from each layer, so that the model can be saved
-    (default: true with --output)."""
+    """Remove the same number of heads, experts or groups of neurons from each layer, so that the
+    model can be saved (default: true with --output)."""
     calibrate: Annotated[tuple[Name, ...], BeforeValidator(_parse_names)] = ()
     """Calibration benchmarks, comma-separated (default: the benchmark itself)."""
     sample: Positive | None = None

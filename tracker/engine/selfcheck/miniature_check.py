@@ -360,9 +360,9 @@ def sample_ablations(ablations: Ablations) -> list[Ablation]:
 
 
 def _map_to_miniature(mini: PreTrainedModel, ablations: Ablations) -> list[Ablation]:
-    """Map ablations of a model to ablations of its miniature, which has fewer heads and experts.
+    """Map ablations of a model to ablations of its miniature, which has fewer parts.
 
-    A mapped ablation removes at most half of a layer's heads or experts. Duplicate ablations are
+    A mapped ablation removes at most half of a layer's parts. Duplicate ablations are
     dropped.
     """
     parts = parts_of_config(mini.config.get_text_config())

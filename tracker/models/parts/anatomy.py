@@ -58,7 +58,7 @@ NumberedParts = Heads | Experts | Neurons
 
 @dataclass(frozen=True)
 class LayerAnatomy(PartFinder):
-    """Finder of the attention, MLP, heads, experts and linear maps of a model's layers.
+    """Finder of the attention, MLP, their parts and linear maps of a model's layers.
 
     Attributes:
         weights: Cache of quantised weights.
@@ -207,7 +207,7 @@ def find_search_parts(source: ModelSource, unit: Component) -> SearchParts:
 
     Args:
         source: The model.
-        unit: The kind of parts, such as layers, heads or experts.
+        unit: The kind of parts, such as layers, heads or neurons.
 
     Returns:
         The parts, and the minimum number that must stay in each layer.
