@@ -166,6 +166,17 @@ def test_a_configuration_without_class(in_process, base, export, tmp_path, monke
     shutil.rmtree(saved.folder)
     assert export(folder).speed_on == "no speed today", "the model is saved nevertheless"
 
+    def interrupt(request):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(serving, "run_program", interrupt)
+    shutil.rmtree(saved.folder)
+    with pytest.raises(KeyboardInterrupt):
+        export(folder)
+    written = json.loads((saved.folder / "tracker.json").read_text())
+    assert written == facts | {"serving": [], "speed_on": "", "proof": written["proof"]}
+    assert {"README.md", "model.safetensors"} <= {path.name for path in saved.folder.iterdir()}
+
 
 @pytest.mark.parametrize(
     "settings",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import NormalDist
@@ -20,13 +21,14 @@ from tests.tools import accuracy_budget as simulation
 from tracker.analysis.paired import PairedOutcomes
 from tracker.export.changes import find_removal, removal
 from tracker.ledger.store import Ledger
+from tracker.schema.estimates import Estimate
 from tracker.schema.formats import round_count
 from tracker.schema.identities import BenchmarkIdentity
 from tracker.schema.prune_records import HeldOutResult, PruneStep
 from tracker.search import report
 from tracker.search.accuracy_budget import AccuracyBudget
 from tracker.search.planning import plan_searches, possible_results
-from tracker.search.recommending import recommend_within
+from tracker.search.recommending import end_within_budget, recommend_within
 from tracker.search.search import find_budget, run_search
 
 from .conftest import LAYERS, Truth, open_documents, stored_searches
@@ -106,6 +108,11 @@ def test_the_lightest_set_within_the_budget_is_saved(write, prune, ask, tmp_path
         r"not saved: .*is shown to lose at most 6pp; .* too few .*-drop", result.output
     )
     assert re.search(r"To save it nevertheless: tracker export .* --remove [\d,]+ ", result.output)
+    # The table shows how each search ends, and not the last step that it tried.
+    columns, rows = Ledger(tmp_path / "results").contents().findings[0].tables[0].plain()
+    table = [dict(zip(columns, row, strict=True)) for row in rows]
+    assert [row["removed"] for row in table] == ["none"] * 3
+    assert {row["test accuracy"] for row in table} == {table[0]["test accuracy"]}
 
 
 def make_search(outcomes: list[tuple[int, int]], n: int, strategy: str = "accuracy"):
@@ -120,7 +127,9 @@ def make_search(outcomes: list[tuple[int, int]], n: int, strategy: str = "accura
         HeldOutResult(n=n, level=paired.level(k), lost=paired.drop(k)) for k in range(len(outcomes))
     ]
     steps = [PruneStep(removed=tuple(range(k + 1)), test=test) for k, test in enumerate(tests)]
-    record = SimpleNamespace(steps=steps, baseline=SimpleNamespace(n=n))
+    level = Estimate(float(np.mean(baseline)))
+    intact = HeldOutResult(n=n, level=level, lost=Estimate(None))
+    record = SimpleNamespace(steps=steps, baseline=intact)
     request = SimpleNamespace(strategy=strategy, accuracy_budget=None)
     return report.TestedSearch(request, record, paired, ())  # type: ignore[arg-type]
 
@@ -148,6 +157,22 @@ def test_steps_are_tested_up_to_the_first_that_is_not_shown() -> None:
     searches = [make_search([close], 400), make_search([(90, 0)], 400, "last")]
     assert recommend_within(narrow, searches[:1]).removed == (0,)  # type: ignore[arg-type]
     assert recommend_within(narrow, searches).removed == ()  # type: ignore[arg-type]
+
+
+def test_a_search_ends_at_the_last_step_that_is_shown() -> None:
+    """Was: the last step, which is the first one that loses far too much."""
+    search = make_search([(2, 2), (12, 4), (30, 14), (12, 4)], 400)
+    search = replace(search, run_requests=tuple("abcd"))  # type: ignore[arg-type]
+    assert (search.final_index, search.run_request) == (3, "d")
+    search.request.accuracy_budget = AccuracyBudget.parse("5pp", None)  # type: ignore[misc]
+    for sizes, expected in (((1, 2, 3, 4), 1), ((3, 4), -1), ((1, 4), 3)):
+        is_savable = partial(lambda sizes, _, step: len(step.removed) in sizes, sizes)
+        ended = end_within_budget(search, 1, is_savable)
+        assert ended.final_index == expected
+        assert ended.run_request == [*"abcd", None][expected]
+        assert len(ended.final_step.removed) == expected + 1
+        outcomes = [*(step.test for step in search.record.steps), search.record.baseline]
+        assert report.test_outcome(ended.final_step) == outcomes[expected]
 
 
 def test_a_loss_without_a_value_ends_a_search() -> None:

@@ -21,6 +21,7 @@ import yaml
 from jinja2 import Template
 
 from tracker.export.facts import ExportedModel
+from tracker.ledger.files import write_text
 from tracker.models.sources import MODEL_PACKAGE, ModelSource
 from tracker.report.texts import open_templates
 from tracker.schema.formats import join_words, level_text
@@ -458,9 +459,9 @@ def write_card(model: ExportedModel, folder: Path) -> None:
 
     front_matter = _front_matter(model).to_yaml(line_break="\n")
     card = ModelCard(f"---\n{front_matter}\n---\n\n{card_text(model)}")
-    card.save(folder / "README.md")
+    write_text(folder / "README.md", str(card))
     facts = json.dumps(model.as_json(), indent=2, ensure_ascii=False)
-    (folder / FACTS_FILE).write_text(facts + "\n", encoding="utf-8")
+    write_text(folder / FACTS_FILE, facts + "\n")
 
 
 def write_eval_results(model: ExportedModel, folder: Path) -> None:

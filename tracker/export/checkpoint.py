@@ -146,35 +146,38 @@ def export(request: ExportRequest, progress: Progress) -> ExportedModel:
     record, cell = _measure_cost(request, progress) if request.has_benchmark else (None, None)
     gguf = request.gguf
     workplace = None if gguf is None else gguf.absolute().parent
-    with draft_folder(request.output) as folder, TemporaryDirectory(dir=workplace) as name:
+    with TemporaryDirectory(dir=workplace) as name:
         base_folder = Path(name)
-        model, answers = _write_checkpoint(request, source, folder, base_folder, progress)
-        progress.say("loading the model in a fresh process" + (", for lm-eval" if cell else ""))
-        checkpoint.release_memory()
-        try:
-            proof = prove(folder, answers, cell, trust_remote_code)
-        except BenchmarkError as error:
-            if not is_rounded:
-                raise
-            progress.say(f"not scored by lm-eval: {error}")
-            proof = prove(folder, answers, None, trust_remote_code)
-        if gguf is not None:
-            progress.say("writing the GGUF file with llama.cpp")
-            model = _add_gguf(model, source, folder, answers, base_folder / gguf.name)
+        with draft_folder(request.output) as folder:
+            model, answers = _write_checkpoint(request, source, folder, base_folder, progress)
+            progress.say("loading the model in a fresh process" + (", for lm-eval" if cell else ""))
+            checkpoint.release_memory()
+            try:
+                proof = prove(folder, answers, cell, trust_remote_code)
+            except BenchmarkError as error:
+                if not is_rounded:
+                    raise
+                progress.say(f"not scored by lm-eval: {error}")
+                proof = prove(folder, answers, None, trust_remote_code)
+            if gguf is not None:
+                progress.say("writing the GGUF file with llama.cpp")
+                model = _add_gguf(model, source, folder, answers, base_folder / gguf.name)
+            change = add_origin(change, request.ledger, model.base)
+            rows = [] if cell is None else [_accuracy(record, cell, change, request.ledger)]
+            # A measurement on exactly these documents is not repeated in the list.
+            keys = {(row.benchmark, row.n, row.before) for row in rows}
+            rows += [row for row in change.tested if (row.benchmark, row.n, row.before) not in keys]
+            model = replace(model, change=change, accuracy=tuple(rows), proof=proof)
+            if gguf is not None and model.gguf is not None:
+                model = replace(model, gguf=replace(model.gguf, path=gguf))
+            write_card(model, folder)
+            write_eval_results(model, folder)
+            if gguf is not None:
+                (base_folder / gguf.name).rename(gguf)
+        # The files have their final names, so an interrupt loses only the speed.
         progress.say("measuring speed and memory (a few minutes for a large model)")
-        model = _add_speed(model, base_folder, folder, answers, source)
-        change = add_origin(change, request.ledger, model.base)
-        rows = [] if cell is None else [_accuracy(record, cell, change, request.ledger)]
-        # A measurement on exactly these documents is not repeated in the list.
-        keys = {(row.benchmark, row.n, row.before) for row in rows}
-        rows += [row for row in change.tested if (row.benchmark, row.n, row.before) not in keys]
-        model = replace(model, change=change, accuracy=tuple(rows), proof=proof)
-        if gguf is not None and model.gguf is not None:
-            model = replace(model, gguf=replace(model.gguf, path=gguf))
-        write_card(model, folder)
-        write_eval_results(model, folder)
-        if gguf is not None:
-            (base_folder / gguf.name).rename(gguf)
+        model = _add_speed(model, base_folder, request.output, answers, source)
+        write_card(model, request.output)
     cells = (*change.chosen_by, *filter(None, [record]))
     results, project = request.ledger.root, request.project
     return publish(model, cells, request.track, project, results, request.register)

@@ -24,8 +24,8 @@ from tracker.schema.prune_records import HeldOutResult, PruneRecord, PruneStep
 from tracker.schema.records import CellRecord, RecordKey
 from tracker.search.cells import ModelCache, OpenCell
 from tracker.search.planning import find_part_refusal, refuse_unsavable
-from tracker.search.recommending import recommend_within
-from tracker.search.report import TestedSearch, build_finding, final_outcome
+from tracker.search.recommending import end_within_budget, recommend_within
+from tracker.search.report import TestedSearch, build_finding, test_outcome
 from tracker.search.request import SearchGoal, SearchRequest
 from tracker.search.search import (
     Recommendation,
@@ -160,6 +160,10 @@ def run_searches(
         for goal, group in group_by(searches, lambda search: search.request.goal).items():
             if (accuracy_budget := group[0].request.accuracy_budget) is not None:
                 recommendations[goal] = recommend_within(accuracy_budget, group, is_savable)
+        searches = [
+            end_within_budget(search, recommendations[search.request.goal].n_sets, is_savable)
+            for search in searches
+        ]
     if not failures:
         for cell in cache.cells.values():
             cell.end()
@@ -227,15 +231,16 @@ def _test_outcome(cell: OpenCell, ablation: Ablation, rounded: int | None = None
     return HeldOutResult(n=len(paired.baseline), level=paired.level(0), lost=drop, rounded=rounded)
 
 
-def search_figures(record: PruneRecord) -> dict[str, float]:
+def search_figures(search: TestedSearch) -> dict[str, float]:
     """Return the metrics of a search that W&B shows for a sweep."""
-    accuracy, cost = final_outcome(record).level, record.cost
+    record, cost = search.record, search.record.cost
+    accuracy = test_outcome(search.final_step).level
     values = {
         "search/test_accuracy": accuracy.value,
         "search/test_accuracy_low": accuracy.low,
         "search/test_accuracy_high": accuracy.high,
         "search/baseline_accuracy": record.baseline.level.value,
-        "search/removed": float(len(record.removed)),
+        "search/removed": float(len(search.final_step.removed)),
         "search/evaluations": cost.evaluations,
         "search/passes": cost.passes,
         "search/seconds": cost.seconds,
@@ -244,7 +249,7 @@ def search_figures(record: PruneRecord) -> dict[str, float]:
 
 
 def _log_trial(targets: Sequence[str], folder: Path, results: SearchResults) -> None:
-    """Log a search's last measured step to a W&B sweep trial, and end the trial.
+    """Log a search's last measured step, within its budget, to a W&B sweep trial; end the trial.
 
     If the search has several random draws, only the first draw is logged. `results.outcome` records
     errors of W&B.
@@ -255,12 +260,16 @@ def _log_trial(targets: Sequence[str], folder: Path, results: SearchResults) -> 
     if not trial.is_tracked:
         return
     try:
-        keys = record.rests_on[-1:]
-        cell = next((c for c in results.outcome.cells if c.record_key in keys), None)
-        if request is None or cell is None:
-            trial.end_unmeasured(f"{record.label}: no step was measured on test documents")
+        cells = (c for c in results.outcome.cells if c.record_key in record.rests_on)
+        change = request.changes.first_change if request else None
+        cell = next((c for c in cells if change in (run.change for run in c.runs)), None)
+        if cell is None:
+            reason = "no step was measured on test documents"
+            if search.shown == -1:
+                reason = f"no removal is shown to {record.budget}"
+            trial.end_unmeasured(f"{record.label}: {reason}")
         else:
-            trial.log(cell, search_figures(record))
+            trial.log(cell, search_figures(search))
     except TrackingError as error:
         results.outcome.unpublished[f"the trial of {record.label}"] = str(error)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from tracker.schema.prune_records import PruneStep
 from tracker.search.accuracy_budget import TOLERANCE, AccuracyBudget, count_needed, count_shown
@@ -15,10 +16,36 @@ NO_ACCURACY = "the unpruned model has an accuracy of 0"
 """Reason why no set is recommended, although none can lose accuracy."""
 
 
+IsSavable = Callable[[TestedSearch, PruneStep], bool]
+"""Function that returns whether the model after a step of a search can be saved."""
+
+
+def find_shown(
+    budget: AccuracyBudget, search: TestedSearch, n_searches: int, is_savable: IsSavable
+) -> list[int]:
+    """List the savable steps of a search that test documents show to be within a budget.
+
+    The steps are given by index. The intervals hold for `n_searches` searches together.
+    """
+    steps = [i for i, step in enumerate(search.record.steps) if is_savable(search, step)]
+    excesses = [budget.excess(search.outcomes, index) for index in steps]
+    n_documents = [search.record.baseline.n] * len(steps)
+    return steps[: count_shown(widen(excesses, n_documents, n_searches))]
+
+
+def end_within_budget(search: TestedSearch, n_searches: int, is_savable: IsSavable) -> TestedSearch:
+    """Return a search that ends at its last shown step, if it has a budget of accuracy."""
+    budget = search.request.accuracy_budget
+    if budget is None:
+        return search
+    shown = find_shown(budget, search, max(1, n_searches), is_savable)
+    return replace(search, shown=shown[-1] if shown else -1)
+
+
 def recommend_within(
     budget: AccuracyBudget,
     searches: Searches,
-    is_savable: Callable[[TestedSearch, PruneStep], bool] = lambda search, step: True,
+    is_savable: IsSavable = lambda search, step: True,
 ) -> Recommendation:
     """Recommend the lightest set that test documents show to be within a budget of accuracy.
 
@@ -46,8 +73,7 @@ def recommend_within(
         paired, n = search.outcomes, search.record.baseline.n
         steps = {i: step for i, step in enumerate(search.record.steps) if is_savable(search, step)}
         excesses = [budget.excess(paired, index) for index in steps]
-        n_shown = count_shown(widen(excesses, [n] * len(steps), len(informed)))
-        shown += [*steps.values()][:n_shown][-1:]
+        shown += [steps[i] for i in find_shown(budget, search, len(informed), is_savable)[-1:]]
         for n_tested, step in enumerate(steps.values(), 1):
             excess = excesses[n_tested - 1]
             if excess.value is None:

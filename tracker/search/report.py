@@ -70,17 +70,32 @@ class TestedSearch:
         outcomes: Outcomes of the test documents after each step of the search; higher is better.
         run_requests: For each step, the request that measures the step as an ablation run; None if
             no run can.
+        shown: Index of the last step that is shown to be within a budget of accuracy; −1 if none
+            is, and None without a budget.
     """
 
     request: SearchRequest
     record: PruneRecord
     outcomes: PairedOutcomes
     run_requests: tuple[CellRequest | None, ...]
+    shown: int | None = None
+
+    @property
+    def final_index(self) -> int:
+        """The index of the last step, within the budget of accuracy if there is one; else −1."""
+        return len(self.record.steps) - 1 if self.shown is None else self.shown
+
+    @property
+    def final_step(self) -> PruneStep:
+        """The step at `final_index`; a step without removed parts if there is none."""
+        index = self.final_index
+        intact = PruneStep(removed=(), test=self.record.baseline)
+        return intact if index < 0 else self.record.steps[index]
 
     @property
     def run_request(self) -> CellRequest | None:
-        """The request of the last step that an ablation run can measure; None if none can."""
-        return next(filter(None, reversed(self.run_requests)), None)
+        """The request of the last step up to `final_index` that an ablation run can measure."""
+        return next(filter(None, reversed(self.run_requests[: self.final_index + 1])), None)
 
     def find_step(self, removed: Sequence[int]) -> int | None:
         """Return the index of the step that has removed exactly these parts; None if there is none.
@@ -202,7 +217,9 @@ def build_finding(
         question=PRUNE_QUESTION,
         answers=tuple(text for group in groups for text in _answers(group, recommendations)),
         tables=tuple(
-            build(group) for group in records for build in (_searches_table, _steps_table)
+            table
+            for group in groups
+            for table in (_searches_table(group), _steps_table([s.record for s in group]))
         ),
         charts=tuple(map(_draw_frontier, records)),
         lacking=tuple(f"{title}: {reason}" for title, reason in failures.items()),
@@ -537,32 +554,38 @@ def frontier_chart(
     )
 
 
-def _searches_table(records: Sequence[PruneRecord]) -> Table:
+def _searches_table(searches: Searches) -> Table:
     """Build the table of searches: one row for the intact model, and one row per search."""
+    records = [search.record for search in searches]
     record, labels = records[0], _search_labels(records)
     part = f" of the {record.part} part" if record.part else ""
     documents = count_text(record.baseline.n, "test document")
 
-    def level(search: PruneRecord | None) -> Estimate:
-        return (final_outcome(search) if search else record.baseline).level
+    def level(search: TestedSearch | None) -> Estimate:
+        return (test_outcome(search.final_step) if search else record.baseline).level
 
-    def drop(search: PruneRecord | None) -> Estimate:
-        return final_outcome(search).lost if search else Estimate(None, reason="nothing is removed")
+    def drop(search: TestedSearch | None) -> Estimate:
+        if search is None or not search.final_step.removed:
+            return Estimate(None, reason="nothing is removed")
+        return test_outcome(search.final_step).lost
 
-    columns: tuple[Column[PruneRecord | None], ...] = (
-        Column("strategy", "text", lambda search: labels[search.name] if search else "unpruned"),
-        Column("amount", "text", lambda search: search.amount if search else "nothing"),
-        Column("removed", "text", lambda search: search.names if search else "none"),
+    def names(search: TestedSearch | None) -> str:
+        return record.parts.names(search.final_step.removed if search else ()) or "none"
+
+    columns: tuple[Column[TestedSearch | None], ...] = (
+        Column("strategy", "text", lambda row: labels[row.record.name] if row else "unpruned"),
+        Column("amount", "text", lambda search: search.record.amount if search else "nothing"),
+        Column("removed", "text", names),
         Column(f"test {metric_format(record).level}", _figure_unit(record), level, NO_SCORE),
         Column("lost", _figure_unit(record, "points"), drop, NO_SCORE),
-        *cost_columns(lambda search: [search] if search else []),
+        *cost_columns(lambda search: [search.record] if search else []),
     )
     calibrations = dict.fromkeys(_calibration_text(search) for search in records)
     return build_table(
         f"{record.model.name} · {_benchmark_name(record)}: pruned by each strategy, on "
         f"{documents}{part}",
         columns,
-        [None, *records],
+        [None, *searches],
         *_explain_names(record),
         *(f"calibration documents: {text}" for text in calibrations if text),
     )
