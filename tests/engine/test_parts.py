@@ -170,10 +170,14 @@ def test_a_head_of_quantised_weights_is_refused():
         quantised.ablate(remove_heads(1, 0))
 
 
-def test_neurons_of_quantised_weights_are_refused():
+def test_neurons_of_weights_that_cannot_be_read_are_refused():
+    model = tiny_model("llama")
+    find_layers(model)[3].mlp.up_proj.weight.untyped_storage().resize_(0)
+    with pytest.raises(ModelError, match="are offloaded, so neurons cannot be sorted"):
+        engine_of(model).anatomy.find(Neurons)
     model = tiny_model("llama")
     engine = engine_of(model)
-    projection = engine.anatomy.find(Neurons)[1].maps[1].module
+    projection = engine.anatomy.find(Neurons)[1].maps["mlp.up_proj"].module
     projection.weight = torch.nn.Parameter(projection.weight.to(torch.int8), requires_grad=False)
-    with pytest.raises(CellError, match="are quantised or offloaded, so neurons cannot be sorted"):
+    with pytest.raises(CellError, match="are quantised, so neurons cannot be sorted"):
         engine.ablate(Ablation.parse("neuron:1.0"))

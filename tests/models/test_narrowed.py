@@ -135,12 +135,16 @@ def test_fewer_neurons_are_loaded(family, tmp_path):
 
 
 def test_heads_and_neurons_together(tmp_path):
-    model = tiny_model("llama")
+    """All heads together are as wide as the MLP."""
+    model = tiny_model("phi3", intermediate_size=32)
     heads, neurons = removal("kv_head", [[0], [1]] * 2), removal("neuron", [[3], [1]] * 2)
-    loaded, _ = narrow_and_load(model, Ablation(heads.changes | neurons.changes), tmp_path)
-    expected = without_heads(without_neurons(model, neurons, "llama"), heads)
+    both = Ablation(heads.changes | neurons.changes)
+    model.config.save_pretrained(tmp_path / "config")
+    check_part_removal(find_model(str(tmp_path / "config")), both)
+    loaded, _ = narrow_and_load(model, both, tmp_path / "saved")
+    expected = without_heads(without_neurons(model, neurons, "phi3"), heads)
     assert is_close(logits(loaded), logits(expected))
-    assert (loaded.config.intermediate_size, loaded.config.num_key_value_heads) == (36, 1)
+    assert (loaded.config.intermediate_size, loaded.config.num_key_value_heads) == (24, 1)
 
 
 MIXTURE_FAMILIES = {

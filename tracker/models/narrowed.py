@@ -50,14 +50,17 @@ class Narrowing:
         numbers: The numbers in the narrowed model.
         head_width: Width of a head; None if no heads are removed.
         group_size: Number of neurons in each group; configurations count single neurons.
-        entries: Layer → the entries of its tensors that remain.
+        entries: Layer and path of a module → the entries of its tensors that remain. The path is
+            empty for all modules of the layer without an own path.
     """
 
     old_numbers: dict[Component, int] = field(default_factory=dict)
     numbers: dict[Component, int] = field(default_factory=dict)
     head_width: int | None = None
     group_size: int = 1
-    entries: dict[int, dict[int, list[int]]] = field(default_factory=lambda: defaultdict(dict))
+    entries: dict[tuple[int, str], dict[int, list[int]]] = field(
+        default_factory=lambda: defaultdict(dict)
+    )
 
     def resize(self, config: PreTrainedConfig, numbers: PartNumbers) -> None:
         """Write numbers of parts to a configuration, and the width of a head if it is implied."""
@@ -142,13 +145,9 @@ def plan_narrowing(
                 narrowed[layer], entries = parts[layer].narrow(removed, f"layer {layer} of {owner}")
             except CellError as error:  # nothing has been measured yet
                 raise ModelError(str(error)) from None
-            old_entries = plan.entries[layer]
-            if any(old_entries.get(n, numbers) != numbers for n, numbers in entries.items()):
-                raise ModelError(
-                    f"tensors of heads and of neurons of {owner} have equal sizes; save a model "
-                    "without the one kind, then remove the other from it"
-                )
-            old_entries.update(entries)
+            part = parts[layer]
+            for path in part.maps if isinstance(part, Neurons) else ("",):
+                plan.entries[layer, path] |= entries
         numbers = {layer: (parts[layer].counts, part.counts) for layer, part in narrowed.items()}
         _refuse_uneven(numbers, changes[0].component)
         old, new = next(iter(numbers.values()))
@@ -207,10 +206,12 @@ def narrowed_copies(model: PreTrainedModel, ablation: Ablation) -> tuple[Any, An
     narrow = plan.build(model)
     measured = prune_model(model, changes=anatomy.part_changes(ablation))
     layers = enumerate(find_layers(narrow))
-    layer_numbers = {module: number for number, layer in layers for module in layer.modules()}
+    keys = {m: (number, path) for number, layer in layers for path, m in layer.named_modules()}
     full_modules = dict(measured.named_modules())
     for path, module in narrow.named_modules():
-        entries = plan.entries.get(layer_numbers.get(module, -1), {})
+        number, layer_path = keys.get(module, (-1, ""))
+        default = plan.entries.get((number, ""), {})
+        entries = plan.entries.get((number, layer_path), default)
         for table in ("_parameters", "_buffers"):
             values, full_values = vars(module)[table], vars(full_modules[path])[table]
             for name in values.keys() - module._non_persistent_buffers_set:

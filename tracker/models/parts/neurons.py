@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -17,9 +17,14 @@ from tracker.models.parts.probe import ModuleCall, PartFinder, module_paths
 from tracker.models.parts.projection import ProjectionColumns, count_holders, linear_calls
 from tracker.models.parts.sublayers import SUBLAYER_TEXT_TOKENS, Sublayers
 from tracker.schema.changes import Change
-from tracker.schema.errors import CellError
+from tracker.schema.errors import CellError, ModelError
 from tracker.schema.kinds import Component
 from tracker.schema.model_parts import neuron_group_size
+
+_UNREADABLE = (
+    "the weights of the MLP are {}, so neurons cannot be sorted by their norms; leave neuron out "
+    "of 'component'"
+)
 
 
 @dataclass(frozen=True)
@@ -30,8 +35,8 @@ class Neurons(ProjectionColumns):
         projection: Path of the output projection, the linear map that reads all neurons.
         size: Number of neurons of each group.
         groups: Number of groups.
-        maps: The output projection, and the maps that compute the neurons. Empty if the weights are
-            unknown; the groups are then in the order of the columns.
+        maps: Path → linear map, for the output projection first, and the maps that compute the
+            neurons. Empty if weights are unknown; groups are then in the order of the columns.
     """
 
     KIND: ClassVar[str] = "groups of neurons"
@@ -44,7 +49,7 @@ class Neurons(ProjectionColumns):
     projection: str
     size: int
     groups: int
-    maps: tuple[LinearMap, ...] = ()
+    maps: Mapping[str, LinearMap] = field(default_factory=dict)
 
     @classmethod
     def find(cls, finder: PartFinder) -> list[Neurons | None]:
@@ -53,8 +58,11 @@ class Neurons(ProjectionColumns):
         The output projection is the last linear map that the MLP calls. To find the maps that
         compute its inputs, random outputs of each earlier map are replaced by ones: the inputs of
         the projection must change in exactly these places. All matrices of the MLP must be among
-        these maps, so a mixture of experts has no neurons.
+        these maps, so a mixture of experts has no neurons. Raises ModelError if weights are
+        offloaded.
         """
+        if any(map(is_absent, finder.layers.parameters())):
+            raise ModelError(f"{type(finder.model).__name__}: {_UNREADABLE.format('offloaded')}")
         sublayers = dict(zip(finder.layers, finder.find(Sublayers), strict=True))
         holders = count_holders(finder.layers)
 
@@ -72,8 +80,11 @@ class Neurons(ProjectionColumns):
             matrices = {m for m in mlp for p in m.parameters(recurse=False) if p.ndim > 1}
             if not size or not modules or matrices - {*modules, last.module}:
                 return None
-            linear_maps = tuple(map_of_module(module) for module in (last.module, *modules))
-            return cls(module_paths(layer)[last.module], size, width // size, linear_maps)
+            paths = module_paths(layer)
+            linear_maps = {
+                paths[module]: map_of_module(module) for module in (last.module, *modules)
+            }
+            return cls(paths[last.module], size, width // size, linear_maps)
 
         return finder.probe(cls, SUBLAYER_TEXT_TOKENS, find)
 
@@ -91,18 +102,16 @@ class Neurons(ProjectionColumns):
         """
         width = self.size * self.groups
         norms = torch.ones(width, dtype=torch.float64)
-        for axis, linear in zip((0, *[1] * len(self.maps)), self.maps, strict=False):
+        for path, linear in self.maps.items():
             weight = linear.weight.detach()
-            if is_absent(weight) or weight.is_meta or not weight.is_floating_point():
-                raise CellError(
-                    f"the weights before {self.projection} are quantised or offloaded, so neurons "
-                    "cannot be sorted by them; leave neuron out of 'component'"
-                )
+            if not weight.is_floating_point():
+                raise CellError(f"{path}: {_UNREADABLE.format('quantised')}")
             # A packed map has rows of gates, then rows of values.
-            norms *= weight.cpu().double().norm(dim=axis).view(-1, width).prod(0)
+            vectors = weight.cpu().double().norm(dim=0 if path == self.projection else 1)
+            norms *= vectors.view(-1, width).prod(0)
         # Sums of other devices differ in the last bits.
         order = norms.float().argsort(descending=True, stable=True)
-        return order.to(self.maps[0].weight.device) if self.maps else order
+        return order.to(self.maps[self.projection].weight.device) if self.maps else order
 
     def select_columns(self, number: int, n_parts: int) -> Tensor:
         """Return the input columns of a group of neurons."""
@@ -122,7 +131,7 @@ class Neurons(ProjectionColumns):
         if not remaining:
             raise CellError(f"no neuron of {name} would remain; at least one group must stay")
         entries = {width: remaining}
-        if any(linear.shape[0] == 2 * width for linear in self.maps):
+        if any(linear.shape[0] == 2 * width for linear in self.maps.values()):
             entries[2 * width] = [*remaining, *(width + column for column in remaining)]
         return replace(self, groups=len(remaining) // self.size), entries
 
