@@ -262,7 +262,7 @@ def _log_trial(targets: Sequence[str], folder: Path, results: SearchResults) -> 
     try:
         cells = (c for c in results.outcome.cells if c.record_key in record.rests_on)
         change = request.changes.first_change if request else None
-        cell = next((c for c in cells if change in (run.change for run in c.runs)), None)
+        cell = next((c for c in cells if change in [run.change for run in c.runs]), None)
         if cell is None:
             reason = "no step was measured on test documents"
             if search.shown == -1:
