@@ -595,7 +595,8 @@ def _explain_names(record: PruneRecord) -> Iterator[str]:
     """Yield a sentence that explains head or expert names such as `12.5`, by an example."""
     if record.unit in NUMBERED_COMPONENTS:
         parts, part = record.parts, record.removed[0]
-        words = f"{record.unit} {parts.number_in_layer(part)} of layer {parts.layer_of(part)}"
+        unit = "group of neurons" if record.unit == "neuron" else record.unit
+        words = f"{unit} {parts.number_in_layer(part)} of layer {parts.layer_of(part)}"
         yield f"{parts.name(part)}: {words}, both counted from 0"
 
 
