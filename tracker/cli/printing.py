@@ -19,13 +19,13 @@ from tracker.schema.config import CellRequest
 from tracker.schema.estimates import Estimate
 from tracker.schema.formats import (
     DASH,
-    count_text,
     figure_text,
     level_text,
     metric_format,
     time_text,
 )
 from tracker.schema.tables import Column, Table, build_table
+from tracker.schema.templates import TextTemplate
 
 if TYPE_CHECKING:
     from tracker.analysis.claims import Claims
@@ -37,6 +37,9 @@ if TYPE_CHECKING:
     from tracker.schema.findings import FindingRecord
     from tracker.schema.records import CellRecord
     from tracker.search.planning import PlannedSearch
+
+
+_TEXTS = TextTemplate("tracker.cli", "terminal")
 
 
 def print_failures(prefix: str, failures: Mapping[str, str]) -> None:
@@ -63,11 +66,7 @@ def print_diagnosis(diagnosis: Diagnosis) -> None:
         Column("result", "text", lambda f: f"FAILED: {f.error}" if f.error else "ok"),
     ]
     print_table(build_table("", columns, diagnosis.findings))
-    n_failed, n_checks = len(diagnosis.failures), count_text(len(diagnosis.findings), "check")
-    duration = f"in {diagnosis.seconds:.0f} s"
-    success = f"{n_checks} {duration}: this installation computes the right numbers on {device}."
-    failure = f"{n_failed} of {n_checks} failed {duration}. Do not trust results from {device}."
-    echo(f"\n{failure if n_failed else success}")
+    echo(f"\n{_TEXTS.render('diagnosed', diagnosis, device)}")
 
 
 def print_cell(
@@ -378,18 +377,10 @@ def print_plan(cells: Sequence[PlannedCell], gflops: float | None) -> None:
         Column("smallest detectable drop", "count", lambda cell: _detectable_drop(cell)[0]),
         Column(documents_label, "count", lambda cell: _detectable_drop(cell)[1]),
     )
-    n_runs, total = sum(cell.runs for cell in cells), sum(map(seconds, cells))
-    if all(cell.measured or cell.shared for cell in cells):
-        echo(f"{n_runs} runs: all are measured already")
-    else:
-        rate = f"at {rates}. Measurements reach only a fraction of this rate"
-        echo(f"{n_runs} runs, at least {time_text(total)}, {rate}")
-    echo()
+    total = sum(map(seconds, cells))
+    echo(f"{_TEXTS.render('plan', cells, rates, total)}\n")
     print_table(build_table("", columns, cells))
-    echo(
-        "self-check: share of the work that is repeated on a model without the layer, to verify "
-        "the results. In addition, a tiny copy of each architecture is tested once"
-    )
+    echo(_TEXTS.render("self_check"))
     for cell in cells:
         if cell.reading is not None and not (cell.measured or cell.shared):
             echo(f"{cell.request.title}: {cell.reading.text}")
@@ -397,13 +388,8 @@ def print_plan(cells: Sequence[PlannedCell], gflops: float | None) -> None:
             echo(f"{cell.request.title}: {_describe_stopping(cell)}")
     rounded = {(str(c.request.model), c.stored_format): None for c in cells if c.rounds_again}
     echo_all(*(second_rounding_text(*pair) for pair in rounded))
-    echo(
-        "Smallest detectable drop: two-sided paired tests detect a drop of this size with "
-        f"{100 * TEST_POWER:.0f} % power, at a level of {100 * ALPHA:.0f} % for all runs together"
-    )
-    echo("The last two columns assume that each removal changes a random half of the outcomes")
-    if any(cell.observed for cell in cells):
-        echo("*: assuming that a removal changes as many outcomes as the median measured removal")
+    is_observed = any(cell.observed for cell in cells)
+    echo_all(*_TEXTS.render_all("detectable", TEST_POWER, ALPHA, is_observed))
 
 
 class _ComputeRates:
@@ -486,13 +472,10 @@ def print_search_plan(
     )
     rows = [*searches, *tests]
     total, table = sum(map(seconds, rows)), build_table("", columns, rows)
-    rate = f"at {rates}. Measurements reach only a fraction of this rate"
-    echo(f"{count_text(len(searches), 'search')}, at least {time_text(total)} {rate}\n")
+    echo(f"{_TEXTS.render('searches', len(searches), rates, total)}\n")
     print_table(table)
-    echo("TFLOP: work in addition to the rows above; stored results are not subtracted")
-    echo("evaluations and passes: all work of a search, even if a row above includes the same work")
-    figures = "evaluations, passes" if any(request.at_least for request in requests) else "passes"
-    echo(f"{figures} and TFLOP are estimates, since the removals that a search tries are simulated")
+    has_minimums = any(request.at_least for request in requests)
+    echo_all(*_TEXTS.render_all("search_columns", has_minimums))
     echo_all(*(all_constraints if len(all_constraints) == 1 else ()))
     echo_all(*(row.note for row in searches), *_dash_reasons(table))
 
@@ -503,24 +486,7 @@ def _describe_stopping(cell: PlannedCell) -> str:
 
     if cell.answer is not None and cell.measured:
         return statement(cell.answer)
-    prefix, estimate = f"until {cell.request.until}", cell.forecast
-    if estimate is None:
-        return (
-            f"{prefix}: the table assumes that all documents are measured. Once {PILOT_DOCUMENTS} "
-            "documents are measured, tracker plan estimates when measuring stops. To measure 64 "
-            "documents first, add --set until=null --sample 64; nothing is measured twice"
-        )
-    (documents, max_documents), (share, max_share) = estimate.documents, estimate.share
-    text = (
-        f"{prefix}: measuring will stop after about {documents:,} of {cell.cost.documents:,} "
-        f"documents and {100 * share:.0f} % of the layer passes. In nine of ten simulations, it "
-        f"stops after at most {max_documents:,} documents and {100 * max_share:.0f} %. The "
-        f"simulations use {estimate.measured:,} measured documents; few documents give estimates "
-        "that are too low"
-    )
-    if estimate.open:
-        text += f". In {100 * estimate.open:.0f} % of the simulations, measuring never stops early"
-    return text
+    return _TEXTS.render("stopping", cell, PILOT_DOCUMENTS)
 
 
 def _detectable_drop(cell: PlannedCell) -> tuple[str, str]:

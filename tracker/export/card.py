@@ -23,12 +23,12 @@ from jinja2 import Template
 from tracker.export.facts import ExportedModel
 from tracker.ledger.files import write_text
 from tracker.models.sources import MODEL_PACKAGE, ModelSource
-from tracker.report.texts import open_templates
 from tracker.schema.formats import join_words, level_text
 from tracker.schema.grouping import group_by
 from tracker.schema.identities import ModelIdentity
 from tracker.schema.kinds import Component
 from tracker.schema.model_parts import fused_map
+from tracker.schema.templates import open_templates
 from tracker.schema.text import escape_markdown, markdown_code
 from tracker.schema.weight_formats import FORMATS
 

@@ -9,7 +9,6 @@ Modules:
     frames: Build data frames of runs, correlations and documents.
     leaderboard: Build the tables of the leaderboards.
     tables: Build the tables that people read, with rounded numbers.
-    texts: Render sentences from templates.
     wording: Write sentences about results, warnings and rankings.
 """
 

@@ -15,9 +15,9 @@ import pyarrow.parquet as pq
 from tracker.ledger.files import write_atomically, write_text
 from tracker.report.evaluations import Decide
 from tracker.report.frames import document_frames, layer_frame
-from tracker.report.texts import open_templates
 from tracker.schema.errors import ResultsError, first_line
 from tracker.schema.records import CellRecord
+from tracker.schema.templates import open_templates
 from tracker.schema.text import escape_markdown
 
 RECORDS_FILE = "measurements.parquet"

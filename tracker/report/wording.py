@@ -16,22 +16,17 @@ from tracker.analysis.claims import (
     run_verdicts,
 )
 from tracker.analysis.paired import variance_range
-from tracker.report.texts import TextTemplate
 from tracker.schema.answers import interval_name, statement
 from tracker.schema.changes import WHOLE_LAYER, Change
 from tracker.schema.estimates import Estimate
 from tracker.schema.formats import (
-    count_text,
     figure_text,
     interval_text,
     is_finite,
     join_words,
     layer_list,
     metric_format,
-    named_interval,
     points,
-    round_count,
-    two_digits,
 )
 from tracker.schema.grouping import group_by
 from tracker.schema.kinds import REPLACEMENT_WORDS
@@ -45,6 +40,7 @@ from tracker.schema.records import (
     RunRecord,
     first_layers,
 )
+from tracker.schema.templates import TextTemplate
 from tracker.schema.text import capitalise
 from tracker.schema.weight_formats import FORMATS
 from tracker.stats.accuracy import ALPHA, TEST_POWER
@@ -109,12 +105,8 @@ def measured(cells: Sequence[CellRecord]) -> str:
         For example `Measured on 2026-11-28 (Linux x86_64, 2 cores, cpu).`
     """
     dates = sorted(cell.measured[:10] for cell in cells if cell.measured)
-    machine_names = dict.fromkeys(_machine_name(cell) for cell in cells)
-    if not dates:
-        return ""
-    period = f"on {dates[0]}" if dates[0] == dates[-1] else f"from {dates[0]} to {dates[-1]}"
-    machines = "; ".join(filter(None, machine_names))
-    return f"Measured {period}{f' ({machines})' if machines else ''}."
+    machines = filter(None, dict.fromkeys(map(_machine_name, cells)))
+    return WORDS.render("measured", dates, "; ".join(machines))
 
 
 def _machine_name(cell: CellRecord) -> str:
@@ -148,21 +140,7 @@ def correlation_text(record: CorrelationRecord | None) -> str:
         For example `0.66 (95 % interval over documents 0.41 to 0.80; p over layers < 0.001; 30
         layers, 100 documents)`, or the reason why the correlation is undefined.
     """
-    if record is None:
-        return "not computed"
-    counts = ((record.n, sample_noun(record)), (record.documents, "document"))
-    sample_text = ", ".join(count_text(*count) for count in counts)
-    estimate = record.estimate
-    if not is_finite(estimate.value):
-        return f"undefined ({estimate.reason or NO_REASON}; {sample_text})"
-    limits_text = interval_text(estimate.low, estimate.high, two_digits)
-    parts = [f"95 % interval over documents {limits_text}"]
-    if not limits_text:
-        parts = [f"no interval: {estimate.reason or NO_REASON}"]
-    if is_finite(estimate.p_value):
-        p_text = "< 0.001" if estimate.p_value < 0.001 else f"= {estimate.p_value:.3f}"
-        parts.append(f"{p_value_name(record)} {p_text}")
-    return f"{two_digits(estimate.value)} ({'; '.join([*parts, sample_text])})"
+    return "not computed" if record is None else WORDS.render("correlation_details", record)
 
 
 def short_correlation(record: CorrelationRecord) -> str:
@@ -213,16 +191,7 @@ def beneath(cell: CellRecord) -> str:
     """
     if not cell.removed:
         return ""
-    measure = metric_format(cell)
-
-    def level_text(figure: Estimate) -> str:
-        if not is_finite(figure.value):
-            return f"undefined ({figure.reason or NO_REASON})"
-        text = f"{measure.write(figure.value)} {measure.level_unit}"
-        return text + named_interval(figure, measure.write)
-
-    remaining_text, intact_text = level_text(cell.remaining), level_text(cell.baseline)
-    return WORDS.render("beneath", cell, measure, remaining_text, intact_text) + " "
+    return WORDS.render("beneath", cell, metric_format(cell)) + " "
 
 
 def power_sentence(cell: CellRecord, runs: Sequence[RunRecord]) -> str:
@@ -327,16 +296,7 @@ def provenance_notes(cells: Sequence[CellRecord]) -> list[str]:
     Returns:
         One note for each benchmark with several versions or devices.
     """
-    pairs = ((cell, cell.mismatch) for cell in cells)
-    return [f"{cell.title}: {reason}.{_mismatch_note(cell)}" for cell, reason in pairs if reason]
-
-
-def _mismatch_note(cell: CellRecord) -> str:
-    """Name the runs that have other versions or devices than the baseline."""
-    changes = [run.change for run in cell.runs if run.mismatch]
-    if not changes:
-        return f" Each {metric_format(cell).change} compares runs with equal software and devices."
-    return f" Versions or devices differ from those of the baseline for {run_list(changes, cell)}."
+    return [WORDS.render("provenance", cell) for cell in cells if cell.mismatch]
 
 
 def looks_note(cell: CellRecord) -> str:
@@ -400,33 +360,13 @@ def warnings(cell: CellRecord) -> tuple[str, ...]:
         One text for each warning. Warnings concern missing runs, several versions or devices,
         undefined values, rounding, and a baseline near chance.
     """
-    notes = []
-    if cell.missing:
-        notes.append(f"Incomplete: {run_list(cell.missing, cell)}: {RUN_NOT_MEASURED}.")
-    if cell.unfinished:
-        notes.append(looks_note(cell) or f"Incomplete: {cell.unfinished}.")
     # `baseline_low` is explained with the documents, `baseline_rounded` with rounding.
     explained_figures = {"baseline_low", "baseline_rounded", *cell.NOTES}
     if not cell.higher_is_better:
         explained_figures.add("chance_accuracy")  # a loss has no chance level; no warning needed
-    notes += [
-        f"{capitalise(figure).replace('_', ' ')} is undefined: {reason}."
-        for figure, reason in cell.all_reasons.items()
-        if figure not in explained_figures
-    ]
-    if cell.mismatch:
-        notes.append(f"{capitalise(cell.mismatch)}.{_mismatch_note(cell)}")
-    if cell.unsaved:
-        notes.append(f"{capitalise(cell.unsaved)}.")
-    notes += filter(None, (rounding_note(cell), second_rounding_note(cell)))
-    chance = cell.chance_accuracy
-    if chance is None:
-        return tuple(notes)
-    if is_finite(cell.baseline.value) and cell.baseline.value <= chance:
-        notes.append("The intact model is not above chance, so the drops say little.")
-    elif is_finite(cell.baseline.low) and cell.baseline.low <= chance:
-        notes.append("The 95 % interval of the baseline includes chance, so the drops say little.")
-    return tuple(notes)
+    reasons = {name: why for name, why in cell.all_reasons.items() if name not in explained_figures}
+    notes = rounding_note(cell), second_rounding_note(cell)
+    return tuple(WORDS.render_all("warnings", cell, reasons, notes))
 
 
 def layers_answer(claims: Claims) -> str:
@@ -619,14 +559,16 @@ WORDS = TextTemplate(
     correlation=find_correlation,
     correlation_text=correlation_text,
     interval_name=interval_name,
+    is_finite=is_finite,
     layer_list=layer_list,
-    metric_format=metric_format,
     name_benchmarks=name_benchmarks,
-    named_interval=named_interval,
-    about=round_count,
     small_in_words=SMALL_DROP_TEXT,
     most_named=_MAX_NAMED_LAYERS,
     most_parts=_MAX_NAMED_PARTS,
+    no_reason=NO_REASON,
+    not_measured=RUN_NOT_MEASURED,
+    p_value_name=p_value_name,
     run_list=run_list,
+    sample_noun=sample_noun,
     short_correlation=short_correlation,
 )

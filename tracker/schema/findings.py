@@ -6,12 +6,13 @@ Values are stored as fractions or nats.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
 from pydantic import Field
 
 from tracker.schema.estimates import Estimate, FigureUnit
+from tracker.schema.formats import is_finite
 from tracker.schema.identities import Record, SafeText
 from tracker.schema.records import RecordKey
 from tracker.schema.tables import Table
@@ -28,17 +29,6 @@ class Line(Record):
     low: tuple[float | None, ...] = ()
     high: tuple[float | None, ...] = ()
     """Upper ends of the intervals, `low` the lower ones; empty without intervals."""
-
-    @classmethod
-    def from_figures(cls, name: str, figures: Iterable[Estimate | None], band: bool = True) -> Line:
-        """Build a curve from estimates; their intervals become a band."""
-        estimates = [figure or Estimate(None) for figure in figures]
-        return cls(
-            name=name,
-            values=tuple(estimate.value for estimate in estimates),
-            low=tuple(estimate.low for estimate in estimates) if band else (),
-            high=tuple(estimate.high for estimate in estimates) if band else (),
-        )
 
 
 def chart_values(values: Iterable[float]) -> tuple[float | None, ...]:
@@ -62,6 +52,52 @@ class LineChart(_Chart):
     lines: tuple[Line, ...]
     log_x: bool = False
     log_y: bool = False
+
+
+def line_chart(
+    title: str,
+    axes: tuple[str, str],
+    unit: FigureUnit,
+    positions: Iterable[float],
+    lines: Mapping[str, Iterable[Estimate | float | None]],
+    **logarithmic: bool,
+) -> LineChart:
+    """Build a chart with one line for each name; undefined values are gaps in the line.
+
+    Args:
+        title: Title of the chart.
+        axes: Names of the horizontal and the vertical axis.
+        unit: Unit of the vertical axis.
+        positions: Positions on the horizontal axis.
+        lines: Name of a line → value at each position. The intervals of estimates are drawn as a
+            band.
+        **logarithmic: `log_x=True` or `log_y=True` makes an axis logarithmic.
+
+    Returns:
+        The chart.
+    """
+    chart_lines = []
+    for name, values in lines.items():
+        figures = [value if isinstance(value, Estimate) else Estimate(value) for value in values]
+        figures = [f if is_finite(f.value) else Estimate(None) for f in figures]
+        has_band = any(figure.low is not None for figure in figures)
+        chart_lines.append(
+            Line(
+                name=name,
+                values=tuple(figure.value for figure in figures),
+                low=tuple(figure.low for figure in figures) if has_band else (),
+                high=tuple(figure.high for figure in figures) if has_band else (),
+            )
+        )
+    return LineChart(
+        title=title,
+        x=axes[0],
+        y=axes[1],
+        unit=unit,
+        places=tuple(positions),
+        lines=tuple(chart_lines),
+        **logarithmic,
+    )
 
 
 class MapChart(_Chart):

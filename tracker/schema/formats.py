@@ -239,7 +239,7 @@ class MetricFormat:
     def amount(self, change: Estimate) -> str:
         """Format a change with unit and interval; if it is undefined, give the reason instead."""
         if change.value is None:
-            return f"an undefined amount ({change.reason})"
+            return f"an undefined amount ({change.reason or NO_SCORE})"
         return figure_text(change, self.write, f" {self.unit}")
 
     def column_head(self, label: str) -> str:

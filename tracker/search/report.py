@@ -17,25 +17,20 @@ from tracker.schema.config import FIELDS_BY_KEY, CellRequest, CellSettings, Chan
 from tracker.schema.errors import ExperimentError
 from tracker.schema.estimates import Estimate, FigureUnit
 from tracker.schema.extent import DEFAULT_SEED
-from tracker.schema.findings import SEARCH_STUDY, FindingRecord, Line, LineChart
+from tracker.schema.findings import SEARCH_STUDY, FindingRecord, LineChart, line_chart
 from tracker.schema.formats import (
     NO_SCORE,
-    UNIT_FORMATS,
     count_text,
-    figure_text,
     join_words,
-    level_text,
     metric_format,
-    points,
-    round_count,
     ties_text,
 )
 from tracker.schema.grouping import group_by
-from tracker.schema.kinds import NUMBERED_COMPONENTS, Component
+from tracker.schema.kinds import NUMBERED_COMPONENTS
 from tracker.schema.prune_records import HeldOutResult, PruneRecord, PruneStep
 from tracker.schema.search_parts import unit_plural
 from tracker.schema.tables import Column, RowType, Table, build_table
-from tracker.schema.text import capitalise
+from tracker.schema.templates import TextTemplate
 from tracker.search.accuracy_budget import TOLERANCE, AccuracyBudget
 from tracker.search.request import SearchGoal
 from tracker.search.search import Recommendation
@@ -205,11 +200,7 @@ def build_finding(
     groups = list(group_by(searches, lambda search: search.request.goal[:2]).values())
     records = [[search.record for search in group] for group in groups]
     cells = dict.fromkeys(cell for search in searches for cell in search.record.rests_on)
-    has_budget = [search.record.budget is not None for search in searches]
-    choices = (
-        *(() if all(has_budget) else CHOICE_ASSUMPTIONS),
-        *(BUDGET_ASSUMPTIONS if any(has_budget) else ()),
-    )
+    budgets = {search.record.budget for search in searches}
     return FindingRecord(
         study=SEARCH_STUDY,
         experiment=name,
@@ -223,45 +214,43 @@ def build_finding(
         ),
         charts=tuple(map(_draw_frontier, records)),
         lacking=tuple(f"{title}: {reason}" for title, reason in failures.items()),
-        assumptions=(*choices, *ASSUMPTIONS),
+        assumptions=tuple(SEARCH_TEXTS.render_all("assumptions", budgets)),
         rests_on=tuple(cells),
     )
 
 
 NO_SIZE = "parameters of heads, experts and neurons are not counted"
-COST_NOTE = (
-    "Cost: what a search needs if it runs alone. Evaluations: number of sets of removed layers "
-    "or parts that are scored on all calibration documents; a loop would run one pruned model per "
-    "set. Passes: computing cost, as a multiple of one forward pass of the intact model "
-    "over these documents."
-)
-CHOICE_ASSUMPTIONS = (
-    "Calibration and test documents are disjoint, so the choice does not inflate the accuracy "
-    "after pruning. The intervals of a step are computed on the test documents.",
-    "The recommended set loses least on the calibration documents, among the sets of all "
-    "strategies except random. Test documents do not influence the choice.",
-)
-BUDGET_ASSUMPTIONS = (
-    "Calibration and test documents are disjoint. Within a budget of accuracy, calibration "
-    "documents choose the order of removal, and test documents decide how much is removed.",
-    "For each budget and benchmark, a set is falsely shown to be within the budget with a "
-    "probability of at most 5 %. The accuracy of the set is measured on the same test documents, "
-    "so it may be slightly too high.",
-)
-ASSUMPTIONS = (
-    "Accuracies have Wilson intervals. Losses and differences of two pruned models have intervals "
-    "for paired documents (Bonett and Price 2012). The intervals in sentences hold for all "
-    "differences at once (Bonferroni). Random draws are averaged document by document.",
-    "A step is separated from its runner-up if the interval of their paired difference in loss, on "
-    "the calibration documents, is above 0. The interval holds with 95 % for all other candidates "
-    "of the step at once (Bonferroni).",
-    COST_NOTE,
-)
 
 
-def _format_level(record: PruneRecord, level: Estimate) -> str:
-    """Format a metric on the test documents: an accuracy in percent, a loss as a number."""
-    return level_text(level, "%" if record.higher_is_better else "")
+def _metric_name(record: PruneRecord) -> str:
+    """Return the name of a search's metric for sentences, such as `accuracy` or `loss`."""
+    level = metric_format(record).level
+    is_named = level != "accuracy" or record.metric == record.benchmark.primary_metric
+    return level if is_named else record.metric
+
+
+def _benchmark_name(record: PruneRecord) -> str:
+    """Return the benchmark's name, with the split seed if it is not the default seed."""
+    seed = record.benchmark.seed
+    return record.benchmark.name + ("" if seed in (None, DEFAULT_SEED) else f" (seed {seed})")
+
+
+def _bytes(record: PruneRecord, n_parameters: int) -> int:
+    """Return the bytes of a number of parameters in the model's dtype."""
+    return n_parameters * (2 if record.model.is_half else 4)
+
+
+SEARCH_TEXTS = TextTemplate(
+    "tracker.search",
+    "search",
+    numbered=NUMBERED_COMPONENTS,
+    benchmark_name=_benchmark_name,
+    format_layers=format_layers,
+    metric_name=_metric_name,
+    n_bytes=_bytes,
+    ties_text=ties_text,
+    unit_plural=unit_plural,
+)
 
 
 def _answers(searches: Searches, recommendations: Recommendations) -> Iterator[str]:
@@ -270,38 +259,17 @@ def _answers(searches: Searches, recommendations: Recommendations) -> Iterator[s
     for goal, group in group_by(searches, lambda search: search.request.goal).items():
         record, recommendation = group[0].record, recommendations[goal]
         text = recommendation_text(group, recommendation, labels)
-        yield " ".join((text, *constraint_sentences(record)))
+        yield f"{text} {SEARCH_TEXTS.render('constraints', record)}".strip()
         if group[0].request.accuracy_budget is None:
-            yield from _compare_strategies(group, recommended_searches(group, recommendation))
+            yield from _compare_strategies(group, choosing_searches(group, recommendation.removed))
         for search in group:
             for sentence in unsure_sentences([search.record], "the choice"):
                 yield f"{labels[search.record.name]}: {sentence}"
 
 
-def constraint_sentences(record: PruneRecord) -> Iterator[str]:
-    """Yield a sentence about each constraint of a search, such as protected layers."""
-    unit = record.unit
-    if record.protected:
-        verb = "was" if len(record.protected) == 1 and unit not in NUMBERED_COMPONENTS else "were"
-        words = _format_parts(unit, record.protected)
-        yield f"{words[0].upper()}{words[1:]} {verb} protected."
-    if record.among is not None:
-        yield f"Only {_format_parts(unit, record.among)} could be removed."
-    for kind, minimum in record.at_least.items():
-        count, _, width = minimum.partition(" of ")
-        group = f"any {width} {unit}s in a row" if width else f"all {unit}s"
-        yield f"Among {group}, at least {count} of kind {kind} had to stay."
-
-
-def _format_parts(unit: Component, layers: Sequence[int]) -> str:
-    """Describe layers or their parts, such as `layers 3 and 5` or `heads of layers 3 and 5`."""
-    unit_name = f"{unit_plural(unit)} of layer" if unit in NUMBERED_COMPONENTS else unit
-    return f"{unit_name}{'s' if len(layers) > 1 else ''} {join_words(format_layers(layers))}"
-
-
-def recommended_searches(searches: Searches, recommendation: Recommendation) -> list[TestedSearch]:
-    """Return the searches that chose the recommended set; random searches are excluded."""
-    return [s for s in searches if s.find_step(recommendation.removed) is not None]
+def choosing_searches(searches: Searches, removed: Sequence[int]) -> list[TestedSearch]:
+    """Return the searches that chose a set of parts; random searches are excluded."""
+    return [search for search in searches if search.find_step(removed) is not None]
 
 
 def recommendation_text(
@@ -317,47 +285,47 @@ def recommendation_text(
     Returns:
         The model, its size, its loss with an interval, and what is not known.
     """
-    record, labels = searches[0].record, labels or _search_labels([s.record for s in searches])
+    records = [search.record for search in searches]
+    labels = labels or _search_labels(records)
     removed, estimated = recommendation.removed, recommendation.estimated
+    estimated = estimated if estimated != removed else ()
     budget = searches[0].request.accuracy_budget
-    texts = list[str]()
-    if removed:
-        described = _describe_set(searches, removed, labels)
-        texts.append(described + _explain_choice(searches, recommendation, labels))
-        texts += _shown_sentences(searches, recommendation)
-    else:
+
+    def choice(parts: Sequence[int]) -> tuple[PruneStep, list[str]]:
+        search, index = _find_search(searches, parts)
+        names = [labels[search.record.name] for search in choosing_searches(searches, parts)]
+        return search.record.steps[index], names
+
+    reason = needed = ""
+    if not removed:
         reason = recommendation.reason or unshown_reason(searches, recommendation)
-        level = _format_level(record, record.baseline.level)
-        intact = f"test {_metric_name(record)} of {level}, n = {record.baseline.n:,}"
-        texts.append(f"no set is recommended: {reason}. The unpruned model has a {intact}.")
-    if estimated and estimated != removed:
-        described = _describe_set(searches, estimated, labels)
-        texts.append(f"By its estimate alone, which is not shown, {described}")
-        if removed and budget is not None:
-            texts.append(f"{capitalise(_needed_text(searches, recommendation, budget))}.")
-    if removed or estimated:
-        texts += _rounding_sentences(searches, removed or estimated)
-        texts.append(UNKNOWN_LOSSES)
-    return f"{record.model.name} on {_benchmark_name(record)}, {record.amount}: {' '.join(texts)}"
-
-
-ALL_LOST = "each removal loses all accuracy"
-UNKNOWN_LOSSES = (
-    "Not known: the loss on other benchmarks, with other prompts and in generated text."
-)
+    elif estimated and budget is not None:
+        needed = _needed_text(searches, recommendation, budget)
+    runner_up = recommendation.step.runner_up if recommendation.step else None
+    rivals = [r for r in records if r.removed == runner_up and r.strategy != RANDOM_STRATEGY]
+    return SEARCH_TEXTS.render(
+        "recommendation",
+        records[0],
+        recommendation,
+        chosen=choice(removed) if removed else None,
+        estimate=choice(estimated) if estimated else None,
+        budget=budget,
+        margin=_spared_accuracy(searches, recommendation, budget),
+        rivals=[labels[record.name] for record in rivals],
+        reason=reason,
+        needed=needed,
+    )
 
 
 def unshown_reason(searches: Searches, recommendation: Recommendation) -> str:
     """Explain why no set is shown to be within a budget of accuracy, and what to type."""
     budget, n = searches[0].request.accuracy_budget, searches[0].record.baseline.n
-    nearest = recommendation.nearest
-    if budget is None or (nearest is None and not recommendation.estimated):
-        return recommendation.reason or NO_SCORE
-    documents = f"on {count_text(n, 'test document')}, no removal is"
-    if nearest is not None:
-        option = f"the nearest budget that one reaches is {nearest}"
-        return f"{documents} estimated to {budget.text}; {option if nearest else ALL_LOST}"
-    return f"{documents} shown to {budget.text}; {_needed_text(searches, recommendation, budget)}"
+    if budget is not None and recommendation.nearest is not None:
+        return SEARCH_TEXTS.render("unreached", recommendation.nearest, budget, n)
+    if budget is not None and recommendation.estimated:
+        needed = _needed_text(searches, recommendation, budget)
+        return SEARCH_TEXTS.render("unshown", budget, n, needed)
+    return recommendation.reason or NO_SCORE
 
 
 def _needed_text(searches: Searches, recommendation: Recommendation, budget: AccuracyBudget) -> str:
@@ -365,101 +333,30 @@ def _needed_text(searches: Searches, recommendation: Recommendation, budget: Acc
     search, index = _find_search(searches, recommendation.estimated)
     excesses = [budget.excess(search.outcomes, k) for k in range(index + 1)]
     if recommendation.n_needed is None:
-        is_equal = (excesses[-1].value or 0.0) > -TOLERANCE
-        loser = "its own loss equals" if is_equal else "a smaller removal loses at least"
-        return f"more documents may not show it, since by estimate {loser} the budget"
+        return SEARCH_TEXTS.render("never_shown", (excesses[-1].value or 0.0) > -TOLERANCE)
     benchmark, n = search.record.benchmark, search.record.baseline.n
     if max(recommendation.n_needed, n + 1) > benchmark.documents:
-        text = f"the benchmark has too few test documents to show it ({benchmark.documents:,})"
         bounds = widen(excesses, [n] * len(excesses), recommendation.n_sets)
         option = budget.nearest_option(max(b.high or 0.0 for b in bounds), search.outcomes)
-        return f"{text}; {count_text(n, 'document')} would show about {option}" if option else text
-    needed = round_count(benchmark.sample_size(recommendation.n_needed))
-    return f"raise 'test_sample' to about {needed} per task to show the lightest estimate"
+        return SEARCH_TEXTS.render("too_few", benchmark.documents, n, option)
+    return SEARCH_TEXTS.render("raise_sample", benchmark.sample_size(recommendation.n_needed))
 
 
-def _shown_sentences(searches: Searches, recommendation: Recommendation) -> Iterator[str]:
-    """Yield a sentence about a set that is shown to be within a budget of accuracy, if any."""
+def _spared_accuracy(
+    searches: Searches, recommendation: Recommendation, budget: AccuracyBudget | None
+) -> float | None:
+    """Return what a set surely leaves of its budget of accuracy; None without set or budget."""
+    if budget is None or not recommendation.removed:
+        return None
     search, index = _find_search(searches, recommendation.removed)
-    budget, n = search.request.accuracy_budget, search.record.baseline.n
-    if budget is None:
-        return
-    n_searches = recommendation.n_sets
-    (excess,) = widen([budget.excess(search.outcomes, index)], [n], n_searches)
-    margin = points(-(excess.high or 0.0))
-    together = f", {n_searches} searches together" if n_searches > 1 else ""
-    yield f"It is shown to {budget.text}, with {margin} pp to spare (95 %{together})."
+    excess, n = budget.excess(search.outcomes, index), search.record.baseline.n
+    return -(widen([excess], [n], recommendation.n_sets)[0].high or 0.0)
 
 
 def _find_search(searches: Searches, removed: Sequence[int]) -> tuple[TestedSearch, int]:
     """Return the first search with a step that removed these parts, and the step's index."""
     indices = ((search, search.find_step(removed)) for search in searches)
     return next((search, index) for search, index in indices if index is not None)
-
-
-def _rounding_sentences(searches: Searches, removed: Sequence[int]) -> Iterator[str]:
-    """Yield a sentence about test documents that are ties within rounding, if there are some."""
-    search, index = _find_search(searches, removed)
-    outcome, model = test_outcome(search.record.steps[index]), search.record.model
-    if outcome.rounded:
-        yield f"In {model.dtype}, {ties_text(outcome.rounded, outcome.n, model.is_half)}."
-
-
-def _metric_name(record: PruneRecord) -> str:
-    """Return the name of a search's metric for sentences, such as `accuracy` or `loss`."""
-    level = metric_format(record).level
-    is_named = level != "accuracy" or record.metric == record.benchmark.primary_metric
-    return level if is_named else record.metric
-
-
-def _describe_set(searches: Searches, removed: Sequence[int], labels: Labels) -> str:
-    """Describe a set of removed parts, its size and its result on the test documents."""
-    search, index = _find_search(searches, removed)
-    record, step = search.record, search.record.steps[index]
-    choosing = [s for s in searches if s.find_step(removed) is not None]
-    strategies = join_words([labels[search.record.name] for search in choosing])
-    measure, outcome = metric_format(record), test_outcome(step)
-    unit = unit_plural(record.unit) if len(removed) > 1 else record.unit
-    return (
-        f"the set chosen by {strategies} removes {unit} "
-        f"{record.parts.names(removed)} ({len(removed)} of {record.there or record.model.layers})."
-        f"{_describe_size(record, step)} The pruned model has a test {_metric_name(record)} of "
-        f"{_format_level(record, outcome.level)}, the unpruned model "
-        f"{_format_level(record, record.baseline.level)}, n = {record.baseline.n:,}. The "
-        f"{measure.change} is {measure.amount(replace(outcome.lost, reason=NO_SCORE))}."
-    )
-
-
-def _describe_size(record: PruneRecord, step: PruneStep) -> str:
-    """Compare the parameters and bytes of a pruned model and the intact model, if known."""
-    if step.parameters is None:
-        return ""
-    total, size = record.model.parameters, _bytes(record, step.parameters)
-    share = UNIT_FORMATS["percent"].write(1 - step.parameters / total)
-    return (
-        f" {step.parameters / 1e6:,.1f}M of {total / 1e6:,.1f}M parameters remain ({share} % "
-        f"fewer), {size / 1e6:,.1f} MB in {record.model.dtype}."
-    )
-
-
-def _bytes(record: PruneRecord, n_parameters: int) -> int:
-    """Return the bytes of a number of parameters in the model's dtype."""
-    return n_parameters * (2 if record.model.is_half else 4)
-
-
-def _explain_choice(searches: Searches, recommendation: Recommendation, labels: Labels) -> str:
-    """Explain why a set is recommended; return "" if no other set was chosen."""
-    step, documents = recommendation.step, recommendation.decided_on
-    if step is None or documents is None:
-        return ""
-    count = count_text(documents.n, "calibration document")
-    head = f" Of {recommendation.n_sets} compared sets, none has a smaller loss on {count}"
-    text = f"{head}, so this set is recommended"
-    if step.margin.value is None or (step.margin.low is not None and step.margin.low > 0):
-        return f"{text}."
-    records = [search.record for search in searches if search.record.removed == step.runner_up]
-    strategies = [labels[r.name] for r in records if r.strategy != RANDOM_STRATEGY]
-    return f"{text}; the set chosen by {join_words(strategies)} is not significantly worse."
 
 
 def _compare_strategies(searches: Searches, best: Searches) -> Iterator[str]:
@@ -483,42 +380,20 @@ def _strategy_result(searches: Searches) -> StrategyResult:
 
 def _describe_strategy(searches: Searches, difference: Estimate) -> str:
     """Describe a strategy's test result, and the difference from the recommended set."""
-    record = searches[0].record
     levels = [final_outcome(search.record).level.value for search in searches]
     mean = statistics.fmean(level or 0.0 for level in levels) if None not in levels else None
-    draws = f", the mean of {count_text(len(levels), 'draw')}" if len(levels) > 1 else ""
-    level = f"the test {_metric_name(record)} is {_format_level(record, Estimate(mean))}"
-    text = f"By {record.strategy}, {level}{draws}"
-    if difference.value is None or difference.low is None or difference.high is None:
-        return f"{text}."
-    write = UNIT_FORMATS[_figure_unit(record, "points")].write
-    is_less = (difference.value >= 0) == record.higher_is_better
-    size = difference if difference.value >= 0 else -difference
-    unit = f"{' pp' if record.higher_is_better else ''} {'less' if is_less else 'more'}"
-    chance = "" if (size.low or 0.0) > 0 else ", which may be chance"
-    return f"{text}: {figure_text(size, write, unit)}{chance}."
+    figures = Estimate(mean), len(levels), difference
+    return SEARCH_TEXTS.render("strategy", searches[0].record, *figures)
 
 
-def unsure_sentences(records: Sequence[PruneRecord], name: str, suffix: str = "") -> Iterator[str]:
-    """Yield a sentence about search steps with too few calibration documents.
+def unsure_sentences(records: Sequence[PruneRecord], choice: str, suffix: str = "") -> list[str]:
+    """Return a sentence about search steps with too few calibration documents, if there are any.
 
     At such a step, the chosen candidate is not significantly better than the second-best candidate.
-    `name` and `suffix` are words of the sentence.
+    `choice` and `suffix` are words of the sentence.
     """
-    separation = separate_steps(records)
-    if not separation.unsure_steps:
-        return
-    documents = count_text(round(calibration_documents(records)), "calibration document")
-    text = (
-        f"{documents}{suffix} are too few to separate {name} from the runner-up at "
-        f"{len(separation.unsure_steps)} of {count_text(separation.n_compared, 'step')}"
-    )
-    if separation.n_level:
-        text += f"; at {separation.n_level} of these steps, the two scores are equal"
-    if separation.needed_documents is not None:
-        half = "the other steps" if separation.n_level else "these steps"
-        text += f"; about {separation.needed_documents:,} documents would separate half of {half}"
-    yield text + "."
+    documents = round(calibration_documents(records))
+    return SEARCH_TEXTS.render_all("unsure", separate_steps(records), documents, choice, suffix)
 
 
 def cost_columns(select: Callable[[RowType], Sequence[PruneRecord]]) -> tuple[Column[RowType], ...]:
@@ -544,20 +419,16 @@ def frontier_chart(
     `loss`. `levels` maps each strategy to its values by size.
     """
     sizes = sorted(set().union(*levels.values()))
-    return LineChart(
-        title=title,
-        x=x,
-        y=f"test {quantity}",
-        unit="score" if quantity == "loss" else "percent",
-        places=tuple(sizes),
-        lines=tuple(Line.from_figures(name, map(line.get, sizes)) for name, line in levels.items()),
-    )
+    unit: FigureUnit = "score" if quantity == "loss" else "percent"
+    lines = {name: map(line.get, sizes) for name, line in levels.items()}
+    return line_chart(title, (x, f"test {quantity}"), unit, sizes, lines)
 
 
 def _searches_table(searches: Searches) -> Table:
     """Build the table of searches: one row for the intact model, and one row per search."""
     records = [search.record for search in searches]
     record, labels = records[0], _search_labels(records)
+    measure = metric_format(record)
     part = f" of the {record.part} part" if record.part else ""
     documents = count_text(record.baseline.n, "test document")
 
@@ -576,8 +447,8 @@ def _searches_table(searches: Searches) -> Table:
         Column("strategy", "text", lambda row: labels[row.record.name] if row else "unpruned"),
         Column("amount", "text", lambda search: search.record.amount if search else "nothing"),
         Column("removed", "text", names),
-        Column(f"test {metric_format(record).level}", _figure_unit(record), level, NO_SCORE),
-        Column("lost", _figure_unit(record, "points"), drop, NO_SCORE),
+        Column(f"test {measure.level}", measure.level_form, level, NO_SCORE),
+        Column("lost", measure.form, drop, NO_SCORE),
         *cost_columns(lambda search: [search.record] if search else []),
     )
     calibrations = dict.fromkeys(_calibration_text(search) for search in records)
@@ -586,23 +457,9 @@ def _searches_table(searches: Searches) -> Table:
         f"{documents}{part}",
         columns,
         [None, *searches],
-        *_explain_names(record),
+        *SEARCH_TEXTS.render_all("part_name", record),
         *(f"calibration documents: {text}" for text in calibrations if text),
     )
-
-
-def _explain_names(record: PruneRecord) -> Iterator[str]:
-    """Yield a sentence that explains head or expert names such as `12.5`, by an example."""
-    if record.unit in NUMBERED_COMPONENTS:
-        parts, part = record.parts, record.removed[0]
-        unit = "group of neurons" if record.unit == "neuron" else record.unit
-        words = f"{unit} {parts.number_in_layer(part)} of layer {parts.layer_of(part)}"
-        yield f"{parts.name(part)}: {words}, both counted from 0"
-
-
-def _figure_unit(record: PruneRecord, unit: FigureUnit = "percent") -> FigureUnit:
-    """Return the display unit of a metric: `unit` for an accuracy, `score` for a loss."""
-    return unit if record.higher_is_better else "score"
 
 
 def _calibration_text(record: PruneRecord) -> str:
@@ -635,12 +492,6 @@ def _constraints_text(record: PruneRecord) -> str:
     protected = f"without {join_words(format_layers(record.protected))}" if record.protected else ""
     minimums = (f"{minimum} {kind} left" for kind, minimum in record.at_least.items())
     return ", ".join(filter(None, (among, protected, *minimums)))
-
-
-def _benchmark_name(record: PruneRecord) -> str:
-    """Return the benchmark's name, with the split seed if it is not the default seed."""
-    seed = record.benchmark.seed
-    return record.benchmark.name + ("" if seed in (None, DEFAULT_SEED) else f" (seed {seed})")
 
 
 class _StepRow(NamedTuple):
@@ -677,8 +528,9 @@ def _steps_table(records: Sequence[PruneRecord]) -> Table:
         count = row.step.parameters
         return Estimate(None if count is None else _bytes(record, count) / 1e6, reason=NO_SIZE)
 
+    measure = metric_format(record)
     change = "lost" if record.higher_is_better else "added"
-    drop_heading = f"test {metric_format(record).level} {change}"
+    drop_heading = f"test {measure.level} {change}"
     part_unit: FigureUnit = "text" if is_numbered else "count"
     columns: tuple[Column[_StepRow], ...] = (
         Column("strategy", "text", lambda row: row.search),
@@ -686,8 +538,8 @@ def _steps_table(records: Sequence[PruneRecord]) -> Table:
         Column(record.unit, part_unit, part, "the step chose all removals at once"),
         Column("score", "times", score),
         Column("runner-up worse by", "times", margin),
-        Column(f"test {metric_format(record).level}", _figure_unit(record), level, NO_SCORE),
-        Column(drop_heading, _figure_unit(record, "points"), drop, NO_SCORE),
+        Column(f"test {measure.level}", measure.level_form, level, NO_SCORE),
+        Column(drop_heading, measure.form, drop, NO_SCORE),
         Column("parameters", "count", lambda row: row.step.parameters, NO_SIZE),
         Column("MB", "times", size),
     )
@@ -742,10 +594,8 @@ def find_savable(
     """
     for goal, recommendation in recommendations.items():
         removed = recommendation.removed if is_shown else recommendation.estimated
-        for search in (search for search in searches if search.request.goal == goal):
-            index = search.find_step(removed)
-            if index is None:
-                continue
+        for search in choosing_searches(_with_goal(searches, goal), removed):
+            index = search.find_step(removed) or 0
             step, request = search.record.steps[index], search.run_requests[index]
             if search.request.uniform:
                 return search, step, search.request.test()
@@ -754,11 +604,16 @@ def find_savable(
     return None
 
 
+def _with_goal(searches: Searches, goal: SearchGoal) -> list[TestedSearch]:
+    """Return the searches with a goal."""
+    return [search for search in searches if search.request.goal == goal]
+
+
 def refuse_unreached(searches: Searches, recommendations: Recommendations) -> None:
     """Raise ExperimentError if no tested set is within any of the budgets of accuracy."""
     if all(recommendation.nearest is not None for recommendation in recommendations.values()):
         goal, recommendation = next(iter(recommendations.items()))
-        group = [search for search in searches if search.request.goal == goal]
+        group = _with_goal(searches, goal)
         reason = unshown_reason(group, recommendation)
         raise ExperimentError(f"{group[0].record.model.name}: {reason}")
 
@@ -770,8 +625,7 @@ def unsaved_reason(searches: Searches, recommendations: Recommendations, results
         return "there is no recommended model to save"
     search, step, request = estimate
     goal = search.request.goal
-    group = [search for search in searches if search.request.goal == goal]
-    reason = unshown_reason(group, recommendations[goal])
+    reason = unshown_reason(_with_goal(searches, goal), recommendations[goal])
     command = export_command(search.record, step, request, results)
     return f"{reason}. To save it nevertheless: {command}"
 

@@ -20,7 +20,6 @@ from tracker.measuring.job import Options
 from tracker.measuring.observing import Observations, ObserveDocument
 from tracker.measuring.prepare import find_cell
 from tracker.measuring.progress import Progress
-from tracker.report.texts import TextTemplate
 from tracker.report.wording import second_rounding_note
 from tracker.runner import RunOutcome, run_cells
 from tracker.schema.changes import Ablation
@@ -36,9 +35,9 @@ from tracker.schema.experiment import Experiment
 from tracker.schema.experiment_input import ExperimentInput
 from tracker.schema.fields import validate_settings
 from tracker.schema.findings import FindingRecord, LineChart, MapChart, StudyChart
-from tracker.schema.formats import metric_format
 from tracker.schema.records import CellRecord, RecordKey
 from tracker.schema.tables import Table
+from tracker.schema.templates import TextTemplate
 from tracker.schema.views import View
 from tracker.studies.registry import STUDIES, StudySettings, find_settings
 from tracker.team.publish import Publisher
@@ -142,8 +141,7 @@ def second_rounding_notes(subjects: Sequence[Subject]) -> list[str]:
 
 def study_texts(name: str, **names: Any) -> TextTemplate:
     """Open the template of a built-in study; the template can use `names` as variables."""
-    common = {"metric_format": metric_format, "significant": SIGNIFICANT}
-    return TextTemplate("tracker.studies", name, **common, **names)
+    return TextTemplate("tracker.studies", name, significant=SIGNIFICANT, **names)
 
 
 _FRAME_TEXTS = study_texts("frame")

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tracker.schema.estimates import Estimate
-from tracker.schema.findings import LineChart
+from tracker.schema.findings import LineChart, line_chart
 from tracker.schema.formats import count_text, metric_format
 from tracker.schema.grouping import group_by
 from tracker.schema.proxies import OBSERVED, PROXIES
@@ -36,7 +36,6 @@ from tracker.studies.base import (
     Subject,
     study_texts,
 )
-from tracker.studies.layout import line_chart
 from tracker.studies.registry import CalibrationSettings
 
 SAMPLE_PAIRS = 400

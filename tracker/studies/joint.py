@@ -16,7 +16,7 @@ from tracker.analysis.paired import PairedOutcomes
 from tracker.schema.changes import Ablation
 from tracker.schema.config import CellRequest
 from tracker.schema.estimates import Estimate, FigureUnit
-from tracker.schema.findings import LineChart, MapChart
+from tracker.schema.findings import LineChart, MapChart, line_chart
 from tracker.schema.formats import UNIT_FORMATS, figure_text, metric_format
 from tracker.schema.records import CellRecord
 from tracker.schema.tables import Column, Table, build_table
@@ -26,7 +26,7 @@ from tracker.stats.effects import additivity, interactions
 from tracker.stats.resampling import RESAMPLES, SEED, resampled_means
 from tracker.stats.support import count_pairs, possible_ranks, widen
 from tracker.studies.base import SIGNIFICANT, Study, StudyContext, StudyResult, Subject, study_texts
-from tracker.studies.layout import line_chart, rank_estimate
+from tracker.studies.layout import rank_estimate
 from tracker.studies.registry import JointSettings
 
 LayerPair = tuple[int, int]

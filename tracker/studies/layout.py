@@ -1,4 +1,4 @@
-"""Build charts of studies, and tables from dataclasses with labelled fields."""
+"""Build tables of studies from dataclasses with labelled fields."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from operator import attrgetter
 from typing import Any, Literal
 
 from tracker.schema.estimates import Estimate, FigureUnit
-from tracker.schema.findings import Line, LineChart
-from tracker.schema.formats import ACCURACY_FORMAT, MetricFormat, is_finite
+from tracker.schema.formats import ACCURACY_FORMAT, MetricFormat
 from tracker.schema.tables import Column, ColumnValue, Table, build_table
 
 LabelUnit = FigureUnit | Literal["change", "level"]
@@ -87,42 +86,3 @@ def figure_table(
 def rank_estimate(ranks: tuple[int, int]) -> Estimate:
     """Return the best rank as an estimate; its interval is from the best to the worst rank."""
     return Estimate(ranks[0], *ranks)
-
-
-def line_chart(
-    title: str,
-    axes: tuple[str, str],
-    unit: FigureUnit,
-    positions: Iterable[float],
-    lines: Mapping[str, Iterable[Estimate | float | None]],
-    **logarithmic: bool,
-) -> LineChart:
-    """Build a chart with one line for each name; undefined values are gaps in the line.
-
-    Args:
-        title: Title of the chart.
-        axes: Names of the horizontal and the vertical axis.
-        unit: Unit of the vertical axis.
-        positions: Positions on the horizontal axis.
-        lines: Name of a line → value at each position. The intervals of estimates are drawn as a
-            band.
-        **logarithmic: `log_x=True` or `log_y=True` makes an axis logarithmic.
-
-    Returns:
-        The chart.
-    """
-    chart_lines = []
-    for name, figures in lines.items():
-        estimates = [f if isinstance(f, Estimate) else Estimate(f) for f in figures]
-        finite = [estimate if is_finite(estimate.value) else None for estimate in estimates]
-        has_band = any(estimate.low is not None for estimate in estimates)
-        chart_lines.append(Line.from_figures(name, finite, has_band))
-    return LineChart(
-        title=title,
-        x=axes[0],
-        y=axes[1],
-        unit=unit,
-        places=tuple(positions),
-        lines=tuple(chart_lines),
-        **logarithmic,
-    )

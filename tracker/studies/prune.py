@@ -22,7 +22,7 @@ from tracker.search.cells import ModelCache
 from tracker.search.conduct import SearchResults, run_searches
 from tracker.search.planning import refuse_unsavable
 from tracker.search.report import (
-    COST_NOTE,
+    SEARCH_TEXTS,
     StrategyResult,
     calibration_documents,
     cost_columns,
@@ -53,7 +53,7 @@ PAPER_LEVELS |= {PLAIN_TEXT: (0.5023, 0.5969)}
 """The paper's mean test accuracies if accuracy and if cosine chooses; the plain text is C4."""
 MAX_FACTOR = 1000
 """Factor of the test documents beyond which a required number is not reported."""
-PRUNE_TEXTS = study_texts("prune", cost=COST_NOTE, paper=PRUNING_PAPER, paper_levels=PAPER_LEVELS)
+PRUNE_TEXTS = study_texts("prune", search=SEARCH_TEXTS, paper=PRUNING_PAPER, levels=PAPER_LEVELS)
 
 
 class Method(NamedTuple):

@@ -17,7 +17,7 @@ from tracker.analysis.aligned import AlignedOutcomes
 from tracker.schema.changes import Change
 from tracker.schema.config import CellRequest, Changes
 from tracker.schema.estimates import Estimate
-from tracker.schema.findings import LineChart
+from tracker.schema.findings import LineChart, line_chart
 from tracker.schema.formats import MetricFormat, fixed_point, metric_format
 from tracker.schema.grouping import group_by
 from tracker.schema.kinds import Intervention
@@ -27,7 +27,7 @@ from tracker.stats.arrays import Array
 from tracker.stats.resampling import RESAMPLES
 from tracker.stats.support import holm, recovered_share
 from tracker.studies.base import SIGNIFICANT, Study, StudyContext, StudyResult, Subject, study_texts
-from tracker.studies.layout import figure_table, labelled, line_chart
+from tracker.studies.layout import figure_table, labelled
 from tracker.studies.registry import RescaleSettings
 
 STAND_INS: dict[Intervention, str] = {

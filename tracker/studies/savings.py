@@ -21,14 +21,13 @@ from tracker.schema.changes import INTACT, Ablation, Change
 from tracker.schema.config import CellRequest
 from tracker.schema.errors import ExperimentError, RequestError
 from tracker.schema.estimates import Estimate
-from tracker.schema.findings import LineChart
+from tracker.schema.findings import LineChart, line_chart
 from tracker.schema.questions import Question, parse_question
 from tracker.schema.tables import Column, Table, build_table
 from tracker.stats.arrays import Array, Mask
 from tracker.stats.resampling import SEED
 from tracker.stats.stopping import MEAN_TOLERANCE, Race
 from tracker.studies.base import Study, StudyContext, StudyResult, Subject, study_texts
-from tracker.studies.layout import line_chart
 from tracker.studies.registry import SavingsSettings
 
 RANDOM_ORDERS = 200

@@ -19,7 +19,7 @@ from tracker.ledger.shards import DocumentArrays
 from tracker.measuring.observing import Observations, ObserveDocument
 from tracker.schema.documents import Document
 from tracker.schema.estimates import Estimate, FigureUnit
-from tracker.schema.findings import LineChart, MapChart, StudyChart, chart_values
+from tracker.schema.findings import LineChart, MapChart, StudyChart, chart_values, line_chart
 from tracker.schema.formats import interval_text, metric_format
 from tracker.schema.grouping import group_by
 from tracker.schema.proxies import PROXIES
@@ -40,7 +40,7 @@ from tracker.studies.base import (
     observe_subject,
     study_texts,
 )
-from tracker.studies.layout import figure_table, labelled, line_chart
+from tracker.studies.layout import figure_table, labelled
 from tracker.studies.registry import SnowballSettings
 
 ALL_TOKENS, LATER_TOKENS = 0, 1

@@ -18,12 +18,11 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from tracker.schema.answers import interval_name, statement
 from tracker.schema.changes import WHOLE_LAYER, Change
 from tracker.schema.config import FILE_KEYS, number_field
-from tracker.schema.formats import count_text, metric_format, named_interval
 from tracker.schema.identities import Record
 from tracker.schema.kinds import REPLACEMENT_WORDS
 from tracker.schema.records import CellRecord, RunRecord
 from tracker.schema.run_table import non_finite_reasons, run_reasons
-from tracker.schema.text import escape_markdown, markdown_code
+from tracker.schema.templates import TextTemplate
 from tracker.stats.support import decide_verdicts, widen
 from tracker.tracking.figures import (
     CURVES,
@@ -56,92 +55,34 @@ AVERAGE_NOTE = "an average over several benchmarks is more conclusive"
 """Remark on one benchmark that refers to the averages of the report and the leaderboard."""
 
 
+_NOTES = TextTemplate(
+    "tracker.tracking",
+    "notes",
+    average_note=AVERAGE_NOTE,
+    interval_name=interval_name,
+    replacements=REPLACEMENT_WORDS,
+    statement=statement,
+    whole_layer=WHOLE_LAYER,
+)
+
+
 def cell_note(cell: CellRecord, answer: str = "") -> str:
     """Return the note (Markdown) of the summary run of a model and benchmark.
 
-    Args:
-        cell: The record of the cell.
-        answer: The conclusion from this benchmark alone; empty if there is no conclusion.
-
-    Returns:
-        The note: one or more paragraphs.
+    `answer` is the conclusion from this benchmark alone; empty if there is no conclusion.
     """
-    effect, values = "loss of accuracy on the benchmark", "Values are fractions"
-    if not cell.higher_is_better:
-        effect = "increase of the loss on the benchmark"
-        values = "`accuracy` is the loss and `accuracy_drop` its increase, in the metric's own unit"
-    text = (
-        f"{_note_head(cell.heading)}{effect} ({markdown_code(cell.metric)}, "
-        f"{cell.documents_text}) when {_removal_text(cell)}, and the cheap proxies. The step of "
-        f"every curve is the 0-based layer. {values}; `gold_logprob_drop` is in nats."
-    )
-    if cell.answer:
-        text += f"\n\n{statement(cell.answer)}."
-    if answer:
-        text += f"\n\n{escape_markdown(answer)} This uses only one benchmark; {AVERAGE_NOTE}."
-    return text
-
-
-def _note_head(name: str) -> str:
-    """Return the beginning of a note: a name in bold, and a colon."""
-    return f"**{escape_markdown(name)}**: "
+    return "\n\n".join(_NOTES.render_all("cell", cell, answer))
 
 
 def intact_note(cell: CellRecord) -> str:
-    """Return the note of the unablated model's run, in Markdown.
-
-    Args:
-        cell: The record of the cell.
-
-    Returns:
-        The note: one paragraph.
-    """
-    head, documents = _note_head(intact_name(cell)), cell.describe_documents(f"{cell.n:,}")
-    metric = markdown_code(cell.metric)
-    if cell.removed:
-        return (
-            f"{head}{metric} on {documents} of the model without the layers that are removed in "
-            "all runs of the benchmark; drops are relative to the intact model."
-        )
-    rounding = (cell.baseline_rounded, cell.n, cell.baseline_rounding, "the baseline")
-    return (
-        f"{head}{metric} of the whole model on {documents}: the baseline of the runs that change "
-        f"some of its layers.{_rounding_sentence(cell, *rounding)}"
-    )
+    """Return the note of the unablated model's run, in Markdown."""
+    return _NOTES.render("intact", cell, intact_name(cell))
 
 
 def layer_note(cell: CellRecord, run: RunRecord) -> str:
-    """Return the note of an ablation's run, in Markdown.
-
-    Args:
-        cell: The record of the cell.
-        run: The ablation, an entry of `cell.runs`.
-
-    Returns:
-        The note: one paragraph.
-    """
-    change, drop = run.change, run.drop
-    replacement = REPLACEMENT_WORDS.get(change.intervention)
-    removal_text = f"with the layer replaced by {replacement}" if replacement else "without it"
-    if change.map is not None:
-        removal_text = f"with {escape_markdown(change.map)} in {change.intervention}"
-    if change.intervention == "repeat":
-        removal_text = f"with it passed {'again' if change.repeats == 2 else change.times}"
-    documents = cell.describe_documents(f"{run.n:,}")
-    head = _note_head(run_name(cell, change))
-    text = f"{head}{markdown_code(cell.metric)} on {documents} {removal_text}"
-    if drop.value is None:
-        return f"{text}; its drop is not defined: {drop.reason or 'no reason'}."
-    measure, size = metric_format(cell), drop if drop.value >= 0 else -drop
-    verb = "falls" if (drop.value >= 0) == cell.higher_is_better else "rises"
-    interval = named_interval(size, measure.write, interval_name(cell))
-    text += f"; it {verb} by {measure.write(abs(drop.value))} {measure.unit}{interval}"
-    if not _is_proved(cell, run):
-        runs = count_text(len(cell.runs), "run")
-        text += f", not significant when corrected for {runs} of this benchmark; {AVERAGE_NOTE}"
-    if not cell.higher_is_better:
-        return f"{text}."
-    return f"{text}." + _rounding_sentence(cell, run.rounded, run.n, run.drop_rounding, "the fall")
+    """Return the note of an ablation's run, in Markdown."""
+    name = run_name(cell, run.change)
+    return _NOTES.render("layer", cell, run, name, _is_proved(cell, run))
 
 
 def _is_proved(cell: CellRecord, run: RunRecord) -> bool:
@@ -150,39 +91,6 @@ def _is_proved(cell: CellRecord, run: RunRecord) -> bool:
     if not cell.is_raced:
         drops = widen(drops, [cell_run.units for cell_run in cell.runs], len(drops))
     return decide_verdicts(drops)[cell.runs.index(run)] != "open"
-
-
-def _rounding_sentence(
-    cell: CellRecord, n_rounded: int | None, n_documents: int, shift: float | None, subject: str
-) -> str:
-    """Return a sentence on how many documents rounding may decide; empty if that is unknown."""
-    if n_rounded is None or shift is None:
-        return ""
-    return (
-        f" Rounding in {cell.model.dtype} decides up to {n_rounded:,} of these {n_documents:,} "
-        f"documents. Another batch size moves {subject} by ± {100 * shift:.1f} percentage points."
-    )
-
-
-def _removal_text(cell: CellRecord) -> str:
-    """Return the part of the summary note about the ablations and the names of curves."""
-    kinds = dict.fromkeys(run.change.kind for run in cell.runs)
-    text = "one layer is removed"
-    if any(kind != WHOLE_LAYER for kind in kinds):
-        text += (
-            ", or its attention or MLP alone (curves `attention/…`, `mlp/…`), or several "
-            "consecutive layers (curves `span4/…` for 4 layers)"
-        )
-    if parts := dict.fromkeys(kind.component for kind in kinds if kind.number is not None):
-        curves = " and ".join(f"`{part}/3/…`" for part in parts)
-        text += f", or one of its heads or groups of heads (curves {curves} for number 3)"
-    interventions = {kind.intervention for kind in kinds}
-    if curves := ", ".join(f"`{name}/…`" for name in REPLACEMENT_WORDS if name in interventions):
-        text += f", or replaced (curves {curves})"
-    if cell.removed:
-        layers = ", ".join(map(str, cell.removed))
-        text += f", from a model without layers {layers} (drops are relative to the intact model)"
-    return text
 
 
 RunSelection = Literal["auto", "all", "cells"]

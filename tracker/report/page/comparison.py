@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from markupsafe import Markup
 
-from tracker.report.texts import open_templates
 from tracker.schema.tables import Table, entry_text, heading_text
+from tracker.schema.templates import open_templates
 
 
 def render_comparison(sentences: Sequence[str], table: Table, details: Sequence[Table]) -> str:

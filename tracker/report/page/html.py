@@ -23,7 +23,6 @@ from tracker.report.leaderboard import layer_board_table, misjudged_table, part_
 from tracker.report.page import sections
 from tracker.report.page.sections import decision_table, pack_documents
 from tracker.report.page.studies import exclude_search_cells, study_sections
-from tracker.report.texts import open_templates
 from tracker.schema import answers, run_table
 from tracker.schema.decision_records import DecisionsRecord
 from tracker.schema.findings import FindingRecord
@@ -32,6 +31,7 @@ from tracker.schema.kinds import REPLACEMENT_WORDS
 from tracker.schema.proxies import OBSERVED, PART_PROXIES
 from tracker.schema.records import CellRecord, RecordKey
 from tracker.schema.tables import entry_text, heading_text
+from tracker.schema.templates import open_templates
 from tracker.schema.text import mask_secrets, replace_controls
 from tracker.schema.weight_formats import FORMATS
 

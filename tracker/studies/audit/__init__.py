@@ -12,7 +12,7 @@ from tracker.analysis.comparable import benchmark_labels, model_labels
 from tracker.schema.config import CellRequest
 from tracker.schema.errors import RequestError
 from tracker.schema.estimates import Estimate, FigureUnit
-from tracker.schema.findings import LineChart, MapChart, StudyChart
+from tracker.schema.findings import LineChart, MapChart, StudyChart, line_chart
 from tracker.schema.grouping import group_by
 from tracker.schema.proxies import LAYER_PROXIES, proxy_cost
 from tracker.schema.tables import Column, ColumnValue, Table, build_table
@@ -39,7 +39,7 @@ from tracker.studies.base import (
     Subject,
     study_texts,
 )
-from tracker.studies.layout import figure_table, labelled, line_chart, rank_estimate
+from tracker.studies.layout import figure_table, labelled, rank_estimate
 from tracker.studies.registry import AuditSettings
 
 PAPER_CORRELATIONS = (0.15, 0.46)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tracker.report.texts import TextTemplate
+from tracker.schema.templates import TextTemplate
 
 TEMPLATE = """
 {% macro greeting(names, end) %}

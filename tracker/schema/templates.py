@@ -5,23 +5,29 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from functools import cache
-from typing import Any
-
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from typing import TYPE_CHECKING, Any
 
 from tracker.schema import formats
-from tracker.schema.text import capitalise
+from tracker.schema.text import capitalise, escape_markdown, markdown_code
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 FIGURE_WRITERS: tuple[Callable[..., str], ...] = (
     capitalise,
+    escape_markdown,
+    markdown_code,
     formats.count_text,
     formats.fixed_point,
     formats.interval_text,
     formats.level_text,
+    formats.metric_format,
+    formats.named_interval,
     formats.join_words,
     formats.nats_text,
     formats.p_value,
     formats.points,
+    formats.round_count,
     formats.three_digits,
     formats.two_digits,
     formats.time_text,
@@ -45,15 +51,15 @@ class TextTemplate:
     def __init__(self, package: str, name: str, **names: Any) -> None:
         self._package, self._name, self._names = package, name, names
 
-    def render_all(self, macro: str, *arguments: Any) -> list[str]:
+    def render_all(self, macro: str, *arguments: Any, **named: Any) -> list[str]:
         """Render the texts of a macro; return an empty list if the macro writes no text."""
         template = _environment(self._package).get_template(f"{self._name}.j2", None, self._names)
-        rendered = str(getattr(template.module, macro)(*arguments))
+        rendered = str(getattr(template.module, macro)(*arguments, **named))
         return [*filter(None, map(_join_lines, re.split(r"(?m)^---$", rendered)))]
 
-    def render(self, macro: str, *arguments: Any) -> str:
+    def render(self, macro: str, *arguments: Any, **named: Any) -> str:
         """Render a macro as one text; return "" if the macro writes no text."""
-        return " ".join(self.render_all(macro, *arguments))
+        return " ".join(self.render_all(macro, *arguments, **named))
 
 
 def _join_lines(lines: str) -> str:
@@ -72,6 +78,8 @@ def _environment(package: str) -> Environment:
 
 def open_templates(package: str, **options: Any) -> Environment:
     """Open the templates of a package; an undefined name in a template raises an error."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
     return Environment(
         loader=PackageLoader(package),
         undefined=StrictUndefined,
