@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tracker.schema.templates import TextTemplate
+from tracker.schema.text_templates import TextTemplate
 
 TEMPLATE = """
 {% macro greeting(names, end) %}

@@ -25,7 +25,7 @@ from tracker.schema.formats import (
     time_text,
 )
 from tracker.schema.tables import Column, Table, build_table
-from tracker.schema.templates import TextTemplate
+from tracker.schema.text_templates import TextTemplate
 
 if TYPE_CHECKING:
     from tracker.analysis.claims import Claims

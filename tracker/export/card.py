@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import yaml
 from jinja2 import Template
 
-from tracker.export.facts import ExportedModel
+from tracker.export.facts import FACT_TEXTS, ExportedModel
 from tracker.ledger.files import write_text
 from tracker.models.sources import MODEL_PACKAGE, ModelSource
 from tracker.schema.formats import join_words, level_text
@@ -28,8 +28,8 @@ from tracker.schema.grouping import group_by
 from tracker.schema.identities import ModelIdentity
 from tracker.schema.kinds import Component
 from tracker.schema.model_parts import fused_map
-from tracker.schema.templates import open_templates
 from tracker.schema.text import escape_markdown, markdown_code
+from tracker.schema.text_templates import open_templates
 from tracker.schema.weight_formats import FORMATS
 
 WINDOWS_RECIPE = "llama.cpp, windows"
@@ -85,19 +85,7 @@ def ordered_recipes(texts: Mapping[str, str]) -> list[Recipe]:
 
 def no_recipe_reason(model: ExportedModel) -> str:
     """Explain why there is no recipe for a model with changed configuration entries."""
-    resized, parts = model.resized, model.change.parts_text
-    if parts:
-        return f"None: mergekit and llama.cpp cannot remove {parts}."
-    reason = (
-        "None: mergekit and llama.cpp change only the number of layers, but this configuration "
-        f"also describes each layer: {', '.join(resized)}."
-    )
-    if "layer_types" in resized:
-        reason += (
-            " Programs that infer a layer's kind from its index, such as some converters, build "
-            "another model from this folder: compare its logits with the logits of this model."
-        )
-    return reason
+    return FACT_TEXTS.render("no_recipe", model)
 
 
 # Removed and repeated layers

@@ -13,10 +13,13 @@ from pydantic_core import to_jsonable_python
 from tracker.export.serving import ServingFigure
 from tracker.schema.changes import Ablation, Change
 from tracker.schema.estimates import Estimate
-from tracker.schema.formats import count_text, join_words, level_text, ties_text
+from tracker.schema.formats import count_text, join_words, ties_text
 from tracker.schema.identities import ModelIdentity
 from tracker.schema.prune_records import CalibrationSet
 from tracker.schema.records import CellRecord
+from tracker.schema.text_templates import TextTemplate
+
+FACT_TEXTS = TextTemplate("tracker.export", "facts", estimate=Estimate, ties_text=ties_text)
 
 
 @dataclass(frozen=True)
@@ -90,33 +93,12 @@ class Proof:
 
     def sentences(self) -> list[str]:
         """Return one or two sentences for the model card about the result of the comparison."""
-        difference = self.difference
-        precision = "bit by bit" if difference == 0 else f"to within {difference:.1e} (rounding)"
-        sentences = [
-            f"In a fresh process, plain AutoModelForCausalLM computes for {self.texts} texts the "
-            f"same logits as the model that was changed in memory, {precision}."
-        ]
-        if self.tasks:
-            name = self.tasks[0] if len(self.tasks) == 1 else f"{len(self.tasks)} tasks"
-            figure = "".join(f": {metric} {value!r}" for metric, value in self.figure.items())
-            exception = f", except for {self.ties} whose answers differ only within rounding"
-            sentences.append(
-                f"In this process, plain lm-eval computes for {self.documents:,} documents of "
-                f"{name} the same outcomes as tracker{exception if self.ties else ''}{figure}."
-            )
-        if self.ties and (self.is_half or self.measured is not None):
-            sentences.append(f"{self.ties_text}.")
-        return sentences
+        return FACT_TEXTS.render_all("proof", self)
 
     @property
     def ties_text(self) -> str:
         """The measured value beside lm-eval's, and the number of ties within rounding."""
-        ties = ties_text(self.ties, self.documents, self.is_half)
-        if self.measured is None:
-            return ties
-        values = (self.measured, *self.figure.values())
-        ours, theirs = (level_text(Estimate(value), self.unit) for value in values)
-        return f"{ours} measured with shared computation, {theirs} by plain lm-eval: {ties}"
+        return FACT_TEXTS.render("ties", self)
 
 
 @dataclass(frozen=True)
@@ -142,13 +124,7 @@ class GgufFile:
     @property
     def text(self) -> str:
         """The file, its size and the result of its check."""
-        return (
-            f"{self.path} has {self.bytes:,} bytes and the measured weights, bit by bit. In "
-            "float32, llama.cpp computes the same logits with them, to within "
-            f"{self.difference:.1e} (rounding). By default, it also rounds activations to 8 bits, "
-            f"and predicts the same next token after {self.equal_tokens:,} of {self.tokens:,} "
-            "tokens."
-        )
+        return FACT_TEXTS.render("gguf", self)
 
 
 _TAGS = {

@@ -17,8 +17,8 @@ from tracker.report.evaluations import Decide
 from tracker.report.frames import document_frames, layer_frame
 from tracker.schema.errors import ResultsError, first_line
 from tracker.schema.records import CellRecord
-from tracker.schema.templates import open_templates
 from tracker.schema.text import escape_markdown
+from tracker.schema.text_templates import open_templates
 
 RECORDS_FILE = "measurements.parquet"
 """File with one row per model and benchmark, whose column `record` has the record as JSON."""

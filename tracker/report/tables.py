@@ -10,6 +10,7 @@ from tracker.analysis.boards import layer_relevance
 from tracker.analysis.claims import run_verdicts
 from tracker.analysis.comparable import benchmark_labels, row_labels
 from tracker.report.wording import (
+    WORDS,
     p_value_name,
     power_sentence,
     provenance_notes,
@@ -19,7 +20,7 @@ from tracker.report.wording import (
 )
 from tracker.schema.changes import WHOLE_LAYER, Change
 from tracker.schema.estimates import Estimate
-from tracker.schema.formats import DASH, count_text, is_finite, metric_format, write_figure
+from tracker.schema.formats import is_finite, metric_format, write_figure
 from tracker.schema.grouping import group_by
 from tracker.schema.identities import CHOICE_PROBABILITY, TaskIdentity
 from tracker.schema.proxies import PROXIES
@@ -71,13 +72,7 @@ def overview_table(cells: Sequence[CellRecord]) -> Table:
         Column(spearman, "coefficient", _spearman_estimate),
     )
     rows = list(zip(cells, row_labels(cells), strict=True))
-    overview = build_table(
-        "Layers shown to matter: removing any one of them costs accuracy, with 95 % confidence "
-        "for all layers of the benchmark together. The next column: layers with the highest "
-        "cosine scores.",
-        columns,
-        rows,
-    )
+    overview = build_table(WORDS.render("overview_caption"), columns, rows)
     notes = []
     for (cell, (_, details)), entries in zip(rows, overview.rows, strict=True):
         title = " · ".join(filter(None, (cell.title, details)))
@@ -141,15 +136,8 @@ def layer_table(cell: CellRecord) -> Table:
 
     Notes explain the p-values, and give the reason for each undefined value.
     """
-    notes = []
-    if n_tests := sum(is_finite(record.drop.p_value) for record in cell.runs):
-        notes.append(
-            f"{count_text(n_tests, 'test')}: unadjusted p-values, about {0.05 * n_tests:.1f} "
-            "expected below 0.05 by chance even without any effect. The largest drop is picked "
-            f"from {count_text(n_tests, 'noisy estimate')}, so it tends to be overstated."
-        )
-    if power := power_sentence(cell, cell.runs):
-        notes.append(power)
+    n_tests = sum(is_finite(record.drop.p_value) for record in cell.runs)
+    notes = WORDS.render_all("tests", n_tests, power_sentence(cell, cell.runs))
     sizes = {record.n for record in cell.runs}
     has_rounding = any(run.rounded is not None for run in cell.runs)
     has_choices = any(run.choice_drop.value is not None for run in cell.runs)
@@ -179,20 +167,10 @@ def layer_table(cell: CellRecord) -> Table:
             notes.append(f"{heading.label}: undefined for {runs}: {reason}.")
     mismatches = _group_by_reason(cell, ((run.change, run.mismatch) for run in cell.runs))
     notes += [f"{capitalise(runs)}: {reason}." for runs, reason in mismatches]
-    documents = f", {count_text(sizes.pop(), 'document')} each" if len(sizes) == 1 else ""
-    intact = ((column.label, cell.baseline_metrics.get(column.label)) for column in metrics)
-    baseline = ", ".join(
-        f"{name} {write_figure('metric', value) if is_finite(value) else DASH}"
-        for name, value in intact
-    )
-    caption = (
-        f"{cell.title}: every {'layer' if has_only_layers(cell) else 'run'}{documents}. "
-        f"{metric_format(cell).level.capitalize()} is "
-        f"{cell.metric}; the last columns are metrics "
-        f"{'over all tokens' if is_corpus(cell) else 'as lm-eval reports them'}"
-        f"{', choice probabilities come from log-likelihoods' if has_choices else ''}. "
-        f"Baseline: {baseline or DASH}."
-    )
+    noun = "layer" if has_only_layers(cell) else "run"
+    intact = {column.label: cell.baseline_metrics.get(column.label) for column in metrics}
+    facts = [*sizes], intact, is_corpus(cell), has_choices
+    caption = WORDS.render("runs_caption", cell, noun, *facts)
     return table.model_copy(update={"title": caption, "notes": tuple(notes)})
 
 
@@ -229,8 +207,7 @@ def correlation_table(cell: CellRecord) -> Table:
             subject = ", ".join([coefficient, _proxy_heading(record), *parts, subset])
             notes.append(f"{subject}: undefined: {record.estimate.reason or NO_REASON}.")
     return build_table(
-        f"{cell.title}: how well each proxy ranks the {samples} by {metric_format(cell).change} "
-        f"(inner: without the first two and the last two{' layers' * (samples != 'layers')}).",
+        WORDS.render("correlations_caption", cell, samples),
         pick_columns(columns, *names),
         [(cell, record) for record in records],
         *notes,

@@ -20,6 +20,7 @@ from tracker.schema.answers import interval_name, statement
 from tracker.schema.changes import WHOLE_LAYER, Change
 from tracker.schema.estimates import Estimate
 from tracker.schema.formats import (
+    DASH,
     figure_text,
     interval_text,
     is_finite,
@@ -27,6 +28,7 @@ from tracker.schema.formats import (
     layer_list,
     metric_format,
     points,
+    write_figure,
 )
 from tracker.schema.grouping import group_by
 from tracker.schema.kinds import REPLACEMENT_WORDS
@@ -40,8 +42,8 @@ from tracker.schema.records import (
     RunRecord,
     first_layers,
 )
-from tracker.schema.templates import TextTemplate
 from tracker.schema.text import capitalise
+from tracker.schema.text_templates import TextTemplate
 from tracker.schema.weight_formats import FORMATS
 from tracker.stats.accuracy import ALPHA, TEST_POWER
 from tracker.stats.support import Verdict, holm
@@ -558,6 +560,7 @@ WORDS = TextTemplate(
     "words",
     correlation=find_correlation,
     correlation_text=correlation_text,
+    dash=DASH,
     interval_name=interval_name,
     is_finite=is_finite,
     layer_list=layer_list,
@@ -570,5 +573,6 @@ WORDS = TextTemplate(
     p_value_name=p_value_name,
     run_list=run_list,
     sample_noun=sample_noun,
+    write_figure=write_figure,
     short_correlation=short_correlation,
 )

@@ -32,8 +32,8 @@ Modules:
     safe_yaml: Read YAML with limits on the size of the content.
     search_parts: Assign numbers to the layers or other parts that a search can remove.
     tables: Define a table as columns and rows.
-    templates: Render sentences from templates.
     text: Escape text for terminals, Markdown and CSV, and mask passwords.
+    text_templates: Render sentences from templates.
     views: Define a view: the runs and documents of one model and benchmark that a report shows.
     weight_formats: Define the weight formats (e.g. int4) and their sizes.
 """

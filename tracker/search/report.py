@@ -30,7 +30,7 @@ from tracker.schema.kinds import NUMBERED_COMPONENTS
 from tracker.schema.prune_records import HeldOutResult, PruneRecord, PruneStep
 from tracker.schema.search_parts import unit_plural
 from tracker.schema.tables import Column, RowType, Table, build_table
-from tracker.schema.templates import TextTemplate
+from tracker.schema.text_templates import TextTemplate
 from tracker.search.accuracy_budget import TOLERANCE, AccuracyBudget
 from tracker.search.request import SearchGoal
 from tracker.search.search import Recommendation

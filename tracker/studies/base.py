@@ -37,7 +37,7 @@ from tracker.schema.fields import validate_settings
 from tracker.schema.findings import FindingRecord, LineChart, MapChart, StudyChart
 from tracker.schema.records import CellRecord, RecordKey
 from tracker.schema.tables import Table
-from tracker.schema.templates import TextTemplate
+from tracker.schema.text_templates import TextTemplate
 from tracker.schema.views import View
 from tracker.studies.registry import STUDIES, StudySettings, find_settings
 from tracker.team.publish import Publisher

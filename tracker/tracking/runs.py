@@ -22,7 +22,7 @@ from tracker.schema.identities import Record
 from tracker.schema.kinds import REPLACEMENT_WORDS
 from tracker.schema.records import CellRecord, RunRecord
 from tracker.schema.run_table import non_finite_reasons, run_reasons
-from tracker.schema.templates import TextTemplate
+from tracker.schema.text_templates import TextTemplate
 from tracker.stats.support import decide_verdicts, widen
 from tracker.tracking.figures import (
     CURVES,

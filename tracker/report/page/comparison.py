@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from markupsafe import Markup
 
 from tracker.schema.tables import Table, entry_text, heading_text
-from tracker.schema.templates import open_templates
+from tracker.schema.text_templates import open_templates
 
 
 def render_comparison(sentences: Sequence[str], table: Table, details: Sequence[Table]) -> str:

@@ -31,8 +31,8 @@ from tracker.schema.kinds import REPLACEMENT_WORDS
 from tracker.schema.proxies import OBSERVED, PART_PROXIES
 from tracker.schema.records import CellRecord, RecordKey
 from tracker.schema.tables import entry_text, heading_text
-from tracker.schema.templates import open_templates
 from tracker.schema.text import mask_secrets, replace_controls
+from tracker.schema.text_templates import open_templates
 from tracker.schema.weight_formats import FORMATS
 
 
