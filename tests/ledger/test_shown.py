@@ -23,11 +23,9 @@ from tests.helpers.stored_cells import (
 )
 from tracker.analysis.stopping import CellRace
 from tracker.ledger.cells import CellStore
-from tracker.ledger.files import write_note
 from tracker.ledger.store import Ledger
 from tracker.measuring.derive import derive_record
 from tracker.schema.config import CellRequest
-from tracker.schema.distribution import LEDGER_FORMAT
 from tracker.schema.grouping import group_by
 from tracker.schema.views import View
 from tracker.team.collect import _join_views, _view_key, remove_contained
@@ -110,25 +108,6 @@ def test_requests_extend_views(requests, names, ledger):
     for options, layers in steps[::-1]:
         run(store, options, layers)
     assert view_texts(store) == before
-
-
-@pytest.mark.parametrize("distinction", ["", "16 documents"])
-def test_a_view_of_a_former_version_is_renamed_and_superseded(distinction, ledger):
-    store = open_store(ledger, 192)
-    sample, name = {"sample": 16}, f"intact-sample-16-seed-{SEED}"
-    former = f"intact-sample-{SEED}" + "-16-documents" * bool(distinction)
-    view = store.views.view_of(request(sample, TWO)).model_dump(mode="json")
-    path = store.folder / "requests" / f"{former}.json"
-    note = {"format": LEDGER_FORMAT, "project": "project"}
-    write_note(path, note | {"view": view | {"beside": distinction}})
-    (stored,) = stored_views(store)
-    assert (store.views.view_name(stored), stored.supersedes) == (name, (former,))
-    assert store.views.path(name) == path
-    joined = run(store, sample, SIX)
-    assert joined.supersedes == (former,)
-    assert [file.stem for file in store.views.files()] == [name]
-    assert {*run(store, {"sample": 64}, SIX).supersedes} == {former, name}
-    assert [{*view.supersedes} for view in stored_views(store)] == [{former, name}]
 
 
 def draw_steps(sizes: Sequence[int]) -> st.SearchStrategy[Asked]:

@@ -21,7 +21,7 @@ from tracker.ledger.texts import StoredText
 from tracker.schema.changes import Change
 from tracker.schema.documents import DocumentText
 from tracker.schema.estimates import Estimate
-from tracker.schema.records import CellRecord, CorrelationRecord, RunRecord
+from tracker.schema.records import CellRecord, CorrelationRecord, RunRecord, view_name
 from tracker.schema.tables import Table, entry_text, heading_text
 from tracker.stats.decisions import choose_options, margins
 
@@ -125,7 +125,11 @@ def build_cell(
             "device": "cpu (2 cores)",
         },
     }
-    return CellRecord(**(fields | changes))
+    fields |= changes
+    selection = [str(changes[name]) for name in ("sample_seed", "beside") if name in changes]
+    names = "-".join(["", *selection]), fields["metric"], "acc"
+    view = view_name(changes.get("removed", ()), *names)
+    return CellRecord(**({"view": view} | fields))
 
 
 def digest(text: str) -> str:

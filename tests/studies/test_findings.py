@@ -60,12 +60,6 @@ def test_wrong_tables_are_refused():
         table.plain()
 
 
-def test_what_kept_texts_as_figures_are_is_read_too():
-    entry = {"value": "3 of 4", "low": None, "high": None, "reason": ""}
-    table = {"title": "t", "headings": [{"label": "steps", "unit": "text"}], "rows": [[entry]]}
-    assert Table.model_validate(table).rows == (("3 of 4",),)
-
-
 def test_a_finding_says_when_it_is_outgrown():
     cell = build_cell().model_copy(update={"key": "key", "n": 10})
     assert growth_note(FINDING, [cell]) == ""

@@ -32,7 +32,7 @@ from tracker.schema.errors import ResultsError
 from tracker.schema.formats import count_text
 from tracker.schema.identities import BenchmarkIdentity, ModelIdentity, Record
 from tracker.schema.provenance import content_hash
-from tracker.schema.records import former_view_name, view_name
+from tracker.schema.records import view_name
 from tracker.schema.views import Until, View
 
 _LATER_SETTINGS = {
@@ -290,11 +290,7 @@ class Views:
 
     def _complete_names(self, path: Path, view: View) -> View:
         """Return a copy of a view with an updated list `supersedes` of replaced views."""
-        names = {*view.supersedes}
-        if path != self._path(self.view_name(view)):  # of a former version
-            fields = (view.removed, view.metric, self.identity.benchmark, view.seed, view.beside)
-            names.add(former_view_name(*fields))
-        gone = (n for n in names if self._path(n) == path or not self._path(n).exists())
+        gone = (n for n in view.supersedes if self._path(n) == path or not self._path(n).exists())
         return view.model_copy(update={"supersedes": tuple(sorted(gone)), "beside": ""})
 
     def _label(self, view: View) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from operator import attrgetter, itemgetter
+from operator import attrgetter
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
@@ -276,8 +276,6 @@ def view_name(removed: Sequence[int], selection: str, metric: str, primary_metri
 
 INTACT_VIEW = "intact"
 """The view of the whole model by the benchmark's own metric, on all documents."""
-_FORMER_VIEW = itemgetter("removed", "metric", "benchmark", "sample_seed", "beside")
-"""The fields that give the view's name in records of former versions, which did not store it."""
 
 
 class CellRecord(FiguresRecord):
@@ -329,7 +327,7 @@ class CellRecord(FiguresRecord):
     """Mean log of the summed probability of a document's options, in nats; None without options."""
     removed: tuple[int, ...] = ()
     """Whole layers that are removed in every run, but not in the baseline, ascending."""
-    view: str = Field(default_factory=lambda fields: former_view_name(*_FORMER_VIEW(fields)))
+    view: str
     """The name of the shown view."""
     explicit: bool = Field(False, exclude_if=lambda explicit: not explicit)
     """True if a run requested the view, and not only a study or a search."""
@@ -493,16 +491,6 @@ class CellRecord(FiguresRecord):
             if reason := reasons.get(field) or reasons.get(f"metrics.{field}"):
                 return reason
         return NO_REASON
-
-
-def former_view_name(
-    removed: Sequence[int], metric: str, benchmark: BenchmarkIdentity, seed: int | None, label: str
-) -> str:
-    """Build the name of a view for records of former versions."""
-    selection = "" if seed is None else f"-sample-{seed}"
-    if label:
-        selection += f"-{label.replace(' ', '-')}"
-    return view_name(removed, selection, metric, benchmark.primary_metric)
 
 
 def first_layers(kind: Change, *cells: CellRecord) -> list[int]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Generic, TypeVar
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, Field
 
 from tracker.schema.estimates import Estimate, FigureUnit
 from tracker.schema.formats import DASH, UNIT_FORMATS, interval_text, is_finite
@@ -19,19 +19,13 @@ from tracker.schema.identities import Record, SafeText
 RowType = TypeVar("RowType")
 
 
-def _read_entry(stored_entry: object) -> object:
-    """Read a stored table entry, including text entries in the format of former versions."""
-    value = stored_entry.get("value") if isinstance(stored_entry, dict) else None
-    return value if isinstance(value, str) else stored_entry
-
-
 def _check_reason(entry: Estimate | str) -> Estimate | str:
     if isinstance(entry, Estimate) and entry.value is None and not entry.reason:
         raise ValueError("an undefined value needs a reason")
     return entry
 
 
-Entry = Annotated[Estimate | SafeText, BeforeValidator(_read_entry), AfterValidator(_check_reason)]
+Entry = Annotated[Estimate | SafeText, AfterValidator(_check_reason)]
 """An entry of a table: a figure or a text; an undefined figure has a reason."""
 
 

@@ -13,7 +13,7 @@ from tracker.schema.text import capitalise, escape_markdown, markdown_code
 if TYPE_CHECKING:
     from jinja2 import Environment
 
-FIGURE_WRITERS: tuple[Callable[..., str], ...] = (
+FIGURE_WRITERS: tuple[Callable[..., object], ...] = (
     capitalise,
     escape_markdown,
     markdown_code,
