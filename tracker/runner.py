@@ -13,17 +13,10 @@ from tracker.benchmarks.base import Benchmark
 from tracker.benchmarks.benchmark import choose_metric
 from tracker.ledger.cells import CellStore
 from tracker.ledger.store import Ledger
+from tracker.measuring import prepare
 from tracker.measuring.derive import derive_record
 from tracker.measuring.executors.base import open_executor
 from tracker.measuring.job import Job, Options, Reporting
-from tracker.measuring.prepare import (
-    CellLookup,
-    check_layers,
-    check_range,
-    find_cell,
-    open_benchmarks,
-    with_clusters,
-)
 from tracker.measuring.progress import Progress
 from tracker.schema.answers import statement
 from tracker.schema.config import CellRequest, Changes
@@ -110,23 +103,25 @@ def run_cells(
             "cluster applies to tracker run; studies and searches take documents as independent. "
             "Leave cluster out"
         )
-    requests = with_clusters(requests)
-    lookups = [find_cell(request, ledger, options.trust_remote_code) for request in requests]
+    requests = prepare.with_clusters(requests)
+    lookups = [
+        prepare.find_cell(request, ledger, options.trust_remote_code) for request in requests
+    ]
     unfinished_cells = [cell for cell in lookups if not cell.complete]
     for cell in lookups:
         if cell.store is not None:
             choose_metric(cell.store.identity.benchmark, cell.request.metric)
-            check_range(cell.request, ModelParts(cell.store.identity.model.layers))
+            prepare.check_range(cell.request, ModelParts(cell.store.identity.model.layers))
             cell.store.views.display_view(cell.request)  # raises if it is not readable
     finisher = _Finisher(publisher, progress, [*requests], explicit)
     if unfinished_cells:
         progress.say("checking models and benchmarks")
-        check_layers(unfinished_cells)
+        prepare.check_layers(unfinished_cells)
         jobs = _build_jobs(unfinished_cells)
         executor = open_executor(options)
-    unobserved: list[tuple[CellLookup, CellStore]] = []
+    unobserved: list[tuple[prepare.CellLookup, CellStore]] = []
 
-    def end(cell: CellLookup, outcome: CellStore | Exception) -> None:
+    def end(cell: prepare.CellLookup, outcome: CellStore | Exception) -> None:
         if cell.request.observe and isinstance(outcome, CellStore):
             unobserved.append((cell, outcome))
         else:
@@ -172,14 +167,14 @@ class _Finisher:
         self._smaller = find_smaller_requests(requests)
         self._shared_names: set[str] = set()
 
-    def begin(self, cell: CellLookup, store: CellStore) -> None:
+    def begin(self, cell: prepare.CellLookup, store: CellStore) -> None:
         """Announce to the tracking backends that a measurement begins."""
         request, views = cell.request, store.views
         names = views.display_view(request, request in self._smaller).supersedes
         view = views.view_of(request).model_copy(update={"supersedes": names})
         self._publisher.live.begin(request, store, view)
 
-    def finish(self, cell: CellLookup, outcome: CellStore | Exception) -> None:
+    def finish(self, cell: prepare.CellLookup, outcome: CellStore | Exception) -> None:
         """Record and publish the results of a finished measurement, or report its error."""
         request, title, report = cell.request, cell.request.title, self.report
         has_failed, is_named = isinstance(outcome, Exception), request in self._smaller
@@ -268,19 +263,19 @@ def _view_note(view: View, shown_view: View, related_views: Sequence[View]) -> s
     return f"shown together with earlier requests: {'; '.join(texts)}" if texts else ""
 
 
-def _build_jobs(cells: Sequence[CellLookup]) -> list[Job]:
+def _build_jobs(cells: Sequence[prepare.CellLookup]) -> list[Job]:
     """Open all benchmarks, and group the requests into jobs.
 
     Requests that differ only in their changed layers become one job.
     """
 
-    def group_key(pair: tuple[CellLookup, Benchmark]) -> object:
+    def group_key(pair: tuple[prepare.CellLookup, Benchmark]) -> object:
         request = pair[0].request
         if request.until is not None:  # a race ends with its own question
             return request
         # A failed fit must not fail other interventions.
         return request.model, request.benchmark, request.documents, request.changes.interventions
 
-    benchmarks = open_benchmarks(cell.request for cell in cells)
+    benchmarks = prepare.open_benchmarks(cell.request for cell in cells)
     groups = group_by(zip(cells, benchmarks, strict=True), group_key).values()
     return [Job(tuple(cell for cell, _ in group), group[-1][1]) for group in groups]

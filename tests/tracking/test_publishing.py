@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from tracker import api
+from tracker import api, tracking
 from tracker.ledger.store import Ledger
 from tracker.measuring.progress import Silent
 from tracker.team import publish as publishing
@@ -122,6 +122,6 @@ def test_the_run_selection_is_reported(study, results):
 def test_every_backend_shows_what_is_measured(track, tmp_path, monkeypatch):
     """Was: W&B's run was left out where another was shown before it, as if a trial showed it."""
     opened: list[str] = []
-    monkeypatch.setattr(publishing, "open_live_run", lambda name, *_: opened.append(name))
+    monkeypatch.setattr(tracking, "open_live_run", lambda name, *_: opened.append(name))
     Publisher(track, "layers", tmp_path)
     assert opened == [text.partition(":")[0] for text in track]

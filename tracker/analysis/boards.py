@@ -9,17 +9,8 @@ from dataclasses import dataclass, replace
 from itertools import chain, combinations
 from statistics import NormalDist
 
+from tracker.analysis import comparable
 from tracker.analysis.claims import Claims, decide_claims, mean_drop, verdict_word
-from tracker.analysis.comparable import (
-    RunSelector,
-    benchmark_labels,
-    cell_preference,
-    comparison_key,
-    find_outdated,
-    named_models,
-    select_countable,
-    unusable_reason,
-)
 from tracker.schema.changes import WHOLE_LAYER, Change
 from tracker.schema.estimates import Estimate
 from tracker.schema.formats import is_finite
@@ -174,7 +165,7 @@ class LayerBoard(PartBoard):
 
 def layer_board(cells: Sequence[CellRecord]) -> LayerBoard:
     """Rank the layers of one model."""
-    counted_cells, left_out = select_countable(cells)
+    counted_cells, left_out = comparable.select_countable(cells)
     rows = _group_runs(counted_cells, lambda cell: cell.whole_layers)
     statements = decide_claims(cells)
     drops = {change: statements.drops.get(change.layer) for change in rows}
@@ -204,7 +195,9 @@ def _part_board(cells: Sequence[CellRecord], kind: Change) -> PartBoard:
     def runs_of(cell: CellRecord) -> list[RunRecord]:
         return [run for run in cell.runs if run.change.kind.family == kind]
 
-    counted_cells, left_out = select_countable([cell for cell in cells if runs_of(cell)], runs_of)
+    counted_cells, left_out = comparable.select_countable(
+        [cell for cell in cells if runs_of(cell)], runs_of
+    )
     groups = _group_runs(counted_cells, runs_of).items()
     rows = {change: pairs for change, pairs in groups if len(pairs) == len(counted_cells)}
     means = [mean_drop([run for _, run in pairs], len(rows)) for pairs in rows.values()]
@@ -221,7 +214,7 @@ def _part_board(cells: Sequence[CellRecord], kind: Change) -> PartBoard:
 _RunsByChange = Mapping[Change, Sequence[tuple[CellRecord, RunRecord]]]
 
 
-def _group_runs(cells: Sequence[CellRecord], select_runs: RunSelector) -> _RunsByChange:
+def _group_runs(cells: Sequence[CellRecord], select_runs: comparable.RunSelector) -> _RunsByChange:
     """Group the selected runs by their change, e.g. the removal of layer 3."""
     pairs = ((cell, run) for cell in cells for run in select_runs(cell))
     return group_by(pairs, lambda pair: pair[1].change)
@@ -351,23 +344,23 @@ def model_board(cells: Sequence[CellRecord]) -> ModelBoard:
 
     Models get no rank if no benchmark was measured on two models, or if there is only one model.
     """
-    groups = named_models(cells)
+    groups = comparable.named_models(cells)
     usable: dict[str, dict[str, CellRecord]] = {}
     unused: defaultdict[tuple[str, str], dict[str, str]] = defaultdict(dict)
     for name, group in groups.items():
         usable[name] = {}
-        for cell, label in zip(group, benchmark_labels(group), strict=True):
-            key = comparison_key(cell)
-            if reason := unusable_reason(cell) or _missing_layers_reason(cell):
+        for cell, label in zip(group, comparable.benchmark_labels(group), strict=True):
+            key = comparable.comparison_key(cell)
+            if reason := comparable.unusable_reason(cell) or _missing_layers_reason(cell):
                 unused[label, key][name] = reason
             else:
                 usable[name].setdefault(key, cell)
     by_key = {key: cell for table in usable.values() for key, cell in table.items()}
     # Models are ranked on the benchmarks that most of them share; all others are explained.
     keys, ranked = _shared_settings(usable, by_key)
-    labels = benchmark_labels([usable[ranked[0]][key] for key in keys]) if keys else []
+    labels = comparable.benchmark_labels([usable[ranked[0]][key] for key in keys]) if keys else []
     left_out: dict[str, str] = {}
-    for key, label in zip(by_key, benchmark_labels([*by_key.values()]), strict=True):
+    for key, label in zip(by_key, comparable.benchmark_labels([*by_key.values()]), strict=True):
         if key not in keys:
             groups_of_reasons = (names.items() for (_, k), names in unused.items() if k == key)
             reasons = dict(chain.from_iterable(groups_of_reasons))
@@ -420,16 +413,18 @@ def _shared_settings(
         best: dict[str, str] = {}
         table = usable[names[0]]
         shared = [key for key in holders if {*names} <= {*holders[key]}]
-        outdated = find_outdated(table[key] for key in shared)
+        outdated = comparable.find_outdated(table[key] for key in shared)
         for key in shared:
             if id(table[key]) not in outdated:
                 name = by_key[key].benchmark.name
-                best[name] = max(best.get(name, key), key, key=lambda k: cell_preference(by_key[k]))
+                best[name] = max(
+                    best.get(name, key), key, key=lambda k: comparable.cell_preference(by_key[k])
+                )
         return [key for key in holders if key in best.values()]
 
     def preference(key: str) -> tuple[int, int, tuple[int, ...], str]:
         names = holders[key]
-        return len(names), len(shared_keys(names)), cell_preference(by_key[key]), key
+        return len(names), len(shared_keys(names)), comparable.cell_preference(by_key[key]), key
 
     if not holders:
         return [], []
@@ -451,7 +446,7 @@ def _unshared_reason(
             reasons.append(f"no such measurement of {', '.join(names)}")
         return "; ".join(reasons)
     cells = usable[ranked[0]]
-    if id(cells[key]) in find_outdated(cells.values()):
+    if id(cells[key]) in comparable.find_outdated(cells.values()):
         return "the task was edited after this measurement; only the latest measurement counts"
     return "another measurement of the benchmark has more documents; only the largest counts"
 

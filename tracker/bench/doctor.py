@@ -19,12 +19,7 @@ import numpy as np
 import torch
 
 from tracker.engine import fitting
-from tracker.engine.observers.layer_proxies import (
-    divergences,
-    measure_expert_load,
-    measure_span_similarity,
-    output_proxies,
-)
+from tracker.engine.observers import layer_proxies
 from tracker.engine.observers.perturbation_growth import perturbation_growth
 from tracker.engine.observers.rounding_error import rounding_errors, weight_errors
 from tracker.engine.scoring.generation import prepare_generation
@@ -114,11 +109,11 @@ FEATURES: Mapping[str, EngineFeature] = {
     "layers after a common beginning": partial(score_ablations, ablations=_LAYERS, common=60),
     "fitted replacements": score_fitted,
     "generation": generate_tokens,
-    "output proxies": _observer(output_proxies),
-    "divergences": _observer(divergences, _LAYERS[:2]),
+    "output proxies": _observer(layer_proxies.output_proxies),
+    "divergences": _observer(layer_proxies.divergences, _LAYERS[:2]),
     "perturbation growth": _observer(perturbation_growth, 2),
-    "span similarity": _observer(measure_span_similarity),
-    "expert load": _observer(measure_expert_load, _EXPERTS),
+    "span similarity": _observer(layer_proxies.measure_span_similarity),
+    "expert load": _observer(layer_proxies.measure_expert_load, _EXPERTS),
     "rounding errors": observe_maps,
 }
 

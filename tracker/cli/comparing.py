@@ -11,21 +11,13 @@ from typing import Annotated
 import click
 from pydantic import Field
 
+from tracker.cli import options
 from tracker.cli.commands import main
-from tracker.cli.options import (
-    BackendsType,
-    CommandOptions,
-    PathType,
-    TextType,
-    WordType,
-    add_options,
-    results_option,
-)
 from tracker.cli.printing import print_failures, runnable_command
 from tracker.cli.terminal import ProgressDisplay, echo, echo_all, print_table
 
 
-class MarginType(TextType):
+class MarginType(options.TextType):
     """Option type for a margin such as 1pp, 0.02 or arc_easy=2pp."""
 
     name = "margin"
@@ -39,25 +31,25 @@ class MarginType(TextType):
         return match[1] or "", margin
 
 
-class CompareOptions(CommandOptions):
+class CompareOptions(options.CommandOptions):
     """Options of `tracker compare`."""
 
     within: Annotated[tuple[tuple[str, float], ...], MarginType()] = ()
     """Largest acceptable loss or gain, e.g. 1pp, or arc_easy=2pp for one benchmark. It makes the
     command a release gate: exit code 0 if every model is equivalent or better, 3 if one is worse, 4
     if it is open. May be given several times."""
-    metric: Annotated[tuple[str, ...], WordType()] = ()
+    metric: Annotated[tuple[str, ...], options.WordType()] = ()
     """Metric to compare, e.g. acc_norm or choice_probability (default: all logged metrics). May be
     given several times."""
-    allow_different: Annotated[tuple[str, ...], WordType()] = ()
+    allow_different: Annotated[tuple[str, ...], options.WordType()] = ()
     """Setting that may differ between the models, e.g. num_fewshot. May be given several times."""
     form: Annotated[str, click.Choice(("text", "md", "json", "html"))] = Field(
         "text", alias="format"
     )
     """Format. md: a comment for a pull request. html: a page with the lost documents."""
-    output: Annotated[Path | None, PathType()] = None
+    output: Annotated[Path | None, options.PathType()] = None
     """File to write (default: print)."""
-    track: Annotated[tuple[str, ...] | None, BackendsType()] = None
+    track: Annotated[tuple[str, ...] | None, options.BackendsType()] = None
     """Tracking backends that get the page and the table as a run, comma-separated: mlflow, wandb,
     wandb:ENTITY/PROJECT (default: none)."""
     plan: bool = False
@@ -69,9 +61,9 @@ class CompareOptions(CommandOptions):
 
 
 @main.command()
-@click.argument("sources", nargs=-1, type=WordType())
-@add_options(CompareOptions, *CompareOptions.model_fields)
-@results_option
+@click.argument("sources", nargs=-1, type=options.WordType())
+@options.add_options(CompareOptions, *CompareOptions.model_fields)
+@options.results_option
 def compare(
     sources: tuple[str, ...],
     within: tuple[tuple[str, float], ...],

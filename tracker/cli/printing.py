@@ -13,17 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tracker.cli.terminal import echo, echo_all, print_table
-from tracker.schema import run_table
+from tracker.schema import formats, run_table
 from tracker.schema.answers import statement
 from tracker.schema.config import CellRequest
 from tracker.schema.estimates import Estimate
-from tracker.schema.formats import (
-    DASH,
-    figure_text,
-    level_text,
-    metric_format,
-    time_text,
-)
 from tracker.schema.tables import Column, Table, build_table
 from tracker.schema.text_templates import TextTemplate
 
@@ -58,7 +51,7 @@ def print_diagnosis(diagnosis: Diagnosis) -> None:
     echo(f"float32   precision of matrix products: {diagnosis.float32_precision}\n")
 
     def difference(finding: CheckResult) -> str:
-        return DASH if finding.difference is None else f"{finding.difference:.1g}"
+        return formats.DASH if finding.difference is None else f"{finding.difference:.1g}"
 
     columns: list[Column[CheckResult]] = [
         Column("check", "text", lambda finding: finding.name),
@@ -106,7 +99,7 @@ def print_cell(
         echo(_unlisted_note(cell, average))
     covered_names = {"baseline_rounded", *(("n", "baseline_low") if cell.is_raced else ())}
     reasons = {name: why for name, why in cell.all_reasons.items() if name not in covered_names}
-    echo_all(*_dash_reasons(runs_table), *(f"{DASH} {why}" for why in reasons.values()))
+    echo_all(*_dash_reasons(runs_table), *(f"{formats.DASH} {why}" for why in reasons.values()))
     echo_all(*_cell_notes(cell), wording.beneath(cell).strip())
     if not brief:
         answer = "" if cell.answer is None else statement(cell.answer)
@@ -150,16 +143,16 @@ def print_results(cells: Sequence[CellRecord]) -> None:
             echo(f"\n{cell.heading}: {text}")
 
     def baseline(cell: CellRecord) -> str:
-        measure = metric_format(cell)
-        return figure_text(cell.baseline, measure.write, f" {measure.level_unit}")
+        measure = formats.metric_format(cell)
+        return formats.figure_text(cell.baseline, measure.write, f" {measure.level_unit}")
 
     def chance(cell: CellRecord) -> str:
         level = cell.chance_accuracy
-        return DASH if level is None else f"{metric_format(cell).write(level)} %"
+        return formats.DASH if level is None else f"{formats.metric_format(cell).write(level)} %"
 
     def rank_correlation(cell: CellRecord) -> str:
         agreement = find_correlation(cell) if cell.whole_layers else None
-        return DASH if agreement is None else wording.short_correlation(agreement)
+        return formats.DASH if agreement is None else wording.short_correlation(agreement)
 
     columns: tuple[Column[CellRecord], ...] = (
         Column("model", "text", lambda cell: labels[id(cell)][0]),
@@ -201,10 +194,10 @@ def _named_layers_table(claims: Claims) -> Table:
     """Build a table of the costly and helpful layers, with their drops."""
     from tracker.analysis.comparable import benchmark_labels
 
-    measure = metric_format(claims.cells[0])
+    measure = formats.metric_format(claims.cells[0])
 
     def mean_drop(layer: int) -> str:
-        return figure_text(claims.drops[layer], measure.write)
+        return formats.figure_text(claims.drops[layer], measure.write)
 
     def drop_in(cell: CellRecord, layer: int) -> str:
         return measure.write(cell.runs_of_kind()[layer].drop.value or 0.0)
@@ -265,7 +258,7 @@ def _dash_reasons(printed_table: Table) -> Iterator[str]:
             if isinstance(entry, Estimate) and entry.reason:
                 reasons.setdefault(entry.reason, {})[heading.label] = None
     for reason, labels in sorted(reasons.items()):
-        yield f"{DASH} {reason} ({', '.join(labels)})"
+        yield f"{formats.DASH} {reason} ({', '.join(labels)})"
 
 
 def print_boards(cells: Sequence[CellRecord]) -> None:
@@ -352,7 +345,7 @@ def print_plan(cells: Sequence[PlannedCell], gflops: float | None) -> None:
     def time_at_least(cell: PlannedCell) -> str:
         if cell.measured:
             return "measured already"
-        return "as above" if cell.shared else time_text(seconds(cell))
+        return "as above" if cell.shared else formats.time_text(seconds(cell))
 
     def work_saved(cell: PlannedCell) -> str:
         ratio = cell.cost.naive_flops / cell.cost.flops
@@ -468,7 +461,7 @@ def print_search_plan(
         Column("passes", "count", passes, no_search),
         Column("TFLOP", "count", lambda row: f"{row.flops / 1e12:,.1f}"),
         Column("work saved", "count", work_saved),
-        Column("time at least", "count", lambda row: time_text(seconds(row))),
+        Column("time at least", "count", lambda row: formats.time_text(seconds(row))),
     )
     rows = [*searches, *tests]
     total, table = sum(map(seconds, rows)), build_table("", columns, rows)
@@ -494,10 +487,10 @@ def _detectable_drop(cell: PlannedCell) -> tuple[str, str]:
     from tracker.stats.accuracy import documents_needed
 
     if cell.spread is None:
-        return DASH, DASH
+        return formats.DASH, formats.DASH
     mark, n_tests = "*" if cell.observed else "", max(cell.runs, 1)
     drop = cell.spread.detectable_change(cell.cost.documents, n_tests)
-    drop_text = DASH if drop is None else f"{100 * drop:.1f} pp{mark}"
+    drop_text = formats.DASH if drop is None else f"{100 * drop:.1f} pp{mark}"
     return drop_text, f"{documents_needed([cell.spread], n_tests):,}{mark}"
 
 
@@ -519,11 +512,9 @@ def print_export(model: ExportedModel) -> None:
 
     echo()
     for score in model.accuracy:
-        echo(
-            f"{score.benchmark}, {score.num_fewshot}-shot, {score.metric}, {score.documents}: "
-            f"{level_text(score.before, score.unit)} before, {level_text(score.after, score.unit)} "
-            "after"
-        )
+        heading = f"{score.benchmark}, {score.num_fewshot}-shot, {score.metric}, {score.documents}"
+        levels = [formats.level_text(level, score.unit) for level in (score.before, score.after)]
+        echo(f"{heading}: {levels[0]} before, {levels[1]} after")
     echo(model.size)
     print_speed(model)
     echo_all(*model.proof.sentences())

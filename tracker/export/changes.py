@@ -10,13 +10,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tracker.export.card import (
-    find_windows,
-    format_recipes,
-    layer_recipes,
-    recipe_problems,
-    skip_lists,
-)
+from tracker.export import card
 from tracker.export.facts import Accuracy, ModelChange
 from tracker.ledger.cells import CellStore
 from tracker.ledger.store import Contents, Ledger
@@ -108,8 +102,8 @@ def _refuse_sublayers(component: Component, layers: Sequence[int]) -> None:
         f"plain transformers cannot load a checkpoint without some {sublayers}: its classes give "
         "every layer an attention and an MLP. Export whole layers (--remove), or use the model "
         "classes of LLM-Drop (https://github.com/CASE-Lab-UMD/LLM-Drop). They read this from "
-        f"config.json:\n{skip_lists(component, layers)}\nvLLM loads such models as nemotron-nas, "
-        "with no_op in a layer's block_configs."
+        f"config.json:\n{card.skip_lists(component, layers)}\nvLLM loads such models as "
+        "nemotron-nas, with no_op in a layer's block_configs."
     )
 
 
@@ -159,8 +153,8 @@ def changed_layers(source: ModelSource, loaded: LoadedModel, change: ModelChange
     # Computed before saving, which adds the class to configurations without it, such as of GGUF.
     resized = checkpoint.config_changes(loaded.model, model)
     config = model.config.get_text_config()
-    windows = find_windows(config.model_type, getattr(config, "layer_types", None) or ())
-    recipes = layer_recipes(source, loaded.identity, kept_layers, removed, resized, windows)
+    windows = card.find_windows(config.model_type, getattr(config, "layer_types", None) or ())
+    recipes = card.layer_recipes(source, loaded.identity, kept_layers, removed, resized, windows)
     size = weight_bytes(model)
     return ChangedModel(model, measured, kept_layers, size, recipes, resized)
 
@@ -200,8 +194,8 @@ def rounded_weights(source: ModelSource, loaded: LoadedModel, change: ModelChang
     layers, kind = len(loaded.layers), model.config.get_text_config().model_type
     file = source.gguf_file or f"{source.name}.gguf"
     stored_formats = {**formats, **embedding_formats}
-    recipes = format_recipes(stored_formats, kind, layers, file, tied_path)
-    problems = recipe_problems(stored_formats, kind, layers)
+    recipes = card.format_recipes(stored_formats, kind, layers, file, tied_path)
+    problems = card.recipe_problems(stored_formats, kind, layers)
     kept_layers = tuple(range(layers))
     return ChangedModel(model, model, kept_layers, round(size), recipes, (), formats, problems)
 

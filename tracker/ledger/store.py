@@ -38,17 +38,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote, unquote
 
+from tracker.ledger import files
 from tracker.ledger.cells import CellStore
-from tracker.ledger.files import (
-    access_problem,
-    error_reason,
-    lock_file,
-    parse_note,
-    read_note,
-    write_note,
-    write_problem,
-    write_text,
-)
 from tracker.ledger.views import CellIdentity, RequestedView, cell_key, folder_name
 from tracker.schema.distribution import LEDGER_FORMAT, format_problem
 from tracker.schema.errors import ResultsError
@@ -64,13 +55,13 @@ RecordType = TypeVar("RecordType", bound=Record)
 def write_finding(root: Path, finding: FindingRecord) -> None:
     """Write the result of a study to a results folder, replacing a result with the same name."""
     path = root / "studies" / f"{quote(finding.name, safe='')}.json"
-    write_note(path, finding.model_dump(mode="json"))
+    files.write_note(path, finding.model_dump(mode="json"))
 
 
 def write_search(root: Path, record: PruneRecord) -> Path:
     """Write the result of a search to a results folder, and return the path of the file."""
     path = root / "searches" / f"{record.name}.json"
-    write_note(path, record.model_dump(mode="json"))
+    files.write_note(path, record.model_dump(mode="json"))
     return path
 
 
@@ -79,9 +70,11 @@ def read_records(folder: Path, kind: type[RecordType], damaged: dict[str, str]) 
     records = []
     for path in sorted(folder.glob("*.json")):
         try:
-            records.append(kind.model_validate(parse_note(path.read_bytes(), path.name)))
+            records.append(kind.model_validate(files.parse_note(path.read_bytes(), path.name)))
         except (OSError, ValueError) as error:
-            damaged[str(path)] = f"{error_reason(error)}; {_repeat_command(path)}, or delete it"
+            damaged[str(path)] = (
+                f"{files.error_reason(error)}; {_repeat_command(path)}, or delete it"
+            )
     return records
 
 
@@ -166,7 +159,7 @@ class Ledger:
             raise ResultsError(f"{self.root} cannot be made: {folder} is a file")
         for path in (folder, *(self.root / name for name in _WRITTEN_FOLDERS)):
             if path.exists() and not os.access(path, os.W_OK | os.X_OK):
-                raise ResultsError(f"{problem}: {write_problem(path)}")
+                raise ResultsError(f"{problem}: {files.write_problem(path)}")
         try:  # permissions are not enough: the disk may be full or take no files
             with tempfile.TemporaryDirectory(dir=folder, prefix=".tracker-"):
                 pass
@@ -177,7 +170,7 @@ class Ledger:
     def create(self) -> None:
         """Create the results folder, or do nothing if it exists."""
         if not self._is_initialised():
-            write_text(self.root / "tracker.json", json.dumps({"format": LEDGER_FORMAT}))
+            files.write_text(self.root / "tracker.json", json.dumps({"format": LEDGER_FORMAT}))
 
     def cells(self, damaged: dict[str, str] | None = None) -> list[CellStore]:
         """List the usable cells, sorted by model and benchmark.
@@ -188,7 +181,7 @@ class Ledger:
         for folder in sorted(self.root.glob("cells/*")):
             try:
                 for subfolder in (folder, folder / "requests", folder / "shards"):
-                    if problem := access_problem(subfolder):
+                    if problem := files.access_problem(subfolder):
                         raise ResultsError(problem)
                 stores.append(self._read_cell(folder))
             except ResultsError as error:
@@ -199,7 +192,7 @@ class Ledger:
 
     def contents(self) -> Contents:
         """Read all contents that reports show; damaged files are listed in `Contents.damaged`."""
-        problems = {str(self.root / n): access_problem(self.root / n) for n in _SHOWN_FOLDERS}
+        problems = {str(self.root / n): files.access_problem(self.root / n) for n in _SHOWN_FOLDERS}
         damaged = {path: problem for path, problem in problems.items() if problem}
         findings = read_records(self.root / "studies", FindingRecord, damaged)
         searches = read_records(self.root / "searches", PruneRecord, damaged)
@@ -219,7 +212,7 @@ class Ledger:
             try:
                 contents.experiments[path.name] = _read_experiment(path)
             except (OSError, ValueError) as error:
-                reason = error_reason(error)
+                reason = files.error_reason(error)
                 damaged[str(path)] = f"{reason}; run this experiment file again, or delete it"
         return contents
 
@@ -239,7 +232,7 @@ class Ledger:
         self.create()
         digest = cell_key(model, benchmark)
         folder = self.root / "cells" / folder_name(model.name, benchmark.name, digest)
-        with lock_file(self.root / "locks" / f"{digest[:12]}.lock"):
+        with files.lock_file(self.root / "locks" / f"{digest[:12]}.lock"):
             if not folder.is_dir():
                 folder = min(folder.parent.glob(f"*--{digest[:12]}"), default=folder)
             path = folder / "cell.json"
@@ -249,15 +242,15 @@ class Ledger:
                 is_empty = not any(folder.glob("shards/*.parquet"))
                 if stored.get(key) != provenance.get(key) and (is_empty or key not in stored):
                     stored |= provenance if is_empty else {key: provenance[key]}
-                    write_text(path, identity.to_note())
+                    files.write_text(path, identity.to_note())
             except (OSError, ValueError):  # new, or damaged; its shards are its own
                 fields = {"model": model, "benchmark": benchmark, "provenance": provenance}
-                write_text(path, CellIdentity(key=digest, **fields).to_note())
+                files.write_text(path, CellIdentity(key=digest, **fields).to_note())
         return self._read_cell(folder)
 
     def find(self, request_key: str) -> CellStore | None:
         """Return the cell that `index_cell` stored for a request; None if there is none."""
-        name = read_note(self._index_path(request_key)).get("cell")
+        name = files.read_note(self._index_path(request_key)).get("cell")
         if name is None or Path(name).name != name:
             return None
         try:
@@ -267,20 +260,20 @@ class Ledger:
 
     def index_cell(self, request_key: str, cell: CellStore) -> None:
         """Store which cell belongs to a request; `find` returns this cell."""
-        write_note(self._index_path(request_key), {"cell": cell.folder.name})
+        files.write_note(self._index_path(request_key), {"cell": cell.folder.name})
 
     def write_notes(self, notes: Mapping[Path, Mapping[str, Any]]) -> None:
         """Write notes (path → content) into the results folder."""
         for path, note in notes.items():
             self.create()
-            write_note(path, note)
+            files.write_note(path, note)
 
     def write_experiment(self, name: str, text: str) -> None:
         """Store the exact text of an experiment file, and its SHA-256 in a second file."""
         self.create()
         path = self.root / "experiments" / name
-        write_text(path, text)
-        write_text(_digest_path(path), f"{_hash_content(path.read_bytes())}  {name}\n")
+        files.write_text(path, text)
+        files.write_text(_digest_path(path), f"{_hash_content(path.read_bytes())}  {name}\n")
 
     def _index_path(self, request_key: str) -> Path:
         return self.root / "index" / f"{request_key[:32]}.json"
@@ -293,10 +286,10 @@ class Ledger:
             if folder.name[-12:] != identity.key[:12]:
                 raise ValueError("it belongs to another folder")
         except PermissionError:
-            raise ResultsError(access_problem(path)) from None
+            raise ResultsError(files.access_problem(path)) from None
         except (OSError, ValueError) as error:
             raise ResultsError(
-                f"cell.json cannot be used ({error_reason(error)}); move the folder away, or "
+                f"cell.json cannot be used ({files.error_reason(error)}); move the folder away, or "
                 "run its experiment again to write a new cell.json; nothing is measured twice"
             ) from None
         return CellStore(folder, identity)
@@ -306,7 +299,7 @@ class Ledger:
         path = self.root / "tracker.json"
         if not path.is_file():
             return False
-        if problem := access_problem(path):
+        if problem := files.access_problem(path):
             raise ResultsError(f"{path}: {problem}")
         try:
             number = int(json.loads(path.read_bytes())["format"])

@@ -26,6 +26,7 @@ import torch
 from numpy.typing import NDArray
 
 from tracker.ledger.files import make_folder, new_folder, write_bytes
+from tracker.models import pruned
 from tracker.models.devices import empty_cache
 from tracker.models.hooks import TRANSFORMERS_LOCK
 from tracker.models.layers import find_layers
@@ -37,14 +38,6 @@ from tracker.models.parts.anatomy import (
     LayerAnatomy,
     NumberedParts,
     find_configured_parts,
-)
-from tracker.models.pruned import (
-    TensorShapes,
-    apply_reload,
-    prune_model,
-    remaining_layers,
-    shape_mismatch,
-    tensor_shapes,
 )
 from tracker.models.sources import BITSANDBYTES_ARGUMENTS, ModelSource, find_model, read_config
 from tracker.schema.changes import Ablation, Change
@@ -83,14 +76,14 @@ def savable_copy(
     Raises:
         ModelError: The configuration cannot describe the copy; the message gives the reason.
     """
-    indices = remaining_layers(len(find_layers(model)), removed, repeated)
-    clone = prune_model(model, removed, repeated=repeated)
+    indices = pruned.remaining_layers(len(find_layers(model)), removed, repeated)
+    clone = pruned.prune_model(model, removed, repeated=repeated)
     layers = find_layers(clone)
     for position, index in enumerate(indices):
         if index in indices[:position]:
             layers[position] = copy.deepcopy(layers[position])
     with suppress(ModelError):  # the check below reports the reason
-        apply_reload(model, clone, indices)
+        pruned.apply_reload(model, clone, indices)
     _refuse_other_shapes(model, clone, f"that {_describe_changes(removed, repeated)}")
     return clone
 
@@ -158,18 +151,18 @@ def _config_mismatch(model: PreTrainedModel, model_class: type | None) -> str | 
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    def read_back() -> TensorShapes:
+    def read_back() -> pruned.TensorShapes:
         with TemporaryDirectory() as folder, torch.device("meta"):
             model.config.save_pretrained(folder)
             config = AutoConfig.from_pretrained(folder, trust_remote_code=model_class is not None)
             with TRANSFORMERS_LOCK:
                 build = model_class or AutoModelForCausalLM.from_config
-                return tensor_shapes(build(config))
+                return pruned.tensor_shapes(build(config))
 
     shapes = attempt(read_back)  # a class may refuse lists of another length
     if isinstance(shapes, Exception):
         return first_line(shapes)
-    return shape_mismatch(shapes, tensor_shapes(model))
+    return pruned.shape_mismatch(shapes, pruned.tensor_shapes(model))
 
 
 def check_layer_changes(

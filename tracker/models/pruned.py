@@ -23,14 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from tracker.models.hooks import (
-    TRANSFORMERS_LOCK,
-    Args,
-    Kwargs,
-    call_with,
-    first_output,
-    replace_output,
-)
+from tracker.models import hooks
 from tracker.models.layers import find_layers, find_layers_parent
 from tracker.schema.changes import Change
 from tracker.schema.errors import ModelError, attempt, first_line
@@ -92,7 +85,7 @@ def prune_model(
     indices = remaining_layers(len(layers), removed, repeated)
     if in_place:
         for index in removed:
-            replace_output(clone_layers[index], lambda state: state)
+            hooks.replace_output(clone_layers[index], lambda state: state)
         for span in repeated:
             if len(span.layers) > 1:
                 raise ModelError(
@@ -252,10 +245,12 @@ def _config_properties(config: PreTrainedConfig) -> Iterator[tuple[str, Any]]:
                     yield name, value
 
 
-def _repeat_layer(n_passes: int, module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
+def _repeat_layer(
+    n_passes: int, module: nn.Module, args: hooks.Args, kwargs: hooks.Kwargs, output: Any
+) -> Any:
     """Run a layer on its own output until it has run `n_passes` times (forward hook)."""
     for _ in range(n_passes - 1):
-        output = call_with(module.forward, first_output(output), args, kwargs)
+        output = hooks.call_with(module.forward, hooks.first_output(output), args, kwargs)
     return output
 
 
@@ -554,7 +549,8 @@ def build_uninitialised(model: PreTrainedModel, device: str = "cpu") -> Any:
     _copy_kernel_choice(model.config, config)
     is_double = model.dtype == torch.float64
     with (
-        TRANSFORMERS_LOCK,  # two threads would leave weights uninitialised in the whole process
+        # Two threads would leave weights uninitialised in the whole process.
+        hooks.TRANSFORMERS_LOCK,
         warnings.catch_warnings(),
         torch.random.fork_rng(devices=[]),
         no_init_weights(),

@@ -14,18 +14,10 @@ import plotly.graph_objects as go
 from tracker.analysis.boards import layer_board, model_board, part_boards
 from tracker.analysis.comparable import benchmark_labels, model_labels, named_models
 from tracker.ledger.files import write_atomically, write_text
-from tracker.report import wording
+from tracker.report import leaderboard, wording
 from tracker.report.charts.cells import cell_charts
 from tracker.report.charts.maps import heat_map
 from tracker.report.frames import correlation_frame, layer_frame, table_frame, write_csv
-from tracker.report.leaderboard import (
-    layer_board_data,
-    layer_board_table,
-    model_board_data,
-    model_board_table,
-    part_board_data,
-    part_board_table,
-)
 from tracker.report.page.studies import study_charts, study_frames
 from tracker.report.tables import overview_table
 from tracker.report.wording import rule
@@ -55,11 +47,11 @@ def board_data(cells: Sequence[CellRecord]) -> dict[str, Table]:
     """
     models = named_models(cells)
     tables = {
-        "layer_leaderboard": layer_board_data(list(map(layer_board, models.values()))),
-        "model_leaderboard": model_board_data(model_board(cells)),
+        "layer_leaderboard": leaderboard.layer_board_data(list(map(layer_board, models.values()))),
+        "model_leaderboard": leaderboard.model_board_data(model_board(cells)),
     }
     parts = [(name, board) for name, group in models.items() for board in part_boards(group)]
-    return tables | ({"part_leaderboard": part_board_data(parts)} if parts else {})
+    return tables | ({"part_leaderboard": leaderboard.part_board_data(parts)} if parts else {})
 
 
 def report_frames(cells: Sequence[CellRecord]) -> dict[str, pd.DataFrame]:
@@ -153,14 +145,16 @@ def build_boards(cells: Sequence[CellRecord]) -> tuple[list[Table], list[str]]:
     """
     groups = named_models(cells)
     boards = {name: layer_board(group) for name, group in groups.items()}
-    tables = [layer_board_table(board, name) for name, board in boards.items() if board.parts]
+    tables = [
+        leaderboard.layer_board_table(board, name) for name, board in boards.items() if board.parts
+    ]
     for name, group in groups.items():
-        tables += [part_board_table(board, name) for board in part_boards(group)]
+        tables += [leaderboard.part_board_table(board, name) for board in part_boards(group)]
     left_out = [(name, board.left_out) for name, board in boards.items()]
     if len(boards) > 1:
         models = model_board(cells)
         labels = model_labels([standing.model for standing in models.models])
-        tables.append(model_board_table(models, labels))
+        tables.append(leaderboard.model_board_table(models, labels))
         left_out.append(("Models", models.left_out))
     return tables, [
         f"{name}: {benchmark} does not count: {reason}."

@@ -18,6 +18,7 @@ from tracker.report.wording import (
     run_list,
     sample_noun,
 )
+from tracker.schema import run_table
 from tracker.schema.changes import WHOLE_LAYER, Change
 from tracker.schema.estimates import Estimate
 from tracker.schema.formats import is_finite, metric_format, write_figure
@@ -30,17 +31,6 @@ from tracker.schema.records import (
     CellRecord,
     CorrelationRecord,
     first_layers,
-)
-from tracker.schema.run_table import (
-    CellRun,
-    cell_proxies,
-    correlation_columns,
-    distinguishing_columns,
-    has_only_layers,
-    layer_column,
-    metric_columns,
-    pick_columns,
-    run_columns,
 )
 from tracker.schema.tables import Column, Table, build_table
 from tracker.schema.text import capitalise
@@ -141,21 +131,21 @@ def layer_table(cell: CellRecord) -> Table:
     sizes = {record.n for record in cell.runs}
     has_rounding = any(run.rounded is not None for run in cell.runs)
     has_choices = any(run.choice_drop.value is not None for run in cell.runs)
-    names, columns = distinguishing_columns(cell), run_columns(cell)
-    metrics = metric_columns([cell])
-    figures = pick_columns(
+    names, columns = run_table.distinguishing_columns(cell), run_table.run_columns(cell)
+    metrics = run_table.metric_columns([cell])
+    figures = run_table.pick_columns(
         columns,
         *(["n"] if len(sizes) > 1 else []),
         *("accuracy", "accuracy_drop", "drop_interval"),
         *(["rounded", "drop_rounding"] if has_rounding else []),
         *("mcnemar_p", "accuracy_relevance"),
-        *(proxy.name for proxy in cell_proxies(cell)),
+        *(proxy.name for proxy in run_table.cell_proxies(cell)),
         *(["choice_probability_drop"] if has_choices and cell.metric != CHOICE_PROBABILITY else []),
         *("gold_logprob_drop", "options_logprob_drop"),
     )
     records = {run.change: run for run in cell.runs}
-    rows = [CellRun(cell, change, records.get(change)) for change in cell.changes]
-    table = build_table("", [*pick_columns(columns, *names), *figures, *metrics], rows)
+    rows = [run_table.CellRun(cell, change, records.get(change)) for change in cell.changes]
+    table = build_table("", [*run_table.pick_columns(columns, *names), *figures, *metrics], rows)
     by_column = zip(table.headings, zip(*table.rows, strict=True), strict=bool(rows))
     for heading, entries in list(by_column)[len(names) :]:
         undefined = (
@@ -167,7 +157,7 @@ def layer_table(cell: CellRecord) -> Table:
             notes.append(f"{heading.label}: undefined for {runs}: {reason}.")
     mismatches = _group_by_reason(cell, ((run.change, run.mismatch) for run in cell.runs))
     notes += [f"{capitalise(runs)}: {reason}." for runs, reason in mismatches]
-    noun = "layer" if has_only_layers(cell) else "run"
+    noun = "layer" if run_table.has_only_layers(cell) else "run"
     intact = {column.label: cell.baseline_metrics.get(column.label) for column in metrics}
     facts = [*sizes], intact, is_corpus(cell), has_choices
     caption = WORDS.render("runs_caption", cell, noun, *facts)
@@ -185,7 +175,7 @@ def _group_by_reason(
 def correlation_table(cell: CellRecord) -> Table:
     """Build the table of the correlations between proxies and drops."""
     names = ["proxy", "coefficient", "subset", "value", "between", "p_value", "n", "documents"]
-    columns, records = correlation_columns(), cell.correlations
+    columns, records = run_table.correlation_columns(), cell.correlations
     if len({record.sample for record in records}) > 1:
         names.insert(1, "sample")
     samples = " or ".join(dict.fromkeys(f"{sample_noun(r)}s" for r in records)) or "layers"
@@ -208,7 +198,7 @@ def correlation_table(cell: CellRecord) -> Table:
             notes.append(f"{subject}: undefined: {record.estimate.reason or NO_REASON}.")
     return build_table(
         WORDS.render("correlations_caption", cell, samples),
-        pick_columns(columns, *names),
+        run_table.pick_columns(columns, *names),
         [(cell, record) for record in records],
         *notes,
     )
@@ -230,7 +220,7 @@ def relevance_table(cells: Sequence[CellRecord]) -> Table:
     labelled = zip(cells, benchmark_labels(cells), strict=True)
     return build_table(
         f"{cells[0].model.name}: accuracy relevance.",
-        [layer_column(), *(column(cell, label) for cell, label in labelled)],
+        [run_table.layer_column(), *(column(cell, label) for cell, label in labelled)],
         first_layers(WHOLE_LAYER, *cells),
     )
 

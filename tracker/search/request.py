@@ -19,16 +19,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, model_validator
 
+from tracker.schema import experiment_input
 from tracker.schema.config import CellRequest, CellSettings
 from tracker.schema.errors import ExperimentError, RequestError, did_you_mean
 from tracker.schema.experiment import MAX_CELLS, Grid, GridValues, Sweep, grid_class
-from tracker.schema.experiment_input import (
-    ExperimentInput,
-    ExperimentSource,
-    FileKind,
-    is_removal_file,
-    read_input,
-)
 from tracker.schema.fields import Name, decode_arguments, validate_settings
 from tracker.schema.kinds import NUMBERED_COMPONENTS, Component
 from tracker.schema.prune_records import Rescoring
@@ -328,8 +322,8 @@ class PruneFile(Sweep):
 
 
 def load_searches(
-    source: ExperimentSource, settings: Mapping[str, Any] | None = None
-) -> ExperimentInput[PruneFile]:
+    source: experiment_input.ExperimentSource, settings: Mapping[str, Any] | None = None
+) -> experiment_input.ExperimentInput[PruneFile]:
     """Read and check the search requests of an experiment file.
 
     Args:
@@ -342,14 +336,14 @@ def load_searches(
     Raises:
         ExperimentError: The file is missing, is not YAML, or has unknown keys or values.
     """
-    return read_input(source, settings or {}, _SEARCHES)
+    return experiment_input.read_input(source, settings or {}, _SEARCHES)
 
 
-_SEARCHES = FileKind(
+_SEARCHES = experiment_input.FileKind(
     PruneFile,
     PruneFile.searches,
     {"method": "grid", "command": ["tracker", "prune", "${args}"]},
-    is_removal_file,
+    experiment_input.is_removal_file,
     "names layers ('layer'), but a search chooses them and needs 'remove', 'keep', 'max_drop' or "
     "'keep_accuracy', such as remove: {value: 8}. To measure these layers: tracker run",
 )

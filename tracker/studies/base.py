@@ -22,15 +22,9 @@ from tracker.measuring.prepare import find_cell
 from tracker.measuring.progress import Progress
 from tracker.report.wording import second_rounding_note
 from tracker.runner import RunOutcome, run_cells
+from tracker.schema import errors
 from tracker.schema.changes import Ablation
 from tracker.schema.config import CellRequest
-from tracker.schema.errors import (
-    CellError,
-    ExperimentError,
-    RequestError,
-    first_line,
-    translate_errors,
-)
 from tracker.schema.experiment import Experiment
 from tracker.schema.experiment_input import ExperimentInput
 from tracker.schema.fields import validate_settings
@@ -260,7 +254,7 @@ class Study(Generic[Settings]):
         """Raise RequestError if a model and benchmark of the file do not meet the requirements."""
         named, problem = (cell, self, context.input.source), ""
         if cell.until is not None and not self.races:
-            raise ExperimentError(_FRAME_TEXTS.render("races"))
+            raise errors.ExperimentError(_FRAME_TEXTS.render("races"))
         if self.intact and cell.removed:
             problem = _FRAME_TEXTS.render("intact", *named)
         elif self.layers > len(layers := {*cell.changes.whole_layers} - {*cell.removed}):
@@ -268,7 +262,7 @@ class Study(Generic[Settings]):
         elif self.chooses and cell.documents.limit is not None:
             problem = _FRAME_TEXTS.render("limit", cell)
         if problem:
-            raise RequestError(problem)
+            raise errors.RequestError(problem)
 
 
 def open_study(name: str, **values: Any) -> Study[Any]:
@@ -276,12 +270,12 @@ def open_study(name: str, **values: Any) -> Study[Any]:
     settings = validate_settings(find_settings(name), values, "--")
     module, _, kind = settings.study.partition(":")
 
-    def translate(error: Exception) -> RequestError | None:
-        reason = f"{type(error).__name__}: {first_line(error)}"
+    def translate(error: Exception) -> errors.RequestError | None:
+        reason = f"{type(error).__name__}: {errors.first_line(error)}"
         text = f"study {name!r}, {settings.study}, cannot be opened: {reason}"
-        return None if name in STUDIES else RequestError(text)
+        return None if name in STUDIES else errors.RequestError(text)
 
-    with translate_errors(translate):
+    with errors.translate_errors(translate):
         study: Study[Any] = getattr(import_module(module), kind)(settings)
     return study
 
@@ -300,7 +294,7 @@ def conduct_study(
     outcome = context.run(requests)
     subjects = [*filter(None, map(context.subject, requests))]
     if not subjects:
-        raise CellError("\n".join(_failure_notes(outcome)))
+        raise errors.CellError("\n".join(_failure_notes(outcome)))
     result = study.answer(context, subjects)
     outcome = outcome.joined(result.ran)
     keys = (*(subject.record.record_key for subject in subjects), *result.rests_on)

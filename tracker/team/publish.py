@@ -13,6 +13,7 @@ from threading import Event, Lock, Thread
 
 from typing_extensions import override
 
+from tracker import tracking
 from tracker.analysis.comparable import row_labels
 from tracker.ledger.cells import CellStore, last_measured
 from tracker.ledger.store import Ledger
@@ -28,20 +29,6 @@ from tracker.schema.provenance import content_hash
 from tracker.schema.records import INTACT_VIEW, CellRecord
 from tracker.schema.text import mask_secrets
 from tracker.team.live import LiveUpdater
-from tracker.tracking import (
-    address_file,
-    default_targets,
-    destination,
-    in_sweep,
-    open_backend,
-    open_live_run,
-    open_trial,
-    published_targets,
-    service,
-    sweep_backend,
-    typed_address,
-    write_address,
-)
 from tracker.tracking import target as parse_target
 from tracker.tracking.base import (
     Backend,
@@ -146,7 +133,7 @@ class Publisher:
         self._run_selection = run_selection
         self.project = project
         others = bool(track) if update_others is None else update_others
-        self._update_others = others and not in_sweep()
+        self._update_others = others and not tracking.in_sweep()
         self._unreachable: dict[Target, str] = {}
         self._publish_texts = publish_texts
         self._shown_notes: set[str] = set()
@@ -158,9 +145,9 @@ class Publisher:
         live_runs: list[LiveRun] = [trial] if trial is not None and trial.is_tracked else []
         is_shown = bool(live_runs)
         for target in self._targets:
-            backend = service(target.backend)
+            backend = tracking.service(target.backend)
             if "live runs" in backend.can and not (is_shown and backend.sweep_variable):
-                live_runs.append(open_live_run(*self._backend_arguments(target)))
+                live_runs.append(tracking.open_live_run(*self._backend_arguments(target)))
         self.live = LiveUpdater(tuple(live_runs))
 
     def begin(
@@ -181,7 +168,7 @@ class Publisher:
             return self._publish(store, record, files, True)
 
         future: Future[Publication] = Future()
-        if in_sweep():
+        if tracking.in_sweep():
             future.set_result(publish_cell())
             return future
         if self._thread is None:
@@ -236,23 +223,25 @@ class Publisher:
         record = _distinguish_record(store, record)
         outcome, errors = Publication(), []
         n_joined = len(record.runs) - len(individual_runs(record, self._run_selection))
-        if self._targets and not in_sweep() and n_joined:
+        if self._targets and not tracking.in_sweep() and n_joined:
             runs = count_text(n_joined, "run")
             note = f"{runs} are published together, as one run with a table"
             outcome.notes.append(f"{note}; --runs all publishes each separately")
         targets = {
-            service(target.backend).full_address(target, self.project): target
+            tracking.service(target.backend).full_address(target, self.project): target
             for target in self._targets
         }
         attachments: _Attachments | None = None
         charts, answer = None, ""
         for address in [*targets, *self._earlier_targets(store, record, targets)]:
-            title = typed_address(address)
+            title = tracking.typed_address(address)
             try:
                 if trust_receipts and address in self._unreachable:
                     raise TrackingError(self._unreachable[address])
                 target = targets.get(address)
-                target = target or service(address.backend).reachable_target(address, self._results)
+                target = target or tracking.service(address.backend).reachable_target(
+                    address, self._results
+                )
                 attachments = attachments or self._build_attachments(store, record, files)
                 digest = content_digest(record, *attachments.texts, *record.supersedes)
                 receipt = store.receipt(self._receipt_name(target, record.view))
@@ -262,7 +251,7 @@ class Publisher:
                 if charts is None:
                     charts, answer = cell_charts(record), cell_answer(record)
                 if target not in self._backends:
-                    self._backends[target] = open_backend(*self._backend_arguments(target))
+                    self._backends[target] = tracking.open_backend(*self._backend_arguments(target))
                 backend = self._backends[target]
                 extras = (charts, attachments.tables, self._run_selection, answer)
                 published = backend.publish(record, attachments.files, *extras)
@@ -273,7 +262,7 @@ class Publisher:
                     self._shown_notes.add(attachments.note)
                     outcome.notes.append(attachments.note)
                 actual_address = replace(address, project=published.project or address.project)
-                address_text = write_address(actual_address, self._results)
+                address_text = tracking.write_address(actual_address, self._results)
                 fields = {"place": address_text, "view": record.view}
                 fields |= {"record": digest, "location": published.location}
                 # Named after publishing: the first publish makes the database.
@@ -287,7 +276,7 @@ class Publisher:
                 else:
                     message = self._failure_message(error, title)
                     self._unreachable[address] = message
-                    file = address_file(address, self._results)
+                    file = tracking.address_file(address, self._results)
                     errors.append(
                         f"{title}, where earlier results were published: {message}\nTo stop "
                         f"updating this project, delete {file}"
@@ -301,7 +290,7 @@ class Publisher:
         """List the other projects that have an earlier version of the results."""
         if not self._update_others:
             return []
-        earlier = published_targets(store, record, self._results)
+        earlier = tracking.published_targets(store, record, self._results)
         # W&B completes a project's name; the receipt knows it.
         views = (record.view, *record.supersedes)
         names = [self._receipt_name(target, v) for target in targets.values() for v in views]
@@ -315,7 +304,7 @@ class Publisher:
         with suppress(OSError, WorkError):
             name = self._receipt_name(target, record.view)
             if not store.receipt(name).get("place"):
-                address_text = write_address(address, self._results)
+                address_text = tracking.write_address(address, self._results)
                 fields = {"record": "", "location": "", "place": address_text}
                 store.add_receipt(name, view=record.view, **fields)
 
@@ -333,7 +322,7 @@ class Publisher:
 
     def _receipt_name(self, target: Target, view: str) -> str:
         """Return the name of the note that stores which results of `view` a target has."""
-        name = destination(*self._backend_arguments(target))
+        name = tracking.destination(*self._backend_arguments(target))
         return name if view == INTACT_VIEW else content_hash([name, view])
 
     def close(self) -> None:
@@ -355,12 +344,12 @@ class Trial(LiveRun):
     """
 
     def __init__(self, track: Sequence[str], results: Path, run: Change) -> None:
-        agent = sweep_backend()
+        agent = tracking.sweep_backend()
         self.is_tracked = agent is not None and any(
             parse_target(text).backend == agent for text in track
         )
         self._run = run
-        self._trial = open_trial(results)
+        self._trial = tracking.open_trial(results)
         self._lock = Lock()
 
     @override
@@ -450,14 +439,16 @@ def sync_ledger(
     """
     ledger.create()
     contents = ledger.contents()
-    has_server = any(service(parse_target(text).backend).server() for text in default_targets())
+    has_server = any(
+        tracking.service(parse_target(text).backend).server() for text in tracking.default_targets()
+    )
     notes = [f"not published yet: {cell.folder}: {advice}" for cell, advice in contents.unfinished]
     synced = SyncResult(failed=contents.damaged, notes=notes)
     publishers: dict[tuple[str, bool], Publisher] = {}
-    targets = default_targets() if addresses is None else addresses
+    targets = tracking.default_targets() if addresses is None else addresses
     has_own_targets = addresses is not None or has_server
     for record, store, request in derive_records(contents):
-        has_targets = has_own_targets or not published_targets(store, record, ledger.root)
+        has_targets = has_own_targets or not tracking.published_targets(store, record, ledger.root)
         key = request.project, has_targets
         if key not in publishers:
             publishers[key] = Publisher(

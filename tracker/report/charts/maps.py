@@ -9,17 +9,7 @@ from typing import Any
 from tracker.analysis.boards import layer_relevance
 from tracker.analysis.claims import run_verdicts
 from tracker.analysis.comparable import benchmark_labels
-from tracker.report.charts.style import (
-    GREY,
-    OPEN_OPACITY,
-    Chart,
-    align_runs,
-    build_chart,
-    build_trace,
-    layer_axis,
-    scale_value,
-    wrap_text,
-)
+from tracker.report.charts import style
 from tracker.report.wording import WORDS
 from tracker.schema import formats
 from tracker.schema.changes import WHOLE_LAYER, Change
@@ -34,7 +24,7 @@ _COLOUR_SCALE = [
     [0.501, "rgba(61,116,168,0.08)"],
     [1.0, "rgba(61,116,168,1)"],
 ]
-_CROSS_MARKER = {"symbol": "x-thin", "size": 6, "line": {"width": 1.2, "color": GREY}}
+_CROSS_MARKER = {"symbol": "x-thin", "size": 6, "line": {"width": 1.2, "color": style.GREY}}
 _DOT_MARKER = {"size": 5, "color": "#fdfdfc", "line": {"width": 1.2, "color": "#1f2328"}}
 _MAX_DOTTED_ROWS = 12
 """Maximum number of rows of a map with dots; in larger maps, dots would hide the colours."""
@@ -66,7 +56,7 @@ def heat_map_title(cells: Sequence[CellRecord]) -> str:
     return f"{cells[0].model.name}: accuracy relevance, {size}{undefined}"
 
 
-def heat_map(cells: Sequence[CellRecord]) -> Chart:
+def heat_map(cells: Sequence[CellRecord]) -> style.Chart:
     """Draw the accuracy relevance of every whole layer on every benchmark of one model.
 
     Each benchmark has one row. Values that are not significant are pale. A cross marks undefined
@@ -83,19 +73,19 @@ def heat_map(cells: Sequence[CellRecord]) -> Chart:
         columns=layers,
         rows=labels,
         values=[[layer_relevance(cell, layer).value for layer in layers] for cell in cells],
-        hovers=[align_runs(cell, WHOLE_LAYER, layers)[1] for cell in cells],
+        hovers=[style.align_runs(cell, WHOLE_LAYER, layers)[1] for cell in cells],
         shown_mask=[_shown_mask(cell, [WHOLE_LAYER], layers)[0] for cell in cells],
         ticks=("≤ −1<br>removal helps", "0<br>no change", "1<br>to chance"),
         largest=1,
         height=165 + row_height(labels) * len(cells),
-        xaxis=layer_axis(layers),
+        xaxis=style.layer_axis(layers),
     )
 
 
 def row_label(label: str) -> str:
     """Format the label of a heat map's row, with settings (e.g. few-shot) on a new line."""
     name, _, details = label.partition(" · ")
-    return "<br>".join(filter(None, (html.escape(name), wrap_text(details, 18))))
+    return "<br>".join(filter(None, (html.escape(name), style.wrap_text(details, 18))))
 
 
 def row_height(labels: Sequence[str]) -> int:
@@ -147,7 +137,7 @@ def map_title(cell: CellRecord, kinds: Sequence[Change]) -> str:
     return f"{cell.title}: {formats.metric_format(cell).change} by {_row_names(kinds)[0]}"
 
 
-def kind_map(cell: CellRecord, kinds: Sequence[Change]) -> Chart:
+def kind_map(cell: CellRecord, kinds: Sequence[Change]) -> style.Chart:
     """Draw drops as a heat map: layers are columns, kinds of ablation are rows.
 
     Values that are not significant are pale. A cross marks undefined and missing values; its hover
@@ -162,8 +152,10 @@ def kind_map(cell: CellRecord, kinds: Sequence[Change]) -> Chart:
     for kind in kinds:
         possible = {*first_layers(kind, cell)}
         columns = _column_layers(kind, layers)
-        records, texts = align_runs(cell, kind, columns)
-        values.append([scale_value(r.drop.value, measure.scale) if r else None for r in records])
+        records, texts = style.align_runs(cell, kind, columns)
+        values.append(
+            [style.scale_value(r.drop.value, measure.scale) if r else None for r in records]
+        )
         hovers.append([t if c in possible else "" for c, t in zip(columns, texts, strict=True)])
     largest = largest_magnitude(values)
     limit = formats.three_digits(largest)
@@ -180,7 +172,7 @@ def kind_map(cell: CellRecord, kinds: Sequence[Change]) -> Chart:
         ticks=(f"−{limit}<br>{action} helps", "0<br>no change", limit),
         largest=largest,
         height=165 + max(30 * min(len(kinds), _MAX_DOTTED_ROWS), 14 * len(kinds)),
-        xaxis=layer_axis(layers, "layer (0-based)" if has_parts else "first layer (0-based)"),
+        xaxis=style.layer_axis(layers, "layer (0-based)" if has_parts else "first layer (0-based)"),
         yaxis=ROW_AXIS | {"title": {"text": _row_names(kinds)[1]}},
     )
 
@@ -230,7 +222,7 @@ def centred_map(
     shown_mask: Sequence[Sequence[bool]] | None = None,
     has_crosses: bool = True,
     **layout: Any,
-) -> Chart:
+) -> style.Chart:
     """Draw a heat map whose colours are centred at 0.
 
     Significant values have a dot if the map has few rows. Other values are pale.
@@ -260,11 +252,11 @@ def centred_map(
             for row in zip(values, mask, strict=True)
         ]
         more |= {"coloraxis": "coloraxis", "xgap": 1, "ygap": 1, "hoverongaps": False}
-        return build_trace("heatmap", label, columns, rows, hovers, z=shown, **more)
+        return style.build_trace("heatmap", label, columns, rows, hovers, z=shown, **more)
 
     data = [field_trace(name, True)]
     if shown_mask:
-        data.append(field_trace("open", False, opacity=OPEN_OPACITY))
+        data.append(field_trace("open", False, opacity=style.OPEN_OPACITY))
     texts = hovers or [[""] * len(columns)] * len(rows)
     fields = [
         (column, row, *field)
@@ -281,7 +273,7 @@ def centred_map(
     colours = {"cmin": -largest, "cmid": 0, "cmax": largest, "colorscale": _COLOUR_SCALE}
     bar = COLOUR_BAR | {"tickvals": [-largest, 0, largest], "ticktext": list(ticks)}
     axes = {"yaxis": ROW_AXIS, "coloraxis": colours | {"colorbar": bar}} | layout
-    return build_chart(title, data, height, margin={"b": 105}, **axes)
+    return style.build_chart(title, data, height, margin={"b": 105}, **axes)
 
 
 def _mark_trace(
@@ -290,4 +282,4 @@ def _mark_trace(
     """Build a trace of marks on a heat map; each mark is (column, row, hover box)."""
     x, y, hovers = zip(*marks, strict=True) if marks else ((), (), ())
     look = {"mode": "markers", "marker": marker, "showlegend": False}
-    return build_trace("scatter", name, x, y, hovers, **look)
+    return style.build_trace("scatter", name, x, y, hovers, **look)

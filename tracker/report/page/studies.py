@@ -10,24 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from tracker.report.charts.maps import (
-    ROW_AXIS,
-    centred_map,
-    largest_magnitude,
-    row_height,
-    row_label,
-)
-from tracker.report.charts.style import (
-    MAX_INTERVAL_LINES,
-    Chart,
-    build_chart,
-    estimate_trace,
-    layer_axis,
-    line_style,
-    log_axis,
-    opacities,
-    scale_value,
-)
+from tracker.report.charts import maps, style
 from tracker.report.frames import table_frame
 from tracker.report.page.sections import Figure
 from tracker.report.wording import WORDS
@@ -129,7 +112,7 @@ def study_frames(findings: Sequence[FindingRecord]) -> dict[str, pd.DataFrame]:
     }
 
 
-def study_charts(findings: Sequence[FindingRecord]) -> dict[str, Chart]:
+def study_charts(findings: Sequence[FindingRecord]) -> dict[str, style.Chart]:
     """Draw the charts of studies; return them by file name."""
     return {
         f"{stem}-{number}": draw_study_chart(chart)
@@ -148,12 +131,12 @@ def name_findings(findings: Sequence[FindingRecord]) -> Iterator[tuple[str, Find
         yield stem, finding
 
 
-def draw_study_chart(record: StudyChart) -> Chart:
+def draw_study_chart(record: StudyChart) -> style.Chart:
     """Draw one chart of a study from its stored record."""
     return _draw_lines(record) if isinstance(record, LineChart) else _draw_map(record)
 
 
-def _draw_lines(record: LineChart) -> Chart:
+def _draw_lines(record: LineChart) -> style.Chart:
     unit = UNIT_FORMATS[record.unit]
     suffix = f" {unit.name}" if unit.name else ""
     tested = [line for line in record.lines if line.low]
@@ -161,11 +144,11 @@ def _draw_lines(record: LineChart) -> Chart:
     is_by_layer = is_integral and not record.log_x and "layer" in record.x
     data: list[dict[str, Any]] = []
     for number, line in enumerate(record.lines):
-        look, estimates = line_style(number), _line_estimates(record, line)
+        look, estimates = style.line_style(number), _line_estimates(record, line)
         positions, bars = list(record.places), None
         if line.low and len(tested) == 1:
             data.append(_interval_band(record, line, unit.scale, look["color"]))
-        elif line.low and len(tested) <= MAX_INTERVAL_LINES:
+        elif line.low and len(tested) <= style.MAX_INTERVAL_LINES:
             # Points of several traces are side by side, so that no interval hides another.
             offset = 0.14 * (tested.index(line) - (len(tested) - 1) / 2) if is_by_layer else 0
             positions = [x + offset for x in positions]
@@ -175,9 +158,9 @@ def _draw_lines(record: LineChart) -> Chart:
             f"{figure_text(estimate, unit.write, suffix)}"
             for x, estimate in zip(record.places, estimates, strict=True)
         ]
-        strong = opacities(not _contains_zero(estimate) for estimate in estimates)
+        strong = style.opacities(not _contains_zero(estimate) for estimate in estimates)
         data.append(
-            estimate_trace(
+            style.estimate_trace(
                 *("scatter", html.escape(line.name), positions, estimates, hovers, unit.scale),
                 bars=bars,
                 mode="lines+markers",
@@ -187,15 +170,17 @@ def _draw_lines(record: LineChart) -> Chart:
         )
     x_axis: dict[str, Any] = {"title": {"text": record.x}}
     if is_by_layer:
-        x_axis = layer_axis([int(x) for x in record.places], record.x)
+        x_axis = style.layer_axis([int(x) for x in record.places], record.x)
     elif record.log_x:
-        x_axis = log_axis(record.x, record.places)
+        x_axis = style.log_axis(record.x, record.places)
     title = f"{record.y} ({unit.name})" if unit.name else record.y
-    values = [scale_value(value, unit.scale) for line in record.lines for value in line.values]
-    y_axis = log_axis(title, values) if record.log_y else {"title": {"text": title}}
-    chart = build_chart(record.title, data, 380, xaxis=x_axis, yaxis=y_axis)
+    values = [
+        style.scale_value(value, unit.scale) for line in record.lines for value in line.values
+    ]
+    y_axis = style.log_axis(title, values) if record.log_y else {"title": {"text": title}}
+    chart = style.build_chart(record.title, data, 380, xaxis=x_axis, yaxis=y_axis)
     has_pale = any(_contains_zero(e) for line in tested for e in _line_estimates(record, line))
-    words = WORDS.render("study_lines", tested, MAX_INTERVAL_LINES, has_pale)
+    words = WORDS.render("study_lines", tested, style.MAX_INTERVAL_LINES, has_pale)
     return replace(chart, explanation=words)
 
 
@@ -212,7 +197,7 @@ def _contains_zero(estimate: Estimate) -> bool:
 def _interval_band(record: LineChart, line: Line, scale: float, colour: str) -> dict[str, Any]:
     """Build a trace that shades the intervals of a line."""
     points = [
-        (x, scale_value(low, scale), scale_value(high, scale))
+        (x, style.scale_value(low, scale), style.scale_value(high, scale))
         for x, low, high in zip(record.places, line.low, line.high, strict=True)
         if low is not None and high is not None
     ]
@@ -225,17 +210,17 @@ def _interval_band(record: LineChart, line: Line, scale: float, colour: str) -> 
     }
 
 
-def _draw_map(record: MapChart) -> Chart:
+def _draw_map(record: MapChart) -> style.Chart:
     unit = UNIT_FORMATS[record.unit]
 
     def value_text(value: float | None) -> str:
         return "undefined" if value is None else f"{unit.write(value)} {unit.name}".strip()
 
-    rows = [row_label(row) for row in record.rows]
-    values = [[scale_value(value, unit.scale) for value in row] for row in record.values]
-    largest = largest_magnitude(values)
+    rows = [maps.row_label(row) for row in record.rows]
+    values = [[style.scale_value(value, unit.scale) for value in row] for row in record.values]
+    largest = maps.largest_magnitude(values)
     limit = three_digits(largest)
-    chart = centred_map(
+    chart = maps.centred_map(
         record.title,
         record.name,
         columns=record.columns,
@@ -249,9 +234,9 @@ def _draw_map(record: MapChart) -> Chart:
         ticks=(f"−{limit}", "0", f"{limit} {unit.name}".strip()),
         largest=largest,
         shown_mask=record.shown or None,
-        height=165 + max(16, min(row_height(rows), 480 // max(1, len(rows)))) * len(rows),
+        height=165 + max(16, min(maps.row_height(rows), 480 // max(1, len(rows)))) * len(rows),
         has_crosses=False,
-        xaxis=layer_axis(record.columns, record.x),
-        yaxis=ROW_AXIS | {"title": {"text": record.y}},
+        xaxis=style.layer_axis(record.columns, record.x),
+        yaxis=maps.ROW_AXIS | {"title": {"text": record.y}},
     )
     return replace(chart, explanation=WORDS.render("study_map", record))
