@@ -10,13 +10,12 @@ Modules:
     options: Define the options that commands share, and their types.
     printing: Print records, plans and leaderboards.
     pruning: Define the commands prune and export.
-    quantising: Define the command quantise.
-    studying: Define the command study, with a subcommand for each study.
+    studying: Define the commands study, with a subcommand for each study, and quantise.
     terminal: Print lines, tables and progress bars to the terminal.
     viewing: Define the commands on stored results: report, leaderboard, sync, ls, check.
 """
 
-from tracker.cli import comparing, pruning, quantising, studying, viewing  # noqa: F401  they register their commands
+from tracker.cli import comparing, pruning, studying, viewing  # noqa: F401  they register their commands
 from tracker.cli.commands import main
 
 __all__ = ["main"]

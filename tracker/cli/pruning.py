@@ -32,22 +32,11 @@ from tracker.schema.kinds import NUMBERED_COMPONENTS, UNITS
 from tracker.schema.search_parts import unit_plural
 from tracker.search.settings import CELL_KEYS, SearchSettings
 
-_BENCHMARK_KEYS = [
-    key
-    for key, field in FIELDS_BY_KEY.items()
-    if field
-    not in {
-        "model",
-        "benchmark",
-        "revision",
-        "dtype",
-        "removed",
-        "until",
-        "observe",
-        "cluster",
-        *ChangeGrid.model_fields,
-    }
-]
+_OTHER_FIELDS = {
+    *("model", "benchmark", "revision", "dtype"),
+    *("removed", "until", "observe", "cluster", *ChangeGrid.model_fields),
+}
+_BENCHMARK_KEYS = [key for key, field in FIELDS_BY_KEY.items() if field not in _OTHER_FIELDS]
 
 
 class ExportOptions(CommandOptions):

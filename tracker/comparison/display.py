@@ -11,7 +11,7 @@ from pathlib import Path
 from tracker.comparison.verdicts import OPEN_CODE, WORSE_CODE, Difference, ModelComparison
 from tracker.ledger.files import write_text
 from tracker.report.export import markdown_table
-from tracker.report.page.comparison import render_comparison
+from tracker.report.page.html import render_comparison
 from tracker.schema.formats import join_words, points, three_digits
 from tracker.schema.grouping import group_by
 from tracker.schema.tables import Column, Table, build_table

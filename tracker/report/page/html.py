@@ -30,7 +30,7 @@ from tracker.schema.formats import metric_format
 from tracker.schema.kinds import REPLACEMENT_WORDS
 from tracker.schema.proxies import OBSERVED, PART_PROXIES
 from tracker.schema.records import CellRecord, RecordKey
-from tracker.schema.tables import entry_text, heading_text
+from tracker.schema.tables import Table, entry_text, heading_text
 from tracker.schema.text import mask_secrets, replace_controls
 from tracker.schema.text_templates import open_templates
 from tracker.schema.weight_formats import FORMATS
@@ -85,6 +85,13 @@ def _page_templates() -> Environment:
     return environment
 
 
+def _read_inline(file_name: str) -> Markup:
+    """Return the text of a style sheet or script of the page."""
+    environment = _page_templates()
+    assert environment.loader is not None
+    return Markup(environment.loader.get_source(environment, file_name)[0])
+
+
 @cache
 def _packed_plotly() -> str:
     """Return plotly's script in compressed form."""
@@ -99,12 +106,6 @@ def render_page(
     search_cells: Collection[RecordKey] = (),
 ) -> str:
     """Return the HTML text of the page; the arguments are those of `render_report`."""
-    environment = _page_templates()
-
-    def read_inline(file_name: str) -> Markup:
-        assert environment.loader is not None
-        return Markup(environment.loader.get_source(environment, file_name)[0])
-
     studies = study_sections(findings, cells)
     cells = exclude_search_cells(cells, findings, search_cells)
     models = sections.model_sections(cells, decisions)
@@ -121,21 +122,41 @@ def render_page(
         if section.decisions
     }
     csv, parquet = pack_layers(cells) if cells else ("", "")
-    return environment.get_template("report.html.j2").render(
-        style=read_inline("report.css"),
-        script=read_inline("report.js"),
-        plotly=_packed_plotly() if figures else "",
-        charts=pack_json({"template": CHART_TEMPLATE, "figures": charts}),
-        documents=pack_documents(documents),
-        csv=csv,
-        parquet=parquet,
-        overview_links=[ids[cell.record_key] for cell in cells],
-        models=models,
-        across=across,
-        studies=studies,
-        cells=cells,
-        experiments={
-            replace_controls(name): mask_secrets(replace_controls(text))
-            for name, text in experiments.items()
-        },
+    return (
+        _page_templates()
+        .get_template("report.html.j2")
+        .render(
+            style=_read_inline("report.css"),
+            script=_read_inline("report.js"),
+            plotly=_packed_plotly() if figures else "",
+            charts=pack_json({"template": CHART_TEMPLATE, "figures": charts}),
+            documents=pack_documents(documents),
+            csv=csv,
+            parquet=parquet,
+            overview_links=[ids[cell.record_key] for cell in cells],
+            models=models,
+            across=across,
+            studies=studies,
+            cells=cells,
+            experiments={
+                replace_controls(name): mask_secrets(replace_controls(text))
+                for name, text in experiments.items()
+            },
+        )
     )
+
+
+def render_comparison(sentences: Sequence[str], table: Table, details: Sequence[Table]) -> str:
+    """Return the HTML text of a comparison of models; all texts are escaped.
+
+    Args:
+        sentences: The main results.
+        table: Table of all differences.
+        details: Tables of lost documents.
+
+    Returns:
+        The page.
+    """
+    template, style = _page_templates().get_template("comparison.html.j2"), "report.css"
+    texts = {"sentences": sentences, "style": _read_inline(style)}
+    return template.render(table=table, details=details, **texts)
