@@ -30,8 +30,6 @@ from tracker.schema.safe_yaml import parse_yaml, suggest_file
 from tracker.search.settings import AMOUNT_KEYS, SearchSettings
 
 F = TypeVar("F", bound=Callable[..., Any])
-DOCUMENT_KEYS = ("part", "limit", "sample")
-"""Keys that select documents."""
 REPORT_FORMS = ("html", "md", "tex", "csv", "parquet", "png", "pdf", "every_eval_ever", "dataset")
 
 
