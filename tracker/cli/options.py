@@ -25,7 +25,7 @@ from tracker.schema.errors import did_you_mean
 from tracker.schema.experiment import ALL_PARTS, Sweep
 from tracker.schema.experiment_input import names_model
 from tracker.schema.extent import Positive
-from tracker.schema.fields import SEVERAL_BENCHMARKS, Count, JsonArguments, Name, StrictModel, Times
+from tracker.schema.fields import Count, JsonArguments, Name, StrictModel, Times
 from tracker.schema.safe_yaml import parse_yaml, suggest_file
 from tracker.search.settings import AMOUNT_KEYS, SearchSettings
 
@@ -131,15 +131,11 @@ class LayersType(TextType):
             words.pop()
         layers: list[int] = []
         for word in words:
-            match = re.fullmatch(r"(\d+)(?:\s*-\s*(\d+))?", word, re.ASCII)
-            if not match:
+            if (numbers := fields.parse_layer_range(word)) is None:
                 raise ValueError(f"invalid layers {text!r}; expected e.g. 3,17 or 3-7 or [3, 17]")
-            first_layer, last_layer = int(match[1]), int(match[2] or match[1])
-            if last_layer < first_layer:
-                raise ValueError(f"{word} ends before it begins; write {last_layer}-{first_layer}")
-            if last_layer - first_layer >= MAX_LAYERS:
-                raise ValueError(f"no model has {last_layer - first_layer + 1:,} layers")
-            layers += range(first_layer, last_layer + 1)
+            if len(numbers) > MAX_LAYERS:
+                raise ValueError(f"no model has {len(numbers):,} layers")
+            layers += numbers
         if len(set(layers)) < len(layers):
             raise ValueError(f"a layer stands twice in {text!r}")
         return tuple(sorted(layers))
@@ -284,7 +280,7 @@ def experiment_options(
             settings = {key: options.pop(key) for key in dict.fromkeys((*cell_keys, *search_keys))}
             settings = {key: value for key, value in settings.items() if value is not None}
             # Several benchmarks are separated by commas, as in lm-eval's --tasks.
-            if SEVERAL_BENCHMARKS.fullmatch(settings.get("benchmark", "")):
+            if fields.SEVERAL_BENCHMARKS.fullmatch(settings.get("benchmark", "")):
                 benchmarks = settings["benchmark"].split(",")
                 settings["benchmark"] = [benchmark.strip() for benchmark in benchmarks]
             settings |= dict(map(_check_key, changes))

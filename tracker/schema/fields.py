@@ -112,6 +112,20 @@ def _sort_layers(value: Any) -> Any:
     return tuple(sorted(value)) if are_numbers else tuple(value)
 
 
+def parse_layer_range(text: str) -> range | None:
+    """Parse a layer or a range of layers, such as `3` or `3-7`; return None for other texts.
+
+    ValueError is raised if a range ends before it begins.
+    """
+    match = re.fullmatch(r"(\d+)(?:\s*-\s*(\d+))?", text, re.ASCII)
+    if match is None:
+        return None
+    first, last = int(match[1]), int(match[2] or match[1])
+    if last < first:
+        raise ValueError(f"{text} ends before it begins; write {last}-{first}")
+    return range(first, last + 1)
+
+
 def as_tuple(value: Any) -> Any:
     """Convert a name or a list of names to a tuple; also parse a list written as text."""
     if isinstance(value, str) and value.startswith("["):

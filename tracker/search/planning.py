@@ -115,14 +115,7 @@ def refuse_unsavable(
         ModelError: No possible result of a search can be saved as a checkpoint.
     """
 
-    @functools.cache
-    def find_refusal(source: ModelSource, part_set: PartSet | None) -> str:
-        """Return why a model without these layers cannot be saved; empty if it can."""
-        try:
-            check_layer_changes(source, part_set)
-        except ModelError as error:
-            return str(error)
-        return ""
+    find_refusal = functools.cache(partial(_find_refusal, check_layer_changes))
 
     def describe_result(request: SearchRequest, budget: Budget) -> str:
         """Return a remark on results that cannot be saved; raise ModelError if none can."""
@@ -154,8 +147,13 @@ def refuse_unsavable(
 
 def find_part_refusal(source: ModelSource, removal: Ablation) -> str:
     """Return why a model without these parts of layers cannot be saved; empty if it can."""
+    return _find_refusal(check_part_removal, source, removal)
+
+
+def _find_refusal(check: Callable[..., None], *arguments: object) -> str:
+    """Return the message of a check that raises ModelError; empty if it does not."""
     try:
-        check_part_removal(source, removal)
+        check(*arguments)
     except ModelError as error:
         return str(error)
     return ""

@@ -20,6 +20,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, TypeAdapter, ValidationError
 
+from tracker.schema import fields
 from tracker.schema.changes import MAX_LAYERS
 from tracker.schema.config import FIELDS_BY_KEY, FILE_KEYS
 from tracker.schema.errors import ExperimentError, ModelError
@@ -45,7 +46,6 @@ LAYER_FORMS = "[0, 1, last], 3-7, {min: 8, max: 24}, odd, even, or {kind: slidin
 MINIMUM_FORMS = "{full_attention: 2}, or {full_attention: 1 of 4}"
 """Examples of valid minimum numbers of layers, shown in messages."""
 
-_RANGE = re.compile(r"(\d+)(?:\s*-\s*(\d+))?", re.ASCII)
 _KIND = re.compile(r"[A-Za-z]\w*")
 _SETTINGS: TypeAdapter[str] = TypeAdapter(JsonArguments)
 _RATIO = re.compile(r"(\d+)(?: of (\d+))?", re.ASCII)
@@ -88,18 +88,12 @@ def _parse_mapping(mapping: dict[Any, Any]) -> Any:
 def _parse_layer(value: Any) -> Iterator[int | str]:
     """Yield the layers of one entry of the setting, such as `3`, `3-7` or `last`."""
     text = str(value).strip()
-    numbers = _RANGE.fullmatch(text)
-    if isinstance(value, bool) or not (numbers or _KIND.fullmatch(text)):
+    layers = fields.parse_layer_range(text)
+    if isinstance(value, bool) or (layers is None and not _KIND.fullmatch(text)):
         raise ValueError(f"invalid layer {short_text(value)}; expected e.g. {LAYER_FORMS}")
-    if numbers is None:
-        yield text
-        return
-    start, last = int(numbers[1]), int(numbers[2] or numbers[1])
-    if last < start:
-        raise ValueError(f"{text} ends before it begins; write {last}-{start}")
-    if last >= MAX_LAYERS:
-        raise ValueError(f"no model has a layer {last:,}")
-    yield from range(start, last + 1)
+    if layers and layers[-1] >= MAX_LAYERS:
+        raise ValueError(f"no model has a layer {layers[-1]:,}")
+    yield from [text] if layers is None else layers
 
 
 def _parse_minimums(value: Any) -> str:
