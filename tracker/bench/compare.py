@@ -28,6 +28,7 @@ from tracker.schema.documents import Document
 from tracker.schema.errors import BenchmarkError
 from tracker.schema.model_parts import fill_parts
 from tracker.schema.provenance import describe_machine, package_versions
+from tracker.schema.text_templates import open_templates
 
 BATCH_SIZES = (1, 4, 8, 16, 32)
 TRIAL_DOCUMENTS = 40
@@ -79,29 +80,8 @@ class BenchResult:
 
     def text(self) -> str:
         """Format the timings as text for the terminal."""
-        outside, check = self.outside_share, self.check_seconds
-        notes = "left out" if check is None else f"{check:.1f} s"
-        notes += "" if outside is None else f"; {100 * outside:.1f} % outside the model"
-        ratios = ", ".join(f"{name} {ratio:.1f}" for name, ratio in self.times_the_passes.items())
-        weights = (
-            f"weights       {self.offloaded_bytes / 1e9:8.1f} GB  offloaded, "
-            f"{self.read_bytes / 1e9:.1f} GB read; {100 * self.waiting_share:.1f} % of the time "
-            "spent waiting for weights"
-        )
-        lines = [
-            f"{self.benchmark}, {self.documents} documents, {self.ablations} ablations, "
-            f"{self.dtype}, {self.machine['cores']} cores",
-            f"engine        {self.engine_seconds:8.1f} s   (self-check {notes})",
-            *[weights] * bool(self.offloaded_bytes),
-            *(loop.text(name) for name, loop in self.loops.items()),
-            f"layer passes  {self.layer_passes:8,.0f}     (counted; layer passes of other "
-            f"programs / this count: {ratios})",
-            f"compute rate  {self.engine_gflops:8.0f} GFLOP/s, "
-            f"{100 * self.engine_gflops / self.matrix_gflops:.0f} % of the "
-            f"{self.matrix_gflops:.0f} GFLOP/s that a matrix product reaches",
-            f"peak memory   {self.engine_peak_gib:8.1f} GiB",
-        ]
-        return "\n".join(lines)
+        template = open_templates("tracker.bench").get_template("timings.txt.j2")
+        return template.render(result=self)
 
 
 def prepare_engine(

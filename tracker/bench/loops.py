@@ -66,16 +66,6 @@ class LoopTiming:
     greedy_disagreements: int
     requests_compared: int
 
-    def text(self, name: str) -> str:
-        """Format the timing as text for the terminal."""
-        evaluations = ", ".join(f"{k} {v:.1f} s" for k, v in self.evaluations.items())
-        return (
-            f"{name + ' loop':<14}{self.seconds:8.1f} s   (extrapolated, {self.settings}; "
-            f"measured: {evaluations})\nratio         {self.ratio:8.1f}\n"
-            f"agreement     largest log-likelihood difference {self.largest_difference:.1e} nats, "
-            f"{self.greedy_disagreements} of {self.requests_compared} greedy flags differ"
-        )
-
 
 @dataclass(frozen=True)
 class Loop:
