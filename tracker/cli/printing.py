@@ -12,13 +12,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tracker.cli.terminal import echo, echo_all, print_table
+from tracker.cli.terminal import TEXTS, echo, echo_all, print_table
 from tracker.schema import formats, run_table
 from tracker.schema.answers import statement
 from tracker.schema.config import CellRequest
 from tracker.schema.estimates import Estimate
 from tracker.schema.tables import Column, Table, build_table
-from tracker.schema.text_templates import TextTemplate
 
 if TYPE_CHECKING:
     from tracker.analysis.claims import Claims
@@ -30,9 +29,6 @@ if TYPE_CHECKING:
     from tracker.schema.findings import FindingRecord
     from tracker.schema.records import CellRecord
     from tracker.search.planning import PlannedSearch
-
-
-_TEXTS = TextTemplate("tracker.cli", "terminal")
 
 
 def print_failures(prefix: str, failures: Mapping[str, str]) -> None:
@@ -59,7 +55,7 @@ def print_diagnosis(diagnosis: Diagnosis) -> None:
         Column("result", "text", lambda f: f"FAILED: {f.error}" if f.error else "ok"),
     ]
     print_table(build_table("", columns, diagnosis.findings))
-    echo(f"\n{_TEXTS.render('diagnosed', diagnosis, device)}")
+    echo(f"\n{TEXTS.render('diagnosed', diagnosis, device)}")
 
 
 def print_cell(
@@ -371,9 +367,9 @@ def print_plan(cells: Sequence[PlannedCell], gflops: float | None) -> None:
         Column(documents_label, "count", lambda cell: _detectable_drop(cell)[1]),
     )
     total = sum(map(seconds, cells))
-    echo(f"{_TEXTS.render('plan', cells, rates, total)}\n")
+    echo(f"{TEXTS.render('plan', cells, rates, total)}\n")
     print_table(build_table("", columns, cells))
-    echo(_TEXTS.render("self_check"))
+    echo(TEXTS.render("self_check"))
     for cell in cells:
         if cell.reading is not None and not (cell.measured or cell.shared):
             echo(f"{cell.request.title}: {cell.reading.text}")
@@ -382,7 +378,7 @@ def print_plan(cells: Sequence[PlannedCell], gflops: float | None) -> None:
     rounded = {(str(c.request.model), c.stored_format): None for c in cells if c.rounds_again}
     echo_all(*(second_rounding_text(*pair) for pair in rounded))
     is_observed = any(cell.observed for cell in cells)
-    echo_all(*_TEXTS.render_all("detectable", TEST_POWER, ALPHA, is_observed))
+    echo_all(*TEXTS.render_all("detectable", TEST_POWER, ALPHA, is_observed))
 
 
 class _ComputeRates:
@@ -465,10 +461,10 @@ def print_search_plan(
     )
     rows = [*searches, *tests]
     total, table = sum(map(seconds, rows)), build_table("", columns, rows)
-    echo(f"{_TEXTS.render('searches', len(searches), rates, total)}\n")
+    echo(f"{TEXTS.render('searches', len(searches), rates, total)}\n")
     print_table(table)
     has_minimums = any(request.at_least for request in requests)
-    echo_all(*_TEXTS.render_all("search_columns", has_minimums))
+    echo_all(*TEXTS.render_all("search_columns", has_minimums))
     echo_all(*(all_constraints if len(all_constraints) == 1 else ()))
     echo_all(*(row.note for row in searches), *_dash_reasons(table))
 
@@ -479,7 +475,7 @@ def _describe_stopping(cell: PlannedCell) -> str:
 
     if cell.answer is not None and cell.measured:
         return statement(cell.answer)
-    return _TEXTS.render("stopping", cell, PILOT_DOCUMENTS)
+    return TEXTS.render("stopping", cell, PILOT_DOCUMENTS)
 
 
 def _detectable_drop(cell: PlannedCell) -> tuple[str, str]:

@@ -17,6 +17,7 @@ import click
 from tracker.measuring.progress import Progress
 from tracker.schema.tables import Table, entry_text, heading_text
 from tracker.schema.text import mask_secrets, replace_controls
+from tracker.schema.text_templates import TextTemplate
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -31,6 +32,8 @@ NOISY_LIBRARIES = (
     *("alembic", "mlflow", "urllib3", "httpx"),
 )
 """Libraries whose messages users do not need."""
+TEXTS = TextTemplate("tracker.cli", "terminal")
+"""Template of sentences that commands print."""
 
 
 def printable(text: object) -> str:
