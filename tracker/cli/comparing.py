@@ -47,9 +47,9 @@ class CompareOptions(options.CommandOptions):
         "text", alias="format"
     )
     """Format. md: a comment for a pull request. html: a page with the lost documents."""
-    output: Annotated[Path | None, options.PathType()] = None
+    output: Path | None = None
     """File to write (default: print)."""
-    track: Annotated[tuple[str, ...] | None, options.BackendsType()] = None
+    track: options.Backends = None
     """Tracking backends that get the page and the table as a run, comma-separated: mlflow, wandb,
     wandb:ENTITY/PROJECT (default: none)."""
     plan: bool = False
@@ -61,7 +61,7 @@ class CompareOptions(options.CommandOptions):
 
 
 @main.command()
-@click.argument("sources", nargs=-1, type=options.WordType())
+@options.sources_argument
 @options.add_options(CompareOptions, *CompareOptions.model_fields)
 @options.results_option
 def compare(

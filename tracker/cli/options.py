@@ -195,6 +195,10 @@ class BackendsType(TextType):
         return () if names == ("none",) else names
 
 
+Backends = Annotated[tuple[str, ...] | None, BackendsType()]
+"""Tracking backends of an option; None for the default."""
+
+
 class TrialCommand(GroupedCommand):
     """Command that ignores options with the value None, e.g. `--name=None`."""
 
@@ -449,9 +453,9 @@ class ExperimentOptions(CommandOptions):
 class WorkOptions(CommandOptions):
     """Options for the results folder, tracking backends and devices."""
 
-    results: Annotated[Path, PathType()] = Path("results")
+    results: Path = Path("results")
     """Results folder; several processes may share it."""
-    track: Annotated[tuple[str, ...] | None, BackendsType()] = None
+    track: Backends = None
     """Tracking backends, comma-separated: mlflow, wandb, wandb:ENTITY/PROJECT, trackio, or none
     (default: mlflow; in the trial of a W&B sweep: wandb)."""
     publish_documents: bool = False

@@ -11,10 +11,9 @@ import click
 
 from tracker.cli.commands import main
 from tracker.cli.options import (
-    BackendsType,
+    Backends,
     CommandOptions,
     LayersType,
-    PathType,
     TrialCommand,
     WordType,
     add_options,
@@ -49,7 +48,7 @@ class ExportOptions(CommandOptions):
     """Neighbouring layers to pass again, e.g. 8-11."""
     repeats: Annotated[int | None, click.IntRange(min=2)] = None
     """Number of passes through these layers (default: 2)."""
-    output: Annotated[Path, PathType()]
+    output: Path
     """New folder for the model."""
     component: Annotated[str, click.Choice(UNITS)] = "layer"
     """Component to remove from each layer in --remove. Plain transformers cannot load a model
@@ -58,7 +57,7 @@ class ExportOptions(CommandOptions):
     benchmark: str | None = None
     """Task or group on which the change is measured, and plain lm-eval verifies the export
     (default: none; the logits of a few texts are compared)."""
-    track: Annotated[tuple[str, ...] | None, BackendsType()] = None
+    track: Backends = None
     """Tracking backends that get the whole checkpoint, comma-separated: mlflow, wandb,
     wandb:ENTITY/PROJECT (default: none)."""
 

@@ -14,7 +14,7 @@ from pydantic import Field
 from tracker.cli.commands import main
 from tracker.cli.options import (
     REPORT_FORMS,
-    BackendsType,
+    Backends,
     CommandOptions,
     LayersType,
     PathType,
@@ -47,7 +47,7 @@ class ReportOptions(CommandOptions):
     """Format. html: the page. md, tex: tables. csv, parquet: all data. png, pdf: figures.
     every_eval_ever: records for its collection. dataset: layer profiles for datasets.load_dataset
     and tracker profile."""
-    output: Annotated[Path | None, PathType()] = None
+    output: Path | None = None
     """File for html, md and tex, folder for other formats (default: in the results folder, or here
     if there are several sources)."""
 
@@ -149,7 +149,7 @@ def _finish(notes: Iterable[str], prefix: str, failures: Mapping[str, str]) -> N
 class SyncOptions(CommandOptions):
     """Options of `tracker sync`: the tracking backends to update."""
 
-    to: Annotated[tuple[str, ...] | None, BackendsType()] = None
+    to: Backends = None
     """Tracking backends, comma-separated: mlflow, mlflow:PROJECT, wandb, wandb:ENTITY/PROJECT,
     trackio (default: wherever each benchmark was published before, else mlflow). Without a project,
     each benchmark goes to that of its experiment."""
@@ -272,7 +272,7 @@ def _describe_documents(cell: CellRecord) -> str:
 class SampleOptions(CommandOptions):
     """Options of `tracker log-samples`: models and benchmarks to write, output folder."""
 
-    output: Annotated[Path, PathType()]
+    output: Path
     """Output folder, with one folder per model, as lm_eval --output_path writes them."""
     model: Annotated[tuple[str, ...], WordType()] = ()
     """Model whose files are written (default: all). May be repeated."""
