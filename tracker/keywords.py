@@ -101,6 +101,8 @@ class BenchmarkKeywords(TypedDict, total=False):
     enable_thinking: Values[bool | None]
     think_end_token: Values[int | str | None]
     gen_kwargs: Values[Arguments | None]
+    samples: Values[int | None]
+    budgets: Values[str | int | Sequence[int]]
     metadata: Values[Arguments | None]
 
 

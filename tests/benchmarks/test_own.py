@@ -286,8 +286,7 @@ class TestSettings:
         for task, settings, message in (
             ("paint", {**CHAT, **THINK}, "scores given answers"),
             ("says", {"enable_thinking": True}, "needs think_end_token"),
-            ("says", {"gen_kwargs": {"do_sample": True}}, "samples its texts"),
-            ("says", {"gen_kwargs": "temperature=0.7"}, "samples its texts"),
+            ("says", {"gen_kwargs": {"do_sample": True}}, "without a temperature"),
         ):
             assert message in refusal(task, folder, **settings)
 

@@ -194,30 +194,33 @@ class TestRefusals:
         assert "num_fewshot 0" in message
 
     @pytest.mark.parametrize(
-        ("settings", "greedy"),
+        ("settings", "expected"),
         [
-            ({}, True),
-            ({"do_sample": False}, True),
-            ({"do_sample": False, "temperature": 0.7}, True),
-            ({"temperature": 0.0}, True),
-            ({"temperature": "0.0", "num_beams": 1}, True),
-            ({"do_sample": True}, False),
-            ({"temperature": 0.7}, False),
+            ({}, "greedy"),
+            ({"do_sample": False}, "greedy"),
+            ({"do_sample": False, "temperature": 0.7}, "greedy"),
+            ({"temperature": 0.0}, "greedy"),
+            ({"temperature": "0.0", "num_beams": 1}, "greedy"),
+            ({"temperature": 0.7}, "sampled"),
             # lm-eval takes null as not said.
-            ({"do_sample": None, "temperature": 0.7}, False),
-            ({"do_sample": False, "num_beams": 4}, False),
+            ({"do_sample": None, "temperature": 0.7}, "sampled"),
+            ({"do_sample": True}, "samples its texts without a temperature"),
+            ({"do_sample": False, "num_beams": 4}, "uses beam search"),
         ],
     )
-    def test_texts_that_are_not_greedy(self, data, tmp_path, monkeypatch, settings, greedy) -> None:
+    def test_texts_that_are_not_greedy(
+        self, data, tmp_path, monkeypatch, settings, expected
+    ) -> None:
         write_rows(data / "openai/gsm8k/main", train=SUMS, test=SUMS)
         content = {"include": str(TASKS / "gsm8k/gsm8k.yaml"), "task": "own"}
         (tmp_path / "own.yaml").write_text(json.dumps({**content, "generation_kwargs": settings}))
         index = folder_tasks(tmp_path).task_index
         monkeypatch.setattr(factory, "list_tasks", lambda: index)
-        if greedy:
-            assert make("own", data).identity.num_fewshot == 5
+        if expected in ("greedy", "sampled"):
+            settings = make("own", data).identity.settings
+            assert ("noise" in settings) == (expected == "sampled")
         else:
-            assert "samples its texts or uses beam search" in refusal("own", data)
+            assert expected in refusal("own", data)
 
     def test_a_split_that_is_not_there(self, data) -> None:
         """A folder's validation split does not stand in for the test split, as a package's does."""

@@ -215,12 +215,27 @@ def test_texts_are_generated_for_as_many_ablations_as_fit(fits, sizes):
     # A key and a value for each of two heads of eight numbers, of ten tokens in four layers.
     text_bytes = 2 * 2 * 8 * 4 * 10 * 4
     engine = Engine(model, MAX_LENGTH, memory=2 * fits * text_bytes)
-    groups = list(generation_groups(engine, ablations, 10))
+    groups = [group for group, _ in generation_groups(engine, ablations, 10)]
     assert [len(group) - 1 for group in groups] == sizes
     assert all(group[0] == INTACT for group in groups)
     assert [a for group in groups for a in group[1:]] == [a for a in ablations if a != INTACT]
     for tested_engine in (Engine(model, MAX_LENGTH), engine):
-        assert list(generation_groups(tested_engine, [INTACT], 10)) == [[INTACT]]
+        assert list(generation_groups(tested_engine, [INTACT], 10)) == [([INTACT], range(1))]
+
+
+def test_texts_and_their_samples_are_generated_as_fits():
+    """Was new with samples: a row is a text, so samples take the place of changes."""
+    ablations = parse_ablations("baseline mlp:0 mlp:1 mlp:2")
+    text_bytes = 2 * 2 * 8 * 4 * 10 * 4
+    for fits, expected in (
+        (8, [("mlp:0 mlp:1 mlp:2", range(2))]),
+        (7, [("mlp:0 mlp:1", range(2)), ("mlp:2", range(2))]),
+        (2, [(name, range(n, n + 1)) for n in range(2) for name in ("mlp:0", "mlp:1", "mlp:2")]),
+    ):
+        engine = Engine(wrap_model(tiny_model("llama")), MAX_LENGTH, memory=2 * fits * text_bytes)
+        groups = generation_groups(engine, ablations, 10, n_samples=2)
+        names = [(" ".join(a.name for a in group[1:]), samples) for group, samples in groups]
+        assert names == expected
 
 
 def test_the_proxies_of_a_long_text_are_those_of_all_its_windows():

@@ -4,10 +4,16 @@ from typing import Any
 
 import pytest
 
-from tracker.ledger.outcomes import COMPARED_COLUMNS, PROXY_SUMS, outcome_row, outcome_table
-from tracker.schema.documents import Document, Prompt, Response
+from tracker.ledger.outcomes import (
+    COMPARED_COLUMNS,
+    PROXY_SUMS,
+    outcome_row,
+    outcome_table,
+    stored_texts,
+)
+from tracker.schema.documents import Document, GeneratedText, Response
 
-RESPONSES = [Response(-1.5, False, 0, "one"), Response(-0.25, True, 2, "two")]
+RESPONSES = [Response(-1.5, False, 0), Response(-0.25, True, 2)]
 PROXIES = (5, [[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
 
 
@@ -60,15 +66,19 @@ def test_wrong_numbers_of_sums_are_refused(proxies, compared):
 def test_types_of_columns_are_fixed():
     """Shards are put together: a column of nulls here is one of numbers there."""
     first = outcome_row(document(gold=None), "layer:0", RESPONSES, {"acc": None}, None)
-    prompted = document(prompt=Prompt("Q:", {}))
-    second = outcome_row(prompted, "baseline", RESPONSES, {"f1": "[1]"}, PROXIES, (2, 0.5, 1))
+    texts = GeneratedText("one", 3, False), GeneratedText("two")
+    responses = [RESPONSES[0]._replace(texts=texts)]
+    second = outcome_row(document(), "baseline", responses, {"f1": "[1]"}, PROXIES, (2, 0.5, 1))
+    assert stored_texts(second) == ["one", "two"]
+    assert stored_texts({**second, "texts": float("nan")}) == ["one"]
     table = outcome_table([first, second])
     assert "; ".join(f"{field.name} {field.type}" for field in table.schema) == (
         "task string; doc int32; ablation string; choices int32; gold int32; rolling bool; "
         "loglikelihoods list<item: float>; greedy list<item: bool>; metric/acc double; "
         "proxy_tokens int32; "
         + "".join(f"{name} list<item: double>; " for name in PROXY_SUMS)
-        + "compared int32; difference double; unsteady int32; metric/f1 string; text string"
+        + "compared int32; difference double; unsteady int32; metric/f1 string; text string; "
+        "text_tokens list<item: int32>; text_cut list<item: bool>; texts list<item: string>"
     )
     assert table.to_pylist() == [
         {**dict.fromkeys(table.column_names), **first},

@@ -7,6 +7,7 @@ import json
 from base64 import b64decode
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from tracker.report.charts.cells import agreement_map, loss_correlations
 from tracker.report.frames import document_frame
 from tracker.report.page import sections as shown
 from tracker.report.page.html import render_page, render_report
-from tracker.report.page.sections import DOCUMENT_BUDGET, pack_documents
+from tracker.report.page.sections import DOCUMENT_BUDGET, decision_table, pack_documents
 from tracker.schema.decision_records import DecisionsRecord
 
 from .conftest import build_cell, build_decisions
@@ -61,6 +62,29 @@ class TestCharts:
         (heat_trace,) = figure.data  # no pair is marked
         assert list(heat_trace.x) == list(heat_trace.y) == [str(layer) for layer in layers]
         assert np.array(heat_trace.z) == pytest.approx(grid, abs=0.0051)
+
+
+def test_documents_that_are_lost_by_not_ending_are_told_apart(decisions):
+    """A text that is cut off is another failure than one that ends with a wrong answer."""
+    draw, n = np.random.default_rng(0), len(decisions.documents)
+    intact = replace(decisions.baseline, cut=draw.integers(0, 2, n) / 2)
+    runs = [
+        (run, replace(answers, cut=draw.integers(0, 3, n) / 2, text=["said"] * n))
+        for run, answers in decisions.runs
+    ]
+    record = decisions_record(replace(decisions, baseline=intact, runs=runs))
+    for (_, answers), run in zip(runs, record.runs, strict=True):
+        triples = zip(intact.cut, answers.cut, decisions.lost_documents(answers), strict=True)
+        assert run.lost_cut == sum(is_lost and after > before for before, after, is_lost in triples)
+        assert run.cut == pytest.approx(answers.cut.mean(), rel=1e-3)
+    assert 0 < sum(run.lost_cut for run in record.runs) < sum(run.lost for run in record.runs)
+    table = decision_table(CELL, record)
+    assert table.headings[-2].label.startswith("texts cut off")
+    marks = [document.cut for run in record.runs for document in run.named]
+    assert 0 < sum(marks) < len(marks)
+    packed = unpack_json(pack_documents({"one": (CELL, record)})["one"])
+    texts = [entry[4] for run in packed["runs"] for entry in run[3]]
+    assert texts == ["said … [cut off]" if is_cut else "said" for is_cut in marks]
 
 
 class TestBounds:

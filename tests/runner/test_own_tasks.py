@@ -245,5 +245,6 @@ def test_what_follows_a_thought_is_lm_evals(folder, tiny_llama):
             for end in ("e", None)
         )
         n_different += cut_texts != full_texts
-        assert [generation.generate(p, ablations)[position] for p in prompts] == cut_texts
+        texts = [generation.generate(p, ablations)[position][0].text for p in prompts]
+        assert texts == cut_texts
     assert n_different

@@ -12,11 +12,12 @@ from itertools import chain, product
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 
 from tracker.analysis.aligned import AlignedOutcomes
 from tracker.analysis.metrics import OptionScores, TextReader
 from tracker.ledger.cells import CellStore
-from tracker.ledger.outcomes import REPEATED_COLUMN
+from tracker.ledger.outcomes import METRIC_PREFIX, REPEATED_COLUMN
 from tracker.ledger.texts import StoredText
 from tracker.schema.changes import INTACT, WHOLE_LAYER, Ablation, Change
 from tracker.schema.decision_records import (
@@ -26,6 +27,7 @@ from tracker.schema.decision_records import (
     ShownDocument,
 )
 from tracker.schema.documents import DocumentText
+from tracker.schema.identities import CUT_OFF
 from tracker.schema.views import View
 from tracker.stats.arrays import Array
 from tracker.stats.decisions import (
@@ -105,12 +107,19 @@ class ModelDecisions:
             per character or byte). For a document without options, the log-probability of the gold
             answer. NaN if undefined.
         text: Generated text of each document; None if the task generates no text.
+        cut: Share of each document's generated texts that the token limit ended; None if unknown.
     """
 
     score: Array
     choice: Array
     margin: Array
     text: Sequence[str | None]
+    cut: Array | None = None
+
+    @property
+    def cut_share(self) -> float | None:
+        """The share of all generated texts that the token limit ended; None if unknown."""
+        return None if self.cut is None else _rounded_figure(float(self.cut.mean()))
 
 
 @dataclass(frozen=True)
@@ -173,7 +182,8 @@ def derive_decisions(store: CellStore, view: View) -> Decisions | None:
         text = rows["text"].tolist() if "text" in rows else [None] * len(rows)
         if not options.max_options:
             undefined = np.full(len(rows), np.nan)
-            return ModelDecisions(score, undefined, outcomes.gold_logprobs(ablation), text)
+            margin, cut = outcomes.gold_logprobs(ablation), _cut_shares(rows)
+            return ModelDecisions(score, undefined, margin, text, cut)
         scores = options.scores(rows["loglikelihoods"])
         return ModelDecisions(score, choose_options(scores), margins(scores, options.gold), text)
 
@@ -212,6 +222,9 @@ def decisions_record(decisions: Decisions, max_shown: int = MAX_SHOWN_DOCUMENTS)
     losses: dict[int, np.ndarray] = {}
     for run, model in decisions.runs:
         is_lost, is_won = decisions.lost_documents(model), decisions.won_documents(model)
+        is_cut = np.zeros(len(is_lost), dtype=bool)
+        if model.cut is not None and decisions.baseline.cut is not None:
+            is_cut = model.cut > decisions.baseline.cut
         change = np.nan_to_num(model.margin - decisions.baseline.margin)
         named = [*_lowest(change, is_lost, max_shown), *_lowest(-change, is_won, max_shown)]
         documents = tuple(
@@ -220,6 +233,7 @@ def decisions_record(decisions: Decisions, max_shown: int = MAX_SHOWN_DOCUMENTS)
                 choice=_optional_int(model.choice[index]),
                 margin=_rounded_figure(model.margin[index]),
                 text=_shorten(model.text[index]),
+                cut=bool(is_cut[index]),
             )
             for index in named
         )
@@ -232,6 +246,8 @@ def decisions_record(decisions: Decisions, max_shown: int = MAX_SHOWN_DOCUMENTS)
                 options=_option_shares(model.choice, decisions.options),
                 named_lost=min(max_shown, int(is_lost.sum())),
                 named=documents,
+                cut=model.cut_share,
+                lost_cut=int((is_lost & is_cut).sum()),
             )
         )
         if run.kind == WHOLE_LAYER and decisions.binary:
@@ -246,9 +262,18 @@ def decisions_record(decisions: Decisions, max_shown: int = MAX_SHOWN_DOCUMENTS)
         runs=tuple(runs),
         compared=tuple(losses),
         both=tuple(tuple(int((a & b).sum()) for b in losses.values()) for a in losses.values()),
+        cut=decisions.baseline.cut_share,
         public=decisions.public,
         reasons=decisions.reasons,
     )
+
+
+def _cut_shares(rows: pd.DataFrame) -> Array | None:
+    """Return the share of each document's texts that the token limit ended; None if unknown."""
+    column = METRIC_PREFIX + CUT_OFF
+    if column not in rows or rows[column].isna().any():
+        return None
+    return rows[column].to_numpy(dtype=np.float64)
 
 
 def _lowest(values: Array, mask: np.ndarray, count: int) -> list[int]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+from tracker.bench.generation import GenerationBench, run_generation_bench
 from tracker.bench.loops import Loop, LoopTiming, open_vllm, refuse_vllm, time_call
 from tracker.benchmarks.benchmark import open_benchmark
 from tracker.benchmarks.encoder import RequestEncoder, huggingface_model
@@ -89,8 +90,7 @@ def prepare_engine(
 ) -> tuple[Engine, Sequence[Document], str]:
     """Return an engine with the loaded model, the documents, and the benchmark's title.
 
-    Raises RequestError if the model, data or device does not exist, or if the benchmark generates
-    texts.
+    Raises RequestError if the model, data or device does not exist.
     """
     # A missing model is reported before a benchmark's data are searched for.
     find_model(request.model)
@@ -99,11 +99,6 @@ def prepare_engine(
     loaded = open_model(request.model, options).loaded
     encoder = RequestEncoder(loaded.model, loaded.tokenizer, request.benchmark)
     documents = benchmark.documents(encoder, request.extent)
-    if any(document.prompt is not None for document in documents):
-        raise BenchmarkError(
-            f"{request.benchmark} generates texts, but tracker bench times only the scoring of "
-            "given answers; name a benchmark with given answers"
-        )
     engine = set_row_size(Engine(loaded, encoder.max_length, memory=options.memory))
     return engine, documents, f"{request.benchmark}, {benchmark.identity.num_fewshot}-shot"
 
@@ -114,7 +109,7 @@ def run_bench(
     progress: Progress,
     with_check: bool = True,
     competitor: str | None = None,
-) -> BenchResult:
+) -> BenchResult | GenerationBench:
     """Time the engine and each evaluation loop on the same documents and ablations.
 
     Args:
@@ -137,6 +132,13 @@ def run_bench(
     engine, documents, title = prepare_engine(request, options, progress)
     loaded = engine.loaded
     ablations = _sweep_ablations(request, loaded)
+    if any(document.prompt is not None for document in documents):
+        if competitor is not None:
+            raise BenchmarkError(
+                f"{request.benchmark} generates texts, but {competitor} is timed only for scoring "
+                "given answers; leave --against out, or name a benchmark with given answers"
+            )
+        return run_generation_bench(engine, documents, ablations, title, progress)
 
     loops: list[Loop] = []
     if competitor is not None:

@@ -93,7 +93,7 @@ class Loop:
         self, documents: Sequence[Document], ablations: Sequence[Ablation], progress: Progress
     ) -> None:
         """Evaluate the baseline, and at most `MEASURED_ABLATIONS` ablations of each component."""
-        for ablation in (ablations[0], *_choose_ablations(ablations)):
+        for ablation in (ablations[0], *choose_ablations(ablations)):
             progress.say(f"{self.name}: {ablation.name}")
             self.evaluate(ablation, documents)
 
@@ -127,7 +127,7 @@ def time_call(function: Callable[[], T]) -> tuple[float, T]:
     return time.perf_counter() - start, result
 
 
-def _choose_ablations(ablations: Sequence[Ablation]) -> list[Ablation]:
+def choose_ablations(ablations: Sequence[Ablation]) -> list[Ablation]:
     """Choose evenly spaced ablations of each component, including the first and the last."""
     chosen = []
     for group in group_by(ablations[1:], lambda ablation: ablation.name.partition(":")[0]).values():

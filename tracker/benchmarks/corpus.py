@@ -156,6 +156,8 @@ class Corpus:
 
     def __init__(self, request: CellRequest) -> None:
         spec, documents = request.benchmark, request.documents
+        if key := spec.generation_key:
+            raise BenchmarkError(f"{key}: a corpus is read, not generated; leave {key} out")
         location = locate_corpus(spec)
         split, texts = _read_texts(location, spec.data)
         self._texts = [text for text in texts if text.strip()]

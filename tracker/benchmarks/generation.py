@@ -1,16 +1,28 @@
-"""Generate texts with lm-eval's code, with several models in one batch."""
+"""Generate texts with lm-eval's code, with several models in one batch.
+
+Sampled texts are coupled: all models draw a sample's token at a position with the same noise. So
+their texts differ only where their probabilities do.
+"""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils_hf import stop_sequences_criteria
 from torch import Tensor
 from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     StoppingCriteria,
@@ -18,11 +30,28 @@ from transformers import (
 )
 
 from tracker.benchmarks.private import HFLM
-from tracker.schema.documents import Prompt
+from tracker.schema.documents import GeneratedText, Prompt
 from tracker.schema.errors import CellError
+from tracker.schema.provenance import content_hash
+from tracker.stats.arrays import Array
 
 Decoding = Callable[[Sequence[int]], AbstractContextManager[Mapping[str, Any]]]
 """Function that prepares the model for rows of one prompt and yields options of `generate`."""
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Texts of one prompt that are generated together.
+
+    Attributes:
+        prompt: The prompt.
+        samples: Number of the sample of each row.
+        decoding: Function that prepares the model; None to generate with the model as it is.
+    """
+
+    prompt: Prompt
+    samples: Sequence[int]
+    decoding: Decoding | None
 
 
 class TextGenerator(HFLM):  # type: ignore[misc]
@@ -41,45 +70,81 @@ class TextGenerator(HFLM):  # type: ignore[misc]
             batch_size=1,
             think_end_token=think_end_token,
         )
-        self._decoding: Decoding | None = None
+        self._batch: _Batch | None = None
+        self._rows: Tensor | None = None
+        self._budget: int | None = None
+        self._ends: list[tuple[int, bool]] = []
 
-    def generate_texts(self, prompts: Sequence[Prompt]) -> list[str]:
-        """Generate a continuation of each prompt; cut the continuations at stop strings.
+    def generate_texts(
+        self, prompt: Prompt, samples: Sequence[int], decoding: Decoding | None = None
+    ) -> list[GeneratedText]:
+        """Generate continuations of a prompt; cut them at stop strings.
 
-        Raises CellError if no context length is left for the prompt.
+        Args:
+            prompt: The prompt.
+            samples: Number of the sample of each text. Texts of the same sample are drawn with the
+                same random numbers.
+            decoding: Function that prepares the model for one row per text; None to generate with
+                the model as it is.
+
+        Returns:
+            The texts, in the order of `samples`.
+
+        Raises:
+            CellError: No context length is left for the prompt.
         """
-        max_tokens = max(prompt.max_tokens for prompt in prompts)
-        if max_tokens >= self.max_length:
+        if prompt.max_tokens >= self.max_length:
             raise CellError(
-                f"max_gen_toks is {max_tokens}, but the model reads only {self.max_length} tokens, "
-                "so no tokens are left for the prompt; lower max_gen_toks in gen_kwargs"
+                f"max_gen_toks is {prompt.max_tokens}, but the model reads only {self.max_length} "
+                "tokens, so no tokens are left for the prompt; lower max_gen_toks in gen_kwargs"
             )
-        instances = [
-            Instance("generate_until", doc={}, arguments=(p.text, dict(p.settings)), idx=0)
-            for p in prompts
-        ]
-        texts: list[str] = self.generate_until(instances, disable_tqdm=True)
-        return texts
-
-    def generate_rows(self, prompt: Prompt, n_rows: int, decoding: Decoding) -> list[str]:
-        """Generate `n_rows` continuations of one prompt, each with another ablated model."""
-        self._decoding = decoding
-        self.batch_size_per_gpu = n_rows
+        self._batch, self._rows = _Batch(prompt, samples, decoding), None
         try:
-            return self.generate_texts([prompt] * n_rows)
+            texts, ends = self._continue_prompt(), self._ends
+            early = [self._continue_prompt(budget) for budget in prompt.budgets]
         finally:
-            self._decoding = None
-            self.batch_size_per_gpu = 1
+            self._batch = None
+        by_row = zip(*early, strict=True) if early else [()] * len(texts)
+        rows = zip(texts, ends, by_row, strict=True)
+        return [GeneratedText(text, *end, early_texts) for text, end, early_texts in rows]
+
+    def _continue_prompt(self, budget: int | None = None) -> list[str]:
+        """Return the texts of the batch, or of its first `budget` tokens, by lm-eval's code."""
+        assert self._batch is not None
+        n_rows = len(self._batch.samples)
+        self._budget, self.batch_size_per_gpu = budget, n_rows
+        return generate_with_lm_eval(self, [self._batch.prompt] * n_rows)
 
     def _model_generate(
         self, context: Tensor, max_length: int, stop: list[str], **settings: Any
     ) -> Any:
-        if self._decoding is None:
+        """Continue the prompts; or return the beginnings of texts that were generated before."""
+        n_prompt = context.shape[1]
+        if self._rows is None:
+            self._rows = self._generate_rows(context, max_length, stop, settings)
+            texts, room = self._rows[:, n_prompt:].tolist(), max_length - n_prompt
+            self._ends = [self._find_end(tokens, room, stop) for tokens in texts]
+        return self._rows if self._budget is None else self._rows[:, : n_prompt + self._budget]
+
+    def _generate_rows(
+        self, context: Tensor, max_length: int, stop: list[str], settings: dict[str, Any]
+    ) -> Any:
+        batch = self._batch
+        assert batch is not None
+        prompt, prompt_tokens = batch.prompt, context[0].tolist()
+        if batch.decoding is None and not prompt.is_sampled:
             return super()._model_generate(context, max_length, stop, **settings)
-        settings.pop("temperature", None)
-        settings["do_sample"] = False
+        if prompt.is_sampled:
+            key = content_hash([prompt.seed, prompt_tokens])
+            settings["custom_generate"] = partial(
+                _sample, noise=CoupledNoise(key, batch.samples, len(prompt_tokens))
+            )
+        else:
+            settings.pop("temperature", None)
+            settings["do_sample"] = False
         criteria = StoppingCriteriaList([_RowCriterion(self.tokenizer, stop, context)])
-        with self._decoding(context[0].tolist()) as cache_options:
+        decoding = nullcontext({}) if batch.decoding is None else batch.decoding(prompt_tokens)
+        with decoding as cache_options:
             return self.model.generate(
                 input_ids=context,
                 max_length=max_length,
@@ -89,6 +154,89 @@ class TextGenerator(HFLM):  # type: ignore[misc]
                 **settings,
                 **cache_options,
             )
+
+    def _find_end(self, tokens: list[int], room: int, stop: list[str]) -> tuple[int, bool]:
+        """Count a text's tokens before its end, and decide whether it was cut.
+
+        Args:
+            tokens: The generated tokens, padded after the end of the text.
+            room: The maximum number of tokens.
+            stop: Strings that end a text.
+
+        Returns:
+            The number of tokens, and True if neither a stop string nor an end token ended the text.
+        """
+        end_ids = self.model.generation_config.eos_token_id
+        end_ids = [*(end_ids if isinstance(end_ids, list) else [end_ids]), self.eot_token_id]
+        count = min((tokens.index(end) for end in end_ids if end in tokens), default=len(tokens))
+        while count and tokens[count - 1] == self.tokenizer.pad_token_id:
+            count -= 1
+        text = self.tok_decode(tokens[:count])
+        return count, count == room and not any(term in text for term in stop if term)
+
+
+def generate_with_lm_eval(model: TemplateLM, prompts: Sequence[Prompt]) -> list[str]:
+    """Generate a text for each prompt with a model of lm-eval, as the command `lm_eval` does."""
+    instances = [
+        Instance("generate_until", doc={}, arguments=(p.text, dict(p.settings)), idx=0)
+        for p in prompts
+    ]
+    texts: list[str] = model.generate_until(instances, disable_tqdm=True)
+    return texts
+
+
+def _sample(
+    model: Any,
+    input_ids: Tensor,
+    logits_processor: LogitsProcessorList,
+    generation_config: GenerationConfig,
+    noise: CoupledNoise,
+    **options: Any,
+) -> Any:
+    """Draw texts by the largest sum of a token's log-probability and Gumbel noise.
+
+    `logits_processor` already contains the temperature and truncations of transformers, so each
+    text has the distribution that transformers samples from.
+    """
+    config = copy.copy(generation_config)
+    config.do_sample = False
+    processors = LogitsProcessorList([*logits_processor, noise])
+    return model._sample(
+        input_ids, logits_processor=processors, generation_config=config, **options
+    )
+
+
+class CoupledNoise(LogitsProcessor):  # type: ignore[misc]
+    """Gumbel noise that is the same in all rows of a sample, whatever the other rows are.
+
+    Args:
+        key: Text that identifies the prompt and the seed.
+        samples: Number of the sample of each row.
+        start: Number of tokens of the prompt.
+    """
+
+    def __init__(self, key: str, samples: Sequence[int], start: int) -> None:
+        self._key, self._start = key, start
+        self._samples = sorted(set(samples))
+        self._rows = [self._samples.index(sample) for sample in samples]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Add the noise of the next position to the scores of all tokens."""
+        position, size = input_ids.shape[1] - self._start, scores.shape[1]
+        noise = [gumbel_noise(self._key, sample, position, size) for sample in self._samples]
+        rows = torch.from_numpy(np.stack(noise)).to(scores.device, scores.dtype)
+        return scores + rows[self._rows]
+
+
+def gumbel_noise(key: str, sample: int, position: int, size: int) -> Array:
+    """Draw standard Gumbel noise for each token of a vocabulary of `size` tokens.
+
+    Every position of every sample has its own seed, so the noise is the same on every machine and
+    in every order of computation.
+    """
+    seed = int(content_hash([key, sample, position])[:32], 16)
+    uniform = np.random.Generator(np.random.Philox(key=seed)).random(size)
+    return -np.log(-np.log(np.maximum(uniform, np.finfo(np.float64).tiny)))
 
 
 class _RowCriterion(StoppingCriteria):  # type: ignore[misc]

@@ -49,13 +49,13 @@ class JudgedAnswers:
     Attributes:
         loglikelihoods: Log-likelihoods of the requests, in order.
         greedy: Whether each continuation is the model's greedy continuation.
-        text: Generated text; None if the task generates no text.
+        texts: Generated texts, one per sample; empty if the task generates no text.
         metrics: Name of the metric → value; all are None if a log-likelihood is not finite.
     """
 
     loglikelihoods: Sequence[float]
     greedy: Sequence[bool]
-    text: str | None
+    texts: Sequence[str]
     metrics: Mapping[str, MetricValue | None]
 
 
@@ -238,9 +238,10 @@ class _RecordedModel(LM):  # type: ignore[misc]
         """Return the recorded log-likelihood of each text."""
         return [sum(map(float, self._find_answer(request).loglikelihoods)) for request in requests]
 
-    def generate_until(self, requests: Sequence[Any]) -> list[str | None]:
-        """Return the recorded generated text of each request."""
-        return [self._find_answer(request).text for request in requests]
+    def generate_until(self, requests: Sequence[Any]) -> list[str]:
+        """Return the recorded texts; lm-eval repeats a request for each sample."""
+        texts = {id(request): iter(self._find_answer(request).texts) for request in requests}
+        return [next(texts[id(request)]) for request in requests]
 
     def _find_answer(self, request: Instance) -> JudgedAnswers:
         return self._answers[request.task_name, request.doc_id]
@@ -256,10 +257,14 @@ class _UntimedTracker(GeneralConfigTracker):  # type: ignore[misc]
 def _refuse_contradictions(
     samples: Mapping[str, Sequence[Mapping[str, Any]]], answers: Mapping[AnswerKey, JudgedAnswers]
 ) -> None:
-    """Raise CellError if lm-eval's metrics of an answer differ from the stored metrics."""
+    """Raise CellError if lm-eval's metrics of an answer differ from the stored metrics.
+
+    Of several sampled texts, lm-eval judges the first, but the stored metrics are means.
+    """
     for task, rows in samples.items():
         for row in rows:
-            metrics = answers[task, row["doc_id"]].metrics
+            answer = answers[task, row["doc_id"]]
+            metrics = {} if len(answer.texts) > 1 else answer.metrics
             for metric in row["metrics"]:
                 name = filtered_metric(metric, row["filter"])
                 stored, current = metrics.get(name), storable_value(row[metric])

@@ -24,6 +24,7 @@ from tracker.benchmarks.parts import choose_part
 from tracker.benchmarks.sources import open_data_source
 from tracker.benchmarks.traces import names_traces, written_spec
 from tracker.schema.config import BenchmarkSpec, CellRequest
+from tracker.schema.documents import samples_texts
 from tracker.schema.errors import BenchmarkError
 from tracker.schema.fields import decode_arguments
 
@@ -96,6 +97,12 @@ def write_tasks(
             raise BenchmarkError(
                 f"{name} has no YAML file of its own, so plain lm-eval cannot run it on the same "
                 "documents; name another benchmark, or leave --benchmark out"
+            )
+        own_settings = built_tasks[name][2].config.generation_kwargs or {}
+        if samples_texts({**own_settings, **decode_arguments(spec.gen_kwargs)}):
+            raise BenchmarkError(
+                f"{name} samples its texts, and plain lm-eval draws others; name a greedy "
+                "benchmark, or leave --benchmark out"
             )
         has_part = request.documents.part is not None
         content = _task_content(factory, name, folder / f"{number}", has_part)

@@ -8,7 +8,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from itertools import chain
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -31,20 +33,39 @@ from tracker.benchmarks.factory import (
 )
 from tracker.benchmarks.fingerprint import (
     is_user_function,
-    metric_names,
     task_identity,
 )
 from tracker.benchmarks.own import check_own_tasks
 from tracker.benchmarks.parts import choose_part, part_setting
 from tracker.benchmarks.private import hide_progress_bars
+from tracker.benchmarks.samples import (
+    NOISE,
+    JudgedText,
+    TextMetrics,
+    count_joint_samples,
+)
 from tracker.benchmarks.sources import DATA_PACKAGE, HUB, open_data_source
 from tracker.schema.config import BenchmarkSpec, CellRequest
-from tracker.schema.documents import Document, DocumentText, Prompt, Request, Response
+from tracker.schema.documents import (
+    Document,
+    DocumentText,
+    GeneratedText,
+    Prompt,
+    Request,
+    Response,
+    samples_texts,
+)
 from tracker.schema.errors import BenchmarkError, did_you_mean
 from tracker.schema.extent import Clusters, Extent
 from tracker.schema.fields import decode_arguments, expand_home
 from tracker.schema.grouping import group_by
-from tracker.schema.identities import BenchmarkIdentity, filtered_metric
+from tracker.schema.identities import (
+    CUT_OFF,
+    BenchmarkIdentity,
+    Half,
+    TaskIdentity,
+    filtered_metric,
+)
 from tracker.schema.provenance import content_hash
 
 _FILES = ("arrow", "audiofolder", "csv", "imagefolder", "json", "pandas", "parquet", "text", "xml")
@@ -107,7 +128,10 @@ class LmEvalBenchmark:
         self.task_dict = {"tasks": self._tasks, "groups": {group.name: group for group in groups}}
         for task in self._tasks.values():
             self._configure(task)
+        self._is_sampled = any(map(_is_sampled, self._tasks.values()))
+        self._text_metrics = self._find_text_metrics()
         self.identity = self._build_identity(group)
+        self._task_identities = {task.name: task for task in self.identity.tasks}
         self._numbers = {task.name: task.numbers for task in self.identity.tasks}
         self.public = is_public(spec, self._tasks.values())
         self.is_model_specific = any(makes_documents(task.config) for task in self._tasks.values())
@@ -129,7 +153,12 @@ class LmEvalBenchmark:
         self._documents[name, index] = (doc, instances)
         if task.OUTPUT_TYPE == _GENERATED:
             text, settings = instances[0].args
-            prompt = _build_prompt(text, settings, self._spec.think_end_token)
+            prompt = replace(
+                _build_prompt(text, settings, self._spec.think_end_token),
+                samples=self._text_metrics.samples,
+                seed=self._request.documents.seed,
+                budgets=self._spec.budgets,
+            )
             try:
                 requests = [answer_request(encoder, prompt, _first_answer(task, doc))]
             except UNREADABLE as error:
@@ -234,36 +263,58 @@ class LmEvalBenchmark:
         self, document: Document, responses: Sequence[Response]
     ) -> dict[str, MetricValue | None]:
         """Compute the metrics of the responses to one document with the task's own code."""
-        task = self._tasks[document.task]
-        doc, instances = self._documents[document.task, document.index]
-        answers: list[Any] = [(response.loglikelihood, response.greedy) for response in responses]
         if document.prompt is not None:
-            answers = [response.text for response in responses]
+            values: Mapping[str, MetricValue] = self._judge_texts(document, responses[0].texts)
         elif document.rolling:
-            answers = [sum(response.loglikelihood for response in responses)]
-        self._filter(task, instances, answers)
-        values: dict[str, MetricValue | None] = {}
-        for name in instances[0].filtered_resps:
-            metrics = task.process_results(doc, [i.filtered_resps[name] for i in instances])
-            values |= {filtered_metric(m, name): storable_value(v) for m, v in metrics.items()}
+            values = self._judge(document, [sum(r.loglikelihood for r in responses)]).metrics
+        else:
+            values = self._judge(document, [(r.loglikelihood, r.greedy) for r in responses]).metrics
         if not all(math.isfinite(response.loglikelihood) for response in responses):
             return dict.fromkeys(values)
-        return values
+        return dict(values)
 
-    @staticmethod
-    def _filter(task: Any, instances: Sequence[Any], answers: Iterable[Any]) -> None:
-        """Apply the task's filters to the answers to one document."""
-        for instance, answer in zip(instances, answers, strict=True):
-            instance.resps = [answer]
-            instance.filtered_resps = {}
-        task._instances = instances
-        task.apply_filters()
+    def _judge_texts(
+        self, document: Document, texts: Sequence[GeneratedText]
+    ) -> dict[str, MetricValue]:
+        """Compute the metrics of the texts that are generated for one document."""
+        task = self._task_identities[document.task]
+
+        def judge(samples: Sequence[str]) -> list[JudgedText]:
+            return [self._judge(document, [sample], samples) for sample in samples]
+
+        values = self._text_metrics.combine(judge([text.text for text in texts]), task)
+        for number, budget in enumerate(self._text_metrics.budgets):
+            early = judge([text.early[number] for text in texts])
+            values |= self._text_metrics.combine_early(early, budget, task)
+        return values | {CUT_OFF: fmean(bool(text.is_cut) for text in texts)}
+
+    def _judge(
+        self, document: Document, answers: Sequence[Any], samples: Sequence[str] = ()
+    ) -> JudgedText:
+        """Compute the metrics of answers to the requests of one document with the task's code.
+
+        `samples` are all texts of the document, for filters that use all of them at once.
+        """
+        task, values, filtered = self._tasks[document.task], dict[str, MetricValue](), {}
+        doc, instances = self._documents[document.task, document.index]
+        for ensemble in task._filters:
+            is_joint = ensemble.name in self._text_metrics.joint
+            for instance, answer in zip(instances, answers, strict=True):
+                instance.resps = list(samples) if is_joint else [answer]
+                instance.filtered_resps = {}
+            ensemble.apply(instances)
+            results = [instance.filtered_resps[ensemble.name] for instance in instances]
+            metrics = task.process_results(doc, results)
+            filtered[ensemble.name] = results[0]
+            values |= {
+                filtered_metric(m, ensemble.name): storable_value(v) for m, v in metrics.items()
+            }
+        return JudgedText(values, filtered)
 
     def extract_answers(self, document: Document, text: str) -> dict[str, str]:
         """Extract the final answer from a generated text with each filter of the task."""
-        _, (instance,) = self._documents[document.task, document.index]
-        self._filter(self._tasks[document.task], [instance], [text])
-        return {name: _first_text(answer) for name, answer in instance.filtered_resps.items()}
+        answers = self._judge(document, [text], [text]).answers
+        return {name: _first_text(answer) for name, answer in answers.items()}
 
     def text(self, document: Document) -> DocumentText:
         """Return a document's question and answer, without few-shot examples and chat template."""
@@ -287,8 +338,15 @@ class LmEvalBenchmark:
         if task.OUTPUT_TYPE == _GENERATED:
             if self._spec.gen_kwargs:
                 arguments = decode_arguments(self._spec.gen_kwargs)
+                if self._spec.samples and float(arguments.get("temperature") or 0) > 0:
+                    arguments.setdefault("do_sample", True)  # whatever the task's own setting is
                 task.set_config(key="generation_kwargs", value=arguments, update=True)
-            self._refuse_sampling(task)
+            self._check_generation(task)
+        elif key := self._spec.generation_key:
+            raise BenchmarkError(
+                f"{key}: {task.task_name} scores given answers, so the model generates no texts; "
+                f"leave {key} out, or name a generation task"
+            )
         elif self._spec.enable_thinking:
             raise BenchmarkError(
                 f"enable_thinking: {task.task_name} scores given answers, so the model generates "
@@ -311,19 +369,60 @@ class LmEvalBenchmark:
         num_fewshot = resolve_num_fewshot(task.get_config("num_fewshot"), self._spec.num_fewshot)
         task.set_config(key="num_fewshot", value=num_fewshot)
 
-    @staticmethod
-    def _refuse_sampling(task: ConfigurableTask) -> None:
-        """Raise BenchmarkError if a task samples, uses beam search, or needs several texts."""
+    def _check_generation(self, task: ConfigurableTask) -> None:
+        """Set a task's number of samples; raise BenchmarkError if its texts are not supported."""
         settings = task.get_config("generation_kwargs") or {}
-        is_sampled = settings.get("do_sample")
-        if is_sampled is None:  # lm-eval then samples if the temperature is above 0
-            is_sampled = float(settings.get("temperature") or 0) > 0
-        counts = (settings.get("num_beams"), task.get_config("repeats"))
-        if is_sampled or any((count or 1) > 1 for count in counts):
+        if (settings.get("num_beams") or 1) > 1:
             raise BenchmarkError(
-                f"{task.task_name} samples its texts or uses beam search; tracker supports only "
-                "greedy decoding with one text per document"
+                f"{task.task_name} uses beam search; tracker supports greedy decoding and "
+                "sampling, e.g. gen_kwargs: temperature=0.7"
             )
+        samples = self._spec.samples or task.get_config("repeats") or 1
+        if samples_texts(settings) and not float(settings.get("temperature") or 0) > 0:
+            raise BenchmarkError(
+                f"{task.task_name} samples its texts without a temperature; add e.g. gen_kwargs: "
+                "temperature=0.7, or do_sample=False for greedy decoding"
+            )
+        if samples > 1 and not samples_texts(settings):
+            raise BenchmarkError(
+                f"samples: {samples} texts of {task.task_name} would be equal, because decoding is "
+                "greedy; add e.g. gen_kwargs: temperature=0.7, or set samples to 1"
+            )
+        limit = _build_prompt("", settings, None).max_tokens
+        if self._spec.budgets and self._spec.budgets[-1] >= limit:
+            raise BenchmarkError(
+                f"budgets: {self._spec.budgets[-1]} tokens are no smaller than max_gen_toks of "
+                f"{task.task_name}, which is {limit}; give smaller budgets, or a larger "
+                "max_gen_toks in gen_kwargs"
+            )
+        for ensemble in task._filters:
+            if (needed := count_joint_samples(ensemble)) > samples:
+                raise BenchmarkError(
+                    f"samples: the filter {ensemble.name} of {task.task_name} needs {needed} "
+                    f"texts, not {samples}; leave samples out, or give at least {needed}"
+                )
+        if samples != (task.get_config("repeats") or 1):
+            task.set_config(key="repeats", value=samples)
+
+    def _find_text_metrics(self) -> TextMetrics:
+        """Return the metrics that are derived from each task's own, if tasks generate texts."""
+        tasks = [task for task in self._tasks.values() if task.OUTPUT_TYPE == _GENERATED]
+        samples, *others = {task.get_config("repeats") or 1 for task in tasks} or {1}
+        if others:
+            raise BenchmarkError(
+                f"the tasks of {self._name} differ in repeats ({sorted([samples, *others])}); set "
+                "samples"
+            )
+        filters = (ensemble for task in tasks for ensemble in task._filters)
+        joint = frozenset(f.name for f in filters if samples > 1 and count_joint_samples(f))
+        return TextMetrics(samples, self._spec.budgets, joint)
+
+    def _identify(
+        self, task: ConfigurableTask, num_fewshot: int, half: Half | None
+    ) -> TaskIdentity:
+        identity = task_identity(task, num_fewshot, half)
+        is_generated = task.OUTPUT_TYPE == _GENERATED
+        return self._text_metrics.extend_task(identity) if is_generated else identity
 
     def _outcome_settings(self, num_fewshot: int) -> dict[str, str]:
         """Return all benchmark settings that affect outcomes, as name in lm-eval → value."""
@@ -338,6 +437,9 @@ class LmEvalBenchmark:
             "enable_thinking": None if enable_thinking is None else str(enable_thinking).lower(),
             "think_end_token": spec.think_end_token if generates else None,
             "gen_kwargs": spec.gen_kwargs if generates else None,
+            "samples": self._text_metrics.samples if self._is_sampled else None,
+            "noise": NOISE if self._is_sampled else None,
+            "budgets": ",".join(map(str, spec.budgets)) or None,
         }
         return {name: str(value) for name, value in settings.items() if value is not None}
 
@@ -370,10 +472,13 @@ class LmEvalBenchmark:
                 f"the tasks of {spec.benchmark} differ in num_fewshot "
                 f"({sorted([num_fewshot, *others])}); set num_fewshot"
             )
-        metrics = list(metric_names(next(iter(self._tasks.values()))))
         preferred = ("acc_norm" if self._name in NORMALISED_TASKS else "acc", "bits_per_byte")
         aggregated = (group.aggregate_metric_list or []) if group else []
         halves = {name: choose_part(t, documents, num_fewshot) for name, t in self._tasks.items()}
+        identities = [
+            self._identify(task, num_fewshot, halves[name]) for name, task in self._tasks.items()
+        ]
+        metrics = list(identities[0].metrics)
         found_by = {
             "benchmark": spec.benchmark if spec.benchmark != self._name else "",
             "include_path": json.dumps(spec.include_path) if spec.include_path else "",
@@ -381,12 +486,12 @@ class LmEvalBenchmark:
         }
         return BenchmarkIdentity(
             name=self._name,
-            tasks=tuple(
-                task_identity(task, num_fewshot, halves[name]) for name, task in self._tasks.items()
-            ),
+            tasks=tuple(identities),
             data=spec.data,
             num_fewshot=num_fewshot,
-            seed=documents.seed if num_fewshot or any(halves.values()) else None,
+            seed=documents.seed
+            if num_fewshot or any(halves.values()) or self._is_sampled
+            else None,
             apply_chat_template=bool(spec.apply_chat_template),
             settings=self._outcome_settings(num_fewshot) | part_setting(documents, halves.values()),
             found_by={name: value for name, value in found_by.items() if value},
@@ -416,6 +521,13 @@ def storable_value(value: Any) -> MetricValue:
     if isinstance(value, tuple | list):
         return json.dumps([v.tolist() if hasattr(v, "tolist") else v for v in value])
     return float(value)
+
+
+def _is_sampled(task: ConfigurableTask) -> bool:
+    """Return whether a task draws texts at random."""
+    return task.OUTPUT_TYPE == _GENERATED and samples_texts(
+        task.get_config("generation_kwargs") or {}
+    )
 
 
 def _build_prompt(text: str, settings: Mapping[str, Any], end: str | int | None) -> Prompt:

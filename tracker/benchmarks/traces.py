@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING
 from tracker.benchmarks.base import MetricValue
 from tracker.benchmarks.corpus import names_corpus
 from tracker.schema.config import BenchmarkSpec, CellRequest
-from tracker.schema.documents import Document, DocumentText, Request, Response
+from tracker.schema.documents import Document, DocumentText, GeneratedText, Request, Response
 from tracker.schema.errors import BenchmarkError
 from tracker.schema.extent import Clusters, Extent
-from tracker.schema.identities import TaskIdentity, filtered_metric
+from tracker.schema.identities import CUT_OFF, TaskIdentity, filtered_metric
 from tracker.schema.provenance import content_hash
 from tracker.schema.safe_yaml import short_text
 
@@ -93,6 +93,11 @@ class Traces:
         from tracker.benchmarks.tasks import LmEvalBenchmark
 
         spec = written_spec(request.benchmark)
+        if key := spec.generation_key:
+            raise BenchmarkError(
+                f"{key}: {request.benchmark} reads one text per document; leave {key} out, or "
+                f"write benchmark: {spec}"
+            )
         self._task = LmEvalBenchmark(replace(request, benchmark=spec))
         for name, task in self._task.task_dict["tasks"].items():
             if task.OUTPUT_TYPE != "generate_until":
@@ -159,7 +164,7 @@ class Traces:
         # The model that wrote the text read no more of the prompt.
         context = whole.context[-max(1, encoder.max_length - prompt.max_tokens) :]
         requests, answers = [replace(whole, context=context)], {}
-        judged = self._task.outcomes(document, [Response(0.0, False, 0, text)])
+        judged = self._task.outcomes(document, [Response(0.0, False, 0, (GeneratedText(text),))])
         extracted = self._task.extract_answers(document, text)
         for name, metric in judges.items():
             answers[name] = _Answer(None, False)
@@ -251,6 +256,6 @@ def find_tokens(encoder: RequestEncoder, tokens: Sequence[int], answer: str) -> 
 def _find_judges(task: TaskIdentity) -> dict[str, str]:
     """Return each filter of a task, with the first metric that judges its answers."""
     judges: dict[str, str] = {}
-    for metric in task.metrics:
+    for metric in (name for name in task.metrics if name != CUT_OFF):
         judges.setdefault(metric.partition(",")[2] or "none", metric)
     return judges

@@ -235,7 +235,8 @@ def bench(
     The loop is timed for the baseline and four removals of each component. The time for all
     removals is extrapolated. The loop is left out if layers are offloaded. One model and one
     benchmark are timed. Each ablation removes one layer, and every layer is removed once. With
-    --against vllm, lm-eval's vLLM model is timed too.
+    --against vllm, lm-eval's vLLM model is timed too. If the benchmark generates texts, generation
+    under all ablations at once is timed against lm-eval's.
 
     To time a model that is not on this machine, name its shape; the weights are then random:
     shape:llama-3-8b, shape:llama-2-13b, shape:qwen3-30b-a3b, shape:llama-3-70b, or

@@ -148,6 +148,36 @@ def _make_private(folder: Path) -> None:
         folder.mkdir(mode=0o700, exist_ok=True)
 
 
+_DRAFTS_KIND = "drafts"
+
+
+class Drafts:
+    """Cache of generated texts until the outcomes of their documents are complete.
+
+    A run that is interrupted in the middle of a document finds the texts when it is repeated.
+    """
+
+    def __init__(self) -> None:
+        self._keys: set[str] = set()
+
+    def recall(self, key: str) -> list[Any] | None:
+        """Return the texts with a given key, which is a hash; None if there are none."""
+        self._keys.add(key)
+        texts = recall(_DRAFTS_KIND, key).get("texts")
+        return texts if isinstance(texts, list) else None
+
+    def keep(self, key: str, texts: list[Any]) -> None:
+        """Write texts to the cache."""
+        keep(_DRAFTS_KIND, key, {"texts": texts})
+
+    def clear(self) -> None:
+        """Delete all texts whose keys were used."""
+        for key in self._keys:
+            with suppress(OSError):
+                note_path(cache_folder(), _DRAFTS_KIND, key).unlink()
+        self._keys = set()
+
+
 _CHECKS_KIND = "checks"
 
 

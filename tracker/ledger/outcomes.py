@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pyarrow as pa
 
@@ -18,6 +19,12 @@ CHECKPOINT_KEY = "checkpoint"
 """Metadata key: reason why no saved checkpoint holds the measured model; usually absent."""
 DIGEST_COLUMN = "tokens_digest"
 """Column of the digest of a document's tokens; absent in shards of former versions."""
+SAMPLES_COLUMN = "texts"
+"""Column of the texts of a document after the first; absent unless several are sampled."""
+TOKENS_COLUMN = "text_tokens"
+"""Column of the number of tokens of each generated text; absent in shards of former versions."""
+CUT_COLUMN = "text_cut"
+"""Column of whether the token limit ended each generated text; absent in former versions."""
 COMPARED_COLUMNS = ("compared", "difference", "unsteady")
 """Columns about outcomes that were repeated with a really pruned model."""
 REPEATED_COLUMN = "again"
@@ -68,8 +75,12 @@ def outcome_row(
         "greedy": [response.greedy for response in responses],
         **{f"{METRIC_PREFIX}{name}": value for name, value in metrics.items()},
     }
-    if document.prompt is not None:
-        row["text"] = responses[0].text
+    if texts := responses[0].texts:
+        row["text"] = texts[0].text
+        row[TOKENS_COLUMN] = [text.tokens for text in texts]
+        row[CUT_COLUMN] = [text.is_cut for text in texts]
+        if len(texts) > 1:
+            row[SAMPLES_COLUMN] = [text.text for text in texts[1:]]
     elif document.trace is not None and ablation == INTACT.name:
         row["text"] = document.trace
     tokens, sums = proxies if proxies is not None else (None, (None,) * len(PROXY_SUMS))
@@ -79,6 +90,16 @@ def outcome_row(
     if repeated is not None:
         row[REPEATED_COLUMN] = [response.loglikelihood for response in repeated]
     return row | dict(part_sums or {})
+
+
+def stored_texts(row: Mapping[Any, Any]) -> list[str]:
+    """Return all generated texts of a row of a shard; an empty list if there are none."""
+    first, others = row.get("text"), row.get(SAMPLES_COLUMN)
+    if not isinstance(first, str):
+        return []
+    if others is None or isinstance(others, float):  # NaN: other shards have the column
+        return [first]
+    return [first, *map(str, others)]
 
 
 _SCHEMA = {
@@ -93,6 +114,9 @@ _SCHEMA = {
     REPEATED_COLUMN: pa.list_(pa.float32()),
     "greedy": pa.list_(pa.bool_()),
     "text": pa.string(),
+    SAMPLES_COLUMN: pa.list_(pa.string()),
+    TOKENS_COLUMN: pa.list_(pa.int32()),
+    CUT_COLUMN: pa.list_(pa.bool_()),
     "proxy_tokens": pa.int32(),
     **dict(zip(COMPARED_COLUMNS, (pa.int32(), pa.float64(), pa.int32()), strict=True)),
     **dict.fromkeys(PROXY_SUMS, pa.list_(pa.float64())),

@@ -38,6 +38,7 @@ from tracker.schema.views import Until, View
 _LATER_SETTINGS = {
     *("include_path", "system_instruction", "fewshot_as_multiturn", "chat_template_args"),
     *("enable_thinking", "think_end_token", "gen_kwargs", "metadata", "model_args", "part"),
+    *("samples", "budgets"),
 }
 
 

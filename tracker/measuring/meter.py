@@ -130,6 +130,7 @@ class Meter:
         self._scorer: Scorer | None = None
         self._n_notes = 0
         self._has_checked_traces = False
+        self._has_noted_cut_texts = False
         self._encoder = encoder = RequestEncoder(loaded.model, loaded.tokenizer, spec)
         documents = benchmark.documents(encoder, extent)
         self.documents = {document.key: document for document in documents}
@@ -233,6 +234,7 @@ class Meter:
         if parts := [*dict.fromkeys(a.part for a in scored if a.part is not None)]:
             passes.append(partial(self._observe_parts, documents, parts))
         results, repeated_results, _, *part_sums = scorer.engine.run_lockstep(passes)
+        self._note_cut_texts(results)
         compared = [result for result in results if result.document.key in self._checked_keys]
         comparisons = scorer.compare_results(reference, compared, scored, seed, first_index)
         repeated_responses = {r.document.index: r.responses for r in repeated_results}
@@ -254,6 +256,7 @@ class Meter:
             metadata["calibration"] = self._calibration.metadata
         text, is_public = self._benchmark.text, self._benchmark.public
         texts = [text_row(document, text(document), is_public) for document in documents]
+        scorer.clear_drafts()
         return Measurement(rows, metadata, texts, self._notes())
 
     def _read_traces(
@@ -275,8 +278,19 @@ class Meter:
         assert scorer is not None
         assert scorer.generation is not None
         assert prompt is not None
-        (text,) = scorer.generation.generate(prompt, [INTACT])
-        return text
+        ((text, *_),) = scorer.generation.generate(prompt, [INTACT])
+        return text.text
+
+    def _note_cut_texts(self, results: Sequence[DocumentScores]) -> None:
+        """Add a message, once, if the token limit ends most texts of the intact model."""
+        texts = [text for result in results for text in result.responses[0][0].texts]
+        n_cut = sum(bool(text.is_cut) for text in texts)
+        if 2 * n_cut > len(texts) and not self._has_noted_cut_texts:
+            self._has_noted_cut_texts = True
+            self.engine.notes.append(
+                f"the token limit ends {n_cut} of the intact model's first {len(texts)} texts, so "
+                "their answers may be missing; raise max_gen_toks in gen_kwargs, or read cut_off"
+            )
 
     def _notes(self) -> list[str]:
         """Return the new messages of the engine since the last call."""

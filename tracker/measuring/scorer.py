@@ -5,8 +5,9 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
+from itertools import product
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,16 +26,18 @@ from tracker.engine.selfcheck.reference import (
     describe_error,
     perturb_embeddings,
 )
-from tracker.ledger.cache import keep, private_folder, recall
+from tracker.ledger.cache import Drafts, keep, private_folder, recall
 from tracker.models.devices import hardware_name
 from tracker.schema.changes import Ablation
-from tracker.schema.documents import Document, Prompt
+from tracker.schema.documents import Document, GeneratedText, Prompt
 from tracker.schema.errors import CellError
-from tracker.schema.provenance import content_hash
+from tracker.schema.provenance import content_hash, package_versions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+SampledTexts = tuple[GeneratedText, ...]
+"""The texts that one ablation generates for a prompt, one per sample."""
 CHECKED_TOKENS = 16
 """Number of tokens that the check of generation generates under each ablation."""
 _LESS_SHARING = "measured with less sharing: "
@@ -72,9 +75,14 @@ class Scorer:
                 texts = self.generation.generate(prompt, ablations)
                 progress(len(ablations))
                 pairs = zip(result.responses, texts, strict=True)
-                responses = [[r[0]._replace(text=text), *r[1:]] for r, text in pairs]
+                responses = [[r[0]._replace(texts=texts), *r[1:]] for r, texts in pairs]
                 results[number] = replace(result, responses=responses)
         return results
+
+    def clear_drafts(self) -> None:
+        """Delete the texts that are kept in case that the run is interrupted."""
+        if self.generation is not None and self.generation.drafts is not None:
+            self.generation.drafts.clear()
 
     def compare_results(
         self,
@@ -104,8 +112,8 @@ class Scorer:
         for result, number, comparison in watch(reference, results, ablations, seed, first_index):
             ablation, prompt = ablations[number], result.document.prompt
             if prompt is not None and self.generation is not None:
-                text = result.responses[number][0].text
-                comparison += self.generation.compare(prompt, ablation, text)
+                texts = result.responses[number][0].texts
+                comparison += self.generation.compare(prompt, ablation, texts)
             if comparison.wrong is not None:
                 raise CellError(
                     "stopped, because computing ablations together gives a wrong result here: "
@@ -175,6 +183,7 @@ def checked_scorer(
         return Scorer(result.engine, checkpoint_note=result.checkpoint_note), notes
     generation = Generation(result.engine, tokenizer, think_end_token=prompts[0].think_end_token)
     generation, reason = generation.choose_mode(prompts[0], writers or ablations)
+    generation = replace(generation, drafts=Drafts())
     scorer = Scorer(result.engine, generation, result.checkpoint_note)
     return scorer, [*notes, *([_LESS_SHARING + reason] if reason else [])]
 
@@ -184,45 +193,80 @@ class Generation:
     """Generator of continuations of prompts under many ablations.
 
     If `together` is true, the continuations under all ablations are generated in one batch.
-    Otherwise, a really pruned model copy generates each continuation.
+    Otherwise, a really pruned model copy generates each continuation. `drafts` keeps texts for a
+    repeated run; None to keep nothing.
     """
 
     engine: Engine
     tokenizer: PreTrainedTokenizerBase
     together: bool = True
     think_end_token: str | int | None = None
+    drafts: Drafts | None = None
 
     @cached_property
     def _generator(self) -> TextGenerator:
         return TextGenerator(self.engine.loaded.model, self.tokenizer, self.think_end_token)
 
-    def generate(self, prompt: Prompt, ablations: Sequence[Ablation]) -> list[str]:
-        """Generate the continuation of a prompt under each ablation."""
+    def generate(self, prompt: Prompt, ablations: Sequence[Ablation]) -> list[SampledTexts]:
+        """Generate the continuations of a prompt under each ablation."""
         tokens = len(self._generator.tok_encode(prompt.text))
         tokens = min(tokens, self._generator.max_length - prompt.max_tokens)  # the rest is cut
         lengths = self.engine.quirks.lengths
         # The prompt is read in several calls, whose results must equal those of lm-eval's one call.
         if not self.together or lengths.side(tokens) != lengths.side(1):
-            return [self.generate_separately(prompt, ablation) for ablation in ablations]
-        by_ablation: dict[Ablation, str] = {}
-        for group in generation_groups(self.engine, ablations, tokens + prompt.max_tokens):
-            decoding = partial(prepare_generation, self.engine, group)
-            texts = self._generator.generate_rows(prompt, len(group), decoding)
-            by_ablation |= zip(group, texts, strict=True)
-        return [by_ablation[ablation] for ablation in ablations]
+            numbers = range(prompt.samples)
+            return [
+                self._generate_once(
+                    prompt,
+                    list(product([ablation], numbers)),
+                    partial(self.generate_separately, prompt, ablation),
+                )
+                for ablation in ablations
+            ]
+        texts: dict[tuple[Ablation, int], GeneratedText] = {}
+        sizes = (tokens + prompt.max_tokens, prompt.samples)
+        for group, samples in generation_groups(self.engine, ablations, *sizes):
+            rows = list(product(group, samples))
+            decoding = partial(prepare_generation, self.engine, group, n_samples=len(samples))
+            row_samples = [sample for _, sample in rows]
+            generate = partial(self._generator.generate_texts, prompt, row_samples, decoding)
+            texts |= zip(rows, self._generate_once(prompt, rows, generate), strict=True)
+        return [tuple(texts[a, sample] for sample in range(prompt.samples)) for a in ablations]
+
+    def _generate_once(
+        self,
+        prompt: Prompt,
+        rows: Sequence[tuple[Ablation, int]],
+        generate: Callable[[], Sequence[GeneratedText]],
+    ) -> SampledTexts:
+        """Generate the texts of ablations and samples, or read those of an interrupted run."""
+        # A fitted replacement also depends on the texts that it was fitted to.
+        if self.drafts is None or any(ablation.has_replacements for ablation, _ in rows):
+            return tuple(generate())
+        model = self.engine.loaded
+        machine = [hardware_name(model.device), package_versions(), str(self.engine.sharing)]
+        settings, names = asdict(prompt), [(ablation.name, sample) for ablation, sample in rows]
+        identity = [model.identity.fingerprint, model.identity.dtype]
+        key = content_hash([identity, machine, settings, names])
+        if (drafts := self.drafts.recall(key)) is not None:
+            return tuple(
+                GeneratedText(text, n, cut, tuple(early)) for text, n, cut, early in drafts
+            )
+        texts = tuple(generate())
+        self.drafts.keep(key, [list(text) for text in texts])
+        return texts
 
     def generate_separately(
         self, prompt: Prompt, ablation: Ablation, seed: int | None = None
-    ) -> str:
-        """Generate a prompt's continuation with a really pruned model, as lm-eval does.
+    ) -> SampledTexts:
+        """Generate a prompt's continuations with a really pruned model, as lm-eval does.
 
         If `seed` is given, the token embeddings get random noise as small as rounding errors.
         """
         model = self.engine.ablate(ablation).loaded.model
         generator = TextGenerator(model, self.tokenizer, self.think_end_token)
         with nullcontext() if seed is None else perturb_embeddings(model, seed):
-            (text,) = generator.generate_texts([prompt])
-        return text
+            return tuple(generator.generate_texts(prompt, range(prompt.samples)))
 
     def choose_mode(
         self, prompt: Prompt, ablations: Sequence[Ablation]
@@ -237,7 +281,8 @@ class Generation:
             return replace(self, together=False), None
         # Stop strings would leave little to compare where a text begins with one.
         settings = {**prompt.with_limit(CHECKED_TOKENS).settings, "until": []}
-        short, separate = replace(prompt, settings=settings), replace(self, together=False)
+        short = replace(prompt, settings=settings, samples=1, budgets=())
+        separate = replace(self, together=False)
         true_texts = separate.generate(short, ablations)
         try:
             texts = self.generate(short, ablations)
@@ -255,20 +300,22 @@ class Generation:
             return separate, f"generating together changes {n_changed} of {len(texts)} texts"
         return self, None
 
-    def compare(self, prompt: Prompt, ablation: Ablation, text: str | None) -> Comparison:
-        """Compare a generated text with the text that a really pruned model generates."""
-        true_text = self.generate_separately(prompt, ablation)
-        if text == true_text:
+    def compare(self, prompt: Prompt, ablation: Ablation, texts: SampledTexts) -> Comparison:
+        """Compare generated texts with the texts that a really pruned model generates."""
+        true_texts = self.generate_separately(prompt, ablation)
+        if texts == true_texts:
             return Comparison(1)
-        if self.is_unsteady(prompt, ablation, true_text):
+        if self.is_unsteady(prompt, ablation, true_texts):
             return Comparison(1, unsteady=1)
+        pairs = ((a.text, b.text) for a, b in zip(texts, true_texts, strict=True) if a != b)
+        text, true_text = next(pairs)
         wrong = f"{ablation.name}: {text!r}, but the pruned model generates {true_text!r}"
         return Comparison(1, wrong=wrong)
 
-    def is_unsteady(self, prompt: Prompt, ablation: Ablation, text: str) -> bool:
-        """Return whether noise as small as rounding errors changes the generated text."""
+    def is_unsteady(self, prompt: Prompt, ablation: Ablation, texts: SampledTexts) -> bool:
+        """Return whether noise as small as rounding errors changes the generated texts."""
         seeds = range(ROUNDING_DRAWS)
-        return any(self.generate_separately(prompt, ablation, seed) != text for seed in seeds)
+        return any(self.generate_separately(prompt, ablation, seed) != texts for seed in seeds)
 
 
 _ROW_SIZES = "rows"

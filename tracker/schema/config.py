@@ -15,6 +15,7 @@ from tracker.schema.errors import ExperimentError
 from tracker.schema.extent import UNLIMITED_SAMPLE, Clusters, DocumentPart, Extent, Positive
 from tracker.schema.fields import (
     BenchmarkName,
+    Budgets,
     Count,
     Dtype,
     Folders,
@@ -102,6 +103,10 @@ class BenchmarkSpec(StrictModel):
     """Token that ends the thinking; the answer is the text after it."""
     gen_kwargs: JsonArguments | None = None
     """Arguments of generation, e.g. max_gen_toks=64,until=… or JSON."""
+    samples: Positive | None = None
+    """Number of texts to sample per document. Needs a temperature in gen_kwargs."""
+    budgets: Budgets = ()
+    """Smaller numbers of generated tokens at which texts are judged too, e.g. 64,128."""
     metadata: JsonArguments | None = None
     """Metadata for tasks that generate their documents, such as RULER."""
 
@@ -113,6 +118,11 @@ class BenchmarkSpec(StrictModel):
 
     def __str__(self) -> str:
         return self.benchmark
+
+    @property
+    def generation_key(self) -> str | None:
+        """The first given key that only tasks of generated texts have; None if none is given."""
+        return "samples" if self.samples else "budgets" if self.budgets else None
 
     def renamed(self, benchmark: str) -> BenchmarkSpec:
         """Return a copy of the settings with the name of another benchmark."""

@@ -41,6 +41,8 @@ class DecidedDocument(Record):
     choice: int | None
     margin: float | None
     text: SafeText | None
+    cut: bool = Field(False, exclude_if=lambda cut: not cut)
+    """True if the token limit ended the text."""
 
 
 Quartiles = tuple[float, float, float]
@@ -61,6 +63,10 @@ class RunDecisions(Record):
     """Number of lost documents in `named`; they are listed first."""
     named: tuple[DecidedDocument, ...]
     """The lost and won documents whose margin changes most."""
+    cut: float | None = Field(None, exclude_if=lambda cut: cut is None)
+    """Share of the generated texts that the token limit ended; None if unknown."""
+    lost_cut: int = Field(0, exclude_if=lambda lost: not lost)
+    """Number of lost documents of which the limit ends more texts than with the intact model."""
 
     def without_texts(self) -> RunDecisions:
         """Return a copy of the record without the texts that models generated."""
@@ -86,6 +92,8 @@ class DecisionsRecord(Record):
     compared: tuple[int, ...]
     """The removed whole layers whose lost documents `both` compares in pairs."""
     both: tuple[tuple[int, ...], ...]
+    cut: float | None = Field(None, exclude_if=lambda cut: cut is None)
+    """Share of the intact model's texts that the token limit ended; None if unknown."""
     public: bool
     """True if every known text comes from the hub or a package."""
     reasons: dict[str, str] = Field(default_factory=dict)

@@ -35,11 +35,23 @@ class Prompt:
         text: The text of the prompt.
         settings: lm-eval's generation settings, such as stop strings and the maximum number of
             tokens.
+        think_end_token: Token that ends the thinking; None if the whole text is the answer.
+        samples: Number of texts that are generated for the prompt.
+        seed: Seed of the random numbers of sampled texts.
+        budgets: Smaller maximum numbers of tokens at which the text is judged too, ascending.
     """
 
     text: str
     settings: Mapping[str, Any]
     think_end_token: str | int | None = None
+    samples: int = 1
+    seed: int = 0
+    budgets: tuple[int, ...] = ()
+
+    @property
+    def is_sampled(self) -> bool:
+        """True if the texts are drawn at random, as lm-eval decides it."""
+        return samples_texts(self.settings)
 
     @property
     def max_tokens(self) -> int:
@@ -50,6 +62,12 @@ class Prompt:
         """Return a copy of the prompt that allows at most `tokens` generated tokens."""
         limit = min(tokens, self.max_tokens)
         return replace(self, settings={**self.settings, "max_gen_toks": limit})
+
+
+def samples_texts(settings: Mapping[str, Any]) -> bool:
+    """Return whether lm-eval's generation settings draw texts at random."""
+    do_sample = settings.get("do_sample")
+    return bool(float(settings.get("temperature") or 0) > 0 if do_sample is None else do_sample)
 
 
 @dataclass(frozen=True)
@@ -110,6 +128,22 @@ class DocumentText:
     answer: str | None = None
 
 
+class GeneratedText(NamedTuple):
+    """A text that the model generates for a prompt.
+
+    Attributes:
+        text: The text, up to the first stop string.
+        tokens: Number of generated tokens before the end of the text; None if unknown.
+        is_cut: True if the maximum number of tokens ended the text; None if unknown.
+        early: The text at each budget of the prompt.
+    """
+
+    text: str
+    tokens: int | None = None
+    is_cut: bool | None = None
+    early: tuple[str, ...] = ()
+
+
 class Response(NamedTuple):
     """The model's response to one request.
 
@@ -117,7 +151,7 @@ class Response(NamedTuple):
         loglikelihood: Summed log-probability of the continuation, in nats.
         greedy: True if the model ranks every token of the continuation first.
         hits: Number of continuation tokens that the model ranks first.
-        text: The generated text; None if the document is not part of a generation task.
+        texts: The generated texts; empty if the document is not part of a generation task.
         leading: Number of continuation tokens before the first token that the model does not rank
             first; None if unknown.
     """
@@ -125,5 +159,5 @@ class Response(NamedTuple):
     loglikelihood: float
     greedy: bool
     hits: int
-    text: str | None = None
+    texts: tuple[GeneratedText, ...] = ()
     leading: int | None = None

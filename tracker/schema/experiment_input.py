@@ -226,6 +226,7 @@ _REPLACED_KEYS = {"limit": "sample", "sample": "limit"}
 _LIST_ITEM_TYPES: Mapping[str, type | tuple[type, ...]] = {
     "removed": int,
     "include_path": str,
+    "budgets": int,
     "calibrate": str,
     "protect": (int, str),
     "among": (int, str),

@@ -135,6 +135,16 @@ def as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+def _sort_budgets(value: Any) -> Any:
+    """Convert a number, a list of numbers or text such as `64,128` to a sorted tuple."""
+    if isinstance(value, str):
+        value = [int(part) if part.strip().isdecimal() else part for part in value.split(",")]
+    budgets = [value] if isinstance(value, int) else value
+    if isinstance(budgets, list | tuple) and all(isinstance(b, int) for b in budgets):
+        return tuple(sorted(set(budgets)))
+    raise ValueError(f"expected numbers of tokens, e.g. 64,128, not {short_text(value)}")
+
+
 def _check_single(name: str) -> str:
     """Return a benchmark's name; raise ValueError if the text contains several names."""
     if SEVERAL_BENCHMARKS.fullmatch(name):
@@ -147,6 +157,8 @@ BenchmarkName = Annotated[Name, AfterValidator(_check_single)]
 QuestionText = Annotated[Name, AfterValidator(lambda text: str(parse_question(text)))]
 """A question in its canonical text."""
 Folders = Annotated[tuple[Name, ...], BeforeValidator(as_tuple)]
+Budgets = Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(_sort_budgets)]
+"""Numbers of tokens, ascending."""
 Layers = Annotated[tuple[Count, ...], BeforeValidator(_sort_layers)]
 SEVERAL_BENCHMARKS = re.compile(r"[\w-]+(\s*,\s*[\w-]+)+")
 """Several benchmarks separated by commas, as on lm-eval's command line."""

@@ -88,6 +88,10 @@ def filtered_metric(metric: str, filter_name: str) -> str:
     return metric if filter_name == "none" else f"{metric},{filter_name}"
 
 
+CUT_OFF = "cut_off"
+"""Metric of generated texts: share of a document's texts that the token limit ended."""
+
+
 class TaskIdentity(Record):
     """One scored task: an lm-eval task (alone or in a group) or a text corpus."""
 

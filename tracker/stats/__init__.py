@@ -10,6 +10,7 @@ Modules:
     rank_agreement: Compute ranks, ties and rank correlations.
     reliability: Compute how well two rankings of layers agree.
     resampling: Compute bootstrap and jackknife intervals.
+    samples: Compute figures of several sampled answers to one document.
     stopping: Decide after every block of documents whether more documents are needed.
     support: Combine estimates, and correct them for multiple comparisons.
     task_dependence: Estimate how much the relevance of a layer varies between benchmarks.

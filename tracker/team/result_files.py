@@ -14,7 +14,7 @@ import pandas as pd
 from tracker.benchmarks.corpus import names_corpus
 from tracker.benchmarks.traces import names_traces
 from tracker.ledger.cells import CellStore
-from tracker.ledger.outcomes import METRIC_PREFIX, PROVENANCE_COLUMN
+from tracker.ledger.outcomes import METRIC_PREFIX, PROVENANCE_COLUMN, stored_texts
 from tracker.ledger.store import Ledger
 from tracker.ledger.views import cell_key
 from tracker.measuring.progress import Progress, report_work
@@ -401,7 +401,7 @@ def _open_benchmark(store: CellStore) -> LmEvalBenchmark:
     from tracker.benchmarks.tasks import LmEvalBenchmark
 
     identity = store.identity
-    benchmark = LmEvalBenchmark(_rebuild_request(store))
+    benchmark = LmEvalBenchmark(rebuild_request(store))
     if cell_key(identity.model, benchmark.identity) != identity.key:
         raise BenchmarkError(
             f"{identity.benchmark.name} has changed since it was measured: its documents in "
@@ -411,10 +411,11 @@ def _open_benchmark(store: CellStore) -> LmEvalBenchmark:
     return benchmark
 
 
-def _rebuild_request(store: CellStore) -> CellRequest:
+def rebuild_request(store: CellStore) -> CellRequest:
     """Rebuild the request of stored results from their metadata, without ablations."""
     identity = store.identity
     benchmark = identity.benchmark
+    samples = benchmark.settings.get("samples")
     settings: dict[str, Any] = {
         "model": identity.model.source,
         "benchmark": benchmark.name,
@@ -425,6 +426,8 @@ def _rebuild_request(store: CellStore) -> CellRequest:
         "data": benchmark.data,
         **{name: _BOOLEANS.get(value, value) for name, value in benchmark.settings.items()},
         **benchmark.found_by,
+        "samples": samples and int(samples),
+        "noise": None,
     }
     return cell_request(**settings)
 
@@ -445,7 +448,7 @@ def _build_encoder(store: CellStore, trust_remote_code: bool) -> RequestEncoder 
     arguments_text = json.dumps(tokenizer_args) if tokenizer_args else None
     spec = ModelSpec(model=model.source, revision=model.revision, model_args=arguments_text)
     model_and_tokenizer = build_for_planning(find_model(spec, trust_remote_code), "auto")
-    return RequestEncoder(*model_and_tokenizer, _rebuild_request(store).benchmark)
+    return RequestEncoder(*model_and_tokenizer, rebuild_request(store).benchmark)
 
 
 def _judged_documents(rows: Sequence[Mapping[Any, Any]]) -> dict[tuple[str, int], JudgedAnswers]:
@@ -459,6 +462,6 @@ def _judged_documents(rows: Sequence[Mapping[Any, Any]]) -> dict[tuple[str, int]
             for name, value in row.items()
             if name.startswith(METRIC_PREFIX)
         }
-        judged = JudgedAnswers(row["loglikelihoods"], row["greedy"], row.get("text"), metrics)
+        judged = JudgedAnswers(row["loglikelihoods"], row["greedy"], stored_texts(row), metrics)
         judged_documents[row["task"], int(row["doc"])] = judged
     return judged_documents

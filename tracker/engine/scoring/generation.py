@@ -1,8 +1,8 @@
-"""Generate texts for all ablations at once, in a batch with one row per ablation.
+"""Generate texts for all ablations at once, in a batch with one row per ablation and sample.
 
 The model reads the prompt once for all ablations, as in scoring. Then the keys and values are
-copied for each ablation, and the model's own generation code continues with one row per ablation.
-Ablations are processed in groups that fit into memory.
+copied for each row, and the model's own generation code continues. Ablations and samples are
+processed in groups that fit into memory.
 """
 
 from __future__ import annotations
@@ -34,39 +34,46 @@ from tracker.schema.changes import Ablation
 
 @contextmanager
 def fork_decoding(
-    engine: Engine, ablations: Ablations, prompt: Sequence[int], prefix: Prefix | None
+    engine: Engine,
+    ablations: Ablations,
+    prompt: Sequence[int],
+    prefix: Prefix | None,
+    n_samples: int = 1,
 ) -> Iterator[Cache]:
     """Read a prompt, and yield a cache to continue the prompt under all ablations.
 
     The model is changed until the context exits. Ablations share computation while the model reads
-    the prompt, as in scoring. After the prompt, each ablation is a separate row of the batch.
+    the prompt, as in scoring. After the prompt, each sample of each ablation is a separate row.
 
     Args:
         engine: The engine of the model that generates.
-        ablations: The ablation of each row of the batch, including the baseline.
+        ablations: The ablations, including the baseline.
         prompt: The prompt's token ids.
         prefix: A beginning of the prompt that the model has already read, or None.
+        n_samples: Number of texts that each ablation generates.
 
     Yields:
         A cache with the keys and values of the prompt without its last token. Forward passes with
-        this cache must have one row per ablation, in the order of `ablations`.
+        this cache must have `n_samples` rows per ablation, in the order of `ablations`.
     """
     layers, plan = engine.loaded.layers, engine.plan(ablations)
     n_prefix = 0 if prefix is None else len(prefix.tokens)
     cache = new_cache() if prefix is None else prefix.cache
     if new_tokens := prompt[n_prefix:-1]:
         run_base(engine, plan, reading_row(new_tokens, n_prefix), cache)
-    # From here on, each ablation is a stream from the first layer on.
-    changes = [tuple(a.at_layer(layer) for a in ablations) for layer in range(len(layers))]
-    n_streams, divided = len(ablations), plan.steps[0].divided
+    # From here on, each row is a stream from the first layer on.
+    rows = [number for number in range(len(ablations)) for _ in range(n_samples)]
+    changes = [tuple(ablations[a].at_layer(layer) for a in rows) for layer in range(len(layers))]
+    n_streams, divided = len(rows), plan.steps[0].divided
     steps = tuple(LayerStep(n_streams, (), layer_changes, divided) for layer_changes in changes)
     decoding_plan = StreamPlan(steps, (tuple(range(n_streams)),) * len(layers))
-    ablation_cache = _spread_cache(cache, plan, len(prompt) - 1)
+    row_cache = _spread_cache(cache, plan, len(prompt) - 1, rows)
     with ExitStack() as stack:
         if plan.has_rounded_embeddings:
-            formats = [ablation.outer_formats.get("embedding") for ablation in ablations]
+            formats = [ablations[row].outer_formats.get("embedding") for row in rows]
             stack.enter_context(use_row_formats(engine.embeddings, "embedding", formats))
-            stack.enter_context(use_row_formats(engine.embeddings, "lm_head", plan.head_formats))
+            heads = [plan.head_formats[row] for row in rows]
+            stack.enter_context(use_row_formats(engine.embeddings, "lm_head", heads))
         decoding = ForwardPass(
             layers,
             decoding_plan,
@@ -75,21 +82,21 @@ def fork_decoding(
             batched=True,
         )
         stack.enter_context(decoding.install())
-        yield ablation_cache
+        yield row_cache
 
 
-def _spread_cache(cache: Cache, plan: StreamPlan, tokens: int) -> Cache:
-    """Copy the prompt's cache, with one batch row per ablation in each layer.
+def _spread_cache(cache: Cache, plan: StreamPlan, tokens: int, rows: Sequence[int]) -> Cache:
+    """Copy the prompt's cache, with a separate batch row for each text.
 
     In `cache`, ablations with the same attention in a layer share a row. `plan.attention_paths`
-    contains the index of the row for each ablation. The copy has a separate row for each ablation
-    that runs the attention.
+    contains the index of the row for each ablation. `rows` contains the index of the ablation of
+    each text. The copy has a row for each text whose ablation runs the attention.
     """
     if not cache.layers:
         return new_cache()
     layers = []
     for cached, sources in zip(cache.layers, plan.attention_paths, strict=True):
-        indices = [source for source in sources if source is not None]
+        indices = [source for row in rows if (source := sources[row]) is not None]
         layer = GrowingLayer()
         buffers = cached.keys, cached.values
         layer.update(*(take_entries(buffer[:, :, :tokens], indices) for buffer in buffers))
@@ -98,13 +105,21 @@ def _spread_cache(cache: Cache, plan: StreamPlan, tokens: int) -> Cache:
 
 
 def generation_groups(
-    engine: Engine, ablations: Ablations, tokens: int
-) -> Iterator[list[Ablation]]:
-    """Split ablations into groups whose key-value caches fit into half of the memory budget.
+    engine: Engine, ablations: Ablations, tokens: int, n_samples: int = 1
+) -> Iterator[tuple[list[Ablation], range]]:
+    """Split texts into groups whose key-value caches fit into half of the memory budget.
 
-    Each group includes the baseline. `tokens` is the maximum number of tokens of prompt and
-    generated text. Raises RefusalError if the model accepts no cache, or if an ablation repeats
-    layers.
+    Args:
+        engine: The engine of the model that generates.
+        ablations: All ablations, including the baseline.
+        tokens: Maximum number of tokens of prompt and generated text.
+        n_samples: Number of texts that each ablation generates.
+
+    Yields:
+        The ablations of a group, which include the baseline, and the numbers of their samples.
+
+    Raises:
+        RefusalError: The model accepts no cache, or an ablation repeats layers.
     """
     loaded = engine.loaded
     if find_cache_argument(loaded.model) is None:
@@ -112,23 +127,30 @@ def generation_groups(
     if engine.plan(ablations).n_repeats:
         raise RefusalError("repeated layers would need a key-value cache for each repetition")
     size = tokens * len(loaded.layers) * measure_cache_bytes(engine)
-    return split_ablations(ablations, engine.budget // 2 // size)
+    n_rows = max(2, engine.budget // 2 // size)
+    n_together = min(n_samples, n_rows // 2)
+    for start in range(0, n_samples, n_together):
+        samples = range(start, min(start + n_together, n_samples))
+        for group in split_ablations(ablations, n_rows // len(samples)):
+            yield group, samples
 
 
 @contextmanager
 def prepare_generation(
-    engine: Engine, ablations: Ablations, prompt: Sequence[int]
+    engine: Engine, ablations: Ablations, prompt: Sequence[int], n_samples: int = 1
 ) -> Iterator[dict[str, Any]]:
     """Yield the arguments of `generate` to continue a prompt under all ablations.
 
-    `generate` is the method of transformers. The arguments contain the cache of the prompt. For a
-    model without a cache, there are no arguments. The model is changed until the context exits.
+    `generate` is the method of transformers. The arguments contain the cache of the prompt, with
+    `n_samples` rows per ablation. For a model without a cache, there are no arguments. The model
+    is changed until the context exits.
     """
     prefix = engine.find_read_prefix(engine.plan(ablations), prompt)
     engine.restore_state()
     try:
         # A kept prefix was read in inference mode, and can only be extended there.
-        with torch.inference_mode(), fork_decoding(engine, ablations, prompt, prefix) as cache:
+        forked = fork_decoding(engine, ablations, prompt, prefix, n_samples)
+        with torch.inference_mode(), forked as cache:
             name = find_cache_argument(engine.loaded.model)
             yield {} if name is None else {name: cache}
     finally:

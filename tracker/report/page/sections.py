@@ -46,7 +46,7 @@ from tracker.report.leaderboard import (
 )
 from tracker.report.wording import model_answer
 from tracker.schema.changes import WHOLE_LAYER
-from tracker.schema.decision_records import DecisionsRecord, RunDecisions
+from tracker.schema.decision_records import DecidedDocument, DecisionsRecord, RunDecisions
 from tracker.schema.formats import DASH, count_text, points
 from tracker.schema.records import CellRecord, RecordKey
 from tracker.schema.run_table import CellRun, distinguishing_columns, pick_columns, run_columns
@@ -102,11 +102,21 @@ def decision_table(cell: CellRecord, decisions: DecisionsRecord) -> Table:
         ),
         *(share_column(*share) for share in shares),
     ]
+    if decisions.cut is not None:
+        columns += [
+            Column("texts cut off", "percent", lambda row: row.cut, "no text is stored"),
+            Column("lost by cutting", "count", lambda row: getattr(row, "lost_cut", DASH)),
+        ]
     rows: list[DecisionRow] = [decisions, *decisions.runs]
     notes = []
     if options:
         gold = [f"{option_letter(n)} {points(share)} %" for n, share in enumerate(decisions.gold)]
         notes.append(f"How often each option is the right answer: {', '.join(gold)}.")
+    if decisions.cut is not None:
+        notes.append(
+            "Texts cut off: the token limit ended them. Lost by cutting: lost documents of which "
+            "it ends more texts than intact. The other lost texts end with a wrong answer."
+        )
     if "margin" in decisions.reasons:
         notes.append(f"Margins: {reason}.")
     return build_table(
@@ -148,7 +158,7 @@ def _document_content(cell: CellRecord, decisions: DecisionsRecord, n_shown: int
     def named_documents(run: RunDecisions) -> list[list[Any]]:
         groups = run.named[: run.named_lost][:n_shown], run.named[run.named_lost :][:n_shown]
         return [
-            [positions.setdefault(d.document, len(positions)), is_won, d.choice, d.margin, d.text]
+            [positions.setdefault(d.document, len(positions)), is_won, d.choice, d.margin, _text(d)]
             for is_won, group in enumerate(groups)
             for d in group
         ]
@@ -164,6 +174,11 @@ def _document_content(cell: CellRecord, decisions: DecisionsRecord, n_shown: int
         "margin": margin_name(cell, decisions),
         "why": decisions.reasons.get("texts", ""),
     }
+
+
+def _text(document: DecidedDocument) -> str | None:
+    """Return the text that a changed model generates, and mark it if the token limit ended it."""
+    return f"{document.text} … [cut off]" if document.text and document.cut else document.text
 
 
 @dataclass(frozen=True)

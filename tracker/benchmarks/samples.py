@@ -1,0 +1,131 @@
+"""Derive metrics of several samples of a generated text, and of its beginnings."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any, NamedTuple
+
+from lm_eval.api.registry import get_filter
+
+from tracker.benchmarks.base import MetricValue
+from tracker.schema.errors import BenchmarkError
+from tracker.schema.identities import CUT_OFF, TaskIdentity
+from tracker.stats.samples import expected_best, majority_value
+
+NOISE = "gumbel-1"
+"""Version of the random numbers of sampled texts; part of a cell's key."""
+
+
+class JudgedText(NamedTuple):
+    """The metrics of one generated text, and the answer that each filter extracts from it."""
+
+    metrics: Mapping[str, MetricValue]
+    answers: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class TextMetrics:
+    """Metrics of a generation task that are derived from the task's own metrics.
+
+    Attributes:
+        samples: Number of texts per document.
+        budgets: Smaller maximum numbers of tokens at which texts are judged too.
+        joint: Names of the filters that use all samples at once, such as a majority vote.
+    """
+
+    samples: int = 1
+    budgets: tuple[int, ...] = ()
+    joint: frozenset[str] = frozenset()
+
+    @property
+    def _draws(self) -> list[int]:
+        """The numbers of texts of pass@k: powers of two, and the number of samples."""
+        powers = (2**n for n in range(1, self.samples.bit_length()))
+        return sorted({*powers, self.samples} - {1})
+
+    def extend_task(self, task: TaskIdentity) -> TaskIdentity:
+        """Add the derived metrics to a task; raise BenchmarkError if there is nothing to derive."""
+        kinds, means = task.metrics, [name for name, kind in task.metrics.items() if kind == "mean"]
+        if self.samples > 1 or self.budgets:
+            key = "samples" if self.samples > 1 else "budgets"
+            kinds = dict.fromkeys(means, "mean") if self.samples > 1 else kinds
+            if not means:
+                raise BenchmarkError(
+                    f"{key}: {task.name} has only metrics that are computed over all documents at "
+                    f"once ({', '.join(task.metrics)}); leave {key} out"
+                )
+        variants = {variant: name for name in means for variant in self._variants(name)}
+        directions = {name: task.higher_is_better.get(name, True) for name in kinds}
+        directions |= {variant: directions[name] for variant, name in variants.items()}
+        update = {
+            "metrics": kinds | dict.fromkeys((*variants, CUT_OFF), "mean"),
+            "higher_is_better": {**directions, CUT_OFF: False},
+        }
+        return task.model_copy(update=update)
+
+    def _variants(self, metric: str) -> list[str]:
+        """Return the names of the metrics that are derived from a metric."""
+        suffixes = [f"@{budget}tok" for budget in self.budgets]
+        if self.samples > 1 and _filter_name(metric) not in self.joint:
+            passes = [f"_pass@{draws}" for draws in self._draws]
+            suffixes = [*passes, f"_majority@{self.samples}", *suffixes]
+        return [_variant(metric, suffix) for suffix in suffixes]
+
+    def combine(self, texts: Sequence[JudgedText], task: TaskIdentity) -> dict[str, MetricValue]:
+        """Compute all metrics of the texts of one document, except those of budgets."""
+        if self.samples == 1:
+            return dict(texts[0].metrics)
+        values: dict[str, MetricValue] = {}
+        for name, kind in task.metrics.items():
+            if kind != "mean" or name not in texts[0].metrics:
+                continue
+            scores = [float(text.metrics[name]) for text in texts]
+            values[name] = fmean(scores)
+            if (filter_name := _filter_name(name)) in self.joint:
+                continue
+            sign = 1 if task.higher_is_better.get(name, True) else -1
+            for draws in self._draws:
+                best = expected_best([sign * score for score in scores], draws)
+                values[_variant(name, f"_pass@{draws}")] = sign * best
+            answers = [_hashable(text.answers[filter_name]) for text in texts]
+            values[_variant(name, f"_majority@{self.samples}")] = majority_value(answers, scores)
+        return values
+
+    def combine_early(
+        self, texts: Sequence[JudgedText], budget: int, task: TaskIdentity
+    ) -> dict[str, MetricValue]:
+        """Compute the metrics of the first `budget` tokens of the texts of one document."""
+        means = [name for name, kind in task.metrics.items() if kind == "mean"]
+        return {
+            _variant(name, f"@{budget}tok"): fmean(float(text.metrics[name]) for text in texts)
+            for name in means
+            if name in texts[0].metrics
+        }
+
+
+def _filter_name(metric: str) -> str:
+    return metric.partition(",")[2] or "none"
+
+
+def _variant(metric: str, suffix: str) -> str:
+    """Append a suffix to a metric's name, before the name of its filter."""
+    name, comma, filter_name = metric.partition(",")
+    return f"{name}{suffix}{comma}{filter_name}"
+
+
+def _hashable(answer: Any) -> Hashable:
+    """Return the answer that a filter extracts, which may be a list, in a form to count."""
+    return answer if isinstance(answer, str) else repr(answer)
+
+
+def count_joint_samples(ensemble: Any) -> int:
+    """Return how many samples a filter of lm-eval needs at once; 0 if it uses the first."""
+    joint = {get_filter("majority_vote"): 1, get_filter("take_first_k"): 0}
+    counts = [0]
+    for component in ensemble.filters:
+        kind, settings = getattr(component, "func", component), getattr(component, "keywords", {})
+        if kind in joint:
+            counts.append(max(joint[kind], int(settings.get("k", 0))))
+    return max(counts)
