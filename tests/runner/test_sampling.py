@@ -116,7 +116,10 @@ def sample_text(
     return text.split(".")[0], not is_ended
 
 
-def test_sampled_texts_are_those_of_plain_transformers(tiny_llama, task, tmp_path, measure) -> None:
+def test_sampled_texts_are_those_of_plain_transformers(
+    tiny_llama, task, tmp_path, measure, monkeypatch
+) -> None:
+    monkeypatch.setenv("TRACKER_CACHE", str(tmp_path / "cache"))
     folder = tiny_llama()
     settings = {"benchmark": str(task), "data": None, "seed": 5, "limit": None}
     settings |= {"gen_kwargs": {**SETTINGS, "max_gen_toks": TOKENS}, "samples": SAMPLES}
