@@ -23,9 +23,13 @@ def write_task(
     questions: Sequence[str],
     targets: Sequence[str],
     patterns: dict[str, str] = PATTERNS,
+    ignored: Sequence[str] = (),
     **settings: Any,
 ) -> Path:
-    """Write the task `letters` and its rows; returns the folder."""
+    """Write the task `letters` and its rows; returns the folder.
+
+    Answers are compared without what the patterns in `ignored` match.
+    """
     rows = [{"question": q, "answer": a} for q, a in zip(questions, targets, strict=True)]
     file = write_rows(folder, letters=rows) / "letters.jsonl"
     regex = {"function": "regex", "group_select": -1}
@@ -42,9 +46,33 @@ def write_task(
             {"name": name, "filter": [regex | {"regex_pattern": p}, {"function": "take_first"}]}
             for name, p in patterns.items()
         ],
-        "metric_list": [{"metric": "exact_match"}],
+        "metric_list": [{"metric": "exact_match", "regexes_to_ignore": [*ignored]}],
     }
     (folder / "letters.yaml").write_text(yaml.safe_dump(task))
+    return folder
+
+
+def write_paired_tasks(folder: Path) -> Path:
+    """Write `letters`, `sampled` and `options` over the same rows; returns the folder.
+
+    `sampled` writes two random texts, and `options` has two options. A random model is right in
+    about half of the documents of each task.
+    """
+    first_words, last_words = ["blood", "water", "heat", "light"], ["planets", "animals", "metals"]
+    questions = [f"Which {last} need {first}?" for first in first_words for last in last_words]
+    write_task(folder, questions, "abcdefghijkl", {"last-letter": "([a-z])"}, ["[a-m]"])
+    task = yaml.safe_load((folder / "letters.yaml").read_text())
+    sampling = {"do_sample": True, "temperature": 1.0, **task["generation_kwargs"]}
+    sampled = task | {"task": "sampled", "repeats": 2, "generation_kwargs": sampling}
+    (folder / "sampled.yaml").write_text(yaml.safe_dump(sampled))
+    task = {name: task[name] for name in ("dataset_path", "dataset_kwargs", "test_split")}
+    task |= {"task": "options", "output_type": "multiple_choice", "doc_to_text": "{{question}}"}
+    task |= {
+        "doc_to_choice": ["the first", "no other"],
+        "doc_to_target": "{{1 if answer in 'abdfgk' else 0}}",
+    }
+    task |= {"metric_list": [{"metric": "acc"}]}
+    (folder / "options.yaml").write_text(yaml.safe_dump(task))
     return folder
 
 

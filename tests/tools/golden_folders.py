@@ -21,6 +21,7 @@ from typing import Any
 
 from tests.conftest import TEXT, save_llama, save_tokenizer
 from tests.helpers.families import MIXED_LAYERS, tiny_model
+from tests.helpers.trace_tasks import write_paired_tasks
 from tracker import api
 from tracker.measuring.progress import Silent
 
@@ -260,6 +261,13 @@ def study_precision() -> None:
     conduct("precision", benchmark="openbookqa", sample=8, layer=[1, 2], **formats)
 
 
+def study_protocol() -> None:
+    """Conduct the study of options, written answers and traces of the same documents."""
+    write_paired_tasks(Path("tasks"))
+    benchmarks = ["options", "letters", "traces:letters"]
+    conduct("protocol", benchmark=benchmarks, include_path="tasks", sample=None)
+
+
 def study_prune() -> None:
     """Conduct the study of pruning by accuracy and by proxies, with a text measured by its loss."""
     search = {"remove": ["50 %"], "strategy": ("accuracy", "cosine_oneshot", "last")}
@@ -281,7 +289,7 @@ BUILDERS: dict[str, Callable[[], None]] = {
     for builder in (
         *(demo, layers, half_precision, sublayers, spans, replaced, repeats, heads, experts, maps),
         *(corpus, until, stopped, prune, prune_heads, quantise),
-        *(studies, study_precision, study_prune, study_repeat, study_theorem),
+        *(studies, study_precision, study_protocol, study_prune, study_repeat, study_theorem),
     )
 }
 

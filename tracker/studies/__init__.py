@@ -13,6 +13,7 @@ Modules:
     displacement: Test whether the KL divergence of a changed model predicts the lost accuracy.
     joint: Compare the accuracy drop when two layers are removed with the sum of their single drops.
     precision: Measure how much accuracy the rounding of each linear map costs.
+    protocol: Compare what the same changes cost under several evaluation protocols.
     prune: Compare models pruned by measured accuracy with models pruned by proxies.
     quantise: Choose a number format for each weight matrix within a budget of bits.
     repeat: Test whether a model improves if it runs some layers a second time.

@@ -137,6 +137,25 @@ class PrecisionSettings(StudySettings):
     study = "tracker.studies.precision:Precision"
 
 
+class ProtocolSettings(StudySettings):
+    """Does the way of asking decide which layers matter?
+
+    The study compares the drops of the same changes under several protocols. These are option
+    likelihood and choice probability (a benchmark with options), reading (traces:TASK), and
+    generation. Benchmarks in EXPERIMENT are compared if they score the same rows, such as arc_easy
+    and arc_easy_generation. The study reports which layers each protocol shows, how well the
+    protocols agree on their order, and which documents only one protocol loses. Use 'limit' instead
+    of 'sample' for tasks with different names.
+
+    \b
+    Examples:
+      tracker study protocol experiments/protocol.yaml
+      tracker study protocol experiments/protocol.yaml --set limit=24 --track none
+    """
+
+    study = "tracker.studies.protocol:Protocols"
+
+
 class PruneSettings(StudySettings):
     """Does pruning by measured accuracy beat pruning by proxies?
 
@@ -318,6 +337,7 @@ STUDIES: Mapping[str, type[StudySettings]] = {
     "displacement": DisplacementSettings,
     "joint": JointSettings,
     "precision": PrecisionSettings,
+    "protocol": ProtocolSettings,
     "prune": PruneSettings,
     "quantise": QuantiseSettings,
     "repeat": RepeatSettings,
