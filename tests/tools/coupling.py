@@ -39,10 +39,11 @@ def judge_samples(store: CellStore) -> dict[str, np.ndarray]:
     values: dict[str, list[list[float]]] = {}
     for row in store.read().sort_values(["task", "doc"]).to_dict("records"):
         document = documents[row["task"], row["doc"]]
-        assert document.prompt is not None
-        scores = []
+        prompt, scores = document.prompt, []
+        assert prompt is not None
         for text in stored_texts(row):
-            response = Response(0.0, False, 0, (GeneratedText(text),) * document.prompt.samples)
+            generated = GeneratedText(text, early=(text,) * len(prompt.budgets))
+            response = Response(0.0, False, 0, (generated,) * prompt.samples)
             scores.append(float(benchmark.outcomes(document, [response])[metric]))
         values.setdefault(row["ablation"], []).append(scores)
     return {name: np.array(scores) for name, scores in values.items()}
