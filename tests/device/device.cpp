@@ -12,8 +12,9 @@
 //   stream are delayed until something waits for them.
 // * Memory is counted as a caching allocator does (reserved shrinks only by empty_cache), and running
 //   out of it raises torch.OutOfMemoryError.
-#include <torch/extension.h>
+#include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
+#include <ATen/ATen.h>
 #include <ATen/EmptyTensor.h>
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/NativeFunctions.h>

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.helpers.ablations import parse_ablations, single_layers
+from tests.helpers.ablations import parse_ablations
 from tests.helpers.engines import (
     assert_naive_scores,
     assert_one_sentence,
@@ -25,14 +25,10 @@ from tracker.engine.selfcheck.reference import REMAINING_SHARING, STATE, keeps_s
 from tracker.models.hooks import silenced_sublayers
 from tracker.models.parts.anatomy import LayerAnatomy
 from tracker.models.parts.sublayers import Sublayers
-from tracker.schema.changes import Ablation
 from tracker.schema.errors import ModelError
 
-ABLATIONS = [
-    *single_layers((0, 1)),  # one of each kind that a family mixes
-    Ablation.parse("layers:1,2"),
-    Ablation.parse("layers:0,3"),
-]
+CHECKED = parse_ablations("baseline layer:0 layers:1,2")
+ABLATIONS = [*CHECKED, *parse_ablations("layer:1 layers:0,3")]
 
 HALVES = parse_ablations("baseline attention:0 attention:1 mlp:0 mlp:1 layer:2+attention:0+mlp:3")
 
@@ -43,8 +39,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("family", FAMILIES)
 class TestFamilies:
     def test_every_stream_is_the_ablated_model(self, family):
-        model, documents = tiny_model(family), make_documents()
-        result = check_sharing(engine_of(model, row_tokens=40), documents, ABLATIONS)
+        """Also with nothing shared, which the self-check compares with."""
+        model, documents = tiny_model(family), make_documents(4)
+        result = check_sharing(engine_of(model, row_tokens=40), documents, CHECKED)
         assert result.engine.sharing == FAMILIES[family].sharing, result.sharing_note
         if result.engine.sharing == FULL:
             assert result.sharing_note is None
@@ -53,15 +50,9 @@ class TestFamilies:
             assert (STATE in result.sharing_note) == keeps_state(tiny_model(family))
             assert_one_sentence(result.sharing_note)
         assert result.difference < 1e-4
-        assert_naive_scores(
-            result.engine.score(documents, ABLATIONS), model, ABLATIONS, skipping_layers
-        )
-
-    def test_without_sharing_too(self, family):
-        """The reference of the self-check is right: layers really removed, the rest re-indexed."""
-        model, documents = tiny_model(family), make_documents(2)
-        scores = engine_of(model, PLAIN).score(documents, ABLATIONS)
-        assert_naive_scores(scores, model, ABLATIONS, skipping_layers)
+        scores = result.engine.score(documents, ABLATIONS)
+        plain_scores = engine_of(model, PLAIN).score(documents[:2], ABLATIONS)
+        assert_naive_scores([*scores, *plain_scores], model, ABLATIONS, skipping_layers)
         intact_answers, *other_answers = [[r.loglikelihood for r in e] for e in scores[0].responses]
         for answers in other_answers:  # else these equalities would say nothing
             assert max(abs(a - b) for a, b in zip(intact_answers, answers, strict=True)) > 0.05
