@@ -35,7 +35,7 @@ ABLATIONS = [*single_layers((0, 1, 2, 3)), Ablation.parse("layers:1,2")]
 pytestmark = pytest.mark.usefixtures("one_thread")
 VERDICTS = VerdictMemory()
 """Of architectures: whoever keeps them knows nothing of where weights rest."""
-SOME_FAMILIES = ("llama", "gemma3", "gpt2", "opt", "mixtral", "bloom")
+SOME_FAMILIES = ("llama", "gemma3", "gpt2", "mixtral", "bloom")
 
 
 @pytest.fixture
@@ -65,7 +65,8 @@ CASES = [
 @pytest.mark.parametrize(("family", "feature"), CASES)
 def test_every_answer_is_that_of_the_model_in_memory(both, family, feature):
     engines = both(family)
-    for sharing in {FAMILIES[family].sharing, DEPTH_ONLY, PLAIN, ONE_BY_ONE}:
+    others = (DEPTH_ONLY, ONE_BY_ONE) if family == "llama" else ()
+    for sharing in (FAMILIES[family].sharing, PLAIN, *others):
         pair = (engine.with_sharing(sharing) for engine in engines)
         assert largest_difference(*map(COMPUTED[feature], pair)) == 0
 
@@ -132,8 +133,7 @@ FAMILY_ABLATIONS = {
 }
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("family", FAMILY_ABLATIONS)
+@pytest.mark.parametrize(("family", "dtype"), [("llama", "bfloat16"), ("mixtral", "float32")])
 def test_parts_and_interventions_are_those_of_the_model_in_memory(both, family, dtype):
     names = f"baseline {FAMILY_ABLATIONS[family]} attention:1 mlp:3 repeat:2 head:2.1"
     ablations = [Ablation.parse(name) for name in names.split()]

@@ -247,7 +247,7 @@ def trackio(tmp_path_factory) -> Iterator[Isolated]:
         reader.close()
 
 
-@pytest.fixture(params=["mlflow", "mlflow server", "wandb", "trackio"])
+@pytest.fixture
 def held(request, tmp_path) -> Iterator[HeldProject]:
     results, project = tmp_path / "held", f"{PROJECT}-{tmp_path.name}"
     results.mkdir()
@@ -262,6 +262,13 @@ def held(request, tmp_path) -> Iterator[HeldProject]:
         held_project = MlflowProject(results, project, request.getfixturevalue("server"))
     yield held_project
     held_project.backend.close()
+
+
+IN_FILES, ON_SERVERS = (
+    pytest.mark.parametrize("held", [mlflow, "wandb", "trackio"], indirect=True)
+    for mlflow in ("mlflow", "mlflow server")
+)
+"""Backends, with MLflow in a SQLite file or on a server."""
 
 
 def check_shown(held: HeldProject, cell: CellRecord) -> dict[str, ShownRun]:
@@ -290,6 +297,7 @@ def check_shown(held: HeldProject, cell: CellRecord) -> dict[str, ShownRun]:
     return shown_runs
 
 
+@ON_SERVERS
 def test_published_runs_are_read_back(held, tmp_path):
     cell = cell_record()
     metrics = {"exact_match,strict": 0.25, "größe": 0.5}
@@ -329,6 +337,7 @@ def test_published_runs_are_read_back(held, tmp_path):
     assert held.by_key() == first_runs
 
 
+@IN_FILES
 def test_grown_and_interrupted_runs_are_updated(held):
     part_cell, whole_cell = cell_record(layers=(0, 1)), cell_record()
     assert held.publish(part_cell) == (4, 0, 0)
@@ -362,6 +371,7 @@ def test_grown_and_interrupted_runs_are_updated(held):
     assert held.publish(grown) == (0, 0, 6)
 
 
+@ON_SERVERS
 def test_a_larger_view_takes_over_runs(held):
     """Was: runs of 16, 24 and 32 documents stood complete beside each other for ever."""
     views = {n: {"view": f"intact-sample-{n}-seed-1234"} for n in (16, 24, 32)}
@@ -398,6 +408,7 @@ def check_newest(held: HeldProject, cell: CellRecord) -> None:
 
 
 # Was: one ablation had one run a cell, whatever it stood for, and cells overwrote each other's.
+@IN_FILES
 def test_other_views_have_other_runs(held):
     cell = cell_record(layers=(0,))
     (task,) = cell.benchmark.tasks
