@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tracker.schema.documents import Response
+from tracker.schema.documents import GeneratedText, Response
 from tracker.schema.extent import Extent
 
 from .conftest import make
@@ -27,8 +27,9 @@ def test_a_task_finds_the_answer_in_a_text(name, encoder):
     (document,) = benchmark.documents(encoder, Extent(limit=1))
     for expected, texts in ((1, RIGHT_TEXTS[name]), (0, WRONG_TEXTS)):
         for text in texts:
-            values = benchmark.outcomes(document, [Response(0.0, False, 0, text)])
-            assert [*values.values()] == [expected], text
+            response = Response(0.0, False, 0, (GeneratedText(text, 5, is_cut=False),))
+            values = benchmark.outcomes(document, [response])
+            assert [*values.values()] == [expected, 0], text
 
 
 @pytest.mark.parametrize("name", ["arc_easy", "sciq", "capitals"])

@@ -52,10 +52,15 @@ SearchGoal = tuple[CellRequest, Component, str, str]
 """Goal of searches: the test documents, the kind of parts, the amount, and the constraints."""
 _NEW_CELL_KEYS = {"heads", "experts", "neurons", "maps", "repeats", "control", "cluster", "observe"}
 """Keys of a cell that were added after the format of search names."""
-_OPTIONAL_KEYS = {*CONSTRAINTS, *ACCURACY_KEYS}
-"""Keys of a search that its name contains only if they are set."""
+_OPTIONAL_KEYS = {*CONSTRAINTS, *ACCURACY_KEYS, "samples", "budgets"}
+"""Keys of a search or a cell that the search's name contains only if they are set."""
 DEFAULT_STRATEGIES = ("accuracy", "cosine_oneshot", RANDOM_STRATEGY)
 """Default strategies: by measured outcomes, by the usual proxy, and at random."""
+
+
+def _drop_unset(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return a copy of settings without the optional keys that are not set."""
+    return {key: value for key, value in settings.items() if value or key not in _OPTIONAL_KEYS}
 
 
 def _check_strategy(name: str) -> str:
@@ -171,8 +176,9 @@ class SearchRequest(SearchSettings):
         """The settings that determine the search's name."""
         settings = self.model_dump(mode="json", exclude={"cell"})
         cell = self.cell.settings.model_dump(mode="json", exclude=_NEW_CELL_KEYS)
-        settings["cell"] = {**cell, "only": None}  # kept so that existing names stay valid
-        return {key: value for key, value in settings.items() if value or key not in _OPTIONAL_KEYS}
+        cell["only"] = None  # kept so that existing names stay valid
+        settings["cell"] = _drop_unset(cell)
+        return _drop_unset(settings)
 
     @property
     def draw_numbers(self) -> tuple[int | None, ...]:
