@@ -160,7 +160,7 @@ Folders = Annotated[tuple[Name, ...], BeforeValidator(as_tuple)]
 Budgets = Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(_sort_budgets)]
 """Numbers of tokens, ascending."""
 Layers = Annotated[tuple[Count, ...], BeforeValidator(_sort_layers)]
-SEVERAL_BENCHMARKS = re.compile(r"[\w-]+(\s*,\s*[\w-]+)+")
+SEVERAL_BENCHMARKS = re.compile(r"(traces:)?[\w-]+(\s*,\s*(traces:)?[\w-]+)+")
 """Several benchmarks separated by commas, as on lm-eval's command line."""
 
 
