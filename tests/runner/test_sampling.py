@@ -24,7 +24,7 @@ from transformers import (
 )
 
 import tracker
-from tests.conftest import cli, refused
+from tests.conftest import cli, printed, refused
 from tests.helpers.ablations import parse_ablations
 from tests.helpers.lm_eval import HFLM, cut_layer, load_model_parts, write_rows
 from tests.helpers.runs import read_outcomes
@@ -323,3 +323,17 @@ def test_metrics_of_samples_are_those_of_their_definition(task, tiny_llama) -> N
     assert values == pytest.approx({**names, "cut_off": 0.5})
     assert values.keys() == benchmark.identity.tasks[0].metrics.keys()
     assert benchmark.identity.tasks[0].higher_is_better["cut_off"] is False
+
+
+def test_bench_compares_generation_with_lm_eval(tiny_llama, task) -> None:
+    """All texts together against plain lm-eval, which generates the same texts."""
+    options = ("--benchmark", task, "--no-check", "--json")
+    bench = json.loads(cli("bench", tiny_llama(), *options).stdout)
+    assert (bench["documents"], bench["ablations"], bench["compared"]) == (2, 5, 10)
+    assert bench["differences"] == 0
+    assert 0 < bench["tokens"] <= 2 * 5 * 4
+    sampled = printed(
+        "bench", tiny_llama("b"), *options[:3], "--gen_kwargs", "temperature=1", "--samples", 2
+    )
+    assert "5 ablations, 2 texts each" in sampled
+    assert "not compared" in sampled
