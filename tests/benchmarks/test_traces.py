@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from statistics import fmean
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,6 +28,8 @@ from tracker.schema.extent import ALL_DOCUMENTS
 from tracker.schema.formats import metric_format
 
 QUESTIONS = ("Which organ pumps the blood? It is the", "The capital of France")
+OTHER = " heart, which is warm in a cat"
+"""A text that no model wrote; its last letter is the right answer to the first question."""
 FAMILIES = (
     *("llama", "qwen2", "qwen3", "phi3", "olmo2", "gpt_neox", "gpt2", "opt", "gemma2", "mixtral"),
 )
@@ -62,17 +65,20 @@ def test_reading_equals_plain_passes_on_really_changed_models(family, tokenizer,
     encoder, engine = RequestEncoder(model, tokenizer), engine_of(model)
     ablations = single_layers((0, 2))
     read = [
-        traces.read_trace(document, write_greedily(model, tokenizer, question), encoder)
+        traces.read_traces(document, [write_greedily(model, tokenizer, question), OTHER], encoder)
         for document, question in zip(
             traces.documents(encoder, ALL_DOCUMENTS), QUESTIONS, strict=True
         )
     ]
+    assert {document.gold for document in read} == {None}
     for score, question, target in zip(engine.score(read, ablations), QUESTIONS, "te", strict=True):
-        text = score.document.trace
         for ablation, responses in zip(ablations, score.responses, strict=True):
             changed = without_layers(model, ablation.removed())
-            prompt = (question, text, target, PATTERNS["last-letter"])
-            values = read_plainly(changed, tokenizer, *prompt)
+            by_text = [
+                read_plainly(changed, tokenizer, question, text, target, PATTERNS["last-letter"])
+                for text in score.document.traces
+            ]
+            values = {name: fmean(values[name] for values in by_text) for name in by_text[0]}
             expected = {f"{m},last-letter" if m in METRICS else m: v for m, v in values.items()}
             expected |= dict.fromkeys((f"{metric},number" for metric in METRICS), 0.0)
             assert traces.outcomes(score.document, responses) == pytest.approx(expected, abs=1e-3)
@@ -87,7 +93,7 @@ def test_smollm2_reads_its_right_and_its_wrong_answers(smollm2, tmp_path) -> Non
     model, tokenizer = smollm2.model, smollm2.tokenizer
     encoder, engine = RequestEncoder(model, tokenizer), Engine(smollm2, 256)
     read = [
-        benchmark.read_trace(document, write_greedily(model, tokenizer, question, 6), encoder)
+        benchmark.read_traces(document, [write_greedily(model, tokenizer, question, 6)], encoder)
         for document, question in zip(
             benchmark.documents(encoder, ALL_DOCUMENTS), questions, strict=True
         )
@@ -98,7 +104,7 @@ def test_smollm2_reads_its_right_and_its_wrong_answers(smollm2, tmp_path) -> Non
         engine.score(read, single_layers((1,))), questions, targets, strict=True
     ):
         for changed, responses in zip(models, score.responses, strict=True):
-            text = score.document.trace
+            (text,) = score.document.traces
             expected = read_plainly(changed, tokenizer, question, text, target, r"(\d+)")
             measured = benchmark.outcomes(score.document, responses)
             measured = {name.partition(",")[0]: value for name, value in measured.items()}
@@ -132,7 +138,7 @@ def test_an_answer_is_found_in_tokens(tokenizer, text, answer, expected) -> None
 
 def make_document(traces: Traces, encoder: Any, text: str) -> Document:
     (document, _) = traces.documents(encoder, ALL_DOCUMENTS)
-    return traces.read_trace(document, text, encoder)
+    return traces.read_traces(document, [text], encoder)
 
 
 def test_a_text_without_tokens_or_answer_changes_nothing(traces, encoder) -> None:
@@ -162,18 +168,13 @@ def test_a_plan_expects_the_longest_traces(traces, encoder) -> None:
         assert [r.length for r in longest.requests] == [len(document.requests[0].context) + 12]
 
 
-def test_texts_without_any_answer_are_refused_and_cut_ones_are_said(traces, encoder) -> None:
-    long, unanswered = "many words " * 4, "12 34 " * 30
-    documents = [make_document(traces, encoder, text) for text in (long, unanswered)]
-    assert traces.check_traces([make_document(traces, encoder, "ab")]) == []
-    make_document(traces, encoder, long)
-    (note,) = traces.check_traces(documents[:1])
-    assert "1 of the first 1 texts end at the limit" in note
-    make_document(traces, encoder, unanswered)
+def test_texts_without_any_answer_are_refused(traces, encoder) -> None:
+    traces.check_traces([make_document(traces, encoder, "ab")])
+    unanswered = make_document(traces, encoder, "12 34 " * 30)
     with pytest.raises(
         BenchmarkError, match=r"no answer in the model's first 1 texts: '12 34 .*…\. "
     ):
-        traces.check_traces(documents[1:])
+        traces.check_traces([unanswered])
 
 
 def test_reports_call_no_metric_an_accuracy(traces) -> None:

@@ -86,12 +86,13 @@ def read_plainly(
     logprobs = model_logits(model, encoding["input_ids"])[n_prompt - 1 : -1].log_softmax(-1)
     is_top = (logprobs.argmax(-1) == torch.tensor(ids)).tolist()
     values = logprobs.gather(1, torch.tensor(ids)[:, None])[:, 0].tolist()
-    *_, match = re.finditer(pattern, text)
-    start, stop = (len(prompt) + position for position in match.span(1))
-    answer = [n for n, (a, b) in enumerate(offsets) if a < stop and b > start]
-    is_kept, is_right = all(is_top[n] for n in answer), match[1] == target
-    probability = torch.tensor([values[n] for n in answer]).double().sum().exp()
-    figures = (is_kept, is_kept and is_right, is_kept and not is_right, probability)
+    figures: tuple[Any, ...] = (0, 0, 0, 0)
+    for match in re.finditer(pattern, text):  # the last one counts
+        start, stop = (len(prompt) + position for position in match.span(1))
+        answer = [n for n, (a, b) in enumerate(offsets) if a < stop and b > start]
+        is_kept, is_right = all(is_top[n] for n in answer), match[1] == target
+        probability = torch.tensor([values[n] for n in answer]).double().sum().exp()
+        figures = (is_kept, is_kept and is_right, is_kept and not is_right, probability)
     return {
         **dict(zip(METRICS, map(float, figures), strict=True)),
         "tokens_kept": sum(is_top) / len(ids),

@@ -5,15 +5,17 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pandas as pd
 import pytest
 
 from tests.conftest import cli, refused
-from tests.helpers.lm_eval import HFLM, evaluate, folder_tasks, load_model_parts
-from tests.helpers.runs import list_shards, read_outcomes, run_experiment
-from tests.helpers.trace_tasks import PATTERNS, write_task
+from tests.helpers.lm_eval import HFLM, cut_layer, evaluate, folder_tasks, load_model_parts
+from tests.helpers.runs import RecordingProgress, list_shards, read_outcomes, run_experiment
+from tests.helpers.trace_tasks import PATTERNS, read_plainly, write_task
+from tracker.ledger.outcomes import stored_texts
 from tracker.measuring.scorer import Generation
 from tracker.schema.errors import BenchmarkError
 
@@ -71,14 +73,49 @@ def test_later_changes_read_the_stored_texts(study, written, tmp_path) -> None:
     assert texts == [sample["resps"][0][0] for sample in by_number]
 
 
+SAMPLING = {"samples": 3, "gen_kwargs": {"temperature": 1.0}}
+
+
+def test_metrics_are_means_over_the_sampled_texts_of_a_document(study, tmp_path) -> None:
+    """Each text is read once more in one plain pass of a really changed model."""
+    results, fewer, heard = tmp_path / "results", tmp_path / "fewer", RecordingProgress()
+    assert not run_experiment(study(layer=[1], **SAMPLING), results, heard).outcome.failed
+    # Twelve tokens end most texts.
+    assert sum("max_gen_toks" in line for line in heard.lines) == 1
+    rows = read_outcomes(results).set_index(["ablation", "doc"])
+    texts = {doc: stored_texts(rows.loc["baseline", doc]) for doc in range(len(QUESTIONS))}
+    assert len({text for group in texts.values() for text in group}) > 2 * len(QUESTIONS)
+    model, tokenizer = load_model_parts(tmp_path / "tiny-llama")
+    for name, changed in (("baseline", model), ("layer:1", cut_layer(model, 1))):
+        for doc, group in texts.items():
+            values = [
+                read_plainly(changed, tokenizer, QUESTIONS[doc], text, "e", PATTERNS["last-letter"])
+                for text in group
+            ]
+            for metric in ("answer_kept_right", "answer_kept_wrong", "answer_probability"):
+                expected = fmean(value[metric] for value in values)
+                stored = rows.loc[name, doc][f"metric/{metric},last-letter"]
+                assert stored == pytest.approx(expected, abs=1e-4)
+            expected = fmean(value["tokens_kept"] for value in values)
+            assert rows.loc[name, doc]["metric/tokens_kept"] == pytest.approx(expected)
+    # A text does not depend on the number of texts in its batch.
+    file = study(layer=[0], **SAMPLING | {"samples": 2})
+    assert not run_experiment(file, fewer).outcome.failed
+    rows = read_outcomes(fewer).set_index(["ablation", "doc"])
+    assert {doc: stored_texts(rows.loc["baseline", doc]) for doc in texts} == {
+        doc: group[:2] for doc, group in texts.items()
+    }
+
+
 @pytest.mark.parametrize(
     "options", [{"workers": 1}, {"weights": 2**21}], ids=["worker", "offloaded"]
 )
 def test_workers_and_offloaded_weights_give_the_same(study, tmp_path, options) -> None:
+    """Later changes read all stored texts of a document."""
     here, other = tmp_path / "here", tmp_path / "other"
-    assert not run_experiment(study(layer=[0]), here).outcome.failed
+    assert not run_experiment(study(layer=[0], **SAMPLING), here).outcome.failed
     shutil.copytree(here, other)
-    file = study(layer=[2], intervention=["remove", "int4"])
+    file = study(layer=[2], intervention=["remove", "int4"], **SAMPLING)
     assert not run_experiment(file, here).outcome.failed
     assert not run_experiment(file, other, **options).outcome.failed
     pd.testing.assert_frame_equal(outcomes_of(here), outcomes_of(other), atol=1e-4)

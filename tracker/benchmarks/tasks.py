@@ -311,10 +311,11 @@ class LmEvalBenchmark:
             }
         return JudgedText(values, filtered)
 
-    def extract_answers(self, document: Document, text: str) -> dict[str, str]:
-        """Extract the final answer from a generated text with each filter of the task."""
-        answers = self._judge(document, [text], [text]).answers
-        return {name: _first_text(answer) for name, answer in answers.items()}
+    def judge_text(self, document: Document, text: str) -> JudgedText:
+        """Compute a text's metrics, and the final answer that each filter of the task extracts."""
+        judged = self._judge(document, [text], [text] * self._text_metrics.samples)
+        answers = {name: _first_text(answer) for name, answer in judged.answers.items()}
+        return judged._replace(answers=answers)
 
     def text(self, document: Document) -> DocumentText:
         """Return a document's question and answer, without few-shot examples and chat template."""

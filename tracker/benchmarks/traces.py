@@ -1,7 +1,8 @@
 """Score texts that the intact model wrote for a generation task, under every change.
 
-The name of such a benchmark is `traces:TASK`. The intact model writes a text (trace) for each
-document once, and every changed model reads the same text.
+The name of such a benchmark is `traces:TASK`. The intact model writes the texts (traces) of each
+document once, and every changed model reads the same texts. Metrics are means over a document's
+traces.
 """
 
 from __future__ import annotations
@@ -9,13 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
+from itertools import chain, product
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 from tracker.benchmarks.base import MetricValue
 from tracker.benchmarks.corpus import names_corpus
 from tracker.schema.config import BenchmarkSpec, CellRequest
-from tracker.schema.documents import Document, DocumentText, GeneratedText, Request, Response
+from tracker.schema.documents import Document, DocumentText, Request, Response
 from tracker.schema.errors import BenchmarkError
 from tracker.schema.extent import Clusters, Extent
 from tracker.schema.identities import CUT_OFF, TaskIdentity, filtered_metric
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 
 TRACES_PREFIX = "traces:"
 FIRST_TRACES = 8
-"""Number of traces that are checked before any is read."""
+"""Number of documents whose traces are checked before any is read."""
 _ANSWER_METRICS = ("answer_kept", "answer_kept_right", "answer_kept_wrong", "answer_probability")
 """Metrics of the final answer that a filter extracts from the trace."""
 _TRACE_METRICS = {"tokens_kept": True, "prefix_kept": True, "trace_loss": False}
@@ -52,12 +54,14 @@ class _Trace:
     """Properties of a trace that do not depend on the model that reads it.
 
     Attributes:
+        text: The text.
+        request: Index of the request that scores the whole text.
         answers: Name of a filter → the final answer that it extracts; the first decides.
-        is_cut: Whether the trace has as many tokens as the task allows.
     """
 
+    text: str
+    request: int
     answers: Mapping[str, _Answer]
-    is_cut: bool
 
     @property
     def gold(self) -> int | None:
@@ -93,10 +97,10 @@ class Traces:
         from tracker.benchmarks.tasks import LmEvalBenchmark
 
         spec = written_spec(request.benchmark)
-        if key := spec.generation_key:
+        if spec.budgets:
             raise BenchmarkError(
-                f"{key}: {request.benchmark} reads one text per document; leave {key} out, or "
-                f"write benchmark: {spec}"
+                f"budgets: {request.benchmark} reads whole texts; leave budgets out, or write "
+                f"benchmark: {spec}"
             )
         self._task = LmEvalBenchmark(replace(request, benchmark=spec))
         for name, task in self._task.task_dict["tasks"].items():
@@ -117,7 +121,7 @@ class Traces:
                 "primary_metric": filtered_metric(_ANSWER_METRICS[0], first_filter),
             }
         )
-        self._traces: dict[tuple[str, int], _Trace] = {}
+        self._traces: dict[tuple[str, int], list[_Trace]] = {}
 
     def _task_identity(self, task: TaskIdentity) -> TaskIdentity:
         pairs = product(self._judges[task.name], _ANSWER_METRICS)
@@ -141,61 +145,71 @@ class Traces:
         readings = []
         for document in documents:
             request, prompt = document.requests[0], document.prompt
-            tokens = request.continuation[:1] * (prompt.max_tokens if prompt else 1)
-            readings.append(replace(document, requests=(Request(request.context, tokens),)))
+            assert prompt is not None
+            tokens = request.continuation[:1] * prompt.max_tokens
+            requests = (Request(request.context, tokens),) * prompt.samples
+            readings.append(replace(document, requests=requests))
         return readings
 
-    def read_trace(self, document: Document, text: str, encoder: RequestEncoder) -> Document:
-        """Return a document whose requests score a trace and the final answers in it.
+    def read_traces(
+        self, document: Document, texts: Sequence[str], encoder: RequestEncoder
+    ) -> Document:
+        """Return a document whose requests score traces and the final answers in them.
 
         Args:
             document: Document that `documents()` returned.
-            text: The text that the intact model wrote for the document's prompt.
+            texts: The texts that the intact model wrote for the document's prompt.
             encoder: Encoder that tokenises requests for the model as lm-eval does.
 
         Returns:
-            The document. Its gold request is the final answer of the primary metric's filter.
+            The document. Its gold request is the final answer of the primary metric's filter; None
+            if there are several traces.
         """
+        requests: list[Request] = []
+        traces = [self._read_trace(document, text, encoder, requests) for text in texts]
+        self._traces[document.key] = traces
+        gold = traces[0].gold if len(traces) == 1 else None
+        return replace(
+            document, requests=tuple(requests), gold=gold, prompt=None, traces=tuple(texts)
+        )
+
+    def _read_trace(
+        self, document: Document, text: str, encoder: RequestEncoder, requests: list[Request]
+    ) -> _Trace:
+        """Append the requests that score a trace and its final answers to `requests`."""
         from tracker.benchmarks.tasks import answer_request
 
-        prompt, judges = document.prompt, self._judges[document.task]
+        prompt, judged, start = (
+            document.prompt,
+            self._task.judge_text(document, text),
+            len(requests),
+        )
         assert prompt is not None
-        whole = answer_request(encoder, prompt, text)
+        whole, answers = answer_request(encoder, prompt, text), {}
         # The model that wrote the text read no more of the prompt.
         context = whole.context[-max(1, encoder.max_length - prompt.max_tokens) :]
-        requests, answers = [replace(whole, context=context)], {}
-        judged = self._task.outcomes(document, [Response(0.0, False, 0, (GeneratedText(text),))])
-        extracted = self._task.extract_answers(document, text)
-        for name, metric in judges.items():
+        requests.append(replace(whole, context=context))
+        for name, metric in self._judges[document.task].items():
             answers[name] = _Answer(None, False)
-            if span := find_tokens(encoder, whole.continuation, extracted[name]):
+            if span := find_tokens(encoder, whole.continuation, judged.answers[name]):
                 before, answer = (whole.continuation[part] for part in (slice(span.start), span))
-                answers[name] = _Answer(len(requests), judged[metric] == 1)
+                answers[name] = _Answer(len(requests), judged.metrics[metric] == 1)
                 requests.append(Request(context + before, answer))
-        is_cut = len(whole.continuation) >= prompt.max_tokens
-        self._traces[document.key] = trace = _Trace(answers, is_cut)
-        return replace(document, requests=tuple(requests), gold=trace.gold, prompt=None, trace=text)
+        return _Trace(text, start, answers)
 
-    def check_traces(self, documents: Sequence[Document]) -> list[str]:
-        """Check the first documents that `read_trace` returned; return messages for the user.
+    def check_traces(self, documents: Sequence[Document]) -> None:
+        """Raise BenchmarkError if no trace of the first documents has a final answer.
 
-        Raises BenchmarkError if no trace has a final answer.
+        The documents are those that `read_traces` returned.
         """
-        traces, n = [self._traces[document.key] for document in documents], len(documents)
+        traces = [*chain.from_iterable(self._traces[document.key] for document in documents)]
         if all(trace.gold is None for trace in traces):
-            texts = ", ".join(short_text(document.trace) for document in documents)
+            texts = ", ".join(short_text(trace.text) for trace in traces[:FIRST_TRACES])
             raise BenchmarkError(
-                f"{self.identity.name}: the task finds no answer in the model's first {n} texts: "
-                f"{texts}. Raise max_gen_toks in gen_kwargs, add few-shot examples or a chat "
-                "template, or choose another task"
+                f"{self.identity.name}: the task finds no answer in the model's first "
+                f"{len(traces)} texts: {texts}. Raise max_gen_toks in gen_kwargs, add few-shot "
+                "examples or a chat template, or choose another task"
             )
-        n_cut = sum(trace.is_cut for trace in traces)
-        if n_cut <= n / 2:
-            return []
-        return [
-            f"{self.identity.name}: {n_cut} of the first {n} texts end at the limit of tokens, "
-            "often before an answer; raise max_gen_toks in gen_kwargs"
-        ]
 
     def rows_digest(self, task: str) -> str:
         """Return a hash of the rows of a task's scored split."""
@@ -212,22 +226,14 @@ class Traces:
 
         An answer that the trace lacks is kept by no model, with the probability 0.
         """
-        whole, n_tokens = responses[0], len(document.requests[0].continuation)
-        values: dict[str, MetricValue | None] = {}
-        for name, answer in self._traces[document.key].answers.items():
-            response = None if answer.request is None else responses[answer.request]
-            is_kept = response is not None and response.greedy
-            probability = 0.0 if response is None else math.exp(min(response.loglikelihood, 0.0))
-            flags = (is_kept, is_kept and answer.right, is_kept and not answer.right)
-            names = (filtered_metric(metric, name) for metric in _ANSWER_METRICS)
-            values |= zip(names, (*map(float, flags), probability), strict=True)
-        # An empty text has no token that could change.
-        sums = (n_tokens, n_tokens, 0.0)
-        if document.trace:
-            sums = (whole.hits, whole.leading or 0, -whole.loglikelihood)
-        values |= {name: n / n_tokens for name, n in zip(_TRACE_METRICS, sums, strict=True)}
+        by_trace = [
+            _trace_values(document, trace, responses) for trace in self._traces[document.key]
+        ]
         is_finite = all(math.isfinite(response.loglikelihood) for response in responses)
-        return values if is_finite else dict.fromkeys(values)
+        return {
+            name: fmean(values[name] for values in by_trace) if is_finite else None
+            for name in by_trace[0]
+        }
 
     def text(self, document: Document) -> DocumentText:
         """Return a document's question and right answer."""
@@ -251,6 +257,27 @@ def find_tokens(encoder: RequestEncoder, tokens: Sequence[int], answer: str) -> 
     first = max(n for n, length in lengths.items() if length <= start)
     stop = min(n for n, length in lengths.items() if length >= start + len(answer))
     return slice(first, stop)
+
+
+def _trace_values(
+    document: Document, trace: _Trace, responses: Sequence[Response]
+) -> dict[str, float]:
+    """Compute the metrics of one trace of a document."""
+    values: dict[str, float] = {}
+    for name, answer in trace.answers.items():
+        response = None if answer.request is None else responses[answer.request]
+        is_kept = response is not None and response.greedy
+        probability = 0.0 if response is None else math.exp(min(response.loglikelihood, 0.0))
+        flags = (is_kept, is_kept and answer.right, is_kept and not answer.right)
+        names = (filtered_metric(metric, name) for metric in _ANSWER_METRICS)
+        values |= zip(names, (*map(float, flags), probability), strict=True)
+    whole = responses[trace.request]
+    n_tokens = len(document.requests[trace.request].continuation)
+    # An empty text has no token that could change.
+    sums = (n_tokens, n_tokens, 0.0)
+    if trace.text:
+        sums = (whole.hits, whole.leading or 0, -whole.loglikelihood)
+    return values | {name: n / n_tokens for name, n in zip(_TRACE_METRICS, sums, strict=True)}
 
 
 def _find_judges(task: TaskIdentity) -> dict[str, str]:

@@ -75,14 +75,15 @@ def outcome_row(
         "greedy": [response.greedy for response in responses],
         **{f"{METRIC_PREFIX}{name}": value for name, value in metrics.items()},
     }
-    if texts := responses[0].texts:
-        row["text"] = texts[0].text
+    texts = responses[0].texts
+    traces = document.traces if ablation == INTACT.name else ()
+    if samples := [text.text for text in texts] or [*traces]:
+        row["text"] = samples[0]
+    if texts:
         row[TOKENS_COLUMN] = [text.tokens for text in texts]
         row[CUT_COLUMN] = [text.is_cut for text in texts]
-        if len(texts) > 1:
-            row[SAMPLES_COLUMN] = [text.text for text in texts[1:]]
-    elif document.trace is not None and ablation == INTACT.name:
-        row["text"] = document.trace
+    if len(samples) > 1:
+        row[SAMPLES_COLUMN] = samples[1:]
     tokens, sums = proxies if proxies is not None else (None, (None,) * len(PROXY_SUMS))
     row["proxy_tokens"] = tokens
     row.update(zip(PROXY_SUMS, sums, strict=True))

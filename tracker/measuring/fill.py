@@ -19,12 +19,13 @@ from tracker.analysis.stopping import BlockRace, CellRace
 from tracker.benchmarks.traces import names_traces
 from tracker.ledger.blocks import Block, split_missing
 from tracker.ledger.cells import CellStore
-from tracker.ledger.outcomes import DIGEST_COLUMN, PROVENANCE_COLUMN
+from tracker.ledger.outcomes import DIGEST_COLUMN, PROVENANCE_COLUMN, stored_texts
 from tracker.ledger.store import Ledger
 from tracker.measuring.job import Job, Reporting
 from tracker.measuring.meter import Advance, CellFacts, Measurement
 from tracker.measuring.prepare import find_cell
 from tracker.measuring.progress import Progress, report_work
+from tracker.schema.changes import INTACT
 from tracker.schema.config import all_ablations
 from tracker.schema.errors import CellError
 from tracker.schema.extent import ALL_DOCUMENTS, Extent
@@ -37,7 +38,7 @@ AHEAD_RATIO = 4
 
 
 MeasureDocuments = Callable[
-    [str, Sequence[str], Sequence[int], Mapping[int, str], Advance], Measurement
+    [str, Sequence[str], Sequence[int], Mapping[int, Sequence[str]], Advance], Measurement
 ]
 """Function that measures documents of a task under named ablations and reports progress.
 
@@ -185,13 +186,13 @@ class CellWork:
         with self._condition:
             self._update_race()
 
-    def _read_traces(self, block: Block) -> dict[int, str]:
+    def _read_traces(self, block: Block) -> dict[int, list[str]]:
         """Return the stored texts of the intact model that changed models read."""
         if not names_traces(self.store.identity.benchmark.name):
             return {}
         frame = self.store.read_block(block, self._extent)
-        texts = zip(frame["doc"], frame.get("text", [None] * len(frame)), strict=True)
-        return {int(doc): text for doc, text in texts if isinstance(text, str)}
+        rows = frame[frame["ablation"] == INTACT.name].to_dict("records")
+        return {int(row["doc"]): texts for row in rows if (texts := stored_texts(row))}
 
     def _lock_block(self, locks: ExitStack) -> BlockWork | None:
         """Lock and return the first unlocked block with missing outcomes, or None."""

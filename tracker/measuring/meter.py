@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
+from itertools import chain
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from tracker.models.devices import describe_device
 from tracker.models.sources import find_model, parts_of_config, stored_format
 from tracker.schema.changes import INTACT, Ablation, Change
 from tracker.schema.config import CellRequest, ModelSpec, all_ablations
-from tracker.schema.documents import Document, Response
+from tracker.schema.documents import Document, GeneratedText, Response
 from tracker.schema.identities import BenchmarkIdentity, ModelIdentity
 from tracker.schema.provenance import (
     TOKENISATION_KEY,
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from tracker.engine.selfcheck.check import VerdictStore
     from tracker.engine.selfcheck.reference import Comparison
     from tracker.measuring.job import Options
-    from tracker.measuring.scorer import Scorer
+    from tracker.measuring.scorer import SampledTexts, Scorer
     from tracker.models.load import LoadedModel
 
 DocumentKey = tuple[str, int]
@@ -189,7 +190,7 @@ class Meter:
         task: str,
         names: Sequence[str],
         indices: Sequence[int],
-        traces: Mapping[int, str] = MappingProxyType({}),
+        traces: Mapping[int, Sequence[str]] = MappingProxyType({}),
         advance: Advance = lambda responses: None,
     ) -> Measurement:
         """Measure a list of documents of one task.
@@ -198,7 +199,7 @@ class Meter:
             task: Name of the task.
             names: Names of the ablations under which the documents are measured.
             indices: Positions of the documents in the task's split.
-            traces: Position of a document → text that the intact model wrote for it before.
+            traces: Position of a document → texts that the intact model wrote for it before.
             advance: Function that is called with the number of new responses.
 
         Returns:
@@ -234,7 +235,7 @@ class Meter:
         if parts := [*dict.fromkeys(a.part for a in scored if a.part is not None)]:
             passes.append(partial(self._observe_parts, documents, parts))
         results, repeated_results, _, *part_sums = scorer.engine.run_lockstep(passes)
-        self._note_cut_texts(results)
+        self._note_cut_texts([t for result in results for t in result.responses[0][0].texts])
         compared = [result for result in results if result.document.key in self._checked_keys]
         comparisons = scorer.compare_results(reference, compared, scored, seed, first_index)
         repeated_responses = {r.document.index: r.responses for r in repeated_results}
@@ -260,36 +261,41 @@ class Meter:
         return Measurement(rows, metadata, texts, self._notes())
 
     def _read_traces(
-        self, benchmark: Traces, documents: Sequence[Document], traces: Mapping[int, str]
+        self,
+        benchmark: Traces,
+        documents: Sequence[Document],
+        traces: Mapping[int, Sequence[str]],
     ) -> list[Document]:
         """Return documents that score the intact model's texts; generate missing texts."""
         texts, unwritten = dict(traces), [d for d in documents if d.index not in traces]
         for group in (unwritten[:FIRST_TRACES], unwritten[FIRST_TRACES:]):
-            texts |= {document.index: self._write_trace(document) for document in group}
+            written = {document.index: self._write_traces(document) for document in group}
+            self._note_cut_texts([*chain.from_iterable(written.values())])
+            texts |= {index: [text.text for text in samples] for index, samples in written.items()}
             if group and not self._has_checked_traces:
-                read = [benchmark.read_trace(d, texts[d.index], self._encoder) for d in group]
-                self.engine.notes.extend(benchmark.check_traces(read))
+                read = [benchmark.read_traces(d, texts[d.index], self._encoder) for d in group]
+                benchmark.check_traces(read)
                 self._has_checked_traces = True
-        return [benchmark.read_trace(d, texts[d.index], self._encoder) for d in documents]
+        return [benchmark.read_traces(d, texts[d.index], self._encoder) for d in documents]
 
-    def _write_trace(self, document: Document) -> str:
-        """Generate the intact model's text for a document."""
+    def _write_traces(self, document: Document) -> SampledTexts:
+        """Generate the intact model's texts for a document."""
         scorer, prompt = self._scorer, document.prompt
         assert scorer is not None
         assert scorer.generation is not None
         assert prompt is not None
-        ((text, *_),) = scorer.generation.generate(prompt, [INTACT])
-        return text.text
+        (texts,) = scorer.generation.generate(prompt, [INTACT])
+        return texts
 
-    def _note_cut_texts(self, results: Sequence[DocumentScores]) -> None:
+    def _note_cut_texts(self, texts: Sequence[GeneratedText]) -> None:
         """Add a message, once, if the token limit ends most texts of the intact model."""
-        texts = [text for result in results for text in result.responses[0][0].texts]
         n_cut = sum(bool(text.is_cut) for text in texts)
         if 2 * n_cut > len(texts) and not self._has_noted_cut_texts:
             self._has_noted_cut_texts = True
             self.engine.notes.append(
-                f"the token limit ends {n_cut} of the intact model's first {len(texts)} texts, so "
-                "their answers may be missing; raise max_gen_toks in gen_kwargs, or read cut_off"
+                f"{self._benchmark.identity.name}: the token limit ends {n_cut} of the intact "
+                f"model's first {len(texts)} texts, so their answers may be missing; raise "
+                "max_gen_toks in gen_kwargs"
             )
 
     def _notes(self) -> list[str]:

@@ -84,7 +84,7 @@ class Worker:
         task: str,
         names: Sequence[str],
         documents: Sequence[int],
-        traces: Mapping[int, str],
+        traces: Mapping[int, Sequence[str]],
         advance: Advance = lambda responses: None,
     ) -> Measurement:
         """Measure documents of a task of the opened benchmark under the ablations `names`."""

@@ -82,7 +82,7 @@ class Document:
         choices: Number of answer options; 0 for free-form answers.
         rolling: True if the requests are consecutive windows of one text.
         prompt: The prompt of a generation task; None for other tasks.
-        trace: The text that the intact model wrote and that the requests score; None for given
+        traces: The texts that the intact model wrote and that the requests score; empty for given
             texts.
     """
 
@@ -93,7 +93,7 @@ class Document:
     choices: int
     rolling: bool = False
     prompt: Prompt | None = None
-    trace: str | None = None
+    traces: tuple[str, ...] = ()
 
     @property
     def key(self) -> tuple[str, int]:
