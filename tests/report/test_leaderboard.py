@@ -28,6 +28,7 @@ from tracker.ledger.cells import last_measured
 from tracker.report.export import build_boards
 from tracker.report.leaderboard import layer_board_table
 from tracker.report.page.sections import model_sections
+from tracker.report.tables import overview_table
 from tracker.report.wording import board_answer, model_answer, open_models_sentence, parts_answer
 from tracker.schema.estimates import Estimate
 from tracker.schema.records import CellRecord, RunRecord
@@ -137,6 +138,21 @@ def test_heads_stand_where_layers_of_the_same_figures_do():
     text = board_answer(board)
     assert text.startswith(f"Of {LAYERS} heads {len(layer_claims.costly)} are shown to cost")
     assert f": {worst_part.change.label()}" in text
+
+
+def test_reports_name_the_metric_of_traces():
+    """Was: they called it an accuracy. An interval ends at what is possible."""
+    cell = build_cell(n=100).model_copy(update={"metric": "answer_kept,number"})
+    cell = replace_layer(cell, 3, accuracy_drop=0.9, accuracy_drop_low=0.5, accuracy_drop_high=1.3)
+    table = layer_board_table(layer_board([cell]), "m")
+    label = "mean answer retention drop with 95 % interval for all together"
+    column = [heading.label for heading in table.headings].index(label)
+    first, *_ = read_table(table).rows
+    assert first[column].text.endswith(" to 100.0)")
+    (board,) = part_boards([heads_of_layers(cell)])
+    assert "answer retention on arc_easy" in board_answer(board)
+    headings = [heading.label for heading in overview_table([cell]).headings]
+    assert "baseline answer retention with 95 % interval" in headings
 
 
 def test_a_part_without_a_figure_has_no_rank_and_one_that_lacks_a_benchmark_no_row():

@@ -84,8 +84,8 @@ def test_drops_and_verdicts_follow_from_the_ledger(study, scores):
                 padded = np.append(values, (1, -1))
                 error = np.sqrt(((padded - padded.mean()) ** 2).sum()) / len(padded)
                 half = norm.ppf(1 - 0.025 / n_drops) * error
-                assert entry.low == pytest.approx(padded.mean() - half)
-                assert entry.high == pytest.approx(padded.mean() + half)
+                assert entry.low == pytest.approx(max(padded.mean() - half, -1))
+                assert entry.high == pytest.approx(min(padded.mean() + half, 1))
                 n_lost, n_won = (values == 1).sum(), (values == -1).sum()
                 p_values[label, layer] = (
                     binomtest(n_lost, n_lost + n_won).pvalue if n_lost + n_won else 1.0
@@ -126,6 +126,8 @@ def test_agreement_and_lost_documents_follow_from_the_ledger(study, scores):
                 assert (only_first, only_second) == ((lost & ~other).sum(), (other & ~lost).sum())
                 if n:
                     assert difference == pytest.approx(lost.mean() - other.mean())
+                if n > 1:
+                    assert -1 <= row[6].low <= difference <= row[6].high <= 1
     *_, early, late, contrast = grouped.rows[:4]
     assert contrast[6].value == pytest.approx(late[6].value - early[6].value)
 

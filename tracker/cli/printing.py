@@ -140,7 +140,8 @@ def print_results(cells: Sequence[CellRecord]) -> None:
 
     def baseline(cell: CellRecord) -> str:
         measure = formats.metric_format(cell)
-        return formats.figure_text(cell.baseline, measure.write, f" {measure.level_unit}")
+        level = formats.level_estimate(cell, cell.baseline)
+        return formats.figure_text(level, measure.write, f" {measure.level_unit}")
 
     def chance(cell: CellRecord) -> str:
         level = cell.chance_accuracy
@@ -162,8 +163,8 @@ def print_results(cells: Sequence[CellRecord]) -> None:
     print_table(build_table("", columns, cells))
     if any(cell.whole_layers for cell in cells):
         echo(
-            "Spearman correlation of the rankings by cosine score and by accuracy lost: "
-            "1 = identical, 0 = unrelated."
+            "Spearman correlation of the rankings by cosine score and by drop: 1 = identical, 0 = "
+            "unrelated."
         )
     for cell in cells:
         if any(verdict != "open" for verdict in run_verdicts(cell, cell.runs).values()):

@@ -26,7 +26,7 @@ from tracker.analysis.comparable import benchmark_labels, model_labels
 from tracker.report.wording import open_models_sentence, provenance_notes
 from tracker.schema.changes import WHOLE_LAYER
 from tracker.schema.estimates import Estimate, FigureUnit
-from tracker.schema.formats import count_text, layer_list
+from tracker.schema.formats import ACCURACY_FORMAT, count_text, layer_list, metric_format
 from tracker.schema.proxies import OBSERVED, PROXIES, Proxy
 from tracker.schema.records import NO_REASON, CellRecord, first_layers
 from tracker.schema.run_table import by_name, layer_column, pick_columns
@@ -41,7 +41,6 @@ _NO_OTHER_MODEL = "there is no other model to compare with"
 _NO_SCORE = "the cosine score is undefined on a benchmark or for a ranked layer"
 _RELEVANCE_LABEL = "mean relevance with 95 % interval for each row alone"
 _DROP_LABEL = "mean accuracy drop with 95 % interval"
-_DECIDING_LABEL = f"{_DROP_LABEL} for all together"
 _SCORE_LABEL = f"mean {PROXIES['cosine_score'].heading}"
 Standing = TypeVar("Standing")
 
@@ -63,11 +62,22 @@ def _standing_column(
 
 def _figure_columns(relevance: str, drop: str, drop_field: str) -> list[Column[Any]]:
     """Define the columns of relevance and drop with their 95 % intervals."""
+
+    def drop_value(row: RankedRow[Any]) -> Estimate:
+        figure: Estimate = getattr(row.standing, drop_field)
+        return figure.clip(-1.0, 1.0)
+
     columns = (
         _standing_column("accuracy_relevance", relevance, "relevance", field="relevance"),
-        _standing_column("accuracy_drop", drop, "points", field=drop_field),
+        Column(drop, "points", drop_value, name="accuracy_drop"),
     )
     return [column for figure in columns for column in (figure, *figure.bound_columns())]
+
+
+def _deciding_label(cells: Sequence[CellRecord]) -> str:
+    """Name the mean drop over cells of one metric, such as an accuracy drop."""
+    change = metric_format(cells[0]).change if cells else ACCURACY_FORMAT.change
+    return f"mean {change} with 95 % interval for all together"
 
 
 def _rank_columns(no_value: str) -> tuple[Column[Any], ...]:
@@ -99,13 +109,15 @@ def _choose_rank_column(
     return [], [note] * (len(ranks) > 1)
 
 
-def layer_board_columns() -> tuple[Column[RankedRow[PartStanding]], ...]:
-    """Define all columns of a leaderboard of layers."""
+def layer_board_columns(
+    cells: Sequence[CellRecord] = (),
+) -> tuple[Column[RankedRow[PartStanding]], ...]:
+    """Define all columns of a leaderboard of layers, which averages over `cells`."""
     return (
         Column("model", "text", lambda row: row.model, name="model"),
         *_rank_columns(_NO_RANK),
         _standing_column("layer", "layer (0-based)", "count"),
-        *_figure_columns(_RELEVANCE_LABEL, _DECIDING_LABEL, "deciding"),
+        *_figure_columns(_RELEVANCE_LABEL, _deciding_label(cells), "deciding"),
         _standing_column("cosine_score", _SCORE_LABEL, "proxy", _NO_SCORE),
         _standing_column("benchmarks", "benchmarks", "count"),
         _standing_column("shown", "shown", "text"),
@@ -130,7 +142,7 @@ def layer_board_data(boards: Sequence[LayerBoard]) -> Table:
 
 def layer_board_table(board: LayerBoard, label: str) -> Table:
     """Build the leaderboard of the layers of one model."""
-    columns, ranks_by_cosine = by_name(*layer_board_columns()), cosine_ranks(board)
+    columns, ranks_by_cosine = by_name(*layer_board_columns(board.cells)), cosine_ranks(board)
     rows = _board_rows(board, label)
     rank_columns, notes = _choose_rank_column(rows, _NO_RANK)
     cosine_column: Column[RankedRow[PartStanding]] = Column(
@@ -175,9 +187,10 @@ def _board_notes(board: LayerBoard) -> list[str]:
     return notes + provenance_notes(board.cells)
 
 
-def part_board_columns() -> tuple[Column[RankedRow[PartStanding]], ...]:
-    """Define all columns of a leaderboard of parts, such as heads or neurons."""
-
+def part_board_columns(
+    cells: Sequence[CellRecord] = (),
+) -> tuple[Column[RankedRow[PartStanding]], ...]:
+    """Define all columns of a leaderboard of parts, such as heads, which averages over `cells`."""
     return (
         Column("model", "text", lambda row: row.model, name="model"),
         Column("kind", "text", lambda row: row.standing.change.kind.family.plural, name="kind"),
@@ -186,7 +199,7 @@ def part_board_columns() -> tuple[Column[RankedRow[PartStanding]], ...]:
         _standing_column("layer", "layer (0-based)", "count", field="change.first_layer"),
         _standing_column("span", "layers", "count", field="change.span"),
         _standing_column("number", "number in the layer (0-based)", "count", field="change.number"),
-        *_figure_columns(_RELEVANCE_LABEL, _DECIDING_LABEL, "deciding"),
+        *_figure_columns(_RELEVANCE_LABEL, _deciding_label(cells), "deciding"),
         Column("benchmarks", "count", lambda row: row.benchmarks, name="benchmarks"),
         _standing_column("shown", "shown", "text"),
     )
@@ -214,7 +227,7 @@ def part_board_table(board: PartBoard, label: str) -> Table:
     if n_hidden > 0:
         rows = rows[:_PARTS_PER_END] + rows[-_PARTS_PER_END:]
         title += f"; {n_hidden:,} {board.kind.plural} in the middle are not shown"
-    columns = by_name(*part_board_columns())
+    columns = by_name(*part_board_columns(board.cells))
     return build_table(
         f"{title}.",
         [

@@ -21,7 +21,7 @@ from tracker.report.wording import (
 from tracker.schema import run_table
 from tracker.schema.changes import WHOLE_LAYER, Change
 from tracker.schema.estimates import Estimate
-from tracker.schema.formats import is_finite, metric_format, write_figure
+from tracker.schema.formats import is_finite, level_estimate, metric_format, write_figure
 from tracker.schema.grouping import group_by
 from tracker.schema.identities import CHOICE_PROBABILITY, TaskIdentity
 from tracker.schema.proxies import PROXIES
@@ -43,7 +43,9 @@ _LabelledCell = tuple[CellRecord, tuple[str, str]]
 
 def overview_table(cells: Sequence[CellRecord]) -> Table:
     """Build a table of all benchmarks: baseline, most important layers, correlation, etc."""
-    baseline, costly, drop = "baseline accuracy with 95 % interval", "drop, pp", "drop"
+    levels = {metric_format(cell).level for cell in cells}
+    baseline = f"baseline {levels.pop() + ' ' if len(levels) == 1 else ''}with 95 % interval"
+    costly, drop = "drop, pp", "drop"
     if has_losses := not all(cell.higher_is_better for cell in cells):
         baseline = "baseline with 95 % interval, accuracy in % or loss"
         costly, drop = "accuracy drop in pp, or loss increase", "drop or increase"
@@ -84,7 +86,7 @@ def _benchmark_text(row: _LabelledCell) -> str:
 
 
 def _baseline_estimate(row: _LabelledCell) -> Estimate:
-    return replace(row[0].baseline, unit=metric_format(row[0]).level_form)
+    return level_estimate(row[0], row[0].baseline)
 
 
 def _chance_estimate(row: _LabelledCell) -> Estimate:

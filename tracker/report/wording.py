@@ -447,7 +447,8 @@ def board_answer(board: PartBoard) -> str:
     ordered_parts = sorted(board.parts, key=lambda part: -(part.deciding.value or 0.0))
     verdicts = {part.change.label(): part.verdict for part in ordered_parts}
     noun, where = board.kind.plural, name_benchmarks(board.cells)
-    level = f"accuracy {'on average over' if len(board.cells) > 1 else 'on'} {where}"
+    measure = metric_format(board.cells[0]).level
+    level = f"{measure} {'on average over' if len(board.cells) > 1 else 'on'} {where}"
     sentence = verdict_sentence(noun, verdicts, level)
     return f"{sentence} ({WORDS.render('basis', board.cells, noun)})."
 

@@ -275,6 +275,12 @@ class MetricRecord(Protocol):
         """The benchmark on which the metric was measured."""
 
 
+def level_estimate(record: MetricRecord, level: Estimate) -> Estimate:
+    """Return a level of a record's metric with its unit; accuracies are limited to 0 to 100 %."""
+    form = metric_format(record).level_form
+    return replace(level.clip(0.0, 1.0) if form == "percent" else level, unit=form)
+
+
 def metric_format(record: MetricRecord) -> MetricFormat:
     """Return the display format of a record's metric."""
     if record.metric in CHOICE_PROBABILITIES:

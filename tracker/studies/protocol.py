@@ -6,6 +6,7 @@ the intact model's texts, or by generation. Benchmarks are compared if they scor
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -100,7 +101,8 @@ class MeasuredProtocol:
     @property
     def intact(self) -> Estimate:
         """The intact model's mean score."""
-        return replace(self.paired, ablated=self.paired.baseline[:, None]).level(0)
+        level = replace(self.paired, ablated=self.paired.baseline[:, None]).level(0)
+        return level.clip(0.0, 1.0) if self.is_share else level
 
     @property
     def costly(self) -> str:
@@ -120,8 +122,16 @@ class MeasuredProtocol:
     @property
     def is_binary(self) -> bool:
         """True if each document is either right or wrong."""
-        scores = (self.paired.baseline, self.paired.ablated)
-        return all(bool(np.isin(values, (0, 1)).all()) for values in scores)
+        return bool(np.isin(self._scores, (0, 1)).all())
+
+    @property
+    def is_share(self) -> bool:
+        """True if each document's score is from 0 to 1."""
+        return bool(((self._scores >= 0) & (self._scores <= 1)).all())
+
+    @property
+    def _scores(self) -> Array:
+        return np.column_stack([self.paired.baseline, self.paired.ablated])
 
 
 @dataclass(frozen=True)
@@ -247,9 +257,14 @@ def _decide_drops(protocols: Sequence[MeasuredProtocol]) -> list[MeasuredProtoco
     wide = widen(drops, units, len(drops))
     verdicts = decide_verdicts(wide)
     parts = [slice(n * n_changes, (n + 1) * n_changes) for n in range(len(protocols))]
+    limits = (1.0 if protocol.is_share else math.inf for protocol in protocols)
     return [
-        replace(protocol, drops=tuple(wide[part]), verdicts=tuple(verdicts[part]))
-        for protocol, part in zip(protocols, parts, strict=True)
+        replace(
+            protocol,
+            drops=tuple(drop.clip(-limit, limit) for drop in wide[part]),
+            verdicts=tuple(verdicts[part]),
+        )
+        for protocol, part, limit in zip(protocols, parts, limits, strict=True)
     ]
 
 
@@ -364,4 +379,9 @@ def _compare_losses(
 def _widen_rows(rows: Sequence[LostDocuments]) -> list[LostDocuments]:
     """Widen the intervals of differences so that they hold for all rows together."""
     wide = widen([row.difference for row in rows], [row.n for row in rows], len(rows))
-    return [replace(row, difference=figure) for row, figure in zip(rows, wide, strict=True)]
+    # The contrast subtracts two differences, each from −1 to 1.
+    limits = (2.0 if row.changes == CONTRAST else 1.0 for row in rows)
+    return [
+        replace(row, difference=figure.clip(-limit, limit))
+        for row, figure, limit in zip(rows, wide, limits, strict=True)
+    ]
