@@ -43,12 +43,7 @@ class Estimate:
         return int(self.low > threshold) - int(self.high < threshold)
 
     def clip(self, low: float, high: float) -> Estimate:
-        """Limit the interval to the possible values; a value outside them changes nothing.
-
-        Examples:
-            >>> Estimate(0.75, -0.2, 1.2).clip(0.0, 1.0)
-            Estimate(value=0.75, low=0.0, high=1.0, p_value=None, reason=None, unit=None)
-        """
+        """Limit the interval to `low` and `high`, unless the value itself is outside them."""
         if self.value is None or not low <= self.value <= high:
             return self
         ends = (None if x is None else min(max(x, low), high) for x in (self.low, self.high))
