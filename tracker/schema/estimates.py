@@ -46,8 +46,8 @@ class Estimate:
         """Limit the interval to `low` and `high`, unless the value itself is outside them."""
         if self.value is None or not low <= self.value <= high:
             return self
-        ends = (None if x is None else min(max(x, low), high) for x in (self.low, self.high))
-        return replace(self, **dict(zip(("low", "high"), ends, strict=True)))
+        ends = [None if x is None else min(max(x, low), high) for x in (self.low, self.high)]
+        return replace(self, low=ends[0], high=ends[1])
 
     def __neg__(self) -> Estimate:
         """Return the estimate with the opposite sign, for example to turn a loss into a gain.
