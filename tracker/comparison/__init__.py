@@ -3,6 +3,7 @@
 Modules:
     answers: Define a model's answers, and match the documents of two models.
     lm_eval_files: Read the files of `lm_eval --log_samples`.
+    lighteval_files: Read the files of `lighteval --save-details`.
     stored_runs: Read runs of a results folder.
     verdicts: Compute differences, and decide verdicts.
     display: Write a comparison as Markdown, JSON or a page.

@@ -27,7 +27,7 @@ _NAME = re.compile(r"(?:samples_)?(.*?)(?:_(\d{4}-\d\d-\d\dT[\d.-]+))?", re.DOTA
 """Stem of a file's name: task and date."""
 _ARGUMENTS, _RESPONSES = b'"arguments": {"gen_args_0"', b'"resps": ['
 _MEGABYTE = 1_000_000
-_ENDING_LENGTH = 600
+ENDING_LENGTH = 600
 """Number of characters of a prompt that are displayed."""
 _TOLERANCE = 1e-6
 """Largest difference between lm-eval's mean and ours by rounding."""
@@ -48,7 +48,7 @@ def find_samples(path: Path) -> dict[str, Path]:
     if not path.exists():
         raise RequestError(
             f"{path} does not exist; expected e.g. a folder with samples_TASK_DATE.jsonl of "
-            "lm-eval, or a run as FOLDER:CELL:CHANGE"
+            "lm-eval or details_TASK_DATE.parquet of lighteval, or a run as FOLDER:CELL:CHANGE"
         )
     files = [path] if path.is_file() else [*path.glob("samples_*.jsonl")]
     if not files:
@@ -58,7 +58,8 @@ def find_samples(path: Path) -> dict[str, Path]:
         raise RequestError(f"{path} holds {len(folders)} models; name one of: {names}")
     if not files or path.suffix == ".json":
         command = "run lm_eval with --log_samples and --output_path"
-        raise RequestError(f"{path} holds no samples_TASK_DATE.jsonl; {command}")
+        details = "or lighteval with --save-details"
+        raise RequestError(f"{path} holds no samples_TASK_DATE.jsonl; {command}, {details}")
     files.sort(key=lambda file: _task_and_date(file)[1])
     return {_task_and_date(file)[0]: file for file in files}
 
@@ -88,7 +89,7 @@ def read_model(source: str, files: Mapping[str, Path], progress: Progress) -> Mo
     for date in dict.fromkeys(_task_and_date(path)[1] for path in files.values()):
         paths = {task: path for task, path in files.items() if _task_and_date(path)[1] == date}
         report = _read_report(next(iter(paths.values())).parent, date)
-        with _explained(source):
+        with explain_damage(source):
             name = str(report.get("model_name") or name).rstrip("/").rpartition("/")[2]
             for benchmark, tasks in _benchmarks(report, paths).items():
                 if benchmark in benchmarks:
@@ -98,16 +99,18 @@ def read_model(source: str, files: Mapping[str, Path], progress: Progress) -> Mo
                     )
                 rows = [row for task in tasks for row in _read_samples(task, paths[task], progress)]
                 read_text = partial(_read_text, paths)
-                benchmarks[benchmark] = _Report(report, benchmark, tasks).read(rows, read_text)
+                benchmarks[benchmark] = BenchmarkReport(report, benchmark, tasks).read(
+                    rows, read_text
+                )
     return ModelAnswers(name, source, benchmarks)
 
 
-def _explained(source: object) -> AbstractContextManager[None]:
+def explain_damage(source: object, program: str = "lm-eval") -> AbstractContextManager[None]:
     """Convert errors about unexpected content in a `with` block to RequestError."""
 
     def convert(error: Exception) -> RequestError | None:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else first_line(error)
-        text = f"{source} is incomplete or not of lm-eval ({reason}); copy the file again"
+        text = f"{source} is incomplete or not of {program} ({reason}); copy the file again"
         return None if isinstance(error, OSError) else RequestError(text)
 
     return translate_errors(convert)
@@ -118,7 +121,7 @@ def _read_report(folder: Path, date: str) -> dict[str, Any]:
     path = min(folder.glob(f"*_{date}.json"), default=None) if date else None
     if path is None:
         return {}
-    with _explained(path):
+    with explain_damage(path):
         return dict(json.loads(path.read_bytes()))
 
 
@@ -146,7 +149,7 @@ def _read_samples(task: str, path: Path, progress: Progress) -> list[dict[str, A
     offset = 0
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
-            with _explained(f"{path}, line {number},"):
+            with explain_damage(f"{path}, line {number},"):
                 samples.append({"task": task, **_parse_sample(line), "offset": offset})
             offset += len(line)
             if finished := offset // _MEGABYTE - (offset - len(line)) // _MEGABYTE:
@@ -182,7 +185,7 @@ _CONFIG_SETTINGS = ("filter_list", "repeats", "generation_kwargs")
 """Settings in a task's configuration that change the answers."""
 
 
-class _Report:
+class BenchmarkReport:
     """Content of a file of results about a benchmark and its tasks."""
 
     def __init__(self, report: Mapping[str, Any], benchmark: str, tasks: Sequence[str]) -> None:
@@ -301,4 +304,4 @@ def _read_text(
         options = [str(request["arg_1"]).strip() for request in requests]
         answer = options[int(np.argmax([float(score) for score, _ in responses]))]
         target = options[int(target)]
-    return AnswerText(question[-_ENDING_LENGTH:], str(answer), target)
+    return AnswerText(question[-ENDING_LENGTH:], str(answer), target)

@@ -24,6 +24,7 @@ from tracker.comparison.answers import (
     PairedTables,
     pair_documents,
 )
+from tracker.comparison.lighteval_files import find_details, read_details
 from tracker.comparison.lm_eval_files import find_samples, read_model
 from tracker.comparison.stored_runs import RunName, parse_run_name, read_run
 from tracker.measuring.progress import Progress, Silent, report_work
@@ -140,7 +141,9 @@ def read_models(sources: Sequence[str], progress: Progress) -> list[ModelAnswers
     """Read the answers of all models; refuse fewer than two, and answers that are given twice."""
     if len(sources) < 2:
         raise RequestError("give at least two models, for example: tracker compare A B")
-    inputs = [(s, parse_run_name(s) or find_samples(Path(s))) for s in sources]
+    inputs = [
+        (s, parse_run_name(s) or find_details(Path(s)) or find_samples(Path(s))) for s in sources
+    ]
     for (source, answers), (other, other_answers) in combinations(inputs, 2):
         if _identity(answers) & _identity(other_answers):
             raise RequestError(f"{source} and {other} are the same answers; give another model")
@@ -148,12 +151,19 @@ def read_models(sources: Sequence[str], progress: Progress) -> list[ModelAnswers
     size = sum(path.stat().st_size for path in files) // 1_000_000
     progress = progress if size >= MIN_SHOWN_SIZE else Silent()
     with report_work(progress, "reading", size, "MB"):
-        models = [
-            read_run(s, run) if isinstance(run, RunName) else read_model(s, run, progress)
-            for s, run in inputs
-        ]
+        models = [_read_source(source, answers, progress) for source, answers in inputs]
     names = [model.name for model in models]
     return [replace(m, name=m.source) if names.count(m.name) > 1 else m for m in models]
+
+
+def _read_source(
+    source: str, answers: Mapping[str, Path] | RunName, progress: Progress
+) -> ModelAnswers:
+    """Read the answers of one model, in the format of its files."""
+    if isinstance(answers, RunName):
+        return read_run(source, answers)
+    are_details = next(iter(answers.values())).suffix == ".parquet"
+    return (read_details if are_details else read_model)(source, answers, progress)
 
 
 def _identity(run: Mapping[str, Path] | RunName) -> set[object]:

@@ -81,7 +81,7 @@ def _record_frame(cells: Sequence[CellRecord]) -> pd.DataFrame:
 def read_dataset(folder: Path) -> list[CellRecord]:
     """Read the records of a data set; raise ResultsError if it is damaged or too large."""
     with _explained(folder / RECORDS_FILE) as path:
-        texts = _read_table(path, ["record"]).column("record").unique().to_pylist()
+        texts = read_parquet(path, ["record"], ["record"]).column("record").unique().to_pylist()
         return [CellRecord.model_validate(json.loads(text)) for text in texts]
 
 
@@ -90,16 +90,31 @@ def read_document_frame(folder: Path) -> pd.DataFrame:
 
     Raises ResultsError if the file is missing, damaged or too large.
     """
+    if not (folder / DOCUMENTS_FILE).is_file():
+        raise ResultsError(
+            f"{folder} holds no outcomes of documents ({DOCUMENTS_FILE} is missing); name the "
+            "results folder instead"
+        )
     with _explained(folder / DOCUMENTS_FILE) as path:
-        frame: pd.DataFrame = _read_table(path).to_pandas()
+        frame: pd.DataFrame = read_parquet(path).to_pandas()
         frame[["key", "ablation", "task", "doc", "score", "score_intact"]]  # raises KeyError
         return frame
 
 
-def _read_table(path: Path, columns: list[str] | None = None) -> pa.Table:
-    """Read a Parquet file; raise ValueError if its decompressed content is too large."""
-    # As a dictionary, equal texts are read once, however often a file repeats them.
-    with pq.ParquetFile(path, read_dictionary=columns) as file:
+def read_parquet(
+    path: Path, columns: list[str] | None = None, repeated: list[str] | None = None
+) -> pa.Table:
+    """Read a Parquet file; raise ValueError if its decompressed content is too large.
+
+    Args:
+        path: The file.
+        columns: Columns to read; None for all.
+        repeated: Columns whose equal texts are read once, however often the file repeats them.
+
+    Returns:
+        The table.
+    """
+    with pq.ParquetFile(path, read_dictionary=repeated) as file:
         groups = map(file.metadata.row_group, range(file.num_row_groups))
         if sum(group.total_byte_size for group in groups) > _MAX_BYTES:
             raise ValueError(f"more than {_MAX_BYTES:,} bytes")
