@@ -18,10 +18,11 @@ from tests.helpers.engines import MAX_LENGTH, engine_of, make_document, make_doc
 from tests.helpers.families import tiny_model
 from tests.helpers.registry import make_registered
 from tracker.engine import plan
+from tracker.engine.observers.taylor import measure_kl_gradients, measure_taylor
 from tracker.engine.plan import estimate_cost, measure_matrix_rate
 from tracker.engine.scoring.head import LOGITS_BYTES
 from tracker.engine.scoring.model import stream_bytes
-from tracker.engine.scoring.rows import common_beginning
+from tracker.engine.scoring.rows import common_beginning, measured_texts
 from tracker.engine.scoring.score import MIN_PREFIX
 from tracker.engine.selfcheck.check import plain_tokens
 from tracker.schema.changes import INTACT, Ablation
@@ -84,6 +85,32 @@ def test_the_sweep_costs_what_was_said(shared: int) -> None:
     assert planned.flops == pytest.approx(counts["flops"], rel=0.005)
     assert planned.check_layer_passes == 4 * plain_tokens(documents, ABLATIONS, MAX_LENGTH)
     assert counts["flops"] > 0
+
+
+@pytest.mark.parametrize("changes", [("attention:1", "mlp:2"), ("int8:1", "int8:2")])
+def test_statistics_of_parts_cost_what_was_planned(changes: tuple[str, ...]) -> None:
+    model, documents = tiny_model("llama_eager"), make_documents(4)
+    engine = engine_of(model)
+    ablations = [Ablation.parse(change) for change in changes]
+    parts = [part for ablation in ablations if (part := ablation.part)]
+    rounded = [part for part in parts if part.intervention != "remove"]
+
+    def measure() -> None:
+        for document in documents:
+            measure_taylor(engine, document, parts)
+        measure_kl_gradients(engine, documents, rounded)
+
+    measure()  # finds the modules of the parts
+    with FlopCounterMode(display=False) as counted:
+        measure()
+    with FlopCounterMode(display=False) as plain:
+        for document in documents:
+            for tokens, _ in measured_texts(document, MAX_LENGTH):
+                model(torch.tensor([tokens]), use_cache=False)
+    planned = estimate_cost(model, documents, [INTACT, *ablations], MAX_LENGTH)
+    lengths = [len(t) for d in documents for t, _ in measured_texts(d, MAX_LENGTH)]
+    passes = planned.statistics_layer_passes / (4 * sum(lengths))
+    assert counted.get_total_flops() == pytest.approx(passes * plain.get_total_flops(), rel=0.15)
 
 
 def test_other_programs_cost_what_was_said() -> None:

@@ -334,7 +334,8 @@ def print_plan(cells: Sequence[PlannedCell], gflops: float | None) -> None:
         if cell.measured or cell.shared:
             return 0.0
         share = 1.0 if cell.forecast is None else cell.forecast.share[0]
-        return share * rates.seconds(cell.cost.flops, cell.dtype)
+        with_statistics = 1 + cell.cost.statistics_layer_passes / cell.cost.layer_passes
+        return share * with_statistics * rates.seconds(cell.cost.flops, cell.dtype)
 
     def benchmark(cell: PlannedCell) -> str:
         return " ".join(filter(None, (str(cell.request.benchmark), cell.request.documents.part)))
@@ -348,8 +349,8 @@ def print_plan(cells: Sequence[PlannedCell], gflops: float | None) -> None:
         ratio = cell.cost.naive_flops / cell.cost.flops
         return f"{ratio:.1f} × less work than one lm-eval run per layer"
 
-    def self_check_share(cell: PlannedCell) -> str:
-        return f"{100 * cell.cost.check_layer_passes / cell.cost.layer_passes:.1f} %"
+    def share_text(passes: str, cell: PlannedCell) -> str:
+        return f"{100 * getattr(cell.cost, passes) / cell.cost.layer_passes:.1f} %"
 
     documents_label = f"documents for a {100 * REPORTED_DROP:.0f} pp drop"
     columns: tuple[Column[PlannedCell], ...] = (
@@ -361,7 +362,8 @@ def print_plan(cells: Sequence[PlannedCell], gflops: float | None) -> None:
         Column("layer passes", "count", lambda cell: cell.cost.layer_passes),
         Column("TFLOP", "count", lambda cell: f"{cell.cost.flops / 1e12:,.1f}"),
         Column("work saved", "count", work_saved),
-        Column("self-check", "count", self_check_share),
+        Column("self-check", "count", partial(share_text, "check_layer_passes")),
+        Column("statistics", "count", partial(share_text, "statistics_layer_passes")),
         Column("memory", "count", lambda cell: f"{cell.cost.peak_bytes / 2**30:.1f} GiB"),
         Column("time at least", "count", time_at_least),
         Column("smallest detectable drop", "count", lambda cell: _detectable_drop(cell)[0]),
@@ -370,7 +372,7 @@ def print_plan(cells: Sequence[PlannedCell], gflops: float | None) -> None:
     total = sum(map(seconds, cells))
     echo(f"{TEXTS.render('plan', cells, rates, total)}\n")
     print_table(build_table("", columns, cells))
-    echo(TEXTS.render("self_check"))
+    echo_all(*TEXTS.render_all("added_shares"))
     for cell in cells:
         if cell.reading is not None and not (cell.measured or cell.shared):
             echo(f"{cell.request.title}: {cell.reading.text}")

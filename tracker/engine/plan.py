@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from operator import mul
 
@@ -13,7 +14,12 @@ from transformers import PreTrainedModel
 from tracker.engine.forward.streams import Ablations, StreamPlan, count_plain_passes, plan_streams
 from tracker.engine.scoring.head import LOGITS_BYTES
 from tracker.engine.scoring.model import input_tokens, stream_bytes
-from tracker.engine.scoring.rows import Documents, common_beginning, pack_tree_rows
+from tracker.engine.scoring.rows import (
+    Documents,
+    common_beginning,
+    measured_texts,
+    pack_tree_rows,
+)
 from tracker.engine.scoring.score import MIN_PREFIX
 from tracker.engine.scoring.sweep import ROW_TOKENS
 from tracker.engine.selfcheck.check import plain_tokens
@@ -23,6 +29,8 @@ from tracker.models.parts.linear_maps import find_embeddings
 from tracker.schema.grouping import group_by
 from tracker.schema.model_parts import experts_per_token
 
+GRADIENT_PASSES = 2
+"""Cost of a pass with gradients of outputs but not of weights, in forward passes."""
 RATE_SECONDS = 0.5
 """Duration of the measurement of the machine's speed, in seconds."""
 
@@ -46,6 +54,8 @@ class Cost:
         naive_flops: Floating-point operations that lm-eval needs, with one run per ablation.
         check_layer_passes: Number of (token, layer) computations in the self-check, without the
             check on a miniature model.
+        statistics_layer_passes: Number of (token, layer) computations for proxies of parts and
+            `observe`. These are not in `layer_passes` and `flops`.
         peak_bytes: Estimated peak memory: bytes of the weights, the largest activations and one
             chunk of logits.
     """
@@ -59,6 +69,7 @@ class Cost:
     plain_layer_passes: dict[str, float]
     naive_flops: float
     check_layer_passes: float
+    statistics_layer_passes: float
     peak_bytes: int
 
     @property
@@ -155,7 +166,11 @@ def count_work(model: PreTrainedModel, documents: Documents, max_length: int) ->
 
 
 def estimate_cost(
-    model: PreTrainedModel, documents: Documents, ablations: Ablations, max_length: int
+    model: PreTrainedModel,
+    documents: Documents,
+    ablations: Ablations,
+    max_length: int,
+    observe: Collection[str] = (),
 ) -> Cost:
     """Estimate the cost of measuring ablations that share as much computation as possible.
 
@@ -164,6 +179,7 @@ def estimate_cost(
         documents: The documents to measure.
         ablations: The ablations, including the baseline.
         max_length: Maximum number of tokens that the model reads.
+        observe: Statistics to measure besides the outcomes, e.g. `kl`.
 
     Returns:
         The estimated cost.
@@ -176,6 +192,12 @@ def estimate_cost(
     # vLLM keeps room for a token that it generates.
     texts = [r.context + r.continuation for document in documents for r in document.requests]
     n_read = sum(min(len(text), max_length - 1) for text in texts)
+    texts_read = [text for d in documents for text, _ in measured_texts(d, max_length)]
+    parts = [part for ablation in ablations if (part := ablation.part)]
+    formats = {part.intervention for part in parts} - {"remove"}
+    # The gradient of KL also reads the text by the exact model, once for each format.
+    passes = GRADIENT_PASSES * bool(parts) + (GRADIENT_PASSES + 1) * len(formats)
+    statistics_passes = passes * work.layers + plan.layer_passes * len(observe)
     activations = plan.n_streams * work.widest_row * stream_bytes(model)
     return Cost(
         documents=work.documents,
@@ -187,6 +209,7 @@ def estimate_cost(
         plain_layer_passes={"lm-eval": work.naive_tokens * n_plain, "vllm": n_read * n_plain},
         naive_flops=work.naive_flops(ablations),
         check_layer_passes=float(work.layers * plain_tokens(documents, ablations, max_length)),
+        statistics_layer_passes=sum(map(len, texts_read)) * statistics_passes,
         peak_bytes=model.dtype.itemsize * model.num_parameters() + activations + 2 * LOGITS_BYTES,
     )
 

@@ -180,7 +180,8 @@ def plan_cells(
         layers = count_layers(cell.source)
         ablations = request.ablations(layers)
         LayerAnatomy.of(texts.model).check_formats(ablations)
-        cell_cost = estimate_cost(texts.model, texts.documents, ablations, texts.max_length)
+        parts = texts.model, texts.documents, ablations, texts.max_length
+        cell_cost = estimate_cost(*parts, observe=request.observe)
         if texts.dtype in HALF_PRECISION:
             cell_cost = _add_repeated_cost(cell_cost, texts, request.extent.seed)
         observed_spread = _observed_spread(cell, metric)
