@@ -371,17 +371,19 @@ def warnings(cell: CellRecord) -> tuple[str, ...]:
     return tuple(WORDS.render_all("warnings", cell, reasons, notes))
 
 
-def layers_answer(claims: Claims) -> str:
+def layers_answer(claims: Claims, with_steps: bool = True) -> str:
     """Summarise the verdicts on a model's layers in a few short sentences.
 
     Args:
         claims: Statistically supported statements about the layers.
+        with_steps: Whether to state what would decide open layers.
 
     Returns:
         For example `Accuracy on arc_easy and piqa falls without layer 0, 1 or 11. …`. If no
         benchmark is suitable for verdicts, the text gives the reason.
     """
-    steps = [(step, claims.lacking(step.documents)) for step in claims.next_steps()]
+    next_steps = claims.next_steps() if with_steps else ()
+    steps = [(step, claims.lacking(step.documents)) for step in next_steps]
     more = {layer: -drop for layer, drop in claims.more_probable.items()}
     amounts = _amounts_text(claims.less_probable), _amounts_text(more)
     return WORDS.render("answer", claims, *amounts, steps)
@@ -504,18 +506,21 @@ def model_answer(claims: Claims, boards: Sequence[PartBoard], cells: Sequence[Ce
     return " ".join(answers)
 
 
-def cell_answer(cell: CellRecord) -> str:
+def cell_answer(cell: CellRecord, with_steps: bool = True) -> str:
     """Describe the significant effects on one benchmark; "" if no verdict is possible."""
     claims = decide_claims([cell])
-    layers = layers_answer(claims) if claims.layers else ""
+    layers = layers_answer(claims, with_steps) if claims.layers else ""
     return " ".join(filter(None, (layers, parts_answer(cell), controls_answer(cell))))
 
 
 def profile_sentence(cell: CellRecord) -> str:
     """State which layers matter on one benchmark, when this was measured, and on what."""
     measured_on = f"measured {cell.measured[:10]}" if cell.measured else "date unknown"
-    answer = cell_answer(cell) or (cell.answer and statement(cell.answer)) or "no verdict"
-    return f"{cell.heading} ({measured_on}, {cell.documents_text}): {answer}"
+    answer = cell_answer(cell, with_steps=False)
+    if not answer:
+        verdict = statement(cell.answer) if cell.answer else "no verdict"
+        answer = f"{verdict} ({cell.documents_text})"
+    return f"{cell.heading} ({measured_on}): {answer}"
 
 
 def agreement_sentence(agreement: Agreement) -> str:
