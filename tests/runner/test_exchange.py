@@ -239,6 +239,23 @@ DAMAGES: dict[str, Any] = {
 }
 
 
+def test_the_published_data_set_is_complete():
+    folder = Path(__file__).parents[2] / "docs/data"
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 1e6
+    depths = {"SmolLM2-135M-Instruct": 30, "gemma-3-270m": 18}
+    records = read_dataset(folder)
+    assert {(r.model.name, r.benchmark.name) for r in records} == {
+        (model, benchmark) for model in depths for benchmark in ("arc_easy", "piqa")
+    }
+    documents = datasets.load_dataset(str(folder), "documents", split="train").to_pandas()
+    for record in records:
+        rows = documents[(documents["key"] == record.key) & (documents["metric"] == record.metric)]
+        drops = (rows["score_intact"] - rows["score"]).groupby(rows["ablation"]).mean()
+        assert len(record.runs) == len(drops) == depths[record.model.name]
+        for run in record.runs:
+            assert drops[run.ablation] == pytest.approx(run.drop.value)
+
+
 def test_a_data_set_that_is_too_large_is_not_read(profiles, monkeypatch):
     """Its size is that of the decompressed column, which the file's end states."""
     size = pq.ParquetFile(profiles / "measurements.parquet").metadata.row_group(0).total_byte_size
