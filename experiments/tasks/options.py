@@ -29,9 +29,9 @@ def find_option(text: str, options: Sequence[str]) -> str:
     An option counts only as a whole word or phrase. Of two options at the same position, the longer
     one is returned.
     """
-    places = []
+    matches = []
     for option in options:
         pattern = rf"(?<!\w){re.escape(option.strip())}(?!\w)"
         if match := re.search(pattern, text, re.IGNORECASE):
-            places.append((match.start(), -len(option), match[0]))
-    return min(places)[2] if places else ""
+            matches.append((match.start(), -len(option), match[0]))
+    return min(matches)[2] if matches else ""

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tracker.bench.loops import choose_ablations, time_call
+from tracker.bench.loops import choose_ablations, extrapolate_seconds, time_call
 from tracker.benchmarks.encoder import huggingface_model
 from tracker.benchmarks.generation import generate_with_lm_eval
 from tracker.engine.scoring.sweep import Engine
@@ -15,6 +14,7 @@ from tracker.measuring.scorer import Generation, SampledTexts
 from tracker.schema.changes import INTACT, Ablation
 from tracker.schema.documents import Document, Prompt
 from tracker.schema.provenance import describe_machine, package_versions
+from tracker.schema.text_templates import open_templates
 
 GENERATION_BATCH_SIZES = (1, 8)
 """Numbers of texts that lm-eval generates in one batch; the faster is timed."""
@@ -52,21 +52,8 @@ class GenerationBench:
 
     def text(self) -> str:
         """Format the timings as text for the terminal."""
-        evaluations = ", ".join(f"{k} {v:.1f} s" for k, v in self.evaluations.items())
-        agreement = f"{self.differences} of {self.compared} texts differ"
-        if not self.compared:
-            agreement = "not compared, because lm-eval samples with other random numbers"
-        lines = [
-            f"{self.benchmark}, {self.documents} documents, {self.ablations} ablations, "
-            f"{self.samples} texts each, {self.dtype}, {self.machine['cores']} cores",
-            f"generation    {self.together_seconds:8.1f} s   ({self.tokens:,} tokens, "
-            f"{self.tokens / self.together_seconds:.0f} per second)",
-            f"lm-eval loop  {self.loop_seconds:8.1f} s   (extrapolated, batch {self.batch_size}; "
-            f"measured: {evaluations})",
-            f"ratio         {self.loop_seconds / self.together_seconds:8.1f}",
-            f"agreement     {agreement}",
-        ]
-        return "\n".join(lines)
+        template = open_templates("tracker.bench").get_template("generation.txt.j2")
+        return template.render(result=self)
 
 
 def run_generation_bench(
@@ -97,7 +84,7 @@ def run_generation_bench(
     for ablation in choose_ablations(ablations):
         progress.say(f"lm-eval: {ablation.name}")
         loop[ablation.name] = _run_lm_eval(engine, ablation, prompts, batch_size)
-    baseline, *changed = [duration for duration, _ in loop.values()]
+    timings = {name: duration for name, (duration, _) in loop.items()}
     columns = {ablation.name: column for column, ablation in enumerate(ablations)}
     pairs = [
         (document_texts[columns[name]][0].text, text)
@@ -114,9 +101,9 @@ def run_generation_bench(
         dtype=loaded.identity.dtype,
         together_seconds=seconds,
         tokens=sum(text.tokens or 0 for text in all_texts),
-        loop_seconds=baseline + (len(ablations) - 1) * statistics.mean(changed or [0.0]),
+        loop_seconds=extrapolate_seconds(timings, len(ablations)),
         batch_size=batch_size,
-        evaluations={name: duration for name, (duration, _) in loop.items()},
+        evaluations=timings,
         differences=sum(text != plain_text for text, plain_text in pairs),
         compared=len(pairs),
         machine=describe_machine(),

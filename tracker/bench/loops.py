@@ -10,7 +10,7 @@ import inspect
 import os
 import statistics
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -102,9 +102,7 @@ class Loop:
     ) -> LoopTiming:
         """Return the estimated time of all ablations, and compare the results with the engine's."""
         timings = {name: seconds for name, (seconds, _) in self.evaluations.items()}
-        baseline, *removed = timings.values()
-        # A model of one layer has nothing to remove.
-        total = baseline + (len(ablations) - 1) * statistics.mean(removed or [0.0])
+        total = extrapolate_seconds(timings, len(ablations))
         columns = {ablation.name: column for column, ablation in enumerate(ablations)}
         answers = [answer for _, answers in self.evaluations.values() for answer in answers]
         rows = (score.responses[columns[name]] for name in timings for score in scores)
@@ -118,6 +116,13 @@ class Loop:
             greedy_disagreements=sum(r.greedy != greedy for r, (_, greedy) in pairs),
             requests_compared=len(pairs),
         )
+
+
+def extrapolate_seconds(timings: Mapping[str, float], n_ablations: int) -> float:
+    """Estimate the seconds of all ablations from some; the first of `timings` is the baseline."""
+    baseline, *changed = timings.values()
+    # A model of one layer has nothing to remove.
+    return baseline + (n_ablations - 1) * statistics.mean(changed or [0.0])
 
 
 def time_call(function: Callable[[], T]) -> tuple[float, T]:
