@@ -13,7 +13,10 @@ import pytest
 
 import tracker
 from tests.helpers.runs import list_shards, read_outcomes, run_experiment, wait_for, write_arc
+from tests.helpers.trace_tasks import write_paired_tasks
+from tracker.benchmarks.generation import TextGenerator
 from tracker.ledger.blocks import BLOCK_SIZE
+from tracker.ledger.cache import Drafts, cache_folder, note_path
 from tracker.measuring.meter import Meter
 from tracker.schema.answers import statement
 
@@ -52,6 +55,33 @@ def test_a_killed_run_continues_and_ends_with_the_same_numbers(study, forked, tm
         read_outcomes(killed), read_outcomes(undisturbed), check_exact=True
     )
     assert not list(killed.glob("cells/*/shards/.*.tmp"))
+
+
+@pytest.mark.parametrize("benchmark", ["sampled", "traces:sampled"])
+def test_a_run_killed_between_texts_continues_with_them(
+    benchmark, tiny_llama, experiment, forked, spy, tmp_path
+):
+    settings = {"include_path": str(write_paired_tasks(tmp_path / "tasks")), "data": None}
+    file = experiment(tiny_llama(), benchmark=benchmark, layer=[1], limit=None, **settings)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    keys = spy(Drafts, "keep", lambda _, key, texts: key)
+    written = spy(TextGenerator, "generate_texts", lambda _, prompt, *others: prompt)
+    assert not run_experiment(file, whole).outcome.failed
+    drafts = [note_path(cache_folder(), "drafts", key) for key in keys]
+    n_written, written[:] = len(written), []
+    assert not any(path.exists() for path in drafts)
+
+    process = forked("run", file, "--results", killed, "--track", "none")
+    wait_for(lambda: process.is_over() or drafts[1].exists())
+    process.send_signal(signal.SIGKILL)
+    assert process.finish()[1] == -signal.SIGKILL, "it finished before it could be killed"
+    assert not list_shards(killed)
+    n_kept = sum(path.exists() for path in drafts)
+    assert 1 < n_kept < len(drafts)
+    assert not run_experiment(file, killed).outcome.failed
+    assert len(written) == n_written - n_kept
+    pd.testing.assert_frame_equal(read_outcomes(killed), read_outcomes(whole), check_exact=True)
+    assert not any(path.exists() for path in drafts)
 
 
 def test_what_is_stopped_in_a_block_of_very_many_ablations_keeps_its_portions(
