@@ -29,6 +29,7 @@ from tests.helpers.runs import (
     wait_for,
     write_arc,
 )
+from tests.helpers.trace_tasks import write_task
 from tracker.api import Results
 from tracker.benchmarks.factory import list_tasks
 from tracker.ledger.blocks import BLOCK_SIZE
@@ -103,7 +104,7 @@ def as_one_process(
 
     def check(
         do: Callable[[], None],
-        benchmarks: Sequence[str] = ("arc_easy", "piqa", "arc_challenge"),
+        benchmarks: Sequence[str] = ("arc_easy", "piqa", "traces:letters"),
         documents: int = BLOCK_SIZE + 4,
         until: str | None = None,
         **elsewhere: object,
@@ -112,8 +113,9 @@ def as_one_process(
         write_arc(Path("data"), documents + 4 * (until is None))
         unreadable = {"goal": "Which?", "sol1": "word " * 400, "sol2": "none", "label": 0}
         write_rows(Path("data/baber/piqa"), validation=[unreadable] * documents)
+        write_task(Path("tasks"), [f"Question {n}?" for n in range(documents)], "e" * documents)
         model, readable = f"./{tiny_llama().name}", [name for name in benchmarks if name != "piqa"]
-        options = {"data": "./data", "limit": None, "until": until}
+        options = {"data": "./data", "include_path": "./tasks", "limit": None, "until": until}
         options |= {"sample": documents if until is None else None}
         options |= {"component": ["layer", "head"], "head": 1}
         file = experiment(model, benchmark=[*benchmarks], **options)

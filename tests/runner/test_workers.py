@@ -54,8 +54,8 @@ def test_two_give_what_one_process_gives_also_where_one_is_killed(as_one_process
     results, heard = as_one_process(partial(kill_program, WORKER), workers=2)
     # Three cells of one model: each worker has loaded it once, and who came for the killed one.
     assert 1 <= results.outcome.models_loaded <= 3
-    # The intact model, four layers, four heads.
-    assert heard.n_expected == 2 * (BLOCK_SIZE + 4) * 3 * 9
+    # Three options, or a trace and its prompt; the intact model, four layers, four heads.
+    assert heard.n_expected == (BLOCK_SIZE + 4) * (3 + 2) * 9
     assert heard.lines.count("2 workers, 1 thread each") == 1
     assert heard.lines.count("loading tiny-llama") == 1
     (death,) = [line for line in heard.lines if "died" in line]
