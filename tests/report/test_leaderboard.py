@@ -25,6 +25,7 @@ from tracker.analysis.claims import decide_claims
 from tracker.analysis.comparable import benchmark_labels, comparison_key, row_labels
 from tracker.cli import main
 from tracker.ledger.cells import last_measured
+from tracker.report.charts.headline import headline_chart
 from tracker.report.export import build_boards
 from tracker.report.leaderboard import layer_board_table
 from tracker.report.page.sections import model_sections
@@ -153,6 +154,7 @@ def test_reports_name_the_metric_of_traces():
     assert "answer retention on arc_easy" in board_answer(board)
     headings = [heading.label for heading in overview_table([cell]).headings]
     assert "baseline answer retention with 95 % interval" in headings
+    assert "answer retention" in headline_chart(layer_board([cell]), "m").explanation
 
 
 def test_a_part_without_a_figure_has_no_rank_and_one_that_lacks_a_benchmark_no_row():
