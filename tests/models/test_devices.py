@@ -11,7 +11,6 @@ import torch
 import tracker
 from tracker.models import devices
 
-CPU = torch.device("cpu")
 ASKING = re.compile(r"torch\.(cuda|mps|xpu|npu|hpu|backends|accelerator|get_device_module)\b")
 
 
@@ -21,23 +20,6 @@ def test_no_other_module_asks_torch_about_devices():
     # A program of its own, which imports nothing of tracker.
     program = folder / "export" / "serving_process.py"
     assert modules == {folder / "models" / "devices.py", program}
-
-
-@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is an accelerator")
-def test_a_machine_without_accelerators():
-    assert devices.default_device() == CPU
-    assert devices.accelerators() == devices.visible_accelerators() == []
-    assert devices.visible_variable() == "CUDA_VISIBLE_DEVICES"
-    devices.synchronize()
-    devices.empty_cache()
-
-
-def test_the_processor_has_streams_that_do_nothing():
-    streams = devices.stream_module(CPU)
-    with streams.stream(streams.Stream(CPU)):
-        streams.current_stream(CPU).wait_event(streams.Stream(CPU).record_event())
-    assert not devices.can_pin(CPU)
-    assert devices.describe_device(CPU) == {"device": "cpu"}
 
 
 @pytest.mark.parametrize(

@@ -108,20 +108,17 @@ class TestPage:
         assert "<b>a" not in text
         assert "&lt;script&gt;" in text
 
-    def test_five_models_on_ten_benchmarks_stay_small(self, monkeypatch, tmp_path):
+    def test_three_models_on_six_benchmarks_stay_small(self, monkeypatch, tmp_path):
         monkeypatch.setattr("tests.report.conftest.LAYERS", 32)
         cells = [
             build_cell(benchmark, model=f"Llama-3.2-1B-Instruct-{letter}", seed=seed)
-            for seed, letter in enumerate("abcde")
-            for benchmark in (
-                "arc_challenge", "arc_easy", "boolq", "commonsense_qa", "hellaswag", "mmlu",
-                "openbookqa", "piqa", "social_iqa", "winogrande",
-            )
-        ]  # fmt: skip
+            for seed, letter in enumerate("abc")
+            for benchmark in ("arc_easy", "boolq", "hellaswag", "mmlu", "piqa", "winogrande")
+        ]
         record = decisions_record(build_decisions(cells[0], 100))
         decided = {cell.record_key: record for cell in cells}
         path = render_report(cells, {}, tmp_path / "report.html", decided)
-        assert path.stat().st_size < 8_000_000
+        assert path.stat().st_size < 4_500_000
 
 
 def test_cells_that_differ_in_documents_alone_have_links_of_their_own():

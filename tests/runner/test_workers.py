@@ -69,7 +69,7 @@ def test_two_give_what_one_process_gives_also_where_one_is_killed(as_one_process
 def test_one_that_cannot_start_says_why(monkeypatch, long, tmp_path):
     monkeypatch.setattr(processes, "_WORKER_TARGET", "tests.helpers.runs:NoDevice")
     heard = RecordingProgress()
-    results = run_experiment(long, tmp_path / "results", heard, workers=2)
+    results = run_experiment(long, tmp_path / "results", heard, workers=1)
     (reason,) = results.outcome.failed.values()
     assert reason == "no worker is left: exit code 1: no such device"
     assert "worker 1 cannot start: exit code 1: no such device" in heard.lines

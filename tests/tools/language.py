@@ -169,7 +169,7 @@ def breaches(root: Path = ROOT) -> Iterator[Breach]:
 
 def main(arguments: list[str]) -> int:
     """Print the breaches; return 1 if there are any."""
-    rows = [*breaches(), *chain.from_iterable(map(subject_breaches, arguments))]
+    rows = [*chain.from_iterable(map(subject_breaches, arguments)), *breaches()]
     for row in rows:
         print(f"{row.where}: {row.kind}: {' '.join(row.text.split())[:200]}")  # noqa: T201
     for kind, count in Counter(row.kind for row in rows).items():

@@ -46,11 +46,8 @@ def few(monkeypatch):
 @pytest.mark.parametrize(
     ("family", "name"),
     [
-        # Positions by the kind of layer, a window of other kinds of layers.
+        # Positions by the kind of layer; layers that are not one list.
         ("gemma3_text", "rope longrope"),
-        ("modernbert-decoder", "plain"),
-        # Other parts beside the text, layers that are not one list.
-        ("gemma3", "plain"),
         ("hrm_text", "plain"),
         ("blt", "plain"),
     ],

@@ -1,4 +1,4 @@
-"""A dozen made-up results folders, known by which layers matter; `make claims` takes 1,600."""
+"""Some made-up results folders, known by which layers matter; `make claims` takes 1,600."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from tests.tools.claims.reading import check_folders_of, named_layers_in
 def test_where_no_layer_matters_none_is_named(tmp_path: Path, documents: int) -> None:
     false_folders = [
         false_texts
-        for _, false_texts in check_folders_of(tmp_path, range(3), {}, documents)
+        for _, false_texts in check_folders_of(tmp_path, range(2), {}, documents)
         if any(false_texts.values())
     ]
-    # With 5 % in each folder, two of three have a probability of 0.7 %.
+    # With 5 % in each folder, both have a probability of 0.3 %.
     assert len(false_folders) < 2, false_folders
 
 
 def test_where_three_matter_these_are_named(tmp_path: Path) -> None:
     false_folders = []
-    for statements, false_texts in check_folders_of(tmp_path, range(3), THREE_LAYERS, 200):
+    for statements, false_texts in check_folders_of(tmp_path, range(2), THREE_LAYERS, 200):
         false_folders += [false_texts] if any(false_texts.values()) else []
         assert {*THREE_LAYERS} <= named_layers_in(statements["run"][0])
         assert {*THREE_LAYERS} <= set().union(*map(named_layers_in, statements["page"]))
@@ -38,7 +38,7 @@ def test_where_three_matter_these_are_named(tmp_path: Path) -> None:
 def test_studies_say_nothing_that_is_not_there(tmp_path: Path, costs: dict[int, float]) -> None:
     false_folders = []
     for statements, false_texts in check_folders_of(
-        tmp_path, range(2), costs, 60, studies=True, pages=False
+        tmp_path, range(1), costs, 60, studies=True, pages=False
     ):
         false_folders += [false_texts["studies"]] if false_texts["studies"] else []
         # What accuracy spares is told from what takes a layer that matters, and from nothing else.
@@ -49,4 +49,4 @@ def test_studies_say_nothing_that_is_not_there(tmp_path: Path, costs: dict[int, 
         assert any(
             "may be any of them" in statement for statement in statements["studies"]
         ) != bool(costs)
-    assert len(false_folders) < 2, false_folders
+    assert not false_folders
