@@ -12,8 +12,8 @@ from tracker.analysis.decisions import Decisions, decisions_record, derive_decis
 from tracker.ledger.blocks import Block
 from tracker.ledger.cells import CellStore
 from tracker.ledger.texts import text_row
-from tracker.schema.decision_records import DecisionsRecord
 from tracker.schema.documents import Document, DocumentText
+from tracker.schema.records import DecisionsRecord
 from tracker.schema.views import View
 
 LAYERS = 4

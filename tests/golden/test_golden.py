@@ -36,7 +36,7 @@ from tracker import api
 from tracker.cli.printing import print_finding, print_results
 from tracker.ledger.store import Ledger
 from tracker.schema.distribution import __version__
-from tracker.tracking.isolated import Isolated
+from tracker.tracking.base import Isolated
 from tracker.tracking.runs import RunSelection
 
 FOLDERS = Path(__file__).with_name("folders")

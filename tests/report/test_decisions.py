@@ -20,7 +20,7 @@ from tracker.report.frames import document_frame
 from tracker.report.page import sections as shown
 from tracker.report.page.html import render_page, render_report
 from tracker.report.page.sections import DOCUMENT_BUDGET, decision_table, pack_documents
-from tracker.schema.decision_records import DecisionsRecord
+from tracker.schema.records import DecisionsRecord
 
 from .conftest import build_cell, build_decisions
 from .visit import PageVisit

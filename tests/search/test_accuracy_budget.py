@@ -27,8 +27,8 @@ from tracker.schema.identities import BenchmarkIdentity
 from tracker.schema.prune_records import HeldOutResult, PruneStep
 from tracker.search import report
 from tracker.search.accuracy_budget import AccuracyBudget
+from tracker.search.conduct import end_within_budget, recommend_within
 from tracker.search.planning import plan_searches, possible_results
-from tracker.search.recommending import end_within_budget, recommend_within
 from tracker.search.search import find_budget, run_search
 
 from .conftest import LAYERS, Truth, open_documents, stored_searches

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from tests.conftest import cli, golden, printed, refused
 from tests.helpers.own_tasks import write_pair
 from tracker import api
-from tracker.cli.pruning import export as exporting
+from tracker.cli.studying import export as exporting
 from tracker.export import checkpoint
 from tracker.export.changes import count_choosing, find_removal, removal, removal_by_search
 from tracker.ledger.store import Ledger, write_search

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 from tracker import api
-from tracker.cli.pruning import export as exporting
+from tracker.cli.studying import export as exporting
 from tracker.export.changes import count_choosing, find_repetition
 from tracker.ledger.outcomes import METRIC_PREFIX
 from tracker.ledger.store import Ledger

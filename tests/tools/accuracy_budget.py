@@ -24,7 +24,7 @@ from tracker.cli.terminal import echo
 from tracker.schema.estimates import Estimate
 from tracker.schema.prune_records import HeldOutResult, PruneStep
 from tracker.search.accuracy_budget import AccuracyBudget
-from tracker.search.recommending import recommend_within
+from tracker.search.conduct import recommend_within
 from tracker.stats.accuracy import accuracy_drop, budget_excess
 
 SEARCHES = 200

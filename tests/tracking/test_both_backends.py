@@ -114,7 +114,7 @@ def test_a_trial_continues_after_a_killed_one(client, double, tiny_llama, monkey
 @pytest.fixture
 def really_started(monkeypatch) -> None:
     """As users' processes are; those of other tests are forks."""
-    monkeypatch.setattr("tracker.tracking.isolated.subprocess", subprocess)
+    monkeypatch.setattr("tracker.tracking.base.subprocess", subprocess)
 
 
 @pytest.mark.usefixtures("really_started")

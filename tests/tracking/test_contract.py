@@ -21,6 +21,7 @@ from tracker.schema.estimates import Estimate
 from tracker.schema.identities import Half
 from tracker.schema.records import CellRecord
 from tracker.tracking import backends, open_backend, service, target
+from tracker.tracking.base import Isolated
 from tracker.tracking.figures import (
     LoggedTable,
     cell_figures,
@@ -29,7 +30,6 @@ from tracker.tracking.figures import (
     run_metrics,
 )
 from tracker.tracking.identity import cell_run_name, group_name, run_key, run_name
-from tracker.tracking.isolated import Isolated
 from tracker.tracking.mlflow.writing import DIGEST_TAG
 from tracker.tracking.runs import describe_cell, describe_run
 

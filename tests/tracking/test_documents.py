@@ -14,7 +14,7 @@ from tracker import api
 from tracker.ledger.store import Ledger
 from tracker.measuring.derive import read_decisions
 from tracker.measuring.progress import Silent
-from tracker.schema.decision_records import PRIVATE_TEXTS
+from tracker.schema.records import PRIVATE_TEXTS
 from tracker.team.collect import collect_cells
 from tracker.team.publish import PUBLIC_TEXTS_NOTE, REQUESTED_TEXTS_NOTE
 from tracker.tracking.figures import logged_documents

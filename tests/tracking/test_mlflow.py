@@ -18,10 +18,9 @@ from tests.helpers.mlflow_store import PROJECT, MlflowStoreReader, publish_cell
 from tracker.schema.errors import TrackingError
 from tracker.schema.records import CellRecord
 from tracker.schema.text import mask_secrets
-from tracker.tracking.base import Page
+from tracker.tracking.base import Isolated, Page
 from tracker.tracking.figures import intact_metrics, run_metrics
 from tracker.tracking.identity import content_digest
-from tracker.tracking.isolated import Isolated
 from tracker.tracking.mlflow.backend import MlflowBackend
 
 from .conftest import cell_record, file_contents, sqlite_uri

@@ -20,14 +20,14 @@ from tracker.ledger.cells import CellStore
 from tracker.ledger.outcomes import METRIC_PREFIX, REPEATED_COLUMN
 from tracker.ledger.texts import StoredText
 from tracker.schema.changes import INTACT, WHOLE_LAYER, Ablation, Change
-from tracker.schema.decision_records import (
+from tracker.schema.documents import DocumentText
+from tracker.schema.identities import CUT_OFF
+from tracker.schema.records import (
     DecidedDocument,
     DecisionsRecord,
     RunDecisions,
     ShownDocument,
 )
-from tracker.schema.documents import DocumentText
-from tracker.schema.identities import CUT_OFF
 from tracker.schema.views import View
 from tracker.stats.arrays import Array
 from tracker.stats.decisions import (

@@ -3,6 +3,5 @@
 Modules:
     compare: Time the engine and lm-eval's evaluation loops on the same documents.
     doctor: Check that an installation computes the right numbers on a device.
-    generation: Compare generation under all ablations at once with lm-eval's.
     loops: Evaluate all documents once per ablation, with lm-eval's own models.
 """

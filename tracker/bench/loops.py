@@ -176,7 +176,7 @@ def _identity_forward(forward: Callable[..., Any]) -> Callable[..., Any]:
     """Build a replacement for a layer's `forward` that changes nothing."""
     signature = inspect.signature(forward)
 
-    def identity(*args: Any, **kwargs: Any) -> Any:
+    def identity(*args: object, **kwargs: object) -> Any:
         arguments = signature.bind(*args, **kwargs).arguments
         hidden = arguments["hidden_states"]
         if "residual" not in signature.parameters:

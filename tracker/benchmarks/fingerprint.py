@@ -68,7 +68,7 @@ def metric_names(task: ConfigurableTask) -> dict[str, str]:
     return {filtered_metric(metric, name): metric for name, metric in pairs}
 
 
-def _stable_value(value: Any) -> Any:
+def _stable_value(value: object) -> Any:
     """Replace functions in a nested value by their names and the content of their files."""
     if isinstance(value, dict):
         return {name: _stable_value(item) for name, item in value.items()}

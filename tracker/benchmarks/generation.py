@@ -248,7 +248,7 @@ class _RowCriterion(StoppingCriteria):  # type: ignore[misc]
         rows, tokens = context.shape
         self._criteria = stop_sequences_criteria(tokenizer, stop, tokens, rows)
 
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: object) -> Tensor:
         for criterion in self._criteria:
             criterion(input_ids, scores)
         rows = zip(*(criterion.done_tracker for criterion in self._criteria), strict=True)

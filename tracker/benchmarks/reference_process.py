@@ -103,7 +103,7 @@ def _limit_documents(lm: LM, documents_by_task: dict[str, list[int]]) -> None:
     blanks = {"loglikelihood": (0.0, False), "loglikelihood_rolling": 0.0, "generate_until": ""}
 
     def answer_scored(
-        method: Callable[..., Any], blank: object, requests: list[Instance], **settings: Any
+        method: Callable[..., Any], blank: object, requests: list[Instance], **settings: object
     ) -> list[Any]:
         is_scored = [request.doc_id in scored[request.task_name] for request in requests]
         answers = iter(method(list(compress(requests, is_scored)), **settings))

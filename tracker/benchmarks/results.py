@@ -213,7 +213,7 @@ class _PreparedTask:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._task, name)
 
-    def build_all_requests(self, **settings: Any) -> None:
+    def build_all_requests(self, **settings: object) -> None:
         """Copy the prepared requests, and renumber their documents from 0."""
         self._task._instances = [
             replace(i, metadata=(i.task_name, position, i.repeats), resps=[], filtered_resps={})

@@ -12,7 +12,7 @@ from lm_eval.api.registry import get_filter
 from tracker.benchmarks.base import MetricValue
 from tracker.schema.errors import BenchmarkError
 from tracker.schema.identities import CUT_OFF, TaskIdentity
-from tracker.stats.samples import expected_best, majority_value
+from tracker.stats.accuracy import expected_best, majority_value
 
 NOISE = "gumbel-1"
 """Version of the random numbers of sampled texts; part of a cell's key."""
@@ -115,7 +115,7 @@ def _variant(metric: str, suffix: str) -> str:
     return f"{name}{suffix}{comma}{filter_name}"
 
 
-def _hashable(answer: Any) -> Hashable:
+def _hashable(answer: object) -> Hashable:
     """Return the answer that a filter extracts, which may be a list, in a form to count."""
     return answer if isinstance(answer, str) else repr(answer)
 

@@ -547,7 +547,7 @@ def _first_answer(task: ConfigurableTask, doc: Mapping[str, Any]) -> str:
     return f"{task.config.target_delimiter}{_first_text(target)}"
 
 
-def _first_text(value: Any) -> str:
+def _first_text(value: object) -> str:
     """Return a value, or the first value of a nested list, as text."""
     while isinstance(value, list | tuple):
         value = value[0] if value else ""

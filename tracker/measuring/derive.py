@@ -13,10 +13,9 @@ from tracker.ledger.cells import CellStore
 from tracker.ledger.shards import divergence_files
 from tracker.ledger.store import Contents
 from tracker.ledger.views import RequestedView
-from tracker.schema.decision_records import DecisionsRecord
 from tracker.schema.errors import TrackerError
 from tracker.schema.provenance import content_hash, file_hash
-from tracker.schema.records import AnswerRecord, CellRecord
+from tracker.schema.records import AnswerRecord, CellRecord, DecisionsRecord
 from tracker.schema.views import View
 
 

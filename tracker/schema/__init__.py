@@ -5,7 +5,6 @@ Modules:
     api_package: Make a package callable as the API function with the same name.
     changes: Define changes of a model, and sets of changes.
     config: Define the settings and the request for one model on one benchmark.
-    decision_records: Define records of the documents on which a run scores worse or better.
     distribution: Define the package's name, version and installation commands.
     documents: Define tokenised documents and the responses to them.
     errors: Define the errors that tracker raises.

@@ -164,7 +164,7 @@ def _check_contents(raw: Any, name: str, kind: FileKind[SweepType]) -> SweepType
     return file
 
 
-def _check_shape(raw: Any, name: str, kind: FileKind[SweepType]) -> None:
+def _check_shape(raw: object, name: str, kind: FileKind[SweepType]) -> None:
     """Raise ExperimentError if the contents are not a mapping or have keys at the wrong level."""
     if not isinstance(raw, dict):
         raise ExperimentError(f"{name} contains no mapping; expected e.g. 'method: grid'")

@@ -100,7 +100,7 @@ Count = Annotated[int, Field(ge=0)]
 Times = Annotated[int, Field(ge=2)]
 
 
-def _sort_layers(value: Any) -> Any:
+def _sort_layers(value: object) -> Any:
     """Check and sort a list of layer numbers from YAML or JSON; return a tuple."""
     if not isinstance(value, list | tuple):
         raise ValueError(f"expected lists of layers, e.g. [3, 17], not {short_text(value)}")
@@ -126,7 +126,7 @@ def parse_layer_range(text: str) -> range | None:
     return range(first, last + 1)
 
 
-def as_tuple(value: Any) -> Any:
+def as_tuple(value: object) -> Any:
     """Convert a name or a list of names to a tuple; also parse a list written as text."""
     if isinstance(value, str) and value.startswith("["):
         with suppress(ValueError):
@@ -135,7 +135,7 @@ def as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _sort_budgets(value: Any) -> Any:
+def _sort_budgets(value: object) -> Any:
     """Convert a number, a list of numbers or text such as `64,128` to a sorted tuple."""
     if isinstance(value, str):
         value = [int(part) if part.strip().isdecimal() else part for part in value.split(",")]

@@ -3,10 +3,9 @@
 Modules:
     accuracy_budget: Define the largest acceptable loss, and test if a loss is within it.
     cells: Measure a model under the removals that a search tries.
-    conduct: Run the searches of a file, and store and publish their results.
+    conduct: Run the searches of a file, recommend a model, and store and publish the results.
     formats: Choose number formats for the weights of linear maps within a budget of bits.
     planning: Simulate a search with random scores to predict its possible results and its cost.
-    recommending: Recommend the lightest model within a budget of accuracy.
     report: Compare the results of searches in sentences, tables and charts.
     request: Read search requests from an experiment file or from command-line options.
     scores: Measure the loss of sets of removed parts on calibration documents.

@@ -51,7 +51,7 @@ _SETTINGS: TypeAdapter[str] = TypeAdapter(JsonArguments)
 _RATIO = re.compile(r"(\d+)(?: of (\d+))?", re.ASCII)
 
 
-def _parse_layers(layers: Any) -> tuple[int | str, ...]:
+def _parse_layers(layers: object) -> tuple[int | str, ...]:
     """Parse a setting that names layers, from YAML, W&B or the command line."""
     text = layers.strip() if isinstance(layers, str) else ""
     if text[:1] in ("[", "(", "{"):
@@ -85,7 +85,7 @@ def _parse_mapping(mapping: dict[Any, Any]) -> Any:
     raise ValueError(f"invalid layers {short_text(mapping)}; expected e.g. {LAYER_FORMS}")
 
 
-def _parse_layer(value: Any) -> Iterator[int | str]:
+def _parse_layer(value: object) -> Iterator[int | str]:
     """Yield the layers of one entry of the setting, such as `3`, `3-7` or `last`."""
     text = str(value).strip()
     layers = fields.parse_layer_range(text)
@@ -96,7 +96,7 @@ def _parse_layer(value: Any) -> Iterator[int | str]:
     yield from [text] if layers is None else layers
 
 
-def _parse_minimums(value: Any) -> str:
+def _parse_minimums(value: object) -> str:
     """Parse minimums per kind of layer, e.g. `{full_attention: 1 of 4}`; return sorted JSON."""
     expected = f"expected e.g. {MINIMUM_FORMS}"
     try:

@@ -27,13 +27,12 @@ from tracker.ledger.views import CellIdentity, folder_name
 from tracker.measuring.derive import derive_record, read_decisions
 from tracker.measuring.progress import Progress
 from tracker.report.dataset import RECORDS_FILE, read_dataset
-from tracker.schema.decision_records import DecisionsRecord
 from tracker.schema.distribution import format_problem
 from tracker.schema.errors import TrackerError, TrackingError
 from tracker.schema.findings import FindingRecord
 from tracker.schema.grouping import group_by
 from tracker.schema.provenance import content_hash
-from tracker.schema.records import CellRecord, RecordKey
+from tracker.schema.records import CellRecord, DecisionsRecord, RecordKey
 from tracker.schema.text import mask_secrets
 from tracker.schema.views import View
 from tracker.tracking import open_backend, service, target

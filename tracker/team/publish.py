@@ -22,11 +22,10 @@ from tracker.measuring.derive import derive_record, derive_records, read_decisio
 from tracker.report.charts.cells import cell_charts
 from tracker.report.wording import cell_answer
 from tracker.schema.changes import Change
-from tracker.schema.decision_records import PRIVATE_TEXTS
 from tracker.schema.errors import TrackerError, TrackingError, WorkError
 from tracker.schema.formats import count_text
 from tracker.schema.provenance import content_hash
-from tracker.schema.records import INTACT_VIEW, CellRecord
+from tracker.schema.records import INTACT_VIEW, PRIVATE_TEXTS, CellRecord
 from tracker.schema.text import mask_secrets
 from tracker.team.live import LiveUpdater
 from tracker.tracking import target as parse_target

@@ -23,9 +23,8 @@ from tracker.report.frames import document_frames
 from tracker.report.page.html import render_report
 from tracker.report.page.studies import exclude_search_cells
 from tracker.report.wording import model_answer, rule, summary
-from tracker.schema.decision_records import PRIVATE_TEXTS, DecisionsRecord
 from tracker.schema.errors import RequestError, TrackerError
-from tracker.schema.records import CellRecord, RecordKey
+from tracker.schema.records import PRIVATE_TEXTS, CellRecord, DecisionsRecord, RecordKey
 from tracker.schema.text import escape_markdown, mask_secrets
 from tracker.team.collect import CollectedCells
 from tracker.tracking import open_backend, target

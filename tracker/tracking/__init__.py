@@ -9,10 +9,9 @@ Modules:
     mlflow: Write to MLflow.
     trackio: Write to Trackio.
     wandb: Write to Weights & Biases.
-    base: Define the interface of a backend, and check the files that a server sends.
+    base: Define the interface of a backend, call SDKs in separate processes, and check files.
     figures: Convert records to metrics, curves and tables.
     identity: Compute the keys, names and digests of runs.
-    isolated: Call a backend's SDK in a separate process.
     runs: Describe the runs to publish for a model and benchmark, in a form for all backends.
 """
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import subprocess
 import textwrap
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -21,16 +22,47 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 from typing_extensions import override
 
 from tracker.ledger.files import lock_file
-from tracker.schema.errors import RequestError, TrackingError
+from tracker.schema.errors import RequestError, TrackerError, TrackingError
 from tracker.schema.records import CellRecord
+from tracker.schema.remote import ProcessEndedError, RemoteError, RemoteObject
 from tracker.schema.text import mask_secrets
 from tracker.tracking.figures import LoggedTable
 from tracker.tracking.identity import files_digest
-from tracker.tracking.isolated import Isolated
 from tracker.tracking.runs import DescribedRun, RunSelection, describe_runs
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
+
+
+class Isolated(RemoteObject):
+    """Proxy for an object in a separate process, which ends after a failed call.
+
+    Args:
+        name: Name of the object in error messages.
+        kind: Class of the object, as `MODULE:CLASS`.
+        *arguments: Arguments for the constructor of the class.
+        removed_variables: Names of environment variables to unset in the separate process.
+        added_variables: Additional environment variables of the separate process.
+    """
+
+    @override
+    def _call(self, method: str, *arguments: object) -> Any:
+        try:
+            return super()._call(method, *arguments)
+        except ProcessEndedError as error:
+            reason = f"the process of {self.name} has ended ({error})"
+            raise TrackingError(reason) from None
+        except TrackerError as error:
+            self.close()
+            raise TrackingError(str(error)) if isinstance(error, RemoteError) else error from None
+
+    @override
+    def _popen(
+        self, command: Sequence[str], environment: Mapping[str, str]
+    ) -> subprocess.Popen[bytes]:
+        pipe = subprocess.PIPE
+        return subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe)
+
 
 RunStatus = Literal["finished", "failed", "killed"]
 PROGRESS = "progress/"

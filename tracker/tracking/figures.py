@@ -9,11 +9,16 @@ from dataclasses import dataclass
 from tracker.schema import run_table
 from tracker.schema.answers import interval_name, statement
 from tracker.schema.changes import Change
-from tracker.schema.decision_records import DecisionsRecord
 from tracker.schema.formats import is_finite
 from tracker.schema.kinds import KIND_STYLES
 from tracker.schema.proxies import PROXY_FIGURES
-from tracker.schema.records import AnswerRecord, CellRecord, CorrelationRecord, RunRecord
+from tracker.schema.records import (
+    AnswerRecord,
+    CellRecord,
+    CorrelationRecord,
+    DecisionsRecord,
+    RunRecord,
+)
 from tracker.schema.tables import Table, build_table
 
 CURVES = (

@@ -183,7 +183,9 @@ def perturb_embeddings(model: PreTrainedModel, seed: int) -> Iterator[None]:
     """Add noise to a model's token embeddings in a `with` block, to simulate rounding errors."""
     generator = torch.Generator().manual_seed(seed)
 
-    def add_noise(module: Any, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+    def add_noise(
+        module: torch.nn.Module, args: tuple[Any, ...], output: torch.Tensor
+    ) -> torch.Tensor:
         noise = torch.randn(output.shape, generator=generator).to(output)
         # A model in float64 computes parts of itself in float32 too.
         eps = max(torch.finfo(output.dtype).eps, torch.finfo(torch.float32).eps)
@@ -324,7 +326,7 @@ def keeps_state(model: PreTrainedModel) -> bool:
     )
 
 
-def _tensor_shapes(output: Any) -> Iterator[torch.Size]:
+def _tensor_shapes(output: object) -> Iterator[torch.Size]:
     """Yield the shape of each tensor in a model's output (e.g. in its cache), except the logits."""
     if isinstance(output, Tensor):
         yield output.shape

@@ -18,13 +18,12 @@ from tracker.report.charts.style import align_runs, run_hover
 from tracker.report.wording import WORDS
 from tracker.schema import formats
 from tracker.schema.changes import WHOLE_LAYER, Change
-from tracker.schema.decision_records import DecisionsRecord
 from tracker.schema.estimates import Estimate
 from tracker.schema.formats import count_text, two_digits
 from tracker.schema.grouping import group_by
 from tracker.schema.kinds import KIND_STYLES
 from tracker.schema.proxies import PROXIES
-from tracker.schema.records import CellRecord, RunRecord, first_layers
+from tracker.schema.records import CellRecord, DecisionsRecord, RunRecord, first_layers
 from tracker.stats.accuracy import RATIO_SCALES
 from tracker.stats.arrays import Array
 from tracker.stats.decisions import cluster_order, phi

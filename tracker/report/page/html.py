@@ -24,12 +24,11 @@ from tracker.report.page import sections
 from tracker.report.page.sections import decision_table, pack_documents
 from tracker.report.page.studies import exclude_search_cells, study_sections
 from tracker.schema import answers, run_table
-from tracker.schema.decision_records import DecisionsRecord
 from tracker.schema.findings import FindingRecord
 from tracker.schema.formats import metric_format
 from tracker.schema.kinds import REPLACEMENT_WORDS
 from tracker.schema.proxies import OBSERVED, PART_PROXIES
-from tracker.schema.records import CellRecord, RecordKey
+from tracker.schema.records import CellRecord, DecisionsRecord, RecordKey
 from tracker.schema.tables import Table, entry_text, heading_text
 from tracker.schema.text import mask_secrets, replace_controls
 from tracker.schema.text_templates import open_templates

@@ -46,9 +46,14 @@ from tracker.report.leaderboard import (
 )
 from tracker.report.wording import model_answer
 from tracker.schema.changes import WHOLE_LAYER
-from tracker.schema.decision_records import DecidedDocument, DecisionsRecord, RunDecisions
 from tracker.schema.formats import DASH, count_text, points
-from tracker.schema.records import CellRecord, RecordKey
+from tracker.schema.records import (
+    CellRecord,
+    DecidedDocument,
+    DecisionsRecord,
+    RecordKey,
+    RunDecisions,
+)
 from tracker.schema.run_table import CellRun, distinguishing_columns, pick_columns, run_columns
 from tracker.schema.tables import Column, ColumnValue, Table, build_table
 from tracker.schema.text import capitalise

@@ -30,14 +30,18 @@ from tracker.schema.errors import TrackingError
 from tracker.schema.records import CellRecord
 from tracker.tracking.base import Backend, Page, RemoteCell, SavedModel, check_files, check_sizes
 from tracker.tracking.runs import DescribedRun, artifact_name, move_runs
-from tracker.tracking.wandb.session import finish_run, is_offline, log_in, start_run, wandb_session
 from tracker.tracking.wandb.writing import (
     WANDB_FORMAT,
     cell_group,
+    finish_run,
+    is_offline,
     log_files,
+    log_in,
     model_artifact_name,
     run_id,
     run_labels,
+    start_run,
+    wandb_session,
     wandb_table,
     write_run,
 )

@@ -31,8 +31,15 @@ from tracker.tracking.base import (
 from tracker.tracking.identity import run_name
 from tracker.tracking.runs import DescribedRun, describe_cell, describe_run
 from tracker.tracking.wandb.backend import WandbBackend
-from tracker.tracking.wandb.session import finish_run, is_offline, log_in, start_run, wandb_session
-from tracker.tracking.wandb.writing import run_labels, write_run
+from tracker.tracking.wandb.writing import (
+    finish_run,
+    is_offline,
+    log_in,
+    run_labels,
+    start_run,
+    wandb_session,
+    write_run,
+)
 
 EXIT_CODES: dict[RunStatus, int] = {"finished": 0, "failed": 1, "killed": 255}
 """Exit code by final status, as in W&B's own hooks; W&B displays 255 as killed."""
