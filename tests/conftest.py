@@ -60,7 +60,7 @@ UNIT = {
     *("test_ablations.py", "test_choose.py", "test_config.py", "test_extent.py"),
     *("test_layer_kinds.py", "test_masks.py", "test_names.py", "test_probe_texts.py"),
     *("test_questions.py", "test_refusal.py", "test_rows.py", "test_schema.py", "test_slices.py"),
-    *("test_budgets.py", "test_rescoring.py"),
+    *("test_budgets.py", "test_recommending.py", "test_rescoring.py"),
 }
 """Folders and files of tests that load no model and start no program: `pytest -m unit`."""
 SIMULATING = {
