@@ -10,6 +10,7 @@ import torch
 from tests.helpers.ablations import single_layers
 from tests.helpers.engines import (
     MAX_LENGTH,
+    StoredVerdict,
     VerdictMemory,
     engine_of,
     make_document,
@@ -24,7 +25,6 @@ from tracker.engine.scoring.sweep import Engine
 from tracker.engine.selfcheck import check as module
 from tracker.engine.selfcheck import reference
 from tracker.engine.selfcheck.check import (
-    VERDICT,
     check_sharing,
     confirm,
     confirmation_rounds,
@@ -78,7 +78,15 @@ def shallow():
     return tiny_model("llama", num_hidden_layers=2)
 
 
-def test_a_verdict_is_kept_and_a_damaged_one_is_made_again(spy):
+@pytest.fixture
+def known_architecture(monkeypatch):
+    """Take every architecture as checked; its check is the matter of `test_miniature_check`."""
+    verdict = SharingVerdict(FULL, None, 1e-6, 100, lengths=((("sliding_window",), True),))
+    monkeypatch.setattr(module, "check_miniature", lambda *_: verdict)
+    monkeypatch.setattr(module, "check_longer_texts", lambda *_: verdict)
+
+
+def test_a_verdict_is_kept_and_a_damaged_one_is_made_again(known_architecture, spy):
     documents, store, engine = make_documents(3), VerdictMemory(), engine_of(shallow())
     ablations = single_layers((0, 1))
     first_result = check_sharing(engine, documents, ablations, store)
@@ -100,7 +108,7 @@ def test_a_verdict_is_kept_and_a_damaged_one_is_made_again(spy):
 
 
 @pytest.fixture
-def times_asked(spy):
+def times_asked(known_architecture, spy):
     """Check a cell; return how often its model itself was asked."""
     verdicts, calls = VerdictMemory(), spy(module, "confirm", lambda *_: True)
 
@@ -153,14 +161,6 @@ def test_a_model_that_shared_less_is_asked_again(times_asked):
     model = tiny_model("llama")
     when_masked(model, fail)
     assert [times_asked(engine_of(model)) for _ in range(2)] == [3, 3]
-
-
-class StoredVerdict(VerdictMemory):
-    """Recalls one verdict, whatever was checked: what follows from it is under test."""
-
-    def __init__(self, *verdict, **more):
-        verdict = SharingVerdict(*(verdict or (FULL,)), **{"compared": 100, **more})
-        self.recall = lambda key: VERDICT.dump_json(verdict).decode()
 
 
 def checked(model, verdict=None):

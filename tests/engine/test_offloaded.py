@@ -12,7 +12,7 @@ import torch
 from tests.helpers.ablations import single_layers
 from tests.helpers.engines import (
     MAX_LENGTH,
-    VerdictMemory,
+    StoredVerdict,
     assert_same_scores,
     make_documents,
     save_model,
@@ -33,8 +33,6 @@ from tracker.schema.errors import CellError
 
 ABLATIONS = [*single_layers((0, 1, 2, 3)), Ablation.parse("layers:1,2")]
 pytestmark = pytest.mark.usefixtures("one_thread")
-VERDICTS = VerdictMemory()
-"""Of architectures: whoever keeps them knows nothing of where weights rest."""
 SOME_FAMILIES = ("llama", "gemma3", "gpt2", "mixtral", "bloom")
 
 
@@ -76,9 +74,9 @@ def test_weights_come_past_once_for_a_check_and_once_for_a_block(both):
     resident, offloaded = both("llama")
     documents = make_documents(6)
     weights = offloaded.loaded.offloaded
-    engine = check_sharing(resident, documents, ABLATIONS, VERDICTS).engine
+    engine = check_sharing(resident, documents, ABLATIONS, StoredVerdict()).engine
     expected = engine.score(documents, ABLATIONS)
-    result = check_sharing(offloaded, documents, ABLATIONS, VERDICTS)
+    result = check_sharing(offloaded, documents, ABLATIONS, StoredVerdict())
     assert result.engine.sharing == FULL
     assert set(weights.load_counts.values()) == {2}
     scores = result.engine.score(documents, ABLATIONS)
@@ -122,7 +120,7 @@ def test_experts_are_observed_beside_a_sweep(both):
 def check_and_score(engines, ablations):
     """Check each engine and score some documents with what it shares."""
     documents = make_documents(4)
-    checks = [check_sharing(engine, documents, ablations, VERDICTS) for engine in engines]
+    checks = [check_sharing(engine, documents, ablations, StoredVerdict()) for engine in engines]
     return [(result, result.engine.score(documents, ablations)) for result in checks]
 
 

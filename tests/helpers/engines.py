@@ -22,6 +22,8 @@ from tests.helpers.stored_cells import model_identity
 from tests.helpers.truth import pruned_copy, skip_layer
 from tracker.engine.scoring.model import FULL, Sharing
 from tracker.engine.scoring.sweep import Engine
+from tracker.engine.selfcheck.check import VERDICT
+from tracker.engine.selfcheck.reference import SharingVerdict
 from tracker.models.layers import find_layers
 from tracker.models.load import LoadedModel
 from tracker.models.sources import ModelSource, find_model
@@ -86,6 +88,14 @@ class VerdictMemory(dict[str, str]):
 
     recall = dict.get
     keep = dict.__setitem__
+
+
+class StoredVerdict(VerdictMemory):
+    """Recalls one verdict on every architecture, so that only the model itself is checked."""
+
+    def __init__(self, *verdict: Any, **more: Any) -> None:
+        verdict = SharingVerdict(*(verdict or (FULL,)), **{"compared": 100, **more})
+        self.recall = lambda key: VERDICT.dump_json(verdict).decode()
 
 
 def assert_same_scores(scores, other_scores):
