@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import pytest
@@ -113,20 +114,29 @@ def truth_options(family: str) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("family", ROTARY)
 class TestRotaryFactorsThatDependOnTheCall:
     """They are chosen by the largest position of the call, so that sharing mixes two of them."""
 
-    @pytest.mark.parametrize("case", BY_LENGTH)
+    @pytest.mark.parametrize(
+        ("family", "case"),
+        [
+            *product(["phi3"], BY_LENGTH),
+            *product(["dynamic"], ["short_beside_long", "one_after_another"]),
+            ("llama", "prefix_below"),
+            ("minicpm3", "at_the_boundary"),
+        ],
+    )
     def test_whatever_stands_beside_a_request(self, family, case):
         documents = BY_LENGTH[case](DocumentGenerator(1))
         measure_cell(ROTARY[family](), documents, (1,), **truth_options(family))
 
+    @pytest.mark.parametrize("family", ["phi3", "dynamic"])
     def test_in_blocks_that_share_a_beginning(self, family):
         """The kept beginning is short, and a later block is long."""
         documents = BY_LENGTH["prefix_below"](DocumentGenerator(1))
         measure_cell(ROTARY[family](), documents, (1,), block=2, **truth_options(family))
 
+    @pytest.mark.parametrize("family", ["phi3", "dynamic"])
     def test_in_blocks_that_share_less_and_less(self, family):
         """The kept beginning was read beyond the threshold, and a later block needs less of it."""
         draw = DocumentGenerator(1)
