@@ -21,6 +21,7 @@ import pytest
 from click.testing import CliRunner, Result
 from hypothesis import settings
 
+from tests.helpers.checks import take_llamas_as_checked
 from tests.helpers.forks import ForkedTrackers
 from tests.helpers.gemma import gemma_file
 from tracker.cli.boundary import COLLECTION_THRESHOLD
@@ -224,34 +225,10 @@ def _cache(tmp_path_factory) -> Iterator[None]:
 
 @pytest.fixture(scope="module", autouse=True)
 def _checked_llamas(request) -> Iterator[None]:
-    """Take Llamas as checked on a miniature, which takes two seconds for each set of ablations.
-
-    `CHECKING` are the tests that prove it. Models are still compared with really pruned ones.
-    """
-    if {request.path.parent.name, request.path.name} & (UNIT | CHECKING):
-        yield
-        return
-    from tracker.engine.scoring.model import FULL
-    from tracker.engine.selfcheck import check
-    from tracker.engine.selfcheck.reference import SharingVerdict
-
-    def skip_llamas(name: str) -> None:
-        original = getattr(check, name)
-
-        @functools.wraps(original)
-        def judge(engine: Any, *rest: Any) -> Any:
-            model = engine.loaded.model
-            rope = getattr(model.config, "rope_parameters", None) or {}
-            is_plain = rope.get("rope_type", "default") == "default"
-            if type(model).__name__ == "LlamaForCausalLM" and is_plain:
-                return SharingVerdict(FULL, difference=1e-5, compared=400)
-            return original(engine, *rest)
-
-        patch.setattr(check, name, judge)
-
+    """Take Llamas as checked on a miniature, except in the tests that prove it."""
     with pytest.MonkeyPatch.context() as patch:
-        skip_llamas("check_miniature")
-        skip_llamas("check_longer_texts")
+        if not {request.path.parent.name, request.path.name} & (UNIT | CHECKING):
+            take_llamas_as_checked(patch.setattr)
         yield
 
 

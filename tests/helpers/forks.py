@@ -140,16 +140,19 @@ class ForkServer:
 
 @contextmanager
 def forked_commands(
-    folder: Path, environment: Mapping[str, str] | None = None
+    folder: Path, environment: Mapping[str, str] | None = None, first: str = ""
 ) -> Iterator[Callable[..., ForkedProgram]]:
-    """Yield a function that starts commands of tracker; in the end, end what still runs."""
+    """Yield a function that starts commands of tracker; in the end, end what still runs.
+
+    Each program first runs the code `first`.
+    """
     environment = {**os.environ, **(environment or {})}
     template, names = ForkServer(_COMMANDS, environment), count()
 
     def start_command(*arguments: object, largest: int | None = None) -> ForkedProgram:
         output = folder / f"output{next(names)}"
         words = [*map(str, arguments)]
-        program = f"import tracker.cli; tracker.cli.main({words!r}, prog_name='tracker')"
+        program = f"{first}\nimport tracker.cli; tracker.cli.main({words!r}, prog_name='tracker')"
         with output.open("wb") as written, Path(os.devnull).open("rb") as empty:
             files = (empty.fileno(), written.fileno(), written.fileno())
             pid = template.start_program(program, files, environment, folder, largest)

@@ -64,7 +64,8 @@ def measure(experiment, tmp_path) -> Callable[..., Results]:
 def forked(tmp_path_factory) -> Iterator[Callable[..., ForkedProgram]]:
     """Give commands, each in a process of its own, which begins at once."""
     environment = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    with forked_commands(tmp_path_factory.mktemp("forks"), environment) as fork:
+    first = "from tests.helpers.checks import take_llamas_as_checked as take; take()"
+    with forked_commands(tmp_path_factory.mktemp("forks"), environment, first) as fork:
         yield fork
 
 
