@@ -244,18 +244,18 @@ def test_what_is_searched_and_studied_in_a_month_stays_as_it_is_known(month, tmp
     assert title not in page.read_text(), "the study shows it"
     month.run("explicit", sample=10, layer=[3], removed=[[2]])
     assert title in page.read_text()
-    # A task of somebody's own, edited twice, and then as it was at first.
+    # A task of somebody's own, edited, and then as it was at first.
     rows = write_rows(tmp_path, sums=[{"q": f"{n} and {n}"} for n in range(12)]) / "sums.jsonl"
     tasks = tmp_path / "tasks"
     tasks.mkdir()
     task_options = {"benchmark": "our_sums", "include_path": str(tasks), "layer": [1, 2]}
-    for words in ("{{q}}?", "{{q}}, or what?", "Is it {{q}}?", "{{q}}?"):
+    for words in ("{{q}}?", "{{q}}, or what?", "{{q}}?"):
         choices = ["red", "no colour at all that one would know"]
         write_choices(tasks, "our_sums", rows, words, doc_to_choice=choices, doc_to_target=0)
         month.run("own", data=None, **task_options)
     editions = [record for record in month.records() if record.benchmark.name == "our_sums"]
     dates = sorted(str(record.measured) for record in editions)
-    assert len(set(dates)) == len(editions) == 3
+    assert len(set(dates)) == len(editions) == 2
     board = month.run_command("leaderboard")
     page = (month.results / "report.html").read_text()
     (latest,) = (record for record in editions if record.measured == dates[-1])
@@ -267,5 +267,3 @@ def test_what_is_searched_and_studied_in_a_month_stays_as_it_is_known(month, tmp
     # What a tracker lacks is nothing.
     assert tracker.sync(["mlflow"], results=month.results).failed == {}
     month.check_agreement()
-    # A larger question, at last.
-    month.run("second", sample=28, layer=ALL)
