@@ -63,6 +63,12 @@ MODELS = {
         recipes={},
         resized=("num_experts",),
     ),
+    "without a layer and neurons": replace(
+        PRUNED,
+        change=part_removal(["1", "neuron:0.3", "neuron:2.1"]),
+        kept_layers=(0, 2),
+        recipes={},
+    ),
     "repeated": REPEATED,
     "quantised": replace(
         PRUNED,

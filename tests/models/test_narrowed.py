@@ -10,7 +10,13 @@ import torch
 from tests.helpers.families import tiny_model
 from tests.helpers.mixtures import ONE_GROUP, tiny_mixture, without_experts
 from tests.helpers.saved import logits, save_and_load
-from tests.helpers.truth import NEURON_MAPS, neurons_of, without_heads, without_neurons
+from tests.helpers.truth import (
+    NEURON_MAPS,
+    neurons_of,
+    pruned_copy,
+    without_heads,
+    without_neurons,
+)
 from tracker.models.checkpoint import check_part_removal, savable_copies
 from tracker.models.layers import find_layers
 from tracker.models.sources import find_model
@@ -145,6 +151,27 @@ def test_heads_and_neurons_together(tmp_path):
     expected = without_heads(without_neurons(model, neurons, "phi3"), heads)
     assert is_close(logits(loaded), logits(expected))
     assert (loaded.config.intermediate_size, loaded.config.num_key_value_heads) == (24, 1)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_mixed"])
+def test_layers_heads_and_neurons_together(family, tmp_path):
+    """The parts of the removed layers need not be named; the model is also pruned by hand."""
+    model = tiny_model(family, intermediate_size=64)
+    heads, neurons = removal("kv_head", [[0], [], [1], []]), removal("neuron", [[3], [], [1], []])
+    ablation = Ablation.from_changes(*heads.changes, *neurons.changes, removed=[1, 3])
+    model.config.save_pretrained(tmp_path / "config")
+    source = find_model(str(tmp_path / "config"))
+    check_part_removal(source, ablation)
+    loaded, measured = narrow_and_load(model, ablation, tmp_path / "saved")
+    changed = without_heads(without_neurons(model, neurons, family[:6]), heads)
+    expected = logits(pruned_copy(changed, [1, 3]))
+    assert is_close(logits(loaded), expected)
+    assert is_close(logits(measured), expected)
+    config = loaded.config
+    numbers = config.num_hidden_layers, config.intermediate_size, config.num_key_value_heads
+    assert numbers == (2, 48, 1)
+    with pytest.raises(ModelError, match="layer 4 is out of range"):
+        check_part_removal(source, Ablation.from_changes(*heads.changes, removed=[4]))
 
 
 MIXTURE_FAMILIES = {

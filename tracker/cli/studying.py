@@ -155,8 +155,8 @@ class ExportOptions(CommandOptions):
     """Options of `tracker export`: the layers to change, and the output folder."""
 
     remove: Annotated[Sequence[int | str] | None, LayersType(allow_parts=True)] = None
-    """Layers to remove, 0-based, e.g. 3,17 or 3-7. Or heads, experts or neurons, the same number
-    from each layer, e.g. kv_head:0.1,kv_head:1.2 or neuron:0.7,neuron:1.3."""
+    """Layers to remove, 0-based, e.g. 3,17 or 3-7. Also heads, experts or neurons, the same number
+    from each remaining layer, e.g. kv_head:0.1,kv_head:1.2 or 2,neuron:0.7,neuron:1.3."""
     repeat: Annotated[Sequence[int] | None, LayersType()] = None
     """Neighbouring layers to pass again, e.g. 8-11."""
     repeats: Annotated[int | None, click.IntRange(min=2)] = None

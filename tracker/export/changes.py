@@ -38,15 +38,18 @@ def removal(layers: Sequence[int], **origin: Any) -> ModelChange:
 
 
 def part_removal(texts: Sequence[str]) -> ModelChange:
-    """Return the change that removes parts of layers, given as texts such as `kv_head:3.1`."""
+    """Return the change that removes parts such as `kv_head:3.1`, and layers such as `3-7`."""
+    removed, parts = list[int](), list[Change]()
     for text in texts:
-        change = attempt(partial(Change.parse, text))
-        if isinstance(change, Exception) or change.word not in NUMBERED_COMPONENTS:
+        change = attempt(partial(Change.parse, text if ":" in text else f"layers:{text}"))
+        if isinstance(change, Exception) or change.word not in ("layer", *NUMBERED_COMPONENTS):
             raise RequestError(
-                f"--remove: invalid part {text!r}; expected either layers, as in 3,17, or heads, "
-                "experts and neurons, as in kv_head:3.1,neuron:2.7"
+                f"--remove: invalid part {text!r}; expected layers, as in 3,17, or heads, experts "
+                "and neurons, as in kv_head:3.1,neuron:2.7"
             )
-    return ModelChange(Ablation.from_changes(*map(Change.parse, texts)))
+        removed += change.layers if change.number is None else ()
+        parts += [change] if change.number is not None else []
+    return ModelChange(Ablation.from_changes(*parts, removed=removed))
 
 
 def rounding(formats: Mapping[str, str]) -> ModelChange:

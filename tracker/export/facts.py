@@ -182,9 +182,12 @@ class ModelChange:
 
     @property
     def parts_text(self) -> str:
-        """The numbers of removed parts of layers, such as `30 groups of heads`; else empty."""
+        """The numbers of removed parts, such as `2 layers and 30 groups of heads`; else empty."""
         counts = Counter(change.plural for change in self.ablation.parts)
-        return join_words([f"{n} {plural}" for plural, n in counts.items()])
+        texts = [f"{n} {plural}" for plural, n in counts.items()]
+        if counts and (n_layers := len(self.ablation.removed())):
+            texts.insert(0, count_text(n_layers, "layer"))
+        return join_words(texts)
 
     @property
     def clause(self) -> str:
@@ -195,7 +198,8 @@ class ModelChange:
             counts = join_words([f"{count} to {name}" for name, count in formats.most_common()])
             return f"the weights of {count_text(formats.total(), 'unit')} are rounded: {counts}"
         if self.ablation.parts:
-            return f"{self.parts_text} are removed, the same number from each layer"
+            remaining = "remaining layer" if self.ablation.removed() else "layer"
+            return f"{self.parts_text} are removed, the same number from each {remaining}"
         layers = self.ablation.removed()
         subject = "layers {} are" if len(layers) > 1 else "layer {} is"
         return f"{subject.format(', '.join(map(str, layers)))} removed"
@@ -257,7 +261,7 @@ class ExportedModel:
         """The name of the saved model."""
         suffix = f"{self.after.layers}-of-{self.before.layers}-layers"
         if self.change.ablation.parts:
-            suffix = f"without-{self.change.parts_text.replace(' ', '-')}"
+            suffix = f"without-{self.change.parts_text.replace(',', '').replace(' ', '-')}"
         elif self.change.stretch is not None:
             suffix = str(self.change.stretch).replace(":", "-")
         elif self.formats:

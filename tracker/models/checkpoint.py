@@ -93,7 +93,7 @@ def savable_copies(model: PreTrainedModel, ablation: Ablation) -> tuple[Any, Any
 
     Args:
         model: A causal language model of transformers.
-        ablation: Removed and repeated layers, or removed parts such as heads.
+        ablation: Removed or repeated layers, and removed parts such as heads.
 
     Returns:
         The copy to save, and the copy that the engine measures, which can be the same.
@@ -101,11 +101,12 @@ def savable_copies(model: PreTrainedModel, ablation: Ablation) -> tuple[Any, Any
     Raises:
         ModelError: The configuration cannot describe the copy; the message gives the reason.
     """
-    if not ablation.parts:
-        clone = savable_copy(model, ablation.removed(), ablation.repetitions)
-        return clone, clone
-    clone, measured = narrowed_copies(model, ablation)
-    _refuse_other_shapes(model, clone, f"the numbers of {_plurals(ablation)}")
+    clone = measured = model
+    if ablation.removed() or not ablation.parts:
+        clone = measured = savable_copy(model, ablation.removed(), ablation.repetitions)
+    if ablation.parts:
+        clone, measured = narrowed_copies(clone, ablation.renumbered_parts)
+        _refuse_other_shapes(model, clone, f"the numbers of {_plurals(ablation)}")
     return clone, measured
 
 
@@ -189,11 +190,7 @@ def check_layer_changes(
     n_layers = len(find_layers(model))
     for layers in [[0], [n_layers // 2]] if removed is None else [removed]:
         named_layers = [*layers, *(layer for span in repeated for layer in span.layers)]
-        invalid = [layer for layer in named_layers if not 0 <= layer < n_layers]
-        if invalid or len(set(layers)) >= n_layers:
-            problem = f"layer {invalid[0]} is out of range" if invalid else "no layer would be left"
-            has = f"{source.source} has {n_layers} layers, 0 to {n_layers - 1}"
-            raise ModelError(f"{problem}: {has}")
+        _refuse_missing_layers(source, n_layers, layers, named_layers)
         if small_model is None:
             savable_copy(model, layers, repeated)
         else:
@@ -201,22 +198,39 @@ def check_layer_changes(
             _check_reload(copy.deepcopy(small_model), ablation)
 
 
+def _refuse_missing_layers(
+    source: ModelSource, n_layers: int, removed: Collection[int], named: Collection[int]
+) -> None:
+    """Raise ModelError if a named layer does not exist, or if all layers are removed."""
+    invalid = [layer for layer in named if not 0 <= layer < n_layers]
+    if invalid or len(set(removed)) >= n_layers:
+        problem = f"layer {invalid[0]} is out of range" if invalid else "no layer would be left"
+        has = f"{source.source} has {n_layers} layers, 0 to {n_layers - 1}"
+        raise ModelError(f"{problem}: {has}")
+
+
 def check_part_removal(source: ModelSource, ablation: Ablation) -> None:
     """Raise ModelError if plain transformers could not load the model without some parts.
 
-    The function tests a small random model with the same architecture.
+    The ablation can also remove whole layers. The function tests a small random model with the same
+    architecture.
     """
     check_plain_weights(source)
     model, small_model = _hollow_and_miniature(source, content_hash(source.stamp()))
+    n_layers, removed = len(find_layers(model)), ablation.removed()
+    _refuse_missing_layers(source, n_layers, removed, removed)
 
     def find_parts(kind: type[NumberedParts]) -> dict[int, NumberedParts]:
         units = (c.component for c in ablation.parts if PART_CLASSES[c.component] is kind)
-        return find_configured_parts(source, next(units))
+        parts = find_configured_parts(source, next(units))
+        kept_layers = enumerate(pruned.remaining_layers(n_layers, removed))
+        return {new: parts[old] for new, old in kept_layers if old in parts}
 
-    plan_narrowing(ablation, find_parts, type(model).__name__).build(model)
+    plan_narrowing(ablation.renumbered_parts, find_parts, type(model).__name__).build(model)
     if small_model is not None:
         small_copy = copy.deepcopy(small_model)
-        _check_reload(small_copy, _uniform_removal(small_copy, ablation))
+        small_ablation = _uniform_removal(small_copy, ablation)
+        _check_reload(small_copy, Ablation.from_changes(*small_ablation.changes, removed=removed))
 
 
 def _uniform_removal(model: PreTrainedModel, ablation: Ablation) -> Ablation:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -399,6 +400,12 @@ class Ablation:
     def parts(self) -> tuple[Change, ...]:
         """The changes that remove numbered parts such as heads or experts, sorted by layer."""
         return self._with_words(*NUMBERED_COMPONENTS)
+
+    @property
+    def renumbered_parts(self) -> Ablation:
+        """The removals of parts, with layers numbered as in the model without removed layers."""
+        removed = self.removed()
+        return Ablation(frozenset(c.at_layer(-bisect_left(removed, c.layer)) for c in self.parts))
 
     @property
     def replacements(self) -> tuple[Change, ...]:
