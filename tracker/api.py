@@ -469,7 +469,7 @@ def prune(
             name, arguments = source.name, source.command_arguments
             command = ("tracker", "prune", *arguments) if arguments else ()
         if output is not None:
-            refuse_units({request.unit for request in searches})
+            refuse_units({unit for request in searches for unit in request.unit.split(",")})
             refuse_draws(searches)
             searches = list(map(as_uniform, searches))
         with call.publisher(project) as publisher:

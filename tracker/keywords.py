@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias, TypedDict, TypeVar
 from tracker.measuring.progress import Progress
 from tracker.schema.extent import DocumentPart
 from tracker.schema.fields import Dtype
-from tracker.schema.kinds import Component, Intervention, SearchUnit
+from tracker.schema.kinds import Component, Intervention
 from tracker.schema.prune_records import Rescoring
 from tracker.tracking.runs import RunSelection
 
@@ -142,7 +142,7 @@ class SearchKeywords(FileKeywords, total=False):
     keep: Values[int | str]
     max_drop: Values[str | None]
     keep_accuracy: Values[str | None]
-    unit: Values[SearchUnit]
+    unit: Values[str]
     protect: Constraint
     among: Constraint
     at_least: Arguments | None

@@ -257,9 +257,9 @@ def prune(
     for command in () if result.saved else result.exports:
         echo(f"\nto save the recommended one: {command}")
     for unit in dict.fromkeys(search.unit for search in result.searches if search.unit != "layer"):
-        if unit not in NUMBERED_COMPONENTS:
+        if unit in ("attention", "mlp"):
             echo(f"the model cannot be saved: plain transformers needs all {unit_plural(unit)}")
-        elif not result.exports:
+        elif unit in NUMBERED_COMPONENTS and not result.exports:
             echo("to search for a model that can be saved, add: --uniform true")
     if result.saved:
         echo()

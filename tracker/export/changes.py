@@ -110,7 +110,7 @@ def _refuse_sublayers(component: Component, layers: Sequence[int]) -> None:
     )
 
 
-def refuse_units(units: Collection[Component]) -> None:
+def refuse_units(units: Collection[str]) -> None:
     """Raise RequestError unless searches remove whole layers, heads, experts or neurons."""
     other_units = sorted(set(units) - {"layer", *NUMBERED_COMPONENTS})
     if other_units:

@@ -19,7 +19,7 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -38,11 +38,13 @@ from tracker.models.parts.anatomy import (
     LayerAnatomy,
     NumberedParts,
     find_configured_parts,
+    find_search_parts,
 )
 from tracker.models.sources import BITSANDBYTES_ARGUMENTS, ModelSource, find_model, read_config
 from tracker.schema.changes import Ablation, Change
 from tracker.schema.errors import ModelError, WorkError, attempt, first_line, translate_errors
 from tracker.schema.formats import join_words
+from tracker.schema.kinds import Component
 from tracker.schema.provenance import content_hash, file_hash
 
 if TYPE_CHECKING:
@@ -215,6 +217,9 @@ def check_part_removal(source: ModelSource, ablation: Ablation) -> None:
     The ablation can also remove whole layers. The function tests a small random model with the same
     architecture.
     """
+    if not ablation.parts:
+        check_layer_changes(source, ablation.removed())
+        return
     check_plain_weights(source)
     model, small_model = _hollow_and_miniature(source, content_hash(source.stamp()))
     n_layers, removed = len(find_layers(model)), ablation.removed()
@@ -231,6 +236,51 @@ def check_part_removal(source: ModelSource, ablation: Ablation) -> None:
         small_copy = copy.deepcopy(small_model)
         small_ablation = _uniform_removal(small_copy, ablation)
         _check_reload(small_copy, Ablation.from_changes(*small_ablation.changes, removed=removed))
+
+
+def find_removable_counts(
+    source: ModelSource, unit: str, block: int
+) -> tuple[tuple[int, ...], float]:
+    """Find how many parts each layer can lose so that plain transformers loads the model.
+
+    Args:
+        source: The model; no weights are read.
+        unit: Kind of the parts, such as `neuron`.
+        block: Number of consecutive parts that lose the same number: all of a layer, or a group of
+            heads.
+
+    Returns:
+        The numbers of parts that each block can lose, ascending, and the number of parameters of
+        one part of one layer.
+
+    Raises:
+        ModelError: The model's class accepts no smaller number.
+    """
+    model, _ = _hollow_and_miniature(source, content_hash(source.stamp()))
+    component = cast("Component", unit)
+    search_parts = find_search_parts(source, component)
+    parts = find_configured_parts(source, component)
+    (layer, part), *_ = parts.items()
+    counts, size, problem = list[int](), 0.0, ""
+    first_parts = range(0, search_parts.per_layer, block)
+    n_kept = search_parts.min_kept if block == search_parts.per_layer else 1
+    for count in range(1, block - n_kept + 1):
+        numbers = [first + n for first in first_parts for n in range(count)]
+        changes = [Change(component, (layer,), part=n) for n in numbers]
+        plan = plan_narrowing(
+            Ablation.from_changes(*changes), lambda _: {layer: part}, type(model).__name__
+        )
+        try:
+            plan.check_config(model)
+            if not counts:
+                n_removed = model.num_parameters() - plan.build(model).num_parameters()
+                size = n_removed / (len(parts) * len(numbers))
+            counts.append(count)
+        except ModelError as error:
+            problem = problem or str(error)
+    if not counts:
+        raise ModelError(problem)
+    return tuple(counts), size
 
 
 def _uniform_removal(model: PreTrainedModel, ablation: Ablation) -> Ablation:

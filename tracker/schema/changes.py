@@ -353,6 +353,13 @@ class Ablation:
         return cls(removals.union(p for p in parts if p.is_outer or p.layer not in layers))
 
     @classmethod
+    def combine(cls, ablations: Iterable[Ablation]) -> Ablation:
+        """Build an ablation that applies the changes of several ablations."""
+        both = cls(frozenset().union(*(ablation.changes for ablation in ablations)))
+        others = (change for change in both.changes if change.word != "layer")
+        return cls.from_changes(*others, removed=both.removed())
+
+    @classmethod
     def parse(cls, name: str) -> Ablation:
         """Parse an ablation's name; raise ValueError if it is invalid or contains a hash."""
         return cls.from_changes(*map(Change.parse, name.split("+"))) if name != BASELINE else cls()

@@ -16,6 +16,7 @@ from tracker.schema.weight_formats import FORMATS
 
 SearchUnit = Literal["layer", "attention", "mlp", "head", "kv_head", "expert", "neuron"]
 """Units that a search removes: whole layers, sublayers, heads, experts or groups of neurons."""
+SEARCH_UNITS: tuple[SearchUnit, ...] = get_args(SearchUnit)
 Component = Literal[SearchUnit, "shared_expert", "linear"]
 """The changed component of a layer: the whole layer, one of its two sublayers, one attention head,
 all heads that share keys and values, one routed expert, a group of neurons of the MLP, the experts

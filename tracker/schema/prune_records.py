@@ -14,9 +14,8 @@ from tracker.schema.estimates import Estimate
 from tracker.schema.extent import Positive
 from tracker.schema.fields import Layers
 from tracker.schema.identities import BenchmarkIdentity, ModelIdentity, Record, SafeText
-from tracker.schema.kinds import Component
 from tracker.schema.records import EstimatesRecord, RecordKey, flat_names
-from tracker.schema.search_parts import SearchParts
+from tracker.schema.search_parts import MixedParts, SearchParts, SearchUnits
 
 Rescoring = Literal["full", "lazy", "race"]
 """Method by which a greedy search scores its candidates again after each removal."""
@@ -102,10 +101,12 @@ class PruneRecord(Record):
     higher_is_better: bool = True
     part: str | None = None
     """The part of the benchmark with the test documents; None = the whole benchmark."""
-    unit: Component = "layer"
+    unit: SearchUnits = "layer"
     per_layer: Positive = Field(1, exclude_if=lambda count: count == 1)
     """Number of parts of a layer that has several: part n is number n % `per_layer` of layer
     n // `per_layer`."""
+    per_layers: tuple[Positive, ...] = Field((), exclude_if=lambda counts: not counts)
+    """`per_layer` of each of several units."""
     there: Positive | None = Field(None, exclude_if=lambda count: count is None)
     """Number of parts of the model, where a layer has several; else None."""
     strategy: str
@@ -135,7 +136,9 @@ class PruneRecord(Record):
     @property
     def parts(self) -> SearchParts:
         """The layers or parts of layers that the search can remove, numbered consecutively."""
-        return SearchParts(self.unit, self.model.layers, self.per_layer)
+        units, counts = self.unit.split(","), self.per_layers or (self.per_layer,)
+        pairs = zip(units, counts, strict=True)
+        return MixedParts.of([SearchParts(unit, self.model.layers, n) for unit, n in pairs])
 
     @property
     def removed(self) -> tuple[int, ...]:

@@ -4,12 +4,60 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate, pairwise
+from typing import Annotated, Any, cast
+
+from pydantic import BeforeValidator
 
 from tracker.schema.changes import Ablation, Change
-from tracker.schema.kinds import KIND_STYLES, NUMBERED_COMPONENTS, Component
+from tracker.schema.fields import as_tuple
+from tracker.schema.formats import join_words
+from tracker.schema.kinds import KIND_STYLES, NUMBERED_COMPONENTS, SEARCH_UNITS, Component
+from tracker.schema.safe_yaml import short_text
+
+SAVED_UNITS: tuple[Component, ...] = ("layer", *NUMBERED_COMPONENTS)
+"""Units without which a model can be saved, and which one search can combine."""
+
+
+def parse_units(value: Any) -> str:
+    """Parse one unit of a search, or several that it removes together.
+
+    Args:
+        value: A unit, a list of units, or units separated by commas.
+
+    Returns:
+        The units in the order of `SearchUnit`, separated by commas.
+
+    Raises:
+        ValueError: A unit is unknown or listed twice, or the units cannot be combined.
+
+    Examples:
+        >>> parse_units(["neuron", "layer"])
+        'layer,neuron'
+    """
+    if isinstance(value, str) and not value.startswith("["):
+        value = [word.strip() for word in value.split(",")]
+    units = as_tuple(value)
+    if not isinstance(units, tuple) or not units or any(u not in SEARCH_UNITS for u in units):
+        raise ValueError(
+            f"invalid unit {short_text(value)}; expected {join_words(SEARCH_UNITS, 'or')}, or "
+            "several of them such as layer,neuron"
+        )
+    if len({*units}) < len(units):
+        raise ValueError(f"a unit is listed twice in {short_text(value)}")
+    if len(units) > 1 and (not {*units} <= {*SAVED_UNITS} or {"head", "kv_head"} <= {*units}):
+        raise ValueError(
+            f"{join_words(units)} cannot be combined; a search combines layer, neuron, expert, and "
+            "head or kv_head"
+        )
+    return ",".join(sorted(units, key=SEARCH_UNITS.index))
+
+
+SearchUnits = Annotated[str, BeforeValidator(parse_units)]
+"""A unit of a search such as `layer`, or several, separated by commas."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +68,8 @@ class SearchParts:
     The number of part n, e.g. a head, of layer m is m × `per_layer` + n.
 
     Attributes:
-        unit: The kind of the parts, such as `layer` or `head`.
+        unit: The kind of the parts, such as `layer` or `head`. Several kinds are separated by
+            commas.
         layers: Number of layers of the model.
         per_layer: Number of parts in each layer.
         used_layers: Numbers of the layers that have parts of this kind, ascending; None for all
@@ -33,7 +82,7 @@ class SearchParts:
         ('3.5', 269)
     """
 
-    unit: Component
+    unit: str
     layers: int
     per_layer: int = 1
     used_layers: tuple[int, ...] | None = None
@@ -75,10 +124,11 @@ class SearchParts:
 
     def removal(self, removed: Iterable[int]) -> Ablation:
         """Build the ablation that removes the parts with the given numbers."""
-        if self.unit not in NUMBERED_COMPONENTS:
-            return Ablation.from_changes(*(Change(self.unit, (layer,)) for layer in removed))
+        component = cast("Component", self.unit)
+        if component not in NUMBERED_COMPONENTS:
+            return Ablation.from_changes(*(Change(component, (layer,)) for layer in removed))
         pairs = (divmod(part, self.per_layer) for part in removed)
-        return Ablation.from_changes(*(Change(self.unit, (m,), part=n) for m, n in pairs))
+        return Ablation.from_changes(*(Change(component, (m,), part=n) for m, n in pairs))
 
     def filter_allowed(self, parts: Iterable[int]) -> list[int]:
         """Drop the parts whose removal would leave fewer than `min_kept` parts in a layer."""
@@ -92,6 +142,78 @@ class SearchParts:
         return allowed
 
 
-def unit_plural(unit: Component) -> str:
-    """Return the plural name of a kind of parts, such as `layers` or `heads`."""
+@dataclass(frozen=True)
+class MixedParts(SearchParts):
+    """Numbering of the parts of several kinds: all parts of the first kind, then of the next.
+
+    Attributes:
+        kinds: Numbering of the parts of each kind.
+
+    Examples:
+        >>> parts = MixedParts.of([SearchParts("layer", 3), SearchParts("neuron", 3, per_layer=4)])
+        >>> str(parts.removal([1, 3, 11])), parts.names([1, 3, 7, 11])
+        ('layer:1+neuron:0.0+neuron:2.0', 'layer 1 and 1 of 4 groups of neurons of each layer')
+    """
+
+    kinds: tuple[SearchParts, ...] = ()
+
+    @classmethod
+    def of(cls, kinds: Sequence[SearchParts]) -> SearchParts:
+        """Return the numbering of several kinds, or that of the only kind."""
+        if len(kinds) == 1:
+            return kinds[0]
+        return cls(",".join(kind.unit for kind in kinds), kinds[0].layers, kinds=tuple(kinds))
+
+    @cached_property
+    def starts(self) -> tuple[int, ...]:
+        """The number of the first part of each kind, and in the end the number of all parts."""
+        return (0, *accumulate(kind.total for kind in self.kinds))
+
+    @cached_property
+    def numbers(self) -> tuple[int, ...]:
+        """The numbers of all parts of the model, ascending."""
+        pairs = zip(self.starts, self.kinds, strict=False)
+        return tuple(start + number for start, kind in pairs for number in kind.numbers)
+
+    @property
+    def total(self) -> int:
+        """The number of parts, with those that a layer lacks."""
+        return self.starts[-1]
+
+    def split(self, parts: Iterable[int]) -> list[list[int]]:
+        """Return the parts of each kind, as the kind numbers them."""
+        parts, starts = sorted(parts), self.starts
+        spans = pairwise(starts)
+        return [[part - start for part in parts if start <= part < end] for start, end in spans]
+
+    def layer_of(self, part: int) -> int:
+        """Return the number of the layer that contains a part."""
+        index = sum(start <= part for start in self.starts[1:])
+        return self.kinds[index].layer_of(part - self.starts[index])
+
+    def names(self, parts: Iterable[int]) -> str:
+        """Return the removed layers, and how many parts each layer loses."""
+        texts = []
+        for kind, numbers in zip(self.kinds, self.split(parts), strict=True):
+            if numbers and kind.unit == "layer":
+                texts.append(f"{'layers' if numbers[1:] else 'layer'} {kind.names(numbers)}")
+            elif numbers:
+                n = max(Counter(map(kind.layer_of, numbers)).values())
+                texts.append(f"{n} of {kind.per_layer} {unit_plural(kind.unit)} of each layer")
+        return join_words(texts)
+
+    def name(self, part: int) -> str:
+        """Return the name of a layer, or of one part of each layer."""
+        return self.names([part])
+
+    def removal(self, removed: Iterable[int]) -> Ablation:
+        """Build the ablation that removes the parts with the given numbers."""
+        pairs = zip(self.kinds, self.split(removed), strict=True)
+        return Ablation.combine(kind.removal(numbers) for kind, numbers in pairs)
+
+
+def unit_plural(unit: str) -> str:
+    """Return the plural name of the parts of a unit, such as `layers` or `heads`."""
+    if "," in unit:
+        return join_words([unit_plural(kind) for kind in unit.split(",")])
     return KIND_STYLES[unit].plural or f"{unit}s"

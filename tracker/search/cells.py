@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -277,10 +278,15 @@ class OpenCell:
             say(f"{self.request.benchmark}: checking results against pruned models")
             checked, drawn_sets = {INTACT: None}, dict[Ablation, None]()
             draw = random.Random(0)
+            sets_by_kind = list[list[Ablation]]()
             for parts in self._parts_removed_together(requested):
-                drawn_sets |= dict.fromkeys(_draw_sets(parts, draw))
+                sets_by_kind.append(list(_draw_sets(parts, draw)))
                 if parts.unit not in NUMBERED_COMPONENTS:
                     checked |= dict.fromkeys(parts.removal([part]) for part in parts.numbers)
+            drawn_sets |= dict.fromkeys(chain.from_iterable(sets_by_kind))
+            if any(sum(map(bool, shape)) > 1 for shape in shapes):  # several kinds together
+                combinations = map(Ablation.combine, zip(*sets_by_kind, strict=False))
+                drawn_sets |= dict.fromkeys(combinations)
             checked |= dict.fromkeys(a for a in requested if max(_removal_shape(a)) < _MANY_PARTS)
             meter.ablations = list(requested | drawn_sets)
             checks = Checks(self._cache.ledger.root)

@@ -22,6 +22,7 @@ from tracker.schema.grouping import group_by
 from tracker.schema.kinds import NUMBERED_COMPONENTS
 from tracker.schema.prune_records import HeldOutResult, PruneRecord, PruneStep
 from tracker.schema.records import CellRecord, RecordKey
+from tracker.schema.search_parts import MixedParts
 from tracker.search.accuracy_budget import TOLERANCE, AccuracyBudget, count_needed, count_shown
 from tracker.search.cells import ModelCache, OpenCell
 from tracker.search.planning import find_part_refusal, refuse_unsavable
@@ -244,7 +245,7 @@ def run_searches(
 
     def is_savable(search: TestedSearch, step: PruneStep) -> bool:
         source, removal = cache.source(search.request.cell.model), search.record.parts.removal
-        return not search.request.uniform or not find_part_refusal(source, removal(step.removed))
+        return not search.request.is_uniform or not find_part_refusal(source, removal(step.removed))
 
     if wants_recommendation:
         for goal, group in group_by(searches, lambda search: search.request.goal).items():
@@ -297,6 +298,9 @@ def _build_record(
         part=cell.request.documents.part,
         unit=request.unit,
         per_layer=parts.per_layer,
+        per_layers=[kind.per_layer for kind in parts.kinds]
+        if isinstance(parts, MixedParts)
+        else (),
         there=len(parts.numbers) if request.unit in NUMBERED_COMPONENTS else None,
         strategy=request.strategy,
         draw=draw.draw,

@@ -119,7 +119,7 @@ def refuse_unsavable(
 
     def describe_result(request: SearchRequest, budget: Budget) -> str:
         """Return a remark on results that cannot be saved; raise ModelError if none can."""
-        if request.uniform:
+        if request.is_uniform:
             # Sets of the same size have the same number of parts in each layer.
             sets = {len(part_set): part_set for part_set in possible_results(request, budget, 1)}
             source, parts = cache.source(request.cell.model), budget.parts_for(request.unit)
@@ -184,7 +184,8 @@ class PlannedSearch:
         dtype: The dtype of the computation, such as `bfloat16`.
         naive_flops: Number of floating-point operations if lm-eval evaluated each set separately;
             None if the search uses proxies.
-        steps: Number of parts that the search removes; None for a comparison or test.
+        steps: Number of parts that the search removes, or of its steps if it removes several units;
+            None for a comparison or test.
         passes: Cost of the search in forward passes of the intact model over all calibration
             documents; None for a comparison or test.
         at_most: True if the cost is an upper bound.
@@ -278,7 +279,7 @@ def plan_searches(
                 flops=sum(scores.flops for scores in scores_of_draws),
                 dtype=read_documents(request.test())[1],
                 naive_flops=sum(naive) if len(naive) == len(scores_of_draws) else None,
-                steps=len(steps[-1].removed),
+                steps=len(steps if request.is_mixed else steps[-1].removed),
                 passes=sum(scores.passes for scores in scores_of_draws),
                 at_most=request.used_rescoring != "full" or has_budget,
                 note=note,

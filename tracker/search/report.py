@@ -28,7 +28,7 @@ from tracker.schema.formats import (
 from tracker.schema.grouping import group_by
 from tracker.schema.kinds import NUMBERED_COMPONENTS
 from tracker.schema.prune_records import HeldOutResult, PruneRecord, PruneStep
-from tracker.schema.search_parts import unit_plural
+from tracker.schema.search_parts import MixedParts, unit_plural
 from tracker.schema.tables import Column, RowType, Table, build_table
 from tracker.schema.text_templates import TextTemplate
 from tracker.search.accuracy_budget import TOLERANCE, AccuracyBudget
@@ -495,20 +495,27 @@ def _constraints_text(record: PruneRecord) -> str:
 
 
 class _StepRow(NamedTuple):
-    """Row of the table of steps; the first step of a search has number 1."""
+    """Row of the table of steps; the first step of a search has number 1.
+
+    `former` are the parts that were removed before.
+    """
 
     search: str
     number: int
     step: PruneStep
+    former: tuple[int, ...]
 
 
 def _steps_table(records: Sequence[PruneRecord]) -> Table:
     """Build the table of steps: one row per step of each search."""
     record, labels = records[0], _search_labels(records)
-    is_numbered = record.unit in NUMBERED_COMPONENTS
+    is_mixed = isinstance(record.parts, MixedParts)
+    is_numbered = is_mixed or record.unit in NUMBERED_COMPONENTS
 
     def part(row: _StepRow) -> str | int | None:
         layer = row.step.layer
+        if is_mixed:
+            return record.parts.names({*row.step.removed}.difference(row.former))
         return record.parts.name(layer) if is_numbered and layer is not None else layer
 
     def score(row: _StepRow) -> Estimate:
@@ -535,7 +542,12 @@ def _steps_table(records: Sequence[PruneRecord]) -> Table:
     columns: tuple[Column[_StepRow], ...] = (
         Column("strategy", "text", lambda row: row.search),
         Column("step", "count", lambda row: row.number),
-        Column(record.unit, part_unit, part, "the step chose all removals at once"),
+        Column(
+            "removed" if is_mixed else record.unit,
+            part_unit,
+            part,
+            "the step chose all removals at once",
+        ),
         Column("score", "times", score),
         Column("runner-up worse by", "times", margin),
         Column(f"test {measure.level}", measure.level_form, level, NO_SCORE),
@@ -543,12 +555,17 @@ def _steps_table(records: Sequence[PruneRecord]) -> Table:
         Column("parameters", "count", lambda row: row.step.parameters, NO_SIZE),
         Column("MB", "times", size),
     )
-    rows = [_StepRow(labels[s.name], *step) for s in records for step in enumerate(s.steps, 1)]
+    rows = [
+        _StepRow(labels[s.name], n, step, s.steps[n - 2].removed if n > 1 else ())
+        for s in records
+        for n, step in enumerate(s.steps, 1)
+    ]
     return build_table(
         f"{record.model.name} · {_benchmark_name(record)}: accuracy and size, step by step",
         columns,
         rows,
-        "score: the quantity that the strategy minimises on the calibration documents",
+        "score: the quantity that the strategy minimises on the calibration documents"
+        + ", per million parameters saved" * is_mixed,
     )
 
 
@@ -597,7 +614,7 @@ def find_savable(
         for search in choosing_searches(_with_goal(searches, goal), removed):
             index = search.find_step(removed) or 0
             step, request = search.record.steps[index], search.run_requests[index]
-            if search.request.uniform:
+            if search.request.is_uniform:
                 return search, step, search.request.test()
             if search.request.unit == "layer" and request is not None:
                 return search, step, request
@@ -634,8 +651,9 @@ def export_command(
     record: PruneRecord, step: PruneStep, request: CellRequest, results: Path
 ) -> str:
     """Return the command that saves the pruned model and verifies it on the test documents."""
-    parts = record.parts.removal(step.removed).parts or step.removed
-    removed = ["--remove", ",".join(map(str, parts)), "--output", "lighter"]
+    removal = record.parts.removal(step.removed)
+    words = ",".join(map(str, (*removal.removed(), *removal.parts)))
+    removed = ["--remove", words, "--output", "lighter"]
     return save_command(removed, request, results)
 
 

@@ -24,7 +24,7 @@ from tracker.schema.config import CellRequest, CellSettings
 from tracker.schema.errors import ExperimentError, RequestError, did_you_mean
 from tracker.schema.experiment import MAX_CELLS, Grid, GridValues, Sweep, grid_class
 from tracker.schema.fields import Name, decode_arguments, validate_settings
-from tracker.schema.kinds import NUMBERED_COMPONENTS, Component
+from tracker.schema.kinds import NUMBERED_COMPONENTS
 from tracker.schema.prune_records import Rescoring
 from tracker.schema.search_parts import unit_plural
 from tracker.search.accuracy_budget import AccuracyBudget
@@ -42,13 +42,14 @@ from tracker.search.strategies import (
     BLIND_STRATEGIES,
     DRAWN_STRATEGIES,
     LAYER_STRATEGIES,
+    MIXED_STRATEGIES,
     RANDOM_STRATEGY,
     RESCORED_STRATEGIES,
     STRATEGIES,
     UNIFORM_STRATEGIES,
 )
 
-SearchGoal = tuple[CellRequest, Component, str, str]
+SearchGoal = tuple[CellRequest, str, str, str]
 """Goal of searches: the test documents, the kind of parts, the amount, and the constraints."""
 _NEW_CELL_KEYS = {"heads", "experts", "neurons", "maps", "repeats", "control", "cluster", "observe"}
 """Keys of a cell that were added after the format of search names."""
@@ -97,10 +98,11 @@ class SearchRequest(SearchSettings):
         if {*ACCURACY_KEYS} <= set_keys:
             yield "set either 'max_drop' or 'keep_accuracy', not both"
         unit, amount = self.unit, self.amount
-        if unit != "layer" and self.strategy in LAYER_STRATEGIES:
+        if unit != "layer" and not self.is_mixed and self.strategy in LAYER_STRATEGIES:
             fitting = ", ".join(name for name in STRATEGIES if name not in LAYER_STRATEGIES)
             yield f"{self.strategy} scores whole layers, but 'unit' is {unit}; use {fitting}"
-        if unit != "layer" and amount is not None and amount.measure != "parts":
+        is_counted = amount is None or amount.measure == "parts"
+        if unit != "layer" and not self.is_mixed and not is_counted and amount is not None:
             yield (
                 f"with 'unit' {unit}, 'remove' and 'keep' take a number or a percentage; "
                 f"{amount.text} is only for whole layers"
@@ -110,12 +112,13 @@ class SearchRequest(SearchSettings):
                 f"'at_least' counts layers that stay, but 'unit' is {unit}: every layer keeps "
                 f"some {unit_plural(unit)} anyway; use 'protect' or 'among'"
             )
-        if self.uniform and unit not in NUMBERED_COMPONENTS:
+        yield from self._mixed_problems()
+        if self.uniform and unit not in (*NUMBERED_COMPONENTS, *[unit] * self.is_mixed):
             yield (
                 "'uniform' is only for heads, experts and neurons, but 'unit' is "
                 f"{unit}; leave it out"
             )
-        elif self.uniform and self.strategy not in UNIFORM_STRATEGIES:
+        elif self.uniform and not self.is_mixed and self.strategy not in UNIFORM_STRATEGIES:
             yield (
                 f"{self.strategy} removes one part at a time, but 'uniform' removes one from each "
                 f"layer; use {', '.join(UNIFORM_STRATEGIES)}"
@@ -127,11 +130,47 @@ class SearchRequest(SearchSettings):
         if self.rescoring == "race" and self.sample is not None:
             yield "'rescoring: race' chooses the number of documents itself; leave 'sample' out"
 
+    def _mixed_problems(self) -> Iterator[str]:
+        """Yield an error message for each setting that several units do not allow."""
+        if not self.is_mixed:
+            return
+        if self.strategy not in MIXED_STRATEGIES:
+            yield (
+                f"{self.strategy} removes one unit, but 'unit' is {self.unit}; use "
+                f"{', '.join(MIXED_STRATEGIES)}"
+            )
+        if self.amount is not None and self.amount.measure not in ("parameters", "bytes"):
+            yield (
+                "with several units, 'remove' and 'keep' take a percentage, parameters or bytes, "
+                f"such as 20 %, not {self.amount.text}"
+            )
+        if self.protect or self.among or self.at_least or self.used_rescoring != "full":
+            keys = "'protect', 'among', 'at_least' and 'rescoring'"
+            yield f"with several units, every layer loses parts; leave {keys} out"
+        if "uniform" in self.model_fields_set and not self.uniform:
+            yield "several units are removed uniformly; leave 'uniform' out"
+
+    @property
+    def is_mixed(self) -> bool:
+        """True if the search removes several units, such as layers and neurons."""
+        return "," in self.unit
+
+    @property
+    def is_uniform(self) -> bool:
+        """True if each layer loses the same number of heads, experts or neurons."""
+        return self.uniform or self.is_mixed
+
     @property
     def amount(self) -> Amount | None:
-        """The amount to remove or to keep; None if only a budget of accuracy ends the search."""
+        """The amount to remove or to keep; None if only a budget of accuracy ends the search.
+
+        A share of several units is a share of the parameters.
+        """
         text = self.remove or self.keep
-        return None if text is None else parse_amount(text)
+        amount = None if text is None else parse_amount(text)
+        if amount is not None and self.is_mixed and amount.is_share and amount.measure == "parts":
+            amount = replace(amount, measure="parameters")
+        return amount
 
     @property
     def accuracy_budget(self) -> AccuracyBudget | None:
@@ -151,6 +190,8 @@ class SearchRequest(SearchSettings):
             of = " of" if amount.is_share else ""
             is_numbered = self.unit in NUMBERED_COMPONENTS
             suffix = f"{of} {unit_plural(self.unit)}" if is_numbered else ""
+            if self.is_mixed and "parameters" not in amount.text and amount.is_share:
+                suffix = " of the parameters"
             texts.insert(0, f"{self.amount_key} {amount.text}{suffix}")
         return ", ".join(texts)
 

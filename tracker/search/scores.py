@@ -82,6 +82,16 @@ class Losses:
         keys = list(zip(self.means, ties, later_first, strict=True))
         return sorted(range(len(keys)), key=keys.__getitem__)
 
+    def per_size(self, sizes: Array) -> Losses:
+        """Divide what each set loses beyond the first set by what it saves beyond the first set.
+
+        `sizes` are the sizes of what the sets remove. The first set is left out.
+        """
+        prices = np.asarray(sizes[1:]) - sizes[0]
+        values = (self.values[:, 1:] - self.values[:, :1]) / prices
+        tie_breakers = (self.tie_breakers[1:] - self.tie_breakers[0]) / prices
+        return Losses(self.sets[1:], values, self.weights, tie_breakers)
+
     def choose_step(self, removed: PartSet | None, order: Sequence[int] | None = None) -> PruneStep:
         """Build the search step that removes the set with the smallest loss.
 
@@ -93,8 +103,9 @@ class Losses:
         if not math.isfinite(means[best]):
             raise CellError(NO_FINITE_SCORE)
         chosen = self.sets[best]
-        added = None if removed is None else next(iter(set(chosen) - set(removed)))
-        step = PruneStep(removed=chosen, layer=added, score=float(means[best]))
+        added = [] if removed is None else sorted(set(chosen) - set(removed))
+        layer = added[0] if len(added) == 1 else None
+        step = PruneStep(removed=chosen, layer=layer, score=float(means[best]))
         if not others or not math.isfinite(means[others[0]]):
             return step.model_copy(update={"reasons": {"margin": "there was nothing else"}})
         second, n = others[0], len(self.values)

@@ -22,20 +22,20 @@ from torch import nn
 from tracker.benchmarks.benchmark import check_benchmark, choose_metric
 from tracker.engine.scoring.score import find_cache_argument
 from tracker.ledger.files import read_note
-from tracker.models.checkpoint import check_plain_weights
+from tracker.models.checkpoint import check_plain_weights, find_removable_counts
 from tracker.models.devices import describe_device, synchronize
 from tracker.models.layers import find_layers
 from tracker.models.load import LoadedModel, build_for_planning, build_hollow
 from tracker.models.parts.anatomy import find_search_parts
 from tracker.models.parts.sublayers import Sublayers
-from tracker.models.sources import count_layers, count_parts, read_config
+from tracker.models.sources import ModelSource, count_layers, count_parts, read_config
 from tracker.schema.changes import Ablation
 from tracker.schema.config import CellRequest
 from tracker.schema.errors import ExperimentError, TrackerError
-from tracker.schema.kinds import NUMBERED_COMPONENTS, Component
+from tracker.schema.kinds import NUMBERED_COMPONENTS, UNITS
 from tracker.schema.provenance import content_hash, describe_machine
 from tracker.schema.prune_records import CalibrationSet, PruneCost, PruneStep
-from tracker.schema.search_parts import SearchParts
+from tracker.schema.search_parts import MixedParts, SearchParts
 from tracker.search.accuracy_budget import AccuracyBudget
 from tracker.search.cells import ModelCache, OpenCell
 from tracker.search.request import SearchRequest, deciding_request
@@ -44,6 +44,8 @@ from tracker.search.settings import (
     TIMED,
     Budget,
     Constraints,
+    MixedBudget,
+    UniformKind,
     build_budget,
     resolve_constraints,
 )
@@ -244,14 +246,19 @@ def find_budget(request: SearchRequest, cache: ModelCache) -> Budget:
     constraints = find_constraints(request, cache)
     parts: SearchParts | None = None
     block: int | None = None
-    if amount is None or amount.measure == "parts":
+    kinds = list[UniformKind]()
+    if request.is_mixed:
+        model, _ = build_for_planning(source, cell.model.dtype)
+        parts, kinds, sizes = _mix_units(request.unit, source, model)
+        total = float(model.num_parameters())
+        if amount is not None and amount.measure == "bytes":
+            value = amount.value / (1 if amount.is_share else model.dtype.itemsize)
+            amount = replace(amount, value=value, measure="parameters")
+    elif amount is None or amount.measure == "parts":
         parts = find_search_parts(source, request.unit)
         sizes, total = [1.0] * parts.total, float(len(parts.numbers))
         if request.uniform:
-            counts, block = count_parts(source), parts.per_layer
-            # Heads are removed evenly from the groups that share keys and values.
-            if request.unit == "head" and counts.kv_head:
-                block //= counts.kv_head if counts.kv_head < block else 1
+            block = _uniform_block(source, parts)
     elif amount.measure in TIMED:
         loaded, is_decoding = cache.model(cell.model).loaded, amount.measure == "latency"
         sizes, total = seconds_per_token(loaded, cache, is_decoding)
@@ -263,13 +270,44 @@ def find_budget(request: SearchRequest, cache: ModelCache) -> Budget:
     if request.accuracy_budget is not None:
         refuse_untestable(request, cache)
     key, title = request.amount_key, request.title
-    return build_budget(key, amount, sizes, total, title, constraints, parts, block)
+    return build_budget(key, amount, sizes, total, title, constraints, parts, block, kinds)
 
 
-def _count_parameters(model: Any, unit: Component) -> list[int]:
-    """Count the parameters of each layer, attention or MLP; return [] for numbered parts."""
+def _uniform_block(source: ModelSource, parts: SearchParts) -> int:
+    """Return the number of consecutive parts of which uniform removals take as many each."""
+    counts, block = count_parts(source), parts.per_layer
+    # Heads are removed evenly from the groups that share keys and values.
+    if parts.unit == "head" and counts.kv_head:
+        block //= counts.kv_head if counts.kv_head < block else 1
+    return block
+
+
+def _mix_units(
+    units: str, source: ModelSource, model: Any
+) -> tuple[MixedParts, list[UniformKind], list[float]]:
+    """Build the numbering of several units, and count the parameters of each part."""
+    parts = MixedParts.of([find_search_parts(source, unit) for unit in units.split(",")])
+    assert isinstance(parts, MixedParts)
+    kinds, sizes = list[UniformKind](), list[float]()
+    for start, kind in zip(parts.starts, parts.kinds, strict=False):
+        if kind.unit == "layer":
+            sizes += _count_parameters(model, "layer")
+            continue
+        block = _uniform_block(source, kind)
+        counts, size = find_removable_counts(source, kind.unit, block)
+        first_parts = range(start, start + kind.total, block)
+        blocks = (tuple(range(first, first + block)) for first in first_parts)
+        layers = kind.used_layers or range(kind.layers)
+        used = tuple(b for b in blocks if kind.layer_of(b[0] - start) in layers)
+        kinds.append(UniformKind(used, counts))
+        sizes += [size] * kind.total
+    return parts, kinds, sizes
+
+
+def _count_parameters(model: Any, unit: str) -> list[int]:
+    """Count the parameters of each layer, attention or MLP; return [] for other parts."""
     modules: list[nn.Module] = [*find_layers(model)]
-    if unit in NUMBERED_COMPONENTS:
+    if unit not in UNITS:
         return []
     if unit != "layer":
         pairs = filter(None, map(Sublayers.first_and_last, modules))
@@ -327,6 +365,7 @@ def run_search(request: SearchRequest, budget: Budget, cache: ModelCache) -> Ite
     )
     model = build_hollow(cache.source(request.cell.model), request.cell.model.dtype)
     sizes, total = _count_parameters(model, request.unit), model.num_parameters()
+    counted = budget if isinstance(budget, MixedBudget) else Budget(tuple(sizes), 0.0)
     for draw in request.draw_numbers:
         scores = Scores(cells, budget.parts_for(request.unit))
         # A budget of accuracy ends the search on calibration documents of the benchmark itself.
@@ -335,8 +374,8 @@ def run_search(request: SearchRequest, budget: Budget, cache: ModelCache) -> Ite
         steps = []
         search = Search(scores, budget, seed, draw or 1, rescoring)
         for step in STRATEGIES[request.strategy](search):
-            if len(sizes) == scores.parts.total:
-                remaining = total - sum(sizes[part] for part in step.removed)
+            if len(counted.sizes) == scores.parts.total:
+                remaining = total - round(counted.size_of(step.removed))
                 step = step.model_copy(update={"parameters": remaining})
             steps.append(step)
             cache.progress.say(_step_message(request, scores, draw, step))
@@ -399,7 +438,9 @@ def _step_message(request: SearchRequest, scores: Scores, draw: int | None, step
     parts, unit = scores.parts, request.unit
     removed = parts.names(step.removed)
     text = f"removed together: {removed}"
-    if step.layer is not None and parts.unit in NUMBERED_COMPONENTS:
+    if isinstance(parts, MixedParts):
+        text = f"{removed} removed"
+    elif step.layer is not None and parts.unit in NUMBERED_COMPONENTS:
         text = f"{unit} {parts.name(step.layer)} goes, {len(step.removed)} in all"
     elif step.layer is not None:
         text = f"{unit} {step.layer} goes; removed: {removed}"

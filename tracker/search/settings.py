@@ -27,11 +27,11 @@ from tracker.schema.errors import ExperimentError, ModelError
 from tracker.schema.extent import Positive
 from tracker.schema.fields import JsonArguments, Name, StrictModel, as_tuple, decode_arguments
 from tracker.schema.formats import count_text
-from tracker.schema.kinds import NUMBERED_COMPONENTS, Component, SearchUnit
+from tracker.schema.kinds import NUMBERED_COMPONENTS
 from tracker.schema.model_parts import layers_of_kind
 from tracker.schema.prune_records import Rescoring
 from tracker.schema.safe_yaml import short_text
-from tracker.schema.search_parts import SearchParts
+from tracker.schema.search_parts import MixedParts, SearchParts, SearchUnits, unit_plural
 
 CONSTRAINTS = ("protect", "among", "at_least", "uniform")
 """Keys of a search that define constraints."""
@@ -272,7 +272,7 @@ TIMED: tuple[AmountMeasure, ...] = ("seconds", "latency")
 AMOUNT_FORMS = "8, 25 %, 25 % parameters, 25 % bytes, 25 % latency, 34M parameters, 70 MB or 5 ms"
 """Examples of valid amounts, shown in messages."""
 
-_TOO_FEW: Mapping[Component, str] = {
+_TOO_FEW: Mapping[str, str] = {
     "layer": "leaves no layer",
     "head": "leaves layers without a head",
     "kv_head": "removes every group of heads of some layer",
@@ -383,7 +383,7 @@ class Budget:
         """The parts that can be removed."""
         return [part for part in range(len(self.sizes)) if part not in self.fixed]
 
-    def parts_for(self, unit: Component) -> SearchParts:
+    def parts_for(self, unit: str) -> SearchParts:
         """Return the numbering of the parts of a kind, such as `mlp`."""
         return SearchParts(unit, len(self.sizes))
 
@@ -393,10 +393,13 @@ class Budget:
             len(set(parts).difference(removed)) >= count for parts, count in self.minimums
         )
 
+    def size_of(self, removed: Collection[int]) -> float:
+        """Return the total size of parts that are removed together."""
+        return sum(self.sizes[part] for part in removed)
+
     def is_met(self, removed: Collection[int]) -> bool:
         """Return whether the removed parts have at least the minimum total size."""
-        removed_size = sum(self.sizes[part] for part in removed)
-        return removed_size >= self.min_removed * (1 - 1e-9)
+        return self.size_of(removed) >= self.min_removed * (1 - 1e-9)
 
     def is_finished(self, removed: Collection[int]) -> bool:
         """Return whether a search ends: enough is removed, or without a minimum, all that can."""
@@ -422,7 +425,7 @@ class Budget:
     @property
     def largest_size(self) -> float:
         """The largest total size that can be removed under the constraints."""
-        return sum(self.sizes[part] for part in self.largest_removal())
+        return self.size_of(self.largest_removal())
 
     def next_parts(self, removed: Collection[int]) -> list[int]:
         """Return the parts that the next step can remove."""
@@ -450,7 +453,7 @@ class PartsBudget(Budget):
         """True if each block must lose the same number of parts."""
         return self.uniform_block is not None
 
-    def parts_for(self, unit: Component) -> SearchParts:
+    def parts_for(self, unit: str) -> SearchParts:
         """Return the numbering of the parts in this budget."""
         return self.parts
 
@@ -500,6 +503,90 @@ class PartsBudget(Budget):
         return sorted(part for part in parts if rooms[self.block_of(part)] > 0)
 
 
+@dataclass(frozen=True)
+class UniformKind:
+    """Parts of one kind of which each layer loses the same number.
+
+    Attributes:
+        blocks: The removable parts of each layer, or of each group of heads.
+        counts: The numbers that each block can lose, ascending.
+    """
+
+    blocks: tuple[tuple[int, ...], ...]
+    counts: tuple[int, ...]
+
+    def extend(self, removed: Collection[int], order: Sequence[int]) -> set[int]:
+        """Return the parts that the smallest larger removal takes; empty if there is none.
+
+        Each block loses its first parts in `order`.
+        """
+        n_removed = len({*self.blocks[0]}.intersection(removed))
+        larger = [count for count in self.counts if count > n_removed]
+        ranks = {part: rank for rank, part in enumerate(order)}
+        blocks = [sorted(block, key=ranks.__getitem__) for block in self.blocks]
+        return {part for block in blocks for part in block[: larger[0] if larger else 0]}
+
+    def largest_extension(self, removed: Collection[int]) -> set[int]:
+        """Return as many more parts as can be removed."""
+        n_left = self.counts[-1] - len({*self.blocks[0]}.intersection(removed))
+        remaining = ([part for part in block if part not in removed] for block in self.blocks)
+        return {part for block in remaining for part in block[:n_left]}
+
+
+@dataclass(frozen=True)
+class MixedBudget(Budget):
+    """Budget for the removal of several kinds: whole layers, and the same number of each layer.
+
+    The parts of a removed layer add nothing to the size of the layer.
+
+    Attributes:
+        parts: Numbering of the parts.
+        n_layers: Number of layers, all but one of which can be removed; 0 without the unit `layer`.
+        kinds: The other units.
+    """
+
+    parts: SearchParts = field(kw_only=True)
+    n_layers: int = 0
+    kinds: tuple[UniformKind, ...] = ()
+
+    def parts_for(self, unit: str) -> SearchParts:
+        """Return the numbering of the parts in this budget."""
+        return self.parts
+
+    @cached_property
+    def numbered_parts(self) -> list[int]:
+        """The removable parts of layers."""
+        return [part for kind in self.kinds for block in kind.blocks for part in block]
+
+    def size_of(self, removed: Collection[int]) -> float:
+        """Return the total size of parts that are removed together."""
+        layers = {part for part in removed if part < self.n_layers}
+        layer_of = self.parts.layer_of
+        return sum(self.sizes[p] for p in removed if p in layers or layer_of(p) not in layers)
+
+    def largest_removal(self, removed: Collection[int] = ()) -> set[int]:
+        """Return the largest removable set of parts that includes `removed`."""
+        largest = set(removed).union(*(kind.largest_extension(removed) for kind in self.kinds))
+        if remaining := {*range(self.n_layers)}.difference(removed):
+            largest |= remaining - {min(remaining, key=lambda layer: self.sizes[layer])}
+        return largest
+
+    def candidates(self, removed: Collection[int], order: Sequence[int]) -> list[list[set[int]]]:
+        """Return the parts that the next step can remove: for each unit, a list of sets.
+
+        Of each layer, the first parts in `order` are removed.
+        """
+        layers = [{layer} for layer in range(self.n_layers) if layer not in removed]
+        extended = [kind.extend(removed, order) for kind in self.kinds]
+        groups = [layers if layers[1:] else [], *([parts] for parts in extended if parts)]
+        reachable = ([s for s in group if self.can_reach({*removed, *s})] for group in groups)
+        return [group for group in reachable if group]
+
+    def is_exhausted(self, removed: Collection[int]) -> bool:
+        """Return whether nothing else can be removed."""
+        return not self.candidates(removed, self.numbered_parts)
+
+
 def unmet_budget_error(reason: str) -> ExperimentError:
     """Build the error of a strategy that cannot remove enough to meet the budget."""
     return ExperimentError(
@@ -517,6 +604,7 @@ def build_budget(
     constraints: Constraints = NO_CONSTRAINTS,
     parts: SearchParts | None = None,
     uniform_block: int | None = None,
+    kinds: Sequence[UniformKind] = (),
 ) -> Budget:
     """Build the budget of a search that removes or keeps a given amount of the model.
 
@@ -529,6 +617,7 @@ def build_budget(
         constraints: Layers that must stay.
         parts: Numbering of the parts that can be removed; None for whole layers.
         uniform_block: The attribute of `PartsBudget`.
+        kinds: The attribute of `MixedBudget`.
 
     Returns:
         The budget.
@@ -548,8 +637,14 @@ def build_budget(
     parts = parts or SearchParts("layer", len(sizes))
     fixed = frozenset(range(parts.total)).difference(parts.numbers)
     fixed |= {*parts.parts_of_layers(constraints.fixed(parts.layers))}
-    if parts.unit in NUMBERED_COMPONENTS:
-        budget: Budget = PartsBudget(
+    budget: Budget
+    if isinstance(parts, MixedParts):
+        n_layers = parts.layers if parts.kinds[0].unit == "layer" else 0
+        budget = MixedBudget(
+            tuple(sizes), min_removed, fixed, parts=parts, n_layers=n_layers, kinds=tuple(kinds)
+        )
+    elif parts.unit in NUMBERED_COMPONENTS:
+        budget = PartsBudget(
             tuple(sizes), min_removed, fixed, parts=parts, uniform_block=uniform_block
         )
     else:
@@ -565,6 +660,8 @@ def build_budget(
             limit, bound = "no less than", model_size - bound
         names = constraints.names
         reason = f"does not fit {names}" if names else _TOO_FEW.get(parts.unit, _TOO_FEW["layer"])
+        if isinstance(budget, MixedBudget):
+            reason = f"is more than the {unit_plural(parts.unit)} that can be removed"
         raise ExperimentError(
             f"{title}: '{key}: {amount.text}' {reason}: of "
             f"{_format_amount(model_size, amount.measure)}, "
@@ -664,8 +761,9 @@ class SearchSettings(StrictModel):
     """Largest loss of accuracy, in percentage points, e.g. 2pp."""
     keep_accuracy: KeptAccuracy | None = None
     """Smallest share of the intact model's accuracy to keep, e.g. 95%."""
-    unit: SearchUnit = "layer"
-    """Unit to remove."""
+    unit: SearchUnits = "layer"
+    """Unit to remove: layer, attention, mlp, head, kv_head, expert or neuron. Or several, such as
+    layer,neuron: the search then weighs the loss by the parameters saved."""
     protect: LayerWords = ()
     """Layers to keep, e.g. 0,1,last or 3-7, odd, even, or a kind such as full_attention."""
     among: LayerWords = ()

@@ -13,6 +13,7 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 
 import numpy as np
 
@@ -23,9 +24,13 @@ from tracker.schema.grouping import group_by
 from tracker.schema.proxies import PROXIES
 from tracker.schema.prune_records import PruneStep, Rescoring
 from tracker.search.scores import NO_FINITE_SCORE, PartSet, Scores, add_parts
-from tracker.search.settings import Budget, unmet_budget_error
+from tracker.search.settings import Budget, MixedBudget, unmet_budget_error
 from tracker.stats.rank_agreement import rounded_values
 
+PRICE_UNIT = 1e6
+"""Number of parameters for which a search of several units counts the loss."""
+_NO_SCORE = {"score": "the strategy uses no document", "margin": "nothing is compared"}
+"""Reasons of a random step."""
 LAZY_BATCH = 6
 """Minimum number of candidates per engine call of a lazy search; at least one layer's parts."""
 
@@ -70,8 +75,11 @@ def _yield_steps(budget: Budget, choose: StepChooser) -> Iterator[PruneStep]:
 
 def remove_by_outcome(search: Search, outcome: str) -> Iterator[PruneStep]:
     """Yield steps that each remove the part with the smallest loss."""
+    if isinstance(search.budget, MixedBudget):
+        yield from _yield_steps(search.budget, _rescore_mixed(search, search.budget, outcome))
+        return
     rescorings = {"full": _rescore_fully, "lazy": _rescore_lazily, "race": _rescore_by_races}
-    return _yield_steps(search.budget, rescorings[search.rescoring](search, outcome))
+    yield from _yield_steps(search.budget, rescorings[search.rescoring](search, outcome))
 
 
 def _rescore_fully(search: Search, outcome: str) -> StepChooser:
@@ -80,6 +88,25 @@ def _rescore_fully(search: Search, outcome: str) -> StepChooser:
     def choose(removed: PartSet) -> PruneStep:
         sets = [add_parts(removed, part) for part in search.budget.next_parts(removed)]
         return search.scores.losses(outcome, sets).choose_step(removed)
+
+    return choose
+
+
+def _rescore_mixed(search: Search, budget: MixedBudget, outcome: str) -> StepChooser:
+    """Return a function that chooses the candidate with the smallest loss per parameter saved.
+
+    Candidates are whole layers and parts of each layer. Each layer loses the parts first whose
+    removal alone costs least in the intact model.
+    """
+    scores = search.scores
+    single_losses = scores.losses(outcome, [(part,) for part in budget.numbered_parts])
+    order = [budget.numbered_parts[index] for index in single_losses.order]
+
+    def choose(removed: PartSet) -> PruneStep:
+        candidates = chain.from_iterable(budget.candidates(removed, order))
+        sets = [removed, *(add_parts(removed, *(c.difference(removed))) for c in candidates)]
+        sizes = np.array([budget.size_of(part_set) for part_set in sets]) / PRICE_UNIT
+        return scores.losses(outcome, sets).per_size(sizes).choose_step(removed)
 
     return choose
 
@@ -229,9 +256,24 @@ def remove_last(search: Search) -> Iterator[PruneStep]:
 
 def remove_at_random(search: Search) -> Iterator[PruneStep]:
     """Yield steps that remove parts in a random order."""
+    if isinstance(search.budget, MixedBudget):
+        yield from _yield_steps(search.budget, _choose_at_random(search, search.budget))
+        return
     order = list(range(search.scores.parts.total))
     search.random_generator("random").shuffle(order)
     yield from _remove_in_order(search, _filter_removable(order, search.budget))
+
+
+def _choose_at_random(search: Search, budget: MixedBudget) -> StepChooser:
+    """Return a function that draws a unit, and a candidate of this unit."""
+    order, generator = list(budget.numbered_parts), search.random_generator("random")
+    generator.shuffle(order)
+
+    def choose(removed: PartSet) -> PruneStep:
+        parts = generator.choice(generator.choice(budget.candidates(removed, order)))
+        return PruneStep(removed=add_parts(removed, *parts.difference(removed)), reasons=_NO_SCORE)
+
+    return choose
 
 
 def _filter_removable(order: Iterable[int], budget: Budget) -> Iterator[int]:
@@ -250,7 +292,7 @@ def _remove_in_order(search: Search, order: Iterable[int]) -> Iterator[PruneStep
     """
     budget = search.budget
     removed: PartSet = ()
-    reasons = {"score": "the strategy uses no document", "margin": "nothing is compared"}
+    reasons = _NO_SCORE
     steps: Iterable[tuple[int, ...]] = ((part,) for part in order)
     if budget.is_uniform:
         steps = zip(*group_by(order, budget.block_of).values(), strict=False)
@@ -291,6 +333,8 @@ STEPWISE_STRATEGIES = tuple(_BY_OUTCOME)
 """Strategies that remove one part at a time, in any order."""
 UNIFORM_STRATEGIES = (*(f"{name}_oneshot" for name in OUTCOME_STRATEGIES), "last", RANDOM_STRATEGY)
 """Strategies that can remove one part of every layer in each step."""
+MIXED_STRATEGIES = (*OUTCOME_STRATEGIES, RANDOM_STRATEGY)
+"""Strategies that can remove several units."""
 BLIND_STRATEGIES = ("last", RANDOM_STRATEGY)
 """Strategies that use no documents."""
 DRAWN_STRATEGIES = (RANDOM_STRATEGY,)

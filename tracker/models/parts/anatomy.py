@@ -200,7 +200,7 @@ def linear_map_shapes(source: ModelSource) -> tuple[dict[str, MapShape], ...]:
 
 
 @cache
-def find_search_parts(source: ModelSource, unit: Component) -> SearchParts:
+def find_search_parts(source: ModelSource, unit: str) -> SearchParts:
     """Find the layers, heads or other parts of a model that a search is allowed to remove.
 
     No weights are read. The result is cached until the process ends.
