@@ -89,11 +89,13 @@ class Removal(NamedTuple):
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_llama(tmp_path_factory.mktemp("mixed") / "llama", seed=3, layers=LAYERS)
+    return save_llama(
+        tmp_path_factory.mktemp("mixed") / "llama", seed=3, layers=LAYERS, tie_word_embeddings=True
+    )
 
 
 def make_request(tiny: Path, **options: Any) -> Any:
-    merged = {**SETTINGS, "sample": 4, "test_sample": 4, "remove": "33 %", "unit": UNITS}
+    merged = {**SETTINGS, "sample": 4, "test_sample": 4, "remove": "60 %", "unit": UNITS}
     return search_request({**merged, "model": str(tiny), "strategy": "gold_logprob", **options})
 
 
@@ -145,16 +147,16 @@ def test_each_step_loses_least_per_parameter(tiny: Path, cache: ModelCache, by: 
         former = best
     assert len(kinds) > 1, "more than one unit was removed"
     removed_share = 1 - former.count_parameters(truth.model) / total
-    assert removed_share >= 0.33
+    assert removed_share >= 0.6
 
 
 def test_a_choice_of_several_units_is_saved(tiny: Path, write, prune, tmp_path: Path) -> None:
     """Plain transformers loads what lm-eval has judged, within a budget of accuracy too."""
     settings = {"model": str(tiny), "unit": {"value": UNITS.split(",")}, "sample": 4}
     strategies = {"strategy": ["gold_logprob", "random"], "draws": 1}
-    path = write(remove="33 %", test_sample=4, **strategies, **settings)
+    path = write(remove="60 %", test_sample=4, **strategies, **settings)
     plan_text = " ".join(printed("plan", path, "--gflops=1", f"--results={tmp_path}/new").split())
-    assert "gold_logprob, remove 33 % of the parameters" in plan_text
+    assert "gold_logprob, remove 60 % of the parameters" in plan_text
     result = prune(path)
     assert result.exit_code == 0, result.output
     records = {record.strategy: record for record in stored_searches(tmp_path)}
@@ -190,7 +192,7 @@ def test_a_choice_of_several_units_is_saved(tiny: Path, write, prune, tmp_path: 
 
 
 def test_random_steps_reach_the_amount(tiny: Path, cache: ModelCache) -> None:
-    for share in (10, 20, 33):
+    for share in (20, 40, 60):
         request = make_request(tiny, strategy="random", remove=f"{share} %")
         budget = find_budget(request, cache)
         assert isinstance(budget, MixedBudget)

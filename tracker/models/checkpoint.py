@@ -273,7 +273,7 @@ def find_removable_counts(
         try:
             plan.check_config(model)
             if not counts:
-                n_removed = model.num_parameters() - plan.build(model).num_parameters()
+                n_removed = _count_layers(model) - _count_layers(plan.build(model))
                 size = n_removed / (len(parts) * len(numbers))
             counts.append(count)
         except ModelError as error:
@@ -281,6 +281,11 @@ def find_removable_counts(
     if not counts:
         raise ModelError(problem)
     return tuple(counts), size
+
+
+def _count_layers(model: PreTrainedModel) -> int:
+    """Count the parameters of all layers; a model that was just built ties no embeddings."""
+    return sum(parameter.numel() for parameter in find_layers(model).parameters())
 
 
 def _uniform_removal(model: PreTrainedModel, ablation: Ablation) -> Ablation:
