@@ -10,7 +10,7 @@ from tracker.schema.errors import ExperimentError
 from tracker.search import search
 from tracker.search.cells import OpenCell
 from tracker.search.scores import Scores
-from tracker.search.search import find_budget
+from tracker.search.search import find_budget, run_search
 from tracker.search.settings import Budget, build_budget, parse_amount
 from tracker.search.strategies import STRATEGIES, Search
 
@@ -78,6 +78,8 @@ def test_budgets_measure_the_model(ask, make_cache, model, monkeypatch) -> None:
     assert find_budget(ask(strategy="random", remove="20 % seconds"), cache) == time_budget
     cache.keep_timings()
     assert find_budget(ask(strategy="last", remove="20 % seconds"), make_cache()) == time_budget
+    (draw,) = run_search(ask(strategy="last", remove="20 % seconds"), time_budget, make_cache())
+    assert [step.seconds for step in draw.steps] == pytest.approx([0.6, 0.5])
 
 
 def test_another_budget_reuses_one_shot_scores(cell, monkeypatch) -> None:

@@ -60,6 +60,9 @@ class PruneStep(EstimatesRecord):
     test: HeldOutResult | None = None
     parameters: int | None = Field(None, exclude_if=lambda count: count is None)
     """Number of parameters of the model after the step; None for heads, experts and neurons."""
+    seconds: float | None = Field(None, exclude_if=lambda seconds: seconds is None)
+    """Estimated seconds per token after the step: the intact model's time minus the times of the
+    removed layers. None unless the requested amount is a time."""
     reasons: dict[str, str] = Field(default_factory=dict)
 
 

@@ -494,6 +494,12 @@ def _constraints_text(record: PruneRecord) -> str:
     return ", ".join(filter(None, (among, protected, *minimums)))
 
 
+NO_TIME = "only a search whose amount is a time has it"
+_TIME_NOTE = (
+    "ms a token: estimate, the unpruned model's measured time minus those of the removed layers"
+)
+
+
 class _StepRow(NamedTuple):
     """Row of the table of steps; the first step of a search has number 1.
 
@@ -535,7 +541,11 @@ def _steps_table(records: Sequence[PruneRecord]) -> Table:
         count = row.step.parameters
         return Estimate(None if count is None else _bytes(record, count) / 1e6, reason=NO_SIZE)
 
+    def time(row: _StepRow) -> float | None:
+        return None if row.step.seconds is None else 1000 * row.step.seconds
+
     measure = metric_format(record)
+    is_timed = any(step.seconds is not None for search in records for step in search.steps)
     change = "lost" if record.higher_is_better else "added"
     drop_heading = f"test {measure.level} {change}"
     part_unit: FigureUnit = "text" if is_numbered else "count"
@@ -554,6 +564,7 @@ def _steps_table(records: Sequence[PruneRecord]) -> Table:
         Column(drop_heading, measure.form, drop, NO_SCORE),
         Column("parameters", "count", lambda row: row.step.parameters, NO_SIZE),
         Column("MB", "times", size),
+        *[Column("ms a token", "times", time, NO_TIME)] * is_timed,
     )
     rows = [
         _StepRow(labels[s.name], n, step, s.steps[n - 2].removed if n > 1 else ())
@@ -566,6 +577,7 @@ def _steps_table(records: Sequence[PruneRecord]) -> Table:
         rows,
         "score: the quantity that the strategy minimises on the calibration documents"
         + ", per million parameters saved" * is_mixed,
+        *[_TIME_NOTE] * is_timed,
     )
 
 

@@ -97,12 +97,19 @@ class SearchRequest(SearchSettings):
             )
         if {*ACCURACY_KEYS} <= set_keys:
             yield "set either 'max_drop' or 'keep_accuracy', not both"
+        yield from self._mixed_problems() if self.is_mixed else self._unit_problems()
+        if self.rescoring == "race" and len(self.calibrate) > 1:
+            yield "'rescoring: race' needs a single calibration benchmark; use full or lazy"
+        if self.rescoring == "race" and self.sample is not None:
+            yield "'rescoring: race' chooses the number of documents itself; leave 'sample' out"
+
+    def _unit_problems(self) -> Iterator[str]:
+        """Yield an error message for each setting that a single unit does not allow."""
         unit, amount = self.unit, self.amount
-        if unit != "layer" and not self.is_mixed and self.strategy in LAYER_STRATEGIES:
+        if unit != "layer" and self.strategy in LAYER_STRATEGIES:
             fitting = ", ".join(name for name in STRATEGIES if name not in LAYER_STRATEGIES)
             yield f"{self.strategy} scores whole layers, but 'unit' is {unit}; use {fitting}"
-        is_counted = amount is None or amount.measure == "parts"
-        if unit != "layer" and not self.is_mixed and not is_counted and amount is not None:
+        if unit != "layer" and amount is not None and amount.measure != "parts":
             yield (
                 f"with 'unit' {unit}, 'remove' and 'keep' take a number or a percentage; "
                 f"{amount.text} is only for whole layers"
@@ -112,28 +119,21 @@ class SearchRequest(SearchSettings):
                 f"'at_least' counts layers that stay, but 'unit' is {unit}: every layer keeps "
                 f"some {unit_plural(unit)} anyway; use 'protect' or 'among'"
             )
-        yield from self._mixed_problems()
-        if self.uniform and unit not in (*NUMBERED_COMPONENTS, *[unit] * self.is_mixed):
+        if self.uniform and unit not in NUMBERED_COMPONENTS:
             yield (
                 "'uniform' is only for heads, experts and neurons, but 'unit' is "
                 f"{unit}; leave it out"
             )
-        elif self.uniform and not self.is_mixed and self.strategy not in UNIFORM_STRATEGIES:
+        elif self.uniform and self.strategy not in UNIFORM_STRATEGIES:
             yield (
                 f"{self.strategy} removes one part at a time, but 'uniform' removes one from each "
                 f"layer; use {', '.join(UNIFORM_STRATEGIES)}"
             )
         if self.uniform and (self.protect or self.among):
             yield "'uniform' removes parts from every layer; leave 'protect' and 'among' out"
-        if self.rescoring == "race" and len(self.calibrate) > 1:
-            yield "'rescoring: race' needs a single calibration benchmark; use full or lazy"
-        if self.rescoring == "race" and self.sample is not None:
-            yield "'rescoring: race' chooses the number of documents itself; leave 'sample' out"
 
     def _mixed_problems(self) -> Iterator[str]:
         """Yield an error message for each setting that several units do not allow."""
-        if not self.is_mixed:
-            return
         if self.strategy not in MIXED_STRATEGIES:
             yield (
                 f"{self.strategy} removes one unit, but 'unit' is {self.unit}; use "

@@ -377,6 +377,9 @@ def run_search(request: SearchRequest, budget: Budget, cache: ModelCache) -> Ite
             if len(counted.sizes) == scores.parts.total:
                 remaining = total - round(counted.size_of(step.removed))
                 step = step.model_copy(update={"parameters": remaining})
+            if request.amount is not None and request.amount.measure in TIMED:
+                seconds = budget.model_size - budget.size_of(step.removed)
+                step = step.model_copy(update={"seconds": seconds})
             steps.append(step)
             cache.progress.say(_step_message(request, scores, draw, step))
             if accuracy_budget is not None and _is_over(accuracy_budget, walk, step.removed):

@@ -362,12 +362,14 @@ class Budget:
         min_removed: Minimum total size to remove; 0 if only a budget of accuracy ends the search.
         fixed: Parts that must stay.
         minimums: Groups of parts, each with the minimum number of parts that must stay.
+        model_size: Size of the whole model in the quantity of `sizes`.
     """
 
     sizes: tuple[float, ...]
     min_removed: float
     fixed: frozenset[int] = frozenset()
     minimums: tuple[tuple[tuple[int, ...], int], ...] = ()
+    model_size: float = field(default=0.0, kw_only=True)
 
     @property
     def is_uniform(self) -> bool:
@@ -653,7 +655,7 @@ def build_budget(
             for minimum in constraints.minimums
             for group in minimum.groups(parts.layers)
         )
-        budget = Budget(tuple(sizes), min_removed, fixed, tuple(minimums))
+        budget = Budget(tuple(sizes), min_removed, fixed, tuple(minimums), model_size=model_size)
     if amount is not None and not budget.can_reach(()):
         limit, bound = "at most", budget.largest_size
         if key == "keep":
