@@ -18,7 +18,6 @@ from tracker.ledger.store import Ledger
 from tracker.measuring.job import Options
 from tracker.measuring.progress import Silent
 from tracker.schema.changes import Ablation, Change
-from tracker.schema.errors import RequestError
 from tracker.schema.prune_records import PruneRecord
 from tracker.schema.search_parts import MixedParts
 from tracker.search.cells import ModelCache, OpenCell
@@ -208,23 +207,3 @@ def test_random_steps_reach_the_amount(tiny: Path, cache: ModelCache) -> None:
                 ]
                 assert len(set(counts)) == 1
                 assert counts[0] < count
-
-
-@pytest.mark.parametrize(
-    ("options", "problem"),
-    [
-        ({"strategy": "cosine"}, "cosine removes one unit, but 'unit' is layer,kv_head,neuron"),
-        ({"remove": 3}, "such as 20 %, not 3"),
-        ({"remove": "20 % latency"}, "such as 20 %, not 20 % latency"),
-        ({"protect": [0]}, "leave 'protect', 'among'"),
-        ({"rescoring": "race"}, "leave 'protect', 'among'"),
-        ({"uniform": False}, "several units are removed uniformly"),
-        ({"unit": "layer,mlp"}, "layer and mlp cannot be combined"),
-        ({"unit": "head,kv_head"}, "head and kv_head cannot be combined"),
-        ({"unit": "layer,layer"}, "a unit is listed twice"),
-        ({"unit": "layer,neurons"}, "invalid unit"),
-    ],
-)
-def test_settings_that_several_units_refuse(tiny: Path, options: Any, problem: str) -> None:
-    with pytest.raises(RequestError, match=problem):
-        make_request(tiny, **options)

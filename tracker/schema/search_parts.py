@@ -38,9 +38,9 @@ def parse_units(value: Any) -> str:
         >>> parse_units(["neuron", "layer"])
         'layer,neuron'
     """
-    if isinstance(value, str) and not value.startswith("["):
-        value = [word.strip() for word in value.split(",")]
     units = as_tuple(value)
+    if isinstance(value, str) and not value.startswith("["):
+        units = tuple(word.strip() for word in value.split(","))
     if not isinstance(units, tuple) or not units or any(u not in SEARCH_UNITS for u in units):
         raise ValueError(
             f"invalid unit {short_text(value)}; expected {join_words(SEARCH_UNITS, 'or')}, or "
