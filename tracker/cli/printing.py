@@ -523,7 +523,7 @@ def print_export(model: ExportedModel) -> None:
         for recipe in ordered_recipes(model.recipes):
             echo_all(recipe.words, recipe.text)
     elif not model.problems:
-        echo(f"to make the same model with other tools: {no_recipe_reason(model)}")
+        echo(f"no recipe for other tools: {no_recipe_reason(model).removeprefix('None: ')}")
     print_missing_recipes(model)
     echo(f"\nsaved: {model.folder}")
     for location in model.locations.values():
