@@ -14,6 +14,6 @@ Modules:
 
 import sys
 
-from tracker.schema.api_package import ApiPackage
+from tracker.schema.distribution import ApiPackage
 
 sys.modules[__name__].__class__ = ApiPackage

@@ -2,7 +2,6 @@
 
 Modules:
     answers: Format the result of the setting `until` as a sentence.
-    api_package: Make a package callable as the API function with the same name.
     changes: Define changes of a model, and sets of changes.
     config: Define the settings and the request for one model on one benchmark.
     distribution: Define the package's name, version and installation commands.

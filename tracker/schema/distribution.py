@@ -1,4 +1,4 @@
-"""Define the package's name, version and installation commands.
+"""Define the package's name, version, installation commands and packages that can be called.
 
 The command and the import package are named `tracker`. On PyPI this name is taken, so the
 distribution is named `layer-tracker`.
@@ -9,7 +9,10 @@ from __future__ import annotations
 import importlib.util
 import shlex
 import sys
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 DISTRIBUTION_NAME = "layer-tracker"
 __version__ = "0.1.0"
@@ -69,3 +72,23 @@ def format_problem(number: object) -> str:
 
 def _is_checkout() -> bool:
     return (_ROOT / "pyproject.toml").is_file()
+
+
+class ApiPackage(ModuleType):
+    """Package that can be called like the API function with the same name.
+
+    Importing a module of the package replaces the API function in the namespace `tracker` by the
+    package.
+    """
+
+    @property
+    def __call__(self) -> Any:
+        """The API function that runs when the package is called."""
+        return getattr(import_module("tracker.api"), self.__name__.rpartition(".")[2])
+
+    @property
+    def __signature__(self) -> Any:
+        """The signature of the API function."""
+        from inspect import signature
+
+        return signature(self.__call__)
