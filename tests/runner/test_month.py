@@ -262,7 +262,9 @@ def test_what_is_searched_and_studied_in_a_month_stays_as_it_is_known(month, tmp
     last = f"only the latest measurement counts: our_sums · 0-shot · measured {dates[-1][:10]}"
     # The terminal says the first of what does not count, the page all of it.
     assert "does not count" in board
-    assert page.count(last) == len(editions) - 1, re.findall(r"<li>.*latest measurement counts.*", page)
+    assert page.count(last) == len(editions) - 1, re.findall(
+        r"<li>.*latest measurement counts.*", page
+    )
     assert f"({latest.key[:8]})" in page
     # What a tracker lacks is nothing.
     assert tracker.sync(["mlflow"], results=month.results).failed == {}
