@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from functools import partial
+from functools import cache, partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,12 @@ from typing import Any
 import numpy as np
 
 from tracker.comparison.answers import AnswerText, BenchmarkAnswers, ModelAnswers
-from tracker.comparison.lm_eval_files import ENDING_LENGTH, BenchmarkReport, explain_damage
+from tracker.comparison.lm_eval_files import (
+    ENDING_LENGTH,
+    BenchmarkReport,
+    explain_damage,
+    refuse_several_models,
+)
 from tracker.measuring.progress import Progress
 from tracker.report.dataset import read_parquet
 from tracker.schema.errors import RequestError
@@ -22,7 +27,7 @@ from tracker.schema.errors import RequestError
 _NAME = re.compile(r"details_(?:\w+\|)?(.+?)(?:\|\d+)+_(\d{4}-\d\d-\d\dT[\d.-]+)", re.DOTALL)
 """Stem of a file's name: task without numbers of examples, and date."""
 _COLUMNS = [
-    *("doc.query", "doc.choices", "doc.gold_index", "doc.id", "metric"),
+    *("doc.query", "doc.choices", "doc.gold_index", "metric"),
     *("model_response.input", "model_response.text", "model_response.logprobs"),
 ]
 _TASK_SETTINGS = ("generation_size", "stop_sequence", "num_samples")
@@ -44,9 +49,7 @@ def find_details(path: Path) -> dict[str, Path]:
     """
     paths = sorted(path.rglob("details_*.parquet")) if path.is_dir() else [path]
     matches = {file: match for file in paths if (match := _NAME.fullmatch(file.stem))}
-    if len(folders := {str(file.parent.parent) for file in matches}) > 1:
-        names = ", ".join(sorted(folders)[:5])
-        raise RequestError(f"{path} holds {len(folders)} models; name one of: {names}")
+    refuse_several_models(path, (file.parent.parent for file in matches))
     files: dict[str, Path] = {}
     for file, match in sorted(matches.items(), key=lambda item: item[1][2]):
         task, date = match.groups()
@@ -70,23 +73,22 @@ def read_details(source: str, files: Mapping[str, Path], progress: Progress) -> 
     Raises:
         RequestError: A file is damaged or incomplete.
     """
-    name, benchmarks = Path(source).name, {}
+    name, benchmarks, read_results = Path(source).name, {}, cache(_read_results)
     for task, path in files.items():
         with explain_damage(path, "lighteval 0.13 or newer"):
-            results = _read_results(path)
+            results = read_results(path.parent)
             name = str(results.get("config_general", {}).get("model_name") or name)
             benchmarks[task] = _read_task(task, path, results)
         progress.advance(path.stat().st_size // 1_000_000)
     return ModelAnswers(name.rstrip("/").rpartition("/")[2], source, benchmarks)
 
 
-def _read_results(path: Path) -> dict[str, Any]:
-    """Read the results of the same date and model; return {} if the file is elsewhere."""
-    date = path.parent.name
-    for folder in path.parents:
+def _read_results(details: Path) -> dict[str, Any]:
+    """Read the results of a model and date, named by their folder of details; {} if unknown."""
+    for folder in details.parents:
         if folder.name == "details":
-            model = path.parent.parent.relative_to(folder)
-            results = folder.parent / "results" / model / f"results_{date}.json"
+            model = details.parent.relative_to(folder)
+            results = folder.parent / "results" / model / f"results_{details.name}.json"
             return dict(json.loads(results.read_bytes())) if results.is_file() else {}
     return {}
 

@@ -53,15 +53,20 @@ def find_samples(path: Path) -> dict[str, Path]:
     files = [path] if path.is_file() else [*path.glob("samples_*.jsonl")]
     if not files:
         files = [*path.glob("*/samples_*.jsonl")]
-    if len(folders := {str(file.parent) for file in files}) > 1:
-        names = ", ".join(sorted(folders)[:5])
-        raise RequestError(f"{path} holds {len(folders)} models; name one of: {names}")
+    refuse_several_models(path, (file.parent for file in files))
     if not files or path.suffix == ".json":
         command = "run lm_eval with --log_samples and --output_path"
         details = "or lighteval with --save-details"
         raise RequestError(f"{path} holds no samples_TASK_DATE.jsonl; {command}, {details}")
     files.sort(key=lambda file: _task_and_date(file)[1])
     return {_task_and_date(file)[0]: file for file in files}
+
+
+def refuse_several_models(path: Path, folders: Iterable[Path]) -> None:
+    """Raise RequestError if the files of a path are in the folders of several models."""
+    if len(models := {*map(str, folders)}) > 1:
+        names = ", ".join(sorted(models)[:5])
+        raise RequestError(f"{path} holds {len(models)} models; name one of: {names}")
 
 
 def _task_and_date(path: Path) -> tuple[str, str]:
