@@ -18,6 +18,7 @@ from tests.helpers.engines import MAX_LENGTH, engine_of, make_document, make_doc
 from tests.helpers.families import tiny_model
 from tests.helpers.registry import make_registered
 from tracker.engine import plan
+from tracker.engine.observers.layer_proxies import measure_expert_load
 from tracker.engine.observers.taylor import measure_kl_gradients, measure_taylor
 from tracker.engine.plan import estimate_cost, measure_matrix_rate
 from tracker.engine.scoring.head import LOGITS_BYTES
@@ -87,16 +88,21 @@ def test_the_sweep_costs_what_was_said(shared: int) -> None:
     assert counts["flops"] > 0
 
 
-@pytest.mark.parametrize("changes", [("attention:1", "mlp:2"), ("int8:1", "int8:2")])
+@pytest.mark.parametrize(
+    "changes", [("attention:1", "mlp:2"), ("int8:1", "int8:2"), ("expert:0.0", "expert:1.1")]
+)
 def test_statistics_of_parts_cost_what_was_planned(changes: tuple[str, ...]) -> None:
-    model, documents = tiny_model("llama_eager"), make_documents(4)
-    engine = engine_of(model)
+    is_mixture, documents = "expert" in changes[0], make_documents(4)
+    model = tiny_mixture(4) if is_mixture else tiny_model("llama_eager")
+    n_layers, engine = model.config.num_hidden_layers, engine_of(model)
     ablations = [Ablation.parse(change) for change in changes]
     parts = [part for ablation in ablations if (part := ablation.part)]
     rounded = [part for part in parts if part.intervention != "remove"]
 
     def measure() -> None:
         for document in documents:
+            if is_mixture:
+                measure_expert_load(engine, document, parts)
             measure_taylor(engine, document, parts)
         measure_kl_gradients(engine, documents, rounded)
 
@@ -109,7 +115,7 @@ def test_statistics_of_parts_cost_what_was_planned(changes: tuple[str, ...]) -> 
                 model(torch.tensor([tokens]), use_cache=False)
     planned = estimate_cost(model, documents, [INTACT, *ablations], MAX_LENGTH)
     lengths = [len(t) for d in documents for t, _ in measured_texts(d, MAX_LENGTH)]
-    passes = planned.statistics_layer_passes / (4 * sum(lengths))
+    passes = planned.statistics_layer_passes / (n_layers * sum(lengths))
     assert counted.get_total_flops() == pytest.approx(passes * plain.get_total_flops(), rel=0.15)
 
 

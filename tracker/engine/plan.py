@@ -197,6 +197,7 @@ def estimate_cost(
     formats = {part.intervention for part in parts} - {"remove"}
     # The gradient of KL also reads the text by the exact model, once for each format.
     passes = GRADIENT_PASSES * bool(parts) + (GRADIENT_PASSES + 1) * len(formats)
+    passes += any(part.component == "expert" for part in parts)  # the load of the experts
     statistics_passes = passes * work.layers + plan.layer_passes * len(observe)
     activations = plan.n_streams * work.widest_row * stream_bytes(model)
     return Cost(

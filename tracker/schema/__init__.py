@@ -4,7 +4,7 @@ Modules:
     answers: Format the result of the setting `until` as a sentence.
     changes: Define changes of a model, and sets of changes.
     config: Define the settings and the request for one model on one benchmark.
-    distribution: Define the package's name, version and installation commands.
+    distribution: Define the package's name, version, installation commands and callable packages.
     documents: Define tokenised documents and the responses to them.
     errors: Define the errors that tracker raises.
     estimates: Define an estimate: a value with a confidence interval.
