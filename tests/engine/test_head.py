@@ -60,6 +60,20 @@ def test_blocks_say_what_the_whole_says(family: str) -> None:
     assert not any("forward" in vars(part) for part in (model, Head(model).base, model.lm_head))
 
 
+@pytest.mark.usefixtures("small")
+def test_the_first_of_equal_logits_is_the_greedy_choice() -> None:
+    """Tokens 5 and 20 of one block and 70 of another have the highest logit of some states."""
+    model = tiny_model("llama")
+    weight = model.lm_head.weight
+    weight[[5, 20, 70]] = 9 * model.model(IDS, use_cache=False).last_hidden_state[0, 3]
+    predictor, predicted = torch.tensor([3, 3, 3]), torch.tensor([5, 20, 70])
+    head = Head(model)
+    output = head.base(IDS, use_cache=False)
+    predictions = head.predictions(output, output.last_hidden_state, predictor, predicted)
+    assert predictions.greedy[0].tolist() == [True, False, False]
+    assert len(set(predictions.logprobs[0].tolist())) == 1
+
+
 def test_a_small_vocabulary_is_not_cut() -> None:
     model = tiny_model("llama")
     assert not Head(model).has_blocks

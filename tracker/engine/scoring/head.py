@@ -59,8 +59,8 @@ class Head:
 
     All logits together can take gigabytes, so the head processes the hidden states in chunks. On a
     CPU in full precision, the vocabulary is also cut into blocks of `VOCABULARY_BLOCK` tokens. For
-    each block, the head stores only the maximum with its index, the log-sum-exp, and the logits of
-    predicted tokens. These results are combined into the log-softmax over the whole vocabulary.
+    each block, the head stores only the maximum, the log-sum-exp, and the logits of predicted
+    tokens. These results are combined into the log-softmax over the whole vocabulary.
 
     Blocks give exact results if no step of the head mixes logits of different tokens, which
     `_is_separable` tests.
@@ -136,26 +136,23 @@ class Head:
         If several tokens have the highest logit, the first one counts as the argmax.
         """
         states = output.last_hidden_state
-        maxima: list[Tensor] = []
+        maximum = states.new_full(states.shape[:2], -torch.inf)
         normalisers = []
-        argmax = states.new_zeros(states.shape[:2], dtype=torch.long)
         targets = states.new_empty(len(states), len(predicted))
+        is_first = torch.empty_like(targets, dtype=torch.bool)
         for start, stop in self._blocks:
             logits = self._logits_of_block(output, start, stop)
-            maximum, indices = logits.max(-1)
-            if maxima:
-                is_higher = maximum > maxima[-1]
-                argmax = torch.where(is_higher, indices + start, argmax)
-                maximum = torch.where(is_higher, maximum, maxima[-1])
-            else:
-                argmax = indices
-            maxima.append(maximum)
+            indices = ((predicted >= start) & (predicted < stop)).nonzero()[:, 0]
+            nodes, ids = predictor[indices], predicted[indices] - start
+            targets[:, indices] = logits[:, nodes, ids]
+            # Indices of maxima are slow, so they are computed only where a token is predicted.
+            is_argmax = logits[:, nodes].max(-1).indices == ids
+            is_first[:, indices] = is_argmax & (targets[:, indices] > maximum[:, nodes])
+            maximum = torch.maximum(maximum, logits.amax(-1))
             normalisers.append(logits.logsumexp(-1))
-            block_targets = ((predicted >= start) & (predicted < stop)).nonzero()[:, 0]
-            ids = predicted[block_targets] - start
-            targets[:, block_targets] = logits[:, predictor[block_targets], ids]
         normaliser = torch.stack(normalisers).logsumexp(0)
-        return Predictions(targets - normaliser[:, predictor], argmax[:, predictor] == predicted)
+        greedy = is_first & (targets == maximum[:, predictor])
+        return Predictions(targets - normaliser[:, predictor], greedy)
 
     def _logits_of_block(self, output: ModelOutput, start: int, stop: int) -> Tensor:
         weight, bias = self._projection.weight, self._projection.bias
