@@ -15,6 +15,7 @@ TASKS = str(Path(__file__).parents[2] / "experiments" / "tasks")
 RIGHT_TEXTS = {
     "arc_easy_generation": ("A", " A. Solid", "**A**", "The answer is (A)."),
     "sciq_generation": ("darwin", "Charles Darwin, and not Linnaeus"),
+    "countries": (" France and the largest city", "the France"),
     "capitals_generation": ("Paris", "The capital of France is Paris, not Manila."),
     "sums": ("13", "4 + 4 = 8. 8 + 5 = 13. The answer is 13."),
 }

@@ -93,6 +93,19 @@ def test_fewer_groups_of_heads_are_loaded(family, tmp_path):
     assert model.config.num_attention_heads == 4, "it is left alone"
 
 
+def test_fewer_heads_of_a_single_group_are_loaded(tmp_path):
+    """Gemma 3 270M has four heads and one group, which stays."""
+    model = tiny_model("gemma3_mixed", num_key_value_heads=1)
+    ablation = removal("head", [[0, 1], [1, 2], [2, 3], [0, 3]])
+    model.config.save_pretrained(tmp_path / "config")
+    check_part_removal(find_model(str(tmp_path / "config")), ablation)
+    loaded, _ = narrow_and_load(model, ablation, tmp_path / "saved")
+    by_hand = slice_by_hand(model, [(2, 3), (0, 3), (0, 1), (1, 2)], 1)
+    with pytest.raises(ModelError, match="refuses 3 of 4 heads in each layer; it accepts 1 or 2"):
+        savable_copies(model, removal("head", [[0], [1], [2], [3]]))
+    assert is_close(logits(loaded), logits(by_hand))
+
+
 def test_fewer_heads_of_each_group_are_loaded(tmp_path):
     """Groups keep their keys and values, and lose one of two queries each."""
     model = tiny_model("qwen3")

@@ -296,8 +296,12 @@ def _uniform_removal(model: PreTrainedModel, ablation: Ablation) -> Ablation:
     anatomy = LayerAnatomy.of(model)
     kinds = dict.fromkeys(PART_CLASSES[change.component] for change in ablation.parts)
     parts = [(n, part) for kind in kinds for n, part in enumerate(anatomy.find(kind))]
-    # The last of the counts is that of whole groups of heads.
-    counts = [(n, *[*p.counts.items()][-1]) for n, p in parts if isinstance(p, NumberedParts)]
+    # The last of the counts is that of whole groups of heads. A single group stays.
+    counts = [
+        (n, *[item for item in part.counts.items() if item[1] > 1][-1])
+        for n, part in parts
+        if isinstance(part, NumberedParts)
+    ]
     for n_removed in range(1, MINIATURE_HEADS):
         numbers = [
             (n, unit, (n + k) % m) for n, unit, m in counts for k in range(min(n_removed, m))

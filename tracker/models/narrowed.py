@@ -89,8 +89,14 @@ class Narrowing:
 
         if not (problem := find_problem(self.numbers)):
             return
-        unit, old = min(self.old_numbers.items(), key=lambda item: item[1])
-        scaled = ({c: n // old * k for c, n in self.old_numbers.items()} for k in range(1, old))
+        changed = {c: n for c, n in self.old_numbers.items() if n != self.numbers[c]}
+        unit, old = min(changed.items(), key=lambda item: item[1])
+        # Heads are removed from every group alike.
+        step = self.numbers["kv_head"] if unit == "head" else 1
+        scaled = (
+            self.numbers | {c: n // old * k for c, n in changed.items()}
+            for k in range(step, old, step)
+        )
         accepted = [str(numbers[unit]) for numbers in scaled if not find_problem(numbers)]
         raise ModelError(
             f"{type(model.config).__name__} refuses {self.numbers[unit]} of {old} "

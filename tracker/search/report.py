@@ -494,7 +494,7 @@ def _constraints_text(record: PruneRecord) -> str:
     return ", ".join(filter(None, (among, protected, *minimums)))
 
 
-NO_TIME = "only a search whose amount is a time has it"
+NO_TIME = "estimated only if the amount to remove is a time"
 _TIME_NOTE = (
     "ms a token: estimate, the unpruned model's measured time minus those of the removed layers"
 )

@@ -104,7 +104,7 @@ class SearchRequest(SearchSettings):
             yield "'rescoring: race' chooses the number of documents itself; leave 'sample' out"
 
     def _unit_problems(self) -> Iterator[str]:
-        """Yield an error message for each setting that a single unit does not allow."""
+        """Yield a message for each setting that is invalid for the search's only unit."""
         unit, amount = self.unit, self.amount
         if unit != "layer" and self.strategy in LAYER_STRATEGIES:
             fitting = ", ".join(name for name in STRATEGIES if name not in LAYER_STRATEGIES)

@@ -338,8 +338,10 @@ def needed_table(rows: Sequence[tuple[str, AgreementCurve]], reliability: float)
             Column("model and benchmark", "text", lambda row: row[0]),
             Column("ranked by", "text", lambda row: row[1].name),
             Column("documents", "count", lambda row: row[1].documents),
-            Column("two halves agree", "coefficient", lambda row: row[1].agreement(row[1].half)),
-            Column("all agree with as many more documents", "coefficient", full_agreement),
+            Column(
+                "agreement of two halves", "coefficient", lambda row: row[1].agreement(row[1].half)
+            ),
+            Column("agreement with as many new documents", "coefficient", full_agreement),
             Column(f"documents for {reliability:g}", "count", lambda row: row[1].needed),
             Column("how", "text", source),
         ],

@@ -226,8 +226,9 @@ class QuestionReplay:
         distance = f"{100 * self.bound.distance:.2g} pp"
         if self.question.count is not None:
             return f"the last run in the set and the first run outside, which differ by {distance}"
-        drop = "varies most" if self.question.kind == "drop" else "is hardest to distinguish from 0"
-        return f"the drop that {drop}, with a precision of {distance}"
+        if self.question.kind == "drop":
+            return f"the drop that varies most, to be known within {distance}"
+        return f"the drop that is hardest to distinguish from 0, which is {distance}"
 
 
 def replay_question(

@@ -116,14 +116,14 @@ class ModuleFork(ABC):
         return hooks.replaced_forward(self.module, call)
 
 
-def view_streams(batch: Tensor, n_streams: int, owner: str = "a batch has") -> Tensor:
+def view_streams(batch: Tensor, n_streams: int, owner: str = "a batch") -> Tensor:
     """Reshape a batch [streams × n, …] to [streams, n, …].
 
     Raises RefusalError if the number of rows is not a multiple of `n_streams`. `owner` is the
-    beginning of the error message.
+    subject of the error message.
     """
     if len(batch) % n_streams:
-        raise RefusalError(f"{owner} no row for each stream")
+        raise RefusalError(f"{owner} does not have a row for each stream")
     return batch.reshape(n_streams, -1, *batch.shape[1:])
 
 
@@ -204,7 +204,7 @@ class SublayerFork(ModuleFork):
         output = self.original(*args, **kwargs)
         # There is always a stream: the baseline passes everything.
         states, n_outputs = hooks.first_output(output), len({*self.sources} - {None})
-        outputs = view_streams(states, n_outputs, "the output of the attention has")
+        outputs = view_streams(states, n_outputs, "the output of the attention")
         n_rows = len(states) * n_entering // n_outputs
         fill = hooks.neutral_output(self.module, *arguments, states, n_rows)
         fills = view_streams(fill, n_entering)
@@ -292,7 +292,7 @@ class RouterFork(ModuleFork):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the experts that the router chooses for each token, and their routing weights."""
         arguments, hidden = (args, kwargs), hooks.input_state(args, kwargs)
-        states = view_streams(hidden, len(self.remaining), "the router of the experts has")
+        states = view_streams(hidden, len(self.remaining), "the input of the experts' router")
         intact = [stream for stream, experts in enumerate(self.remaining) if experts is None]
         # There is always a stream: the baseline lacks none.
         intact_states = take_entries(states, intact).flatten(0, 1)

@@ -227,7 +227,7 @@ MAX_LAYERS_NAMED = 3
 """Maximum number of layers that a note lists as impossible to remove in a checkpoint."""
 _ITSELF = "the model itself computes other logits after it is saved and loaded"
 _OTHER = "no configuration describes the changed model"
-_NOT = "what is left does not run"
+_NOT = "the model does not run without these layers"
 _COMPUTED = "the class computes values while loading, which cannot be changed in a model in memory"
 
 

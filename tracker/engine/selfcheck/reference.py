@@ -265,7 +265,7 @@ REMAINING_SHARING = {
     NO_PREFIX: "shared over depth and tokens, and not what documents begin with",
     DEPTH_ONLY: "shared over depth alone, and not over tokens or documents",
     PLAIN: "nothing is shared",
-    ONE_BY_ONE: "nothing is shared, and each request is asked alone",
+    ONE_BY_ONE: "nothing is shared, and each request is computed alone",
 }
 """Sharing → description of the remaining sharing, and of the lost sharing."""
 REFUSAL_REASONS = {

@@ -119,8 +119,9 @@ def decision_table(cell: CellRecord, decisions: DecisionsRecord) -> Table:
         notes.append(f"How often each option is the right answer: {', '.join(gold)}.")
     if decisions.cut is not None:
         notes.append(
-            "Texts cut off: the token limit ended them. Lost by cutting: lost documents of which "
-            "it ends more texts than intact. The other lost texts end with a wrong answer."
+            "Texts cut off: share of texts that the token limit ended. Lost by cutting: lost "
+            "documents with more such texts than the intact model has. All other lost documents "
+            "have wrong answers."
         )
     if "margin" in decisions.reasons:
         notes.append(f"Margins: {reason}.")
