@@ -117,6 +117,9 @@ def test_statistics_of_parts_cost_what_was_planned(changes: tuple[str, ...]) -> 
     lengths = [len(t) for d in documents for t, _ in measured_texts(d, MAX_LENGTH)]
     passes = planned.statistics_layer_passes / (n_layers * sum(lengths))
     assert counted.get_total_flops() == pytest.approx(passes * plain.get_total_flops(), rel=0.15)
+    args = model, documents, [INTACT, *ablations], MAX_LENGTH
+    offloaded = estimate_cost(*args, has_gradients=False)
+    assert offloaded.statistics_layer_passes == is_mixture * n_layers * sum(lengths)
 
 
 def test_other_programs_cost_what_was_said() -> None:

@@ -171,6 +171,7 @@ def estimate_cost(
     ablations: Ablations,
     max_length: int,
     observe: Collection[str] = (),
+    has_gradients: bool = True,
 ) -> Cost:
     """Estimate the cost of measuring ablations that share as much computation as possible.
 
@@ -180,6 +181,7 @@ def estimate_cost(
         ablations: The ablations, including the baseline.
         max_length: Maximum number of tokens that the model reads.
         observe: Statistics to measure besides the outcomes, e.g. `kl`.
+        has_gradients: Whether proxies that need gradients are measured, as without offloading.
 
     Returns:
         The estimated cost.
@@ -197,6 +199,7 @@ def estimate_cost(
     formats = {part.intervention for part in parts} - {"remove"}
     # The gradient of KL also reads the text by the exact model, once for each format.
     passes = GRADIENT_PASSES * bool(parts) + (GRADIENT_PASSES + 1) * len(formats)
+    passes *= has_gradients
     passes += any(part.component == "expert" for part in parts)  # the load of the experts
     statistics_passes = passes * work.layers + plan.layer_passes * len(observe)
     activations = plan.n_streams * work.widest_row * stream_bytes(model)

@@ -181,7 +181,8 @@ def plan_cells(
         ablations = request.ablations(layers)
         LayerAnatomy.of(texts.model).check_formats(ablations)
         parts = texts.model, texts.documents, ablations, texts.max_length
-        cell_cost = estimate_cost(*parts, observe=request.observe)
+        reading = _plan_reading(cell.source, texts)
+        cell_cost = estimate_cost(*parts, observe=request.observe, has_gradients=reading is None)
         if texts.dtype in HALF_PRECISION:
             cell_cost = _add_repeated_cost(cell_cost, texts, request.extent.seed)
         observed_spread = _observed_spread(cell, metric)
@@ -198,7 +199,7 @@ def plan_cells(
                 len(request.valid_changes(layers)),
                 *(cell.complete, shared, cell_cost, texts.dtype, spread),
                 observed=observed_spread is not None,
-                reading=_plan_reading(cell.source, texts),
+                reading=reading,
                 stored_format=stored_format(cell.source),
                 answer=answer,
                 forecast=forecast,
