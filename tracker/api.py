@@ -858,7 +858,8 @@ def compare(
     Example:
         >>> tracker.compare("lm-eval/original", "lm-eval/int4", within=0.01).exit_code
     """
-    from tracker.comparison.verdicts import ALL_BENCHMARKS, compare_models, read_models
+    from tracker.comparison.sources import read_models
+    from tracker.comparison.verdicts import ALL_BENCHMARKS, compare_models
 
     margins = within if isinstance(within, Mapping) else {ALL_BENCHMARKS: within}
     metric = (metric,) if isinstance(metric, str) else metric

@@ -63,10 +63,11 @@ def test_figures_equal_those_of_lighteval(folders):
 
 def test_texts_are_those_of_the_documents(folders):
     model, _ = tracker.compare(*map(str, folders)).models
+    table = model.benchmarks["colour_words"].table
     for number, row in enumerate(pq.read_table(next(folders[0].rglob("*words*"))).to_pylist()):
-        text = model.benchmarks["colour_words"].read_text("colour_words", number)
         doc, (answer,) = row["doc"], row["model_response"]["text"]
-        assert text == (doc["query"], answer, doc["choices"][0])
+        texts = table.loc[number, ["question", "text", "answer"]].tolist()
+        assert texts == [doc["query"], answer, doc["choices"][0]]
 
 
 def test_documents_are_matched_in_any_order_and_without_results(folders):

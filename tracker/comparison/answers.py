@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import pandas as pd
@@ -15,36 +15,28 @@ CLUSTER = "(cluster)"
 """Column with the number of a document's cluster; no metric has this name."""
 
 
-class AnswerText(NamedTuple):
-    """Texts for display: end of the prompt, chosen or generated answer, right answer."""
-
-    question: str
-    answer: str
-    target: str
-
-
 @dataclass(frozen=True)
 class BenchmarkAnswers:
     """A model's answers to the documents of a task or a group of tasks.
 
     Attributes:
-        table: Table with one row per document. The columns are `task`, `doc` (the document's
-            number), `key` (hash of document and right answer, unique), `prompt` (hash of the
-            prompt), the metrics, and `CLUSTER` (number of the document's cluster) if the user named
-            clusters. Unknown hashes are empty, and undefined metrics are NaN.
+        table: Table with one row per document, the metrics, and these columns. `task` and `doc`
+            name the document. `key` is the hash of document and right answer (unique), and `prompt`
+            that of the prompt; unknown hashes are empty. For display, `question` is the prompt,
+            `choices` the options, `gold` and `choice` the numbers of the right and the chosen
+            option, `answer` the right answer and `text` the generated one. `CLUSTER` is the number
+            of the document's cluster, if the user named clusters. Undefined metrics are NaN.
         higher_is_better: Metric of the table → whether higher is better.
         settings: Setting that changes the answers → its value as text; unknown settings are absent.
-        left_out: Metric that cannot be compared → reason.
         by_size: Whether metrics are means over documents; otherwise over tasks.
-        read_text: Function that reads the texts of a document, given by task and number.
+        left_out: Metric that cannot be compared → reason.
     """
 
     table: pd.DataFrame
     higher_is_better: Mapping[str, bool]
     settings: Mapping[str, str]
-    left_out: Mapping[str, str]
     by_size: bool
-    read_text: Callable[[str, int], AnswerText]
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -114,7 +106,8 @@ def pair_documents(
     a, b = (answers.table.set_index(columns, drop=False) for answers in (first, second))
     common = a.index.intersection(b.index, sort=False)
     if not has_keys:
-        common = common[[_have_same_end(first, second, *document) for document in common]]
+        texts = (table.loc[common, "question"].str.strip().str[-100:] for table in (a, b))
+        common = common[[x.endswith(y) or y.endswith(x) for x, y in zip(*texts, strict=True)]]
     if not len(common):
         raise RequestError(f"{benchmark}: the models have no document in common")
     others = [table[~table.index.isin(common)] for table in (a, b)]
@@ -130,9 +123,3 @@ def pair_documents(
 def _different(benchmark: str, name: str, values: str) -> RequestError:
     advice = f"evaluate both models in the same way, or add --allow-different {name}"
     return RequestError(f"{benchmark}: {name} differs, {values}; {advice}")
-
-
-def _have_same_end(first: BenchmarkAnswers, second: BenchmarkAnswers, task: str, doc: int) -> bool:
-    """Return whether one prompt ends with the other; an unknown text ends with any other."""
-    a, b = (answers.read_text(task, doc).question.strip()[-100:] for answers in (first, second))
-    return a.endswith(b) or b.endswith(a)

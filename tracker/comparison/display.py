@@ -7,6 +7,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from operator import itemgetter
 from pathlib import Path
+from typing import Any
+
+import pandas as pd
 
 from tracker.comparison.verdicts import OPEN_CODE, WORSE_CODE, Difference, ModelComparison
 from tracker.ledger.files import write_text
@@ -105,14 +108,25 @@ def _lost_table(comparison: ModelComparison, row: Difference) -> Table:
     """Build the table of the first lost documents, with the answers of both models."""
     models = {model.name: model for model in comparison.models}
     names = (comparison.models[0].name, row.model)
-    first, second = (models[name].benchmarks[row.benchmark] for name in names)
+    tables = (models[name].benchmarks[row.benchmark].table for name in names)
+    first, second = (table.set_index(["task", "doc"]) for table in tables)
     lines = []
     for task, doc, second_doc in row.lost_documents[:MAX_LOST]:
-        text, answer = first.read_text(task, doc), second.read_text(task, second_doc).answer
-        lines.append((f"{task} {doc}", text.question, text.target, text.answer, answer))
+        one, other = first.loc[(task, doc)], second.loc[(task, second_doc)]
+        target = _option_text(one, "gold", "answer")
+        answers = [_option_text(answer, "choice", "text") for answer in (one, other)]
+        lines.append((f"{task} {doc}", one["question"], target, *answers))
     title = f"{row.model} loses {row.lost} documents of {row.benchmark} ({row.metric})"
     labels = enumerate(("document", "question", "right answer", *names))
     return build_table(title, [Column(n, "text", itemgetter(i)) for i, n in labels], lines)
+
+
+def _option_text(document: pd.Series[Any], number: str, text: str) -> str:
+    """Return the option whose number is in a column; another column's text without options."""
+    options, index = document["choices"], document[number]
+    if 0 <= index < len(options):
+        return str(options[int(index)]).strip()
+    return "" if pd.isna(document[text]) else str(document[text])
 
 
 def build_page(comparison: ModelComparison, folder: Path) -> Page:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from tracker.analysis.metrics import DocumentMetric, TextReader
-from tracker.comparison import answers
+from tracker.analysis.metrics import DocumentMetric
+from tracker.comparison.answers import CLUSTER, BenchmarkAnswers, ModelAnswers, setting_text
 from tracker.ledger.cells import CellStore
 from tracker.ledger.store import Ledger
+from tracker.ledger.texts import StoredText
 from tracker.ledger.views import folder_name
 from tracker.report.dataset import RECORDS_FILE, read_dataset, read_document_frame
 from tracker.schema.changes import INTACT, Ablation
@@ -25,8 +25,9 @@ from tracker.schema.extent import ALL_DOCUMENTS
 from tracker.schema.grouping import group_by
 from tracker.schema.identities import BenchmarkIdentity
 from tracker.schema.records import CellRecord
-from tracker.stats.decisions import choose_options
 
+_DOCUMENT = ["task", "doc"]
+_TEXTS = ["question", "choices", "gold", "answer", "choice", "text"]
 INTACT_WORD = "intact"
 """Word for the intact model in the name of a run."""
 
@@ -48,8 +49,7 @@ def parse_run_name(source: str) -> RunName | None:
     return RunName(Path(folder), cell, change) if is_run else None
 
 
-@dataclass(frozen=True)
-class StoredCell:
+class StoredCell(NamedTuple):
     """One model on one benchmark in a results folder or data set.
 
     Attributes:
@@ -62,12 +62,7 @@ class StoredCell:
     name: str
     model: str
     benchmark: str
-    read: Callable[[str, Ablation], answers.BenchmarkAnswers]
-
-    @property
-    def names(self) -> set[str]:
-        """The names that select the cell."""
-        return {self.name, self.name.rpartition("--")[0], self.model}
+    read: Callable[[str, Ablation], BenchmarkAnswers]
 
 
 def _list_cells(folder: Path) -> list[StoredCell]:
@@ -84,7 +79,7 @@ def _list_cells(folder: Path) -> list[StoredCell]:
     return cells
 
 
-def read_run(source: str, name: RunName) -> answers.ModelAnswers:
+def read_run(source: str, name: RunName) -> ModelAnswers:
     """Read the answers of a model under one change.
 
     Args:
@@ -105,54 +100,44 @@ def read_run(source: str, name: RunName) -> answers.ModelAnswers:
     except ValueError as error:
         raise RequestError(f"{source}: {error}, or {INTACT_WORD}") from None
     cells = _list_cells(name.folder)
-    chosen = [cell for cell in cells if name.cell in cell.names]
+    chosen = [c for c in cells if name.cell in (c.name, c.name.rpartition("--")[0], c.model)]
     benchmarks = {cell.benchmark: cell.read(source, ablation) for cell in chosen}
     if not chosen or len(benchmarks) < len(chosen):
         problem = "fits several cells" if chosen else "fits no cell"
         names = ", ".join(cell.name for cell in (chosen or cells)[:5])
         raise RequestError(f"{source} {problem}; write one of {names}")
-    return answers.ModelAnswers(f"{chosen[0].model} {name.change}", source, benchmarks)
+    return ModelAnswers(f"{chosen[0].model} {name.change}", source, benchmarks)
 
 
-def _read_cell(store: CellStore, source: str, ablation: Ablation) -> answers.BenchmarkAnswers:
+def _read_cell(store: CellStore, source: str, ablation: Ablation) -> BenchmarkAnswers:
     """Read the outcomes of a cell under one ablation."""
     frame = store.read_documents(ALL_DOCUMENTS)
-    rows = frame[frame["ablation"] == ablation.name].sort_values(["task", "doc"])
+    rows = frame[frame["ablation"] == ablation.name].sort_values(_DOCUMENT, ignore_index=True)
     if rows.empty:
         raise _no_such_run(source, store.folder.name, frame)
     benchmark = store.identity.benchmark
     task = benchmark.tasks[0]
-    rows = rows.set_index(["task", "doc"], drop=False).rename_axis([None, None])
-    table, left_out = rows[["task", "doc"]].assign(key="", prompt=""), {}
+    documents = pd.MultiIndex.from_frame(rows[_DOCUMENT])
+    stored, unknown = store.texts.read(), StoredText(DocumentText(""), public=False)
+    texts = [vars(stored.get(document, unknown).text) for document in documents]
+    options = zip(rows["loglikelihoods"], rows["choices"], strict=True)
+    choices = [np.argmax(scores[:count]) if count else np.nan for scores, count in options]
+    table = rows[[*_DOCUMENT, "gold"]].assign(key="", prompt="", choice=choices, text="")
+    table = table.join(pd.DataFrame(texts))
+    if "text" in rows:
+        table["text"] = rows["text"]
+    higher, left_out = {}, {}
     for metric, aggregation in task.all_metrics.items():
         if aggregation in ("mean", "nanmean"):
             table[metric] = DocumentMetric(store, metric).values(rows)
+            higher[metric] = task.higher_is_better.get(metric, True)
         else:
             left_out[metric] = f"it is no mean over documents, but their {aggregation}"
-    metrics = map(str, table.columns[4:])
-    higher = {metric: task.higher_is_better.get(metric, True) for metric in metrics}
     views = (requested.view for requested in store.views.read_requested({}))
     if clusters := next((view.clusters for view in views if view.clusters), None):
-        table[answers.CLUSTER] = table.index.map(clusters.by_document(benchmark.numbers))
-    read_text = partial(_read_text, cache(store.texts.read), rows)
-    settings, by_size = _settings(benchmark), benchmark.weight_by_size
-    return answers.BenchmarkAnswers(table, higher, settings, left_out, by_size, read_text)
-
-
-def _no_such_run(source: str, cell: str, frame: pd.DataFrame) -> RequestError:
-    names = [INTACT_WORD, *sorted({*frame["ablation"]} - {INTACT.name})[:5]]
-    return RequestError(f"{source}: {cell} has no such run; try {', '.join(names)}")
-
-
-def _settings(benchmark: BenchmarkIdentity) -> dict[str, str]:
-    """Return the settings of a benchmark that change answers, as text."""
-    settings = {
-        "version": ", ".join(dict.fromkeys(task.version for task in benchmark.tasks)),
-        "num_fewshot": answers.setting_text(benchmark.num_fewshot),
-    }
-    if not benchmark.apply_chat_template:  # the digest of a template is unknown
-        settings["chat_template"] = answers.setting_text(None)
-    return settings
+        table[CLUSTER] = documents.map(clusters.by_document(benchmark.numbers))
+    settings = _settings(benchmark)
+    return BenchmarkAnswers(table, higher, settings, benchmark.weight_by_size, left_out)
 
 
 def _read_records(
@@ -160,7 +145,7 @@ def _read_records(
     read_frame: Callable[[], pd.DataFrame],
     source: str,
     ablation: Ablation,
-) -> answers.BenchmarkAnswers:
+) -> BenchmarkAnswers:
     """Read the outcomes of one cell of a data set under one ablation.
 
     Raises RequestError for clusters, because a data set holds no documents' clusters.
@@ -176,42 +161,32 @@ def _read_records(
     rows = frame if ablation == INTACT else frame[frame["ablation"] == ablation.name]
     if rows.empty:
         raise _no_such_run(source, folder_name(records[0].model.name, benchmark.name, key), frame)
-    suffix = "_intact" if ablation == INTACT else ""
-    rows = rows.drop_duplicates(["task", "doc", "metric"])
-    scores = rows.pivot(index=["task", "doc"], columns="metric", values=f"score{suffix}")
-    higher = {record.metric: record.higher_is_better for record in records}
-    table = scores.index.to_frame().assign(key="", prompt="")
-    for metric in scores.columns:  # the score of a loss is negative
-        table[metric] = scores[metric] if higher[metric] else -scores[metric]
-    texts = rows.drop_duplicates(["task", "doc"]).set_index(["task", "doc"])
-    return answers.BenchmarkAnswers(
-        table.rename_axis([None, None]),
-        {metric: higher[metric] for metric in scores.columns},
-        _settings(benchmark),
-        {},
-        benchmark.weight_by_size,
-        partial(_read_row_text, texts, suffix),
-    )
+    if ablation == INTACT:
+        rows = rows.assign(**{name: rows[f"{name}_intact"] for name in ("choice", "text", "score")})
+    rows = rows.drop_duplicates([*_DOCUMENT, "metric"]).astype({"gold": float, "choice": float})
+    scores = rows.pivot(index=_DOCUMENT, columns="metric", values="score")
+    table = rows.drop_duplicates(_DOCUMENT)[[*_DOCUMENT, *_TEXTS]].assign(key="", prompt="")
+    table["question"] = table["question"].fillna("")
+    table["choices"] = table["choices"].fillna("[]").map(json.loads)
+    record_by_metric = {record.metric: record for record in records}
+    higher = {metric: record_by_metric[metric].higher_is_better for metric in scores}
+    for metric, is_better in higher.items():  # the score of a loss is negative
+        scores[metric] *= 1 if is_better else -1
+    table, settings = table.join(scores, on=_DOCUMENT), _settings(benchmark)
+    return BenchmarkAnswers(table, higher, settings, benchmark.weight_by_size)
 
 
-def _read_row_text(rows: pd.DataFrame, suffix: str, task: str, doc: int) -> answers.AnswerText:
-    """Return the texts of a document of a data set; private texts are empty."""
-    (row,) = rows.loc[[(task, doc)]].astype(object).fillna("").to_dict("records")
-    if not row["choices"]:
-        return answers.AnswerText(row["question"], row[f"text{suffix}"], row["answer"])
-    choices = json.loads(row["choices"])
-    numbers = (row[f"choice{suffix}"], row["gold"])
-    answer, target = ("" if n == "" else choices[int(n)].strip() for n in numbers)
-    return answers.AnswerText(row["question"], answer, target)
+def _no_such_run(source: str, cell: str, frame: pd.DataFrame) -> RequestError:
+    names = [INTACT_WORD, *sorted({*frame["ablation"]} - {INTACT.name})[:5]]
+    return RequestError(f"{source}: {cell} has no such run; try {', '.join(names)}")
 
 
-def _read_text(read: TextReader, rows: pd.DataFrame, task: str, doc: int) -> answers.AnswerText:
-    """Return the texts of a document and of the model's answer."""
-    row: Any = rows.loc[(task, doc)]
-    stored = read().get((task, doc))
-    text = stored.text if stored else DocumentText("")
-    if not text.choices:
-        return answers.AnswerText(text.question, str(row.get("text") or ""), text.answer or "")
-    (choice,) = choose_options(np.array([row["loglikelihoods"][: len(text.choices)]]))
-    target = "" if pd.isna(row["gold"]) else text.choices[int(row["gold"])]
-    return answers.AnswerText(text.question, text.choices[int(choice)].strip(), target.strip())
+def _settings(benchmark: BenchmarkIdentity) -> dict[str, str]:
+    """Return the settings of a benchmark that change answers, as text."""
+    settings = {
+        "version": ", ".join(dict.fromkeys(task.version for task in benchmark.tasks)),
+        "num_fewshot": setting_text(benchmark.num_fewshot),
+    }
+    if not benchmark.apply_chat_template:  # the digest of a template is unknown
+        settings["chat_template"] = setting_text(None)
+    return settings

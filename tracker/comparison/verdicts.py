@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations, compress
-from pathlib import Path
+from itertools import compress
 from statistics import NormalDist
 from typing import Literal
 
@@ -24,10 +23,6 @@ from tracker.comparison.answers import (
     PairedTables,
     pair_documents,
 )
-from tracker.comparison.lighteval_files import find_details, read_details
-from tracker.comparison.lm_eval_files import find_samples, read_model
-from tracker.comparison.stored_runs import RunName, parse_run_name, read_run
-from tracker.measuring.progress import Progress, Silent, report_work
 from tracker.schema.errors import RequestError, did_you_mean
 from tracker.schema.estimates import Estimate, FigureUnit
 from tracker.schema.formats import count_text
@@ -48,8 +43,6 @@ ModelVerdict = Literal["better", "worse", "equivalent", "equivalent or better", 
 PASSING: tuple[ModelVerdict, ...] = ("better", "equivalent", "equivalent or better")
 WORSE_CODE, OPEN_CODE = 3, 4
 """Exit codes of a gate that is not passed."""
-MIN_SHOWN_SIZE = 20
-"""Size of files in megabytes from which a progress bar is shown."""
 ALL_BENCHMARKS = ""
 """Key of the margin of all benchmarks without their own."""
 MAX_NAMED_DOCUMENTS = 5
@@ -135,40 +128,6 @@ class ModelComparison:
             return WORSE_CODE
         gated = [row.verdict for row in self.differences if row.margin is not None]
         return OPEN_CODE if self.has_gaps or {*gated} - {*PASSING} else 0
-
-
-def read_models(sources: Sequence[str], progress: Progress) -> list[ModelAnswers]:
-    """Read the answers of all models; refuse fewer than two, and answers that are given twice."""
-    if len(sources) < 2:
-        raise RequestError("give at least two models, for example: tracker compare A B")
-    inputs = [
-        (s, parse_run_name(s) or find_details(Path(s)) or find_samples(Path(s))) for s in sources
-    ]
-    for (source, answers), (other, other_answers) in combinations(inputs, 2):
-        if _identity(answers) & _identity(other_answers):
-            raise RequestError(f"{source} and {other} are the same answers; give another model")
-    files = [path for _, paths in inputs if isinstance(paths, dict) for path in paths.values()]
-    size = sum(path.stat().st_size for path in files) // 1_000_000
-    progress = progress if size >= MIN_SHOWN_SIZE else Silent()
-    with report_work(progress, "reading", size, "MB"):
-        models = [_read_source(source, answers, progress) for source, answers in inputs]
-    names = [model.name for model in models]
-    return [replace(m, name=m.source) if names.count(m.name) > 1 else m for m in models]
-
-
-def _read_source(
-    source: str, answers: Mapping[str, Path] | RunName, progress: Progress
-) -> ModelAnswers:
-    """Read the answers of one model, in the format of its files."""
-    if isinstance(answers, RunName):
-        return read_run(source, answers)
-    are_details = next(iter(answers.values())).suffix == ".parquet"
-    return (read_details if are_details else read_model)(source, answers, progress)
-
-
-def _identity(run: Mapping[str, Path] | RunName) -> set[object]:
-    """Return the files of samples, or the run, that a source stands for."""
-    return {run} if isinstance(run, RunName) else {path.resolve() for path in run.values()}
 
 
 def compare_models(

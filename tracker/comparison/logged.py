@@ -1,0 +1,194 @@
+"""Build a model's answers to a benchmark from samples, as evaluation programs log them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from pydantic import BaseModel, Field
+
+from tracker.comparison.answers import BenchmarkAnswers, setting_text
+from tracker.schema.errors import RequestError, first_line, translate_errors
+from tracker.schema.identities import CHOICE_PROBABILITY
+from tracker.stats.accuracy import weights_by_task
+from tracker.stats.decisions import choice_probabilities, choose_options
+
+_TOLERANCE = 1e-6
+"""Largest difference between the reported mean and ours by rounding."""
+_ACCURACIES = ("acc", "exact_match", "f1", "em", "bleu", "rouge", "mcc")
+"""Starts of the names of metrics of which higher is better, if no file of results says so."""
+_CONFIG_SETTINGS = ("filter_list", "repeats", "generation_kwargs")
+"""Settings in a task's configuration that change the answers."""
+MAX_QUESTION_LENGTH = 600
+"""Maximum number of characters of a prompt's end that are displayed."""
+_DOCUMENT = ["task", "doc"]
+"""Columns that name a document."""
+
+
+class Sample(NamedTuple):
+    """A model's answer to one document, after one filter.
+
+    Attributes:
+        task: Name of the task.
+        doc: Number of the document.
+        key: Hash of document and right answer; empty if unknown.
+        prompt: Hash of the prompt; empty if unknown.
+        question: End of the prompt.
+        choices: Texts of the options; empty if unknown.
+        gold: Number of the right option; None if unknown.
+        answer: Text of the right answer without options.
+        scores: Log-likelihoods of the options; None without options.
+        text: Generated text.
+        filter: Name of the filter; `none` without a filter.
+        metrics: Name of the metric → value.
+    """
+
+    task: str
+    doc: int
+    key: str
+    prompt: str
+    question: str
+    choices: Sequence[str]
+    gold: int | None
+    answer: str
+    scores: Sequence[float] | None
+    text: str
+    filter: str
+    metrics: Mapping[str, Any]
+
+
+class Report(BaseModel):
+    """Results of a model, as in lm-eval's file of results; mappings have the tasks as keys."""
+
+    name: str | None = Field(None, alias="model_name")
+    results: Mapping[str, Mapping[str, Any]] = {}
+    group_subtasks: Mapping[str, Sequence[str]] = {}
+    higher_is_better: Mapping[str, Mapping[str, bool | None]] = {}
+    configs: Mapping[str, Mapping[str, Any]] = {}
+    versions: Mapping[str, Any] = {}
+    num_fewshot: Mapping[str, Any] = Field({}, alias="n-shot")
+    chat_template: Any = Field(None, alias="chat_template_sha")
+    system_instruction: Any = Field(None, alias="system_instruction_sha")
+
+    def benchmarks(self, tasks: Iterable[str]) -> dict[str, list[str]]:
+        """Return the tasks of each outermost group with all tasks, and of each other task."""
+        inner_names = {child for children in self.group_subtasks.values() for child in children}
+        others, benchmarks = dict.fromkeys(tasks), {}
+        for group in [name for name in self.group_subtasks if name not in inner_names]:
+            names = [group]
+            for name in names:
+                names += [c for c in self.group_subtasks.get(name, ()) if c not in names]
+            members = [name for name in names[1:] if not self.group_subtasks.get(name)]
+            if members and others.keys() >= {*members}:
+                benchmarks[group] = members
+                others = {task: None for task in others if task not in members}
+        return benchmarks | {task: [task] for task in others}
+
+    def is_better(self, task: str, metric: str) -> bool | None:
+        """Return whether higher values of a metric are better; None if it is not known."""
+        name = metric.partition(",")[0]
+        default = True if name.startswith(_ACCURACIES) else None
+        return self.higher_is_better.get(task, {}).get(name, default)
+
+    def settings(self, tasks: Sequence[str]) -> dict[str, str]:
+        """Return the settings that change the answers; {} if the report lacks the tasks."""
+        if not any(task in self.results for task in tasks):
+            return {}
+
+        configs = [self.configs.get(task, {}) for task in tasks]
+        values = {key: [config.get(key) for config in configs] for key in _CONFIG_SETTINGS}
+        values |= {
+            "version": [self.versions.get(task) for task in tasks],
+            "num_fewshot": [self.num_fewshot.get(task) for task in tasks],
+            "chat_template": [self.chat_template],
+            "system_instruction": [self.system_instruction],
+        }
+        texts = {name: dict.fromkeys(map(setting_text, values[name])) for name in values}
+        return {name: ", ".join(different) for name, different in texts.items()}
+
+
+def build_answers(
+    samples: Iterable[Sample], report: Report, benchmark: str, tasks: Sequence[str]
+) -> BenchmarkAnswers:
+    """Build the answers to a benchmark from the samples of its tasks.
+
+    Args:
+        samples: Samples of all tasks.
+        report: Results of the model.
+        benchmark: Name of the task or group.
+        tasks: Tasks of the group.
+
+    Returns:
+        The answers, with all metrics that are means over documents.
+
+    Raises:
+        ValueError: Samples are missing, or a document occurs twice.
+    """
+    rows = pd.DataFrame(samples, columns=list(Sample._fields))
+    table = rows.drop_duplicates(_DOCUMENT).sort_values(_DOCUMENT, ignore_index=True)
+    table["gold"], table["choice"] = table["gold"].astype(np.float64), np.nan
+    expected = sum(report.results.get(task, {}).get("sample_len", 1) for task in tasks)
+    if len(table) < expected:
+        raise ValueError(f"{len(table)} of {expected} documents of {', '.join(tasks)}")
+    for task, doc in rows.loc[rows.duplicated([*_DOCUMENT, "filter"]), _DOCUMENT].to_numpy():
+        raise ValueError(f"document {doc} of {task} occurs twice: repeated runs are mixed")
+    copies = table.groupby(["task", "key"]).cumcount().astype(str)
+    table["key"] = table["key"].where(table["key"] == "", table["key"] + copies)
+    values = pd.concat([*map(_metric_columns, rows.groupby("filter", sort=False))], axis=1)
+    values = values.reindex(pd.MultiIndex.from_frame(table[_DOCUMENT]))
+    reported = report.results.get(benchmark, {})
+    by_size, is_better, left_out = True, {}, {}
+    for name in map(str, values):
+        mean = reported.get(name if "," in name else f"{name},none")
+        higher, weightings = report.is_better(tasks[0], name), _weightings(values[name], mean)
+        if values[name].dtype == object:
+            left_out[name] = "its value for a document is not a number"
+        elif not weightings:
+            left_out[name] = f"the reported {mean:.4f} is no mean over the documents of the samples"
+        elif higher is None:
+            left_out[name] = "it is not known whether higher is better"
+        else:
+            by_size, is_better[name] = by_size and weightings[0], higher
+            table[name] = values[name].to_numpy(dtype=np.float64)
+    if (table["scores"].notna() & table["gold"].notna()).all():
+        scores = pd.DataFrame(table["scores"].tolist()).to_numpy(dtype=np.float64)
+        is_option = (table["gold"] >= 0) & (table["gold"] < (~np.isnan(scores)).sum(axis=1))
+        table["choice"] = choose_options(scores)
+        is_right = table["choice"] == table["gold"]
+        # In some tasks, `acc` tests something else.
+        if is_option.all() and "acc" in table and (is_right == table["acc"]).all():
+            gold = table["gold"].to_numpy()
+            table[CHOICE_PROBABILITY] = choice_probabilities(scores, gold)
+            is_better[CHOICE_PROBABILITY] = True
+    table = table.drop(columns=["filter", "metrics", "scores"])
+    return BenchmarkAnswers(table, is_better, report.settings(tasks), by_size, left_out)
+
+
+def _metric_columns(filtered: tuple[Any, pd.DataFrame]) -> pd.DataFrame:
+    """Return a column for each metric after one filter, with a row per document."""
+    name, rows = filtered
+    metrics = pd.DataFrame(rows["metrics"].tolist(), pd.MultiIndex.from_frame(rows[_DOCUMENT]))
+    return metrics if name == "none" else metrics.add_suffix(f",{name}")
+
+
+def _weightings(values: pd.Series[Any], mean: object) -> list[bool]:
+    """Return whether the mean is over documents (True) or tasks (False); both may fit."""
+    if values.dtype == object or not isinstance(mean, float | int):
+        return [True]
+    tasks = values.index.get_level_values(0).tolist()
+    errors = {flag: values @ weights_by_task(tasks, flag) - mean for flag in (True, False)}
+    return [by_size for by_size, error in errors.items() if abs(error) < _TOLERANCE]
+
+
+def explain_damage(source: object, program: str) -> AbstractContextManager[None]:
+    """Convert errors about unexpected content in a `with` block to RequestError."""
+
+    def convert(error: Exception) -> RequestError | None:
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else first_line(error)
+        text = f"{source} is incomplete or not of {program} ({reason}); copy the file again"
+        return None if isinstance(error, OSError) else RequestError(text)
+
+    return translate_errors(convert)
