@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import asdict, replace
 from operator import itemgetter
 from pathlib import Path
@@ -109,19 +109,19 @@ def _lost_table(comparison: ModelComparison, row: Difference) -> Table:
     models = {model.name: model for model in comparison.models}
     names = (comparison.models[0].name, row.model)
     tables = (models[name].benchmarks[row.benchmark].table for name in names)
-    first, second = (table.set_index(["task", "doc"]) for table in tables)
+    first, second = ({(d["task"], d["doc"]): d for d in t.to_dict("records")} for t in tables)
     lines = []
     for task, doc, second_doc in row.lost_documents[:MAX_LOST]:
-        one, other = first.loc[(task, doc)], second.loc[(task, second_doc)]
-        target = _option_text(one, "gold", "answer")
-        answers = [_option_text(answer, "choice", "text") for answer in (one, other)]
-        lines.append((f"{task} {doc}", one["question"], target, *answers))
+        document, other = first[task, doc], second[task, second_doc]
+        target = _option_text(document, "gold", "answer")
+        answers = [_option_text(model, "choice", "text") for model in (document, other)]
+        lines.append((f"{task} {doc}", document["question"], target, *answers))
     title = f"{row.model} loses {row.lost} documents of {row.benchmark} ({row.metric})"
     labels = enumerate(("document", "question", "right answer", *names))
     return build_table(title, [Column(n, "text", itemgetter(i)) for i, n in labels], lines)
 
 
-def _option_text(document: pd.Series[Any], number: str, text: str) -> str:
+def _option_text(document: Mapping[Hashable, Any], number: str, text: str) -> str:
     """Return the option whose number is in a column; another column's text without options."""
     options, index = document["choices"], document[number]
     if 0 <= index < len(options):

@@ -9,10 +9,9 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from tracker.comparison.logged import MAX_QUESTION_LENGTH, Report, Sample
+from tracker.comparison.logged import ENDING_LENGTH, LogFormat, Report, Sample
 from tracker.report.dataset import read_parquet
 
-PROGRAM = "lighteval 0.13 or newer"
 _COLUMNS = [
     *("doc.query", "doc.choices", "doc.gold_index", "metric"),
     *("model_response.input", "model_response.text", "model_response.logprobs"),
@@ -21,15 +20,19 @@ _TASK_SETTINGS = ("generation_size", "stop_sequence", "num_samples")
 """Settings of a task that change the generated texts."""
 
 
-def read_report(details: Path, date: str) -> Report:
+def _read_details_report(details: Path, date: str) -> Report:
     """Read the results of the model and date of a file of details; return an empty report if none.
 
     The file is `details/MODEL/DATE/details_TASK_DATE.parquet` beside
     `results/MODEL/results_DATE.json`.
     """
-    parts = ["results" if part == "details" else part for part in details.parent.parts]
-    path = Path(*parts[:-1], f"results_{date}.json")
-    return _convert_results(json.loads(path.read_bytes())) if path.is_file() else Report()
+    for folder in details.parents:
+        if folder.name == "details":
+            model = details.parent.parent.relative_to(folder)
+            path = folder.parent / "results" / model / f"results_{date}.json"
+            if path.is_file():
+                return _convert_results(json.loads(path.read_bytes()))
+    return Report()
 
 
 def _convert_results(content: Mapping[str, Any]) -> Report:
@@ -42,10 +45,11 @@ def _convert_results(content: Mapping[str, Any]) -> Report:
         task = task_name(name)
         means = content["results"].get(name, {})
         report["results"][task] = {f"{metric},none": value for metric, value in means.items()}
-        report["higher_is_better"][task] = higher = {}
+        higher: dict[str, bool] = {}
         for metric in config["metrics"]:
             names, value = metric["metric_name"], metric["higher_is_better"]
             higher |= value if isinstance(value, dict) else {names: value}
+        report["higher_is_better"][task] = higher
         kwargs = {key: config[key] for key in _TASK_SETTINGS} | model["generation_parameters"]
         report["configs"][task] = {"generation_kwargs": kwargs}
         report["versions"][task], report["n-shot"][task] = config["version"], config["num_fewshots"]
@@ -62,7 +66,7 @@ def task_name(name: str) -> str:
     return re.sub(r"(\|\d+)+$", "", name).rpartition("|")[2]
 
 
-def read_samples(task: str, path: Path) -> Iterator[Sample]:
+def _read_details(task: str, path: Path) -> Iterator[Sample]:
     """Read the answers to a task."""
     for number, row in enumerate(read_parquet(path, _COLUMNS).to_pylist()):
         doc, response = row["doc"], row["model_response"]
@@ -73,7 +77,7 @@ def read_samples(task: str, path: Path) -> Iterator[Sample]:
             doc=number,
             key=_hash([doc["query"], doc["choices"], gold]),
             prompt=_hash(response["input"]) if response["input"] else "",
-            question=doc["query"][-MAX_QUESTION_LENGTH:],
+            question=doc["query"][-ENDING_LENGTH:],
             choices=choices if response["logprobs"] else [],
             gold=gold if isinstance(gold, int) else None,
             answer="".join(answers).strip(),
@@ -86,3 +90,6 @@ def read_samples(task: str, path: Path) -> Iterator[Sample]:
 
 def _hash(value: object) -> str:
     return sha256(json.dumps(value).encode()).hexdigest()
+
+
+LIGHTEVAL = LogFormat("lighteval 0.13 or newer", _read_details_report, _read_details)

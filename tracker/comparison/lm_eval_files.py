@@ -10,25 +10,23 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from tracker.comparison.logged import MAX_QUESTION_LENGTH, Report, Sample, explain_damage
-
-PROGRAM = "lm-eval"
+from tracker.comparison.logged import ENDING_LENGTH, LogFormat, Report, Sample, explain_damage
 
 
-def read_report(samples: Path, date: str) -> Report:
+def _read_report(samples: Path, date: str) -> Report:
     """Read the results beside a file of samples; return an empty report if there are none."""
     path = min(samples.parent.glob(f"*_{date}.json"), default=None) if date else None
     if path is None:
         return Report()
-    with explain_damage(path, PROGRAM):
+    with explain_damage(path, "lm-eval"):
         return Report.model_validate_json(path.read_bytes())
 
 
-def read_samples(task: str, path: Path) -> Iterator[Sample]:
+def _read_samples(task: str, path: Path) -> Iterator[Sample]:
     """Read the answers to a task."""
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
-            with explain_damage(f"{path}, line {number},", PROGRAM):
+            with explain_damage(f"{path}, line {number},", "lm-eval"):
                 sample = _parse_sample(task, line)
             yield sample
 
@@ -37,14 +35,15 @@ def _parse_sample(task: str, line: bytes) -> Sample:
     """Parse a line of samples."""
     sample = json.loads(line)
     responses, target = sample["filtered_resps"], sample["target"]
-    question, choices, scores, gold = "", [], None, None
+    question, scores, gold = "", None, None
+    choices: list[str] = []
     with suppress(ValueError, TypeError):
         scores, gold = [float(score) for score, _ in responses], int(target)
         if "acc_mutual_info" in sample:  # the other half are scores without the question
             scores = scores[: len(scores) // 2]
     with suppress(TypeError, LookupError, AttributeError):
         requests = [*sample["arguments"].values()]
-        question = str(requests[0]["arg_0"])[-MAX_QUESTION_LENGTH:].strip()
+        question = str(requests[0]["arg_0"])[-ENDING_LENGTH:].strip()
         choices = [str(request["arg_1"]) for request in requests]
     return Sample(
         task=task,
@@ -60,3 +59,6 @@ def _parse_sample(task: str, line: bytes) -> Sample:
         filter=sample["filter"],
         metrics={name: sample[name] for name in sample["metrics"]},
     )
+
+
+LM_EVAL = LogFormat("lm-eval", _read_report, _read_samples)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,8 +23,8 @@ _ACCURACIES = ("acc", "exact_match", "f1", "em", "bleu", "rouge", "mcc")
 """Starts of the names of metrics of which higher is better, if no file of results says so."""
 _CONFIG_SETTINGS = ("filter_list", "repeats", "generation_kwargs")
 """Settings in a task's configuration that change the answers."""
-MAX_QUESTION_LENGTH = 600
-"""Maximum number of characters of a prompt's end that are displayed."""
+ENDING_LENGTH = 600
+"""Number of characters of a prompt that are displayed."""
 _DOCUMENT = ["task", "doc"]
 """Columns that name a document."""
 
@@ -73,19 +74,22 @@ class Report(BaseModel):
     chat_template: Any = Field(None, alias="chat_template_sha")
     system_instruction: Any = Field(None, alias="system_instruction_sha")
 
-    def benchmarks(self, tasks: Iterable[str]) -> dict[str, list[str]]:
+    def benchmarks(self, logged_tasks: Iterable[str]) -> dict[str, list[str]]:
         """Return the tasks of each outermost group with all tasks, and of each other task."""
         inner_names = {child for children in self.group_subtasks.values() for child in children}
-        others, benchmarks = dict.fromkeys(tasks), {}
+        others, benchmarks = dict.fromkeys(logged_tasks), {}
         for group in [name for name in self.group_subtasks if name not in inner_names]:
-            names = [group]
-            for name in names:
-                names += [c for c in self.group_subtasks.get(name, ()) if c not in names]
-            members = [name for name in names[1:] if not self.group_subtasks.get(name)]
-            if members and others.keys() >= {*members}:
-                benchmarks[group] = members
-                others = {task: None for task in others if task not in members}
+            tasks = self._group_tasks(group)
+            if others.keys() >= {*tasks}:
+                benchmarks[group] = tasks
+                others = {task: None for task in others if task not in tasks}
         return benchmarks | {task: [task] for task in others}
+
+    def _group_tasks(self, name: str) -> list[str]:
+        """Return the tasks of a group and its subgroups; a task itself for its own name."""
+        children = self.group_subtasks.get(name) or ()
+        tasks = [task for child in children for task in self._group_tasks(child)]
+        return [*dict.fromkeys(tasks or [name])]
 
     def is_better(self, task: str, metric: str) -> bool | None:
         """Return whether higher values of a metric are better; None if it is not known."""
@@ -108,6 +112,20 @@ class Report(BaseModel):
         }
         texts = {name: dict.fromkeys(map(setting_text, values[name])) for name in values}
         return {name: ", ".join(different) for name, different in texts.items()}
+
+
+class LogFormat(NamedTuple):
+    """Files that an evaluation program writes for each task.
+
+    Attributes:
+        program: Name of the program.
+        read_report: Function that reads the results of the model and date of a file.
+        read_samples: Function that reads the answers to a task.
+    """
+
+    program: str
+    read_report: Callable[[Path, str], Report]
+    read_samples: Callable[[str, Path], Iterator[Sample]]
 
 
 def build_answers(

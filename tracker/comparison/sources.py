@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
-from types import ModuleType
 from typing import NamedTuple
 
-from tracker.comparison import lighteval_files, lm_eval_files
 from tracker.comparison.answers import BenchmarkAnswers, ModelAnswers
-from tracker.comparison.logged import Sample, build_answers, explain_damage
+from tracker.comparison.lighteval_files import LIGHTEVAL, task_name
+from tracker.comparison.lm_eval_files import LM_EVAL
+from tracker.comparison.logged import LogFormat, Sample, build_answers, explain_damage
 from tracker.comparison.stored_runs import RunName, parse_run_name, read_run
 from tracker.measuring.progress import Progress, Silent, report_work
 from tracker.schema.errors import RequestError
@@ -28,6 +28,7 @@ class LoggedFile(NamedTuple):
     """File with a model's answers to one task; the date is empty if the file's name has none."""
 
     path: Path
+    format: LogFormat
     model: Path
     task: str
     date: str
@@ -37,14 +38,9 @@ def _parse_path(path: Path) -> LoggedFile:
     match = _NAME.fullmatch(path.stem)
     assert match
     task, date = match[1], match[2] or ""
-    if _format(path) is lighteval_files:
-        return LoggedFile(path, path.parent.parent, lighteval_files.task_name(task), date)
-    return LoggedFile(path, path.parent, task, date)
-
-
-def _format(path: Path) -> ModuleType:
-    """Return the module that reads a file."""
-    return lighteval_files if path.suffix == ".parquet" else lm_eval_files
+    if path.suffix == ".parquet":
+        return LoggedFile(path, LIGHTEVAL, path.parent.parent, task_name(task), date)
+    return LoggedFile(path, LM_EVAL, path.parent, task, date)
 
 
 def find_files(path: Path) -> list[LoggedFile]:
@@ -130,8 +126,8 @@ def _read_files(source: str, files: Sequence[LoggedFile], progress: Progress) ->
     name = Path(source).name
     benchmarks: dict[str, BenchmarkAnswers] = {}
     for date, dated in group_by(files, lambda file: file.date).items():
-        by_task, file_format = {file.task: file for file in dated}, _format(dated[0].path)
-        with explain_damage(source, file_format.PROGRAM):
+        by_task, file_format = {file.task: file for file in dated}, dated[0].format
+        with explain_damage(source, file_format.program):
             report = file_format.read_report(dated[0].path, date)
             name = (report.name or name).rstrip("/").rpartition("/")[2]
             for benchmark, tasks in report.benchmarks(by_task).items():
@@ -140,7 +136,7 @@ def _read_files(source: str, files: Sequence[LoggedFile], progress: Progress) ->
                     raise RequestError(f"{problem}; give the files of one date")
                 samples: list[Sample] = []
                 for file in map(by_task.__getitem__, tasks):
-                    with explain_damage(file.path, file_format.PROGRAM):
+                    with explain_damage(file.path, file_format.program):
                         samples += file_format.read_samples(file.task, file.path)
                     progress.advance(_megabytes(file))
                 benchmarks[benchmark] = build_answers(samples, report, benchmark, tasks)

@@ -168,8 +168,8 @@ def _read_records(
     table = rows.drop_duplicates(_DOCUMENT)[[*_DOCUMENT, *_TEXTS]].assign(key="", prompt="")
     table["question"] = table["question"].fillna("")
     table["choices"] = table["choices"].fillna("[]").map(json.loads)
-    record_by_metric = {record.metric: record for record in records}
-    higher = {metric: record_by_metric[metric].higher_is_better for metric in scores}
+    higher = {record.metric: record.higher_is_better for record in records}
+    higher = {metric: higher[metric] for metric in map(str, scores)}
     for metric, is_better in higher.items():  # the score of a loss is negative
         scores[metric] *= 1 if is_better else -1
     table, settings = table.join(scores, on=_DOCUMENT), _settings(benchmark)

@@ -30,9 +30,7 @@ from tracker.schema.identities import CHOICE_PROBABILITIES, CHOICE_PROBABILITY
 from tracker.stats.accuracy import (
     ALPHA,
     OutcomeVariance,
-    accuracy,
     bernstein_half_width,
-    cluster_means,
     drop_below_p,
     effective_number,
     weights_by_task,
@@ -155,9 +153,7 @@ def compare_models(
         if not 0 < margin < 1:
             text = f"{name}={margin}" if name else str(margin)
             raise RequestError(f"within {text}: a margin is a fraction between 0 and 1, e.g. 0.01")
-    settings = {
-        key for m in models for answers in m.benchmarks.values() for key in answers.settings
-    }
+    settings = {name for m in models for a in m.benchmarks.values() for name in a.settings}
     _refuse_unknown("--allow-different", allowed, settings | PROMPT_SETTINGS)
     first, *others = models
     unmatched: dict[str, list[str]] = {}
@@ -180,25 +176,12 @@ def compare_models(
     differences = [row for row in differences if row.metric in shown]
     if not differences:
         raise RequestError("the models have no metric in common that is a mean over documents")
-    benchmarks = {row.benchmark for row in differences}
-    _refuse_unknown("--within", {*margins} - {ALL_BENCHMARKS}, benchmarks)
+    _refuse_unknown("--within", {*margins} - {ALL_BENCHMARKS}, {r.benchmark for r in differences})
+    differences = [*_decide(differences, margins)]
     unmatched = {case: docs for case, docs in unmatched.items() if docs}
-    gaps = [*_gaps(models, differences, metrics)]
-    notes = [*gaps, *_notes(models, unmatched)]
-    if margins:
-        notes += dict.fromkeys(
-            f"{row.benchmark} ({row.metric}): equivalence is not tested, because documents have "
-            "unequal weights or form clusters"
-            for row in differences
-            if row.spread is None
-        )
-    notes += dict.fromkeys(
-        f"{row.benchmark}: intervals are robust to dependence within clusters"
-        for row in differences
-        if row.n_clusters
-    )
-    decided = [*_decide(differences, margins)]
-    return ModelComparison(models, decided, notes, unmatched, bool(gaps or unmatched))
+    gaps = [*_gaps(models, differences, unmatched, metrics)]
+    notes = dict.fromkeys([*gaps, *_notes(models, differences)])
+    return ModelComparison(models, differences, [*notes], unmatched, bool(gaps))
 
 
 def _refuse_unknown(option: str, names: Iterable[str], compared: Collection[str]) -> None:
@@ -210,13 +193,15 @@ def _refuse_unknown(option: str, names: Iterable[str], compared: Collection[str]
 
 
 def _gaps(
-    models: Sequence[ModelAnswers], differences: Sequence[Difference], metrics: Collection[str]
+    models: Sequence[ModelAnswers],
+    differences: Sequence[Difference],
+    unmatched: Mapping[str, Sequence[str]],
+    metrics: Collection[str],
 ) -> Iterator[str]:
-    """Yield a note for each benchmark of the first model with a metric that is not compared."""
+    """Yield a note for each metric, benchmark and document of a model that is not compared."""
     compared = {(row.model, row.benchmark, row.metric) for row in differences}
-    first, *others = models
-    for other in others:
-        for benchmark, answers in first.benchmarks.items():
+    for other in models[1:]:
+        for benchmark, answers in models[0].benchmarks.items():
             usual = [name for name in answers.higher_is_better if name not in CHOICE_PROBABILITIES]
             logged = {*answers.higher_is_better, *answers.left_out}
             names = [name for name in metrics if name in logged] if metrics else usual
@@ -224,10 +209,13 @@ def _gaps(
             if lacking or not (names or metrics):
                 text = ", ".join(lacking) or "it has no metric that is a mean over documents"
                 yield f"{benchmark} of {other.name} is not compared: {text}"
+    for case, docs in unmatched.items():
+        names = [*docs[:MAX_NAMED_DOCUMENTS]] + ["…"] * (len(docs) > MAX_NAMED_DOCUMENTS)
+        yield f"{count_text(len(docs), 'document')} left out of {case}: {', '.join(names)}"
 
 
-def _notes(models: Sequence[ModelAnswers], unmatched: Mapping[str, Sequence[str]]) -> Iterator[str]:
-    """Yield notes about benchmarks, metrics and documents that are left out."""
+def _notes(models: Sequence[ModelAnswers], differences: Sequence[Difference]) -> Iterator[str]:
+    """Yield notes about results that only other models have, and about methods."""
     for model in models[1:]:
         if names := [name for name in model.benchmarks if name not in models[0].benchmarks]:
             yield f"{model.name} has results of {', '.join(names)}, but {models[0].name} has none"
@@ -235,11 +223,12 @@ def _notes(models: Sequence[ModelAnswers], unmatched: Mapping[str, Sequence[str]
         for benchmark, answers in model.benchmarks.items():
             for metric, reason in answers.left_out.items():
                 yield f"{benchmark}: {metric} of {model.name} is left out: {reason}"
-    for case, docs in unmatched.items():
-        names_text = ", ".join(docs[:MAX_NAMED_DOCUMENTS]) + (
-            ", …" if docs[MAX_NAMED_DOCUMENTS:] else ""
-        )
-        yield f"{count_text(len(docs), 'document')} left out of {case}: {names_text}"
+    for row in differences:
+        if row.margin is not None and row.spread is None:
+            reason = "documents have unequal weights or form clusters"
+            yield f"{row.benchmark} ({row.metric}): equivalence is not tested, because {reason}"
+        if row.n_clusters:
+            yield f"{row.benchmark}: intervals are robust to dependence within clusters"
 
 
 def _compare_benchmark(
@@ -249,39 +238,34 @@ def _compare_benchmark(
     first, second = pairs.first, pairs.second
     weights = weights_by_task(first["task"].tolist(), answers.by_size)
     clusters = next((t[CLUSTER].to_numpy() for t in (first, second) if CLUSTER in t), None)
-    outcomes = {
-        name: PairedOutcomes(
-            first[name].to_numpy(), second[[name]].to_numpy(), weights, is_better, clusters
-        )
-        for name, is_better in answers.higher_is_better.items()
-        if name in second
-    }
+    outcomes = {}
+    for name in [name for name in answers.higher_is_better if name in second]:
+        values = np.column_stack([first[name], second[name]])
+        is_better = answers.higher_is_better[name]
+        outcomes[name] = PairedOutcomes(values[:, 0], values, weights, is_better, clusters)
     choice = Estimate(None, reason="the log-likelihood of a right option is unknown")
     if CHOICE_PROBABILITY in outcomes:
-        choice = -outcomes[CHOICE_PROBABILITY].drop(0)
+        choice = -outcomes[CHOICE_PROBABILITY].drop(1)
     for name, result in outcomes.items():
-        drop, drops = result.drop(0), result.drops[:, 0]
-        levels = accuracy(*cluster_means(result.baseline, weights, clusters)), result.level(0)
-        is_equal = clusters is None and np.ptp(weights) < 1e-12
-        is_fraction = result.higher_is_better and all(0 <= (x.value or 0) <= 1 for x in levels)
+        drops, values = result.drops[:, 1], result.ablated
+        is_fraction = result.higher_is_better and ((values >= 0) & (values <= 1)).all()
         unit: FigureUnit | None = None if is_fraction else "metric"
-        both = np.array([result.baseline, result.ablated[:, 0]])
-        is_bounded = is_fraction and bool(((both >= 0) & (both <= 1)).all())
+        has_spread = clusters is None and np.ptp(weights) < 1e-12 and is_fraction and len(drops) > 1
         docs = zip(first["task"], first["doc"], second["doc"], strict=True)
         yield Difference(
             model=model,
             benchmark=benchmark,
             metric=name,
             n=len(drops),
-            n_clusters=None if clusters is None else effective_number(weights, clusters),
-            first=replace(levels[0], unit=unit),
-            second=replace(levels[1], unit=unit),
+            first=replace(result.level(0), unit=unit),
+            second=replace(result.level(1), unit=unit),
             won=int((drops < 0).sum()),
             lost=int((drops > 0).sum()),
-            difference=replace(-drop, unit=unit),
+            difference=replace(-result.drop(1), unit=unit),
             choice=choice,
-            spread=float(drops.std(ddof=1)) if is_equal and is_bounded and len(drops) > 1 else None,
             lost_documents=[*compress(docs, drops > 0)],
+            n_clusters=None if clusters is None else effective_number(weights, clusters),
+            spread=float(drops.std(ddof=1)) if has_spread else None,
         )
 
 
@@ -311,11 +295,11 @@ def _is_below(
     Where almost nothing changes, the interval is inside the margin too often. So Tango's test must
     agree if outcomes are 0 or 1, and otherwise a bound for any distribution.
     """
-    if margin is None or drop.value is None or drop.high is None or drop.high >= margin:
+    if margin is None or row.spread is None or drop.value is None:
+        return False
+    if drop.high is None or drop.high >= margin:
         return False
     alpha = ALPHA / (2 * family)
-    if row.spread is None:
-        return False
     if drop.p_value is not None:
         return drop_below_p(lost, won, row.n, margin) <= alpha
     return drop.value + bernstein_half_width(row.spread, row.n, alpha) < margin
