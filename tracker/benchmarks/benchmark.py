@@ -9,12 +9,13 @@ from tracker.benchmarks.base import Benchmark
 from tracker.benchmarks.corpus import Corpus, corpus_stamp, locate_corpus, names_corpus
 from tracker.benchmarks.own import check_own_tasks, own_tasks_stamp, reads_local_files
 from tracker.benchmarks.sources import HUB, open_data_source
-from tracker.benchmarks.traces import Traces, names_traces, written_spec
 from tracker.schema.config import BenchmarkSpec, CellRequest
 from tracker.schema.distribution import package_folder
 from tracker.schema.errors import BenchmarkError, did_you_mean
 from tracker.schema.identities import BenchmarkIdentity
 from tracker.stats.accuracy import RATIO_SCALES
+
+TRACES_PREFIX = "traces:"
 
 
 def open_benchmark(request: CellRequest) -> Benchmark:
@@ -24,11 +25,29 @@ def open_benchmark(request: CellRequest) -> Benchmark:
     """
     if names_corpus(request.benchmark.benchmark):
         return Corpus(request)
-    if names_traces(request.benchmark.benchmark):
-        return Traces(request)
     from tracker.benchmarks.tasks import LmEvalBenchmark
+    from tracker.benchmarks.traces import Traces
 
-    return LmEvalBenchmark(request)
+    is_read = names_traces(request.benchmark.benchmark)
+    return Traces(request) if is_read else LmEvalBenchmark(request)
+
+
+def names_traces(benchmark: str) -> bool:
+    """Return whether a benchmark's name denotes texts to read instead of a task of lm-eval."""
+    return benchmark.startswith(TRACES_PREFIX)
+
+
+def written_spec(spec: BenchmarkSpec) -> BenchmarkSpec:
+    """Return the settings of the benchmark whose texts are read; other settings are unchanged.
+
+    Raises BenchmarkError if the name of the benchmark contains no task.
+    """
+    task = spec.benchmark.removeprefix(TRACES_PREFIX)
+    if names_traces(spec.benchmark) and (not task or names_traces(task) or names_corpus(task)):
+        raise BenchmarkError(
+            f"{spec.benchmark!r} names no generation task; write traces:TASK, e.g. traces:gsm8k"
+        )
+    return spec.renamed(task)
 
 
 def check_benchmark(spec: BenchmarkSpec) -> None:

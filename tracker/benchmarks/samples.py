@@ -11,7 +11,7 @@ from lm_eval.api.registry import get_filter
 
 from tracker.benchmarks.base import MetricValue
 from tracker.schema.errors import BenchmarkError
-from tracker.schema.identities import CUT_OFF, TaskIdentity
+from tracker.schema.identities import CUT_OFF, TaskIdentity, filter_name
 from tracker.stats.accuracy import expected_best, majority_value
 
 NOISE = "gumbel-1"
@@ -68,7 +68,7 @@ class TextMetrics:
     def _variants(self, metric: str) -> list[str]:
         """Return the names of the metrics that are derived from a metric."""
         suffixes = [f"@{budget}tok" for budget in self.budgets]
-        if self.samples > 1 and _filter_name(metric) not in self.joint:
+        if self.samples > 1 and filter_name(metric) not in self.joint:
             passes = [f"_pass@{draws}" for draws in self._draws]
             suffixes = [*passes, f"_majority@{self.samples}", *suffixes]
         return [_variant(metric, suffix) for suffix in suffixes]
@@ -83,13 +83,13 @@ class TextMetrics:
                 continue
             scores = [float(text.metrics[name]) for text in texts]
             values[name] = fmean(scores)
-            if (filter_name := _filter_name(name)) in self.joint:
+            if filter_name(name) in self.joint:
                 continue
             sign = 1 if task.higher_is_better.get(name, True) else -1
             for draws in self._draws:
                 best = expected_best([sign * score for score in scores], draws)
                 values[_variant(name, f"_pass@{draws}")] = sign * best
-            answers = [_hashable(text.answers[filter_name]) for text in texts]
+            answers = [_hashable(text.answers[filter_name(name)]) for text in texts]
             values[_variant(name, f"_majority@{self.samples}")] = majority_value(answers, scores)
         return values
 
@@ -103,10 +103,6 @@ class TextMetrics:
             for name in means
             if name in texts[0].metrics
         }
-
-
-def _filter_name(metric: str) -> str:
-    return metric.partition(",")[2] or "none"
 
 
 def _variant(metric: str, suffix: str) -> str:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from tracker.benchmarks.benchmark import names_traces, written_spec
 from tracker.benchmarks.corpus import names_corpus
 from tracker.benchmarks.factory import (
     SourcedFactory,
@@ -22,7 +23,6 @@ from tracker.benchmarks.factory import (
 )
 from tracker.benchmarks.parts import choose_part
 from tracker.benchmarks.sources import open_data_source
-from tracker.benchmarks.traces import names_traces, written_spec
 from tracker.schema.config import BenchmarkSpec, CellRequest
 from tracker.schema.documents import samples_texts
 from tracker.schema.errors import BenchmarkError

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from statistics import fmean
@@ -31,19 +31,11 @@ from tracker.benchmarks.factory import (
     resolve_num_fewshot,
     unreadable_error,
 )
-from tracker.benchmarks.fingerprint import (
-    is_user_function,
-    task_identity,
-)
+from tracker.benchmarks.fingerprint import is_user_function, task_identity
 from tracker.benchmarks.own import check_own_tasks
 from tracker.benchmarks.parts import choose_part, part_setting
 from tracker.benchmarks.private import hide_progress_bars
-from tracker.benchmarks.samples import (
-    NOISE,
-    JudgedText,
-    TextMetrics,
-    count_joint_samples,
-)
+from tracker.benchmarks.samples import NOISE, JudgedText, TextMetrics, count_joint_samples
 from tracker.benchmarks.sources import DATA_PACKAGE, HUB, open_data_source
 from tracker.schema.config import BenchmarkSpec, CellRequest
 from tracker.schema.documents import (
@@ -59,13 +51,7 @@ from tracker.schema.errors import BenchmarkError, did_you_mean
 from tracker.schema.extent import Clusters, Extent
 from tracker.schema.fields import decode_arguments, expand_home
 from tracker.schema.grouping import group_by
-from tracker.schema.identities import (
-    CUT_OFF,
-    BenchmarkIdentity,
-    Half,
-    TaskIdentity,
-    filtered_metric,
-)
+from tracker.schema.identities import CUT_OFF, BenchmarkIdentity, filtered_metric
 from tracker.schema.provenance import content_hash
 
 _FILES = ("arrow", "audiofolder", "csv", "imagefolder", "json", "pandas", "parquet", "text", "xml")
@@ -128,7 +114,9 @@ class LmEvalBenchmark:
         self.task_dict = {"tasks": self._tasks, "groups": {group.name: group for group in groups}}
         for task in self._tasks.values():
             self._configure(task)
-        self._is_sampled = any(map(_is_sampled, self._tasks.values()))
+        self._generated = {n: t for n, t in self._tasks.items() if t.OUTPUT_TYPE == _GENERATED}
+        settings = [task.get_config("generation_kwargs") or {} for task in self._generated.values()]
+        self._is_sampled = any(map(samples_texts, settings))
         self._text_metrics = self._find_text_metrics()
         self.identity = self._build_identity(group)
         self._task_identities = {task.name: task for task in self.identity.tasks}
@@ -311,12 +299,6 @@ class LmEvalBenchmark:
             }
         return JudgedText(values, filtered)
 
-    def judge_text(self, document: Document, text: str) -> JudgedText:
-        """Compute a text's metrics, and the final answer that each filter of the task extracts."""
-        judged = self._judge(document, [text], [text] * self._text_metrics.samples)
-        answers = {name: _first_text(answer) for name, answer in judged.answers.items()}
-        return judged._replace(answers=answers)
-
     def text(self, document: Document) -> DocumentText:
         """Return a document's question and answer, without few-shot examples and chat template."""
         task = self._tasks[document.task]
@@ -405,30 +387,25 @@ class LmEvalBenchmark:
         if samples != (task.get_config("repeats") or 1):
             task.set_config(key="repeats", value=samples)
 
+    def _common_setting(self, name: str, values: Collection[int]) -> int:
+        """Return the value of a setting that all tasks share; raise BenchmarkError otherwise."""
+        if len(values) > 1:
+            raise BenchmarkError(
+                f"the tasks of {self._name} differ in {name} ({sorted(values)}); set {name}"
+            )
+        return next(iter(values), 1)
+
     def _find_text_metrics(self) -> TextMetrics:
         """Return the metrics that are derived from each task's own, if tasks generate texts."""
-        tasks = [task for task in self._tasks.values() if task.OUTPUT_TYPE == _GENERATED]
-        samples, *others = {task.get_config("repeats") or 1 for task in tasks} or {1}
-        if others:
-            raise BenchmarkError(
-                f"the tasks of {self._name} differ in repeats ({sorted([samples, *others])}); set "
-                "samples"
-            )
+        tasks = self._generated.values()
+        samples = self._common_setting("samples", {t.get_config("repeats") or 1 for t in tasks})
         filters = (ensemble for task in tasks for ensemble in task._filters)
         joint = frozenset(f.name for f in filters if samples > 1 and count_joint_samples(f))
         return TextMetrics(samples, self._spec.budgets, joint)
 
-    def _identify(
-        self, task: ConfigurableTask, num_fewshot: int, half: Half | None
-    ) -> TaskIdentity:
-        identity = task_identity(task, num_fewshot, half)
-        is_generated = task.OUTPUT_TYPE == _GENERATED
-        return self._text_metrics.extend_task(identity) if is_generated else identity
-
     def _outcome_settings(self, num_fewshot: int) -> dict[str, str]:
         """Return all benchmark settings that affect outcomes, as name in lm-eval → value."""
         spec, chat = self._spec, bool(self._spec.apply_chat_template)
-        generates = any(task.OUTPUT_TYPE == _GENERATED for task in self._tasks.values())
         is_single_turn = chat and num_fewshot and spec.fewshot_as_multiturn is False
         enable_thinking = spec.enable_thinking if chat else None
         settings = {
@@ -436,8 +413,8 @@ class LmEvalBenchmark:
             "fewshot_as_multiturn": "false" if is_single_turn else None,
             "chat_template_args": spec.chat_template_args if chat else None,
             "enable_thinking": None if enable_thinking is None else str(enable_thinking).lower(),
-            "think_end_token": spec.think_end_token if generates else None,
-            "gen_kwargs": spec.gen_kwargs if generates else None,
+            "think_end_token": spec.think_end_token if self._generated else None,
+            "gen_kwargs": spec.gen_kwargs if self._generated else None,
             "samples": self._text_metrics.samples if self._is_sampled else None,
             "noise": NOISE if self._is_sampled else None,
             "budgets": ",".join(map(str, spec.budgets)) or None,
@@ -467,19 +444,17 @@ class LmEvalBenchmark:
 
     def _build_identity(self, group: Group | None) -> BenchmarkIdentity:
         spec, documents = self._spec, self._request.documents
-        num_fewshot, *others = {task.get_config("num_fewshot") for task in self._tasks.values()}
-        if others:
-            raise BenchmarkError(
-                f"the tasks of {spec.benchmark} differ in num_fewshot "
-                f"({sorted([num_fewshot, *others])}); set num_fewshot"
-            )
+        tasks = self._tasks.values()
+        counts = {task.get_config("num_fewshot") for task in tasks}
+        num_fewshot = self._common_setting("num_fewshot", counts)
         preferred = ("acc_norm" if self._name in NORMALISED_TASKS else "acc", "bits_per_byte")
         aggregated = (group.aggregate_metric_list or []) if group else []
-        halves = {name: choose_part(t, documents, num_fewshot) for name, t in self._tasks.items()}
-        identities = [
-            self._identify(task, num_fewshot, halves[name]) for name, task in self._tasks.items()
-        ]
-        metrics = list(identities[0].metrics)
+        halves = [choose_part(task, documents, num_fewshot) for task in tasks]
+        pairs = zip(tasks, halves, strict=True)
+        identities = {t.task_name: task_identity(t, num_fewshot, half) for t, half in pairs}
+        for name in self._generated:
+            identities[name] = self._text_metrics.extend_task(identities[name])
+        metrics = [*next(iter(identities.values())).metrics]
         found_by = {
             "benchmark": spec.benchmark if spec.benchmark != self._name else "",
             "include_path": json.dumps(spec.include_path) if spec.include_path else "",
@@ -487,14 +462,12 @@ class LmEvalBenchmark:
         }
         return BenchmarkIdentity(
             name=self._name,
-            tasks=tuple(identities),
+            tasks=tuple(identities.values()),
             data=spec.data,
             num_fewshot=num_fewshot,
-            seed=documents.seed
-            if num_fewshot or any(halves.values()) or self._is_sampled
-            else None,
+            seed=documents.seed if num_fewshot or any(halves) or self._is_sampled else None,
             apply_chat_template=bool(spec.apply_chat_template),
-            settings=self._outcome_settings(num_fewshot) | part_setting(documents, halves.values()),
+            settings=self._outcome_settings(num_fewshot) | part_setting(documents, halves),
             found_by={name: value for name, value in found_by.items() if value},
             primary_metric=next((name for name in preferred if name in metrics), metrics[0]),
             weight_by_size=all(metric.weight_by_size for metric in aggregated),
@@ -524,13 +497,6 @@ def storable_value(value: Any) -> MetricValue:
     return float(value)
 
 
-def _is_sampled(task: ConfigurableTask) -> bool:
-    """Return whether a task draws texts at random."""
-    return task.OUTPUT_TYPE == _GENERATED and samples_texts(
-        task.get_config("generation_kwargs") or {}
-    )
-
-
 def _build_prompt(text: str, settings: Mapping[str, Any], end: str | int | None) -> Prompt:
     """Build a prompt from a text and lm-eval's generation settings."""
     aliases = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
@@ -544,10 +510,10 @@ def _first_answer(task: ConfigurableTask, doc: Mapping[str, Any]) -> str:
     target = task.doc_to_target(doc)
     if isinstance(target, int) and task.get_config("doc_to_choice") is not None:
         target = task.doc_to_choice(doc)[target]
-    return f"{task.config.target_delimiter}{_first_text(target)}"
+    return f"{task.config.target_delimiter}{first_text(target)}"
 
 
-def _first_text(value: object) -> str:
+def first_text(value: object) -> str:
     """Return a value, or the first value of a nested list, as text."""
     while isinstance(value, list | tuple):
         value = value[0] if value else ""

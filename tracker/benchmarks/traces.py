@@ -8,26 +8,23 @@ traces.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from itertools import chain, product
 from statistics import fmean
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 from tracker.benchmarks.base import MetricValue
-from tracker.benchmarks.corpus import names_corpus
-from tracker.schema.config import BenchmarkSpec, CellRequest
-from tracker.schema.documents import Document, DocumentText, Request, Response
+from tracker.benchmarks.benchmark import TRACES_PREFIX, written_spec
+from tracker.benchmarks.encoder import RequestEncoder
+from tracker.benchmarks.tasks import LmEvalBenchmark, answer_request, first_text
+from tracker.schema.config import CellRequest
+from tracker.schema.documents import Document, Request, Response
 from tracker.schema.errors import BenchmarkError
-from tracker.schema.extent import Clusters, Extent
-from tracker.schema.identities import CUT_OFF, TaskIdentity, filtered_metric
+from tracker.schema.identities import CUT_OFF, TaskIdentity, filter_name, filtered_metric
 from tracker.schema.provenance import content_hash
 from tracker.schema.safe_yaml import short_text
 
-if TYPE_CHECKING:
-    from tracker.benchmarks.encoder import RequestEncoder
-
-TRACES_PREFIX = "traces:"
 FIRST_TRACES = 8
 """Number of documents whose traces are checked before any is read."""
 _ANSWER_METRICS = ("answer_kept", "answer_kept_right", "answer_kept_wrong", "answer_probability")
@@ -36,8 +33,7 @@ _TRACE_METRICS = {"tokens_kept": True, "prefix_kept": True, "trace_loss": False}
 """Metric of the whole trace → whether higher is better."""
 
 
-@dataclass(frozen=True)
-class _Answer:
+class _Answer(NamedTuple):
     """The final answer that a filter extracts from a trace.
 
     Attributes:
@@ -49,8 +45,7 @@ class _Answer:
     right: bool
 
 
-@dataclass(frozen=True)
-class _Trace:
+class _Trace(NamedTuple):
     """Properties of a trace that do not depend on the model that reads it.
 
     Attributes:
@@ -61,7 +56,7 @@ class _Trace:
 
     text: str
     request: int
-    answers: Mapping[str, _Answer]
+    answers: dict[str, _Answer]
 
     @property
     def gold(self) -> int | None:
@@ -69,51 +64,33 @@ class _Trace:
         return next(iter(self.answers.values())).request
 
 
-def names_traces(benchmark: str) -> bool:
-    """Return whether a benchmark's name denotes texts to read instead of a task of lm-eval."""
-    return benchmark.startswith(TRACES_PREFIX)
+_NO_ANSWER = Response(-math.inf, greedy=False, hits=0)
+"""Response of every model to an answer that a trace lacks: no model keeps it."""
 
 
-def written_spec(spec: BenchmarkSpec) -> BenchmarkSpec:
-    """Return the settings of the benchmark whose texts are read; other settings are unchanged.
-
-    Raises BenchmarkError if the name of the benchmark contains no task.
-    """
-    task = spec.benchmark.removeprefix(TRACES_PREFIX)
-    if names_traces(spec.benchmark) and (not task or names_traces(task) or names_corpus(task)):
-        raise BenchmarkError(
-            f"{spec.benchmark!r} names no generation task; write traces:TASK, e.g. traces:gsm8k"
-        )
-    return spec.renamed(task)
-
-
-class Traces:
-    """Benchmark that wraps a generation task of lm-eval, whose texts are read instead of written.
+class Traces(LmEvalBenchmark):
+    """Generation task of lm-eval, whose texts are read instead of written.
 
     Raises BenchmarkError if the task or its data cannot be found or read, or writes no texts.
     """
 
     def __init__(self, request: CellRequest) -> None:
-        from tracker.benchmarks.tasks import LmEvalBenchmark
-
         spec = written_spec(request.benchmark)
         if spec.budgets:
             raise BenchmarkError(
                 f"budgets: {request.benchmark} reads whole texts; leave budgets out, or write "
                 f"benchmark: {spec}"
             )
-        self._task = LmEvalBenchmark(replace(request, benchmark=spec))
-        for name, task in self._task.task_dict["tasks"].items():
-            if task.OUTPUT_TYPE != "generate_until":
+        super().__init__(replace(request, benchmark=spec))
+        for name in self._tasks:
+            if name not in self._generated:
                 raise BenchmarkError(
                     f"{request.benchmark}: {name} scores given answers, so the model writes no "
                     f"text to read; name a generation task, or write benchmark: {spec}"
                 )
-        identity = self._task.identity
+        identity = self.identity
         self._judges = {task.name: _find_judges(task) for task in identity.tasks}
         first_filter = next(iter(self._judges[identity.tasks[0].name]))
-        self.public = self._task.public
-        self.is_model_specific = self._task.is_model_specific
         self.identity = identity.model_copy(
             update={
                 "name": TRACES_PREFIX + identity.name,
@@ -135,10 +112,6 @@ class Traces:
                 "has_options": None,
             }
         )
-
-    def documents(self, encoder: RequestEncoder, extent: Extent) -> list[Document]:
-        """Return the documents with their prompts, for which the intact model writes texts."""
-        return self._task.documents(encoder, extent)
 
     def longest_readings(self, documents: Sequence[Document]) -> list[Document]:
         """Return documents with traces of the maximum length, to estimate the cost of reading."""
@@ -177,25 +150,21 @@ class Traces:
         self, document: Document, text: str, encoder: RequestEncoder, requests: list[Request]
     ) -> _Trace:
         """Append the requests that score a trace and its final answers to `requests`."""
-        from tracker.benchmarks.tasks import answer_request
-
-        prompt, judged, start = (
-            document.prompt,
-            self._task.judge_text(document, text),
-            len(requests),
-        )
+        prompt = document.prompt
         assert prompt is not None
-        whole, answers = answer_request(encoder, prompt, text), {}
+        judged = self._judge(document, [text], [text] * prompt.samples)
+        whole, trace = answer_request(encoder, prompt, text), _Trace(text, len(requests), {})
         # The model that wrote the text read no more of the prompt.
         context = whole.context[-max(1, encoder.max_length - prompt.max_tokens) :]
         requests.append(replace(whole, context=context))
         for name, metric in self._judges[document.task].items():
-            answers[name] = _Answer(None, False)
-            if span := find_tokens(encoder, whole.continuation, judged.answers[name]):
-                before, answer = (whole.continuation[part] for part in (slice(span.start), span))
-                answers[name] = _Answer(len(requests), judged.metrics[metric] == 1)
+            span = find_tokens(encoder, whole.continuation, first_text(judged.answers[name]))
+            number = len(requests) if span else None
+            trace.answers[name] = _Answer(number, judged.metrics[metric] == 1)
+            if span:
+                before, answer = whole.continuation[: span.start], whole.continuation[span]
                 requests.append(Request(context + before, answer))
-        return _Trace(text, start, answers)
+        return trace
 
     def check_traces(self, documents: Sequence[Document]) -> None:
         """Raise BenchmarkError if no trace of the first documents has a final answer.
@@ -211,14 +180,6 @@ class Traces:
                 "examples or a chat template, or choose another task"
             )
 
-    def rows_digest(self, task: str) -> str:
-        """Return a hash of the rows of a task's scored split."""
-        return self._task.rows_digest(task)
-
-    def clusters(self, column: str) -> Clusters:
-        """Group the documents of all tasks by the value of a column of their data."""
-        return self._task.clusters(column)
-
     def outcomes(
         self, document: Document, responses: Sequence[Response]
     ) -> dict[str, MetricValue | None]:
@@ -226,18 +187,13 @@ class Traces:
 
         An answer that the trace lacks is kept by no model, with the probability 0.
         """
-        by_trace = [
-            _trace_values(document, trace, responses) for trace in self._traces[document.key]
-        ]
+        traces = self._traces[document.key]
+        by_trace = [_trace_values(document, trace, responses) for trace in traces]
         is_finite = all(math.isfinite(response.loglikelihood) for response in responses)
         return {
             name: fmean(values[name] for values in by_trace) if is_finite else None
             for name in by_trace[0]
         }
-
-    def text(self, document: Document) -> DocumentText:
-        """Return a document's question and right answer."""
-        return self._task.text(document)
 
 
 def find_tokens(encoder: RequestEncoder, tokens: Sequence[int], answer: str) -> slice | None:
@@ -264,19 +220,17 @@ def _trace_values(
 ) -> dict[str, float]:
     """Compute the metrics of one trace of a document."""
     values: dict[str, float] = {}
-    for name, answer in trace.answers.items():
-        response = None if answer.request is None else responses[answer.request]
-        is_kept = response is not None and response.greedy
-        probability = 0.0 if response is None else math.exp(min(response.loglikelihood, 0.0))
-        flags = (is_kept, is_kept and answer.right, is_kept and not answer.right)
+    for name, (request, right) in trace.answers.items():
+        response = _NO_ANSWER if request is None else responses[request]
+        is_kept, probability = response.greedy, math.exp(min(response.loglikelihood, 0.0))
+        figures = (is_kept, is_kept and right, is_kept and not right, probability)
         names = (filtered_metric(metric, name) for metric in _ANSWER_METRICS)
-        values |= zip(names, (*map(float, flags), probability), strict=True)
+        values |= zip(names, map(float, figures), strict=True)
     whole = responses[trace.request]
     n_tokens = len(document.requests[trace.request].continuation)
-    # An empty text has no token that could change.
-    sums = (n_tokens, n_tokens, 0.0)
-    if trace.text:
-        sums = (whole.hits, whole.leading or 0, -whole.loglikelihood)
+    sums = (whole.hits, whole.leading or 0, -whole.loglikelihood)
+    if not trace.text:  # it has no token that could change
+        sums = (n_tokens, n_tokens, 0.0)
     return values | {name: n / n_tokens for name, n in zip(_TRACE_METRICS, sums, strict=True)}
 
 
@@ -284,5 +238,5 @@ def _find_judges(task: TaskIdentity) -> dict[str, str]:
     """Return each filter of a task, with the first metric that judges its answers."""
     judges: dict[str, str] = {}
     for metric in (name for name in task.metrics if name != CUT_OFF):
-        judges.setdefault(metric.partition(",")[2] or "none", metric)
+        judges.setdefault(filter_name(metric), metric)
     return judges

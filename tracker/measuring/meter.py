@@ -12,7 +12,6 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from tracker.benchmarks.base import Benchmark
-from tracker.benchmarks.traces import FIRST_TRACES, Traces
 from tracker.ledger.outcomes import CHECKPOINT_KEY, DIGEST_COLUMN, outcome_row
 from tracker.ledger.texts import text_row
 from tracker.measuring.calibrate import CalibrationTexts, choose_calibration, repeated_documents
@@ -32,6 +31,7 @@ from tracker.schema.provenance import (
 from tracker.schema.proxies import EXPERT_PROXIES, PROXIES
 
 if TYPE_CHECKING:
+    from tracker.benchmarks.traces import Traces
     from tracker.engine.forward.layer import Replacement
     from tracker.engine.scoring.sweep import DocumentScores, Engine
     from tracker.engine.selfcheck.check import VerdictStore
@@ -169,6 +169,7 @@ class Meter:
         `verdicts` stores results of the self-check for later runs. `typical` lists ablations to
         test on a miniature model; by default, the cell's ablations.
         """
+        from tracker.benchmarks.traces import Traces
         from tracker.engine.scoring.sweep import Engine
         from tracker.measuring.scorer import checked_scorer, set_row_size
 
@@ -209,6 +210,7 @@ class Meter:
             CellError: A spot check finds that shared computation gives wrong results.
             BenchmarkError: The task finds no answer in any of the intact model's first texts.
         """
+        from tracker.benchmarks.traces import Traces
         from tracker.engine.selfcheck.check import watched_requests
         from tracker.engine.selfcheck.reference import Reference
         from tracker.models.devices import peak_memory
@@ -267,6 +269,8 @@ class Meter:
         traces: Mapping[int, Sequence[str]],
     ) -> list[Document]:
         """Return documents that score the intact model's texts; generate missing texts."""
+        from tracker.benchmarks.traces import FIRST_TRACES
+
         texts, unwritten = dict(traces), [d for d in documents if d.index not in traces]
         for group in (unwritten[:FIRST_TRACES], unwritten[FIRST_TRACES:]):
             written = {document.index: self._write_traces(document) for document in group}

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 from tracker.analysis.paired import variance_range
 from tracker.analysis.stopping import AnswerForecast, check_bounded, forecast_answer
-from tracker.benchmarks.traces import Traces
 from tracker.ledger.blocks import BLOCK_SIZE
 from tracker.ledger.store import Ledger
 from tracker.measuring.calibrate import repeated_documents
@@ -136,6 +135,7 @@ def read_texts(request: CellRequest, source: ModelSource) -> PlannedTexts:
     """Tokenise the requested documents; raise RequestError or ModelError if reading fails."""
     from tracker.benchmarks.benchmark import choose_metric, open_benchmark
     from tracker.benchmarks.encoder import RequestEncoder
+    from tracker.benchmarks.traces import Traces
     from tracker.models.load import build_for_planning
 
     benchmark = open_benchmark(request)

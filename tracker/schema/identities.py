@@ -88,6 +88,11 @@ def filtered_metric(metric: str, filter_name: str) -> str:
     return metric if filter_name == "none" else f"{metric},{filter_name}"
 
 
+def filter_name(metric: str) -> str:
+    """Return the filter in a metric's name of stored outcomes; `none` without a filter."""
+    return metric.partition(",")[2] or "none"
+
+
 CUT_OFF = "cut_off"
 """Metric of generated texts: share of a document's texts that the token limit ended."""
 

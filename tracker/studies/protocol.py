@@ -20,8 +20,7 @@ from numpy.typing import NDArray
 
 from tracker.analysis.aligned import AlignedOutcomes
 from tracker.analysis.paired import PairedOutcomes
-from tracker.benchmarks.benchmark import open_benchmark
-from tracker.benchmarks.traces import names_traces
+from tracker.benchmarks.benchmark import names_traces, open_benchmark
 from tracker.schema.changes import WHOLE_LAYER
 from tracker.schema.config import CellRequest
 from tracker.schema.errors import CellError, RequestError
