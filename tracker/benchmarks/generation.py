@@ -39,7 +39,7 @@ Decoding = Callable[[Sequence[int]], AbstractContextManager[Mapping[str, Any]]]
 """Function that prepares the model for rows of one prompt and yields options of `generate`."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Batch:
     """Texts of one prompt that are generated together.
 
@@ -47,15 +47,23 @@ class _Batch:
         prompt: The prompt.
         samples: Number of the sample of each row.
         decoding: Function that prepares the model; None to generate with the model as it is.
+        budget: Number of tokens of each text that lm-eval reads.
+        rows: Tokens of the prompt and the whole texts; None if they are not generated yet.
+        ends: For each row, the number of tokens of the text, and whether it was cut.
     """
 
     prompt: Prompt
     samples: Sequence[int]
     decoding: Decoding | None
+    budget: int
+    rows: Tensor | None = None
+    ends: Sequence[tuple[int, bool]] = ()
 
 
 class TextGenerator(HFLM):  # type: ignore[misc]
     """Subclass of lm-eval's Hugging Face model that generates texts."""
+
+    _batch: _Batch
 
     def __init__(
         self,
@@ -63,17 +71,7 @@ class TextGenerator(HFLM):  # type: ignore[misc]
         tokenizer: PreTrainedTokenizerBase,
         think_end_token: str | int | None = None,
     ) -> None:
-        super().__init__(
-            pretrained=model,
-            tokenizer=tokenizer,
-            backend="causal",
-            batch_size=1,
-            think_end_token=think_end_token,
-        )
-        self._batch: _Batch | None = None
-        self._rows: Tensor | None = None
-        self._budget: int | None = None
-        self._ends: list[tuple[int, bool]] = []
+        super().__init__(model, "causal", tokenizer=tokenizer, think_end_token=think_end_token)
 
     def generate_texts(
         self, prompt: Prompt, samples: Sequence[int], decoding: Decoding | None = None
@@ -93,45 +91,36 @@ class TextGenerator(HFLM):  # type: ignore[misc]
         Raises:
             CellError: No context length is left for the prompt.
         """
-        if prompt.max_tokens >= self.max_length:
+        limit, prompts = prompt.max_tokens, [prompt] * len(samples)
+        if limit >= self.max_length:
             raise CellError(
-                f"max_gen_toks is {prompt.max_tokens}, but the model reads only {self.max_length} "
-                "tokens, so no tokens are left for the prompt; lower max_gen_toks in gen_kwargs"
+                f"max_gen_toks is {limit}, but the model reads only {self.max_length} tokens, so "
+                "no tokens are left for the prompt; lower max_gen_toks in gen_kwargs"
             )
-        self._batch, self._rows = _Batch(prompt, samples, decoding), None
-        try:
-            texts, ends = self._continue_prompt(), self._ends
-            early = [self._continue_prompt(budget) for budget in prompt.budgets]
-        finally:
-            self._batch = None
-        by_row = zip(*early, strict=True) if early else [()] * len(texts)
-        rows = zip(texts, ends, by_row, strict=True)
-        return [GeneratedText(text, *end, early_texts) for text, end, early_texts in rows]
-
-    def _continue_prompt(self, budget: int | None = None) -> list[str]:
-        """Return the texts of the batch, or of its first `budget` tokens, by lm-eval's code."""
-        assert self._batch is not None
-        n_rows = len(self._batch.samples)
-        self._budget, self.batch_size_per_gpu = budget, n_rows
-        return generate_with_lm_eval(self, [self._batch.prompt] * n_rows)
+        batch = self._batch = _Batch(prompt, samples, decoding, limit)
+        self.batch_size_per_gpu = len(samples)
+        by_budget = []
+        for budget in (limit, *prompt.budgets):
+            batch.budget = budget
+            by_budget.append(generate_with_lm_eval(self, prompts))
+        rows = zip(batch.ends, *by_budget, strict=True)
+        return [GeneratedText(text, *end, tuple(early)) for end, text, *early in rows]
 
     def _model_generate(
         self, context: Tensor, max_length: int, stop: list[str], **settings: Any
     ) -> Any:
         """Continue the prompts; or return the beginnings of texts that were generated before."""
-        n_prompt = context.shape[1]
-        if self._rows is None:
-            self._rows = self._generate_rows(context, max_length, stop, settings)
-            texts, room = self._rows[:, n_prompt:].tolist(), max_length - n_prompt
-            self._ends = [self._find_end(tokens, room, stop) for tokens in texts]
-        return self._rows if self._budget is None else self._rows[:, : n_prompt + self._budget]
+        batch, n_prompt = self._batch, context.shape[1]
+        if batch.rows is None:
+            batch.rows = self._generate_rows(context, max_length, stop, settings)
+            texts, room = batch.rows[:, n_prompt:].tolist(), max_length - n_prompt
+            batch.ends = [self._find_end(tokens, room, stop) for tokens in texts]
+        return batch.rows[:, : n_prompt + batch.budget]
 
     def _generate_rows(
         self, context: Tensor, max_length: int, stop: list[str], settings: dict[str, Any]
     ) -> Any:
-        batch = self._batch
-        assert batch is not None
-        prompt, prompt_tokens = batch.prompt, context[0].tolist()
+        batch, prompt, prompt_tokens = self._batch, self._batch.prompt, context[0].tolist()
         if batch.decoding is None and not prompt.is_sampled:
             return super()._model_generate(context, max_length, stop, **settings)
         if prompt.is_sampled:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -89,7 +89,7 @@ class TextMetrics:
             for draws in self._draws:
                 best = expected_best([sign * score for score in scores], draws)
                 values[_variant(name, f"_pass@{draws}")] = sign * best
-            answers = [_hashable(text.answers[filter_name(name)]) for text in texts]
+            answers = [repr(text.answers[filter_name(name)]) for text in texts]
             values[_variant(name, f"_majority@{self.samples}")] = majority_value(answers, scores)
         return values
 
@@ -97,11 +97,10 @@ class TextMetrics:
         self, texts: Sequence[JudgedText], budget: int, task: TaskIdentity
     ) -> dict[str, MetricValue]:
         """Compute the metrics of the first `budget` tokens of the texts of one document."""
-        means = [name for name, kind in task.metrics.items() if kind == "mean"]
         return {
             _variant(name, f"@{budget}tok"): fmean(float(text.metrics[name]) for text in texts)
-            for name in means
-            if name in texts[0].metrics
+            for name, kind in task.metrics.items()
+            if kind == "mean" and name in texts[0].metrics
         }
 
 
@@ -109,11 +108,6 @@ def _variant(metric: str, suffix: str) -> str:
     """Append a suffix to a metric's name, before the name of its filter."""
     name, comma, filter_name = metric.partition(",")
     return f"{name}{suffix}{comma}{filter_name}"
-
-
-def _hashable(answer: object) -> Hashable:
-    """Return the answer that a filter extracts, which may be a list, in a form to count."""
-    return answer if isinstance(answer, str) else repr(answer)
 
 
 def count_joint_samples(ensemble: Any) -> int:

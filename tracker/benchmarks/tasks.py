@@ -8,8 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import replace
-from itertools import chain
+from itertools import chain, islice
 from statistics import fmean
 from typing import Any
 
@@ -141,12 +140,9 @@ class LmEvalBenchmark:
         self._documents[name, index] = (doc, instances)
         if task.OUTPUT_TYPE == _GENERATED:
             text, settings = instances[0].args
-            prompt = replace(
-                _build_prompt(text, settings, self._spec.think_end_token),
-                samples=self._text_metrics.samples,
-                seed=self._request.documents.seed,
-                budgets=self._spec.budgets,
-            )
+            spec, seed = self._spec, self._request.documents.seed
+            sampling = self._text_metrics.samples, seed, spec.budgets
+            prompt = Prompt(text, _rename_limit(settings), spec.think_end_token, *sampling)
             try:
                 requests = [answer_request(encoder, prompt, _first_answer(task, doc))]
             except UNREADABLE as error:
@@ -228,9 +224,10 @@ class LmEvalBenchmark:
                 f"cluster: all documents of {self._name} have the same {column}, and intervals "
                 "need at least two clusters; choose another column"
             )
-        ends = np.cumsum([len(texts) for texts in values.values()])
-        labels = (tuple(part.tolist()) for part in np.split(codes, ends[:-1]))
-        return Clusters(column=column, labels=tuple(zip(values, labels, strict=True)))
+        labels, numbers = [], iter(codes.tolist())
+        for name, texts in values.items():
+            labels.append((name, tuple(islice(numbers, len(texts)))))
+        return Clusters(column=column, labels=tuple(labels))
 
     def _column(self, name: str, column: str) -> list[str | None]:
         """Return the values of a column for all documents of a task; None for missing values."""
@@ -371,7 +368,7 @@ class LmEvalBenchmark:
                 f"samples: {samples} texts of {task.task_name} would be equal, because decoding is "
                 "greedy; add e.g. gen_kwargs: temperature=0.7, or set samples to 1"
             )
-        limit = _build_prompt("", settings, None).max_tokens
+        limit = Prompt("", _rename_limit(settings)).max_tokens
         if self._spec.budgets and self._spec.budgets[-1] >= limit:
             raise BenchmarkError(
                 f"budgets: {self._spec.budgets[-1]} tokens are no smaller than max_gen_toks of "
@@ -497,12 +494,12 @@ def storable_value(value: Any) -> MetricValue:
     return float(value)
 
 
-def _build_prompt(text: str, settings: Mapping[str, Any], end: str | int | None) -> Prompt:
-    """Build a prompt from a text and lm-eval's generation settings."""
+def _rename_limit(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return lm-eval's generation settings with the token limit under its first name."""
     aliases = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
     lengths = [settings[name] for name in aliases if settings.get(name) is not None]
-    settings = {name: value for name, value in settings.items() if name not in aliases}
-    return Prompt(text, settings | ({"max_gen_toks": int(lengths[0])} if lengths else {}), end)
+    limit = {"max_gen_toks": int(lengths[0])} if lengths else {}
+    return {name: value for name, value in settings.items() if name not in aliases} | limit
 
 
 def _first_answer(task: ConfigurableTask, doc: Mapping[str, Any]) -> str:
