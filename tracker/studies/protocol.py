@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import combinations
+from itertools import combinations, islice
 from operator import attrgetter
 from typing import NamedTuple
 
@@ -114,11 +114,6 @@ class MeasuredProtocol:
         return layer_list(layers, self.outcomes.identity.model.layers) if layers else ""
 
     @property
-    def resampled_drops(self) -> Array:
-        """Mean drops for resampled documents `[resamples, changes]`."""
-        return self.outcomes.resample(self.paired.drops, self.paired.weights)
-
-    @property
     def is_binary(self) -> bool:
         """True if each document is either right or wrong."""
         return bool(np.isin(self._scores, (0, 1)).all())
@@ -187,7 +182,8 @@ class Protocols(Study[ProtocolSettings]):
             orders = {self._rows(request).tasks for request in members}
             if len(orders) > 1 and members[0].documents.sample is not None:
                 raise RequestError(PROTOCOL_TEXTS.render("sample", members))
-        if max(map(self._count_protocols, groups), default=2) < 2:
+        counts = [sum(len(self._rows(request).kinds) for request in group) for group in groups]
+        if max(counts, default=2) < 2:
             raise RequestError(PROTOCOL_TEXTS.render("single", [m[0] for m in groups]))
         return requests
 
@@ -216,23 +212,20 @@ class Protocols(Study[ProtocolSettings]):
 
         return [*group_by(requests, key).values()]
 
-    def _count_protocols(self, requests: Iterable[CellRequest]) -> int:
-        return sum(len(self._rows(request).kinds) for request in requests)
-
     def _measure_protocols(self, subjects: Sequence[Subject]) -> list[MeasuredProtocol]:
         """Return the protocols of subjects with the same documents, in the order of `KINDS`."""
         protocols = []
+        counts = Counter(kind for s in subjects for kind in self._rows(s.request).kinds)
         for subject in subjects:
             outcomes, metric = subject.outcomes(), subject.record.metric
             ablations = [*map(outcomes.ablation, outcomes.runs)]
             for kind in self._rows(subject.request).kinds:
                 is_derived = kind == CHOICE and metric not in CHOICE_PROBABILITIES
                 pair = outcomes.choice_outcomes if is_derived else outcomes.metric_outcomes
-                label = f"{kind} ({subject.record.benchmark.title}, key {subject.record.key[:8]})"
+                name = f"{kind} ({subject.record.benchmark.title}, key {subject.record.key[:8]})"
+                label = kind if counts[kind] == 1 else name
                 protocols.append(MeasuredProtocol(kind, label, outcomes, pair(ablations)))
-        counts = Counter(protocol.kind for protocol in protocols)
-        short = [replace(p, label=p.kind) if counts[p.kind] == 1 else p for p in protocols]
-        return sorted(short, key=lambda protocol: KINDS.index(protocol.kind))
+        return sorted(protocols, key=lambda protocol: KINDS.index(protocol.kind))
 
 
 def _incomparable_reason(protocols: Sequence[MeasuredProtocol]) -> str:
@@ -240,31 +233,26 @@ def _incomparable_reason(protocols: Sequence[MeasuredProtocol]) -> str:
     if len(protocols) < 2:
         return PROTOCOL_TEXTS.render("alone", protocols)
     losses = [p.label for p in protocols if not p.outcomes.higher_is_better]
-    numbers = ([number for _, number in p.outcomes.documents] for p in protocols)
-    measured = [*zip(numbers, (p.outcomes.runs for p in protocols), strict=True)]
+    measured = [([n for _, n in p.outcomes.documents], p.outcomes.runs) for p in protocols]
     differ = any(other != measured[0] for other in measured)
     return PROTOCOL_TEXTS.render("incomparable", losses, differ)
 
 
 def _decide_drops(protocols: Sequence[MeasuredProtocol]) -> list[MeasuredProtocol]:
     """Estimate all drops, with intervals and verdicts that hold for all of them together."""
-    drops, units = [], []
+    all_drops, units = list[Estimate](), list[float]()
     n_changes = len(protocols[0].outcomes.runs)
     for protocol in protocols:
-        drops += [protocol.paired.drop(index) for index in range(n_changes)]
+        all_drops += map(protocol.paired.drop, range(n_changes))
         units += [protocol.outcomes.n_clusters or len(protocol.outcomes.tasks)] * n_changes
-    wide = widen(drops, units, len(drops))
-    verdicts = decide_verdicts(wide)
-    parts = [slice(n * n_changes, (n + 1) * n_changes) for n in range(len(protocols))]
-    limits = (1.0 if protocol.is_share else math.inf for protocol in protocols)
-    return [
-        replace(
-            protocol,
-            drops=tuple(drop.clip(-limit, limit) for drop in wide[part]),
-            verdicts=tuple(verdicts[part]),
-        )
-        for protocol, part, limit in zip(protocols, parts, limits, strict=True)
-    ]
+    wide = widen(all_drops, units, len(all_drops))
+    decided, pairs = [], zip(wide, decide_verdicts(wide), strict=True)
+    for protocol in protocols:
+        drops, verdicts = zip(*islice(pairs, n_changes), strict=True)
+        limit = 1.0 if protocol.is_share else math.inf
+        drops = tuple(drop.clip(-limit, limit) for drop in drops)
+        decided.append(replace(protocol, drops=drops, verdicts=verdicts))
+    return decided
 
 
 def _compare_protocols(
@@ -274,13 +262,17 @@ def _compare_protocols(
     outcomes = protocols[0].outcomes
     is_layers = len(outcomes.whole_layers) == len(outcomes.runs)
     agreements = _rank_agreements(protocols, is_layers)
-    by_group, by_change = _lost_documents(protocols, is_layers)
+    single = {run.label(): np.array([index]) for index, run in enumerate(outcomes.runs)}
+    by_group = _lost_documents(protocols, _group_changes(outcomes))
+    by_change = _lost_documents(protocols, single)
     kinds = {protocol.label: protocol.kind for protocol in protocols}
+    pairs = group_by(by_group, attrgetter("first", "second"))
     claims = [
         {row.changes: row for row in rows}
-        for (first, second), rows in group_by(by_group, attrgetter("first", "second")).items()
-        if kinds[first] in (SAMPLING, GENERATION) and kinds[second] == LIKELIHOOD and is_layers
+        for (first, second), rows in pairs.items()
+        if kinds[first] in (SAMPLING, GENERATION) and kinds[second] == LIKELIHOOD
     ]
+    claims = [rows for rows in claims if LATE in rows]
     figures = (title, len(outcomes.tasks), protocols, agreements, claims)
     yield from PROTOCOL_TEXTS.render_all("answer", *figures)
     yield _drops_table(title, protocols)
@@ -315,68 +307,37 @@ def _drops_table(title: str, protocols: Sequence[MeasuredProtocol]) -> Table:
 
 def _rank_agreements(protocols: Sequence[MeasuredProtocol], is_layers: bool) -> list[RankAgreement]:
     """Correlate the drops of each pair of protocols over the changes."""
-    rows = []
-    for first, second in combinations(protocols, 2):
-        series = [(p.paired.mean_drops, p.resampled_drops) for p in (first, second)]
-        p_value = None
-        if is_layers:
-            means = (means for means, _ in series)
-            p_value = correlate(*means, coefficient="spearman").p_value
-        spearman = resampled_spearman(*series[0], *series[1])
-        rows.append(RankAgreement(first.label, second.label, spearman, p_value))
+    rows, series = [], []
+    for protocol in protocols:
+        paired = protocol.paired
+        drawn = protocol.outcomes.resample(paired.drops, paired.weights)
+        series.append((protocol.label, paired.mean_drops, drawn))
+    for (first, x, xs), (second, y, ys) in combinations(series, 2):
+        p_value = correlate(x, y, coefficient="spearman").p_value if is_layers else None
+        rows.append(RankAgreement(first, second, resampled_spearman(x, xs, y, ys), p_value))
     adjusted = holm([row.p_value for row in rows])
     return [replace(row, p_value=p) for row, p in zip(rows, adjusted, strict=True)]
 
 
-def _lost_documents(
-    protocols: Sequence[MeasuredProtocol], is_layers: bool
-) -> tuple[list[LostDocuments], list[LostDocuments]]:
-    """Compare the documents that each pair of protocols loses, by group and by single change."""
-    pairs = [*combinations(filter(attrgetter("is_binary"), protocols), 2)]
-    runs = protocols[0].outcomes.runs
-    groups = {"all": np.arange(len(runs))}
-    if is_layers:
-        layers = np.array([run.layer for run in runs])
-        is_early = 3 * layers < protocols[0].outcomes.identity.model.layers
+def _group_changes(outcomes: AlignedOutcomes) -> dict[str, NDArray[np.intp]]:
+    """Return the indexes of all changes, and of removals of early and of late layers."""
+    groups = {"all": np.arange(len(outcomes.runs))}
+    if len(outcomes.whole_layers) == len(outcomes.runs):
+        layers = np.array([run.layer for run in outcomes.runs])
+        is_early = 3 * layers < outcomes.identity.model.layers
         groups |= {EARLY: np.flatnonzero(is_early), LATE: np.flatnonzero(~is_early)}
-    groups = {name: indexes for name, indexes in groups.items() if len(indexes)}
-    single = {run.label(): np.array([index]) for index, run in enumerate(runs)}
-    by_group = [row for pair in pairs for row in _compare_losses(*pair, groups)]
-    by_change = [row for pair in pairs for row in _compare_losses(*pair, single)]
-    return _widen_rows(by_group), _widen_rows(by_change)
+    return {name: indexes for name, indexes in groups.items() if len(indexes)}
 
 
-def _compare_losses(
-    first: MeasuredProtocol, second: MeasuredProtocol, groups: dict[str, NDArray[np.intp]]
-) -> Iterator[LostDocuments]:
-    """Yield the documents that one of two protocols loses under each group of changes."""
-    is_right = (first.paired.baseline == 1) & (second.paired.baseline == 1)
-    answers = [protocol.paired.ablated[is_right] == 1 for protocol in (first, second)]
-    n, clusters = int(is_right.sum()), first.outcomes.clusters
-    clusters = None if clusters is None else clusters[is_right]
-    means: dict[str, list[Array]] = {}
+def _lost_documents(
+    protocols: Sequence[MeasuredProtocol], groups: dict[str, NDArray[np.intp]]
+) -> list[LostDocuments]:
+    """Compare the documents that each pair of protocols loses under each group of changes.
 
-    def difference(minuend: Array, subtrahend: Array) -> Estimate:
-        if not n:
-            return Estimate(None, reason=PROTOCOL_TEXTS.render("never_right"))
-        weights = np.full(n, 1 / n)
-        pair = PairedOutcomes(minuend, subtrahend[:, None], weights, clusters=clusters)
-        return pair.drop(0)
-
-    for name, indexes in groups.items():
-        means[name] = [table[:, indexes].mean(axis=1) for table in answers]
-        lost, other = (~table[:, indexes] for table in answers)
-        counts = int((lost & ~other).sum()), int((other & ~lost).sum())
-        figure = difference(means[name][1], means[name][0])
-        yield LostDocuments(first.label, second.label, name, n, *counts, figure)
-    if EARLY in means and LATE in means:
-        late, early = (means[name][1] - means[name][0] for name in (LATE, EARLY))
-        figure = difference(late, early)
-        yield LostDocuments(first.label, second.label, CONTRAST, n, None, None, figure)
-
-
-def _widen_rows(rows: Sequence[LostDocuments]) -> list[LostDocuments]:
-    """Widen the intervals of differences so that they hold for all rows together."""
+    The intervals of differences hold for all rows together.
+    """
+    pairs = combinations(filter(attrgetter("is_binary"), protocols), 2)
+    rows = [row for pair in pairs for row in _compare_losses(*pair, groups)]
     wide = widen([row.difference for row in rows], [row.n for row in rows], len(rows))
     # The contrast subtracts two differences, each from −1 to 1.
     limits = (2.0 if row.changes == CONTRAST else 1.0 for row in rows)
@@ -384,3 +345,29 @@ def _widen_rows(rows: Sequence[LostDocuments]) -> list[LostDocuments]:
         replace(row, difference=figure.clip(-limit, limit))
         for row, figure, limit in zip(rows, wide, limits, strict=True)
     ]
+
+
+def _compare_losses(
+    first: MeasuredProtocol, second: MeasuredProtocol, groups: dict[str, NDArray[np.intp]]
+) -> Iterator[LostDocuments]:
+    """Yield the documents that one of two protocols loses under each group of changes."""
+    is_right = (first.paired.baseline == 1) & (second.paired.baseline == 1)
+    tables = [protocol.paired.ablated[is_right] == 1 for protocol in (first, second)]
+    n, clusters = int(is_right.sum()), first.outcomes.clusters
+    clusters = None if clusters is None else clusters[is_right]
+    # The difference of two shares of each document, and the counts of each row.
+    figures: dict[str, tuple[Array, Array, int | None, int | None]] = {}
+    for name, indexes in groups.items():
+        kept, other = (table[:, indexes] for table in tables)
+        counts = int((other & ~kept).sum()), int((kept & ~other).sum())
+        figures[name] = other.mean(axis=1), kept.mean(axis=1), *counts
+    if EARLY in figures and LATE in figures:
+        late, early = (np.subtract(*figures[name][:2]) for name in (LATE, EARLY))
+        figures[CONTRAST] = late, early, None, None
+    for name, (minuend, subtrahend, *lost) in figures.items():
+        difference = Estimate(None, reason=PROTOCOL_TEXTS.render("never_right"))
+        if n:
+            weights = np.full(n, 1 / n)
+            pair = PairedOutcomes(minuend, subtrahend[:, None], weights, clusters=clusters)
+            difference = pair.drop(0)
+        yield LostDocuments(first.label, second.label, name, n, *lost, difference)
