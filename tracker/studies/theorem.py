@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import takewhile
@@ -25,19 +25,7 @@ from tracker.benchmarks.encoder import RequestEncoder
 from tracker.ledger.files import lock_file, new_folder
 from tracker.ledger.outcomes import METRIC_PREFIX
 from tracker.models import counterexample
-from tracker.models.counterexample import (
-    LAYER_COUNT,
-    LAYER_ROLES,
-    MAX_EPSILON,
-    MIN_EPSILON,
-    WHISPER,
-    Continuations,
-    Counterexample,
-    PrefixDigest,
-    Text,
-    build_empty_llama,
-    prefix_digests,
-)
+from tracker.models.counterexample import LAYER_COUNT, WHISPER, Continuations, Counterexample, Text
 from tracker.models.load import build_for_planning
 from tracker.models.sources import find_model
 from tracker.schema.changes import INTACT, Ablation
@@ -67,9 +55,9 @@ MAX_SCORE_ERROR = 1e-6
 _ACCURACIES = ("acc", "acc_norm")
 _NOT_FINITE = "an output of the model is not finite"
 
-_Position = tuple[PrefixDigest, int]
+_Position = tuple[counterexample.PrefixDigest, int]
 """Key of a position, and the token that is predicted there."""
-_Demand = tuple[PrefixDigest, str, int, int]
+_Demand = tuple[counterexample.PrefixDigest, str, int, int]
 """Key of a position, `signed` or `fixed`, a token, and the token's value at the position."""
 
 
@@ -90,7 +78,7 @@ class Lesson:
     """
 
     texts: list[Text] = field(default_factory=list)
-    targets: dict[PrefixDigest, Continuations] = field(default_factory=dict)
+    targets: dict[counterexample.PrefixDigest, Continuations] = field(default_factory=dict)
     certainty: float = 100.0
     left_out: dict[tuple[str, int], str] = field(default_factory=dict)
     clashing: int = 0
@@ -151,8 +139,8 @@ def _read_tokens(request: Request, length: int) -> tuple[int, ...]:
 def _positions(request: Request, length: int) -> list[_Position]:
     """Return (digest of the preceding tokens, token) for each token of a continuation."""
     tokens = _read_tokens(request, length)
-    scored = list(prefix_digests(tokens))[len(tokens) - len(request.continuation) :]
-    return list(zip(scored, request.continuation, strict=True))
+    digests = list(counterexample.prefix_digests(tokens))
+    return list(zip(digests[-len(request.continuation) :], request.continuation, strict=True))
 
 
 def _teach_all(lesson: Lesson, document: Document, length: int) -> None:
@@ -213,18 +201,13 @@ def _list_demands(
             demands.append((key, "fixed", token, -1))
     if not partings and not any(kind == "signed" for _, kind, _, _ in demands):
         return LONGER_ANSWERS
-    return [*demands, *_parting_demands(right, sorted(partings))]
-
-
-def _parting_demands(
-    right: Sequence[_Position], partings: Sequence[tuple[int, int]]
-) -> Iterator[_Demand]:
-    """Yield the target tokens where wrong answers first differ from the right answer."""
-    kinds = {n: "fixed" if n > partings[0][0] else "signed" for n, _ in partings}
-    for n, kind in kinds.items():
-        yield right[n][0], kind, right[n][1], 1
-    for n, token in partings:
-        yield right[n][0], kinds[n], token, -1 if (n, token) == partings[0] else 0
+    # Where wrong answers first differ from the right answer; only the first place has a sign.
+    first = min(partings, default=None)
+    kinds = {n: "signed" if first and n == first[0] else "fixed" for n, _ in sorted(partings)}
+    demands += [(right[n][0], kind, right[n][1], 1) for n, kind in kinds.items()]
+    for n, token in sorted(partings):
+        demands.append((right[n][0], kinds[n], token, -1 if (n, token) == first else 0))
+    return demands
 
 
 def _count_shared(tokens: Sequence[int], others: Sequence[int]) -> int:
@@ -271,9 +254,9 @@ class Theorem(Study[TheoremSettings]):
     def __init__(self, settings: TheoremSettings) -> None:
         super().__init__(settings)
         self.epsilons = tuple(sorted({*settings.epsilon}, reverse=True))
+        ends = counterexample.MIN_EPSILON, counterexample.MAX_EPSILON
         for value in self.epsilons:
-            if not MIN_EPSILON <= value <= MAX_EPSILON:
-                ends = MIN_EPSILON, MAX_EPSILON
+            if not ends[0] <= value <= ends[1]:
                 raise RequestError(THEOREM_TEXTS.render("wrong_epsilon", value, *ends))
         self._lesson = cache(load_lesson)  # it reads benchmarks
 
@@ -347,7 +330,8 @@ def load_lesson(cell: CellRequest, trust_remote_code: bool) -> tuple[Lesson, tup
     length = RequestEncoder(model, tokenizer).max_length
     vocabulary = max(model.config.get_text_config().vocab_size, len(tokenizer))
     # lm-eval treats the tokenizers of some families in a way of their own, and ours is a Llama.
-    encoder = RequestEncoder(build_empty_llama(vocabulary, length), tokenizer, cell.benchmark)
+    llama = counterexample.build_empty_llama(vocabulary, length)
+    encoder = RequestEncoder(llama, tokenizer, cell.benchmark)
     documents = benchmark.documents(encoder, cell.extent)
     if any(document.prompt is not None for document in documents):
         raise RequestError(THEOREM_TEXTS.render("generates", cell))
@@ -453,8 +437,8 @@ class MeasuredModel:
 def measure_model(subject: Subject, built: BuiltModel) -> MeasuredModel:
     """Count a built model's right answers with and without layer 2; read the cosine scores."""
     record, lesson = subject.record, built.lesson
-    cosines = {layer: run.cosine_score for layer, run in record.runs_of_kind().items()}
-    scores = {layer: math.nan if score is None else score for layer, score in cosines.items()}
+    cosines = [run.cosine_score for run in record.runs_of_kind().values()]
+    scores = [math.nan if score is None else score for score in cosines]
     frame = subject.store.read_documents(subject.request.extent)
     documents = zip(frame["task"], frame["doc"], strict=True)
     frame = frame[[document not in lesson.left_out for document in documents]]
@@ -464,7 +448,7 @@ def measure_model(subject: Subject, built: BuiltModel) -> MeasuredModel:
     score = scores.pop(WHISPER)
     without = int(counts[Ablation.from_changes(removed=(WHISPER,)).name][0])
     units -= lesson.clashing if built.is_open else 0
-    return MeasuredModel(built, subject, score, min(scores.values()), right, without, units)
+    return MeasuredModel(built, subject, score, min(scores), right, without, units)
 
 
 def _count_right(value: float | str) -> tuple[int, int]:
@@ -507,7 +491,7 @@ def _layers_table(model: MeasuredModel) -> Table:
     record = model.subject.record
     columns: list[Column[RunRecord]] = [
         Column("layer", "count", lambda run: run.change.layer),
-        Column("its job", "text", lambda run: LAYER_ROLES[run.change.layer]),
+        Column("its job", "text", lambda run: counterexample.LAYER_ROLES[run.change.layer]),
         Column("cosine score", "times", lambda run: run.cosine_score, _NOT_FINITE),
         Column(f"{record.metric} without it", "percent", lambda run: run.accuracy, _NOT_FINITE),
     ]
