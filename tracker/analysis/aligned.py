@@ -210,6 +210,10 @@ class AlignedOutcomes:
             strata = None
         return resampled_means(values, RESAMPLES, SEED, strata, weights)
 
+    def drop_series(self, paired: PairedOutcomes) -> tuple[Array, Array]:
+        """Return the mean drop under each ablation, and the same for resampled documents."""
+        return paired.mean_drops, self.resample(paired.drops, paired.weights)
+
     def check_summary(self) -> dict[str, Any]:
         """Return the number of responses recomputed with pruned models, and their differences."""
         if not self._rows:

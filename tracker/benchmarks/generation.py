@@ -20,7 +20,6 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils_hf import stop_sequences_criteria
 from torch import Tensor
 from transformers import (
-    GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
@@ -125,9 +124,8 @@ class TextGenerator(HFLM):  # type: ignore[misc]
             return super()._model_generate(context, max_length, stop, **settings)
         if prompt.is_sampled:
             key = content_hash([prompt.seed, prompt_tokens])
-            settings["custom_generate"] = partial(
-                _sample, noise=CoupledNoise(key, batch.samples, len(prompt_tokens))
-            )
+            noise = CoupledNoise(key, batch.samples, len(prompt_tokens))
+            settings["custom_generate"] = partial(_sample, noise=noise)
         else:
             settings.pop("temperature", None)
             settings["do_sample"] = False
@@ -174,25 +172,16 @@ def generate_with_lm_eval(model: TemplateLM, prompts: Sequence[Prompt]) -> list[
     return texts
 
 
-def _sample(
-    model: Any,
-    input_ids: Tensor,
-    logits_processor: LogitsProcessorList,
-    generation_config: GenerationConfig,
-    noise: CoupledNoise,
-    **options: Any,
-) -> Any:
+def _sample(model: Any, input_ids: Tensor, noise: CoupledNoise, **options: Any) -> Any:
     """Draw texts by the largest sum of a token's log-probability and Gumbel noise.
 
-    `logits_processor` already contains the temperature and truncations of transformers, so each
+    The processors of `options` contain the temperature and truncations of transformers, so each
     text has the distribution that transformers samples from.
     """
-    config = copy.copy(generation_config)
+    options["logits_processor"] = LogitsProcessorList([*options["logits_processor"], noise])
+    config = options["generation_config"] = copy.copy(options["generation_config"])
     config.do_sample = False
-    processors = LogitsProcessorList([*logits_processor, noise])
-    return model._sample(
-        input_ids, logits_processor=processors, generation_config=config, **options
-    )
+    return model._sample(input_ids, **options)
 
 
 class CoupledNoise(LogitsProcessor):  # type: ignore[misc]

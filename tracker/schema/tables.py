@@ -94,7 +94,7 @@ class Column(Generic[RowType]):
         label: The label in the column's header.
         unit: The unit of the column's values.
         value: Function that returns the value for a row, as a fraction or in nats.
-        default_reason: Default reason for an undefined value.
+        default_reason: Default reason for an undefined value, or function that returns it.
         name: The column's name in code; if it is empty, code uses the label.
         interval: True if the column shows only the intervals of its values.
     """
@@ -102,7 +102,7 @@ class Column(Generic[RowType]):
     label: str
     unit: FigureUnit
     value: Callable[[RowType], ColumnValue]
-    default_reason: str = ""
+    default_reason: str | Callable[[RowType], str] = ""
     name: str = ""
     interval: bool = False
 
@@ -117,7 +117,9 @@ class Column(Generic[RowType]):
         default = "undefined"
         if estimate.value is not None:
             default = f"not a finite number ({estimate.value})"
-        return Estimate(None, reason=estimate.reason or self.default_reason or default)
+        reason = self.default_reason
+        reason = reason if isinstance(reason, str) else reason(row)
+        return Estimate(None, reason=estimate.reason or reason or default)
 
     def bound_columns(self) -> tuple[Column[RowType], Column[RowType]]:
         """Return two columns with the lower and the upper ends of the intervals."""

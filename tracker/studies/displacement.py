@@ -73,8 +73,7 @@ def _compare(subject: Subject) -> tuple[str, Table]:
     kl = safe_divide(sums.sum(axis=0), tokens.sum(axis=0))
     resampled_kl = safe_divide(outcomes.resample(sums), outcomes.resample(tokens))
     measures = (outcomes.metric_outcomes, outcomes.choice_outcomes, outcomes.gold_outcomes)
-    paired = [measure(ablations) for measure in measures]
-    costs = [(p.mean_drops, outcomes.resample(p.drops, p.weights)) for p in paired]
+    costs = [outcomes.drop_series(measure(ablations)) for measure in measures]
     is_defined = np.isfinite(kl)
     # By rank, because divergences may be equal, such as 0 for experts that no token uses.
     ranks = np.argsort(np.argsort(kl, kind="stable"), kind="stable")

@@ -147,7 +147,7 @@ def _observe_maps(
     errors = _sum_errors(observations.select(outcomes.documents), outcomes.resample)
     # Cells that stopped at an answer are left out: their intervals hold for one look only.
     one_look = _without_interval if record.is_raced else list
-    drops = [(p.mean_drops, outcomes.resample(p.drops, p.weights)) for p in (gold, metric)]
+    drops = [outcomes.drop_series(paired) for paired in (gold, metric)]
     orders = []
     for error, figures in errors.items():
         pair = one_look([resampled_spearman(*figures, *drop) for drop in drops])

@@ -307,11 +307,7 @@ def _drops_table(title: str, protocols: Sequence[MeasuredProtocol]) -> Table:
 
 def _rank_agreements(protocols: Sequence[MeasuredProtocol], is_layers: bool) -> list[RankAgreement]:
     """Correlate the drops of each pair of protocols over the changes."""
-    rows, series = [], []
-    for protocol in protocols:
-        paired = protocol.paired
-        drawn = protocol.outcomes.resample(paired.drops, paired.weights)
-        series.append((protocol.label, paired.mean_drops, drawn))
+    rows, series = [], [(p.label, *p.outcomes.drop_series(p.paired)) for p in protocols]
     for (first, x, xs), (second, y, ys) in combinations(series, 2):
         p_value = correlate(x, y, coefficient="spearman").p_value if is_layers else None
         rows.append(RankAgreement(first, second, resampled_spearman(x, xs, y, ys), p_value))

@@ -156,8 +156,7 @@ def measure_costs(subjects: Sequence[Subject]) -> CellCosts | None:
             continue
         metric, gold = outcomes.metric_outcomes(ablations), outcomes.gold_outcomes(ablations)
         for drops, paired in ((cell.drops, metric), (cell.nats, gold)):
-            drawn = outcomes.resample(paired.drops, paired.weights)
-            drops[name] = LayerDrops(paired.mean_drops, drawn)
+            drops[name] = LayerDrops(*outcomes.drop_series(paired))
         replaced = [*metric.ablated.T]
         removed = removed or replaced
         if name != "remove":

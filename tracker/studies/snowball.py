@@ -317,7 +317,7 @@ def _explain_drops(cell: AlignedOutcomes, arrays: Mapping[str, Array]) -> DropEx
         proxy.from_observed(proxy_means(sums, cell.tokens)),
         proxy.from_observed(cell.resample(token_means(sums, cell.tokens), cell.tokens)),
     )
-    drop = paired.mean_drops, cell.resample(paired.drops, paired.weights)
+    drop = cell.drop_series(paired)
 
     def series(values: Array) -> tuple[Array, Array]:
         return values.mean(axis=0), cell.resample(values)
@@ -463,13 +463,10 @@ def _layer_table(cell: SnowballFigures) -> Table:
     def column(
         label: str, values: Sequence[ColumnValue], unit: FigureUnit = "times"
     ) -> Column[int]:
-        """Build a column that explains missing values."""
+        return Column(label, unit, values.__getitem__, reason)
 
-        def entry(layer: int) -> ColumnValue:
-            reason = growth.factors[layer].reason or _LAST_LAYER
-            return Estimate(None, reason=reason) if values[layer] is None else values[layer]
-
-        return Column(label, unit, entry)
+    def reason(layer: int) -> str:
+        return growth.factors[layer].reason or _LAST_LAYER
 
     def drop(layer: int) -> Estimate | None:
         return runs[layer].drop if layer in runs else None

@@ -27,7 +27,6 @@ from tracker.studies.audit.figures import (
     AuditedCell,
     ModelAudit,
     ProxySummary,
-    RelevanceVariance,
     mean_profiles,
     pooled_correlation,
 )
@@ -253,35 +252,29 @@ def _variance_table(audit: ModelAudit) -> Table:
     adjusted = dict(zip(spreads, p_values, strict=True))
     reference = "the proxies are compared with this row"
 
-    def column(
-        label: str,
-        value: Callable[[RelevanceVariance], ColumnValue],
-        unit: FigureUnit = "coefficient",
-        reason: str = "",
-    ) -> Column[str]:
-        def entry(name: str) -> ColumnValue:
-            figure = value(spreads[name])
-            if figure is None:
-                return Estimate(None, reason=reason or spreads[name].reason)
-            return figure
+    def larger(name: str) -> str | None:
+        test = spreads[name].test
+        return f"{test.larger} of {test.n} layers" if test else None
 
-        return Column(label, unit, entry, reference)
+    def block_p(name: str) -> float | None:
+        test = spreads[name].test
+        return test.block_p if test else None
 
-    def larger(spread: RelevanceVariance) -> str | None:
-        return f"{spread.test.larger} of {spread.test.n} layers" if spread.test else None
+    def variance(label: str, figure: str) -> Column[str]:
+        return Column(label, "coefficient", lambda name: getattr(spreads[name], figure), reason)
 
-    def block_p(spread: RelevanceVariance) -> float | None:
-        return spread.test.block_p if spread.test else None
+    def reason(name: str) -> str:
+        return spreads[name].reason or reference
 
     columns = [
         Column("measure", "text", _proxy_label),
-        column("variance", lambda spread: spread.raw),
-        column("drop varies more in", larger, "text", reference),
+        variance("variance", "raw"),
+        Column("drop varies more in", "text", larger, reference),
         Column("Wilcoxon p (Holm)", "p", adjusted.__getitem__, reference),
-        column(f"p in blocks of {SIGN_BLOCK}", block_p, "p", reference),
-        column("variance on reliable benchmarks", lambda spread: spread.noisy),
-        column("variance without noise", lambda spread: spread.clean),
-        column("variance of the drop minus this one, without noise", lambda spread: spread.excess),
+        Column(f"p in blocks of {SIGN_BLOCK}", "p", block_p, reference),
+        variance("variance on reliable benchmarks", "noisy"),
+        variance("variance without noise", "clean"),
+        variance("variance of the drop minus this one, without noise", "excess"),
     ]
     title = f"{audit.name}: variance of a layer's z-score over benchmarks"
     notes = AUDIT_TEXTS.render_all("variance_notes", audit, MIN_RELIABILITY)
