@@ -22,7 +22,6 @@ from tracker.studies.joint import (
     PairInteractions,
     adjust_interactions,
     joint_answer,
-    pair_interactions,
     strongest_table,
 )
 
@@ -117,8 +116,9 @@ def _interactions(drops: np.ndarray, max_loss: float | None) -> PairInteractions
     """Return the interactions of all pairs of four layers, from the drops of layers and pairs."""
     paired = PairedOutcomes(np.zeros(40), -drops, np.full(40, 1 / 40))
     figures = (paired, range(4), list(combinations(range(4), 2)), None, max_loss)
-    pairs = pair_interactions(CELL_RECORD, "accuracy drop", "points", *figures)
-    return adjust_interactions([pairs])[0]
+    pairs = PairInteractions(CELL_RECORD, "accuracy drop", "points", *figures)
+    adjust_interactions([pairs])
+    return pairs
 
 
 def test_drops_that_are_known():
@@ -156,11 +156,11 @@ def test_a_pair_is_called_the_strongest_where_that_is_shown():
 
 def test_pairs_of_all_benchmarks_are_tested_together():
     """Was: each benchmark and measure for itself, so that many of them found something by luck."""
-    interactions, _ = _known_interactions(max_loss=0.9)
-    adjusted = adjust_interactions([interactions, interactions])[1]
+    other, interactions = (_known_interactions(max_loss=0.9)[0] for _ in range(2))
+    adjust_interactions([other, interactions])
     p = [interactions.interactions[index].p_value for index in interactions.indices]
     q = stats.false_discovery_control([*p, *p])[len(p) :]
-    assert list(adjusted.q[~adjusted.floor]) == pytest.approx(list(q))
+    assert list(interactions.q[~interactions.floor]) == pytest.approx(list(q))
 
 
 def test_pairs_at_the_floor_are_left_out():

@@ -102,8 +102,8 @@ class TextGenerator(HFLM):  # type: ignore[misc]
         for budget in (limit, *prompt.budgets):
             batch.budget = budget
             by_budget.append(generate_with_lm_eval(self, prompts))
-        rows = zip(batch.ends, *by_budget, strict=True)
-        return [GeneratedText(text, *end, tuple(early)) for end, text, *early in rows]
+        rows = zip(zip(*by_budget, strict=True), batch.ends, strict=True)
+        return [GeneratedText(text, *end, tuple(early)) for (text, *early), end in rows]
 
     def _model_generate(
         self, context: Tensor, max_length: int, stop: list[str], **settings: Any

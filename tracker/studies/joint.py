@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import chain, combinations
+from itertools import chain, combinations, islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,7 +64,7 @@ class Joint(Study[JointSettings]):
         if not measured:
             result.add("Every pair of layers lacks its joint drop or one of its single drops.")
             return result
-        measured = adjust_interactions(measured)
+        adjust_interactions(measured)
         result.add(_summary_table(measured))
         for pairs in measured:
             tables = (strongest_table(pairs, sign) for sign in (1, -1))
@@ -76,47 +76,78 @@ class Joint(Study[JointSettings]):
 # Figures
 
 
-@dataclass(frozen=True)
+@dataclass
 class PairInteractions:
     """Interactions of layer pairs: drop of both layers minus the sum of their single drops.
 
-    Attributes:
+    Args:
         record: Record of the model and benchmark.
         measure: Name of the quantity that drops, e.g. accuracy or gold log-probability.
         unit: Unit of the drops.
+        paired: Outcomes with each single layer removed, then with each pair removed.
+        layers: Layers that are removed alone.
         pairs: Measured pairs of layers; the lower layer comes first.
+        strata: `[documents]`, each document's task; None for one task.
+        max_loss: The largest possible loss; None if the loss is unbounded.
+
+    Attributes:
+        documents: Number of documents.
         alone: Layer → drop if this layer alone is removed.
         together: `[pairs]`, drop if both layers are removed.
         interactions: For each pair, the joint drop minus the sum of the two single drops.
         q: `[pairs]`, p-values adjusted by Benjamini and Hochberg. NaN for pairs with `floor`.
         floor: `[pairs]`, whether a single drop, or the sum of both, exceeds the largest possible
             loss. Such pairs ("at the floor") are left out of means.
+        indices: Indices of the pairs that are not at the floor.
         mean: Mean interaction over pairs that are not at the floor.
         by_distance: Distance of the two layers → mean interaction of the pairs with this distance.
         rank: Spearman correlation between the sum of the single drops and the joint drop.
         explained: R² when the sum of the single drops predicts the joint drop.
-        documents: Number of documents.
     """
 
     record: CellRecord
     measure: str
     unit: FigureUnit
-    pairs: tuple[LayerPair, ...]
-    alone: Mapping[int, float]
-    together: Array
-    interactions: Sequence[Estimate]
-    q: Array
-    floor: NDArray[np.bool_]
-    mean: Estimate
-    by_distance: Mapping[int, Estimate]
-    rank: Estimate
-    explained: Estimate
-    documents: int
+    paired: PairedOutcomes
+    layers: Sequence[int]
+    pairs: Sequence[LayerPair]
+    strata: TaskNames | None
+    max_loss: float | None
 
-    @property
-    def indices(self) -> list[int]:
-        """Indices of the pairs that are not at the floor."""
-        return np.flatnonzero(~self.floor).tolist()
+    def __post_init__(self) -> None:
+        """Compute the interactions and their summaries."""
+        drops, weights, n = self.paired.drops, self.paired.weights, len(self.layers)
+        numbers = {layer: number for number, layer in enumerate(self.layers)}
+        first, second = np.array([[numbers[layer] for layer in pair] for pair in self.pairs]).T
+
+        def sums(figures: Array) -> Array:
+            return figures[..., first] + figures[..., second]
+
+        values, means = drops[:, n:] - sums(drops), weights @ drops
+        alone, self.together = means[:n], means[n:]
+        self.documents, self.alone = len(drops), dict(zip(self.layers, alone.tolist(), strict=True))
+        self.interactions = interactions(values, weights, SEED)
+        self.q = np.full(len(self.pairs), np.nan)
+        # Rounding alone can make a sum of fractions exceed the largest possible loss.
+        limit = np.inf if self.max_loss is None else self.max_loss + 1e-9
+        self.floor = np.max([alone[first], alone[second], sums(alone)], axis=0) > limit
+        summed = np.flatnonzero(~self.floor)
+        self.indices: list[int] = summed.tolist()
+        resamples = resampled_means(drops, RESAMPLES, SEED, self.strata, weights)
+        pair_resamples = sums(resamples)[:, summed], resamples[:, n + summed]
+        single_sums, joint_drops = sums(alone)[summed], self.together[summed]
+        self.rank, self.explained = additivity(single_sums, joint_drops, pair_resamples)
+
+        def mean_over(indices: NDArray[np.int64]) -> Estimate:
+            if not len(indices):
+                return Estimate(None, reason="all these pairs are at the floor (chance)")
+            per_document = values[:, indices].mean(axis=1)
+            return Estimate(float(weights @ per_document), *mean_interval(per_document, weights))
+
+        self.mean = mean_over(summed)
+        apart = np.array([j - i for i, j in self.pairs])
+        distances = np.unique(apart).tolist()
+        self.by_distance = {d: mean_over(summed[apart[summed] == d]) for d in distances}
 
     @cached_property
     def at_once(self) -> dict[int, Estimate]:
@@ -188,76 +219,16 @@ def measure_pairs(subject: Subject) -> tuple[list[PairInteractions], list[str]]:
             reasons.append(JOINT_TEXTS.render("no_room", name))
         else:
             drops = (paired, layers, pairs, outcomes.strata, max_loss)
-            measured.append(pair_interactions(record, name, unit, *drops))
+            measured.append(PairInteractions(record, name, unit, *drops))
     return measured, reasons
 
 
-def pair_interactions(
-    record: CellRecord,
-    measure: str,
-    unit: FigureUnit,
-    paired: PairedOutcomes,
-    layers: Sequence[int],
-    pairs: Sequence[LayerPair],
-    strata: TaskNames | None,
-    max_loss: float | None,
-) -> PairInteractions:
-    """Compute for each pair of layers the joint drop minus the sum of the single drops.
-
-    `paired` contains first the outcomes with each single layer removed, then the outcomes with each
-    pair removed. `max_loss` is the largest possible loss; None if the loss is unbounded.
-    """
-    drops, weights, n = paired.drops, paired.weights, len(layers)
-    first, second = np.array([[layers.index(layer) for layer in pair] for pair in pairs]).T
-
-    def sums(figures: Array) -> Array:
-        return figures[..., first] + figures[..., second]
-
-    values = drops[:, n:] - sums(drops)
-    means = weights @ drops
-    alone, together = means[:n], means[n:]
-    # Rounding alone can make a sum of fractions exceed the largest possible loss.
-    largest = np.max([alone[first], alone[second], sums(alone)], axis=0)
-    floor = np.zeros(len(pairs), bool) if max_loss is None else largest > max_loss + 1e-9
-    summed = np.flatnonzero(~floor)
-    resamples = resampled_means(drops, RESAMPLES, SEED, strata, weights)
-    pair_resamples = sums(resamples)[:, summed], resamples[:, n + summed]
-    rank, explained = additivity(sums(alone)[summed], together[summed], pair_resamples)
-
-    def mean_over(indices: NDArray[np.int64]) -> Estimate:
-        if not len(indices):
-            return Estimate(None, reason="all these pairs are at the floor (chance)")
-        per_document = values[:, indices].mean(axis=1)
-        return Estimate(float(weights @ per_document), *mean_interval(per_document, weights))
-
-    distances = np.array([j - i for i, j in pairs])
-    by_distance = {
-        n: mean_over(summed[distances[summed] == n]) for n in np.unique(distances).tolist()
-    }
-    return PairInteractions(
-        record,
-        measure,
-        unit,
-        pairs=tuple(pairs),
-        alone=dict(zip(layers, alone.tolist(), strict=True)),
-        together=together,
-        interactions=interactions(values, weights, SEED),
-        q=np.full(len(pairs), np.nan),
-        floor=floor,
-        mean=mean_over(summed),
-        by_distance=by_distance,
-        rank=rank,
-        explained=explained,
-        documents=len(drops),
-    )
-
-
-def adjust_interactions(measured: Sequence[PairInteractions]) -> list[PairInteractions]:
+def adjust_interactions(measured: Sequence[PairInteractions]) -> None:
     """Adjust the p-values of all pairs of a study by Benjamini and Hochberg's method."""
     p_values = [pairs.interactions[n].p_value for pairs in measured for n in pairs.indices]
     q_values = iter(stats.false_discovery_control(p_values) if p_values else [])
-    adjusted = [[np.nan if at_floor else next(q_values) for at_floor in m.floor] for m in measured]
-    return [replace(m, q=np.array(q)) for m, q in zip(measured, adjusted, strict=True)]
+    for pairs in measured:
+        pairs.q[pairs.indices] = [*islice(q_values, len(pairs.indices))]
 
 
 # Sentences, tables and charts

@@ -355,15 +355,16 @@ def _compare_losses(
     figures: dict[str, tuple[Array, Array, int | None, int | None]] = {}
     for name, indexes in groups.items():
         kept, other = (table[:, indexes] for table in tables)
-        counts = int((other & ~kept).sum()), int((kept & ~other).sum())
-        figures[name] = other.mean(axis=1), kept.mean(axis=1), *counts
+        lost = int((other & ~kept).sum()), int((kept & ~other).sum())
+        figures[name] = other.mean(axis=1), kept.mean(axis=1), *lost
     if EARLY in figures and LATE in figures:
         late, early = (np.subtract(*figures[name][:2]) for name in (LATE, EARLY))
         figures[CONTRAST] = late, early, None, None
-    for name, (minuend, subtrahend, *lost) in figures.items():
+    for name, (minuend, subtrahend, only_first, only_second) in figures.items():
         difference = Estimate(None, reason=PROTOCOL_TEXTS.render("never_right"))
         if n:
             weights = np.full(n, 1 / n)
             pair = PairedOutcomes(minuend, subtrahend[:, None], weights, clusters=clusters)
             difference = pair.drop(0)
-        yield LostDocuments(first.label, second.label, name, n, *lost, difference)
+        counts = n, only_first, only_second
+        yield LostDocuments(first.label, second.label, name, *counts, difference)

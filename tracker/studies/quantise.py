@@ -73,7 +73,7 @@ from tracker.studies.base import (
     second_rounding_notes,
     study_texts,
 )
-from tracker.studies.joint import PairInteractions, pair_interactions
+from tracker.studies.joint import PairInteractions
 from tracker.studies.layout import figure_table, labelled
 from tracker.studies.registry import QuantiseSettings
 
@@ -271,7 +271,7 @@ class FormatChooser:
             drops = outcomes.gold_outcomes([*(single[n] for n in units), *joint])
             figures = (drops, units, pairs, outcomes.strata, None)
             record = self.subject.record
-            compared = pair_interactions(record, "gold log-prob drop", "nats", *figures)
+            compared = PairInteractions(record, "gold log-prob drop", "nats", *figures)
         loss = float(paired.mean_drops[0])
         return SumComparison(n_units, candidate.expected, loss, excess, compared)
 

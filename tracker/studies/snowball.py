@@ -18,13 +18,13 @@ from tracker.engine.scoring.sweep import Engine
 from tracker.ledger.shards import DocumentArrays
 from tracker.measuring.observing import Observations, ObserveDocument
 from tracker.schema.documents import Document
-from tracker.schema.estimates import Estimate, FigureUnit
+from tracker.schema.estimates import Estimate
 from tracker.schema.findings import LineChart, MapChart, StudyChart, chart_values, line_chart
 from tracker.schema.formats import interval_text, metric_format
 from tracker.schema.grouping import group_by
 from tracker.schema.proxies import PROXIES
 from tracker.schema.records import CellRecord
-from tracker.schema.tables import Column, ColumnValue, Table, build_table
+from tracker.schema.tables import Column, Table, build_table
 from tracker.stats.arrays import Array, proxy_means, token_means
 from tracker.stats.correlation import correlate, correlation_difference, partial_correlate
 from tracker.stats.effects import growth_difference_p, growths, min_growth_documents
@@ -459,11 +459,7 @@ def _layer_table(cell: SnowballFigures) -> Table:
     """Build the table of each layer's residual-stream differences, growth factors and drop."""
     tokens, growth, runs = cell.tokens, cell.tokens.removed, cell.record.runs_of_kind()
     by_cosine = cell.explained.by_cosine if cell.explained else {}
-
-    def column(
-        label: str, values: Sequence[ColumnValue], unit: FigureUnit = "times"
-    ) -> Column[int]:
-        return Column(label, unit, values.__getitem__, reason)
+    verdicts = [_VERDICT_WORDS[sign] for sign in growth.signs]
 
     def reason(layer: int) -> str:
         return growth.factors[layer].reason or _LAST_LAYER
@@ -478,12 +474,12 @@ def _layer_table(cell: SnowballFigures) -> Table:
             Column("behind it", "percent", lambda i: tokens.paths[i, i], "not finite"),
             Column("before the head", "percent", lambda i: tokens.paths[i, -1], "not finite"),
             Column("growth", "times", growth.factors.__getitem__),
-            column("a layer", tokens.factors_per_layer),
-            column("growing steps", tokens.growing_steps, "text"),
-            column("verdict", [_VERDICT_WORDS[sign] for sign in growth.signs], "text"),
-            column("random", tokens.random.values),
-            column("other tokens'", tokens.shuffled.values),
-            column("as handed on", tokens.handed_on.values),
+            Column("a layer", "times", tokens.factors_per_layer.__getitem__, reason),
+            Column("growing steps", "text", tokens.growing_steps.__getitem__, reason),
+            Column("verdict", "text", verdicts.__getitem__, reason),
+            Column("random", "times", tokens.random.values.__getitem__, reason),
+            Column("other tokens'", "times", tokens.shuffled.values.__getitem__, reason),
+            Column("as handed on", "times", tokens.handed_on.values.__getitem__, reason),
             Column("drop", metric_format(cell.record).form, drop, UNMEASURED),
             Column("cosine rank", "count", by_cosine.get, UNMEASURED),
             Column("drop rank", "count", cell.drop_ranks.get, UNMEASURED, interval=True),
