@@ -19,7 +19,7 @@ from tracker.measuring.observing import Observations
 from tracker.schema.findings import FindingRecord, MapChart
 from tracker.schema.tables import Table
 from tracker.studies import snowball as module
-from tracker.studies.snowball import SNOWBALL_TEXTS, _list_unanswered, _token_growth, _write_verdict
+from tracker.studies.snowball import SNOWBALL_TEXTS, TokenGrowth, _list_unanswered, _write_verdict
 
 from .conftest import conduct_study, plain_values, table_column
 
@@ -162,7 +162,7 @@ def cell(growth: list[list[float]], title: str = "arc_easy") -> SimpleNamespace:
     for layer in range(inner):
         differences[:, :, layer, layer + 1 :] = 0.1 * np.array(growth)[:, layer, None, None]
     arrays = dict.fromkeys(("removed", "random", "shuffled", "carried"), differences)
-    tokens = _token_growth(arrays, np.zeros(n, dtype=str), 0)
+    tokens = TokenGrowth(arrays, np.zeros(n, dtype=str), 0)
     benchmark = SimpleNamespace(title=title, tasks=[SimpleNamespace(name=title)])
     model = SimpleNamespace(name="m")
     record = SimpleNamespace(benchmark=benchmark, model=model, metric="acc", higher_is_better=True)

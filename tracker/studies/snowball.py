@@ -57,29 +57,34 @@ _VERDICT_WORDS = {1: "grows", -1: "shrinks", 0: "undecided", None: None}
 SNOWBALL_TEXTS = study_texts("snowball")
 
 
-@dataclass(frozen=True)
 class Growth:
     """Factors by which changes of the residual stream grow, from each layer to the output head.
+
+    Args:
+        start: `[documents, layers]`, relative difference right after the changed layer.
+        end: `[documents, layers]`, relative difference before the output head.
+        strata: `[documents]`, each document's task.
 
     Attributes:
         factors: For each layer, factor by which a change after this layer grows until the output
             head, with interval. Undefined for the last layer.
-        p_values: p-values of the factors, adjusted over layers by Holm's method.
     """
 
-    factors: list[Estimate]
-    p_values: list[float | None]
+    def __init__(self, start: Array, end: Array, strata: TaskNames) -> None:
+        self.factors = growths(start[:, :-1], end[:, :-1], strata, SEED)
+        self.factors.append(Estimate(None, reason=_LAST_LAYER))
 
     @property
     def signs(self) -> list[int | None]:
         """For each layer: 1 if a change grows significantly, −1 if it shrinks, 0 if undecided.
 
-        Growth is significant if the interval excludes a factor of 1 and the adjusted p-value is
-        below 0.05. The sign is None if the factor is undefined.
+        Growth is significant if the interval excludes a factor of 1 and the p-value is below 0.05,
+        adjusted over layers by Holm's method. The sign is None if the factor is undefined.
         """
+        p_values = holm([factor.p_value for factor in self.factors])
         return [
             None if p is None or factor.low is None else factor.side(1) * (p < SIGNIFICANT)
-            for factor, p in zip(self.factors, self.p_values, strict=True)
+            for factor, p in zip(self.factors, p_values, strict=True)
         ]
 
     @property
@@ -121,7 +126,6 @@ def _log_factor(factor: Estimate) -> Estimate:
     return Estimate(value, low, high)
 
 
-@dataclass(frozen=True)
 class TokenGrowth:
     """Growth of changes of the residual stream, from each layer to the output head.
 
@@ -139,13 +143,16 @@ class TokenGrowth:
         ratios: `[documents, layers]`, growth factor after each layer's removal, for each document.
     """
 
-    removed: Growth
-    random: Growth
-    shuffled: Growth
-    relative: Growth
-    handed_on: Growth
-    paths: Array
-    ratios: Array
+    def __init__(self, arrays: Mapping[str, Array], strata: TaskNames, tokens: int) -> None:
+        starts, ends = _split(arrays, tokens)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            self.ratios, by_chance = (ends[name] / starts[name] for name in ("removed", "random"))
+            self.paths = np.exp(np.log(arrays["removed"][:, tokens]).mean(axis=0))
+        self.removed, self.random, self.shuffled = (
+            Growth(starts[name], ends[name], strata) for name in ("removed", "random", "shuffled")
+        )
+        self.relative = Growth(by_chance, self.ratios, strata)
+        self.handed_on = Growth(ends["carried"], ends["removed"], strata)
 
     @property
     def factors_per_layer(self) -> list[float | None]:
@@ -270,7 +277,7 @@ def compute_figures(subject: Subject, observations: Observations) -> SnowballFig
     arrays["random"] = arrays["random"].mean(axis=2)
     strata = np.array(outcomes.tasks)[usable]
     counts = int(usable.sum()), int((~usable).sum())
-    tokens, later = (_token_growth(arrays, strata, index) for index in (ALL_TOKENS, LATER_TOKENS))
+    tokens, later = (TokenGrowth(arrays, strata, index) for index in (ALL_TOKENS, LATER_TOKENS))
     explained = _explain_drops(outcomes.select(usable), arrays)
     return SnowballFigures(subject.record, *counts, tokens, later, explained)
 
@@ -284,24 +291,6 @@ def _split(arrays: Mapping[str, Array], tokens: int) -> tuple[dict[str, Array], 
     means = {name: array[:, tokens] for name, array in arrays.items()}
     starts = {name: np.diagonal(array, axis1=1, axis2=2) for name, array in means.items()}
     return starts, {name: array[:, :, -1] for name, array in means.items()}
-
-
-def _token_growth(arrays: Mapping[str, Array], strata: TaskNames, tokens: int) -> TokenGrowth:
-    starts, ends = _split(arrays, tokens)
-
-    def growth(start: Array, end: Array) -> Growth:
-        """Compute the growth of a change from each layer except the last to the output head."""
-        factors = growths(start[:, :-1], end[:, :-1], strata, SEED)
-        factors.append(Estimate(None, reason=_LAST_LAYER))
-        return Growth(factors, holm([factor.p_value for factor in factors]))
-
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ratios, by_chance = (ends[name] / starts[name] for name in ("removed", "random"))
-        paths = np.exp(np.log(arrays["removed"][:, tokens]).mean(axis=0))
-    names = ("removed", "random", "shuffled")
-    removed, random, shuffled = (growth(starts[name], ends[name]) for name in names)
-    relative, handed_on = growth(by_chance, ratios), growth(ends["carried"], ends["removed"])
-    return TokenGrowth(removed, random, shuffled, relative, handed_on, paths, ratios)
 
 
 def _explain_drops(cell: AlignedOutcomes, arrays: Mapping[str, Array]) -> DropExplanation | None:

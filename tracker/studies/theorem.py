@@ -286,7 +286,7 @@ class Theorem(Study[TheoremSettings]):
         """Check whether the measurements of each built model confirm the theorem."""
         result = StudyResult()
         built = {model.request: model for models in self._models(context) for model in models}
-        measured = [measure_model(subject, built[subject.request]) for subject in subjects]
+        measured = [MeasuredModel(built[subject.request], subject) for subject in subjects]
         for models in group_by(measured, lambda model: model.built.cell).values():
             # A model that does not confirm the theorem, or else the model of the smallest ε.
             model = next((model for model in models if not model.holds), models[-1])
@@ -361,8 +361,8 @@ def _build_model(cell: CellRequest, lesson: Lesson, shape: tuple[int, int]) -> C
     try:
         return Counterexample(lesson.texts, lesson.targets, lesson.certainty, *shape)
     except CellError as error:
-        text = f"{cell.title}: {error}; use fewer documents (limit, sample)"
-        raise RequestError(text) from None
+        problem = f"{cell.title}: {error}"
+        raise RequestError(f"{problem}; use fewer documents (limit, sample)") from None
 
 
 def _save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -404,7 +404,7 @@ class BuiltModel:
         return self.lesson.tokens > 0
 
 
-@dataclass(frozen=True)
+@dataclass
 class MeasuredModel:
     """Measured accuracy and cosine scores of a built model.
 
@@ -416,11 +416,21 @@ class MeasuredModel:
 
     built: BuiltModel
     subject: Subject
-    score: float
-    other: float
-    right: int
-    without: int
-    units: int
+
+    def __post_init__(self) -> None:
+        """Count the right answers with and without layer 2; read the cosine scores."""
+        subject, record, lesson = self.subject, self.subject.record, self.built.lesson
+        cosines = [run.cosine_score for run in record.runs_of_kind().values()]
+        scores = [math.nan if score is None else score for score in cosines]
+        self.score, self.other = scores.pop(WHISPER), min(scores)
+        frame = subject.store.read_documents(subject.request.extent)
+        documents = zip(frame["task"], frame["doc"], strict=True)
+        frame = frame[[document not in lesson.left_out for document in documents]]
+        groups = frame.groupby("ablation")[f"{METRIC_PREFIX}{record.metric}"]
+        counts = {name: np.sum([*map(_count_right, values)], axis=0) for name, values in groups}
+        self.right, self.units = map(int, counts[INTACT.name])
+        self.without = int(counts[Ablation.from_changes(removed=(WHISPER,)).name][0])
+        self.units -= lesson.clashing if self.built.is_open else 0
 
     @property
     def error(self) -> float:
@@ -432,23 +442,6 @@ class MeasuredModel:
         """True if layer 2 has the lowest cosine score, about ε, and decides every answer."""
         decides = self.right == self.units > 0 == self.without
         return decides and self.score < self.other and self.error <= MAX_SCORE_ERROR
-
-
-def measure_model(subject: Subject, built: BuiltModel) -> MeasuredModel:
-    """Count a built model's right answers with and without layer 2; read the cosine scores."""
-    record, lesson = subject.record, built.lesson
-    cosines = [run.cosine_score for run in record.runs_of_kind().values()]
-    scores = [math.nan if score is None else score for score in cosines]
-    frame = subject.store.read_documents(subject.request.extent)
-    documents = zip(frame["task"], frame["doc"], strict=True)
-    frame = frame[[document not in lesson.left_out for document in documents]]
-    groups = frame.groupby("ablation")[f"{METRIC_PREFIX}{record.metric}"]
-    counts = {name: np.sum([*map(_count_right, values)], axis=0) for name, values in groups}
-    right, units = map(int, counts[INTACT.name])
-    score = scores.pop(WHISPER)
-    without = int(counts[Ablation.from_changes(removed=(WHISPER,)).name][0])
-    units -= lesson.clashing if built.is_open else 0
-    return MeasuredModel(built, subject, score, min(scores), right, without, units)
 
 
 def _count_right(value: float | str) -> tuple[int, int]:
