@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import compress
 
 import numpy as np
 
@@ -171,7 +172,6 @@ def _begin_observing(engine: Engine) -> ObserveDocument:
     return observe_document
 
 
-@dataclass(frozen=True)
 class ProxySummary:
     """Mean correlation of one proxy with the accuracy drop, over the benchmarks of one model.
 
@@ -186,13 +186,17 @@ class ProxySummary:
         resampled: Mean Spearman coefficient for each bootstrap resample of the documents.
     """
 
-    proxy: str
-    cells: tuple[AuditedCell, ...]
-    spearman: Estimate
-    inner: float | None
-    kendall: float
-    p_value: float
-    resampled: Array
+    def __init__(self, proxy: str, cells: Sequence[AuditedCell]) -> None:
+        self.proxy, self.cells = proxy, cells
+        agreements = [cell.agreements[proxy] for cell in cells]
+        value = float(np.mean([agreement.spearman.value for agreement in agreements]))
+        self.resampled = np.mean([agreement.resampled for agreement in agreements], axis=0)
+        ends = bias_corrected_interval(value, self.resampled, -1, 1)
+        self.spearman = Estimate(value, *ends)
+        inner = [agreement.inner for agreement in agreements if agreement.inner is not None]
+        self.inner = float(np.mean(inner)) if inner else None
+        self.kendall = float(np.mean([a.kendall for a in agreements if a.kendall is not None]))
+        self.p_value = mean_spearman_p(mean_profiles(proxy, cells), mean_profiles(DROP, cells))
 
     @cached_property
     def overlaps(self) -> tuple[float, float, float]:
@@ -283,19 +287,9 @@ class ModelAudit:
         """Mean correlation with the drop, by name of the proxy; the highest one is first."""
         summaries = []
         for proxy in LAYER_PROXIES:
-            pairs = [(cell, cell.agreements[proxy]) for cell in self.comparable]
-            pairs = [(cell, a) for cell, a in pairs if a.spearman.value is not None]
-            if not pairs:
-                continue
-            cells, agreements = zip(*pairs, strict=True)
-            value = float(np.mean([a.spearman.value for a in agreements]))
-            resampled = np.mean([a.resampled for a in agreements], axis=0)
-            inner = [a.inner for a in agreements if a.inner is not None]
-            spearman = Estimate(value, *bias_corrected_interval(value, resampled, -1, 1))
-            kendall = float(np.mean([a.kendall for a in agreements if a.kendall is not None]))
-            p_value = mean_spearman_p(mean_profiles(proxy, cells), mean_profiles(DROP, cells))
-            means = float(np.mean(inner)) if inner else None, kendall
-            summaries.append(ProxySummary(proxy, cells, spearman, *means, p_value, resampled))
+            defined = (c.agreements[proxy].spearman.value is not None for c in self.comparable)
+            if cells := [*compress(self.comparable, defined)]:
+                summaries.append(ProxySummary(proxy, cells))
         summaries.sort(key=lambda summary: -(summary.spearman.value or 0.0))
         return {summary.proxy: summary for summary in summaries}
 
