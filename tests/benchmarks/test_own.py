@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from tests.benchmarks.conftest import ask as asked_for
+from tests.benchmarks.conftest import refusal
 from tests.conftest import golden
 from tests.helpers.lm_eval import RecordingModel, evaluate, folder_tasks, request_tokens, write_rows
 from tests.helpers.own_tasks import ASKING_MODULE, PAINT_ROWS, PAINT_TASK, write_tasks
@@ -21,7 +22,7 @@ from tracker.ledger.views import request_key
 from tracker.measuring.prepare import open_benchmarks
 from tracker.schema.config import CellRequest, ModelSpec
 from tracker.schema.documents import Document
-from tracker.schema.errors import BenchmarkError, RequestError
+from tracker.schema.errors import BenchmarkError
 from tracker.schema.extent import ALL_DOCUMENTS
 from tracker.schema.identities import BenchmarkIdentity
 
@@ -67,13 +68,6 @@ def write_made(folder: Path, parameters: str, things: str) -> None:
 def without_location(identity: BenchmarkIdentity) -> BenchmarkIdentity:
     """All that an outcome depends on."""
     return identity.model_copy(update={"found_by": {}})
-
-
-def refusal(benchmark: str, folder: Path | None = None, **settings: Any) -> str:
-    with pytest.raises(RequestError) as caught:
-        make(benchmark, folder, **settings)
-    assert caught.value.exit_code == 2
-    return str(caught.value)
 
 
 def record_requests(
@@ -226,7 +220,7 @@ class TestFilesBesideTheTask:
 
     def test_a_file_that_does_not_exist_is_named(self, task_folder: Path) -> None:
         (task_folder / "paint.jsonl").rename(task_folder / "pain.jsonl")
-        message = refusal("paint", task_folder)
+        message = refusal(make, "paint", task_folder)
         assert "paint: there is no file paint.jsonl, from which" in message
         assert "Did you mean 'pain.jsonl'?" in message
         assert str(Path.cwd()) in message
@@ -243,7 +237,7 @@ class TestFilesBesideTheTask:
         task.write_text(task.read_text().replace("!function asking.ask", '"{{thing.x}}"'))
         text = task.read_text().replace("process_docs: !function asking.prepare\n", "")
         task.write_text(text)
-        message = refusal("paint", task_folder)
+        message = refusal(make, "paint", task_folder)
         assert f"paint cannot read its documents from {task_folder / 'paint.jsonl'}" in message
         assert pattern in message
 
@@ -288,7 +282,7 @@ class TestSettings:
             ("says", {"enable_thinking": True}, "needs think_end_token"),
             ("says", {"gen_kwargs": {"do_sample": True}}, "without a temperature"),
         ):
-            assert message in refusal(task, folder, **settings)
+            assert message in refusal(make, task, folder, **settings)
 
     @pytest.mark.parametrize(
         ("template", "pattern"),

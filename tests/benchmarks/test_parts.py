@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.benchmarks.conftest import PACKAGE
-from tests.benchmarks.conftest import ask as asked
+from tests.benchmarks.conftest import PACKAGE, ask, piqa
 from tests.helpers.lm_eval import TASKS, write_rows
 from tests.helpers.own_tasks import write_choices
 from tests.helpers.stored_cells import model_identity
@@ -26,7 +25,7 @@ PARTS = ("calibration", "test")
 def part_request(
     benchmark: str, part: str | None = None, data: str = PACKAGE, **settings: Any
 ) -> Any:
-    return asked(benchmark, part=part, data=data, **settings)
+    return ask(benchmark, part=part, data=data, **settings)
 
 
 def identity_key(identity: BenchmarkIdentity) -> str:
@@ -65,13 +64,6 @@ def arc(word: str, count: int) -> list[dict[str, Any]]:
     ]
 
 
-def piqa(word: str, count: int) -> list[dict[str, Any]]:
-    return [
-        {"goal": f"To mend {word} {n}", "sol1": f"use {n}", "sol2": "wait", "label": n % 2}
-        for n in range(count)
-    ]
-
-
 def document_numbers(
     benchmark: Any, encoder: RequestEncoder, extent: Extent = ALL_DOCUMENTS
 ) -> list[int]:
@@ -103,13 +95,6 @@ class TestHalves:
             half_documents = half.documents(encoder, ALL_DOCUMENTS)
             assert half_documents == [documents[number] for number in task.numbers]
             assert half.text(half_documents[0]) == whole.text(half_documents[0])
-
-    def test_an_odd_document_is_for_the_test(self, encoder, tmp_path) -> None:
-        data = write(tmp_path / "baber/piqa", validation=piqa("pump", 7))
-        halves = [open_benchmark(part_request("piqa", part, data=data)) for part in PARTS]
-        order = naive_order("piqa", 7)
-        numbers = [document_numbers(half, encoder) for half in halves]
-        assert numbers == [sorted(order[:3]), sorted(order[3:])]
 
     def test_the_key_tells_them_apart_and_the_seed(self) -> None:
         seeds = ({}, {"seed": 7})
@@ -154,13 +139,6 @@ class TestHalves:
         # What says what was lost chooses nothing, and keeps the prompts of a whole run.
         test = open_benchmark(part_request(task, "test", data="hub", num_fewshot=2))
         assert len(contexts(test, encoder)) == 4
-
-    def test_one_document_makes_no_halves(self, tmp_path) -> None:
-        data = write(tmp_path / "baber/piqa", validation=piqa("pump", 1))
-        with pytest.raises(
-            BenchmarkError, match="piqa has 1 document, which is too few for two halves"
-        ):
-            open_benchmark(part_request("piqa", "test", data=data))
 
 
 class TestTrainingSplit:

