@@ -6,7 +6,8 @@ import re
 from functools import cache
 
 from tracker.benchmarks.base import Benchmark
-from tracker.benchmarks.corpus import Corpus, corpus_stamp, locate_corpus, names_corpus
+from tracker.benchmarks.corpus import Corpus, corpus_stamp, locate_corpus
+from tracker.benchmarks.names import names_corpus, names_traces, written_spec
 from tracker.benchmarks.own import check_own_tasks, own_tasks_stamp, reads_local_files
 from tracker.benchmarks.sources import HUB, open_data_source
 from tracker.schema.config import BenchmarkSpec, CellRequest
@@ -14,8 +15,6 @@ from tracker.schema.distribution import package_folder
 from tracker.schema.errors import BenchmarkError, did_you_mean
 from tracker.schema.identities import BenchmarkIdentity
 from tracker.stats.accuracy import RATIO_SCALES
-
-TRACES_PREFIX = "traces:"
 
 
 def open_benchmark(request: CellRequest) -> Benchmark:
@@ -30,24 +29,6 @@ def open_benchmark(request: CellRequest) -> Benchmark:
 
     is_read = names_traces(request.benchmark.benchmark)
     return Traces(request) if is_read else LmEvalBenchmark(request)
-
-
-def names_traces(benchmark: str) -> bool:
-    """Return whether a benchmark's name denotes texts to read instead of a task of lm-eval."""
-    return benchmark.startswith(TRACES_PREFIX)
-
-
-def written_spec(spec: BenchmarkSpec) -> BenchmarkSpec:
-    """Return the settings of the benchmark whose texts are read; other settings are unchanged.
-
-    Raises BenchmarkError if the name of the benchmark contains no task.
-    """
-    task = spec.benchmark.removeprefix(TRACES_PREFIX)
-    if names_traces(spec.benchmark) and (not task or names_traces(task) or names_corpus(task)):
-        raise BenchmarkError(
-            f"{spec.benchmark!r} names no generation task; write traces:TASK, e.g. traces:gsm8k"
-        )
-    return spec.renamed(task)
 
 
 def check_benchmark(spec: BenchmarkSpec) -> None:

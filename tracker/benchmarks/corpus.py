@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tracker.benchmarks.names import CORPUS_PREFIX
 from tracker.benchmarks.parts import part_setting, requested_half
 from tracker.benchmarks.sources import open_data_source
 from tracker.schema.config import BenchmarkSpec, CellRequest
@@ -32,7 +33,6 @@ from tracker.stats.accuracy import RATIO
 if TYPE_CHECKING:
     from tracker.benchmarks.encoder import RequestEncoder
 
-PREFIX = "corpus:"
 _SUFFIXES = (".txt", ".jsonl")
 _TEXT_COLUMNS = (
     (("text",), ("text",)),
@@ -66,7 +66,7 @@ class _CorpusLocation:
     @property
     def label(self) -> str:
         """Name of the benchmark, without the file's folder."""
-        label = f"{PREFIX}{self.file.name if self.file else self.name}"
+        label = f"{CORPUS_PREFIX}{self.file.name if self.file else self.name}"
         parts = (("@", self.split), (":", self.max_tokens), ("#", self.column))
         return replace_controls(label + "".join(f"{sign}{part}" for sign, part in parts if part))
 
@@ -78,14 +78,9 @@ class _CorpusLocation:
         return "/".join(filter(None, (organisation, name))), configuration or None
 
 
-def names_corpus(benchmark: str) -> bool:
-    """Return whether a benchmark's name denotes a corpus instead of a task of lm-eval."""
-    return benchmark.startswith(PREFIX)
-
-
 def locate_corpus(spec: BenchmarkSpec) -> _CorpusLocation:
     """Find a corpus without reading it; raise BenchmarkError if its location is invalid."""
-    name, _, column = spec.benchmark.removeprefix(PREFIX).partition("#")
+    name, _, column = spec.benchmark.removeprefix(CORPUS_PREFIX).partition("#")
     max_tokens = None
     if match := re.fullmatch(r"(.*):(\d+)", name, re.DOTALL):
         name, max_tokens = match[1], int(match[2])

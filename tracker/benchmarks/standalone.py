@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from tracker.benchmarks.benchmark import names_traces, written_spec
-from tracker.benchmarks.corpus import names_corpus
 from tracker.benchmarks.factory import (
     SourcedFactory,
     draws_in_turn,
@@ -21,6 +19,7 @@ from tracker.benchmarks.factory import (
     resolve_num_fewshot,
     task_entries,
 )
+from tracker.benchmarks.names import names_corpus, names_traces, written_spec
 from tracker.benchmarks.parts import choose_part
 from tracker.benchmarks.sources import open_data_source
 from tracker.schema.config import BenchmarkSpec, CellRequest

@@ -15,8 +15,8 @@ from statistics import fmean
 from typing import NamedTuple
 
 from tracker.benchmarks.base import MetricValue
-from tracker.benchmarks.benchmark import TRACES_PREFIX, written_spec
 from tracker.benchmarks.encoder import RequestEncoder
+from tracker.benchmarks.names import TRACES_PREFIX, written_spec
 from tracker.benchmarks.tasks import LmEvalBenchmark, answer_request, first_text
 from tracker.schema.config import CellRequest
 from tracker.schema.documents import Document, Request, Response

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from filelock import Timeout
 
 from tracker.analysis.stopping import BlockRace, CellRace
-from tracker.benchmarks.benchmark import names_traces
+from tracker.benchmarks.names import names_traces
 from tracker.ledger.blocks import Block, split_missing
 from tracker.ledger.cells import CellStore
 from tracker.ledger.outcomes import DIGEST_COLUMN, PROVENANCE_COLUMN, stored_texts

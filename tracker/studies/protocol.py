@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 
 from tracker.analysis.aligned import AlignedOutcomes
 from tracker.analysis.paired import PairedOutcomes
-from tracker.benchmarks.benchmark import names_traces, open_benchmark
+from tracker.benchmarks.benchmark import open_benchmark
+from tracker.benchmarks.names import names_traces
 from tracker.schema.changes import WHOLE_LAYER
 from tracker.schema.config import CellRequest
 from tracker.schema.errors import CellError, RequestError
@@ -354,9 +355,9 @@ def _compare_losses(
     # The difference of two shares of each document, and the counts of each row.
     figures: dict[str, tuple[Array, Array, int | None, int | None]] = {}
     for name, indexes in groups.items():
-        kept, other = (table[:, indexes] for table in tables)
-        lost = int((other & ~kept).sum()), int((kept & ~other).sum())
-        figures[name] = other.mean(axis=1), kept.mean(axis=1), *lost
+        right, other = (table[:, indexes] for table in tables)
+        lost = int((other & ~right).sum()), int((right & ~other).sum())
+        figures[name] = other.mean(axis=1), right.mean(axis=1), *lost
     if EARLY in figures and LATE in figures:
         late, early = (np.subtract(*figures[name][:2]) for name in (LATE, EARLY))
         figures[CONTRAST] = late, early, None, None

@@ -129,6 +129,11 @@ def _log_factor(factor: Estimate) -> Estimate:
 class TokenGrowth:
     """Growth of changes of the residual stream, from each layer to the output head.
 
+    Args:
+        arrays: Kind of change → relative differences `[documents, tokens, layers, layers]`.
+        strata: `[documents]`, each document's task.
+        tokens: `ALL_TOKENS` or `LATER_TOKENS`.
+
     Attributes:
         removed: Growth of the change that the removal of the layer causes.
         random: Growth of a change after the layer with the same norm in a random direction.

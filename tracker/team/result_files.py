@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from tracker.benchmarks.benchmark import names_traces
-from tracker.benchmarks.corpus import names_corpus
+from tracker.benchmarks.names import names_corpus, names_traces
 from tracker.ledger.cells import CellStore
 from tracker.ledger.outcomes import METRIC_PREFIX, PROVENANCE_COLUMN, stored_texts
 from tracker.ledger.store import Ledger

@@ -175,9 +175,11 @@ def _begin_observing(engine: Engine) -> ObserveDocument:
 class ProxySummary:
     """Mean correlation of one proxy with the accuracy drop, over the benchmarks of one model.
 
-    Attributes:
+    Args:
         proxy: Name of the proxy, a key of `LAYER_PROXIES`.
         cells: Data of the benchmarks on which the proxy is defined.
+
+    Attributes:
         spearman: Mean Spearman coefficient with a bootstrap interval over documents.
         inner: Mean Spearman coefficient over the inner layers, without the first and last layers of
             the model.
