@@ -188,7 +188,7 @@ class ProxySummary:
         resampled: Mean Spearman coefficient for each bootstrap resample of the documents.
     """
 
-    def __init__(self, proxy: str, cells: Sequence[AuditedCell]) -> None:
+    def __init__(self, proxy: str, cells: tuple[AuditedCell, ...]) -> None:
         self.proxy, self.cells = proxy, cells
         agreements = [cell.agreements[proxy] for cell in cells]
         value = float(np.mean([agreement.spearman.value for agreement in agreements]))
@@ -290,7 +290,7 @@ class ModelAudit:
         summaries = []
         for proxy in LAYER_PROXIES:
             defined = (c.agreements[proxy].spearman.value is not None for c in self.comparable)
-            if cells := [*compress(self.comparable, defined)]:
+            if cells := tuple(compress(self.comparable, defined)):
                 summaries.append(ProxySummary(proxy, cells))
         summaries.sort(key=lambda summary: -(summary.spearman.value or 0.0))
         return {summary.proxy: summary for summary in summaries}
