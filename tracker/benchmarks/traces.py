@@ -119,9 +119,8 @@ class Traces(LmEvalBenchmark):
         for document in documents:
             request, prompt = document.requests[0], document.prompt
             assert prompt is not None
-            tokens = request.continuation[:1] * prompt.max_tokens
-            requests = (Request(request.context, tokens),) * prompt.samples
-            readings.append(replace(document, requests=requests))
+            longest = Request(request.context, request.continuation[:1] * prompt.max_tokens)
+            readings.append(replace(document, requests=(longest,) * prompt.samples))
         return readings
 
     def read_traces(

@@ -74,13 +74,8 @@ def fork_decoding(
             stack.enter_context(use_row_formats(engine.embeddings, "embedding", formats))
             heads = [plan.head_formats[row] for row in rows]
             stack.enter_context(use_row_formats(engine.embeddings, "lm_head", heads))
-        decoding = ForwardPass(
-            layers,
-            decoding_plan,
-            engine.find_anatomy(decoding_plan),
-            replacements=engine.device_replacements,
-            batched=True,
-        )
+        anatomy, replaced = engine.find_anatomy(decoding_plan), engine.device_replacements
+        decoding = ForwardPass(layers, decoding_plan, anatomy, replacements=replaced, batched=True)
         stack.enter_context(decoding.install())
         yield row_cache
 

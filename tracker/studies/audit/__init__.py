@@ -145,16 +145,15 @@ def audit_tables(audit: ModelAudit) -> list[Table]:
 def _proxy_table(audit: ModelAudit) -> Table:
     summaries, total = audit.summaries, audit.total
 
-    def column(
-        label: str, unit: FigureUnit, value: Callable[..., ColumnValue], interval: bool = False
-    ) -> Column[str]:
+    def column(label: str, unit: FigureUnit, value: Callable[..., ColumnValue]) -> Column[str]:
         def entry(proxy: str) -> ColumnValue:
-            if proxy in summaries:
-                return value(summaries[proxy])
-            reasons = (cell.agreements[proxy].spearman.reason for cell in audit.cells)
-            return Estimate(None, reason=next(filter(None, reasons), "undefined"))
+            return value(summaries[proxy]) if proxy in summaries else None
 
-        return Column(label, unit, entry, interval=interval)
+        return Column(label, unit, entry, reason)
+
+    def reason(proxy: str) -> str:
+        reasons = (cell.agreements[proxy].spearman.reason for cell in audit.cells)
+        return next(filter(None, reasons), "undefined")
 
     def rank(summary: ProxySummary) -> Estimate:
         return rank_estimate(audit.ranks[summary.proxy])
@@ -164,7 +163,7 @@ def _proxy_table(audit: ModelAudit) -> Table:
 
     columns = [
         Column("proxy", "text", _proxy_label),
-        column("its rank", "count", rank, interval=True),
+        replace(column("its rank", "count", rank), interval=True),
         column("mean Spearman", "coefficient", lambda s: s.spearman),
         column("inner layers", "coefficient", inner),
         column("mean Kendall", "coefficient", lambda s: s.kendall),
@@ -230,11 +229,8 @@ def _disagreement_table(audit: ModelAudit) -> Table:
     )
 
     def column(label: str, name: str, index: int) -> Column[str]:
-        def value(proxy: str) -> float:
-            figure: float = getattr(audit.disagreements[proxy][index], name)
-            return figure
-
-        return Column(label, units[name], value)
+        pairs = audit.disagreements
+        return Column(label, units[name], lambda proxy: getattr(pairs[proxy][index], name))
 
     columns = [Column("proxy", "text", _proxy_label)]
     for index, group in enumerate(labels):
