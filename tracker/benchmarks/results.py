@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import json
-import math
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.api.task import ConfigurableTask
@@ -278,6 +278,4 @@ def _refuse_contradictions(
 def _are_equal(stored: MetricValue, current: MetricValue) -> bool:
     if isinstance(stored, str) or isinstance(current, str):
         return stored == current
-    return math.isclose(stored, current, rel_tol=1e-9) or (
-        math.isnan(stored) and math.isnan(current)
-    )
+    return bool(np.isclose(stored, current, rtol=1e-9, atol=0.0, equal_nan=True))

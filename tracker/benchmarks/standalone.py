@@ -86,11 +86,11 @@ def write_tasks(
     factory.build(find_task(spec), overrides=None, registry=task_entries(spec))
     folder.mkdir(parents=True)
     built_tasks = {name: task for name, task in factory.built.items() if name in documents}
-    num_fewshot = {}
-    for name, (_, _, task) in built_tasks.items():
-        num_fewshot[name] = resolve_num_fewshot(task.config.num_fewshot, spec.num_fewshot)
-        choose_part(task, request.documents, num_fewshot[name])
-    in_turn = any(draws_in_turn(built[2], num_fewshot[name]) for name, built in built_tasks.items())
+    in_turn = False
+    for _, _, task in built_tasks.values():
+        num_fewshot = resolve_num_fewshot(task.config.num_fewshot, spec.num_fewshot)
+        choose_part(task, request.documents, num_fewshot)
+        in_turn = in_turn or draws_in_turn(task, num_fewshot)
     for number, name in enumerate(documents):
         if name not in built_tasks or built_tasks[name][0].yaml_path is None:
             raise BenchmarkError(

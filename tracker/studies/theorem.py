@@ -398,11 +398,6 @@ class BuiltModel:
         """The size of the model's hidden states."""
         return int(json.loads((self.folder / "config.json").read_text())["hidden_size"])
 
-    @property
-    def is_open(self) -> bool:
-        """True if the benchmark is a text corpus, whose results count tokens, not documents."""
-        return self.lesson.tokens > 0
-
 
 @dataclass
 class MeasuredModel:
@@ -430,7 +425,7 @@ class MeasuredModel:
         counts = {name: np.sum([*map(_count_right, values)], axis=0) for name, values in groups}
         self.right, self.units = map(int, counts[INTACT.name])
         self.without = int(counts[Ablation.from_changes(removed=(WHISPER,)).name][0])
-        self.units -= lesson.clashing if self.built.is_open else 0
+        self.units -= lesson.clashing if lesson.tokens else 0
 
     @property
     def error(self) -> float:
