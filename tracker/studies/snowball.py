@@ -190,9 +190,12 @@ class Predictor:
     layers: int = labelled("layers", "count")
 
 
-@dataclass(frozen=True)
 class DropExplanation:
     """Rank correlations, over layers, of several quantities with the accuracy drop.
+
+    Args:
+        cell: Outcomes of a model with at least one removed layer.
+        arrays: Kind of change → relative differences of the documents in `cell`.
 
     Attributes:
         layers: Layers with a measured drop.
@@ -202,10 +205,57 @@ class DropExplanation:
             growth, this is the partial correlation given the cosine score, without the last layer.
     """
 
-    layers: list[int]
-    drops: Array
-    cosine: Array
-    predictors: dict[str, Predictor]
+    def __init__(self, cell: AlignedOutcomes, arrays: Mapping[str, Array]) -> None:
+        layers = self.layers = [run.layer for run in cell.whole_layers]
+        paired = cell.metric_outcomes([cell.ablation(run) for run in cell.whole_layers])
+        proxy = PROXIES["cosine_score"]
+        sums = cell.proxy_sums(proxy)[:, layers]
+        # Each figure of the layers, with its values in each resample of the documents.
+        cosine = (
+            proxy.from_observed(proxy_means(sums, cell.tokens)),
+            proxy.from_observed(cell.resample(token_means(sums, cell.tokens), cell.tokens)),
+        )
+        drop = cell.drop_series(paired)
+
+        def series(values: Array) -> tuple[Array, Array]:
+            return values.mean(axis=0), cell.resample(values)
+
+        starts, ends = _split(arrays, ALL_TOKENS)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            figures = (starts["removed"], ends["removed"], ends["random"])
+            start, end, random = (np.log(array)[:, layers] for array in figures)
+        following = float(arrays["removed"].shape[-1] - 1) - np.array(layers)
+        self.drops, self.cosine = drop[0], cosine[0]
+        self.predictors: dict[str, Predictor] = {}
+
+        def add(name: str, target: str, spearman: Estimate, better: Estimate, n: int) -> None:
+            p_value = Estimate(spearman.p_value, reason=spearman.reason)
+            self.predictors[name] = Predictor(name, target, spearman, p_value, better, n)
+
+        for name, (values, resamples) in {
+            COSINE_SCORE: cosine,
+            "difference behind the layer": series(start),
+            END_DIFFERENCE: series(end),
+            f"{END_DIFFERENCE}, random directions": series(random),
+        }.items():
+            pair = (resamples, drop[1])
+            spearman = correlate(values, drop[0], coefficient="spearman", resamples=pair)
+            better = Estimate(None, reason="others are compared with the cosine score")
+            if name != COSINE_SCORE:
+                better = correlation_difference((values, resamples), cosine, drop, "spearman")
+            add(name, "drop", spearman, better, len(layers))
+        inner = following > 0
+        reason = "partial correlations are not compared with the cosine score's"
+        none = Estimate(None, reason=reason)
+        for name, figure in {
+            REMOVAL_GROWTH: series(end - start),
+            "growth of random directions": series(random - start),
+            LAYERS_FOLLOWING: (following, following[None]),
+        }.items():
+            pairs = [(v[inner], drawn[:, inner]) for v, drawn in (figure, drop, cosine)]
+            inner_values, inner_resamples = zip(*pairs, strict=True)
+            spearman = partial_correlate(*inner_values, resamples=inner_resamples)
+            add(name, "drop, cosine score held fixed", spearman, none, int(inner.sum()))
 
     @property
     def is_ordered(self) -> bool:
@@ -283,7 +333,8 @@ def compute_figures(subject: Subject, observations: Observations) -> SnowballFig
     strata = np.array(outcomes.tasks)[usable]
     counts = int(usable.sum()), int((~usable).sum())
     tokens, later = (TokenGrowth(arrays, strata, index) for index in (ALL_TOKENS, LATER_TOKENS))
-    explained = _explain_drops(outcomes.select(usable), arrays)
+    selected = outcomes.select(usable)
+    explained = DropExplanation(selected, arrays) if selected.whole_layers else None
     return SnowballFigures(subject.record, *counts, tokens, later, explained)
 
 
@@ -296,61 +347,6 @@ def _split(arrays: Mapping[str, Array], tokens: int) -> tuple[dict[str, Array], 
     means = {name: array[:, tokens] for name, array in arrays.items()}
     starts = {name: np.diagonal(array, axis1=1, axis2=2) for name, array in means.items()}
     return starts, {name: array[:, :, -1] for name, array in means.items()}
-
-
-def _explain_drops(cell: AlignedOutcomes, arrays: Mapping[str, Array]) -> DropExplanation | None:
-    """Correlate residual-stream differences and growth with the drops; None without drops."""
-    if not cell.whole_layers:
-        return None
-    layers = [run.layer for run in cell.whole_layers]
-    paired = cell.metric_outcomes([cell.ablation(run) for run in cell.whole_layers])
-    proxy = PROXIES["cosine_score"]
-    sums = cell.proxy_sums(proxy)[:, layers]
-    # Each figure of the layers, with its values in each resample of the documents.
-    cosine = (
-        proxy.from_observed(proxy_means(sums, cell.tokens)),
-        proxy.from_observed(cell.resample(token_means(sums, cell.tokens), cell.tokens)),
-    )
-    drop = cell.drop_series(paired)
-
-    def series(values: Array) -> tuple[Array, Array]:
-        return values.mean(axis=0), cell.resample(values)
-
-    starts, ends = _split(arrays, ALL_TOKENS)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        figures = (starts["removed"], ends["removed"], ends["random"])
-        start, end, random = (np.log(array)[:, layers] for array in figures)
-    following = float(arrays["removed"].shape[-1] - 1) - np.array(layers)
-    predictors = {}
-
-    def add(name: str, target: str, spearman: Estimate, better: Estimate, n: int) -> None:
-        p_value = Estimate(spearman.p_value, reason=spearman.reason)
-        predictors[name] = Predictor(name, target, spearman, p_value, better, n)
-
-    for name, (values, resamples) in {
-        COSINE_SCORE: cosine,
-        "difference behind the layer": series(start),
-        END_DIFFERENCE: series(end),
-        f"{END_DIFFERENCE}, random directions": series(random),
-    }.items():
-        pair = (resamples, drop[1])
-        spearman = correlate(values, drop[0], coefficient="spearman", resamples=pair)
-        better = Estimate(None, reason="others are compared with the cosine score")
-        if name != COSINE_SCORE:
-            better = correlation_difference((values, resamples), cosine, drop, "spearman")
-        add(name, "drop", spearman, better, len(layers))
-    inner = following > 0
-    none = Estimate(None, reason="partial correlations are not compared with the cosine score's")
-    for name, figure in {
-        REMOVAL_GROWTH: series(end - start),
-        "growth of random directions": series(random - start),
-        LAYERS_FOLLOWING: (following, following[None]),
-    }.items():
-        pairs = [(v[inner], drawn[:, inner]) for v, drawn in (figure, drop, cosine)]
-        inner_values, inner_resamples = zip(*pairs, strict=True)
-        spearman = partial_correlate(*inner_values, resamples=inner_resamples)
-        add(name, "drop, cosine score held fixed", spearman, none, int(inner.sum()))
-    return DropExplanation(layers, drop[0], cosine[0], predictors)
 
 
 class Snowball(Study[SnowballSettings]):
