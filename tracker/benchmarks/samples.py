@@ -47,15 +47,14 @@ class TextMetrics:
 
     def extend_task(self, task: TaskIdentity) -> TaskIdentity:
         """Add the derived metrics to a task; raise BenchmarkError if there is nothing to derive."""
-        kinds, means = task.metrics, [name for name, kind in task.metrics.items() if kind == "mean"]
-        if self.samples > 1 or self.budgets:
-            key = "samples" if self.samples > 1 else "budgets"
-            kinds = dict.fromkeys(means, "mean") if self.samples > 1 else kinds
-            if not means:
-                raise BenchmarkError(
-                    f"{key}: {task.name} has only metrics that are computed over all documents at "
-                    f"once ({', '.join(task.metrics)}); leave {key} out"
-                )
+        means = [name for name, kind in task.metrics.items() if kind == "mean"]
+        kinds = dict.fromkeys(means, "mean") if self.samples > 1 else task.metrics
+        key = "samples" if self.samples > 1 else "budgets" if self.budgets else ""
+        if key and not means:
+            raise BenchmarkError(
+                f"{key}: {task.name} has only metrics that are computed over all documents at once "
+                f"({', '.join(task.metrics)}); leave {key} out"
+            )
         variants = {variant: name for name in means for variant in self._variants(name)}
         directions = {name: task.higher_is_better.get(name, True) for name in kinds}
         directions |= {variant: directions[name] for variant, name in variants.items()}
