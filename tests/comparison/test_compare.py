@@ -206,39 +206,52 @@ def test_the_planned_documents_give_the_planned_power():
     assert f"{count:,} documents" in text
 
 
-def test_documents_are_matched_by_their_hashes(tmp_path):
-    a = write_samples(tmp_path / "A", "parity", [sample(i, 1) for i in range(30)])
-    rows = [sample(i + 3, i % 2, question=f"Is {i} even?") for i in range(5, 35)]
-    b = write_samples(tmp_path / "B", "parity", rows)
-    comparison = tracker.compare(a, b)
+ROWS = [sample(i, 1) for i in range(30)]
+EQUAL = [sample(i, i < 3, question="Is 2 even?") for i in range(4)]
+NO_HASHES = [sample(i, 1, question=f"Is {i + 5 * (i > 7)} even?") for i in range(10)]
+for row in NO_HASHES:
+    del row["doc_hash"]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "counts", "unmatched"),
+    [
+        (
+            ROWS,
+            [sample(i + 3, i % 2, question=f"Is {i} even?") for i in range(5, 35)],
+            (25, 12, 0),
+            [range(5), range(33, 38)],
+        ),
+        (EQUAL, EQUAL[:3], (3, 0, 0), [range(3, 4)]),
+        (NO_HASHES, ROWS[:10], (8, 0, 0), [range(8, 10)] * 2),  # by number and text
+    ],
+    ids=["hashes", "equal", "no hashes"],
+)
+def test_documents_are_matched(tmp_path, first, second, counts, unmatched):
+    folders = (write_samples(tmp_path / n, "parity", r) for n, r in (("A", first), ("B", second)))
+    comparison = tracker.compare(*folders)
     (row,) = comparison.differences
-    assert (row.n, row.lost) == (25, 12)
-    assert [*comparison.unmatched.values()] == [
-        [f"parity {i}" for i in range(5)],
-        [f"parity {i}" for i in range(33, 38)],
+    assert (row.n, row.lost, row.won) == counts
+    names = [[f"parity {i}" for i in docs] for docs in unmatched]
+    assert [*comparison.unmatched.values()] == names
+    notes = " ".join(comparison.notes)
+    assert all(f"{len(docs)} document" in notes and docs[0] in notes for docs in names)
+
+
+def test_mutual_information_scores_options_twice(tmp_path):
+    rows = [sample(i, i % 2) for i in range(10)]
+    more = {"acc_mutual_info": 0, "metrics": ["acc"]}
+    twice = [
+        {
+            **row,
+            **more,
+            "filtered_resps": [*row["filtered_resps"], ["0.0", "False"], ["-9", "False"]],
+        }
+        for row in rows
     ]
-    assert any("5 documents" in note and "parity 0" in note for note in comparison.notes)
-
-
-def test_equal_documents_are_matched_one_by_one(tmp_path):
-    rows = [sample(i, i < 3, question="Is 2 even?") for i in range(4)]
-    a = write_samples(tmp_path / "A", "parity", rows)
-    b = write_samples(tmp_path / "B", "parity", rows[:3])
-    comparison = tracker.compare(a, b)
-    (row,) = comparison.differences
-    assert (row.n, row.lost, row.won) == (3, 0, 0)
-    assert [*comparison.unmatched.values()] == [["parity 3"]]
-
-
-def test_documents_without_hashes_are_matched_by_number_and_text(tmp_path):
-    rows = [sample(i, 1, question=f"Is {i + 5 * (i > 7)} even?") for i in range(10)]
-    for row in rows:
-        del row["doc_hash"]
-    a = write_samples(tmp_path / "A", "parity", rows)
-    b = write_samples(tmp_path / "B", "parity", [sample(i, 1) for i in range(10)])
-    comparison = tracker.compare(a, b)
-    assert comparison.differences[0].n == 8
-    assert [*comparison.unmatched.values()] == [["parity 8", "parity 9"]] * 2
+    folders = (write_samples(tmp_path / n, "parity", r) for n, r in (("A", rows), ("B", twice)))
+    (row,) = tracker.compare(*folders).differences
+    assert row.choice.value == 0
 
 
 def test_a_lower_loss_is_better(tmp_path):
@@ -293,7 +306,7 @@ WRONG_FILES = [
     (REPORT, lambda text: text.replace('"parity": 1.0', '"parity": 2.0'), "version differs"),
     (REPORT, lambda text: text.replace('"parity": 0}', '"parity": 5}'), "num_fewshot differs"),
     (REPORT, lambda text: text.replace('_sha": null', '_sha": "ab"'), "chat_template differs"),
-    (REPORT, lambda text: '{"results": [], "configs": {}}', "not of lm-eval"),
+    (REPORT, lambda text: '{"results": [], "configs": {}}', "not of lm-eval .'results': "),
     (REPORT, lambda text: text.replace('"n-shot"', '"group_subtasks": [1], "n"'), "not of lm-eval"),
 ]
 
@@ -392,16 +405,6 @@ def test_texts_from_files_are_escaped(tmp_path):
     assert "<script" not in comment
     assert re.search(r"^\|(?: *[:-]+ *\|){11,}$", comment, re.MULTILINE)
     assert "\x1b" not in printed("compare", a, b)
-
-
-def test_a_file_beside_others_is_one_model(tmp_path):
-    a, b = write_outcomes(tmp_path, 20, 5, 5)
-    write_samples(tmp_path / "old" / "A", "sums", [sample(i, 1) for i in range(5)])
-    (tmp_path / "old/A" / f"samples_sums_{DATE}.jsonl").rename(a / f"samples_sums_{DATE}.jsonl")
-    output = tmp_path / "out.md"
-    printed("compare", a / SAMPLES, b, "--format", "md", "--output", output)
-    assert "parity" in output.read_text()
-    assert "sums" not in output.read_text()
 
 
 @pytest.fixture(scope="module")

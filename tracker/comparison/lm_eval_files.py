@@ -19,7 +19,7 @@ def _read_report(samples: Path, date: str) -> Report:
     if path is None:
         return Report()
     with explain_damage(path, "lm-eval"):
-        return Report.model_validate_json(path.read_bytes())
+        return Report.model_validate(json.loads(path.read_bytes()))
 
 
 def _read_samples(task: str, path: Path) -> Iterator[Sample]:

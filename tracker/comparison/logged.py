@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, ValidationError
 
 from tracker.comparison.answers import BenchmarkAnswers, setting_text
 from tracker.schema.errors import RequestError, first_line, translate_errors
+from tracker.schema.fields import first_problem
 from tracker.schema.identities import CHOICE_PROBABILITY
 from tracker.stats.accuracy import weights_by_task
 from tracker.stats.decisions import choice_probabilities, choose_options
@@ -162,7 +163,9 @@ def build_answers(
     for name in map(str, values):
         mean = reported.get(name if "," in name else f"{name},none")
         higher, weightings = report.is_better(tasks[0], name), _weightings(values[name], mean)
-        if values[name].dtype == object:
+        if name in table:
+            left_out[name] = "its name is reserved"
+        elif values[name].dtype == object:
             left_out[name] = "its value for a document is not a number"
         elif not weightings:
             left_out[name] = f"the reported {mean:.4f} is no mean over the documents of the samples"
@@ -206,6 +209,8 @@ def explain_damage(source: object, program: str) -> AbstractContextManager[None]
 
     def convert(error: Exception) -> RequestError | None:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else first_line(error)
+        if isinstance(error, ValidationError):
+            reason = first_problem(error, Report)
         text = f"{source} is incomplete or not of {program} ({reason}); copy the file again"
         return None if isinstance(error, OSError) else RequestError(text)
 
