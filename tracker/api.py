@@ -442,13 +442,7 @@ def prune(
     from tracker.ledger.store import write_finding
     from tracker.search.cells import ModelCache
     from tracker.search.conduct import join_trial, run_search_file
-    from tracker.search.report import (
-        export_command,
-        find_savable,
-        recommendation_text,
-        refuse_unreached,
-        unsaved_reason,
-    )
+    from tracker.search.report import find_savable, refuse_unreached, unsaved_reason
     from tracker.search.request import as_uniform, load_searches, refuse_draws, search_request
 
     call = _CallContext(settings, PruneKeywords.__annotations__)
@@ -479,23 +473,19 @@ def prune(
     outcome = searched.outcome
     records = tuple(searched.records)
     results = replace(call.finish(source, outcome), finding=finding, searches=records)
-    refuse_unreached(searched.searches, searched.recommendations)
-    choice = find_savable(searched.searches, searched.recommendations)
+    refuse_unreached(searched.goals)
+    choice = find_savable(searched.goals)
     if choice is None:
         if output is not None:
-            outcome.unsaved = unsaved_reason(
-                searched.searches, searched.recommendations, call.ledger.root
-            )
+            outcome.unsaved = unsaved_reason(searched.goals, call.ledger.root)
         return results
-    best, step, request = choice
-    exports = (export_command(best.record, step, request, call.ledger.root),)
+    goal, best, step, request = choice
+    exports = (choice.command(call.ledger.root),)
     results = replace(results, exports=exports)
     if output is None:
         return results
-    recommendation = searched.recommendations[best.request.goal]
-    group = [search for search in searched.searches if search.request.goal == best.request.goal]
-    text = recommendation_text(group, recommendation)
-    change = removal_by_search(call.ledger, best.record, step, recommendation.decided_on, text)
+    decided_on = goal.recommendation.decided_on
+    change = removal_by_search(call.ledger, best.record, step, decided_on, goal.text())
     fields = {"request": request, "has_benchmark": True, "project": project}
     try:
         saved = call.export(output, change=change, **fields)

@@ -206,11 +206,11 @@ def test_a_sample_is_asked_for_per_task_where_there_are_documents() -> None:
         for n_tasks in (4, 1):
             benchmark = BenchmarkIdentity.model_construct(tasks=tasks[:n_tasks])  # type: ignore[arg-type]
             search.record.benchmark = benchmark  # type: ignore[misc]
-            reason = report.unshown_reason([search], result)
+            reason = report.GoalResult([search], result).unshown_reason
             needed = math.ceil(result.n_needed / n_tasks)
             assert f"'test_sample' to about {round_count(needed)} " in reason
         benchmark.tasks[0].documents -= 1  # type: ignore[misc]
-        option = report.unshown_reason([search], result).split()[-1]
+        option = report.GoalResult([search], result).unshown_reason.split()[-1]
         shown = AccuracyBudget.parse(*(option if text else None for text in texts))
         assert recommend_within(shown, [search]).removed == (0,)  # type: ignore[arg-type]
 
@@ -221,7 +221,7 @@ def test_a_loss_at_the_budget_needs_no_number_of_documents() -> None:
         budget = search.request.accuracy_budget = AccuracyBudget.parse("5pp", None)  # type: ignore[misc]
         result = recommend_within(budget, [search])
         assert (result.estimated, result.n_needed) == ((0,), None)
-        assert "equals the budget" in report.unshown_reason([search], result)
+        assert "equals the budget" in report.GoalResult([search], result).unshown_reason
 
 
 def test_the_nearest_budget_is_named() -> None:

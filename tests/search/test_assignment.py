@@ -16,14 +16,12 @@ from tracker.schema.changes import Change
 from tracker.schema.errors import RequestError
 from tracker.search.formats import (
     BitBudget,
+    FormatProblem,
     FormatUnit,
     bits_per_weight,
     choice_ablation,
-    find_swaps,
     list_units,
-    minimize_loss,
     parse_budget,
-    uniform_choice,
 )
 from tracker.studies.quantise import unit_losses
 
@@ -73,7 +71,7 @@ def test_the_smallest_budget_that_works_is_named(formats, inputs: int) -> None:
     products = itertools.product(formats, repeat=len(units))
     smallest = min(bits_per_weight(dict(zip(units, forms, strict=True))) for forms in products)
     assert limit.bits - 0.001 <= smallest <= limit.bits
-    assert limit.holds(uniform_choice(units, formats, limit))
+    assert limit.holds(FormatProblem(units, formats, limit, np.empty(0)).uniform_choice())
     with pytest.raises(RequestError, match="too small"):
         parse_budget(f"{float(budget) - 0.001:.4f}bpw", units, 0, 0, formats)
 
@@ -121,7 +119,7 @@ def test_least_loss_of_tied_maps_equals_exhaustive_search(seed: int) -> None:
     maps = {path: (size, 64) for path, size in sizes.items()}
     units = list_units([maps], [0], by_map=True, is_tied=True)
     unit_costs = unit_losses(SimpleNamespace(runs=runs), units, FORMATS)
-    choice = minimize_loss(units, FORMATS, unit_costs, budget)
+    choice = FormatProblem(units, FORMATS, budget, unit_costs).minimize_loss()
     products = itertools.product(FORMATS, repeat=len(sizes))
     choices = [dict(zip(sizes, forms, strict=True)) for forms in products if len({*forms[:3]}) == 1]
     bits = {"q4_0": 4.5, "q5_1": 6, "q8_0": 8.5}
@@ -145,7 +143,7 @@ def test_least_loss_equals_exhaustive_search(seed: int) -> None:
     units = [FormatUnit(n, ("a",), ((size, 32),)) for n, size in enumerate(sizes)]
     losses = np.array([[generator.uniform(-0.1, 1) for _ in FORMATS] for _ in units])
     budget = BitBudget("", generator.uniform(4.6, 8), 0, sum(unit.n_weights for unit in units))
-    chosen = minimize_loss(units, FORMATS, losses, budget)
+    chosen = FormatProblem(units, FORMATS, budget, losses).minimize_loss()
     products = itertools.product(FORMATS, repeat=5)
     choices = [dict(zip(units, forms, strict=True)) for forms in products]
 
@@ -163,8 +161,9 @@ def test_swaps_stay_within_the_budget(seed: int) -> None:
     units = [FormatUnit(n, ("a",), ((generator.choice([32, 64, 96]), 32),)) for n in range(9)]
     losses = np.array([[generator.uniform(-0.1, 1) for _ in FORMATS] for _ in units])
     budget = BitBudget("", generator.uniform(4.8, 7.5), 0, sum(unit.n_weights for unit in units))
-    start = minimize_loss(units, FORMATS, losses, budget)
-    swapped = find_swaps(start, FORMATS, losses, budget, 8)
+    problem = FormatProblem(units, FORMATS, budget, losses)
+    start = problem.minimize_loss()
+    swapped = problem.find_swaps(start, 8)
     assert 0 < len(swapped) <= 8
     assert len({tuple(choice.values()) for choice in swapped}) == len(swapped)
     for choice in swapped:

@@ -335,7 +335,9 @@ def test_export_command_has_all_settings(write, tmp_path: Path) -> None:
     request = cell_request(model="m", benchmark="copa", layers=(3,), removed=(1,), **options)
     record = SimpleNamespace(parts=SearchParts("layer", LAYERS))
     step = SimpleNamespace(removed=(1, 3))
-    command = shlex.split(report.export_command(record, step, request, tmp_path))  # type: ignore[arg-type]
+    search = SimpleNamespace(record=record)
+    savable = report.SavableStep(None, search, step, request)  # type: ignore[arg-type]
+    command = shlex.split(savable.command(tmp_path))
     assert command[:3] == ["tracker", "export", "m"]
     params = exporting.make_context("export", command[2:]).params
     assert params["remove"] == (1, 3)

@@ -22,11 +22,10 @@ from tracker.search.cells import ModelCache, OpenCell
 from tracker.search.formats import (
     BitBudget,
     FormatChoice,
+    FormatProblem,
     FormatUnit,
     choice_ablation,
     list_units,
-    minimize_loss,
-    refine_choice,
 )
 
 FORMATS = ("q4_0", "q5_1", "q8_0")
@@ -70,14 +69,15 @@ def test_refinement_ends_where_no_swap_is_better(seed: int) -> None:
     generator = np.random.default_rng(seed)
     losses = np.sort(generator.uniform(0, 1, (4, 3)))[:, ::-1]
     # What the sums take for the cheapest costs far more together.
-    start = minimize_loss(UNITS, FORMATS, losses, BUDGET)
+    problem = FormatProblem(UNITS, FORMATS, BUDGET, losses)
+    start = problem.minimize_loss()
     low_units = frozenset(unit for unit in UNITS if start[unit] == "q4_0")
 
     def loss(choice: FormatChoice) -> float:
         total = sum(losses[n, FORMATS.index(choice[unit])] for n, unit in enumerate(UNITS))
         return total + 3 * (frozenset(u for u in UNITS if choice[u] == "q4_0") == low_units)
 
-    refinement = refine_choice(start, FORMATS, losses, BUDGET, 9, make_measure(loss, 0.01, seed))
+    refinement = problem.refine(start, 9, make_measure(loss, 0.01, seed))
     assert refinement.gains
     assert all(gain.low > 0 for gain in refinement.gains)
     # Less than a hundredth is not shown on so many documents.
@@ -88,9 +88,10 @@ def test_refinement_ends_where_no_swap_is_better(seed: int) -> None:
 
 def test_noise_is_not_news() -> None:
     losses = np.array([[0.3, 0.2, 0.1]] * 4)
-    start = minimize_loss(UNITS, FORMATS, losses, BUDGET)
+    problem = FormatProblem(UNITS, FORMATS, BUDGET, losses)
+    start = problem.minimize_loss()
     measures = [make_measure(lambda _: 0.0, 1.0, seed) for seed in range(400)]
-    refinements = [refine_choice(start, FORMATS, losses, BUDGET, 3, m) for m in measures]
+    refinements = [problem.refine(start, 3, m) for m in measures]
     n_wrong = sum(bool(run.gains) for run in refinements)
     assert min(run.n_swaps for run in refinements) >= 3
     # 95 % of 400 rounds keep nothing; 34 is three standard deviations above 20.
@@ -120,7 +121,7 @@ def test_refinement_of_a_tiny_model(tmp_path) -> None:
     choices = all_choices(units, budget)
     paired = measure(choices)
     worst_choice = choices[int(paired.mean_drops.argmax())]
-    refinement = refine_choice(worst_choice, FORMATS, losses, budget, 9, measure)
+    refinement = FormatProblem(units, FORMATS, budget, losses).refine(worst_choice, 9, measure)
     keys = [tuple(choice.values()) for choice in choices]
     outcomes = dict(zip(keys, paired.ablated.T, strict=True))
     final = outcomes[tuple(refinement.choice.values())]

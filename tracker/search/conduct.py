@@ -26,7 +26,13 @@ from tracker.schema.search_parts import MixedParts
 from tracker.search.accuracy_budget import TOLERANCE, AccuracyBudget, count_needed, count_shown
 from tracker.search.cells import ModelCache, OpenCell
 from tracker.search.planning import find_part_refusal, refuse_unsavable
-from tracker.search.report import Searches, TestedSearch, build_finding, test_outcome
+from tracker.search.report import (
+    GoalResult,
+    Searches,
+    TestedSearch,
+    build_finding,
+    test_outcome,
+)
 from tracker.search.request import SearchGoal, SearchRequest
 from tracker.search.search import (
     RANDOM_REASON,
@@ -52,17 +58,19 @@ IsSavable = Callable[[TestedSearch, PruneStep], bool]
 """Function that returns whether the model after a step of a search can be saved."""
 
 
-def find_shown(
+def judge_steps(
     budget: AccuracyBudget, search: TestedSearch, n_searches: int, is_savable: IsSavable
-) -> list[int]:
-    """List the savable steps of a search that test documents show to be within a budget.
+) -> tuple[list[int], list[Estimate], int]:
+    """Test which savable steps of a search are within a budget of accuracy.
 
-    The steps are given by index. The intervals hold for `n_searches` searches together.
+    The function returns the indices of the savable steps, their losses above the budget, and how
+    many of them test documents show to be within the budget. The intervals that decide this hold
+    for `n_searches` searches together.
     """
-    steps = [i for i, step in enumerate(search.record.steps) if is_savable(search, step)]
-    excesses = [budget.excess(search.outcomes, index) for index in steps]
-    n_documents = [search.record.baseline.n] * len(steps)
-    return steps[: count_shown(widen(excesses, n_documents, n_searches))]
+    indices = [i for i, step in enumerate(search.record.steps) if is_savable(search, step)]
+    excesses = [budget.excess(search.outcomes, index) for index in indices]
+    n_documents = [search.record.baseline.n] * len(indices)
+    return indices, excesses, count_shown(widen(excesses, n_documents, n_searches))
 
 
 def end_within_budget(search: TestedSearch, n_searches: int, is_savable: IsSavable) -> TestedSearch:
@@ -70,8 +78,8 @@ def end_within_budget(search: TestedSearch, n_searches: int, is_savable: IsSavab
     budget = search.request.accuracy_budget
     if budget is None:
         return search
-    shown = find_shown(budget, search, max(1, n_searches), is_savable)
-    return replace(search, shown=shown[-1] if shown else -1)
+    indices, _, n_shown = judge_steps(budget, search, max(1, n_searches), is_savable)
+    return replace(search, shown=indices[n_shown - 1] if n_shown else -1)
 
 
 def recommend_within(
@@ -97,32 +105,28 @@ def recommend_within(
     informed = [search for search in searches if search.request.strategy != RANDOM_STRATEGY]
     if not informed:
         return Recommendation(reason=RANDOM_REASON)
+    n_sets, paired = len(informed), informed[0].outcomes
+    if not paired.weights @ paired.baseline:
+        return Recommendation(n_sets=n_sets, reason=NO_ACCURACY)
     shown, estimated = list[PruneStep](), list[tuple[PruneStep, int | None]]()
-    if not informed[0].outcomes.weights @ informed[0].outcomes.baseline:
-        return Recommendation(n_sets=len(informed), reason=NO_ACCURACY)
     values = list[float]()
     for search in informed:
-        paired, n = search.outcomes, search.record.baseline.n
-        steps = {i: step for i, step in enumerate(search.record.steps) if is_savable(search, step)}
-        excesses = [budget.excess(paired, index) for index in steps]
-        shown += [steps[i] for i in find_shown(budget, search, len(informed), is_savable)[-1:]]
-        for n_tested, step in enumerate(steps.values(), 1):
-            excess = excesses[n_tested - 1]
-            if excess.value is None:
-                continue
-            values.append(excess.value)
-            if excess.value <= TOLERANCE:
-                needed = count_needed(excesses[:n_tested], n, len(informed))
-                estimated.append((step, needed))
+        indices, excesses, n_shown = judge_steps(budget, search, n_sets, is_savable)
+        steps = [search.record.steps[index] for index in indices]
+        shown += steps[:n_shown][-1:]
+        for n_tested, (step, excess) in enumerate(zip(steps, excesses, strict=True), 1):
+            values += [] if excess.value is None else [excess.value]
+            if excess.value is not None and excess.value <= TOLERANCE:
+                n_documents = search.record.baseline.n
+                estimated.append((step, count_needed(excesses[:n_tested], n_documents, n_sets)))
+    if not values:
+        reason = "no tested removal has a score and can be saved"
+        return Recommendation(n_sets=n_sets, reason=reason)
     if not estimated:
-        if not values:
-            reason = "no tested removal has a score and can be saved"
-            return Recommendation(n_sets=len(informed), reason=reason)
-        nearest = budget.nearest_option(min(values), informed[0].outcomes)
-        return Recommendation(n_sets=len(informed), nearest=nearest)
+        return Recommendation(n_sets=n_sets, nearest=budget.nearest_option(min(values), paired))
     step, needed = max(estimated, key=lambda pair: _lightness(pair[0]))
     lightest = max(shown, key=_lightness).removed if shown else ()
-    return Recommendation(lightest, len(informed), estimated=step.removed, n_needed=needed)
+    return Recommendation(lightest, n_sets, estimated=step.removed, n_needed=needed)
 
 
 def _lightness(step: PruneStep) -> tuple[float, ...]:
@@ -140,13 +144,13 @@ class SearchResults:
 
     Attributes:
         searches: The searches with their test results, one entry per random draw.
-        recommendations: The recommended set of parts for each goal; empty if not requested.
+        goals: The searches and the recommended set of parts for each goal; empty if not requested.
         failed: The reason of the failure of each failed search.
         outcome: Outcome of measuring and publishing the search steps as ablation runs.
     """
 
     searches: list[TestedSearch]
-    recommendations: dict[SearchGoal, Recommendation]
+    goals: list[GoalResult]
     failed: dict[SearchRequest, str]
     outcome: RunOutcome
 
@@ -165,7 +169,7 @@ def run_search_file(
     """
     results = run_searches(requests, cache, publisher, wants_recommendation=True)
     reasons = {request.title: reason for request, reason in results.failed.items()}
-    finding = build_finding(name, results.searches, results.recommendations, reasons)
+    finding = build_finding(name, results.goals, reasons)
     write_finding(cache.ledger.root, finding)
     return results, finding
 
@@ -214,12 +218,11 @@ def run_searches(
     reasons = {request.title: reason for request, reason in failures.items()}
     if not draws:
         raise CellError("\n".join(f"{title}: {reason}" for title, reason in reasons.items()))
-    recommendations: dict[SearchGoal, Recommendation] = {}
+    recommended: dict[SearchGoal, Recommendation] = {}
     for test, test_draws in group_by(draws, lambda draw: draw.request.test()).items():
-        if wants_recommendation:
-            for goal, goal_draws in group_by(test_draws, lambda draw: draw.request.goal).items():
-                if goal_draws[0].request.accuracy_budget is None:
-                    recommendations[goal] = recommend_set(goal_draws, cache)
+        for goal, goal_draws in group_by(test_draws, lambda draw: draw.request.goal).items():
+            if wants_recommendation and goal_draws[0].request.accuracy_budget is None:
+                recommended[goal] = recommend_set(goal_draws, cache)
         progress.say(f"{test.title}: testing what was chosen")
         cache.cell(test).measure([ablation for draw in test_draws for ablation in draw.ablations])
     runs_of_draws = [tuple(map(draw.run_request, draw.steps)) for draw in draws]
@@ -247,18 +250,19 @@ def run_searches(
         source, removal = cache.source(search.request.cell.model), search.record.parts.removal
         return not search.request.is_uniform or not find_part_refusal(source, removal(step.removed))
 
+    goals = list[GoalResult]()
     if wants_recommendation:
         for goal, group in group_by(searches, lambda search: search.request.goal).items():
             if (accuracy_budget := group[0].request.accuracy_budget) is not None:
-                recommendations[goal] = recommend_within(accuracy_budget, group, is_savable)
-        searches = [
-            end_within_budget(search, recommendations[search.request.goal].n_sets, is_savable)
-            for search in searches
-        ]
+                recommended[goal] = recommend_within(accuracy_budget, group, is_savable)
+            n_sets = recommended[goal].n_sets
+            ended = [end_within_budget(search, n_sets, is_savable) for search in group]
+            goals.append(GoalResult(ended, recommended[goal]))
+        searches = [search for goal_result in goals for search in goal_result.searches]
     if not failures:
         for cell in cache.cells.values():
             cell.end()
-    return SearchResults(searches, recommendations, failures, outcome)
+    return SearchResults(searches, goals, failures, outcome)
 
 
 def _find_tracked_cells(

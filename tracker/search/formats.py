@@ -222,77 +222,12 @@ def smallest_choice(units: Units, formats: Collection[str]) -> FormatChoice:
     return {unit: min(formats, key=unit.bits) for unit in units}
 
 
-def minimize_loss(
-    units: Units, formats: Sequence[str], losses: Array, budget: BitBudget
-) -> FormatChoice:
-    """Choose formats with the smallest sum of losses within the budget.
-
-    This is the multiple-choice knapsack problem, solved exactly by scipy's `milp`. The method
-    assumes that the losses of several units add up.
-
-    Args:
-        units: The groups of weights that get one format each.
-        formats: The formats.
-        losses: Array `[units, formats]` of finite losses. An entry is the loss if only this unit is
-            rounded.
-        budget: The budget, which must be large enough for `smallest_choice`.
-
-    Returns:
-        A dict from units to chosen formats.
-
-    Examples:
-        >>> units = [FormatUnit(n, ("a",), ((32, 32),)) for n in range(2)]
-        >>> losses = np.array([[0.0, 0.5], [0.0, 0.1]])
-        >>> budget = BitBudget("6.5bpw", 6.5, 0, 2048)
-        >>> [*minimize_loss(units, ["q8_0", "q4_0"], losses, budget).values()]
-        ['q8_0', 'q4_0']
-    """
-    bits = np.array([[unit.bits(form) for form in formats] for unit in units])
-    n_units, n_formats = losses.shape
-    one_per_unit = np.kron(np.eye(n_units), np.ones(n_formats))
-    # Bits decide between choices of equal loss only.
-    tie_weight = 1e-9 * (np.ptp(losses) or 1.0) / max(bits.sum(), 1.0)
-    solution = optimize.milp(
-        (losses + tie_weight * bits).ravel(),
-        integrality=np.ones(n_units * n_formats),
-        bounds=optimize.Bounds(0, 1),
-        constraints=[
-            optimize.LinearConstraint(one_per_unit, 1, 1),
-            optimize.LinearConstraint(bits.ravel()[None], ub=budget.bits * budget.n_weights),
-        ],
-        options={"mip_rel_gap": 1e-6},
-    )
-    assert solution.x is not None  # the smallest choice is within the budget
-    indices = solution.x.reshape(n_units, n_formats).argmax(axis=1)
-    return {unit: formats[index] for unit, index in zip(units, indices.tolist(), strict=True)}
-
-
-def uniform_choice(units: Units, formats: Sequence[str], budget: BitBudget) -> FormatChoice:
-    """Choose the largest format within the budget for all weights.
-
-    If no single format is within the budget, each unit gets its format of the fewest bits.
-    """
-    choices = [dict.fromkeys(units, form) for form in formats]
-    smallest = smallest_choice(units, formats)
-    return max(filter(budget.holds, choices), key=bits_per_weight, default=smallest)
-
-
 EDGE_LAYERS = 2
 """Number of layers at either end that get more bits, by a convention of other tools."""
-
-
-def edge_choice(units: Units, formats: Sequence[str], budget: BitBudget) -> FormatChoice | None:
-    """Choose the largest format for the outer layers and one format for the others.
-
-    The outer layers are the first two and the last two layers of `units`. The embedding and the
-    output head get the largest format too. The function returns None if the budget is too small.
-    """
-    layers = sorted({unit.layer for unit in units if not unit.is_embedding})
-    edges = {*layers[:EDGE_LAYERS], *layers[-EDGE_LAYERS:]}
-    largest = max(formats, key=lambda form: sum(unit.bits(form) for unit in units))
-    edge_formats = {unit: largest for unit in units if unit.is_embedding or unit.layer in edges}
-    choices: list[FormatChoice] = [dict.fromkeys(units, form) | edge_formats for form in formats]
-    return max(filter(budget.holds, choices), key=bits_per_weight, default=None)
+MAX_SWAPS = 32
+"""Maximum number of changed choices per round, all measured in one evaluation."""
+MeasureChoices = Callable[[Sequence[FormatChoice]], PairedOutcomes]
+"""Function that measures the documents' outcomes under some choices of all formats."""
 
 
 class _Move(NamedTuple):
@@ -304,62 +239,183 @@ class _Move(NamedTuple):
     loss: float
 
 
-def find_swaps(
-    choice: FormatChoice, formats: Sequence[str], losses: Array, budget: BitBudget, max_swaps: int
-) -> list[FormatChoice]:
-    """Find swaps of formats: one unit gets more bits, and others get fewer.
+@dataclass(frozen=True)
+class Refinement:
+    """Result of `FormatProblem.refine`: the formats after several rounds of swaps.
 
-    All swaps stay within the budget. The most promising increases are returned first. If reducing
-    one other unit frees enough bits, the swap reduces the unit with the smallest added loss.
-    Otherwise the swap reduces several units.
+    Attributes:
+        choice: The final format of each unit.
+        n_swaps: Number of swaps that were measured on the whole model.
+        gains: Decrease of the loss by each accepted swap, with an interval that is corrected for
+            the number of swaps in a round.
+    """
 
-    Args:
-        choice: The current format of each unit, in the order of `losses`.
+    choice: FormatChoice
+    n_swaps: int
+    gains: tuple[Estimate, ...]
+
+
+@dataclass(frozen=True)
+class FormatProblem:
+    """Choice of one format for each unit, with a small loss and within a budget of bits.
+
+    Attributes:
+        units: The groups of weights that get one format each.
         formats: The formats.
+        budget: The budget, which must be large enough for `smallest_choice`.
         losses: Array `[units, formats]` of finite losses. An entry is the loss if only this unit is
             rounded.
-        budget: The budget.
-        max_swaps: Maximum number of swaps.
-
-    Returns:
-        The formats of all units after each swap.
-
-    Examples:
-        >>> units = [FormatUnit(layer, ("a",), ((32, 32),)) for layer in range(3)]
-        >>> losses = np.array([[0.0, 0.5], [0.0, 0.1], [0.0, 0.2]])
-        >>> budget = BitBudget("6bpw", 6, 0, 3072)
-        >>> choice = dict(zip(units, ["q8_0", "q4_0", "q4_0"]))
-        >>> swaps = find_swaps(choice, ["q8_0", "q4_0"], losses, budget, 2)
-        >>> [[*swap.values()] for swap in swaps]
-        [['q4_0', 'q4_0', 'q8_0'], ['q4_0', 'q8_0', 'q4_0']]
     """
-    raises, reductions = list[_Move](), list[_Move]()
-    for (unit, old_form), costs in zip(choice.items(), losses, strict=True):
-        old_bits, old_cost = unit.bits(old_form), costs[formats.index(old_form)]
-        for form, cost in zip(formats, costs, strict=True):
-            move = _Move(unit, form, unit.bits(form) - old_bits, float(cost - old_cost))
-            if form != old_form:
-                (reductions if move.bits < 0 else raises).append(move)
-    raises.sort(key=lambda move: move.loss)
-    spare_bits = budget.bits * budget.n_weights * (1 + 1e-12)
-    spare_bits -= sum(unit.bits(form) for unit, form in choice.items())
-    choices: list[FormatChoice] = []
-    payers: dict[_Move, set[_Move]] = {}
-    n_before = -1
-    while len(choices) > n_before:
-        n_before, used_moves = len(choices), set[_Move]()
-        for move in raises:
-            excluded = used_moves | payers.get(move, set())
-            free = [reduction for reduction in reductions if reduction not in excluded]
-            paying = _find_payers(move, free, move.bits - spare_bits)
-            if paying is None or (not paying and move in payers):
-                continue
-            used_moves.update(paying)
-            payers.setdefault(move, set()).update(paying)
-            choices.append({**choice, **{change.unit: change.form for change in (move, *paying)}})
-            if len(choices) == max_swaps:
-                return choices
-    return choices
+
+    units: Units
+    formats: Sequence[str]
+    budget: BitBudget
+    losses: Array
+
+    def minimize_loss(self, losses: Array | None = None) -> FormatChoice:
+        """Choose formats with the smallest sum of losses within the budget.
+
+        This is the multiple-choice knapsack problem, solved exactly by scipy's `milp`. The method
+        assumes that the losses of several units add up.
+
+        Args:
+            losses: Other losses than those of the problem, such as errors of weights.
+
+        Returns:
+            A dict from units to chosen formats.
+
+        Examples:
+            >>> units = [FormatUnit(n, ("a",), ((32, 32),)) for n in range(2)]
+            >>> losses = np.array([[0.0, 0.5], [0.0, 0.1]])
+            >>> budget = BitBudget("6.5bpw", 6.5, 0, 2048)
+            >>> problem = FormatProblem(units, ["q8_0", "q4_0"], budget, losses)
+            >>> [*problem.minimize_loss().values()]
+            ['q8_0', 'q4_0']
+        """
+        losses, budget = self.losses if losses is None else losses, self.budget
+        bits = np.array([[unit.bits(form) for form in self.formats] for unit in self.units])
+        n_units, n_formats = losses.shape
+        one_per_unit = np.kron(np.eye(n_units), np.ones(n_formats))
+        # Bits decide between choices of equal loss only.
+        tie_weight = 1e-9 * (np.ptp(losses) or 1.0) / max(bits.sum(), 1.0)
+        solution = optimize.milp(
+            (losses + tie_weight * bits).ravel(),
+            integrality=np.ones(n_units * n_formats),
+            bounds=optimize.Bounds(0, 1),
+            constraints=[
+                optimize.LinearConstraint(one_per_unit, 1, 1),
+                optimize.LinearConstraint(bits.ravel()[None], ub=budget.bits * budget.n_weights),
+            ],
+            options={"mip_rel_gap": 1e-6},
+        )
+        assert solution.x is not None  # the smallest choice is within the budget
+        indices = solution.x.reshape(n_units, n_formats).argmax(axis=1)
+        return {u: self.formats[index] for u, index in zip(self.units, indices, strict=True)}
+
+    def uniform_choice(self) -> FormatChoice:
+        """Choose the largest format within the budget for all weights.
+
+        If no single format is within the budget, each unit gets its format of the fewest bits.
+        """
+        return self._largest_choice({}) or smallest_choice(self.units, self.formats)
+
+    def edge_choice(self) -> FormatChoice | None:
+        """Choose the largest format for the outer layers and one format for the others.
+
+        The outer layers are the first two and the last two layers of `units`. The embedding and the
+        output head get the largest format too. The result is None if the budget is too small.
+        """
+        layers = sorted({unit.layer for unit in self.units if not unit.is_embedding})
+        edges = {*layers[:EDGE_LAYERS], *layers[-EDGE_LAYERS:]}
+        largest = max(self.formats, key=lambda form: sum(unit.bits(form) for unit in self.units))
+        outer_units = (unit for unit in self.units if unit.is_embedding or unit.layer in edges)
+        return self._largest_choice(dict.fromkeys(outer_units, largest))
+
+    def _largest_choice(self, given: FormatChoice) -> FormatChoice | None:
+        """Choose the largest format within the budget for all units without a given format."""
+        choices = [{**dict.fromkeys(self.units, form), **given} for form in self.formats]
+        return max(filter(self.budget.holds, choices), key=bits_per_weight, default=None)
+
+    def find_swaps(self, choice: FormatChoice, max_swaps: int = MAX_SWAPS) -> list[FormatChoice]:
+        """Find swaps of formats: one unit gets more bits, and others get fewer.
+
+        All swaps stay within the budget. The most promising increases are returned first. If
+        reducing one other unit frees enough bits, the swap reduces the unit with the smallest added
+        loss. Otherwise the swap reduces several units.
+
+        Args:
+            choice: The current format of each unit, in the order of `losses`.
+            max_swaps: Maximum number of swaps.
+
+        Returns:
+            The formats of all units after each swap.
+
+        Examples:
+            >>> units = [FormatUnit(layer, ("a",), ((32, 32),)) for layer in range(3)]
+            >>> losses = np.array([[0.0, 0.5], [0.0, 0.1], [0.0, 0.2]])
+            >>> budget = BitBudget("6bpw", 6, 0, 3072)
+            >>> problem = FormatProblem(units, ["q8_0", "q4_0"], budget, losses)
+            >>> swaps = problem.find_swaps(dict(zip(units, ["q8_0", "q4_0", "q4_0"])), 2)
+            >>> [[*swap.values()] for swap in swaps]
+            [['q4_0', 'q4_0', 'q8_0'], ['q4_0', 'q8_0', 'q4_0']]
+        """
+        raises, reductions = list[_Move](), list[_Move]()
+        for (unit, old_form), costs in zip(choice.items(), self.losses, strict=True):
+            old_bits, old_cost = unit.bits(old_form), costs[self.formats.index(old_form)]
+            for form, cost in zip(self.formats, costs, strict=True):
+                move = _Move(unit, form, unit.bits(form) - old_bits, float(cost - old_cost))
+                if form != old_form:
+                    (reductions if move.bits < 0 else raises).append(move)
+        raises.sort(key=lambda move: move.loss)
+        spare_bits = self.budget.bits * self.budget.n_weights * (1 + 1e-12)
+        spare_bits -= sum(unit.bits(form) for unit, form in choice.items())
+        choices: list[FormatChoice] = []
+        payers: dict[_Move, set[_Move]] = {}
+        n_before = -1
+        while len(choices) > n_before:
+            n_before, used_moves = len(choices), set[_Move]()
+            for move in raises:
+                excluded = used_moves | payers.get(move, set())
+                free = [reduction for reduction in reductions if reduction not in excluded]
+                paying = _find_payers(move, free, move.bits - spare_bits)
+                if paying is None or (not paying and move in payers):
+                    continue
+                used_moves.update(paying)
+                payers.setdefault(move, set()).update(paying)
+                choices.append({**choice, **{m.unit: m.form for m in (move, *paying)}})
+                if len(choices) == max_swaps:
+                    return choices
+        return choices
+
+    def refine(self, start: FormatChoice, rounds: int, measure: MeasureChoices) -> Refinement:
+        """Swap formats as long as a swap significantly lowers the measured loss of the model.
+
+        Args:
+            start: The initial format of each unit, in the order of `losses`.
+            rounds: Maximum number of rounds.
+            measure: Function that measures several choices of formats on the calibration documents.
+
+        Returns:
+            The refined formats.
+        """
+        choice, count, gains = start, 0, list[Estimate]()
+        for _ in range(rounds):
+            swaps = self.find_swaps(choice)
+            if not swaps:
+                break
+            count += len(swaps)
+            paired = measure([choice, *swaps])
+            swap_gains = [paired_gain(paired, index, 0) for index in range(1, len(swaps) + 1)]
+            swap_gains = widen(swap_gains, [len(paired.weights)] * len(swaps), len(swaps))
+            proved = [
+                n for n, gain in enumerate(swap_gains) if gain.low is not None and gain.low > 0
+            ]
+            if not proved:
+                break
+            best = max(proved, key=lambda n: swap_gains[n].value or 0.0)
+            choice = swaps[best]
+            gains.append(swap_gains[best])
+        return Refinement(choice, count, tuple(gains))
 
 
 def _find_payers(raised: _Move, reductions: Sequence[_Move], missing: float) -> list[_Move] | None:
@@ -375,68 +431,6 @@ def _find_payers(raised: _Move, reductions: Sequence[_Move], missing: float) -> 
         payers.append(payer or min(moves, key=lambda move: -move.loss / move.bits))
         missing += payers[-1].bits
     return payers
-
-
-MAX_SWAPS = 32
-"""Maximum number of changed choices per round, all measured in one evaluation."""
-MeasureChoices = Callable[[Sequence[FormatChoice]], PairedOutcomes]
-"""Function that measures the documents' outcomes under some choices of all formats."""
-
-
-@dataclass(frozen=True)
-class Refinement:
-    """Result of `refine_choice`: the formats after several rounds of swaps.
-
-    Attributes:
-        choice: The final format of each unit.
-        n_swaps: Number of swaps that were measured on the whole model.
-        gains: Decrease of the loss by each accepted swap, with an interval that is corrected for
-            the number of swaps in a round.
-    """
-
-    choice: FormatChoice
-    n_swaps: int
-    gains: tuple[Estimate, ...]
-
-
-def refine_choice(
-    start: FormatChoice,
-    formats: Sequence[str],
-    losses: Array,
-    budget: BitBudget,
-    rounds: int,
-    measure: MeasureChoices,
-) -> Refinement:
-    """Swap formats as long as a swap significantly lowers the measured loss of the model.
-
-    Args:
-        start: The initial format of each unit, in the order of `losses`.
-        formats: The formats.
-        losses: Array `[units, formats]` of losses. An entry is the loss if only this unit is
-            rounded.
-        budget: The budget.
-        rounds: Maximum number of rounds.
-        measure: Function that measures several choices of formats on the calibration documents.
-
-    Returns:
-        The refined formats.
-    """
-    choice, count, gains = start, 0, list[Estimate]()
-    for _ in range(rounds):
-        swaps = find_swaps(choice, formats, losses, budget, MAX_SWAPS)
-        if not swaps:
-            break
-        count += len(swaps)
-        paired = measure([choice, *swaps])
-        swap_gains = [paired_gain(paired, index, 0) for index in range(1, len(swaps) + 1)]
-        swap_gains = widen(swap_gains, [len(paired.weights)] * len(swaps), len(swaps))
-        proved = [n for n, gain in enumerate(swap_gains) if gain.low is not None and gain.low > 0]
-        if not proved:
-            break
-        best = max(proved, key=lambda n: swap_gains[n].value or 0.0)
-        choice = swaps[best]
-        gains.append(swap_gains[best])
-    return Refinement(choice, count, tuple(gains))
 
 
 def paired_gain(paired: PairedOutcomes, index: int, other_index: int) -> Estimate:

@@ -32,7 +32,6 @@ from tracker.schema.search_parts import MixedParts, unit_plural
 from tracker.schema.tables import Column, RowType, Table, build_table
 from tracker.schema.text_templates import TextTemplate
 from tracker.search.accuracy_budget import TOLERANCE, AccuracyBudget
-from tracker.search.request import SearchGoal
 from tracker.search.search import Recommendation
 from tracker.search.settings import format_layers
 from tracker.search.strategies import RANDOM_STRATEGY
@@ -102,8 +101,108 @@ class TestedSearch:
 
 
 Searches = Sequence[TestedSearch]
-Recommendations = Mapping[SearchGoal, Recommendation]
 Labels = Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class GoalResult:
+    """Searches with the same goal, and what is recommended of their results.
+
+    Attributes:
+        searches: The tested searches.
+        recommendation: The recommended set of parts, or the reason why there is none.
+    """
+
+    searches: Searches
+    recommendation: Recommendation
+
+    @property
+    def record(self) -> PruneRecord:
+        """The record of the first search."""
+        return self.searches[0].record
+
+    @property
+    def budget(self) -> AccuracyBudget | None:
+        """The budget of accuracy; None if an amount ends the searches."""
+        return self.searches[0].request.accuracy_budget
+
+    def find_steps(self, removed: Sequence[int]) -> list[tuple[TestedSearch, int]]:
+        """Return the searches that chose a set of parts, with the index of the step.
+
+        Random searches are excluded.
+        """
+        indices = [(search, search.find_step(removed)) for search in self.searches]
+        return [(search, index) for search, index in indices if index is not None]
+
+    def text(self, labels: Labels | None = None) -> str:
+        """Describe the recommended model in one paragraph, for terminal, page and card.
+
+        Args:
+            labels: Labels of the searches, by name; None for their strategies.
+
+        Returns:
+            The model, its size, its loss with an interval, and what is not known.
+        """
+        records = [search.record for search in self.searches]
+        names = labels or _search_labels(records)
+        recommendation = self.recommendation
+        removed, estimated = recommendation.removed, recommendation.estimated
+        estimated = estimated if estimated != removed else ()
+
+        def choice(parts: Sequence[int]) -> tuple[PruneStep, list[str]]:
+            steps = self.find_steps(parts)
+            search, index = steps[0]
+            return search.record.steps[index], [names[search.record.name] for search, _ in steps]
+
+        runner_up = recommendation.step.runner_up if recommendation.step else None
+        rivals = [r for r in records if r.removed == runner_up and r.strategy != RANDOM_STRATEGY]
+        return SEARCH_TEXTS.render(
+            "recommendation",
+            self.record,
+            recommendation,
+            chosen=choice(removed) if removed else None,
+            estimate=choice(estimated) if estimated else None,
+            budget=self.budget,
+            margin=-self._upper_excesses(removed)[-1] if self.budget and removed else None,
+            rivals=[names[record.name] for record in rivals],
+            reason=None if removed else recommendation.reason or self.unshown_reason,
+            needed=self._needed_text if self.budget and removed and estimated else "",
+        )
+
+    @property
+    def unshown_reason(self) -> str:
+        """The reason why no set is shown to be within a budget of accuracy, and what to type."""
+        budget, n, recommendation = self.budget, self.record.baseline.n, self.recommendation
+        if budget is not None and recommendation.nearest is not None:
+            return SEARCH_TEXTS.render("unreached", recommendation.nearest, budget, n)
+        if budget is not None and recommendation.estimated:
+            return SEARCH_TEXTS.render("unshown", budget, n, self._needed_text)
+        return recommendation.reason or NO_SCORE
+
+    @property
+    def _needed_text(self) -> str:
+        """The number of test documents that would show the lightest estimate."""
+        recommendation, budget = self.recommendation, self.budget
+        assert budget is not None
+        search, index = self.find_steps(recommendation.estimated)[0]
+        if recommendation.n_needed is None:
+            excess = budget.excess(search.outcomes, index).value or 0.0
+            return SEARCH_TEXTS.render("never_shown", excess > -TOLERANCE)
+        benchmark, n = search.record.benchmark, search.record.baseline.n
+        if max(recommendation.n_needed, n + 1) > benchmark.documents:
+            excess = max(self._upper_excesses(recommendation.estimated))
+            option = budget.nearest_option(excess, search.outcomes)
+            return SEARCH_TEXTS.render("too_few", benchmark.documents, n, option)
+        return SEARCH_TEXTS.render("raise_sample", benchmark.sample_size(recommendation.n_needed))
+
+    def _upper_excesses(self, removed: Sequence[int]) -> list[float]:
+        """Return the upper ends of losses above the budget after each step up to a set of parts."""
+        assert self.budget is not None
+        search, index = self.find_steps(removed)[0]
+        excesses = [self.budget.excess(search.outcomes, k) for k in range(index + 1)]
+        n_documents = [search.record.baseline.n] * len(excesses)
+        bounds = widen(excesses, n_documents, self.recommendation.n_sets)
+        return [bound.high or 0.0 for bound in bounds]
 
 
 @dataclass(frozen=True)
@@ -193,29 +292,29 @@ PRUNE_QUESTION = "What can be removed, and how accurate is the model afterwards?
 
 
 def build_finding(
-    name: str, searches: Searches, recommendations: Recommendations, failures: Mapping[str, str]
+    name: str, goals: Sequence[GoalResult], failures: Mapping[str, str]
 ) -> FindingRecord:
     """Build the report (sentences, tables, charts) on the searches of an experiment file."""
     # One model, one set of test documents and one unit share one table.
-    groups = list(group_by(searches, lambda search: search.request.goal[:2]).values())
-    records = [[search.record for search in group] for group in groups]
-    cells = dict.fromkeys(cell for search in searches for cell in search.record.rests_on)
-    budgets = {search.record.budget for search in searches}
+    groups = group_by(goals, lambda goal: goal.searches[0].request.goal[:2]).values()
+    searches = [[search for goal in group for search in goal.searches] for group in groups]
+    records = [[search.record for search in group] for group in searches]
+    budgets = {record.budget for group in records for record in group}
     return FindingRecord(
         study=SEARCH_STUDY,
         experiment=name,
         command="tracker prune",
         question=PRUNE_QUESTION,
-        answers=tuple(text for group in groups for text in _answers(group, recommendations)),
+        answers=tuple(text for group in groups for text in _answers(group)),
         tables=tuple(
             table
-            for group in groups
-            for table in (_searches_table(group), _steps_table([s.record for s in group]))
+            for pair in zip(searches, records, strict=True)
+            for table in (_searches_table(pair[0]), _steps_table(pair[1]))
         ),
         charts=tuple(map(_draw_frontier, records)),
         lacking=tuple(f"{title}: {reason}" for title, reason in failures.items()),
         assumptions=tuple(SEARCH_TEXTS.render_all("assumptions", budgets)),
-        rests_on=tuple(cells),
+        rests_on=tuple(dict.fromkeys(c for group in records for r in group for c in r.rests_on)),
     )
 
 
@@ -253,110 +352,17 @@ SEARCH_TEXTS = TextTemplate(
 )
 
 
-def _answers(searches: Searches, recommendations: Recommendations) -> Iterator[str]:
+def _answers(goals: Sequence[GoalResult]) -> Iterator[str]:
     """Yield the report's sentences about searches with the same test documents."""
-    labels = _search_labels([search.record for search in searches])
-    for goal, group in group_by(searches, lambda search: search.request.goal).items():
-        record, recommendation = group[0].record, recommendations[goal]
-        text = recommendation_text(group, recommendation, labels)
-        yield f"{text} {SEARCH_TEXTS.render('constraints', record)}".strip()
-        if group[0].request.accuracy_budget is None:
-            yield from _compare_strategies(group, choosing_searches(group, recommendation.removed))
-        for search in group:
+    labels = _search_labels([search.record for goal in goals for search in goal.searches])
+    for goal in goals:
+        yield f"{goal.text(labels)} {SEARCH_TEXTS.render('constraints', goal.record)}".strip()
+        if goal.budget is None:
+            best = [search for search, _ in goal.find_steps(goal.recommendation.removed)]
+            yield from _compare_strategies(goal.searches, best)
+        for search in goal.searches:
             for sentence in unsure_sentences([search.record], "the choice"):
                 yield f"{labels[search.record.name]}: {sentence}"
-
-
-def choosing_searches(searches: Searches, removed: Sequence[int]) -> list[TestedSearch]:
-    """Return the searches that chose a set of parts; random searches are excluded."""
-    return [search for search in searches if search.find_step(removed) is not None]
-
-
-def recommendation_text(
-    searches: Searches, recommendation: Recommendation, labels: Labels | None = None
-) -> str:
-    """Describe a recommended model in one paragraph, for the terminal, the page and the card.
-
-    Args:
-        searches: All searches with the same goal.
-        recommendation: What is recommended of their results.
-        labels: Labels of the searches, by name; None for their strategies.
-
-    Returns:
-        The model, its size, its loss with an interval, and what is not known.
-    """
-    records = [search.record for search in searches]
-    labels = labels or _search_labels(records)
-    removed, estimated = recommendation.removed, recommendation.estimated
-    estimated = estimated if estimated != removed else ()
-    budget = searches[0].request.accuracy_budget
-
-    def choice(parts: Sequence[int]) -> tuple[PruneStep, list[str]]:
-        search, index = _find_search(searches, parts)
-        names = [labels[search.record.name] for search in choosing_searches(searches, parts)]
-        return search.record.steps[index], names
-
-    reason = needed = ""
-    if not removed:
-        reason = recommendation.reason or unshown_reason(searches, recommendation)
-    elif estimated and budget is not None:
-        needed = _needed_text(searches, recommendation, budget)
-    runner_up = recommendation.step.runner_up if recommendation.step else None
-    rivals = [r for r in records if r.removed == runner_up and r.strategy != RANDOM_STRATEGY]
-    return SEARCH_TEXTS.render(
-        "recommendation",
-        records[0],
-        recommendation,
-        chosen=choice(removed) if removed else None,
-        estimate=choice(estimated) if estimated else None,
-        budget=budget,
-        margin=_spared_accuracy(searches, recommendation, budget),
-        rivals=[labels[record.name] for record in rivals],
-        reason=reason,
-        needed=needed,
-    )
-
-
-def unshown_reason(searches: Searches, recommendation: Recommendation) -> str:
-    """Explain why no set is shown to be within a budget of accuracy, and what to type."""
-    budget, n = searches[0].request.accuracy_budget, searches[0].record.baseline.n
-    if budget is not None and recommendation.nearest is not None:
-        return SEARCH_TEXTS.render("unreached", recommendation.nearest, budget, n)
-    if budget is not None and recommendation.estimated:
-        needed = _needed_text(searches, recommendation, budget)
-        return SEARCH_TEXTS.render("unshown", budget, n, needed)
-    return recommendation.reason or NO_SCORE
-
-
-def _needed_text(searches: Searches, recommendation: Recommendation, budget: AccuracyBudget) -> str:
-    """State how many test documents would show that the lightest estimate is within a budget."""
-    search, index = _find_search(searches, recommendation.estimated)
-    excesses = [budget.excess(search.outcomes, k) for k in range(index + 1)]
-    if recommendation.n_needed is None:
-        return SEARCH_TEXTS.render("never_shown", (excesses[-1].value or 0.0) > -TOLERANCE)
-    benchmark, n = search.record.benchmark, search.record.baseline.n
-    if max(recommendation.n_needed, n + 1) > benchmark.documents:
-        bounds = widen(excesses, [n] * len(excesses), recommendation.n_sets)
-        option = budget.nearest_option(max(b.high or 0.0 for b in bounds), search.outcomes)
-        return SEARCH_TEXTS.render("too_few", benchmark.documents, n, option)
-    return SEARCH_TEXTS.render("raise_sample", benchmark.sample_size(recommendation.n_needed))
-
-
-def _spared_accuracy(
-    searches: Searches, recommendation: Recommendation, budget: AccuracyBudget | None
-) -> float | None:
-    """Return what a set surely leaves of its budget of accuracy; None without set or budget."""
-    if budget is None or not recommendation.removed:
-        return None
-    search, index = _find_search(searches, recommendation.removed)
-    excess, n = budget.excess(search.outcomes, index), search.record.baseline.n
-    return -(widen([excess], [n], recommendation.n_sets)[0].high or 0.0)
-
-
-def _find_search(searches: Searches, removed: Sequence[int]) -> tuple[TestedSearch, int]:
-    """Return the first search with a step that removed these parts, and the step's index."""
-    indices = ((search, search.find_step(removed)) for search in searches)
-    return next((search, index) for search, index in indices if index is not None)
 
 
 def _compare_strategies(searches: Searches, best: Searches) -> Iterator[str]:
@@ -605,68 +611,65 @@ def _draw_frontier(records: Sequence[PruneRecord]) -> LineChart:
     return frontier_chart(title, x, metric_format(record).level, levels)
 
 
-def find_savable(
-    searches: Searches, recommendations: Recommendations, is_shown: bool = True
-) -> tuple[TestedSearch, PruneStep, CellRequest] | None:
+class SavableStep(NamedTuple):
+    """Step of a search after which the model can be saved.
+
+    Attributes:
+        goal: The goal of the search.
+        search: The search.
+        step: The step.
+        request: The request that tested the step.
+    """
+
+    goal: GoalResult
+    search: TestedSearch
+    step: PruneStep
+    request: CellRequest
+
+    def command(self, results: Path) -> str:
+        """Return the command that saves the pruned model and verifies it on the test documents."""
+        removal = self.search.record.parts.removal(self.step.removed)
+        words = ",".join(map(str, (*removal.removed(), *removal.parts)))
+        return save_command(["--remove", words, "--output", "lighter"], self.request, results)
+
+
+def find_savable(goals: Sequence[GoalResult], is_shown: bool = True) -> SavableStep | None:
     """Find the first recommended set that can be saved as a checkpoint.
 
     Only sets of whole layers, or of as many parts of each layer, can be saved.
 
     Args:
-        searches: The tested searches.
-        recommendations: The recommendation for each goal.
+        goals: The searches and the recommendation for each goal.
         is_shown: False for the first set whose estimate alone is within a budget of accuracy.
 
     Returns:
-        The search, the step that removed the set, and the request that tested it; None if no set
-        can be saved.
+        The step that removed the set; None if no set can be saved.
     """
-    for goal, recommendation in recommendations.items():
+    for goal in goals:
+        recommendation = goal.recommendation
         removed = recommendation.removed if is_shown else recommendation.estimated
-        for search in choosing_searches(_with_goal(searches, goal), removed):
-            index = search.find_step(removed) or 0
+        for search, index in goal.find_steps(removed):
             step, request = search.record.steps[index], search.run_requests[index]
             if search.request.is_uniform:
-                return search, step, search.request.test()
+                return SavableStep(goal, search, step, search.request.test())
             if search.request.unit == "layer" and request is not None:
-                return search, step, request
+                return SavableStep(goal, search, step, request)
     return None
 
 
-def _with_goal(searches: Searches, goal: SearchGoal) -> list[TestedSearch]:
-    """Return the searches with a goal."""
-    return [search for search in searches if search.request.goal == goal]
-
-
-def refuse_unreached(searches: Searches, recommendations: Recommendations) -> None:
+def refuse_unreached(goals: Sequence[GoalResult]) -> None:
     """Raise ExperimentError if no tested set is within any of the budgets of accuracy."""
-    if all(recommendation.nearest is not None for recommendation in recommendations.values()):
-        goal, recommendation = next(iter(recommendations.items()))
-        group = _with_goal(searches, goal)
-        reason = unshown_reason(group, recommendation)
-        raise ExperimentError(f"{group[0].record.model.name}: {reason}")
+    if all(goal.recommendation.nearest is not None for goal in goals):
+        raise ExperimentError(f"{goals[0].record.model.name}: {goals[0].unshown_reason}")
 
 
-def unsaved_reason(searches: Searches, recommendations: Recommendations, results: Path) -> str:
+def unsaved_reason(goals: Sequence[GoalResult], results: Path) -> str:
     """Explain why no recommended model is saved, and how to save one that is not shown."""
-    estimate = find_savable(searches, recommendations, is_shown=False)
+    estimate = find_savable(goals, is_shown=False)
     if estimate is None:
         return "there is no recommended model to save"
-    search, step, request = estimate
-    goal = search.request.goal
-    reason = unshown_reason(_with_goal(searches, goal), recommendations[goal])
-    command = export_command(search.record, step, request, results)
-    return f"{reason}. To save it nevertheless: {command}"
-
-
-def export_command(
-    record: PruneRecord, step: PruneStep, request: CellRequest, results: Path
-) -> str:
-    """Return the command that saves the pruned model and verifies it on the test documents."""
-    removal = record.parts.removal(step.removed)
-    words = ",".join(map(str, (*removal.removed(), *removal.parts)))
-    removed = ["--remove", words, "--output", "lighter"]
-    return save_command(removed, request, results)
+    reason = estimate.goal.unshown_reason
+    return f"{reason}. To save it nevertheless: {estimate.command(results)}"
 
 
 def save_command(change: Sequence[str], request: CellRequest, results: Path) -> str:

@@ -44,21 +44,18 @@ from tracker.search.formats import (
     EDGE_LAYERS,
     BitBudget,
     FormatChoice,
+    FormatProblem,
     FormatUnit,
     Refinement,
     bits_per_weight,
     choice_ablation,
     choice_changes,
-    edge_choice,
     layer_formats_request,
     list_units,
     map_formats_request,
-    minimize_loss,
     observe_errors,
     paired_gain,
     parse_budget,
-    refine_choice,
-    uniform_choice,
 )
 from tracker.stats.arrays import Array
 from tracker.stats.effects import interactions
@@ -150,39 +147,33 @@ class FormatChooser:
         context: Context of the study.
         subject: Measured results of rounding each unit alone to each format.
         cell: The loaded model and the calibration documents, for measuring further assignments.
-        units: Layers, linear maps or groups of linear maps, each of which gets its own format.
-        formats: Formats to choose from.
-        limit: Maximum average number of bits per weight.
-        losses: `[units, formats]`, lost gold log-probability when one unit is rounded to one
-            format, in nats.
+        problem: Units, formats, budget, and the lost gold log-probability when one unit is rounded
+            to one format, in nats.
     """
 
     context: StudyContext
     subject: Subject
     cell: OpenCell
-    units: Sequence[FormatUnit]
-    formats: Sequence[str]
-    limit: BitBudget
-    losses: Array
+    problem: FormatProblem
 
     def candidates(self, by_map: bool) -> list[Candidate]:
         """Assign formats within the budget, once for each criterion, such as errors of weights."""
-        units, formats, limit = self.units, self.formats, self.limit
-        choices = {MEASURED_CHOICE: minimize_loss(units, formats, self.losses, limit)}
-        if by_map:
-            for name, errors in self._errors().items():
-                choices[name] = minimize_loss(units, formats, errors, limit)
-        if choice := edge_choice(units, formats, limit):
+        problem = self.problem
+        choices = {MEASURED_CHOICE: problem.minimize_loss()}
+        for name, errors in self._errors().items() if by_map else ():
+            choices[name] = problem.minimize_loss(errors)
+        if choice := problem.edge_choice():
             choices[f"first and last {EDGE_LAYERS} layers in more bits"] = choice
-        choice = uniform_choice(units, formats, limit)
+        choice = problem.uniform_choice()
         is_mixed = len(set(choice.values())) > 1  # no single format is within the budget
         choices[f"{UNIFORM_CHOICE}, fewest bits" if is_mixed else UNIFORM_CHOICE] = choice
         return [self.candidate(name, choice) for name, choice in choices.items()]
 
     def candidate(self, by: str, choice: FormatChoice) -> Candidate:
         """Return an assignment of formats with the sum of the costs of rounding each unit alone."""
-        columns = [self.formats.index(choice[unit]) for unit in self.units]
-        expected = self.losses[np.arange(len(self.units)), columns].sum()
+        units, formats = self.problem.units, self.problem.formats
+        columns = [formats.index(choice[unit]) for unit in units]
+        expected = self.problem.losses[np.arange(len(units)), columns].sum()
         return Candidate(by, choice, float(expected))
 
     def best(self, choices: Sequence[FormatChoice]) -> int:
@@ -214,7 +205,8 @@ class FormatChooser:
 
     def _errors(self) -> dict[str, Array]:
         """Compute rounding errors `[units, formats]` of weights and of outputs, by label."""
-        by_unit = [zip(*map(unit.changes, self.formats), strict=True) for unit in self.units]
+        units, formats = self.problem.units, self.problem.formats
+        by_unit = [zip(*map(unit.changes, formats), strict=True) for unit in units]
         maps = [*chain.from_iterable(chain.from_iterable(by_unit))]
         kind = f"rounding-{content_hash([*map(str, maps)])[:8]}"
         begin = partial(observe_errors, maps=maps)
@@ -222,9 +214,9 @@ class FormatChooser:
         figures = observed.select(self.subject.outcomes().documents)
         outputs = figures["output_error"].sum(axis=0) / figures["output_size"].sum(axis=0)
         errors = {"error of weights": figures["weight_error"][0], "error of outputs": outputs}
-        starts = np.cumsum([0, *(len(unit.paths) for unit in self.units[:-1])])
+        starts = np.cumsum([0, *(len(unit.paths) for unit in units[:-1])])
         return {
-            name: np.add.reduceat(array.reshape(-1, len(self.formats)), starts)
+            name: np.add.reduceat(array.reshape(-1, len(formats)), starts)
             for name, array in errors.items()
         }
 
@@ -240,7 +232,7 @@ class FormatChooser:
             self.cell.measure(ablations, are_candidates=True)
             return self.cell.outcomes(ablations, "gold_logprob")
 
-        return refine_choice(start.choice, self.formats, self.losses, self.limit, rounds, measure)
+        return self.problem.refine(start.choice, rounds, measure)
 
     def compare_sums(self, candidate: Candidate, max_pairs: int) -> SumComparison:
         """Compare the cost of rounding all weights together with the sum of their single costs.
@@ -402,7 +394,8 @@ class Quantise(Study[QuantiseSettings]):
         sample = settings.test_sample or request.documents.sample
         cells = OpenCell(request, lender), OpenCell(request.on_part("test", sample=sample), lender)
         calibration, tests = cells
-        chooser = FormatChooser(context, subject, calibration, units, self.formats, limit, losses)
+        problem = FormatProblem(units, self.formats, limit, losses)
+        chooser = FormatChooser(context, subject, calibration, problem)
         candidates = chooser.candidates(settings.by == "map")
         swapped = chooser.improve(candidates, settings.refine)
         if improved := [end.choice for end in swapped.values() if end.gains]:
