@@ -127,7 +127,8 @@ class KnownScores:
 
     def search(self, count: int, **options: Any) -> Search:
         """Return a search for so many of the parts."""
-        return Search(self, Budget((1.0,) * self.parts.total, count), **options)  # type: ignore[arg-type]
+        budget = Budget((1.0,) * self.parts.total, count, parts=self.parts)
+        return Search(self, budget, **options)  # type: ignore[arg-type]
 
 
 def open_documents(request: CellRequest) -> tuple[Any, list[Document], int]:

@@ -84,7 +84,7 @@ def test_budgets_measure_the_model(ask, make_cache, model, monkeypatch) -> None:
 
 def test_another_budget_reuses_one_shot_scores(cell, monkeypatch) -> None:
     def steps(count: int, strategy: str) -> list[int | None]:
-        budget = Budget((1.0,) * LAYERS, count)
+        budget = Budget((1.0,) * LAYERS, count, parts=LAYER_PARTS)
         search = Search(Scores([cell], LAYER_PARTS), budget)
         return [step.layer for step in STRATEGIES[strategy](search)]
 

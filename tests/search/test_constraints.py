@@ -168,7 +168,13 @@ def test_budget_is_met_or_refused(strategy: str) -> None:
         fixed = frozenset(p for p in parts if rng.random() < 0.2)
         groups = [tuple(sorted(rng.sample(parts, rng.randint(1, total)))) for _ in range(2)]
         minimums = tuple((group, rng.randint(1, len(group))) for group in groups)
-        budget = Budget(sizes, float(rng.randint(1, int(sum(sizes)))), fixed, minimums)
+        budget = Budget(
+            sizes,
+            float(rng.randint(1, int(sum(sizes)))),
+            fixed,
+            minimums,
+            parts=SearchParts("layer", total),
+        )
         ends = naive_sets(sizes, budget.min_removed, budget)
         assert budget.can_reach(()) == bool(ends)
         for s in (set(rng.sample(parts, n)) for n in range(total)):

@@ -117,7 +117,7 @@ def model_cache(results: Path) -> ModelCache:
 def run_strategy(cache: ModelCache, request: SearchRequest) -> list[PruneStep]:
     budget = find_budget(request, cache)
     cell = OpenCell(request.calibration()[0], cache)
-    scores = Scores([cell], budget.parts_for(request.unit))
+    scores = Scores([cell], budget.parts)
     search = Search(scores, budget, request.cell.documents.seed, rescoring=request.used_rescoring)
     return list(STRATEGIES[request.strategy](search))
 

@@ -61,7 +61,7 @@ def race_cell(ask, make_cache, one_thread) -> OpenCell:
 
 def test_race_agrees_with_all_documents(race_cell: OpenCell) -> None:
     scores = Scores([race_cell], LAYER_PARTS)
-    search = Search(scores, Budget((1.0,) * LAYERS, 2), rescoring="race")
+    search = Search(scores, Budget((1.0,) * LAYERS, 2, parts=LAYER_PARTS), rescoring="race")
     steps = list(STRATEGIES["accuracy"](search))
     removed: PartSet = ()
     full_scores = Scores([race_cell], LAYER_PARTS)

@@ -17,7 +17,7 @@ from tracker.search.strategies import STRATEGIES, Search
 
 from .conftest import LAYER_PARTS, LAYERS, N_REMOVED
 
-BUDGET = Budget((1.0,) * LAYERS, N_REMOVED)
+BUDGET = Budget((1.0,) * LAYERS, N_REMOVED, parts=LAYER_PARTS)
 
 
 def run_strategy(cell: OpenCell, strategy: str, **options: object) -> list[PruneStep]:

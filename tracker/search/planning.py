@@ -83,7 +83,7 @@ def possible_results(request: SearchRequest, budget: Budget, n: int = TRIAL_DRAW
         draws = [(1, f"/{k}") for k in range(n)]
     sets: dict[PartSet, None] = {}
     for draw, variant in draws:
-        scores = RandomScores(budget.parts_for(request.unit), variant)
+        scores = RandomScores(budget.parts, variant)
         search = Search(scores, budget, request.cell.documents.seed, draw)
         try:
             steps = list(STRATEGIES[request.strategy](search))
@@ -122,7 +122,7 @@ def refuse_unsavable(
         if request.is_uniform:
             # Sets of the same size have the same number of parts in each layer.
             sets = {len(part_set): part_set for part_set in possible_results(request, budget, 1)}
-            source, parts = cache.source(request.cell.model), budget.parts_for(request.unit)
+            source, parts = cache.source(request.cell.model), budget.parts
             texts = (find_part_refusal(source, parts.removal(s)) for s in sets.values())
             refusals = list(itertools.takewhile(bool, texts))
             if len(refusals) == len(sets):
@@ -257,7 +257,7 @@ def plan_searches(
         scores_of_draws = list[_CountingScores]()
         for draw in request.draw_numbers:
             choosing = {cell: cells[cell] for cell in request.calibration()}
-            scores = _CountingScores(choosing, budget.parts_for(request.unit), measured)
+            scores = _CountingScores(choosing, budget.parts, measured)
             walk = scores
             if extra:
                 walk = _CountingScores({deciding: cells[deciding]}, scores.parts, measured)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -44,7 +44,6 @@ from tracker.search.settings import (
     TIMED,
     Budget,
     Constraints,
-    MixedBudget,
     UniformKind,
     build_budget,
     resolve_constraints,
@@ -95,7 +94,15 @@ def _time_layers(loaded: LoadedModel, is_decoding: bool) -> tuple[list[float], f
             )
         ids = ids[:, :1]
     layer_seconds, model_seconds = [], []
-    with _record_ticks(loaded.layers) as ticks:
+    ticks: list[float] = []
+
+    def tick(*hook_arguments: object) -> None:
+        ticks.append(_synchronized_time())
+
+    with ExitStack() as stack:
+        for layer in loaded.layers:
+            stack.enter_context(layer.register_forward_pre_hook(tick))
+            stack.enter_context(layer.register_forward_hook(tick))
         for _ in range(TIMING_PASSES + TIMING_PASSES // 2):
             ticks.clear()
             start = _synchronized_time()
@@ -105,21 +112,6 @@ def _time_layers(loaded: LoadedModel, is_decoding: bool) -> tuple[list[float], f
             layer_seconds.append(np.diff(ticks)[::2])
     layers = np.median(layer_seconds[-TIMING_PASSES:], axis=0) / ids.numel()
     return layers.tolist(), float(np.median(model_seconds[-TIMING_PASSES:])) / ids.numel()
-
-
-@contextmanager
-def _record_ticks(layers: nn.ModuleList) -> Iterator[list[float]]:
-    """Record when layers begin and end in a `with` block; yield the list of times."""
-    ticks: list[float] = []
-
-    def tick(*hook_arguments: object) -> None:
-        ticks.append(_synchronized_time())
-
-    with ExitStack() as stack:
-        for layer in layers:
-            stack.enter_context(layer.register_forward_pre_hook(tick))
-            stack.enter_context(layer.register_forward_hook(tick))
-        yield ticks
 
 
 def _synchronized_time() -> float:
@@ -244,9 +236,7 @@ def find_budget(request: SearchRequest, cache: ModelCache) -> Budget:
     source = cache.source(cell.model)
     # Constraints that are wrong are reported before anything is timed.
     constraints = find_constraints(request, cache)
-    parts: SearchParts | None = None
-    block: int | None = None
-    kinds = list[UniformKind]()
+    parts, block, kinds = None, None, list[UniformKind]()
     if request.is_mixed:
         model, _ = build_for_planning(source, cell.model.dtype)
         parts, kinds, sizes = _mix_units(request.unit, source, model)
@@ -359,15 +349,13 @@ def run_search(request: SearchRequest, budget: Budget, cache: ModelCache) -> Ite
     _refuse_mixtures(request, cells)
     cache.keep_timings()
     seed, rescoring = request.cell.documents.seed, request.used_rescoring
-    accuracy_budget, deciding_cell = (
-        request.accuracy_budget,
-        cache.cell(deciding_request([request])),
-    )
+    accuracy_budget = request.accuracy_budget
+    deciding_cell = cache.cell(deciding_request([request]))
     model = build_hollow(cache.source(request.cell.model), request.cell.model.dtype)
     sizes, total = _count_parameters(model, request.unit), model.num_parameters()
-    counted = budget if isinstance(budget, MixedBudget) else Budget(tuple(sizes), 0.0)
+    counted = budget if request.is_mixed else replace(budget, sizes=tuple(sizes))
     for draw in request.draw_numbers:
-        scores = Scores(cells, budget.parts_for(request.unit))
+        scores = Scores(cells, budget.parts)
         # A budget of accuracy ends the search on calibration documents of the benchmark itself.
         is_extra = accuracy_budget is not None and cells != [deciding_cell]
         walk = Scores([deciding_cell], scores.parts) if is_extra else scores

@@ -7,7 +7,6 @@ at_least: {value: {full_attention: 1 of 4}}
 
 from __future__ import annotations
 
-import ast
 import json
 import re
 from collections import Counter
@@ -30,7 +29,7 @@ from tracker.schema.formats import count_text
 from tracker.schema.kinds import NUMBERED_COMPONENTS
 from tracker.schema.model_parts import layers_of_kind
 from tracker.schema.prune_records import Rescoring
-from tracker.schema.safe_yaml import short_text
+from tracker.schema.safe_yaml import parse_yaml, short_text
 from tracker.schema.search_parts import MixedParts, SearchParts, SearchUnits, unit_plural
 
 CONSTRAINTS = ("protect", "among", "at_least", "uniform")
@@ -54,13 +53,11 @@ _RATIO = re.compile(r"(\d+)(?: of (\d+))?", re.ASCII)
 def _parse_layers(layers: object) -> tuple[int | str, ...]:
     """Parse a setting that names layers, from YAML, W&B or the command line."""
     text = layers.strip() if isinstance(layers, str) else ""
-    if text[:1] in ("[", "(", "{"):
-        for parse in (json.loads, ast.literal_eval):
-            with suppress(ValueError, SyntaxError, RecursionError):
-                layers = parse(text)
-                break
-        else:  # a list typed without quotes
-            layers = text.strip("[]()")
+    if text.startswith("{"):
+        with suppress(ExperimentError):
+            layers = parse_yaml(text, "layers")
+    elif text[:1] in ("[", "("):
+        layers = re.sub("['\"]", "", text.strip("[]()"))
     if isinstance(layers, dict):
         layers = _parse_mapping(layers)
     if isinstance(layers, str):
@@ -362,6 +359,7 @@ class Budget:
         min_removed: Minimum total size to remove; 0 if only a budget of accuracy ends the search.
         fixed: Parts that must stay.
         minimums: Groups of parts, each with the minimum number of parts that must stay.
+        parts: Numbering of the parts.
         model_size: Size of the whole model in the quantity of `sizes`.
     """
 
@@ -369,6 +367,7 @@ class Budget:
     min_removed: float
     fixed: frozenset[int] = frozenset()
     minimums: tuple[tuple[tuple[int, ...], int], ...] = ()
+    parts: SearchParts = field(kw_only=True)
     model_size: float = field(default=0.0, kw_only=True)
 
     @property
@@ -384,10 +383,6 @@ class Budget:
     def free_parts(self) -> list[int]:
         """The parts that can be removed."""
         return [part for part in range(len(self.sizes)) if part not in self.fixed]
-
-    def parts_for(self, unit: str) -> SearchParts:
-        """Return the numbering of the parts of a kind, such as `mlp`."""
-        return SearchParts(unit, len(self.sizes))
 
     def allows(self, removed: Collection[int]) -> bool:
         """Return whether all these parts can be removed together."""
@@ -442,22 +437,16 @@ class PartsBudget(Budget):
     """Budget for the removal of heads, experts or neurons; each part has the size 1.
 
     Attributes:
-        parts: Numbering of the parts.
         uniform_block: Number of consecutive parts in each block, such as those of a layer, if each
             block must lose the same number of parts; None for no such constraint.
     """
 
-    parts: SearchParts = field(kw_only=True)
     uniform_block: int | None = None
 
     @property
     def is_uniform(self) -> bool:
         """True if each block must lose the same number of parts."""
         return self.uniform_block is not None
-
-    def parts_for(self, unit: str) -> SearchParts:
-        """Return the numbering of the parts in this budget."""
-        return self.parts
 
     @cached_property
     def _max_removals(self) -> Mapping[int, int]:
@@ -542,18 +531,12 @@ class MixedBudget(Budget):
     The parts of a removed layer add nothing to the size of the layer.
 
     Attributes:
-        parts: Numbering of the parts.
         n_layers: Number of layers, all but one of which can be removed; 0 without the unit `layer`.
         kinds: The other units.
     """
 
-    parts: SearchParts = field(kw_only=True)
     n_layers: int = 0
     kinds: tuple[UniformKind, ...] = ()
-
-    def parts_for(self, unit: str) -> SearchParts:
-        """Return the numbering of the parts in this budget."""
-        return self.parts
 
     @cached_property
     def numbered_parts(self) -> list[int]:
@@ -639,23 +622,18 @@ def build_budget(
     parts = parts or SearchParts("layer", len(sizes))
     fixed = frozenset(range(parts.total)).difference(parts.numbers)
     fixed |= {*parts.parts_of_layers(constraints.fixed(parts.layers))}
+    shared: dict[str, Any] = {"fixed": fixed, "parts": parts, "model_size": model_size}
+    arguments = tuple(sizes), min_removed
     budget: Budget
     if isinstance(parts, MixedParts):
         n_layers = parts.layers if parts.kinds[0].unit == "layer" else 0
-        budget = MixedBudget(
-            tuple(sizes), min_removed, fixed, parts=parts, n_layers=n_layers, kinds=tuple(kinds)
-        )
+        budget = MixedBudget(*arguments, **shared, n_layers=n_layers, kinds=tuple(kinds))
     elif parts.unit in NUMBERED_COMPONENTS:
-        budget = PartsBudget(
-            tuple(sizes), min_removed, fixed, parts=parts, uniform_block=uniform_block
-        )
+        budget = PartsBudget(*arguments, **shared, uniform_block=uniform_block)
     else:
-        minimums = dict.fromkeys(
-            (group, minimum.count)
-            for minimum in constraints.minimums
-            for group in minimum.groups(parts.layers)
-        )
-        budget = Budget(tuple(sizes), min_removed, fixed, tuple(minimums), model_size=model_size)
+        pairs = ((m.count, m.groups(parts.layers)) for m in constraints.minimums)
+        minimums = dict.fromkeys((group, count) for count, groups in pairs for group in groups)
+        budget = Budget(*arguments, **shared, minimums=tuple(minimums))
     if amount is not None and not budget.can_reach(()):
         limit, bound = "at most", budget.largest_size
         if key == "keep":
