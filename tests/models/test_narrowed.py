@@ -10,13 +10,7 @@ import torch
 from tests.helpers.families import tiny_model
 from tests.helpers.mixtures import ONE_GROUP, tiny_mixture, without_experts
 from tests.helpers.saved import logits, save_and_load
-from tests.helpers.truth import (
-    NEURON_MAPS,
-    neurons_of,
-    pruned_copy,
-    without_heads,
-    without_neurons,
-)
+from tests.helpers.truth import NEURON_MAPS, neurons_of, pruned_copy, without_heads, without_neurons
 from tracker.models.checkpoint import check_part_removal, savable_copies
 from tracker.models.layers import find_layers
 from tracker.models.sources import find_model

@@ -296,12 +296,7 @@ def test_a_whole_walk_costs_what_was_planned(ask, make_cache, one_thread, strate
 def test_losses_have_no_budget(write, prune, tmp_path: Path) -> None:
     texts = tmp_path / "texts.txt"
     texts.write_text("\n\n".join(f"This is text number {n} of the corpus." for n in range(8)))
-    corpus = {
-        "benchmark": f"corpus:{texts}",
-        "data": None,
-        "strategy": "last",
-        "metric": "loss",
-    }
+    corpus = {"benchmark": f"corpus:{texts}", "data": None, "strategy": "last", "metric": "loss"}
     refused(prune(write(**corpus, max_drop="2pp")), "is not an accuracy; 'max_drop' and")
     assert not list((tmp_path / "results").rglob("shards/*"))
 

@@ -239,11 +239,7 @@ def _measure_cost(
 
 
 def _write_checkpoint(
-    request: ExportRequest,
-    source: ModelSource,
-    folder: Path,
-    base_folder: Path,
-    progress: Progress,
+    request: ExportRequest, source: ModelSource, folder: Path, base_folder: Path, progress: Progress
 ) -> tuple[ExportedModel, ExpectedAnswers]:
     """Write the checkpoint; return facts about it, and logits for checking the saved files.
 
@@ -260,6 +256,7 @@ def _write_checkpoint(
     change_model = rounded_weights if request.change.kind == "quantised" else changed_layers
     changed_model = change_model(source, loaded, request.change)
     base, model = loaded.model, changed_model.model
+    kept_layers = changed_model.facts["kept_layers"]
     _refuse_small_disk(folder, weight_bytes(model))
     progress.say("writing the checkpoint")
     checkpoint.save_copy(loaded, model, folder)
@@ -269,13 +266,9 @@ def _write_checkpoint(
         folder=request.output,
         base=loaded.identity,
         change=request.change,
-        kept_layers=changed_model.kept_layers,
         before=Size(len(loaded.layers), base.num_parameters(), weight_bytes(base)),
-        after=Size(len(changed_model.kept_layers), model.num_parameters(), changed_model.bytes),
-        recipes=changed_model.recipes,
-        resized=changed_model.resized,
-        formats=changed_model.formats,
-        problems=changed_model.problems,
+        after=Size(len(kept_layers), model.num_parameters(), changed_model.bytes),
+        **changed_model.facts,
     )
     if exported.formats:
         _write_formats(exported, folder)
@@ -333,23 +326,22 @@ def _accuracy(
 ) -> Accuracy:
     """Return the benchmark's metric before and after the change, and describe the documents."""
     benchmark, metric = cell.store.identity.benchmark, cell.metric
-    title, shots = benchmark.title, benchmark.num_fewshot
-    if record is None:
-        n = count_choosing(ledger, change, cell.store, cell.request.extent)
+    title, n = benchmark.title, cell.n
+    n_choosing = count_choosing(ledger, change, cell.store, cell.request.extent)
+    if record is not None:
+        documents = record.documents_text + (f" of {title}" if title != benchmark.name else "")
+    elif n_choosing or (change.ablation.parts and change.strategy is None):
+        documents = count_text(n, "document")
+    else:
         tested = {(row.benchmark, row.n): row.documents for row in change.tested}
-        documents = tested.get((title, cell.n), unused_documents(cell.n))
-        levels = (cell.baseline, cell.level)
-        if n or (change.ablation.parts and change.strategy is None):
-            documents = count_text(cell.n, "document")
-            documents += f", {n:,} of which chose the parts" if n else ""
-        return Accuracy(title, shots, metric, documents, cell.n, *levels, cell.unit)
-    documents, unit = record.documents_text, metric_format(record).level_unit
-    if title != benchmark.name:
-        documents += f" of {title}"
-    if n := count_choosing(ledger, change, cell.store, cell.request.extent):
+        documents = tested.get((title, n), unused_documents(n))
+    if n_choosing:
         verb = "may have chosen" if change.kind == "repeated" else "chose"
-        documents += f", {n:,} of which {verb} the layers"
-    return Accuracy(title, shots, metric, documents, record.n, record.baseline, cell.level, unit)
+        noun = "layers" if record is not None else "parts"
+        documents += f", {n_choosing:,} of which {verb} the {noun}"
+    unit = cell.unit if record is None else metric_format(record).level_unit
+    levels = cell.baseline, cell.level
+    return Accuracy(title, benchmark.num_fewshot, metric, documents, n, *levels, unit)
 
 
 def _refuse_small_disk(folder: Path, size: int) -> None:

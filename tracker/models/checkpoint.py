@@ -169,9 +169,7 @@ def _config_mismatch(model: PreTrainedModel, model_class: type | None) -> str | 
 
 
 def check_layer_changes(
-    source: ModelSource,
-    removed: Collection[int] | None = None,
-    repeated: Sequence[Change] = (),
+    source: ModelSource, removed: Collection[int] | None = None, repeated: Sequence[Change] = ()
 ) -> None:
     """Raise ModelError if plain transformers could not load the model with the changed layers.
 

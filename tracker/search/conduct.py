@@ -25,24 +25,15 @@ from tracker.schema.records import CellRecord, RecordKey
 from tracker.schema.search_parts import MixedParts
 from tracker.search.accuracy_budget import TOLERANCE, AccuracyBudget, count_needed, count_shown
 from tracker.search.cells import ModelCache, OpenCell
-from tracker.search.planning import find_part_refusal, refuse_unsavable
-from tracker.search.report import (
-    GoalResult,
-    Searches,
-    TestedSearch,
-    build_finding,
-    test_outcome,
-)
+from tracker.search.planning import find_part_refusal, prepare_searches
+from tracker.search.report import GoalResult, Searches, TestedSearch, build_finding, test_outcome
 from tracker.search.request import SearchGoal, SearchRequest
 from tracker.search.search import (
     RANDOM_REASON,
     Recommendation,
     SearchDraw,
-    find_budget,
     find_constraints,
     recommend_set,
-    refuse_mixed,
-    refuse_unknown,
     run_search,
 )
 from tracker.search.settings import Constraints
@@ -83,9 +74,7 @@ def end_within_budget(search: TestedSearch, n_searches: int, is_savable: IsSavab
 
 
 def recommend_within(
-    budget: AccuracyBudget,
-    searches: Searches,
-    is_savable: IsSavable = lambda search, step: True,
+    budget: AccuracyBudget, searches: Searches, is_savable: IsSavable = lambda search, step: True
 ) -> Recommendation:
     """Recommend the lightest set that test documents show to be within a budget of accuracy.
 
@@ -200,10 +189,8 @@ def run_searches(
     """
     ledger, progress = cache.ledger, cache.progress
     ledger.refuse_unwritable()
-    refuse_unknown(requests, cache)
-    refuse_mixed(requests, cache)
-    budgets = [find_budget(request, cache) for request in requests]
-    for note in filter(None, dict.fromkeys(refuse_unsavable(requests, budgets, cache))):
+    budgets, notes = prepare_searches(requests, cache)
+    for note in filter(None, dict.fromkeys(notes)):
         progress.say(note)
     draws: list[SearchDraw] = []
     failures: dict[SearchRequest, str] = {}

@@ -95,6 +95,19 @@ def possible_results(request: SearchRequest, budget: Budget, n: int = TRIAL_DRAW
     return list(sets)
 
 
+def prepare_searches(
+    requests: Sequence[SearchRequest], cache: ModelCache
+) -> tuple[list[Budget], list[str]]:
+    """Check searches, and return the budget of each search and the remarks of `refuse_unsavable`.
+
+    Raises RequestError for an invalid request.
+    """
+    refuse_unknown(requests, cache)
+    refuse_mixed(requests, cache)
+    budgets = [find_budget(request, cache) for request in requests]
+    return budgets, refuse_unsavable(requests, budgets, cache)
+
+
 def refuse_unsavable(
     searches: Sequence[SearchRequest], budgets: Sequence[Budget], cache: ModelCache
 ) -> list[str]:
@@ -224,8 +237,7 @@ def plan_searches(
         RequestError: A request is invalid.
     """
     cache = ModelCache(ledger, Options(trust_remote_code=trust_remote_code), Silent())
-    refuse_unknown(requests, cache)
-    refuse_mixed(requests, cache)
+    budgets, notes = prepare_searches(requests, cache)
 
     @functools.cache
     def read_documents(request: CellRequest) -> tuple[Workload, str]:
@@ -244,8 +256,6 @@ def plan_searches(
     sets_by_goal: dict[SearchGoal, dict[Ablation, None]] = {}
     test_sets: dict[CellRequest, dict[Ablation, None]] = {}
     searches, measurements = [], []
-    budgets = [find_budget(request, cache) for request in requests]
-    notes = refuse_unsavable(requests, budgets, cache)
     for request, budget, note in zip(requests, budgets, notes, strict=True):
         has_budget = request.accuracy_budget is not None
         deciding = deciding_request([request])

@@ -18,13 +18,7 @@ from tracker.schema.errors import ExperimentError
 from tracker.schema.estimates import Estimate, FigureUnit
 from tracker.schema.extent import DEFAULT_SEED
 from tracker.schema.findings import SEARCH_STUDY, FindingRecord, LineChart, line_chart
-from tracker.schema.formats import (
-    NO_SCORE,
-    count_text,
-    join_words,
-    metric_format,
-    ties_text,
-)
+from tracker.schema.formats import NO_SCORE, count_text, join_words, metric_format, ties_text
 from tracker.schema.grouping import group_by
 from tracker.schema.kinds import NUMBERED_COMPONENTS
 from tracker.schema.prune_records import HeldOutResult, PruneRecord, PruneStep
@@ -537,12 +531,6 @@ def _steps_table(records: Sequence[PruneRecord]) -> Table:
         reason = row.step.reasons.get("margin") or "nothing was compared"
         return replace(row.step.margin, reason=reason)
 
-    def drop(row: _StepRow) -> Estimate:
-        return test_outcome(row.step).lost
-
-    def level(row: _StepRow) -> Estimate:
-        return test_outcome(row.step).level
-
     def size(row: _StepRow) -> Estimate:
         count = row.step.parameters
         return Estimate(None if count is None else _bytes(record, count) / 1e6, reason=NO_SIZE)
@@ -553,21 +541,17 @@ def _steps_table(records: Sequence[PruneRecord]) -> Table:
     measure = metric_format(record)
     is_timed = any(step.seconds is not None for search in records for step in search.steps)
     change = "lost" if record.higher_is_better else "added"
-    drop_heading = f"test {measure.level} {change}"
+    levels, drops = f"test {measure.level}", f"test {measure.level} {change}"
+    part_name = "removed" if is_mixed else record.unit
     part_unit: FigureUnit = "text" if is_numbered else "count"
     columns: tuple[Column[_StepRow], ...] = (
         Column("strategy", "text", lambda row: row.search),
         Column("step", "count", lambda row: row.number),
-        Column(
-            "removed" if is_mixed else record.unit,
-            part_unit,
-            part,
-            "the step chose all removals at once",
-        ),
+        Column(part_name, part_unit, part, "the step chose all removals at once"),
         Column("score", "times", score),
         Column("runner-up worse by", "times", margin),
-        Column(f"test {measure.level}", measure.level_form, level, NO_SCORE),
-        Column(drop_heading, measure.form, drop, NO_SCORE),
+        Column(levels, measure.level_form, lambda row: test_outcome(row.step).level, NO_SCORE),
+        Column(drops, measure.form, lambda row: test_outcome(row.step).lost, NO_SCORE),
         Column("parameters", "count", lambda row: row.step.parameters, NO_SIZE),
         Column("MB", "times", size),
         *[Column("ms a token", "times", time, NO_TIME)] * is_timed,
