@@ -236,7 +236,8 @@ def find_budget(request: SearchRequest, cache: ModelCache) -> Budget:
     source = cache.source(cell.model)
     # Constraints that are wrong are reported before anything is timed.
     constraints = find_constraints(request, cache)
-    parts, block, kinds = None, None, list[UniformKind]()
+    parts: SearchParts | None = None
+    block, kinds = None, list[UniformKind]()
     if request.is_mixed:
         model, _ = build_for_planning(source, cell.model.dtype)
         parts, kinds, sizes = _mix_units(request.unit, source, model)
