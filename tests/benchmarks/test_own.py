@@ -244,7 +244,6 @@ class TestFilesBesideTheTask:
 
 SYSTEM = "You are a painter."
 CHAT = {"apply_chat_template": True}
-APART = {"fewshot_as_multiturn": False}
 THINK = {"enable_thinking": True, "think_end_token": "</think>"}
 
 

@@ -70,10 +70,10 @@ def document_numbers(
     return [document.index for document in benchmark.documents(encoder, extent)]
 
 
-def contexts(benchmark: Any, encoder: RequestEncoder, extent: Extent = ALL_DOCUMENTS) -> list[str]:
+def contexts(benchmark: Any, encoder: RequestEncoder) -> list[str]:
     return [
         encoder.tokenizer.decode([*document.requests[0].context])
-        for document in benchmark.documents(encoder, extent)
+        for document in benchmark.documents(encoder, ALL_DOCUMENTS)
     ]
 
 

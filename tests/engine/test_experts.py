@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from contextlib import ExitStack
 from functools import partial
 
 import pytest
@@ -23,6 +22,7 @@ from tests.helpers.mixtures import (
     MIXTURES,
     UNDIVIDED_MIXTURES,
     expert_ablation,
+    expert_outputs,
     tiny_mixture,
     without_experts,
 )
@@ -119,34 +119,12 @@ def test_experts_of_a_layer_share_its_attention_and_have_an_mlp_each():
 
 def plain_load(model, document):
     """Add up what each expert of each layer does with a text, token by token, expert by expert."""
-    tokens, loads = gold_tokens(document), {}
-
-    def note(layer, module, args, kwargs):
-        state, choice, weights = (*args, *kwargs.values())
+    loads = {}
+    for layer, outputs in expert_outputs(model, gold_tokens(document)).items():
         sums = loads[layer] = torch.zeros(2, 5, dtype=torch.float64)
-        for x, expert_numbers, gates in zip(state, choice.tolist(), weights.tolist(), strict=True):
-            for expert, gate in zip(expert_numbers, gates, strict=True):
-                sums[0, expert] += gate * output(module, expert, x).norm()
-                sums[1, expert] += 1
-
-    def output(module, expert, x):
-        up_weight, down_weight = module.gate_up_proj[expert], module.down_proj[expert]
-        if hasattr(module, "alpha"):  # GPT-OSS
-            gate_and_up = x @ up_weight + module.gate_up_proj_bias[expert]
-            gate, up = gate_and_up[::2].clamp(max=module.limit), gate_and_up[1::2]
-            hidden = (up.clamp(-module.limit, module.limit) + 1) * gate
-            hidden = hidden * torch.sigmoid(module.alpha * gate)
-            return hidden @ down_weight + module.down_proj_bias[expert]
-        gate, up = (up_weight @ x).chunk(2)
-        return down_weight @ (module.act_fn(gate) * up)
-
-    with ExitStack() as stack, torch.inference_mode():
-        for layer_number, layer in enumerate(find_layers(model)):
-            for module in layer.modules():
-                if any(p.ndim == 3 and len(p) == 5 for p in module.parameters(recurse=False)):
-                    hook = partial(note, layer_number)
-                    stack.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True))
-        model(torch.tensor([tokens]), use_cache=False)
+        for expert, gate, output in outputs:
+            sums[0, expert] += gate * output.norm()
+            sums[1, expert] += 1
     return loads
 
 

@@ -99,20 +99,6 @@ def test_double_precision_is_cut_and_half_precision_is_not(monkeypatch) -> None:
     assert torch.equal(predictions.greedy, greedy)
 
 
-@pytest.mark.usefixtures("small")
-def test_of_equally_likely_tokens_the_first_is_the_greedy_one() -> None:
-    """As `argmax` says, which lm-eval asks: also where they stand in different blocks."""
-    model = tiny_model("llama")
-    output = model.model(IDS, use_cache=False)
-    states = output.last_hidden_state
-    for token in (95, 40, 10):
-        model.lm_head.weight[token] = 9 * states[0, 0]
-    predictions = Head(model).predictions(
-        output, states[:1, :1], torch.tensor([0, 0, 0]), torch.tensor([95, 40, 10])
-    )
-    assert predictions.greedy.tolist() == [[False, False, True]]
-
-
 def normalise_logits(model: Any, forward: Any, *args: Any, **kwargs: Any) -> Any:
     """Divide by the spread of all logits: a block by itself has another."""
     output = forward(*args, **kwargs)

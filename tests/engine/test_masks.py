@@ -32,11 +32,6 @@ class Named(nn.Module):
         return hidden_states
 
 
-class Later(nn.Module):
-    def forward(self, hidden_states, position_ids=None, attention_mask=None):
-        return hidden_states
-
-
 class Without(nn.Module):
     def forward(self, hidden_states, **kwargs):
         return hidden_states

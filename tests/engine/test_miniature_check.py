@@ -44,15 +44,10 @@ WINDOW = (("max_position_embeddings",),)
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def verdict_on(
-    model: Any,
-    ablations: Sequence[Ablation] = ABLATIONS,
-    paths: Sequence[NumberPath] = (),
-    blank: bool = False,
-) -> SharingVerdict:
+def verdict_on(model: Any, ablations: Sequence[Ablation] = ABLATIONS) -> SharingVerdict:
     """Check an engine's model, or one, with no number in reach and no token without embedding."""
     engine = model if isinstance(model, Engine) else engine_of(model)
-    return miniature_check.check_miniature(engine, ablations, paths, blank)
+    return miniature_check.check_miniature(engine, ablations, (), blank=False)
 
 
 def key_of(
@@ -275,7 +270,6 @@ def test_parts_and_interventions_are_exact_on_a_miniature(family: str, names: st
 
 
 RIGHT = Comparison(100, 1e-6)
-WRONG = Comparison(9, 0.123456, 0, "document 0")
 
 
 class FakeComparison:
@@ -379,16 +373,16 @@ class TestCut:
     def refuse(self, monkeypatch) -> Callable[..., None]:
         """Refuse models without layer 2: cut, or with the layer in its position."""
 
-        def refuse(*stay: bool, error: Exception | None = None) -> None:
+        def refuse(*stay: bool) -> None:
             honest, honest_handing_on = Engine.ablate, quirks._skip_layers
 
             def ablate(self: Engine, ablation: Ablation, **how: bool) -> Engine:
                 if 2 in ablation.removed() and self.quirks.in_place in stay:
-                    raise error or RefusalError(f"no such model {self.quirks.in_place:d}")
+                    raise RefusalError(f"no such model {self.quirks.in_place:d}")
                 return honest(self, ablation, **how)
 
             def refusing(*_: Any) -> None:
-                raise error or RefusalError("no such model 1")
+                raise RefusalError("no such model 1")
 
             @contextmanager
             def handing_on(engine: Engine, ablation: Ablation) -> Iterator[None]:
@@ -418,17 +412,15 @@ class TestCut:
         with pytest.raises(CellError, match=message):
             self.checked("llama", (0,), removed)
 
-    def test_it_cannot_be_cut(self, refuse, watched) -> None:
-        refuse(False)
+    @pytest.mark.parametrize(
+        ("stay", "expected"), [(False, (True, FULL, None)), (True, (False, PLAIN, APART))]
+    )
+    def test_it_runs_in_one_way(self, refuse, watched, stay, expected) -> None:
+        """If it can only be cut, nothing proves that the checkpoint is the model that skips."""
+        refuse(stay)
         verdict = self.checked("llama", (0,), (2,))
-        assert (verdict.in_place, verdict.sharing, verdict.sharing_note) == (True, FULL, None)
-        assert watched.engines[0].quirks.in_place
-
-    def test_it_can_only_be_cut(self, refuse, watched) -> None:
-        """Then it is a checkpoint, of which nothing proves that it is the model that skips."""
-        refuse(True)
-        verdict = self.checked("llama", (0,), (2,))
-        assert (verdict.in_place, verdict.sharing, verdict.sharing_note) == (False, PLAIN, APART)
+        assert (verdict.in_place, verdict.sharing, verdict.sharing_note) == expected
+        assert watched.engines[0].quirks.in_place is not stay
 
     def test_what_no_checkpoint_is_stays_in_its_place(self, watched) -> None:
         """The class cannot be made of two layers, so that it is nothing by its own nature."""

@@ -22,7 +22,7 @@ from tests.helpers.engines import (
     rounded_rows,
     score_sharings,
 )
-from tests.helpers.mixtures import tiny_mixture
+from tests.helpers.mixtures import expert_outputs, tiny_mixture
 from tests.helpers.registry import Variant, make_registered, tiny_settings
 from tracker.engine.observers.rounding_error import rounding_errors, weight_errors
 from tracker.engine.scoring.model import DEPTH_ONLY, FULL, PLAIN
@@ -133,39 +133,21 @@ def test_experts_that_are_not_told_their_tokens_are_rounded_one_model_at_a_time(
     assert_changed_scores([scores], ablations, partial(round_by_hand, model, "llama4_text"))
 
 
-def expert_outputs(model, family, document, layer):
-    """Compute the output of each token's experts, [tokens × chosen, width], one by one."""
-    experts_module = find_layers(model)[layer].get_submodule(find_experts(model, layer))
-    expert_pairs = []
-
-    def note(module, args, kwargs):
-        state, choice, _ = (*args, *kwargs.values())
-        for x, expert_numbers in zip(state, choice.tolist(), strict=True):
-            for number in expert_numbers:
-                up_weight, down_weight = module.gate_up_proj[number], module.down_proj[number]
-                gate, up = (up_weight @ x).chunk(2)
-                expert_pairs.append((number, down_weight @ (module.act_fn(gate) * up)))
-
-    with torch.inference_mode(), experts_module.register_forward_pre_hook(note, with_kwargs=True):
-        model(torch.tensor([gold_tokens(document)]), use_cache=False)
-    return expert_pairs
-
-
 def test_errors_of_experts_are_those_of_what_they_make():
     model, document = tiny_mixture("olmoe"), make_documents(1)[0]
     paths = ("gate_up_proj", "down_proj", "2.down_proj")
     maps = [Change.parse(f"int4_row:1.mlp.experts.{path}") for path in paths]
     error_sums = rounding_errors(engine_of(model), document, maps)
     errors = weight_errors(engine_of(model), maps)
-    exact_outputs = expert_outputs(model, "olmoe", document, 1)
+    exact_outputs = expert_outputs(model, gold_tokens(document))[1]
     experts_module = find_layers(model)[1].mlp.experts
     for index, change in enumerate(maps):
         twin = round_by_hand(model, "olmoe", Ablation.from_changes(change))
-        rounded_outputs = expert_outputs(twin, "olmoe", document, 1)
-        is_counted = [index != 2 or number == 2 for number, _ in exact_outputs]
+        rounded_outputs = expert_outputs(twin, gold_tokens(document))[1]
+        is_counted = [index != 2 or number == 2 for number, *_ in exact_outputs]
         pairs = [
             (b, a)
-            for (_, b), (_, a), counted in zip(
+            for (*_, b), (*_, a), counted in zip(
                 exact_outputs, rounded_outputs, is_counted, strict=True
             )
             if counted

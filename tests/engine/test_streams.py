@@ -25,15 +25,6 @@ def count_passes(ablations, layers):
     return len(histories)
 
 
-@pytest.mark.parametrize("layers", [1, 2, 5, 30])
-def test_single_layers_cost_a_triangle(layers):
-    plan = plan_streams(single_layers(tuple(range(layers))), layers)
-    assert plan.layer_passes == layers * (layers + 1) // 2
-    assert plan.n_streams == layers + 1
-    assert sorted(plan.final_streams) == list(range(layers + 1))
-    assert plan.final_streams[0] == 0
-
-
 def test_any_sets_are_shared_as_far_as_they_agree():
     sets = [()] + [s for n in (1, 2, 3) for s in itertools.combinations(range(6), n)]
     ablations = [Ablation.from_changes(removed=s) for s in reversed(sets)]

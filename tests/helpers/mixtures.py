@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from contextlib import ExitStack
+from functools import partial
 
 import torch
 
@@ -63,6 +65,39 @@ def tiny_mixture(family, experts=5, **settings):
 def expert_ablation(layer, *numbers):
     """Take some experts of a layer out."""
     return Ablation.from_changes(*(Change.parse(f"expert:{layer}.{number}") for number in numbers))
+
+
+def expert_outputs(model, tokens):
+    """List, for each layer, what each expert of each token makes: [(expert, gate, output)]."""
+    outputs = {}
+
+    def note(layer, module, args, kwargs):
+        state, choice, weights = (*args, *kwargs.values())
+        for x, numbers, gates in zip(state, choice.tolist(), weights.tolist(), strict=True):
+            outputs.setdefault(layer, []).extend(
+                (number, gate, compute_output(module, number, x))
+                for number, gate in zip(numbers, gates, strict=True)
+            )
+
+    def compute_output(module, number, x):
+        up_weight, down_weight = module.gate_up_proj[number], module.down_proj[number]
+        if hasattr(module, "alpha"):  # GPT-OSS
+            gate_and_up = x @ up_weight + module.gate_up_proj_bias[number]
+            gate, up = gate_and_up[::2].clamp(max=module.limit), gate_and_up[1::2]
+            hidden = (up.clamp(-module.limit, module.limit) + 1) * gate
+            hidden = hidden * torch.sigmoid(module.alpha * gate)
+            return hidden @ down_weight + module.down_proj_bias[number]
+        gate, up = (up_weight @ x).chunk(2)
+        return down_weight @ (module.act_fn(gate) * up)
+
+    with ExitStack() as stack, torch.inference_mode():
+        for layer_number, layer in enumerate(find_layers(model)):
+            for module in layer.modules():
+                if any(p.ndim == 3 and len(p) == 5 for p in module.parameters(recurse=False)):
+                    hook = partial(note, layer_number)
+                    stack.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True))
+        model(torch.tensor([tokens]), use_cache=False)
+    return outputs
 
 
 def without_experts(model, family, ablation):

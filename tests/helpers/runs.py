@@ -138,11 +138,13 @@ def list_shards(results: Path) -> list[Path]:
     return sorted(results.glob("cells/*/shards/*.parquet"))
 
 
-def wait_for(condition: Callable[[], object], seconds: float = 300) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
+def wait_for(condition: Callable[[], Any]) -> Any:
+    """Wait until a condition holds, and return what it gives."""
+    deadline = time.monotonic() + 300
+    while not (value := condition()):
         assert time.monotonic() < deadline, "it did not happen"
         time.sleep(0.01)
+    return value
 
 
 def descendants(command_part: str) -> Iterator[psutil.Process]:

@@ -21,15 +21,15 @@ DATE = "2026-11-30T10-00-00.000000"
 class MadeUpModel(LM):  # type: ignore[misc]
     """A model that answers at random, and on some documents otherwise than the first one."""
 
-    def __init__(self, seed: int, noise: float) -> None:
+    def __init__(self, seed: int) -> None:
         super().__init__()
-        self._seed, self._noise = seed, noise
+        self._seed = seed
 
     def loglikelihood(self, requests: Any) -> list[tuple[float, bool]]:
         return [(self._score(request.args), False) for request in requests]
 
     def _score(self, texts: tuple[str, str]) -> float:
-        noise = random.Random(f"{self._seed}{texts}").gauss(0, self._noise)
+        noise = random.Random(f"{self._seed}{texts}").gauss(0, 1)
         return random.Random(str(texts)).gauss(-9, 2) + noise
 
     def generate_until(self, requests: Any) -> list[str]:
@@ -40,7 +40,7 @@ class MadeUpModel(LM):  # type: ignore[misc]
 
 
 def run_lm_eval(
-    folder: Path, tasks: Any, names: list[str], seed: int, noise: float = 1.0, **settings: Any
+    folder: Path, tasks: Any, names: list[str], seed: int, **settings: Any
 ) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
     """Evaluate a made-up model with lm-eval, which writes its files; return results and samples."""
     writer = EvaluationTracker(output_path=str(folder))
@@ -48,7 +48,7 @@ def run_lm_eval(
         patch.setattr(lm_eval.evaluator, "add_env_info", lambda results: None)
         patch.setattr(lm_eval.evaluator, "get_git_commit_hash", lambda: None)
         evaluation = lm_eval.simple_evaluate(
-            MadeUpModel(seed, noise),
+            MadeUpModel(seed),
             tasks=names,
             task_manager=tasks,
             bootstrap_iters=0,

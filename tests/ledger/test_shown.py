@@ -35,7 +35,6 @@ COSTS = (0.7, 0.35, 0.15, 0.15, 0.15, 0.0, 0.3)
 """How much each layer costs."""
 ABOUT: dict[str, Any] = {"metrics": ("acc", "acc_norm"), "proxies": (5, [[1.0] * len(COSTS)] * 3)}
 SIX = (0, 1, 2, 3, 4, 5)
-TWO = (0, 3)
 Asked = tuple[dict[str, Any], Sequence[int]]
 
 

@@ -30,6 +30,7 @@ from .visit import start_chromium
 LAYERS = 30
 AT_CHANCE = "the baseline is at or below chance"
 CONSTANT = "the accuracy drop is the same for every layer"
+HOSTILE = "<script>alert(1)</script>"
 
 
 def _layer(layer: int, dice: random.Random, n: int, baseline: float, chance: float) -> RunRecord:

@@ -14,12 +14,19 @@ import pytest
 from playwright.sync_api import Locator, Page
 
 from tests.helpers.findings import FINDING
-from tests.helpers.pages import HOSTILE
 from tracker.analysis.boards import LayerBoard, layer_board
 from tracker.report import frames
 from tracker.report.page.html import render_report
 
-from .conftest import EXPERIMENT, LAYERS, build_cell, replace_layer, study_cells, two_model_cells
+from .conftest import (
+    EXPERIMENT,
+    HOSTILE,
+    LAYERS,
+    build_cell,
+    replace_layer,
+    study_cells,
+    two_model_cells,
+)
 from .visit import PageVisit
 
 BOARD = "#model-1-board"

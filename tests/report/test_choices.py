@@ -18,33 +18,11 @@ from tracker.schema.estimates import Estimate
 from tracker.schema.formats import metric_format
 
 from .cells import CHOICE_DROPS, cell_of_choices
-from .conftest import LAYERS, build_cell
+from .conftest import LAYERS
 
 ALPHA = 0.05
 SHARE = 0.45
 """Of the error rate, for each of the two measures; the rest is for all options together."""
-
-
-def test_each_layer_is_named_by_the_measure_that_shows_it():
-    claims = decide_claims([cell_of_choices()])
-    assert claims.costly == [1]
-    assert [*claims.less_probable] == [0]
-    assert [*claims.more_probable] == [2]
-    assert claims.small_by_choice == [3]
-    assert claims.open == [*range(4, LAYERS)]
-    words = {
-        0: "less probable",
-        1: "matters",
-        2: "more probable",
-        3: "choice below 5 pp",
-        4: "open",
-    }
-    assert {layer: claims.word(layer) for layer in words} == words
-    text = layers_answer(claims)
-    assert "Without layer 0 (15.0 pp, 14.1 to 15.9) the right answer becomes less probable" in text
-    assert "Without layer 2 (9.0 pp, 8.1 to 9.9) the right answer becomes more probable" in text
-    assert "whether accuracy falls is open" in text
-    assert "whether accuracy rises is open" in text
 
 
 def test_all_intervals_hold_together():
@@ -106,12 +84,6 @@ def test_the_next_step_is_the_cheaper_measure(capsys):
     sample = re.search(r"--sample (\d+)", capsys.readouterr().out)
     assert sample is not None
     assert int(sample[1]) == choice.documents
-
-
-def test_without_options_nothing_is_said_of_them():
-    claims = decide_claims([build_cell()])
-    assert not claims.choices
-    assert not any("probable" in claims.word(layer) for layer in range(LAYERS))
 
 
 def test_measures_that_disagree_are_not_called_open():

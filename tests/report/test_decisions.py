@@ -13,16 +13,14 @@ import numpy as np
 import pytest
 from playwright.sync_api import Locator
 
-from tests.helpers.pages import HOSTILE
 from tracker.analysis.decisions import Decisions, decisions_record
-from tracker.report.charts.cells import agreement_map, loss_correlations
 from tracker.report.frames import document_frame
 from tracker.report.page import sections as shown
 from tracker.report.page.html import render_page, render_report
 from tracker.report.page.sections import DOCUMENT_BUDGET, decision_table, pack_documents
 from tracker.schema.records import DecisionsRecord
 
-from .conftest import build_cell, build_decisions
+from .conftest import HOSTILE, build_cell, build_decisions
 from .visit import PageVisit
 
 CELL = build_cell()
@@ -41,27 +39,6 @@ def fixture_record(decisions) -> DecisionsRecord:
 
 def unpack_json(text: str) -> dict[str, list]:
     return json.loads(gzip.decompress(b64decode(text)))
-
-
-class TestCharts:
-    def test_layers_that_lose_the_same_documents_stand_together(self, decisions, record):
-        layers, grid = loss_correlations(record)
-        assert abs(layers.index(0) - layers.index(1)) == 1
-        # Against numpy's correlation of the columns themselves.
-        is_right = decisions.baseline.score > 0
-        lost_documents = {
-            run.layer: decisions.lost_documents(outcomes)[is_right]
-            for run, outcomes in decisions.runs
-        }
-        for i, outcomes in enumerate(layers):
-            for j, other_layer in enumerate(layers):
-                assert grid[i, j] == pytest.approx(
-                    np.corrcoef(lost_documents[outcomes], lost_documents[other_layer])[0, 1]
-                )
-        figure = agreement_map(CELL, record).to_figure()
-        (heat_trace,) = figure.data  # no pair is marked
-        assert list(heat_trace.x) == list(heat_trace.y) == [str(layer) for layer in layers]
-        assert np.array(heat_trace.z) == pytest.approx(grid, abs=0.0051)
 
 
 def test_documents_that_are_lost_by_not_ending_are_told_apart(decisions):

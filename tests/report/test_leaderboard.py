@@ -237,19 +237,6 @@ def test_models_are_ranked_on_what_all_of_them_share():
     )
 
 
-def test_drops_of_right_and_wrong_are_widened_by_one_quantile():
-    """Was Student's in the answer, and the normal one in the verdicts beside it."""
-    widening = NormalDist().inv_cdf(1 - 0.025 / LAYERS) / NormalDist().inv_cdf(0.975)
-    for names in (["arc_easy"], ["arc_easy", "piqa"]):
-        cells = [build_cell(name, n=12) for name in names]
-        runs = [cell.runs_of_kind()[3] for cell in cells]
-        half_widths = [(run.drop.high - run.drop.low) / 2 for run in runs]
-        drop = decide_claims(cells).drops[3]
-        assert drop.high - drop.value == pytest.approx(
-            widening * math.hypot(*half_widths) / len(cells)
-        )
-
-
 def test_models_are_told_apart_where_their_intervals_are():
     """Was a place each, 1 and 2, however little their documents say of it."""
     for documents, is_distinct in ((160, False), (200_000, True)):

@@ -10,13 +10,12 @@ import torch
 
 from tests.benchmarks.conftest import PACKAGE
 from tests.conftest import cli, printed, save_tokenizer
-from tests.helpers.charts import kind_map
-from tests.helpers.mixtures import save_mixture
 from tests.helpers.package_tasks import plain_package_tasks
 from tests.helpers.registry import make_registered
 from tests.helpers.runs import EASY_SETTINGS, assert_lm_eval_figures, measure_easy
 from tracker.models.load import load_model
 from tracker.models.sources import find_model
+from tracker.report.charts import maps
 from tracker.report.frames import layer_frame
 from tracker.report.tables import layer_table
 
@@ -75,39 +74,6 @@ def test_maps_are_validated_and_planned_as_they_are_measured(tiny_llama, tmp_pat
     assert (result.exit_code, "has no linear map mlp.gate" in result.output) == (2, True)
 
 
-def test_experts_matrices_are_lm_evals(tmp_path, one_thread):
-    """All of a layer's, one expert's, and with all else that the layer has."""
-    save_mixture(folder := tmp_path / "mixture", "mixtral")
-    maps = [f"mlp.experts.{name}" for name in ("down_proj", "gate_up_proj", "2.down_proj")]
-    q4_0 = {"layer": 1, "intervention": ["q4_0"]}
-    runs = measure_easy(folder, tmp_path, **q4_0, component="linear", map=maps)[2]
-    assert {*runs} == {f"q4_0:1.{path}" for path in maps}
-    _, cell, _, frame = measure_easy(folder, tmp_path, **q4_0)
-    runs |= {record.ablation: record for record in cell.runs if record.change.map is None}
-    loaded, tasks = load_model(find_model(str(folder)), "float32"), plain_package_tasks(tmp_path)
-    kind = gguf.GGMLQuantizationType.Q4_0
-    for ablation, result in runs.items():
-        rounded = copy.deepcopy(loaded.model)
-        layer, map_name = rounded.model.layers[1], ablation.removeprefix("q4_0:1").removeprefix(".")
-        rows = [
-            (f"self_attn.{n}_proj", layer.self_attn.get_submodule(f"{n}_proj").weight)
-            for n in "qkvo"
-        ]
-        for name in ("gate_up_proj", "down_proj"):
-            tensor = getattr(layer.mlp.experts, name)
-            for number in range(len(tensor)):
-                path = (
-                    f"mlp.experts.{number}.{name}"
-                    if number == 2 and map_name == maps[2]
-                    else f"mlp.experts.{name}"
-                )
-                rows.append((path, tensor[number]))
-        for path, weight in rows:
-            if map_name in ("", path):
-                weight.data.copy_(round_weight(weight, kind))
-        assert_lm_eval_figures(result, frame, rounded, loaded.tokenizer, tasks)
-
-
 def test_maps_are_lm_evals(tiny_llama, tmp_path, one_thread):
     folder = tiny_llama(layers=2, hidden_size=64, intermediate_size=96)
     kinds, formats = gguf.GGMLQuantizationType, ["q4_0", "q8_0", "q4_k"]
@@ -160,7 +126,7 @@ def test_embedding_and_head_are_lm_evals(tied, tiny_llama, tmp_path, one_thread)
     frame = layer_frame([cell])
     assert {*frame[frame["layer"].isna()]["map"]} == {*names}
     # Their one run stands in the first column of the map, or in the last one, and is no layer's.
-    figure = kind_map(cell, "linear-q4_0")
+    figure = maps.kind_map(cell, maps.find_map_kinds(cell)["linear-q4_0"]).to_figure()
     boxes = {
         (row, column): box.partition("<br>")[0].partition(" · ")[0]
         for row, boxes in zip(figure.data[0].y, figure.data[0].hovertext, strict=True)

@@ -32,7 +32,6 @@ from tracker.schema.errors import ModelError
 from tracker.schema.remote import RemoteError
 
 WORKER = "serve(False)"
-LAYERS = list(range(8))
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

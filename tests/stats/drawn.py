@@ -72,9 +72,9 @@ def error_rate(values: Array, level: float, half_width: float | None = None) -> 
     return float(missed_means(sequence, values).mean())
 
 
-def race_smallest(values: Array, tolerance: float, population: int | None = None) -> SmallestMean:
+def race_smallest(values: Array, tolerance: float) -> SmallestMean:
     """Look until it is decided, at nobody who is out."""
-    race = SmallestMean(population or len(values), values.shape[1], tolerance=tolerance)
+    race = SmallestMean(len(values), values.shape[1], tolerance=tolerance)
     while race.open.any() and race.looked < len(values):
         block = values[race.looked :][:BLOCK]
         race.update(np.where(race.open, block, np.nan))

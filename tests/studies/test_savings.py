@@ -35,9 +35,9 @@ DROP = "drop within 30 pp at 60 %"
 SHARES = [0.4, 0.25, 0.22, 0.1, 0.02, 0.0]
 
 
-def make_cell(values: np.ndarray, ablations: list[Ablation] | None = None) -> MeasuredDocuments:
-    """Build a cell of given drops, by default of whole layers."""
-    passes = passes_counter(ablations or single_layers(range(LAYERS))[1:], LAYERS)
+def make_cell(values: np.ndarray) -> MeasuredDocuments:
+    """Build a cell of given drops of whole layers."""
+    passes = passes_counter(single_layers(range(LAYERS))[1:], LAYERS)
     runs = tuple(Change(layers=(n,)) for n in range(values.shape[1]))
     all_passes = passes(np.ones(len(runs), dtype=bool))
     tasks, counts = ("t",) * len(values), {"t": len(values)}

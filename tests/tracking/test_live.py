@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
@@ -14,6 +13,7 @@ from typing import Any, NamedTuple
 import pytest
 from mlflow import MlflowClient
 
+from tests.helpers.runs import wait_for
 from tests.helpers.wandb_double import WandbDouble
 from tracker import api
 from tracker.analysis.stopping import interim_estimates
@@ -57,14 +57,6 @@ def measured(study, results, monkeypatch) -> MeasuredCell:
     monkeypatch.setattr(live, "UPDATE_INTERVAL", 0.05)
     monkeypatch.setattr(live, "_CLOSE_TIMEOUT", 0.2)
     return MeasuredCell(study, results)
-
-
-def wait_for(condition: Callable[[], Any]) -> Any:
-    deadline = time.monotonic() + 240
-    while not (value := condition()):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    return value
 
 
 class ShownRun(NamedTuple):

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from tests.report.conftest import build_cell
-from tracker.analysis.claims import decide_claims, run_verdicts
-from tracker.report.wording import layers_answer
+from tracker.analysis.claims import run_verdicts
 from tracker.schema.estimates import Estimate
-from tracker.team.reports import board_text
 from tracker.tracking.figures import curve_name, is_curve
 from tracker.tracking.mlflow.runs import mlflow_run
 from tracker.tracking.runs import (
@@ -90,9 +88,3 @@ def test_notes_agree_with_the_page():
     assert run_verdicts(cell, cell.runs)[small_run.change] == "open"
     note = layer_note(cell, small_run)
     assert note.endswith(f"when corrected for 30 runs of this benchmark; {AVERAGE_NOTE}.")
-
-
-def test_a_leaderboards_note_has_the_answer():
-    """Was: empty."""
-    cells = [build_cell(), build_cell("piqa")]
-    assert layers_answer(decide_claims(cells)) in board_text(cells)

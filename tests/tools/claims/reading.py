@@ -9,10 +9,11 @@ from contextlib import redirect_stdout
 from html.parser import HTMLParser
 from itertools import chain, permutations
 from pathlib import Path
+from types import SimpleNamespace
+from xml.etree import ElementTree
 
 from click.testing import CliRunner
 
-from tests.helpers.pages import read_page as read_tables
 from tracker import api
 from tracker.cli import main
 from tracker.cli.printing import print_cell, print_results
@@ -257,3 +258,19 @@ def false_statements(
         return bool(named_layers & true_layers if is_small else named_layers - true_layers)
 
     return [sentence for sentence in statements if is_false(sentence)]
+
+
+def read_tables(page: str) -> SimpleNamespace:
+    """Find every table by its id: its `headers`, and in `tables` its body as [text, reason]."""
+    contents = SimpleNamespace(headers={}, tables={})
+    for text in re.findall(r"<table.*?</table>", page, re.DOTALL):
+        table = ElementTree.fromstring(text)
+        name, (heads, *rows) = table.attrib["id"], table.iter("tr")
+        contents.headers[name] = ["".join(head.itertext()).strip() for head in heads]
+        contents.tables[name] = [[_read_entry(entry) for entry in row] for row in rows]
+    return contents
+
+
+def _read_entry(entry: ElementTree.Element) -> list[str]:
+    abbr = entry.find(".//abbr")
+    return ["".join(entry.itertext()).strip(), "" if abbr is None else abbr.attrib["title"]]
