@@ -10,6 +10,7 @@ import torch
 
 from tests.benchmarks.conftest import PACKAGE
 from tests.conftest import cli, printed, save_tokenizer
+from tests.helpers.mixtures import save_mixture
 from tests.helpers.package_tasks import plain_package_tasks
 from tests.helpers.registry import make_registered
 from tests.helpers.runs import EASY_SETTINGS, assert_lm_eval_figures, measure_easy
@@ -72,6 +73,39 @@ def test_maps_are_validated_and_planned_as_they_are_measured(tiny_llama, tmp_pat
         assert (result.exit_code, message in result.output) == (2, True), result.output
     result = cli("validate", *options, "--intervention=int4", "--map=mlp.gate")
     assert (result.exit_code, "has no linear map mlp.gate" in result.output) == (2, True)
+
+
+def test_experts_matrices_are_lm_evals(tmp_path, one_thread):
+    """All of a layer's, one expert's, and with all else that the layer has."""
+    save_mixture(folder := tmp_path / "mixture", "mixtral")
+    maps = [f"mlp.experts.{name}" for name in ("down_proj", "gate_up_proj", "2.down_proj")]
+    q4_0 = {"layer": 1, "intervention": ["q4_0"]}
+    runs = measure_easy(folder, tmp_path, **q4_0, component="linear", map=maps)[2]
+    assert {*runs} == {f"q4_0:1.{path}" for path in maps}
+    _, cell, _, frame = measure_easy(folder, tmp_path, **q4_0)
+    runs |= {record.ablation: record for record in cell.runs if record.change.map is None}
+    loaded, tasks = load_model(find_model(str(folder)), "float32"), plain_package_tasks(tmp_path)
+    kind = gguf.GGMLQuantizationType.Q4_0
+    for ablation, result in runs.items():
+        rounded = copy.deepcopy(loaded.model)
+        layer, map_name = rounded.model.layers[1], ablation.removeprefix("q4_0:1").removeprefix(".")
+        rows = [
+            (f"self_attn.{n}_proj", layer.self_attn.get_submodule(f"{n}_proj").weight)
+            for n in "qkvo"
+        ]
+        for name in ("gate_up_proj", "down_proj"):
+            tensor = getattr(layer.mlp.experts, name)
+            for number in range(len(tensor)):
+                path = (
+                    f"mlp.experts.{number}.{name}"
+                    if number == 2 and map_name == maps[2]
+                    else f"mlp.experts.{name}"
+                )
+                rows.append((path, tensor[number]))
+        for path, weight in rows:
+            if map_name in ("", path):
+                weight.data.copy_(round_weight(weight, kind))
+        assert_lm_eval_figures(result, frame, rounded, loaded.tokenizer, tasks)
 
 
 def test_maps_are_lm_evals(tiny_llama, tmp_path, one_thread):
