@@ -97,7 +97,7 @@ def test_results_are_read_again_from_their_folder(settings, tmp_path):
     assert loaded.save(tmp_path / "page.html") == (tmp_path / "page.html",)
     names = {path.stem for path in loaded.save(tmp_path / "tables")}
     assert {"layers", "documents", "layer_leaderboard"} <= names
-    with pytest.raises(RequestError, match="is a folder; name a file"):
+    with pytest.raises(RequestError, match="is a folder; give the name of a file"):
         loaded.save(tmp_path / "tables", "html")
 
 

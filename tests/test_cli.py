@@ -274,7 +274,7 @@ def test_reports_and_leaderboards(tiny_llama, experiment, tmp_path, monkeypatch)
     store.views.write(view.model_copy(update={"project": "theirs"}))
     refused(
         cli("report", results, other, "--publish", "mlflow"),
-        *("'mlflow' names no project", "results are of theirs, tracker", "mlflow:PROJECT"),
+        *("'mlflow' does not name a project", "results are of theirs, tracker", "mlflow:PROJECT"),
     )
 
 

@@ -46,7 +46,9 @@ def test_layers_are_found_by_their_kind(config, words, layers):
 
 def test_unknown_kinds_are_refused_with_the_known_ones():
     assert layer_kinds(LlamaConfig()) == {}
-    with pytest.raises(ModelError, match=r"'mamba': its configuration names none; odd and even"):
+    with pytest.raises(
+        ModelError, match=r"'mamba': its configuration does not name any; odd and even"
+    ):
         layers_of_kind(LlamaConfig(), ["mamba"])
     message = (
         r"its kinds are linear_attention \(6\), full_attention \(2\); .* Did you mean 'full_att"

@@ -287,7 +287,7 @@ class Results:
         path = Path(output)
         form = form or path.suffix[1:] or "csv"
         if path.exists() and path.is_dir() != (form in FOLDER_FORMS):
-            advice = f"a folder; name a file, e.g. {path}/report"
+            advice = f"a folder; give the name of a file, e.g. {path}/report"
             advice = advice if path.is_dir() else "a file; name a folder"
             raise RequestError(f"--output: {path} is {advice}")
         return tuple(reports.write_collected(self._collected(), form, path, publish_documents))

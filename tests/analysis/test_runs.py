@@ -137,7 +137,7 @@ def test_proxies_of_experts_are_those_of_the_documents_tokens(cell):
     assert [c.n for c in correlations.values()] == [4, 4, 6, 6]
     inner = {(c.n, c.estimate.reason) for c in record.correlations if c.subset == "inner"}
     assert inner == {(0, "0 experts, and a correlation needs at least 3")}
-    assert "Spearman of expert saliency and accuracy drop: 0.80 (" in sentence(record)
+    assert "Spearman correlation of expert saliency and accuracy drop: 0.80 (" in sentence(record)
     assert "4 experts, 20 documents" in sentence(record)
 
 
@@ -185,7 +185,9 @@ def test_taylor_terms_of_parts_are_means_over_tokens(cell):
     ]
     # Ranks of the terms 2 3 1, of the drops 3 1 2.
     assert spearman[1].estimate.value == pytest.approx(-0.5)
-    assert "Spearman of first-order Taylor and accuracy drop: −0.50 (" in sentence(record)
+    assert "Spearman correlation of first-order Taylor and accuracy drop: −0.50 (" in sentence(
+        record
+    )
     assert "3 heads, 20 documents" in sentence(record)
 
 

@@ -190,7 +190,7 @@ def test_what_no_outcomes_can_answer_is_refused(cell_of):
     store = cell_of({"arc_easy": 40})
     with pytest.raises(ExperimentError, match="'until': top 4 of 4 runs chooses nothing"):
         race_of(store, "top 4")
-    with pytest.raises(ExperimentError, match="such as acc; word of arc_easy is no such metric"):
+    with pytest.raises(ExperimentError, match="such as acc; word of arc_easy is not such a metric"):
         race_of(cell_of(metrics={"acc": "mean", "word": "ratio"}), "top 1", "word")
     doubled = {document: values * 2 for document, values in draw_outcomes({"arc_easy": 40}).items()}
     with pytest.raises(WorkError, match="acc is 2 for a document of arc_easy"):

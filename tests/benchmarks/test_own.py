@@ -144,7 +144,7 @@ class TestRefusals:
             ("paint", "nowhere", "include_path: nowhere is no folder"),
             ("paint", "{}/paint.yaml", "is a file; name its folder"),
             ("{}/pain.yaml", None, "there is no task file"),
-            ("{}/empty.yaml", None, "names no task"),
+            ("{}/empty.yaml", None, "does not define a task"),
             ("{}/wrong.yaml", None, r"wrong\.yaml, line 3: not valid YAML"),
         ],
     )

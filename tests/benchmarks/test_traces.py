@@ -188,7 +188,7 @@ def test_reports_call_no_metric_an_accuracy(traces) -> None:
 
 @pytest.mark.parametrize("name", ["traces:", "traces:traces:letters", "traces:corpus:notes.txt"])
 def test_names_of_no_task_are_refused(name) -> None:
-    with pytest.raises(BenchmarkError, match="names no generation task; write traces:TASK"):
+    with pytest.raises(BenchmarkError, match="does not name a generation task; write traces:TASK"):
         check_benchmark(ask(name).benchmark)
 
 

@@ -185,7 +185,10 @@ def make_llama(kind: type) -> Any:
     return kind(tiny_model("llama").config).eval()
 
 
-APART = "a checkpoint without a layer differs from skipping the layer, so nothing is shared"
+APART = (
+    "a checkpoint without the layer computes something else than a model that skips the layer, so "
+    "nothing is shared"
+)
 
 
 class TestCheck:
@@ -430,7 +433,7 @@ class TestCut:
         assert (pair.in_place, pair.as_loaded, pair.sharing) == (True, False, FULL)
         message = (
             "tracker measures the model in which the removed layers return their input, not a "
-            "saved checkpoint (no configuration describes the changed model)"
+            "saved checkpoint (the changed model cannot be described by a configuration)"
         )
         assert pair.checkpoint_note == f"for all removals, {message}"
         # Beside a layer without which there is one, each is what it can be.
@@ -445,8 +448,8 @@ class TestCut:
             verdict = verdict_on("jamba_eager", [INTACT, *ablations])
             clauses = verdict.checkpoint_note.split("; ")
             assert clauses[-1] == (
-                "for all repetitions, tracker measures the model that repeats the layers in memory"
-                ", not a saved checkpoint (no configuration describes the changed model)"
+                "for all repetitions, tracker measures the model that repeats the layers in memory,"
+                " not a saved checkpoint (the changed model cannot be described by a configuration)"
             )
             assert len(clauses) == len(ablations)
             assert all("return their input" in clause for clause in clauses[:-1])

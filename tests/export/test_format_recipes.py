@@ -206,7 +206,9 @@ def test_a_missing_recipe_has_a_reason() -> None:
     experts = recipe_problems({"model.layers.0.mlp.experts.down_proj": "int4"}, "olmoe", 1)
     assert ["expert" in reason for reason in experts.values()] == [False, True, True, True]
     absorbed = {"model.layers.0.self_attn.kv_b_proj": "q8_0"}
-    assert re.search("no matching tensor", recipe_problems(absorbed, "deepseek_v3", 1)["llama.cpp"])
+    assert re.search(
+        "do not have a tensor", recipe_problems(absorbed, "deepseek_v3", 1)["llama.cpp"]
+    )
 
 
 def test_no_recipe_for_unknown_formats() -> None:

@@ -201,7 +201,7 @@ def test_an_unreachable_server_is_a_tracking_error(tmp_path, monkeypatch):
     assert "HTTPConnectionPool" not in str(caught.value), "as a library words it"
     command = f"tracker sync --to mlflow:{PROJECT} --results {results}"
     assert f"MLFLOW_TRACKING_URI={shlex.quote(mask_secrets(uri))} {command}" in str(caught.value)
-    with pytest.raises(TrackingError, match="did not take the report"):
+    with pytest.raises(TrackingError, match="did not accept the report"):
         backend.add_page(Page([], {}, [cell_record()]))
     backend.close()
     assert not results.exists()
@@ -236,7 +236,7 @@ def test_an_unusable_store_is_a_tracking_error(damage, template, tmp_path):
         database.write_bytes(b"not a database " * 1000)
     elif damage == "cut":
         database.write_bytes(template.read_bytes()[:100_000])
-    with pytest.raises(TrackingError, match="did not take the runs") as caught:
+    with pytest.raises(TrackingError, match="did not accept the runs") as caught:
         publish_cell(results, cell_record())
     assert "tracker sync" in str(caught.value)
 

@@ -110,7 +110,7 @@ def test_a_server_whose_disk_is_full(serving, results, file):
     backend = MlflowBackend("full", results, serving.address)
     with (
         no_file_grows_beyond(1024, serving.processes),
-        pytest.raises(TrackingError, match="did not take the runs"),
+        pytest.raises(TrackingError, match="did not accept the runs"),
     ):
         backend.publish(cell, [file], {})
     backend.publish(cell, [file], {})
@@ -122,7 +122,7 @@ def test_a_results_folder_whose_disk_is_full(results, file):
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
     with (
         no_file_grows_beyond(size // 8, [psutil.Process(os.getpid())]),
-        pytest.raises(TrackingError, match="did not take the runs"),
+        pytest.raises(TrackingError, match="did not accept the runs"),
     ):
         publish_cell(results, cell_record(layers=range(30)), file)
     publish_cell(results, cell_record(layers=range(30)), file)

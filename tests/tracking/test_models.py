@@ -78,7 +78,7 @@ def test_mlflow_logs_the_model(exported, results, monkeypatch):
 def test_an_unreachable_server_fails_only_the_upload(exported, results):
     published = publish(exported, [], ["mlflow:http://127.0.0.1:9/pruned"], "tracker", results)
     assert published.exit_code == 1
-    assert "MLflow at http://127.0.0.1:9 did not take" in published.unpublished.popitem()[1]
+    assert "MLflow at http://127.0.0.1:9 did not accept" in published.unpublished.popitem()[1]
     assert (exported.folder / "model.safetensors").is_file()
 
 

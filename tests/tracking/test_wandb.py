@@ -127,7 +127,7 @@ def test_runs_are_completed_after_a_server_dies(double, publish):
         thread.start()
         message = publish(cell, **FEW_RETRIES)["error"]
         thread.join()
-        assert "W&B did not take the runs" in message
+        assert "W&B did not accept the runs" in message
         assert "tracker sync --to wandb:team/layers" in message
         assert publish.client.environment["WANDB_API_KEY"] not in message
         double.start() if status is None else double.answer_with(None)
@@ -157,7 +157,7 @@ def test_a_refusal_says_what_to_type(publish, environment):
     if "WANDB_BASE_URL" in environment:
         environment = {"WANDB_BASE_URL": f"http://127.0.0.1:{free_port()}"}
     published = publish(cell_record(layers=(0,)), **FEW_RETRIES, **environment)
-    words = ["W&B did not take the runs", "tracker sync --to wandb:team/layers --results"]
+    words = ["W&B did not accept the runs", "tracker sync --to wandb:team/layers --results"]
     if environment.get("WANDB_API_KEY") == "":
         words += ["wandb login", "WANDB_MODE=offline"]
     for word in words:

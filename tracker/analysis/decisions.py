@@ -84,7 +84,7 @@ def rounding_risk(outcomes: AlignedOutcomes, ablation: Ablation, texts: TextRead
     repeats = options.scores(rows[REPEATED_COLUMN].where(is_repeated, rows["loglikelihoods"]))
     movement = rounding_movement(scores[is_repeated], repeats[is_repeated])
     if movement is None:
-        return RoundingRisk(None, "repeated computations agree to the last bit")
+        return RoundingRisk(None, "repeated computations gave exactly the same values")
     return RoundingRisk(flip_probabilities(scores, options.gold, movement))
 
 

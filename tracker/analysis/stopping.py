@@ -110,7 +110,8 @@ def check_bounded(benchmark: BenchmarkIdentity, metric: str, key: str = "until")
     if task.all_metrics.get(metric) != "mean" or not task.higher_is_better.get(metric, True):
         raise ExperimentError(
             f"'{key}' needs a metric that is a mean of outcomes between 0 and 1, such as acc; "
-            f"{metric} of {benchmark.name} is no such metric. Leave '{key}' out, or change 'metric'"
+            f"{metric} of {benchmark.name} is not such a metric. Leave '{key}' out, or change "
+            "'metric'"
         )
 
 

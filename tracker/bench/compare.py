@@ -86,7 +86,7 @@ def run_generation_bench(
     title: str,
     progress: Progress,
 ) -> GenerationBench:
-    """Time the generation of the documents' texts, together and one changed model at a time."""
+    """Time the generation of texts by all changed models together, and by one after the other."""
     prompts = [document.prompt for document in documents if document.prompt is not None]
     loaded, first = engine.loaded, prompts[0]
     generation = Generation(engine, loaded.tokenizer, think_end_token=first.think_end_token)

@@ -89,8 +89,8 @@ def locate_corpus(spec: BenchmarkSpec) -> _CorpusLocation:
         name, _, split = name.partition("@")
     if not name:
         raise BenchmarkError(
-            f"{spec.benchmark!r} names no corpus; write corpus:FILE.txt, corpus:FILE.jsonl or "
-            "corpus:NAME with the name of a data set"
+            f"{spec.benchmark!r} does not name a corpus; write corpus:FILE.txt, corpus:FILE.jsonl "
+            "or corpus:NAME with the name of a data set"
         )
     if max_tokens == 0:
         raise BenchmarkError(f"{spec.benchmark!r} limits the tokens to 0; write at least 1")

@@ -27,6 +27,7 @@ def written_spec(spec: BenchmarkSpec) -> BenchmarkSpec:
     task = spec.benchmark.removeprefix(TRACES_PREFIX)
     if names_traces(spec.benchmark) and (not task or names_traces(task) or names_corpus(task)):
         raise BenchmarkError(
-            f"{spec.benchmark!r} names no generation task; write traces:TASK, e.g. traces:gsm8k"
+            f"{spec.benchmark!r} does not name a generation task; write traces:TASK, e.g. "
+            "traces:gsm8k"
         )
     return spec.renamed(task)

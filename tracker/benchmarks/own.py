@@ -48,7 +48,9 @@ def check_own_tasks(spec: BenchmarkSpec) -> bool:
             )
         content = read_task(file)
         if not task_names(content):
-            raise BenchmarkError(f"{file} names no task: it has neither 'task:' nor 'group:'")
+            raise BenchmarkError(
+                f"{file} does not define a task: the key 'task:' or 'group:' is missing"
+            )
         return True
     paths = _find_task_files(include_folders(spec))
     return any(spec.benchmark in task_names(read_task(path)) for path in paths)

@@ -191,7 +191,9 @@ class BackendsType(TextType):
         """Parse comma-separated backends; return () for `none`."""
         names = tuple(name.strip() for name in text.split(",") if name.strip())
         if not names:
-            raise ValueError(f"{text!r} names no tracking backend; write mlflow, or none")
+            raise ValueError(
+                f"{text!r} is not the name of a tracking backend; write mlflow, or none"
+            )
         return () if names == ("none",) else names
 
 

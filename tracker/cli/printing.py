@@ -157,7 +157,11 @@ def print_results(cells: Sequence[CellRecord]) -> None:
         Column("documents", "count", lambda cell: cell.counted),
         Column("intact model (95 % interval)", "count", baseline),
         Column("guessing", "count", chance),
-        Column("Spearman, cosine score (95 % interval over documents)", "count", rank_correlation),
+        Column(
+            "Spearman correlation of cosine score and drop (95 % interval over documents)",
+            "count",
+            rank_correlation,
+        ),
     )
     echo()
     print_table(build_table("", columns, cells))
@@ -272,7 +276,7 @@ def print_boards(cells: Sequence[CellRecord]) -> None:
         topics = ["layers", *["models"] * (len(board_tables) > 1), "intervals"]
         echo_all(*map(rule, topics))
     else:
-        echo("nothing is ranked: every benchmark is left out")
+        echo("nothing can be ranked, because every benchmark is left out")
     if notes:
         n_more = len(notes) - _MAX_NOTES
         more = f" The page lists {n_more} more." if n_more > 0 else ""
@@ -352,7 +356,7 @@ def print_plan(cells: Sequence[PlannedCell], gflops: float | None) -> None:
     def share_text(passes: str, cell: PlannedCell) -> str:
         return f"{100 * getattr(cell.cost, passes) / cell.cost.layer_passes:.1f} %"
 
-    documents_label = f"documents for a {100 * REPORTED_DROP:.0f} pp drop"
+    documents_label = f"documents needed to detect a drop of {100 * REPORTED_DROP:.0f} pp"
     columns: tuple[Column[PlannedCell], ...] = (
         Column("model", "text", lambda cell: str(cell.request.model)),
         Column("benchmark", "text", benchmark),
@@ -416,7 +420,9 @@ def print_search_plan(
 ) -> None:
     """Print the estimated cost of searches and tests."""
     rates = _ComputeRates(gflops)
-    no_search = "undefined for a test, which measures the removals that the searches chose"
+    no_search = (
+        "not defined for a test, because tests only measure the removals that the searches chose"
+    )
     requests = [row.request for row in searches if not isinstance(row.request, CellRequest)]
     all_constraints = {request.constraints_text for request in requests}
 

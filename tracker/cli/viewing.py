@@ -58,7 +58,7 @@ class ReportOptions(CommandOptions):
 @main.command()
 @sources_argument
 @add_options(ReportOptions, "form", "output")
-@publish_option("the page, as a separate run")
+@publish_option("the report, which is published as a run of its own")
 @documents_option
 @results_option
 def report(sources: tuple[str, ...], **settings: Any) -> None:
@@ -186,7 +186,9 @@ def sync(to: tuple[str, ...] | None, sweep: str | None, results: Path, **options
             raise click.UsageError("--sweep publishes only to the given W&B sweep; leave --to out")
         _sync_sweep(sweep, results)
     if to == ():
-        raise click.BadParameter("'none' names no tracking backend; write mlflow or wandb")
+        raise click.BadParameter(
+            "'none' is not the name of a tracking backend; write mlflow or wandb"
+        )
     result = api.sync(to, results=results, **options)
     echo(f"published: {count_text(len(result.published), 'measurement')}")
     for target, cells in result.places.items():

@@ -25,9 +25,9 @@ from tracker.tracking.figures import logged_table
 MAX_LOST = 30
 """Maximum number of lost documents of a model and metric on a page."""
 COLUMN_NOTE = (
-    "Differences are those of the other model from {first} on the same documents; positive = "
-    "the other model is better. With 95 % confidence, all {count} intervals hold together "
-    "(Bonferroni). p is the exact McNemar test of one row."
+    "Each difference compares another model with {first} on the same documents; a positive "
+    "difference means that the other model is better. With 95 % confidence, all {count} intervals "
+    "hold together (Bonferroni). p is the p-value of McNemar's exact test for a single row."
 )
 
 
@@ -78,7 +78,7 @@ def sentences(comparison: ModelComparison) -> list[str]:
 _GATE = {
     0: "Gate passed.",
     WORSE_CODE: "Gate not passed: a model is worse.",
-    OPEN_CODE: "Gate open: the results do not decide it.",
+    OPEN_CODE: "Gate open: the results do not show whether a model is worse.",
 }
 """Exit code → sentence about the gate."""
 

@@ -164,13 +164,15 @@ def build_answers(
         mean = reported.get(name if "," in name else f"{name},none")
         higher, weightings = report.is_better(tasks[0], name), _weightings(values[name], mean)
         if name in table:
-            left_out[name] = "its name is reserved"
+            left_out[name] = "the name of the metric is reserved"
         elif values[name].dtype == object:
-            left_out[name] = "its value for a document is not a number"
+            left_out[name] = "the metric's value for a document is not a number"
         elif not weightings:
-            left_out[name] = f"the reported {mean:.4f} is no mean over the documents of the samples"
+            left_out[name] = (
+                f"the reported {mean:.4f} is not a mean over the documents of the samples"
+            )
         elif higher is None:
-            left_out[name] = "it is not known whether higher is better"
+            left_out[name] = "it is not known whether higher values of the metric are better"
         else:
             by_size, is_better[name] = by_size and weightings[0], higher
             table[name] = values[name].to_numpy(dtype=np.float64)

@@ -132,7 +132,7 @@ def _read_cell(store: CellStore, source: str, ablation: Ablation) -> BenchmarkAn
             table[metric] = DocumentMetric(store, metric).values(rows)
             higher[metric] = task.higher_is_better.get(metric, True)
         else:
-            left_out[metric] = f"it is no mean over documents, but their {aggregation}"
+            left_out[metric] = f"the metric is not a mean over documents, but their {aggregation}"
     views = (requested.view for requested in store.views.read_requested({}))
     if clusters := next((view.clusters for view in views if view.clusters), None):
         table[CLUSTER] = documents.map(clusters.by_document(benchmark.numbers))

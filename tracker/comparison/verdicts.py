@@ -206,7 +206,9 @@ def _gaps(
             names = [name for name in metrics if name in logged] if metrics else usual
             lacking = [n for n in names if (other.name, benchmark, n) not in compared]
             if lacking or not (names or metrics):
-                text = ", ".join(lacking) or "it has no metric that is a mean over documents"
+                text = ", ".join(lacking) or (
+                    "the other model has no metric that is a mean over documents"
+                )
                 yield f"{benchmark} of {other.name} is not compared: {text}"
     for case, docs in unmatched.items():
         names = [*docs[:MAX_NAMED_DOCUMENTS]] + ["…"] * (len(docs) > MAX_NAMED_DOCUMENTS)

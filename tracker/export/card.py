@@ -49,7 +49,8 @@ class Recipe(NamedTuple):
 
 RECIPES: dict[str, Recipe] = {
     "safetensors": Recipe(
-        "mergekit reads no GGUF file; this program makes the folder that mergekit reads:", "python"
+        "mergekit cannot read GGUF files; this program writes a folder that mergekit can read:",
+        "python",
     ),
     "mergekit": Recipe("mergekit (`mergekit-yaml RECIPE.yaml OUTPUT`):", "yaml"),
     "llama.cpp": Recipe("llama.cpp, on a GGUF file of the base model:", "sh"),
@@ -271,20 +272,22 @@ def recipe_problems(formats: FormatsByPath, architecture: str, layers: int) -> d
     """
     problems = {}
     if not _gguf_names(formats, architecture, layers):
-        problems["llama.cpp"] = "its files have no matching tensor for some of the weights"
+        problems["llama.cpp"] = (
+            "GGUF files of this architecture do not have a tensor for some of the weights"
+        )
     if split := _split_fused_maps(formats):
         problems["llm-compressor"] = (
             f"vLLM fuses the maps {join_words(split)}, which have different formats; use --tie "
             "fused"
         )
     if not all(_LAYER_PATH.search(path) for path in formats):
-        problems["GPTQModel"] = "it does not quantise the embedding or the output head"
+        problems["GPTQModel"] = "this tool does not quantise the embedding or the output head"
     if any(_EXPERTS_PATH.search(path) for path in formats):
-        reason = "it finds weights by module, but all experts of a layer are one module"
+        reason = "this tool quantises whole modules, but all experts of a layer are one module"
         problems |= dict.fromkeys(_TOOL_FORMATS.keys() - {"llama.cpp"}, reason)
     for tool, supported in _TOOL_FORMATS.items():
         if others := sorted({*formats.values()} - {*supported}):
-            problems[tool] = f"it does not support {join_words(others)}"
+            problems[tool] = f"this tool does not support {join_words(others)}"
     return {tool: problems[tool] for tool in _TOOL_FORMATS if tool in problems}
 
 

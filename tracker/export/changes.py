@@ -311,7 +311,7 @@ def _accuracy(record: PruneRecord, step: PruneStep) -> Accuracy:
     unit, baseline = "%" if record.higher_is_better else "", record.baseline.level
     title, shots, documents = benchmark.title, benchmark.num_fewshot, unused_documents(test.n)
     if record.budget is not None:
-        documents = f"{count_text(test.n, 'document')} that decided how much is removed"
+        documents = f"{count_text(test.n, 'document')} that also decided how much is removed"
     return Accuracy(title, shots, record.metric, documents, test.n, baseline, test.level, unit)
 
 

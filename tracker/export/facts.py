@@ -182,7 +182,7 @@ class ModelChange:
 
     @property
     def parts_text(self) -> str:
-        """Numbers of removed parts, such as `2 layers and 30 groups of heads`; empty if none."""
+        """Numbers of removed parts, such as `2 layers and 30 groups of heads`, or ""."""
         counts = Counter(change.plural for change in self.ablation.parts)
         texts = [f"{n} {plural}" for plural, n in counts.items()]
         if counts and (n_layers := len(self.ablation.removed())):

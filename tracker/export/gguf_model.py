@@ -57,9 +57,10 @@ def refuse_gguf(file: Path, formats: Collection[str], models: Iterable[ModelSpec
     for source in map(find_model, models):
         if source.gguf_file is None:
             raise RequestError(
-                f"--gguf needs a model from a GGUF file, and {source.source} is none. Type "
-                "--output FOLDER instead, and follow FOLDER/llama.cpp.sh with a file of "
-                "llama.cpp's convert_hf_to_gguf.py"
+                f"--gguf needs a model that is loaded from a GGUF file, but {source.source} is not "
+                "a GGUF file. Type --output FOLDER instead. Then convert the model with "
+                "llama.cpp's convert_hf_to_gguf.py, and run FOLDER/llama.cpp.sh on the converted "
+                "file"
             )
 
 

@@ -147,8 +147,8 @@ def _timed_tasks(max_length: int | None = None) -> dict[str, tuple[int, int, int
 
 
 _MEMORY_TITLES = {
-    "cache_bytes": "bytes of keys and values of",
-    "peak_bytes": "peak bytes of a process that reads",
+    "cache_bytes": "bytes of the key-value cache for",
+    "peak_bytes": "peak memory in bytes of a process that reads",
 }
 
 
@@ -197,7 +197,7 @@ def median_speedup(base_seconds: Sequence[float], seconds: Sequence[float]) -> S
 def run_program(
     request: Mapping[str, Any],
     program: Sequence[str] = _TRANSFORMERS_PROGRAM,
-    problem: str = "a program in a fresh process failed",
+    problem: str = "a program that ran in a new process failed",
 ) -> Any:
     """Run a program in a fresh process; return its answer, or raise WorkError with its error.
 
@@ -217,6 +217,6 @@ def run_program(
         if process.returncode:
             error = (process.stdout.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
             if process.returncode < 0:
-                error = f"signal {-process.returncode} ended it, perhaps for lack of memory"
+                error = f"it was ended by signal {-process.returncode}, perhaps for lack of memory"
             raise WorkError(f"{problem}: {error[:_MAX_ERROR_CHARACTERS]}")
         return json.loads(answer.read_text(encoding="utf-8"))

@@ -43,7 +43,10 @@ def cache_folder() -> Path:
             return folder
     folder = _temporary_folder("cache")
     os.environ["TRACKER_CACHE"] = str(folder)  # for child processes
-    advice = "is used as the cache and removed at the end. To keep a cache, set TRACKER_CACHE"
+    advice = (
+        "is used as the cache and is removed at the end. To keep the cache, set TRACKER_CACHE to a "
+        "folder"
+    )
     log.warning("there is no home folder; %s %s", folder, advice)
     return folder
 

@@ -354,7 +354,9 @@ def _check_reload(small_model: PreTrainedModel, ablation: Ablation) -> None:
         changes_text = f"with fewer {_plurals(ablation)}"
 
     # Errors of a miniature with fewer parts state numbers that the user's model does not have.
-    reason = "its class computes the remaining ones in another way" if ablation.parts else ""
+    reason = (
+        "the model's class computes the remaining parts in another way" if ablation.parts else ""
+    )
 
     def problem(text: str) -> AbstractContextManager[None]:
         return translate_errors(lambda e: ModelError(f"{name} {text}: {reason or first_line(e)}"))
@@ -528,7 +530,9 @@ def _check_saved_logits(
     # On a CPU, bitsandbytes 0.50 changes the weights of a model that has read a text and is saved.
     if getattr(model, "is_loaded_in_4bit", False) and model.device.type == "cpu":
         return
-    with translate_errors(lambda e: ModelError(f"error on a short test text: {first_line(e)}")):
+    with translate_errors(
+        lambda e: ModelError(f"the model fails on a short test text: {first_line(e)}")
+    ):
         logits = _last_logits(model, tokenizer)
     with suppress(OSError, ValueError):
         stored_logits = np.fromfile(folder / _LOGITS_FILE, np.float32).reshape(logits.shape)

@@ -358,7 +358,9 @@ def take_over_loading(
                 if value.is_meta:
                     path = f"{paths[id(module)]}.{name}"
                     if (entry := index.get(path)) is None:
-                        raise ModelError(f"transformers names no file for the weight {path}")
+                        raise ModelError(
+                            f"transformers cannot tell in which file the weight {path} is"
+                        )
                     source = find_slice(Path(entry["safetensors_file"]), entry["weight_name"])
                 sources[number].append((parameter, source))
     if stray := next((path for path, p in model.named_parameters() if p.is_meta), None):

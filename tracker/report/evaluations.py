@@ -41,7 +41,10 @@ SCHEMA_VERSION = "0.3.0"
 Json = dict[str, Any]
 _SOURCE = {"source_name": "layer-tracker", "source_type": "evaluation_run"}
 _SOURCE |= {"source_organization_name": "unknown", "evaluator_relationship": "other"}
-_PAIRED_METHOD = "paired by document: Bonett and Price, or t for outcomes other than 0 and 1"
+_PAIRED_METHOD = (
+    "interval of differences paired by document: Bonett and Price's, or a t interval for outcomes "
+    "other than 0 and 1"
+)
 
 
 def write_evaluations(
@@ -194,7 +197,7 @@ def _sample_rows(
     with_private: bool,
     is_intact: bool,
 ) -> Iterator[Json]:
-    """Yield a row per document with a finite score; only the intact model's rows have its text."""
+    """Yield a row per document with a finite score; only the intact model's rows have texts."""
     right = answers.score > 0 if decisions.binary else answers.choice == decisions.gold
     for index in np.flatnonzero(np.isfinite(scores)).tolist():
         task, doc = decisions.documents[index]

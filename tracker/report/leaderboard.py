@@ -39,7 +39,7 @@ _PARTS_PER_END = 10
 _NO_RANK = "not defined on every benchmark"
 _NO_OTHER_MODEL = "there is no other model to compare with"
 _NO_SCORE = "the cosine score is undefined on a benchmark or for a ranked layer"
-_RELEVANCE_LABEL = "mean relevance with 95 % interval for each row alone"
+_RELEVANCE_LABEL = "mean relevance (95 % intervals, each for a single row)"
 _DROP_LABEL = "mean accuracy drop with 95 % interval"
 _SCORE_LABEL = f"mean {PROXIES['cosine_score'].heading}"
 Standing = TypeVar("Standing")
@@ -77,7 +77,7 @@ def _figure_columns(relevance: str, drop: str, drop_field: str) -> list[Column[A
 def _deciding_label(cells: Sequence[CellRecord]) -> str:
     """Name the mean drop over cells of one metric, such as an accuracy drop."""
     change = metric_format(cells[0]).change if cells else ACCURACY_FORMAT.change
-    return f"mean {change} with 95 % interval for all together"
+    return f"mean {change} (95 % intervals that hold for all rows at once)"
 
 
 def _rank_columns(no_value: str) -> tuple[Column[Any], ...]:
@@ -174,11 +174,14 @@ def _board_notes(board: LayerBoard) -> list[str]:
     has_no_ranks = bool(board.ranked) and not cosine_ranks(board)
     reasons: dict[str, Callable[[PartStanding], bool]] = {
         f"no rank: {_NO_RANK}": lambda row: row.rank.value is None,
-        "no mean cosine score: undefined on a benchmark": lambda row: row.cosine_score is None,
-        f"no rank by cosine score: {_NO_SCORE}": lambda row: has_no_ranks,
-        "not significant by McNemar’s exact test (Holm), but interval above 0": lambda row: (
-            row.shown == "open" and (row.deciding.low or 0.0) > 0
+        "no mean cosine score, because the score is undefined on a benchmark": lambda row: (
+            row.cosine_score is None
         ),
+        f"no rank by cosine score: {_NO_SCORE}": lambda row: has_no_ranks,
+        (
+            "the drop is not significant by McNemar’s exact test (Holm), although its interval is "
+            "above 0"
+        ): lambda row: row.shown == "open" and (row.deciding.low or 0.0) > 0,
     }
     notes = []
     for reason, applies in reasons.items():
@@ -303,13 +306,18 @@ def model_board_columns() -> tuple[Column[RankedRow[ModelStanding]], ...]:
         return Estimate(row.standing.costly, reason=row.standing.relevance.reason or NO_REASON)
 
     relevance = "mean relevance of a layer with 95 % interval"
-    no_worst = "it is not known which layer matters most"
+    no_worst = "the most important layer is not known"
     return (
         Column("model", "text", lambda row: row.model, name="model"),
         *_rank_columns(_NO_OTHER_MODEL),
         *_figure_columns(relevance, _DROP_LABEL, "drop"),
         _standing_column("worst_layer", "most critical layer (0-based)", "count", no_worst),
-        Column("layers that are shown to matter", "count", costly_layers, name="costly_layers"),
+        Column(
+            "number of layers that are shown to matter",
+            "count",
+            costly_layers,
+            name="costly_layers",
+        ),
         _standing_column("layers", "layers counted", "count"),
         Column("benchmarks", "count", lambda row: row.benchmarks, name="benchmarks"),
     )

@@ -37,7 +37,7 @@ from tracker.schema.text import capitalise
 from tracker.stats.accuracy import RATIO
 
 COEFFICIENT_NAMES = {"spearman": "Spearman", "kendall": "Kendall tau-b", "pearson": "Pearson"}
-SUBSET_NAMES = {"all": "all layers", "inner": "without the two outer layers at each end"}
+SUBSET_NAMES = {"all": "all layers", "inner": "without the first two and the last two layers"}
 _LabelledCell = tuple[CellRecord, tuple[str, str]]
 
 
@@ -49,7 +49,7 @@ def overview_table(cells: Sequence[CellRecord]) -> Table:
     if has_losses := not all(cell.higher_is_better for cell in cells):
         baseline = "baseline with 95 % interval, accuracy in % or loss"
         costly, drop = "accuracy drop in pp, or loss increase", "drop or increase"
-    spearman = f"Spearman of cosine score and {drop} (95 % interval over documents)"
+    spearman = f"Spearman correlation of cosine score and {drop} (95 % interval over documents)"
     columns: tuple[Column[_LabelledCell], ...] = (
         Column("model", "text", lambda row: row[1][0]),
         Column("benchmark", "text", _benchmark_text),
@@ -58,7 +58,7 @@ def overview_table(cells: Sequence[CellRecord]) -> Table:
         Column("chance", "percent", _chance_estimate),
         Column(f"layers shown to matter, 0-based ({costly})", "text", _costly_layers),
         Column(
-            "highest cosine score, layers 0-based (1 − cos)",
+            "layers (0-based) with the highest cosine score (1 − cos)",
             *("text", _top_scores, "no layer has a cosine score"),
         ),
         Column(spearman, "coefficient", _spearman_estimate),
@@ -255,7 +255,9 @@ def provenance_table(cell: CellRecord) -> Table:
         **({"measured last (UTC)": cell.measured} if cell.measured else {}),
         "tokens behind the proxies": f"{cell.tokens:,}",
         **({"replacements fitted on": cell.fitted_on} if cell.fitted_on else {}),
-        "answers checked against a model with the layer deleted": _comparison_text(cell),
+        (
+            "number of answers compared with a model from which the layer is really removed"
+        ): _comparison_text(cell),
     }
     if len(benchmark.tasks) > 1:
         weights = "tasks weighted by their documents", "every task weighs the same"

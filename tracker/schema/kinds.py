@@ -88,7 +88,10 @@ KIND_STYLES: Mapping[str, KindStyle] = {
     "mlp": KindStyle("its MLP", "#5f8a3a", "diamond"),
     "head": KindStyle("an attention head", "#b06a3d", "square-open", plural="heads"),
     "kv_head": KindStyle(
-        "heads that share keys and values", "#8a5a44", "square-cross", plural="groups of heads"
+        "a group of heads that share keys and values",
+        "#8a5a44",
+        "square-cross",
+        plural="groups of heads",
     ),
     "expert": KindStyle("a routed expert", "#4f8a6b", "diamond-open", plural="experts"),
     "neuron": KindStyle(

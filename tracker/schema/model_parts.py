@@ -295,7 +295,7 @@ def layers_of_kind(config: Any, words: Collection[str]) -> tuple[int, ...]:
         if word not in kinds:
             own_kinds = layer_kinds(config).items()
             names = ", ".join(f"{kind} ({len(layers)})" for kind, layers in own_kinds)
-            listing = f"its kinds are {names}" if names else "its configuration names none"
+            listing = f"its kinds are {names}" if names else "its configuration does not name any"
             raise ModelError(
                 f"the model has no layers of kind {word!r}: {listing}; odd and even are kinds of "
                 f"every model.{did_you_mean(word, kinds)}"

@@ -155,7 +155,7 @@ def run_columns(cell: CellRecord | None = None) -> dict[str, Column[CellRun]]:
         _figure_column("gold_logprob_drop", "gold log-prob drop", "nats"),
         _figure_column("gold_logprob_low", "gold log-prob drop: low", "nats"),
         _figure_column("gold_logprob_high", "gold log-prob drop: high", "nats"),
-        _figure_column("options_logprob_drop", "log-prob drop of all options", "nats"),
+        _figure_column("options_logprob_drop", "total log-prob drop of all options", "nats"),
         Column("reasons", "text", lambda row: _reasons_text(row) or None, name="reasons"),
     )
 

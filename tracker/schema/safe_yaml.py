@@ -125,7 +125,7 @@ def _repr(value: object) -> str:
     try:
         return repr(value)
     except ValueError:  # an integer of more digits than Python writes
-        return "a number of thousands of digits"
+        return "a number with thousands of digits"
 
 
 class _Loader(yaml.SafeLoader):

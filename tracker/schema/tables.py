@@ -21,7 +21,7 @@ RowType = TypeVar("RowType")
 
 def _check_reason(entry: Estimate | str) -> Estimate | str:
     if isinstance(entry, Estimate) and entry.value is None and not entry.reason:
-        raise ValueError("an undefined value needs a reason")
+        raise ValueError("an undefined value must have a reason")
     return entry
 
 
@@ -54,8 +54,8 @@ class Table(Record):
     def plain(self) -> tuple[tuple[str, ...], list[tuple[str | float | None, ...]]]:
         """Return the table's column names and unrounded rows, for use in code.
 
-        Undefined values are None. A column without a name in code is named by its label. Columns
-        for the intervals and reasons of its values follow it.
+        Undefined values are None. A column without a name in code gets its label as its name.
+        Columns for the intervals and for the reasons of undefined values follow each column.
         """
         names: list[str] = []
         columns: list[Sequence[str | float | None]] = []

@@ -78,7 +78,7 @@ def recommend_within(
 ) -> Recommendation:
     """Recommend the lightest set that test documents show to be within a budget of accuracy.
 
-    Each search is a fixed sequence of tests, from its lightest removal on (`count_shown`). The
+    The steps of a search are tested in order, the smallest removal first (`count_shown`). The
     intervals are simultaneous for all searches (Bonferroni). Random draws are never recommended.
 
     Args:

@@ -494,9 +494,10 @@ def _constraints_text(record: PruneRecord) -> str:
     return ", ".join(filter(None, (among, protected, *minimums)))
 
 
-NO_TIME = "estimated only if the amount to remove is a time"
+NO_TIME = "the time is estimated only if the amount to remove is a time"
 _TIME_NOTE = (
-    "ms a token: estimate, the unpruned model's measured time minus those of the removed layers"
+    "ms a token is an estimate: the measured time of the unpruned model, minus the times of the "
+    "removed layers"
 )
 
 

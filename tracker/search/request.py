@@ -104,7 +104,7 @@ class SearchRequest(SearchSettings):
             yield "'rescoring: race' chooses the number of documents itself; leave 'sample' out"
 
     def _unit_problems(self) -> Iterator[str]:
-        """Yield a message for each setting that is invalid for the search's only unit."""
+        """Yield a message for each setting that a search with one unit does not support."""
         unit, amount = self.unit, self.amount
         if unit != "layer" and self.strategy in LAYER_STRATEGIES:
             fitting = ", ".join(name for name in STRATEGIES if name not in LAYER_STRATEGIES)
@@ -133,7 +133,7 @@ class SearchRequest(SearchSettings):
             yield "'uniform' removes parts from every layer; leave 'protect' and 'among' out"
 
     def _mixed_problems(self) -> Iterator[str]:
-        """Yield an error message for each setting that several units do not allow."""
+        """Yield a message for each setting that a search with several units does not support."""
         if self.strategy not in MIXED_STRATEGIES:
             yield (
                 f"{self.strategy} removes one unit, but 'unit' is {self.unit}; use "
@@ -391,6 +391,7 @@ _SEARCHES = experiment_input.FileKind(
     PruneFile.searches,
     {"method": "grid", "command": ["tracker", "prune", "${args}"]},
     experiment_input.is_removal_file,
-    "names layers ('layer'), but a search chooses them and needs 'remove', 'keep', 'max_drop' or "
-    "'keep_accuracy', such as remove: {value: 8}. To measure these layers: tracker run",
+    "lists layers ('layer'), but a search chooses the layers itself. Replace 'layer' by 'remove', "
+    "'keep', 'max_drop' or 'keep_accuracy', such as remove: {value: 8}. To measure the listed "
+    "layers, use tracker run",
 )

@@ -66,7 +66,7 @@ def _parse_layers(layers: object) -> tuple[int | str, ...]:
         layers = [layers]
     words = [word for value in layers for word in _parse_layer(value)]
     if not words:
-        raise ValueError(f"no layer is named; expected e.g. {LAYER_FORMS}")
+        raise ValueError(f"the list of layers is empty; expected e.g. {LAYER_FORMS}")
     if len(set(words)) < len(words):
         raise ValueError("a layer is listed twice")
     numbers = sorted(value for value in words if isinstance(value, int))
@@ -270,11 +270,11 @@ AMOUNT_FORMS = "8, 25 %, 25 % parameters, 25 % bytes, 25 % latency, 34M paramete
 """Examples of valid amounts, shown in messages."""
 
 _TOO_FEW: Mapping[str, str] = {
-    "layer": "leaves no layer",
-    "head": "leaves layers without a head",
-    "kv_head": "removes every group of heads of some layer",
-    "expert": "leaves layers fewer experts than their routers choose",
-    "neuron": "leaves layers without a group of neurons",
+    "layer": "would leave no layer",
+    "head": "would leave some layers without a head",
+    "kv_head": "would remove all groups of heads of some layer",
+    "expert": "would leave some layers fewer experts than their routers choose",
+    "neuron": "would leave some layers without a group of neurons",
 }
 _AMOUNT = re.compile(r"(\d+(?:\.\d+)?) ?(.*)")
 _SHARES: Mapping[str, AmountMeasure] = {
@@ -641,7 +641,7 @@ def build_budget(
         names = constraints.names
         reason = f"does not fit {names}" if names else _TOO_FEW.get(parts.unit, _TOO_FEW["layer"])
         if isinstance(budget, MixedBudget):
-            reason = f"is more than the {unit_plural(parts.unit)} that can be removed"
+            reason = f"asks for more {unit_plural(parts.unit)} than can be removed"
         raise ExperimentError(
             f"{title}: '{key}: {amount.text}' {reason}: of "
             f"{_format_amount(model_size, amount.measure)}, "

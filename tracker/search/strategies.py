@@ -296,7 +296,7 @@ def _remove_in_order(search: Search, order: Iterable[int]) -> Iterator[PruneStep
     steps: Iterable[tuple[int, ...]] = ((part,) for part in order)
     if budget.is_uniform:
         steps = zip(*group_by(order, budget.block_of).values(), strict=False)
-        reasons = dict.fromkeys(reasons, "a step removes one part of every layer")
+        reasons = dict.fromkeys(reasons, "each step removes one part from every layer")
     for parts in steps:
         removed = add_parts(removed, *parts)
         layer = None if budget.is_uniform else parts[0]

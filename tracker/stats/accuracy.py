@@ -358,16 +358,16 @@ def mean_interval(
 ) -> tuple[float | None, float | None]:
     """Return the 95 % interval of the mean of the documents' values.
 
-    Without `extra`, the function returns the t interval. With `extra`, the function returns a Wald
-    interval.
+    The result is a t interval. If `extra` is given, its values are added to the documents, and the
+    result is the Wald interval of the enlarged sample.
 
     Args:
         values: `[documents]`, finite.
         weights: `[documents]`, summing to 1; None for equal weights.
-        extra: Values of additional documents of mean weight, for the Wald interval.
+        extra: Values of artificial documents to add. Each has the mean weight of a document.
 
     Returns:
-        The lower and the upper bound; two times None for a single document without `extra`.
+        The lower and the upper bound. Both are None for a single document without `extra`.
     """
     array, shares = _check_weights(values, weights)
     if extra:

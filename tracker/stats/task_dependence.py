@@ -118,7 +118,9 @@ def benchmark_variance(profiles: Array, noise: Array | None = None) -> Array:
     noise = np.zeros_like(centred) if noise is None else noise
     spread = (centred**2 - noise).mean(axis=1, keepdims=True)
     if (spread <= 0).any():
-        raise ValueError("on a benchmark, the layers differ by no more than the noise")
+        raise ValueError(
+            "on one benchmark, the differences between the layers are not larger than the noise"
+        )
     z, scaled_noise = centred / np.sqrt(spread), noise / spread
     n_benchmarks = len(z)
     covariances = (z.sum(axis=0) ** 2 - (z**2).sum(axis=0)) / (n_benchmarks * (n_benchmarks - 1))

@@ -48,7 +48,7 @@ SAMPLE_SIZES = sorted({math.ceil(s * 10**p) for p in range(6) for s in (1, 1.5, 
 """Sizes of the samples that are drawn, up to the number of documents."""
 HALVES_DISAGREE = "two halves of the documents do not agree significantly more than by chance"
 SAMPLES_TOO_LARGE = "two samples of this size would share documents"
-_ALL_TIED = "in most samples of this size all layers are tied"
+_ALL_TIED = "in most samples of this size, all layers have the same mean"
 
 
 def _two_digits(value: float) -> int:
@@ -341,7 +341,11 @@ def needed_table(rows: Sequence[tuple[str, AgreementCurve]], reliability: float)
             Column(
                 "agreement of two halves", "coefficient", lambda row: row[1].agreement(row[1].half)
             ),
-            Column("agreement with as many new documents", "coefficient", full_agreement),
+            Column(
+                "expected agreement with an equal number of new documents",
+                "coefficient",
+                full_agreement,
+            ),
             Column(f"documents for {reliability:g}", "count", lambda row: row[1].needed),
             Column("how", "text", source),
         ],

@@ -38,9 +38,11 @@ class KlAgreement:
     changes: str = labelled("changes")
     count: int = labelled("number", "count")
     kl: float | None = labelled("mean KL (nats per token)", "proxy", "no change has a finite KL")
-    drop: Estimate = labelled("Spearman with the {change}", "coefficient")
-    choice: Estimate = labelled("Spearman with the choice probability drop", "coefficient")
-    gold: Estimate = labelled("Spearman with the gold log-prob drop", "coefficient")
+    drop: Estimate = labelled("Spearman correlation with the {change}", "coefficient")
+    choice: Estimate = labelled(
+        "Spearman correlation with the choice probability drop", "coefficient"
+    )
+    gold: Estimate = labelled("Spearman correlation with the gold log-prob drop", "coefficient")
 
 
 class Displacement(Study[DisplacementSettings]):

@@ -140,7 +140,9 @@ class PairInteractions:
 
         def mean_over(indices: NDArray[np.int64]) -> Estimate:
             if not len(indices):
-                return Estimate(None, reason="all these pairs are at the floor (chance)")
+                return Estimate(
+                    None, reason="without these layers, the accuracy of all pairs is at chance"
+                )
             per_document = values[:, indices].mean(axis=1)
             return Estimate(float(weights @ per_document), *mean_interval(per_document, weights))
 
@@ -257,7 +259,11 @@ def _summary_table(rows: Sequence[PairInteractions]) -> Table:
             Column("mean interaction", "text", mean),
             Column("redundant", "count", lambda pairs: len(pairs.significant(1))),
             Column("sub-additive", "count", lambda pairs: len(pairs.significant(-1))),
-            Column("Spearman of sum and joint drop", "coefficient", lambda pairs: pairs.rank),
+            Column(
+                "Spearman correlation of the sum with the joint drop",
+                "coefficient",
+                lambda pairs: pairs.rank,
+            ),
             Column("R² of the sum", "coefficient", lambda pairs: pairs.explained),
         ],
         rows,
@@ -275,7 +281,7 @@ def strongest_table(pairs: PairInteractions, sign: int) -> Table:
         else "sub-additive pairs, which cost less together"
     )
     return build_table(
-        f"{pairs.record.title}: the most {kind} than the sum, by {pairs.measure}",
+        f"{pairs.record.title}: the most {kind} than the sum of both drops, by {pairs.measure}",
         [
             Column("layers", "text", lambda n: "{}, {}".format(*pairs.pairs[n])),
             Column("apart", "count", lambda n: pairs.pairs[n][1] - pairs.pairs[n][0]),
@@ -321,7 +327,7 @@ def _interaction_map(pairs: PairInteractions) -> MapChart:
 
 def _distance_chart(pairs: PairInteractions) -> LineChart:
     """Build the chart of the mean interaction by the distance of the two layers."""
-    name = "pairs not at the floor (chance)" if pairs.floor.any() else "all pairs"
+    name = "pairs whose accuracy is above chance" if pairs.floor.any() else "all pairs"
     title = f"{pairs.record.title}: mean interaction by distance, {pairs.measure}"
     axes, lines = ("distance |i − j|", "interaction"), {name: pairs.by_distance.values()}
     return line_chart(title, axes, pairs.unit, pairs.by_distance, lines)

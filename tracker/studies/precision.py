@@ -87,8 +87,10 @@ class ErrorOrder:
     """Correlations of one rounding error with two costs: log-probability drop and accuracy drop."""
 
     error: str = labelled("error")
-    fall: Estimate = labelled("Spearman with the fall of gold log-probability", "coefficient")
-    drop: Estimate = labelled("Spearman with the {change}", "coefficient")
+    fall: Estimate = labelled(
+        "Spearman correlation with the fall of gold log-probability", "coefficient"
+    )
+    drop: Estimate = labelled("Spearman correlation with the {change}", "coefficient")
 
 
 @dataclass(frozen=True)

@@ -554,7 +554,7 @@ def _cost_table(group: Prunings) -> Table:
     def calibration(method: Method) -> str:
         return method.calibration if documents(method) else "no documents"
 
-    none = "at no step were two candidates scored on the same documents"
+    none = "two candidates were never scored on the same documents in one step"
     columns: list[Column[Method]] = [
         Column("strategy", "text", lambda method: method.strategy),
         Column("amount", "text", lambda method: method.amount),

@@ -163,7 +163,7 @@ class FormatChooser:
         for name, errors in self._errors().items() if by_map else ():
             choices[name] = problem.minimize_loss(errors)
         if choice := problem.edge_choice():
-            choices[f"first and last {EDGE_LAYERS} layers in more bits"] = choice
+            choices[f"more bits for the first and last {EDGE_LAYERS} layers"] = choice
         choice = problem.uniform_choice()
         is_mixed = len(set(choice.values())) > 1  # no single format is within the budget
         choices[f"{UNIFORM_CHOICE}, fewest bits" if is_mixed else UNIFORM_CHOICE] = choice
@@ -458,7 +458,10 @@ def _choices_table(record: CellRecord, rows: list[TestedChoice], best: TestedCho
     """Build the table of all assignments of formats, with model size and measured cost."""
     rows = [replace(row, by=f"{row.by} (recommended)") if row is best else row for row in rows]
     title = f"{cell_label(record)}: choices within the budget."
-    note = f"Formats are chosen on {record.counted} documents. The 95 % intervals are unadjusted."
+    note = (
+        f"Formats are chosen on {record.counted} documents. The 95 % intervals are not adjusted "
+        "for multiple comparisons."
+    )
     return figure_table(TestedChoice, title, rows, note, measure=metric_format(record))
 
 
@@ -500,7 +503,11 @@ def _sums_table(record: CellRecord, sums: SumComparison) -> Table:
         label = f"two, the mean of {count_text(len(pairs.pairs), 'drawn pair')}"
         rows.append(SumRow(label, float(pairs.together.mean()), single, pairs.mean))
     title = (
-        f"{cell_label(record)}: joint and summed single losses of the choice by {MEASURED_CHOICE}"
+        f"{cell_label(record)}: loss of the whole choice, compared with the sum of its single "
+        f"losses; choice by {MEASURED_CHOICE}"
     )
-    note = "95 % intervals over documents for these layers or maps, unadjusted."
+    note = (
+        "The 95 % intervals are over documents, for exactly these layers or maps. They are not "
+        "adjusted for multiple comparisons."
+    )
     return figure_table(SumRow, f"{title}, on calibration documents.", rows, note)

@@ -350,7 +350,9 @@ def load_studies() -> Mapping[str, type[StudySettings]]:
 
 def _check_settings(extension: object) -> type[StudySettings]:
     if not (isinstance(extension, type) and issubclass(extension, StudySettings)):
-        raise TypeError(f"{extension!r} is no subclass of tracker.studies.registry.StudySettings")
+        raise TypeError(
+            f"{extension!r} is not a subclass of tracker.studies.registry.StudySettings"
+        )
     if not isinstance(getattr(extension, "study", None), str):
         raise TypeError(f"{extension.__name__}.study must name a study, as module:Class")
     return extension

@@ -40,7 +40,7 @@ STAND_INS: dict[Intervention, str] = {
 REPLACEMENTS = (*STAND_INS,)[1:]
 RESCALE_TEXTS = study_texts("rescale", resamples=RESAMPLES)
 _NOT_FINITE = "a drop is not a finite number"
-_NO_TEST = "McNemar's test needs outcomes that are right or wrong; this metric has none"
+_NO_TEST = "McNemar's test needs outcomes that are right or wrong, which this metric does not have"
 _NOT_MEASURED = "not measured; the list of missing results gives the reason"
 
 

@@ -225,9 +225,12 @@ class QuestionReplay:
         # Write a distance, which may be a small part of a point.
         distance = f"{100 * self.bound.distance:.2g} pp"
         if self.question.count is not None:
-            return f"the last run in the set and the first run outside, which differ by {distance}"
+            return (
+                "the difference between the last run in the set and the first run outside, which "
+                f"is {distance}"
+            )
         if self.question.kind == "drop":
-            return f"the drop that varies most, to be known within {distance}"
+            return f"the drop that varies most and must be known within {distance}"
         return f"the drop that is hardest to distinguish from 0, which is {distance}"
 
 
@@ -381,7 +384,7 @@ def _bounds_table(cell: MeasuredDocuments, replays: Sequence[QuestionReplay]) ->
         return cost_quantile(race.documents) * cell.population
 
     return build_table(
-        f"{cell.title}: hardest decision of each question",
+        f"{cell.title}: the decision that needs most documents, for each question",
         [
             Column("question", "text", lambda race: str(race.question)),
             Column("the hardest to know", "text", lambda race: race.hardest),

@@ -240,7 +240,10 @@ class DropExplanation:
         }.items():
             pair = (resamples, drop[1])
             spearman = correlate(values, drop[0], coefficient="spearman", resamples=pair)
-            better = Estimate(None, reason="others are compared with the cosine score")
+            better = Estimate(
+                None,
+                reason="this row is the cosine score, with which the other rows are compared",
+            )
             if name != COSINE_SCORE:
                 better = correlation_difference((values, resamples), cosine, drop, "spearman")
             add(name, "drop", spearman, better, len(layers))
@@ -500,7 +503,7 @@ def _summary_table(cells: Sequence[SnowballFigures]) -> Table:
 
     none = "no layer's growth is defined"
     return build_table(
-        "Does the difference grow after a removed layer?",
+        "Does the difference from the intact model grow after a removed layer?",
         [
             Column("model", "text", lambda cell: cell.record.model.name),
             Column("benchmark", "text", lambda cell: cell.record.benchmark.title),
@@ -525,7 +528,10 @@ def _growth_chart(title: str, layer: str, growths: Mapping[str, Growth]) -> Line
     """Build a chart of growth factors by layer, without the last layer (undefined growth)."""
     lines = {name: growth.factors[:-1] for name, growth in growths.items()}
     count = len(next(iter(lines.values())))
-    axes = (f"{layer} layer (0-based)", "difference before the head ÷ difference after the layer")
+    axes = (
+        f"{layer} layer (0-based)",
+        "difference before the output head, divided by difference after the layer",
+    )
     return line_chart(title, axes, "times", range(count), lines, log_y=True)
 
 

@@ -47,7 +47,7 @@ LONGER_ANSWERS = (
     "the right answer is a prefix of every wrong answer, so no wrong answer is ever more likely"
 )
 CLASHING_ANSWERS = "another document has the same text but a different right answer"
-NO_GOLD_ANSWER = "the task names no right answer, or several right answers"
+NO_GOLD_ANSWER = "the task gives no right answer, or several right answers"
 MAX_POSITIONS = 4096
 """Maximum number of positions of a model; every MLP has two units for each position."""
 MAX_SCORE_ERROR = 1e-6

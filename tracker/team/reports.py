@@ -198,7 +198,7 @@ def _read_target(text: str, projects: Collection[str]) -> Target:
             f", and the results are of {', '.join(sorted(projects))}" if projects else ""
         )
         raise RequestError(
-            f"{mask_secrets(text)!r} names no project{projects_text}; "
-            f"write {mask_secrets(text)}:PROJECT"
+            f"{mask_secrets(text)!r} does not name a project{projects_text}; write "
+            f"{mask_secrets(text)}:PROJECT"
         )
     return replace(report_target, project=report_target.project or next(iter(projects)))

@@ -269,7 +269,7 @@ def write_result_files(
         raise RequestError("no such run is measured yet; type: tracker run EXPERIMENT.yaml")
     if absent_layers := set(layers) - first_layers:
         raise RequestError(
-            f"--layer: no removal begins at layer {min(absent_layers)}; removals begin at: "
+            f"--layer: layer {min(absent_layers)} is not the first layer of a removal; choose from "
             f"{', '.join(map(str, sorted(first_layers)))}"
         )
     calls = _group_calls(parts)
@@ -307,7 +307,10 @@ def _select_stores(
         and store.identity.benchmark.name in (benchmarks or benchmark_names)
     ]
     if not selected_stores:
-        raise RequestError("no such benchmark is measured for these models; tracker ls lists all")
+        raise RequestError(
+            "this benchmark has not been measured for these models; type tracker ls to list all "
+            "measurements"
+        )
     return selected_stores
 
 

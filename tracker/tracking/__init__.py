@@ -56,7 +56,7 @@ def backends() -> dict[str, Service]:
 def _new_service(extension: object) -> Service:
     """Create the backend of an extension package from its `Service` subclass."""
     if not (isinstance(extension, type) and issubclass(extension, Service)):
-        raise TypeError(f"{extension!r} is no subclass of tracker.tracking.base.Service")
+        raise TypeError(f"{extension!r} is not a subclass of tracker.tracking.base.Service")
     return extension()
 
 
@@ -87,7 +87,7 @@ def target(text: str, *needs: Ability, is_source: bool = False) -> Target:
     name, colon, project = text.partition(":")
     backend, masked = service(name), mask_secrets(text)
     if colon and not project.strip("/"):
-        raise RequestError(f"{masked!r} names no project; write {name} or {name}:PROJECT")
+        raise RequestError(f"{masked!r} does not name a project; write {name} or {name}:PROJECT")
     for ability in needs:
         if ability not in backend.can:
             names = ", ".join(key for key, entry in backends().items() if ability in entry.can)

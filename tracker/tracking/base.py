@@ -295,7 +295,7 @@ class Backend(ABC):
             TrackingError: The backend refused a run or could not be reached.
         """
         advice = retry_advice(self._environment() + sync_command(self._results, self._typed_target))
-        with self._one_writer("did not take the runs", advice):
+        with self._one_writer("did not accept the runs", advice):
             runs = describe_runs(cell, artifacts, charts, tables, selection, answer)
             outcomes = Counter(self._write(runs))
             return Published(
@@ -494,7 +494,7 @@ class Service(ABC):
             RequestError: The text is invalid, or `is_source` is True and the text names no project.
         """
         if is_source and not project:
-            raise RequestError(f"{self.name!r} names no project; write {self.name}:PROJECT")
+            raise RequestError(f"{self.name!r} does not name a project; write {self.name}:PROJECT")
         return Target(self.name, project or None)
 
     def server(self) -> str | None:

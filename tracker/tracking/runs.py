@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 
-AVERAGE_NOTE = "an average over several benchmarks is more conclusive"
+AVERAGE_NOTE = "an average over several benchmarks gives stronger evidence"
 """Remark on one benchmark that refers to the averages of the report and the leaderboard."""
 
 

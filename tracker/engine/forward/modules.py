@@ -247,7 +247,17 @@ class ProjectionFork(ModuleFork):
         sources: Sequence[int],
         removed: Sequence[Sequence[Change]],
     ) -> ModuleFork:
-        """Return the replacement of a projection, given the removed parts of each output."""
+        """Build the fork of one projection.
+
+        Args:
+            site: The layer.
+            kind: Class of the parts whose columns are set to zero.
+            sources: Index of the computed sublayer that gives each output.
+            removed: Parts that are removed from each output.
+
+        Returns:
+            The fork.
+        """
         parts = site.anatomy.get_part(kind, site.index)
         columns = [[parts.columns(part, site.name) for part in group] for group in removed]
         return cls(site.layer.get_submodule(parts.projection), sources, columns)

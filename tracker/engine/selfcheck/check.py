@@ -234,7 +234,7 @@ def _recall_verdict(
 def _confirmation_keys(
     engine: Engine, ablations: Ablations, verdict: SharingVerdict, n_tokens: int, blank: bool
 ) -> list[str]:
-    """Return the storage keys (SHA-256) for the result of the check on the model itself.
+    """List the keys (SHA-256) under which the check on the model itself is stored.
 
     A key depends on the model, the result of the test of its architecture, the ablations, the
     hardware, and the length of the texts. The first key is for texts of up to `n_tokens` tokens,
@@ -293,10 +293,10 @@ def _describe_unsteady(comparison: Comparison, dtype: torch.dtype, is_half: bool
     share = f"{comparison.unsteady} of {comparison.compared} answers"
     if is_half:
         name = str(dtype).removeprefix("torch.")
-        return f"in {name}, rounding errors alone change {share} (in lm-eval too)"
+        return f"in {name}, rounding errors alone change {share}; lm-eval has the same errors"
     return (
         "the model is discontinuous: a router or a top-k is near a tie, so rounding changes "
-        f"{share} by more than the tolerance (in lm-eval too)"
+        f"{share} by more than the tolerance; lm-eval has the same errors"
     )
 
 

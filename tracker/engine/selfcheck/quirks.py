@@ -165,10 +165,10 @@ def find_switches(mini: PreTrainedModel, old_lengths: Lengths, lengths: Iterable
 
 
 def build_shortened(mini: PreTrainedModel, paths: Collection[NumberPath]) -> list[Any]:
-    """Build miniatures with very small attention windows and similar lengths.
+    """Build miniatures whose attention windows and other length limits are very small.
 
-    The numbers at `paths` in the configuration are replaced by small numbers, if possible all in
-    one miniature.
+    `paths` lists the places of these limits in the configuration. They are replaced by small
+    numbers, if possible all in one miniature.
     """
     values: Mapping[NumberPath, float] = dict(find_numbers(mini.config.get_text_config()))
     order = sorted((path for path in paths if path in values), key=lambda path: values[path])
@@ -226,7 +226,7 @@ PROBE_TEXT = tuple(5 * index % 29 + 2 for index in range(12))
 MAX_LAYERS_NAMED = 3
 """Maximum number of layers that a note lists as impossible to remove in a checkpoint."""
 _ITSELF = "the model itself computes other logits after it is saved and loaded"
-_OTHER = "no configuration describes the changed model"
+_OTHER = "the changed model cannot be described by a configuration"
 _NOT = "the model does not run without these layers"
 _COMPUTED = "the class computes values while loading, which cannot be changed in a model in memory"
 
@@ -314,7 +314,10 @@ def find_removed_model(
     note = _describe_unsaved(results)
     verdict = replace(verdict, in_place=in_place, as_loaded=as_loaded, checkpoint_note=note)
     if differs:
-        note = "a checkpoint without a layer differs from skipping the layer, so nothing is shared"
+        note = (
+            "a checkpoint without the layer computes something else than a model that skips the "
+            "layer, so nothing is shared"
+        )
         return replace(verdict, sharing=PLAIN, sharing_note=note)
     return verdict
 
@@ -398,8 +401,8 @@ def _describe_unsaved(results: Mapping[Ablation, _Outputs]) -> str | None:
     """Describe ablations that cannot be saved as a checkpoint; None if there are none."""
     clauses = []
     for repeats, all_phrase, model in (
-        (False, "for all removals", "in which the removed layers return their input"),
-        (True, "for all repetitions", "that repeats the layers in memory"),
+        (False, "for all removals", "the model in which the removed layers return their input"),
+        (True, "for all repetitions", "the model that repeats the layers in memory"),
     ):
         group = [ablation for ablation in results if bool(ablation.repetitions) == repeats]
         unsaved = [ablation for ablation in group if results[ablation].saved is None]
@@ -410,7 +413,7 @@ def _describe_unsaved(results: Mapping[Ablation, _Outputs]) -> str | None:
             names.append(f"{len(unsaved) - MAX_LAYERS_NAMED} more")
         subject = " or ".join(names) if len(unsaved) < len(group) else all_phrase
         clauses.append(
-            f"{subject}, tracker measures the model {model}, not a saved checkpoint "
+            f"{subject}, tracker measures {model}, not a saved checkpoint "
             f"({results[unsaved[0]].unsaved})"
         )
     return "; ".join(clauses) or None

@@ -262,10 +262,12 @@ class SharingVerdict:
 
 log = logging.getLogger(__name__)
 REMAINING_SHARING = {
-    NO_PREFIX: "shared over depth and tokens, and not what documents begin with",
-    DEPTH_ONLY: "shared over depth alone, and not over tokens or documents",
+    NO_PREFIX: (
+        "computation is shared over depth and tokens, but not between documents that begin alike"
+    ),
+    DEPTH_ONLY: "computation is shared only over depth, not over tokens or documents",
     PLAIN: "nothing is shared",
-    ONE_BY_ONE: "nothing is shared, and each request is computed alone",
+    ONE_BY_ONE: "computation is not shared, and each request is computed separately",
 }
 """Sharing → description of the remaining sharing, and of the lost sharing."""
 REFUSAL_REASONS = {

@@ -106,7 +106,10 @@ def _verify_sublayers(finder: PartFinder, sublayers: Sequence[Sublayers]) -> Non
     with hooks.silenced_sublayers([*attentions, *mlps]), hooks.enter_all(wrapped):
         model(ids, use_cache=False)
     if not all(is_unchanged):
-        layer, problem = layers[is_unchanged.index(False)], "without its first and last module"
+        layer, problem = (
+            layers[is_unchanged.index(False)],
+            "if its first and its last module are removed",
+        )
         raise _division_error(model, layer, f"the layer changes its input even {problem}")
 
     def measure_effect() -> Tensor:
@@ -120,7 +123,9 @@ def _verify_sublayers(finder: PartFinder, sublayers: Sequence[Sublayers]) -> Non
 
     with hooks.silenced_sublayers(attentions):
         if measure_effect() > tolerance:
-            raise _division_error(model, layers[0], "a module other than the first mixes tokens")
+            raise _division_error(
+                model, layers[0], "another module than the first one mixes tokens"
+            )
     with hooks.silenced_sublayers(mlps):
         if not measure_effect() > tolerance:
             raise _division_error(model, layers[0], "the first module does not mix tokens")

@@ -49,10 +49,13 @@ def curve_title(cell: CellRecord) -> str:
 
 def scatter_title(cell: CellRecord) -> str:
     """Return the title of the scatter plot: correlation coefficients and their intervals."""
-    title = f"{cell.title}: Spearman of cosine score and {formats.metric_format(cell).change} "
+    title = (
+        f"{cell.title}: Spearman correlation of cosine score and "
+        f"{formats.metric_format(cell).change} "
+    )
     title += wording.correlation_text(find_correlation(cell))
     records = {
-        "without the two outer layers at each end": find_correlation(cell, "inner"),
+        "without the first two and the last two layers": find_correlation(cell, "inner"),
         "Kendall tau-b": find_correlation(cell, coefficient="kendall"),
         "Pearson": find_correlation(cell, coefficient="pearson"),
     }
@@ -176,7 +179,7 @@ def proxy_scatter(cell: CellRecord) -> style.Chart:
     data = []
     for name, symbol, width, is_outer in (
         ("inner layers", "circle", 0, False),
-        ("outer layers (first two, last two)", "diamond-open", 2, True),
+        ("the first two and the last two layers", "diamond-open", 2, True),
     ):
         points = [
             (record, side)
@@ -290,7 +293,10 @@ def agreement_map(cell: CellRecord, decisions: DecisionsRecord) -> style.Chart |
     n_left_out = len(decisions.compared) - len(layers)
     title = f"{cell.title}: correlation of the documents that become wrong without each layer"
     if n_left_out:
-        title += f"; {count_text(n_left_out, 'layer')} left out (no or all documents become wrong)"
+        title += (
+            f"; {count_text(n_left_out, 'layer')} are not shown, because all or none of their "
+            "documents become wrong"
+        )
     axis = {"type": "category", "showgrid": False, "ticks": "", "tickangle": 0}
     axis |= {"tickfont": {"size": 9}}
     chart = centred_map(

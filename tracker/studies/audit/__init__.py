@@ -246,7 +246,7 @@ def _variance_table(audit: ModelAudit) -> Table:
     tests = [spread.test for spread in spreads.values()]
     p_values = holm([None if test is None else test.p_value for test in tests])
     adjusted = dict(zip(spreads, p_values, strict=True))
-    reference = "the proxies are compared with this row"
+    reference = "this row is the accuracy drop, with which the proxies are compared"
 
     def larger(name: str) -> str | None:
         test = spreads[name].test
@@ -270,7 +270,7 @@ def _variance_table(audit: ModelAudit) -> Table:
         Column(f"p in blocks of {SIGN_BLOCK}", "p", block_p, reference),
         variance("variance on reliable benchmarks", "noisy"),
         variance("variance without noise", "clean"),
-        variance("variance of the drop minus this one, without noise", "excess"),
+        variance("variance of the drop minus variance of this row, both without noise", "excess"),
     ]
     title = f"{audit.name}: variance of a layer's z-score over benchmarks"
     notes = AUDIT_TEXTS.render_all("variance_notes", audit, MIN_RELIABILITY)
@@ -292,7 +292,10 @@ def _cost_charts(audit: ModelAudit) -> Iterator[LineChart]:
     lines = {labels[name]: row for name, row in curves.items() if {*row} != {None}}
     if lines:
         title = f"{audit.name}: how well each proxy predicts the drop, by computing cost"
-        axes = "forward passes spent on a benchmark", "Spearman with the drop on other documents"
+        axes = (
+            "number of forward passes for one benchmark",
+            "Spearman correlation with the drop on other documents",
+        )
         yield line_chart(title, axes, "coefficient", budgets, lines, log_x=True)
 
 

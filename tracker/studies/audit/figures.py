@@ -362,7 +362,7 @@ class ModelAudit:
         relevance = np.array([cell.relevance for cell in cells])
         if (np.ptp(relevance, axis=1) > 0).all():
             mean = float(benchmark_variance(relevance).mean())
-            reason = "it has the same sampling noise as the drop"
+            reason = "the accuracy relevance has the same sampling noise as the drop"
             spreads["accuracy relevance"] = RelevanceVariance(mean, reason=reason)
         drop = benchmark_variance(mean_profiles(DROP, cells))
         spreads[DROP] = self._spread(DROP, drop, None)

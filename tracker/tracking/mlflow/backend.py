@@ -119,7 +119,7 @@ class MlflowBackend(Backend):
         Returns:
             The MLflow run, and the tracking URI.
         """
-        with self._one_writer("does not show the running measurement"):
+        with self._one_writer("does not show the progress of the measurement"):
             client, experiment = self._connect()
             existing = _find_cell_runs(client, experiment, cell.key)
             move_runs(existing, cell, [describe_cell(cell)])
@@ -129,7 +129,7 @@ class MlflowBackend(Backend):
 
     def begin(self, name: str, tags: Mapping[str, str]) -> tuple[str, str, str]:
         """Create a run for a model or report; return its run id, tracking URI and address."""
-        with self._one_writer(f"did not take {name}"):
+        with self._one_writer(f"did not accept {name}"):
             client, experiment = self._connect()
             run = client.create_run(experiment, tags=dict(tags), run_name=name)
             return str(run.info.run_id), self._uri, self._location()
@@ -163,7 +163,7 @@ class MlflowBackend(Backend):
 
     @override
     def add_page(self, page: Page) -> str:
-        with self._one_writer("did not take the report"):
+        with self._one_writer("did not accept the report"):
             client, experiment = self._connect()
             tags = source_tags("report", page.cells, self.user(), page.text)
             tags["mlflow.loggedArtifacts"] = tables_tag(page.tables)

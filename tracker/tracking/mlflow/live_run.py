@@ -58,7 +58,7 @@ class MlflowLiveRun(OpenRuns):
             last_step = max(step, old_metric.step) if old_metric else step
             metrics.append(Metric(tracked_name(name), value, timestamp, last_step))
         newest |= {metric.key: metric for metric in metrics}
-        with self._backend.connected("does not show the running measurement") as client:
+        with self._backend.connected("does not show the progress of the measurement") as client:
             client.log_batch(open_run.run.info.run_id, metrics=metrics, synchronous=True)
 
     @override
@@ -66,5 +66,5 @@ class MlflowLiveRun(OpenRuns):
         open_run = self._runs.pop(key)
         open_run.monitor.finish()
         info = open_run.run.info
-        with self._backend.connected("does not show the running measurement") as client:
+        with self._backend.connected("does not show the progress of the measurement") as client:
             client.set_terminated(info.run_id, status.upper(), next_timestamp(info.start_time))

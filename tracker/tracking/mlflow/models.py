@@ -33,7 +33,7 @@ class MlflowModels(Models):
         user, text = self._backend.user(), ModelCard(card).text
         tags = source_tags("pruned model", model.source_cells, user, text)
         run_id, uri, location = self._backend.begin(model.name, tags)
-        with self._backend.connected(f"did not take {model.name}") as client:
+        with self._backend.connected(f"did not accept {model.name}") as client:
             timestamp, figures = int(time.time() * 1000), model.figures.items()
             packages = ("torch", "transformers")
             requirements = [f"{name}=={version(name).partition('+')[0]}" for name in packages]

@@ -44,10 +44,12 @@ class MlflowService(Service):
         if "://" in project:
             server, experiment = _server_and_experiment(project)
             if not experiment:
-                raise RequestError(f"{typed!r} names no experiment; write mlflow:URI/EXPERIMENT")
+                raise RequestError(
+                    f"{typed!r} does not name an experiment; write mlflow:URI/EXPERIMENT"
+                )
         if is_source and not (server or self.server()):
             forms = "mlflow:URI/EXPERIMENT, or set MLFLOW_TRACKING_URI"
-            raise RequestError(f"{typed!r} names no server; write {forms}")
+            raise RequestError(f"{typed!r} does not name a server; write {forms}")
         return Target(self.name, experiment or None, server)
 
     @override

@@ -143,7 +143,7 @@ class WandbBackend(Backend):
     def add_page(self, page: Page) -> str:
         views = _import_views()
         labels = {"name": page.name, "job_type": "report", "notes": page.text}
-        with self._explained("did not take the report"):
+        with self._explained("did not accept the report"):
             log_in()
             with self._linked_run(page.cells, labels) as handle:
                 handle.log({f"tables/{name}": wandb_table(t) for name, t in page.tables.items()})
@@ -159,7 +159,7 @@ class WandbBackend(Backend):
 
     def add_model(self, model: SavedModel) -> str:
         """Publish a pruned model, with links to the outcomes by which its layers were chosen."""
-        with self._explained("did not take the model"):
+        with self._explained("did not accept the model"):
             if not is_offline():
                 log_in()
             facts = dict(model.facts)

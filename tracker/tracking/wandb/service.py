@@ -58,7 +58,7 @@ class WandbService(Service):
     def target(self, project: str, is_source: bool) -> Target:
         if is_source and "/" not in project and "WANDB_ENTITY" not in os.environ:
             typed = mask_secrets(f"{self.name}:{project}")
-            raise RequestError(f"{typed!r} names no entity; write wandb:ENTITY/PROJECT")
+            raise RequestError(f"{typed!r} does not name an entity; write wandb:ENTITY/PROJECT")
         return Target(self.name, project or None)
 
     @override
@@ -98,5 +98,5 @@ def _sweep_path(path: str) -> str:
         names = ("WANDB_ENTITY", "WANDB_PROJECT", "WANDB_SWEEP_ID")
         path = "/".join(os.environ.get(name, "") for name in names)
     if len([part for part in path.split("/") if part]) != 3 or path.count("/") != 2:
-        raise RequestError(f"{mask_secrets(path)!r} names no sweep; write ENTITY/PROJECT/ID")
+        raise RequestError(f"{mask_secrets(path)!r} does not name a sweep; write ENTITY/PROJECT/ID")
     return path

@@ -76,7 +76,7 @@ class WandbLiveRun(OpenRuns):
 
     def _session(self) -> Any:
         """Configure the W&B SDK, and convert exceptions to TrackingError."""
-        return wandb_session(self._results, "W&B does not show the running measurement")
+        return wandb_session(self._results, "W&B does not show the progress of the measurement")
 
 
 def show_progress(handle: Run) -> None:
@@ -114,7 +114,7 @@ class WandbSweep:
         """Write an ablation's results to the run of an unfinished trial, or raise TrackingError."""
         run = describe_run(cell, layer)
         ids: dict[str, Any] = {"entity": self._entity, "project": self._project, "id": trial_id}
-        with self._session("did not take a run"):
+        with self._session("did not accept a run"):
             log_in()
             labels = run_labels(cell, run.name, run.kind)
             with finish_run(start_run(self._results, **ids, resume="must", **labels)) as handle:
@@ -182,7 +182,7 @@ class WandbTrial:
     def _session(self) -> AbstractContextManager[None]:
         """Configure the W&B SDK, and convert exceptions to TrackingError."""
         advice = retry_advice(sync_command(self._results, "wandb"))
-        return wandb_session(self._results, "W&B did not take the runs", advice)
+        return wandb_session(self._results, "W&B did not accept the runs", advice)
 
 
 def _write_trial(handle: Any, run: DescribedRun) -> None:
