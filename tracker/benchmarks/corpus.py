@@ -16,10 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tracker.benchmarks.names import CORPUS_PREFIX
 from tracker.benchmarks.parts import part_setting, requested_half
 from tracker.benchmarks.sources import open_data_source
-from tracker.schema.config import BenchmarkSpec, CellRequest
+from tracker.schema.config import CORPUS_PREFIX, BenchmarkSpec, CellRequest
 from tracker.schema.documents import Document, DocumentText, Response
 from tracker.schema.errors import BenchmarkError, did_you_mean
 from tracker.schema.extent import Clusters, Extent

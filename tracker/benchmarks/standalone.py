@@ -19,10 +19,15 @@ from tracker.benchmarks.factory import (
     resolve_num_fewshot,
     task_entries,
 )
-from tracker.benchmarks.names import names_corpus, names_traces, written_spec
 from tracker.benchmarks.parts import choose_part
 from tracker.benchmarks.sources import open_data_source
-from tracker.schema.config import BenchmarkSpec, CellRequest
+from tracker.schema.config import (
+    BenchmarkSpec,
+    CellRequest,
+    names_corpus,
+    names_traces,
+    written_spec,
+)
 from tracker.schema.documents import samples_texts
 from tracker.schema.errors import BenchmarkError
 from tracker.schema.fields import decode_arguments

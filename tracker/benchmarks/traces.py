@@ -16,9 +16,8 @@ from typing import NamedTuple
 
 from tracker.benchmarks.base import MetricValue
 from tracker.benchmarks.encoder import RequestEncoder
-from tracker.benchmarks.names import TRACES_PREFIX, written_spec
 from tracker.benchmarks.tasks import LmEvalBenchmark, answer_request, first_text
-from tracker.schema.config import CellRequest
+from tracker.schema.config import TRACES_PREFIX, CellRequest, written_spec
 from tracker.schema.documents import Document, Request, Response
 from tracker.schema.errors import BenchmarkError
 from tracker.schema.identities import CUT_OFF, TaskIdentity, filter_name, filtered_metric

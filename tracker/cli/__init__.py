@@ -3,9 +3,8 @@
 The exit code is 0 if all work is done, 1 if some work failed, and 2 if the request is invalid.
 
 Modules:
-    boundary: Turn every error into a message and an exit code.
+    command_group: Define the group of commands: help in sections, and errors as messages.
     commands: Define `main` and the commands that measure, plan or check.
-    help: Print the help of commands, with options in groups.
     options: Define the options that commands share, and their types.
     printing: Print records, plans and leaderboards.
     studying: Define the commands study, quantise, prune and export.

@@ -15,7 +15,7 @@ from pydantic import Field
 from typing_extensions import override
 
 from tracker.cli import printing, terminal
-from tracker.cli.boundary import ErrorBoundary
+from tracker.cli.command_group import ErrorBoundary
 from tracker.cli.options import (
     SEARCH_KEYS,
     CommandOptions,

@@ -17,7 +17,7 @@ from click.core import ParameterSource
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.fields import FieldInfo
 
-from tracker.cli.help import DashedOption, GroupedCommand
+from tracker.cli.command_group import DashedOption, GroupedCommand
 from tracker.schema import fields
 from tracker.schema.changes import MAX_LAYERS
 from tracker.schema.config import FIELDS_BY_KEY, FILE_KEYS, CellSettings

@@ -9,8 +9,8 @@ from typing import Annotated, Any
 
 import click
 
+from tracker.cli.command_group import GroupedCommand
 from tracker.cli.commands import main
-from tracker.cli.help import GroupedCommand
 from tracker.cli.options import (
     Backends,
     CommandOptions,

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tracker.comparison.answers import BenchmarkAnswers, ModelAnswers
-from tracker.comparison.lighteval_files import LIGHTEVAL, task_name
-from tracker.comparison.lm_eval_files import LM_EVAL
+from tracker.comparison.log_formats import LIGHTEVAL, LM_EVAL, task_name
 from tracker.comparison.logged import LogFormat, Sample, build_answers, explain_damage
 from tracker.comparison.stored_runs import RunName, parse_run_name, read_run
 from tracker.measuring.progress import Progress, Silent, report_work

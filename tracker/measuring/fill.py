@@ -16,7 +16,6 @@ from typing import NamedTuple
 from filelock import Timeout
 
 from tracker.analysis.stopping import BlockRace, CellRace
-from tracker.benchmarks.names import names_traces
 from tracker.ledger.blocks import Block, split_missing
 from tracker.ledger.cells import CellStore
 from tracker.ledger.outcomes import DIGEST_COLUMN, PROVENANCE_COLUMN, stored_texts
@@ -26,7 +25,7 @@ from tracker.measuring.meter import Advance, CellFacts, Measurement
 from tracker.measuring.prepare import find_cell
 from tracker.measuring.progress import Progress, report_work
 from tracker.schema.changes import INTACT
-from tracker.schema.config import all_ablations
+from tracker.schema.config import all_ablations, names_traces
 from tracker.schema.errors import CellError
 from tracker.schema.extent import ALL_DOCUMENTS, Extent
 from tracker.schema.provenance import SAME_VERSIONS, has_other_tokens, tokeniser_differences

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, BeforeValidator, model_validator
 
 from tracker.schema.changes import INTACT, WHOLE_LAYER, Ablation, Change
-from tracker.schema.errors import ExperimentError
+from tracker.schema.errors import BenchmarkError, ExperimentError
 from tracker.schema.extent import UNLIMITED_SAMPLE, Clusters, DocumentPart, Extent, Positive
 from tracker.schema.fields import (
     BenchmarkName,
@@ -38,6 +38,8 @@ EXECUTORS = {
     "slurm": "tracker.measuring.executors.slurm:SlurmExecutor",
 }
 """Name of an executor → its class, which is imported when it is chosen."""
+CORPUS_PREFIX = "corpus:"
+TRACES_PREFIX = "traces:"
 EXECUTORS_GROUP = "layer_tracker.executors"
 """The group of entry points by which other packages add executors."""
 OFFLOAD_PLACES = ("device", "host", "disk")
@@ -127,6 +129,30 @@ class BenchmarkSpec(StrictModel):
     def renamed(self, benchmark: str) -> BenchmarkSpec:
         """Return a copy of the settings with the name of another benchmark."""
         return self.model_copy(update={"benchmark": benchmark})
+
+
+def names_corpus(benchmark: str) -> bool:
+    """Return whether a benchmark's name denotes a corpus instead of a task of lm-eval."""
+    return benchmark.startswith(CORPUS_PREFIX)
+
+
+def names_traces(benchmark: str) -> bool:
+    """Return whether a benchmark's name denotes texts to read instead of a task of lm-eval."""
+    return benchmark.startswith(TRACES_PREFIX)
+
+
+def written_spec(spec: BenchmarkSpec) -> BenchmarkSpec:
+    """Return the settings of the benchmark whose texts are read; other settings are unchanged.
+
+    Raises BenchmarkError if the name of the benchmark contains no task.
+    """
+    task = spec.benchmark.removeprefix(TRACES_PREFIX)
+    if names_traces(spec.benchmark) and (not task or names_traces(task) or names_corpus(task)):
+        raise BenchmarkError(
+            f"{spec.benchmark!r} does not name a generation task; write traces:TASK, e.g. "
+            "traces:gsm8k"
+        )
+    return spec.renamed(task)
 
 
 class DocumentSpec(StrictModel, Extent):

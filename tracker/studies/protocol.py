@@ -21,9 +21,8 @@ from numpy.typing import NDArray
 from tracker.analysis.aligned import AlignedOutcomes
 from tracker.analysis.paired import PairedOutcomes
 from tracker.benchmarks.benchmark import open_benchmark
-from tracker.benchmarks.names import names_traces
 from tracker.schema.changes import WHOLE_LAYER
-from tracker.schema.config import CellRequest
+from tracker.schema.config import CellRequest, names_traces
 from tracker.schema.errors import CellError, RequestError
 from tracker.schema.estimates import Estimate
 from tracker.schema.findings import LineChart, line_chart

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from tracker.benchmarks.names import names_corpus, names_traces
 from tracker.ledger.cells import CellStore
 from tracker.ledger.outcomes import METRIC_PREFIX, PROVENANCE_COLUMN, stored_texts
 from tracker.ledger.store import Ledger
@@ -19,7 +18,7 @@ from tracker.ledger.views import cell_key
 from tracker.measuring.progress import Progress, report_work
 from tracker.models.sources import find_model
 from tracker.schema.changes import INTACT, Ablation
-from tracker.schema.config import CellRequest, ModelSpec, cell_request
+from tracker.schema.config import CellRequest, ModelSpec, cell_request, names_corpus, names_traces
 from tracker.schema.distribution import __version__
 from tracker.schema.errors import BenchmarkError, RequestError, TrackerError, did_you_mean
 from tracker.schema.extent import DEFAULT_SEED, Extent
