@@ -15,7 +15,7 @@ import pytest
 import tracker.api
 from tests.conftest import cli, golden, refused
 from tests.helpers import faults
-from tracker.cli import boundary, viewing
+from tracker.cli import command_group, viewing
 from tracker.ledger.files import seal_note
 from tracker.results import Results
 from tracker.runner import RunOutcome
@@ -66,7 +66,7 @@ def test_unexpected_errors_are_reported_as_bugs(monkeypatch, tmp_path):
     path.unlink()
     assert "Traceback" in text
     assert SECRET not in text
-    assert boundary.ISSUES_URL in second_line
+    assert command_group.ISSUES_URL in second_line
 
 
 @pytest.mark.parametrize("command", ["report", "leaderboard", "sync"])

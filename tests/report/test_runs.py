@@ -24,13 +24,15 @@ def test_what_layers_cost_together_is_held_against_sets_drawn_at_random():
     cell_with_set = cell.model_copy(update={"runs": (joint_run((0, 5), 0.1, False), *random_runs)})
     assert controls_answer(cell_with_set) == (
         "2 layers removed together: accuracy drop 10.0 pp (the set), 22.0 of 40 sets drawn at "
-        "random (20.0 to 23.9). It is shown to differ from these (p = 0.049)."
+        "random (20.0 to 23.9). The set is shown to differ from the random sets (p = 0.049)."
     )
     ordinary_cell = cell.model_copy(
         update={"runs": (joint_run((0, 5), 0.201, False), *random_runs)}
     )
     # Two of forty cost as little.
-    assert controls_answer(ordinary_cell).endswith("is not shown to differ from these (p = 0.146).")
+    assert controls_answer(ordinary_cell).endswith(
+        "is not shown to differ from the random sets (p = 0.146)."
+    )
     cell_with_two_sets = cell.model_copy(
         update={"runs": (*cell_with_set.runs, joint_run((0, 7), 0.2, False))}
     )

@@ -59,7 +59,7 @@ def test_how_much_of_a_profile_is_no_noise() -> None:
 
 
 def test_nothing_but_noise_is_refused() -> None:
-    with pytest.raises(ValueError, match="differ by no more than the noise"):
+    with pytest.raises(ValueError, match="are not larger than the noise"):
         benchmark_variance(np.array([[1.0, -1.0], [1.0, -1.0]]), np.ones((2, 2)))
     with pytest.raises(ValueError, match="at least two"):
         benchmark_variance(np.array([[1.0, -1.0]]))

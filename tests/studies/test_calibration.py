@@ -82,7 +82,7 @@ def test_agreement_is_that_of_plain_samples(measured):
         row = _find_row(finding, TITLE, n)
         for entry, draws in ((row[1], disjoint), (row[3], part_whole), (row[4], kendall)):
             if np.isnan(draws).mean() > 0.5:
-                assert entry.reason == "in most samples of this size all layers are tied"
+                assert entry.reason == "in most samples of this size, all layers have the same mean"
                 continue
             assert entry.value == pytest.approx(np.nanmean(draws))
             assert entry.low == pytest.approx(np.nanquantile(draws, 0.025))

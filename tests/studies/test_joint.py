@@ -175,5 +175,7 @@ def test_pairs_at_the_floor_are_left_out():
     q = interactions.q[interactions.indices]
     assert list(q) == pytest.approx(list(stats.false_discovery_control(p)))
     interactions, _ = _known_interactions(max_loss=0.0)
-    assert interactions.mean.reason == "all these pairs are at the floor (chance)"
+    assert (
+        interactions.mean.reason == "without these layers, the accuracy of all pairs is at chance"
+    )
     assert interactions.rank.reason == "0 pairs, and three are needed"

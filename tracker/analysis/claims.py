@@ -105,7 +105,7 @@ class Claims:
 
     @property
     def less_probable(self) -> dict[int, Estimate]:
-        """Layer → significant drop of the choice probability, for undecided layers."""
+        """Layer → significant drop of choice probability, where accuracy leaves a layer open."""
         return self._choices_of_open_layers(1)
 
     @property

@@ -111,7 +111,7 @@ class MeasuredCell:
 
     @cached_property
     def documents(self) -> Mapping[str, Sequence[int]]:
-        """The numbers of the measured documents of each task."""
+        """Task → numbers that identify its measured documents."""
         return self.store.task_documents(self.request.extent)
 
     @property

@@ -234,7 +234,7 @@ class OpenCell:
 
     @property
     def documents(self) -> dict[str, tuple[int, ...]]:
-        """The numbers of the measured documents of each task, ascending."""
+        """Task → numbers that identify its measured documents, ascending."""
         documents = self.store.task_documents(self.request.extent)
         return {task: tuple(sorted(numbers)) for task, numbers in documents.items()}
 

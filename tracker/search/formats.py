@@ -332,7 +332,7 @@ class FormatProblem:
         return self._largest_choice(dict.fromkeys(outer_units, largest))
 
     def _largest_choice(self, given: FormatChoice) -> FormatChoice | None:
-        """Choose the largest format within the budget for all units without a given format."""
+        """Choose one format for the units outside `given`: the largest within the budget."""
         choices = [{**dict.fromkeys(self.units, form), **given} for form in self.formats]
         return max(filter(self.budget.holds, choices), key=bits_per_weight, default=None)
 

@@ -165,7 +165,7 @@ class GoalResult:
 
     @property
     def unshown_reason(self) -> str:
-        """The reason why no set is shown to be within a budget of accuracy, and what to type."""
+        """Reason why no set of parts is shown to lose at most the budget, and what to do."""
         budget, n, recommendation = self.budget, self.record.baseline.n, self.recommendation
         if budget is not None and recommendation.nearest is not None:
             return SEARCH_TEXTS.render("unreached", recommendation.nearest, budget, n)

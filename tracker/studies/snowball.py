@@ -404,7 +404,10 @@ class Snowball(Study[SnowballSettings]):
 
 
 def _list_unanswered(cell: SnowballFigures | None, file: str) -> list[str]:
-    """Return a sentence for each missing result of a benchmark, with the data that it needs."""
+    """Return a sentence for each missing result of a benchmark, and for what would give it.
+
+    A benchmark that was not measured is None.
+    """
     if cell is None:
         return SNOWBALL_TEXTS.render_all("lacking", None, 0, 0, file)
     needed = min_growth_documents(len(cell.tokens.removed.defined), SIGNIFICANT)

@@ -276,8 +276,8 @@ class Backend(ABC):
         of the same kind (e.g. attention heads), they are only rows of a table in the summary run,
         unless `selection` makes them separate runs.
 
-        Publishing the same results again creates no second run and logs no value twice. Publishing
-        changed results updates the runs. After a failure, publishing again adds the missing runs
+        Publishing the same results again creates no second run and logs no value twice. Changed
+        results update the runs when they are published. After a failure, publishing again adds the missing runs
         and values.
 
         Args:

@@ -67,10 +67,10 @@ class LayerStep:
 
     @cached_property
     def divided_step(self) -> tuple[LayerStep, tuple[int, ...]]:
-        """A `LayerStep` for the streams with changes inside the layer, and their indices.
+        """The part of the step that concerns changes inside the layer, and its streams' indices.
 
-        The step also contains the baseline and all streams with the same input. The step and the
-        indices are empty if no stream has such changes.
+        It has the streams with such changes, the baseline, and all streams with the same input. It
+        is empty if no stream has such changes.
         """
         origins = {self.origin(i) for i in self.entrants if self.actions[i] in _DIVIDING_ACTIONS}
         origins |= {0} if origins else set()

@@ -251,7 +251,10 @@ def _list_sequences(documents: Documents, max_length: int, lengths: Lengths) -> 
 def _group_by_side(
     documents: Documents, max_length: int, lengths: Lengths
 ) -> list[list[list[_Sequence]]]:
-    """Group requests that can share a forward pass; each group has one list per document."""
+    """Group requests that can share a forward pass, which have the same `side`.
+
+    Each group has one list of requests for each of its documents.
+    """
     sides = group_by(_list_sequences(documents, max_length, lengths), attrgetter("side")).values()
     return [list(group_by(side, attrgetter("document")).values()) for side in sides]
 

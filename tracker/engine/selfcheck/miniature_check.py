@@ -85,7 +85,7 @@ def reaching_calls(
     """Draw long documents of random tokens, one list per call of `Engine.score`.
 
     `vocabulary` is the number of token ids. Text lengths double up to `longest` tokens. A prefix
-    tree has about `nodes` tokens for several documents, and about `widest` tokens for one document.
+    tree of several documents has about `nodes` tokens, and one of a single document `widest`.
     Texts that only test disabled sharing are omitted.
     """
     tokens = _make_token_source(vocabulary)

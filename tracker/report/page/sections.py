@@ -119,9 +119,9 @@ def decision_table(cell: CellRecord, decisions: DecisionsRecord) -> Table:
         notes.append(f"How often each option is the right answer: {', '.join(gold)}.")
     if decisions.cut is not None:
         notes.append(
-            "Texts cut off: share of texts that the token limit ended. Lost by cutting: lost "
-            "documents with more such texts than the intact model has. All other lost documents "
-            "have wrong answers."
+            "Texts cut off: share of texts that the token limit ended. Lost by cutting: number of "
+            "lost documents of which the token limit ended more texts than without the change. "
+            "The other lost documents have wrong answers."
         )
     if "margin" in decisions.reasons:
         notes.append(f"Margins: {reason}.")
