@@ -277,8 +277,8 @@ class Backend(ABC):
         unless `selection` makes them separate runs.
 
         Publishing the same results again creates no second run and logs no value twice. Changed
-        results update the runs when they are published. After a failure, publishing again adds the missing runs
-        and values.
+        results update the runs when they are published. After a failure, publishing again adds the
+        missing runs and values.
 
         Args:
             cell: The record of the cell; some runs or documents may not be measured yet.
