@@ -30,6 +30,7 @@ from tests.helpers.samples import DATE, run_lm_eval, sample, write_outcomes, wri
 from tests.tools.gate import decide, gate_rates, probability_of
 from tracker.analysis.paired import PairedOutcomes
 from tracker.benchmarks import results
+from tracker.comparison.log_formats import LM_EVAL
 from tracker.comparison.verdicts import Difference
 from tracker.stats.accuracy import OutcomeVariance
 
@@ -252,6 +253,22 @@ def test_mutual_information_scores_options_twice(tmp_path):
     folders = (write_samples(tmp_path / n, "parity", r) for n, r in (("A", rows), ("B", twice)))
     (row,) = tracker.compare(*folders).differences
     assert row.choice.value == 0
+
+
+def test_options_are_read_without_their_prompts(tmp_path):
+    """Options that look like the end of a request are read as JSON."""
+    options = ['say "}', "back\\slash", '"arg_1": "x"}', "é, ü and \n", "plain"]
+    row = sample(0, 1)
+    row["arguments"] = {
+        f"gen_args_{n}": {"arg_0": 'Is "}, "arg_1": it?', "arg_1": option}
+        for n, option in enumerate(options)
+    }
+    for number, escaped in enumerate((True, False)):
+        path = tmp_path / f"{number}.jsonl"
+        path.write_text(json.dumps(row, ensure_ascii=escaped) + "\n")
+        (read,) = LM_EVAL.read_samples("parity", path)
+        assert read.choices == options
+        assert read.question == 'Is "}, "arg_1": it?'
 
 
 def test_a_lower_loss_is_better(tmp_path):

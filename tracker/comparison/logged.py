@@ -206,14 +206,25 @@ def _weightings(values: pd.Series[Any], mean: object) -> list[bool]:
     return [by_size for by_size, error in errors.items() if abs(error) < _TOLERANCE]
 
 
-def explain_damage(source: object, program: str) -> AbstractContextManager[None]:
-    """Convert errors about unexpected content in a `with` block to RequestError."""
+def explain_damage(
+    source: object | Callable[[], object], program: str
+) -> AbstractContextManager[None]:
+    """Convert errors about unexpected content in a `with` block to RequestError.
+
+    Args:
+        source: Name of the damaged file in the message, or a function that returns the name.
+        program: Program that wrote the file.
+
+    Returns:
+        A context manager.
+    """
 
     def convert(error: Exception) -> RequestError | None:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else first_line(error)
         if isinstance(error, ValidationError):
             reason = first_problem(error, Report)
-        text = f"{source} is incomplete or not of {program} ({reason}); copy the file again"
+        name = source() if callable(source) else source
+        text = f"{name} is incomplete or not of {program} ({reason}); copy the file again"
         return None if isinstance(error, OSError) else RequestError(text)
 
     return translate_errors(convert)
