@@ -255,9 +255,11 @@ def test_mutual_information_scores_options_twice(tmp_path):
     assert row.choice.value == 0
 
 
-def test_options_are_read_without_their_prompts(tmp_path):
+@pytest.mark.parametrize(
+    "options", [["é, ü and \n", "plain", "back\\slash"], ["a", 'say "}'], ["a", '"arg_1": "x"}']]
+)
+def test_options_are_read_without_their_prompts(options, tmp_path):
     """Options that look like the end of a request are read as JSON."""
-    options = ['say "}', "back\\slash", '"arg_1": "x"}', "é, ü and \n", "plain"]
     row = sample(0, 1)
     row["arguments"] = {
         f"gen_args_{n}": {"arg_0": 'Is "}, "arg_1": it?', "arg_1": option}
