@@ -20,6 +20,7 @@ import tracker
 from tests.helpers.stored_cells import cell_record, layer_request, make_row, write_rows_to_blocks
 from tracker.analysis import records, runs
 from tracker.analysis.aligned import AlignedOutcomes
+from tracker.analysis.paired import outcome_variance
 from tracker.ledger.blocks import Block
 from tracker.ledger.cells import CellStore
 from tracker.ledger.outcomes import COMPARED_COLUMNS
@@ -27,9 +28,12 @@ from tracker.measuring.derive import DERIVED_BY
 from tracker.schema.extent import Clusters
 from tracker.schema.proxies import OBSERVED, Proxy, relative_update
 from tracker.schema.records import CellRecord, RunRecord
+from tracker.stats.accuracy import OutcomeVariance
 
 LAYERS = 8
 EVERY_LAYER = layer_request(*range(LAYERS))
+Z = 1.959963984540054
+"""The 97.5 % point of the normal distribution."""
 SCIPY = {"spearman": stats.spearmanr, "kendall": stats.kendalltau, "pearson": stats.pearsonr}
 METRICS = {"acc": "mean", "acc_norm": "mean", "f1": "agreement", "own": "a_function_of_the_task"}
 
@@ -226,6 +230,23 @@ def test_every_figure_of_a_single_task(store):
     for layer in record.runs:
         expected = naive_metric(items, True, f"layer:{layer.change.layer}", "acc_norm")
         assert layer.accuracy == pytest.approx(expected)
+
+
+def test_the_intervals_of_a_single_task(record_of):
+    items = make_items({"arc_easy": 70})
+    record = record_of(items)
+    n, p = 70, record.baseline.value
+    centre = (p + Z**2 / (2 * n)) / (1 + Z**2 / n)
+    half_width = Z / (1 + Z**2 / n) * math.sqrt(p * (1 - p) / n + Z**2 / (4 * n**2))
+    assert record.baseline.bounds == pytest.approx((centre - half_width, centre + half_width))
+    for run in record.runs:
+        changes = [i.accuracy("baseline") - i.accuracy(run.ablation) for i in items]
+        lost, won = ((changes.count(sign) + 1) / (n + 2) for sign in (1, -1))
+        half_width = Z * math.sqrt((lost + won - (lost - won) ** 2) / (n + 2))
+        assert run.drop.bounds == pytest.approx((lost - won - half_width, lost - won + half_width))
+        # The share that changes is all that a smaller drop depends on.
+        share = pytest.approx(np.count_nonzero(changes) / n)
+        assert outcome_variance(run) == OutcomeVariance(share, binary=True)
 
 
 def test_the_interval_of_dependent_documents_is_that_of_their_clusters(store):

@@ -9,11 +9,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import lm_eval
-import lm_eval.evaluator
-import pytest
 from lm_eval.api.model import LM
 from lm_eval.loggers import EvaluationTracker
+
+from tests.helpers.lm_eval import evaluate
 
 DATE = "2026-11-30T10-00-00.000000"
 
@@ -43,18 +42,15 @@ def run_lm_eval(
     folder: Path, tasks: Any, names: list[str], seed: int, **settings: Any
 ) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
     """Evaluate a made-up model with lm-eval, which writes its files; return results and samples."""
+    return write_evaluation(folder, MadeUpModel(seed), tasks=names, task_manager=tasks, **settings)
+
+
+def write_evaluation(
+    folder: Path, model: LM, **settings: Any
+) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
+    """Evaluate a model with lm-eval, which writes its files; return results and samples."""
     writer = EvaluationTracker(output_path=str(folder))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lm_eval.evaluator, "add_env_info", lambda results: None)
-        patch.setattr(lm_eval.evaluator, "get_git_commit_hash", lambda: None)
-        evaluation = lm_eval.simple_evaluate(
-            MadeUpModel(seed),
-            tasks=names,
-            task_manager=tasks,
-            bootstrap_iters=0,
-            evaluation_tracker=writer,
-            **settings,
-        )
+    evaluation = evaluate(model, evaluation_tracker=writer, **settings)
     writer.general_config_tracker.model_name = folder.name
     writer.general_config_tracker.model_name_sanitized = folder.name
     samples = evaluation.pop("samples")

@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lm_eval.loggers import EvaluationTracker
 from lm_eval.models.huggingface import HFLM
 from scipy.stats import binomtest
 from torch import nn
 
 import tracker
-from tests.helpers.lm_eval import cut_layer, evaluate
+from tests.helpers.lm_eval import cut_layer
 from tests.helpers.package_tasks import plain_package_tasks
+from tests.helpers.samples import write_evaluation
 from tracker.models.load import load_model
 from tracker.models.rounding import round_weight
 from tracker.models.sources import find_model
@@ -56,21 +56,6 @@ def changed_models(
         yield name, partial(round_model, model, name)
 
 
-def run_lm_eval(lm: HFLM, folder: Path, limit: int) -> None:
-    """Evaluate a model by plain lm-eval, which writes its files."""
-    writer = EvaluationTracker(output_path=str(folder))
-    manager = plain_package_tasks(folder.parent / "tasks")
-    evaluation = evaluate(
-        lm, tasks=TASKS, limit=limit, task_manager=manager, evaluation_tracker=writer
-    )
-    writer.general_config_tracker.model_name = folder.name
-    writer.general_config_tracker.model_name_sanitized = folder.name
-    samples = evaluation.pop("samples")
-    writer.save_results_aggregated(results=evaluation, samples=samples)
-    for task in TASKS:
-        writer.save_results_samples(task_name=task, samples=samples[task])
-
-
 def check_pair(a: Path, b: Path) -> int:
     """Compare two models, hold every row against lm-eval's files, and count the rows."""
     results = {}
@@ -100,6 +85,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=40, help="documents per benchmark")
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
+    tasks = {"tasks": TASKS, "task_manager": plain_package_tasks(arguments.folder / "tasks")}
     folders = []
     for family, (source, layers, formats) in MODELS.items():
         loaded = load_model(find_model(source), "float32")
@@ -109,7 +95,7 @@ def main() -> None:
             if not folder.exists():
                 with torch.inference_mode():
                     lm = HFLM(make(), tokenizer=loaded.tokenizer, batch_size=8)
-                    run_lm_eval(lm, folder, arguments.limit)
+                    write_evaluation(folder, lm, limit=arguments.limit, **tasks)
     counts = [check_pair(a, b) for a, b in itertools.combinations(folders, 2)]
     print(f"{len(folders)} models, {len(counts)} pairs, {sum(counts)} rows equal lm-eval and scipy")  # noqa: T201
 

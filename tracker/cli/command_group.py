@@ -21,6 +21,9 @@ from tracker.schema.distribution import REPOSITORY, UNSUPPORTED_SYSTEM, __versio
 from tracker.schema.errors import TrackerError, first_line
 from tracker.schema.text import is_writable, mask_secrets
 
+ISSUES_URL = f"{REPOSITORY}/issues"
+COLLECTION_THRESHOLD = 10_000
+"""Number of new objects after which Python collects garbage. A pass of the engine leaves none."""
 MAX_CHOICES = 8
 """An option with more choices lists them in its help instead of its usage."""
 COMMON = "Common options"
@@ -104,11 +107,6 @@ class GroupedCommands(click.Group):
             ]
             with formatter.section(title):
                 formatter.write_dl(rows)
-
-
-ISSUES_URL = f"{REPOSITORY}/issues"
-COLLECTION_THRESHOLD = 10_000
-"""Number of new objects after which Python collects garbage. A pass of the engine leaves none."""
 
 
 class ErrorBoundary(GroupedCommands):

@@ -177,17 +177,21 @@ def build_answers(
             by_size, is_better[name] = by_size and weightings[0], higher
             table[name] = values[name].to_numpy(dtype=np.float64)
     if (table["scores"].notna() & table["gold"].notna()).all():
-        scores = pd.DataFrame(table["scores"].tolist()).to_numpy(dtype=np.float64)
-        is_option = (table["gold"] >= 0) & (table["gold"] < (~np.isnan(scores)).sum(axis=1))
-        table["choice"] = choose_options(scores)
-        is_right = table["choice"] == table["gold"]
-        # In some tasks, `acc` tests something else.
-        if is_option.all() and "acc" in table and (is_right == table["acc"]).all():
-            gold = table["gold"].to_numpy()
-            table[CHOICE_PROBABILITY] = choice_probabilities(scores, gold)
-            is_better[CHOICE_PROBABILITY] = True
+        _add_choices(table)
+    if CHOICE_PROBABILITY in table:
+        is_better[CHOICE_PROBABILITY] = True
     table = table.drop(columns=["filter", "metrics", "scores"])
     return BenchmarkAnswers(table, is_better, report.settings(tasks), by_size, left_out)
+
+
+def _add_choices(table: pd.DataFrame) -> None:
+    """Add the options with the highest scores, and the choice probability if `acc` tests them."""
+    scores = pd.DataFrame(table["scores"].tolist()).to_numpy(dtype=np.float64)
+    is_option = (table["gold"] >= 0) & (table["gold"] < (~np.isnan(scores)).sum(axis=1))
+    table["choice"] = choose_options(scores)
+    is_right = table["choice"] == table["gold"]
+    if is_option.all() and "acc" in table and (is_right == table["acc"]).all():
+        table[CHOICE_PROBABILITY] = choice_probabilities(scores, table["gold"].to_numpy())
 
 
 def _metric_columns(filtered: tuple[Any, pd.DataFrame]) -> pd.DataFrame:

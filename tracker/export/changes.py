@@ -126,14 +126,22 @@ class ChangedModel(NamedTuple):
     Attributes:
         model: The changed copy of the model.
         measured: The copy that the engine measures, which must compute the same logits.
+        kept_layers: For each layer of the copy, the number of the original layer.
         bytes: Size in bytes of a file with the quantised weights.
-        facts: Fields of `ExportedModel`, such as `recipes`.
+        recipes: Tool → recipe to make the same model with this tool.
+        problems: Tool → reason why this tool cannot make the model.
+        resized: Names of changed configuration entries, except for the number of layers.
+        formats: Path of each quantised weight → the weight's format.
     """
 
     model: PreTrainedModel
     measured: PreTrainedModel
+    kept_layers: tuple[int, ...]
     bytes: int
-    facts: dict[str, Any]
+    recipes: dict[str, str]
+    resized: tuple[str, ...] = ()
+    formats: Mapping[str, str] = {}
+    problems: Mapping[str, str] = {}
 
 
 def changed_layers(source: ModelSource, loaded: LoadedModel, change: ModelChange) -> ChangedModel:
@@ -150,8 +158,7 @@ def changed_layers(source: ModelSource, loaded: LoadedModel, change: ModelChange
     config = model.config.get_text_config()
     windows = card.find_windows(config.model_type, getattr(config, "layer_types", None) or ())
     recipes = card.layer_recipes(source, loaded.identity, kept_layers, removed, resized, windows)
-    facts = {"kept_layers": kept_layers, "recipes": recipes, "resized": resized}
-    return ChangedModel(model, measured, weight_bytes(model), facts)
+    return ChangedModel(model, measured, kept_layers, weight_bytes(model), recipes, resized)
 
 
 def rounded_weights(source: ModelSource, loaded: LoadedModel, change: ModelChange) -> ChangedModel:
@@ -191,9 +198,8 @@ def rounded_weights(source: ModelSource, loaded: LoadedModel, change: ModelChang
     stored_formats = {**formats, **embedding_formats}
     recipes = card.format_recipes(stored_formats, kind, layers, file, tied_path)
     problems = card.recipe_problems(stored_formats, kind, layers)
-    facts = {"kept_layers": tuple(range(layers)), "recipes": recipes}
-    facts |= {"formats": formats, "problems": problems}
-    return ChangedModel(model, model, round(size), facts)
+    kept_layers = tuple(range(layers))
+    return ChangedModel(model, model, kept_layers, round(size), recipes, (), formats, problems)
 
 
 def _stored_format(form: str, inputs: int) -> WeightFormat:

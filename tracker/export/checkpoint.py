@@ -256,7 +256,6 @@ def _write_checkpoint(
     change_model = rounded_weights if request.change.kind == "quantised" else changed_layers
     changed_model = change_model(source, loaded, request.change)
     base, model = loaded.model, changed_model.model
-    kept_layers = changed_model.facts["kept_layers"]
     _refuse_small_disk(folder, weight_bytes(model))
     progress.say("writing the checkpoint")
     checkpoint.save_copy(loaded, model, folder)
@@ -266,9 +265,13 @@ def _write_checkpoint(
         folder=request.output,
         base=loaded.identity,
         change=request.change,
+        kept_layers=changed_model.kept_layers,
         before=Size(len(loaded.layers), base.num_parameters(), weight_bytes(base)),
-        after=Size(len(kept_layers), model.num_parameters(), changed_model.bytes),
-        **changed_model.facts,
+        after=Size(len(changed_model.kept_layers), model.num_parameters(), changed_model.bytes),
+        recipes=changed_model.recipes,
+        resized=changed_model.resized,
+        formats=changed_model.formats,
+        problems=changed_model.problems,
     )
     if exported.formats:
         _write_formats(exported, folder)

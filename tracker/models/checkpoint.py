@@ -32,7 +32,12 @@ from tracker.models.hooks import TRANSFORMERS_LOCK
 from tracker.models.layers import find_layers
 from tracker.models.load import LoadedModel, build_hollow, load_model
 from tracker.models.miniature import MINIATURE_HEADS, build_miniature
-from tracker.models.narrowed import narrowed_copies, plan_narrowing, plan_removal
+from tracker.models.narrowed import (
+    PartNumbers,
+    narrowed_copies,
+    plan_narrowing,
+    plan_removal,
+)
 from tracker.models.parts.anatomy import (
     PART_CLASSES,
     LayerAnatomy,
@@ -286,6 +291,15 @@ def _count_layers(model: PreTrainedModel) -> int:
     return sum(parameter.numel() for parameter in find_layers(model).parameters())
 
 
+def _smallest_removal(counts: PartNumbers) -> tuple[Component, int]:
+    """Return the unit that a small removal takes from a layer, and how many the layer has.
+
+    These are whole groups of heads, or heads if there is one group, which has to stay.
+    """
+    *single, (unit, count) = counts.items()
+    return single[0] if single and count == 1 else (unit, count)
+
+
 def _uniform_removal(model: PreTrainedModel, ablation: Ablation) -> Ablation:
     """Return the smallest removal from each layer that the model's class accepts.
 
@@ -294,12 +308,7 @@ def _uniform_removal(model: PreTrainedModel, ablation: Ablation) -> Ablation:
     anatomy = LayerAnatomy.of(model)
     kinds = dict.fromkeys(PART_CLASSES[change.component] for change in ablation.parts)
     parts = [(n, part) for kind in kinds for n, part in enumerate(anatomy.find(kind))]
-    # The last of the counts is that of whole groups of heads. A single group stays.
-    counts = [
-        (n, *[item for item in part.counts.items() if item[1] > 1][-1])
-        for n, part in parts
-        if isinstance(part, NumberedParts)
-    ]
+    counts = [(n, *_smallest_removal(p.counts)) for n, p in parts if isinstance(p, NumberedParts)]
     for n_removed in range(1, MINIATURE_HEADS):
         numbers = [
             (n, unit, (n + k) % m) for n, unit, m in counts for k in range(min(n_removed, m))
@@ -354,9 +363,8 @@ def _check_reload(small_model: PreTrainedModel, ablation: Ablation) -> None:
         changes_text = f"with fewer {_plurals(ablation)}"
 
     # Errors of a miniature with fewer parts state numbers that the user's model does not have.
-    reason = (
-        "the model's class computes the remaining parts in another way" if ablation.parts else ""
-    )
+    reason = "the model's class computes the remaining parts in another way"
+    reason *= bool(ablation.parts)
 
     def problem(text: str) -> AbstractContextManager[None]:
         return translate_errors(lambda e: ModelError(f"{name} {text}: {reason or first_line(e)}"))

@@ -42,11 +42,11 @@ if TYPE_CHECKING:
 LAYER_COUNT = 5
 READ, RECALL, WHISPER, AMPLIFY, SPEAK = range(LAYER_COUNT)
 LAYER_ROLES = (
-    "layer 0 computes a vector that identifies the text up to each token",
-    "layer 1 looks up the code of the next token, and layer 4 sets the code's sign",
-    "layer 2 adds the same tiny number to the hidden state of every token",
-    "layer 3 amplifies the tiny number that layer 2 adds",
-    "layer 4 predicts the next token, which is wrong if layer 2 is missing",
+    "computes a vector that identifies the text up to each token",
+    "looks up the code of the next token; layer 4 sets the sign of the code",
+    "adds the same tiny number to the hidden state of every token",
+    "amplifies the tiny number that layer 2 adds",
+    "predicts the next token, or its opposite if layer 2 is missing",
 )
 MIN_EPSILON, MAX_EPSILON = 1e-9, 0.3
 """Bounds of ε. Below, 1 - ε in float64 is not exact to 1e-6; above, ε is not the lowest score."""

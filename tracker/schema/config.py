@@ -38,10 +38,10 @@ EXECUTORS = {
     "slurm": "tracker.measuring.executors.slurm:SlurmExecutor",
 }
 """Name of an executor → its class, which is imported when it is chosen."""
-CORPUS_PREFIX = "corpus:"
-TRACES_PREFIX = "traces:"
 EXECUTORS_GROUP = "layer_tracker.executors"
 """The group of entry points by which other packages add executors."""
+CORPUS_PREFIX = "corpus:"
+TRACES_PREFIX = "traces:"
 OFFLOAD_PLACES = ("device", "host", "disk")
 """Places where offloaded layers are stored."""
 COMPETITORS = ("vllm",)

@@ -332,8 +332,19 @@ class TheoremSettings(StudySettings):
 
 
 STUDIES: Mapping[str, type[StudySettings]] = {
-    settings.study.partition(":")[0].rpartition(".")[2]: settings
-    for settings in StudySettings.__subclasses__()
+    "audit": AuditSettings,
+    "calibration": CalibrationSettings,
+    "displacement": DisplacementSettings,
+    "joint": JointSettings,
+    "precision": PrecisionSettings,
+    "protocol": ProtocolSettings,
+    "prune": PruneSettings,
+    "quantise": QuantiseSettings,
+    "repeat": RepeatSettings,
+    "rescale": RescaleSettings,
+    "savings": SavingsSettings,
+    "snowball": SnowballSettings,
+    "theorem": TheoremSettings,
 }
 """Name of each study of this package → class of its settings."""
 

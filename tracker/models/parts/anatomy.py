@@ -230,9 +230,8 @@ def find_search_parts(source: ModelSource, unit: str) -> SearchParts:
     if not layers or n_staying >= count:
         reason = f": each layer has {count} {plural}, and {n_staying} of them must stay"
         if not layers:
-            router = (", and a router without groups of experts or a fixed table") * (
-                unit == "expert"
-            )
+            router = ", and a router without groups of experts or a fixed table"
+            router *= unit == "expert"
             reason = f" (needed: {PART_CLASSES[unit].NEEDS}{router})"
         raise ModelError(
             f"{source.source} has no {plural} that can be removed one by one{reason}; use another "

@@ -106,11 +106,8 @@ def _verify_sublayers(finder: PartFinder, sublayers: Sequence[Sublayers]) -> Non
     with hooks.silenced_sublayers([*attentions, *mlps]), hooks.enter_all(wrapped):
         model(ids, use_cache=False)
     if not all(is_unchanged):
-        layer, problem = (
-            layers[is_unchanged.index(False)],
-            "if its first and its last module are removed",
-        )
-        raise _division_error(model, layer, f"the layer changes its input even {problem}")
+        problem = "the layer changes its input even if its first and its last module are removed"
+        raise _division_error(model, layers[is_unchanged.index(False)], problem)
 
     def measure_effect() -> Tensor:
         """Measure how much the last token's logits depend on the first token."""
@@ -123,9 +120,8 @@ def _verify_sublayers(finder: PartFinder, sublayers: Sequence[Sublayers]) -> Non
 
     with hooks.silenced_sublayers(attentions):
         if measure_effect() > tolerance:
-            raise _division_error(
-                model, layers[0], "another module than the first one mixes tokens"
-            )
+            problem = "another module than the first one mixes tokens"
+            raise _division_error(model, layers[0], problem)
     with hooks.silenced_sublayers(mlps):
         if not measure_effect() > tolerance:
             raise _division_error(model, layers[0], "the first module does not mix tokens")
