@@ -157,11 +157,7 @@ def print_results(cells: Sequence[CellRecord]) -> None:
         Column("documents", "count", lambda cell: cell.counted),
         Column("intact model (95 % interval)", "count", baseline),
         Column("guessing", "count", chance),
-        Column(
-            "Spearman correlation of cosine score and drop (95 % interval over documents)",
-            "count",
-            rank_correlation,
-        ),
+        Column("Spearman, cosine score (95 % interval over documents)", "count", rank_correlation),
     )
     echo()
     print_table(build_table("", columns, cells))
