@@ -26,6 +26,7 @@ from scipy.stats import binomtest
 import tracker
 from tests.conftest import TRACKER, cli, printed, refused
 from tests.helpers.lm_eval import folder_tasks, metric_value, write_rows
+from tests.helpers.packages import fetch_every_eval_ever
 from tests.helpers.samples import DATE, run_lm_eval, sample, write_outcomes, write_samples
 from tests.tools.gate import decide, gate_rates, probability_of
 from tracker.analysis.paired import PairedOutcomes
@@ -534,3 +535,42 @@ def test_the_workflow_of_the_documentation_runs(tmp_path, monkeypatch):
     environment["PATH"] = f"{TRACKER.parent}:{environment['PATH']}"
     assert subprocess.run(["bash", "-e", "-c", script], env=environment).returncode == 3
     assert "| worse" in Path("summary.md").read_text()
+
+
+def convert(logs: Path) -> str:
+    """Convert lm-eval's files of a model by every_eval_ever's converter."""
+    fetch_every_eval_ever()
+    from every_eval_ever.cli import main
+
+    data = str(logs.with_name(f"{logs.name}-records"))
+    options = ["--log_path", str(logs), "--output_dir", data, "--include_samples"]
+    assert not main(["convert", "lm_eval", *options])
+    return data
+
+
+def test_records_of_every_eval_ever_give_the_figures_of_their_source(models, tmp_path):
+    """The real converter makes the records; one model stays a folder of lm-eval."""
+    logs = []
+    for folder in models:
+        logs.append(shutil.copytree(folder, tmp_path / Path(folder).name))
+        (path,) = logs[-1].rglob("results_*.json")
+        results = json.loads(path.read_text())
+        results |= {"model_name": f"lab/{logs[-1].name}", "group_subtasks": {}}
+        del results["results"]["school"]  # a record is of one task
+        path.write_text(json.dumps(results))
+    expected = tracker.compare(*map(str, logs))
+    comparison = tracker.compare(*map(convert, logs[:2]), str(logs[2]))
+    assert [model.name for model in comparison.models] == ["A", "B", "C"]
+    figures = [
+        {
+            (row.benchmark, row.metric, row.model): (row.first, row.second, row.won, row.lost)
+            for row in result.differences
+        }
+        for result in (comparison, expected)
+    ]
+    assert figures[0] == figures[1] != {}
+    (samples,) = (tmp_path / "A-records/texts").rglob("*_samples.jsonl")
+    samples.write_text(samples.read_text() * 2)
+    refused(cli("compare", samples, logs[2]), "occurs twice")
+    samples.with_name(samples.name.replace("_samples.jsonl", ".json")).unlink()
+    refused(cli("compare", samples, logs[2]), "no record")

@@ -138,6 +138,15 @@ def test_a_record_of_every_eval_ever_holds_the_runs_of_the_base_model(results, t
             assert np.mean(right) == pytest.approx(float(accuracy or cell.baseline.value))
 
 
+def test_compare_reads_the_intact_model_of_a_record(results, tmp_path):
+    printed("report", results, "--format", "every_eval_ever", "--output", tmp_path)
+    for cell in api.ls(results):
+        record = tmp_path / "data" / cell.benchmark.name
+        comparison = api.compare(str(record), f"{results}:tiny--{cell.benchmark.name}:intact")
+        (row,) = [row for row in comparison.differences if row.metric == "acc"]
+        assert (row.n, row.won, row.lost, row.first.value) == (12, 0, 0, cell.baseline.value)
+
+
 @pytest.mark.parametrize("is_shared", [False, True])
 def test_own_texts_are_in_every_eval_ever_only_on_request(results, tmp_path, is_shared):
     options = ["--publish-documents"] if is_shared else []

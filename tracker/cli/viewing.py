@@ -421,8 +421,8 @@ def compare(
 ) -> None:
     """Compare models with the first one, on the same documents.
 
-    Each of the SOURCES is a folder or file of lm_eval --log_samples or lighteval --save-details, or
-    a run as FOLDER:CELL:CHANGE of a results folder or data set, e.g.
+    Each of the SOURCES is a folder or file of lm_eval --log_samples, lighteval --save-details or
+    every_eval_ever, or a run as FOLDER:CELL:CHANGE of a results folder or data set, e.g.
     results:SmolLM2-135M-Instruct--arc_easy:layer:3. The change 'intact' is the intact model. Every
     verdict holds with 95 % confidence for all differences together.
 

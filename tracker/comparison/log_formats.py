@@ -1,21 +1,22 @@
-"""Read the files that lm-eval and lighteval write: a file for each task.
+"""Read the files that lm-eval, lighteval and every_eval_ever write: a file for each task.
 
-`lm_eval --log_samples` writes lines of JSON, `lighteval --save-details` writes Parquet files. The
-files are data from others: nothing in them is executed.
+`lm_eval --log_samples` and every_eval_ever write lines of JSON, `lighteval --save-details` writes
+Parquet files. The files are data from others: nothing in them is executed.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tracker.comparison.logged import ENDING_LENGTH, LogFormat, Report, Sample, explain_damage
 from tracker.report.dataset import read_parquet
+from tracker.schema.errors import RequestError
 
 _ARGUMENTS, _SECOND_REQUEST, _RESPONSES = b'"arguments": {', b'"gen_args_1": {', b', "resps": '
 _OPTION = b'"arg_1": '
@@ -168,3 +169,113 @@ def _hash(value: object) -> str:
 
 
 LIGHTEVAL = LogFormat("lighteval 0.13 or newer", _read_details_report, _read_details)
+
+
+SHARED_SUFFIX = "_samples"
+"""End of the stem of a file of every_eval_ever's samples; its record lacks this end."""
+
+
+class _SharedReport(Report):
+    """Report of a record, which names at most one setting that changes the answers."""
+
+    def settings(self, tasks: Sequence[str]) -> dict[str, str]:
+        """Return the number of examples, if the record has it."""
+        (config,) = map(self.configs.__getitem__, tasks)
+        return {key: config[key] for key in ("num_fewshot",) if key in config}
+
+
+class SharedRecord(NamedTuple):
+    """Record of every_eval_ever: the results of one model on one task.
+
+    Attributes:
+        task: Name of the task.
+        date: Time of the record in seconds, and the task: each task has a record of its own.
+        report: Results of the model.
+        metrics: Identifier of a result → names of its metric and its filter.
+    """
+
+    task: str
+    date: str
+    report: Report
+    metrics: Mapping[str, tuple[str, str]]
+
+
+def read_shared_record(samples: Path) -> SharedRecord:
+    """Read the record beside a file of samples, without the drops that `tracker report` adds."""
+    path = samples.with_name(f"{samples.stem.removesuffix(SHARED_SUFFIX)}.json")
+    if not path.is_file():
+        raise RequestError(f"{samples} has no record beside it; copy {path.name} into its folder")
+    with explain_damage(path, EVERY_EVAL_EVER.program):
+        content = json.loads(path.read_bytes())
+        entries = [
+            entry
+            for entry in content["evaluation_results"]
+            if "change" not in (entry["metric_config"].get("metric_parameters") or {})
+        ]
+        task = str(entries[0]["source_data"]["dataset_name"])
+        metrics, values, better = {}, {}, {}
+        for entry in entries:
+            metric = entry["metric_config"]
+            name = metric.get("metric_name") or metric["metric_id"]
+            part = entry["evaluation_name"].removeprefix(task).strip("/") or "none"
+            metrics[_result_key(entry)] = name, part
+            values[f"{name},{part}"] = entry["score_details"]["score"]
+            lower = metric.get("lower_is_better")
+            better[name] = None if lower is None else not lower
+        config = entries[0].get("generation_config") or {}
+        report = _SharedReport(
+            model_name=content["model_info"]["id"],
+            results={task: values},
+            higher_is_better={task: better},
+            configs={task: config.get("additional_details") or {}},
+        )
+        date = f"{content['retrieved_timestamp']} {task}"
+        return SharedRecord(task, date, report, metrics)
+
+
+def _result_key(entry: Mapping[str, Any]) -> str:
+    """Return the identifier that a result shares with its samples."""
+    return str(entry.get("evaluation_result_id") or entry["evaluation_name"])
+
+
+def _read_shared_samples(task: str, path: Path) -> Iterator[Sample]:
+    """Read the answers to a task; a document has a line for each metric and filter."""
+    names, samples = read_shared_record(path).metrics, dict[tuple[str, str], Sample]()
+    for line in path.read_bytes().splitlines():
+        row = json.loads(line)
+        if (key := _result_key(row)) in names:
+            name, part = names[key]
+            sample = _parse_shared_sample(task, part, row, len(samples))
+            metrics = samples.setdefault((row["sample_id"], part), sample).metrics
+            if name in metrics:
+                problem = f"document {row['sample_id']} occurs twice"
+                raise ValueError(f"{problem}: repeated runs are mixed")
+            metrics[name] = row["evaluation"]["score"]
+    yield from samples.values()
+
+
+def _parse_shared_sample(task: str, part: str, row: Mapping[str, Any], number: int) -> Sample:
+    """Parse a line of samples, without its metric; `number` is that of a document without one."""
+    text, hashes = row["input"], row.get("metadata") or {}
+    choices, answer = text.get("choices") or [], "".join(text["reference"][:1])
+    subtask, _, doc = row["sample_id"].rpartition(":")
+    hash_names = ("doc_hash", "target_hash")
+    return Sample(
+        task=subtask or task,
+        doc=int(doc) if doc.isdecimal() else number,
+        key="".join(hashes.get(name, "") for name in hash_names) or row.get("sample_hash") or "",
+        prompt=hashes.get("prompt_hash", ""),
+        question=text["raw"][-ENDING_LENGTH:].strip(),
+        choices=choices,
+        gold=choices.index(answer) if answer in choices else None,
+        answer=answer,
+        scores=None,
+        text="".join((row.get("output") or {}).get("raw", [])[:1]),
+        filter=part,
+        metrics={},
+    )
+
+
+EVERY_EVAL_EVER = LogFormat(
+    "every_eval_ever 0.3", lambda path, date: read_shared_record(path).report, _read_shared_samples
+)

@@ -59,7 +59,7 @@ class Sample(NamedTuple):
     scores: Sequence[float] | None
     text: str
     filter: str
-    metrics: Mapping[str, Any]
+    metrics: dict[str, Any]
 
 
 class Report(BaseModel):

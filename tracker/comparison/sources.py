@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tracker.comparison.answers import BenchmarkAnswers, ModelAnswers
-from tracker.comparison.log_formats import LIGHTEVAL, LM_EVAL, task_name
+from tracker.comparison.log_formats import (
+    EVERY_EVAL_EVER,
+    LIGHTEVAL,
+    LM_EVAL,
+    SHARED_SUFFIX,
+    read_shared_record,
+    task_name,
+)
 from tracker.comparison.logged import LogFormat, Sample, build_answers, explain_damage
 from tracker.comparison.stored_runs import RunName, parse_run_name, read_run
 from tracker.measuring.progress import Progress, Silent, report_work
@@ -39,6 +46,9 @@ def _parse_path(path: Path) -> LoggedFile:
     task, date = match[1], match[2] or ""
     if path.suffix == ".parquet":
         return LoggedFile(path, LIGHTEVAL, path.parent.parent, task_name(task), date)
+    if path.stem.endswith(SHARED_SUFFIX) and not path.stem.startswith("samples_"):
+        record = read_shared_record(path)  # in the folder BENCHMARK/OWNER/MODEL
+        return LoggedFile(path, EVERY_EVAL_EVER, Path(*path.parts[-3:-1]), record.task, record.date)
     return LoggedFile(path, LM_EVAL, path.parent, task, date)
 
 
@@ -56,10 +66,12 @@ def find_files(path: Path) -> list[LoggedFile]:
     """
     if not path.exists():
         raise RequestError(
-            f"{path} does not exist; expected e.g. a folder with samples_TASK_DATE.jsonl of "
-            "lm-eval or details_TASK_DATE.parquet of lighteval, or a run as FOLDER:CELL:CHANGE"
+            f"{path} does not exist; expected a folder with samples_TASK_DATE.jsonl of lm-eval, "
+            "details_TASK_DATE.parquet of lighteval or ID_samples.jsonl of every_eval_ever, or a "
+            "run as FOLDER:CELL:CHANGE"
         )
-    patterns = ("samples_*.jsonl", "*/samples_*.jsonl", "**/details_*.parquet")
+    patterns = ["samples_*.jsonl", "*/samples_*.jsonl", "**/details_*.parquet"]
+    patterns.append(f"**/*{SHARED_SUFFIX}.jsonl")
     candidates = [[path]] if path.is_file() else [[*path.glob(pattern)] for pattern in patterns]
     files = [*map(_parse_path, next(filter(None, candidates), []))]
     if not files or path.suffix == ".json":
@@ -68,7 +80,7 @@ def find_files(path: Path) -> list[LoggedFile]:
         raise RequestError(f"{path} holds no samples_TASK_DATE.jsonl; {command}, {details}")
     if len(models := {str(file.model) for file in files}) > 1:
         names = ", ".join(sorted(models)[:5])
-        raise RequestError(f"{path} holds {len(models)} models; name one of: {names}")
+        raise RequestError(f"{path} holds {len(models)} models; name the folder of one: {names}")
     newest: dict[str, LoggedFile] = {}
     for file in sorted(files, key=lambda file: file.date):
         if file.task in newest and newest[file.task].date == file.date:
