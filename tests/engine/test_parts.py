@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -131,7 +132,7 @@ def test_streams_pass_a_layer_whole_that_is_not_divided():
 @pytest.mark.parametrize("family", ["llama", "gemma3", "mixtral"])
 def test_a_model_that_passes_layers_again_is_a_deeper_one(family):
     model = tiny_model(family)
-    _check_ways(model, SPANS, lambda ablation: deeper_copy(family, model, ablation))
+    _check_ways(model, SPANS, partial(deeper_copy, model))
 
 
 def test_what_parts_cost_is_what_they_pass():

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-from tests.helpers.families import FAMILIES
 from tracker.schema.changes import Ablation
 from tracker.schema.documents import Document, Request
 
@@ -114,13 +113,13 @@ def plain_loglikelihoods(
     return [[read(model, document) for model in ablated] for document in documents]
 
 
-def deeper_copy(family, model, ablation):
+def deeper_copy(model: Any, ablation: Ablation) -> Any:
     """Make a model of a configuration with more layers, and give it the weights by their names."""
-    order = [i for i in range(4) if i not in ablation.removed()]
+    config = copy.deepcopy(model.config)
+    order = [i for i in range(config.num_hidden_layers) if i not in ablation.removed()]
     for span in ablation.repetitions:
         position = order.index(span.stop - 1) + 1
         order[position:position] = [*span.layers] * (span.repeats - 1)
-    config = FAMILIES[family].config()
     config.num_hidden_layers = len(order)
     if getattr(config, "layer_types", None):
         config.layer_types = [config.layer_types[i] for i in order]

@@ -126,7 +126,7 @@ def test_repeated_layers_are_saved_as_a_deeper_model(family, repetition, tmp_pat
     model, span = tiny_model(family), Change.parse(repetition)
     clone = savable_copy(model, (), [span])
     loaded = save_and_load(clone, tmp_path)
-    deeper = deeper_copy(family, model, Ablation.from_changes(span))
+    deeper = deeper_copy(model, Ablation.from_changes(span))
     assert torch.equal(logits(loaded), logits(deeper))
     assert not torch.allclose(logits(deeper), logits(model), atol=1e-3)
     layer_types, expected = (getattr(m.config, "layer_types", None) for m in (loaded, deeper))

@@ -68,46 +68,37 @@ HEAD_FAMILIES = [
     "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_mixed", "phi3", "granite", "mixtral",
     "gpt_oss",
 ]  # fmt: skip
+GROUPS = ("kv_head", [[0], [1], [1], [0]], [(2, 3), (0, 1), (0, 1), (2, 3)], 1)
+"""What is removed from each layer, the heads that stay, and their number of groups."""
+HEADS = {family: (family, {}, *GROUPS) for family in HEAD_FAMILIES} | {
+    # Gemma 3 270M has four heads and one group, which stays.
+    "single group": (
+        "gemma3_mixed", {"num_key_value_heads": 1}, "head", [[0, 1], [1, 2], [2, 3], [0, 3]],
+        [(2, 3), (0, 3), (0, 1), (1, 2)], 1,
+    ),
+    # Groups keep their keys and values, and lose one of two queries each.
+    "each group": (
+        "qwen3", {}, "head", [[0, 3], [1, 2], [1, 3], [0, 2]],
+        [(1, 2), (0, 3), (0, 2), (1, 3)], 2,
+    ),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("family", HEAD_FAMILIES)
-def test_fewer_groups_of_heads_are_loaded(family, tmp_path):
-    model = tiny_model(family)
-    assert getattr(model.config, "head_dim", None) in (8, None), "four heads of eight, two groups"
-    ablation = removal("kv_head", [[0], [1], [1], [0]])
-    loaded, measured = narrow_and_load(model, ablation, tmp_path)
-    by_hand = slice_by_hand(model, [(2, 3), (0, 1), (0, 1), (2, 3)], 1)
-    assert is_close(logits(loaded), logits(by_hand))
+@pytest.mark.parametrize("case", HEADS)
+def test_fewer_heads_are_loaded(case, tmp_path):
+    family, settings, unit, removed, kept, n_groups = HEADS[case]
+    model, ablation = tiny_model(family, **settings), removal(unit, removed)
+    assert getattr(model.config, "head_dim", None) in (8, None), "four heads of eight"
+    model.config.save_pretrained(tmp_path / "config")
+    check_part_removal(find_model(str(tmp_path / "config")), ablation)
+    loaded, measured = narrow_and_load(model, ablation, tmp_path / "saved")
+    assert is_close(logits(loaded), logits(slice_by_hand(model, kept, n_groups)))
     assert is_close(logits(measured), logits(without_heads(model, ablation)))
-    assert is_close(logits(loaded), logits(measured))
     assert not torch.allclose(logits(loaded), logits(model), atol=1e-2), "they mattered"
     config = loaded.config
     numbers = (config.num_attention_heads, config.num_key_value_heads, config.head_dim)
-    assert numbers == (2, 1, 8)
+    assert numbers == (2, n_groups, 8)
     assert model.config.num_attention_heads == 4, "it is left alone"
-
-
-def test_fewer_heads_of_a_single_group_are_loaded(tmp_path):
-    """Gemma 3 270M has four heads and one group, which stays."""
-    model = tiny_model("gemma3_mixed", num_key_value_heads=1)
-    ablation = removal("head", [[0, 1], [1, 2], [2, 3], [0, 3]])
-    model.config.save_pretrained(tmp_path / "config")
-    check_part_removal(find_model(str(tmp_path / "config")), ablation)
-    loaded, _ = narrow_and_load(model, ablation, tmp_path / "saved")
-    by_hand = slice_by_hand(model, [(2, 3), (0, 3), (0, 1), (1, 2)], 1)
-    with pytest.raises(ModelError, match="refuses 3 of 4 heads in each layer; it accepts 1 or 2"):
-        savable_copies(model, removal("head", [[0], [1], [2], [3]]))
-    assert is_close(logits(loaded), logits(by_hand))
-
-
-def test_fewer_heads_of_each_group_are_loaded(tmp_path):
-    """Groups keep their keys and values, and lose one of two queries each."""
-    model = tiny_model("qwen3")
-    ablation = removal("head", [[0, 3], [1, 2], [1, 3], [0, 2]])
-    loaded, _ = narrow_and_load(model, ablation, tmp_path)
-    by_hand = slice_by_hand(model, [(1, 2), (0, 3), (0, 2), (1, 3)], 2)
-    assert is_close(logits(loaded), logits(by_hand))
-    assert (loaded.config.num_attention_heads, loaded.config.num_key_value_heads) == (2, 2)
 
 
 def slice_neurons(model, family, numbers):
@@ -147,36 +138,28 @@ def test_fewer_neurons_are_loaded(family, tmp_path):
     assert not torch.allclose(logits(loaded), logits(model), atol=1e-2), "they mattered"
 
 
-def test_heads_and_neurons_together(tmp_path):
-    """All heads together are as wide as the MLP."""
-    model = tiny_model("phi3", intermediate_size=32)
-    heads, neurons = removal("kv_head", [[0], [1]] * 2), removal("neuron", [[3], [1]] * 2)
-    both = Ablation(heads.changes | neurons.changes)
-    model.config.save_pretrained(tmp_path / "config")
-    check_part_removal(find_model(str(tmp_path / "config")), both)
-    loaded, _ = narrow_and_load(model, both, tmp_path / "saved")
-    expected = without_heads(without_neurons(model, neurons, "phi3"), heads)
-    assert is_close(logits(loaded), logits(expected))
-    assert (loaded.config.intermediate_size, loaded.config.num_key_value_heads) == (24, 1)
-
-
-@pytest.mark.parametrize("family", ["llama", "gemma3_mixed"])
-def test_layers_heads_and_neurons_together(family, tmp_path):
+@pytest.mark.parametrize(
+    ("family", "width", "layers"),
+    # All heads of Phi-3 together are as wide as the MLP.
+    [("llama", 64, [1, 3]), ("gemma3_mixed", 64, [1, 3]), ("phi3", 32, [])],
+)
+def test_layers_heads_and_neurons_together(family, width, layers, tmp_path):
     """The parts of the removed layers need not be named; the model is also pruned by hand."""
-    model = tiny_model(family, intermediate_size=64)
-    heads, neurons = removal("kv_head", [[0], [], [1], []]), removal("neuron", [[3], [], [1], []])
-    ablation = Ablation.from_changes(*heads.changes, *neurons.changes, removed=[1, 3])
+    model = tiny_model(family, intermediate_size=width)
+    named = [[n // 2] if n not in layers else [] for n in range(4)]
+    heads, neurons = removal("kv_head", named), removal("neuron", named)
+    ablation = Ablation.from_changes(*heads.changes, *neurons.changes, removed=layers)
     model.config.save_pretrained(tmp_path / "config")
     source = find_model(str(tmp_path / "config"))
     check_part_removal(source, ablation)
     loaded, measured = narrow_and_load(model, ablation, tmp_path / "saved")
     changed = without_heads(without_neurons(model, neurons, family[:6]), heads)
-    expected = logits(pruned_copy(changed, [1, 3]))
+    expected = logits(pruned_copy(changed, layers))
     assert is_close(logits(loaded), expected)
     assert is_close(logits(measured), expected)
     config = loaded.config
     numbers = config.num_hidden_layers, config.intermediate_size, config.num_key_value_heads
-    assert numbers == (2, 48, 1)
+    assert numbers == (4 - len(layers), width * 3 // 4, 1)
     with pytest.raises(ModelError, match="layer 4 is out of range"):
         check_part_removal(source, Ablation.from_changes(*heads.changes, removed=[4]))
 
@@ -248,6 +231,10 @@ def test_tied_weights_stay_tied(tmp_path):
         (
             "llama", {"hidden_size": 96, "num_attention_heads": 12, "num_key_value_heads": 6},
             "kv_head", [[0]] * 4, "LlamaConfig refuses 5 of 6 .* accepts 1, 2, 3 or 4 ",
+        ),
+        (
+            "gemma3_mixed", {"num_key_value_heads": 1}, "head", [[0], [1], [2], [3]],
+            "refuses 3 of 4 heads in each layer; it accepts 1 or 2",
         ),
         ("olmo2", {}, "kv_head", [[0]] * 4, "its logits differ .* in another way"),
         # Its map of queries and gates is as long as a map of queries, keys and values.

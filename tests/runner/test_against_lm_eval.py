@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from functools import cache
 
 import numpy as np
@@ -16,9 +15,11 @@ from tests.benchmarks.conftest import PACKAGE
 from tests.helpers.lm_eval import cut_layer, evaluate, metric_value
 from tests.helpers.package_tasks import load_rows, plain_package_tasks
 from tests.helpers.runs import assert_lm_eval_figures, measure_easy, run_experiment, write_study
+from tests.helpers.truth import deeper_copy, without_heads
 from tracker.ledger.store import Ledger
 from tracker.models.load import load_model
 from tracker.models.sources import find_model
+from tracker.schema.changes import Ablation
 from tracker.schema.extent import random_order
 
 LAYERS = {"whole": [29], "shallow": [0, 2]}
@@ -103,52 +104,20 @@ def test_every_number_is_lm_evals(task_manager, measured, model, layer, record_p
     assert largest < 1e-3
 
 
-HEADS = [(2, 3), (2, 8)]
-"""Layers and their heads."""
-SPANS = [(1, 2)]
-"""First layers of what is passed again, and how many."""
-
-
-def _without_head(model, layer: int, head: int):
-    """Zero the nine columns of SmolLM2's output projection that read a head, in a copy."""
-    model = copy.deepcopy(model)
-    model.model.layers[layer].self_attn.o_proj.weight.data[:, 64 * head : 64 * (head + 1)] = 0
-    return model
-
-
-def _repeat_layers(model, first: int, count: int):
-    """Write a stretch of a Llama's layers twice, in a copy."""
-    model = copy.deepcopy(model)
-    layers = [*model.model.layers]
-    layers[first + count : first + count] = copy.deepcopy(layers[first : first + count])
-    model.model.layers = torch.nn.ModuleList(layers)
-    for index, module in enumerate(layers):
-        module.self_attn.layer_idx = index
-    model.config.num_hidden_layers = len(layers)
-    return model
+CHANGED = {"head:2.3": without_heads, "head:2.8": without_heads, "repeat:1-2": deeper_copy}
+"""Changes of the first four layers, and how a model is really changed so."""
 
 
 def test_heads_and_stretches_are_lm_evals(shallow, measured, task_manager, tmp_path, one_thread):
-    loaded = measured[2]["shallow"]
-    layers, numbers = (sorted({pair[position] for pair in HEADS}) for position in (0, 1))
-    starts, spans = (sorted({pair[position] for pair in SPANS}) for position in (0, 1))
-    runs = {}
+    loaded, runs = measured[2]["shallow"], {}
     for settings in (
-        {"component": "head", "layer": layers, "head": numbers},
-        {"intervention": "repeat", "layer": starts, "span": spans},
+        {"component": "head", "layer": [2], "head": [3, 8]},
+        {"intervention": "repeat", "layer": [1], "span": [2]},
     ):
         _, _, results, frame = measure_easy(shallow, tmp_path, limit=2, **settings)
         runs |= results
-    models = {
-        f"head:{layer}.{head}": _without_head(loaded.model, layer, head) for layer, head in HEADS
-    }
-    models |= {
-        f"repeat:{starts}" + (f"-{starts + count - 1}" if count > 1 else ""): _repeat_layers(
-            loaded.model, starts, count
-        )
-        for starts, count in SPANS
-    }
-    for name, model in models.items():
+    for name, change in CHANGED.items():
+        model = change(loaded.model, Ablation.parse(name))
         assert_lm_eval_figures(runs[name], frame, model, loaded.tokenizer, task_manager)
 
 

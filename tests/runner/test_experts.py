@@ -5,11 +5,11 @@ from __future__ import annotations
 import copy
 
 import pytest
-import torch
 
 from tests.benchmarks.conftest import PACKAGE
 from tests.conftest import cli, printed, save_tokenizer
 from tests.helpers.families import MIXED_LAYERS, tiny_model
+from tests.helpers.mixtures import expert_ablation, without_experts
 from tests.helpers.package_tasks import plain_package_tasks
 from tests.helpers.runs import assert_lm_eval_figures, measure_easy
 from tracker.models.load import load_model
@@ -30,25 +30,13 @@ def folder(tmp_path):
     return folder
 
 
-def remove_expert(model, layer, number):
-    """Delete an expert's entries by their names, in a copy."""
-    pruned = copy.deepcopy(model)
-    mlp = pruned.model.layers[layer].mlp
-    numbers = [index for index in range(mlp.router.num_experts) if index != number]
-    for module in (mlp.router, mlp.experts):
-        module.num_experts = len(numbers)
-        for name, value in list(module.named_parameters()):
-            setattr(module, name, torch.nn.Parameter(value[numbers], requires_grad=False))
-    return pruned
-
-
 def test_experts_are_lm_evals(folder, tmp_path, one_thread):
     results = tmp_path / "results"
     _, cell, runs, frame = measure_easy(folder, tmp_path, component="expert", layer=1)
     assert list(runs) == [f"expert:1.{number}" for number in range(4)]
     loaded, tasks = load_model(find_model(str(folder)), "float32"), plain_package_tasks(tmp_path)
     for number in (0, 1, 3):
-        pruned = remove_expert(loaded.model, 1, number)
+        pruned = without_experts(loaded.model, "gpt_oss", expert_ablation(1, number))
         assert_lm_eval_figures(runs[f"expert:1.{number}"], frame, pruned, loaded.tokenizer, tasks)
     undefined_names = [name for name, result in runs.items() if result.drop.value is None]
     assert undefined_names == [NEVER]
