@@ -88,25 +88,15 @@ def test_every_setting_has_a_description():
         assert all(info.description for info in model.model_fields.values())
 
 
+BENCH = {"components", "against", "checking", "offload", "as_json"}
+
+
 @pytest.mark.parametrize(
     ("command", "expected"),
     [
         ("evaluate", {*FIELDS_BY_KEY, "project", *RUNNING}),
         ("run", {*FIELDS_BY_KEY, *ASKED, "executor", "slurm", *RUNNING}),
-        (
-            "bench",
-            {
-                *FIELDS_BY_KEY,
-                *ASKED,
-                "components",
-                "against",
-                "checking",
-                "offload",
-                "as_json",
-                *MACHINE,
-            }
-            - {"component"},
-        ),
+        ("bench", {*FIELDS_BY_KEY, *ASKED, *BENCH, *MACHINE} - {"component"}),
         ("plan", {*FIELDS_BY_KEY, *SEARCHED, *ASKED, "gflops", "results", "trust_remote_code"}),
         ("validate", {*FIELDS_BY_KEY, *SEARCHED, *ASKED, "trust_remote_code"}),
         ("prune", {*SEARCHED, *ASKED, "project", "output", *RUNNING}),

@@ -328,21 +328,15 @@ class Tiring(ForGood):
         self.switch["turn"] = self.switch.get("turn", 1.0) * 0.99
 
 
+UNSTEADY = r"contradicts itself: the log-likelihood of the same text is \S+ nats after short"
+NO_LOGITS = ".*the model does not return 'logits' for every token"
+
+
 @pytest.mark.parametrize(
     ("kind", "contexts", "message"),
     [
-        (
-            ForGood,
-            (110, 120),
-            r"contradicts itself: the log-likelihood of the same text is \S+ nats after short",
-        ),
-        (
-            Tiring,
-            (110, 120),
-            r"contradicts itself: the log-likelihood of the same text is \S+ nats after short",
-        ),
-        (Listing, (12, 9), ".*the model does not return 'logits' for every token"),
-        (Last, (12, 9), ".*the model does not return 'logits' for every token"),
+        *((kind, (110, 120), UNSTEADY) for kind in (ForGood, Tiring)),
+        *((kind, (12, 9), NO_LOGITS) for kind in (Listing, Last)),
     ],
 )
 def test_what_no_truth_can_be_had_of_is_refused_in_words(

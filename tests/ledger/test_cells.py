@@ -22,6 +22,8 @@ from tracker.schema.extent import Extent
 from tracker.schema.provenance import content_hash
 
 BLOCK, NEXT_FORMAT = Block("arc_easy", 0), LEDGER_FORMAT + 1
+NO_BLOCK = "the file does not hold exactly one block of documents"
+FOREIGN = "the benchmark lacks a document that the file contains"
 
 
 @pytest.fixture
@@ -79,20 +81,12 @@ class TestAdopt:
         [
             ({"key": "0" * 64}, [("arc_easy", 0)], "it belongs to another benchmark"),
             ({"format": NEXT_FORMAT}, [("arc_easy", 0)], f"it {format_problem(NEXT_FORMAT)}"),
-            (
-                {},
-                [("arc_easy", 0), ("b", 0)],
-                "the file does not hold exactly one block of documents",
-            ),
-            (
-                {},
-                [("arc_easy", 31), ("arc_easy", 32)],
-                "the file does not hold exactly one block of documents",
-            ),
-            ({}, [], "the file does not hold exactly one block of documents"),
-            ({}, [("arc_easy", 70)], "the benchmark lacks a document that the file contains"),
-            ({}, [("arc_easy", -1)], "the benchmark lacks a document that the file contains"),
-            ({}, [("b", 0)], "the benchmark lacks a document that the file contains"),
+            ({}, [("arc_easy", 0), ("b", 0)], NO_BLOCK),
+            ({}, [("arc_easy", 31), ("arc_easy", 32)], NO_BLOCK),
+            ({}, [], NO_BLOCK),
+            ({}, [("arc_easy", 70)], FOREIGN),
+            ({}, [("arc_easy", -1)], FOREIGN),
+            ({}, [("b", 0)], FOREIGN),
         ],
     )
     def test_shards_of_other_blocks_are_refused(

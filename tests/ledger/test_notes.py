@@ -20,13 +20,6 @@ def test_notes_are_readable_json():
     assert seal_note({"who": "me"}) == f'{{\n  "who": "me",\n  "digest": "{digest}"\n}}'
 
 
-def test_what_is_written_is_read_back(tmp_path):
-    write_note(tmp_path / "new" / "note.json", CONTENT)
-    assert read_note(tmp_path / "new" / "note.json") == CONTENT
-    assert parse_note(seal_note(CONTENT)) == CONTENT
-    assert parse_note(seal_note(CONTENT).encode()) == CONTENT
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -81,13 +81,6 @@ class TestShards:
 
 
 class TestBlocks:
-    def test_the_blocks_hold_every_document_once(self, cell):
-        extent, names = ALL_DOCUMENTS, NAMES[:1]
-        blocks = cell.blocks(extent)
-        missing = [cell.missing_outcomes(block, extent, names)[names] for block in blocks]
-        assert [doc for documents in missing for doc in documents] == list(range(70))
-        assert [len(documents) for documents in missing] == [32, 32, 6]
-
     @pytest.mark.parametrize(("limit", "count"), [(1, 1), (32, 1), (33, 2), (70, 3), (999, 3)])
     def test_a_limit_needs_fewer(self, cell, limit, count):
         assert len(cell.blocks(Extent(limit=limit))) == count
