@@ -40,9 +40,7 @@ from .cells import (
     cell_without,
     edited_cell,
     half_precision_cell,
-    keep_layers,
     loss_cell,
-    models_sharing_one,
     models_sharing_some,
 )
 from .conftest import (
@@ -51,7 +49,6 @@ from .conftest import (
     read_table,
     replace_layer,
     study_cells,
-    two_model_cells,
 )
 
 GOLDEN = Path(__file__).with_name("golden")
@@ -82,12 +79,6 @@ def cell_with_one_run() -> CellRecord:
 UNKNOWN_ROUNDING = {"baseline_rounded": None, "reasons": {"baseline_rounded": NO_ROUNDING_REASON}}
 STORED_WEIGHTS = {"provenance": {"weights": "Q4_1"}}
 CASES = {
-    "two_models": two_model_cells(),
-    "parts": [
-        cell_of_kinds(),
-        cell_without(3, 17),
-        cell_of_kinds(("attention",), (1,), correlations=()),
-    ],
     "parts_missing": [cell_with_missing_runs(), cell_of_kinds(("layer",), (4,))],
     "beneath_undefined": [cell_without(3, remaining=Estimate(None, reason="not measured yet"))],
     "loss": [
@@ -108,21 +99,11 @@ CASES = {
     ],
     "choices": [cell_of_choices()],
     "half_precision": [PLAIN_CELL, PLAIN_CELL.model_copy(update={"model": HALF_MODEL})],
-    "nothing_changes": [cell_with_changed_runs(accuracy_drop=0.0, drop_sd=0.0)],
     "no_spread": [
         cell_with_changed_runs(drop_sd=None, reasons={"drop_sd": "one document has no spread"})
     ],
-    "helps": [cell_with_changed_runs(accuracy_drop=-0.01)],
     "second_rounding": [
         cell_with_changed_runs(intervention="int4").model_copy(update=STORED_WEIGHTS)
-    ],
-    "nothing_is_measured": [
-        build_cell(
-            baseline_accuracy=None,
-            runs=(),
-            correlations=(),
-            reasons={"baseline_accuracy": "no document was scored"},
-        )
     ],
     "weak": [build_cell(baseline=0.27), study_cells()[2]],
     "odd_figures": [
@@ -130,17 +111,7 @@ CASES = {
         replace_layer(build_cell("piqa"), 4, cosine_score=None),
         cell_with_one_run(),
     ],
-    "shared_by_all": models_sharing_one(),
     "shared_by_most": models_sharing_some(),
-    "some_layers": [
-        *(build_cell(model=name, seed=seed) for seed, name in enumerate("ab", 1)),
-        keep_layers(build_cell(model="middle", seed=3), 15, 16, 19),
-    ],
-    "counted_once": [
-        *(build_cell(n=n) for n in (100, 300)),
-        build_cell("rte", baseline=0.25),
-        build_cell("piqa", removed=(3,)),
-    ],
     "no_cell": [],
 }
 
