@@ -86,13 +86,13 @@ HEADS = {family: (family, {}, *GROUPS) for family in HEAD_FAMILIES} | {
 
 @pytest.mark.parametrize("case", HEADS)
 def test_fewer_heads_are_loaded(case, tmp_path):
-    family, settings, unit, removed, kept, n_groups = HEADS[case]
+    family, settings, unit, removed, head_numbers, n_groups = HEADS[case]
     model, ablation = tiny_model(family, **settings), removal(unit, removed)
     assert getattr(model.config, "head_dim", None) in (8, None), "four heads of eight"
     model.config.save_pretrained(tmp_path / "config")
     check_part_removal(find_model(str(tmp_path / "config")), ablation)
     loaded, measured = narrow_and_load(model, ablation, tmp_path / "saved")
-    assert is_close(logits(loaded), logits(slice_by_hand(model, kept, n_groups)))
+    assert is_close(logits(loaded), logits(slice_by_hand(model, head_numbers, n_groups)))
     assert is_close(logits(measured), logits(without_heads(model, ablation)))
     assert not torch.allclose(logits(loaded), logits(model), atol=1e-2), "they mattered"
     config = loaded.config
