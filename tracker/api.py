@@ -399,7 +399,7 @@ def quantise(
     if len(results.files) != 1:
         option = "--gguf" if output is None else "--output"
         count = f"{option} saves one model, but {len(results.files)} models are recommended"
-        raise RequestError(f"{count}; ask for one model and one benchmark")
+        raise RequestError(f"{count}; request one model and one benchmark")
     note = read_note(results.files[0])
     change, request = rounding(note["formats"]), stored_request(note["tested_on"])
     file = None if gguf is None else Path(gguf)

@@ -233,7 +233,7 @@ class _Finisher:
 
 
 def find_smaller_requests(requests: Collection[CellRequest]) -> set[CellRequest]:
-    """Find requests that differ from a larger request only in the number of documents.
+    """Find requests that repeat another request with fewer documents.
 
     Reports show the results of both requests.
     """

@@ -138,7 +138,7 @@ def invert_accuracy(row: Row) -> Row:
     [
         (drop_repeats, "no document was evaluated twice to measure rounding errors"),
         (repeat_exactly, "repeated computations gave exactly the same values"),
-        (invert_accuracy, "acc does not test whether the best-scored option is the right one"),
+        (invert_accuracy, "acc does not judge the option with the highest score"),
         (lambda row: row | {"choices": 0}, "the documents have no answer options"),
     ],
 )

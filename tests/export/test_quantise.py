@@ -239,7 +239,7 @@ def test_experts_and_embeddings_get_formats(tied, by, tmp_path):
     choices_table, formats_table = results.finding.tables[0], results.finding.tables[-1]
     assert _values(choices_table, "bits a weight", "recomm") == pytest.approx(bits / total)
     assert bits / total <= 6
-    columns = (_values(formats_table, heading) for heading in ("what", "layers"))
+    columns = (_values(formats_table, heading) for heading in ("weights", "layers"))
     end_names = [name for name, layers in zip(*columns, strict=True) if layers is None]
     assert {*end_names} == {"embedding", *([] if tied else ["lm_head"])}
     command = (results.saved.folder / "llama.cpp.sh").read_text()

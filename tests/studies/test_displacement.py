@@ -38,7 +38,7 @@ def test_agreements_follow_from_the_ledger(tiny_llama, experiment, tmp_path):
             expected = spearmanr(kl[mask], costs[mask]).statistic
             assert entry.value == pytest.approx(expected)
             assert entry.low <= entry.value <= entry.high
-    assert answer.count("the difference is ") == 2
+    assert answer.count("The difference of the two is ") == 2
     # Another week: nothing is measured or observed twice, and the answer is the same.
     repeated = api.study("displacement", path, results=results, track=[])
     assert repeated.outcome.models_loaded == 0

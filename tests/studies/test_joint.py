@@ -142,7 +142,10 @@ def test_drops_that_are_known():
 def test_a_pair_is_called_the_strongest_where_that_is_shown():
     """Was: the largest of those that are significant each for itself."""
     interactions, drops = _known_interactions(max_loss=None)
-    assert "The most redundant are layers 0 and 1, by 50.0 pp" in joint_answer(interactions)
+    assert (
+        "The most redundant pair is layers 0 and 1, with the interaction 50.0 pp"
+        in joint_answer(interactions)
+    )
     table = strongest_table(interactions, 1)
     rank, *_ = table_column(table, "its rank")
     assert (rank.low, rank.high) == (1, 1)

@@ -160,7 +160,7 @@ def test_it_is_asked_again_for_nothing_and_names_what_is_wrong(study, refused):
     assert repeated.outcome.models_loaded == 0
     assert repeated.finding == study.finding
     for option, message in (
-        ("--map=attention", "is several maps"),
+        ("--map=attention", "consists of several maps"),
         ("--map=mlp.down", "has no linear map 'mlp.down'. Did you mean"),
         ("--set=removed=[1]", "leave 'removed' out"),
     ):
@@ -197,4 +197,4 @@ def test_what_stops_at_an_answer_is_of_the_documents_that_all_maps_share(tmp_pat
     drops = table_column(table, "accuracy drop")
     assert all(entry.low < entry.value < entry.high for entry in drops)
     assert "drop within 10 pp" in study.finding.answers[0]
-    assert f"of {record.n} documents that all maps share" in names.notes[0]
+    assert f"on {record.n} documents that all maps share" in names.notes[0]

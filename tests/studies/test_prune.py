@@ -236,7 +236,7 @@ def test_a_strategy_is_called_best_where_that_is_shown_and_no_draw_ever_is(monke
     assert "accuracy leaves the most of 3 strategies, a test accuracy of 90.0 %" in sentence
     outcomes["a"]["taylor"] = outcomes["a"]["accuracy"]
     sentence = best_sentence(_known_prunings(outcomes), "1")
-    assert "accuracy; it may be accuracy or taylor;" in sentence
+    assert "accuracy; it may be accuracy or taylor." in sentence
 
 
 def test_draws_count_by_their_mean_document_by_document():

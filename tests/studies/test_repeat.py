@@ -54,14 +54,14 @@ def test_the_best_is_chosen_on_one_half_and_tested_on_the_other(study):
     spans = [name.partition(":")[2].split("-") for name in order]
     names = [f"layer{'s' * (len(ends) > 1)} {' to '.join(ends)} twice" for ends in spans]
     assert plain_values(table_column(table, "passed")) == names
-    labels = {"gain where it was chosen": "calibration", "gain on test documents": "test"}
+    labels = {"gain on calibration documents": "calibration", "gain on test documents": "test"}
     for label, part in labels.items():
         expected = gains[part].loc[order, acc]
         assert plain_values(table_column(table, label)) == pytest.approx([*expected])
     (answer,) = study.finding.answers
-    assert f"of 10 stretches the best on 24 calibration documents is {names[0]}" in answer
-    assert "By chance alone the best of so many would be" in answer
-    assert "On 24 test documents it is worth" in answer
+    assert f"of 10 spans of layers, the best on 24 calibration documents is {names[0]}" in answer
+    assert "By chance alone, the best of these spans would be" in answer
+    assert f"On 24 test documents, {names[0]} gains" in answer
 
 
 def test_a_better_span_is_saved_by_the_command_that_is_shown(study, tmp_path, monkeypatch):
@@ -76,7 +76,7 @@ def test_a_better_span_is_saved_by_the_command_that_is_shown(study, tmp_path, mo
     settings = {"span": 2, "intervention": "repeat", "repeats": 3, "layer": [0, 1, 2]}
     results = tmp_path / "results"
     other = api.study("repeat", study.path, results=results, track=[], **settings)
-    assert "of 3 stretches" in other.finding.answers[0]
+    assert "of 3 spans" in other.finding.answers[0]
     assert "3 times" in other.finding.answers[0]
     (line,) = other.exports
     (table,) = other.finding.tables

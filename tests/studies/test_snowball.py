@@ -98,7 +98,7 @@ def test_figures_are_those_of_the_observed_documents(conduct, tmp_path):
         "growth": growth,
         "a layer": growth ** (1 / np.array([3, 2, 1])),
         "random": stats.gmean(random[:, :, 3] / random_start)[:3],
-        "as handed on": stats.gmean(end / carried[:, :, 3])[:3],
+        "size if passed on = 1": stats.gmean(end / carried[:, :, 3])[:3],
     }
     for label in (*expected, "verdict", "growing steps"):
         assert table_column(layers, label)[3].reason == "no layer follows it"
@@ -130,17 +130,17 @@ def test_what_is_said_follows_from_the_growth(conduct, drawn):
     drawn(removed=[2, 3, 0.5, 1], chance=[1.5, 3, 6, 1], passed_on=[0.5, 0.5, 0.5, 1])
     finding = conduct(sample=30, benchmark=["arc_easy", "arc_challenge"])
     verdict, layers, chance, *_ = finding.answers
-    sentence = "tiny-llama: the snowball effect is there after most layers, as the paper"
+    sentence = "tiny-llama: the snowball effect appears after most layers, as the paper"
     assert verdict.startswith(sentence)
     assert "in 4 of 6 cases and shrinks in 2. " in verdict
     # 2³, 3², 0.5¹, and as many times as much as 0.5³, 0.5², 0.5¹.
     assert 7.5 <= table_column(finding.tables[0], "median growth")[0].value <= 8.9
-    assert re.search(r"In the end it is 3[567]\S* times \(median\) as large as if", verdict)
+    assert re.search(r"absolute difference is 3[567]\S* times \(median\)", verdict)
     sentence = (
         "tiny-llama on arc_easy (30 documents): the difference grows most after removal of layer 1"
     )
-    assert layers.startswith(f"{sentence} ×8.")
-    assert "; it grows least after removal of layer 2 ×0.5" in layers
+    assert layers.startswith(f"{sentence} by a factor of 8.")
+    assert "; the difference grows least after removal of layer 2 by a factor of 0.5" in layers
     # Twice as fast, as fast, more slowly.
     assert "than with random directions of the same norm in 1 of 3" in chance
     assert "and less in 1 " in chance
@@ -148,8 +148,8 @@ def test_what_is_said_follows_from_the_growth(conduct, drawn):
     assert column_values(table, "verdict") == ["grows", "grows", "shrinks", None]
     assert column_values(table, "growing steps") == ["3 of 3", "2 of 2", "0 of 1", None]
     # 2³ / 0.5³
-    assert table_column(table, "as handed on")[0].value == pytest.approx(64, rel=0.1)
-    assert "0 of these 6 verdicts change" in finding.answers[-1]
+    assert table_column(table, "size if passed on = 1")[0].value == pytest.approx(64, rel=0.1)
+    assert "0 of the 6 verdicts change" in finding.answers[-1]
     # Both benchmarks have the same differences.
     (between,) = (line for line in finding.answers if line.startswith("Growth is shown"))
     assert "in 0 of 3 layers (arc_easy, arc_challenge" in between
@@ -178,12 +178,12 @@ def growth_around(*factors: float, documents: int) -> list[list[float]]:
 @pytest.mark.parametrize(
     ("factors", "documents", "verdict"),
     [
-        ((0.5, 0.5, 2, 1, 1), 20, "the exception and not the rule here, contrary to the paper."),
+        ((0.5, 0.5, 2, 1, 1), 20, "appears after a minority of layers, contrary to the paper."),
         ((0.5, 0.5, 1, 1, 1), 20, "snowball; raise"),  # most are undecided
         ((0.5, 0.5, 2, 2, 1), 20, "snowball; raise"),
-        ((2, 2, 2, 0.5, 1), 20, "there after most layers"),
+        ((2, 2, 2, 0.5, 1), 20, "appears after most layers"),
         ((4,) * 29, 8, "snowball; raise 'sample' or 'limit'. "),
-        ((4,) * 29, 11, "m: the snowball effect is there after every layer, as the paper says."),
+        ((4,) * 29, 11, "m: the snowball effect appears after every layer, as the paper states."),
     ],
 )
 def test_only_decided_layers_contradict(factors, documents, verdict):
@@ -192,8 +192,8 @@ def test_only_decided_layers_contradict(factors, documents, verdict):
     figures = cell(growth.tolist())
     assert verdict in _write_verdict([figures])
     note = (
-        "so few documents (8) leave all 29 layers undecided, whatever they show; Wilcoxon's test, "
-        "adjusted for so many, needs 11; raise 'sample' or 'limit'"
+        "with only 8 documents, Wilcoxon's test cannot decide any of the 29 layers. The test, "
+        "adjusted for this number of layers, needs 11 documents; raise 'sample' or 'limit'"
     )
     assert (note in _list_unanswered(figures, "")) == (documents == 8)
 
@@ -205,10 +205,13 @@ def test_layers_that_grow_alike_are_not_put_in_order():
     alike, unlike, single = (SNOWBALL_TEXTS.render("most", figures) for figures in cells)
     note = "it is not known after which removals the difference grows most"
     assert alike == f"{note} (95 % confidence for all layers)"
-    assert "the 3 removals after which the difference grows most include layer 0 ×" in unlike
-    assert ", layer 2 ×" in unlike
+    assert (
+        "the 3 removals after which the difference grows most include layer 0 by a factor of "
+        in unlike
+    )
+    assert ", layer 2 by a factor of " in unlike
     assert "least" not in unlike
-    assert "growth is defined for one removal, that of layer 0 ×1.98 (" in single
+    assert "growth is defined for a single removal: layer 0 by a factor of 1.98 (" in single
     assert "most" not in single
 
 
@@ -218,7 +221,7 @@ def test_a_model_that_refuses_is_lacking(conduct, monkeypatch):
     finding = conduct()
     assert (finding.answers, finding.tables, finding.charts) == ((), (), ())
     (note,) = finding.lacking
-    assert "× arc_easy: its layers see the batch; its perturbations cannot be followed," in note
+    assert "× arc_easy: its layers see the batch, so its perturbations cannot be followed;" in note
     with pytest.raises(ZeroDivisionError):
         conduct()
 

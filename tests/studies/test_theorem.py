@@ -49,9 +49,10 @@ def test_on_a_real_benchmark(tiny_llama, experiment, tmp_path):
     settings = {"results": results, "track": [], "epsilon": (1e-8, 0.1)}
     study = api.study("theorem", path, **settings)
     assert study.finding.answers[0] == (
-        "A model of 5 layers answers all 6 documents of arc_easy. Its layer 2 has the lowest "
-        "cosine score, 1e−8: any other score is more than 9.7e7 times as high. Without this layer "
-        "not one document is answered."
+        "A model of 5 layers correctly answers all 6 documents of arc_easy. Its layer 2 has the "
+        "lowest cosine score, 1e−8; every other score is more than 9.7e7 times as high. Without "
+        "this layer, "
+        "the model answers no document correctly."
     )
     assert len(study.finding.answers) == 2
     assert not study.finding.lacking
@@ -125,7 +126,7 @@ def test_a_text_of_ones_own(tiny_llama, experiment, tmp_path):
     (lacking,) = finding.lacking
     start, end = "corpus:text.txt: 1 token of ", " cannot be taught: another text has the same"
     assert lacking.startswith(start)
-    assert lacking.endswith(f"{end} beginning and another continuation")
+    assert lacking.endswith(f"{end} beginning, but a different continuation")
     count = int(lacking.removeprefix(start).partition(" ")[0])
     assert (
         f"answers all {count - 1} tokens of corpus:text.txt that can be taught"
@@ -152,7 +153,7 @@ def test_a_task_of_ones_own_with_what_cannot_be_taught(tiny_llama, experiment, t
     path = experiment(tiny_llama(), **settings)
     finding = conduct_study("theorem", path, tmp_path / "results", epsilon=(1e-4,))
     assert "answers all 2 documents of mine that can be taught" in finding.answers[0]
-    assert "not one document is answered" in finding.answers[0]
+    assert "the model answers no document correctly" in finding.answers[0]
     notes = "\n".join(finding.lacking)
     assert "mine: 1 document (1) cannot be taught: a wrong answer is a prefix of the" in notes
     assert "mine: 1 document (2) cannot be taught: another document has the same text" in notes
@@ -172,7 +173,7 @@ def test_a_model_that_does_not_show_it(tiny_llama, experiment, tmp_path, monkeyp
     path = experiment(tiny_llama(), limit=4)
     finding = conduct_study("theorem", path, tmp_path / "results", epsilon=(1e-4,))
     assert finding.answers == (
-        "The model built for arc_easy and ε = 0.0001 does not show this: it answers 4 of 4 "
-        "documents, and 0 without layer 2. The cosine score of this layer is 0.000101 (relative "
-        "error 0.01); the lowest score of another layer is 0.969.",
+        "The model built for arc_easy and ε = 0.0001 does not confirm the theorem. It answers 4 "
+        "of 4 documents correctly, and 0 without layer 2. The cosine score of this "
+        "layer is 0.000101 (relative error 0.01); the lowest score of another layer is 0.969.",
     )

@@ -142,7 +142,7 @@ class AlignedOutcomes:
 
     @property
     def n_clusters(self) -> float | None:
-        """The effective number of clusters: fewer than there are if their weights differ."""
+        """The effective number of clusters; it is lower than their number if weights differ."""
         return None if self._clusters is None else effective_number(self.weights, self.clusters)
 
     @property

@@ -122,7 +122,7 @@ class PartStanding:
 
 @dataclass(frozen=True)
 class PartBoard:
-    """Leaderboard of one model's layers (or e.g. heads), largest lower bound of the drop first.
+    """Leaderboard of one model's layers (or e.g. heads), sorted by the lower bound of the drop.
 
     Parts whose accuracy drop has no confidence interval come last.
 
@@ -288,7 +288,7 @@ _NOTHING_SHARED = "no benchmark was measured on all layers of two models"
 
 @dataclass(frozen=True)
 class ModelStanding:
-    """Leaderboard entry of a model: how much the removal of one layer hurts the model.
+    """Leaderboard entry of a model: mean effect of removing one of its layers.
 
     Attributes:
         model: Identity of the model.
@@ -314,7 +314,7 @@ class ModelStanding:
 
 @dataclass(frozen=True)
 class ModelBoard:
-    """Leaderboard of models; the model that the removal of a layer hurts least comes first.
+    """Leaderboard of models; first comes the model that loses least when a layer is removed.
 
     Attributes:
         benchmarks: Benchmarks on which all ranked models are measured.

@@ -105,12 +105,12 @@ class Claims:
 
     @property
     def less_probable(self) -> dict[int, Estimate]:
-        """Layer → significant drop of choice probability, where accuracy leaves a layer open."""
+        """Layer → significant drop of choice probability, for layers undecided by accuracy."""
         return self._choices_of_open_layers(1)
 
     @property
     def more_probable(self) -> dict[int, Estimate]:
-        """Layer → significant rise of the choice probability (negative), for undecided layers."""
+        """Layer → significant negative drop of choice probability, for undecided layers."""
         return self._choices_of_open_layers(-1)
 
     def _choices_of_open_layers(self, side: int) -> dict[int, Estimate]:

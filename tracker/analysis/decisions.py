@@ -78,7 +78,7 @@ def rounding_risk(outcomes: AlignedOutcomes, ablation: Ablation, texts: TextRead
         return RoundingRisk(None, options.reason)
     scores = options.scores(rows["loglikelihoods"])
     if not np.array_equal(choose_options(scores) == options.gold, outcomes.values(ablation)):
-        reason = f"{outcomes.metric} does not test whether the best-scored option is the right one"
+        reason = f"{outcomes.metric} does not judge the option with the highest score"
         return RoundingRisk(None, reason)
     is_repeated = rows[REPEATED_COLUMN].notna().to_numpy()
     repeats = options.scores(rows[REPEATED_COLUMN].where(is_repeated, rows["loglikelihoods"]))

@@ -133,7 +133,7 @@ class PairedOutcomes:
         return Estimate(float(self.mean_drops[0]), *interval)
 
     def _drop_terms(self, index: int) -> tuple[Array, Array, Array]:
-        """Return two arrays and weights; the first array minus the second is each unit's drop.
+        """Return (first array, second array, weights); the drop of each unit is first minus second.
 
         The units are documents or clusters. The arrays contain the intact and the ablated outcomes;
         for a loss, they are swapped.

@@ -37,9 +37,9 @@ _WHOLE_ONLY = "measured for whole single layers only"
 _NO_GRADIENT = "a gradient is not finite"
 _OTHER_KIND = "not measured for this kind of change"
 _NEVER_ROUTED = "no token of these documents is routed to this expert"
-_NOT_SEPARABLE = "the expert's output is not finite or not separable from other experts' outputs"
+_NOT_SEPARABLE = "the expert's output is not finite, or not separable from other experts' outputs"
 _NO_EFFECT = (
-    "no log-probability changed: no token that an answer depends on is routed to this expert"
+    "no log-probability changed, because no token that affects an answer is routed to this expert"
 )
 _NO_METRIC = "a document has no finite score, or only lm-eval can aggregate this metric"
 
@@ -191,7 +191,7 @@ def run_record(
     risk = rounding_risk(outcomes, ablation, intact.texts)
     no_test_reason = drop.reason or "McNemar's test needs outcomes that are all 0 or 1"
     if outcomes.clusters is not None and not drop.reason:
-        no_test_reason = "McNemar's test needs independent documents, but these form clusters"
+        no_test_reason = "McNemar's test needs independent documents, not clusters"
     reasons = {
         "accuracy": level.reason,
         "drop_sd": spread.reason,

@@ -447,7 +447,7 @@ class CandidateRace(BlockRace):
 
     @property
     def winners(self) -> list[int]:
-        """Indexes of the candidates that have won, or else of all undecided ones."""
+        """Indexes of the candidates that have won; if none has won, of all undecided candidates."""
         is_chosen = self.rule.chosen
         indexes: list[int] = np.flatnonzero(is_chosen if is_chosen.any() else self.open).tolist()
         return indexes

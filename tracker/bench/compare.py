@@ -45,7 +45,7 @@ GENERATION_BATCH_SIZES = (1, 8)
 
 @dataclass(frozen=True)
 class GenerationBench:
-    """Timings of generation under all ablations at once, and of lm-eval's generation one by one.
+    """Timings of generating texts under all ablations at once, and with one lm-eval run for each.
 
     Attributes:
         together_seconds: Seconds to generate all texts under all ablations at once.
@@ -54,7 +54,7 @@ class GenerationBench:
             `evaluations`.
         batch_size: Number of texts in a batch of lm-eval.
         evaluations: Ablation → seconds that lm-eval took.
-        differences: Number of texts that differ between the two.
+        differences: Number of texts that differ between the engine and lm-eval.
         compared: Number of texts that were compared; 0 for sampled texts.
     """
 

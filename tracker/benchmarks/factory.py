@@ -108,7 +108,7 @@ _INSTALLED = (
 
 @dataclass(frozen=True)
 class SourceSplits:
-    """Data loader of an lm-eval task that returns splits read before."""
+    """Data loader of an lm-eval task that returns splits which were read before."""
 
     splits: Mapping[str, Any]
 

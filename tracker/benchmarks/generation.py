@@ -108,7 +108,7 @@ class TextGenerator(HFLM):  # type: ignore[misc]
     def _model_generate(
         self, context: Tensor, max_length: int, stop: list[str], **settings: Any
     ) -> Any:
-        """Continue the prompts; or return the beginnings of texts that were generated before."""
+        """Generate continuations, or return the beginnings of longer texts of an earlier call."""
         batch, n_prompt = self._batch, context.shape[1]
         if batch.rows is None:
             batch.rows = self._generate_rows(context, max_length, stop, settings)
@@ -143,7 +143,7 @@ class TextGenerator(HFLM):  # type: ignore[misc]
             )
 
     def _find_end(self, tokens: list[int], room: int, stop: list[str]) -> tuple[int, bool]:
-        """Count a text's tokens before its end, and decide whether it was cut.
+        """Return the number of a text's tokens, and whether the token limit ended the text.
 
         Args:
             tokens: The generated tokens, padded after the end of the text.
@@ -151,7 +151,8 @@ class TextGenerator(HFLM):  # type: ignore[misc]
             stop: Strings that end a text.
 
         Returns:
-            The number of tokens, and True if neither a stop string nor an end token ended the text.
+            The number of tokens before the end, and True if no stop string or end token ended the
+            text.
         """
         end_ids = self.model.generation_config.eos_token_id
         end_ids = [*(end_ids if isinstance(end_ids, list) else [end_ids]), self.eot_token_id]

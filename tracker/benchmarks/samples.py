@@ -41,7 +41,7 @@ class TextMetrics:
 
     @property
     def _draws(self) -> list[int]:
-        """The numbers of texts of pass@k: powers of two, and the number of samples."""
+        """The values of k for pass@k: powers of two, and the number of samples."""
         powers = (2**n for n in range(1, self.samples.bit_length()))
         return sorted({*powers, self.samples} - {1})
 
@@ -110,7 +110,7 @@ def _variant(metric: str, suffix: str) -> str:
 
 
 def count_joint_samples(ensemble: Any) -> int:
-    """Return how many samples a filter of lm-eval needs at once; 0 if it uses the first."""
+    """Return how many samples a filter of lm-eval needs at once; 0 if it needs only the first."""
     joint = {get_filter("majority_vote"): 1, get_filter("take_first_k"): 0}
     counts = [0]
     for component in ensemble.filters:

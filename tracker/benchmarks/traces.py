@@ -50,7 +50,8 @@ class _Trace(NamedTuple):
     Attributes:
         text: The text.
         request: Index of the request that scores the whole text.
-        answers: Name of a filter → the final answer that it extracts; the first decides.
+        answers: Name of a filter → the final answer that the filter extracts; the first filter
+            decides.
     """
 
     text: str
@@ -59,7 +60,7 @@ class _Trace(NamedTuple):
 
     @property
     def gold(self) -> int | None:
-        """Index of the request that scores the first filter's answer; None without an answer."""
+        """Index of the request that scores the first filter's answer; None if it finds none."""
         return next(iter(self.answers.values())).request
 
 
@@ -183,7 +184,7 @@ class Traces(LmEvalBenchmark):
     ) -> dict[str, MetricValue | None]:
         """Compute how much of a trace and of its answers a model still ranks first.
 
-        An answer that the trace lacks is kept by no model, with the probability 0.
+        An answer that does not occur in the trace counts as lost, with the probability 0.
         """
         traces = self._traces[document.key]
         by_trace = [_trace_values(document, trace, responses) for trace in traces]

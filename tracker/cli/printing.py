@@ -441,7 +441,7 @@ def print_search_plan(
         if row.naive_flops is None:
             return Estimate(None, reason="lm-eval computes no proxies")
         if not row.flops:
-            return Estimate(None, reason="the rows above include all measurements of this row")
+            return Estimate(None, reason="the rows above include all measurements for this row")
         return f"{row.naive_flops / row.flops:.1f} × less work than one lm-eval run per layer"
 
     def seconds(row: PlannedSearch) -> float:

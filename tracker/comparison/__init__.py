@@ -6,6 +6,6 @@ Modules:
     log_formats: Read the files that lm-eval and lighteval write.
     stored_runs: Read runs of a results folder or data set.
     sources: Find and read the answers that an argument names.
-    verdicts: Compute differences, and decide verdicts.
+    verdicts: Compute differences between models, and decide verdicts.
     display: Write a comparison as Markdown, JSON or a page.
 """

@@ -22,10 +22,10 @@ class BenchmarkAnswers:
     Attributes:
         table: Table with one row per document, the metrics, and these columns. `task` and `doc`
             name the document. `key` is the hash of document and right answer (unique), and `prompt`
-            that of the prompt; unknown hashes are empty. For display, `question` is the prompt,
+            the hash of the prompt; unknown hashes are empty. For display, `question` is the prompt,
             `choices` the options, `gold` and `choice` the numbers of the right and the chosen
-            option, `answer` the right answer and `text` the generated one. `CLUSTER` is the number
-            of the document's cluster, if the user named clusters. Undefined metrics are NaN.
+            option, `answer` the right answer and `text` the generated answer. `CLUSTER` is the
+            number of the document's cluster, if the user named clusters. Undefined metrics are NaN.
         higher_is_better: Metric of the table → whether higher is better.
         settings: Setting that changes the answers → its value as text; unknown settings are absent.
         by_size: Whether metrics are means over documents; otherwise over tasks.

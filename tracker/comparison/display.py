@@ -122,7 +122,7 @@ def _lost_table(comparison: ModelComparison, row: Difference) -> Table:
 
 
 def _option_text(document: Mapping[Hashable, Any], number: str, text: str) -> str:
-    """Return the option whose number is in a column; another column's text without options."""
+    """Return the option at the index in column `number`; without options, the column `text`."""
     options, index = document["choices"], document[number]
     if 0 <= index < len(options):
         return str(options[int(index)]).strip()

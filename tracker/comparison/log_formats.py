@@ -1,4 +1,4 @@
-"""Read the files that lm-eval, lighteval and every_eval_ever write: a file for each task.
+"""Read the files that lm-eval, lighteval and every_eval_ever write for each task.
 
 `lm_eval --log_samples` and every_eval_ever write lines of JSON, `lighteval --save-details` writes
 Parquet files. The files are data from others: nothing in them is executed.
@@ -79,7 +79,7 @@ def _parse_sample(task: str, line: bytes) -> Sample:
 
 
 def _load_line(line: bytes) -> Any:
-    """Load a line of samples; of the prompts of several options, only the first."""
+    """Load a line of samples as JSON, with the prompt of the first option only."""
     start, end = line.find(_ARGUMENTS), line.find(_RESPONSES)
     second = line.find(_SECOND_REQUEST, start, end)
     if 0 < start < second:  # prompts can be long, and take most of the time
@@ -189,7 +189,7 @@ class SharedRecord(NamedTuple):
 
     Attributes:
         task: Name of the task.
-        date: Time of the record in seconds, and the task: each task has a record of its own.
+        date: Time of the record in seconds, followed by the task.
         report: Results of the model.
         metrics: Identifier of a result → names of its metric and its filter.
     """
@@ -255,7 +255,7 @@ def _read_shared_samples(task: str, path: Path) -> Iterator[Sample]:
 
 
 def _parse_shared_sample(task: str, part: str, row: Mapping[str, Any], number: int) -> Sample:
-    """Parse a line of samples, without its metric; `number` is that of a document without one."""
+    """Parse a line of samples, without its metric."""
     text, hashes = row["input"], row.get("metadata") or {}
     choices, answer = text.get("choices") or [], "".join(text["reference"][:1])
     subtask, _, doc = row["sample_id"].rpartition(":")

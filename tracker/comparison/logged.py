@@ -76,7 +76,7 @@ class Report(BaseModel):
     system_instruction: Any = Field(None, alias="system_instruction_sha")
 
     def benchmarks(self, logged_tasks: Iterable[str]) -> dict[str, list[str]]:
-        """Return the tasks of each outermost group with all tasks, and of each other task."""
+        """Return benchmark → tasks, for complete outermost groups and for other tasks."""
         inner_names = {child for children in self.group_subtasks.values() for child in children}
         others, benchmarks = dict.fromkeys(logged_tasks), {}
         for group in [name for name in self.group_subtasks if name not in inner_names]:
@@ -87,7 +87,7 @@ class Report(BaseModel):
         return benchmarks | {task: [task] for task in others}
 
     def _group_tasks(self, name: str) -> list[str]:
-        """Return the tasks of a group and its subgroups; a task itself for its own name."""
+        """Return the tasks of a group and its subgroups; for the name of a task, this task."""
         children = self.group_subtasks.get(name) or ()
         tasks = [task for child in children for task in self._group_tasks(child)]
         return [*dict.fromkeys(tasks or [name])]
@@ -153,7 +153,7 @@ def build_answers(
     if len(table) < expected:
         raise ValueError(f"{len(table)} of {expected} documents of {', '.join(tasks)}")
     for task, doc in rows.loc[rows.duplicated([*_DOCUMENT, "filter"]), _DOCUMENT].to_numpy():
-        raise ValueError(f"document {doc} of {task} occurs twice: repeated runs are mixed")
+        raise ValueError(f"document {doc} of {task} occurs twice; give the files of one run")
     copies = table.groupby(["task", "key"]).cumcount().astype(str)
     table["key"] = table["key"].where(table["key"] == "", table["key"] + copies)
     values = pd.concat([*map(_metric_columns, rows.groupby("filter", sort=False))], axis=1)
@@ -202,7 +202,7 @@ def _metric_columns(filtered: tuple[Any, pd.DataFrame]) -> pd.DataFrame:
 
 
 def _weightings(values: pd.Series[Any], mean: object) -> list[bool]:
-    """Return whether the mean is over documents (True) or tasks (False); both may fit."""
+    """Return the possible weightings of a mean: True = over documents, False = over tasks."""
     if values.dtype == object or not isinstance(mean, float | int):
         return [True]
     tasks = values.index.get_level_values(0).tolist()

@@ -31,7 +31,7 @@ _NAME = re.compile(r"(?:samples_|details_)?(.*?)(?:_(\d{4}-\d\d-\d\dT[\d.-]+))?"
 
 
 class LoggedFile(NamedTuple):
-    """File with a model's answers to one task; the date is empty if the file's name has none."""
+    """File with a model's answers to one task; `date` is empty if the file's name has no date."""
 
     path: Path
     format: LogFormat
@@ -124,7 +124,7 @@ def read_models(sources: Sequence[str], progress: Progress) -> list[ModelAnswers
 
 
 def _identity(answers: RunName | list[LoggedFile]) -> set[object]:
-    """Return the files, or the run, that a source stands for."""
+    """Return a key of a source (its files or its run) to detect sources that are given twice."""
     return {answers} if isinstance(answers, RunName) else {f.path.resolve() for f in answers}
 
 

@@ -41,7 +41,7 @@ class RunName(NamedTuple):
 
 
 def parse_run_name(source: str) -> RunName | None:
-    """Split the name of a run of an existing folder; return None for other texts."""
+    """Parse FOLDER:CELL:CHANGE; return None for other texts, or if the folder does not exist."""
     folder, _, rest = source.partition(":")
     cell, _, change = rest.partition(":")
     markers = ("tracker.json", RECORDS_FILE) if change else ()

@@ -92,12 +92,12 @@ class Difference:
 
 @dataclass(frozen=True)
 class ModelComparison:
-    """ModelComparison of several models with the first one.
+    """Differences and verdicts of several models, each compared with the first model.
 
     Attributes:
         models: The models' answers.
         differences: Differences of each metric, benchmark and model.
-        notes: What was left out, and why.
+        notes: Messages about results that are left out, with reasons.
         unmatched: Benchmark and models → the documents that only one model answered.
         has_gaps: True if results of the first model are not compared.
     """
@@ -115,9 +115,10 @@ class ModelComparison:
 
     @property
     def exit_code(self) -> int:
-        """0 without a gate or if it is passed, 3 if a model is worse, 4 if anything is open.
+        """0 if there is no gate or the gate is passed, 3 if a model is worse, 4 if a verdict is
+        open.
 
-        A gate is open, too, if results of the first model are not compared.
+        A gate also counts as open if results of the first model are not compared.
         """
         if not self.is_gate:
             return 0
@@ -309,9 +310,9 @@ def _is_below(
 def _documents_needed(
     row: Difference, drop: Estimate, margin: float | None, family: int
 ) -> int | None:
-    """Return how many documents would probably settle a verdict, if the difference is as observed.
+    """Estimate how many documents decide a verdict if the true difference is the observed one.
 
-    None means that no number would, because the models do not differ and there is no margin.
+    None means that no number of documents can decide it: there is no difference and no margin.
     """
     if drop.value is None or drop.low is None or drop.high is None:
         return None

@@ -36,7 +36,7 @@ def refuse_gguf(file: Path, formats: Collection[str], models: Iterable[ModelSpec
 
     Args:
         file: The file to create.
-        formats: The formats of which the search chooses.
+        formats: Formats from which the search chooses.
         models: The base models.
     """
     if file.exists() or file.is_symlink():

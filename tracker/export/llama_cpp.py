@@ -26,7 +26,7 @@ _READ_AT_ONCE = 512
 def quantize(
     source: str | Path, target: str | Path, types: Mapping[str, str], **settings: Any
 ) -> None:
-    """Write a GGUF file with the weights of another one in other types.
+    """Write a copy of a GGUF file in which tensors have other types.
 
     Args:
         source: The file to read.
@@ -61,7 +61,8 @@ def type_number(kind: str) -> int:
 def load_file(file: str | Path, length: int, threads: int = 1, exact: bool = False) -> Any:
     """Load a GGUF file into main memory, with memory for `length` tokens.
 
-    By default, attention rounds to float16, as in llama.cpp's programs. `exact` is float32.
+    By default, attention rounds to float16, as in llama.cpp's programs. With `exact`, attention is
+    computed in float32.
     """
     from llama_cpp_py_sync import Llama
 
@@ -106,7 +107,7 @@ def save_logits(output: str, **arguments: Any) -> None:
 
 
 def time_tokens(model: Any, batch: int, length: int, new_tokens: int) -> float:
-    """Read a prompt, or time the generation of tokens after it; return seconds."""
+    """Time reading a prompt, or generating `new_tokens` tokens after it; return seconds."""
     assert batch == 1
     tokens, position = [token % model.n_vocab for token in range(length)], 0
     start = time.perf_counter()
@@ -119,7 +120,7 @@ def time_tokens(model: Any, batch: int, length: int, new_tokens: int) -> float:
 
 
 def time_files(files: Sequence[str], threads: int, **timing: Any) -> dict[str, Any]:
-    """Time each task of `timing` with each file, by turns; return seconds by task."""
+    """Time each task of `timing` with each file in turn; return task → seconds."""
     from tracker.export.serving_process import time_by_turns  # imports torch
 
     length = max(length + new_tokens for _, length, new_tokens in timing["tasks"].values())

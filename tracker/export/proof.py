@@ -264,7 +264,7 @@ def _compare_outcomes(answer: Answer, cell: MeasuredCell, is_half: bool) -> tupl
                 f"model, but {value} was measured (log-likelihoods differ by up to {nats:.3g} nats)"
             )
     if n_missing := cell.n - len(keys):
-        raise WorkError(f"lm-eval left out {n_missing} of the documents that were measured")
+        raise WorkError(f"lm-eval left out {n_missing} of the measured documents")
     return largest, len(ties)
 
 

@@ -126,7 +126,7 @@ def measure_serving(
 
 
 def measure_llama_cpp(base: Path, saved: Path, threads: int) -> list[ServingFigure]:
-    """Measure how fast llama.cpp reads and writes with a GGUF file and with that of its base.
+    """Measure how fast llama.cpp reads and writes with a GGUF file and with the base model's file.
 
     The arguments are those of `measure_serving`.
     """
@@ -139,7 +139,7 @@ def measure_llama_cpp(base: Path, saved: Path, threads: int) -> list[ServingFigu
 
 
 def _timed_tasks(max_length: int | None = None) -> dict[str, tuple[int, int, int]]:
-    """Return the number of texts, of tokens per prompt and of new tokens of each timed task."""
+    """Return task → (number of texts, tokens per prompt, new tokens), for each timed task."""
     lengths = dict.fromkeys(min(length, max_length or length) for length in READ_LENGTHS)
     tasks = {f"prefill_{length}": (1, length, 0) for length in lengths}
     writing = {f"decode_{batch}": (batch, PROMPT_TOKENS, NEW_TOKENS) for batch in WRITE_BATCHES}

@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 
 def main(request: dict[str, Any]) -> dict[str, Any]:
-    """Time each task of the request with each model, by turns; return seconds and bytes."""
+    """Time each task of the request with each model in turn; return seconds and bytes."""
     torch.set_num_threads(request["threads"])
     torch.manual_seed(0)
     models = [build_model(folder, request) for folder in request["folders"]]
@@ -40,7 +40,7 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
 def time_by_turns(
     models: Sequence[Any], request: Mapping[str, Any], time_answer: Callable[..., float]
 ) -> dict[str, list[list[float]]]:
-    """Time each task of the request with each model, by turns; return seconds by task."""
+    """Time each task of the request with each model in turn; return task → seconds."""
     seconds: dict[str, list[list[float]]] = {
         name: [[] for _ in models] for name in request["tasks"]
     }
@@ -73,7 +73,7 @@ def build_model(folder: str, request: dict[str, Any]) -> PreTrainedModel:
 def time_answer(
     model: PreTrainedModel, batch: int, length: int, new_tokens: int
 ) -> tuple[float, Any]:
-    """Read a prompt, or time the generation of tokens after it; return seconds and the cache.
+    """Time reading a prompt, or generating `new_tokens` tokens after it; return (seconds, cache).
 
     Without new tokens, the seconds are those until the first token is known.
     """

@@ -196,7 +196,7 @@ class Views:
     def _place_view(
         self, new: View, named: bool, explicit: bool = False
     ) -> tuple[View, list[View]]:
-        """Return the view to store for `new`, and the stored views that it replaces."""
+        """Return (view to store for `new`, stored views that this view replaces)."""
         name, views = self.view_name(new), {self.view_name(v): v for v in self.related_views(new)}
         if problem := access_problem(self.path(name)):
             raise ResultsError(f"{self.path(name)}: {problem}")
@@ -302,7 +302,7 @@ class Views:
         return "all documents" if view.size == math.inf else f"{view.size} documents{per_task}"
 
     def superseding_view(self, name: str) -> View | None:
-        """Return the stored view that has replaced the view `name`, or None."""
+        """Return the stored view that has replaced the view `name`; None if there is none."""
         if self.path(name).exists():
             return None
         views = (requested.view for requested in self.read_requested({}))

@@ -83,7 +83,7 @@ def _code_hash() -> str:
 
 
 def _aggregate(how: str, values: Sequence[float | str]) -> float | None:
-    """Aggregate the values of documents as in lm-eval; `how` names the aggregation, e.g. `mean`."""
+    """Aggregate documents' values as in lm-eval; `how` is the aggregation, e.g. `mean`."""
     if how == "mean":
         return sum(float(value) for value in values) / len(values)
     from tracker.benchmarks.tasks import aggregate

@@ -77,7 +77,7 @@ def _mixing_error(change: str, stored: Mapping[str, str], current: Mapping[str, 
         "chat_template_args), or model code that was not run (--trust-remote-code)"
     )
     return CellError(
-        f"{change} now ({new}) than in the stored results ({old}), so new results were not added. "
+        f"{change} now ({new}) than in the stored results ({old}), so no results were added. "
         "Restore the former versions and settings, or choose another results folder with "
         f"--results{advice * (old == SAME_VERSIONS)}"
     )

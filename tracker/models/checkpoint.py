@@ -292,18 +292,18 @@ def _count_layers(model: PreTrainedModel) -> int:
 
 
 def _smallest_removal(counts: PartNumbers) -> tuple[Component, int]:
-    """Return the unit that a small removal takes from a layer, and how many the layer has.
+    """Return (unit, count): the kind of part that a small removal takes, and its number per layer.
 
-    These are whole groups of heads, or heads if there is one group, which has to stay.
+    The unit is a group of heads, or a head if a layer has only one group.
     """
     *single, (unit, count) = counts.items()
     return single[0] if single and count == 1 else (unit, count)
 
 
 def _uniform_removal(model: PreTrainedModel, ablation: Ablation) -> Ablation:
-    """Return the smallest removal from each layer that the model's class accepts.
+    """Return the smallest removal that the model's class accepts and that is equal in all layers.
 
-    It removes the kinds of parts that `ablation` removes. Raises ModelError if none is accepted.
+    The removal has the same kinds of parts as `ablation`. Raises ModelError if none is accepted.
     """
     anatomy = LayerAnatomy.of(model)
     kinds = dict.fromkeys(PART_CLASSES[change.component] for change in ablation.parts)
@@ -610,7 +610,7 @@ def _check_savable(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise ModelError("a model object needs its tokenizer: tokenizer=AutoTokenizer.from_…")
     if any(tensor.is_meta for tensor in model.state_dict().values()):
-        raise ModelError("some weights are not in memory; load them, or pass the model's folder")
+        raise ModelError("some weights are not in memory; load all, or pass the model's folder")
     quantiser = getattr(model, "hf_quantizer", None)
     if quantiser is not None and not quantiser.is_serializable():
         method = quantiser.quantization_config.quant_method

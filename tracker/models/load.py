@@ -283,7 +283,7 @@ def choose_placement(
         if is_requested:
             raise ModelError(
                 f"{source.source}: its weights are computed from {origin} on loading, so they "
-                "cannot be offloaded. Use a folder of safetensors, or drop --weights and --offload"
+                "cannot be offloaded. Use safetensors, or leave --weights and --offload out"
             )
         return None
     # Small files fit in any dtype; this spares building the model without weights.

@@ -63,7 +63,7 @@ class Narrowing:
     )
 
     def resize(self, config: PreTrainedConfig, numbers: PartNumbers) -> None:
-        """Write numbers of parts to a configuration, and the width of a head if it is implied."""
+        """Write the numbers of parts to a configuration, and the width of a head if implied."""
         for component, number in numbers.items():
             size = self.group_size if component == "neuron" else 1
             for key in _NUMBER_KEYS[component]:
@@ -116,7 +116,7 @@ class Narrowing:
         device = "meta" if model.device.type == "meta" else "cpu"
         narrow = attempt(partial(build_uninitialised, shell, device))
         if isinstance(narrow, Exception):
-            text = f"{type(model).__name__} cannot be built with these numbers"
+            text = f"{type(model).__name__} cannot be built with these numbers of parts"
             raise ModelError(f"{text}: {first_line(narrow)}")
         return narrow
 
@@ -241,8 +241,8 @@ def _cut_tensor(
     for axis, (length, new_length) in enumerate(zip(value.shape, expected.shape, strict=True)):
         if length != new_length and len(entries.get(length, ())) != new_length:
             raise ModelError(
-                f"{name} is too long, and which of its entries belong to the remaining parts is "
-                "unknown, so the others cannot be removed from the model"
+                f"{name} is too long, and it is not known which of its entries belong to the "
+                "removed parts, so these parts cannot be removed"
             )
         cut = take_entries(cut, entries[length], axis) if length != new_length else cut
     return nn.Parameter(cut.contiguous(), requires_grad=False)

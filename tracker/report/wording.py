@@ -183,7 +183,7 @@ def sentence(cell: CellRecord) -> str:
 
 
 def beneath(cell: CellRecord) -> str:
-    """State the accuracy without the layers that are removed in all runs.
+    """Describe the accuracy of the model without the layers that are removed in all runs.
 
     Args:
         cell: Results of one model on one benchmark.
@@ -456,7 +456,7 @@ def board_answer(board: PartBoard) -> str:
 
 
 def alone_sentence(cell: CellRecord, has_average: bool) -> str:
-    """State how many runs lack a significant effect; with `has_average`, mention the average."""
+    """State how many runs lack a significant effect. With `has_average`, mention the average."""
     verdicts = run_verdicts(cell, cell.runs)
     defined_runs = [run for run in cell.runs if run.drop.value is not None]
     n_open = sum(verdicts[run.change] == "open" for run in defined_runs)

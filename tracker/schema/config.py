@@ -142,7 +142,7 @@ def names_traces(benchmark: str) -> bool:
 
 
 def written_spec(spec: BenchmarkSpec) -> BenchmarkSpec:
-    """Return the settings of the benchmark whose texts are read; other settings are unchanged.
+    """Return the settings of TASK for a benchmark `traces:TASK`; otherwise return `spec`.
 
     Raises BenchmarkError if the name of the benchmark contains no task.
     """

@@ -69,7 +69,7 @@ class GridValues(StrictModel):
     def _check_values(self) -> GridValues:
         self._check_spelling()
         if (self.min is None) != (self.max is None):
-            raise ValueError("needs 'value', 'values', or 'min' and 'max'")
+            raise ValueError("expected 'value', 'values', or 'min' and 'max'")
         if self.min is not None and self.max is not None and self.min > self.max:
             raise ValueError(f"min {self.min} is above max {self.max}")
         if self.values == []:
@@ -117,7 +117,7 @@ class _PartValues(GridValues):
 
     def _check_spelling(self) -> None:
         if self._count_spellings() != 1:
-            raise ValueError("needs 'value', 'values', or 'min' and 'max'")
+            raise ValueError("expected 'value', 'values', or 'min' and 'max'")
         value = self.value if isinstance(self.value, int) else 0
         last = max(self.values or [value, self.max or 0])
         if last >= MAX_LAYERS:

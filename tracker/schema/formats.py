@@ -192,8 +192,8 @@ def ties_text(n_ties: int, n_documents: int, is_half: bool) -> str:
     if n_ties <= MAX_TIES * n_documents:
         return text
     return (
-        f"{text}. Ties are {points(n_ties / n_documents)} % of {n_documents:,} documents, too many "
-        "for a decision: repeat the command with --dtype float32"
+        f"{text}. Ties are {points(n_ties / n_documents)} % of {n_documents:,} documents, which is "
+        "too many for a decision: repeat the command with --dtype float32"
     )
 
 

@@ -58,7 +58,7 @@ class Question:
         return " ".join(words)
 
     def fits(self, runs: int) -> bool:
-        """Return whether `count` is less than the number of runs, or None."""
+        """Return whether `count` is None or less than the number of runs."""
         return self.count is None or self.count < runs
 
     def check_runs(self, runs: int) -> None:

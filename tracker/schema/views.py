@@ -119,7 +119,7 @@ class View(Record):
         return self.metric, self.removed, self.seed
 
     def shows(self, other_view: View) -> bool:
-        """Return whether this view has all runs of another view, and more documents per task."""
+        """Return whether this view has all runs of another view and more documents per task."""
         if self.until is not None or other_view.until is not None:
             return False
         return self.size > other_view.size and self.merge(other_view).runs == self.runs

@@ -48,7 +48,7 @@ class AccuracyBudget:
         return None
 
     def is_clearly_exceeded(self, paired: PairedOutcomes) -> bool:
-        """Return whether the estimated loss exceeds `WALK_FACTOR` budgets; a search ends then.
+        """Return whether the loss exceeds `WALK_FACTOR` times the budget; a search then ends.
 
         A loss that is not a number exceeds every budget.
         """
@@ -65,9 +65,9 @@ class AccuracyBudget:
         return budget_excess(*outcomes, self.max_drop, self.kept_share)
 
     def nearest_option(self, excess: float, paired: PairedOutcomes) -> str:
-        """Return the smallest budget, as an option, that is larger by `excess`.
+        """Return the option for a budget that is larger by `excess`, rounded up.
 
-        The result is empty if only a budget of the whole accuracy would do, which is refused.
+        The result is empty if only a budget of the whole accuracy would be large enough.
         """
         if self.kept_share == 1:
             points = math.ceil(1000 * (self.max_drop + excess) - 1e-6) / 10

@@ -99,7 +99,7 @@ _MANY_PARTS = 2
 
 
 def _removal_shape(ablation: Ablation) -> _RemovalShape:
-    """Return 0, 1 or 2 for each kind in `COMPONENTS`: no, one or several parts change."""
+    """Return 0, 1 or 2 for each kind in `COMPONENTS`, if no, one or several parts change."""
     counts = Counter(change.component for change in ablation.changes)
     return tuple(min(counts[component], _MANY_PARTS) for component in COMPONENTS)
 
@@ -297,7 +297,7 @@ class OpenCell:
         return meter
 
     def _parts_removed_together(self, ablations: Iterable[Ablation]) -> Iterator[SearchParts]:
-        """Yield the numbering of each kind of part if an ablation removes several of them.
+        """Yield each kind of part (as a numbering) of which an ablation removes several.
 
         Parts that an ablation rounds to a format are not counted.
         """

@@ -119,7 +119,7 @@ def recommend_within(
 
 
 def _lightness(step: PruneStep) -> tuple[float, ...]:
-    """Order steps by how much they remove; of equal steps, by the smaller loss."""
+    """Return a sort key of steps: first the removed size, then the loss."""
     loss = test_outcome(step).lost.value or 0.0
     return -(step.parameters or 0), len(step.removed), -loss
 

@@ -320,7 +320,7 @@ class FormatProblem:
         return self._largest_choice({}) or smallest_choice(self.units, self.formats)
 
     def edge_choice(self) -> FormatChoice | None:
-        """Choose the largest format for the outer layers and one format for the others.
+        """Choose the largest format for the outer layers, and one format for all other layers.
 
         The outer layers are the first two and the last two layers of `units`. The embedding and the
         output head get the largest format too. The result is None if the budget is too small.
@@ -332,7 +332,7 @@ class FormatProblem:
         return self._largest_choice(dict.fromkeys(outer_units, largest))
 
     def _largest_choice(self, given: FormatChoice) -> FormatChoice | None:
-        """Choose one format for the units outside `given`: the largest within the budget."""
+        """Choose the largest format within the budget, to be used for all units outside `given`."""
         choices = [{**dict.fromkeys(self.units, form), **given} for form in self.formats]
         return max(filter(self.budget.holds, choices), key=bits_per_weight, default=None)
 

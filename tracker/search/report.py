@@ -57,7 +57,7 @@ class TestedSearch:
         record: The stored record of the search: settings, steps and cost.
         outcomes: Outcomes of the test documents after each step of the search; higher is better.
         run_requests: For each step, the request that measures the step as an ablation run; None if
-            no run can.
+            this is impossible.
         shown: Index of the last step that is shown to be within a budget of accuracy; −1 if none
             is, and None without a budget.
     """
@@ -100,7 +100,7 @@ Labels = Mapping[str, str]
 
 @dataclass(frozen=True)
 class GoalResult:
-    """Searches with the same goal, and what is recommended of their results.
+    """Searches with the same goal, and the recommendation that follows from their results.
 
     Attributes:
         searches: The tested searches.
@@ -190,7 +190,7 @@ class GoalResult:
         return SEARCH_TEXTS.render("raise_sample", benchmark.sample_size(recommendation.n_needed))
 
     def _upper_excesses(self, removed: Sequence[int]) -> list[float]:
-        """Return the upper ends of losses above the budget after each step up to a set of parts."""
+        """Return the upper end of the excess over the budget, for each step up to a set."""
         assert self.budget is not None
         search, index = self.find_steps(removed)[0]
         excesses = [self.budget.excess(search.outcomes, k) for k in range(index + 1)]
@@ -494,7 +494,7 @@ def _constraints_text(record: PruneRecord) -> str:
     return ", ".join(filter(None, (among, protected, *minimums)))
 
 
-NO_TIME = "the time is estimated only if the amount to remove is a time"
+NO_TIME = "the time is estimated only for an amount in seconds or latency"
 _TIME_NOTE = (
     "ms a token is an estimate: the measured time of the unpruned model, minus the times of the "
     "removed layers"
@@ -548,7 +548,7 @@ def _steps_table(records: Sequence[PruneRecord]) -> Table:
     columns: tuple[Column[_StepRow], ...] = (
         Column("strategy", "text", lambda row: row.search),
         Column("step", "count", lambda row: row.number),
-        Column(part_name, part_unit, part, "the step chose all removals at once"),
+        Column(part_name, part_unit, part, "all removals were chosen in a single step"),
         Column("score", "times", score),
         Column("runner-up worse by", "times", margin),
         Column(levels, measure.level_form, lambda row: test_outcome(row.step).level, NO_SCORE),
@@ -621,11 +621,12 @@ class SavableStep(NamedTuple):
 def find_savable(goals: Sequence[GoalResult], is_shown: bool = True) -> SavableStep | None:
     """Find the first recommended set that can be saved as a checkpoint.
 
-    Only sets of whole layers, or of as many parts of each layer, can be saved.
+    Only sets of whole layers, or of equally many parts from each layer, can be saved.
 
     Args:
         goals: The searches and the recommendation for each goal.
-        is_shown: False for the first set whose estimate alone is within a budget of accuracy.
+        is_shown: True to require that test documents show the set to be within a budget of
+            accuracy; False if the estimate is enough.
 
     Returns:
         The step that removed the set; None if no set can be saved.

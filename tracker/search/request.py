@@ -309,7 +309,7 @@ def build_search(cell: CellRequest, settings: dict[str, Any], prefix: str = "--"
 
 
 def as_uniform(search: SearchRequest) -> SearchRequest:
-    """Return the search with `uniform` set, as the default for parts of a model that is saved.
+    """Return the search with `uniform` set to true, which saving a model without parts needs.
 
     Raises RequestError if `uniform` is false, or if the other settings contradict it.
     """

@@ -83,9 +83,10 @@ class Losses:
         return sorted(range(len(keys)), key=keys.__getitem__)
 
     def per_size(self, sizes: Array) -> Losses:
-        """Divide what each set loses beyond the first set by what it saves beyond the first set.
+        """Divide the additional loss of each set by its additional size.
 
-        `sizes` are the sizes of what the sets remove. The first set is left out.
+        Both are relative to the first set, which is left out. `sizes` has the removed size of each
+        set.
         """
         prices = np.asarray(sizes[1:]) - sizes[0]
         values = (self.values[:, 1:] - self.values[:, :1]) / prices

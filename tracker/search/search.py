@@ -265,7 +265,7 @@ def find_budget(request: SearchRequest, cache: ModelCache) -> Budget:
 
 
 def _uniform_block(source: ModelSource, parts: SearchParts) -> int:
-    """Return the number of consecutive parts of which uniform removals take as many each."""
+    """Return the block size; uniform removals take equally many parts from each block."""
     counts, block = count_parts(source), parts.per_layer
     # Heads are removed evenly from the groups that share keys and values.
     if parts.unit == "head" and counts.kv_head:
@@ -459,8 +459,8 @@ class Recommendation:
             otherwise empty.
         n_needed: Number of test documents that would show that `estimated` is within the budget;
             None if unknown.
-        nearest: The smallest budget that a tested set reaches, as an option; empty if every set
-            loses all accuracy, and None unless no tested set is within the budget.
+        nearest: Option for the smallest budget that a tested set reaches; None if a tested set is
+            within the budget. Empty if every set loses all accuracy.
     """
 
     removed: PartSet = ()

@@ -183,7 +183,7 @@ def resolve_constraints(
     n_layers: int,
     config: Callable[[], Any],
 ) -> Constraints:
-    """Convert the words in constraints, such as `last` or `odd`, to layers of a model.
+    """Convert constraints with words, such as `last` or `odd`, to numbers of layers.
 
     Args:
         protect: Value of the setting `protect`: layer numbers and words such as `last`.
@@ -270,11 +270,11 @@ AMOUNT_FORMS = "8, 25 %, 25 % parameters, 25 % bytes, 25 % latency, 34M paramete
 """Examples of valid amounts, shown in messages."""
 
 _TOO_FEW: Mapping[str, str] = {
-    "layer": "would leave no layer",
-    "head": "would leave some layers without a head",
-    "kv_head": "would remove all groups of heads of some layer",
-    "expert": "would leave some layers fewer experts than their routers choose",
-    "neuron": "would leave some layers without a group of neurons",
+    "layer": "no layer would remain",
+    "head": "some layers would have no head",
+    "kv_head": "some layers would have no group of heads",
+    "expert": "some layers would have fewer experts than their routers choose",
+    "neuron": "some layers would have no group of neurons",
 }
 _AMOUNT = re.compile(r"(\d+(?:\.\d+)?) ?(.*)")
 _SHARES: Mapping[str, AmountMeasure] = {
@@ -376,7 +376,7 @@ class Budget:
         return False
 
     def block_of(self, part: int) -> int:
-        """Return the number of the block of a part, of which uniform removals take one each."""
+        """Return the block of a part; a uniform removal takes one part from each block."""
         return part
 
     @property
@@ -399,7 +399,7 @@ class Budget:
         return self.size_of(removed) >= self.min_removed * (1 - 1e-9)
 
     def is_finished(self, removed: Collection[int]) -> bool:
-        """Return whether a search ends: enough is removed, or without a minimum, all that can."""
+        """Return whether a search ends: the minimum is removed, or nothing else can be removed."""
         return self.is_met(removed) if self.min_removed else self.is_exhausted(removed)
 
     def is_exhausted(self, removed: Collection[int]) -> bool:
@@ -507,7 +507,7 @@ class UniformKind:
     counts: tuple[int, ...]
 
     def extend(self, removed: Collection[int], order: Sequence[int]) -> set[int]:
-        """Return the parts that the smallest larger removal takes; empty if there is none.
+        """Return the next larger uniform removal that contains `removed`; empty if there is none.
 
         Each block loses its first parts in `order`.
         """
@@ -518,7 +518,7 @@ class UniformKind:
         return {part for block in blocks for part in block[: larger[0] if larger else 0]}
 
     def largest_extension(self, removed: Collection[int]) -> set[int]:
-        """Return as many more parts as can be removed."""
+        """Return the largest set of further parts that can be removed."""
         n_left = self.counts[-1] - len({*self.blocks[0]}.intersection(removed))
         remaining = ([part for part in block if part not in removed] for block in self.blocks)
         return {part for block in remaining for part in block[:n_left]}
@@ -557,7 +557,7 @@ class MixedBudget(Budget):
         return largest
 
     def candidates(self, removed: Collection[int], order: Sequence[int]) -> list[list[set[int]]]:
-        """Return the parts that the next step can remove: for each unit, a list of sets.
+        """Return the candidates of the next step: for each unit, a list of sets of parts.
 
         Of each layer, the first parts in `order` are removed.
         """
@@ -639,11 +639,11 @@ def build_budget(
         if key == "keep":
             limit, bound = "no less than", model_size - bound
         names = constraints.names
-        reason = f"does not fit {names}" if names else _TOO_FEW.get(parts.unit, _TOO_FEW["layer"])
+        reason = f"it contradicts {names}" if names else _TOO_FEW.get(parts.unit, _TOO_FEW["layer"])
         if isinstance(budget, MixedBudget):
-            reason = f"asks for more {unit_plural(parts.unit)} than can be removed"
+            reason = f"so many {unit_plural(parts.unit)} cannot be removed"
         raise ExperimentError(
-            f"{title}: '{key}: {amount.text}' {reason}: of "
+            f"{title}: '{key}: {amount.text}' is impossible, because {reason}: of "
             f"{_format_amount(model_size, amount.measure)}, "
             f"{key} {limit} {_format_amount(bound, amount.measure)}"
         )

@@ -93,7 +93,7 @@ def _rescore_fully(search: Search, outcome: str) -> StepChooser:
 
 
 def _rescore_mixed(search: Search, budget: MixedBudget, outcome: str) -> StepChooser:
-    """Return a function that chooses the candidate with the smallest loss per parameter saved.
+    """Return a function that chooses the candidate with the smallest loss per saved parameter.
 
     Candidates are whole layers and parts of each layer. Each layer loses the parts first whose
     removal alone costs least in the intact model.

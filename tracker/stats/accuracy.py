@@ -298,7 +298,7 @@ def drop_below_p(lost: int, won: int, n_documents: int, margin: float) -> float:
 
 
 def bernstein_half_width(sd: float, n: int, alpha: float) -> float:
-    """Return how far the mean of differences in [-1, 1] may lie above the observed mean.
+    """Return an upper bound of the true mean of differences in [-1, 1], minus the observed mean.
 
     The bound holds with the probability 1 - `alpha` for any distribution, also if large differences
     are rare.
@@ -323,7 +323,7 @@ def bernstein_half_width(sd: float, n: int, alpha: float) -> float:
 
 
 def effective_number(weights: Array, clusters: IntArray | None) -> float:
-    """Return the number of clusters of equal weight with the same sum of squared weights."""
+    """Return the number of equally weighted clusters that would give the same precision."""
     _, shares = cluster_means(weights, weights, clusters)
     return float(shares.sum() ** 2 / (shares @ shares))
 
@@ -356,7 +356,7 @@ def drop_sd(baseline: Array, ablated: Array, weights: Array | None = None) -> Es
 def mean_interval(
     values: Array, weights: Array | None = None, extra: tuple[float, ...] = ()
 ) -> tuple[float | None, float | None]:
-    """Return the 95 % interval of the mean of the documents' values.
+    """Return the 95 % interval (lower bound, upper bound) of the mean of the documents' values.
 
     The result is a t interval. If `extra` is given, its values are added to the documents, and the
     result is the Wald interval of the enlarged sample.

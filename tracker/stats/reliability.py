@@ -211,7 +211,7 @@ def positive_estimate(figure: Callable[[IntArray], float], strata: Strata, seed:
     value = figure(np.arange(len(strata)))
     error = jackknife_error(lambda indexes: float(np.log(figure(indexes))), strata, _GROUPS, seed)
     if not (math.isfinite(value) and math.isfinite(error)):
-        return Estimate(None, reason="undefined on all documents, or after some are left out")
+        return Estimate(None, reason="undefined on all documents, or without a tenth of them")
     df = min(_GROUPS, len(strata)) - 1
     factor = math.exp(float(stats.t.ppf((1 + LEVEL) / 2, df)) * error)
     return Estimate(value, value / factor, value * factor)

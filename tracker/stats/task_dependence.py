@@ -157,7 +157,7 @@ def variance_difference(
         return first - second
 
     def leave_out(index: int, kept_documents: IntArray) -> float:
-        """Return the difference if the benchmark at `index` is limited to `kept_documents`."""
+        """Return the difference if benchmark `index` has only the documents `kept_documents`."""
         pair = []
         for values, weights, strata in samples[index]:
             labels = None if strata is None else np.asarray(strata)[kept_documents]

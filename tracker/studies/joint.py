@@ -276,15 +276,15 @@ def strongest_table(pairs: PairInteractions, sign: int) -> Table:
     values = [(sign * (pairs.value(n) or 0), n) for n in range(len(pairs.pairs))]
     rows = [n for value, n in sorted(values, reverse=True)[:MAX_PAIRS_LISTED] if value > 0]
     kind = (
-        "redundant pairs, which cost more together"
+        "redundant pairs, which cost more than the sum of both drops"
         if sign > 0
-        else "sub-additive pairs, which cost less together"
+        else "sub-additive pairs, which cost less than the sum of both drops"
     )
     return build_table(
-        f"{pairs.record.title}: the most {kind} than the sum of both drops, by {pairs.measure}",
+        f"{pairs.record.title}: the most {kind}, by {pairs.measure}",
         [
             Column("layers", "text", lambda n: "{}, {}".format(*pairs.pairs[n])),
-            Column("apart", "count", lambda n: pairs.pairs[n][1] - pairs.pairs[n][0]),
+            Column("distance", "count", lambda n: pairs.pairs[n][1] - pairs.pairs[n][0]),
             Column("interaction", pairs.unit, pairs.at_once.__getitem__),
             Column("its rank", "count", lambda n: rank_estimate(pairs.ranks[n]), interval=True),
             Column("both", pairs.unit, lambda n: float(pairs.together[n])),

@@ -219,10 +219,10 @@ def _build_tables(rounded: RoundedMaps) -> Iterator[Table]:
     """Yield three tables: costs by map name, the costliest maps, and correlations of the errors."""
     record, title, n_maps = rounded.record, rounded.title, len(rounded.maps)
     costliest = sorted(rounded.maps, key=lambda row: -(row.fall.value or 0.0))[:MAX_MAPS_LISTED]
-    names = f"{title}: mean cost over layers of rounding one linear map, by the map's name."
+    names = f"{title}: cost of rounding one linear map, by its name (mean over layers)."
     maps = f"{title}: the {len(costliest)} of {n_maps} maps whose rounding lowers the right "
     maps += "answer's log-probability most."
-    orders = f"{title}: how errors order the {n_maps} maps."
+    orders = f"{title}: correlation of errors and costs over {n_maps} maps."
     for kind, heading, rows, macro in (
         (MapNameRow, names, rounded.names, "name_notes"),
         (RoundedMap, maps, costliest, "map_notes"),

@@ -105,7 +105,7 @@ class MeasuredProtocol:
 
     @property
     def costly(self) -> str:
-        """The changes that are shown to cost something, in words; "" if there are none."""
+        """Text that names the changes with significant costs; "" if there are none."""
         pairs = zip(self.outcomes.runs, self.verdicts, strict=True)
         costly = [run for run, verdict in pairs if verdict == "costs"]
         if any(run.kind != WHOLE_LAYER for run in costly):

@@ -554,7 +554,7 @@ def _cost_table(group: Prunings) -> Table:
     def calibration(method: Method) -> str:
         return method.calibration if documents(method) else "no documents"
 
-    none = "two candidates were never scored on the same documents in one step"
+    none = "no step scored two candidates on the same documents"
     columns: list[Column[Method]] = [
         Column("strategy", "text", lambda method: method.strategy),
         Column("amount", "text", lambda method: method.amount),
@@ -562,7 +562,7 @@ def _cost_table(group: Prunings) -> Table:
         Column("searches", "count", lambda method: len(group.searches(method))),
         Column("documents", "count", documents),
         *cost_columns(group.searches),
-        Column("choices not told apart", "text", unsure, none),
+        Column("choices not separated", "text", unsure, none),
     ]
     rows = [method for method in group.methods if group.searches(method)]
     notes = PRUNE_TEXTS.render_all("cost_notes", PAPER_HOURS)

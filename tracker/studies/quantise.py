@@ -157,7 +157,7 @@ class FormatChooser:
     problem: FormatProblem
 
     def candidates(self, by_map: bool) -> list[Candidate]:
-        """Assign formats within the budget, once for each criterion, such as errors of weights."""
+        """Choose formats within the budget by each criterion, such as errors of weights."""
         problem = self.problem
         choices = {MEASURED_CHOICE: problem.minimize_loss()}
         for name, errors in self._errors().items() if by_map else ():
@@ -170,7 +170,7 @@ class FormatChooser:
         return [self.candidate(name, choice) for name, choice in choices.items()]
 
     def candidate(self, by: str, choice: FormatChoice) -> Candidate:
-        """Return an assignment of formats with the sum of the costs of rounding each unit alone."""
+        """Build the candidate for a choice of formats, with the sum of its units' single costs."""
         units, formats = self.problem.units, self.problem.formats
         columns = [formats.index(choice[unit]) for unit in units]
         expected = self.problem.losses[np.arange(len(units)), columns].sum()
@@ -469,7 +469,7 @@ def _choices_table(record: CellRecord, rows: list[TestedChoice], best: TestedCho
 class FormatCount:
     """Table row: number of layers in which a linear map, such as `mlp.down_proj`, has a format."""
 
-    name: str = labelled("what")
+    name: str = labelled("weights")
     format: str = labelled("format")
     layers: int | None = labelled("layers", "count", "of no layer")
 
@@ -482,16 +482,16 @@ def _formats_table(record: CellRecord, best: TestedChoice) -> Table:
         FormatCount(name, form, None if name in kinds.OUTER_MATRICES else n)
         for (name, form), n in sorted(counts.items())
     ]
-    return figure_table(FormatCount, f"{cell_label(record)}: what is recommended.", rows)
+    return figure_table(FormatCount, f"{cell_label(record)}: recommended formats.", rows)
 
 
 @dataclass(frozen=True)
 class SumRow:
     """Table row: cost of rounding several units together, and the sum of their single costs."""
 
-    units: str = labelled("units together")
-    measured: float = labelled("loss measured", "nats")
-    summed: float = labelled("sum of losses alone", "nats")
+    units: str = labelled("units rounded together")
+    measured: float = labelled("measured loss", "nats")
+    summed: float = labelled("sum of single losses", "nats")
     more: Estimate = labelled("more than the sum", "nats")
 
 

@@ -39,10 +39,10 @@ class TestedSpan:
 
     run: RunRecord
     span: str = labelled("passed")
-    promised: float | None = labelled("gain where it was chosen", "change")
+    promised: float | None = labelled("gain on calibration documents", "change")
     gain: Estimate = labelled("gain on test documents", "change")
     gold: Estimate = labelled("gold log-prob gain", "nats")
-    verdict: str = labelled("beside the intact model")
+    verdict: str = labelled("compared to the intact model")
 
 
 class Repeat(Study[RepeatSettings]):
@@ -160,6 +160,6 @@ def _export_command(change: Change, test: CellRequest, results: Path) -> str:
 def _spans_table(record: CellRecord, spans: Sequence[TestedSpan]) -> Table:
     """Build the table of chosen spans, with the gain on calibration and on test documents."""
     n_tests = spans[0].run.n if spans else 0
-    title = f"{cell_label(record)}: the stretches that promised most"
+    title = f"{cell_label(record)}: the spans with the largest gains on calibration documents"
     notes = REPEAT_TEXTS.render_all("span_notes", record, n_tests)
     return figure_table(TestedSpan, title, spans, *notes, measure=metric_format(record))

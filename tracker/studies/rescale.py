@@ -242,7 +242,7 @@ def _summary_table(cells: Sequence[CellCosts]) -> Table:
 class SignificanceRow:
     """Table row: number of layers where a replacement is significantly better or worse."""
 
-    replacement: str = labelled("stand-in")
+    replacement: str = labelled("replacement")
     tested: int = labelled("layers × benchmarks tested", "count")
     better: int | None = labelled("significantly better", "count", _NO_TEST)
     worse: int | None = labelled("significantly worse", "count", _NO_TEST)

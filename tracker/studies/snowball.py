@@ -161,7 +161,7 @@ class TokenGrowth:
 
     @property
     def factors_per_layer(self) -> list[float | None]:
-        """For each removed layer, the growth factor per later layer, as a geometric mean."""
+        """Mean growth factor per later layer (geometric mean), for each removed layer."""
         last = len(self.paths) - 1
         return [
             None if value is None else float(value ** (1 / (last - layer)))
@@ -170,7 +170,7 @@ class TokenGrowth:
 
     @property
     def growing_steps(self) -> list[str | None]:
-        """For each removed layer, the number of later layers that amplify the change: `2 of 3`."""
+        """Number of later layers that amplify the change, as `2 of 3`, for each removed layer."""
         steps = [np.diff(np.log(path[layer:])) > 0 for layer, path in enumerate(self.paths)]
         return [
             None if value is None else f"{int(grows.sum())} of {len(grows)}"
@@ -183,7 +183,7 @@ class Predictor:
     """Table row: rank correlation of a quantity with the drops, and gain over the cosine score."""
 
     name: str = labelled("of each layer")
-    target: str = labelled("beside")
+    target: str = labelled("predicted")
     spearman: Estimate = labelled("Spearman", "coefficient")
     p_value: Estimate = labelled("p", "p")
     better: Estimate = labelled("better than cosine by", "coefficient")
@@ -248,7 +248,7 @@ class DropExplanation:
                 better = correlation_difference((values, resamples), cosine, drop, "spearman")
             add(name, "drop", spearman, better, len(layers))
         inner = following > 0
-        reason = "partial correlations are not compared with the cosine score's"
+        reason = "not compared, because this row is a partial correlation"
         none = Estimate(None, reason=reason)
         for name, figure in {
             REMOVAL_GROWTH: series(end - start),
@@ -342,7 +342,7 @@ def compute_figures(subject: Subject, observations: Observations) -> SnowballFig
 
 
 def _split(arrays: Mapping[str, Array], tokens: int) -> tuple[dict[str, Array], dict[str, Array]]:
-    """Return relative differences right after the changed layer, and before the output head.
+    """Return the relative differences (right after the changed layer, before the output head).
 
     Each of the two dictionaries maps a kind of change, such as `removed`, to an array `[documents,
     layers]`. `tokens` is `ALL_TOKENS`, or `LATER_TOKENS` to leave out the first token of each text.
@@ -475,7 +475,7 @@ def _layer_table(cell: SnowballFigures) -> Table:
             Column("verdict", "text", verdicts.__getitem__, reason),
             Column("random", "times", tokens.random.values.__getitem__, reason),
             Column("other tokens'", "times", tokens.shuffled.values.__getitem__, reason),
-            Column("as handed on", "times", tokens.handed_on.values.__getitem__, reason),
+            Column("size if passed on = 1", "times", tokens.handed_on.values.__getitem__, reason),
             Column("drop", metric_format(cell.record).form, drop, UNMEASURED),
             Column("cosine rank", "count", by_cosine.get, UNMEASURED),
             Column("drop rank", "count", cell.drop_ranks.get, UNMEASURED, interval=True),

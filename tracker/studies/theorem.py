@@ -42,7 +42,7 @@ from tracker.studies.registry import TheoremSettings
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-SAME_ANSWER = "a wrong answer is a prefix of the right answer, so it is never less likely"
+SAME_ANSWER = "a wrong answer is a prefix of the right answer, and thus never less likely"
 LONGER_ANSWERS = (
     "the right answer is a prefix of every wrong answer, so no wrong answer is ever more likely"
 )
@@ -440,7 +440,7 @@ class MeasuredModel:
 
 
 def _count_right(value: float | str) -> tuple[int, int]:
-    """Return (right answers, all answers) of one document; for a text corpus, count tokens."""
+    """Return (right answers, all answers) of a document; for a text, (right tokens, all tokens)."""
     if isinstance(value, str):
         right, units = json.loads(value)
         return int(right), int(units)

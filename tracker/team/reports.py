@@ -114,9 +114,8 @@ def publish_report(
     """Publish a report with tables and charts to each target, as a separate run.
 
     A target is `BACKEND:PROJECT`. With `with_private`, the report includes document texts that do
-    not come from the Hugging Face hub or a package. Returns the addresses of the reports by target,
-    the error messages by target, and notes about omitted texts. RequestError is raised for an
-    invalid target.
+    not come from the Hugging Face hub or a package. Returns (addresses by target, error messages by
+    target, notes about omitted texts). RequestError is raised for an invalid target.
     """
     decisions = collected.derive_decisions() if targets else {}
     withheld_keys = [
@@ -138,8 +137,8 @@ def publish_page(
     """Publish a page to each target, as a separate run.
 
     The function `build` writes the files into a folder. A target without a project gets the only
-    one of `projects`. Returns addresses and error messages by target. RequestError is raised for an
-    invalid target.
+    one of `projects`. Returns (addresses by target, error messages by target). RequestError is
+    raised for an invalid target.
     """
     locations: dict[str, str] = {}
     errors: dict[str, str] = {}

@@ -140,7 +140,7 @@ def correlation_name(record: CorrelationRecord) -> str:
 
 
 def answer_figures(answer: AnswerRecord) -> dict[str, float | None]:
-    """Return metrics about the early stop: documents and layer passes, needed and in total."""
+    """Return metrics of the stopping rule: documents and layer passes, used and in total."""
     return {
         "answer/answered": float(answer.answered),
         "answer/documents": answer.measured,

@@ -67,7 +67,7 @@ class LayerStep:
 
     @cached_property
     def divided_step(self) -> tuple[LayerStep, tuple[int, ...]]:
-        """The part of the step that concerns changes inside the layer, and its streams' indices.
+        """Step for the streams with changes inside the layer, and the indices of these streams.
 
         It has the streams with such changes, the baseline, and all streams with the same input. It
         is empty if no stream has such changes.

@@ -195,7 +195,7 @@ class _PerturbedPass:
         ):
             self.engine.run_text(tokens)
         if self._n_seen != (n_layers := len(loaded.layers)):
-            raise RefusalError(f"the {n_layers} layers run {self._n_seen} times in total in a pass")
+            raise RefusalError(f"the {n_layers} layers run {self._n_seen} times in one pass")
 
     def _plan(self) -> StreamPlan:
         """Return a plan with one stream per perturbation."""

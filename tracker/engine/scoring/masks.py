@@ -111,7 +111,7 @@ def find_first_visible(mask: object, tokens: int) -> Tensor | None:
     positions = torch.arange(tokens)
     contiguous = (positions >= starts[:, None]) & (positions <= positions[:, None])
     if not torch.equal(visible, contiguous):
-        raise RefusalError("a token attends to more than one contiguous range of earlier tokens")
+        raise RefusalError("a token attends to several separate ranges of earlier tokens")
     return starts if starts.any() else None
 
 

@@ -65,7 +65,7 @@ def find_row_size(engine: Engine) -> int:
 
 
 def time_sizes(engine: Engine) -> dict[int, float]:
-    """Time each row size on random documents; return row size → seconds, the default first."""
+    """Time each row size on random documents; return row size → seconds, with the default first."""
     n_layers = len(engine.loaded.layers)
     engine_copy = engine.ablate(Ablation.from_changes(removed=range(TIMED_LAYERS, n_layers)))
     layers = range(min(TIMED_LAYERS, n_layers))

@@ -100,10 +100,9 @@ class Lengths:
     all_differ: bool = False
 
     def side(self, tokens: int) -> int:
-        """Return the number of the range of lengths to which a text length belongs.
+        """Return the number of the interval between thresholds that contains a text length.
 
-        All lengths between two thresholds have the same number. A length equal to a threshold has a
-        separate number.
+        A length equal to a threshold has a number of its own.
         """
         if self.all_differ and tokens >= min(self.thresholds, default=0):
             return tokens

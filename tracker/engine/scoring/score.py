@@ -316,7 +316,7 @@ def run_base(model: EngineModel, plan: StreamPlan, row: Row, cache: Any) -> tupl
         output = base(**inputs)
     compute_figures()
     if len(figures) != len(layers):
-        raise RefusalError(f"the {len(layers)} layers run {len(figures)} times in total in a pass")
+        raise RefusalError(f"the {len(layers)} layers run {len(figures)} times in one pass")
     return output, torch.stack([figure.to(figures[0].device) for figure in figures], dim=-1)
 
 

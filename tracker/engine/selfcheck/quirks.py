@@ -228,7 +228,7 @@ MAX_LAYERS_NAMED = 3
 _ITSELF = "the model itself computes other logits after it is saved and loaded"
 _OTHER = "the changed model cannot be described by a configuration"
 _NOT = "the model does not run without these layers"
-_COMPUTED = "the class computes values while loading, which cannot be changed in a model in memory"
+_COMPUTED = "the model's class computes values while loading, which a model in memory cannot take"
 
 
 @dataclass(frozen=True)

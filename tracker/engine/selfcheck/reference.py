@@ -263,7 +263,7 @@ class SharingVerdict:
 log = logging.getLogger(__name__)
 REMAINING_SHARING = {
     NO_PREFIX: (
-        "computation is shared over depth and tokens, but not between documents that begin alike"
+        "computation is shared over depth and tokens, but not over common beginnings of documents"
     ),
     DEPTH_ONLY: "computation is shared only over depth, not over tokens or documents",
     PLAIN: "nothing is shared",

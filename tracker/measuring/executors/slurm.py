@@ -166,8 +166,8 @@ class _SubmittedJob:
         cell = find_cell(request, self._reporting.ledger)
         if cell.store is None or not cell.complete:
             return CellError(
-                f"the SLURM job succeeded, but {self._reporting.ledger.root} lacks the outcomes; "
-                "the results folder must be on a file system that all nodes share"
+                f"the SLURM job succeeded, but {self._reporting.ledger.root} does not contain its "
+                "outcomes; the results folder must be on a file system that all nodes share"
             )
         return cell.store
 

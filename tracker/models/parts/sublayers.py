@@ -120,7 +120,7 @@ def _verify_sublayers(finder: PartFinder, sublayers: Sequence[Sublayers]) -> Non
 
     with hooks.silenced_sublayers(attentions):
         if measure_effect() > tolerance:
-            problem = "another module than the first one mixes tokens"
+            problem = "a module other than the first mixes tokens"
             raise _division_error(model, layers[0], problem)
     with hooks.silenced_sublayers(mlps):
         if not measure_effect() > tolerance:

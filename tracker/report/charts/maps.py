@@ -122,7 +122,7 @@ def _row_names(kinds: Sequence[Change]) -> tuple[str, str]:
         return f"layer and {kind.component}", kind.component
     if kind.intervention == "repeat":
         times = "again" if kind.repeats == 2 else f"{kind.repeats} times"
-        title = f"first layer of each run, and the number of layers that are passed {times}"
+        title = f"first layer of each run, and number of layers passed {times}"
         return title, f"layers passed {times}"
     removed = "layers" if kind.component == "layer" else f"layers’ {kind.component}"
     return f"first removed layer of each run, and the number of removed {removed}", "layers"

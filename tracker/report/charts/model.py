@@ -80,9 +80,9 @@ def rank_chart(board: LayerBoard, label: str) -> style.Chart | None:
 
 def _rank_title(label: str, n_misjudged: int, n_layers: int) -> str:
     if not n_misjudged:
-        return f"{label}: for no layer can we show that its true rank differs from its cosine rank"
+        return f"{label}: ranks by relevance and by cosine score are not shown to differ"
     layers_text = f"{n_misjudged} of {count_text(n_layers, 'layer')}"
-    return f"{label}: for {layers_text} we can show that the true rank differs from the cosine rank"
+    return f"{label}: ranks by relevance and by cosine score are shown to differ for {layers_text}"
 
 
 _FIRST_PANEL_TOP = 0.96

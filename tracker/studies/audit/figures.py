@@ -202,7 +202,7 @@ class ProxySummary:
 
     @cached_property
     def overlaps(self) -> tuple[float, float, float]:
-        """Mean overlap of the top layers, of the bottom layers, and overlap by chance."""
+        """Mean overlap of the top layers, of the bottom layers, and of any layers by chance."""
         rows = []
         for cell in self.cells:
             count = min(TOP_LAYERS, len(cell.layers))
@@ -245,7 +245,7 @@ class ModelAudit:
 
     @property
     def on(self) -> str:
-        """Text with the numbers of benchmarks and documents: "2 benchmarks, 900 documents"."""
+        """Text with the numbers of benchmarks and documents, e.g. "2 benchmarks, 900 documents"."""
         cells = self.comparable
         documents = count_text(sum(cell.record.n for cell in cells), "document")
         return f"{count_text(len(cells), 'benchmark')}, {documents}"
@@ -303,7 +303,7 @@ class ModelAudit:
         """
         a, b = summary.spearman.value, other.spearman.value
         if summary.cells != other.cells or a is None or b is None:
-            return Estimate(None, reason="the two proxies are not defined on the same benchmarks")
+            return Estimate(None, reason="the two proxies are defined on different benchmarks")
         ends = bias_corrected_interval(a - b, summary.resampled - other.resampled)
         documents = sum(cell.record.n for cell in summary.cells)
         n_pairs = count_pairs(len(self.summaries))
@@ -336,7 +336,7 @@ class ModelAudit:
 
     @cached_property
     def above_chance(self) -> list[AuditedCell]:
-        """Benchmarks where the model is above chance and drops differ; at least two, or none."""
+        """Benchmarks on which the model is above chance and drops differ; empty if only one."""
         finite = [cell for cell in self.comparable if np.isfinite(cell.relevance).all()]
         cells = [cell for cell in finite if np.ptp(cell.drop.means()) > 0]
         return cells if len(cells) > 1 else []
@@ -435,7 +435,7 @@ class ModelAudit:
 
 
 def distinct_cells(cells: Sequence[AuditedCell]) -> list[AuditedCell]:
-    """Keep only the best measured benchmark of those that share a task."""
+    """Keep one benchmark of those that share a task: most layers, then most documents."""
     best = sorted(cells, key=lambda c: (-c.record.higher_is_better, -len(c.layers), -c.record.n))
     distinct: list[AuditedCell] = []
     for cell in best:

@@ -48,8 +48,8 @@ class WandbService(Service):
         with closing(isolated) as backend:
             if not backend.is_open():
                 raise RequestError(
-                    "nobody is logged in to W&B here, so its runs could not be written. Type "
-                    "`wandb login`. Or set WANDB_MODE=offline: W&B's runs are then files in "
+                    "nobody is logged in to W&B here, so runs could not be written. Type `wandb "
+                    "login`. Or set WANDB_MODE=offline: W&B's runs are then files in "
                     f"{results / 'wandb'}, for `wandb sync`. Or leave W&B out with --track mlflow, "
                     f"whose runs are in {results}. Nothing was measured"
                 )
