@@ -186,7 +186,7 @@ def test_parts_of_which_no_benchmark_counts_are_spoken_of_one_by_one():
     assert part_boards([weak_cell]) == []
     answer_text = model_answer(decide_claims([weak_cell]), [], [weak_cell])
     assert answer_text == f"arc_easy: {parts_answer(weak_cell)}"
-    assert "nothing can be said" in model_answer(decide_claims([]), [], [])
+    assert "no statement about the layers" in model_answer(decide_claims([]), [], [])
 
 
 def test_a_relevance_has_the_interval_of_its_drop_over_the_baseline():

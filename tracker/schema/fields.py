@@ -107,7 +107,7 @@ def _sort_layers(value: object) -> Any:
     if len(value) > MAX_LAYERS:
         raise ValueError(f"no model has {len(value):,} layers")
     if len(set(map(str, value))) < len(value):
-        raise ValueError("the list contains a layer twice; name each layer once")
+        raise ValueError("the list contains a layer twice")
     are_numbers = all(isinstance(layer, int) and not isinstance(layer, bool) for layer in value)
     return tuple(sorted(value)) if are_numbers else tuple(value)
 
