@@ -246,8 +246,6 @@ def test_an_expert_to_which_nothing_went_costs_nothing_that_can_be_said(cell):
     figures = ("accuracy_drop", "gold_logprob_drop", "options_logprob_drop", "accuracy_relevance")
     for name in figures:
         assert idle.figure(name) is None
-        assert (
-            "no token that an answer depends on is routed to this expert" in idle.all_reasons[name]
-        )
+        assert "no token that affects an answer is routed to this expert" in idle.all_reasons[name]
     assert (idle.drop.low, idle.accuracy) == (None, 1)
     assert (moved.drop.value, head.drop.value) == (0, 0)

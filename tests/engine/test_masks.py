@@ -79,7 +79,7 @@ def test_a_token_that_sees_no_unbroken_stretch_is_refused(token, other, sees):
     seen = CAUSAL.clone()
     seen[token, other] = sees
     with pytest.raises(
-        RefusalError, match=r"^a token attends to more than one contiguous range of earlier tokens$"
+        RefusalError, match=r"^a token attends to several separate ranges of earlier tokens$"
     ):
         find_first_visible(seen[None, None], 5)
 

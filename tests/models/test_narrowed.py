@@ -238,10 +238,10 @@ def test_tied_weights_stay_tied(tmp_path):
         ),
         ("olmo2", {}, "kv_head", [[0]] * 4, "its logits differ .* in another way"),
         # Its map of queries and gates is as long as a map of queries, keys and values.
-        ("qwen3_next", {}, "kv_head", [[], [0], [], [1]], "q_proj.weight .* is unknown"),
+        ("qwen3_next", {}, "kv_head", [[], [0], [], [1]], "q_proj.weight .* it is not known"),
         ("gpt_neox", {}, "head", [[0, 1]] * 4, "its logits differ .* in another way"),
         ("gpt2", {"n_embd": 64, "n_head": 8}, "head", [[0]] * 4, "built .*: 64 and `num_heads`: 7"),
-        ("deepseek_v3", {}, "head", [[0]] * 4, "q_b_proj.weight .* is unknown"),
+        ("deepseek_v3", {}, "head", [[0]] * 4, "q_b_proj.weight .* it is not known"),
         ("mixtral", {}, "expert", [[0], [1], [2], [0, 1]], "keeps 2 of 4 .* keeps 3 of 4 experts"),
         ("mixtral", {}, "expert", [[0, 1, 2]] * 4, "leaves too few"),
     ],
@@ -278,5 +278,7 @@ def test_a_model_on_several_devices_is_refused():
 def test_a_class_that_only_building_refuses():
     """Tensors are checked again with the real numbers, which a miniature does not have."""
     model = tiny_model("gpt2")
-    with pytest.raises(ModelError, match=r"cannot be built with these numbers: .*divisible"):
+    with pytest.raises(
+        ModelError, match=r"cannot be built with these numbers of parts: .*divisible"
+    ):
         savable_copies(model, removal("head", [[0]] * 4))

@@ -40,7 +40,7 @@ def test_experts_are_lm_evals(folder, tmp_path, one_thread):
         assert_lm_eval_figures(runs[f"expert:1.{number}"], frame, pruned, loaded.tokenizer, tasks)
     undefined_names = [name for name, result in runs.items() if result.drop.value is None]
     assert undefined_names == [NEVER]
-    assert "no token that an answer depends on is routed" in runs[NEVER].drop.reason
+    assert "no token that affects an answer is routed" in runs[NEVER].drop.reason
     assert sum(result.routed_share for result in cell.runs) == pytest.approx(2)
     unused_names = [name for name, result in runs.items() if result.expert_saliency is None]
     assert (unused_names, runs[NEVER].routed_share) == ([NEVER], 0)
