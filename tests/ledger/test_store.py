@@ -81,11 +81,6 @@ class TestShards:
 
 
 class TestBlocks:
-    @pytest.mark.parametrize(("limit", "count"), [(1, 1), (32, 1), (33, 2), (70, 3), (999, 3)])
-    def test_a_limit_needs_fewer(self, cell, limit, count):
-        assert len(cell.blocks(Extent(limit=limit))) == count
-        assert cell.counts(Extent(limit=limit)) == {"arc_easy": min(limit, 70)}
-
     def test_a_limit_is_per_task(self, cell_of):
         cell = cell_of({"a": 40, "b": 3})
         assert cell.counts(Extent(limit=33)) == {"a": 33, "b": 3}
