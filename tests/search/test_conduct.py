@@ -17,12 +17,13 @@ from tracker import api
 from tracker.cli.studying import export as exporting
 from tracker.export import checkpoint
 from tracker.export.changes import count_choosing, find_removal, removal, removal_by_search
-from tracker.ledger.store import Ledger, write_search
+from tracker.ledger.store import Ledger, read_records, write_search
 from tracker.measuring.progress import Silent
 from tracker.models import checkpoint as models
 from tracker.schema.config import cell_request
 from tracker.schema.errors import ModelError, WorkError
 from tracker.schema.extent import ALL_DOCUMENTS, Extent
+from tracker.schema.findings import FindingRecord
 from tracker.schema.search_parts import SearchParts
 from tracker.search import cells, planning, report
 from tracker.search import search as searching
@@ -234,6 +235,18 @@ def test_attentions_have_runs_of_single_removals(search_for, tmp_path) -> None:
         names = set(store.read(columns=["task", "doc", "ablation"])["ablation"])
         assert f"attention:{','.join(map(str, record.removed))}" in names
     assert [step.test.n for step in record.steps if step.test] == [10, 10]
+
+
+def test_test_results_are_drawn_against_the_size_and_the_time(search_for, tmp_path) -> None:
+    (record,) = search_for(strategy="last", remove="20 % latency").searches
+    (finding,) = read_records(tmp_path / "results/studies", FindingRecord, {})
+    times = sorted(1000 * step.seconds for step in record.steps if step.seconds)
+    size, time = finding.charts
+    assert (time.x, list(time.places)) == ("milliseconds per token", times)
+    assert [line.values[::-1] for line in time.lines] == [
+        tuple(step.test.level.value for step in record.steps if step.test)
+    ]
+    assert len(size.places) == len(times) + 1  # with the intact model
 
 
 def test_a_search_without_a_file_is_continued(model, tmp_path: Path) -> None:

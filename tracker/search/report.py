@@ -305,7 +305,7 @@ def build_finding(
             for pair in zip(searches, records, strict=True)
             for table in (_searches_table(pair[0]), _steps_table(pair[1]))
         ),
-        charts=tuple(map(_draw_frontier, records)),
+        charts=tuple(chart for group in records for chart in _draw_frontiers(group)),
         lacking=tuple(f"{title}: {reason}" for title, reason in failures.items()),
         assumptions=tuple(SEARCH_TEXTS.render_all("assumptions", budgets)),
         rests_on=tuple(dict.fromkeys(c for group in records for r in group for c in r.rests_on)),
@@ -572,28 +572,36 @@ def _steps_table(records: Sequence[PruneRecord]) -> Table:
     )
 
 
-def _draw_frontier(records: Sequence[PruneRecord]) -> LineChart:
-    """Draw each strategy's test accuracy or loss against the parameters, or the removed parts."""
+def _draw_frontiers(records: Sequence[PruneRecord]) -> Iterator[LineChart]:
+    """Draw each strategy's test accuracy or loss against the size, and against the measured time.
+
+    The size is the number of parameters, or of removed parts. The time is that of a token.
+    """
     record, labels = records[0], _search_labels(records)
     ascending = sorted(records, key=lambda search: len(search.removed))
     # Of several amounts of one strategy, the last has all steps.
     longest = {labels[search.name]: search for search in ascending}
-    has_sizes = all(step.parameters for search in records for step in search.steps)
-    x = f"{unit_plural(record.unit)} removed"
-    if has_sizes:
-        x = f"million parameters, {_bytes(record, 1)} bytes each"
+    steps = [step for search in records for step in search.steps]
+    measure = metric_format(record).level
 
-    def size(step: PruneStep) -> float:
-        return (step.parameters or 0) / 1e6 if has_sizes else len(step.removed)
+    def draw(by: str, x: str, size: Callable[[PruneStep], float], *intact: float) -> LineChart:
+        levels = {
+            label: dict.fromkeys(intact, search.baseline.level)
+            | {size(step): test_outcome(step).level for step in search.steps}
+            for label, search in longest.items()
+        }
+        title = f"{record.model.name} · {_benchmark_name(record)}: {_metric_name(record)} by {by}"
+        return frontier_chart(title, x, measure, levels)
 
-    levels = {}
-    for label, search in longest.items():
-        intact = record.model.parameters / 1e6 if has_sizes else 0
-        outcomes = {size(step): test_outcome(step).level for step in search.steps}
-        levels[label] = {intact: search.baseline.level, **outcomes}
-    title = f"{_metric_name(record)} by {'size' if has_sizes else x}"
-    title = f"{record.model.name} · {_benchmark_name(record)}: {title}"
-    return frontier_chart(title, x, metric_format(record).level, levels)
+    if all(step.parameters for step in steps):
+        x, intact = f"million parameters, {_bytes(record, 1)} bytes each", record.model.parameters
+        yield draw("size", x, lambda step: (step.parameters or 0) / 1e6, intact / 1e6)
+    else:
+        x = f"{unit_plural(record.unit)} removed"
+        yield draw(x, x, lambda step: len(step.removed), 0)
+    if steps and all(step.seconds for step in steps):
+        x = "milliseconds per token"
+        yield draw(x, x, lambda step: 1000 * (step.seconds or 0))
 
 
 class SavableStep(NamedTuple):
