@@ -142,6 +142,22 @@ def test_shipped_files_are_sweeps(name, client, double):
     assert sweep.config["command"] == ["tracker", program, "${args}"]
 
 
+def test_an_experiment_on_reasoning_runs_as_a_sweep(client, double):
+    """The shipped file of traces, on one layer and two documents of the real model."""
+    (client.folder / "experiments").symlink_to(EXPERIMENTS)
+    content = yaml.safe_load((EXPERIMENTS / "traces.yaml").read_text())
+    content["parameters"] |= {"sample": {"value": 2}, "layer": {"value": 28}}
+    file = client.folder / "traces.yaml"
+    file.write_text(yaml.safe_dump(content))
+    sweep = start_sweep(client, double, file, content["project"])
+    client.agent(f"team/{content['project']}/{sweep.name}")
+    (cell,) = api.ls(client.folder / "results")
+    (trial,) = (double.run(run_id, content["project"]) for run_id in sweep.handed_out)
+    expected = {name.replace(",", "/"): value for name, value in run_metrics(cell.runs[0]).items()}
+    assert logged_values(trial.summary) == expected
+    assert {"metric/answer_kept_right/number", "metric/tokens_kept"} < expected.keys()
+
+
 @pytest.mark.parametrize(
     ("typed", "note", "is_failed"),
     [
