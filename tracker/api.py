@@ -327,7 +327,9 @@ def study(
 def quantise(
     experiment: ExperimentSource = None,
     *,
-    budget: str,
+    budget: str | None = None,
+    max_drop: str | None = None,
+    keep_accuracy: str | None = None,
     format: str | Sequence[str] | None = None,
     by: Literal["map", "layer"] = "map",
     tie: Literal["fused", "none"] = "fused",
@@ -344,7 +346,12 @@ def quantise(
 
     Args:
         experiment: YAML file, dict or model that defines the experiment, as for `run`.
-        budget: Limit on the bits of the weights, e.g. `4.5bpw`, `80 MB` or `25 % bytes`.
+        budget: Limit on the bits of the weights, e.g. `4.5bpw`, `80 MB` or `25 % bytes`. Required
+            without `max_drop` or `keep_accuracy`; with them, the smallest size that is tried.
+        max_drop: Largest loss of accuracy, e.g. `2pp`. The smallest model that test documents show
+            to be within it is recommended.
+        keep_accuracy: Smallest share of the intact model's accuracy, e.g. `95%`, instead of
+            `max_drop`.
         format: Allowed weight formats; None for the formats in llama.cpp's own mixtures.
         by: Granularity: `map` chooses a format for each linear map, `layer` one format for all
             linear maps of a layer.
@@ -381,6 +388,7 @@ def quantise(
         checkpoint.refuse_output(Path(output))
     options: dict[str, Any] = {"budget": budget, "by": by, "tie": tie, "test_sample": test_sample}
     options |= {"embeddings": embeddings, "refine": refine, "pairs": pairs}
+    options |= {"max_drop": max_drop, "keep_accuracy": keep_accuracy}
     options |= {} if format is None else {"format": format}
     names = WorkKeywords.__annotations__
     call = _CallContext({name: value for name, value in settings.items() if name in names})
@@ -399,6 +407,8 @@ def quantise(
     if len(results.files) != 1:
         option = "--gguf" if output is None else "--output"
         count = f"{option} saves one model, but {len(results.files)} models are recommended"
+        if not results.files and results.finding is not None:
+            raise WorkError(f"{count}: {results.finding.answers[0]}")
         raise RequestError(f"{count}; request one model and one benchmark")
     note = read_note(results.files[0])
     change, request = rounding(note["formats"]), stored_request(note["tested_on"])

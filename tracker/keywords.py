@@ -169,7 +169,9 @@ class StudyKeywords(ExperimentKeywords, total=False):
     strategy: Sequence[str]
     text: Where | None
     test_sample: int | None
-    budget: str
+    budget: str | None
+    max_drop: str | None
+    keep_accuracy: str | None
     format: str | Sequence[str]
     by: Literal["map", "layer"]
     tie: Literal["fused", "none"]

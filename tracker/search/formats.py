@@ -178,12 +178,12 @@ class BitBudget:
 
 
 def parse_budget(
-    text: str, units: Units, other_bytes: int, model_bytes: int, formats: Collection[str]
+    text: str | None, units: Units, other_bytes: int, model_bytes: int, formats: Collection[str]
 ) -> BitBudget:
     """Parse a budget such as `4.5bpw` or `80 MB`.
 
     Args:
-        text: The budget as the user wrote it; `BUDGET_FORMS` has examples.
+        text: The budget as the user wrote it; `BUDGET_FORMS` has examples. None for the smallest.
         units: The groups of weights that get one format each.
         other_bytes: Size in bytes of the weights that get no format.
         model_bytes: Size in bytes of the unchanged model.
@@ -195,15 +195,18 @@ def parse_budget(
     Raises:
         RequestError: The text is not a valid budget, or the budget is too small for these formats.
     """
+    n_weights = sum(unit.n_weights for unit in units)
+    smallest = smallest_choice(units, formats)
+    min_bits = bits_per_weight(smallest)
+    if text is None:
+        return BitBudget("", min_bits, other_bytes, n_weights)
     amount = match_amount(text)
     if amount is None or amount.measure not in ("bits", "bytes"):
         raise RequestError(f"--budget: invalid budget {text!r}; expected e.g. {BUDGET_FORMS}")
-    n_weights, bits = sum(unit.n_weights for unit in units), amount.value
+    bits = amount.value
     if amount.measure == "bytes":
         bits = 8 * (bits * (model_bytes if amount.is_share else 1) - other_bytes) / n_weights
     budget = BitBudget(text, bits, other_bytes, n_weights)
-    smallest = smallest_choice(units, formats)
-    min_bits = bits_per_weight(smallest)
     if bits < min_bits:
         sizes = (budget.model_bytes(min_bits), other_bytes)
         size, other_size = (f"{size / 1e6:,.1f} MB" for size in sizes)
@@ -224,6 +227,8 @@ def smallest_choice(units: Units, formats: Collection[str]) -> FormatChoice:
 
 EDGE_LAYERS = 2
 """Number of layers at either end that get more bits, by a convention of other tools."""
+BUDGET_SIZES = 8
+"""Number of sizes that are tried for a budget of accuracy."""
 MAX_SWAPS = 32
 """Maximum number of changed choices per round, all measured in one evaluation."""
 MeasureChoices = Callable[[Sequence[FormatChoice]], PairedOutcomes]
@@ -330,6 +335,20 @@ class FormatProblem:
         largest = max(self.formats, key=lambda form: sum(unit.bits(form) for unit in self.units))
         outer_units = (unit for unit in self.units if unit.is_embedding or unit.layer in edges)
         return self._largest_choice(dict.fromkeys(outer_units, largest))
+
+    def ladder(self) -> list[FormatChoice]:
+        """Choose formats at `BUDGET_SIZES` sizes, from the largest format down to the budget.
+
+        The first choice has one format for all units. Each other choice has the smallest sum of
+        losses at its size.
+        """
+        unlimited = replace(self, budget=replace(self.budget, bits=math.inf))
+        largest = unlimited.uniform_choice()
+        sizes = np.linspace(bits_per_weight(largest), self.budget.bits, BUDGET_SIZES)[1:]
+        budgets = (replace(self.budget, bits=float(bits)) for bits in sizes)
+        choices = [largest, *(replace(self, budget=b).minimize_loss() for b in budgets)]
+        distinct = {choice_ablation(choice): choice for choice in choices}.values()
+        return sorted(distinct, key=bits_per_weight, reverse=True)
 
     def _largest_choice(self, given: FormatChoice) -> FormatChoice | None:
         """Choose the largest format within the budget, to be used for all units outside `given`."""

@@ -259,7 +259,7 @@ def find_budget(request: SearchRequest, cache: ModelCache) -> Budget:
         sizes = [float(size * count) for count in _count_parameters(model, "layer")]
         total = float(size * model.num_parameters())
     if request.accuracy_budget is not None:
-        refuse_untestable(request, cache)
+        refuse_untestable(cache.cell(request.test()), request.title)
     key, title = request.amount_key, request.title
     return build_budget(key, amount, sizes, total, title, constraints, parts, block, kinds)
 
@@ -306,14 +306,13 @@ def _count_parameters(model: Any, unit: str) -> list[int]:
     return [sum(p.numel() for p in module.parameters()) for module in modules]
 
 
-def refuse_untestable(request: SearchRequest, cache: ModelCache) -> None:
+def refuse_untestable(cell: OpenCell, title: str) -> None:
     """Raise ExperimentError if test documents cannot show that a budget of accuracy holds."""
-    cell = cache.cell(request.test())
-    metric = choose_metric(cell.benchmark, request.cell.metric)
+    metric = choose_metric(cell.benchmark, cell.request.metric)
     if not cell.benchmark.tasks[0].higher_is_better.get(metric, True):
         raise ExperimentError(
-            f"{request.title}: {metric} is not an accuracy; 'max_drop' and 'keep_accuracy' need a "
-            "metric from 0 to 1 of which more is better, such as acc. Set 'metric', or use 'remove'"
+            f"{title}: {metric} is not an accuracy; 'max_drop' and 'keep_accuracy' need a metric "
+            "from 0 to 1 of which more is better, such as acc. Set 'metric', or use 'remove'"
         )
 
 

@@ -34,11 +34,13 @@ from tracker.schema.changes import Ablation
 from tracker.schema.config import CellRequest
 from tracker.schema.errors import RequestError, did_you_mean
 from tracker.schema.estimates import Estimate
+from tracker.schema.findings import LineChart
 from tracker.schema.formats import count_text, metric_format
 from tracker.schema.provenance import content_hash
 from tracker.schema.records import CellRecord
 from tracker.schema.tables import Table
 from tracker.schema.weight_formats import FORMATS
+from tracker.search.accuracy_budget import AccuracyBudget, judge_models
 from tracker.search.cells import ModelCache, OpenCell
 from tracker.search.formats import (
     EDGE_LAYERS,
@@ -57,6 +59,8 @@ from tracker.search.formats import (
     paired_gain,
     parse_budget,
 )
+from tracker.search.report import frontier_chart
+from tracker.search.search import refuse_untestable
 from tracker.stats.arrays import Array
 from tracker.stats.effects import interactions
 from tracker.stats.support import widen
@@ -169,6 +173,13 @@ class FormatChooser:
         choices[f"{UNIFORM_CHOICE}, fewest bits" if is_mixed else UNIFORM_CHOICE] = choice
         return [self.candidate(name, choice) for name, choice in choices.items()]
 
+    def sizes(self) -> list[Candidate]:
+        """Assign formats at several sizes, the largest format for all units first."""
+        uniform, *others = self.problem.ladder()
+        names = [f"{MEASURED_CHOICE}, {bits_per_weight(choice):.3g} bits" for choice in others]
+        choices = {UNIFORM_CHOICE: uniform} | dict(zip(names, others, strict=True))
+        return [self.candidate(name, choice) for name, choice in choices.items()]
+
     def candidate(self, by: str, choice: FormatChoice) -> Candidate:
         """Build the candidate for a choice of formats, with the sum of its units' single costs."""
         units, formats = self.problem.units, self.problem.formats
@@ -252,7 +263,7 @@ class FormatChooser:
         whole = choice_ablation(candidate.choice)
         if pairs:
             self.say(f"{count_text(len(pairs), 'pair')} of maps or layers, drawn")
-            self.cell.measure(joint, are_candidates=True)
+        self.cell.measure([whole, *joint], are_candidates=True)
         outcomes = self.subject.outcomes([whole, *joint])
         paired = outcomes.gold_outcomes([whole, *single])
         values = paired.drops[:, 0] - paired.drops[:, 1:].sum(axis=1)
@@ -339,6 +350,14 @@ class Quantise(Study[QuantiseSettings]):
             if name not in FORMATS:
                 hint = f"{did_you_mean(name, FORMATS)} Known: {', '.join(FORMATS)}"
                 raise RequestError(f"there is no format {name!r}.{hint}")
+        if settings.max_drop is not None and settings.keep_accuracy is not None:
+            raise RequestError("set either --max-drop or --keep-accuracy, not both")
+        self.accuracy_budget = AccuracyBudget.parse(settings.max_drop, settings.keep_accuracy)
+        if settings.budget is None and self.accuracy_budget is None:
+            raise RequestError(
+                "set a budget: --budget 4.5bpw for the size, or --max-drop 2pp or "
+                "--keep-accuracy 95% for the accuracy"
+            )
         if len(self.formats) < 2:
             raise RequestError("--format: one format leaves no choice; name at least two formats")
         if (settings.by, settings.tie) == ("layer", "none"):
@@ -353,6 +372,9 @@ class Quantise(Study[QuantiseSettings]):
         trust = context.options.trust_remote_code
         request = replace(cell, until=None).on_part("calibration")
         request = request.with_changes(layers=cell.changes.layers)
+        if self.accuracy_budget is not None:
+            cache = ModelCache(context.ledger, context.options, context.progress)
+            refuse_untestable(cache.cell(request), request.title)
         units, _ = self._budget(request, trust)
         ends = [path for unit in units if unit.is_embedding for path in unit.paths]
         if self.settings.by == "layer":
@@ -376,7 +398,8 @@ class Quantise(Study[QuantiseSettings]):
         # Another budget, or other formats, are another question about the same file.
         ends = ["embeddings"] if self.settings.embeddings else []
         tie = [self.settings.tie] if self._is_tied else []
-        words = [self.settings.budget, self.settings.by, *tie, *ends, *self.formats]
+        budgets = self.settings.budget, self.settings.max_drop, self.settings.keep_accuracy
+        words = [*filter(None, budgets), self.settings.by, *tie, *ends, *self.formats]
         result = StudyResult(suffix=re.sub(r"[^\w.]+", "-", " ".join(words)))
         for subject in subjects:
             self._choose(subject, context, result)
@@ -396,24 +419,45 @@ class Quantise(Study[QuantiseSettings]):
         calibration, tests = cells
         problem = FormatProblem(units, self.formats, limit, losses)
         chooser = FormatChooser(context, subject, calibration, problem)
-        candidates = chooser.candidates(settings.by == "map")
-        swapped = chooser.improve(candidates, settings.refine)
-        if improved := [end.choice for end in swapped.values() if end.gains]:
-            best_end = improved[chooser.best(improved)]
-            candidates.insert(1, chooser.candidate(SWAPPED_CHOICE, best_end))
-        sums = chooser.compare_sums(candidates[0], settings.pairs)
+        if self.accuracy_budget is None:
+            candidates = chooser.candidates(settings.by == "map")
+            swapped = chooser.improve(candidates, settings.refine)
+            if improved := [end.choice for end in swapped.values() if end.gains]:
+                best_end = improved[chooser.best(improved)]
+                candidates.insert(1, chooser.candidate(SWAPPED_CHOICE, best_end))
+            sums = chooser.compare_sums(candidates[0], settings.pairs)
+        else:
+            candidates, swapped = chooser.sizes(), {}
+            sums = chooser.compare_sums(candidates[-1], settings.pairs)
         choices = measure_choices(candidates, calibration, tests, limit)
+        best, answers = self._recommend(record, choices, tests)
         for cell in cells:
             cell.end()
         store = tests.store
         n_tests = sum(store.counts(tests.request.extent).values())
         result.rests_on.append((store.identity.key, store.views.view_name(tests.view), n_tests))
-        best = choices[smallest_index([choice.chosen_on for choice in choices])]
-        for sentence in (_write_answer(record, choices, best), *_write_set_answers(swapped, sums)):
-            result.add(f"{subject.name}, {limit.text}: {sentence}")
+        title = ", ".join(filter(None, (subject.name, limit.text)))
+        for sentence in (*answers, *_write_set_answers(swapped, sums)):
+            result.add(f"{title}: {sentence}")
         result.add(_choices_table(record, choices, best), _sums_table(record, sums))
-        result.add(_formats_table(record, best))
-        result.files.append(_write_choice(context, record, tests.request, best))
+        if self.accuracy_budget is not None:
+            result.add(_draw_sizes(record, choices))
+        if best is not None:
+            result.add(_formats_table(record, best))
+            result.files.append(_write_choice(context, record, tests.request, best))
+
+    def _recommend(
+        self, record: CellRecord, choices: list[TestedChoice], tests: OpenCell
+    ) -> tuple[TestedChoice | None, list[str]]:
+        """Return the recommended assignment of formats, or None, and sentences on it."""
+        if self.accuracy_budget is None:
+            best = choices[smallest_index([choice.chosen_on for choice in choices])]
+            return best, [_write_answer(record, choices, best)]
+        paired = tests.outcomes([choice_ablation(c.choice) for c in choices], "accuracy")
+        verdict = judge_models(self.accuracy_budget, paired, tests.n)
+        shown, estimated = (None if i is None else choices[i] for i in verdict[:2])
+        rows = self.accuracy_budget, shown, estimated, verdict, tests.n, metric_format(record)
+        return shown, [QUANTISE_TEXTS.render("within", *rows)]
 
 
 def _write_choice(
@@ -454,7 +498,16 @@ def _write_set_answers(swapped: dict[str, Refinement], sums: SumComparison) -> l
 # Tables
 
 
-def _choices_table(record: CellRecord, rows: list[TestedChoice], best: TestedChoice) -> Table:
+def _draw_sizes(record: CellRecord, choices: Sequence[TestedChoice]) -> LineChart:
+    """Draw the test accuracy against the size of the model."""
+    levels = {MEASURED_CHOICE: {choice.size: choice.level for choice in choices}}
+    title = f"{cell_label(record)}: accuracy by size"
+    return frontier_chart(title, "model (MB)", metric_format(record).level, levels)
+
+
+def _choices_table(
+    record: CellRecord, rows: list[TestedChoice], best: TestedChoice | None
+) -> Table:
     """Build the table of all assignments of formats, with model size and measured cost."""
     rows = [replace(row, by=f"{row.by} (recommended)") if row is best else row for row in rows]
     title = f"{cell_label(record)}: choices within the budget."

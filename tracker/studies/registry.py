@@ -11,6 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from tracker.schema.errors import RequestError, did_you_mean
 from tracker.schema.extensions import load_extensions
+from tracker.search.settings import KeptAccuracy, MaxDrop
 
 
 class StudySettings(BaseModel):
@@ -194,9 +195,14 @@ class QuantiseSettings(StudySettings):
 
     study = "tracker.studies.quantise:Quantise"
     command = "tracker quantise"
-    budget: str
+    budget: str | None = None
     """Budget of bits: 4.5bpw (bits per weight of the rounded maps), 80 MB, 2.1 GB or 25 % bytes (of
-    the whole model)."""
+    the whole model). With a budget of accuracy, the smallest size that is tried."""
+    max_drop: MaxDrop | None = None
+    """Largest loss of accuracy, in percentage points, e.g. 2pp. The smallest model that test
+    documents show to be within it is recommended."""
+    keep_accuracy: KeptAccuracy | None = None
+    """Smallest share of the intact model's accuracy to keep, e.g. 95%, not --max-drop."""
     format: Annotated[
         str,
         BeforeValidator(lambda formats: formats if isinstance(formats, str) else ",".join(formats)),
