@@ -17,8 +17,6 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.helpers.truth import pruned_copy
-
 TASKS = Path(lm_eval.tasks.__file__).parent
 SPLITS = ("training_split", "validation_split", "test_split")
 
@@ -72,8 +70,14 @@ def load_model_parts(folder: Path) -> tuple[Any, Any]:
 
 
 def cut_layer(model: Any, layer: int | None) -> Any:
-    """Take a layer really out of a copy of a model."""
-    return copy.deepcopy(model) if layer is None else pruned_copy(model, (layer,))
+    """Take a layer really out of a copy of a Llama, which may have an adapter."""
+    model = copy.deepcopy(model)
+    if layer is not None:
+        del model.model.layers[layer]
+        for index, module in enumerate(model.model.layers):
+            module.self_attn.layer_idx = index
+        model.config.num_hidden_layers -= 1
+    return model
 
 
 @torch.no_grad()

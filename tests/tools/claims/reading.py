@@ -34,7 +34,7 @@ _AMOUNT = re.compile(r" \(−?[\d.]+ pp, [^)]*\)")
 _UNLIKE = re.compile(
     rf"highest cosine scores? (?:is|are) .+, not ({_NUMBERS}(?:(?:, | and ){_NUMBERS})*)"
 )
-_ELSEWHERE = re.compile(r"[Ff]or (\d+) of \d+ layers we can show that the true rank differs")
+_ELSEWHERE = re.compile(r"ranks by relevance and by cosine score are shown to differ for (\d+) of")
 _RELATED = re.compile(r"\bin ([1-9]\d*) of \d+ measurements?\b.*\(5 %, Holm")
 _SHOWN_ROW = re.compile(
     r"(?:^| )(\d+) +(matters|better without|(?:choice )?below 5 pp|(?:less|more) probable) "
@@ -245,7 +245,7 @@ def false_statements(
             true_layers
         ):
             return True
-        if (moved_match := _ELSEWHERE.match(sentence)) and int(moved_match[1]) > 2 * len(
+        if (moved_match := _ELSEWHERE.search(sentence)) and int(moved_match[1]) > 2 * len(
             true_layers
         ):
             return True

@@ -32,9 +32,9 @@ SPARING_STRATEGIES = STRATEGIES[:2]
 AMOUNT = "25 %"
 PAIRS = 8
 """Of so many first layers every two are removed together."""
-_COUNTED = re.compile(r": (\d+) redundant and (\d+) sub-additive pairs")
-_BETTER = re.compile(r"significantly better than ([a-z_, ]+)|(\w+) beats (\w+)")
-_OPEN = re.compile(r"leaves the most accuracy; it may be ([a-z_, ]+?);")
+_COUNTED = re.compile(r", (\d+) pairs are redundant and (\d+) are sub-additive")
+_BETTER = re.compile(r"significantly better than by ([a-z_, ]+)|(\w+) beats (\w+)")
+_OPEN = re.compile(r"leaves the most accuracy; it may be ([a-z_, ]+?)\.")
 _NEVER = (
     "leaves the most of",
     "significantly worse",
@@ -42,7 +42,7 @@ _NEVER = (
     "more than in any of the paper's models",
 )
 """What is not so, whatever layers matter: proxies but one, and strategies, are alike."""
-_OF_NOTHING = ("needs about", "third claim", " more together", " less together")
+_OF_NOTHING = ("needs about", "third claim", " more than the sum", " less than the sum")
 """What is not so where no layer matters."""
 
 

@@ -43,7 +43,7 @@ def test_studies_say_nothing_that_is_not_there(tmp_path: Path, costs: dict[int, 
         false_folders += [false_texts["studies"]] if false_texts["studies"] else []
         # What accuracy spares is told from what takes a layer that matters, and from nothing else.
         expected_phrase = (
-            "better than cosine_oneshot, last, random" if costs else "better than no other"
+            "better than by cosine_oneshot, last, random" if costs else "better than by no other"
         )
         assert any(expected_phrase in statement for statement in statements["studies"])
         assert any(

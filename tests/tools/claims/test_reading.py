@@ -53,8 +53,8 @@ def test_what_is_not_so_is_found() -> None:
         "Only layers 3 and 4 are shown to cost less than 5 pp.",
         "Without layer 3 the model breaks down (every answer becomes unlikely).",
         "These break the same documents: layers 0, 5.",
-        "For 6 of 16 layers we can show that the true rank differs from the cosine rank",
-        "For 7 of 16 layers we can show that the true rank differs from the cosine rank",
+        "a: ranks by relevance and by cosine score are shown to differ for 6 of 16 layers",
+        "a: ranks by relevance and by cosine score are shown to differ for 7 of 16 layers",
         "significant in 0 of 2 measurements (5 %, Holm-corrected).",
         "significant in 1 of 2 measurements (5 %, Holm-corrected).",
         "For 13 layers, 100 documents cannot tell.",
@@ -77,7 +77,7 @@ def test_what_studies_say_that_is_not_so_is_found() -> None:
         "Documents for 0.9 by other figures: gold log-prob drop 300.",
         "accuracy beats random by 1.0 pp.",
         *(
-            "At a false discovery rate of 5%: 2 redundant and 1 sub-additive pairs.",
+            "At a false discovery rate of 5%, 2 pairs are redundant and 1 are sub-additive.",
             "layers 0 and 3",
         ),
         *(
@@ -88,8 +88,8 @@ def test_what_studies_say_that_is_not_so_is_found() -> None:
         "it is not known which of 7 proxies orders the layers best; it may be KL divergence.",
         "accuracy beats gold_logprob by 1.0 pp.",
         "random beats last by 1.0 pp.",
-        "Accuracy is significantly better than random, gold_logprob.",
-        "which of 5 strategies leaves the most accuracy; it may be accuracy or last; 3 %",
+        "Pruning by accuracy is significantly better than by random, gold_logprob.",
+        "which of 5 strategies leaves the most accuracy; it may be accuracy or last.",
     ]
     assert false_statements("studies", statements, THREE_LAYERS) == statements[7:]
     assert [
