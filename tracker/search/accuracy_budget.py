@@ -13,7 +13,10 @@ from statistics import NormalDist
 from typing import NamedTuple
 
 from tracker.analysis.paired import PairedOutcomes
+from tracker.benchmarks.benchmark import choose_metric
+from tracker.schema.errors import ExperimentError
 from tracker.schema.estimates import Estimate
+from tracker.search.cells import OpenCell
 from tracker.stats.accuracy import LEVEL, OutcomeVariance, budget_excess
 
 WALK_FACTOR = 2.0
@@ -102,6 +105,16 @@ def count_shown(excesses: Sequence[Estimate]) -> int:
     """
     is_shown = [excess.high is not None and excess.high <= 0 for excess in excesses]
     return (*is_shown, False).index(False)
+
+
+def refuse_untestable(cell: OpenCell, title: str) -> None:
+    """Raise ExperimentError if test documents cannot show that a budget of accuracy holds."""
+    metric = choose_metric(cell.benchmark, cell.request.metric)
+    if not cell.benchmark.tasks[0].higher_is_better.get(metric, True):
+        raise ExperimentError(
+            f"{title}: {metric} is not an accuracy; 'max_drop' and 'keep_accuracy' need a metric "
+            "from 0 to 1 of which more is better, such as acc. Set 'metric', or use 'remove'"
+        )
 
 
 class BudgetVerdict(NamedTuple):

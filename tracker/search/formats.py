@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import optimize
+from transformers import PreTrainedModel
 
 from tracker.analysis.paired import PairedOutcomes
 from tracker.engine.observers.layer_proxies import divergences
@@ -22,7 +23,8 @@ from tracker.engine.scoring.sweep import Engine
 from tracker.ledger.shards import DocumentArrays
 from tracker.measuring.observing import ObserveDocument
 from tracker.models.parts.anatomy import linear_map_shapes
-from tracker.models.sources import find_model
+from tracker.models.parts.linear_maps import embedding_shapes
+from tracker.models.sources import ModelSource, find_model
 from tracker.schema.changes import Ablation, Change
 from tracker.schema.config import CellRequest
 from tracker.schema.documents import Document
@@ -134,6 +136,19 @@ def list_units(
 Units = Sequence[FormatUnit]
 FormatChoice = Mapping[FormatUnit, str]
 """The chosen format of each unit."""
+
+
+def find_units(
+    source: ModelSource,
+    model: PreTrainedModel,
+    layers: Sequence[int],
+    by_map: bool,
+    with_ends: bool,
+    is_tied: bool,
+) -> list[FormatUnit]:
+    """List the units of a model, with its embedding and output head if `with_ends` is true."""
+    ends = embedding_shapes(model) if with_ends else {}
+    return list_units(linear_map_shapes(source), layers, by_map, ends, is_tied)
 
 
 def choice_changes(choice: FormatChoice) -> list[Change]:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from tracker.benchmarks.benchmark import check_benchmark, choose_metric
+from tracker.benchmarks.benchmark import check_benchmark
 from tracker.engine.scoring.score import find_cache_argument
 from tracker.ledger.files import read_note
 from tracker.models.checkpoint import check_plain_weights, find_removable_counts
@@ -36,7 +36,7 @@ from tracker.schema.kinds import NUMBERED_COMPONENTS, UNITS
 from tracker.schema.provenance import content_hash, describe_machine
 from tracker.schema.prune_records import CalibrationSet, PruneCost, PruneStep
 from tracker.schema.search_parts import MixedParts, SearchParts
-from tracker.search.accuracy_budget import AccuracyBudget
+from tracker.search.accuracy_budget import AccuracyBudget, refuse_untestable
 from tracker.search.cells import ModelCache, OpenCell
 from tracker.search.request import SearchRequest, deciding_request
 from tracker.search.scores import PartSet, Scores
@@ -304,16 +304,6 @@ def _count_parameters(model: Any, unit: str) -> list[int]:
         pairs = filter(None, map(Sublayers.first_and_last, modules))
         modules = [pair.module(unit) for pair in pairs]
     return [sum(p.numel() for p in module.parameters()) for module in modules]
-
-
-def refuse_untestable(cell: OpenCell, title: str) -> None:
-    """Raise ExperimentError if test documents cannot show that a budget of accuracy holds."""
-    metric = choose_metric(cell.benchmark, cell.request.metric)
-    if not cell.benchmark.tasks[0].higher_is_better.get(metric, True):
-        raise ExperimentError(
-            f"{title}: {metric} is not an accuracy; 'max_drop' and 'keep_accuracy' need a metric "
-            "from 0 to 1 of which more is better, such as acc. Set 'metric', or use 'remove'"
-        )
 
 
 def find_constraints(request: SearchRequest, cache: ModelCache) -> Constraints:

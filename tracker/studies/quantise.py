@@ -26,21 +26,19 @@ import numpy as np
 from tracker.analysis.paired import PairedOutcomes
 from tracker.models.load import build_hollow
 from tracker.models.offloaded import weight_bytes
-from tracker.models.parts.anatomy import linear_map_shapes
-from tracker.models.parts.linear_maps import embedding_shapes
 from tracker.models.sources import find_model
 from tracker.schema import kinds
 from tracker.schema.changes import Ablation
 from tracker.schema.config import CellRequest
 from tracker.schema.errors import RequestError, did_you_mean
 from tracker.schema.estimates import Estimate
-from tracker.schema.findings import LineChart
+from tracker.schema.findings import LineChart, line_chart
 from tracker.schema.formats import count_text, metric_format
 from tracker.schema.provenance import content_hash
 from tracker.schema.records import CellRecord
 from tracker.schema.tables import Table
 from tracker.schema.weight_formats import FORMATS
-from tracker.search.accuracy_budget import AccuracyBudget, judge_models
+from tracker.search.accuracy_budget import AccuracyBudget, judge_models, refuse_untestable
 from tracker.search.cells import ModelCache, OpenCell
 from tracker.search.formats import (
     EDGE_LAYERS,
@@ -52,15 +50,13 @@ from tracker.search.formats import (
     bits_per_weight,
     choice_ablation,
     choice_changes,
+    find_units,
     layer_formats_request,
-    list_units,
     map_formats_request,
     observe_errors,
     paired_gain,
     parse_budget,
 )
-from tracker.search.report import frontier_chart
-from tracker.search.search import refuse_untestable
 from tracker.stats.arrays import Array
 from tracker.stats.effects import interactions
 from tracker.stats.support import widen
@@ -386,9 +382,8 @@ class Quantise(Study[QuantiseSettings]):
         """Return the layers or linear maps that get formats, and the budget of bits."""
         source = find_model(request.model, trust)
         model = build_hollow(source, request.model.dtype)
-        ends = embedding_shapes(model) if self.settings.embeddings else {}
-        by_map, maps = self.settings.by == "map", linear_map_shapes(source)
-        units = list_units(maps, request.changes.layers, by_map, ends, self._is_tied)
+        ends, by_map = self.settings.embeddings, self.settings.by == "map"
+        units = find_units(source, model, request.changes.layers, by_map, ends, self._is_tied)
         total = weight_bytes(model)
         fixed = total - int(model.dtype.itemsize) * sum(unit.n_weights for unit in units)
         return units, parse_budget(self.settings.budget, units, fixed, total, self.formats)
@@ -500,9 +495,10 @@ def _write_set_answers(swapped: dict[str, Refinement], sums: SumComparison) -> l
 
 def _draw_sizes(record: CellRecord, choices: Sequence[TestedChoice]) -> LineChart:
     """Draw the test accuracy against the size of the model."""
-    levels = {MEASURED_CHOICE: {choice.size: choice.level for choice in choices}}
-    title = f"{cell_label(record)}: accuracy by size"
-    return frontier_chart(title, "model (MB)", metric_format(record).level, levels)
+    by_size = sorted(choices, key=lambda choice: choice.size)
+    sizes, levels = [row.size for row in by_size], {MEASURED_CHOICE: [c.level for c in by_size]}
+    axes = "model (MB)", f"test {metric_format(record).level}"
+    return line_chart(f"{cell_label(record)}: accuracy by size", axes, "percent", sizes, levels)
 
 
 def _choices_table(
