@@ -217,7 +217,7 @@ class TestCheck:
         assert verdict.compared == 2 * (4 * 2 + 4)
         assert verdict.lengths == (((), True),)
         assert verdict.sharing_note == (
-            "no tiny copy of the model can be built, so sharing over tokens cannot be tested"
+            "no tiny copy of the model can be built to test computation sharing between tokens"
         )
         # No length is believed of it anyway.
         assert check_longer_texts(engine, ABLATIONS, verdict, (256, 192, 256), False) is verdict

@@ -398,7 +398,7 @@ def cell_ranks(cell: CellRecord, runs: Sequence[RunRecord]) -> list[tuple[int, i
 
 
 def _widen_options(cells: Sequence[CellRecord], layers: Collection[int]) -> _ByCell:
-    """Return each layer's decrease of the options' log-probability, with corrected intervals."""
+    """Return the falls of the options' log-probability by layer, with corrected intervals."""
     runs = [runs[layer] for runs in map(CellRecord.runs_of_kind, cells) for layer in layers]
     family = math.ceil(len(runs) / _OPTIONS_SHARE) or 1
     falls = iter(widen([run.options_drop for run in runs], [run.units for run in runs], family))

@@ -71,7 +71,7 @@ _NO_ANSWER = Response(-math.inf, greedy=False, hits=0)
 class Traces(LmEvalBenchmark):
     """Generation task of lm-eval, whose texts are read instead of written.
 
-    Raises BenchmarkError if the task or its data cannot be found or read, or writes no texts.
+    Raises BenchmarkError if the task or its data cannot be read, or if the task generates no texts.
     """
 
     def __init__(self, request: CellRequest) -> None:

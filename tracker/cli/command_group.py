@@ -1,4 +1,4 @@
-"""Define the group of commands: help in sections, and errors as messages with exit codes."""
+"""Define the group of commands, which shows help in sections and errors with exit codes."""
 
 from __future__ import annotations
 

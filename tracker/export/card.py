@@ -39,7 +39,7 @@ CONVERTER_RECIPE = "llama.cpp, converted"
 
 
 class Recipe(NamedTuple):
-    """Instructions (`words`) to make a model with a tool, and the code or configuration file."""
+    """Recipe for a model by another tool: instructions (`words`) and a code or settings file."""
 
     words: str
     language: str

@@ -91,7 +91,7 @@ def layer_change(
     if list(repeat) != list(range(repeat[0], repeat[-1] + 1)):
         raise RequestError("--repeat takes one span of consecutive layers, as in --repeat 8-11")
     if n_passes < 2:
-        raise RequestError("--repeats counts all passes, so it must be at least 2 (twice)")
+        raise RequestError("--repeats is the total number of passes, so the smallest value is 2")
     repetition = Change("layer", tuple(repeat), "repeat", repeats=n_passes)
     return ModelChange(Ablation.from_changes(repetition))
 

@@ -107,7 +107,7 @@ def save_logits(output: str, **arguments: Any) -> None:
 
 
 def time_tokens(model: Any, batch: int, length: int, new_tokens: int) -> float:
-    """Time reading a prompt, or generating `new_tokens` tokens after it; return seconds."""
+    """Measure the time of a prompt, or of `new_tokens` tokens written after it; return seconds."""
     assert batch == 1
     tokens, position = [token % model.n_vocab for token in range(length)], 0
     start = time.perf_counter()

@@ -73,7 +73,7 @@ def build_model(folder: str, request: dict[str, Any]) -> PreTrainedModel:
 def time_answer(
     model: PreTrainedModel, batch: int, length: int, new_tokens: int
 ) -> tuple[float, Any]:
-    """Time reading a prompt, or generating `new_tokens` tokens after it; return (seconds, cache).
+    """Measure the time of a prompt, or of `new_tokens` tokens after it; return (seconds, cache).
 
     Without new tokens, the seconds are those until the first token is known.
     """

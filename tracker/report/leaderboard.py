@@ -219,7 +219,7 @@ def part_board_data(boards: Sequence[tuple[str, PartBoard]]) -> Table:
 
 
 def part_board_table(board: PartBoard, label: str) -> Table:
-    """Build the leaderboard of one kind of parts, without the middle of a long table."""
+    """Build the leaderboard of one kind of parts; a long table shows only both ends."""
     rows = _board_rows(board, label)
     n_hidden = len(rows) - 2 * _PARTS_PER_END
     title = (

@@ -531,7 +531,7 @@ class MixedBudget(Budget):
     The parts of a removed layer add nothing to the size of the layer.
 
     Attributes:
-        n_layers: Number of layers, all but one of which can be removed; 0 without the unit `layer`.
+        n_layers: Number of layers, or 0 if whole layers are not removed. One layer always stays.
         kinds: The other units.
     """
 

@@ -105,7 +105,7 @@ def sign_flip_p(values: Array) -> float:
 
 
 def _random_sign_p(values: Array, seed: int) -> Array:
-    """Return the p-value of each pair, from random signs that all pairs share."""
+    """Return each pair's p-value of a sign-flip test; all pairs use the same random signs."""
     # Equal sums may differ by rounding.
     thresholds = np.abs(values.sum(axis=0)) - 1e-9 * np.abs(values).sum(axis=0)
     n_beyond = np.ones(values.shape[1])

@@ -229,7 +229,7 @@ class Prunings:
         return min((b.available / b.n for b in benchmarks if b.available), default=math.inf)
 
     def searches(self, method: Method) -> list[PruneRecord]:
-        """Return the search records of a method for all benchmarks, each once."""
+        """Return the distinct search records of a method over all benchmarks."""
         unique: dict[object, PruneRecord] = {}
         for name in self.benchmarks:
             choices = self.choices.get((method, name))

@@ -253,9 +253,9 @@ class RescaleSettings(StudySettings):
     a factor, by its input plus the layer's mean update, and by a linear map of its input. All
     replacements are fitted on documents from the end of the benchmark's random order. They are not
     measured if 'sample' is at most half of the documents. The study reports the share of the
-    accuracy drop that each replacement recovers. If a factor recovers the drop, only the size of
-    the hidden state was missing. The study ignores 'intervention' in the file, and takes about four
-    times as long as removing the layers.
+    accuracy drop that each replacement recovers. If a factor recovers the drop, the layer only
+    changed the norm of the hidden state. The study ignores 'intervention' in the file, and takes
+    about four times as long as removing the layers.
 
     \b
     Examples:

@@ -177,7 +177,7 @@ def recovered_estimate(cells: Sequence[CellCosts], name: Intervention, nats: boo
 
 
 def _write_answers(cells: Sequence[CellCosts]) -> list[str]:
-    """Return sentences about all benchmarks with the same metric, weighted equally."""
+    """Return sentences on the mean over all benchmarks that have the same metric."""
     names = [name for name in REPLACEMENTS if all(name in cell.drops for cell in cells)]
     costs = {name: _write_mean_cost(cells, name) for name in ("remove", *names)}
     documents = sum(cell.n for cell in cells)

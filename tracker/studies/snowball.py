@@ -285,7 +285,7 @@ class DropExplanation:
 
 @dataclass(frozen=True)
 class SnowballFigures:
-    """Growth of changes by removed layers and by random directions, on one model and benchmark.
+    """Growth of the changes that removed layers and random directions cause, on one benchmark.
 
     Attributes:
         record: Record of the model and benchmark.

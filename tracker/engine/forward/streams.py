@@ -119,7 +119,7 @@ class LayerStep:
 
     @cached_property
     def _projection_of(self) -> tuple[tuple[int, tuple[Change, ...]] | None, ...]:
-        """Index of the attention and removed heads of each stream in `entrants`, or None."""
+        """For each stream in `entrants`, indices of its attention and removed heads, or None."""
         return tuple(
             None if source is None else (source, self.ablations[stream].heads)
             for stream, source in zip(self.entrants, self.attention_sources, strict=True)

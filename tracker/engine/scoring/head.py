@@ -258,5 +258,5 @@ def compute_first_states(
                 base(**inputs)
             except _ReachedError:
                 continue
-        raise RefusalError("the model does not call its first layer on plain text")
+        raise RefusalError("the model did not run its first layer when it read a plain text")
     return states

@@ -105,7 +105,7 @@ def find_first_visible(mask: object, tokens: int) -> Tensor | None:
     visible = mask[0, 0].cpu()
     if visible.dtype != torch.bool:
         if ((visible != 0) & (visible > -1e4)).any():
-            raise RefusalError("the attention masks contain a bias in addition to hidden tokens")
+            raise RefusalError("the attention masks add a bias to visible tokens")
         visible = visible == 0
     starts = visible.int().argmax(-1)
     positions = torch.arange(tokens)

@@ -443,7 +443,7 @@ def _check_model_itself(engine: Engine, ablations: Ablations) -> SharingVerdict:
     """Run the check on the model itself, for a model without a miniature."""
     verdict = SharingVerdict(
         DEPTH_ONLY,
-        "no tiny copy of the model can be built, so sharing over tokens cannot be tested",
+        "no tiny copy of the model can be built to test computation sharing between tokens",
         lengths=(((), True),),
         tested_on="the model",
     )
