@@ -569,6 +569,19 @@ def test_records_of_every_eval_ever_give_the_figures_of_their_source(models, tmp
         for result in (comparison, expected)
     ]
     assert figures[0] == figures[1] != {}
+    for path in tmp_path.glob(
+        "*-records/texts/**/*_samples.jsonl"
+    ):  # as another program names them
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        named = [r | {"sample_id": f"q{r['sample_id']}", "metadata": {}} for r in rows]
+        path.write_text("".join(f"{json.dumps(row)}\n" for row in named))
+    texts = tracker.compare(*(str(tmp_path / f"{name}-records/texts") for name in "AB"))
+    rows = {(row.metric, row.n): (row.won, row.lost) for row in texts.differences}
+    assert rows == {
+        (row.metric, 40): (row.won, row.lost)
+        for row in expected.differences
+        if (row.benchmark, row.model) == ("texts", "B")
+    }
     (samples,) = (tmp_path / "A-records/texts").rglob("*_samples.jsonl")
     samples.write_text(samples.read_text() * 2)
     refused(cli("compare", samples, logs[2]), "occurs twice")

@@ -10,9 +10,10 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from tracker.comparison.logged import ENDING_LENGTH, LogFormat, Report, Sample, explain_damage
 from tracker.report.dataset import read_parquet
@@ -171,6 +172,7 @@ def _hash(value: object) -> str:
 LIGHTEVAL = LogFormat("lighteval 0.13 or newer", _read_details_report, _read_details)
 
 
+EVERY_EVAL_EVER = "every_eval_ever 0.3"
 SHARED_SUFFIX = "_samples"
 """End of the stem of a file of every_eval_ever's samples; its record lacks this end."""
 
@@ -184,7 +186,8 @@ class _SharedReport(Report):
         return {key: config[key] for key in ("num_fewshot",) if key in config}
 
 
-class SharedRecord(NamedTuple):
+@dataclass(frozen=True)
+class SharedRecord:
     """Record of every_eval_ever: the results of one model on one task.
 
     Attributes:
@@ -199,14 +202,19 @@ class SharedRecord(NamedTuple):
     report: Report
     metrics: Mapping[str, tuple[str, str]]
 
+    @classmethod
+    def read(cls, samples: Path) -> SharedRecord:
+        """Read the record beside a file of samples, without the drops by changes of the model."""
+        path = samples.with_name(f"{samples.stem.removesuffix(SHARED_SUFFIX)}.json")
+        if not path.is_file():
+            problem = f"{samples} has no record beside it"
+            raise RequestError(f"{problem}; copy {path.name} into its folder")
+        with explain_damage(path, EVERY_EVAL_EVER):
+            return cls._convert(json.loads(path.read_bytes()))
 
-def read_shared_record(samples: Path) -> SharedRecord:
-    """Read the record beside a file of samples, without the drops that `tracker report` adds."""
-    path = samples.with_name(f"{samples.stem.removesuffix(SHARED_SUFFIX)}.json")
-    if not path.is_file():
-        raise RequestError(f"{samples} has no record beside it; copy {path.name} into its folder")
-    with explain_damage(path, EVERY_EVAL_EVER.program):
-        content = json.loads(path.read_bytes())
+    @classmethod
+    def _convert(cls, content: Mapping[str, Any]) -> SharedRecord:
+        """Convert the content of a record."""
         entries = [
             entry
             for entry in content["evaluation_results"]
@@ -229,8 +237,28 @@ def read_shared_record(samples: Path) -> SharedRecord:
             higher_is_better={task: better},
             configs={task: config.get("additional_details") or {}},
         )
-        date = f"{content['retrieved_timestamp']} {task}"
-        return SharedRecord(task, date, report, metrics)
+        return cls(task, f"{content['retrieved_timestamp']} {task}", report, metrics)
+
+    @property
+    def format(self) -> LogFormat:
+        """The format of the record's samples, which need the record to be read."""
+        return LogFormat(EVERY_EVAL_EVER, lambda path, date: self.report, self._read_samples)
+
+    def _read_samples(self, task: str, path: Path) -> Iterator[Sample]:
+        """Read the answers to a task; a document has a line for each metric and filter."""
+        numbers, latest = dict[str, int](), dict[tuple[str, str], Sample]()
+        samples = list[Sample]()
+        for line in path.read_bytes().splitlines():
+            row = json.loads(line)
+            if (key := _result_key(row)) in self.metrics:
+                (name, part), doc = self.metrics[key], row["sample_id"]
+                # A metric that a document has already begins a sample, which is then refused.
+                if (doc, part) not in latest or name in latest[doc, part].metrics:
+                    number = numbers.setdefault(doc, len(numbers))
+                    samples.append(_parse_shared_sample(task, part, row, number))
+                    latest[doc, part] = samples[-1]
+                latest[doc, part].metrics[name] = row["evaluation"]["score"]
+        yield from samples
 
 
 def _result_key(entry: Mapping[str, Any]) -> str:
@@ -238,24 +266,8 @@ def _result_key(entry: Mapping[str, Any]) -> str:
     return str(entry.get("evaluation_result_id") or entry["evaluation_name"])
 
 
-def _read_shared_samples(task: str, path: Path) -> Iterator[Sample]:
-    """Read the answers to a task; a document has a line for each metric and filter."""
-    names, samples = read_shared_record(path).metrics, dict[tuple[str, str], Sample]()
-    for line in path.read_bytes().splitlines():
-        row = json.loads(line)
-        if (key := _result_key(row)) in names:
-            name, part = names[key]
-            sample = _parse_shared_sample(task, part, row, len(samples))
-            metrics = samples.setdefault((row["sample_id"], part), sample).metrics
-            if name in metrics:
-                problem = f"document {row['sample_id']} occurs twice"
-                raise ValueError(f"{problem}: repeated runs are mixed")
-            metrics[name] = row["evaluation"]["score"]
-    yield from samples.values()
-
-
 def _parse_shared_sample(task: str, part: str, row: Mapping[str, Any], number: int) -> Sample:
-    """Parse a line of samples, without its metric."""
+    """Parse a line of samples, without its metric; `number` replaces an identifier of letters."""
     text, hashes = row["input"], row.get("metadata") or {}
     choices, answer = text.get("choices") or [], "".join(text["reference"][:1])
     subtask, _, doc = row["sample_id"].rpartition(":")
@@ -274,8 +286,3 @@ def _parse_shared_sample(task: str, part: str, row: Mapping[str, Any], number: i
         filter=part,
         metrics={},
     )
-
-
-EVERY_EVAL_EVER = LogFormat(
-    "every_eval_ever 0.3", lambda path, date: read_shared_record(path).report, _read_shared_samples
-)

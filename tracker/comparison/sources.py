@@ -11,11 +11,10 @@ from typing import NamedTuple
 
 from tracker.comparison.answers import BenchmarkAnswers, ModelAnswers
 from tracker.comparison.log_formats import (
-    EVERY_EVAL_EVER,
     LIGHTEVAL,
     LM_EVAL,
     SHARED_SUFFIX,
-    read_shared_record,
+    SharedRecord,
     task_name,
 )
 from tracker.comparison.logged import LogFormat, Sample, build_answers, explain_damage
@@ -47,8 +46,8 @@ def _parse_path(path: Path) -> LoggedFile:
     if path.suffix == ".parquet":
         return LoggedFile(path, LIGHTEVAL, path.parent.parent, task_name(task), date)
     if path.stem.endswith(SHARED_SUFFIX) and not path.stem.startswith("samples_"):
-        record = read_shared_record(path)  # in the folder BENCHMARK/OWNER/MODEL
-        return LoggedFile(path, EVERY_EVAL_EVER, Path(*path.parts[-3:-1]), record.task, record.date)
+        record = SharedRecord.read(path)  # in the folder BENCHMARK/OWNER/MODEL
+        return LoggedFile(path, record.format, Path(*path.parts[-3:-1]), record.task, record.date)
     return LoggedFile(path, LM_EVAL, path.parent, task, date)
 
 
