@@ -360,7 +360,8 @@ def quantise(
         test_sample: Number of test documents of each task; None for the same number as calibration
             documents.
         embeddings: Whether formats are also chosen for the embedding and the output head.
-        refine: Maximum number of rounds that improve the choice by swapping formats.
+        refine: Maximum number of rounds that improve the choice by swapping formats. Not used with
+            `max_drop` or `keep_accuracy`.
         pairs: Number of random pairs of linear maps or layers that are quantised together, to test
             whether their losses add up.
         output: Folder in which the recommended model is saved; None to save no folder.

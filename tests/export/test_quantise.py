@@ -186,6 +186,16 @@ def test_a_choice_that_is_not_shown_is_not_saved(quantised, tmp_path):
     assert not (tmp_path / "saved").exists()
 
 
+@pytest.mark.usefixtures("in_process")
+def test_no_share_of_an_accuracy_of_zero_is_kept(quantised, tmp_path):
+    """The intact model answers the only test document wrongly."""
+    settings = {**SETTINGS, "sample": 2, "seed": 18, "test_sample": 1, "by": "layer", "pairs": 0}
+    settings |= {"keep_accuracy": "95%", "format": ",".join(WORDS), "results": tmp_path / "results"}
+    done = api.quantise(str(quantised[0]), **settings, track=[])
+    assert "accuracy before rounding is 0, so no choice" in done.finding.answers[0]
+    assert not done.files
+
+
 def test_quantise_leaves_no_unfinished_files(quantised):
     """Was: the test half was listed as unfinished for ever, with a command that changed nothing."""
     _, results, _ = quantised

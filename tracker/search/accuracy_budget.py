@@ -18,12 +18,31 @@ from tracker.schema.errors import ExperimentError
 from tracker.schema.estimates import Estimate
 from tracker.search.cells import OpenCell
 from tracker.stats.accuracy import LEVEL, OutcomeVariance, budget_excess
+from tracker.stats.support import widen
 
 WALK_FACTOR = 2.0
 """A search ends as soon as its loss on calibration documents exceeds this many budgets."""
 
 TOLERANCE = 1e-9
 """Largest difference of two losses that is due to rounding."""
+
+
+class BudgetVerdict(NamedTuple):
+    """Models of one sequence, from the largest to the smallest, that are within a budget.
+
+    Attributes:
+        shown: Column of the smallest model that test documents show to be within the budget, as
+            are all larger models; None if there is none.
+        estimated: Column of the smallest model whose estimate is within the budget; None if there
+            is none.
+        needed: Number of test documents that would show `estimated`; None if unknown.
+        smallest_excess: The smallest estimated loss above the budget; None if no model has one.
+    """
+
+    shown: int | None
+    estimated: int | None
+    needed: int | None
+    smallest_excess: float | None
 
 
 @dataclass(frozen=True)
@@ -67,6 +86,34 @@ class AccuracyBudget:
         """
         outcomes = paired.baseline, paired.ablated[:, index], paired.weights
         return budget_excess(*outcomes, self.max_drop, self.kept_share)
+
+    def judge(
+        self, paired: PairedOutcomes, columns: Sequence[int], n_documents: int, n_searches: int = 1
+    ) -> BudgetVerdict:
+        """Test which models are within the budget.
+
+        Args:
+            paired: Outcomes of the test documents, with a column for each model.
+            columns: Columns of the models to test, the largest model first.
+            n_documents: Number of test documents.
+            n_searches: Number of searches for which the intervals hold together.
+
+        Returns:
+            The columns of the models that are within the budget.
+        """
+        excesses = [self.excess(paired, column) for column in columns]
+        n_shown = count_shown(widen(excesses, [n_documents] * len(excesses), n_searches))
+        values = {k: e.value for k, e in enumerate(excesses) if e.value is not None}
+        within = [k for k, value in values.items() if value <= TOLERANCE]
+        needed = None
+        if within:
+            needed = count_needed(excesses[: within[-1] + 1], n_documents, n_searches)
+        return BudgetVerdict(
+            columns[n_shown - 1] if n_shown else None,
+            columns[within[-1]] if within else None,
+            needed,
+            min(values.values(), default=None),
+        )
 
     def nearest_option(self, excess: float, paired: PairedOutcomes) -> str:
         """Return the option for a budget that is larger by `excess`, rounded up.
@@ -113,40 +160,8 @@ def refuse_untestable(cell: OpenCell, title: str) -> None:
     if not cell.benchmark.tasks[0].higher_is_better.get(metric, True):
         raise ExperimentError(
             f"{title}: {metric} is not an accuracy; 'max_drop' and 'keep_accuracy' need a metric "
-            "from 0 to 1 of which more is better, such as acc. Set 'metric', or use 'remove'"
+            "from 0 to 1 of which more is better, such as acc. Set 'metric', or set a size instead"
         )
-
-
-class BudgetVerdict(NamedTuple):
-    """Models, from the largest to the smallest, that are within a budget of accuracy.
-
-    Attributes:
-        shown: Index of the smallest model that test documents show to be within the budget, as are
-            all larger models; None if there is none.
-        estimated: Index of the smallest model whose estimate is within the budget; None if there is
-            none.
-        needed: Number of test documents that would show `estimated`; None if unknown.
-        nearest: The smallest budget that an estimate reaches, as an option; empty if all models
-            lose all accuracy, or are undefined.
-    """
-
-    shown: int | None
-    estimated: int | None
-    needed: int | None
-    nearest: str
-
-
-def judge_models(budget: AccuracyBudget, paired: PairedOutcomes, n_documents: int) -> BudgetVerdict:
-    """Test which models are within a budget; `paired` has a column for each, the largest first."""
-    excesses = [budget.excess(paired, index) for index in range(paired.ablated.shape[1])]
-    n_shown = count_shown(excesses)
-    values = {i: e.value for i, e in enumerate(excesses) if e.value is not None}
-    estimated = max((i for i, value in values.items() if value <= TOLERANCE), default=None)
-    needed = None
-    if estimated is not None:
-        needed = count_needed(excesses[: estimated + 1], n_documents, 1)
-    nearest = budget.nearest_option(min(values.values()), paired) if values else ""
-    return BudgetVerdict(n_shown - 1 if n_shown else None, estimated, needed, nearest)
 
 
 def count_needed(excesses: Sequence[Estimate], n_documents: int, n_searches: int) -> int | None:

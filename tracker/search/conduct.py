@@ -23,7 +23,7 @@ from tracker.schema.kinds import NUMBERED_COMPONENTS
 from tracker.schema.prune_records import HeldOutResult, PruneRecord, PruneStep
 from tracker.schema.records import CellRecord, RecordKey
 from tracker.schema.search_parts import MixedParts
-from tracker.search.accuracy_budget import TOLERANCE, AccuracyBudget, count_needed, count_shown
+from tracker.search.accuracy_budget import AccuracyBudget, BudgetVerdict
 from tracker.search.cells import ModelCache, OpenCell
 from tracker.search.planning import find_part_refusal, prepare_searches
 from tracker.search.report import GoalResult, Searches, TestedSearch, build_finding, test_outcome
@@ -38,7 +38,6 @@ from tracker.search.search import (
 )
 from tracker.search.settings import Constraints
 from tracker.search.strategies import RANDOM_STRATEGY
-from tracker.stats.support import widen
 from tracker.team.publish import Publisher, Trial
 
 NO_ACCURACY = "the unpruned model has an accuracy of 0"
@@ -51,17 +50,13 @@ IsSavable = Callable[[TestedSearch, PruneStep], bool]
 
 def judge_steps(
     budget: AccuracyBudget, search: TestedSearch, n_searches: int, is_savable: IsSavable
-) -> tuple[list[int], list[Estimate], int]:
-    """Test which savable steps of a search are within a budget of accuracy.
+) -> BudgetVerdict:
+    """Test which savable steps of a search, named by their indices, are within a budget.
 
-    The function returns the indices of the savable steps, their losses above the budget, and how
-    many of them test documents show to be within the budget. The intervals that decide this hold
-    for `n_searches` searches together.
+    The intervals that decide this hold for `n_searches` searches together.
     """
     indices = [i for i, step in enumerate(search.record.steps) if is_savable(search, step)]
-    excesses = [budget.excess(search.outcomes, index) for index in indices]
-    n_documents = [search.record.baseline.n] * len(indices)
-    return indices, excesses, count_shown(widen(excesses, n_documents, n_searches))
+    return budget.judge(search.outcomes, indices, search.record.baseline.n, n_searches)
 
 
 def end_within_budget(search: TestedSearch, n_searches: int, is_savable: IsSavable) -> TestedSearch:
@@ -69,8 +64,8 @@ def end_within_budget(search: TestedSearch, n_searches: int, is_savable: IsSavab
     budget = search.request.accuracy_budget
     if budget is None:
         return search
-    indices, _, n_shown = judge_steps(budget, search, max(1, n_searches), is_savable)
-    return replace(search, shown=indices[n_shown - 1] if n_shown else -1)
+    shown = judge_steps(budget, search, max(1, n_searches), is_savable).shown
+    return replace(search, shown=-1 if shown is None else shown)
 
 
 def recommend_within(
@@ -97,22 +92,18 @@ def recommend_within(
     n_sets, paired = len(informed), informed[0].outcomes
     if not paired.weights @ paired.baseline:
         return Recommendation(n_sets=n_sets, reason=NO_ACCURACY)
-    shown, estimated = list[PruneStep](), list[tuple[PruneStep, int | None]]()
-    values = list[float]()
-    for search in informed:
-        indices, excesses, n_shown = judge_steps(budget, search, n_sets, is_savable)
-        steps = [search.record.steps[index] for index in indices]
-        shown += steps[:n_shown][-1:]
-        for n_tested, (step, excess) in enumerate(zip(steps, excesses, strict=True), 1):
-            values += [] if excess.value is None else [excess.value]
-            if excess.value is not None and excess.value <= TOLERANCE:
-                n_documents = search.record.baseline.n
-                estimated.append((step, count_needed(excesses[:n_tested], n_documents, n_sets)))
-    if not values:
+    verdicts = [
+        (search.record.steps, judge_steps(budget, search, n_sets, is_savable))
+        for search in informed
+    ]
+    shown = [steps[v.shown] for steps, v in verdicts if v.shown is not None]
+    estimated = [(steps[v.estimated], v.needed) for steps, v in verdicts if v.estimated is not None]
+    excesses = [v.smallest_excess for _, v in verdicts if v.smallest_excess is not None]
+    if not excesses:
         reason = "no tested removal has a score and can be saved"
         return Recommendation(n_sets=n_sets, reason=reason)
     if not estimated:
-        return Recommendation(n_sets=n_sets, nearest=budget.nearest_option(min(values), paired))
+        return Recommendation(n_sets=n_sets, nearest=budget.nearest_option(min(excesses), paired))
     step, needed = max(estimated, key=lambda pair: _lightness(pair[0]))
     lightest = max(shown, key=_lightness).removed if shown else ()
     return Recommendation(lightest, n_sets, estimated=step.removed, n_needed=needed)

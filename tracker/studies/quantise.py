@@ -38,7 +38,7 @@ from tracker.schema.provenance import content_hash
 from tracker.schema.records import CellRecord
 from tracker.schema.tables import Table
 from tracker.schema.weight_formats import FORMATS
-from tracker.search.accuracy_budget import AccuracyBudget, judge_models, refuse_untestable
+from tracker.search.accuracy_budget import AccuracyBudget, refuse_untestable
 from tracker.search.cells import ModelCache, OpenCell
 from tracker.search.formats import (
     EDGE_LAYERS,
@@ -434,7 +434,8 @@ class Quantise(Study[QuantiseSettings]):
         title = ", ".join(filter(None, (subject.name, limit.text)))
         for sentence in (*answers, *_write_set_answers(swapped, sums)):
             result.add(f"{title}: {sentence}")
-        result.add(_choices_table(record, choices, best), _sums_table(record, sums))
+        kind = "choices within the budget" if self.accuracy_budget is None else "choices by size"
+        result.add(_choices_table(record, choices, best, kind), _sums_table(record, sums))
         if self.accuracy_budget is not None:
             result.add(_draw_sizes(record, choices))
         if best is not None:
@@ -448,11 +449,17 @@ class Quantise(Study[QuantiseSettings]):
         if self.accuracy_budget is None:
             best = choices[smallest_index([choice.chosen_on for choice in choices])]
             return best, [_write_answer(record, choices, best)]
+        budget, benchmark = self.accuracy_budget, tests.store.identity.benchmark
         paired = tests.outcomes([choice_ablation(c.choice) for c in choices], "accuracy")
-        verdict = judge_models(self.accuracy_budget, paired, tests.n)
+        if not paired.weights @ paired.baseline:
+            return None, [QUANTISE_TEXTS.render("no_accuracy", tests.n)]
+        verdict = budget.judge(paired, range(len(choices)), tests.n)
         shown, estimated = (None if i is None else choices[i] for i in verdict[:2])
-        rows = self.accuracy_budget, shown, estimated, verdict, tests.n, metric_format(record)
-        return shown, [QUANTISE_TEXTS.render("within", *rows)]
+        nearest = ""
+        if estimated is None and verdict.smallest_excess is not None:
+            nearest = budget.nearest_option(verdict.smallest_excess, paired)
+        rows = shown, estimated, verdict.needed, nearest, tests.n, benchmark, metric_format(record)
+        return shown, [QUANTISE_TEXTS.render("within", budget, *rows)]
 
 
 def _write_choice(
@@ -502,11 +509,11 @@ def _draw_sizes(record: CellRecord, choices: Sequence[TestedChoice]) -> LineChar
 
 
 def _choices_table(
-    record: CellRecord, rows: list[TestedChoice], best: TestedChoice | None
+    record: CellRecord, rows: list[TestedChoice], best: TestedChoice | None, kind: str
 ) -> Table:
     """Build the table of all assignments of formats, with model size and measured cost."""
     rows = [replace(row, by=f"{row.by} (recommended)") if row is best else row for row in rows]
-    title = f"{cell_label(record)}: choices within the budget."
+    title = f"{cell_label(record)}: {kind}."
     note = (
         f"Formats are chosen on {record.counted} documents. The 95 % intervals are not adjusted "
         "for multiple comparisons."

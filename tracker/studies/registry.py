@@ -220,7 +220,7 @@ class QuantiseSettings(StudySettings):
     refine: int = Field(3, ge=0)
     """Maximum number of rounds of swaps. A swap gives one unit more bits and others fewer, and is
     measured as a whole on the calibration documents. A round keeps the best swap if it is shown to
-    cost less. 0: none."""
+    cost less. 0: none. A budget of accuracy uses no swaps."""
     pairs: int = Field(20, ge=0)
     """Number of random pairs of maps or layers whose joint loss is compared with the sum. 0:
     none."""
