@@ -108,6 +108,13 @@ def test_system_errors_are_explained(tmp_path, error, message):
 
 
 # Was: unlink(missing_ok=True) raises NotADirectoryError inside the handler.
+def test_a_file_where_a_folder_should_be(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(WorkError, match="cannot be written"):
+        write_text(tmp_path / "file" / "x.txt", "text")
+    assert (tmp_path / "file").read_text() == "in the way"
+
+
 @contextmanager
 def umask(mask: int) -> Iterator[None]:
     before = os.umask(mask)

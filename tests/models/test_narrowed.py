@@ -94,6 +94,7 @@ def test_fewer_heads_are_loaded(case, tmp_path):
     loaded, measured = narrow_and_load(model, ablation, tmp_path / "saved")
     assert is_close(logits(loaded), logits(slice_by_hand(model, head_numbers, n_groups)))
     assert is_close(logits(measured), logits(without_heads(model, ablation)))
+    assert is_close(logits(loaded), logits(measured))
     assert not torch.allclose(logits(loaded), logits(model), atol=1e-2), "they mattered"
     config = loaded.config
     numbers = (config.num_attention_heads, config.num_key_value_heads, config.head_dim)
@@ -146,8 +147,10 @@ def test_fewer_neurons_are_loaded(family, tmp_path):
 def test_layers_heads_and_neurons_together(family, width, layers, tmp_path):
     """The parts of the removed layers need not be named; the model is also pruned by hand."""
     model = tiny_model(family, intermediate_size=width)
-    named = [[n // 2] if n not in layers else [] for n in range(4)]
-    heads, neurons = removal("kv_head", named), removal("neuron", named)
+    heads, neurons = (
+        removal(unit, [[number(n)] if n not in layers else [] for n in range(4)])
+        for unit, number in (("kv_head", lambda n: n // 2), ("neuron", lambda n: 3 - n // 2))
+    )
     ablation = Ablation.from_changes(*heads.changes, *neurons.changes, removed=layers)
     model.config.save_pretrained(tmp_path / "config")
     source = find_model(str(tmp_path / "config"))

@@ -185,7 +185,10 @@ def test_a_benchmark_of_one_document_is_answered_by_it_or_ties(tiny_llama, exper
 
 def test_a_study_does_not_stop_at_another_question(tiny_llama, experiment, tmp_path):
     file = experiment(tiny_llama(), limit=None, benchmark="copa", until="top 1")
-    with pytest.raises(RequestError, match="which is not the study's question"):
+    with pytest.raises(
+        RequestError,
+        match="'until' stops when its own question is answered, which is not the study's question",
+    ):
         tracker.study("audit", file, results=tmp_path / "results", track=[])
 
 

@@ -182,8 +182,8 @@ def test_what_a_cell_saves(study):
     assert sd == pytest.approx(values.std(axis=0).max())
     (chart,) = finding.charts
     assert chart.lines[1].values[-1] == 1
-    pattern = r"'drop within 30 pp at 60 %' needs the fewest layer passes: \d+"
-    assert re.search(pattern, finding.answers[0]) is not None
+    pattern = rf"{N} of {SPLIT} documents, 4 runs: 'drop within 30 pp at 60 %' needs the fewest"
+    assert re.search(rf"{pattern} layer passes: \d+", finding.answers[0]) is not None
     assert "Of 400 replays, " in finding.answers[-1]
     # Which runs are at the edge is chance: was 'bounded by layer 2 and layer 0'.
     texts = [*finding.answers, *map(str, table_column(bounds, "the hardest to know"))]

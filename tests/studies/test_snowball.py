@@ -135,7 +135,7 @@ def test_what_is_said_follows_from_the_growth(conduct, drawn):
     assert "in 4 of 6 cases and shrinks in 2. " in verdict
     # 2³, 3², 0.5¹, and as many times as much as 0.5³, 0.5², 0.5¹.
     assert 7.5 <= table_column(finding.tables[0], "median growth")[0].value <= 8.9
-    assert re.search(r"absolute difference is 3[567]\S* times \(median\)", verdict)
+    assert re.search(r"absolute difference is 3[567]\S* times \(median\) as large as if", verdict)
     sentence = (
         "tiny-llama on arc_easy (30 documents): the difference grows most after removal of layer 1"
     )

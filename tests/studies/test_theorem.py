@@ -51,8 +51,7 @@ def test_on_a_real_benchmark(tiny_llama, experiment, tmp_path):
     assert study.finding.answers[0] == (
         "A model of 5 layers correctly answers all 6 documents of arc_easy. Its layer 2 has the "
         "lowest cosine score, 1e−8; every other score is more than 9.7e7 times as high. Without "
-        "this layer, "
-        "the model answers no document correctly."
+        "this layer, the model answers no document correctly."
     )
     assert len(study.finding.answers) == 2
     assert not study.finding.lacking
