@@ -152,6 +152,7 @@ def test_the_smallest_choice_within_a_budget_of_accuracy_is_recommended(
     assert bool(shown) == bool(done.files) == (budget == 0.35)
     (chart,) = done.finding.charts
     assert list(chart.places) == sorted(_values(table, "model (MB)"))
+    assert [line.name for line in chart.lines] == ["test accuracy"]  # of which the band is
 
 
 @pytest.mark.parametrize(

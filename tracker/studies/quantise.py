@@ -503,9 +503,9 @@ def _write_set_answers(swapped: dict[str, Refinement], sums: SumComparison) -> l
 def _draw_sizes(record: CellRecord, choices: Sequence[TestedChoice]) -> LineChart:
     """Draw the test accuracy against the size of the model."""
     by_size = sorted(choices, key=lambda choice: choice.size)
-    sizes, levels = [row.size for row in by_size], {MEASURED_CHOICE: [c.level for c in by_size]}
-    axes = "model (MB)", f"test {metric_format(record).level}"
-    return line_chart(f"{cell_label(record)}: accuracy by size", axes, "percent", sizes, levels)
+    sizes, levels = [choice.size for choice in by_size], [choice.level for choice in by_size]
+    axes, title = ("model (MB)", f"test {metric_format(record).level}"), cell_label(record)
+    return line_chart(f"{title}: accuracy by size", axes, "percent", sizes, {axes[1]: levels})
 
 
 def _choices_table(
