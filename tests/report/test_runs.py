@@ -6,8 +6,9 @@ from html import unescape
 
 from tracker.report import frames
 from tracker.report.page import html
-from tracker.report.wording import controls_answer
-from tracker.schema.records import RunRecord
+from tracker.report.wording import controls_answer, sample_noun
+from tracker.schema.changes import Change
+from tracker.schema.records import CorrelationRecord, RunRecord
 
 from .cells import part_run
 from .conftest import LAYERS, build_cell
@@ -69,3 +70,12 @@ def test_hundreds_of_runs_are_a_map_on_a_page_that_opens():
     assert 'id="model-1-cell-1-curve-title"' not in page
     assert "number of layers passed again" in page
     assert len(page) < 2_500_000
+
+
+def test_formats_keep_their_names_in_the_nouns_of_correlated_parts():
+    changes = ("q4_0:3", "int4:5.mlp.down_proj", "shared_expert:3", "attention:3")
+    samples = [Change.parse(change).sample for change in changes]
+    records = [CorrelationRecord.model_construct(sample=sample) for sample in samples]
+    assert [sample_noun(record) for record in records] == [
+        *("q4_0 layer", "int4 linear map", "shared expert", "attention sublayer")
+    ]

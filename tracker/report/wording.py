@@ -123,8 +123,8 @@ _SAMPLE_NOUNS = {"linear": "linear map", "attention": "attention sublayer", "mlp
 
 def sample_noun(record: CorrelationRecord) -> str:
     """Return the singular name of the parts that are correlated, e.g. `layer` or `int4 map`."""
-    words = record.sample.replace("_", " ").split()
-    return " ".join(_SAMPLE_NOUNS.get(word, word) for word in words)
+    *intervention, component = record.sample.split()
+    return " ".join([*intervention, _SAMPLE_NOUNS.get(component, component.replace("_", " "))])
 
 
 def p_value_name(record: CorrelationRecord) -> str:
