@@ -162,7 +162,9 @@ def test_a_folder_that_holds_both_is_named_and_shows_one(measured, tmp_path):
         code, output = type_command(command, "--results", first)
         assert code == 1, output
         assert copies[0].name in output
-        assert "the texts of this file were tokenised by" in " ".join(output.split())
+        assert "this file is ignored, because its texts were tokenised by" in " ".join(
+            output.split()
+        )
     assert tracker.load(first).cells == cells
     # The third layer is not measured on these tokens.
     repeated = run_experiment(measured(layer=[0, 1, 2]), first)
