@@ -324,7 +324,9 @@ def test_a_few_layers_on_more_documents_do_not_stand_for_all():
     board = layer_board([other_cell, own_cell])
     assert board.cells == (own_cell,)
     assert board.left_out == {
-        "arc_easy · 0-shot · acc_norm": "another measurement of this benchmark is used: arc_easy · 0-shot · acc"
+        "arc_easy · 0-shot · acc_norm": (
+            "another measurement of this benchmark is used: arc_easy · 0-shot · acc"
+        )
     }
 
 
@@ -405,7 +407,10 @@ def test_proxies_are_set_beside_chance():
     assert agreements([])[0].differ is None
 
 
-STOPPED_REASON = "the measurement stopped when 'top 2' was answered: each run was evaluated on 64 to 96 of 2000 documents"
+STOPPED_REASON = (
+    "the measurement stopped when 'top 2' was answered: each run was evaluated on 64 to 96 of "
+    "2000 documents"
+)
 
 
 def stopped_cell(**changes: Any) -> CellRecord:

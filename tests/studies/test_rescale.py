@@ -92,7 +92,8 @@ def test_a_corpus_has_no_outcomes_to_test(tiny_llama, experiment, tmp_path):
     assert plain_values(row) == ["a factor", 0, None, None]
     (fitted_on,) = (row[-1] for row in finding.tables[0].rows)
     assert re.search(
-        "of the last 1 documents in the random order; the measurement includes 1 of these documents",
+        "of the last 1 documents in the random order; the measurement includes 1 of these "
+        "documents",
         fitted_on,
     )
 

@@ -77,8 +77,8 @@ class PairedOutcomes:
         weights: Weight of each document in the mean outcome; the weights sum to 1.
         higher_is_better: Whether larger outcomes are better, e.g. for an accuracy; False for a
             loss.
-        clusters: Number of each document's cluster; None if all documents are independent. Documents
-            of the same cluster depend on each other.
+        clusters: Number of each document's cluster; None if all documents are independent.
+            Documents of the same cluster depend on each other.
     """
 
     baseline: Array

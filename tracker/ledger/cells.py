@@ -169,7 +169,7 @@ class CellStore:
 
         Args:
             block: The block that contains the documents.
-            rows: One mapping per (document, ablation), as from `outcomes.outcome_row`.
+            rows: One row per document and ablation, built with `outcomes.outcome_row`.
             metadata: Details of the measurement, with versions, machine and device under
                 `provenance`.
         """
