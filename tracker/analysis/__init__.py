@@ -1,4 +1,4 @@
-"""Compute statistics from stored outcomes, and decide which statements are significant.
+"""Compute statistics from stored outcomes, and test statements about layers for significance.
 
 Modules:
     agreement: Compare rankings of layers by proxies with the measured ranking; compare models.

@@ -52,8 +52,8 @@ def cosine_ranks(board: LayerBoard) -> dict[int, int]:
 def find_misjudged(board: LayerBoard) -> list[MisjudgedLayer]:
     """Find layers that the cosine score ranks significantly too high or too low.
 
-    The list starts with the layer whose cosine rank is furthest outside the confidence
-    interval of its measured rank.
+    The list starts with the layer whose cosine rank is furthest outside the confidence interval of
+    its measured rank.
     """
     layers, ranks = [], cosine_ranks(board)
     for standing in board.ranked if ranks else ():
@@ -177,8 +177,8 @@ def pair_models(cells: Sequence[CellRecord]) -> tuple[list[ModelPair], int]:
     """List pairs of models that can be compared layer by layer.
 
     The models of a pair have equally many layers, and share a benchmark with equal settings. If two
-    models share accuracies and losses, they form one pair for each kind of metric. Returns at most
-    `MAX_PAIRS` pairs, and the total number of pairs.
+    models have common results for accuracies and for losses, they form a pair for each kind of
+    metric. Returns at most `MAX_PAIRS` pairs, and the total number of pairs.
     """
     models = {
         label: {comparison_key(cell): cell for cell in group if cell.whole_layers}

@@ -266,9 +266,9 @@ class AlignedOutcomes:
         return self._measure.reason
 
     def describe_mismatch(self, ablation: Ablation) -> str | None:
-        """Describe how versions and devices of an ablation differ from those of the baseline.
+        """Compare software and devices of an ablation's outcomes with those of the baseline.
 
-        Returns None if all outcomes were measured with the same versions and devices.
+        Returns a description of the differences; None if there are none.
         """
         columns = (self.rows(side)[PROVENANCE_COLUMN] for side in (INTACT, ablation))
         counts = {
@@ -336,7 +336,7 @@ class AlignedOutcomes:
         return count_unobserved([sums is None for sums in self._stored_sums(proxy)])
 
     def _stored_sums(self, proxy: Proxy) -> list[Array | None]:
-        """Return an array `[layers]` with the sums of a proxy for each document.
+        """Return a list with an array `[layers]` of a proxy's sums for each document.
 
         The item of a document is None if the document was measured without observing the proxy.
         """

@@ -106,7 +106,8 @@ class Claims:
     def less_probable(self) -> dict[int, Estimate]:
         """Layers whose removal significantly reduces the choice probability.
 
-        The dict maps each layer to the drop. It contains only layers with the verdict `open`.
+        The dict maps each of these layers to the drop. Layers with another verdict than `open` are
+        left out.
         """
         return self._choices_of_open_layers(1)
 
@@ -114,8 +115,8 @@ class Claims:
     def more_probable(self) -> dict[int, Estimate]:
         """Layers whose removal significantly increases the choice probability.
 
-        The dict maps each layer to the negative drop. It contains only layers with the verdict
-        `open`.
+        The dict maps each of these layers to the negative drop. Layers with another verdict than
+        `open` are left out.
         """
         return self._choices_of_open_layers(-1)
 
@@ -217,7 +218,7 @@ class Claims:
         """Suggest larger samples with which more layers could be decided.
 
         Each sample would probably decide half of the layers that are undecided so far. The list has
-        at most two samples: one for the metric, and one for the choice probability. It is
+        at most two samples: one for the metric, and one for the choice probability. The list is
         empty if no layer is undecided, if the metric is a loss, or if no outcome changed.
         """
         open_layers = {*self.open} if self.is_accuracy else set()

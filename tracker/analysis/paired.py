@@ -69,7 +69,7 @@ class PairedOutcomes:
     """Outcomes of each document in the intact model and under each of several ablations.
 
     An outcome is NaN if lm-eval gives no finite score or names no gold answer. An estimate
-    that includes such an outcome is undefined, and contains the reason.
+    that includes a NaN outcome is undefined, and contains the reason.
 
     Attributes:
         baseline: Outcomes of the intact model, as `[documents]`.
@@ -117,8 +117,8 @@ class PairedOutcomes:
     def drop_sd(self, index: int) -> Estimate:
         """Estimate the standard deviation of the drops under the ablation in column `index`.
 
-        For documents in clusters, the result is the standard deviation with which the mean drop of
-        equally many independent documents would be as uncertain.
+        For documents in clusters, the result is an equivalent value for independent documents. The
+        mean drop of equally many independent documents would have the same uncertainty.
         """
         terms = self._drop_terms(index)
         spread, ratio = drop_sd(*terms), len(self.weights) / max(len(terms[-1]), 1)
@@ -128,8 +128,8 @@ class PairedOutcomes:
     def mean_drop(self, noun: str) -> Estimate:
         """Estimate the mean drop of a probability or log-probability in the first ablated model.
 
-        The mean is undefined if a document lacks the probability. The reason calls the probability
-        `noun`.
+        The mean is undefined if a document lacks the probability. `noun` is the name of the
+        probability in the reason.
         """
         drops = self.drops[:, 0]
         if reason := missing_reason(drops, noun):

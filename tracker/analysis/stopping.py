@@ -377,7 +377,7 @@ class AnswerForecast:
 
 
 def forecast_answer(store: CellStore, view: View) -> AnswerForecast | None:
-    """Forecast how many documents a stopping rule needs, and at what cost.
+    """Forecast the number of documents and the cost of a stopping rule.
 
     Returns None if too few documents are measured for a forecast.
     """
@@ -476,8 +476,8 @@ def _missing_gold_reason(outcomes: Array) -> str:
 def count_passes(ablation: Ablation, layers: int) -> int:
     """Count the layers that must be computed again for an ablation.
 
-    The hidden states before the first changed layer are those of the intact model, so the layers
-    before it are not counted. `layers` is the number of layers of the model.
+    Layers before the first changed layer are not counted, because their hidden states are those of
+    the intact model. `layers` is the number of layers of the model.
     """
     actions = [ablation.at_layer(layer).action for layer in range(layers)]
     changed_layers = (layer for layer, action in enumerate(actions) if action is not Action.PASS)

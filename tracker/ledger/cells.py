@@ -117,14 +117,14 @@ class CellStore:
     ) -> pd.DataFrame:
         """Read the outcomes of the requested documents in a block.
 
-        `extent` selects the requested documents. The result is a data frame, as from `read`.
+        `extent` selects the requested documents. The result is a data frame like that of `read`.
         """
         documents = self.documents(block, extent)
         frame = self.read([block, *self._other_blocks(block, documents)], columns)
         return frame[frame["doc"].isin(documents)]
 
     def _other_blocks(self, block: Block, documents: Iterable[int]) -> Iterator[Block]:
-        """Yield the blocks of other measured orders that contain some of the given documents."""
+        """Yield blocks in other measured document orders that contain some of the documents."""
         task_documents = self.task_documents(ALL_DOCUMENTS)[block.task]
         for seed in self._seeds() - {block.seed}:
             positions = document_positions(block.task, task_documents, seed)
@@ -433,7 +433,7 @@ class CellStore:
         """Return the number of seconds that the given outcomes took to measure.
 
         `documents` maps the name of each ablation to documents, each given as (task, number). If
-        only some outcomes of a shard are given, the same fraction of the shard's time is counted.
+        only a fraction of a shard's outcomes is given, this fraction of the shard's time counts.
         """
         total = 0.0
         for path in self.shards():

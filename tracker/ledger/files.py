@@ -235,7 +235,7 @@ _FILE = "file"
 def seal_note(content: Mapping[str, Any]) -> str:
     """Return a note as JSON text.
 
-    The text contains all items of `content`, and its digest under the key `digest`.
+    The text contains all items of `content`, and the digest of `content` under the key `digest`.
     """
     return json.dumps({**content, _DIGEST: content_hash(content)}, indent=2)
 

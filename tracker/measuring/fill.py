@@ -195,8 +195,8 @@ class CellWork:
     def _read_traces(self, block: Block) -> dict[int, list[str]]:
         """Return the intact model's stored texts for the documents of a block.
 
-        In benchmarks named `traces:TASK`, changed models score these texts. The result of other
-        benchmarks is empty.
+        In benchmarks named `traces:TASK`, changed models score these texts. For other benchmarks,
+        the result is empty.
         """
         if not names_traces(self.store.identity.benchmark.name):
             return {}

@@ -164,10 +164,10 @@ def widen_request(
 
 
 def find_earlier_request(request: CellRequest, store: CellStore | None) -> CellRequest | None:
-    """Return the request with the runs of an earlier request that has the same `until`.
+    """Replace the runs of a request by the runs of an earlier request.
 
-    The earlier request must contain all runs of `request`. Returns None if there is no such
-    request.
+    The earlier request must have the same `until` setting, and contain all runs of `request`.
+    Returns None if there is no such earlier request.
     """
     view = store.views.view_of(request) if store else None
     question = view.until if view else None

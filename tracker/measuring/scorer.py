@@ -279,8 +279,8 @@ class Generation:
 
         To choose, the method generates a few tokens in one batch and separately. One batch is used
         if the texts are equal; in half precision, up to half of the texts may differ because of
-        rounding. Returns the generator to use, and the reason why one batch fails or changes too
-        many texts; the reason is None if there is none.
+        rounding. Returns the generator to use, and a reason if one batch fails or changes too many
+        texts (else None).
         """
         if not self.engine.sharing.depth:  # each ablation is another model; the check reported it
             return replace(self, together=False), None
