@@ -136,9 +136,9 @@ def invert_accuracy(row: Row) -> Row:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (drop_repeats, "no document was evaluated twice to measure rounding errors"),
+        (drop_repeats, "rounding errors are unknown, because no document was evaluated twice"),
         (repeat_exactly, "repeated computations gave exactly the same values"),
-        (invert_accuracy, "acc does not judge the option with the highest score"),
+        (invert_accuracy, "acc is not the accuracy of the option with the highest score"),
         (lambda row: row | {"choices": 0}, "the documents have no answer options"),
     ],
 )

@@ -84,7 +84,11 @@ def test_proxies_and_correlations_rest_on_whole_single_layers(show):
         is_whole = (run.change.component, run.change.span) == ("layer", 1)
         for name in proxies:
             assert (getattr(run, name) is not None) == is_whole
-            reason = None if is_whole else "measured for whole single layers only"
+            reason = (
+                None
+                if is_whole
+                else "this value is measured only for the removal of a single whole layer"
+            )
             assert run.reasons.get(name) == reason
     attention = show(components=("attention",))
     assert (len(attention.runs), attention.whole_layers, attention.correlations) == (4, (), ())

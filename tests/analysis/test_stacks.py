@@ -14,7 +14,7 @@ from tracker.tracking.runs import describe_run
 OLD = {"torch": "2.12.0", "platform": "Linux x86_64", "device": "cpu", "cores": "2"}
 NEW = {**OLD, "torch": "2.13.0", "cores": "64"}
 GPU = {**NEW, "device": "cuda:1"}
-DIFFERENT = "measured with different software versions or devices"
+DIFFERENT = "the outcomes were measured with different software versions or devices"
 
 NAMES = ("baseline", "layer:0", "layer:1")
 
@@ -70,8 +70,8 @@ def test_a_baseline_is_not_compared_with_another_stacks_ablation_in_silence(cell
     same_stack, mixed_stacks = derived.runs
     assert same_stack.mismatch is None
     reason = (
-        "baseline and ablation of 3 of 4 documents were measured with different software versions "
-        "or devices: torch 2.12.0, 2.13.0; device cpu, cuda"
+        "for 3 of 4 documents, the baseline and the ablation were measured with different software "
+        "versions or devices: torch 2.12.0, 2.13.0; device cpu, cuda"
     )
     assert mixed_stacks.mismatch == reason
     # On the page, and in the runs.

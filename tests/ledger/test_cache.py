@@ -196,7 +196,10 @@ class TestWithoutHome:
         keep("tasks", KEY, SAID)
         assert recall("tasks", KEY) == SAID
         (record,) = caplog.records
-        assert f"there is no home folder; {folder} is used" in record.getMessage()
+        assert (
+            f"there is no home folder, so the temporary folder {folder} is used"
+            in record.getMessage()
+        )
 
     def test_the_cache_is_in_the_home_that_is_there(self, monkeypatch, tmp_path):
         monkeypatch.setenv("HOME", str(tmp_path))

@@ -220,7 +220,7 @@ class TestNoShard:
         renamed_path = path.rename(path.with_name(path.name.replace("00000", "00001")))
         assert not len(cell.read())
         assert f"the shard {renamed_path} is damaged" in caplog.text
-        assert "(the file name belongs to another block of documents)" in caplog.text
+        assert "(the file name does not match the block of documents in the file)" in caplog.text
 
     def test_shards_of_another_model_are_set_aside(self, cell, cell_of, path, caplog):
         """Was: taken for one's own; and over another block, missing documents on every rerun."""

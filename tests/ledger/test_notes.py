@@ -23,9 +23,9 @@ def test_notes_are_readable_json():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[" * 100_000, "it is nested too deeply"),
-        ("[1, 2]", "it holds no JSON object"),
-        ("null", "it holds no JSON object"),
+        ("[" * 100_000, "the JSON text is nested too deeply"),
+        ("[1, 2]", "the file contains no JSON object"),
+        ("null", "the file contains no JSON object"),
         (json.dumps(CONTENT), EDITED),
         (seal_note(CONTENT).replace("2.5", "2.6"), EDITED),
         (seal_note(CONTENT).replace('"digest": "', '"digest": "0'), EDITED),
@@ -48,7 +48,7 @@ class TestCopies:
         write_note(note, CONTENT)
         copy.write_bytes(note.read_bytes())
         assert read_note(copy) == {}
-        with pytest.raises(ValueError, match=r"^it is a copy of note\.json$"):
+        with pytest.raises(ValueError, match=r"^the file is a copy of note\.json$"):
             parse_note(copy.read_bytes(), copy.name)
         assert parse_note(copy.read_bytes()) == CONTENT, "without a name: what a server sends"
 
@@ -90,7 +90,7 @@ def test_files_without_a_digest_are_refused():
     pq.write_table(TABLE, sink)
     content = sink.getvalue().to_pybytes()
     assert shard_digest(content) == shard_digest(b"") == ""
-    with pytest.raises(ValueError, match=r"^it is no shard: KeyError: b'tracker'$"):
+    with pytest.raises(ValueError, match=r"^the file is not a shard: KeyError: b'tracker'$"):
         read_shard(content)
 
 

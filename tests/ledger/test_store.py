@@ -236,7 +236,11 @@ class TestLedger:
         ("number", "message", "advice"),
         [
             (LEDGER_FORMAT + 1, "a newer tracker", upgrade_command()),
-            (LEDGER_FORMAT - 1, "an older tracker", "with that one, or choose another --results."),
+            (
+                LEDGER_FORMAT - 1,
+                "an older tracker",
+                "with that one, or choose another results folder with --results.",
+            ),
         ],
     )
     def test_another_format_is_refused(self, ledger, number, message, advice):
@@ -303,7 +307,7 @@ class TestLedger:
         (tmp_path / "file").write_text("")
         for root, message in (
             (Path("/proc/results"), "/proc/results cannot be written.*--results"),
-            (tmp_path / "file" / "results", "cannot be made: .*file is a file"),
+            (tmp_path / "file" / "results", "cannot be created, because .*file is a file"),
         ):
             with pytest.raises(ResultsError, match=message):
                 Ledger(root).refuse_unwritable()

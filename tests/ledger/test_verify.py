@@ -92,7 +92,7 @@ class TestVerify:
             Checks(ledger.root).keep(key, "sound")
         sound, other = sorted((ledger.root / "checks").iterdir())
         other.write_bytes(sound.read_bytes())
-        assert f"it is a copy of {sound.name}" in verify_ledger(ledger).damaged[str(other)]
+        assert f"the file is a copy of {sound.name}" in verify_ledger(ledger).damaged[str(other)]
         other.unlink()
         assert verify_ledger(ledger).damaged == {}
 

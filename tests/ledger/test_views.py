@@ -74,7 +74,7 @@ def test_a_copy_in_place_of_another_view_is_named(cell):
     without.write_bytes(intact.read_bytes())
     damaged: dict[str, str] = {}
     assert [stored.view.removed for stored in cell.views.read_requested(damaged)] == [()]
-    assert "it is a copy of intact.json" in damaged[str(without)]
+    assert "the file is a copy of intact.json" in damaged[str(without)]
 
 
 def test_requested_layers_replace_equal_controls():

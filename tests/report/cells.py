@@ -65,7 +65,7 @@ def loss_cell() -> CellRecord:
     )
 
 
-NO_ROUNDING_REASON = "no document was evaluated twice to measure rounding errors"
+NO_ROUNDING_REASON = "rounding errors are unknown, because no document was evaluated twice"
 
 
 def half_precision_cell(**changes: Any) -> CellRecord:
@@ -79,7 +79,7 @@ def half_precision_cell(**changes: Any) -> CellRecord:
     return cell.model_copy(update={"model": model, "runs": tuple(runs), **changes})
 
 
-WHOLE_LAYERS_REASON = "measured for whole single layers only"
+WHOLE_LAYERS_REASON = "this value is measured only for the removal of a single whole layer"
 
 
 PROXIES = ("cosine_similarity", "cosine_score", "angular_distance", "relative_update")

@@ -324,7 +324,9 @@ def test_a_few_layers_on_more_documents_do_not_stand_for_all():
     board = layer_board([other_cell, own_cell])
     assert board.cells == (own_cell,)
     assert board.left_out == {
-        "arc_easy · 0-shot · acc_norm": "the benchmark counts once, as arc_easy · 0-shot · acc"
+        "arc_easy · 0-shot · acc_norm": (
+            "another measurement of this benchmark is used: arc_easy · 0-shot · acc"
+        )
     }
 
 
@@ -352,7 +354,7 @@ def test_as_many_drawn_documents_are_others_and_count_first():
     assert board.cells == (sampled_cells[0],)
     label = "arc_easy · 0-shot · 160 documents"
     assert board.left_out == {
-        label: f"the benchmark counts once, as {label} drawn at random (seed 1234)"
+        label: f"another measurement of this benchmark is used: {label} drawn at random (seed 1234)"
     }
     models = [build_cell(model=name).model for name in "ab"]
     model_cells = [
@@ -406,7 +408,8 @@ def test_proxies_are_set_beside_chance():
 
 
 STOPPED_REASON = (
-    "stopped at the answer to 'top 2': each run was evaluated on 64 to 96 of 2000 documents"
+    "the measurement stopped when 'top 2' was answered: each run was evaluated on 64 to 96 of "
+    "2000 documents"
 )
 
 

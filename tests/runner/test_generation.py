@@ -183,7 +183,9 @@ def test_a_model_that_refuses_is_generated_apart(family, as_lm_eval, tmp_path):
 
     task_options = (["Question:", "!"], 12)
     as_lm_eval(folder, task_options, prune, heard=heard, num_fewshot=1, limit=2, layer=[0])
-    lines = [line for line in heard.lines if "generates alone, because" in line]
+    lines = [
+        line for line in heard.lines if "generated separately for each ablation, because" in line
+    ]
     assert len(lines) == 1, heard.lines
 
 
@@ -236,6 +238,6 @@ def test_the_reason_for_generating_alone_is_in_words(monkeypatch) -> None:
     generation, reason = Generation(engine, None).choose_mode(prompt, single_layers([0]))
     assert not generation.together
     assert reason == (
-        "each ablation generates alone, because the layers refuse a batch of hidden states of "
-        "several ablations"
+        "texts are generated separately for each ablation, because the layers refuse a batch of "
+        "hidden states of several ablations"
     )

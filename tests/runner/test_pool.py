@@ -138,7 +138,8 @@ def test_documents_that_kill_their_threadsfail_their_cell_alone(shared, error):
     assert cells.measure(kill_worker) == 1 + MAX_DEATHS
     assert len(deaths) == MAX_DEATHS
     assert str(cells.outcomes["arc_easy"]) == (
-        f"{MAX_DEATHS} workers died over the same documents of arc_easy; the last: out of memory"
+        f"{MAX_DEATHS} workers died while measuring the same documents of arc_easy; reason of the "
+        "last death: out of memory"
     )
     assert "worker 1 died; its unfinished work is done again (out of memory)" in cells.heard.lines
     assert len(cells.store("arc_challenge").read()) == DOCUMENTS * 5
@@ -182,7 +183,7 @@ def test_threadsthat_see_other_weights_are_refused(shared, monkeypatch):
     monkeypatch.setattr(Worker, "open", change_identity)
     barrier = Barrier(2)
     cells.measure(*[lambda method, *_: barrier.wait(300) if method == "open" else None] * 2)
-    assert "do not all see the same model" in str(cells.outcomes["arc_easy"])
+    assert "read different versions of the model" in str(cells.outcomes["arc_easy"])
 
 
 def test_nobody_is_left(shared):

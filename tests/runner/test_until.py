@@ -44,8 +44,8 @@ def test_it_stops_when_it_is_answered_and_goes_on_when_more_is_asked(
     assert (cell.is_stopped, cell.is_complete) == (True, False)
     most = max(record.n for record in cell.runs)
     assert cell.missing_labels == (
-        "stopped at the answer to 'drop within 10 pp at 80 %': each run was evaluated on "
-        f"{cell.n} to {most} of {total} documents",
+        "the measurement stopped when 'drop within 10 pp at 80 %' was answered: each run was "
+        f"evaluated on {cell.n} to {most} of {total} documents",
     )
     assert heard.n_counted == heard.n_expected
     assert "the drops of layers 0, 1 and 2 are not known within 10 pp; 64 documents" in heard.lines
@@ -71,7 +71,7 @@ def test_it_stops_when_it_is_answered_and_goes_on_when_more_is_asked(
     assert {drop.low for drop in estimates.drops.values()} == {None}
     assert "seconds_left" not in str(progress_figures(estimates, estimates, 1.0, cell))
     _, listing = type_command("ls", "--results", results)
-    answer = "stopped at the answer to 'drop within 10 pp at 80 %'"
+    answer = "the measurement stopped when 'drop within 10 pp at 80 %' was answered"
     assert f" {answer}: each run was evaluated on {cell.n} to" in listing
 
     # The same as a race over the outcomes of a whole run.

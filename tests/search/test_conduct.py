@@ -135,7 +135,8 @@ def test_a_killed_search_continues(write, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         api.prune(path, results=tmp_path / "killed", track=[], progress=killed_progress)
     prefix = (
-        "the search is in progress or stopped; if stopped, type the command of the search again: "
+        "the search is in progress or was stopped; to continue a stopped search, type its command "
+        "again: "
     )
     message = f"{prefix}tracker prune {path} --results {tmp_path / 'killed'}"
     assert unfinished_messages(tmp_path / "killed") == [f"12 documents; {message}", message]

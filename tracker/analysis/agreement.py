@@ -1,4 +1,7 @@
-"""Compare layer rankings by proxies with rankings by accuracy drop; compare two models by layer."""
+"""Compare layer rankings by proxies with layer rankings by accuracy drop.
+
+This module also compares the accuracy drops of two models for each layer.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +52,8 @@ def cosine_ranks(board: LayerBoard) -> dict[int, int]:
 def find_misjudged(board: LayerBoard) -> list[MisjudgedLayer]:
     """Find layers that the cosine score ranks significantly too high or too low.
 
-    The list starts with the layer whose cosine rank is furthest outside the interval.
+    The list starts with the layer whose cosine rank is furthest outside the confidence interval of
+    its measured rank.
     """
     layers, ranks = [], cosine_ranks(board)
     for standing in board.ranked if ranks else ():
@@ -97,8 +101,10 @@ class Agreement:
         proxy: Name of the proxy's field.
         spearman: Spearman correlation between proxy and accuracy drop, for each model and
             benchmark.
-        differ: Mean share of layers whose two ranks differ.
-        chance: The same share for two random rankings.
+        differ: Share of layers that have different ranks in the two rankings, averaged over the
+            cells.
+        chance: Expected share of layers that have different ranks in two random rankings, averaged
+            over the cells.
     """
 
     proxy: str
@@ -168,10 +174,11 @@ class ModelPair:
 
 
 def pair_models(cells: Sequence[CellRecord]) -> tuple[list[ModelPair], int]:
-    """List pairs of models with equally many layers, measured on a benchmark with equal settings.
+    """List pairs of models that can be compared layer by layer.
 
-    Returns at most `MAX_PAIRS` pairs, and the total number of pairs. Accuracies and losses are
-    compared in separate pairs.
+    The models of a pair have equally many layers, and share a benchmark with equal settings. If two
+    models have common results for accuracies and for losses, they form a pair for each kind of
+    metric. Returns at most `MAX_PAIRS` pairs, and the total number of pairs.
     """
     models = {
         label: {comparison_key(cell): cell for cell in group if cell.whole_layers}

@@ -38,8 +38,8 @@ LOGPROB_TOLERANCES = 1e-6, 1e-4
 class AlignedOutcomes:
     """Outcomes of one model on one benchmark, for the documents on which all runs are measured.
 
-    `columns` lists the columns to read from the stored outcomes; None reads all columns. Documents
-    without an outcome under one of the `extra_ablations` are dropped as well.
+    `columns` lists the columns to read from the stored outcomes; None reads all columns. Only
+    documents with an outcome under each of the `extra_ablations` are included.
     """
 
     def __init__(
@@ -85,9 +85,10 @@ class AlignedOutcomes:
         runs: Sequence[Change],
         extra_ablations: Sequence[Ablation] = (),
     ) -> None:
-        """Keep only the documents that the intact model and all ablations measured.
+        """Restrict the outcomes to the documents that are measured in all given runs.
 
-        If `documents` is given, only these documents can be kept.
+        Outcomes of the intact model and of `extra_ablations` are required too. If `documents` is
+        given, all other documents are excluded. Runs without any outcome are listed in `missing`.
         """
         removed = Ablation.from_changes(removed=self._removed)
         ablations = [INTACT, removed, *map(self.ablation, runs), *extra_ablations]
@@ -142,7 +143,10 @@ class AlignedOutcomes:
 
     @property
     def n_clusters(self) -> float | None:
-        """The effective number of clusters; it is lower than their number if weights differ."""
+        """Effective number of clusters; None if all documents are independent.
+
+        The effective number is lower than the real number if the clusters have different weights.
+        """
         return None if self._clusters is None else effective_number(self.weights, self.clusters)
 
     @property
@@ -187,7 +191,10 @@ class AlignedOutcomes:
         weights: Array,
         higher_is_better: bool = True,
     ) -> PairedOutcomes:
-        """Pair the values that `read` returns for the intact model and for each ablation."""
+        """Pair values of the intact model with values of the ablated models.
+
+        `read` takes an ablation and returns one value for each document.
+        """
         columns = self._stack(map(read, ablations))
         return PairedOutcomes(read(INTACT), columns, weights, higher_is_better, self.clusters)
 
@@ -211,11 +218,15 @@ class AlignedOutcomes:
         return resampled_means(values, RESAMPLES, SEED, strata, weights)
 
     def drop_series(self, paired: PairedOutcomes) -> tuple[Array, Array]:
-        """Return the mean drop under each ablation, and the same for resampled documents."""
+        """Return the mean drop under each ablation, and bootstrap samples of these means."""
         return paired.mean_drops, self.resample(paired.drops, paired.weights)
 
     def check_summary(self) -> dict[str, Any]:
-        """Return the number of responses recomputed with pruned models, and their differences."""
+        """Summarise the comparison of responses with responses of pruned models.
+
+        Returns the number of compared responses, the largest difference, and the number of large
+        differences that rounding explains. The result is empty if no response was compared.
+        """
         if not self._rows:
             return {}
         rows = pd.concat(self._rows.values())
@@ -255,7 +266,10 @@ class AlignedOutcomes:
         return self._measure.reason
 
     def describe_mismatch(self, ablation: Ablation) -> str | None:
-        """Describe how software or device differs between an ablation and the baseline."""
+        """Compare software and devices of an ablation's outcomes with those of the baseline.
+
+        Returns a description of the differences; None if there are none.
+        """
         columns = (self.rows(side)[PROVENANCE_COLUMN] for side in (INTACT, ablation))
         counts = {
             pair: count
@@ -266,8 +280,8 @@ class AlignedOutcomes:
             return None
         versions = list_differences([json.loads(stack) for pair in counts for stack in pair])
         return (
-            f"baseline and ablation of {sum(counts.values())} of {len(self.tasks)} documents were "
-            f"measured with different software versions or devices: {versions}"
+            f"for {sum(counts.values())} of {len(self.tasks)} documents, the baseline and the "
+            f"ablation were measured with different software versions or devices: {versions}"
         )
 
     def values(self, ablation: Ablation) -> Array:
@@ -307,7 +321,7 @@ class AlignedOutcomes:
         return np.stack([unobserved if sums is None else sums for sums in self._stored_sums(proxy)])
 
     def part_sums(self, column: str, runs: Sequence[Change]) -> Array:
-        """Return the sum of a proxy over each document, for the part that each run changes.
+        """Return a proxy of each run's changed part, summed over the tokens of each document.
 
         The result is an array `[documents, runs]` of the values in a column such as `taylor_sum`. A
         sum is NaN if the document was measured without observing the proxy.
@@ -322,7 +336,10 @@ class AlignedOutcomes:
         return count_unobserved([sums is None for sums in self._stored_sums(proxy)])
 
     def _stored_sums(self, proxy: Proxy) -> list[Array | None]:
-        """Return a proxy's sum per layer for each document; None where it was not observed."""
+        """Return a list with an array `[layers]` of a proxy's sums for each document.
+
+        The item of a document is None if the document was measured without observing the proxy.
+        """
         rows = self.rows(INTACT)
         column = rows.get(proxy.column, [None] * len(rows))
         return [value if isinstance(value, np.ndarray) else None for value in column]

@@ -40,7 +40,10 @@ def layer_relevance(cell: CellRecord, layer: int) -> Estimate:
 
 
 def undefined_reason(cell: CellRecord, layer: int, field: str) -> str:
-    """Return the reason why a field (e.g. `accuracy_relevance`) of a layer's run is undefined."""
+    """Return the reason why a field of a layer's run is undefined.
+
+    `field` is the name of the field, such as `accuracy_relevance`.
+    """
     run = cell.runs_of_kind().get(layer)
     return cell.reason_of(field, run) if run else cell.absence_reason(Change(layers=(layer,)))
 
@@ -57,8 +60,8 @@ def relevance_estimate(cell: CellRecord, run: RunRecord, family: int = 1) -> Est
     """Compute a run's accuracy relevance, with a confidence interval.
 
     The relevance is the accuracy drop divided by the baseline's accuracy above chance. The interval
-    is corrected for comparing `family` runs. It is left out if the baseline's confidence interval
-    includes chance accuracy.
+    is corrected for comparing `family` runs. There is no interval if the confidence interval of the
+    baseline's accuracy includes chance accuracy.
     """
     value, chance = run.accuracy_relevance, cell.chance_accuracy
     if value is None:
@@ -83,11 +86,11 @@ class PartStanding:
         benchmarks: Number of benchmarks on which the part's relevance is defined.
         deciding: Mean accuracy drop over the benchmarks, as a fraction. The confidence interval is
             corrected for comparing all parts of the leaderboard.
-        rank: Rank (1 = matters most), with a 95 % confidence interval. The rank is undefined if the
-            part is not measured on all benchmarks.
-        verdict: `costs` if removing the part significantly reduces accuracy, `helps` if it
-            increases accuracy, else `open`.
-        shown: The verdict as displayed, e.g. `matters` or `better without`.
+        rank: Rank by relevance, with a 95 % confidence interval; rank 1 has the largest relevance.
+            The rank is undefined if the part is not measured on all benchmarks.
+        verdict: `costs` if the removal of the part significantly reduces accuracy, `helps` if the
+            removal significantly increases accuracy, else `open`.
+        shown: The verdict as displayed, such as `matters` or `better without`.
     """
 
     runs: tuple[RunRecord, ...]
@@ -100,7 +103,7 @@ class PartStanding:
 
     @property
     def change(self) -> Change:
-        """The change that removes the part from the model."""
+        """Change that removes the layer or smaller part from the model."""
         return self.runs[0].change
 
     @property
@@ -122,7 +125,7 @@ class PartStanding:
 
 @dataclass(frozen=True)
 class PartBoard:
-    """Leaderboard of one model's layers (or e.g. heads), sorted by the lower bound of the drop.
+    """Leaderboard of a model's layers or smaller parts, sorted by the lower bound of the drop.
 
     Parts whose accuracy drop has no confidence interval come last.
 
@@ -180,7 +183,7 @@ def layer_board(cells: Sequence[CellRecord]) -> LayerBoard:
 def part_boards(cells: Sequence[CellRecord]) -> list[PartBoard]:
     """Return one leaderboard for each kind of part (e.g. heads) of a model.
 
-    A kind of part is left out if its leaderboard would be empty.
+    Empty leaderboards are not returned.
     """
     families = dict.fromkeys(
         run.change.kind.family for cell in cells for run in cell.runs if run.change.kind.plural
@@ -283,12 +286,12 @@ def mean_relevance(cells: Sequence[CellRecord], runs: Sequence[RunRecord], famil
 MODEL_GAP = 0.1
 """Difference of two models' mean relevance for which the needed documents are reported."""
 _Z = NormalDist().inv_cdf(0.975)
-_NOTHING_SHARED = "no benchmark was measured on all layers of two models"
+_NOTHING_SHARED = "there is no benchmark on which all layers of two models are measured"
 
 
 @dataclass(frozen=True)
 class ModelStanding:
-    """Leaderboard entry of a model: mean effect of removing one of its layers.
+    """Leaderboard entry of a model, with the mean effect of the removal of one layer.
 
     Attributes:
         model: Identity of the model.
@@ -299,8 +302,9 @@ class ModelStanding:
         costly: Number of layers whose removal significantly reduces accuracy; None without common
             benchmarks.
         layers: Number of layers over which relevance and drop are averaged.
-        rank: Rank (1 = hurt least), with a 95 % confidence interval. The rank is undefined if the
-            model is not measured on all common benchmarks, or if there is no other model.
+        rank: Rank by relevance, with a 95 % confidence interval; rank 1 has the lowest relevance.
+            The rank is undefined if the model is not measured on all common benchmarks, or if there
+            is no other model.
     """
 
     model: ModelIdentity
@@ -314,7 +318,9 @@ class ModelStanding:
 
 @dataclass(frozen=True)
 class ModelBoard:
-    """Leaderboard of models; first comes the model that loses least when a layer is removed.
+    """Leaderboard of models, sorted by the mean accuracy relevance of their layers.
+
+    The model with the lowest mean relevance comes first.
 
     Attributes:
         benchmarks: Benchmarks on which all ranked models are measured.
@@ -374,7 +380,7 @@ def model_board(cells: Sequence[CellRecord]) -> ModelBoard:
         if len(counted) < len(keys):
             missing = [label for key, label in zip(keys, labels, strict=True) if key not in table]
             left_out[name] = f"not all layers of the model are measured on {', '.join(missing)}"
-            counted, reason = [], "the model lacks results on a benchmark that others are ranked by"
+            counted, reason = [], "the model has no results on a benchmark of the ranking"
         standings[name] = _model_standing(groups[name][0].model, counted, reason)
     needed, available = None, 0
     if len(ranked) > 1:

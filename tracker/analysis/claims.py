@@ -1,7 +1,6 @@
 """Decide which statements about one model's layers are statistically supported.
 
-Report pages, terminal output, leaderboards and experiment trackers name only layers that this
-module selects.
+Statements about layers in reports, leaderboards and experiment trackers rest on these decisions.
 """
 
 from __future__ import annotations
@@ -72,9 +71,9 @@ class Claims:
         verdicts: Layer → `costs` (removal significantly reduces accuracy), `helps` or `open`
             (undecided).
         choices: Layer → mean drop of the choice probability, with a corrected confidence interval.
-            Empty if a benchmark has no options, or if `drops` contains the same drops.
-        options: Key of a cell → layer → decrease of the log-probability of all answer options
-            together.
+            The dict is empty if a benchmark has no options, or if `drops` already contains drops of
+            the choice probability.
+        options: Key of a cell → layer → drop of the log of the answer options' total probability.
         family: Number of comparisons for which the confidence intervals are corrected.
     """
 
@@ -105,12 +104,20 @@ class Claims:
 
     @property
     def less_probable(self) -> dict[int, Estimate]:
-        """Layer → significant drop of choice probability, for layers undecided by accuracy."""
+        """Layers whose removal significantly reduces the choice probability.
+
+        The dict maps each of these layers to the drop. Layers with another verdict than `open` are
+        left out.
+        """
         return self._choices_of_open_layers(1)
 
     @property
     def more_probable(self) -> dict[int, Estimate]:
-        """Layer → significant negative drop of choice probability, for undecided layers."""
+        """Layers whose removal significantly increases the choice probability.
+
+        The dict maps each of these layers to the negative drop. Layers with another verdict than
+        `open` are left out.
+        """
         return self._choices_of_open_layers(-1)
 
     def _choices_of_open_layers(self, side: int) -> dict[int, Estimate]:
@@ -119,7 +126,10 @@ class Claims:
 
     @property
     def small_by_choice(self) -> list[int]:
-        """Remaining layers whose choice probability drops by less than `SMALL_DROP`."""
+        """List of the layers whose choice probability drops by less than `SMALL_DROP`.
+
+        Layers in `costly`, `helpful`, `small`, `less_probable` or `more_probable` are left out.
+        """
         others = {*self.costly, *self.helpful, *self.small, *self.less_probable}
         others |= {*self.more_probable}
         drops = self.choices.items()
@@ -127,14 +137,14 @@ class Claims:
 
     @property
     def open(self) -> list[int]:
-        """List of the layers that are undecided by accuracy drop and by choice probability."""
+        """List of the layers for which neither accuracy nor choice probability gives a verdict."""
         settled = {*self.costly, *self.helpful, *self.small}
         settled |= {*self.less_probable, *self.more_probable, *self.small_by_choice}
         return [layer for layer in self.layers if layer not in settled]
 
     @property
     def by_cosine(self) -> list[int]:
-        """List of the n layers with the highest cosine scores, if n layers are shown to be costly.
+        """List of the layers with the highest cosine scores, as many as there are costly layers.
 
         The list is empty if a cosine score is undefined.
         """
@@ -149,9 +159,10 @@ class Claims:
 
     @property
     def missed(self) -> list[int]:
-        """List of the costly layers that the cosine score misses.
+        """List of the costly layers that a choice by cosine score leaves out.
 
-        A missed layer is not in `by_cosine`, but costs significantly more than some layer in it.
+        Such a layer is not in `by_cosine`, but its removal costs significantly more accuracy than
+        the removal of some layer in `by_cosine`.
         """
         costly, chosen_layers = self.costly, self.by_cosine
         ends = (self.drops[layer].high for layer in chosen_layers if layer not in costly)
@@ -161,10 +172,10 @@ class Claims:
 
     @property
     def broken(self) -> list[int]:
-        """Layers that are shown to matter and whose removal makes all answer options unlikely.
+        """List of the layers whose removal makes all answer options unlikely.
 
-        On some benchmark, removing such a layer divides the total probability of the options by at
-        least 10.
+        Only layers in `costly` or `less_probable` are listed. On at least one benchmark, the
+        removal of the layer divides the total probability of the answer options by at least 10.
         """
 
         def is_broken(cell: CellRecord, layer: int) -> bool:
@@ -190,7 +201,10 @@ class Claims:
         return all(cell.higher_is_better for cell in self.cells)
 
     def word(self, layer: int) -> str:
-        """Return the verdict on a layer in a few words, e.g. `matters`, or `open` if undecided."""
+        """Return the verdict on a layer as text, such as `matters`.
+
+        The text is `open` if the layer is undecided.
+        """
         if layer not in self.layers:
             return "not measured on all benchmarks"
         word = verdict_word(self.verdicts[layer], self.drops[layer], self.is_accuracy)
@@ -201,11 +215,11 @@ class Claims:
         return {1: "less probable", -1: "more probable"}.get(side, small)
 
     def next_steps(self) -> list[NextStep]:
-        """List larger samples that would probably decide half of the undecided layers.
+        """Suggest larger samples with which more layers could be decided.
 
-        The list has at most two samples: one for the metric, and one for the choice probability.
-        The list is empty if no layer is undecided, if the metric is a loss, or if no outcome
-        changed.
+        Each sample would probably decide half of the layers that are undecided so far. The list has
+        at most two samples: one for the metric, and one for the choice probability. The list is
+        empty if no layer is undecided, if the metric is a loss, or if no outcome changed.
         """
         open_layers = {*self.open} if self.is_accuracy else set()
         runs = chain.from_iterable(cell.whole_layers for cell in self.cells)
@@ -276,7 +290,7 @@ def decide_claims(cells: Sequence[CellRecord]) -> Claims:
 
 
 def _has_choices(cells: Sequence[CellRecord]) -> bool:
-    """Return whether all cells have choice probabilities besides another metric."""
+    """Return whether all cells have choice probabilities in addition to their metric."""
     return all(
         cell.metric not in CHOICE_PROBABILITIES
         and any(run.choice_drop.bounds for run in cell.whole_layers)
@@ -285,7 +299,7 @@ def _has_choices(cells: Sequence[CellRecord]) -> bool:
 
 
 def _layer_error_share(cells: Sequence[CellRecord], n_layers: int) -> tuple[float, int]:
-    """Return the error rate of the tests of accuracy drops, and the number of comparisons.
+    """Return the error rate and the number of comparisons for tests of accuracy drops.
 
     Tests of the accuracy, of the choice probability and of the options' log-probability share the
     total error rate `ALPHA`.
@@ -308,19 +322,20 @@ def mean_drop(
     Args:
         runs: Runs of the ablation, one for each benchmark.
         family: Number of ablations that are compared.
-        figure: Function that returns the drop to average, e.g. of accuracy, of a run.
+        figure: Function that returns the drop of a run; by default, the accuracy drop is averaged.
 
     Returns:
-        The mean accuracy drop, with its interval.
+        The mean drop, with its confidence interval.
     """
     drops = widen([figure(run) for run in runs], [run.units for run in runs], family)
     return average(drops) if len(drops) > 1 else drops[0]  # with its exact test
 
 
 def verdict_word(verdict: Verdict, drop: Estimate, is_accuracy: bool = True) -> str:
-    """Return the verdict on a removal in a few words, e.g. `matters`, or `open` if undecided.
+    """Return the verdict on a removal as text, such as `matters`.
 
-    `is_accuracy` is False if `drop` is a loss increase.
+    The text is `open` if the removal is undecided. `drop` is an accuracy drop, or a loss increase
+    if `is_accuracy` is false.
     """
     if verdict == "costs":
         return "matters"
@@ -350,7 +365,7 @@ def _corrected_drops(cell: CellRecord, runs: Sequence[RunRecord]) -> tuple[list[
 
 
 def error_share(cell: CellRecord, runs: Sequence[RunRecord]) -> tuple[float, int]:
-    """Return the error rate of the tests of drops, and the number of comparisons.
+    """Return the error rate and the number of comparisons for tests of drops.
 
     For whole layers, tests of accuracy drops share the error rate with tests of choice
     probabilities.
@@ -361,7 +376,7 @@ def error_share(cell: CellRecord, runs: Sequence[RunRecord]) -> tuple[float, int
 
 
 def verdict_words(cell: CellRecord) -> dict[Change, str]:
-    """Return the verdict on each run of a cell in a few words.
+    """Return the verdict on each run of a cell as text.
 
     The verdicts are corrected for comparing all runs of the same kind, e.g. all attention heads.
 
@@ -369,7 +384,7 @@ def verdict_words(cell: CellRecord) -> dict[Change, str]:
         cell: Record of one model on one benchmark.
 
     Returns:
-        Change → verdict in words. Runs without a drop are left out.
+        Change → text of the verdict. Runs without a drop are left out.
     """
 
     def family(run: RunRecord) -> tuple[bool, Change]:
@@ -398,7 +413,11 @@ def cell_ranks(cell: CellRecord, runs: Sequence[RunRecord]) -> list[tuple[int, i
 
 
 def _widen_options(cells: Sequence[CellRecord], layers: Collection[int]) -> _ByCell:
-    """Return the falls of the options' log-probability by layer, with corrected intervals."""
+    """Return the drops of the answer options' total log-probability.
+
+    The result maps the key of each cell to the drop for each layer. The confidence intervals are
+    corrected for comparing all of these drops.
+    """
     runs = [runs[layer] for runs in map(CellRecord.runs_of_kind, cells) for layer in layers]
     family = math.ceil(len(runs) / _OPTIONS_SHARE) or 1
     falls = iter(widen([run.options_drop for run in runs], [run.units for run in runs], family))

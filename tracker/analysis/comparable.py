@@ -1,4 +1,7 @@
-"""Label models and cells (a model on a benchmark) uniquely, and select the cells to rank."""
+"""Build distinct labels of models and cells, and select the cells that are ranked.
+
+A cell contains the results of one model on one benchmark.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +19,10 @@ from tracker.schema.records import CellRecord, RunRecord
 
 
 def group_editions(cells: Iterable[CellRecord]) -> list[list[list[CellRecord]]]:
-    """Group cells by model, benchmark and settings, and within groups by task version.
+    """Group cells by model, benchmark and settings, and each group by task version.
 
-    Within a group, editions are sorted by the date of their last measurement. Editions without a
-    date come first.
+    The task versions (editions) of a group are sorted by their latest measurement date. Editions
+    without a date come first.
     """
     requests: dict[str, dict[str, list[CellRecord]]] = {}
     for cell in cells:
@@ -57,7 +60,10 @@ def edition_labels(cells: Sequence[CellRecord]) -> list[str]:
 
 
 def find_outdated(cells: Iterable[CellRecord]) -> dict[int, CellRecord]:
-    """Find cells with an outdated task version; return `id(cell)` → newest cell."""
+    """Find cells with an outdated task version.
+
+    Returns a dict that maps `id(cell)` of an outdated cell to a cell with the latest task version.
+    """
     return {
         id(cell): editions[-1][0]
         for editions in group_editions(cells)
@@ -140,7 +146,10 @@ def row_labels(cells: Sequence[CellRecord], documents: bool = True) -> list[tupl
 
 
 def _details(cell: CellRecord) -> tuple[str, ...]:
-    """Return details that distinguish a model's cells (data, seed, …), in order of preference."""
+    """Return texts that distinguish cells of a model with equal labels.
+
+    The texts describe the data, the seed, other settings, the key and the number of runs.
+    """
     return (
         cell.benchmark.data,
         "" if cell.benchmark.seed is None else f"seed {cell.benchmark.seed}",
@@ -151,7 +160,11 @@ def _details(cell: CellRecord) -> tuple[str, ...]:
 
 
 def _distinct_labels(rows: Iterable[tuple[str, ...]]) -> list[str]:
-    """Label each row by its first string; append further strings until all labels differ."""
+    """Build a label for each row of strings, so that the labels are distinct.
+
+    A label is the first string of the row. As long as labels of different rows are equal, the next
+    strings of these rows are appended.
+    """
     if not (columns := list(zip(*rows, strict=True))):
         return []
     labels = list(columns[0])
@@ -174,7 +187,7 @@ def group_models(cells: Iterable[CellRecord]) -> list[list[CellRecord]]:
 
 
 def named_models(cells: Iterable[CellRecord]) -> dict[str, list[CellRecord]]:
-    """Group cells by model; return label of the model → cells of the model."""
+    """Group cells by model; return a dict that maps each model's label to its cells."""
     groups = group_models(cells)
     return dict(zip(model_labels([group[0].model for group in groups]), groups, strict=True))
 
@@ -197,7 +210,8 @@ def select_countable(
 ) -> tuple[list[CellRecord], dict[str, str]]:
     """Choose the cells of one model that rankings use, one cell for each benchmark.
 
-    Also returns the label of each unused cell → reason why it is not used.
+    `select` returns the runs of a cell that are ranked. Returns the chosen cells, and a dict that
+    maps the label of each other cell to the reason why it is not chosen.
     """
     labels = dict(zip(map(id, cells), benchmark_labels(cells), strict=True))
     outdated = find_outdated(cell for cell in cells if not unusable_reason(cell, select))
@@ -208,9 +222,10 @@ def select_countable(
             left_out[labels[id(cell)]] = reason
         elif latest := outdated.get(id(cell)):
             label = labels[id(latest)]
-            reason = "the task was edited after this measurement; only the latest measurement "
-            reason += f"counts: {label}"
-            left_out[labels[id(cell)]] = reason
+            left_out[labels[id(cell)]] = (
+                "the task was edited after this measurement; only the latest measurement counts: "
+                f"{label}"
+            )
         else:
             usable.append(cell)
     best = {
@@ -219,7 +234,9 @@ def select_countable(
     }
     for cell in usable:
         if (counted := best[cell.benchmark.name]) is not cell:
-            left_out[labels[id(cell)]] = f"the benchmark counts once, as {labels[id(counted)]}"
+            left_out[labels[id(cell)]] = (
+                f"another measurement of this benchmark is used: {labels[id(counted)]}"
+            )
     counted_cells = [cell for cell in usable if best[cell.benchmark.name] is cell]
     # Different quantities have no mean; accuracy comes first if both are as frequent.
     levels = Counter(metric_format(cell).level for cell in counted_cells)
@@ -233,14 +250,17 @@ def select_countable(
 def cell_preference(cell: CellRecord, select: RunSelector = _WHOLE_LAYERS) -> tuple[int, ...]:
     """Return a sort key of a cell; rankings use the cell with the largest key.
 
-    Cells with more runs, and then cells with more documents, are preferred. Next come the
-    benchmark's own metric and randomly drawn documents.
+    Cells with more runs are preferred, and then cells with more documents. If these numbers are
+    equal, the benchmark's own metric is preferred, and then randomly drawn documents.
     """
     return len(select(cell)), cell.n, not cell.other_metric, bool(cell.sampling_text)
 
 
 def unusable_reason(cell: CellRecord, select: RunSelector = _WHOLE_LAYERS) -> str | None:
-    """Return the reason why rankings cannot use a cell; return None for a usable cell."""
+    """Return the reason why rankings cannot use a cell; return None for a usable cell.
+
+    `select` returns the runs of a cell that are ranked.
+    """
     if cell.removed:
         return f"measured {cell.removed_text}"
     if cell.is_raced:

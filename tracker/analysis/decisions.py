@@ -70,7 +70,9 @@ def rounding_risk(outcomes: AlignedOutcomes, ablation: Ablation, texts: TextRead
         return RoundingRisk(None)
     rows = outcomes.rows(ablation)
     if REPEATED_COLUMN not in rows or rows[REPEATED_COLUMN].isna().all():
-        return RoundingRisk(None, "no document was evaluated twice to measure rounding errors")
+        return RoundingRisk(
+            None, "rounding errors are unknown, because no document was evaluated twice"
+        )
     options = OptionScores(rows, outcomes.metric, texts)
     if not options.max_options:
         return RoundingRisk(None, "the documents have no answer options")
@@ -78,7 +80,7 @@ def rounding_risk(outcomes: AlignedOutcomes, ablation: Ablation, texts: TextRead
         return RoundingRisk(None, options.reason)
     scores = options.scores(rows["loglikelihoods"])
     if not np.array_equal(choose_options(scores) == options.gold, outcomes.values(ablation)):
-        reason = f"{outcomes.metric} does not judge the option with the highest score"
+        reason = f"{outcomes.metric} is not the accuracy of the option with the highest score"
         return RoundingRisk(None, reason)
     is_repeated = rows[REPEATED_COLUMN].notna().to_numpy()
     repeats = options.scores(rows[REPEATED_COLUMN].where(is_repeated, rows["loglikelihoods"]))
@@ -104,10 +106,11 @@ class ModelDecisions:
         score: Metric of each document, negated for a loss, so that larger values are better.
         choice: Index of the chosen option; NaN for a document without options.
         margin: Score of the gold option minus the score of the best other option, in nats (or nats
-            per character or byte). For a document without options, the log-probability of the gold
-            answer. NaN if undefined.
+            per character or byte). For a document without options, the margin is the
+            log-probability of the gold answer. An undefined margin is NaN.
         text: Generated text of each document; None if the task generates no text.
-        cut: Share of each document's generated texts that the token limit ended; None if unknown.
+        cut: Share of each document's generated texts that were cut off at the token limit; None if
+            unknown.
     """
 
     score: Array
@@ -118,7 +121,7 @@ class ModelDecisions:
 
     @property
     def cut_share(self) -> float | None:
-        """The share of all generated texts that the token limit ended; None if unknown."""
+        """Share of all generated texts that were cut off at the token limit; None if unknown."""
         return None if self.cut is None else _rounded_figure(float(self.cut.mean()))
 
 
@@ -149,11 +152,11 @@ class Decisions:
     missing: Sequence[tuple[str, int]] = ()
 
     def lost_documents(self, run: ModelDecisions) -> np.ndarray:
-        """Return a boolean mask of the documents that score lower than with the intact model."""
+        """Return a boolean mask of the documents with a lower score than in the intact model."""
         return run.score < self.baseline.score
 
     def won_documents(self, run: ModelDecisions) -> np.ndarray:
-        """Return a boolean mask of the documents that score higher than with the intact model."""
+        """Return a boolean mask of the documents with a higher score than in the intact model."""
         return run.score > self.baseline.score
 
     @property
@@ -163,7 +166,7 @@ class Decisions:
 
 
 def derive_decisions(store: CellStore, view: View) -> Decisions | None:
-    """Return the answers chosen in each requested run; None without documents."""
+    """Return the answers chosen in each requested run; None if no document is measured."""
     outcomes = AlignedOutcomes(store, view)
     if not outcomes.tasks:
         return None
@@ -172,7 +175,10 @@ def derive_decisions(store: CellStore, view: View) -> Decisions | None:
     options = OptionScores(outcomes.rows(INTACT), view.metric, lambda: known_texts)
     reason = options.reason
     if not options.max_options:
-        reason = "no answer options; the log-probability of the answer or text is shown instead"
+        reason = (
+            "the documents have no answer options; the log-probability of the answer or text is "
+            "shown instead"
+        )
     reasons = {"margin": reason} if reason else {}
     if all(text is None for text in texts):
         reasons["texts"] = "the texts of the documents are not stored"
@@ -197,7 +203,7 @@ def derive_decisions(store: CellStore, view: View) -> Decisions | None:
     scores = np.column_stack([paired.baseline, paired.ablated])
     binary = bool(np.isin(scores, (0, 1)).all())
     if not binary:
-        reasons["agreement"] = f"{view.metric} is not 0 or 1 for every document"
+        reasons["agreement"] = f"{view.metric} has values other than 0 and 1"
     requested = store.task_documents(view.extent) if view.until is None else {}
     requested_keys = chain.from_iterable(product([task], docs) for task, docs in requested.items())
     measured_keys = {*documents}
@@ -269,7 +275,10 @@ def decisions_record(decisions: Decisions, max_shown: int = MAX_SHOWN_DOCUMENTS)
 
 
 def _cut_shares(rows: pd.DataFrame) -> Array | None:
-    """Return the share of each document's texts that the token limit ended; None if unknown."""
+    """Return the share of each document's texts that were cut off at the token limit.
+
+    Returns None if the share is unknown for any document.
+    """
     column = METRIC_PREFIX + CUT_OFF
     if column not in rows or rows[column].isna().any():
         return None
@@ -319,7 +328,7 @@ def _rounded_figure(value: float) -> float | None:
 
 
 def _quartiles(values: Array) -> tuple[float, float, float] | None:
-    """Return the three quartiles of all finite values; None without finite values."""
+    """Return the three quartiles of all finite values; None if no value is finite."""
     finite_values = values[np.isfinite(values)]
     if not len(finite_values):
         return None

@@ -61,7 +61,7 @@ class OptionScores:
         self.lengths, self.reason = np.ones((len(rows), self.max_options)), ""
         if name == "acc_mutual_info":
             self.lengths[:] = np.nan
-            self.reason = f"{metric} compares more than the options"
+            self.reason = f"{metric} also uses log-likelihoods other than those of the options"
         if length := _LENGTH_FUNCTIONS.get(name):
             self.lengths[:] = np.nan
             known_texts, unknown = texts(), set()
@@ -72,8 +72,10 @@ class OptionScores:
                 else:
                     unknown.add(key)
             if unknown:
-                lengths = f"the lengths of options, which are unknown for {len(unknown)} documents"
-                self.reason = f"{metric} divides by {lengths}"
+                self.reason = (
+                    f"{metric} divides by the lengths of options, which are unknown for "
+                    f"{len(unknown)} documents"
+                )
 
     def scores(self, loglikelihoods: Iterable[Sequence[float]]) -> Array:
         """Compute scores `[documents, options]` from the log-likelihoods of answer options.
@@ -143,9 +145,10 @@ class DocumentMetric:
 
 
 def read_pairs(column: pd.Series[Any]) -> Array:
-    """Parse a column of JSON pairs [sum, units]; return an array `[documents, 2]`.
+    """Parse a column of JSON pairs into an array `[documents, 2]`.
 
-    The row of a document without a stored pair is [NaN, NaN].
+    A pair contains a sum and its number of units. The row of a document without a
+    stored pair contains NaN.
     """
     missing = (math.nan, math.nan)
     pairs = [json.loads(value) if isinstance(value, str) else missing for value in column]

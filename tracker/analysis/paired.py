@@ -1,6 +1,7 @@
-"""Compare one metric of the same documents between the intact and ablated models.
+"""Compare a metric of the same documents in the intact model and in ablated models.
 
-Also estimate the variance of outcomes, which determines the statistical power of a comparison.
+This module also estimates the variance of outcomes, which determines the statistical power of a
+comparison.
 """
 
 from __future__ import annotations
@@ -39,7 +40,10 @@ def outcome_variance(run: RunRecord) -> OutcomeVariance | None:
 
 
 def choice_variance(run: RunRecord) -> OutcomeVariance | None:
-    """Estimate the variance of the drop in choice probability over documents."""
+    """Estimate the variance of the drop in choice probability over documents.
+
+    Returns None if the drop has no confidence interval.
+    """
     drop = run.choice_drop
     if drop.low is None or drop.high is None or drop.high <= drop.low:
         return None
@@ -64,8 +68,8 @@ def variance_range(runs: Iterable[RunRecord]) -> tuple[OutcomeVariance, OutcomeV
 class PairedOutcomes:
     """Outcomes of each document in the intact model and under each of several ablations.
 
-    An outcome is NaN if lm-eval gives no finite score or names no gold answer. Estimates over
-    documents with a NaN are undefined, and give a reason.
+    An outcome is NaN if lm-eval gives no finite score or names no gold answer. An estimate
+    that includes a NaN outcome is undefined, and contains the reason.
 
     Attributes:
         baseline: Outcomes of the intact model, as `[documents]`.
@@ -73,8 +77,8 @@ class PairedOutcomes:
         weights: Weight of each document in the mean outcome; the weights sum to 1.
         higher_is_better: Whether larger outcomes are better, e.g. for an accuracy; False for a
             loss.
-        clusters: Number of each document's cluster, whose documents depend on each other; None if
-            all documents are independent.
+        clusters: Number of each document's cluster; None if all documents are independent.
+            Documents of the same cluster depend on each other.
     """
 
     baseline: Array
@@ -85,7 +89,7 @@ class PairedOutcomes:
 
     @property
     def scores(self) -> PairedOutcomes:
-        """Outcomes for which larger is always better: the outcomes of a loss are negated."""
+        """Outcomes with negated losses, so that larger values are always better."""
         if self.higher_is_better:
             return self
         return replace(self, baseline=-self.baseline, ablated=-self.ablated, higher_is_better=True)
@@ -113,8 +117,8 @@ class PairedOutcomes:
     def drop_sd(self, index: int) -> Estimate:
         """Estimate the standard deviation of the drops under the ablation in column `index`.
 
-        With clusters, it is the standard deviation of independent documents with which the mean
-        drop would be as uncertain.
+        For documents in clusters, the result is an equivalent value for independent documents. The
+        mean drop of equally many independent documents would have the same uncertainty.
         """
         terms = self._drop_terms(index)
         spread, ratio = drop_sd(*terms), len(self.weights) / max(len(terms[-1]), 1)
@@ -124,7 +128,8 @@ class PairedOutcomes:
     def mean_drop(self, noun: str) -> Estimate:
         """Estimate the mean drop of a probability or log-probability in the first ablated model.
 
-        The mean is undefined if a document lacks the probability; `noun` names it in the reason.
+        The mean is undefined if a document lacks the probability. `noun` is the name of the
+        probability in the reason.
         """
         drops = self.drops[:, 0]
         if reason := missing_reason(drops, noun):
@@ -133,10 +138,10 @@ class PairedOutcomes:
         return Estimate(float(self.mean_drops[0]), *interval)
 
     def _drop_terms(self, index: int) -> tuple[Array, Array, Array]:
-        """Return (first array, second array, weights); the drop of each unit is first minus second.
+        """Return two arrays whose difference is the drop, and the weights of their items.
 
-        The units are documents or clusters. The arrays contain the intact and the ablated outcomes;
-        for a loss, they are swapped.
+        An item belongs to a document or to a cluster of documents. The first array contains the
+        intact outcomes, and the second the ablated outcomes. For a loss, the arrays are swapped.
         """
         intact, ablated = self.baseline, self.ablated[:, index]
         terms = (intact, ablated) if self.higher_is_better else (ablated, intact)

@@ -37,7 +37,7 @@ from tracker.stats.arrays import Array, Mask, proxy_means, safe_divide, token_me
 from tracker.stats.correlation import SURROGATES, correlate
 from tracker.stats.rank_agreement import COEFFICIENTS
 
-_MISMATCH = "measured with different software versions or devices"
+_MISMATCH = "the outcomes were measured with different software versions or devices"
 OUTER_LAYERS = 2
 """Number of layers at each end that the subset `inner` excludes, as the paper excludes outliers."""
 PART_PERMUTATIONS = 999
@@ -133,7 +133,10 @@ def cell_record(
 
 
 def unmeasured_record(store: CellStore, view: View, /, **fields: Any) -> CellRecord:
-    """Build the record of a view without measured documents; `fields` overrides fields."""
+    """Build the record of a view without measured documents.
+
+    `fields` contains further fields of the record, which override the default values.
+    """
     empty = {"n": 0, "tokens": 0, "baseline_metrics": {}, "runs": (), "correlations": ()}
     empty["chance_accuracy"] = None
     return CellRecord(**{**empty, **_identity_fields(store, view), **fields})
@@ -187,8 +190,7 @@ def _first_outcomes(
 ) -> AlignedOutcomes:
     """Restrict outcomes to the documents in `order` and the runs of the stopping rule.
 
-    Runs of the view outside the stopping rule are included if they are measured on all documents in
-    `order`.
+    Other runs of the view are included only if they are measured on all documents in `order`.
     """
     documents = {*order}
     answered_runs = {run.change for run in answer.runs}
@@ -210,7 +212,7 @@ def _incomplete_reason(n: int, n_requested: int, answer: AnswerRecord | None) ->
         return f"{n} of {n_requested} documents are measured so far"
     min_looked, max_looked = min(run.n for run in answer.runs), answer.looked
     span = f"{min_looked} to {max_looked}" if min_looked < max_looked else str(max_looked)
-    status = f"stopped at the answer to {answer.question!r}"
+    status = f"the measurement stopped when {answer.question!r} was answered"
     if not answer.over:
         status = f"{answer.question!r} is not answered yet"
     return f"{status}: each run was evaluated on {span} of {answer.population} documents"
@@ -233,8 +235,8 @@ def _calibration_text(store: CellStore, view: View, shards: list[dict[str, Any]]
         n_common = sum(len({*docs} & {*requested[task]}) for task, docs in documents.items())
         overlap = f"{n_common:,} of these" if n_common else "none of these"
         sentences.append(
-            f"{text['tokens']:,} tokens of the last {count:,} documents in random order; "
-            f"{overlap} documents were measured"
+            f"{text['tokens']:,} tokens of the last {count:,} documents in the random order; the "
+            f"measurement includes {overlap} documents"
         )
     return "; ".join(sentences) or None
 

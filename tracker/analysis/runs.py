@@ -33,9 +33,9 @@ ONE_LOOK_REASON = "the formula assumes a fixed sample size, but sampling stopped
 """Reason why a cell with a stopping rule lacks an interval or a p-value."""
 
 _NOT_FINITE = "in the intact model, a token's hidden state is zero or not finite"
-_WHOLE_ONLY = "measured for whole single layers only"
+_WHOLE_ONLY = "this value is measured only for the removal of a single whole layer"
 _NO_GRADIENT = "a gradient is not finite"
-_OTHER_KIND = "not measured for this kind of change"
+_OTHER_KIND = "this value is not measured for this kind of change"
 _NEVER_ROUTED = "no token of these documents is routed to this expert"
 _NOT_SEPARABLE = "the expert's output is not finite, or not separable from other experts' outputs"
 _NO_EFFECT = (
@@ -86,14 +86,14 @@ class LayerProxies:
                 self._estimates[name] = [_finite_estimate(value, reason) for value in values]
 
     def estimates(self, run: Change) -> dict[str, Estimate]:
-        """Return proxy name → estimate for the layer that a run removes."""
+        """Map the name of each proxy to its estimate for the layer that a run removes."""
         if run.kind != WHOLE_LAYER:
             return dict.fromkeys(self._estimates, Estimate(None, reason=_WHOLE_ONLY))
         return {name: values[run.layer] for name, values in self._estimates.items()}
 
 
 class PartProxies:
-    """Proxies of the parts that runs change, observed in the intact model.
+    """Proxies of the parts that are changed by the runs, observed in the intact model.
 
     Args:
         outcomes: Outcomes of the documents.
@@ -123,7 +123,11 @@ class PartProxies:
         }
 
     def list_proxies(self, runs: Sequence[Change]) -> list[Proxy]:
-        """List the proxies of runs of one kind: of their component, or with a value in any run."""
+        """List the proxies that are available for runs of one kind.
+
+        These are the proxies of the changed component, and the proxies of any part that have a
+        value in at least one of the runs.
+        """
         indexes = [self.indexes[run] for run in runs]
         return [
             proxy
@@ -142,7 +146,11 @@ class PartProxies:
         return self.sums[proxy.over] if proxy.over else self._tokens
 
     def estimates(self, run: Change) -> dict[str, Estimate]:
-        """Return proxy name → value for the changed part, for all proxies that any run has."""
+        """Map the name of each proxy to its estimate for the part that a run changes.
+
+        The result contains the proxies of all runs. Proxies that do not apply to this run are
+        undefined.
+        """
         names = self._names.get((run.sample, run.has_taylor), ())
         undefined = dict.fromkeys(chain(*self._names.values()), Estimate(None, reason=_OTHER_KIND))
         return undefined | {name: self._estimate(PROXIES[name], run) for name in names}
@@ -224,7 +232,10 @@ def run_record(
 
 
 def accuracy_rounding(weights: Array, *risks: RoundingRisk) -> float | None:
-    """Estimate how far rounding shifts an accuracy, or the difference of two accuracies."""
+    """Estimate how far rounding shifts an accuracy, or the difference of two accuracies.
+
+    `risks` contains the rounding risk of each accuracy. Returns None if one of them is unknown.
+    """
     probabilities = [risk.chances for risk in risks if risk.chances is not None]
     if len(probabilities) < len(risks):
         return None
@@ -232,9 +243,10 @@ def accuracy_rounding(weights: Array, *risks: RoundingRisk) -> float | None:
 
 
 def apply_bounds(run: RunRecord, bounds: RunAnswer | None) -> RunRecord:
-    """Replace a run's confidence intervals by bounds that are valid under early stopping.
+    """Replace the interval of a run's drop by bounds that are valid under early stopping.
 
-    The p-values are removed.
+    If `bounds` is None, the interval is removed. The intervals of the other drops and all p-values
+    are removed too, because they are not valid under early stopping.
     """
     reasons = run.reasons | {"mcnemar_p": ONE_LOOK_REASON}
     if bounds is None:

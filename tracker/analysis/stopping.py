@@ -1,6 +1,7 @@
 """Apply the stopping rule of the setting `until` to stored outcomes, block by block.
 
-Also choose the next block of documents, and compute interim estimates during a measurement.
+This module also chooses the next block of documents to measure, and computes interim estimates
+during a measurement.
 """
 
 from __future__ import annotations
@@ -88,7 +89,11 @@ def interim_estimates(store: CellStore, view: View) -> InterimEstimates:
 
 
 def _interim_raced(outcomes: AlignedOutcomes, view: View) -> InterimEstimates:
-    """Estimate each run's drop from its measured documents, without an interval."""
+    """Estimate each run's drop during a measurement with a stopping rule.
+
+    The estimate of a run covers all documents that are measured in this run. The estimates have no
+    confidence intervals.
+    """
     intact = outcomes.restrict(None, [])
     if not intact.tasks:
         return InterimEstimates(0, None, 0, {})
@@ -122,8 +127,8 @@ class RacedFigure(NamedTuple):
         columns: Names of the outcome columns to read.
         compute: Function that computes the statistic from outcome rows.
         failure_reason: Function that returns the reason why a statistic is not usable; "" if all
-            are usable. Its input has one row per document and one column per model, the intact
-            model first.
+            are usable. The function takes an array with one row per document and one column per
+            model. The first column is the intact model.
     """
 
     columns: Sequence[str]
@@ -170,7 +175,7 @@ class BlockRace:
     ignored, because they may not be a random sample.
 
     Attributes:
-        rule: Stopping rule that evaluates the documents.
+        rule: Stopping rule of the comparison.
         next_block: Next block to measure, and the ablations to measure on this block. None if all
             runs are decided or all documents are evaluated.
         looked: Number of documents that the stopping rule has evaluated.
@@ -276,7 +281,10 @@ class BlockRace:
         return (*names, *compress(self._names, self.open))
 
     def measured_documents(self, n_looked: np.ndarray) -> np.ndarray:
-        """Count the documents in all blocks that contain one of the first `n_looked` documents."""
+        """Count the documents that are measured when `n_looked` documents are evaluated.
+
+        Blocks are measured as a whole, so this number can exceed `n_looked`.
+        """
         starts = [0, *(turn.end for turn in self._turns[:-1])]
         totals = np.cumsum([0, *(turn.size for turn in self._turns)])
         return np.asarray(totals[np.searchsorted(starts, n_looked, side="left")])
@@ -286,12 +294,11 @@ class CellRace(BlockRace):
     """Sequential comparison of a model's runs, which stops when `until` is decided.
 
     Attributes:
-        race: State of the comparison, with bounds on the mean drop of each run that `until`
-            compares.
+        race: State of the comparison, with bounds on the mean drop of each compared run.
     """
 
     def __init__(self, store: CellStore, view: View) -> None:
-        """Evaluate the blocks of documents that are already measured.
+        """Initialise the comparison, and evaluate the documents that are already measured.
 
         Args:
             store: Stored outcomes of one model on one benchmark.
@@ -370,7 +377,10 @@ class AnswerForecast:
 
 
 def forecast_answer(store: CellStore, view: View) -> AnswerForecast | None:
-    """Forecast the documents and cost of a stopping rule; None with too few measurements."""
+    """Forecast the number of documents and the cost of a stopping rule.
+
+    Returns None if too few documents are measured for a forecast.
+    """
     assert view.until is not None
     columns = ["task", "doc", "ablation", *DocumentMetric(store, view.metric).columns]
     outcomes = AlignedOutcomes(store, view, columns)
@@ -411,7 +421,7 @@ class CandidateRace(BlockRace):
         ablations: Sequence[Ablation],
         extra_ablations: Sequence[Ablation],
     ) -> None:
-        """Evaluate the blocks of documents that are already measured.
+        """Initialise the comparison, and evaluate the documents that are already measured.
 
         Args:
             store: Stored outcomes of one model on one benchmark.
@@ -447,7 +457,7 @@ class CandidateRace(BlockRace):
 
     @property
     def winners(self) -> list[int]:
-        """Indexes of the candidates that have won; if none has won, of all undecided candidates."""
+        """Indexes of the winning candidates, or of all undecided candidates if none has won."""
         is_chosen = self.rule.chosen
         indexes: list[int] = np.flatnonzero(is_chosen if is_chosen.any() else self.open).tolist()
         return indexes
@@ -464,7 +474,11 @@ def _missing_gold_reason(outcomes: Array) -> str:
 
 
 def count_passes(ablation: Ablation, layers: int) -> int:
-    """Count the layers that must be computed in addition to the intact model's forward pass."""
+    """Count the layers that must be computed again for an ablation.
+
+    Layers before the first changed layer are not counted, because their hidden states are those of
+    the intact model. `layers` is the number of layers of the model.
+    """
     actions = [ablation.at_layer(layer).action for layer in range(layers)]
     changed_layers = (layer for layer, action in enumerate(actions) if action is not Action.PASS)
     first_layer = 0 if "embedding" in ablation.outer_formats else next(changed_layers, layers)

@@ -1,4 +1,4 @@
-"""Compare the engine's speed with evaluating one ablation at a time on the same documents."""
+"""Compare the speed of the engine with the speed of evaluating one ablation at a time."""
 
 from __future__ import annotations
 
@@ -45,15 +45,17 @@ GENERATION_BATCH_SIZES = (1, 8)
 
 @dataclass(frozen=True)
 class GenerationBench:
-    """Timings of generating texts under all ablations at once, and with one lm-eval run for each.
+    """Timings of text generation with the engine and with lm-eval.
+
+    The engine generates texts under all ablations at once, and lm-eval under one at a time.
 
     Attributes:
         together_seconds: Seconds to generate all texts under all ablations at once.
         tokens: Number of tokens of these texts.
-        loop_seconds: Estimated seconds for all ablations one by one, extrapolated from
+        loop_seconds: Estimated seconds of lm-eval for all ablations, extrapolated from
             `evaluations`.
         batch_size: Number of texts in a batch of lm-eval.
-        evaluations: Ablation → seconds that lm-eval took.
+        evaluations: Name of an ablation → seconds that lm-eval needed for this ablation.
         differences: Number of texts that differ between the engine and lm-eval.
         compared: Number of texts that were compared; 0 for sampled texts.
     """
@@ -86,7 +88,7 @@ def run_generation_bench(
     title: str,
     progress: Progress,
 ) -> GenerationBench:
-    """Time the generation of texts by all changed models together, and by one after the other."""
+    """Time the generation of texts under all ablations, with the engine and with lm-eval."""
     prompts = [document.prompt for document in documents if document.prompt is not None]
     loaded, first = engine.loaded, prompts[0]
     generation = Generation(engine, loaded.tokenizer, think_end_token=first.think_end_token)
@@ -137,7 +139,10 @@ def run_generation_bench(
 def _run_lm_eval(
     engine: Engine, ablation: Ablation, prompts: Sequence[Prompt], batch_size: int
 ) -> tuple[float, list[str]]:
-    """Generate the texts of all prompts with lm-eval and a really changed model."""
+    """Generate texts for all prompts with lm-eval and a changed copy of the model.
+
+    Returns the elapsed seconds, and the texts in the order of the prompts.
+    """
     changed = engine.ablate(ablation).loaded
     model = huggingface_model(changed.model, changed.tokenizer, batch_size)
     repeated = [prompt for prompt in prompts for _ in range(prompt.samples)]
@@ -157,15 +162,15 @@ class BenchResult:
         engine_seconds: Seconds that the engine needed for all ablations.
         check_seconds: Seconds that the self-check needed in addition to `engine_seconds`; None if
             the self-check was skipped.
-        outside_share: Share of `engine_seconds` spent outside the model's layers and output head.
+        outside_share: Share of `engine_seconds` spent outside the model's layers and output head;
             None on an accelerator.
         offloaded_bytes: Bytes of the offloaded layers; 0 if no layer is offloaded.
         read_bytes: Bytes of offloaded layers that the engine loaded during the run.
         waiting_share: Share of `engine_seconds` spent waiting for offloaded layers.
-        loops: Name of an evaluation loop → its timing. Empty if weights are offloaded.
-        layer_passes: Number of layer passes in the engine, summed over all tokens.
-        times_the_passes: Name of a program (e.g. lm-eval) → layer passes of the program per layer
-            pass of the engine.
+        loops: Name of an evaluation loop → its timing; empty if weights are offloaded.
+        layer_passes: Number of layers that the engine computes, summed over all tokens.
+        times_the_passes: Name of a program (e.g. lm-eval) → number of layers that the program
+            computes, divided by `layer_passes`.
         sharing: Description of the computation that the engine shares between ablations.
         engine_gflops: Speed of the engine in GFLOP/s.
         matrix_gflops: Speed of a matrix product in GFLOP/s, for comparison.
@@ -248,8 +253,9 @@ def run_bench(
     if any(document.prompt is not None for document in documents):
         if competitor is not None:
             raise BenchmarkError(
-                f"{request.benchmark} generates texts, but {competitor} is timed only for scoring "
-                "given answers; leave --against out, or name a benchmark with given answers"
+                f"{request.benchmark} is a generation task, but --against {competitor} only times "
+                "the scoring of given answers; leave --against out, or choose a benchmark with "
+                "given answers"
             )
         return run_generation_bench(engine, documents, ablations, title, progress)
 

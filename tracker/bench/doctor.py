@@ -70,7 +70,10 @@ def score_ablations(engine: Engine, ablations: Sequence[Ablation], common: int =
 
 
 def score_fitted(engine: Engine) -> Any:
-    """Fit replacements for two layers, and score documents with these replacements."""
+    """Fit replacements for two layers, and score documents with these replacements.
+
+    Returns the scores and proxies, as `score_ablations` does.
+    """
     texts = [[*d.requests[0].context, 3, 7, 9] for d in generate_documents(engine)]
     replacements = fitting.fit_replacements(engine, texts, {1, 2}, linear=True)
     fitted = replace(engine, replacements=replacements)
@@ -78,7 +81,7 @@ def score_fitted(engine: Engine) -> Any:
 
 
 def generate_tokens(engine: Engine) -> Any:
-    """Generate greedy continuations of a prompt under ablations."""
+    """Return the tokens of greedy continuations of a prompt under several ablations."""
     prompt = [5, 9, 23, 7, 80, 41, 3, 11]
     ablations = [INTACT, *FEATURE_SWEEPS["layers"], *FEATURE_SWEEPS["attention and MLP"]]
     model = engine.loaded.model

@@ -69,7 +69,7 @@ class LoopTiming:
 
 @dataclass(frozen=True)
 class Loop:
-    """Evaluation of one ablation after the other with a model of lm-eval.
+    """Loop that evaluates one ablation at a time with a model class of lm-eval.
 
     Attributes:
         name: The name of the program.
@@ -100,7 +100,11 @@ class Loop:
     def timing(
         self, ablations: Sequence[Ablation], scores: Sequence[DocumentScores], engine_seconds: float
     ) -> LoopTiming:
-        """Return the estimated time of all ablations, and compare the results with the engine's."""
+        """Summarise the speed and the results of the evaluations.
+
+        `scores` and `engine_seconds` are the results of the engine, with which the evaluations are
+        compared. The seconds for all `ablations` are extrapolated.
+        """
         timings = {name: seconds for name, (seconds, _) in self.evaluations.items()}
         total = extrapolate_seconds(timings, len(ablations))
         columns = {ablation.name: column for column, ablation in enumerate(ablations)}
@@ -119,7 +123,10 @@ class Loop:
 
 
 def extrapolate_seconds(timings: Mapping[str, float], n_ablations: int) -> float:
-    """Estimate the seconds of all ablations from some; the first of `timings` is the baseline."""
+    """Estimate the seconds for all ablations from the timings of some ablations.
+
+    The first item of `timings` is the timing of the baseline.
+    """
     baseline, *changed = timings.values()
     # A model of one layer has nothing to remove.
     return baseline + (n_ablations - 1) * statistics.mean(changed or [0.0])
@@ -164,7 +171,7 @@ class SkippingWorker:
 def skip_layers(layers: Iterable[nn.Module], removed: Collection[int]) -> None:
     """Replace removed layers by the identity, and restore all other layers.
 
-    A layer of vLLM returns an update and the residual stream. The next layer adds the two.
+    In vLLM, a layer returns an update and the residual stream, which the next layer adds.
     """
     for index, layer in enumerate(layers):
         vars(layer).pop("forward", None)
@@ -173,7 +180,7 @@ def skip_layers(layers: Iterable[nn.Module], removed: Collection[int]) -> None:
 
 
 def _identity_forward(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Build a replacement for a layer's `forward` that changes nothing."""
+    """Build a `forward` method that returns the input of a layer unchanged."""
     signature = inspect.signature(forward)
 
     def identity(*args: object, **kwargs: object) -> Any:

@@ -23,9 +23,9 @@ class Block:
 
     Attributes:
         task: The lm-eval task.
-        number: The 0-based number of the block in this order.
-        seed: The seed of the order if the documents are in random order; None for the task's own
-            order.
+        number: The 0-based number of the block in the order of the documents.
+        seed: The seed of the random order of the documents; None if the documents are in the
+            task's own order.
     """
 
     task: str
@@ -40,9 +40,9 @@ class Block:
 
 
 class ScheduledBlock(NamedTuple):
-    """A block to measure, and its place in an order of documents.
+    """Block to measure, with its size and its position in the order of documents.
 
-    When this block is finished, the first `end` documents of the order have been measured.
+    After this block is measured, all of the first `end` documents in the order are measured.
     """
 
     block: Block
@@ -97,6 +97,9 @@ def split_missing(
 
 @lru_cache(maxsize=256)
 def document_positions(task: str, documents: Sequence[int], seed: int | None) -> Mapping[int, int]:
-    """Map each document to its position in the random order of `seed` (None = as given)."""
+    """Map each document to its position in the random order of `seed`.
+
+    If `seed` is None, the order of `documents` is used.
+    """
     order = documents if seed is None else random_order(seed, task, documents)
     return {number: position for position, number in enumerate(order)}

@@ -1,12 +1,12 @@
-"""Keep a per-user cache, and ignore entries that other users can have written.
+"""Read and write a per-user cache; ignore entries that other users may have written.
 
-An entry is trusted only if its owner and permissions show that no other user can have written it,
-except root. Otherwise the entry is computed again. On systems other than POSIX, every entry is
-trusted.
+An entry is trusted only if its owner and permissions show that no user except this user and root
+can have written it. An entry that is not trusted is computed again. On systems other than POSIX,
+every entry is trusted.
 
 Results of self-checks are stored in the results folder and in the cache, so that each check runs
-once per user. If others can write a results folder, its check results are not trusted, and the
-cache is used instead.
+once per user. If other users can write a results folder, its check results are not trusted, and
+the cache is used instead.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ def cache_folder() -> Path:
             return folder
     folder = _temporary_folder("cache")
     os.environ["TRACKER_CACHE"] = str(folder)  # for child processes
-    advice = (
-        "is used as the cache and is removed at the end. To keep the cache, set TRACKER_CACHE to a "
-        "folder"
+    log.warning(
+        "there is no home folder, so the temporary folder %s is used as the cache and is removed "
+        "at the end of the run. To keep the cache, set TRACKER_CACHE to a folder",
+        folder,
     )
-    log.warning("there is no home folder; %s %s", folder, advice)
     return folder
 
 
@@ -83,7 +83,10 @@ def recall(kind: str, key: str) -> dict[str, Any]:
 
 
 def keep(kind: str, key: str, content: Mapping[str, Any]) -> None:
-    """Write an entry to the cache; do nothing if the cache is not writable or not trusted."""
+    """Write an entry to the cache under a kind and a key.
+
+    If the cache is not writable or not trusted, nothing is written.
+    """
     root = cache_folder()
     with suppress(OSError, WorkError):
         _make_private(root / kind)
@@ -109,7 +112,7 @@ def note_path(root: Path, kind: str, key: str) -> Path:
 def private_folder(name: str) -> Path:
     """Create or open a folder in the cache that only this user and root can write.
 
-    If that is impossible, a temporary folder is returned instead.
+    If the folder cannot be created or is not trusted, a temporary folder is returned instead.
     """
     root = cache_folder()
     folder = root / name
@@ -157,7 +160,8 @@ _DRAFTS_KIND = "drafts"
 class Drafts:
     """Cache of generated texts until the outcomes of their documents are complete.
 
-    A run that is interrupted in the middle of a document finds the texts when it is repeated.
+    If a run is interrupted in the middle of a document, the repeated run reads its texts from the
+    cache.
     """
 
     def __init__(self) -> None:
@@ -174,7 +178,7 @@ class Drafts:
         keep(_DRAFTS_KIND, key, {"texts": texts})
 
     def clear(self) -> None:
-        """Delete all texts whose keys were used."""
+        """Delete the cached texts of all keys that `recall` was called with."""
         for key in self._keys:
             with suppress(OSError):
                 note_path(cache_folder(), _DRAFTS_KIND, key).unlink()
@@ -201,7 +205,10 @@ class Checks:
         return None
 
     def keep(self, key: str, verdict: str) -> None:
-        """Write a verdict to the results folder and the cache, where these are writable."""
+        """Write a verdict to the results folder and to the cache.
+
+        No error is raised if one of these folders is not writable.
+        """
         self._write_note(key, verdict)
         keep(_CHECKS_KIND, key, {"verdict": verdict})
 

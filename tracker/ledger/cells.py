@@ -35,10 +35,13 @@ Derived = TypeVar("Derived", bound=Record)
 _OUTCOME_KEYS = ["task", "doc", "ablation"]
 """Columns that identify an outcome."""
 _OTHER_TOKENS = (
-    "the texts of this file were tokenised by {}, but other texts of the benchmark by {}, so the "
-    "file is left out. Measure such outcomes in a separate results folder"
+    "this file is ignored, because its texts were tokenised by {}, but the other texts of the "
+    "benchmark were tokenised by {}. Measure such outcomes in a separate results folder"
 )
-SHARD_SET_ASIDE = "the damaged file was renamed; run its experiment again, then delete the file"
+SHARD_SET_ASIDE = (
+    "the damaged file was renamed; run the experiment again to measure the lost outcomes, then "
+    "delete the renamed file"
+)
 """The message about a damaged shard that has not been measured again yet."""
 log = logging.getLogger(__name__)
 
@@ -88,11 +91,11 @@ class CellStore:
     def missing_outcomes(
         self, block: Block, extent: Extent, ablations: Collection[str]
     ) -> dict[tuple[str, ...], list[int]]:
-        """Group a block's requested documents by their missing ablations.
+        """Find the missing outcomes of the requested documents in a block.
 
         Returns a dict that maps names of ablations to the documents that are not measured under
-        these ablations yet. Complete documents are left out. Outcomes that were measured in another
-        order of the documents also count.
+        these ablations yet. The dict contains only documents with missing outcomes. An outcome is
+        not missing if it was measured in another order of the documents.
         """
         frame = self.read_block(block, extent, ["doc", "ablation"])
         measured = set(zip(frame["doc"], frame["ablation"], strict=True))
@@ -112,13 +115,16 @@ class CellStore:
     def read_block(
         self, block: Block, extent: Extent, columns: list[str] | None = None
     ) -> pd.DataFrame:
-        """Read the outcomes of a block's requested documents (`extent`) as a data frame."""
+        """Read the outcomes of the requested documents in a block.
+
+        `extent` selects the requested documents. The result is a data frame like that of `read`.
+        """
         documents = self.documents(block, extent)
         frame = self.read([block, *self._other_blocks(block, documents)], columns)
         return frame[frame["doc"].isin(documents)]
 
     def _other_blocks(self, block: Block, documents: Iterable[int]) -> Iterator[Block]:
-        """Yield blocks that contain any of these documents and were measured in another order."""
+        """Yield blocks in other measured document orders that contain some of the documents."""
         task_documents = self.task_documents(ALL_DOCUMENTS)[block.task]
         for seed in self._seeds() - {block.seed}:
             positions = document_positions(block.task, task_documents, seed)
@@ -163,7 +169,7 @@ class CellStore:
 
         Args:
             block: The block that contains the documents.
-            rows: One mapping per (document, ablation), as from `outcomes.outcome_row`.
+            rows: One row per document and ablation, built with `outcomes.outcome_row`.
             metadata: Details of the measurement, with versions, machine and device under
                 `provenance`.
         """
@@ -255,7 +261,10 @@ class CellStore:
     def _intact_shards(
         self, blocks: Sequence[Block] | None, columns: list[str] | None
     ) -> Iterator[tuple[Path, Shard]]:
-        """Yield path and content of each undamaged shard, first in this folder, then in copies."""
+        """Yield the path and the content of each undamaged shard.
+
+        The shards of this folder come first, followed by the shards of the cell's copies.
+        """
         if blocks is None:
             paths = self.shards()
         elif len(blocks) == 1:
@@ -270,9 +279,10 @@ class CellStore:
             yield from copy._intact_shards(blocks, columns)
 
     def _join_shards(self, shards: Mapping[Path, pd.DataFrame]) -> pd.DataFrame:
-        """Join shards into one data frame, with only one tokenisation of each document.
+        """Join shards into one data frame.
 
-        Only the outcomes with a document's most frequent tokenisation are kept.
+        If a document was tokenised in several ways, only the outcomes with the most frequent
+        tokenisation of this document are kept.
         """
         frame, key = pd.concat(shards.values()), ["task", "doc", DIGEST_COLUMN]
         if DIGEST_COLUMN not in frame:
@@ -288,7 +298,10 @@ class CellStore:
         return frame[~pd.MultiIndex.from_frame(frame[key]).isin(rare_digests)]
 
     def _exclude_shard(self, path: Path, stack: Mapping[str, str]) -> None:
-        """Add a shard with other tokens to `mixed`, with advice for the user."""
+        """Add a shard with differently tokenised texts to `mixed`.
+
+        The value in `mixed` is a message for the user.
+        """
         base = self.identity.provenance
         versions = tokeniser_differences(stack, base), tokeniser_differences(base, stack)
         self.mixed[str(path)] = _OTHER_TOKENS.format(*versions)
@@ -302,7 +315,7 @@ class CellStore:
         try:
             shard = read_shard(path.read_bytes(), columns)
             if self._find_block(shard).name != _block_name(path):
-                raise ValueError("the file name belongs to another block of documents")
+                raise ValueError("the file name does not match the block of documents in the file")
             return shard
         except FileNotFoundError:
             if not path.is_symlink():
@@ -328,7 +341,10 @@ class CellStore:
         return None
 
     def damaged_shards(self) -> dict[str, str]:
-        """Return the damaged shards that are not replaced yet, as path → advice to the user."""
+        """Map the path of each unusable shard to a message for the user.
+
+        Damaged shards are included until their outcomes are measured again.
+        """
         stems = {path.stem for path in self.shards()}
         paths = {p for p in self._shards.glob(f"*{ASIDE_SUFFIX}") if p.stem not in stems}
         messages = dict.fromkeys(map(str, sorted(paths | self._unread)), SHARD_SET_ASIDE)
@@ -381,7 +397,7 @@ class CellStore:
         return list(metadata.values())
 
     def siblings(self) -> list[CellStore]:
-        """List other cells with the same names of model and benchmark."""
+        """List the other cells that have the same model name and benchmark name."""
         prefix = self.folder.name[: -len(self.identity.key[:12])]
         stores = []
         for folder in sorted(self.folder.parent.glob(f"{glob.escape(prefix)}*")):
@@ -393,9 +409,9 @@ class CellStore:
 
     @cached_property
     def _earliest_date(self) -> str:
-        """The earliest date for new outcomes: just after the last measurement of `siblings`.
+        """Earliest date of new outcomes, one second after the latest date in `siblings`.
 
-        The date is empty if `siblings` have no measurements.
+        The date is empty if the siblings have no measurements.
         """
         dates = (last_measured(sibling.all_metadata()) for sibling in self.siblings())
         if not (last_date := max(dates, default="")):
@@ -410,14 +426,14 @@ class CellStore:
         return len(self.read(columns=["task", "doc"]).drop_duplicates(["task", "doc"]))
 
     def shards(self) -> list[Path]:
-        """List the paths of the cell's files of outcomes (shards) in this folder."""
+        """List the paths of the cell's shards (files of outcomes) in this folder."""
         return sorted(self._shards.glob("*.parquet"))
 
     def seconds(self, documents: Mapping[str, Collection[tuple[str, int]]]) -> float:
-        """Return the duration of the measurement of the given outcomes, in seconds.
+        """Return the number of seconds that the given outcomes took to measure.
 
-        `documents` maps the name of each ablation to (task, number) of documents. If a shard also
-        contains other outcomes, only a fraction of its time counts.
+        `documents` maps the name of each ablation to documents, each given as (task, number). If
+        only a fraction of a shard's outcomes is given, this fraction of the shard's time counts.
         """
         total = 0.0
         for path in self.shards():
@@ -433,7 +449,8 @@ class CellStore:
     def read_derived(self, state: str, name: str, kind: type[Derived]) -> Derived | None:
         """Return the stored record of the view `name`; None if it is missing or outdated.
 
-        `state` is a hash of the record's inputs. A record with a different hash is outdated.
+        `state` is a hash of the record's current inputs. A record that was stored with another hash
+        is outdated.
         """
         note = read_note(self._derived_path(name, kind))
         if note.get("state") != state:
@@ -446,7 +463,8 @@ class CellStore:
     def write_derived(self, state: str, name: str, record: Record) -> None:
         """Store a record that was computed for the view `name`, if the folder is writable.
 
-        No record is stored if shards were excluded because of other tokens (`mixed`).
+        `state` is a hash of the record's inputs. If `mixed` contains shards with differently
+        tokenised texts, nothing is stored.
         """
         if self.mixed:
             return
@@ -460,12 +478,15 @@ class CellStore:
         return self.folder / "derived" / f"{view_file_name(name)}{suffix}.json"
 
     def receipt(self, destination: str) -> dict[str, str]:
-        """Return the note on the last publication to a destination; {} if there is none."""
+        """Return the receipt that `add_receipt` stored for a destination.
+
+        The result is {} if there is no receipt.
+        """
         note = read_note(self._receipt_path(destination))
         return note if {"record", "location"} <= set(note) else {}
 
     def add_receipt(self, destination: str, **receipt: str) -> None:
-        """Write a note (receipt) on a finished or planned publication to a destination.
+        """Store a receipt, which describes a finished or planned publication to a destination.
 
         A receipt contains, for example, the `location` of the runs and the name of the `view`.
         """
@@ -478,7 +499,7 @@ class CellStore:
         """Record that a search has begun to measure the cell.
 
         `command` is the command that started the search, without the option for the results folder.
-        The cell counts as unfinished until `end_search`.
+        The cell is shown as unfinished until `end_search` is called.
         """
         write_note(self._search_path(command), {"command": list(command)})
 

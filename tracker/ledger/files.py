@@ -29,7 +29,7 @@ from tracker.schema.provenance import content_hash
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file under a temporary name, flush it to disk, and rename it to `path`.
 
-    To a standard stream, device or pipe, the content is written directly.
+    If `path` is a standard stream, a device or a pipe, the content is written to it directly.
 
     Args:
         path: The path of the file.
@@ -73,7 +73,10 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def find_stream(path: Path) -> Path | int | None:
-    """Return the stream, device or pipe at a path; None for a file."""
+    """Return the standard stream, device or pipe at a path; None for a file.
+
+    A standard stream is returned as its file descriptor, and a device or pipe as its path.
+    """
     with suppress(OSError):
         status = path.stat()
         for descriptor in (1, 2):
@@ -108,7 +111,7 @@ def lock_file(path: Path, timeout: float = -1) -> FileLock:
             raise IsADirectoryError(errno.EISDIR, "it is a folder")
         mode = 0o644 | _shared_mode(path.parent.stat())
     except OSError as error:
-        raise WorkError(f"{path} cannot be made: {error.strerror}") from None
+        raise WorkError(f"{path} cannot be created: {error.strerror}") from None
     if not os.access(path if path.exists() else path.parent, os.R_OK | os.W_OK):
         command = f"chmod -R g+rwX {shlex.quote(str(path.parent))}"
         raise WorkError(f"{write_problem(path)}. To share a folder with its group, type: {command}")
@@ -154,7 +157,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 def share_with_group(path: Path) -> None:
     """Give a new file the write permissions of its folder, ignoring the umask.
 
-    Otherwise, other users of a shared folder could not write the file.
+    Without these permissions, other users of a shared folder could not write the file.
     """
     with suppress(OSError):  # another user's
         status, parent = path.stat(), path.parent.stat()
@@ -168,7 +171,10 @@ def share_with_group(path: Path) -> None:
 
 @contextmanager
 def shared_umask(folder: Path) -> Iterator[None]:
-    """Give new files in a `with` block the permissions of a folder, by setting the umask."""
+    """Set the umask so that new files get the write permissions of a folder.
+
+    The umask applies inside the `with` block and is restored at the end.
+    """
     before = os.umask(0)
     added_mode = _shared_mode(folder.stat())
     os.umask(before & ~(added_mode | (added_mode & 0o022) >> 1))
@@ -227,7 +233,10 @@ _FILE = "file"
 
 
 def seal_note(content: Mapping[str, Any]) -> str:
-    """Return the JSON text of a note: `content`, and its digest under the key `digest`."""
+    """Return a note as JSON text.
+
+    The text contains all items of `content`, and the digest of `content` under the key `digest`.
+    """
     return json.dumps({**content, _DIGEST: content_hash(content)}, indent=2)
 
 
@@ -244,14 +253,14 @@ def parse_note(text: str | bytes, name: str | None = None) -> dict[str, Any]:
     try:
         content = json.loads(text)
     except RecursionError:
-        raise ValueError("it is nested too deeply") from None
+        raise ValueError("the JSON text is nested too deeply") from None
     if not isinstance(content, dict):
-        raise ValueError("it holds no JSON object")
+        raise ValueError("the file contains no JSON object")
     if content.pop(_DIGEST, None) != content_hash(content):
         raise ValueError("the digest does not match the content: the file was edited or damaged")
     original = content.pop(_FILE, None)
     if name is not None and original not in (None, name):
-        raise ValueError(f"it is a copy of {original}")
+        raise ValueError(f"the file is a copy of {original}")
     return content
 
 
@@ -269,13 +278,13 @@ def read_note(path: Path) -> dict[str, Any]:
 
 
 def error_reason(error: OSError | ValueError) -> str:
-    """Describe in a few words why a file cannot be used."""
+    """Return the reason why a file cannot be used, as one line of text."""
     if isinstance(error, ValidationError):
         problem = error.errors(include_url=False, include_input=False)[0]
         location = ".".join(map(str, problem["loc"]))
         return f"{location}: {problem['msg']}" if location else problem["msg"]
     if isinstance(error, UnicodeDecodeError):
-        return "it is no UTF-8 text"
+        return "the file is not UTF-8 text"
     if isinstance(error, OSError):
         return error.strerror or str(error)
     return str(error).splitlines()[0]

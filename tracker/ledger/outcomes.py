@@ -26,7 +26,7 @@ TOKENS_COLUMN = "text_tokens"
 CUT_COLUMN = "text_cut"
 """Column of whether the token limit ended each generated text; absent in former versions."""
 COMPARED_COLUMNS = ("compared", "difference", "unsteady")
-"""Columns about outcomes that were repeated with a really pruned model."""
+"""Columns about outcomes that were computed again with a pruned copy of the model."""
 REPEATED_COLUMN = "again"
 """Column of the second computation's log-likelihoods, for outcomes that are computed twice."""
 PROXY_SUMS = tuple(proxy.column for proxy in OBSERVED)
@@ -54,9 +54,9 @@ def outcome_row(
         metrics: Name of each task metric → the metric's value for the responses.
         proxies: Number of measured tokens, and sums of layer statistics [statistic][layer] for the
             columns `PROXY_SUMS`; None unless the ablation is the baseline.
-        comparison: Result of the check against a really changed model: number of responses, largest
-            difference in nats, and number of large differences due to rounding. None if no response
-            was checked.
+        comparison: Result of the check against a changed copy of the model: number of responses,
+            largest difference in nats, and number of large differences due to rounding. None if no
+            response was checked.
         repeated: The responses of a second computation, if there was one.
         part_sums: Column of `PART_SUMS` → sum of a layer statistic; None or empty if nothing was
             measured.
@@ -126,7 +126,7 @@ _SCHEMA = {
 
 
 def outcome_table(rows: Sequence[Mapping[str, object]]) -> pa.Table:
-    """Build the table of a shard from results of `outcome_row`.
+    """Build the table of a shard from rows that were built with `outcome_row`.
 
     A metric's column contains JSON text if any of its values is text, and numbers otherwise.
     """

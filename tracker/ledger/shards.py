@@ -1,15 +1,16 @@
 """Read and write shards: Parquet files with outcomes and the details of their measurement.
 
-The file's metadata holds JSON under `tracker`:
+The metadata of a shard contains a JSON object under the key `tracker`. Its fields are:
 
-    format      how the file is written
-    key, task   the cell and the task of the outcomes
-    provenance  versions, machine and device that measured them
-    digest      SHA-256 of the whole file, with 64 zeros in the digest's place
-    …           details of the measurement: date, seconds, sharing
+    format      version of the file format
+    key, task   key of the cell, and task of the outcomes
+    provenance  software versions, machine and device of the measurement
+    digest      SHA-256 of the file, computed with 64 zeros in place of the digest
+    …           further details of the measurement, such as date, seconds and sharing
 
-Statistics for studies and `observe` are stored in `observed/KIND/TASK.NUMBER.parquet` in the cell's
-folder, one file per block of documents. KIND names the measured quantity and the method.
+Statistics for studies and for the setting `observe` are stored in the cell's folder, in files named
+`observed/KIND/TASK.NUMBER.parquet`. Each of these files contains one block of documents. KIND is a
+name for the measured quantity and the method.
 """
 
 from __future__ import annotations
@@ -41,7 +42,10 @@ _DIGEST = re.compile(rb'"digest": "([0-9a-f]{64})"')
 
 
 def shard_file(table: pa.Table, fields: Mapping[str, object]) -> bytes:
-    """Return the content of a shard's file with a table, metadata and a digest."""
+    """Build the content of a shard from a table and metadata fields.
+
+    A digest of the content is added to the metadata.
+    """
     file_metadata = {"tracker": json.dumps({**fields, "digest": _EMPTY_DIGEST})}
     sink = pa.BufferOutputStream()
     with pq.ParquetWriter(sink, table.schema, compression="zstd") as writer:
@@ -84,7 +88,7 @@ def read_shard_metadata(path: Path) -> dict[str, Any]:
         metadata = pq.read_metadata(path)
         return {**json.loads((metadata.metadata or {})[b"tracker"]), "rows": metadata.num_rows}
     except (pa.ArrowException, LookupError, TypeError) as error:
-        raise ValueError(f"it is no shard: {error}") from None
+        raise ValueError(f"the file is not a shard: {error}") from None
 
 
 def read_shard(content: bytes, columns: Sequence[str] | None = None) -> Shard:
@@ -106,7 +110,7 @@ def read_shard(content: bytes, columns: Sequence[str] | None = None) -> Shard:
         raise ValueError("the unpacked content needs more memory than is available") from None
     # Errors of the reader on damaged files.
     except (pa.ArrowException, OSError, TypeError, LookupError, ArithmeticError) as e:
-        raise ValueError(f"it is no shard: {type(e).__name__}: {e}") from None
+        raise ValueError(f"the file is not a shard: {type(e).__name__}: {e}") from None
     return Shard(table, metadata, digest)
 
 
@@ -126,7 +130,11 @@ DocumentArrays = Mapping[str, NDArray[np.float64]]
 def write_observations(
     folder: Path, kind: str, block: Block, observed: Mapping[int, DocumentArrays]
 ) -> None:
-    """Write the arrays that a study measured for each document of a block to a cell's folder."""
+    """Write the arrays that a study measured on a block of documents.
+
+    `observed` maps document numbers to arrays. The file is written to the cell's folder `folder`;
+    `kind` is a name for the measured quantity and the method.
+    """
     path = _observation_path(folder, kind, block)
     columns: dict[str, list[Any]] = {"doc": list(observed)}
     shapes = {n: list(np.shape(array)) for n, array in next(iter(observed.values())).items()}
@@ -138,9 +146,10 @@ def write_observations(
 
 
 def read_observations(folder: Path, kind: str, block: Block) -> dict[int, DocumentArrays]:
-    """Read the arrays that a study measured for a block, as document number → arrays.
+    """Read the arrays that a study measured on a block of documents.
 
-    The result is empty if the file is missing or damaged.
+    Returns a dict that maps document numbers to arrays. The dict is empty if the file is missing or
+    damaged.
     """
     try:
         shard = read_observation_file(_observation_path(folder, kind, block))
@@ -158,7 +167,7 @@ def read_observation_file(path: Path) -> Shard:
     shard = read_shard(path.read_bytes())
     # Files of former versions do not have their own name.
     if (original := shard.metadata.get("file", _file_identity(path))) != _file_identity(path):
-        raise ValueError(f"it is a copy of {original}")
+        raise ValueError(f"the file is a copy of {original}")
     return shard
 
 
@@ -181,7 +190,7 @@ def read_divergences(folder: Path) -> pd.DataFrame:
 
 
 def _file_identity(path: Path) -> str:
-    """Return the cell key, kind and block of an observation file as one text."""
+    """Return one string with the cell key, kind and block of an observation file."""
     cell, _, kind, block = path.parts[-4:]
     return f"{cell[-12:]}/{kind}/{block}"
 

@@ -20,8 +20,8 @@ RESULTS/
     locks/                  locks, one per block of documents
   slurm/                    the logs of SLURM jobs
 
-Every file that reports show has a digest of its content. If a file does not match its digest, its
-content is measured again, or the file is reported as damaged.
+All files whose contents appear in reports have digests. If a file does not match its digest,
+tracker measures the content again or reports the file as damaged.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def read_records(folder: Path, kind: type[RecordType], damaged: dict[str, str]) 
 
 
 def _repeat_command(path: Path) -> str:
-    """Return advice on how to write a damaged file of results again."""
+    """Return advice on which command creates a damaged file of results again."""
     if path.parent.name == "searches":
         return "type its `tracker prune` again"
     study, _, experiment = unquote(path.stem).partition("--")
@@ -91,7 +91,9 @@ _WRITTEN_FOLDERS = ("cells", "experiments", "index", "locks")
 """Folders of the results folder that a measurement writes."""
 _SHOWN_FOLDERS = ("cells", "experiments", "searches", "studies")
 """Folders of the results folder whose contents pages and commands show."""
-UNFINISHED_CELL = "the run is in progress or stopped; if stopped, type the command of the run again"
+UNFINISHED_CELL = (
+    "the run is in progress or was stopped; to continue a stopped run, type its command again"
+)
 """The message about an unfinished cell."""
 
 
@@ -148,7 +150,7 @@ class Ledger:
         ledger = cls(root)
         if not (root / "tracker.json").is_file():
             command = f"tracker run EXPERIMENT.yaml --results {root}"
-            raise ResultsError(f"{root} is not a results folder. `{command}` makes one.")
+            raise ResultsError(f"{root} is not a results folder; to create one, type: {command}")
         return ledger
 
     def refuse_unwritable(self) -> None:
@@ -156,7 +158,7 @@ class Ledger:
         problem = f"{self.root} cannot be written"
         folder = next(p for p in (self.root, *self.root.absolute().parents) if p.exists())
         if not folder.is_dir():
-            raise ResultsError(f"{self.root} cannot be made: {folder} is a file")
+            raise ResultsError(f"{self.root} cannot be created, because {folder} is a file")
         for path in (folder, *(self.root / name for name in _WRITTEN_FOLDERS)):
             if path.exists() and not os.access(path, os.W_OK | os.X_OK):
                 raise ResultsError(f"{problem}: {files.write_problem(path)}")
@@ -259,7 +261,7 @@ class Ledger:
             return None
 
     def index_cell(self, request_key: str, cell: CellStore) -> None:
-        """Store which cell belongs to a request; `find` returns this cell."""
+        """Store the cell of a request, so that `find` returns this cell."""
         files.write_note(self._index_path(request_key), {"cell": cell.folder.name})
 
     def write_notes(self, notes: Mapping[Path, Mapping[str, Any]]) -> None:
@@ -307,7 +309,9 @@ class Ledger:
             message = f"{path} is damaged; it should hold {{'format': {LEDGER_FORMAT}}}"
             raise ResultsError(message) from None
         if problem := format_problem(number):
-            raise ResultsError(f"{self.root} {problem}, or choose another --results.")
+            raise ResultsError(
+                f"{self.root} {problem}, or choose another results folder with --results."
+            )
         return True
 
 
@@ -315,7 +319,9 @@ def _read_experiment(path: Path) -> str:
     """Read a stored experiment file; raise ValueError if the file was edited or damaged."""
     content, digest_path = path.read_bytes(), _digest_path(path)
     if digest_path.exists() and digest_path.read_text().split()[:1] != [_hash_content(content)]:
-        raise ValueError("the file differs from the experiment that was run: edited or damaged")
+        raise ValueError(
+            "the file differs from the experiment that was run; it was edited or damaged"
+        )
     return content.decode()
 
 

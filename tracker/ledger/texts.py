@@ -91,7 +91,7 @@ class Texts:
 
         Args:
             block: The name of the documents' block, which the caller must have locked.
-            rows: One mapping per document, as from `text_row`.
+            rows: One row per document, built with `text_row`.
         """
         paths = sorted(self._folder.glob(f"{_NAME}{block}.*.parquet"))
         stored_keys = {key for path in paths for key in self.read_file(path)}

@@ -1,4 +1,4 @@
-"""Verify a results folder, and compare two copies."""
+"""Verify a results folder, and compare two copies of a results folder."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ _NOTES = (
     *(f"cells/*/{notes}.json" for notes in ("derived/*", "receipts/*", "begun/*", "verified")),
 )
 """Patterns of the paths of notes that are created again if they are damaged."""
-_LOST = "the file is missing; run its experiment again, which measures the missing outcomes"
-_NO_TEXTS = "the damaged file of texts was renamed; no outcome is affected; delete the file"
+_LOST = "the file is missing; run the experiment again to measure the missing outcomes"
+_NO_TEXTS = (
+    "the damaged file of texts was renamed, and no outcome is affected; delete the renamed file"
+)
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ def verify_ledger(
         problems = {str(path): access_problem(path) for path in store.texts.files()}
         result.damaged |= {path: problem for path, problem in problems.items() if problem}
         for path in sorted(store.folder.glob("observed/*/*.parquet")):
-            result.damaged |= _check_file(path, read_observation_file, "observed")
+            result.damaged |= _check_file(path, read_observation_file, "measured")
         for paths, message in (
             (aside_paths, SHARD_SET_ASIDE),
             (lost_paths, _LOST),
@@ -86,17 +88,22 @@ def verify_ledger(
         progress(1)
     for pattern in _NOTES:
         for path in sorted(ledger.root.glob(pattern)):
-            result.damaged |= _check_file(path, _read_note, "made")
+            result.damaged |= _check_file(path, _read_note, "created")
     return result
 
 
 def _check_file(path: Path, read: Callable[[Path], object], verb: str) -> dict[str, str]:
-    """Verify a file that can be recreated; return {} if intact, else {path: message}."""
+    """Verify a file that tracker can create again.
+
+    `read` raises an error if the file is damaged. `verb` is a word of the message, such as
+    `created`. Returns {path: message} for a damaged file, and {} for an intact file.
+    """
     try:
         read(path)
     except (OSError, ValueError) as error:
         reason = error_reason(error)
-        return {str(path): f"{reason}; the file is ignored, and {verb} again when it is needed"}
+        message = f"{reason}; the file is ignored, and its content is {verb} again when needed"
+        return {str(path): message}
     return {}
 
 
@@ -145,8 +152,10 @@ def _cell_differences(*stores: CellStore) -> Iterator[str]:
     shared_keys = outcomes.keys() & other_outcomes
     if differing := [key for key in shared_keys if outcomes[key] != other_outcomes[key]]:
         task, doc, ablation = min(differing)
-        example = f"such as the outcome of document {doc} of {task} with ablation {ablation}"
-        yield f"{len(differing)} outcomes differ, {example}"
+        yield (
+            f"{len(differing)} outcomes differ, such as the outcome of document {doc} of {task} "
+            f"with ablation {ablation}"
+        )
 
 
 def _outcomes(store: CellStore) -> dict[tuple[str, int, str], str]:

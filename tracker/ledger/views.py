@@ -1,4 +1,4 @@
-"""Name cells, and store which runs, metric and documents of a cell were requested (views).
+"""Compute the keys of cells, and store views: requests for runs, a metric and documents.
 
 A cell's key is a hash of all inputs that affect a document's outcome, such as weights, task and
 number of few-shot examples.
@@ -46,7 +46,8 @@ def cell_key(model: ModelIdentity, benchmark: BenchmarkIdentity) -> str:
     """Return a cell's key, a hexadecimal SHA-256 of its model, tasks and settings.
 
     The key does not depend on the selected documents, the ablated layers, the batch size or the
-    shown metric. So later requests with other documents or layers add outcomes to the same cell.
+    shown metric. Later requests with other documents or layers therefore add outcomes to the same
+    cell.
     """
     return content_hash(
         {
@@ -67,6 +68,7 @@ def request_key(
 ) -> str:
     """Return a hash to find a request's cell without loading the model or the data.
 
+    `model_stamp` and `data_stamp` are values that change when the model or the data changes.
     Requests with equal keys belong to the same cell. The key does not depend on the ablations, the
     number of documents or the metric.
     """
@@ -112,7 +114,7 @@ class CellIdentity(Record):
 
 
 class RequestedView(Record):
-    """Content of a file in `requests/`: a view and its project."""
+    """View and its project, as stored in a file in `requests/`."""
 
     format: int = LEDGER_FORMAT
     project: str
@@ -151,7 +153,7 @@ class Views:
     def add_request(
         self, request: CellRequest, project: str, named: bool = False, explicit: bool = False
     ) -> View:
-        """Store what a request asks for (runs, metric and documents) as a view of the cell.
+        """Store the runs, metric and documents of a request as a view of the cell.
 
         Args:
             request: The request. Its documents must already be measured.
@@ -179,8 +181,9 @@ class Views:
         """Return the view that shows the results of a request.
 
         Requests with the same metric, documents, removed layers and `until` setting share one view.
-        If `named` is false, a stored view with more documents is returned if it contains all runs
-        of `request`. Otherwise, the returned view can replace stored views with fewer documents.
+        If a stored view has more documents and contains all runs of `request`, this view is
+        returned, unless `named` is true. In all other cases, the returned view can replace stored
+        views with fewer documents.
         """
         return self._place_view(self.view_of(request), named)[0]
 
@@ -196,7 +199,10 @@ class Views:
     def _place_view(
         self, new: View, named: bool, explicit: bool = False
     ) -> tuple[View, list[View]]:
-        """Return (view to store for `new`, stored views that this view replaces)."""
+        """Find the view to store for the requested view `new`.
+
+        Returns the view to store, and the list of stored views that it replaces.
+        """
         name, views = self.view_name(new), {self.view_name(v): v for v in self.related_views(new)}
         if problem := access_problem(self.path(name)):
             raise ResultsError(f"{self.path(name)}: {problem}")
@@ -222,7 +228,7 @@ class Views:
         return view.model_copy(update=update), list(superseded.values())
 
     def read(self, text: str | bytes, name: str | None = None) -> RequestedView:
-        """Parse the text of a file with a requested view; `name` is the expected file name.
+        """Parse the text of a view's file; `name` is the expected name of the file.
 
         ValueError is raised if the file is damaged or does not belong to the cell.
         """
@@ -270,8 +276,8 @@ class Views:
             try:
                 requested = self.read(path.read_bytes(), path.name)
             except (OSError, ValueError) as error:
-                again = "delete the file and run its experiment again (outcomes are kept)"
-                damage = f"it is damaged ({error_reason(error)}); {again}"
+                again = "delete the file and run the experiment again; no outcome is lost"
+                damage = f"the file is damaged ({error_reason(error)}); {again}"
                 problem = access_problem(path) or damage
                 if damaged is None:
                     raise ResultsError(f"{path}: {problem}") from None
@@ -295,7 +301,7 @@ class Views:
         return view.model_copy(update={"supersedes": tuple(sorted(gone)), "beside": ""})
 
     def _label(self, view: View) -> str:
-        """Return a label that distinguishes a view from similar views, e.g. `100 documents`."""
+        """Return a label that distinguishes a view from similar views, such as `100 documents`."""
         if view.until is not None:
             return f"until {view.until.question}, {count_text(len(view.until.runs), 'run')}"
         per_task = " per task" if len(self.identity.benchmark.tasks) > 1 else ""
@@ -313,7 +319,10 @@ class Views:
         return view.name(self.identity.benchmark.primary_metric)
 
     def path(self, name: str) -> Path:
-        """Return the path of a view's file, also if an earlier version of tracker wrote it."""
+        """Return the path of a view's file.
+
+        The function also finds files that earlier versions of tracker wrote under other names.
+        """
         if (path := self._path(name)).exists():
             return path
         for former_path in self.files():

@@ -20,7 +20,7 @@ from tracker.schema.views import View
 
 
 def derive_record(store: CellStore, view: View) -> CellRecord:
-    """Return the figures of a view; compute them if no valid record is stored."""
+    """Return the record of a view; compute the record if no valid one is stored."""
     extra = (*store.texts.file_names(), file_hash(divergence_files(store.folder)))
     state, name = _state_hash(store, view, *extra), store.views.view_name(view)
     record = store.read_derived(state, name, CellRecord)
@@ -56,7 +56,7 @@ def derive_answer(store: CellStore, view: View) -> AnswerRecord | None:
 
 
 def read_decisions(store: CellStore, view: View) -> DecisionsRecord | None:
-    """Return the documents that get worse or better under each ablation of a view.
+    """Return the record of the answers that change under each ablation of a view.
 
     Returns None if no document is measured yet.
     """
@@ -83,7 +83,10 @@ def _code_hash() -> str:
 
 
 def _aggregate(how: str, values: Sequence[float | str]) -> float | None:
-    """Aggregate documents' values as in lm-eval; `how` is the aggregation, e.g. `mean`."""
+    """Aggregate the values of documents as lm-eval does.
+
+    `how` is the name of the aggregation, such as `mean`.
+    """
     if how == "mean":
         return sum(float(value) for value in values) / len(values)
     from tracker.benchmarks.tasks import aggregate

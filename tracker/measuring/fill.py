@@ -1,6 +1,7 @@
 """Measure the missing outcomes of a cell, block by block; several processes can share a cell.
 
-A process locks a block before measuring it. The processes can belong to different commands.
+A process locks a block before measuring it. Processes that share a cell can belong to different
+commands.
 """
 
 from __future__ import annotations
@@ -55,29 +56,35 @@ def refuse_other_tokens(store: CellStore, facts: CellFacts, progress: Progress) 
     frame = store.read(columns=["task", "doc", DIGEST_COLUMN, PROVENANCE_COLUMN]).drop_duplicates()
     for task, doc, digest, provenance_text in frame.itertuples(index=False):
         if isinstance(digest, str) and facts.digests.get((task, doc), digest) != digest:
-            change = f"document {doc} of {task} has other tokens"
-            raise _mixing_error(change, json.loads(provenance_text), provenance)
+            subject = f"document {doc} of {task}"
+            raise _mixing_error(subject, json.loads(provenance_text), provenance)
     if has_other_tokens(store.identity.provenance, provenance):
-        raise _mixing_error("texts have other tokens", store.identity.provenance, provenance)
+        raise _mixing_error("the benchmark", store.identity.provenance, provenance)
     undigested = map(json.loads, frame[PROVENANCE_COLUMN][frame[DIGEST_COLUMN].isna()].unique())
     versions = {tokeniser_differences(stored, provenance) for stored in undigested}
     if versions := versions - {SAME_VERSIONS}:
         progress.say(
-            f"{store.identity.benchmark.title}: stored results ({'; '.join(sorted(versions))}) do "
-            f"not record tokens. If {tokeniser_differences(provenance, {})} tokenise differently, "
-            "old and new results do not match; to avoid this, choose another folder: --results"
+            f"{store.identity.benchmark.title}: the stored results "
+            f"({'; '.join(sorted(versions))}) contain no digests of their tokens. If "
+            f"{tokeniser_differences(provenance, {})} tokenise texts differently, the new results "
+            "do not match the stored ones; to avoid this, choose another folder with --results"
         )
 
 
-def _mixing_error(change: str, stored: Mapping[str, str], current: Mapping[str, str]) -> CellError:
-    """Build the error about texts that are tokenised differently than before."""
+def _mixing_error(subject: str, stored: Mapping[str, str], current: Mapping[str, str]) -> CellError:
+    """Build the error about a document or benchmark that is now tokenised differently.
+
+    `stored` and `current` are the provenances of the stored and of the new results.
+    """
     old, new = tokeniser_differences(stored, current), tokeniser_differences(current, stored)
     advice = (
-        ". Possible causes: a chat template that inserts the current date (set the date in "
-        "chat_template_args), or model code that was not run (--trust-remote-code)"
+        ". A possible cause is a chat template that inserts the current date; to fix this, set the "
+        "date in chat_template_args. Another possible cause is model code that was not run; to run "
+        "the code, add --trust-remote-code"
     )
     return CellError(
-        f"{change} now ({new}) than in the stored results ({old}), so no results were added. "
+        f"{subject} is now tokenised differently ({new}) than in the stored results ({old}), so no "
+        "results were added. "
         "Restore the former versions and settings, or choose another results folder with "
         f"--results{advice * (old == SAME_VERSIONS)}"
     )
@@ -154,7 +161,7 @@ class CellWork:
 
     @property
     def has_free_block(self) -> bool:
-        """True if there may be a block to measure that no process is measuring."""
+        """True if a block with missing outcomes may be available for measurement."""
         return time.monotonic() >= self._retry_time and bool(self._free_blocks())
 
     @contextmanager
@@ -186,7 +193,11 @@ class CellWork:
             self._update_race()
 
     def _read_traces(self, block: Block) -> dict[int, list[str]]:
-        """Return the stored texts of the intact model that changed models read."""
+        """Return the intact model's stored texts for the documents of a block.
+
+        In benchmarks named `traces:TASK`, changed models score these texts. For other benchmarks,
+        the result is empty.
+        """
         if not names_traces(self.store.identity.benchmark.name):
             return {}
         frame = self.store.read_block(block, self._extent)
@@ -272,7 +283,10 @@ class CellWork:
         )
 
     def _report_responses(self, block: Block, n_pending: int, n_responses: int) -> None:
-        """Report `n_responses` new responses; at least `n_pending` of the block remain."""
+        """Report `n_responses` new responses of a block to the progress receiver.
+
+        `n_pending` is the minimum number of responses of the block that remain to be computed.
+        """
         # The baseline is always computed with missing ablations; it is not counted again.
         self._report_done(block, max(n_pending, self.missing_responses.get(block, 0) - n_responses))
 

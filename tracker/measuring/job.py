@@ -93,14 +93,16 @@ class Options:
             )
         if self.executor == "ray" and self.workers is not None:
             raise RequestError(
-                "--workers counts local processes; leave it out for Ray, which starts a worker "
-                "for every GPU, for every --devices-per-worker GPUs, or for every node"
+                "--workers sets a number of local processes, so leave it out with --executor ray. "
+                "Ray starts a worker for every GPU, for every --devices-per-worker GPUs, or for "
+                "every node"
             )
         if self.executor == "slurm" and (counts or self.device == "all"):
             raise RequestError(
-                "a SLURM job measures in one process. For a model that needs several GPUs: "
-                "--slurm gpus_per_node=2 --device spread. For several workers in one job, write a "
-                "script for sbatch that runs: tracker run FILE --device all"
+                "--executor slurm uses one process per job, without --workers, "
+                "--devices-per-worker or --device all. If the model needs several GPUs, add: "
+                "--slurm gpus_per_node=2 --device spread. To use several workers in one job, write "
+                "a script for sbatch that runs: tracker run FILE --device all"
             )
 
 
@@ -137,7 +139,7 @@ class Job:
     def title(self) -> str:
         """Name of the job in messages."""
         n_others = len(self.cells) - 1
-        suffix = f" and {n_others} more of its views" if n_others else ""
+        suffix = f" and {n_others} more requests for this cell" if n_others else ""
         return f"{self.cells[0].request.title}{suffix}"
 
 

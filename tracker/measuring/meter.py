@@ -93,9 +93,9 @@ class Measurement:
     """Measured outcomes of a list of documents.
 
     Attributes:
-        rows: One mapping per (document, ablation), as from `outcomes.outcome_row`.
+        rows: One row per document and ablation, built with `outcomes.outcome_row`.
         metadata: Details of the measurement: date, seconds, package versions, machine and device.
-        texts: One mapping per document with the text, as from `texts.text_row`.
+        texts: One row per document with its text, built with `texts.text_row`.
         notes: Messages of the engine during the measurement.
     """
 
@@ -157,17 +157,18 @@ class Meter:
 
     @property
     def engine(self) -> Engine:
-        """Engine for scoring, with the shared computation that `check` allows."""
+        """Engine for scoring, which shares computation only as far as `check` allows it."""
         assert self._scorer is not None, "check() comes first"
         return self._scorer.engine
 
     def check(
         self, verdicts: VerdictStore | None = None, typical: Sequence[Ablation] = ()
     ) -> list[str]:
-        """Run the self-check, which `measure` requires; return messages for the user.
+        """Run the self-check, and return messages for the user.
 
-        `verdicts` stores results of the self-check for later runs. `typical` lists ablations to
-        test on a miniature model; by default, the cell's ablations.
+        This method must be called before `measure`. `verdicts` stores results of the self-check for
+        later runs. `typical` lists the ablations that are tested on a miniature model; if it is
+        empty, the cell's ablations are tested.
         """
         from tracker.benchmarks.traces import Traces
         from tracker.engine.scoring.sweep import Engine
@@ -268,7 +269,10 @@ class Meter:
         documents: Sequence[Document],
         traces: Mapping[int, Sequence[str]],
     ) -> list[Document]:
-        """Return documents that score the intact model's texts; generate missing texts."""
+        """Build documents in which the intact model's texts are scored.
+
+        `traces` contains stored texts of the intact model; missing texts are generated.
+        """
         from tracker.benchmarks.traces import FIRST_TRACES
 
         texts, unwritten = dict(traces), [d for d in documents if d.index not in traces]
@@ -292,14 +296,17 @@ class Meter:
         return texts
 
     def _note_cut_texts(self, texts: Sequence[GeneratedText]) -> None:
-        """Add a message, once, if the token limit ends most texts of the intact model."""
+        """Add a message if most texts of the intact model were cut off at the token limit.
+
+        The message is added only once.
+        """
         n_cut = sum(bool(text.is_cut) for text in texts)
         if 2 * n_cut > len(texts) and not self._has_noted_cut_texts:
             self._has_noted_cut_texts = True
             self.engine.notes.append(
-                f"{self._benchmark.identity.name}: the token limit ends {n_cut} of the intact "
-                f"model's first {len(texts)} texts, so their answers may be missing; raise "
-                "max_gen_toks in gen_kwargs"
+                f"{self._benchmark.identity.name}: {n_cut} of the intact model's first "
+                f"{len(texts)} texts were cut off at the token limit, so their answers may be "
+                "missing; raise max_gen_toks in gen_kwargs"
             )
 
     def _notes(self) -> list[str]:
@@ -311,7 +318,10 @@ class Meter:
     def _observe_parts(
         self, documents: Sequence[Document], parts: Sequence[Change]
     ) -> list[dict[Change, dict[str, float]]]:
-        """Measure layer statistics (proxies) of changed parts in each document."""
+        """Measure statistics (proxies) of the given parts on each document.
+
+        The result contains a dict for each document, which maps each part to its statistics.
+        """
         from tracker.engine.observers.layer_proxies import measure_expert_load
         from tracker.engine.observers.taylor import measure_kl_gradients, measure_taylor
 

@@ -1,4 +1,4 @@
-"""Compute statistics per document for studies and `observe`, and store them in the ledger."""
+"""Compute and store statistics of documents for studies and for the setting `observe`."""
 
 from __future__ import annotations
 

@@ -71,8 +71,8 @@ class PlannedCell:
         request: The request of the cell.
         runs: Number of runs of the cell.
         measured: True if the ledger already has all outcomes of the cell.
-        shared: True if the cell differs from an earlier cell only in its metric. Such a cell costs
-            nothing.
+        shared: True if the cell differs from an earlier cell only in its metric, so that measuring
+            it costs nothing.
         cost: The cost of measuring the whole cell, including outcomes that are already in the
             ledger.
         dtype: The data type of the computation, such as `bfloat16`.
@@ -236,7 +236,10 @@ def _add_repeated_cost(cell_cost: Cost, texts: PlannedTexts, seed: int) -> Cost:
 
 
 def _observed_spread(cell: CellLookup, metric: str) -> OutcomeVariance | None:
-    """Return the outcome variance of the median run in the stored results."""
+    """Return the median of the runs' outcome variances in the stored results.
+
+    The record with the most documents is used. Returns None if no variance is stored.
+    """
     if cell.store is None:
         return None
     views = [requested_view.view for requested_view in cell.store.views.read_requested({})]

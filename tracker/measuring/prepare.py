@@ -119,8 +119,8 @@ def widen_request(
     unknown. If the trial's ablation is already measured, the returned request contains only
     ablations with stored results.
 
-    A sweep can contain invalid combinations, such as a layer that is already removed. They raise no
-    error.
+    A sweep can contain invalid combinations, such as a layer that is already removed. Invalid
+    combinations raise no error.
 
     Args:
         request: The trial's request, which names one ablation.
@@ -154,8 +154,8 @@ def widen_request(
     if cell is None and reason is None and request.until is not None:
         raise ExperimentError(
             f"'until': '{request.until}' compares all runs of a benchmark, but a trial is a "
-            "single run. The sweep of the trial lists the other runs, but it cannot be read here. "
-            "Give the experiment file to tracker run, or leave 'until' out of the file"
+            "single run. The other runs are listed in the trial's sweep, which cannot be read "
+            "here. Run the experiment file with tracker run, or leave 'until' out of the file"
         )
     changes = request.changes if cell is None else cell.changes
     layer_numbers = [n for n in range(layers) if cell is None or n in changes.layers]
@@ -164,9 +164,10 @@ def widen_request(
 
 
 def find_earlier_request(request: CellRequest, store: CellStore | None) -> CellRequest | None:
-    """Add the runs of an earlier request that has the same `until` setting.
+    """Replace the runs of a request by the runs of an earlier request.
 
-    Returns None if no earlier request had this setting and included the requested runs.
+    The earlier request must have the same `until` setting, and contain all runs of `request`.
+    Returns None if there is no such earlier request.
     """
     view = store.views.view_of(request) if store else None
     question = view.until if view else None
@@ -189,7 +190,8 @@ def check_layers(cells: Sequence[CellLookup]) -> None:
 def check_range(request: CellRequest, parts: ModelParts) -> None:
     """Raise ExperimentError if the model lacks requested layers or parts, or no run is valid.
 
-    The function also raises the error if e.g. `until: top 5` is set but there are only 5 runs.
+    The error is also raised if the `until` setting needs more runs. For example, `until: top 5`
+    needs more than 5 runs.
     """
     check_parts(request, parts)
     layers = parts.layers
@@ -297,4 +299,6 @@ def check_documents(requests: Sequence[CellRequest], progress: Progress) -> list
     names = dict.fromkeys(hub_specs.values())
     if not names:
         return []
-    return [f"documents and metrics of {', '.join(names)}, which tracker plan reads from the hub"]
+    return [
+        f"the documents and metrics of {', '.join(names)} are read from the hub by tracker plan"
+    ]

@@ -80,7 +80,7 @@ class Scorer:
         return results
 
     def clear_drafts(self) -> None:
-        """Delete the texts that are kept in case that the run is interrupted."""
+        """Delete the cached texts that would be used after an interruption of the run."""
         if self.generation is not None and self.generation.drafts is not None:
             self.generation.drafts.clear()
 
@@ -92,10 +92,10 @@ class Scorer:
         seed: str,
         first_index: int,
     ) -> dict[tuple[int, Ablation], Comparison]:
-        """Compare the responses under random ablations with those of a really pruned model.
+        """Compare responses under random ablations with responses of pruned models.
 
         Args:
-            reference: Object that computes the responses of a really pruned model copy.
+            reference: Object that computes the responses of a pruned copy of the model.
             results: The results of `score` for one task.
             ablations: The ablations under which the documents were scored.
             seed: Seed for drawing one ablation per document.
@@ -193,8 +193,8 @@ class Generation:
     """Generator of continuations of prompts under many ablations.
 
     If `together` is true, the continuations under all ablations are generated in one batch.
-    Otherwise, a really pruned model copy generates each continuation. `drafts` keeps texts for a
-    repeated run; None to keep nothing.
+    If `together` is false, a pruned copy of the model generates the continuations of each ablation.
+    `drafts` caches the texts in case the run is interrupted; None disables the cache.
     """
 
     engine: Engine
@@ -239,7 +239,11 @@ class Generation:
         rows: Sequence[tuple[Ablation, int]],
         generate: Callable[[], Sequence[GeneratedText]],
     ) -> SampledTexts:
-        """Generate the texts of ablations and samples, or read those of an interrupted run."""
+        """Return the cached texts of an interrupted run, or generate new texts.
+
+        `rows` contains the ablation and the sample number of each text. `generate` is called if
+        the texts are not cached.
+        """
         # A fitted replacement also depends on the texts that it was fitted to.
         if self.drafts is None or any(ablation.has_replacements for ablation, _ in rows):
             return tuple(generate())
@@ -259,7 +263,7 @@ class Generation:
     def generate_separately(
         self, prompt: Prompt, ablation: Ablation, seed: int | None = None
     ) -> SampledTexts:
-        """Generate a prompt's continuations with a really pruned model, as lm-eval does.
+        """Generate continuations of a prompt with a pruned copy of the model.
 
         If `seed` is given, the token embeddings get random noise as small as rounding errors.
         """
@@ -271,11 +275,12 @@ class Generation:
     def choose_mode(
         self, prompt: Prompt, ablations: Sequence[Ablation]
     ) -> tuple[Generation, str | None]:
-        """Choose between one batch for all ablations and separate generation.
+        """Choose whether texts are generated in one batch or separately for each ablation.
 
-        The method generates a few tokens in both ways, and chooses one batch if the texts are
-        equal. In half precision, up to half of the texts can differ because of rounding. The method
-        returns the generator to use, and the reason if one batch fails or changes too many texts.
+        To choose, the method generates a few tokens in one batch and separately. One batch is used
+        if the texts are equal; in half precision, up to half of the texts may differ because of
+        rounding. Returns the generator to use, and a reason if one batch fails or changes too many
+        texts (else None).
         """
         if not self.engine.sharing.depth:  # each ablation is another model; the check reported it
             return replace(self, together=False), None
@@ -291,17 +296,18 @@ class Generation:
                 raise
             name = type(self.engine.loaded.model).__name__
             reason = describe_error(error, DEPTH_ONLY, name)
-            return separate, f"each ablation generates alone, because {reason}"
+            return separate, f"texts are generated separately for each ablation, because {reason}"
         n_changed = sum(
             text != true_text and not self.is_unsteady(short, ablation, true_text)
             for ablation, text, true_text in zip(ablations, texts, true_texts, strict=True)
         )
         if n_changed > (len(texts) / 2 if self.engine.loaded.identity.is_half else 0):
-            return separate, f"generating together changes {n_changed} of {len(texts)} texts"
+            reason = f"generation in one batch changes {n_changed} of {len(texts)} texts"
+            return separate, reason
         return self, None
 
     def compare(self, prompt: Prompt, ablation: Ablation, texts: SampledTexts) -> Comparison:
-        """Compare generated texts with the texts that a really pruned model generates."""
+        """Compare generated texts with the texts that a pruned copy of the model generates."""
         true_texts = self.generate_separately(prompt, ablation)
         if texts == true_texts:
             return Comparison(1)
@@ -309,7 +315,10 @@ class Generation:
             return Comparison(1, unsteady=1)
         pairs = ((a.text, b.text) for a, b in zip(texts, true_texts, strict=True) if a != b)
         text, true_text = next(pairs)
-        wrong = f"{ablation.name}: {text!r}, but the pruned model generates {true_text!r}"
+        wrong = (
+            f"under {ablation.name}, the text is {text!r}, but the pruned model generates "
+            f"{true_text!r}"
+        )
         return Comparison(1, wrong=wrong)
 
     def is_unsteady(self, prompt: Prompt, ablation: Ablation, texts: SampledTexts) -> bool:
@@ -322,7 +331,10 @@ _ROW_SIZES = "rows"
 
 
 def set_row_size(engine: Engine) -> Engine:
-    """Return an engine whose batch rows have the fastest number of tokens on this machine.
+    """Set the row size of an engine to the fastest value.
+
+    The row size is the number of tokens per batch row. The fastest value depends on the model and
+    on this machine.
 
     Args:
         engine: The engine, with an unchanged model.

@@ -1,4 +1,7 @@
-"""Load models and measure their ablations on benchmarks, in this or a separate process."""
+"""Load models and measure their ablations on benchmarks.
+
+A worker runs in this process or in a separate process.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +53,7 @@ class Worker:
     def open(
         self, requests: Sequence[CellRequest], benchmark: Benchmark | None = None
     ) -> CellFacts:
-        """Load the model and the benchmark of some requests.
+        """Load the model and the benchmark that the requests name.
 
         Args:
             requests: Requests that differ only in their ablations.
@@ -87,7 +90,11 @@ class Worker:
         traces: Mapping[int, Sequence[str]],
         advance: Advance = lambda responses: None,
     ) -> Measurement:
-        """Measure documents of a task of the opened benchmark under the ablations `names`."""
+        """Measure documents of one task under the ablations `names`.
+
+        The task belongs to the opened benchmark. `traces` contains the stored texts of the intact
+        model. `advance` is called with the number of new responses.
+        """
         assert self._meter is not None, "open() comes first"
         return self._meter.measure(task, names, documents, traces, advance)
 
@@ -129,7 +136,10 @@ class RemoteWorker(Worker):
         share_memory(workers)
 
     def ready(self) -> None:
-        """Do nothing; a call returns when the worker process is ready."""
+        """Do nothing.
+
+        A remote call of this method returns as soon as the worker process is ready.
+        """
 
 
 def _refuse_missing_devices(device: str) -> None:

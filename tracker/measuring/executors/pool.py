@@ -1,7 +1,7 @@
-"""Measure cells with several workers, with one thread of this process per worker.
+"""Measure cells with several workers, each of which has one thread of this process.
 
-The thread calls its worker and writes the outcomes. Each block of documents is locked while it is
-measured. This module also divides the devices among the workers.
+A thread calls its worker and writes the outcomes of this worker. Each block of documents is locked
+while it is measured. This module also divides the devices among the workers.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class _PoolCell:
     Attributes:
         work: Blocks of documents that are still to be measured; None until a worker has opened the
             cell.
-        deaths: Block → number of workers that died while they measured the block. The key None
-            stands for the opening of the cell.
+        deaths: Block → number of workers that died while they measured the block. The value of the
+            key None is the number of workers that died while they opened the cell.
         has_ended: True if the cell is finished or has failed.
     """
 
@@ -125,10 +125,10 @@ class WorkerPool:
                     self._end_cell(cell, CellError(f"no worker is left: {error}"))
 
     def _next_cell(self, worker: Remote) -> _PoolCell | None:
-        """Return the next cell for a worker, or wait for one; None if all cells are done.
+        """Wait for a cell that a worker can measure, and return this cell.
 
-        The worker continues its current cell if possible. Otherwise, cells of its loaded model come
-        first.
+        The worker continues its current cell if possible. Cells of the model that the worker has
+        loaded are preferred to other cells. Returns None if all cells are done.
         """
         open_cell = self._open_cells.get(worker)
         loaded_model = open_cell and open_cell.request.model
@@ -148,7 +148,10 @@ class WorkerPool:
         return None
 
     def _measure(self, worker: Remote, cell: _PoolCell) -> bool:
-        """Measure a cell's free blocks with a worker; return False if the worker died."""
+        """Measure blocks of a cell with a worker until no block is available.
+
+        Returns False if the worker died.
+        """
         block: Block | None = None
         try:
             work = cell.work or self._open(worker, cell)
@@ -191,7 +194,7 @@ class WorkerPool:
                 for lookup in cell.job.cells if cell.work.missing_responses else ():
                     self._report.on_begin(lookup, cell.work.store)
             elif cell_key(facts.model, facts.benchmark) != cell.work.store.identity.key:
-                raise CellError("the workers do not all see the same model and data")
+                raise CellError("the workers read different versions of the model or of the data")
             else:
                 refuse_other_tokens(cell.work.store, facts, progress)
         for line in worker.check(self._checks) if cell.work.missing_responses else ():
@@ -201,7 +204,7 @@ class WorkerPool:
     def _handle_death(
         self, worker: Remote, cell: _PoolCell, block: Block | None, reason: str
     ) -> None:
-        """Count the death of a worker; fail the cell if many workers died."""
+        """Count the death of a worker; end the cell with an error after too many deaths."""
         worker.close()
         with self._condition:
             self._open_cells.pop(worker, None)
@@ -214,8 +217,12 @@ class WorkerPool:
                 text = f"{worker.name} died; its unfinished work is done again ({reason})"
                 self._report.progress.say(text)
                 return
-            activity = "opening it" if block is None else f"the same documents of {block.task}"
-            error = CellError(f"{limit} workers died over {activity}; the last: {reason}")
+            activity = "opening the cell"
+            if block is not None:
+                activity = f"measuring the same documents of {block.task}"
+            error = CellError(
+                f"{limit} workers died while {activity}; reason of the last death: {reason}"
+            )
             self._end_cell(cell, error)
 
     def _end_cell(self, cell: _PoolCell, outcome: CellStore | Exception) -> None:

@@ -59,7 +59,7 @@ class WorkerProcess(RemoteObject):
     @override
     def _why_ended(self, code: int | None) -> str:
         if code is None:
-            return "the worker does not answer any more"
+            return "the worker process no longer responds"
         if code == -signal.SIGKILL:
             return "the worker was killed, probably because memory ran out; use fewer workers"
         cause = signal.Signals(-code).name if code < 0 else f"exit code {code}"

@@ -32,10 +32,12 @@ _MEMORY_TIMEOUT = 60.0
 class RayExecutor:
     """Executor that measures cells on a Ray cluster.
 
-    RAY_ADDRESS or `ray start` on this machine defines the cluster; otherwise a local cluster is
-    started for the run. Each worker gets one GPU, or several GPUs if the model needs them. In a
-    cluster without GPUs, every node has one worker. RequestError is raised if the cluster cannot be
-    reached, or has too few resources.
+    The cluster is the one at RAY_ADDRESS, or the one that `ray start` has started on this machine.
+    If there is no such cluster, a local cluster is started for the run.
+
+    Each worker gets one GPU, or several GPUs if the model needs them. In a cluster without GPUs,
+    every node has one worker. RequestError is raised if the cluster cannot be reached, or has too
+    few resources.
     """
 
     def __init__(self, options: Options) -> None:

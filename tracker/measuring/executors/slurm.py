@@ -136,7 +136,11 @@ class _SubmittedJob:
         return is_over
 
     def report(self, say: Callable[[str], None]) -> int:
-        """Report the results of the ended job; return how often the job loaded a model."""
+        """Report the results of a job that has ended.
+
+        `say` receives the messages of the job. Returns the number of times that the job loaded a
+        model.
+        """
         outcomes = self._read_results()
         for line in (line for outcome in outcomes for line in outcome.notes):
             say(line)
@@ -151,7 +155,10 @@ class _SubmittedJob:
         return sum(outcome.models_loaded for outcome in outcomes)
 
     def _read_results(self) -> list[JobEnd]:
-        """Return the results of the job's SLURM tasks, or a single error."""
+        """Return the results of the SLURM tasks of the job.
+
+        If the results cannot be read, the list contains one item with an error.
+        """
         try:
             ends: list[JobEnd] = self.submission.results()
         except (UncompletedJobError, OSError) as error:
