@@ -178,8 +178,8 @@ def _expert_outputs(linear: LinearMap, weight: Tensor, start: int, *call: Any) -
     args, kwargs, _ = call
     if not integer_tables((*args, *kwargs.values())):
         raise CellError(
-            f"{type(linear.module).__name__} does not receive the numbers of each token's experts, so "
-            "outputs of single experts cannot be computed; leave the rounding errors of these "
+            f"{type(linear.module).__name__} does not receive the numbers of each token's experts, "
+            "so outputs of single experts cannot be computed; leave the rounding errors of these "
             "experts out"
         )
     expert_weight = linear.to_module_layout(weight, linear.parameter)
