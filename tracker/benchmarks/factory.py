@@ -52,7 +52,7 @@ _INDEX_FORMAT = 2
 def list_tasks() -> dict[str, Any]:
     """List lm-eval's tasks, groups and tags.
 
-    Building the list takes seconds. It is stored and used again until a task file changes.
+    Building the list takes seconds. The list is stored and used again until a task file changes.
 
     Returns:
         lm-eval's entry of each task, group and tag, by name. The entries lack most settings.

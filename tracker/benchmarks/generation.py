@@ -183,9 +183,8 @@ def _sample(model: Any, input_ids: Tensor, noise: CoupledNoise, **options: Any) 
     At each position, the method chooses the token with the largest sum of log-probability and
     Gumbel noise.
 
-    transformers has already applied the temperature and truncations such as top-p to the
-    log-probabilities. The texts therefore have the same distribution as texts that transformers
-    samples.
+    The log-probabilities already include the temperature and truncations such as top-p. The texts
+    therefore have the same distribution as texts that transformers samples.
     """
     options["logits_processor"] = LogitsProcessorList([*options["logits_processor"], noise])
     config = options["generation_config"] = copy.copy(options["generation_config"])

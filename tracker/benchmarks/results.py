@@ -68,7 +68,7 @@ class EvaluatedModel:
         name: Name of the model; it determines the name of the output folder.
         model_args: Arguments as for `lm_eval --model_args`, including the removed layers or other
             parts.
-        system_instruction: System prompt; None = none.
+        system_instruction: System prompt; None = no system prompt.
         fewshot_as_multiturn: Whether few-shot examples are separate turns of a chat.
         config: Further entries of lm-eval's result files, about the model and the evaluation.
         versions: Further entries of lm-eval's result files, about installed versions.
@@ -188,9 +188,10 @@ class ResultFileWriter:
 
 
 def _later_date(date: str, folder: Path) -> str:
-    """Return a date that is later than the dates of all results files in a folder.
+    """Return `date`, or a later date if a results file is newer.
 
-    If `date` is later, the function returns `date`.
+    If a results file in `folder` has a later date than `date`, the function returns a date after
+    the latest date.
 
     Programs that read a folder of lm-eval use the results file with the latest date.
     """

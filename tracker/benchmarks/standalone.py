@@ -171,8 +171,8 @@ def _select_documents(documents: Mapping[str, Sequence[int]], in_turn: bool) -> 
     """Return lm-eval's settings that select the documents to score.
 
     If `in_turn` is true, lm-eval also builds the requests of all documents before the selected
-    documents, because random few-shot examples depend on them. These other documents are not
-    scored.
+    documents, because random few-shot examples depend on them. lm-eval does not score the documents
+    that are not selected.
     """
     numbers_by_task = {name: sorted(numbers) for name, numbers in documents.items()}
     limit = max(map(len, numbers_by_task.values()))

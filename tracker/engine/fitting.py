@@ -78,7 +78,7 @@ def fit_replacements(
         linear: Whether to also fit a linear map for each layer.
 
     Returns:
-        Layer number → fitted replacement.
+        The fitted replacements, by layer number.
     """
     sums: dict[int, _Sums] = {}
     plan = model.plan([INTACT])

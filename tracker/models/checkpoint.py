@@ -309,7 +309,7 @@ def _uniform_removal(model: PreTrainedModel, ablation: Ablation) -> Ablation:
 
     The removal takes the same number of parts from each layer.
 
-    It removes the same kinds of parts as `ablation`. Raises ModelError if the class accepts no
+    The removal has the same kinds of parts as `ablation`. Raises ModelError if the class accepts no
     removal.
     """
     anatomy = LayerAnatomy.of(model)

@@ -233,8 +233,8 @@ class Counterexample:
     def _write_reading_layer(self) -> None:
         """Write the weights of layer 0, whose attention depends only on token distances.
 
-        The MLP adds the squared length of the signature to the hidden state. It uses that silu(x)·x
-        + silu(-x)·(-x) equals x².
+        The MLP adds the squared length of the signature to the hidden state. The length is computed
+        with the identity silu(x)·x + silu(-x)·(-x) = x².
         """
         attention = self.model.model.layers[READ].self_attn
         generator = torch.Generator().manual_seed(1)
@@ -290,7 +290,7 @@ class Counterexample:
         return 0
 
     def _read_signatures(self, texts: Sequence[Text]) -> tuple[dict[PrefixDigest, int], Tensor]:
-        """Compute the signatures that layer 0 gives to the prefixes of texts.
+        """Compute the signatures of text prefixes, which layer 0 writes.
 
         Returns a dictionary from a prefix's digest to its row, and a matrix with one signature per
         row.

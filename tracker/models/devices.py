@@ -211,7 +211,7 @@ def copy_to_device(tensor: Tensor, device: torch.device) -> Tensor:
 def start_host_copy(tensor: Tensor) -> Callable[[], Tensor]:
     """Start copying a tensor to the host.
 
-    Returns a function that waits until the copy is complete, and returns the copy.
+    The result is a function. A call of this function waits for the copy and returns it.
     """
     device = tensor.device
     if not can_pin(device):

@@ -182,7 +182,8 @@ def protect_input(layer: nn.Module, state: Tensor) -> Tensor:
 def record_read_only(layer: nn.Module, passed_state: Tensor, state: Tensor) -> None:
     """Record whether a layer leaves its input unchanged.
 
-    It does if the tensor `passed_state`, which the layer was called with, still equals `state`.
+    The layer was called with the tensor `passed_state`, a copy of `state`. If both are still equal
+    after the call, the layer leaves its input unchanged.
     """
     if passed_state is not state and torch.equal(passed_state, state):
         _READ_ONLY_LAYERS.add(layer)

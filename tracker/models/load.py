@@ -1,7 +1,7 @@
 """Load a causal language model and its tokenizer with transformers.
 
-The module can also create random weights with the shapes of a real model. They allow measuring run
-times without a download.
+The module can also create random weights with the shapes of a real model. Such weights allow
+measuring run times without a download.
 """
 
 from __future__ import annotations
@@ -394,7 +394,7 @@ def build_hollow(source: ModelSource, dtype: str) -> Any:
 
 
 def find_device(name: str) -> torch.device:
-    """Return the torch device with a name.
+    """Return the torch device that has the given name.
 
     The names `auto`, `spread` and `all` mean the first accelerator.
 

@@ -213,7 +213,7 @@ def _shrink_experts(config: PreTrainedConfig) -> None:
 
 
 def _shrink_vocabulary(config: PreTrainedConfig) -> None:
-    """Reduce the vocabulary, and give special tokens ids in the new vocabulary."""
+    """Reduce the vocabulary, and assign new ids to special tokens."""
     _limit(config, VOCABULARY_KEYS, MINIATURE_VOCABULARY)
     free_token = MINIATURE_VOCABULARY
     for name, value in list(vars(config).items()):
@@ -265,7 +265,7 @@ def shrink_config(
 
 
 def find_numbers(config: PreTrainedConfig) -> Iterator[tuple[NumberPath, float]]:
-    """Yield the path and value of each number ≥ 4 without a fraction in a configuration."""
+    """Yield each whole number ≥ 4 in a configuration, with its path."""
 
     def walk(path: NumberPath, value: Any) -> Iterator[tuple[NumberPath, float]]:
         if isinstance(value, dict):

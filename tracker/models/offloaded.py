@@ -150,7 +150,7 @@ class _LayerWeights:
         return max(self.weights[-1].stop, sum(map(len, self.pinned_parts)))
 
     def buffer_copies(self, buffer: Tensor) -> Iterable[tuple[WeightSource, Tensor]]:
-        """List pairs of a source of weights and the part of `buffer` to fill."""
+        """List the sources of the weights, each with the part of `buffer` to fill."""
         if not self.pinned_parts:
             return [(weight.source, weight.view(buffer)) for weight in self.weights]
         views = torch.split(buffer[: self.size], [*map(len, self.pinned_parts)])
@@ -282,7 +282,7 @@ class OffloadedWeights:
     def sequential_passes(self) -> AbstractContextManager[None]:
         """Make each forward pass load the layers that it needs.
 
-        The context manager has an effect until it exits.
+        The effect ends when the context exits.
         """
         return replaced_attributes(self, wait=self.load_layer)
 
@@ -560,9 +560,10 @@ def devices_needed(n_bytes: int, free_bytes: int, n_devices: int) -> int:
 
 
 def min_weight_bytes(model: nn.Module, n_staying: int = 0) -> int:
-    """Return the bytes of all weights outside layers and of some layers.
+    """Compute the bytes of a model's weights if only some layers are loaded.
 
-    The number of layers is `n_staying` plus 2, and each layer counts as large as the largest layer.
+    The number of loaded layers is `n_staying` plus 2. Each loaded layer counts as large as the
+    model's largest layer.
     """
     sizes = [weight_bytes(layer) for layer in find_layers(model)]
     return weight_bytes(model) - sum(sizes) + (LAYER_SLOTS + n_staying) * max(sizes)

@@ -170,7 +170,7 @@ class ModelSource:
 
         The list is empty for a model on the hub.
 
-        For a `shape:` model, it contains only the JSON files.
+        For a `shape:` model, the list contains only the JSON files.
         """
         if not self.is_local:
             return []
@@ -243,7 +243,7 @@ def find_model(spec: ModelSpec | str, trust_remote_code: bool = False) -> ModelS
     Args:
         spec: The specification of the model, or only its name: `package:NAME`, `shape:NAME`, a GGUF
             file, a folder, or a hub id.
-        trust_remote_code: Whether downloaded code may run. Otherwise only safetensors and GGUF
+        trust_remote_code: Whether downloaded code may run. If False, only safetensors and GGUF
             files are read.
 
     Returns:

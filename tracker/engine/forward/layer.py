@@ -120,7 +120,7 @@ class ForwardPass:
         observe: Function that is called for each layer with the layer's input and output in the
             intact model.
         replace_mask: Function that replaces the model's own attention masks.
-        replacements: Layer number → function that replaces the layer.
+        replacements: Functions that replace layers, by layer number.
         embeddings: Inputs to the first layer for streams with quantised embeddings, one for each
             format.
         max_streams: Maximum number of streams that a layer computes in one call; None for no limit.

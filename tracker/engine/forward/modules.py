@@ -1,6 +1,7 @@
 """Run the modules of a layer whose computation differs between streams (ablations).
 
-One class exists for each intervention: removed sublayers or parts of them, and quantised weights.
+There is a class for each intervention, such as removing sublayers, removing their parts, or
+quantising weights.
 """
 
 from __future__ import annotations
@@ -90,7 +91,8 @@ class LayerState(Protocol):
 class ModuleFork(ABC):
     """Replacement of a module's `forward` method that computes some streams differently.
 
-    Each kind of change within a layer is a subclass (e.g. `ProjectionFork` removes heads).
+    There is a subclass for each kind of change within a layer. For example, `ProjectionFork`
+    removes heads.
 
     Attributes:
         module: The module.
@@ -230,7 +232,7 @@ class ProjectionFork(ModuleFork):
     zero.
 
     Attributes:
-        sources: Index of the computed sublayer that gives each output.
+        sources: For each output, the index of the computed sublayer that it belongs to.
         columns: For each output of the projection, the input columns of the removed heads or
             neurons.
     """
@@ -262,7 +264,7 @@ class ProjectionFork(ModuleFork):
         Args:
             site: The layer.
             kind: Class of the parts whose columns are set to zero.
-            sources: Index of the computed sublayer that gives each output.
+            sources: For each output, the index of the computed sublayer that it belongs to.
             removed: Heads or neurons that are removed from each output.
 
         Returns:
@@ -370,7 +372,7 @@ class RoundedFork(ModuleFork):
     """Replacement for a module that has quantised weights in some streams.
 
     Attributes:
-        maps: Path → linear map, for all quantised linear maps of the layer.
+        maps: All quantised linear maps of the layer, by path.
         formats: Pairs of a linear map's path and its weight format, for each computed stream.
         make_weight: Function that returns the quantised weights of a linear map.
     """

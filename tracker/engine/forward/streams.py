@@ -46,7 +46,7 @@ class LayerStep:
 
     @cached_property
     def entrants(self) -> tuple[int, ...]:
-        """The streams for which the layer is computed.
+        """The streams for which the layer must run.
 
         The property excludes streams that copy the result of another stream.
         """
@@ -270,7 +270,7 @@ class StreamPlan:
 
     @property
     def has_groups_of_maps(self) -> bool:
-        """True if any ablation quantises all linear maps of an attention or an MLP together."""
+        """True if any ablation quantises a whole attention or a whole MLP."""
         return any(done.has_map_groups for step in self.steps for done in step.ablations)
 
     @property

@@ -52,7 +52,8 @@ def perturbation_growth(
     the measured tokens. The result `carried` is the mean of ‖f‖ / ‖hₘ‖. This would be the relative
     difference if later layers did not change the perturbation.
 
-    The seed of a random direction depends on `seed`, document, layer and draw.
+    The seed of a random direction depends on `seed`, the document, the layer and the number of the
+    direction.
 
     Args:
         engine: The engine of the model.
@@ -98,7 +99,7 @@ def verify_growth(engine: Engine, document: Document, draws: int, seed: int = 0)
 
     The check perturbs only the middle layer of the model.
 
-    The arguments have the same meaning as for `perturbation_growth`. Raises RefusalError if the
+    The function takes the same arguments as `perturbation_growth`. Raises RefusalError if the
     results differ by more than rounding errors.
     """
     loaded, layer = engine.loaded, len(engine.loaded.layers) // 2

@@ -112,10 +112,10 @@ def measure_kl_gradients(
 ) -> list[dict[Change, float]]:
     """Estimate how much each rounded linear map adds to the KL divergence of a rounded model.
 
-    A copy of the model has the linear maps of all layers rounded to the change's format. The
-    gradient of the KL divergence between the intact model and this copy, with respect to the
-    weights of each map, is multiplied by the rounding errors of these weights. The divergence is
-    summed over the measured tokens of the document.
+    A copy of the model has the linear maps of all layers rounded to the change's format. The KL
+    divergence between the intact model and this copy is summed over the measured tokens of the
+    document. For each linear map, the gradient of this sum with respect to the weights is
+    multiplied by the rounding errors of the weights.
 
     Args:
         engine: The engine with the intact model, whose weights are not offloaded.
@@ -327,7 +327,8 @@ def _removal_term(call: _Call) -> float:
 def gate_gradient(engine: Engine, tokens: Sequence[int], start: int) -> Tensor:
     """Compute the gradient of a text's loss with respect to a gate for each layer.
 
-    A gate is a factor, equal to 1, on the update that the layer adds to the residual stream.
+    The update that a layer adds to the residual stream is multiplied by the layer's gate. All gates
+    have the value 1.
     """
     layers = engine.loaded.layers
     with torch.inference_mode(False), torch.enable_grad(), ExitStack() as stack:

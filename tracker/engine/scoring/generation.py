@@ -42,9 +42,9 @@ def fork_decoding(
 ) -> Iterator[Cache]:
     """Read a prompt, and yield a cache to continue the prompt under all ablations.
 
-    The context manager changes the model until the context exits. Ablations share computation while
-    the model reads the prompt, as in scoring. After the prompt, each sample of each ablation is a
-    separate row.
+    The context manager changes the model, and restores the model on exit. Ablations share
+    computation while the model reads the prompt, as in scoring. After the prompt, each sample of
+    each ablation is a separate row.
 
     Args:
         engine: The engine of the model that generates.
@@ -142,8 +142,9 @@ def prepare_generation(
 
     The generated texts are those of all ablations.
 
-    The arguments contain the cache of the prompt, with `n_samples` rows per ablation. They are
-    empty if the model has no cache. The context manager changes the model until the context exits.
+    The arguments contain the cache of the prompt, with `n_samples` rows per ablation. If the model
+    has no cache, there are no arguments. The context manager changes the model, and restores the
+    model on exit.
     """
     prefix = engine.find_read_prefix(engine.plan(ablations), prompt)
     engine.restore_state()

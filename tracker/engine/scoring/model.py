@@ -68,7 +68,7 @@ class Sharing:
     calls: bool = True
 
     def __str__(self) -> str:
-        """Return the names of the shared computations for display, e.g. `depth, tokens`."""
+        """Return the names of the shared computations, such as `depth, tokens`."""
         names = ("depth", "tokens", "prefix")
         return ", ".join(name for name in names if getattr(self, name)) or "nothing"
 
@@ -333,7 +333,7 @@ class EngineModel:
 
     @contextmanager
     def _isolate(self) -> Iterator[None]:
-        """Undo the side effects of model calls before and after the context."""
+        """Undo the side effects of model calls on entry to the context and on exit."""
         self.restore_state()
         offloaded = self.loaded.offloaded
         with nullcontext() if offloaded is None else offloaded.sequential_passes():

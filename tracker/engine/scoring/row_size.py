@@ -1,4 +1,4 @@
-"""Find the number of tokens per forward pass with the highest speed, by timing."""
+"""Measure which number of tokens per forward pass is the fastest."""
 
 from __future__ import annotations
 

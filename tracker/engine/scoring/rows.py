@@ -159,8 +159,7 @@ class Row:
     def ancestors(self) -> Tensor | None:
         """Mask [tokens, tokens] of the tree; None for a row that is not a tree.
 
-        An entry is True if the token of its row attends to the token of its column, which is the
-        same token or an ancestor.
+        The entry [i, j] is True if token j is token i itself or an ancestor of token i.
         """
         if self.spans is None:
             return None
@@ -281,8 +280,8 @@ def pack_tree_rows(
 
     Args:
         documents: The documents to score.
-        max_length: Maximum number of tokens that the model reads; longer requests lose their
-            beginning, as in lm-eval.
+        max_length: Maximum number of tokens that the model reads. Longer requests are truncated
+            from the left, as in lm-eval.
         row_tokens: Maximum number of nodes of a tree; a larger document gets a larger tree.
         prefix: Number of tokens of the common prefix that the model reads in a separate forward
             pass.
@@ -321,8 +320,8 @@ def common_beginning(documents: Documents, max_length: int) -> tuple[int, ...]:
 
     The beginning never includes the last token of a context.
 
-    `max_length` is the maximum number of tokens that the model reads; longer requests lose their
-    beginning.
+    `max_length` is the maximum number of tokens that the model reads. Longer requests are truncated
+    from the left.
     """
     sequences = list(_list_sequences(documents, max_length, ANY_LENGTH))
     if not sequences:

@@ -46,9 +46,9 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
 
     A buffer that is too short is replaced by a buffer with `CACHE_MARGIN` spare tokens.
 
-    If `is_kept` is true, the buffer permanently contains the common prefix of all documents. The
-    method `update` then writes the keys and values of a row after this prefix, and overwrites those
-    of the previous row.
+    If `is_kept` is true, the buffer begins with the common prefix of all documents, which is never
+    overwritten. The method `update` then writes the keys and values of a row after this prefix, and
+    overwrites those of the previous row.
     """
 
     is_kept = False
@@ -179,15 +179,17 @@ class RowScores:
 def launch_row(
     model: EngineModel, plan: StreamPlan, row: Row, prefix: Prefix | None = None
 ) -> Callable[[], RowScores]:
-    """Start scoring a row for every stream; return a function that waits for the scores.
+    """Start scoring a row for every stream.
 
-    On an accelerator, callers can launch the next row before they call the returned function.
+    The result is a function. A call of this function waits for the scores and returns them.
+
+    On an accelerator, callers can launch the next row before they call this function.
 
     Only the hidden states of the row's `predicting_nodes` are passed to the output head. The
     log-probabilities of the predicted tokens are then summed by request.
 
-    `prefix` is the cached prefix that the row continues. It must have been computed with the same
-    `plan`.
+    `prefix` is the cached prefix that the row continues. The prefix must have been computed with
+    the same `plan`.
     """
     host = row.pad_nodes(model.row_size_multiple)
     row, prefix_sums = host.to_device(model.loaded.device), prefix.proxies.sum(1) if prefix else 0

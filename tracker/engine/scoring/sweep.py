@@ -384,7 +384,7 @@ class Engine(EngineModel):
     ) -> Callable[[], RowScores]:
         """Start scoring a row.
 
-        Returns a function that waits until the scores are computed, and returns the scores.
+        The result is a function. A call of this function waits for the scores and returns them.
         """
         prefix = prefix if row.prefix else None
         can_skip = prefix is None and self.loaded.offloaded is None

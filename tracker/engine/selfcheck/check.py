@@ -283,7 +283,7 @@ def _text_lengths(n_tokens: int) -> list[int]:
 def has_blank_token(model: PreTrainedModel, documents: Documents) -> bool:
     """Return whether any token of the documents has a zero embedding.
 
-    An example of such a token is a padding token.
+    For example, the embedding of a padding token can be zero.
     """
     try:
         weight = getattr(model.get_input_embeddings(), "weight", None)

@@ -172,7 +172,8 @@ def build_shortened(mini: PreTrainedModel, paths: Collection[NumberPath]) -> lis
     """Build miniatures whose attention windows and other length limits are very small.
 
     `paths` lists the paths of these limits in the configuration. If possible, one miniature has
-    small numbers at all paths. Otherwise the function builds a miniature for each path.
+    small numbers at all paths. If such a miniature cannot run, the function builds a miniature for
+    each path.
     """
     values: Mapping[NumberPath, float] = dict(find_numbers(mini.config.get_text_config()))
     order = sorted((path for path in paths if path in values), key=lambda path: values[path])

@@ -1,7 +1,7 @@
 """Compute reference results on really changed models, and define the result of a self-check.
 
-The self-check compares log-likelihoods from shared computation with these reference results. Its
-result is called the verdict.
+The self-check compares log-likelihoods from shared computation with these reference results. The
+result of the self-check is called the verdict.
 """
 
 from __future__ import annotations
@@ -248,7 +248,7 @@ class SharingVerdict:
 
     @property
     def is_clean(self) -> bool:
-        """True if nothing was disabled, and calls and text lengths have no side effects."""
+        """True if all sharing is exact, and neither calls nor text lengths have an effect."""
         special = (self.unsteady, self.lengths, self.switches, self.leftovers, self.first)
         return self.sharing == FULL and not any(special)
 
@@ -320,7 +320,7 @@ def describe_difference(way: Sharing, comparison: Comparison) -> str:
     sentence = f"{cause} changes a log-likelihood by {comparison.difference:.3g} nats"
     if not comparison.unsteady:
         return sentence
-    return f"{sentence}, mostly where rounding errors change much ({comparison.unsteady} answers)"
+    return f"{sentence}, mostly because of rounding errors ({comparison.unsteady} answers)"
 
 
 @torch.inference_mode()

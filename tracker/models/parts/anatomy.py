@@ -1,4 +1,4 @@
-"""Find the parts of a model's layers (sublayers, heads, experts, …), and cache them.
+"""Find and cache the parts of a model's layers, such as sublayers and heads.
 
 If a model's configuration states the number of parts, the module can list the parts without reading
 weights.
@@ -193,8 +193,8 @@ def linear_map_shapes(source: ModelSource) -> tuple[dict[str, MapShape], ...]:
         A dictionary for each layer, with the shape of each linear map by its path.
 
     Raises:
-        ModelError: The configuration cannot be read, or a layer holds matrices that are no linear
-            maps.
+        ModelError: The configuration cannot be read, or a layer contains matrices that are not
+            linear maps.
     """
     anatomy = LayerAnatomy.of(build_hollow(source, "auto"))
     try:

@@ -1,9 +1,9 @@
 """Find the routed and the shared experts of mixture-of-experts layers by structure.
 
 A mixture of experts consists of a router and a module with the weights of all experts. The router
-chooses the experts of each token. The tensors of the other module have one entry per expert. To
-remove an expert, its row is deleted from the weight of the router, and its entries are deleted from
-the tensors of all experts.
+chooses the experts of each token. The tensors with the weights of the experts have one entry per
+expert. To remove an expert, its row is deleted from the weight of the router, and its entries are
+deleted from the tensors of all experts.
 
 Shared experts process every token, in addition to the routed experts of the token. The module
 identifies shared experts by their effect, because their names differ between model families.
@@ -44,7 +44,7 @@ class Experts:
 
     Attributes:
         router: Path in the layer of the module that chooses the experts of each token.
-        holder: Path in the layer of the module that holds the experts' tensors.
+        holder: Path in the layer of the module that contains the experts' tensors.
         count: Number of experts.
         n_chosen: Number of experts that the router chooses for each token.
         removable: Whether the router still works after the removal of an expert.

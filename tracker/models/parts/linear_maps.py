@@ -37,7 +37,7 @@ class LinearMap:
         name: Name of the weight in the module.
         inputs_first: Whether the stored weight has a row per input, as in GPT-2 and the experts of
             GPT-OSS.
-        experts: Number of experts; 0 if the map belongs to no experts.
+        experts: Number of experts; 0 if the map is not part of experts.
         expert: Index of the expert if the map is one expert's matrix, else None.
     """
 
@@ -129,8 +129,8 @@ def find_linear_maps(layer: nn.Module, name: str) -> dict[str, LinearMap]:
 def _find_expert_matrices(module: nn.Module) -> Iterator[LinearMap]:
     """Yield the linear maps of a module's experts.
 
-    The shapes for one expert must be [2 width, hidden] and [hidden, width], or both transposed.
-    Otherwise nothing is yielded.
+    The shapes for one expert must be [2 width, hidden] and [hidden, width], or both transposed. If
+    the shapes are different, the function yields nothing.
     """
     count, tensors = count_experts(module), module._parameters.items()
     matrices = {name: t.shape[1:] for name, t in tensors if t is not None and t.ndim == 3}
@@ -146,7 +146,7 @@ def _find_expert_matrices(module: nn.Module) -> Iterator[LinearMap]:
 def _find_router_weights(block: nn.Module, count: int) -> Iterator[Tensor]:
     """Yield the tensors of `block` that have one row or column per expert.
 
-    The function skips the weights of linear modules if a child module contains several linear
+    If a child module contains several linear modules, the function skips the weights of these
     modules.
     """
     for child in block.children():
@@ -239,8 +239,9 @@ def round_layer(
         layer: The copied layer, which is changed in place.
         formats: Format of each linear map to quantise, by path.
         number: Number of the layer.
-        cache: Cache of quantised weights. With a cache, the layer holds the quantised weights only
-            while it is called. If `cache` is None, the layer holds them permanently.
+        cache: Cache of quantised weights. With a cache, the layer has the quantised weights only
+            while it is called. If `cache` is None, the layer keeps the quantised weights
+            permanently.
     """
     name = f"layer {number}"
     layer_maps = find_linear_maps(layer, name)
