@@ -224,12 +224,12 @@ class TestRefusals:
     @pytest.mark.parametrize("content", ["", "\n  \n\n"])
     def test_an_empty_corpus(self, tmp_path, name: str, content: str) -> None:
         (tmp_path / name).write_text(content)
-        assert "holds no text" in refusal(tmp_path / name)
+        assert "contains no text" in refusal(tmp_path / name)
 
     @pytest.mark.parametrize("value", [7, [7], {"a": "b"}, {"value": "x"}, [{"said": "x"}]])
     def test_a_column_without_text(self, tmp_path, value: object) -> None:
         path = write(tmp_path / "rows.jsonl", [{"text": "a"}, {"text": value}])
-        assert "document 2: the column 'text' holds no text" in refusal(path)
+        assert "document 2: the column 'text' does not contain text" in refusal(path)
 
     @pytest.mark.parametrize(
         ("line", "why"), [("{", "not valid JSON"), ("[1]", "expected a JSON object")]

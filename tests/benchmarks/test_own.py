@@ -141,7 +141,7 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("benchmark", "include_path", "pattern"),
         [
-            ("paint", "nowhere", "include_path: nowhere is no folder"),
+            ("paint", "nowhere", "include_path: nowhere does not exist"),
             ("paint", "{}/paint.yaml", "is a file; name its folder"),
             ("{}/pain.yaml", None, "there is no task file"),
             ("{}/empty.yaml", None, "does not define a task"),
@@ -173,8 +173,8 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("result", "pattern"),
         [
-            ('{"accuracy": 1.0}', "metric_list names acc, and process_results gives accuracy"),
-            ('{"acc": "yes"}', "process_results gives 'yes' for acc"),
+            ('{"accuracy": 1.0}', "metric_list contains acc, but process_results returns accuracy"),
+            ('{"acc": "yes"}', "process_results returns 'yes' for acc"),
             ('{"acc": 1.0}', None),
         ],
     )

@@ -186,8 +186,8 @@ def make_llama(kind: type) -> Any:
 
 
 APART = (
-    "a checkpoint without the layer computes something else than a model that skips the layer, so "
-    "nothing is shared"
+    "a saved checkpoint without the layer gives different logits than the model that skips the "
+    "layer, so ablations share no computation"
 )
 
 
@@ -458,7 +458,7 @@ class TestCut:
         """A model built from a configuration alone is no proof."""
         verdict = self.checked(make_llama(Hidden), (0,))
         assert (
-            "(the model itself computes other logits after it is saved and loaded)"
+            "(the intact model computes different logits after it is saved and loaded)"
             in verdict.checkpoint_note
         )
         assert verdict.in_place

@@ -177,7 +177,7 @@ def test_layers_that_look_at_the_batch_are_refused():
         engine.loaded.layers[3].mlp.register_forward_pre_hook(
             lambda mlp, args: (args[0] + args[0].mean(0, keepdim=True),)
         ),
-        pytest.raises(RefusalError, match="for a batch of states than for one state"),
+        pytest.raises(RefusalError, match="for a batch of states than for a single state"),
     ):
         verify_growth(engine, document, DRAWS)
     verify_growth(engine, document, DRAWS)

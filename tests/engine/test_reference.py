@@ -82,7 +82,7 @@ def test_a_difference_is_allowed_up_to_a_share_and_told_beyond(engine):
         assert (comparison.compared, comparison.unsteady) == (1, 0)
         assert comparison.difference == pytest.approx(abs(share) * allowed)
         message = (
-            f"{loglikelihood:.6g} nats in the shared pass, but {expected:.6g} on the pruned model"
+            f"{loglikelihood:.6g} nats with sharing, but {expected:.6g} nats on the pruned model"
         )
         assert comparison.wrong == (message if abs(share) > 1 else None)
 
@@ -105,7 +105,7 @@ def test_what_is_not_finite_equals_only_its_like(engine, right, ours, miniature)
         assert (comparison.compared, comparison.difference, comparison.unsteady) == (1, math.inf, 0)
         assert (
             comparison.wrong
-            == f"{ours:.6g} nats in the shared pass, but {right:.6g} on the pruned model"
+            == f"{ours:.6g} nats with sharing, but {right:.6g} nats on the pruned model"
         )
 
 

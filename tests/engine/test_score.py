@@ -99,7 +99,7 @@ class TestRefusals:
             return original_forward(**inputs)
 
         engine.head.base.forward = forward_twice
-        with pytest.raises(RefusalError, match=r"^the 4 layers run 8 times in one pass$"):
+        with pytest.raises(RefusalError, match=r"^the 4 layers run 8 times in one forward pass$"):
             run_base(engine, plan_streams([INTACT], 4), reading_row(TOKENS), None)
 
     def test_a_batch_that_is_not_the_texts(self, engine: Engine) -> None:

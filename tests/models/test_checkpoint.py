@@ -43,7 +43,7 @@ NOT_SAVED = {
     **dict.fromkeys(("glm_moe_dsa", "hy_v4"), "does not run without layers 0, 2: Shared DSA"),
     **dict.fromkeys(("hrm_text", "longcat_flash"), "cannot tell which modules"),
     **dict.fromkeys(("inkling2_loop_text", "inkling2_text", "zaya"), "model has no tensor"),
-    "jamba": "cannot say that layers 0, 2 are gone: the rebuilt model needs",
+    "jamba": "cannot express that layers 0, 2 are removed: the rebuilt model needs",
     "modernbert-decoder": r"the rebuilt model has no tensor model\.layers\.0\.attn_norm",
     "olmo_hybrid": "validate_architecture",
     **dict.fromkeys(("recurrent_gemma", "rwkv"), "the rebuilt model needs"),

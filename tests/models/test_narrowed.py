@@ -225,24 +225,24 @@ def test_tied_weights_stay_tied(tmp_path):
         ("llama", {}, "kv_head", [[0, 1], [1], [1], [0]], "no head of layer 0 .* would remain"),
         ("llama", {}, "head", [[0], [1], [1], [0]], "would keep 1 and 2 heads"),
         ("llama", {}, "kv_head", [[0], [1], [1], [0], [0]], "layer 4 .* has no attention heads"),
-        ("llama", {}, "expert", [[0]] * 4, "has no number of experts"),
+        ("llama", {}, "expert", [[0]] * 4, "does not state the number of experts"),
         ("llama", {}, "neuron", [[0], [1], [], [2]], "layer 2 keeps 4 of 4 groups of neurons"),
         ("llama", {}, "neuron", [[0, 1, 2, 3]] * 4, "no neuron of layer 0 .* would remain"),
         ("mixtral", {}, "neuron", [[0]] * 4, "no groups of neurons .* without experts"),
-        ("bloom", {}, "neuron", [[0]] * 4, "has no number of groups of neurons"),
+        ("bloom", {}, "neuron", [[0]] * 4, "does not state the number of groups of neurons"),
         # 96 is no multiple of 10 heads. The miniature has fewer heads, which are accepted.
         (
             "llama", {"hidden_size": 96, "num_attention_heads": 12, "num_key_value_heads": 6},
-            "kv_head", [[0]] * 4, "LlamaConfig refuses 5 of 6 .* accepts 1, 2, 3 or 4 ",
+            "kv_head", [[0]] * 4, "LlamaConfig does not accept 5 of 6 .* accepts 1, 2, 3 or 4 ",
         ),
         (
             "gemma3_mixed", {"num_key_value_heads": 1}, "head", [[0], [1], [2], [3]],
-            "refuses 3 of 4 heads in each layer; it accepts 1 or 2",
+            "does not accept 3 of 4 heads in each layer; it accepts 1 or 2",
         ),
-        ("olmo2", {}, "kv_head", [[0]] * 4, "its logits differ .* in another way"),
+        ("olmo2", {}, "kv_head", [[0]] * 4, "the logits differ .* for the remaining parts"),
         # Its map of queries and gates is as long as a map of queries, keys and values.
         ("qwen3_next", {}, "kv_head", [[], [0], [], [1]], "q_proj.weight .* it is not known"),
-        ("gpt_neox", {}, "head", [[0, 1]] * 4, "its logits differ .* in another way"),
+        ("gpt_neox", {}, "head", [[0, 1]] * 4, "the logits differ .* for the remaining parts"),
         ("gpt2", {"n_embd": 64, "n_head": 8}, "head", [[0]] * 4, "built .*: 64 and `num_heads`: 7"),
         ("deepseek_v3", {}, "head", [[0]] * 4, "q_b_proj.weight .* it is not known"),
         ("mixtral", {}, "expert", [[0], [1], [2], [0, 1]], "keeps 2 of 4 .* keeps 3 of 4 experts"),
@@ -282,6 +282,6 @@ def test_a_class_that_only_building_refuses():
     """Tensors are checked again with the real numbers, which a miniature does not have."""
     model = tiny_model("gpt2")
     with pytest.raises(
-        ModelError, match=r"cannot be built with these numbers of parts: .*divisible"
+        ModelError, match=r"cannot be built with fewer heads and groups of heads: .*divisible"
     ):
         savable_copies(model, removal("head", [[0]] * 4))

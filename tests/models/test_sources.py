@@ -95,7 +95,7 @@ class TestFinding:
         assert caught.value.exit_code == 2
 
     def test_a_folder_that_holds_no_model(self, tmp_path) -> None:
-        with pytest.raises(ModelError, match=r"without config\.json, so not a model\.$"):
+        with pytest.raises(ModelError, match=r"is not a model: the folder has no config\.json\.$"):
             find_model(str(tmp_path))
         (tmp_path / "m.gguf").write_bytes(b"GGUF")
         with pytest.raises(ModelError, match=r"Name one of its \.gguf files"):
@@ -248,7 +248,7 @@ class TestFingerprints:
         for spec in ("org/other", ModelSpec(model="org/model", revision="v2")):
             source = find_model(spec)
             assert source.stamp() is None
-            with pytest.raises(ModelError, match="lacks its commit"):
+            with pytest.raises(ModelError, match="cache does not contain this model"):
                 source.fingerprint()
 
 

@@ -275,7 +275,7 @@ def test_coupling_lowers_the_variance_of_a_drop() -> None:
         ({"samples": 4, "gen_kwargs": {"num_beams": 2}}, "beam search"),
         ({"benchmark": "piqa", "samples": 4}, "scores given answers"),
         ({"budgets": "few"}, "expected numbers of tokens, e.g. 64,128"),
-        ({"budgets": 4}, "no smaller than max_gen_toks"),
+        ({"budgets": 4}, "budgets: 4 tokens; expected less than"),
     ],
 )
 def test_what_cannot_be_sampled_is_refused(

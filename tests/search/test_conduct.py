@@ -263,11 +263,11 @@ def test_a_search_without_a_file_is_continued(model, tmp_path: Path) -> None:
 
 def test_unsavable_models_are_refused(search_for, tmp_path, monkeypatch) -> None:
     def refuse(*arguments: object, **options: object) -> None:
-        raise ModelError("its configuration cannot say what would be left")
+        raise ModelError("its configuration cannot express what would be left")
 
     assert planning.check_layer_changes is models.check_layer_changes
     monkeypatch.setattr(planning, "check_layer_changes", refuse)
-    with pytest.raises(ModelError, match="cannot say what would be left"):
+    with pytest.raises(ModelError, match="cannot express what would be left"):
         search_for(strategy="last")
     assert not (tmp_path / "results").exists()
     (record,) = search_for(strategy="last", unit="attention").searches

@@ -13,9 +13,9 @@ Modules:
     private: Import and patch lm-eval's private functions.
     reference_process: Score a checkpoint with plain lm-eval, in a separate program.
     results: Write lm-eval's result files from stored model answers.
-    samples: Derive metrics of sampled texts, and of their beginnings.
+    samples: Derive metrics from sampled texts and from their beginnings.
     sources: Find the data of a benchmark on the hub, in a folder or in a package.
     standalone: Write a benchmark as task files that lm-eval can read without tracker.
     tasks: Adapt lm-eval's tasks and groups to the interface in `base`.
-    traces: Score texts that the intact model wrote, under every change.
+    traces: Let changed models read texts that the intact model wrote, and score them.
 """

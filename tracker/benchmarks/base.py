@@ -76,8 +76,8 @@ class Benchmark(Protocol):
             responses: Responses to the document's requests, in order.
 
         Returns:
-            Metric → value: a number, or a pair of numbers as JSON text. If a log-likelihood is not
-            finite, all values are None.
+            The value of each metric by name: a number, or a pair of numbers as JSON text. If a
+            log-likelihood is not finite, all values are None.
         """
 
     def text(self, document: Document) -> DocumentText:

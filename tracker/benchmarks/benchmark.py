@@ -1,4 +1,7 @@
-"""Open the benchmark that a request names; import lm-eval only if the benchmark needs it."""
+"""Open the benchmark that a request names.
+
+The module imports lm-eval only if the benchmark needs it.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,9 @@ from tracker.stats.accuracy import RATIO_SCALES
 
 
 def open_benchmark(request: CellRequest) -> Benchmark:
-    """Open the benchmark that a request names: a corpus, traces, or a task or group of lm-eval.
+    """Open the benchmark that a request names.
+
+    The benchmark is a corpus, traces, a task of lm-eval, or a group of tasks.
 
     Raises BenchmarkError if the benchmark or its data cannot be found or read.
     """
@@ -62,7 +67,7 @@ def is_local(spec: BenchmarkSpec) -> bool:
 def _is_defined(name: str) -> bool:
     """Return whether a YAML file of lm-eval defines a task.
 
-    Files that are named like the task are searched first.
+    The function first searches the files whose name is the task's name.
     """
     key, value = "[\"']?(task|group|tag)[\"']?", f"[\"']?{re.escape(name)}[\"']?"
     pattern = re.compile(f"^{key}: *{value} *$".encode(), re.M)
@@ -75,7 +80,7 @@ def _is_defined(name: str) -> bool:
 def data_stamp(spec: BenchmarkSpec) -> object:
     """Return a value that changes if a benchmark's data changes.
 
-    Returns None for data on the hub. Raises BenchmarkError for an unknown source.
+    Returns None for data on the hub. Raises BenchmarkError if the data source is unknown.
     """
     spec = written_spec(spec)
     if names_corpus(spec.benchmark):

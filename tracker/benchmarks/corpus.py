@@ -1,9 +1,9 @@
 """Read plain text as a benchmark: accuracy and loss of predicting each next token.
 
-The name of such a benchmark is `corpus:PLACE`. PLACE is a .txt file (blank lines separate
-documents), a .jsonl file (one document a line) or a data set of the hub. A data set's configuration
-follows its name: `corpus:allenai/c4/en`. These suffixes can follow, in this order: `@SPLIT`,
-`:TOKENS` (maximum number of tokens per text) and `#COLUMN`.
+The name of a corpus benchmark is `corpus:` and a location. The location is a .txt file (blank lines
+separate documents), a .jsonl file (one document a line) or a data set of the hub. The configuration
+of a data set follows its name: `corpus:allenai/c4/en`. A location can end with the following
+suffixes, in this order: `@SPLIT`, `:TOKENS` (maximum number of tokens per text) and `#COLUMN`.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class _CorpusLocation:
     """Parsed name of a corpus.
 
     Attributes:
-        name: Name of the corpus as typed, without split, tokens and column.
+        name: Name of the corpus as the user typed it, without suffixes.
         file: Path of the corpus file; None for a data set.
         split: Split of the data set; None = `test`, or `train` if the data set has no `test`.
         max_tokens: Maximum number of tokens to read from the start of each text; None = all tokens.
@@ -64,21 +64,24 @@ class _CorpusLocation:
 
     @property
     def label(self) -> str:
-        """Name of the benchmark, without the file's folder."""
+        """Name of the benchmark, without the folder of the corpus file."""
         label = f"{CORPUS_PREFIX}{self.file.name if self.file else self.name}"
         parts = (("@", self.split), (":", self.max_tokens), ("#", self.column))
         return replace_controls(label + "".join(f"{sign}{part}" for sign, part in parts if part))
 
     @property
     def data_set(self) -> tuple[str, str | None]:
-        """Name of a data set on the hub, and name of its configuration."""
+        """Name of the data set on the hub, and name of its configuration or None."""
         organisation, _, path = self.name.partition("/")
         name, _, configuration = path.partition("/")
         return "/".join(filter(None, (organisation, name))), configuration or None
 
 
 def locate_corpus(spec: BenchmarkSpec) -> _CorpusLocation:
-    """Find a corpus without reading it; raise BenchmarkError if its location is invalid."""
+    """Parse the name of a corpus benchmark, without reading the corpus.
+
+    Raises BenchmarkError if the name or a suffix is invalid, or if there is no such file.
+    """
     name, _, column = spec.benchmark.removeprefix(CORPUS_PREFIX).partition("#")
     max_tokens = None
     if match := re.fullmatch(r"(.*):(\d+)", name, re.DOTALL):
@@ -92,7 +95,9 @@ def locate_corpus(spec: BenchmarkSpec) -> _CorpusLocation:
             "or corpus:NAME with the name of a data set"
         )
     if max_tokens == 0:
-        raise BenchmarkError(f"{spec.benchmark!r} limits the tokens to 0; write at least 1")
+        raise BenchmarkError(
+            f"{spec.benchmark!r} sets the maximum number of tokens to 0; write at least 1"
+        )
     for setting, reason in (
         ("num_fewshot", "has no few-shot examples"),
         ("apply_chat_template", "is read without a chat template"),
@@ -125,14 +130,14 @@ def locate_corpus(spec: BenchmarkSpec) -> _CorpusLocation:
         check_name(f"{data_set}/{configuration}" if "/" in (configuration or "") else data_set)
     except ValueError as name_error:
         raise BenchmarkError(
-            f"{name!r} is neither a corpus file here nor a data set of the hub; {name_error}. If "
-            "the data set has several configurations, append /CONFIGURATION"
+            f"{name!r} is neither a .txt or .jsonl file nor a data set on the hub; {name_error}. "
+            "If the data set has several configurations, append /CONFIGURATION"
         ) from None
     return location
 
 
 def corpus_stamp(spec: BenchmarkSpec) -> object:
-    """Return a value that changes if a corpus file changes; None for a corpus on the hub."""
+    """Return a value that changes if the corpus changes; None for the hub."""
     file = locate_corpus(spec).file
     return open_data_source(spec.data).stamp() if file is None else file_stamp([file])
 
@@ -141,7 +146,7 @@ class Corpus:
     """A benchmark whose documents are the texts of a corpus.
 
     Each text is cut into lm-eval's rolling windows, so that every token is predicted exactly once.
-    Raises BenchmarkError for a corpus that cannot be found or read, or contains no text.
+    Raises BenchmarkError if the corpus cannot be found or read, or if it contains no text.
     """
 
     public = False
@@ -156,7 +161,7 @@ class Corpus:
         split, texts = _read_texts(location, spec.data)
         self._texts = [text for text in texts if text.strip()]
         if not self._texts:
-            raise BenchmarkError(f"{location.name} holds no text")
+            raise BenchmarkError(f"{location.name} contains no text")
         self._name, self._max_tokens = location.label, location.max_tokens
         half = requested_half(documents, self._name, len(self._texts)) if documents.part else None
         task = TaskIdentity(
@@ -183,7 +188,7 @@ class Corpus:
         self._numbers = task.numbers
 
     def documents(self, encoder: RequestEncoder, extent: Extent) -> list[Document]:
-        """Return one document per text, cut into rolling windows."""
+        """Return one document per text; its requests are the text's rolling windows."""
         return [
             Document(
                 task=self._name,
@@ -209,10 +214,11 @@ class Corpus:
     def outcomes(
         self, document: Document, responses: Sequence[Response]
     ) -> dict[str, float | str | None]:
-        """Count the correctly predicted tokens of a document, and sum the loss of all its tokens.
+        """Compute the accuracy and the loss of predicting a document's tokens.
 
-        `acc` and `loss` (in nats) are JSON pairs [sum, number of tokens], or None if a
-        log-likelihood is not finite.
+        `acc` is the pair [number of correctly predicted tokens, number of tokens]. `loss` is the
+        pair [sum of the losses in nats, number of tokens]. Both pairs are JSON text. The values are
+        None if a log-likelihood is not finite.
         """
         loss = -math.fsum(response.loglikelihood for response in responses)
         if not math.isfinite(loss):
@@ -233,7 +239,7 @@ def _read_texts(location: _CorpusLocation, data_name: str) -> tuple[str, Iterabl
         split = location.split or next((name for name in ("test", "train") if name in splits), None)
         if split is None:
             raise BenchmarkError(
-                f"{location.name} holds neither a split 'test' nor 'train'; write "
+                f"{location.name} has neither a split 'test' nor 'train'; write "
                 f"corpus:{location.name}@SPLIT with one of: {', '.join(splits)}"
             )
         rows = splits[split]
@@ -271,7 +277,7 @@ def _read_json_lines(file: Path) -> Iterator[dict[str, Any]]:
 def _join_columns(
     location: _CorpusLocation, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]
 ) -> Iterator[str]:
-    """Yield the text of each row, joined from several columns."""
+    """Yield a text for each row, joined from the columns that contain text."""
     text_columns = _choose_columns(location, columns) if columns else ()
     for number, row in enumerate(rows, 1):
         parts = []
@@ -285,7 +291,8 @@ def _join_columns(
                 texts = [value]
             if not all(isinstance(text, str) for text in texts):
                 raise BenchmarkError(
-                    f"{location.name}, document {number}: the column {column!r} holds no text"
+                    f"{location.name}, document {number}: the column {column!r} does not contain "
+                    "text"
                 )
             parts += texts
         yield "\n".join(filter(None, parts))

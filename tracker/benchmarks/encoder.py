@@ -33,7 +33,10 @@ def huggingface_model(
 
 
 def vllm_class() -> Any:
-    """Import and return lm-eval's class for vLLM models; the import loads vLLM."""
+    """Import and return lm-eval's class for vLLM models.
+
+    The import also loads vLLM.
+    """
     from lm_eval.models.vllm_causallms import VLLM
 
     return VLLM
@@ -76,7 +79,8 @@ class RequestEncoder(HFLM):  # type: ignore[misc]
     def check_chat_template(self, spec: BenchmarkSpec) -> None:
         """Raise BenchmarkError if lm-eval cannot apply the chat template or the system prompt.
 
-        lm-eval ignores a named template, and drops a system prompt that the template rejects.
+        lm-eval always applies the default template, and silently omits a system prompt that the
+        template rejects.
         """
         if not spec.apply_chat_template:
             return
@@ -109,7 +113,10 @@ class RequestEncoder(HFLM):  # type: ignore[misc]
             )
 
     def apply_chat_template(self, *args: Any, **kwargs: Any) -> str:
-        """Apply the chat template as lm-eval does; convert template errors to BenchmarkError."""
+        """Apply the chat template as lm-eval does.
+
+        Raises BenchmarkError if the template fails.
+        """
         with translate_errors(
             lambda error: BenchmarkError(
                 f"apply_chat_template: the model's chat template fails ({type(error).__name__}: "
@@ -137,8 +144,7 @@ class RequestEncoder(HFLM):  # type: ignore[misc]
     def rolling_windows(self, text: str, max_tokens: int | None = None) -> list[Request]:
         """Cut a text into lm-eval's rolling windows.
 
-        `max_tokens` is the maximum number of tokens to use from the start of the text; None = all
-        tokens.
+        Only the first `max_tokens` tokens of the text are used; None = all tokens.
         """
         self._recorded, self._max_tokens = [], max_tokens
         instance = Instance("loglikelihood_rolling", doc={}, arguments=(text,), idx=0)

@@ -52,10 +52,10 @@ _INDEX_FORMAT = 2
 def list_tasks() -> dict[str, Any]:
     """List lm-eval's tasks, groups and tags.
 
-    Building the index takes seconds. It is cached until a task file changes.
+    Building the list takes seconds. The list is stored and used again until a task file changes.
 
     Returns:
-        Name of a task, group or tag → lm-eval's entry, without most settings.
+        lm-eval's entry of each task, group and tag, by name. The entries lack most settings.
     """
     folder = Path(lm_eval.tasks.__file__).parent
     stamp = file_stamp(_find_task_files(folder))
@@ -108,7 +108,10 @@ _INSTALLED = (
 
 @dataclass(frozen=True)
 class SourceSplits:
-    """Data loader of an lm-eval task that returns splits which were read before."""
+    """Replacement for the data loader of an lm-eval task.
+
+    The loader returns splits that were read before.
+    """
 
     splits: Mapping[str, Any]
 
@@ -118,15 +121,16 @@ class SourceSplits:
 
 
 def makes_documents(config: TaskConfig) -> bool:
-    """Return whether a task's own code generates the documents."""
+    """Return whether the code of a task generates the task's documents."""
     return callable(config.custom_dataset) and not isinstance(config.custom_dataset, SourceSplits)
 
 
 class SourcedFactory(TaskFactory):  # type: ignore[misc]
     """Factory that builds lm-eval's tasks on data from the hub, a folder or a package.
 
-    `given_splits` maps a task's name to the task's splits, read from a folder or package. `files`
-    lists the document files of the task that was built last.
+    The attribute `given_splits` maps the name of a task to its splits, if they were read from a
+    folder or package. The attribute `files` lists the document files of the task that was built
+    last.
     """
 
     def __init__(
@@ -162,7 +166,10 @@ class SourcedFactory(TaskFactory):  # type: ignore[misc]
         return config
 
     def _fit_splits(self, config: dict[str, Any], splits: Mapping[str, Any]) -> None:
-        """Delete missing splits from a task's configuration; raise if a needed split is missing."""
+        """Delete missing splits from the configuration of a task.
+
+        Raises BenchmarkError if a missing split is needed.
+        """
         task = config["task"]
         split = config.get("test_split") or config.get("validation_split")
         if split not in splits:
@@ -178,7 +185,7 @@ class SourcedFactory(TaskFactory):  # type: ignore[misc]
         if num_fewshot and split not in splits and not has_own_samples:
             raise BenchmarkError(
                 f"{task} draws few-shot examples from the split {split!r}, which "
-                f"{self._source.name} does not hold; use num_fewshot 0, or another source of data"
+                f"{self._source.name} does not contain; use num_fewshot 0, or another data source"
             )
         for key in ("training_split", "validation_split", "fewshot_split"):
             if config.get(key) not in splits:
@@ -199,7 +206,7 @@ def _refuse_missing(name: str, files: Sequence[Path], task: Path) -> None:
 def resolve_num_fewshot(own_count: int | None, requested: int | None) -> int:
     """Return the number of few-shot examples that lm-eval uses for a task.
 
-    A task's own 0 overrides the requested number.
+    If the task itself sets 0, the requested number is ignored.
     """
     return (own_count if own_count == 0 or requested is None else requested) or 0
 
@@ -207,13 +214,13 @@ def resolve_num_fewshot(own_count: int | None, requested: int | None) -> int:
 def draws_in_turn(task: Task, num_fewshot: int) -> bool:
     """Return whether a task draws new random few-shot examples for each document.
 
-    With random examples, a prompt depends on the prompts that were built before it.
+    If a task draws random examples, a prompt depends on the prompts that were built before it.
     """
     return bool(num_fewshot) and not isinstance(task.sampler, FirstNSampler)
 
 
 def _has_own_data(config: Mapping[str, Any]) -> bool:
-    """Return whether a task generates its documents or names the files of its documents."""
+    """Return whether a task itself generates its documents or lists their files."""
     file_keys = (config.get("dataset_kwargs") or {}).keys() & {*DATA_KEYS}
     return callable(config.get("custom_dataset")) or bool(
         file_keys and config["dataset_path"] in _PACKAGED_DATASETS_MODULES
@@ -221,14 +228,14 @@ def _has_own_data(config: Mapping[str, Any]) -> bool:
 
 
 def task_entries(spec: BenchmarkSpec) -> dict[str, Entry]:
-    """Return task name → lm-eval's entry, including the user's own tasks."""
+    """Return lm-eval's entry of each task by name, including the user's own tasks."""
     return {**list_tasks(), **TaskIndex.build(include_folders(spec))}
 
 
 def find_task(spec: BenchmarkSpec) -> Entry:
-    """Return lm-eval's entry of a task, group or tag.
+    """Return lm-eval's entry of the task, group or tag that a benchmark names.
 
-    Raises BenchmarkError, which lists similar names, if there is no such entry.
+    Raises BenchmarkError if lm-eval does not know the name. The message suggests similar names.
     """
     name, file = spec.benchmark, task_file(spec.benchmark)
     if file is not None:
@@ -282,7 +289,7 @@ def build_tasks(
 
 
 def unreadable_error(task: str, source: str, error: Exception) -> BenchmarkError:
-    """Build the error for a task that cannot read its documents."""
+    """Build the error for a task that fails to read its documents."""
     cause = error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ else error
     summary = f"{type(cause).__name__}: {(str(cause).strip() or 'no message').splitlines()[0]}"
     if line := _failing_line(error):
@@ -294,7 +301,10 @@ def unreadable_error(task: str, source: str, error: Exception) -> BenchmarkError
 
 
 def _failing_line(error: BaseException) -> str:
-    """Describe the line of a task's own code that raised an error."""
+    """Return the file and line of a task's own code that raised an error.
+
+    Returns an empty string if no code of a task is involved.
+    """
     if isinstance(error, SyntaxError) and error.filename:
         return f"{error.filename}, line {error.lineno}"
     tracebacks = [e.__traceback__ for e in (error.__cause__, error) if e is not None]

@@ -26,7 +26,7 @@ _NOT_CONTENT = (
 
 
 def task_identity(task: ConfigurableTask, num_fewshot: int, half: Half | None) -> TaskIdentity:
-    """Build the identity of an lm-eval task, or of half of its documents."""
+    """Build the identity of an lm-eval task, or of one half of its documents."""
     config = {
         name: value
         for name, value in task.config.to_dict(keep_callable=True).items()
@@ -62,14 +62,17 @@ def list_rows(documents: Iterable[Any]) -> list[Any]:
 
 
 def metric_names(task: ConfigurableTask) -> dict[str, str]:
-    """Return stored metric name → name in lm-eval."""
+    """Return a dictionary from stored metric names to lm-eval's metric names."""
     filters = [ensemble.name for ensemble in task._filters] or ["none"]
     pairs = product(filters, task.aggregation())
     return {filtered_metric(metric, name): metric for name, metric in pairs}
 
 
 def _stable_value(value: object) -> Any:
-    """Replace functions in a nested value by their names and the content of their files."""
+    """Replace functions in a nested value by data that identifies their code.
+
+    The data is the function's name and the content of its files.
+    """
     if isinstance(value, dict):
         return {name: _stable_value(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
@@ -95,7 +98,7 @@ def _defining_file(value: object) -> Path | None:
 
 
 def _source_files(function: Any) -> list[Path]:
-    """Return the file of a function, and the imported files in the same folder."""
+    """Return the file of a function and imported files from the same folder."""
     file = _defining_file(function)
     if file is None or not file.is_file():
         return []

@@ -1,7 +1,7 @@
 """Generate texts with lm-eval's code, with several models in one batch.
 
-Sampled texts are coupled: all models draw a sample's token at a position with the same noise. So
-their texts differ only where their probabilities do.
+Sampled texts are coupled: to draw the token at a position of a sample, all models use the same
+random noise. Two models with equal probabilities therefore write equal texts.
 """
 
 from __future__ import annotations
@@ -44,11 +44,12 @@ class _Batch:
 
     Attributes:
         prompt: The prompt.
-        samples: Number of the sample of each row.
-        decoding: Function that prepares the model; None to generate with the model as it is.
+        samples: For each row, the number of its sample.
+        decoding: Function that prepares the model; None if the model needs no preparation.
         budget: Number of tokens of each text that lm-eval reads.
-        rows: Tokens of the prompt and the whole texts; None if they are not generated yet.
-        ends: For each row, the number of tokens of the text, and whether it was cut.
+        rows: Tokens of the prompt and of the whole texts; None if the texts are not generated yet.
+        ends: For each row, the number of tokens of its text, and whether the token limit ended the
+            text.
     """
 
     prompt: Prompt
@@ -75,14 +76,14 @@ class TextGenerator(HFLM):  # type: ignore[misc]
     def generate_texts(
         self, prompt: Prompt, samples: Sequence[int], decoding: Decoding | None = None
     ) -> list[GeneratedText]:
-        """Generate continuations of a prompt; cut them at stop strings.
+        """Generate continuations of a prompt, and cut the texts at stop strings.
 
         Args:
             prompt: The prompt.
             samples: Number of the sample of each text. Texts of the same sample are drawn with the
                 same random numbers.
-            decoding: Function that prepares the model for one row per text; None to generate with
-                the model as it is.
+            decoding: Function that prepares the model for one row per text; None if the model needs
+                no preparation.
 
         Returns:
             The texts, in the order of `samples`.
@@ -108,7 +109,10 @@ class TextGenerator(HFLM):  # type: ignore[misc]
     def _model_generate(
         self, context: Tensor, max_length: int, stop: list[str], **settings: Any
     ) -> Any:
-        """Generate continuations, or return the beginnings of longer texts of an earlier call."""
+        """Generate the texts of the current batch up to its token budget.
+
+        The first call generates whole texts. Later calls return the beginnings of these texts.
+        """
         batch, n_prompt = self._batch, context.shape[1]
         if batch.rows is None:
             batch.rows = self._generate_rows(context, max_length, stop, settings)
@@ -143,7 +147,7 @@ class TextGenerator(HFLM):  # type: ignore[misc]
             )
 
     def _find_end(self, tokens: list[int], room: int, stop: list[str]) -> tuple[int, bool]:
-        """Return the number of a text's tokens, and whether the token limit ended the text.
+        """Count the tokens of a text, and find out whether the token limit ended it.
 
         Args:
             tokens: The generated tokens, padded after the end of the text.
@@ -164,7 +168,7 @@ class TextGenerator(HFLM):  # type: ignore[misc]
 
 
 def generate_with_lm_eval(model: TemplateLM, prompts: Sequence[Prompt]) -> list[str]:
-    """Generate a text for each prompt with a model of lm-eval, as the command `lm_eval` does."""
+    """Generate a text for each prompt with a model of lm-eval."""
     instances = [
         Instance("generate_until", doc={}, arguments=(p.text, dict(p.settings)), idx=0)
         for p in prompts
@@ -174,10 +178,13 @@ def generate_with_lm_eval(model: TemplateLM, prompts: Sequence[Prompt]) -> list[
 
 
 def _sample(model: Any, input_ids: Tensor, noise: CoupledNoise, **options: Any) -> Any:
-    """Draw texts by the largest sum of a token's log-probability and Gumbel noise.
+    """Sample texts with coupled random noise.
 
-    The processors of `options` contain the temperature and truncations of transformers, so each
-    text has the distribution that transformers samples from.
+    At each position, the method chooses the token with the largest sum of log-probability and
+    Gumbel noise.
+
+    The log-probabilities already include the temperature and truncations such as top-p. The texts
+    therefore have the same distribution as texts that transformers samples.
     """
     options["logits_processor"] = LogitsProcessorList([*options["logits_processor"], noise])
     config = options["generation_config"] = copy.copy(options["generation_config"])
@@ -186,11 +193,11 @@ def _sample(model: Any, input_ids: Tensor, noise: CoupledNoise, **options: Any) 
 
 
 class CoupledNoise(LogitsProcessor):  # type: ignore[misc]
-    """Gumbel noise that is the same in all rows of a sample, whatever the other rows are.
+    """Gumbel noise for a batch; all rows of the same sample get the same noise.
 
     Args:
         key: Text that identifies the prompt and the seed.
-        samples: Number of the sample of each row.
+        samples: For each row, the number of its sample.
         start: Number of tokens of the prompt.
     """
 
@@ -200,7 +207,7 @@ class CoupledNoise(LogitsProcessor):  # type: ignore[misc]
         self._rows = [self._samples.index(sample) for sample in samples]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Add the noise of the next position to the scores of all tokens."""
+        """Add noise to the scores of all tokens at the position that is generated next."""
         position, size = input_ids.shape[1] - self._start, scores.shape[1]
         noise = [gumbel_noise(self._key, sample, position, size) for sample in self._samples]
         rows = torch.from_numpy(np.stack(noise)).to(scores.device, scores.dtype)
@@ -208,7 +215,9 @@ class CoupledNoise(LogitsProcessor):  # type: ignore[misc]
 
 
 def gumbel_noise(key: str, sample: int, position: int, size: int) -> Array:
-    """Draw standard Gumbel noise for each token of a vocabulary of `size` tokens.
+    """Draw standard Gumbel noise for each token of a vocabulary.
+
+    `size` is the number of tokens in the vocabulary.
 
     Every position of every sample has its own seed, so the noise is the same on every machine and
     in every order of computation.

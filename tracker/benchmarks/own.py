@@ -30,7 +30,10 @@ _Loader.add_constructor("!function", lambda loader, node: f"!function {node.valu
 
 
 def task_file(benchmark: str) -> Path | None:
-    """Return a benchmark's name as a path if it looks like a task file, else None."""
+    """Return the path of the task file that a benchmark names.
+
+    Returns None if the benchmark's name does not end like a task file.
+    """
     return expand_home(benchmark) if benchmark.endswith(_SUFFIXES) else None
 
 
@@ -38,7 +41,7 @@ def check_own_tasks(spec: BenchmarkSpec) -> bool:
     """Check that the user's task files exist; return whether they define the benchmark."""
     for folder in include_folders(spec):
         if not folder.is_dir():
-            problem = "is a file; name its folder" if folder.is_file() else "is no folder here"
+            problem = "is a file; name its folder" if folder.is_file() else "does not exist"
             raise BenchmarkError(f"include_path: {folder} {problem}")
     file = task_file(spec.benchmark)
     if file is not None:
@@ -62,7 +65,7 @@ def include_folders(spec: BenchmarkSpec) -> list[Path]:
 
 
 def task_names(content: dict[str, Any]) -> list[str]:
-    """Return the names of the task, group and tags that the content of a file defines."""
+    """Return the names of the task, group and tags that a task file defines."""
     values = [content.get(key) for key in ("task", "group", "tag")]
     entries = [name for value in values for name in (value if isinstance(value, list) else [value])]
     return [name for name in entries if isinstance(name, str)]
@@ -83,9 +86,9 @@ def read_task(path: Path) -> dict[str, Any]:
 
 
 def own_tasks_stamp(spec: BenchmarkSpec) -> object:
-    """Return a value that changes if the user's task files or the tasks' documents change.
+    """Return a value that changes if the user's task files or documents change.
 
-    Returns None if the benchmark names no tasks of the user.
+    Returns None if the benchmark does not refer to tasks that the user wrote.
     """
     task_folders = _task_folders(spec)
     if not task_folders:
@@ -132,7 +135,7 @@ def find_data_files(kwargs: dict[str, Any]) -> Iterator[Path]:
 
 
 def resolve_dataset_kwargs(content: dict[str, Any], task: Path) -> dict[str, Any]:
-    """Return a task's `dataset_kwargs` with relative file names resolved to full paths.
+    """Return a task's `dataset_kwargs` with full paths instead of relative ones.
 
     Relative names are searched in the working folder, and then in the task file's folder.
     """
@@ -152,5 +155,5 @@ def resolve_dataset_kwargs(content: dict[str, Any], task: Path) -> dict[str, Any
 
 
 def _exists(name: str) -> bool:
-    """Return whether a file or folder matches a name or pattern."""
+    """Return whether a file or folder has a name or matches a pattern."""
     return Path(name).exists() or bool(glob(name, recursive=True))  # noqa: PTH207

@@ -60,7 +60,10 @@ def choose_part(task: ConfigurableTask, documents: DocumentSpec, num_fewshot: in
 
 
 def _example_split(task: ConfigurableTask) -> str | None:
-    """Return the split of the few-shot examples; None if the task lists its examples."""
+    """Return the split from which a task draws few-shot examples.
+
+    Returns None if the task itself lists its examples.
+    """
     config, fewshot = task.config, task.fewshot_cfg
     split: str | None = fewshot.split
     if split is None and fewshot.samples is None:
@@ -69,7 +72,10 @@ def _example_split(task: ConfigurableTask) -> str | None:
 
 
 def requested_half(documents: DocumentSpec, task: str, total: int) -> Half:
-    """Return the calibration or test half of a task's documents; at least two are required."""
+    """Return the calibration half or the test half of a task's documents.
+
+    Raises BenchmarkError if the task has fewer than two documents.
+    """
     assert documents.part is not None
     if total < 2:
         raise BenchmarkError(f"part: {task} has {total} document, which is too few for two halves")
@@ -77,7 +83,10 @@ def requested_half(documents: DocumentSpec, task: str, total: int) -> Half:
 
 
 def part_setting(documents: DocumentSpec, halves: Collection[Half | None]) -> dict[str, str]:
-    """Return the setting `part` as a dict; {} if lm-eval's default documents are scored."""
+    """Return the setting `part` as a dictionary.
+
+    The dictionary is empty if the scored documents are those that lm-eval scores by default.
+    """
     if documents.part is None or (documents.part == "test" and not any(halves)):
         return {}
     return {"part": documents.part}

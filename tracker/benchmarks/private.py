@@ -27,7 +27,7 @@ env.from_string = lru_cache(maxsize=1024)(env.from_string)
 def hide_progress_bars() -> Iterator[None]:
     """Disable the progress bars that lm-eval shows while it builds requests.
 
-    The progress bars of downloads are still shown.
+    Progress bars of downloads stay visible.
     """
     progress_bar = _task.tqdm
     _task.tqdm = lambda documents, **_: documents

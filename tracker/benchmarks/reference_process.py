@@ -1,6 +1,7 @@
 """Score a checkpoint with plain transformers and lm-eval, as a separate program.
 
-The program runs as `python -P reference_process.py REQUEST.json`. It does not import tracker.
+The program is started as `python -P reference_process.py REQUEST.json`. The program does not import
+tracker.
 """
 
 from __future__ import annotations
@@ -24,7 +25,10 @@ if TYPE_CHECKING:
 
 
 def main(request: dict[str, Any]) -> dict[str, Any]:
-    """Compute the requested results, and save the logits in a file."""
+    """Load a checkpoint, save its logits in a file, and score benchmark tasks.
+
+    `request` contains the paths, the texts and the tasks. Returns the results as a dictionary.
+    """
     torch.set_num_threads(request["threads"])
     is_spread, trust = request["device"] == "spread", request["trust_remote_code"]
     tokenizer = transformers.AutoTokenizer.from_pretrained(
@@ -98,7 +102,10 @@ def _score_tasks(
 
 
 def _limit_documents(lm: LM, documents_by_task: dict[str, list[int]]) -> None:
-    """Restrict lm-eval to the documents in `documents_by_task`."""
+    """Make a model of lm-eval score only the documents in `documents_by_task`.
+
+    For other documents, the model returns dummy answers.
+    """
     scored = {task: set(documents) for task, documents in documents_by_task.items()}
     blanks = {"loglikelihood": (0.0, False), "loglikelihood_rolling": 0.0, "generate_until": ""}
 

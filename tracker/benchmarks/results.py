@@ -1,6 +1,6 @@
 """Write lm-eval's result files from stored model answers, without running a model.
 
-lm-eval evaluates a substitute for the model, which returns the stored answers. lm-eval's own code
+lm-eval evaluates a substitute for the model that returns the stored answers. lm-eval's own code
 then writes the files.
 """
 
@@ -50,7 +50,8 @@ class JudgedAnswers:
         loglikelihoods: Log-likelihoods of the requests, in order.
         greedy: Whether each continuation is the model's greedy continuation.
         texts: Generated texts, one per sample; empty if the task generates no text.
-        metrics: Name of the metric → value; all are None if a log-likelihood is not finite.
+        metrics: Value of each metric, by name. All values are None if a log-likelihood is not
+            finite.
     """
 
     loglikelihoods: Sequence[float]
@@ -67,10 +68,10 @@ class EvaluatedModel:
         name: Name of the model; it determines the name of the output folder.
         model_args: Arguments as for `lm_eval --model_args`, including the removed layers or other
             parts.
-        system_instruction: System prompt; None = none.
+        system_instruction: System prompt; None = no system prompt.
         fewshot_as_multiturn: Whether few-shot examples are separate turns of a chat.
-        config: Further entries of lm-eval's files about the model and the evaluation.
-        versions: Further entries of lm-eval's files about installed versions.
+        config: Further entries of lm-eval's result files, about the model and the evaluation.
+        versions: Further entries of lm-eval's result files, about installed versions.
     """
 
     name: str
@@ -84,8 +85,8 @@ class EvaluatedModel:
 class ResultFileWriter:
     """Writer of lm-eval's result files for several models.
 
-    `encoder` applies the chat template; None = no template. Raises BenchmarkError if a document
-    lacks a column that its task reads.
+    `encoder` applies the chat template; it is None if no chat template is used. Raises
+    BenchmarkError if a document lacks a column that its task reads.
     """
 
     def __init__(
@@ -108,7 +109,7 @@ class ResultFileWriter:
 
         Args:
             model: Description of the evaluated model.
-            answers: Document → the model's answers.
+            answers: The model's answers to each document.
             output: Output folder, as for `lm_eval --output_path`.
 
         Returns:
@@ -148,7 +149,10 @@ class ResultFileWriter:
     def _save(
         self, model: EvaluatedModel, results: dict[str, Any], samples: dict[str, Any], output: Path
     ) -> list[Path]:
-        """Write the files with lm-eval; raise WorkError if a file is missing or incomplete."""
+        """Write the result files with lm-eval, and check that they are complete.
+
+        Raises WorkError if a file is missing or incomplete.
+        """
         writer = EvaluationTracker(output_path=str(output))
         config_tracker = writer.general_config_tracker = _UntimedTracker()
         config_tracker.log_experiment_args(
@@ -184,9 +188,12 @@ class ResultFileWriter:
 
 
 def _later_date(date: str, folder: Path) -> str:
-    """Return `date`, or a later date if the folder contains a newer results file.
+    """Return `date`, or a later date if a results file is newer.
 
-    Programs read the file with the latest date.
+    If a results file in `folder` has a later date than `date`, the function returns a date after
+    the latest date.
+
+    Programs that read a folder of lm-eval use the results file with the latest date.
     """
     names = {path.stem.removeprefix("results_") for path in folder.glob("results_*.json")}
     last_date = max(names - {date}, default="")
@@ -198,13 +205,16 @@ def _later_date(date: str, folder: Path) -> str:
 
 
 def model_folder(model: str) -> str:
-    """Return a model's folder name as lm-eval builds it, shortened if too long for file systems."""
+    """Return the name that lm-eval gives to a model's folder.
+
+    A name that is too long for file systems is shortened.
+    """
     name: str = sanitize_model_name(model)
     return name if len(name) <= _MAX_NAME else f"{name[:_MAX_NAME]}--{content_hash(name)[:12]}"
 
 
 class _PreparedTask:
-    """Wrapper of an lm-eval task that returns prepared requests instead of building requests."""
+    """Wrapper of an lm-eval task that uses requests which were built before."""
 
     def __init__(self, task: ConfigurableTask, requests: Sequence[Sequence[Any]]) -> None:
         self._task = task
@@ -214,7 +224,7 @@ class _PreparedTask:
         return getattr(self._task, name)
 
     def build_all_requests(self, **settings: object) -> None:
-        """Copy the prepared requests, and renumber their documents from 0."""
+        """Give the task copies of the prepared requests, with documents numbered from 0."""
         self._task._instances = [
             replace(i, metadata=(i.task_name, position, i.repeats), resps=[], filtered_resps={})
             for position, instances in enumerate(self._requests)
@@ -223,7 +233,7 @@ class _PreparedTask:
 
 
 class _RecordedModel(LM):  # type: ignore[misc]
-    """Substitute for a model in lm-eval: returns stored answers instead of computing them."""
+    """Substitute for a model in lm-eval that returns stored answers."""
 
     def __init__(self, answers: Mapping[AnswerKey, JudgedAnswers]) -> None:
         super().__init__()
@@ -235,11 +245,14 @@ class _RecordedModel(LM):  # type: ignore[misc]
         return [(float(answer.loglikelihoods[n]), bool(answer.greedy[n])) for answer, n in pairs]
 
     def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
-        """Return the recorded log-likelihood of each text."""
+        """Return the stored log-likelihood of each text."""
         return [sum(map(float, self._find_answer(request).loglikelihoods)) for request in requests]
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
-        """Return the recorded texts; lm-eval repeats a request for each sample."""
+        """Return the stored texts.
+
+        lm-eval repeats a request for each sampled text, so each repetition gets the next text.
+        """
         texts = {id(request): iter(self._find_answer(request).texts) for request in requests}
         return [next(texts[id(request)]) for request in requests]
 
@@ -259,7 +272,8 @@ def _refuse_contradictions(
 ) -> None:
     """Raise CellError if lm-eval's metrics of an answer differ from the stored metrics.
 
-    Of several sampled texts, lm-eval judges the first, but the stored metrics are means.
+    If a document has several sampled texts, its metrics are not compared: lm-eval judges only the
+    first text, but the stored metrics are means over all texts.
     """
     for task, rows in samples.items():
         for row in rows:

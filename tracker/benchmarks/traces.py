@@ -1,8 +1,9 @@
-"""Score texts that the intact model wrote for a generation task, under every change.
+"""Score texts that the intact model wrote for a generation task.
 
-The name of such a benchmark is `traces:TASK`. The intact model writes the texts (traces) of each
-document once, and every changed model reads the same texts. Metrics are means over a document's
-traces.
+All changed models read the same texts.
+
+The benchmark's name is `traces:TASK`, with the name of a task of lm-eval. The intact model writes
+the texts (traces) of each document once. Metrics are means over the traces of a document.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ FIRST_TRACES = 8
 _ANSWER_METRICS = ("answer_kept", "answer_kept_right", "answer_kept_wrong", "answer_probability")
 """Metrics of the final answer that a filter extracts from the trace."""
 _TRACE_METRICS = {"tokens_kept": True, "prefix_kept": True, "trace_loss": False}
-"""Metric of the whole trace → whether higher is better."""
+"""Metrics of the whole trace; the value states whether higher is better."""
 
 
 class _Answer(NamedTuple):
@@ -45,13 +46,13 @@ class _Answer(NamedTuple):
 
 
 class _Trace(NamedTuple):
-    """Properties of a trace that do not depend on the model that reads it.
+    """Properties of a trace that are the same for all models that read it.
 
     Attributes:
         text: The text.
         request: Index of the request that scores the whole text.
-        answers: Name of a filter → the final answer that the filter extracts; the first filter
-            decides.
+        answers: The final answer that each filter extracts, by the filter's name. The answer of the
+            first filter is the gold answer.
     """
 
     text: str
@@ -60,7 +61,10 @@ class _Trace(NamedTuple):
 
     @property
     def gold(self) -> int | None:
-        """Index of the request that scores the first filter's answer; None if it finds none."""
+        """Index of the request that scores the answer of the first filter.
+
+        The index is None if the filter finds no answer in the trace.
+        """
         return next(iter(self.answers.values())).request
 
 
@@ -69,7 +73,9 @@ _NO_ANSWER = Response(-math.inf, greedy=False, hits=0)
 
 
 class Traces(LmEvalBenchmark):
-    """Generation task of lm-eval, whose texts are read instead of written.
+    """Generation task of lm-eval whose texts the changed models read.
+
+    The changed models do not write texts of their own.
 
     Raises BenchmarkError if the task or its data cannot be read, or if the task generates no texts.
     """
@@ -78,8 +84,8 @@ class Traces(LmEvalBenchmark):
         spec = written_spec(request.benchmark)
         if spec.budgets:
             raise BenchmarkError(
-                f"budgets: {request.benchmark} reads whole texts; leave budgets out, or write "
-                f"benchmark: {spec}"
+                f"budgets: {request.benchmark} always scores whole texts; leave budgets out, or "
+                f"write benchmark: {spec}"
             )
         super().__init__(replace(request, benchmark=spec))
         for name in self._tasks:
@@ -114,7 +120,7 @@ class Traces(LmEvalBenchmark):
         )
 
     def longest_readings(self, documents: Sequence[Document]) -> list[Document]:
-        """Return documents with traces of the maximum length, to estimate the cost of reading."""
+        """Return documents with traces of the maximum length, for cost estimates."""
         readings = []
         for document in documents:
             request, prompt = document.requests[0], document.prompt
@@ -126,7 +132,7 @@ class Traces(LmEvalBenchmark):
     def read_traces(
         self, document: Document, texts: Sequence[str], encoder: RequestEncoder
     ) -> Document:
-        """Return a document whose requests score traces and the final answers in them.
+        """Return a document whose requests score traces and their final answers.
 
         Args:
             document: Document that `documents()` returned.
@@ -134,8 +140,8 @@ class Traces(LmEvalBenchmark):
             encoder: Encoder that tokenises requests for the model as lm-eval does.
 
         Returns:
-            The document. Its gold request is the final answer of the primary metric's filter; None
-            if there are several traces.
+            The document. Its gold request scores the final answer that the primary metric's filter
+            extracts. If there are several traces, the document has no gold request.
         """
         requests: list[Request] = []
         traces = [self._read_trace(document, text, encoder, requests) for text in texts]
@@ -148,7 +154,10 @@ class Traces(LmEvalBenchmark):
     def _read_trace(
         self, document: Document, text: str, encoder: RequestEncoder, requests: list[Request]
     ) -> _Trace:
-        """Append the requests that score a trace and its final answers to `requests`."""
+        """Read one trace, and append its requests to `requests`.
+
+        The requests score the whole trace and the final answers in it.
+        """
         prompt = document.prompt
         assert prompt is not None
         judged = self._judge(document, [text], [text] * prompt.samples)
@@ -168,7 +177,7 @@ class Traces(LmEvalBenchmark):
     def check_traces(self, documents: Sequence[Document]) -> None:
         """Raise BenchmarkError if no trace of the first documents has a final answer.
 
-        The documents are those that `read_traces` returned.
+        `documents` are the results of `read_traces` for the first documents.
         """
         traces = [*chain.from_iterable(self._traces[document.key] for document in documents)]
         if all(trace.gold is None for trace in traces):
@@ -182,9 +191,10 @@ class Traces(LmEvalBenchmark):
     def outcomes(
         self, document: Document, responses: Sequence[Response]
     ) -> dict[str, MetricValue | None]:
-        """Compute how much of a trace and of its answers a model still ranks first.
+        """Compute the metrics of a document's traces for one model.
 
-        An answer that does not occur in the trace counts as lost, with the probability 0.
+        If a trace contains no final answer, its `answer_kept` metrics and `answer_probability` are
+        0.
         """
         traces = self._traces[document.key]
         by_trace = [_trace_values(document, trace, responses) for trace in traces]
@@ -196,9 +206,12 @@ class Traces(LmEvalBenchmark):
 
 
 def find_tokens(encoder: RequestEncoder, tokens: Sequence[int], answer: str) -> slice | None:
-    """Find the last tokens of a text that contain an extracted answer; None if it has none.
+    """Find the last tokens of a text that contain an extracted answer.
 
-    Upper and lower case may differ, because filters can change them.
+    Returns None if the text does not contain the answer.
+
+    If the exact answer does not occur, the search ignores case, because a filter can change the
+    case of letters.
     """
     *beginnings, text = (encoder.tok_decode(tokens[:n]) for n in range(len(tokens) + 1))
     answer = answer.strip()
@@ -217,7 +230,7 @@ def find_tokens(encoder: RequestEncoder, tokens: Sequence[int], answer: str) -> 
 def _trace_values(
     document: Document, trace: _Trace, responses: Sequence[Response]
 ) -> dict[str, float]:
-    """Compute the metrics of one trace of a document."""
+    """Compute the metrics of one trace of a document for one model."""
     values: dict[str, float] = {}
     for name, (request, right) in trace.answers.items():
         response = _NO_ANSWER if request is None else responses[request]
@@ -234,7 +247,7 @@ def _trace_values(
 
 
 def _find_judges(task: TaskIdentity) -> dict[str, str]:
-    """Return each filter of a task, with the first metric that judges its answers."""
+    """Return a dictionary from each filter of a task to its first metric."""
     judges: dict[str, str] = {}
     for metric in (name for name in task.metrics if name != CUT_OFF):
         judges.setdefault(filter_name(metric), metric)

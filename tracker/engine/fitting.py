@@ -1,7 +1,7 @@
 """Fit functions that replace layers, by least squares over tokens of calibration text.
 
-The fit ignores the first token of a text, because its hidden state is often unusually large. It
-also ignores tokens at the start that equal those of the previous text.
+The fit ignores the first token of a text, because its hidden state is often unusually large. If a
+text begins with the same tokens as the previous text, the fit ignores these tokens too.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tracker.schema.changes import INTACT
 
 @dataclass
 class _Sums:
-    """Sums over tokens, e.g. of x·y, to fit a layer's output y from its input x."""
+    """Sums over tokens that are needed to fit a layer's output as a function of its input."""
 
     width: int
     linear: bool
@@ -35,7 +35,11 @@ class _Sums:
         self.cross_products = torch.zeros(size, self.width, dtype=torch.float64)
 
     def add(self, inputs: Tensor, outputs: Tensor) -> None:
-        """Add tokens, given as the layer's inputs and outputs [tokens, width], to the sums."""
+        """Add the tokens of a text to the sums.
+
+        `inputs` and `outputs` [tokens, width] are the layer's hidden states before and after the
+        layer.
+        """
         inputs, outputs = inputs.cpu().double(), outputs.cpu().double()
         self.tokens += len(inputs)
         self.updates += (outputs - inputs).sum(0)
@@ -47,7 +51,11 @@ class _Sums:
             self.cross_products += augmented.T @ outputs
 
     def fit_replacement(self) -> FittedReplacement:
-        """Compute the best fits: mean update, factor and (if `linear`) linear map."""
+        """Compute the functions that approximate the layer best.
+
+        The functions add a mean update, multiply by a factor, or apply a linear map. The linear map
+        is computed only if `linear` is true.
+        """
         linear = None
         if self.linear:
             # The minimum-norm solution where inputs do not span all dimensions.
@@ -70,7 +78,7 @@ def fit_replacements(
         linear: Whether to also fit a linear map for each layer.
 
     Returns:
-        Layer number → fitted replacement.
+        The fitted replacements, by layer number.
     """
     sums: dict[int, _Sums] = {}
     plan = model.plan([INTACT])

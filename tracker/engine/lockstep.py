@@ -27,7 +27,7 @@ def run_lockstep(
 ) -> Iterator[T]:
     """Run several functions that call a model, loading each offloaded layer as rarely as possible.
 
-    Without offloaded weights, the functions run one after the other.
+    If no weights are offloaded, the functions run one after the other.
 
     Args:
         weights: The offloaded weights; None if no weights are offloaded.
@@ -55,7 +55,7 @@ def run_lockstep(
 def report_progress(
     weights: OffloadedWeights | None, n_due: int, progress: Callable[[int], None]
 ) -> Iterator[Callable[[int], None]]:
-    """Yield a function that reports finished work.
+    """Yield a function that reports finished work to the callback `progress`.
 
     Args:
         weights: The offloaded weights, whose loading counts as work; None if no weights are
@@ -97,7 +97,7 @@ def report_progress(
 
 
 class _Scheduler:
-    """Scheduler that runs several passes in turn."""
+    """Scheduler that switches between several functions until all have ended."""
 
     def __init__(self, weights: OffloadedWeights) -> None:
         self._weights = weights
@@ -130,7 +130,10 @@ class _Scheduler:
         return [task.result() for task in passes]
 
     def join(self, passes: Sequence[_Pass[T]]) -> list[T]:
-        """Run further passes while the current pass is paused; return their results."""
+        """Run more functions while the current function is paused.
+
+        Returns the results of the new functions, in order.
+        """
         assert self._current is not None
         self._joins.append((self._current, passes))
         self._ready += passes
@@ -138,7 +141,7 @@ class _Scheduler:
         return [task.result() for task in passes]
 
     def wait(self, layer: int) -> None:
-        """Pause the running pass until a layer is loaded."""
+        """Pause the running function until the layer `layer` is loaded."""
         assert self._current is not None
         self._waiting.setdefault(layer, []).append(self._current)
         self._main_greenlet.switch()
@@ -152,7 +155,7 @@ class _Scheduler:
 
 
 class _Pass(Generic[T]):
-    """A function that can be paused and resumed."""
+    """A function that runs in its own greenlet and can be paused and resumed."""
 
     def __init__(self, function: Callable[[], T], modules: Sequence[nn.Module]) -> None:
         self._function = function
@@ -163,11 +166,11 @@ class _Pass(Generic[T]):
 
     @property
     def has_ended(self) -> bool:
-        """True if the function of the pass has returned or raised an exception."""
+        """True if the function has returned or raised an exception."""
         return bool(self._greenlet.dead)
 
     def result(self) -> T:
-        """Return the result of the function, or raise the exception of the function."""
+        """Return the function's result, or raise the exception that the function raised."""
         return self._outcome.result()
 
     def resume(self) -> None:

@@ -47,15 +47,16 @@ class Cost:
             together.
         flops: Floating-point operations that the engine needs.
         naive_tokens: Number of tokens that lm-eval reads in one evaluation, without padding. A
-            context with several one-token continuations counts once.
-        plain_layer_passes: Name of the inference program (`lm-eval`, `vllm`) → number of (token,
-            layer) computations with one lm-eval run per ablation. vLLM does not use its prefix
+            context counts only once for all its one-token continuations.
+        plain_layer_passes: Number of (token, layer) computations with one lm-eval run per ablation.
+            The keys are the inference programs, `lm-eval` and `vllm`. vLLM does not use its prefix
             cache for prompt log-probabilities.
         naive_flops: Floating-point operations that lm-eval needs, with one run per ablation.
         check_layer_passes: Number of (token, layer) computations in the self-check, without the
             check on a miniature model.
-        statistics_layer_passes: Number of (token, layer) computations for proxies of parts and
-            `observe`. These are not in `layer_passes` and `flops`.
+        statistics_layer_passes: Number of (token, layer) computations for proxies of parts and for
+            the statistics in `observe`. The attributes `layer_passes` and `flops` do not include
+            these computations.
         peak_bytes: Estimated peak memory: bytes of the weights, the largest activations and one
             chunk of logits.
     """
@@ -74,14 +75,14 @@ class Cost:
 
     @property
     def times_the_passes(self) -> dict[str, float]:
-        """The layer passes of lm-eval and vLLM, as multiples of the engine's layer passes."""
+        """The layer passes of lm-eval and vLLM, divided by the engine's layer passes."""
         plain = self.plain_layer_passes
         return {name: passes / self.layer_passes for name, passes in plain.items()}
 
 
 @dataclass(frozen=True)
 class Workload:
-    """The numbers of tokens and operations for scoring documents.
+    """The numbers of tokens and operations that are needed to score documents.
 
     `engine_operations` assumes that ablations share as much computation as possible.
 
@@ -94,7 +95,8 @@ class Workload:
         naive_tokens: Number of tokens that lm-eval reads in one evaluation.
         engine_operations: Floating-point operations in the engine for one attention, one MLP, and
             the output head.
-        plain_operations: The same three numbers for lm-eval.
+        plain_operations: Floating-point operations of lm-eval for one attention, one MLP, and the
+            output head.
     """
 
     documents: int
@@ -221,7 +223,8 @@ def estimate_cost(
 def _weights_per_token(model: PreTrainedModel) -> tuple[float, float]:
     """Count the weights that a token uses in a layer's attention and in its other modules.
 
-    Both numbers are means over the layers. Only the experts that a token uses are counted.
+    Each of the two returned numbers is a mean over the layers. In a mixture of experts, only the
+    experts that a token uses are counted.
     """
     layers, n_chosen = find_layers(model), experts_per_token(model.config.get_text_config())
 
@@ -245,7 +248,10 @@ def _weights_per_token(model: PreTrainedModel) -> tuple[float, float]:
 def measure_matrix_rate(
     dtype: torch.dtype = torch.float32, device: torch.device | None = None
 ) -> float:
-    """Measure the floating-point operations per second of matrix products (default: on CPU)."""
+    """Measure the speed of matrix products on a device (default: the CPU).
+
+    Returns the number of floating-point operations per second.
+    """
     size = 1024 if device is None or device.type == "cpu" else 8192
     a, b = (torch.randn(n, size, device=device).to(dtype) for n in (2 * size, size))
     a @ b

@@ -61,7 +61,7 @@ def refusal_reason(error: Exception) -> str | None:
 def try_model(compute: Callable[[], _Made]) -> tuple[_Made | None, str | None]:
     """Call a function that runs a model; return (result, None), or (None, reason) if it fails.
 
-    Exceptions that the model did not cause are raised again.
+    The function does not catch exceptions that the model did not cause.
     """
     try:
         return compute(), None
@@ -73,7 +73,10 @@ def try_model(compute: Callable[[], _Made]) -> tuple[_Made | None, str | None]:
 
 
 def _is_raised_by_tracker(traceback: TracebackType | None) -> bool:
-    """Return whether an error was raised in tracker's code, not in a module of the model."""
+    """Return whether the code of tracker raised an error.
+
+    Returns False if a module of the model raised the error, even if tracker called the module.
+    """
     is_ours = True
     for frame, _ in walk_tb(traceback):
         if str(frame.f_globals.get("__name__", "")).startswith("tracker."):

@@ -2,7 +2,7 @@
 
 Modules:
     checkpoint: Save changed models, or model objects from notebooks, as checkpoints.
-    counterexample: Build the transformer that proves the paper's theorem.
+    counterexample: Build the transformer that proves the theorem of the paper.
     devices: Query accelerators, and copy data to and from them.
     gguf_file: Parse GGUF files.
     hooks: Read and replace the arguments and outputs of module calls.

@@ -69,7 +69,7 @@ _TRANSFORMERS_PREFIX = "transformers."
 def savable_copy(
     model: PreTrainedModel, removed: Collection[int], repeated: Sequence[Change] = ()
 ) -> Any:
-    """Copy a model, remove or repeat layers of the copy, and adapt its configuration.
+    """Copy a model with layers removed or repeated, and adapt the configuration.
 
     Args:
         model: A causal language model of transformers.
@@ -96,14 +96,14 @@ def savable_copy(
 
 
 def savable_copies(model: PreTrainedModel, ablation: Ablation) -> tuple[Any, Any]:
-    """Copy a model with changed layers, or without some parts of layers.
+    """Copy a model for saving, with changed layers or without some parts of layers.
 
     Args:
         model: A causal language model of transformers.
         ablation: Removed or repeated layers, and removed parts such as heads.
 
     Returns:
-        The copy to save, and the copy that the engine measures, which can be the same.
+        The copy to save, and the copy that the engine measures. Both can be the same model.
 
     Raises:
         ModelError: The configuration cannot describe the copy; the message gives the reason.
@@ -118,15 +118,16 @@ def savable_copies(model: PreTrainedModel, ablation: Ablation) -> tuple[Any, Any
 
 
 def _plurals(ablation: Ablation) -> str:
-    """Name the kinds of removed parts, such as `attention heads and experts`."""
+    """Return the names of the removed kinds of parts, joined by `and`."""
     kinds = dict.fromkeys(PART_CLASSES[change.component] for change in ablation.parts)
     return join_words([kind.KIND for kind in kinds])
 
 
 def _refuse_other_shapes(model: PreTrainedModel, clone: PreTrainedModel, subject: str) -> None:
-    """Raise ModelError if the configuration of a changed copy gives other tensor shapes.
+    """Raise ModelError if a copy's configuration implies other tensor shapes.
 
-    If transformers has the model's class, a reference to downloaded code is removed from the copy.
+    If transformers itself has the model's class, the function removes references to downloaded code
+    from the copy's configuration.
     """
     model_class = type(model) if _has_remote_code(model) else None
     if model_class is None:
@@ -135,7 +136,7 @@ def _refuse_other_shapes(model: PreTrainedModel, clone: PreTrainedModel, subject
             vars(part).pop("auto_map", None)
     if problem := _config_mismatch(clone, model_class):
         owner = type(model).__name__
-        raise ModelError(f"{owner}: its configuration cannot say {subject}: {problem}")
+        raise ModelError(f"{owner}: its configuration cannot express {subject}: {problem}")
 
 
 def config_changes(model: PreTrainedModel, clone: PreTrainedModel) -> tuple[str, ...]:
@@ -152,10 +153,10 @@ def _has_remote_code(model: PreTrainedModel) -> bool:
 
 
 def _config_mismatch(model: PreTrainedModel, model_class: type | None) -> str | None:
-    """Rebuild a model from its configuration, and describe the first different tensor shape.
+    """Rebuild a model from its configuration, and compare the tensor shapes.
 
-    The function returns None if all shapes are equal. If `model_class` is None, transformers finds
-    the class.
+    Returns a description of the first tensor whose shape differs; None if all shapes are equal. If
+    `model_class` is None, transformers chooses the class.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -178,7 +179,7 @@ def check_layer_changes(
 ) -> None:
     """Raise ModelError if plain transformers could not load the model with the changed layers.
 
-    The function tests a small random model with the same architecture, which takes a second.
+    The function tests a small random model with the same architecture. This takes about one second.
 
     Args:
         source: The model.
@@ -206,7 +207,7 @@ def check_layer_changes(
 def _refuse_missing_layers(
     source: ModelSource, n_layers: int, removed: Collection[int], named: Collection[int]
 ) -> None:
-    """Raise ModelError if a named layer does not exist, or if all layers are removed."""
+    """Raise ModelError if a layer does not exist, or if no layer remains."""
     invalid = [layer for layer in named if not 0 <= layer < n_layers]
     if invalid or len(set(removed)) >= n_layers:
         problem = f"layer {invalid[0]} is out of range" if invalid else "no layer would be left"
@@ -244,17 +245,19 @@ def check_part_removal(source: ModelSource, ablation: Ablation) -> None:
 def find_removable_counts(
     source: ModelSource, unit: str, block: int
 ) -> tuple[tuple[int, ...], float]:
-    """Find how many parts each layer can lose so that plain transformers loads the model.
+    """Find how many parts of each layer can be removed from a model.
+
+    Plain transformers must be able to load the model without these parts.
 
     Args:
         source: The model; no weights are read.
         unit: Kind of the parts, such as `neuron`.
-        block: Number of consecutive parts that lose the same number: all of a layer, or a group of
-            heads.
+        block: Number of consecutive parts from which the same number of parts is removed: all parts
+            of a layer, or the heads of one group.
 
     Returns:
-        The numbers of parts that each block can lose, ascending, and the number of parameters of
-        one part of one layer.
+        The possible numbers of removed parts per block, in ascending order, and the number of
+        parameters of one part in one layer.
 
     Raises:
         ModelError: The model's class accepts no smaller number.
@@ -287,23 +290,27 @@ def find_removable_counts(
 
 
 def _count_layers(model: PreTrainedModel) -> int:
-    """Count the parameters of all layers; a model that was just built ties no embeddings."""
+    """Count the parameters of all layers."""
     return sum(parameter.numel() for parameter in find_layers(model).parameters())
 
 
 def _smallest_removal(counts: PartNumbers) -> tuple[Component, int]:
-    """Return (unit, count): the kind of part that a small removal takes, and its number per layer.
+    """Return the kind of parts to remove in a test, and their number per layer.
 
-    The unit is a group of heads, or a head if a layer has only one group.
+    For attention heads, the kind is a group of heads, or a single head if the layer has only one
+    group.
     """
     *single, (unit, count) = counts.items()
     return single[0] if single and count == 1 else (unit, count)
 
 
 def _uniform_removal(model: PreTrainedModel, ablation: Ablation) -> Ablation:
-    """Return the smallest removal that the model's class accepts and that is equal in all layers.
+    """Find the smallest removal of parts that the model's class accepts.
 
-    The removal has the same kinds of parts as `ablation`. Raises ModelError if none is accepted.
+    The removal takes the same number of parts from each layer.
+
+    The removal has the same kinds of parts as `ablation`. Raises ModelError if the class accepts no
+    removal.
     """
     anatomy = LayerAnatomy.of(model)
     kinds = dict.fromkeys(PART_CLASSES[change.component] for change in ablation.parts)
@@ -322,7 +329,10 @@ def _uniform_removal(model: PreTrainedModel, ablation: Ablation) -> Ablation:
 
 @lru_cache(maxsize=1)
 def _hollow_and_miniature(source: ModelSource, stamp: str) -> tuple[Any, Any | None]:
-    """Build a model without weights, and a small model with random weights; cache both."""
+    """Build a model without weights, and a small model with random weights.
+
+    Both are cached until the function is called for another model.
+    """
     model = build_hollow(source, "auto")
     return model, build_miniature(model)
 
@@ -363,7 +373,7 @@ def _check_reload(small_model: PreTrainedModel, ablation: Ablation) -> None:
         changes_text = f"with fewer {_plurals(ablation)}"
 
     # Errors of a miniature with fewer parts state numbers that the user's model does not have.
-    reason = "the model's class computes the remaining parts in another way"
+    reason = "the model's class computes different outputs for the remaining parts"
     reason *= bool(ablation.parts)
 
     def problem(text: str) -> AbstractContextManager[None]:
@@ -385,8 +395,8 @@ def _check_reload(small_model: PreTrainedModel, ablation: Ablation) -> None:
     if stray_keys or not distance <= RELOAD_TOLERANCE * max(1.0, float(logits.abs().max())):
         reason = reason or _describe_difference(clone, loaded_model)
         raise ModelError(
-            f"{name} {changes_text}: if plain transformers loads the saved checkpoint, its logits "
-            f"differ by up to {distance:.3g}: {reason}"
+            f"{name} {changes_text}: after plain transformers has loaded the saved checkpoint, the "
+            f"logits differ by up to {distance:.3g}: {reason}"
         )
 
 
@@ -419,13 +429,13 @@ def _describe_difference(saved_model: PreTrainedModel, loaded_model: PreTrainedM
             computed = loaded_values.get(name)
             is_plain = isinstance(value, (bool, int, float, str))
             if is_plain and computed != value and name not in _IGNORED_ATTRIBUTES:
-                return f"{path}.{name} was {value}, and its class computes {computed}"
+                return f"{path}.{name} was {value}, but its class computes {computed} on loading"
     return "the class of the model computes a value from the index of a layer"
 
 
 def _describe_changes(removed: Collection[int], repeated: Sequence[Change]) -> str:
-    """Describe which layers are removed or repeated, for an error message."""
-    removal_text = f"{_layers_text(removed)} {'is' if len(removed) == 1 else 'are'} gone"
+    """Return a clause for error messages about removed and repeated layers."""
+    removal_text = f"{_layers_text(removed)} {'is' if len(removed) == 1 else 'are'} removed"
     return " and ".join([removal_text] * bool(removed) + [span.clause for span in repeated])
 
 
@@ -532,8 +542,8 @@ def _check_saved_logits(
 ) -> None:
     """Raise ModelError if a model and its saved copy compute different logits.
 
-    The copy's logits are stored in its folder. If they are missing or differ, the copy is loaded
-    and run.
+    The function first compares the logits with those stored in the copy's folder. If the folder
+    contains no logits, or if they differ, the function loads and runs the copy.
     """
     # On a CPU, bitsandbytes 0.50 changes the weights of a model that has read a text and is saved.
     if getattr(model, "is_loaded_in_4bit", False) and model.device.type == "cpu":
@@ -566,7 +576,7 @@ def _check_saved_logits(
 
 
 def _last_logits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Logits:
-    """Compute a model's logits at the last token of a few texts."""
+    """Compute a model's logits at the last token of each text in `_SAMPLE_TEXTS`."""
     modes = [(module, module.training) for module in model.modules()]
     texts = [tokenizer(text, return_tensors="pt")["input_ids"] for text in _SAMPLE_TEXTS]
     try:
@@ -580,7 +590,10 @@ def _last_logits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
 
 
 def _logit_difference(logits: Logits, copy_logits: Logits, model: PreTrainedModel) -> str:
-    """Describe the largest difference of logits; return "" if rounding explains it."""
+    """Describe the largest difference between two arrays of logits.
+
+    Returns an empty string if rounding errors explain the difference.
+    """
     is_quantised = getattr(model, "hf_quantizer", None) is not None
     is_exact = model.dtype in (torch.float32, torch.float64) and not is_quantised
     largest = np.abs(copy_logits[np.isfinite(copy_logits)]).max(initial=0)

@@ -2,12 +2,12 @@
 
 The construction takes any texts with intended continuations and any ε, and builds a Llama with five
 layers. Layer 2 has the cosine score ε, the lowest of all layers. The model continues each text as
-intended; without layer 2 it predicts the opposite. The weights are written directly, without
-training.
+intended, but predicts the opposite if layer 2 is removed. The code computes all weights; the model
+is not trained.
 
 Every hidden state contains two large fixed values: a constant (1), and a junk value (8) that no
-prediction uses. All other values are a thousand times smaller. So all hidden states have nearly the
-same length.
+prediction uses. All other values in a hidden state are about a thousand times smaller. Therefore
+all hidden states have nearly the same Euclidean norm.
 
 | layer | function | cosine score |
 |---|---|---|
@@ -17,9 +17,9 @@ same length.
 | 3 amplifies | writes 1, at least a thousand times the number of layer 2, if layer 2 has added its number; else nothing | ≈ 1 |
 | 4 speaks | multiplies the signed part of the continuation by +1 where layer 3 wrote, and by -1 elsewhere, and passes the result to the output head | ≈ 1 |
 
-All other layers move the junk value to another dimension, which gives them a high cosine score.
-Layer 2 makes only a tiny change. Layers 3 and 4 amplify this change until it inverts the
-prediction.
+Layers 0, 1, 3 and 4 move the junk value to another dimension, which gives these layers a high
+cosine score. Layer 2 makes only a tiny change. Layers 3 and 4 amplify this change until it inverts
+the prediction.
 """  # noqa: E501
 
 from __future__ import annotations
@@ -136,7 +136,9 @@ def build_empty_llama(
 
 
 class Counterexample:
-    """Transformer of the paper's theorem; `set_epsilon` sets the cosine score of layer 2.
+    """Transformer that proves the theorem of the paper.
+
+    The method `set_epsilon` sets the cosine score of layer 2.
 
     Args:
         texts: All texts that the model will have to continue.
@@ -201,7 +203,7 @@ class Counterexample:
         return self.model
 
     def _assign_dimensions(self, code_size: int) -> None:
-        """Choose the dimensions of the hidden state for the constant, the codes, etc."""
+        """Assign dimensions of the hidden state to the values that layers exchange."""
         self._code_size = code_size
         self._constant_dim, self._whisper_dim, self._sign_dim, self._length_dim = range(4)
         self._junk_dims = (4, 5)
@@ -211,7 +213,7 @@ class Counterexample:
         self.width = math.ceil((6 + 4 * code_size) / 16) * 16
 
     def _build_model(self, vocabulary: int, length: int) -> None:
-        """Build a Llama whose layers add zero to the residual stream; draw random token codes."""
+        """Build a Llama with random token codes, whose layers do not change their input."""
         n_units = max(2 * self.n_prefixes, 3 * self._code_size)
         model = build_empty_llama(vocabulary, length, self._code_size, self.width, n_units + 1)
         self.model = model.to_empty(device="cpu").float().eval().requires_grad_(False)
@@ -231,7 +233,8 @@ class Counterexample:
     def _write_reading_layer(self) -> None:
         """Write the weights of layer 0, whose attention depends only on token distances.
 
-        The MLP adds the squared length of the signature: silu(x)·x + silu(-x)·(-x) is x².
+        The MLP adds the squared length of the signature to the hidden state. The length is computed
+        with the identity silu(x)·x + silu(-x)·(-x) = x².
         """
         attention = self.model.model.layers[READ].self_attn
         generator = torch.Generator().manual_seed(1)
@@ -254,7 +257,11 @@ class Counterexample:
     def _write_recall_layer(
         self, texts: Sequence[Text], targets: Mapping[PrefixDigest, Continuations]
     ) -> int:
-        """Write layer 1's MLP; return the number of text prefixes that it cannot distinguish."""
+        """Write the weights of layer 1's MLP.
+
+        Returns the number of text prefixes that the MLP cannot distinguish. If it is not 0, the
+        method writes no weights.
+        """
         rows, signatures = self._read_signatures(texts)
         own_rows = torch.tensor([rows[digest] for digest in targets])
         own_readings, gaps = _signature_gaps(signatures, own_rows)
@@ -283,7 +290,11 @@ class Counterexample:
         return 0
 
     def _read_signatures(self, texts: Sequence[Text]) -> tuple[dict[PrefixDigest, int], Tensor]:
-        """Compute layer 0's signatures; return the row number of each digest, and all rows."""
+        """Compute the signatures of text prefixes, which layer 0 writes.
+
+        Returns a dictionary from a prefix's digest to its row, and a matrix with one signature per
+        row.
+        """
         layer = self.model.model.layers[RECALL]
         rows: dict[PrefixDigest, int] = {}
         signatures = []
@@ -301,7 +312,10 @@ class Counterexample:
         return rows, torch.cat(signatures)
 
     def _write_amplifier(self) -> None:
-        """Write layer 3's weights: one MLP unit is active at tokens that layer 2 has changed."""
+        """Write the weights of layer 3.
+
+        One unit of its MLP is active only at tokens that layer 2 has changed.
+        """
         state, mlp = self._normed_state(AMPLIFY), self._mlp(AMPLIFY)
         constant, whisper = state[self._constant_dim], state[self._whisper_dim]
         mlp.gate_proj.weight[0, self._whisper_dim] = 2 * OPEN_GATE / whisper
@@ -311,10 +325,11 @@ class Counterexample:
         self._rewrite_junk(AMPLIFY)
 
     def _write_speaking_layer(self) -> None:
-        """Write layer 4, which outputs the next tokens that layer 1 recalled, or the opposite.
+        """Write the weights of layer 4, which computes the prediction.
 
-        The signed part of the continuation is output at tokens where layer 3 has written 1, and
-        negated at other tokens. The fixed part is output at every token.
+        Layer 1 has written a fixed and a signed part of the continuation into the hidden state.
+        Layer 4 copies the fixed part to the output. It also copies the signed part, but inverts its
+        sign at tokens where layer 3 has not written 1.
         """
         state, mlp = self._normed_state(SPEAK), self._mlp(SPEAK)
         by_sign = 2 * OPEN_GATE / state[self._sign_dim]
@@ -347,7 +362,10 @@ class Counterexample:
         down[new_dim, -1] = -down[old_dim, -1]
 
     def _add_constant(self, layer: int, unit: int, dim: int, value: Tensor | float) -> None:
-        """Make an MLP unit add the same number to one dimension of every token."""
+        """Write the weights of an MLP unit that adds a constant to every hidden state.
+
+        The unit adds `value` to the dimension `dim`.
+        """
         mlp, constant = self._mlp(layer), self._normed_state(layer)[self._constant_dim]
         mlp.gate_proj.weight[unit, self._constant_dim] = OPEN_GATE / constant
         mlp.up_proj.weight[unit, self._constant_dim] = 1 / constant
@@ -365,20 +383,21 @@ class Counterexample:
         return states
 
     def _mean_state(self, layer: int) -> Tensor:
-        """Return a layer's input, averaged over tokens."""
+        """Return the mean of a layer's input over the tokens of a short text."""
         return self._run_layers(range(STATE_TOKENS), layer).mean(0)
 
     def _normed_state(self, layer: int) -> Tensor:
-        """Return a layer's mean input after the norm of its MLP, without its attention."""
+        """Apply the norm before a layer's MLP to the mean of the layer's input."""
         norm = self.model.model.layers[layer].post_attention_layernorm
         normed: Tensor = norm(self._mean_state(layer)[None])[0]
         return normed
 
 
 def _signature_gaps(signatures: Tensor, own_rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute how clearly the detector of each signature rejects all other signatures.
+    """Compute the gap between a detector's value for its own and other signatures.
 
-    The detector of a signature u computes 2 u·v - ‖v‖², which is largest for v = u.
+    The detector of a signature u computes 2 u·v - ‖v‖² for the signature v of a text. This value is
+    largest for v = u.
 
     Args:
         signatures: Signatures of all text prefixes, one per row. The last column is the squared
@@ -386,8 +405,9 @@ def _signature_gaps(signatures: Tensor, own_rows: Tensor) -> tuple[Tensor, Tenso
         own_rows: Row numbers in `signatures` of the k signatures that have a detector.
 
     Returns:
-        Two tensors with one entry per detector: its value at its own signature, and the gap to its
-        largest value at another signature. The gap is -1 if rounding errors could close it.
+        Two tensors with one entry per detector: its value for its own signature, and the gap
+        between this value and its largest value for another signature. The gap is -1 if it is not
+        larger than possible rounding errors.
     """
     detected = signatures[own_rows]
     detectors = torch.cat([2 * detected[:, :-1], -torch.ones_like(detected[:, -1:])], 1)
@@ -403,9 +423,11 @@ def _signature_gaps(signatures: Tensor, own_rows: Tensor) -> tuple[Tensor, Tenso
 
 
 def _solve_code(targets: Mapping[int, int], zeros: Iterable[int], codes: Tensor) -> Tensor:
-    """Compute the shortest vector that has the inner products `targets` with some token codes.
+    """Compute the shortest vector with given inner products with token codes.
 
-    The inner products with the codes of the tokens in `zeros` are 0.
+    `targets` maps a token to the inner product with its code.
+
+    For the tokens in `zeros`, the inner product with the token's code is 0.
     """
     all_targets = {**dict.fromkeys(zeros, 0), **targets}
     products = torch.tensor([*all_targets.values()], dtype=codes.dtype)

@@ -1,10 +1,13 @@
-"""Access accelerators of any vendor; other modules do not call e.g. `torch.cuda` directly.
+"""Access accelerators of any vendor.
+
+Other modules call this module instead of modules such as `torch.cuda`.
 
 torch has one module for each type of device (`torch.cuda`, `torch.xpu`, `torch.npu`, …) with the
-same functions. Apple's MPS differs: it has no streams, and its memory functions have other names.
+same functions. Apple's MPS is different: it has no streams, and its memory functions have other
+names.
 
-`take_entries` and `put_entries` index by slices only, because the accelerator must wait if a list
-is used as an index.
+The functions `take_entries` and `put_entries` use only slices as indices. A list as an index would
+have to be copied to the accelerator first.
 """
 
 from __future__ import annotations
@@ -71,7 +74,10 @@ def visible_variable() -> str:
 
 
 def visible_accelerators() -> list[str]:
-    """List the names of the visible accelerators, as used in the environment variable."""
+    """List the names of the accelerators that are visible to this process.
+
+    The names are those of the environment variable that `visible_variable` returns.
+    """
     names = os.environ.get(visible_variable())
     if torch.version.hip and not names:  # HIP obeys it too
         names = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -94,7 +100,10 @@ def hardware_name(device: torch.device) -> str:
 
 
 def runtime_versions() -> dict[str, str]:
-    """Return torch's CUDA, HIP or XPU version, and the CUDA version of the driver if available."""
+    """Return torch's CUDA, HIP or XPU version.
+
+    If a CUDA driver is available, the result also contains the driver's CUDA version.
+    """
     built_versions = {name: getattr(torch.version, name, None) for name in ("cuda", "hip", "xpu")}
     versions = {name: str(version) for name, version in built_versions.items() if version}
     if torch.version.cuda and accelerators():
@@ -104,7 +113,10 @@ def runtime_versions() -> dict[str, str]:
 
 
 def share_memory(n_processes: int) -> None:
-    """Set the number of processes that share the host's memory, for `free_memory`."""
+    """Set the number of processes that share the host's memory.
+
+    On a CPU, `free_memory` divides the free memory by this number.
+    """
     global _host_shares
     _host_shares = n_processes
 
@@ -163,18 +175,21 @@ def synchronize() -> None:
 
 
 def stream_module(device: torch.device) -> Any:
-    """Return the torch module with the streams of a device, e.g. `torch.cuda`.
+    """Return the torch module for the streams of a device, such as `torch.cuda`.
 
-    For a device without streams, return the CPU's module, whose streams do nothing.
+    For a device without streams, the function returns `torch.cpu`, whose streams do nothing.
     """
     module = _device_module(device)
     return module if hasattr(module, "Stream") else torch.cpu
 
 
 def allocate_pinned(size: int) -> list[Tensor]:
-    """Allocate pinned uint8 tensors of at least `size` bytes in total, for asynchronous copies.
+    """Allocate pinned memory for asynchronous copies.
 
-    The size of each tensor is a power of two, because torch rounds up to powers of two.
+    The returned uint8 tensors have at least `size` bytes in total.
+
+    The number of bytes of each tensor is a power of two, because torch rounds allocations of pinned
+    memory up to powers of two.
     """
     blocks = -(-size // PINNED_BLOCK)
     powers = [1 << bit for bit in reversed(range(blocks.bit_length())) if blocks >> bit & 1]
@@ -194,7 +209,10 @@ def copy_to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def start_host_copy(tensor: Tensor) -> Callable[[], Tensor]:
-    """Start to copy a tensor to the host; return a function that waits and returns the copy."""
+    """Start copying a tensor to the host.
+
+    The result is a function. A call of this function waits for the copy and returns it.
+    """
     device = tensor.device
     if not can_pin(device):
         return tensor.cpu
@@ -214,7 +232,10 @@ def _device_module(device: torch.device) -> Any:
 
 
 def consecutive_slices(indices: Sequence[int]) -> list[slice]:
-    """Split indices into slices of consecutive indices, e.g. [0, 1, 2, 0] into 0:3 and 0:1."""
+    """Split indices into slices of consecutive indices.
+
+    For example, [0, 1, 2, 0] is split into the slices 0:3 and 0:1.
+    """
     run_starts = [n for n, index in enumerate(indices) if not n or index != indices[n - 1] + 1]
     return [slice(indices[a], indices[b - 1] + 1) for a, b in pairwise([*run_starts, len(indices)])]
 

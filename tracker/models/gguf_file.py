@@ -1,4 +1,4 @@
-"""Read a GGUF file several times faster than the gguf package does."""
+"""Read GGUF files several times faster than the gguf package does."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ types."""
 class Reader(gguf.GGUFReader):  # type: ignore[misc]
     """Faster subclass of the gguf package's reader for GGUF files.
 
-    The gguf package reads each element of an array in several calls. This class uses a plain NumPy
-    array.
+    The gguf package reads each element of an array with several function calls. This class reads a
+    whole array of numbers at once.
     """
 
     @property
@@ -52,7 +52,10 @@ class Reader(gguf.GGUFReader):  # type: ignore[misc]
         return library_parts
 
     def _read_strings(self, start: int, n_strings: int) -> tuple[list[Any], int]:
-        """Read an array of strings as [length, string, length, …]; also return its end offset."""
+        """Read an array of strings from the file.
+
+        Returns the list [length, string, length, …] and the offset of the array's end.
+        """
         data, strings, offset = self.data, [], start
         byte_order = self.endianess.name.lower()
         for _ in range(n_strings):
@@ -69,8 +72,8 @@ class Reader(gguf.GGUFReader):  # type: ignore[misc]
 def cached_gguf_parsing() -> Iterator[None]:
     """Make transformers parse a GGUF file once for configuration, tokenizer and weights.
 
-    By default, transformers parses the file several times. With this function, loading SmolLM2-135M
-    takes 5.0 s instead of 17.6 s (two cores of an EPYC).
+    By default, transformers parses a GGUF file several times. With this function, loading
+    SmolLM2-135M takes 5.0 s instead of 17.6 s (two cores of an EPYC).
     """
     from transformers import modeling_gguf_pytorch_utils as reading
 
@@ -88,7 +91,10 @@ def cached_gguf_parsing() -> Iterator[None]:
 
 
 def _parse_value(parse: Callable[..., Any], part: Any, types: Sequence[GGUFValueType]) -> Any:
-    """Convert a value of a GGUF field to a Python value; faster than in transformers."""
+    """Convert a value of a GGUF field to a Python value.
+
+    The function is faster than the function `parse` of transformers.
+    """
     if len(types) > 2:  # an array of arrays
         return parse(part, types)
     return part.tobytes().decode() if types[-1] == GGUFValueType.STRING else part[0].item()

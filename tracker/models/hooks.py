@@ -48,7 +48,7 @@ def call_with(forward: Callable[..., Any], state: Tensor, args: Args, kwargs: Kw
 
 
 def first_output(output: Any) -> Any:
-    """Return a module's output, or the first entry if the output is a tuple."""
+    """Return a module's output, or its first entry if the output is a tuple or a list."""
     return output[0] if isinstance(output, (tuple, list)) else output
 
 
@@ -71,7 +71,10 @@ def enter_all(contexts: Iterable[AbstractContextManager[Any]]) -> Iterator[None]
 
 
 def shallow_copy(module: nn.Module, **state: Any) -> nn.Module:
-    """Copy a module and set the attributes `state`; the copy shares all other attributes."""
+    """Copy a module and set some attributes of the copy to the values in `state`.
+
+    The copy shares all other attributes with the module.
+    """
     copied_module = copy.copy(module)
     vars(copied_module).pop("forward", None)  # a replacement of the class's own
     vars(copied_module).update(state)
@@ -110,7 +113,10 @@ def silenced_sublayers(modules: Sequence[nn.Module]) -> AbstractContextManager[N
 
 
 def silence_output(module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
-    """Replace a sublayer's output so that it adds nothing to the residual stream (forward hook)."""
+    """Replace a sublayer's output so that it adds nothing to the residual stream.
+
+    The function is a forward hook of the sublayer.
+    """
     added = first_output(output)
     return replace_first_output(output, neutral_output(module, args, kwargs, added, len(added)))
 
@@ -128,8 +134,8 @@ def neutral_output(
         n_rows: Number of rows of the whole batch.
 
     Returns:
-        A new tensor of zeros. If the sublayer itself adds to the residual stream (as in Bloom), the
-        residual stream.
+        A new tensor of zeros. If the sublayer's own output includes the residual stream (as in
+        Bloom), the residual stream is returned.
     """
     names = _parameter_names(type(module).forward)
     if "residual" in names:
@@ -145,7 +151,10 @@ def _parameter_names(function: Callable[..., Any]) -> tuple[str, ...]:
 
 
 def replace_output(layer: nn.Module, make: Callable[[Tensor], Tensor]) -> list[RemovableHandle]:
-    """Make a layer return `make(input)` instead of its output; return the hooks' handles."""
+    """Make a layer return the result of `make(input)` instead of its output.
+
+    Returns the handles of the installed hooks.
+    """
     states: list[Tensor] = []
 
     def record_input(module: nn.Module, args: Args, kwargs: Kwargs) -> None:
@@ -163,12 +172,19 @@ def replace_output(layer: nn.Module, make: Callable[[Tensor], Tensor]) -> list[R
 
 
 def protect_input(layer: nn.Module, state: Tensor) -> Tensor:
-    """Return a copy of a layer's input; the input itself if the layer is known not to change it."""
+    """Copy a layer's input before the layer is called.
+
+    If the layer is known not to change its input, the function returns the input itself.
+    """
     return state if layer in _READ_ONLY_LAYERS else state.clone()
 
 
 def record_read_only(layer: nn.Module, passed_state: Tensor, state: Tensor) -> None:
-    """Note that a layer does not change its input if `passed_state` still equals `state`."""
+    """Record whether a layer leaves its input unchanged.
+
+    The layer was called with the tensor `passed_state`, a copy of `state`. If both are still equal
+    after the call, the layer leaves its input unchanged.
+    """
     if passed_state is not state and torch.equal(passed_state, state):
         _READ_ONLY_LAYERS.add(layer)
 
@@ -176,7 +192,10 @@ def record_read_only(layer: nn.Module, passed_state: Tensor, state: Tensor) -> N
 def call_protected(
     layer: nn.Module, forward: Callable[..., Any], args: Args, kwargs: Kwargs
 ) -> tuple[Tensor, Any]:
-    """Call a layer with a protected input; return the input and the output."""
+    """Call a layer without letting it change the caller's hidden state.
+
+    Returns the hidden state and the layer's output.
+    """
     state: Tensor = input_state(args, kwargs)
     passed_state = protect_input(layer, state)
     output = call_with(forward, passed_state, args, kwargs)

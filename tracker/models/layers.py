@@ -14,7 +14,7 @@ from tracker.schema.errors import ModelError
 def find_layers(model: nn.Module) -> nn.ModuleList:
     """Find a model's decoder layers: the module list with `num_hidden_layers` entries.
 
-    Raises ModelError unless exactly one module list has this length.
+    Raises ModelError if no module list, or more than one, has this number of entries.
     """
     config = model.config.get_text_config()  # type: ignore[union-attr, operator]
     n_layers = getattr(config, "num_hidden_layers", None)
@@ -43,9 +43,9 @@ def find_layers(model: nn.Module) -> nn.ModuleList:
 
 
 def find_extra_layers(model: nn.Module, weights: Iterable[str]) -> set[int]:
-    """Return the numbers of layers that occur in the names of weights but not in the model.
+    """Find layers that occur in the names of weights but not in the model.
 
-    Layers for multi-token prediction (`num_nextn_predict_layers`) are not returned.
+    The result does not include layers for multi-token prediction (`num_nextn_predict_layers`).
     """
     layers = find_layers(model)
     path = _layers_path(model, layers)
@@ -60,8 +60,8 @@ def find_extra_layers(model: nn.Module, weights: Iterable[str]) -> set[int]:
 def find_base(model: nn.Module) -> nn.Module:
     """Find the module of a causal language model that maps token ids to hidden states.
 
-    The forward pass of this base module runs the layers and returns `last_hidden_state`. It is not
-    always `model.base_model`: OPT calls the decoder inside `base_model`.
+    The forward pass of this base module runs the layers and returns `last_hidden_state`. The base
+    module is not always `model.base_model`: in OPT, it is the decoder inside `base_model`.
     """
     path = _layers_path(model, find_layers(model))
     while path:
@@ -73,7 +73,10 @@ def find_base(model: nn.Module) -> nn.Module:
 
 
 def find_layers_parent(model: nn.Module, layers: nn.ModuleList) -> tuple[nn.Module, str]:
-    """Find the module that holds a list of layers; return the module and its attribute's name."""
+    """Find the module that contains a list of layers.
+
+    Returns this module and the name of its attribute with the list.
+    """
     parent, _, name = _layers_path(model, layers).rpartition(".")
     return model.get_submodule(parent), name
 

@@ -1,7 +1,7 @@
 """Load a causal language model and its tokenizer with transformers.
 
-The module can also create random weights for the shape of a real model, to measure run times
-without a download.
+The module can also create random weights with the shapes of a real model. Such weights allow
+measuring run times without a download.
 """
 
 from __future__ import annotations
@@ -90,7 +90,10 @@ def write_weights(source: ModelSource, model: nn.Module) -> None:
 
 
 def _draw_weight(parameter: Tensor, generator: torch.Generator) -> Tensor:
-    """Return a normally distributed weight matrix, or ones for a one-dimensional parameter."""
+    """Draw normally distributed values for a weight.
+
+    One-dimensional weights are filled with ones.
+    """
     if parameter.ndim < 2:
         return torch.ones(parameter.shape, dtype=parameter.dtype)
     weight = torch.empty(parameter.shape, dtype=parameter.dtype)
@@ -110,7 +113,7 @@ _QUANTISERS = {
     "compressed-tensors": "compressed_tensors",
     "gptq": "gptqmodel",
 }
-"""Method of quantisation → package that reads such checkpoints."""
+"""Packages that read quantised checkpoints, by the method of quantisation."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +146,7 @@ def load_model(
     weights: int | None = None,
     offload: str = "device",
 ) -> LoadedModel:
-    """Load a model; offload layers that do not fit on the device to the host's memory or to disk.
+    """Load a model, and offload layers that do not fit on the device.
 
     Args:
         source: Where the model is loaded from, such as the hub or a folder.
@@ -151,8 +154,8 @@ def load_model(
         device: A torch device, `auto` (the accelerator if there is one), or `spread` (all
             accelerators).
         weights: Maximum bytes of weights on the computing device; None = all free memory.
-        offload: Location of offloaded layers. `device` offloads only layers that do not fit on the
-            device. `host` and `disk` offload all layers if `weights` is None.
+        offload: Where offloaded layers are stored. `device` offloads only layers that do not fit on
+            the device. `host` and `disk` offload all layers if `weights` is None.
 
     Returns:
         The loaded model.
@@ -217,7 +220,10 @@ def _check_loadable(source: ModelSource, config: PreTrainedConfig, quantiser: st
 
 
 def _load_parts(source: ModelSource, dtype: str, options: Mapping[str, Any]) -> tuple[Any, Any]:
-    """Load tokenizer, model and adapter; raise ModelError if weights are missing."""
+    """Load the tokenizer and the model with its adapter.
+
+    Raises ModelError if weights are missing, or if there are weights of additional layers.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     arguments = source.load_arguments()
@@ -318,7 +324,10 @@ def _weight_settings(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _quantisation_method(source: ModelSource, config: PreTrainedConfig) -> str | None:
-    """Return the method of quantisation of a model's weights; None for plain weights."""
+    """Return the method by which a model's weights are quantised.
+
+    Returns None if the weights are not quantised, or if the method needs no additional package.
+    """
     if _weight_settings(source.arguments).keys() & {"quantization_config"}:
         return "bitsandbytes"
     method = (getattr(config, "quantization_config", None) or {}).get("quant_method")
@@ -357,7 +366,9 @@ def build_for_planning(source: ModelSource, dtype: str) -> tuple[Any, Any]:
 
 
 def bytes_to_load(source: ModelSource, dtype: str) -> int | None:
-    """Return the bytes of a model's weights in memory; None if the weights are quantised.
+    """Return the bytes that a model's weights will take in memory.
+
+    Returns None if the weights are quantised.
 
     Raises ModelError if the configuration cannot be read.
     """
@@ -383,9 +394,12 @@ def build_hollow(source: ModelSource, dtype: str) -> Any:
 
 
 def find_device(name: str) -> torch.device:
-    """Return the torch device `name`; `auto`, `spread` and `all` mean the first accelerator.
+    """Return the torch device that has the given name.
 
-    Without an accelerator, they mean the CPU. Raises ModelError if there is no such device.
+    The names `auto`, `spread` and `all` mean the first accelerator.
+
+    On a machine without an accelerator, these names mean the CPU. Raises ModelError if the machine
+    does not have the device.
     """
     if name in ("auto", SPREAD, ALL_DEVICES):
         return default_device()

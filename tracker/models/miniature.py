@@ -1,4 +1,4 @@
-"""Build a miniature of a model: same class and layers, with small widths and random weights.
+"""Build a miniature of a model, which has the same class but small random weights.
 
 The tests of shared computation run on a miniature, because their results depend on the architecture
 and not on the weights.
@@ -115,7 +115,10 @@ def _resize(config: PreTrainedConfig, names: Iterable[str], shrink: Callable[[in
 
 
 def _layer_sizes(config: PreTrainedConfig) -> dict[str, dict[str, Any]]:
-    """Return the settings of each layer; an empty dictionary if all layers share settings."""
+    """Return the configuration values that differ between layers, by layer.
+
+    The dictionary is empty if all layers have the same values.
+    """
     if not getattr(config, "is_heterogeneous", False):
         return {}
     by_layer: dict[str, dict[str, Any]] = config.to_dict()["per_layer_config"]
@@ -210,7 +213,7 @@ def _shrink_experts(config: PreTrainedConfig) -> None:
 
 
 def _shrink_vocabulary(config: PreTrainedConfig) -> None:
-    """Reduce the vocabulary; give special tokens ids inside the reduced vocabulary."""
+    """Reduce the vocabulary, and assign new ids to special tokens."""
     _limit(config, VOCABULARY_KEYS, MINIATURE_VOCABULARY)
     free_token = MINIATURE_VOCABULARY
     for name, value in list(vars(config).items()):
@@ -239,7 +242,10 @@ REDUCTIONS: tuple[Callable[[Any], None], ...] = (
 def shrink_config(
     config: PreTrainedConfig, reductions: Iterable[Callable[[Any], None]]
 ) -> Any | None:
-    """Return a copy of a configuration with reduced sizes; None if its class rejects the sizes."""
+    """Return a copy of a configuration with reduced sizes.
+
+    Returns None if the configuration's class rejects the reduced sizes.
+    """
     reduced = copy.deepcopy(config)
     vars(reduced).pop("quantization_config", None)
     text_config = reduced.get_text_config()
@@ -259,7 +265,7 @@ def shrink_config(
 
 
 def find_numbers(config: PreTrainedConfig) -> Iterator[tuple[NumberPath, float]]:
-    """Yield the path and the value of each whole number ≥ 4 in a model's configuration."""
+    """Yield each whole number ≥ 4 in a configuration, with its path."""
 
     def walk(path: NumberPath, value: Any) -> Iterator[tuple[NumberPath, float]]:
         if isinstance(value, dict):
@@ -292,7 +298,10 @@ MAX_SKIPPED = 2
 
 
 def build_miniature(model: PreTrainedModel) -> Any | None:
-    """Build a small random model with the class and modules of `model`; None if this fails."""
+    """Build a small random model with the class and the modules of `model`.
+
+    Returns None if no such model can be built.
+    """
     pattern = _module_pattern(model)
     for n_skipped in range(MAX_SKIPPED + 1):
         for skipped in combinations(REDUCTIONS, n_skipped):
@@ -307,11 +316,13 @@ def build_miniature(model: PreTrainedModel) -> Any | None:
 def build_random_model(
     model_class: type, config: PreTrainedConfig, shapes: TensorShapes | None = None
 ) -> Any | None:
-    """Build a transformers model with random weights; equal shapes give equal weights.
+    """Build a transformers model with random weights.
 
-    The model is in float64, or in float32 if its class does not support float64. The function
-    returns None if the model cannot be built, is too large, returns NaN, or does not have the
-    tensor shapes `shapes`.
+    Models with equal tensor shapes get equal weights.
+
+    The dtype is float64, or float32 if the model's class does not support float64. The function
+    returns None if the model cannot be built, is too large, or computes logits that are not finite.
+    It also returns None if `shapes` is given and the model's tensors have other shapes.
     """
     model = attempt(partial(_build_random_model, model_class, config, shapes))
     return None if isinstance(model, Exception) else model  # the configuration of another class
@@ -343,7 +354,10 @@ def _build_random_model(
 
 
 def _has_finite_logits(model: nn.Module) -> bool:
-    """Return whether a model's logits are finite, ignoring tokens whose logit is always -inf."""
+    """Return whether a model computes finite logits.
+
+    Tokens whose logit is -inf at every position are ignored.
+    """
     ids = torch.arange(8)[None] + 3
     with torch.inference_mode():
         output = attempt(lambda: copy.deepcopy(model)(ids, use_cache=False).logits[0])
@@ -356,7 +370,7 @@ def _has_finite_logits(model: nn.Module) -> bool:
 
 @torch.no_grad()
 def _draw_weights(model: nn.Module, positive: bool) -> None:
-    """Draw random weights so that every layer has an effect and no activation overflows.
+    """Draw random weights that give every layer an effect without overflows.
 
     If `positive` is true, matrices that the class initialises with only positive values stay
     positive.

@@ -1,7 +1,8 @@
-"""Make copies of a model with fewer heads, experts or neurons in each layer and smaller weights.
+"""Make smaller copies of a model with fewer heads, experts or neurons in each layer.
 
-The configuration of transformers has one number of heads, experts and neurons for all layers. So
-plain transformers loads such a copy only if each layer has lost the same number.
+A configuration of transformers states one number of heads, experts or neurons for all layers. Plain
+transformers can therefore load such a copy only if the same number of parts was removed from each
+layer.
 """
 
 from __future__ import annotations
@@ -31,27 +32,28 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 PartNumbers = Mapping[Component, int]
-"""Numbers of parts of each kind, such as heads, in each layer."""
+"""Number of parts in each layer, by the kind of the parts, such as heads."""
 _NUMBER_KEYS: Mapping[Component, Sequence[str]] = {
     "head": ("num_attention_heads",),
     "kv_head": ("num_key_value_heads", "num_kv_heads"),
     "expert": EXPERT_COUNT_KEYS,
     "neuron": MLP_WIDTH_KEYS,
 }
-"""Names in configurations of the numbers of parts."""
+"""Configuration keys that contain the number of parts."""
 
 
 @dataclass
 class Narrowing:
-    """Numbers of parts in each layer of a model without some heads, experts or neurons.
+    """Plan of removing some heads, experts or neurons from each layer of a model.
 
     Attributes:
-        old_numbers: The numbers in the original model.
-        numbers: The numbers in the narrowed model.
+        old_numbers: Numbers of parts per layer in the original model.
+        numbers: Numbers of parts per layer in the narrowed model.
         head_width: Width of a head; None if no heads are removed.
-        group_size: Number of neurons in each group; configurations count single neurons.
-        entries: Layer and path of a module → the entries of its tensors that remain. The path is
-            empty for all modules of the layer without an own path.
+        group_size: Number of neurons in each group of neurons.
+        entries: The remaining entries of tensors. Keys are pairs of a layer and the path of a
+            module. An empty path stands for all modules of the layer that have no key of their own.
+            Values map the length of an axis to the indices of its remaining entries.
     """
 
     old_numbers: dict[Component, int] = field(default_factory=dict)
@@ -63,7 +65,11 @@ class Narrowing:
     )
 
     def resize(self, config: PreTrainedConfig, numbers: PartNumbers) -> None:
-        """Write the numbers of parts to a configuration, and the width of a head if implied."""
+        """Write the numbers of parts to a configuration.
+
+        If heads are removed and the configuration does not state the width of a head, the method
+        also writes the width.
+        """
         for component, number in numbers.items():
             size = self.group_size if component == "neuron" else 1
             for key in _NUMBER_KEYS[component]:
@@ -76,7 +82,7 @@ class Narrowing:
             config.head_dim = self.head_width
 
     def check_config(self, model: PreTrainedModel) -> None:
-        """Raise ModelError if the class of a configuration refuses the numbers.
+        """Raise ModelError if the configuration's class does not accept the numbers.
 
         The message lists the numbers that the class accepts.
         """
@@ -99,7 +105,7 @@ class Narrowing:
         )
         accepted = [str(numbers[unit]) for numbers in scaled if not find_problem(numbers)]
         raise ModelError(
-            f"{type(model.config).__name__} refuses {self.numbers[unit]} of {old} "
+            f"{type(model.config).__name__} does not accept {self.numbers[unit]} of {old} "
             f"{KIND_STYLES[unit].plural} in each layer; it accepts "
             f"{join_words(accepted, 'or') or 'no smaller number'} ({problem})"
         )
@@ -107,8 +113,8 @@ class Narrowing:
     def build(self, model: PreTrainedModel) -> Any:
         """Build the narrowed model with uninitialised weights.
 
-        Raises ModelError if the configuration or the model's class refuses the numbers. A model on
-        the meta device stays there.
+        Raises ModelError if the configuration or the model's class does not accept the numbers of
+        parts. If `model` is on the meta device, the narrowed model is on the meta device too.
         """
         self.check_config(model)
         shell = prune_model(model)
@@ -116,7 +122,8 @@ class Narrowing:
         device = "meta" if model.device.type == "meta" else "cpu"
         narrow = attempt(partial(build_uninitialised, shell, device))
         if isinstance(narrow, Exception):
-            text = f"{type(model).__name__} cannot be built with these numbers of parts"
+            plurals = [KIND_STYLES[unit].plural for unit in self.numbers]
+            text = f"{type(model).__name__} cannot be built with fewer {join_words(plurals)}"
             raise ModelError(f"{text}: {first_line(narrow)}")
         return narrow
 
@@ -130,14 +137,15 @@ def plan_narrowing(
 
     Args:
         ablation: The parts to remove.
-        find_parts: Function that returns the parts of one kind of each layer that has them.
+        find_parts: Function that returns the parts of one kind, by the number of their layer.
         owner: Name of the model in messages.
 
     Returns:
         The numbers of parts after the removal, and the remaining entries of tensors.
 
     Raises:
-        ModelError: A layer has no such part, or layers lose different numbers of parts.
+        ModelError: A layer does not have one of the parts, or the numbers of removed parts differ
+            between layers.
     """
     plan = Narrowing()
     for kind, changes in group_by(ablation.parts, lambda c: PART_CLASSES[c.component]).items():
@@ -176,13 +184,14 @@ def _refuse_uneven(numbers: Mapping[int, tuple[PartNumbers, PartNumbers]], unit:
     plural = KIND_STYLES[unit].plural
     texts = [f"layer {n} keeps {counts[n][1]} of {counts[n][0]} {plural}" for n in layers]
     raise ModelError(
-        f"{join_words(texts)}, but plain transformers loads the same number for all layers: remove "
-        "the same number from each layer, as 'tracker prune' does with 'uniform: true'"
+        f"{join_words(texts)}, but plain transformers requires the same number of {plural} in all "
+        f"layers: remove equally many {plural} from each layer, as 'tracker prune' does with "
+        "'uniform: true'"
     )
 
 
 def plan_removal(anatomy: LayerAnatomy, ablation: Ablation) -> Narrowing:
-    """Plan the removal of parts from a loaded model, as `plan_narrowing` does."""
+    """Plan the removal of parts from a loaded model with `plan_narrowing`."""
 
     def find_parts(kind: type[NumberedParts]) -> dict[int, NumberedParts]:
         return {layer: part for layer, part in enumerate(anatomy.find(kind)) if part is not None}
@@ -191,22 +200,24 @@ def plan_removal(anatomy: LayerAnatomy, ablation: Ablation) -> Narrowing:
 
 
 def narrowed_copies(model: PreTrainedModel, ablation: Ablation) -> tuple[Any, Any]:
-    """Copy a model without some parts, in the saved form and in the measured form.
+    """Make two copies of a model without some parts: one to save, one to measure.
 
     Args:
         model: A causal language model of transformers.
         ablation: The heads, experts or neurons to remove, the same number in each layer.
 
     Returns:
-        The copy with smaller weights, whose configuration states the smaller numbers; and the copy
-        that the engine measures, in which output projections ignore the removed parts.
+        The copy to save, with smaller weights and a configuration with smaller numbers. The copy to
+        measure, with the original shapes, in which output projections ignore the removed parts.
 
     Raises:
         ModelError: Plain transformers could not load the copy; the message gives the reason.
     """
     anatomy, owner = LayerAnatomy.of(model), type(model).__name__
     if len({parameter.device for parameter in model.parameters()}) > 1:
-        raise ModelError(f"{owner} is on several devices; to remove parts, use --device cpu")
+        raise ModelError(
+            f"{owner} is on several devices; to remove heads, experts or neurons, use --device cpu"
+        )
 
     plan = plan_removal(anatomy, ablation)
     narrow = plan.build(model)
@@ -230,10 +241,12 @@ def narrowed_copies(model: PreTrainedModel, ablation: Ablation) -> tuple[Any, An
 def _cut_tensor(
     value: Tensor | None, expected: Tensor | None, entries: Mapping[int, Sequence[int]], name: str
 ) -> Tensor | None:
-    """Keep the entries that remain in each axis that is shorter in the `expected` tensor.
+    """Cut a tensor to the shape of the tensor `expected`.
 
-    Raises ModelError if the entries of an axis are unknown. A tensor that keeps its shape is
-    returned itself, so that tied weights stay tied.
+    `entries` maps the length of an axis to the indices of its remaining entries.
+
+    Raises ModelError if `entries` does not contain the entries of an axis. A tensor that already
+    has the expected shape is returned unchanged, so that tied weights stay tied.
     """
     if value is None or expected is None or value.shape == expected.shape:
         return value

@@ -1,7 +1,7 @@
 """Load the offloaded weights of each layer to the device when the layer is needed.
 
-The module also chooses which layers to offload. The module `engine.lockstep` runs many forward
-passes together, so that all of them use a layer while it is loaded.
+The function `place_layers` chooses the layers to offload. The module `engine.lockstep` runs many
+forward passes together. While a layer is loaded, all these forward passes use it.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ LAYER_SLOTS = 2
 class FileSlice:
     """Position of a tensor's bytes in a safetensors file, with the file's size and time stamp.
 
-    The class does not map the file into memory, because a signal ends the process if a mapped file
-    is truncated.
+    The file is not mapped into memory: if a mapped file is truncated, the operating system ends the
+    process.
     """
 
     path: Path
@@ -59,7 +59,10 @@ class FileSlice:
         return raw_bytes.view(self.dtype).view(shape)
 
     def read(self, target: Tensor) -> None:
-        """Read the bytes into a uint8 CPU tensor; raise CellError if the file has changed."""
+        """Read the bytes into a uint8 tensor on the CPU.
+
+        Raises CellError if the file has changed or is truncated.
+        """
         view, start = memoryview(target.numpy().data), 0
         with self.path.open("rb", buffering=0) as file:
             if _file_stamp(file.fileno()) != self.stamp:
@@ -108,8 +111,8 @@ WeightSource = FileSlice | Tensor
 class _Weight:
     """An offloaded parameter of a layer, and the file or tensor that holds its values.
 
-    `placeholder` has the parameter's shape and dtype but no values. `start` is its offset in the
-    buffer of the layer.
+    `placeholder` has the parameter's shape and dtype but no values. `start` is the offset of the
+    parameter in the layer's buffer.
     """
 
     parameter: nn.Parameter
@@ -119,7 +122,7 @@ class _Weight:
 
     @property
     def stop(self) -> int:
-        """Offset of the weight's end in the layer's buffer."""
+        """The offset of the weight's end in the layer's buffer."""
         return self.start + self.placeholder.numel() * self.placeholder.itemsize
 
     def view(self, buffer: Tensor) -> Tensor:
@@ -134,8 +137,8 @@ class _LayerWeights:
 
     Attributes:
         weights: Offloaded parameters of the layer, in their order in the buffer.
-        pinned_parts: All bytes of the layer in pinned host memory. Empty if the weights are read
-            one by one.
+        pinned_parts: All bytes of the layer in pinned host memory. The list is empty if the weights
+            are read one by one from `weights`.
     """
 
     weights: Sequence[_Weight]
@@ -147,14 +150,17 @@ class _LayerWeights:
         return max(self.weights[-1].stop, sum(map(len, self.pinned_parts)))
 
     def buffer_copies(self, buffer: Tensor) -> Iterable[tuple[WeightSource, Tensor]]:
-        """List the sources of the weights, each with its target in `buffer`."""
+        """List the sources of the weights, each with the part of `buffer` to fill."""
         if not self.pinned_parts:
             return [(weight.source, weight.view(buffer)) for weight in self.weights]
         views = torch.split(buffer[: self.size], [*map(len, self.pinned_parts)])
         return zip(self.pinned_parts, views, strict=True)
 
     def with_pinned_memory(self) -> _LayerWeights:
-        """Return a copy in pinned memory, or `self` if some weights are on disk."""
+        """Copy the weights to pinned memory.
+
+        Returns the object itself if some of the weights are on disk.
+        """
         if not all(isinstance(weight.source, Tensor) for weight in self.weights):
             return self
         pinned_parts = allocate_pinned(self.size)
@@ -186,14 +192,14 @@ class OffloadedWeights:
     Attributes:
         device: The device that computes with the weights.
         wait: Function that is called with a layer's number when the layer is needed.
-        load_counts: Layer → number of times that the layer was loaded.
+        load_counts: Number of times that each layer was loaded, by layer.
         wait_seconds: Seconds spent waiting for weights.
         load_callbacks: Callbacks without arguments, called when a layer has been loaded.
 
     Args:
         device: The device that computes with the weights.
-        sources: Layer → pairs of a parameter and the file or tensor with its values. The
-            constructor empties the mapping.
+        sources: For each layer, pairs of a parameter and the file or tensor with its values. The
+            constructor empties this dictionary.
         folder: Temporary folder with some of the weights, deleted together with this object.
     """
 
@@ -245,9 +251,9 @@ class OffloadedWeights:
         )
 
     def load_layer(self, layer: int) -> None:
-        """Make sure that a layer is loaded, and start to read the next offloaded layer.
+        """Load a layer if necessary, and start reading the next offloaded layer.
 
-        Raises CellError if a file of weights has changed or cannot be read.
+        Raises CellError if a file with weights has changed or cannot be read.
         """
         slot = self._find_slot(layer) or self._start_loading(layer, self._slots[0])
         assert slot.arrival is not None
@@ -274,14 +280,17 @@ class OffloadedWeights:
             callback()
 
     def sequential_passes(self) -> AbstractContextManager[None]:
-        """Make each forward pass load layers when it needs them, until the context exits."""
+        """Make each forward pass load the layers that it needs.
+
+        The effect ends when the context exits.
+        """
         return replaced_attributes(self, wait=self.load_layer)
 
     def _find_slot(self, layer: int) -> _Slot | None:
         return next((slot for slot in self._slots if slot.layer == layer), None)
 
     def _start_loading(self, layer: int, slot: _Slot) -> _Slot:
-        """Begin to read a layer into a slot, and unload the layer that was in the slot."""
+        """Start reading a layer into a slot, and unload the slot's previous layer."""
         if slot.arrival is not None:
             wait([slot.arrival])
         if slot.layer is not None:
@@ -295,7 +304,10 @@ class OffloadedWeights:
         return slot
 
     def _read_layer(self, layer: int, buffer: Tensor) -> Any:
-        """Read a layer into a buffer; return the device event that marks the end of the copy."""
+        """Read a layer into a buffer.
+
+        Returns the device event that marks the end of the copy.
+        """
         with self._stream_module.stream(self._stream):
             for source, view in self._layers[layer].buffer_copies(buffer):
                 _copy_values(source, view)
@@ -312,7 +324,7 @@ def _assign_offsets(sources: Iterable[tuple[nn.Parameter, WeightSource]]) -> Ite
 
 
 def _copy_values(source: WeightSource, view: Tensor) -> None:
-    """Copy values into a buffer, asynchronously if possible."""
+    """Copy values into a part of a buffer, asynchronously if possible."""
     if isinstance(source, Tensor):
         view.copy_(source, non_blocking=True)
     elif view.device.type == "cpu" and source.dtype == view.dtype:
@@ -391,10 +403,10 @@ def replace_attributes(
     make_values: Callable[[], Mapping[ModuleAttribute, Tensor | nn.Module]],
     during_calls: bool = False,
 ) -> None:
-    """Replace parameters or modules of a layer, permanently or only while the layer is called.
+    """Replace parameters or modules of a layer, permanently or during calls.
 
-    Offloaded parameters are always replaced only during calls, because their values are loaded when
-    the layer is called.
+    Offloaded parameters can be replaced only during calls, because their values are loaded when the
+    layer is called.
 
     Args:
         layer: The layer.
@@ -434,7 +446,10 @@ def _disk_index(model: nn.Module) -> Mapping[str, Any]:
 
 
 def _wait_for_layer(weights: OffloadedWeights, layer: int, module: nn.Module, args: Args) -> None:
-    """Wait until a layer's weights are loaded (forward pre-hook)."""
+    """Wait until a layer's weights are loaded.
+
+    The function is a forward pre-hook of the layer.
+    """
     if not getattr(module.forward, "is_weightless", False):  # such a forward needs no weights
         weights.wait(layer)
 
@@ -471,7 +486,7 @@ def place_layers(
 ) -> Placement | None:
     """Choose which layers of a model to offload.
 
-    Offloaded layers are spread evenly over the model.
+    The function spreads the offloaded layers evenly over the model.
 
     Args:
         model: The model, on the meta device.
@@ -509,7 +524,8 @@ def place_layers(
 def measure_read_rate(files: Sequence[Path]) -> float | None:
     """Measure a disk's read rate in bytes per second by reading a part of the largest file.
 
-    Returns None if there are no files. The rate is too high if the file is in the system's cache.
+    Returns None if there are no files. If the operating system has cached the file, the measured
+    rate is too high.
     """
     if not files:
         return None
@@ -521,7 +537,7 @@ def measure_read_rate(files: Sequence[Path]) -> float | None:
 
 
 def min_free_memory(model: nn.Module, device: torch.device) -> int:
-    """Return the free bytes on the fullest device that a model uses."""
+    """Return the smallest number of free bytes among the devices of a model."""
     return min(map(free_memory, {device, *(p.device for p in model.parameters() if not p.is_meta)}))
 
 
@@ -530,7 +546,7 @@ def devices_needed(n_bytes: int, free_bytes: int, n_devices: int) -> int:
 
     Args:
         n_bytes: Bytes of the model's weights.
-        free_bytes: Free bytes on the fullest device.
+        free_bytes: Free bytes on the device with the least free memory.
         n_devices: Number of available devices.
 
     Returns:
@@ -544,7 +560,11 @@ def devices_needed(n_bytes: int, free_bytes: int, n_devices: int) -> int:
 
 
 def min_weight_bytes(model: nn.Module, n_staying: int = 0) -> int:
-    """Return the bytes of the embeddings, the head and `n_staying` + 2 of the largest layers."""
+    """Compute the bytes of a model's weights if only some layers are loaded.
+
+    The number of loaded layers is `n_staying` plus 2. Each loaded layer counts as large as the
+    model's largest layer.
+    """
     sizes = [weight_bytes(layer) for layer in find_layers(model)]
     return weight_bytes(model) - sum(sizes) + (LAYER_SLOTS + n_staying) * max(sizes)
 

@@ -3,8 +3,9 @@
 A copy shares the weights with the original model, but has its own modules, so both models can be
 called.
 
-Some model classes compute values (e.g. scaling factors) from the position of a layer. A copy in
-memory keeps the original values, but loading a saved copy computes them again.
+Some model classes compute values (e.g. scaling factors) from the position of a layer. If layers are
+removed, a copy in memory keeps the values of the original model. In a copy that is saved and
+loaded, the class computes new values.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 ModuleState = dict[tuple[str, str], Any]
-"""(path of a module, attribute) → value."""
+"""Values of module attributes; the keys are pairs of a module's path and an attribute's name."""
 _NO_ATTRIBUTE = "no such attribute"
 """Marker for an attribute that a module does not have before it is called."""
 FIRST_LAYERS_KEY = "max_window_layers"
@@ -56,14 +57,14 @@ def prune_model(
 ) -> Any:
     """Copy a model with some layers removed or repeated, and renumber the remaining layers.
 
-    The function also adapts data that refer to layers, e.g. lists with one entry per layer.
+    The function also adapts attributes that refer to layers, e.g. lists with one entry per layer.
 
     Args:
         model: A causal language model of transformers.
         removed: The layers to remove, 0-based.
         new_values: Values, including parameters, that replace the model's values in the copy.
         in_place: Whether removed layers stay in the copy and return their input.
-        changes: Pairs of a layer's index and a function that changes the copied layer.
+        changes: Pairs of a layer's index and a function that changes this layer in the copy.
         repeated: Ranges of layers that the copy runs several times, e.g. layers 3 to 6.
 
     Returns:
@@ -113,7 +114,7 @@ def remaining_layers(
 
 
 def _shared_memo(model: nn.Module) -> dict[int, Any]:
-    """Return a memo that makes `deepcopy` share a model's weights and large buffers."""
+    """Return a `memo` argument for `deepcopy`, to share weights and large buffers."""
     shared_objects: list[Any] = []
     for module in model.modules():
         buffers = (buffer for buffer in module._buffers.values() if buffer is not None)
@@ -126,7 +127,7 @@ def _shared_memo(model: nn.Module) -> dict[int, Any]:
 
 
 def _keep_layers(clone: PreTrainedModel, layers: nn.ModuleList, indices: Sequence[int]) -> None:
-    """Keep only the layers `indices` of a copied model, in place."""
+    """Remove all layers from a copied model except the layers `indices`."""
     total = len(layers)
     parent, name = find_layers_parent(clone, layers)
     index_attributes = _find_index_attributes(layers)
@@ -155,15 +156,20 @@ def _keep_layers(clone: PreTrainedModel, layers: nn.ModuleList, indices: Sequenc
 
 
 def _own_attributes(module: nn.Module, types: tuple[type, ...]) -> list[tuple[str, Any]]:
-    """List a module's public attributes of some types as (name, value)."""
+    """List the public attributes of a module that have one of the given types.
+
+    Each attribute is a pair (name, value).
+    """
     public = [(name, value) for name, value in vars(module).items() if not name.startswith("_")]
     return [(name, value) for name, value in public if isinstance(value, types)]
 
 
 def _find_index_attributes(layers: nn.ModuleList) -> dict[tuple[str, str], set[int]]:
-    """Find the attributes that hold the index of their layer; return the layers of each.
+    """Find the module attributes that contain the index of their layer.
 
-    An attribute counts if it equals the layer's index in every layer that has the attribute.
+    Returns a dictionary from (module path, attribute) to the set of layers with this attribute.
+
+    The value of the attribute must equal the layer's index in every layer that has the attribute.
     """
     values: defaultdict[tuple[str, str], dict[int, int]] = defaultdict(dict)
     for index, layer in enumerate(layers):
@@ -180,7 +186,10 @@ def _find_index_attributes(layers: nn.ModuleList) -> dict[tuple[str, str], set[i
 
 
 def _cut_value(value: Any, indices: Sequence[int], n_layers: int) -> Any:
-    """Keep the entries of some layers in a list or dictionary with one entry per layer."""
+    """Select the entries of some layers from a list or dictionary.
+
+    A value that does not have one entry per layer is returned unchanged.
+    """
     if isinstance(value, (list, tuple)) and len(value) == n_layers:
         return type(value)(value[index] for index in indices)
     if isinstance(value, dict) and value and all(key in range(n_layers) for key in value):
@@ -213,12 +222,15 @@ def cut_config(config: PreTrainedConfig, indices: Sequence[int]) -> None:
 
 
 def original_class(config: PreTrainedConfig) -> type[Any]:
-    """Return a configuration's class in transformers, even after `cut_config` replaced it."""
+    """Return the transformers class of a configuration.
+
+    If `cut_config` has replaced the class, the function returns the original class.
+    """
     return getattr(type(config), _ORIGINAL_CLASS, type(config))
 
 
 def _cut_entry(value: Any, indices: Sequence[int], n_layers: int) -> Any:
-    """Apply `_cut_value` to a configuration entry and its nested values."""
+    """Select the entries of some layers from a value and its nested dictionaries."""
     if isinstance(value, dict) and not any(type(key) is int for key in value):
         if "rope_type" in value:
             return value
@@ -236,7 +248,7 @@ def _are_layer_indices(value: Sequence[Any], n_layers: int) -> bool:
 
 
 def _config_properties(config: PreTrainedConfig) -> Iterator[tuple[str, Any]]:
-    """Yield name and value of each public property of a configuration's class."""
+    """Yield the name and value of each public property of a configuration."""
     for base_class in type(config).__mro__:
         for name, member in vars(base_class).items():
             if isinstance(member, property) and not name.startswith("_"):
@@ -248,7 +260,10 @@ def _config_properties(config: PreTrainedConfig) -> Iterator[tuple[str, Any]]:
 def _repeat_layer(
     n_passes: int, module: nn.Module, args: hooks.Args, kwargs: hooks.Kwargs, output: Any
 ) -> Any:
-    """Run a layer on its own output until it has run `n_passes` times (forward hook)."""
+    """Run a layer again on its output until it has run `n_passes` times.
+
+    The function is a forward hook of the layer.
+    """
     for _ in range(n_passes - 1):
         output = hooks.call_with(module.forward, hooks.first_output(output), args, kwargs)
     return output
@@ -258,8 +273,8 @@ def _repeat_layer(
 def record_state(model: nn.Module, attributes: Collection[str] | None = None) -> ModuleState:
     """Record the module values that a forward pass can change: tensors, numbers and strings.
 
-    The keys of the result are pairs of module path and attribute. `attributes` selects attributes
-    by name; None selects all attributes.
+    The keys of the returned dictionary are pairs of a module's path and an attribute's name.
+    `attributes` contains the names of the attributes to record; None records all attributes.
     """
     state: ModuleState = {}
     for path, module in model.named_modules():
@@ -284,7 +299,10 @@ def changed_keys(old_state: ModuleState, new_state: ModuleState) -> set[tuple[st
 
 
 def are_equal(value: object, other: object) -> bool:
-    """Return whether two module values are equal, or tensors without data have equal shapes."""
+    """Return whether two attribute values are equal.
+
+    For tensors on the meta device, the function compares only the shapes.
+    """
     if isinstance(value, Tensor) and isinstance(other, Tensor):
         is_meta = value.is_meta or other.is_meta
         return value.shape == other.shape if is_meta else torch.equal(value, other)
@@ -328,7 +346,9 @@ StaleAttribute = tuple[nn.Module, str, Any]
 
 
 def build_from_config(model: PreTrainedModel) -> Any:
-    """Build an uninitialised model from a model's configuration, as loading a checkpoint does.
+    """Build an uninitialised model as transformers builds it to load a checkpoint.
+
+    The class and the configuration are those of `model`.
 
     Raises ModelError if the model's class cannot be built from the configuration.
     """
@@ -369,7 +389,7 @@ def simulate_reload(
 
 
 def apply_reload(model: PreTrainedModel, clone: PreTrainedModel, indices: Sequence[int]) -> None:
-    """Set the attributes of a pruned copy to the values that they would have after loading.
+    """Give a pruned copy the attribute values that it would have after loading.
 
     Configuration values such as `first_k_dense_replace` are adapted to the remaining layers.
 
@@ -401,7 +421,7 @@ def find_stale_attributes(
     cut_model: PreTrainedModel,
     indices: Sequence[int],
 ) -> list[StaleAttribute]:
-    """List the module attributes of a copy that would change by saving and loading.
+    """List the module attributes of a copy that saving and loading would change.
 
     Args:
         model: The original model.
@@ -441,7 +461,7 @@ def _layers_prefix(model: PreTrainedModel) -> str:
 
 
 def _renumber(items: Mapping[str, Any], prefix: str, indices: Sequence[int]) -> dict[str, Any]:
-    """Change the layer numbers in module or tensor names to those of a pruned copy."""
+    """Replace the layer numbers in names of modules or tensors by those of a copy."""
     new_items: dict[str, Any] = {}
     for name, value in items.items():
         names = [name]
@@ -456,7 +476,7 @@ def _renumber(items: Mapping[str, Any], prefix: str, indices: Sequence[int]) -> 
 def _stale_attributes(
     clone: nn.Module, old_module: nn.Module, full_module: nn.Module, cut_module: nn.Module
 ) -> Iterator[StaleAttribute]:
-    """Yield the attributes of a copied module that would change by saving and loading."""
+    """Yield attributes of a copied module that saving and loading would change."""
     for name, value in vars(cut_module).items():
         if name in _TORCH_ATTRIBUTES or not _is_plain(value):
             continue
@@ -486,10 +506,12 @@ def _build_matching(
     shapes: TensorShapes | None,
     cache: dict[str, Any] | None = None,
 ) -> Any:
-    """Build a model from the class and configuration of `model`, with the given tensor shapes.
+    """Build a model of the class of `model` whose tensors have the given shapes.
 
-    If the shapes differ, the function adapts configuration values such as `first_k_dense_replace`.
-    Raises ModelError if no model with these shapes can be built.
+    The configuration is that of `model`. If `shapes` is None, any shapes are accepted.
+
+    If the built tensors have other shapes, the function changes configuration values such as
+    `first_k_dense_replace`. Raises ModelError if no model with the given shapes can be built.
     """
     config = model.config.get_text_config()
     first_problem = None
@@ -509,7 +531,10 @@ def _build_matching(
 
 
 def _build_cached(model: PreTrainedModel, cache: dict[str, Any] | None) -> Any:
-    """Build a model from the class and configuration of `model`, or reuse a model in `cache`."""
+    """Build a model of the class and configuration of `model`.
+
+    If `cache` contains such a model, the function returns it.
+    """
     if cache is None:
         return build_uninitialised(model)
     key = model.config.to_json_string()
@@ -519,10 +544,10 @@ def _build_cached(model: PreTrainedModel, cache: dict[str, Any] | None) -> Any:
 
 
 def layer_counts(config: PreTrainedConfig, indices: Sequence[int]) -> Iterator[dict[str, int]]:
-    """Yield new values of configuration keys that count the first layers of some kind.
+    """Yield new values of configuration keys that contain a number of first layers.
 
-    An example is `first_k_dense_replace`, the number of first layers without experts. The new value
-    counts only the layers in `indices`.
+    An example is `first_k_dense_replace`, the number of layers without experts at the model's
+    beginning. A new value is the number of these layers that are among `indices`.
     """
     counts = {
         name: value
@@ -541,7 +566,10 @@ def layer_counts(config: PreTrainedConfig, indices: Sequence[int]) -> Iterator[d
 
 
 def build_uninitialised(model: PreTrainedModel, device: str = "cpu") -> Any:
-    """Build a model with uninitialised weights from the configuration of `model`."""
+    """Build a model with uninitialised weights, of the class of `model`.
+
+    The configuration is that of `model`.
+    """
     from transformers.initialization import no_init_weights
     from transformers.modeling_utils import local_torch_dtype
 
@@ -564,7 +592,7 @@ def build_uninitialised(model: PreTrainedModel, device: str = "cpu") -> Any:
 
 
 def reload_config(model: PreTrainedModel) -> Any:
-    """Save a model's configuration, and load it as transformers does."""
+    """Save a model's configuration, and return the loaded configuration."""
     with TemporaryDirectory() as folder:
         model.config.to_json_file(Path(folder) / "config.json")
         return original_class(model.config).from_pretrained(folder)
@@ -584,7 +612,10 @@ def tensor_shapes(model: PreTrainedModel) -> TensorShapes:
 
 
 def shape_mismatch(shapes: TensorShapes, expected: TensorShapes) -> str | None:
-    """Describe the first tensor whose shape differs from `expected`; None if all are equal."""
+    """Describe the first tensor whose shape differs from the shape in `expected`.
+
+    Returns None if all shapes are equal.
+    """
     for name in sorted(shapes.keys() | expected.keys()):
         if name not in expected:
             return f"the rebuilt model needs {name}, which is removed"

@@ -1,7 +1,7 @@
 """Quantise weights to a format and dequantise them.
 
-Integer formats are rounded by torch. In float32 the results equal those of torchao 0.18's
-`IntxWeightOnlyConfig`. GGUF formats are rounded by the package gguf or by llama.cpp's own library.
+torch rounds to integer formats. In float32 the results equal those of torchao 0.18's
+`IntxWeightOnlyConfig`. The package gguf or llama.cpp's own library rounds to GGUF formats.
 Activations are not changed.
 """
 
@@ -45,7 +45,7 @@ def round_weight(weight: Tensor, name: str) -> Tensor:
     if form is None:
         raise CellError(
             f"{name} rounds blocks of {FORMATS[name].block} weights, but each row of a matrix has "
-            f"{inputs} weights; use another format, or leave such maps out"
+            f"{inputs} weights; use another format, or leave this linear map out"
         )
     if weight.ndim == 3:  # one after the other: all at once would take several times the memory
         rounded = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
@@ -70,7 +70,7 @@ def _round_rows(rows: Tensor, form: WeightFormat) -> Tensor:
 
 
 def _round_by_extension(rows: Tensor, form: WeightFormat) -> Tensor:
-    """Round rows with a function of another package; raise CellError if it fails."""
+    """Round rows with a function that another package defines."""
     assert form.round is not None
     message = f"{form.name} cannot round weights"
     with translate_errors(lambda error: CellError(f"{message}: {first_line(error)}")):

@@ -91,7 +91,7 @@ _REPLACEMENTS = {
     "parallelize": "--device spread splits the model over all accelerators, --device all loads a "
     "copy on each",
 }
-"""Argument of lm-eval for the location of a model → advice on what to use instead."""
+"""Advice on what to use instead of arguments of lm-eval that tracker does not take."""
 BITSANDBYTES_ARGUMENTS = ("load_in_", "bnb_")
 """Prefixes of the arguments of bitsandbytes."""
 _UNROUNDED_TYPES = ("F64", "F32", "F16", "BF16")
@@ -128,7 +128,7 @@ class ModelSource:
 
     @property
     def adapter(self) -> ModelSource | None:
-        """The location of the adapter that peft adds to the model; None without an adapter."""
+        """The location of the model's adapter for peft; None if it has no adapter."""
         if (location := self.arguments.get("peft")) is None:
             return None
         folder = expand_home(location)
@@ -136,12 +136,12 @@ class ModelSource:
 
     @property
     def is_local(self) -> bool:
-        """True if the weights are in a folder of this machine."""
+        """True if the model is in a local folder."""
         return Path(self.location).is_dir()
 
     @property
     def is_shape(self) -> bool:
-        """True if the model has the shape of a real model, but random weights."""
+        """True if the source is a `shape:` model, which has random weights."""
         return self.source.startswith(SHAPE_PREFIX)
 
     @property
@@ -166,9 +166,11 @@ class ModelSource:
         return arguments
 
     def files(self) -> list[Path]:
-        """List the local files that determine weights and tokenizer; empty for the hub.
+        """List the local files that determine the weights and the tokenizer.
 
-        For a `shape:` model, only the JSON files are listed.
+        The list is empty for a model on the hub.
+
+        For a `shape:` model, the list contains only the JSON files.
         """
         if not self.is_local:
             return []
@@ -191,13 +193,17 @@ class ModelSource:
         return None if adapter is None else [stamp, self.model_args, adapter]
 
     def fingerprint(self) -> str:
-        """Return a hash of weights and tokenizer: SHA-256 of local files, or the hub's commit.
+        """Return a hash that identifies the weights and the tokenizer.
+
+        The hash is a SHA-256 hash of the local files, or the commit on the hub.
 
         Raises ModelError if a hub model is not in the local cache.
         """
         digest = _cached_file_hash(self.files()) if self.is_local else self._cached_commit()
         if digest is None:
-            raise ModelError(f"{self.source}: the local Hugging Face cache lacks its commit")
+            raise ModelError(
+                f"{self.source}: the local Hugging Face cache does not contain this model"
+            )
         if self.model_args is None:
             return digest
         # The location of an adapter does not count, but its contents do.
@@ -216,7 +222,7 @@ class ModelSource:
 
 
 def _cached_file_hash(files: Sequence[Path]) -> str:
-    """Hash files, or return the stored hash of unchanged files."""
+    """Return a hash of files; for unchanged files, return the stored hash."""
     stamp = file_stamp(files)
     key = content_hash(stamp)
     stored_digest = recall("fingerprints", key).get("sha256")
@@ -237,14 +243,14 @@ def find_model(spec: ModelSpec | str, trust_remote_code: bool = False) -> ModelS
     Args:
         spec: The specification of the model, or only its name: `package:NAME`, `shape:NAME`, a GGUF
             file, a folder, or a hub id.
-        trust_remote_code: Whether downloaded code may run. Otherwise only safetensors and GGUF
+        trust_remote_code: Whether downloaded code may run. If False, only safetensors and GGUF
             files are read.
 
     Returns:
         The location of the model. The function does not check whether a hub id exists.
 
     Raises:
-        ModelError: There is no such model, or it does not support the revision or an argument.
+        ModelError: The model does not exist, or does not support the revision or an argument.
     """
     if isinstance(spec, str):
         spec = ModelSpec.model_construct(model=spec)
@@ -278,7 +284,7 @@ def _check_hub_id(name: str, key: str = "") -> None:
 
 
 def _check_arguments(arguments: dict[str, Any]) -> None:
-    """Raise ModelError for unknown arguments, and if a required package is not installed."""
+    """Raise ModelError if arguments are invalid or need a package that is missing."""
     for name, value in arguments.items():
         if name in _OWN_KEYS:
             raise ModelError(f"model_args: set {name} outside of model_args: {_OWN_KEYS[name]}")
@@ -314,7 +320,10 @@ def require_package(package: str, subject: str) -> None:
 
 
 def _find_local(source: str) -> ModelSource | None:
-    """Locate a package, `shape:` model, GGUF file or folder; None if it can be a hub id."""
+    """Locate a local model: a package, a `shape:` model, a GGUF file or a folder.
+
+    Returns None if the name can be the id of a model on the hub.
+    """
     if source.startswith(MODEL_PACKAGE):
         return _find_in_package(source)
     if source.startswith(SHAPE_PREFIX):
@@ -328,7 +337,7 @@ def _find_local(source: str) -> ModelSource | None:
         folder = path.resolve()
         if not (folder / "config.json").is_file():
             hint = " Name one of its .gguf files." if list(folder.glob("*.gguf")) else ""
-            raise ModelError(f"{source} is a folder without config.json, so not a model.{hint}")
+            raise ModelError(f"{source} is not a model: the folder has no config.json.{hint}")
         return ModelSource(source, str(folder))
     if source.startswith(("/", "./", "../", "~")) or source.count("/") > 1:
         raise ModelError(f"there is no folder {source}")
@@ -354,10 +363,12 @@ def _find_in_package(source: str) -> ModelSource:
 
 
 def _create_shape(source: str) -> ModelSource:
-    """Create a cache folder with a real model's configuration and a tokenizer, without weights.
+    """Create a cache folder for a `shape:` model, without weights.
 
-    Random weights are written when the model is loaded. Raises ModelError if no known model shape
-    has this name.
+    The folder contains the configuration of a real model, and a tokenizer.
+
+    `write_weights` writes random weights when the model is loaded. Raises ModelError if there is no
+    model shape with this name.
     """
     from transformers import AutoConfig
 
@@ -471,7 +482,10 @@ def read_config(model: ModelSource) -> Any:
 
 
 def count_layers(model: ModelSource) -> int:
-    """Count a model's layers; reuse the stored count if the model's files are unchanged."""
+    """Count the layers of a model.
+
+    If the model's files are unchanged, the function returns the stored count.
+    """
     return count_parts(model).layers
 
 
@@ -480,7 +494,8 @@ def count_parts(model: ModelSource, layer_kinds: Collection[str] = ()) -> ModelP
 
     Args:
         model: The model.
-        layer_kinds: Kinds of layers whose numbers are also returned; empty for none.
+        layer_kinds: Kinds of layers. The result also contains the numbers of the layers of these
+            kinds.
 
     Returns:
         The counts, and the numbers of the layers of the requested kinds.
@@ -523,13 +538,19 @@ def parts_of_config(config: PreTrainedConfig) -> ModelParts:
 
 
 def _count_neuron_groups(width: int | None) -> int | None:
-    """Count the groups of neurons of an MLP; None if the width is unknown or not divisible."""
+    """Count the groups of neurons of an MLP.
+
+    Returns None if the width of the MLP is unknown or cannot be divided into groups.
+    """
     size = neuron_group_size(width) if width else None
     return width // size if width and size else None
 
 
 def _parts_of_gguf(model: ModelSource) -> ModelParts | None:
-    """Count the layers, heads and experts in a GGUF file; None if transformers must count them."""
+    """Count the layers, heads and experts in a GGUF file.
+
+    Returns None if the file's fields are not sufficient.
+    """
     from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 
     from tracker.models.gguf_file import Reader
@@ -565,7 +586,8 @@ def stored_format(model: ModelSource) -> str:
         model: The model; its weights are not read.
 
     Returns:
-        The format, such as `Q4_1` or `gptq, 4 bits`. Empty for weights of 16 bits or more.
+        The format, such as `Q4_1` or `gptq, 4 bits`; an empty string if the weights have at least
+        16 bits.
 
     Raises:
         ModelError: The configuration cannot be read.
@@ -587,18 +609,23 @@ def stored_format(model: ModelSource) -> str:
 
 @cache
 def _read_cached_config(model: ModelSource) -> Any:
-    """Read a model's configuration once per process; return an error instead of raising it."""
+    """Read a model's configuration once per process.
+
+    If reading fails, the function returns the error, so that the error is cached too.
+    """
     config = attempt(partial(_read_configuration, model))
     if isinstance(config, Exception):  # libraries raise anything for a damaged file
         return reading_error(model, config)
     layers = getattr(config, "num_hidden_layers", None)
     if type(layers) is not int or not 0 < layers <= MAX_LAYERS:
-        return ModelError(f"{model.source}: its configuration names {short_text(layers)} layers")
+        return ModelError(
+            f"{model.source}: invalid number of layers in its configuration: {short_text(layers)}"
+        )
     return config
 
 
 def _read_configuration(model: ModelSource) -> PreTrainedConfig:
-    """Read the text part of a model's configuration with transformers, without caching."""
+    """Read the text part of a model's configuration with transformers."""
     if not model.is_local and not unreachable_reason() and model.stamp() is None:
         ask_hub(model.location, "config.json", model.revision)
     from transformers import AutoConfig
@@ -614,7 +641,7 @@ def _read_configuration(model: ModelSource) -> PreTrainedConfig:
 
 @cache
 def read_tokenizer(source: ModelSource, stamp: str) -> Any:
-    """Read a tokenizer; cache it for the process while the model's stamp stays the same.
+    """Read the tokenizer of a model; the result is cached by the model's stamp.
 
     Building the tokenizer of a GGUF file can take seconds.
     """

@@ -71,7 +71,7 @@ class FittedReplacement:
         return result.to(state.dtype).reshape(state.shape)
 
     def to_device(self, device: torch.device) -> FittedReplacement:
-        """Return a copy of the replacement with tensors on a device."""
+        """Return a copy of this fitted replacement with its tensors on a device."""
         linear = self.linear and (self.linear[0].to(device), self.linear[1].to(device))
         return FittedReplacement(self.mean.to(device), self.scale, linear)
 
@@ -103,11 +103,12 @@ ReplaceMask = Callable[[int, nn.Module, tuple[Any, ...], dict[str, Any]], hooks.
 class ForwardPass:
     """A forward pass of a model that computes several ablations as streams in one batch.
 
-    The batch contains all streams. The model is called with `rows` texts, so the first layer gets
-    [rows, tokens, hidden]. The batch grows whenever a layer starts a new stream. The output of the
-    last layer is [streams × rows, tokens, hidden], ordered by stream. The rows of each stream equal
-    the output of the pruned model. This requires that a layer treats the rows of a batch
-    separately, and that layers pass only the hidden state to each other.
+    The model is called with `rows` texts, so the first layer gets hidden states of the shape [rows,
+    tokens, hidden]. The batch grows whenever a layer starts a new stream. The output of the last
+    layer has the shape [streams × rows, tokens, hidden] and is ordered by stream. The rows of a
+    stream equal the output of a model that is changed by the stream's ablation. This requires that
+    a layer treats the rows of a batch separately, and that layers pass only the hidden state to
+    each other.
 
     The other inputs of a layer (e.g. masks and positions) must broadcast over the rows of all
     streams.
@@ -119,7 +120,7 @@ class ForwardPass:
         observe: Function that is called for each layer with the layer's input and output in the
             intact model.
         replace_mask: Function that replaces the model's own attention masks.
-        replacements: Layer number → function that replaces the layer.
+        replacements: Functions that replace layers, by layer number.
         embeddings: Inputs to the first layer for streams with quantised embeddings, one for each
             format.
         max_streams: Maximum number of streams that a layer computes in one call; None for no limit.
@@ -167,11 +168,11 @@ class LayerFork:
 
     The input is [streams × rows, tokens, hidden]. A new stream gets the state of its parent stream.
     The layer first computes the `divided_streams` as one batch, and then the remaining streams in
-    groups of at most `max_streams`. The function `replace_layers` writes the outputs of streams
-    that skip or replace the layer.
+    groups of at most `max_streams`. For streams that skip or replace the layer, the function
+    `replace_layers` writes the outputs.
 
-    With several streams, RefusalError is raised if an earlier layer passes a further tensor to this
-    layer.
+    If the pass computes several streams and an earlier layer passes a second tensor to this layer,
+    RefusalError is raised.
 
     Attributes:
         index: The number of the layer.
@@ -195,7 +196,10 @@ class LayerFork:
     arguments: hooks.CallArguments = field(init=False)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the layer for all streams; the output contains [streams × rows, tokens, hidden]."""
+        """Run the layer for all streams, and return its output for all streams.
+
+        The hidden state in the output has the shape [streams × rows, tokens, hidden].
+        """
         inputs = self._split_inputs(args, kwargs)
         output, outputs = self._run_entering(inputs)
         repeat_spans(self, outputs)
@@ -205,7 +209,7 @@ class LayerFork:
         return hooks.replace_first_output(output, outputs.flatten(0, 1))
 
     def run(self, states: Tensor) -> Tensor:
-        """Run the unchanged layer on `states`, and overwrite them with the result."""
+        """Run the unchanged layer, and overwrite `states` with the layer's output."""
         self.is_whole = True
         for streams in split_evenly(range(len(states)), self.parent.max_streams):
             shape = tuple(states.shape[1:])
@@ -237,7 +241,11 @@ class LayerFork:
         return view_streams(hidden, step.n_streams)
 
     def _run_entering(self, inputs: Tensor) -> tuple[Any, Tensor]:
-        """Run the layer where needed; return its raw output and the new states."""
+        """Run the layer for the streams that need it.
+
+        Returns the layer's output of the first call, and the new hidden states of all streams.
+        States of streams that do not run the layer are filled in later.
+        """
         step, shape = self.step, tuple(inputs.shape[1:])
         output: Any = None
         outputs = inputs
@@ -290,7 +298,7 @@ def split_evenly(streams: Sequence[int], max_size: int | None) -> Iterator[Seque
 
 
 def replace_layers(fork: LayerFork, inputs: Tensor, outputs: Tensor) -> None:
-    """Write the outputs of a layer for the streams that skip or replace the layer.
+    """Write the layer's outputs in the streams that skip or replace the layer.
 
     `inputs` and `outputs` are the states [streams, rows, tokens, …] before and after the layer.
     """
@@ -303,7 +311,7 @@ def replace_layers(fork: LayerFork, inputs: Tensor, outputs: Tensor) -> None:
 
 
 def repeat_spans(fork: LayerFork, outputs: Tensor) -> None:
-    """Run the repeated layers again, for streams in which the repetition ends at this layer.
+    """Run the repeated layers again in streams whose repeated range ends at this layer.
 
     In each repetition, only the hidden state changes; masks and positions stay the same.
     """

@@ -1,6 +1,7 @@
 """Run the modules of a layer whose computation differs between streams (ablations).
 
-One class exists for each intervention: removed sublayers or parts of them, and quantised weights.
+There is a class for each intervention, such as removing sublayers, removing their parts, or
+quantising weights.
 """
 
 from __future__ import annotations
@@ -58,7 +59,11 @@ class LayerSite:
         return self.anatomy.layer_name(self.index)
 
     def list_streams(self, module: nn.Module) -> Sequence[int]:
-        """Return the index of one stream that uses each output of a module of the layer."""
+        """Return one stream for each output that a module of the layer computes.
+
+        The module computes one output for all streams that share it. Each returned number is the
+        index of one of these streams.
+        """
         step = self.step
         if not step.components.isdisjoint(HEAD_COMPONENTS):
             heads = self.anatomy.get_part(Heads, self.index)
@@ -73,10 +78,10 @@ class LayerSite:
 
 
 class LayerState(Protocol):
-    """Interface of an object that knows which streams a layer is computing.
+    """Interface of an object that states which streams a layer is computing.
 
     Attributes:
-        is_whole: True while the layer computes streams that change nothing inside the layer.
+        is_whole: True while the layer computes only streams without changes inside the layer.
     """
 
     is_whole: bool
@@ -86,7 +91,8 @@ class LayerState(Protocol):
 class ModuleFork(ABC):
     """Replacement of a module's `forward` method that computes some streams differently.
 
-    Each kind of change within a layer is a subclass (e.g. `ProjectionFork` removes heads).
+    There is a subclass for each kind of change within a layer. For example, `ProjectionFork`
+    removes heads.
 
     Attributes:
         module: The module.
@@ -103,7 +109,7 @@ class ModuleFork(ABC):
 
     @abstractmethod
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the output of the module for all streams, ordered by stream."""
+        """Compute the module's output for all streams, ordered by stream."""
 
     def install(self, layer_state: LayerState) -> AbstractContextManager[None]:
         """Replace the module's `forward` until exit, for streams with changes inside the layer."""
@@ -123,12 +129,16 @@ def view_streams(batch: Tensor, n_streams: int, owner: str = "a batch") -> Tenso
     subject of the error message.
     """
     if len(batch) % n_streams:
-        raise RefusalError(f"{owner} does not have a row for each stream")
+        raise RefusalError(f"{owner} cannot be divided among the ablations")
     return batch.reshape(n_streams, -1, *batch.shape[1:])
 
 
 def select_streams(value: Any, n_streams: int, entrants: list[int]) -> Any:
-    """Select the rows in `entrants` from tensors with `n_streams` rows; keep other values."""
+    """Select the rows of some streams from each tensor that has one row per stream.
+
+    `entrants` contains the indices of the streams. Tensors without `n_streams` rows and other
+    values stay unchanged.
+    """
     if isinstance(value, Tensor):
         return take_entries(value, entrants) if value.ndim and len(value) == n_streams else value
     if isinstance(value, tuple):
@@ -139,7 +149,7 @@ def select_streams(value: Any, n_streams: int, entrants: list[int]) -> Any:
 
 
 def is_alibi(name: str, value: Tensor) -> bool:
-    """Return whether an argument is Bloom's ALiBi tensor."""
+    """Return whether a layer's argument is the ALiBi tensor of a Bloom model."""
     return name == "alibi" and value.ndim == 3
 
 
@@ -157,12 +167,12 @@ def map_tensors(
 
 @dataclass
 class SublayerFork(ModuleFork):
-    """The attention or the MLP of a layer, if some streams skip it.
+    """Replacement for an attention or MLP that some streams skip.
 
     Streams that first differ within this layer have the same input, so their attention is computed
     once. For example, the ablation that removes the MLP uses the attention output of the intact
-    model. Each output is then copied to all streams that use it. A stream without the sublayer gets
-    an output that leaves the residual stream unchanged.
+    model. Each computed output of the sublayer is then copied to all streams that use it. A stream
+    without the sublayer gets an output that leaves the residual stream unchanged.
 
     Attributes:
         computed_streams: Indices of the streams for which the sublayer is computed.
@@ -184,7 +194,7 @@ class SublayerFork(ModuleFork):
             yield cls(parts.mlp, step.mlps, step.mlp_sources, site.batched)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the sublayer's output for all streams."""
+        """Compute the sublayer's output for all streams."""
         n_entering, streams = len(self.sources), list(self.computed_streams)
         if self.sources == tuple(range(n_entering)) == tuple(streams):
             return self.original(*args, **kwargs)
@@ -195,7 +205,7 @@ class SublayerFork(ModuleFork):
             shape = hooks.input_state(args, kwargs).shape[:2]
 
             def select_rows(name: str, value: Tensor) -> Tensor:
-                """Select the rows of computed streams in inputs with rows per stream."""
+                """Select the rows of the computed streams if the input has one row per stream."""
                 if value.shape[:2] != shape and not is_alibi(name, value):
                     return value
                 return take_entries(view_streams(value, n_entering), streams).flatten(0, 1)
@@ -215,14 +225,16 @@ class SublayerFork(ModuleFork):
 
 @dataclass
 class ProjectionFork(ModuleFork):
-    """The output projection of an attention or an MLP, for streams that lack heads or neurons.
+    """Replacement for an output projection if some streams lack heads or neurons.
 
-    The input is [computed sublayers × rows, tokens, columns]; each head or neuron has its own
-    columns. The columns of removed parts are set to zero.
+    The projection's input has the shape [computed sublayers × rows, tokens, columns]. Each head or
+    neuron has its own columns of this input. The columns of removed heads and neurons are set to
+    zero.
 
     Attributes:
-        sources: Index of the computed sublayer that gives each output.
-        columns: Columns of the removed parts, for each output.
+        sources: For each output, the index of the computed sublayer that it belongs to.
+        columns: For each output of the projection, the input columns of the removed heads or
+            neurons.
     """
 
     sources: Sequence[int]
@@ -230,7 +242,7 @@ class ProjectionFork(ModuleFork):
 
     @classmethod
     def make_forks(cls, site: LayerSite) -> Iterator[ModuleFork]:
-        """Yield a replacement of each output projection, if some stream lacks heads or neurons."""
+        """Yield replacements of output projections if streams lack heads or neurons."""
         step, projections = site.step, site.step.projections
         if not step.components.isdisjoint(HEAD_COMPONENTS):
             sources = [step.attentions.index(source) for source, _ in projections]
@@ -247,13 +259,13 @@ class ProjectionFork(ModuleFork):
         sources: Sequence[int],
         removed: Sequence[Sequence[Change]],
     ) -> ModuleFork:
-        """Build the fork of one projection.
+        """Build the replacement of one output projection.
 
         Args:
             site: The layer.
             kind: Class of the parts whose columns are set to zero.
-            sources: Index of the computed sublayer that gives each output.
-            removed: Parts that are removed from each output.
+            sources: For each output, the index of the computed sublayer that it belongs to.
+            removed: Heads or neurons that are removed from each output.
 
         Returns:
             The fork.
@@ -263,9 +275,9 @@ class ProjectionFork(ModuleFork):
         return cls(site.layer.get_submodule(parts.projection), sources, columns)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the projections of all computed sublayers, each without its removed parts."""
+        """Compute the projection's outputs without the removed heads or neurons."""
         (inputs,) = (*args, *kwargs.values())
-        computed = view_streams(inputs, max(self.sources) + 1, "the heads or neurons have")
+        computed = view_streams(inputs, max(self.sources) + 1, "the input of an output projection")
         states = take_entries(computed, self.sources)
         for state, removed_columns in zip(states, self.columns, strict=True):
             for columns in removed_columns:
@@ -275,10 +287,10 @@ class ProjectionFork(ModuleFork):
 
 @dataclass
 class RouterFork(ModuleFork):
-    """The router of a mixture of experts, for streams that lack some of the experts.
+    """Replacement for the router of a mixture of experts if some streams lack experts.
 
-    The output for a stream equals the output of a router that only has the remaining experts. It
-    uses the original numbers of the experts.
+    For each stream, the router chooses only among the experts that the stream keeps. The output
+    refers to experts by their numbers in the original model.
 
     Attributes:
         experts: Paths of the router and the experts' module, and the number of experts.
@@ -290,7 +302,7 @@ class RouterFork(ModuleFork):
 
     @classmethod
     def make_forks(cls, site: LayerSite) -> Iterator[ModuleFork]:
-        """Yield a replacement of the router if any ablation removes experts, else nothing."""
+        """Yield a replacement of the router if any ablation removes experts."""
         if "expert" in site.step.components:
             experts = site.anatomy.get_part(Experts, site.index)
             remaining = [
@@ -320,7 +332,9 @@ class RouterFork(ModuleFork):
 
 @dataclass
 class SharedExpertFork(ModuleFork):
-    """A shared expert whose output is set to zero in the streams that lack the expert.
+    """Replacement for a shared expert that some streams lack.
+
+    The expert's output is set to zero in these streams.
 
     Attributes:
         is_removed: Whether each computed MLP lacks the shared expert.
@@ -330,7 +344,7 @@ class SharedExpertFork(ModuleFork):
 
     @classmethod
     def make_forks(cls, site: LayerSite) -> Iterator[ModuleFork]:
-        """Yield a replacement of each shared expert, if some stream lacks it."""
+        """Yield a replacement of each shared expert if any stream removes shared experts."""
         if "shared_expert" in site.step.components:
             is_removed = [bool(a.removed("shared_expert")) for a in site.step.mlp_ablations]
             for path in site.anatomy.get_part(SharedExperts, site.index).paths:
@@ -340,7 +354,9 @@ class SharedExpertFork(ModuleFork):
         """Return the expert's output, with zeros for the streams that lack the expert."""
         output = self.original(*args, **kwargs)
         states: Tensor = hooks.first_output(output)
-        outputs = view_streams(states, len(self.is_removed), "its shared experts have").clone()
+        outputs = view_streams(
+            states, len(self.is_removed), "the output of a shared expert"
+        ).clone()
         # Slices, because an index tensor would have to be copied to an accelerator.
         for part in consecutive_slices([i for i, lacks in enumerate(self.is_removed) if lacks]):
             outputs[part] = 0
@@ -348,15 +364,15 @@ class SharedExpertFork(ModuleFork):
 
 
 _Formats = tuple[tuple[str, str], ...]
-"""Paths of the rounded linear maps of a module, each with its format."""
+"""Pairs of the path and the format of each quantised linear map of a module."""
 
 
 @dataclass
 class RoundedFork(ModuleFork):
-    """A module of a layer that has quantised weights in some streams.
+    """Replacement for a module that has quantised weights in some streams.
 
     Attributes:
-        maps: Path → linear map, for all quantised linear maps of the layer.
+        maps: All quantised linear maps of the layer, by path.
         formats: Pairs of a linear map's path and its weight format, for each computed stream.
         make_weight: Function that returns the quantised weights of a linear map.
     """
@@ -385,22 +401,25 @@ class RoundedFork(ModuleFork):
 
     @property
     def streams_by_formats(self) -> dict[_Formats, list[int]]:
-        """Formats of the module's linear maps → indices of the streams with these formats."""
+        """A dictionary from each combination of formats to the streams that use it.
+
+        A combination contains the format of each quantised linear map of the module.
+        """
         return group_by(range(len(self.formats)), lambda stream: self.formats[stream])
 
 
 class LinearFork(RoundedFork):
-    """One linear map of a layer, with quantised weights in some streams.
+    """Replacement for a linear map that has quantised weights in some streams.
 
-    The module runs once for all streams. For streams with quantised weights, the output is computed
-    again.
+    The module first runs once for all streams. The outputs of streams with quantised weights are
+    then overwritten.
     """
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the output of the linear map, with each stream's own weights."""
         (inputs,) = (*args, *kwargs.values())
         output: Tensor = self.original(inputs)
-        stream_inputs = view_streams(inputs, len(self.formats), "a linear map of the layers has")
+        stream_inputs = view_streams(inputs, len(self.formats), "the input of a linear map")
         stream_outputs = view_streams(output, len(self.formats))
         for formats, streams in self.streams_by_formats.items():
             for path, form in formats:
@@ -412,9 +431,9 @@ class LinearFork(RoundedFork):
 
 
 class ExpertsFork(RoundedFork):
-    """The experts module of a mixture of experts, with quantised weights in some streams.
+    """Replacement for the module of all experts, if some streams quantise its weights.
 
-    Streams with the same weights are computed together.
+    Streams with the same weight formats are computed in one call.
     """
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -1,10 +1,11 @@
 """Plan the sharing of layers: each ablation starts its own stream at its first changed layer.
 
-If layer l is removed, layers 0 to l−1 compute the same as in the baseline. So all ablations run in
-one batch, each as a part of the batch (a stream). At the first layer that an ablation changes, a
-new stream starts from the *input* of this layer. Measuring the removal of each single layer of L
-layers takes L(L+1)/2 layer passes instead of L². Streams also share work inside a layer: if only
-the MLP is removed, the output of the attention equals the output in the baseline.
+If layer l is removed, layers 0 to l−1 compute the same as in the baseline. Therefore all ablations
+run in one batch. The part of the batch that computes one ablation is called a stream. At the first
+layer that an ablation changes, a new stream starts from the *input* of this layer. Measuring the
+removal of each single layer of L layers takes L(L+1)/2 layer passes instead of L². Streams also
+share work inside a layer. For example, removing only the MLP does not change the output of the
+layer's attention.
 """
 
 from __future__ import annotations
@@ -45,16 +46,20 @@ class LayerStep:
 
     @cached_property
     def entrants(self) -> tuple[int, ...]:
-        """The streams for which the layer is computed.
+        """The streams for which the layer must run.
 
-        Streams that copy the result of another stream are left out.
+        The property excludes streams that copy the result of another stream.
         """
         copies = {stream for stream, source, _ in self.repeated_spans if source != stream}
         return tuple(i for i, a in enumerate(self.actions) if a.runs_modules and i not in copies)
 
     @cached_property
     def repeated_spans(self) -> tuple[tuple[int, int, Change], ...]:
-        """Repeated ranges of layers that end here, as (stream, copied stream, change)."""
+        """Repeated ranges of layers whose last layer is this layer.
+
+        Each element is a tuple: the stream that repeats the layers, the stream whose states it
+        copies, and the change that describes the repetition.
+        """
         first_streams: dict[int, int] = {}
         for stream, action in enumerate(self.actions):
             if action in (Action.PASS, Action.REPEAT):
@@ -67,10 +72,11 @@ class LayerStep:
 
     @cached_property
     def divided_step(self) -> tuple[LayerStep, tuple[int, ...]]:
-        """Step for the streams with changes inside the layer, and the indices of these streams.
+        """A plan that computes only some of the streams, and the indices of these streams.
 
-        It has the streams with such changes, the baseline, and all streams with the same input. It
-        is empty if no stream has such changes.
+        The plan computes the streams with changes inside the layer, the baseline, and all streams
+        that have the same input as one of these streams. If no stream has changes inside the layer,
+        the plan computes no stream.
         """
         origins = {self.origin(i) for i in self.entrants if self.actions[i] in _DIVIDING_ACTIONS}
         origins |= {0} if origins else set()
@@ -87,12 +93,15 @@ class LayerStep:
 
     @cached_property
     def has_sublayers(self) -> bool:
-        """True if any ablation of this pass removes a part of the layer, e.g. the MLP or heads."""
+        """True if any stream removes a part of this layer, e.g. the MLP or heads."""
         return self.divided and any(self.actions[i] in _PART_ACTIONS[1:] for i in self.entrants)
 
     @cached_property
     def components(self) -> set[str]:
-        """Kinds of parts that streams remove (e.g. `head`), and `rounded` for quantised weights."""
+        """Kinds of parts that streams change in the layer, such as `head` or `expert`.
+
+        The set also contains `rounded` if a stream has quantised weights.
+        """
         changes = {change for ablation in self.ablations for change in ablation.changes}
         return {c.component if c.action is not Action.ROUNDED else c.action.value for c in changes}
 
@@ -104,7 +113,7 @@ class LayerStep:
     def attention_sources(self) -> tuple[int | None, ...]:
         """Index of the stream that computes the attention of each stream in `entrants`.
 
-        None means that the stream removes the attention.
+        A stream that removes the attention has the entry None.
         """
         index_of: dict[tuple[int, Ablation | None], int] = {}
         sources: list[int | None] = []
@@ -118,8 +127,12 @@ class LayerStep:
         return tuple(sources)
 
     @cached_property
-    def _projection_of(self) -> tuple[tuple[int, tuple[Change, ...]] | None, ...]:
-        """For each stream in `entrants`, indices of its attention and removed heads, or None."""
+    def _projection_pairs(self) -> tuple[tuple[int, tuple[Change, ...]] | None, ...]:
+        """The pair (attention index, removed heads) of each stream in `entrants`.
+
+        The attention index is the stream's entry in `attention_sources`. A stream that removes the
+        attention has None instead of a pair.
+        """
         return tuple(
             None if source is None else (source, self.ablations[stream].heads)
             for stream, source in zip(self.entrants, self.attention_sources, strict=True)
@@ -127,34 +140,43 @@ class LayerStep:
 
     @cached_property
     def projections(self) -> tuple[tuple[int, tuple[Change, ...]], ...]:
-        """All different pairs of an attention's index and the removed heads."""
-        return tuple(sorted({pair for pair in self._projection_of if pair}))
+        """The distinct pairs (attention index, removed heads) of all streams.
+
+        The layer computes the output projection of its attention once for each pair.
+        """
+        return tuple(sorted({pair for pair in self._projection_pairs if pair}))
 
     @cached_property
     def head_sources(self) -> tuple[int | None, ...]:
-        """Index in `projections` of each stream in `entrants`, or None."""
+        """The position in `projections` of the pair of each stream in `entrants`.
+
+        A stream that removes the attention has the entry None.
+        """
         index_of = {pair: index for index, pair in enumerate(self.projections)}
-        return tuple(pair and index_of[pair] for pair in self._projection_of)
+        return tuple(pair and index_of[pair] for pair in self._projection_pairs)
 
     @cached_property
     def attentions(self) -> tuple[int, ...]:
-        """Indices in `entrants` of the streams whose attention is computed."""
+        """The streams whose attention is computed, as indices into `entrants`."""
         return tuple(sorted({source for source in self.attention_sources if source is not None}))
 
     @cached_property
     def mlps(self) -> tuple[int, ...]:
-        """Indices in `entrants` of the streams whose MLP is computed."""
+        """The streams whose MLP is computed, as indices into `entrants`."""
         actions = enumerate(self.actions[stream] for stream in self.entrants)
         return tuple(index for index, action in actions if action is not Action.NO_MLP)
 
     @property
     def mlp_ablations(self) -> list[Ablation]:
-        """Changes of this layer in each stream that computes the MLP."""
+        """The changes of this layer in each stream that computes the MLP."""
         return [self.ablations[self.entrants[index]] for index in self.mlps]
 
     @cached_property
     def mlp_sources(self) -> tuple[int | None, ...]:
-        """Index in `mlps` of each stream in `entrants`, or None if the MLP is removed."""
+        """The position in `mlps` of each stream in `entrants`.
+
+        A stream that removes the MLP has the entry None.
+        """
         index_of = {entrant: number for number, entrant in enumerate(self.mlps)}
         return tuple(map(index_of.get, range(len(self.entrants))))
 
@@ -183,19 +205,25 @@ class StreamPlan:
 
     @cached_property
     def head_streams(self) -> dict[str | None, list[int]]:
-        """Format of the output head (None = unchanged) → streams with this format."""
+        """A dictionary from each format of the output head to the streams with this format.
+
+        The key None stands for the unchanged output head.
+        """
         pairs = sorted((head or "", stream) for stream, head in set(self._answers))
         by_head = group_by(pairs, lambda pair: pair[0] or None)
         return {head: [stream for _, stream in group] for head, group in by_head.items()}
 
     @property
     def _answers(self) -> Iterator[tuple[int, str | None]]:
-        """Yield the final stream and the output head's format of each ablation."""
+        """Yield a pair for each ablation: its last stream and its output head's format."""
         return zip(self.final_streams, self.head_formats, strict=True)
 
     @cached_property
     def answer_indices(self) -> tuple[int, ...]:
-        """Index of the result of each ablation, in the order of `head_streams`."""
+        """The position of each ablation's result among the results of the output head.
+
+        The output head computes the results in the order of `head_streams`.
+        """
         answers = ((s, head) for head, streams in self.head_streams.items() for s in streams)
         index_of = {answer: index for index, answer in enumerate(answers)}
         return tuple(index_of[answer] for answer in self._answers)
@@ -212,7 +240,11 @@ class StreamPlan:
 
     @property
     def attention_paths(self) -> Iterator[tuple[int | None, ...]]:
-        """Yield the attention index of each ablation (None if removed), layer by layer."""
+        """Yield for each layer the index of each ablation's attention.
+
+        The index counts the computed attentions of the layer. It is None if the ablation removes
+        the attention.
+        """
         for step, path in zip(self.steps, self.paths, strict=True):
             index_of = {
                 stream: step.attentions.index(source)
@@ -238,7 +270,7 @@ class StreamPlan:
 
     @property
     def has_groups_of_maps(self) -> bool:
-        """True if any ablation quantises all linear maps of an attention or an MLP together."""
+        """True if any ablation quantises a whole attention or a whole MLP."""
         return any(done.has_map_groups for step in self.steps for done in step.ablations)
 
     @property
@@ -258,8 +290,8 @@ def plan_streams(
     """Plan which stream computes each ablation, and at which layer each stream starts.
 
     The baseline must be among the ablations and becomes stream 0. If embedding and output head
-    share their weights (`is_tied`), both have the same format. If `divided` is False, no work is
-    shared inside a layer that some stream changes.
+    share their weights (`is_tied`), both have the same format. If `divided` is False, streams share
+    no work inside a layer that some stream changes.
     """
     baseline_index = ablations.index(INTACT)
     order = [baseline_index, *(i for i in range(len(ablations)) if i != baseline_index)]
@@ -286,7 +318,11 @@ def plan_streams(
 
 
 def count_plain_passes(ablations: Ablations, n_layers: int) -> tuple[int, int]:
-    """Count attention and MLP computations per token without sharing between ablations."""
+    """Count the attention and MLP computations per token if nothing is shared.
+
+    Returns the number of attention computations and the number of MLP computations, both summed
+    over all layers and ablations.
+    """
     actions = [a.at_layer(layer).action for a in ablations for layer in range(n_layers)]
     n_repeated = sum(span.extra for ablation in ablations for span in ablation.repetitions)
     n_entered = sum(action.runs_modules for action in actions) + n_repeated

@@ -2,7 +2,7 @@
 
 Divergences, loss, logit lens and first-order Taylor are computed from the model's output. Angles
 are measured between the residual stream before and after one or several layers. The load of an
-expert is its number of tokens and the size of its contribution.
+expert consists of its number of tokens and the sum of its weighted output norms over these tokens.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ def output_proxies(
 ) -> dict[str, Tensor]:
     """Measure the effect of each layer on the model's output in one document.
 
-    All models are computed together if the engine can share layers between them.
+    The intact model and the models without one layer run in one batch if the engine can share
+    layers between them.
 
     Args:
         engine: The engine of the model.
@@ -133,7 +134,10 @@ def _divergences(
     single_proxy: str | None,
     ablations: Ablations,
 ) -> dict[str, Tensor]:
-    """Sum `kl`, `js` and `loss_increase` (or only `single_proxy`) over the tokens of a text."""
+    """Sum the proxies `kl`, `js` and `loss_increase` over the tokens of a text.
+
+    If `single_proxy` is not None, the function computes only this proxy.
+    """
     names = ("kl", "js", "loss_increase") if single_proxy is None else (single_proxy,)
     sums = {name: torch.zeros(len(ablations), dtype=torch.float64) for name in names}
     index_of = {ablation: index for index, ablation in enumerate(ablations)}
@@ -181,7 +185,7 @@ def _kl_and_js(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.inference_mode()
 def _lens_changes(engine: Engine, tokens: Sequence[int], start: int) -> Tensor:
-    """Count the tokens where each layer changes the most likely token of the logit lens."""
+    """Count the positions at which each layer changes the logit lens's top token."""
     n_layers = len(engine.loaded.layers)
     # The lens at a layer's input is the model without that layer and all above it.
     lenses = [Ablation.from_changes(removed=range(layer, n_layers)) for layer in range(n_layers)]
@@ -196,10 +200,10 @@ def _lens_changes(engine: Engine, tokens: Sequence[int], start: int) -> Tensor:
 def _logits(
     engine: Engine, ablations: Ablations, tokens: Sequence[int], first_position: int
 ) -> Iterator[tuple[list[Ablation], range, Tensor]]:
-    """Yield logits of ablations at positions from `first_position` on, in chunks.
+    """Yield the logits of ablations in chunks, from `first_position` on.
 
-    A chunk consists of ablations (first the baseline), positions, and logits [ablations, positions,
-    vocabulary].
+    Each chunk is a tuple: a list of ablations that begins with the baseline, a range of positions,
+    and the logits [ablations, positions, vocabulary].
     """
     for group, output, states in _compute_states(engine, ablations, tokens):
         plan = engine.plan(group)
@@ -214,7 +218,11 @@ def _logits(
 def _compute_states(
     engine: Engine, ablations: Ablations, tokens: Sequence[int]
 ) -> Iterator[tuple[list[Ablation], Any, Tensor]]:
-    """Run ablations in groups; yield (group, output, final states [ablations, tokens, hidden])."""
+    """Run ablations in groups that fit into memory.
+
+    Yields for each group its ablations, the model's output, and the last hidden states [ablations,
+    tokens, hidden].
+    """
     # One sequence, whose mask the model builds itself.
     row = replace(reading_row(tokens), spans=None)
 
@@ -276,7 +284,8 @@ def measure_span_similarity(engine: Engine, document: Document) -> dict[str, Ten
             engine.run_text(tokens)
         if [len(state) for pair in layer_states for state in pair] != [len(tokens)] * 2 * n_layers:
             raise RefusalError(
-                "a layer does not run exactly once per pass, with one hidden state per token"
+                "a layer does not run exactly once per forward pass, or does not return one hidden "
+                "state per token"
             )
         states = [[state[start:] for state in pair] for pair in layer_states]
         sums["tokens"] += len(tokens) - start
@@ -293,7 +302,7 @@ def measure_span_similarity(engine: Engine, document: Document) -> dict[str, Ten
 def measure_expert_load(
     engine: Engine, document: Document, parts: Collection[Change]
 ) -> dict[Change, tuple[float, ...]]:
-    """Measure the load of some experts while the intact model reads a document.
+    """Measure how much the intact model uses some experts for a document.
 
     This function runs an additional forward pass on the document.
 
@@ -304,8 +313,9 @@ def measure_expert_load(
         parts: The experts to measure, each given as the change that removes the expert.
 
     Returns:
-        Expert → sum of gate × ‖output‖ over its tokens, and number of its tokens. The sum is NaN if
-        the outputs of single experts cannot be computed.
+        For each expert, two numbers: the sum of routing weight × ‖output‖ over the expert's tokens,
+        and the number of these tokens. The sum is NaN if the outputs of single experts cannot be
+        computed.
     """
     layers, anatomy = engine.loaded.layers, engine.anatomy
     experts = {layer: anatomy.get_part(Experts, layer) for layer in {part.layer for part in parts}}

@@ -1,7 +1,7 @@
 """Measure how a perturbation of one layer's output changes the states after later layers.
 
-All perturbations are computed in one batch, like ablations. A perturbed state joins the batch after
-the perturbed layer.
+All perturbations are computed in one batch, like ablations. After the perturbed layer, the
+perturbed hidden state is added to the batch as a new stream.
 """
 
 from __future__ import annotations
@@ -39,18 +39,21 @@ def perturbation_growth(
 ) -> dict[str, NDArray[np.float64]]:
     """Measure the effect of perturbing each layer on all later layers, in one document.
 
-    Let h be the residual stream of the intact model after a layer, and f the update by this layer.
-    At each token, a vector with the norm of f is added to h:
+    For one layer, let h be the residual stream of the intact model after the layer, and f the
+    update that the layer adds. The perturbed residual stream h′ differs from h at each token by a
+    vector with the norm of f. There are three kinds of perturbations:
 
-    - *removed*: h − f, which is the input of the layer;
-    - *random*: h + a random direction, uniform on the sphere and different for each token;
-    - *shuffled*: h − the update of another token of the text, scaled to the norm of f.
+    - *removed*: h′ = h − f, which is the input of the layer.
+    - *random*: h′ = h + r, where r has a random direction that is drawn for each token.
+    - *shuffled*: h′ = h − g, where g is the update of another token, scaled to the norm of f.
 
-    After each later layer m, the relative difference ‖h′ₘ − hₘ‖ / ‖hₘ‖ is computed at each token
-    and averaged over the tokens on which the proxies are measured. *carried* is ‖f‖ / ‖hₘ‖: the
-    difference if later layers left the perturbation unchanged.
+    Let hₘ and h′ₘ be the intact and the perturbed residual stream after a later layer m. The
+    function computes the relative difference ‖h′ₘ − hₘ‖ / ‖hₘ‖ at each token, and averages it over
+    the measured tokens. The result `carried` is the mean of ‖f‖ / ‖hₘ‖. This would be the relative
+    difference if later layers did not change the perturbation.
 
-    The seed of a random direction depends on `seed`, document, layer and draw.
+    The seed of a random direction depends on `seed`, the document, the layer and the number of the
+    direction.
 
     Args:
         engine: The engine of the model.
@@ -92,10 +95,12 @@ def perturbation_growth(
 
 @torch.inference_mode()
 def verify_growth(engine: Engine, document: Document, draws: int, seed: int = 0) -> None:
-    """Check the batched measurement of one layer against separate forward passes.
+    """Check that perturbations in one batch give the same results as separate passes.
 
-    The arguments have the same meaning as for `perturbation_growth`. Raises RefusalError if the
-    batched and the separate forward passes differ by more than rounding errors.
+    The check perturbs only the middle layer of the model.
+
+    The function takes the same arguments as `perturbation_growth`. Raises RefusalError if the
+    results differ by more than rounding errors.
     """
     loaded, layer = engine.loaded, len(engine.loaded.layers) // 2
     if layer == 0:
@@ -116,16 +121,21 @@ def verify_growth(engine: Engine, document: Document, draws: int, seed: int = 0)
     atol = _TOLERANCES.get(loaded.model.dtype, _HALF_TOLERANCE) * float(expected.max())
     result = differences[:-1, layer, layer:]
     if not torch.allclose(result, expected, rtol=0, atol=atol, equal_nan=True):
-        raise RefusalError("the layers give other results for a batch of states than for one state")
+        raise RefusalError(
+            "the layers give different results for a batch of states than for a single state"
+        )
 
 
 def _follow_perturbations(
     engine: Engine, tokens: Sequence[int], directions: _Directions, layers: range
 ) -> Tensor:
-    """Perturb each layer in `layers`; return the relative differences after all later layers.
+    """Perturb each layer in `layers` and measure the effect on all later layers.
+
+    Returns the relative differences of `perturbation_growth` for each token.
 
     The result has the shape [perturbations + 1, perturbed layer, later layer, tokens]. The last
-    entry of the first axis is *carried* of `perturbation_growth`. Unmeasured entries are zero.
+    entry of the first axis is the value `carried` of `perturbation_growth`. Entries that are not
+    measured are zero.
     """
     n_layers, n_perturbations = len(engine.loaded.layers), directions.n_per_layer
     size = max(1, (engine.count_streams(len(tokens)) - 1) // n_perturbations)
@@ -159,7 +169,7 @@ class _Directions:
         return [state.to(outputs.dtype) for state in states]
 
     def _shuffle(self, layer: int, tokens: int) -> Tensor:
-        """Return a random permutation of the tokens in which no token keeps its place."""
+        """Return a random permutation of the token positions without a fixed point."""
         token_order = torch.randperm(tokens, generator=self._make_generator(f"{layer}/shuffled"))
         source_tokens = torch.empty_like(token_order)
         source_tokens[token_order] = token_order.roll(1)
@@ -195,7 +205,9 @@ class _PerturbedPass:
         ):
             self.engine.run_text(tokens)
         if self._n_seen != (n_layers := len(loaded.layers)):
-            raise RefusalError(f"the {n_layers} layers run {self._n_seen} times in one pass")
+            raise RefusalError(
+                f"the {n_layers} layers run {self._n_seen} times in one forward pass"
+            )
 
     def _plan(self) -> StreamPlan:
         """Return a plan with one stream per perturbation."""
@@ -229,7 +241,10 @@ class _PerturbedPass:
 def _hook_outputs(
     layers: nn.ModuleList, visit: Callable[[int, Tensor], None]
 ) -> AbstractContextManager[None]:
-    """Call `visit` with each layer's number and output, which can be changed in place."""
+    """Call `visit` with each layer's number and output.
+
+    `visit` can change the output in place.
+    """
 
     def hook(index: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         visit(index, first_output(output))
@@ -241,7 +256,10 @@ def _hook_outputs(
 def _plain_states(
     engine: Engine, ids: Tensor, layer: int | None = None, state: Tensor | None = None
 ) -> list[Tensor]:
-    """Return each layer's output for `ids`, with the output of `layer` replaced by `state`."""
+    """Return the output of each layer, computed without streams.
+
+    If `state` is not None, it replaces the output of the layer `layer`.
+    """
     layer_states: list[Tensor] = []
 
     def visit(layer_index: int, states: Tensor) -> None:

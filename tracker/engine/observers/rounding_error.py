@@ -171,12 +171,16 @@ def _map_outputs(linear: LinearMap, weight: Tensor, start: int, *call: Any) -> _
 
 
 def _expert_outputs(linear: LinearMap, weight: Tensor, start: int, *call: Any) -> _Pairs:
-    """Yield the exact and quantised outputs of the experts that the router selects."""
+    """Yield the exact and quantised outputs of the experts that the router selects.
+
+    `call` contains the arguments, the keyword arguments and the output of the experts' module.
+    """
     args, kwargs, _ = call
     if not integer_tables((*args, *kwargs.values())):
         raise CellError(
-            f"{type(linear.module).__name__} does not receive each token's experts, so outputs of "
-            "single experts cannot be computed; leave out the rounding errors of its linear maps"
+            f"{type(linear.module).__name__} does not receive the numbers of each token's experts, "
+            "so outputs of single experts cannot be computed; leave the rounding errors of these "
+            "experts out"
         )
     expert_weight = linear.to_module_layout(weight, linear.parameter)
     modules = linear.module, copy_with_weights(linear.module, {linear.name: expert_weight})

@@ -1,6 +1,7 @@
 """Measure first-order Taylor terms: the gradient of the loss times the change of an output.
 
-One forward and one backward pass give the terms of all changes for a text.
+For each text, one forward pass and one backward pass suffice to compute the Taylor terms of all
+changes.
 """
 
 from __future__ import annotations
@@ -46,9 +47,9 @@ def measure_taylor(
 ) -> dict[Change, float]:
     """Measure the first-order Taylor term of each change in a document.
 
-    The term estimates how much the change increases the loss (negative log-likelihood). The
-    gradient of the loss for each output is multiplied by the change of the output, and the products
-    are summed over the tokens.
+    The term estimates how much the change increases the loss (negative log-likelihood). For each
+    module that the change affects directly, the gradient of the loss with respect to the module's
+    output is multiplied by the change of this output. The products are summed over the tokens.
 
     Args:
         engine: The engine with the intact model. Its weights must not be offloaded.
@@ -56,8 +57,8 @@ def measure_taylor(
         changes: Changes for which `Change.has_taylor` is true.
 
     Returns:
-        Change → absolute value of the term, in nats. NaN if autograd cannot differentiate the
-        model, or if the change rounds matrices of experts.
+        For each change, the absolute value of its term, in nats. The value is NaN if autograd
+        cannot differentiate the model, or if the change rounds matrices of experts.
 
     References:
         P. Molchanov et al., arXiv 1906.10771 (|gradient × activation|). P. Michel et al., arXiv
@@ -70,7 +71,7 @@ def measure_taylor(
 
 @dataclass
 class _Call:
-    """A call of a module, with the gradient of the loss for the call's output."""
+    """A call of a module, with the gradient of the loss with respect to its output."""
 
     module: nn.Module
     args: tuple[Any, ...]
@@ -80,14 +81,14 @@ class _Call:
 
     @cached_property
     def weight_gradient(self) -> Tensor:
-        """Gradient of the loss for a linear map's weight, in float32."""
+        """Gradient of the loss with respect to a linear map's weight, in float32."""
         states = input_state(self.args, self.kwargs)
         gradients, inputs = (t.float().flatten(0, -2) for t in (self.gradient, states))
         return gradients.T @ inputs
 
     @cached_property
     def expert_terms(self) -> dict[Any, float]:
-        """Number of each expert → Taylor term of its output."""
+        """The Taylor term of removing each expert, by the expert's number."""
         terms: dict[Any, float] = defaultdict(float)
         gradient = self.gradient.float().flatten(0, -2)
         expert_outputs, is_separable = weighted_expert_outputs(
@@ -103,7 +104,7 @@ class _Call:
 
 
 _Term = Callable[[_Call], float]
-"""Function that computes the term of a change from the call of a module."""
+"""Function that computes the Taylor term of a change from the call of a module."""
 
 
 def measure_kl_gradients(
@@ -111,10 +112,10 @@ def measure_kl_gradients(
 ) -> list[dict[Change, float]]:
     """Estimate how much each rounded linear map adds to the KL divergence of a rounded model.
 
-    A copy of the model has the linear maps of all layers rounded to the change's format. The
-    gradient of the divergence between the intact model and this copy is multiplied by the rounding
-    errors of each map. The divergence is summed over the positions that predict a token of the
-    document.
+    A copy of the model has the linear maps of all layers rounded to the change's format. The KL
+    divergence between the intact model and this copy is summed over the measured tokens of the
+    document. For each linear map, the gradient of this sum with respect to the weights is
+    multiplied by the rounding errors of the weights.
 
     Args:
         engine: The engine with the intact model, whose weights are not offloaded.
@@ -122,8 +123,9 @@ def measure_kl_gradients(
         changes: Changes that round weights of one layer.
 
     Returns:
-        For each document, change → estimated divergence in nats. NaN as in `measure_taylor`, and if
-        a linear map of the model cannot be rounded to the format.
+        For each document, the estimated divergence in nats by change. The value is NaN in the same
+        cases as for `measure_taylor`, and if a linear map of the model cannot be rounded to the
+        format.
 
     References:
         `estimate_sensitivities` of mlx-lm, without its division by the number of weights.
@@ -154,7 +156,10 @@ def _sum_terms(
     find_terms: Callable[[Change], Iterable[tuple[nn.Module, _Term]]],
     compute_loss: Callable[[Sequence[int], int], Tensor],
 ) -> dict[Change, float]:
-    """Sum the terms of each change over a document's texts; NaN if the passes fail."""
+    """Sum the Taylor term of each change over the texts of a document.
+
+    The sums are NaN if a forward or backward pass fails.
+    """
     sums = dict.fromkeys(changes, 0.0)
     for tokens, start in measured_texts(document, engine.max_length):
         loss = partial(compute_loss, tokens, start)
@@ -173,7 +178,10 @@ def _sum_terms(
 def _find_kl_terms(
     engine: Engine, copied: Engine, change: Change
 ) -> Iterator[tuple[nn.Module, _Term]]:
-    """Yield the linear maps that a change rounds in the copy, with functions for their terms."""
+    """Yield the module of each linear map that a change rounds.
+
+    Each module comes with a function that computes the Taylor term of its linear map.
+    """
     for path in engine.anatomy.expand_formats(change.layer, [change]):
         exact, rounded = (e.anatomy.get_map(change.layer, path) for e in (engine, copied))
         # The change from the exact weight to the rounded weight, at the rounded weight.
@@ -194,7 +202,10 @@ def _compute_terms(
     find_terms: Callable[[Change], Iterable[tuple[nn.Module, _Term]]],
     compute_loss: Callable[[], Tensor],
 ) -> dict[Change, float]:
-    """Compute the Taylor term of each change in a text; RefusalError if autograd fails."""
+    """Compute the Taylor term of each change in a text.
+
+    Raises RefusalError if autograd cannot compute the gradients.
+    """
     terms_of: dict[nn.Module, list[tuple[Change, _Term]]] = {}
     for change in changes:
         for module, term in find_terms(change):
@@ -236,7 +247,10 @@ def _compute_terms(
 
 
 def _find_terms(engine: Engine, change: Change) -> Iterator[tuple[nn.Module, _Term]]:
-    """Yield each module that a change affects directly, with a function for its term."""
+    """Yield each module that a change affects directly.
+
+    Each module comes with a function that computes the Taylor term of the change in this module.
+    """
     anatomy, number = engine.anatomy, change.layer
     layer, component = engine.loaded.layers[number], change.component
     if change.intervention != "remove":
@@ -259,9 +273,11 @@ def _find_terms(engine: Engine, change: Change) -> Iterator[tuple[nn.Module, _Te
 
 
 def _added_modules(anatomy: LayerAnatomy) -> Sequence[dict[str, nn.Module]]:
-    """Find the module whose output each sublayer adds to the residual stream, in each layer.
+    """Find the modules whose outputs are added to the residual stream.
 
-    This is the sublayer, or a norm (as in Gemma) that reads the output of the sublayer.
+    Returns a dictionary for each layer: the keys are `attention` and `mlp`.
+
+    The module is the sublayer itself, or a norm that reads the sublayer's output, as in Gemma.
     """
     numbers = {layer: number for number, layer in enumerate(anatomy.layers)}
 
@@ -290,26 +306,30 @@ def _added_modules(anatomy: LayerAnatomy) -> Sequence[dict[str, nn.Module]]:
 
 
 def _rounding_term(linear: LinearMap, get_weight: Callable[[], Tensor], call: _Call) -> float:
-    """Compute the term of a quantised weight; NaN for matrices of experts."""
+    """Compute the Taylor term of a quantised weight; NaN for matrices of experts."""
     if linear.experts:
         return math.nan
     return float((call.weight_gradient * (get_weight().float() - linear.weight.float())).sum())
 
 
 def _columns_term(columns: Columns, call: _Call) -> float:
-    """Compute the term of removed input columns of an output projection."""
+    """Compute the Taylor term of removing input columns of an output projection."""
     weight = map_of_module(call.module).weight[:, columns]
     return -float((call.weight_gradient[:, columns] * weight.float()).sum())
 
 
 def _removal_term(call: _Call) -> float:
-    """Compute the term of a removed sublayer or shared expert."""
+    """Compute the Taylor term of removing a sublayer or a shared expert."""
     neutral = neutral_output(call.module, call.args, call.kwargs, call.output, len(call.output))
     return float(((neutral.float() - call.output.float()) * call.gradient.float()).sum())
 
 
 def gate_gradient(engine: Engine, tokens: Sequence[int], start: int) -> Tensor:
-    """Compute the gradient of a text's loss for a gate on each layer's update."""
+    """Compute the gradient of a text's loss with respect to a gate for each layer.
+
+    The update that a layer adds to the residual stream is multiplied by the layer's gate. All gates
+    have the value 1.
+    """
     layers = engine.loaded.layers
     with torch.inference_mode(False), torch.enable_grad(), ExitStack() as stack:
         gates = torch.ones(len(layers), device=engine.loaded.device, requires_grad=True)
@@ -323,7 +343,7 @@ def gate_gradient(engine: Engine, tokens: Sequence[int], start: int) -> Tensor:
 def _apply_gate(
     layer: nn.Module, forward: Callable[..., Any], gate: Tensor, *args: Any, **kwargs: Any
 ) -> Any:
-    """Run a layer and multiply the layer's update by a gate."""
+    """Run a layer and multiply the update of the residual stream by a gate."""
     inputs, output = call_protected(layer, forward, args, kwargs)
     outputs = first_output(output)
     update = (outputs - inputs.to(outputs.device)).detach()
@@ -331,14 +351,17 @@ def _apply_gate(
 
 
 def _text_logits(engine: Engine, tokens: Sequence[int], start: int) -> Tensor:
-    """Compute the logits [positions, vocabulary] that predict a text's tokens from `start` on."""
+    """Compute the logits [positions, vocabulary] that predict the tokens of a text.
+
+    The predicted tokens begin with the token at `start`.
+    """
     engine.restore_state()
     ids = torch.tensor([tokens], device=engine.loaded.device)
     return compute_logits(engine.loaded.model, ids)[0, max(start, 1) - 1 : len(tokens) - 1]
 
 
 def _text_loss(engine: Engine, tokens: Sequence[int], start: int) -> Tensor:
-    """Compute the negative log-likelihood of a text's tokens from `start` on."""
+    """Compute the negative log-likelihood of the tokens from `start` to the text's end."""
     logits = _text_logits(engine, tokens, start)
     next_ids = torch.tensor(tokens[max(start, 1) :], device=logits.device)[:, None]
     return -logits.float().log_softmax(-1).gather(1, next_ids).sum()

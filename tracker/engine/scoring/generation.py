@@ -1,8 +1,8 @@
 """Generate texts for all ablations at once, in a batch with one row per ablation and sample.
 
-The model reads the prompt once for all ablations, as in scoring. Then the keys and values are
-copied for each row, and the model's own generation code continues. Ablations and samples are
-processed in groups that fit into memory.
+The model reads the prompt once for all ablations, as in scoring. The prompt's keys and values are
+then copied for each row of the batch, and the model's own code generates the texts. Ablations and
+samples are processed in groups that fit into memory.
 """
 
 from __future__ import annotations
@@ -42,8 +42,9 @@ def fork_decoding(
 ) -> Iterator[Cache]:
     """Read a prompt, and yield a cache to continue the prompt under all ablations.
 
-    The model is changed until the context exits. Ablations share computation while the model reads
-    the prompt, as in scoring. After the prompt, each sample of each ablation is a separate row.
+    The context manager changes the model, and restores the model on exit. Ablations share
+    computation while the model reads the prompt, as in scoring. After the prompt, each sample of
+    each ablation is a separate row.
 
     Args:
         engine: The engine of the model that generates.
@@ -83,9 +84,10 @@ def fork_decoding(
 def _spread_cache(cache: Cache, plan: StreamPlan, tokens: int, rows: Sequence[int]) -> Cache:
     """Copy the prompt's cache, with a separate batch row for each text.
 
-    In `cache`, ablations with the same attention in a layer share a row. `plan.attention_paths`
-    contains the index of the row for each ablation. `rows` contains the index of the ablation of
-    each text. The copy has a row for each text whose ablation runs the attention.
+    In a layer of `cache`, ablations with the same attention share a row. For each ablation,
+    `plan.attention_paths` contains the index of its row. For each text, `rows` contains the index
+    of its ablation. A layer of the copy has one row for each text whose ablation keeps the
+    attention of the layer.
     """
     if not cache.layers:
         return new_cache()
@@ -102,7 +104,9 @@ def _spread_cache(cache: Cache, plan: StreamPlan, tokens: int, rows: Sequence[in
 def generation_groups(
     engine: Engine, ablations: Ablations, tokens: int, n_samples: int = 1
 ) -> Iterator[tuple[list[Ablation], range]]:
-    """Split texts into groups whose key-value caches fit into half of the memory budget.
+    """Split the texts to generate into groups that fit into memory.
+
+    The key-value caches of a group take at most half of the memory budget.
 
     Args:
         engine: The engine of the model that generates.
@@ -134,11 +138,13 @@ def generation_groups(
 def prepare_generation(
     engine: Engine, ablations: Ablations, prompt: Sequence[int], n_samples: int = 1
 ) -> Iterator[dict[str, Any]]:
-    """Yield the arguments of `generate` to continue a prompt under all ablations.
+    """Yield arguments for transformers' `generate` to continue a prompt.
 
-    `generate` is the method of transformers. The arguments contain the cache of the prompt, with
-    `n_samples` rows per ablation. For a model without a cache, there are no arguments. The model
-    is changed until the context exits.
+    The generated texts are those of all ablations.
+
+    The arguments contain the cache of the prompt, with `n_samples` rows per ablation. If the model
+    has no cache, there are no arguments. The context manager changes the model, and restores the
+    model on exit.
     """
     prefix = engine.find_read_prefix(engine.plan(ablations), prompt)
     engine.restore_state()

@@ -1,6 +1,6 @@
 """Run the embedding and the output head, with exact or quantised weights.
 
-The model's own modules run with the quantised weights.
+Quantised weights replace the weights in the model's own modules.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ LOGITS_BYTES = 64 * 2**20
 
 
 class Predictions(NamedTuple):
-    """The output head's results for the tokens of continuations.
+    """The results that the output head computes for predicted tokens.
 
     Attributes:
         logprobs: Log-probability of each predicted token [streams, predicted], in the model's
@@ -60,7 +60,7 @@ class Head:
     All logits together can take gigabytes, so the head processes the hidden states in chunks. On a
     CPU in full precision, the vocabulary is also cut into blocks of `VOCABULARY_BLOCK` tokens. For
     each block, the head stores only the maximum, the log-sum-exp, and the logits of predicted
-    tokens. These results are combined into the log-softmax over the whole vocabulary.
+    tokens. The log-softmax over the whole vocabulary is computed from these numbers.
 
     Blocks give exact results if no step of the head mixes logits of different tokens, which
     `_is_separable` tests.
@@ -116,7 +116,8 @@ class Head:
     def logits(self, output: ModelOutput, states: Tensor) -> Tensor:
         """Compute logits [streams, tokens, vocabulary] from states [streams, tokens, hidden].
 
-        `output` is the output of the model without the head. All logits are in memory at once.
+        `output` is the output of the model without the head. The function keeps all logits in
+        memory at the same time.
         """
         return self._logits(replace(output, last_hidden_state=states))
 
@@ -162,11 +163,11 @@ class Head:
             return self._logits(output)
 
     def _logits(self, output: ModelOutput) -> Tensor:
-        """Compute logits [streams, tokens, vocabulary] with the output head of the model's code.
+        """Compute logits [streams, tokens, vocabulary] with the model's own output head.
 
-        The head is part of the model's `forward` method and cannot be called separately. So the
-        whole model is called, and a function that returns `output` replaces the part before the
-        head. RefusalError is raised if the head does not use `output`.
+        The head is part of the model's `forward` method and cannot be called separately. Therefore
+        the method calls the whole model, but replaces the layers by a function that returns
+        `output`. Raises RefusalError if the head does not use `output`.
         """
         calls = []
 
@@ -185,10 +186,10 @@ class Head:
 
     @torch.inference_mode()
     def _is_separable(self, blocks: list[tuple[int, int]]) -> bool:
-        """Return whether the head computes each token's logit independently of other logits.
+        """Return whether the logit of a token is independent of other tokens' logits.
 
         The test compares logits computed at once with logits computed in blocks of the vocabulary.
-        They differ for a head that normalises over the vocabulary.
+        The two results differ, for example, if the head normalises logits over the vocabulary.
         """
         weight = self._projection.weight
         states = weight[torch.linspace(0, len(weight) - 1, 4).long()][None]
@@ -204,7 +205,10 @@ class Head:
 def use_row_formats(
     embeddings: Embeddings, name: str, formats: Sequence[str | None]
 ) -> AbstractContextManager[None]:
-    """Use a weight format for each batch row in the embedding or output head, until exit."""
+    """Use a separate weight format for each batch row until the context exits.
+
+    `name` selects the embedding or the output head. `formats` has one entry per row of the batch.
+    """
     module = embeddings[name].module
     forward: Callable[[Tensor], Tensor] = module.forward
     rows_by_format = group_by(range(len(formats)), lambda row: formats[row])
@@ -233,7 +237,9 @@ def compute_first_states(
     formats: Sequence[str],
     inputs: dict[str, Any],
 ) -> list[Tensor]:
-    """Compute the first layer's input for several formats of the embedding; run no layers.
+    """Compute the first layer's input for each of several formats of the embedding.
+
+    The function does not run any layer.
 
     Args:
         base: The module that runs the layers.

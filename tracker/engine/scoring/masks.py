@@ -30,8 +30,8 @@ class AttentionWindows:
     Attributes:
         tokens: The maximum length of texts for which the windows are valid.
         starts: For each layer, a tensor [tokens] with the first position that each token attends
-            to. Layers with equal windows share one tensor. None for a layer without a window, or
-            without a mask of shape [1, 1, tokens, tokens].
+            to. Layers with equal windows share one tensor. The entry of a layer is None if the
+            layer has no window, or has no mask of shape [1, 1, tokens, tokens].
     """
 
     tokens: int
@@ -44,8 +44,8 @@ def find_attention_windows(
 ) -> AttentionWindows:
     """Find the attention windows of all layers from the model's attention masks.
 
-    The layers run only once, on two tokens. For the longer text, each layer is replaced by a
-    function that records the mask.
+    First the layers run once, on two tokens. Then the model reads a text of `tokens` tokens, but a
+    function that only records the attention mask replaces each layer.
     """
     layer_outputs: dict[int, Any] = {}
     masks: list[Any] = [None] * len(layers)
@@ -94,11 +94,12 @@ def mask_position(layer: nn.Module) -> int | None:
 
 
 def find_first_visible(mask: object, tokens: int) -> Tensor | None:
-    """Find the first position that each token attends to, from an attention mask.
+    """Read from an attention mask the first position that each token attends to.
 
     The mask has the shape [1, 1, tokens, tokens], and the returned tensor has the shape [tokens].
-    Returns None if every token sees all earlier tokens, or if the mask has another shape. Raises
-    RefusalError for masks with a bias or a gap.
+    Returns None if every token attends to all earlier tokens, or if the mask has another shape.
+    Raises RefusalError if the mask adds a bias, or if a token attends to several separate ranges of
+    positions.
     """
     if not isinstance(mask, Tensor) or mask.ndim != 4 or mask.shape[-2:] != (tokens, tokens):
         return None
@@ -118,11 +119,12 @@ def find_first_visible(mask: object, tokens: int) -> Tensor | None:
 class Masks:
     """The attention masks of one row; layers with equal attention windows share one mask.
 
-    A mask has the shape [1, 1, tokens, prefix + tokens]. A row contains a prefix tree of requests,
-    and each node of the tree is a token. The masks replace the model's causal masks. A node attends
-    to the cached prefix, its ancestors and itself, but not to its siblings. In a layer with an
-    attention window, a node attends only to the last tokens of its text. The position of a node is
-    its depth in the tree. Masked entries are the lowest number of the dtype, as in transformers.
+    A row contains a prefix tree of requests, and each node of the tree is a token. The masks
+    replace the model's causal masks. A mask has the shape [1, 1, tokens, prefix + tokens]. A node
+    attends to the cached prefix, its ancestors and itself, but not to its siblings. In a layer with
+    an attention window, a node attends only to the last tokens of its text. The position of a node
+    is its depth in the tree. Masked entries contain the lowest number of the dtype, as in
+    transformers.
 
     `windows` must cover the longest text of the row, and `row.spans` must be set. A row without
     `spans` needs no mask. `layer_masks` contains the mask of each layer.

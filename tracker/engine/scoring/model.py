@@ -1,6 +1,6 @@
 """Access a model's layers and their modules, and cache facts about the model.
 
-This module also makes changed copies of a model.
+The function `make_changed_copy` makes changed copies of a model.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ class Sharing:
         depth: Whether layers below a removed layer are computed once for all ablations.
         tokens: Whether common beginnings of requests in one forward pass are computed once.
         prefix: Whether the common beginning of all documents is computed once for all rows.
-        calls: Whether texts of equal length are computed in one call. Otherwise, each request is a
-            separate call of the unchanged model.
+        calls: Whether texts of equal length are computed in one call of the model. If False, the
+            model is called separately for each request, without any change for sharing.
     """
 
     depth: bool = True
@@ -68,7 +68,7 @@ class Sharing:
     calls: bool = True
 
     def __str__(self) -> str:
-        """Return the names of the shared computations for display, e.g. `depth, tokens`."""
+        """Return the names of the shared computations, such as `depth, tokens`."""
         names = ("depth", "tokens", "prefix")
         return ", ".join(name for name in names if getattr(self, name)) or "nothing"
 
@@ -127,7 +127,11 @@ def compute_logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
 
 
 def input_tokens(request: Request, max_length: int) -> tuple[int, ...]:
-    """Return the tokens that lm-eval passes to the model: truncated, without the last one."""
+    """Return the tokens of a request that lm-eval passes to the model.
+
+    The text is truncated from the left, and its last token is left out, because the model only
+    predicts it.
+    """
     return (request.context + request.continuation)[-(max_length + 1) :][:-1]
 
 
@@ -135,8 +139,8 @@ def input_tokens(request: Request, max_length: int) -> tuple[int, ...]:
 def score_continuation(logits: Tensor, continuation: Sequence[int]) -> Response:
     """Score a continuation as lm-eval does.
 
-    `logits` are the logits for the context and the continuation, except for the last token. The
-    log-likelihood is in nats.
+    `logits` contains the logits at each token of context and continuation except the last token of
+    the continuation. The returned log-likelihood is in nats.
     """
     logits = logits[-len(continuation) :]
     tokens = torch.tensor(continuation, device=logits.device)
@@ -173,13 +177,13 @@ class EngineModel:
         loaded: The loaded model.
         max_length: Maximum number of tokens that the model reads, determined as in lm-eval.
         quirks: Side effects of calling the model.
-        memory: Maximum bytes of hidden states and cached prefixes. None means half of the device's
-            free memory.
+        memory: Maximum bytes of hidden states and cached prefixes. None = half of the device's free
+            memory.
         pass_tokens: Maximum number of tokens per call of a layer on a CPU, for all ablations
-            together. None derives the number from the number of threads.
+            together. None = a number that depends on the number of threads.
         row_multiple: Rows are padded to a multiple of this number of tokens, see `Row.pad_nodes`.
-            None chooses the number by device.
-        replacements: Layer number → function that replaces the layer.
+            None = the default number for the device.
+        replacements: Functions that replace layers, by layer number.
         facts: Cached facts about the model, shared by all engines of the model.
     """
 
@@ -281,7 +285,8 @@ class EngineModel:
         """Compute logits [ablations, tokens, vocabulary] with the output head of each ablation.
 
         `output` is the output of the model without the head. `states` [ablations, tokens, hidden]
-        are the last hidden states of the ablations. All logits are in memory at once.
+        are the last hidden states of the ablations. The function keeps all logits in memory at the
+        same time.
         """
         if not plan.has_rounded_embeddings:
             return self.head.logits(output, states)
@@ -310,7 +315,10 @@ class EngineModel:
         return Head(self.loaded.model)
 
     def use_head_format(self, form: str | None) -> AbstractContextManager[None]:
-        """Quantise the weights of the output head until exit; None leaves the weights unchanged."""
+        """Quantise the weights of the output head until the context exits.
+
+        If `form` is None, the weights stay unchanged.
+        """
         return self.embeddings.temporary_format("lm_head", form) if form else nullcontext()
 
     @property
@@ -325,7 +333,7 @@ class EngineModel:
 
     @contextmanager
     def _isolate(self) -> Iterator[None]:
-        """Undo the side effects of model calls when the context exits."""
+        """Undo the side effects of model calls on entry to the context and on exit."""
         self.restore_state()
         offloaded = self.loaded.offloaded
         with nullcontext() if offloaded is None else offloaded.sequential_passes():
@@ -386,9 +394,10 @@ def make_changed_copy(model: EngineModel, ablation: Ablation, brief: bool = Fals
 def _layer_changes(
     model: EngineModel, ablation: Ablation, cache: RoundedWeights | None
 ) -> Iterator[tuple[int, Callable[[nn.Module], object]]]:
-    """Yield each layer number that an ablation changes, with a function that changes the layer.
+    """Yield pairs of a layer number and a function that changes the layer.
 
-    Removals and repetitions of whole layers are left out. `cache` is passed to `round_layer`.
+    The pairs do not include removals and repetitions of whole layers. `cache` is the cache of
+    quantised weights for `round_layer`.
     """
     for change in ablation.replacements:
         # The layer still runs; its output is dropped.
@@ -401,7 +410,7 @@ def _layer_changes(
 def stream_bytes(model: PreTrainedModel) -> int:
     """Estimate the peak bytes that a layer needs per token and ablation.
 
-    In a mixture of experts, a token takes memory in each of its experts.
+    In a mixture of experts, each expert that a token uses needs memory for this token.
     """
     config = model.config.get_text_config()
 

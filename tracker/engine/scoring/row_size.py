@@ -1,4 +1,4 @@
-"""Find the fastest number of tokens per forward pass by timing several numbers."""
+"""Measure which number of tokens per forward pass is the fastest."""
 
 from __future__ import annotations
 
@@ -65,7 +65,10 @@ def find_row_size(engine: Engine) -> int:
 
 
 def time_sizes(engine: Engine) -> dict[int, float]:
-    """Time each row size on random documents; return row size → seconds, with the default first."""
+    """Time each row size on random documents.
+
+    Returns a dictionary from row size to seconds; the default size is its first key.
+    """
     n_layers = len(engine.loaded.layers)
     engine_copy = engine.ablate(Ablation.from_changes(removed=range(TIMED_LAYERS, n_layers)))
     layers = range(min(TIMED_LAYERS, n_layers))
@@ -85,7 +88,11 @@ def time_sizes(engine: Engine) -> dict[int, float]:
 
 
 def choose_row_size(seconds: Mapping[int, float]) -> int:
-    """Return the fastest row size, or the first size if that is nearly as fast."""
+    """Choose a row size from the measured seconds.
+
+    Returns the first row size if it is nearly as fast as the fastest row size, else the fastest row
+    size.
+    """
     default, best = next(iter(seconds)), min(seconds, key=lambda size: seconds[size])
     return best if seconds[best] < MAX_TIME_SHARE * seconds[default] else default
 

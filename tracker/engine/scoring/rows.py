@@ -88,7 +88,7 @@ class Tree:
 class Lengths:
     """Text lengths at which a model's computation changes.
 
-    Two requests share a forward pass only if no threshold lies between their lengths.
+    Two requests can share a forward pass only if no threshold lies between their lengths.
 
     Attributes:
         thresholds: Numbers of tokens at which the computation changes.
@@ -102,7 +102,7 @@ class Lengths:
     def side(self, tokens: int) -> int:
         """Return the number of the interval between thresholds that contains a text length.
 
-        A length equal to a threshold has a number of its own.
+        A text length that equals a threshold is an interval of its own.
         """
         if self.all_differ and tokens >= min(self.thresholds, default=0):
             return tokens
@@ -114,7 +114,9 @@ ANY_LENGTH = Lengths()
 
 @dataclass(frozen=True)
 class Row:
-    """Requests packed for one forward pass, in which the model reads N tokens.
+    """Requests that one forward pass scores together.
+
+    N is the number of tokens that the model reads in this forward pass.
 
     Attributes:
         prefix: Number of tokens of the common prefix, which the model reads in an earlier forward
@@ -155,7 +157,10 @@ class Row:
 
     @property
     def ancestors(self) -> Tensor | None:
-        """Mask [tokens, tokens], True where a tree's token attends to itself or an ancestor."""
+        """Mask [tokens, tokens] of the tree; None for a row that is not a tree.
+
+        The entry [i, j] is True if token j is token i itself or an ancestor of token i.
+        """
         if self.spans is None:
             return None
         starts, ends = self.spans
@@ -163,7 +168,7 @@ class Row:
         return visible
 
     def pad_nodes(self, multiple: int) -> Row:
-        """Return the row, padded to a multiple of `multiple` tokens (including the prefix).
+        """Pad the row so that its tokens and its prefix are a multiple of `multiple`.
 
         A padding token attends only to the prefix and itself. The output of padding tokens is not
         used.
@@ -205,7 +210,8 @@ class _Sequence:
 
     The model reads the first `n_read` tokens, usually all except the last. If `start` is not None,
     layer statistics (proxies) are measured from this token on, and the model also reads the last
-    token. Sequences with equal `side` can share a forward pass, see `Lengths.side`.
+    token. `side` is the result of `Lengths.side` for the text; only sequences with equal `side` can
+    share a forward pass.
     """
 
     document: int
@@ -224,8 +230,9 @@ class _Sequence:
 def _list_sequences(documents: Documents, max_length: int, lengths: Lengths) -> Iterator[_Sequence]:
     """Yield each request as a sequence, truncated from the left exactly as lm-eval does.
 
-    To measure layer statistics (proxies), the model must also read the last token. If necessary, an
-    additional sequence with `n_scored` = 0 is yielded for the statistics.
+    To measure layer statistics (proxies), the model must also read the last token. If this changes
+    the request's `side`, the function yields an additional sequence for the statistics, whose
+    `n_scored` is 0.
     """
     for number, document in enumerate(documents):
         for index, request in enumerate(document.requests):
@@ -250,9 +257,9 @@ def _list_sequences(documents: Documents, max_length: int, lengths: Lengths) -> 
 def _group_by_side(
     documents: Documents, max_length: int, lengths: Lengths
 ) -> list[list[list[_Sequence]]]:
-    """Group requests that can share a forward pass, which have the same `side`.
+    """Group the requests by `side`, since only equal sides can share a forward pass.
 
-    Each group has one list of requests for each of its documents.
+    Each group contains one list of requests for each document.
     """
     sides = group_by(_list_sequences(documents, max_length, lengths), attrgetter("side")).values()
     return [list(group_by(side, attrgetter("document")).values()) for side in sides]
@@ -273,8 +280,8 @@ def pack_tree_rows(
 
     Args:
         documents: The documents to score.
-        max_length: Maximum number of tokens that the model reads; longer requests lose their
-            beginning, as in lm-eval.
+        max_length: Maximum number of tokens that the model reads. Longer requests are truncated
+            from the left, as in lm-eval.
         row_tokens: Maximum number of nodes of a tree; a larger document gets a larger tree.
         prefix: Number of tokens of the common prefix that the model reads in a separate forward
             pass.
@@ -292,12 +299,12 @@ def pack_tree_rows(
             paths = [sequence.path[n_prefix:] for sequence in sequences]
             n_added = tree.count_new_nodes(paths)
             if row_sequences and len(tree.tokens) + n_added > row_tokens:
-                yield _tree_row(tree, row_sequences, n_prefix)
+                yield _build_tree_row(tree, row_sequences, n_prefix)
                 tree, row_sequences = Tree(), []
             for path in paths:
                 tree.insert(path)
             row_sequences.extend(sequences)
-        yield _tree_row(tree, row_sequences, n_prefix)
+        yield _build_tree_row(tree, row_sequences, n_prefix)
 
 
 def count_tree_nodes(document: Document, max_length: int) -> int:
@@ -309,10 +316,12 @@ def count_tree_nodes(document: Document, max_length: int) -> int:
 
 
 def common_beginning(documents: Documents, max_length: int) -> tuple[int, ...]:
-    """Return the longest common prefix of all contexts without their last tokens.
+    """Return the longest beginning that the contexts of all requests share.
 
-    `max_length` is the maximum number of tokens that the model reads; longer requests lose their
-    beginning.
+    The beginning never includes the last token of a context.
+
+    `max_length` is the maximum number of tokens that the model reads. Longer requests are truncated
+    from the left.
     """
     sequences = list(_list_sequences(documents, max_length, ANY_LENGTH))
     if not sequences:
@@ -343,13 +352,13 @@ def reading_row(tokens: Sequence[int], prefix: int = 0) -> Row:
     """Build a row of unscored tokens, which follow `prefix` cached tokens."""
     tree = Tree()
     tree.insert(tokens)
-    return _tree_row(tree, [], prefix)
+    return _build_tree_row(tree, [], prefix)
 
 
-def _tree_row(tree: Tree, sequences: list[_Sequence], prefix: int) -> Row:
+def _build_tree_row(tree: Tree, sequences: list[_Sequence], prefix: int) -> Row:
     nodes = [tree.insert(sequence.path[prefix:]) for sequence in sequences]
     node_tokens, depths = torch.tensor([tree.tokens]), torch.tensor([tree.depths])
-    return _row(prefix, node_tokens, depths + prefix, tree.compute_spans(), sequences, nodes)
+    return _build_row(prefix, node_tokens, depths + prefix, tree.compute_spans(), sequences, nodes)
 
 
 def pack_flat_rows(
@@ -386,10 +395,10 @@ def pack_flat_rows(
                 members = [(row, s) for row, path in enumerate(chunk) for s in by_path[path]]
                 nodes = [list(range(row * length, (row + 1) * length)) for row, _ in members]
                 positions, row_sequences = torch.arange(length)[None], [s for _, s in members]
-                yield _row(0, torch.tensor(chunk), positions, None, row_sequences, nodes)
+                yield _build_row(0, torch.tensor(chunk), positions, None, row_sequences, nodes)
 
 
-def _row(
+def _build_row(
     prefix: int,
     input_ids: Tensor,
     positions: Tensor,

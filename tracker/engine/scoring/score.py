@@ -1,8 +1,8 @@
 """Compute lm-eval's log-likelihoods of one row with the model's own forward pass and head.
 
 If all documents begin with the same tokens (e.g. few-shot examples), this prefix is read once and
-cached. If an ablation removes only experts that a row does not use, the row's result is copied from
-the intact model.
+cached. If an ablation removes only experts that no token of a row uses, the row's result is copied
+from the intact model.
 """
 
 from __future__ import annotations
@@ -46,8 +46,9 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
 
     A buffer that is too short is replaced by a buffer with `CACHE_MARGIN` spare tokens.
 
-    If `is_kept` is true, the buffer permanently contains the common prefix of all documents.
-    `update` writes the keys and values of a row after the prefix, overwriting the previous row.
+    If `is_kept` is true, the buffer begins with the common prefix of all documents, which is never
+    overwritten. The method `update` then writes the keys and values of a row after this prefix, and
+    overwrites those of the previous row.
     """
 
     is_kept = False
@@ -91,8 +92,8 @@ class Prefix:
     Attributes:
         plan: The plan of the streams (ablations) for which the prefix is cached.
         tokens: Token ids of the prefix.
-        cache: Keys and values of the prefix, in each layer [streams, heads, tokens, size]. A
-            layer's cache contains only the streams that run the layer's attention.
+        cache: Keys and values of the prefix, in each layer [streams, heads, tokens, size]. In each
+            layer, the cache contains only the streams that run the attention of the layer.
         proxies: Statistics of the intact model's layers for each token of the prefix [`OBSERVED`,
             tokens, layers].
     """
@@ -107,11 +108,14 @@ class Prefix:
         self._truncate(self._n_read)
 
     def shorten(self, beginning: tuple[int, ...], lengths: Lengths) -> bool:
-        """Cut the prefix to its common tokens with `beginning`; return whether this is possible.
+        """Shorten this prefix to the tokens that it shares with `beginning`.
 
-        The prefix stays unchanged unless it contains nearly all tokens of `beginning`. The prefix
-        is not shortened across a threshold of `lengths`, because this would change its keys and
-        values.
+        Returns False, and leaves the prefix unchanged, if shortening is not possible or not
+        worthwhile.
+
+        Shortening is worthwhile if the shared tokens are nearly all tokens of `beginning`. It is
+        not possible if a threshold of `lengths` lies between the old and the new length, because
+        the keys and values would change.
         """
         n_shared = count_common_tokens(self.tokens, beginning)
         if n_shared < max(MIN_PREFIX, MIN_REUSED_SHARE * len(beginning)):
@@ -157,10 +161,11 @@ class RowScores:
     """The scores of all requests in one row, for all ablations.
 
     Attributes:
-        loglikelihoods: Log-likelihood of each continuation in nats [answers, requests]. The first
-            axis has one entry for each pair of a stream and an output head (exact or quantised).
-        hits: Number of tokens of each continuation that have the highest probability, and number of
-            such tokens before the first other token [answers, requests, 2].
+        loglikelihoods: Log-likelihood of each continuation in nats [answers, requests]. An answer
+            is the result of one stream with one output head, which can be exact or quantised.
+        hits: For each continuation, the number of tokens that the model ranks first, and the number
+            of these tokens before the first token that the model does not rank first [answers,
+            requests, 2].
         proxies: Statistics of the intact model's layers, summed for each entry of `Row.gold`
             [entries, `OBSERVED`, layers].
     """
@@ -174,14 +179,17 @@ class RowScores:
 def launch_row(
     model: EngineModel, plan: StreamPlan, row: Row, prefix: Prefix | None = None
 ) -> Callable[[], RowScores]:
-    """Start scoring a row for every stream; return a function that waits for the scores.
+    """Start scoring a row for every stream.
 
-    On an accelerator, callers can launch the next row before they call the returned function.
+    The result is a function. A call of this function waits for the scores and returns them.
+
+    On an accelerator, callers can launch the next row before they call this function.
 
     Only the hidden states of the row's `predicting_nodes` are passed to the output head. The
     log-probabilities of the predicted tokens are then summed by request.
 
-    `prefix` is the cached prefix that the row continues. The plan of the prefix must be `plan`.
+    `prefix` is the cached prefix that the row continues. The prefix must have been computed with
+    the same `plan`.
     """
     host = row.pad_nodes(model.row_size_multiple)
     row, prefix_sums = host.to_device(model.loaded.device), prefix.proxies.sum(1) if prefix else 0
@@ -212,7 +220,7 @@ def launch_row(
 
 
 def _count_leading(owner: Tensor, greedy: Tensor) -> Tensor:
-    """Count the leading greedy tokens of each request.
+    """Count the tokens of each request before its first token that is not greedy.
 
     Args:
         owner: Index of the request of each predicted token, in ascending order.
@@ -229,7 +237,10 @@ def _count_leading(owner: Tensor, greedy: Tensor) -> Tensor:
 
 
 def _predict(model: EngineModel, plan: StreamPlan, row: Row, output: Any) -> tuple[Tensor, Tensor]:
-    """Compute log-probabilities of the predicted tokens, and flags for the most likely tokens."""
+    """Compute the log-probability of each predicted token.
+
+    The second returned tensor is True for each predicted token that is the most likely token.
+    """
     states = output.last_hidden_state
     indices = (row.predicting_nodes, row.predictor, row.predicted)
     nodes, *predicted = (index.to(states.device) for index in indices)
@@ -245,7 +256,10 @@ def _predict(model: EngineModel, plan: StreamPlan, row: Row, output: Any) -> tup
 
 @torch.inference_mode()
 def read_prefix(model: EngineModel, plan: StreamPlan, tokens: tuple[int, ...]) -> Prefix:
-    """Read a common prefix under all ablations; return the prefix with its cache."""
+    """Run the model on a common prefix, for all ablations.
+
+    Returns the prefix with its cached keys and values.
+    """
     cache = new_cache()
     _, figures = run_base(model, plan, reading_row(tokens), cache)
     return Prefix(plan, tokens, cache, figures.cpu().double())
@@ -316,7 +330,7 @@ def run_base(model: EngineModel, plan: StreamPlan, row: Row, cache: Any) -> tupl
         output = base(**inputs)
     compute_figures()
     if len(figures) != len(layers):
-        raise RefusalError(f"the {len(layers)} layers run {len(figures)} times in one pass")
+        raise RefusalError(f"the {len(layers)} layers run {len(figures)} times in one forward pass")
     return output, torch.stack([figure.to(figures[0].device) for figure in figures], dim=-1)
 
 
@@ -346,7 +360,7 @@ def find_expert_ablations(ablations: Ablations) -> list[Ablation]:
 
 @torch.inference_mode()
 def find_idle_ablations(model: EngineModel, row: Row, ablations: Ablations) -> set[Ablation]:
-    """Find the ablations that remove only experts which a row does not use.
+    """Find the ablations whose removed experts no token of the row uses.
 
     Args:
         model: The model.
@@ -390,10 +404,10 @@ def find_idle_ablations(model: EngineModel, row: Row, ablations: Ablations) -> s
 def _routes_alike(
     router: nn.Module, experts: Experts, remaining: Sequence[int], tables: Sequence[Any], call: Any
 ) -> bool:
-    """Return whether a router selects the same experts if only `remaining` experts exist.
+    """Return whether a router selects the same experts without the removed experts.
 
-    `tables` are the router's original outputs. The weights of the selected experts must also be
-    equal, up to rounding.
+    `remaining` are the experts that are not removed, and `tables` are the outputs of the original
+    router. The routing weights of the selected experts must also be equal, up to rounding.
     """
     new_tables = call_reduced_router(router, experts, remaining, tables, input_state(*call), call)
     for old_table, new_table in zip(tables, new_tables, strict=True):

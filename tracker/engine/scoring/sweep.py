@@ -61,8 +61,8 @@ ROW_TOKENS = 192
 enough for a dense mask."""
 ROW_TOKENS_ACCELERATOR = 1024
 HALVED_NOTE = (
-    "out of memory: a batch was measured in two halves instead, which takes longer and changes no "
-    "figure. To avoid this, set --memory to the free memory, e.g. 4GiB"
+    "out of memory: a batch was measured in two halves, which takes longer but does not change "
+    "results. To avoid this, set --memory to the free memory, e.g. 4GiB"
 )
 
 
@@ -93,8 +93,8 @@ class Engine(EngineModel):
     """Scorer of documents under many ablations of one model.
 
     Attributes:
-        sharing: The kinds of computation that ablations share; `check_sharing` disables kinds that
-            would change results.
+        sharing: The computations that ablations share. The function `check_sharing` disables each
+            kind of sharing that would change results.
         row_tokens: Maximum number of tokens in one forward pass; None = the default of the device.
         notes: Messages about the measurement for the user.
     """
@@ -105,11 +105,14 @@ class Engine(EngineModel):
     _prefixes: list[Prefix] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def with_sharing(self, sharing: Sharing) -> Engine:
-        """Return a copy of the engine that shares only the given kinds of computation."""
+        """Return a copy of the engine that shares computation as `sharing` specifies."""
         return replace(self, sharing=sharing)
 
     def ablate(self, ablation: Ablation, brief: bool = False) -> Engine:
-        """Return an engine for a changed copy of the model."""
+        """Return an engine for a copy of the model that is changed by an ablation.
+
+        `brief` has the same meaning as for `make_changed_copy`.
+        """
         loaded = make_changed_copy(self, ablation, brief)
         leftovers = record_state(loaded.model, {name for _, name in self.quirks.leftovers})
         quirks = replace(self.quirks, leftovers=leftovers, first={})
@@ -178,7 +181,7 @@ class Engine(EngineModel):
         return is_long and find_cache_argument(self.head.base) is not None
 
     def group_ablations(self, ablations: Ablations, tokens: int) -> Iterator[list[Ablation]]:
-        """Split ablations into groups that fit into memory for `tokens` tokens.
+        """Split ablations into groups that can read `tokens` tokens within the memory limit.
 
         The baseline is the first ablation in each group. If `sharing.depth` is false, all ablations
         form one group.
@@ -192,7 +195,10 @@ class Engine(EngineModel):
         ablations: Ablations,
         progress: Callable[[int], None] = lambda responses: None,
     ) -> Iterator[_Scored]:
-        """Score many documents per forward pass; halve a pass that runs out of memory."""
+        """Score many documents per forward pass.
+
+        If a forward pass runs out of memory, its documents or ablations are split into two halves.
+        """
         if not self.sharing.depth:
             for scored_row in self._score_separately(documents, ablations):
                 yield scored_row
@@ -271,7 +277,10 @@ class Engine(EngineModel):
         yield from chain.from_iterable(self.run_lockstep(passes))
 
     def _score_one_by_one(self, documents: Documents, proxies: bool) -> Iterator[_Scored]:
-        """Score each request in a separate model call; measure layer statistics if `proxies`."""
+        """Score each request in a separate call of the model.
+
+        If `proxies` is true, the method also measures layer statistics.
+        """
         if proxies:
             rows = ((row, s.proxies) for row, _, s in self._score_rows(documents, [INTACT]))
         else:
@@ -340,7 +349,11 @@ class Engine(EngineModel):
         return self.row_tokens or (ROW_TOKENS if on_cpu else ROW_TOKENS_ACCELERATOR)
 
     def _find_prefix(self, documents: Documents, plan: StreamPlan) -> Prefix | None:
-        """Return the common beginning of all documents with its cache; None if it is not cached."""
+        """Return the common beginning of all documents with its keys and values.
+
+        Returns None if caching the beginning is impossible, not worthwhile, or takes too much
+        memory.
+        """
         # A layer that is passed again would need a cache of its own.
         if plan.n_repeats or not self.has_shared_prefix(documents):
             return None
@@ -359,14 +372,20 @@ class Engine(EngineModel):
         return result
 
     def find_read_prefix(self, plan: StreamPlan, tokens: Sequence[int]) -> Prefix | None:
-        """Return a cached prefix of `tokens` that was computed for `plan`; None if missing."""
+        """Return the cached prefix of `tokens` that was computed for `plan`.
+
+        Returns None if there is no such prefix.
+        """
         prefixes = (prefix for prefix in self._prefixes if prefix.plan == plan)
         return next((prefix for prefix in prefixes if prefix.is_prefix_of(tokens)), None)
 
     def _launch_row(
         self, row: Row, plan: StreamPlan, prefix: Prefix | None, ablations: Ablations
     ) -> Callable[[], RowScores]:
-        """Start scoring a row; return a function that waits for the scores and returns them."""
+        """Start scoring a row.
+
+        The result is a function. A call of this function waits for the scores and returns them.
+        """
         prefix = prefix if row.prefix else None
         can_skip = prefix is None and self.loaded.offloaded is None
         candidates = find_expert_ablations(ablations) if can_skip else []
@@ -392,7 +411,7 @@ class Engine(EngineModel):
 def _make_responses(
     document: Document, loglikelihoods: Tensor, hits: Tensor
 ) -> list[list[Response]]:
-    """Build the responses [ablations][requests] to a document from arrays of scores."""
+    """Convert arrays of scores to the responses [ablations][requests] to a document."""
     lengths = [len(request.continuation) for request in document.requests]
     return [
         [
@@ -427,7 +446,7 @@ def _drop_baseline(ablations: Ablations) -> list[Ablation]:
 def split_ablations(ablations: Ablations, size: int) -> Iterator[list[Ablation]]:
     """Split ablations into groups of `size` ablations; each group begins with the baseline.
 
-    Each group has at least one other ablation, even if `size` is 1.
+    A group contains at least one ablation besides the baseline, even if `size` is 1.
     """
     changed_ablations, n_others = _drop_baseline(ablations), max(1, size - 1)
     for start in range(0, max(1, len(changed_ablations)), n_others):

@@ -1,9 +1,10 @@
 """Run the self-check, which tests shared computation against really changed models.
 
-First, the architecture is checked on a miniature model under every ablation (`miniature_check`).
-Second, a few requests of the benchmark are scored on the model itself, with and without shared
-computation. Third, during measurement, some documents are scored again without shared computation
-(`watch`). Later measurements of the same model reuse the results of the first two steps.
+The first step tests the architecture on a miniature model (module `miniature_check`). The second
+step scores a few requests of the benchmark on the model itself, with and without shared
+computation. In the third step, the function `watch` scores some of the measured documents again,
+without shared computation. Later measurements of the same model reuse the results of the first and
+the second step.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Reach:
-    """The largest numbers of tokens in a text, a prefix tree, and a forward pass."""
+    """The maximum numbers of tokens in a text, in a prefix tree, and in a forward pass."""
 
     text: int
     document: int
@@ -115,7 +116,7 @@ class VerdictStore(Protocol):
     """Storage that keeps the results of self-checks (verdicts) for later checks."""
 
     def recall(self, key: str) -> str | None:
-        """Return the verdict stored under a key; None if there is none."""
+        """Return the verdict that is stored under a key; None if the key is unknown."""
 
     def keep(self, key: str, verdict: str) -> None:
         """Store a verdict under a key."""
@@ -186,7 +187,7 @@ def _judge_architecture(
 ) -> SharingVerdict:
     """Check the architecture on a miniature model, or load the stored result.
 
-    `blank` is true if a token in the texts has a zero embedding.
+    `blank` is true if any token of the measured texts has a zero embedding.
     """
     model = engine.loaded.model
     # Rounded up to just below a power of two, where many thresholds lie: such rows share a verdict.
@@ -218,10 +219,12 @@ def _judge_architecture(
 def _recall_verdict(
     store: VerdictStore, keys: Iterable[str], adapter: TypeAdapter[T], is_valid: Callable[[T], bool]
 ) -> T | None:
-    """Load the first acceptable check result (verdict) that is stored under one of the keys.
+    """Load the first stored check result (verdict) that is acceptable.
 
-    The first key's verdict is always accepted; later keys' verdicts only if `is_valid` returns
-    True. Returns None if no verdict is accepted.
+    The keys are tried in order.
+
+    A verdict under the first key is always acceptable. A verdict under another key is acceptable if
+    `is_valid` returns True for it. Returns None if no acceptable verdict is stored.
     """
     for index, key in enumerate(keys):
         with suppress(ValidationError):
@@ -234,11 +237,13 @@ def _recall_verdict(
 def _confirmation_keys(
     engine: Engine, ablations: Ablations, verdict: SharingVerdict, n_tokens: int, blank: bool
 ) -> list[str]:
-    """List the keys (SHA-256) under which the check on the model itself is stored.
+    """List the storage keys for the result of the check on the model itself.
 
-    A key depends on the model, the result of the test of its architecture, the ablations, the
-    hardware, and the length of the texts. The first key is for texts of up to `n_tokens` tokens,
-    the other keys are for longer texts.
+    Each key is a SHA-256 hash.
+
+    A key depends on the model, the verdict on its architecture, the ablations, the hardware, and
+    the maximum length of texts. The first key is for texts of up to `n_tokens` tokens. The other
+    keys are for longer texts.
     """
     loaded = engine.loaded
     devices = {loaded.device, *(p.device for p in loaded.model.parameters() if not p.is_meta)}
@@ -258,7 +263,7 @@ def _confirmation_keys(
 
 
 def measure_reach(engine: Engine, documents: Documents) -> Reach:
-    """Return the tokens of the longest text, of the largest prefix tree and of a batch row."""
+    """Count the tokens of the longest text, prefix tree and forward pass."""
     max_length = engine.max_length
     longest = max(request.length for document in documents for request in document.requests)
     widest = max(count_tree_nodes(document, max_length) for document in documents)
@@ -267,13 +272,19 @@ def measure_reach(engine: Engine, documents: Documents) -> Reach:
 
 
 def _text_lengths(n_tokens: int) -> list[int]:
-    """List powers of two from `n_tokens` up, for storage keys."""
+    """List the maximum text lengths for which storage keys are made.
+
+    The lengths are powers of two that are not smaller than `n_tokens`.
+    """
     shortest = max(MIN_REACH, 1 << (n_tokens - 1).bit_length())
     return [shortest << n for n in range(max(1, (MAX_REACH // shortest).bit_length()))]
 
 
 def has_blank_token(model: PreTrainedModel, documents: Documents) -> bool:
-    """Return whether any document contains a token with a zero embedding, e.g. a padding token."""
+    """Return whether any token of the documents has a zero embedding.
+
+    For example, the embedding of a padding token can be zero.
+    """
     try:
         weight = getattr(model.get_input_embeddings(), "weight", None)
     except NotImplementedError:  # a checkpoint's own code need not define its embeddings
@@ -295,8 +306,8 @@ def _describe_unsteady(comparison: Comparison, dtype: torch.dtype, is_half: bool
         name = str(dtype).removeprefix("torch.")
         return f"in {name}, rounding errors alone change {share}; lm-eval has the same errors"
     return (
-        "the model is discontinuous: a router or a top-k is near a tie, so rounding changes "
-        f"{share} by more than the tolerance; lm-eval has the same errors"
+        "the model is discontinuous: two scores in a router or a top-k selection are nearly equal, "
+        f"so rounding changes {share} by more than the tolerance; lm-eval has the same errors"
     )
 
 
@@ -310,7 +321,7 @@ def shortest_documents(documents: Documents) -> list[Document]:
 
 
 def confirm(engine: Engine, truth: Reference, rounds: Sequence[_Round]) -> Comparison:
-    """Compare the log-likelihoods of requests with and without shared computation."""
+    """Compare log-likelihoods with and without shared computation."""
     comparison = Comparison()
     passes: list[Callable[[], Any]] = [
         *(partial(engine.score, documents, ablations) for documents, ablations, _ in rounds),
@@ -333,11 +344,13 @@ def confirm(engine: Engine, truth: Reference, rounds: Sequence[_Round]) -> Compa
 
 
 def confirmation_rounds(documents: Documents, ablations: Ablations) -> Iterator[_Round]:
-    """Yield two groups of (documents, ablations, requests to compare) for the self-check.
+    """Yield one or two groups of documents, ablations and scores to compare.
 
-    The first group contains short texts, under a sample of the ablations. The second group contains
-    the longest text and a short document of the same task, under the baseline and one random
-    ablation. The second group is left out if the longest text is short.
+    The scores to compare are (ablation, document, request) indices.
+
+    The first group contains short documents and a sample of the ablations. The second group
+    contains the document with the longest text, a short document of the same task, the baseline,
+    and one random ablation. If the longest text is short, there is no second group.
     """
     ablations = sample_ablations(ablations)
     short_texts = [_shorten(document) for document in shortest_documents(documents)]
@@ -384,9 +397,9 @@ def _shorten(document: Document) -> Document:
 
 
 def draw_answers(documents: Documents, ablations: Ablations) -> Iterator[tuple[int, int, int]]:
-    """Yield random (ablation, document, request) indices for the comparison.
+    """Draw the scores to compare, as (ablation, document, request) indices.
 
-    The baseline gets several requests, and each other ablation gets one request.
+    Several requests are drawn for the baseline, and one request is drawn for each other ablation.
     """
     rng = random.Random(0)
     requests = [(d, r) for d, doc in enumerate(documents) for r in range(len(doc.requests))]
@@ -398,9 +411,9 @@ def draw_answers(documents: Documents, ablations: Ablations) -> Iterator[tuple[i
 
 
 def plain_tokens(documents: Documents, ablations: Ablations, max_length: int) -> int:
-    """Count the tokens that the self-check reads without sharing.
+    """Count the tokens that the self-check reads without shared computation.
 
-    Each counted token is computed by about all layers of the model.
+    For each counted token, nearly all layers of the model run.
     """
     watched = watched_documents(documents)
     questions: list[Any] = _list_questions(confirmation_rounds(documents, ablations))
@@ -417,10 +430,10 @@ def plain_tokens(documents: Documents, ablations: Ablations, max_length: int) ->
 def _compare(
     truth: Reference, score: DocumentScores, index: int, ablation: Ablation, request: int
 ) -> Comparison:
-    """Compare a log-likelihood in `score` with the result of a really changed model.
+    """Compare a log-likelihood in `score` with that of a really changed model.
 
-    In float32, the tolerance is 1e-3 nats plus 1e-4 of the value. In half precision, the tolerance
-    is 0.1 nats plus 2 %.
+    In float32, the tolerance is 1e-3 nats plus 1e-4 of the log-likelihood. In half precision, the
+    tolerance is 0.1 nats plus 2 % of the log-likelihood.
     """
     document, value = score.document, score.responses[index][request].loglikelihood
     tolerance = HALF_TOLERANCE if truth.is_half else SINGLE_TOLERANCE
@@ -432,11 +445,13 @@ def _compare(
 
 
 def watched_documents(documents: Documents) -> set[tuple[str, int]]:
-    """Draw the documents, as (task, index), that are also scored without sharing.
+    """Draw the documents that are scored again without shared computation.
 
-    One in `WATCH_RATE` documents is drawn. At least one document is drawn from each task, or from
-    some random tasks if there are many tasks. The document with the longest text is added. The draw
-    is reproducible.
+    Each document is returned as a pair of its task and its index.
+
+    On average, one of `WATCH_RATE` documents is drawn. At least one document is drawn from each
+    task; if there are many tasks, this applies only to some random tasks. The document with the
+    longest text is always included. The random seeds are fixed.
     """
 
     def draw(document: Document) -> float:
@@ -458,7 +473,7 @@ def _max_request_length(document: Document) -> int:
 def watched_requests(
     documents: Documents, ablations: Ablations, seed: str, first_ablation: int = 0
 ) -> list[tuple[Ablation, Request]]:
-    """List the (ablation, request) pairs of some documents that `watch` compares."""
+    """List the (ablation, request) pairs that `watch` compares for some documents."""
     return [
         (ablations[_draw_ablation(document, ablations, seed, first_ablation)], request)
         for document in documents
@@ -479,7 +494,7 @@ def watch(
     seed: str,
     first_ablation: int = 0,
 ) -> Iterator[tuple[DocumentScores, int, Comparison]]:
-    """Score documents again, each on a model that is changed by one random ablation.
+    """Score each document again, on a model that is changed by a random ablation.
 
     Args:
         truth: The reference, which scores requests on really changed copies of the engine's model.

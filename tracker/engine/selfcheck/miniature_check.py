@@ -64,7 +64,9 @@ _Content = tuple[tuple[int, ...], Sequence[tuple[int, ...]]]
 
 
 def probe_calls(vocabulary: int, longest: int) -> list[list[Document]]:
-    """Draw documents of random tokens for the self-check, one list per call of `Engine.score`.
+    """Draw documents of random tokens for the self-check.
+
+    Each returned list contains the documents of one call of `Engine.score`.
 
     `vocabulary` is the number of token ids, and `longest` is about the maximum number of tokens of
     a text.
@@ -82,11 +84,14 @@ def probe_calls(vocabulary: int, longest: int) -> list[list[Document]]:
 def reaching_calls(
     vocabulary: int, longest: int, nodes: int, widest: int, sharing: Sharing
 ) -> list[list[Document]]:
-    """Draw long documents of random tokens, one list per call of `Engine.score`.
+    """Draw long documents of random tokens for the self-check.
 
-    `vocabulary` is the number of token ids. Text lengths double up to `longest` tokens. A prefix
-    tree of several documents has about `nodes` tokens, and one of a single document `widest`.
-    Texts that only test disabled sharing are omitted.
+    Each returned list contains the documents of one call of `Engine.score`.
+
+    `vocabulary` is the number of token ids. Each text is twice as long as the next shorter one, up
+    to `longest` tokens. The prefix tree of several documents has about `nodes` tokens. The prefix
+    tree of the largest document has about `widest` tokens. If `sharing` excludes a kind of
+    computation, texts that only test this kind are not drawn.
     """
     tokens = _make_token_source(vocabulary)
 
@@ -180,7 +185,9 @@ MAX_PART_ABLATIONS = 128
 
 
 class _Probe(NamedTuple):
-    """Documents to score under ablations, and the scores that changed models must reproduce.
+    """Documents and ablations of a check, and the scores to compare.
+
+    A score from shared computation must equal the score that a really changed model computes.
 
     Attributes:
         calls: The documents of each call of `Engine.score`.
@@ -201,12 +208,14 @@ def miniature_key(
     rows: tuple[int, int, int] | None,
     blank: bool,
 ) -> str:
-    """Return the storage key of a miniature check: a SHA-256 hash of all its inputs.
+    """Return the storage key of a check on a miniature.
+
+    The key is a SHA-256 hash of everything that determines the result of the check.
 
     The hash covers the arguments, package versions, the machine, and the code of tracker and of the
-    model. It does not cover the weights. `paths` are the numbers in the configuration that the
-    check varies. `rows` is the argument of `check_longer_texts`; None = short texts. `blank` is
-    true if a token has a zero embedding.
+    model, but not the weights. `paths` are the paths of the numbers in the configuration that the
+    check varies. For a check on short texts, `rows` is None; else it has the same meaning as for
+    `check_longer_texts`. `blank` is true if any token of the measured texts has a zero embedding.
     """
     package, model_folder = Path(__file__).parents[2], Path(inspect.getfile(type(model))).parent
     folders = (package / "engine", package / "models")
@@ -233,7 +242,7 @@ def reachable_numbers(model: PreTrainedModel, n_tokens: int) -> tuple[NumberPath
 def check_miniature(
     engine: Engine, ablations: Ablations, paths: Sequence[NumberPath], blank: bool
 ) -> SharingVerdict:
-    """Test on short texts which computation ablations can share; use a miniature model.
+    """Test on a miniature model, with short texts, what ablations can share.
 
     Args:
         engine: The engine. Its model must not have been called yet, since calls can change the
@@ -255,7 +264,7 @@ def check_miniature(
     ablations = _map_to_miniature(mini, sample_ablations(ablations))
 
     def make_reference(model: PreTrainedModel, verdict: SharingVerdict) -> Reference:
-        mini_engine = _engine(engine, model, verdict, MAX_LENGTH, MINI_ROW_TOKENS)
+        mini_engine = _build_engine(engine, model, verdict, MAX_LENGTH, MINI_ROW_TOKENS)
         return Reference(mini_engine, is_miniature=True)
 
     with _limit_threads(is_miniature=True):
@@ -290,7 +299,7 @@ def check_longer_texts(
     rows: tuple[int, int, int],
     blank: bool,
 ) -> SharingVerdict:
-    """Test on long texts which computation ablations can share; use a miniature model.
+    """Test on a miniature model, with long texts, what ablations can share.
 
     Args:
         engine: The engine. Its model must not have been called yet, since calls can change the
@@ -316,7 +325,7 @@ def check_longer_texts(
     tested_ablations = _map_to_miniature(mini, (INTACT, ablations[len(ablations) // 2]))
 
     def check(calls: Sequence[Documents], n_tokens: int) -> SharingVerdict:
-        truth = Reference(_engine(engine, mini, verdict, n_tokens, nodes), is_miniature=True)
+        truth = Reference(_build_engine(engine, mini, verdict, n_tokens, nodes), is_miniature=True)
         return _lower_verdict(truth, verdict, _make_probe(calls, tested_ablations, MIN_ANSWERS))
 
     switches, all_differ = _find_switch_lengths(engine, mini, verdict, max(longest, widest))
@@ -334,8 +343,8 @@ def _find_switch_lengths(
 ) -> tuple[tuple[int, ...], bool]:
     """Find text lengths above `LONGEST_REACH` at which the model's computation changes.
 
-    Returns these lengths, and whether the computation differs for every length after the first one.
-    Texts of up to `longest` tokens are tested.
+    The function tests texts of up to `longest` tokens. It returns the text lengths. It also returns
+    whether the computation counts as different for every text length from the shortest of them on.
     """
     if longest <= LONGEST_REACH:
         return (), False
@@ -347,9 +356,10 @@ def _find_switch_lengths(
 
 
 def sample_ablations(ablations: Ablations) -> list[Ablation]:
-    """Choose ablations for the self-check, with a random sample of each numerous kind.
+    """Choose the ablations for the self-check.
 
-    Ablations that remove layers are always kept.
+    If many ablations remove parts such as heads, repeat layers or quantise linear maps, only a
+    random sample of these ablations is chosen. All other ablations are chosen.
     """
     many = [
         a for a in ablations if a.parts or a.repetitions or (a.roundings and not a.outer_formats)
@@ -362,8 +372,8 @@ def sample_ablations(ablations: Ablations) -> list[Ablation]:
 def _map_to_miniature(mini: PreTrainedModel, ablations: Ablations) -> list[Ablation]:
     """Map ablations of a model to ablations of its miniature, which has fewer parts.
 
-    A mapped ablation removes at most half of a layer's parts. Duplicate ablations are
-    dropped.
+    A mapped ablation removes at most half of a layer's parts. If several ablations map to the same
+    ablation, the result contains it once.
     """
     parts = parts_of_config(mini.config.get_text_config())
 
@@ -394,7 +404,7 @@ def _map_to_miniature(mini: PreTrainedModel, ablations: Ablations) -> list[Ablat
 
 @contextmanager
 def _limit_threads(is_miniature: bool) -> Iterator[None]:
-    """Limit PyTorch to one thread until exit if the model is a miniature."""
+    """Limit PyTorch to one thread for a miniature, until the context exits."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1 if is_miniature else threads)
     try:
@@ -416,10 +426,14 @@ def _vocabulary(model: PreTrainedModel) -> int:
     return n_embeddings if head is None else min(n_embeddings, int(head.weight.shape[0]))
 
 
-def _engine(
+def _build_engine(
     engine: Engine, model: PreTrainedModel, verdict: SharingVerdict, longest: int, nodes: int
 ) -> Engine:
-    """Build an engine for a miniature; `longest` and `nodes` limit the tokens of texts and rows."""
+    """Build an engine for a miniature.
+
+    `longest` is the maximum number of tokens of a text, and `nodes` is the maximum number of tokens
+    of a row.
+    """
     device = torch.device("cpu")
     loaded = replace(engine.loaded, model=model, layers=find_layers(model), device=device)
     return Engine(
@@ -455,7 +469,10 @@ def _check_model_itself(engine: Engine, ablations: Ablations) -> SharingVerdict:
 
 
 def _lower_verdict(truth: Reference, verdict: SharingVerdict, probe: _Probe) -> SharingVerdict:
-    """Return `verdict` without the kinds of sharing that change the model's results."""
+    """Disable the kinds of sharing that change results in a check.
+
+    Returns the updated `verdict`.
+    """
     engine = truth.engine
     if not truth.is_half:  # the order of summation on an accelerator may vary
         with _limit_threads(truth.is_miniature):
@@ -481,7 +498,7 @@ def _lower_verdict(truth: Reference, verdict: SharingVerdict, probe: _Probe) -> 
 def _refuse_stateful_model(engine: Engine, calls: Sequence[Documents]) -> None:
     """Raise CellError if a model's log-likelihoods depend on texts from earlier calls.
 
-    Two copies of the model read the same texts in opposite order, and the results are compared.
+    The function compares two copies of the model that read the same texts in opposite order.
     """
     requests = sorted((d.requests[-1] for call in calls for d in call), key=lambda r: r.length)
     texts = [*requests[:: -(-len(requests) // MEMORY_TEXTS)], requests[-1]]
@@ -515,8 +532,8 @@ def find_most_sharing(
         compare: Function that compares answers at a level of sharing with the reference.
 
     Returns:
-        The highest level that works, its comparison, and the reason why higher levels fail. The
-        reason is None if `most` works.
+        The highest level that works, the comparison at this level, and the reason why higher levels
+        fail. The reason is None if `most` works.
 
     Raises:
         CellError: The model does not run, or does not reproduce its own results.
@@ -550,9 +567,11 @@ def find_most_sharing(
 
 
 def _make_probe(calls: Sequence[Documents], ablations: Ablations, n_answers: int) -> _Probe:
-    """Draw the scores to compare: all of the baseline, and `n_answers` of each other ablation.
+    """Draw the scores to compare for a check.
 
-    Requests are drawn from all calls in turn.
+    All scores of the baseline are compared, and `n_answers` scores of each other ablation.
+
+    The function draws about the same number of requests from each list in `calls`.
     """
     answers_by_call = [
         [(c, d, r) for d, document in enumerate(call) for r in range(len(document.requests))]
@@ -569,10 +588,10 @@ def _make_probe(calls: Sequence[Documents], ablations: Ablations, n_answers: int
 
 
 def compare_both_ways(engine: Engine, truth: Reference, probe: _Probe) -> Comparison:
-    """Score all calls in both orders, and compare with the reference results.
+    """Score documents in two opposite orders, and compare with the reference results.
 
-    With many ablations, each ablation except the baseline is scored in only one of the two orders.
-    The comparison stops at the first wrong log-likelihood.
+    If there are many ablations, each ablation except the baseline is scored in only one of the two
+    orders. The comparison stops at the first wrong log-likelihood.
     """
     comparison = Comparison()
     changes = [ablation for ablation in probe.ablations if ablation != INTACT]

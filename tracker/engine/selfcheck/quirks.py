@@ -1,7 +1,7 @@
 """Find how a model reacts to text lengths and repeated calls, and how it runs without a layer.
 
 Each experiment replaces one number in the configuration of the model's miniature by a small number,
-and compares logits. If no logits change, the number is irrelevant.
+and compares logits. If the logits stay the same, the model does not use this number.
 """
 
 from __future__ import annotations
@@ -59,9 +59,10 @@ class QuirkFindings:
 
     Attributes:
         relevant_numbers: Paths of the numbers in the configuration that affect the logits.
-        lengths: Pairs (path, flag). The computation changes when the text length reaches the number
-            at this path in the configuration. If the flag is True, the computation is different for
-            every longer length. The path is empty if the logits always depend on the text length.
+        lengths: Pairs (path, flag). The path is the location of a number in the configuration, and
+            the computation changes when the text length reaches this number. If the flag is True,
+            the computation is different for every text length above the number. The path is empty
+            if the logits always depend on the text length.
         leftovers: Names of model attributes that a call changes and that affect the next call.
         first: Module and name of each attribute that the first call changes permanently.
         causal: True if the logits of a token do not depend on later tokens.
@@ -104,12 +105,14 @@ def find_quirks(mini: PreTrainedModel, paths: Collection[NumberPath]) -> QuirkFi
 def _find_effect(
     model: PreTrainedModel, usual_logits: Tensor, any_length: bool
 ) -> tuple[bool, bool, set[str], set[tuple[str, str]]] | None:
-    """Find how a changed number in the configuration affects a model; None for no effect.
+    """Find how a changed number in the configuration affects the logits of a model.
 
-    `model` is built from the changed configuration. The first element of the tuple states whether
-    the logits of the first tokens depend on the text length. The second element states whether this
-    is also true among texts longer than the number. The last two elements are the results of
-    `_find_call_effects`.
+    Returns None if the number has no effect.
+
+    `model` is built from the changed configuration. The first element of the returned tuple states
+    whether the logits of the first tokens depend on the text length. The second element states
+    whether they also differ between two texts that are both longer than the number. The third and
+    fourth element are the results of `_find_call_effects`.
     """
     logits = _text_logits(model, LONG)
     if _is_equal(logits, usual_logits):
@@ -120,10 +123,11 @@ def _find_effect(
 
 
 def find_switches(mini: PreTrainedModel, old_lengths: Lengths, lengths: Iterable[int]) -> Lengths:
-    """Find the text lengths at which a model's computation changes, by bisection.
+    """Find the text lengths at which a model's computation changes.
 
-    Texts of different lengths with the same first tokens are compared. If the model refuses a
-    length, longer texts are not searched.
+    The function uses bisection: it compares the logits of texts that have different lengths but the
+    same first tokens. If the model fails for a length, the function does not search greater
+    lengths.
 
     Args:
         mini: A miniature that was never called, since calls can change it.
@@ -167,8 +171,9 @@ def find_switches(mini: PreTrainedModel, old_lengths: Lengths, lengths: Iterable
 def build_shortened(mini: PreTrainedModel, paths: Collection[NumberPath]) -> list[Any]:
     """Build miniatures whose attention windows and other length limits are very small.
 
-    `paths` lists the places of these limits in the configuration. They are replaced by small
-    numbers, if possible all in one miniature.
+    `paths` lists the paths of these limits in the configuration. If possible, one miniature has
+    small numbers at all paths. If such a miniature cannot run, the function builds a miniature for
+    each path.
     """
     values: Mapping[NumberPath, float] = dict(find_numbers(mini.config.get_text_config()))
     order = sorted((path for path in paths if path in values), key=lambda path: values[path])
@@ -191,7 +196,7 @@ def build_shortened(mini: PreTrainedModel, paths: Collection[NumberPath]) -> lis
 
 @torch.inference_mode()
 def _text_logits(model: PreTrainedModel, tokens: int, last_token: int | None = None) -> Tensor:
-    """Compute the logits [tokens, vocabulary] of a text with a fresh copy of a model."""
+    """Compute the logits of a text [tokens, vocabulary] with a new copy of a model."""
     ids = torch.arange(tokens)[None] * 7 % 31 + 3
     if last_token is not None:
         ids[0, -1] = last_token
@@ -209,7 +214,11 @@ def _is_close(x: Tensor, y: Tensor, tolerance: float) -> bool:
 
 @torch.inference_mode()
 def _find_call_effects(model: PreTrainedModel) -> tuple[set[str], set[tuple[str, str]]]:
-    """Find the attributes that a repeated call changes, and those that the first call changes."""
+    """Find the module attributes that a call of the model changes.
+
+    Returns the names of the attributes that a repeated call changes, and (module, name) pairs of
+    the attributes that the first call changes.
+    """
     model = copy.deepcopy(model)
     states = [record_state(model)]
     for tokens in (SHORT, LONG):
@@ -225,20 +234,21 @@ PROBE_TEXT = tuple(5 * index % 29 + 2 for index in range(12))
 """Text that is read to compare models."""
 MAX_LAYERS_NAMED = 3
 """Maximum number of layers that a note lists as impossible to remove in a checkpoint."""
-_ITSELF = "the model itself computes other logits after it is saved and loaded"
+_ITSELF = "the intact model computes different logits after it is saved and loaded"
 _OTHER = "the changed model cannot be described by a configuration"
 _NOT = "the model does not run without these layers"
-_COMPUTED = "the model's class computes values while loading, which a model in memory cannot take"
+_COMPUTED = "the model's class computes values during loading that a copy in memory does not get"
 
 
 @dataclass(frozen=True)
 class _Outputs:
-    """Logits of a model without some layers, with the layers removed in three ways.
+    """Logits of a model without some layers, for three ways of removing the layers.
 
     Attributes:
         copy: Logits of a copy in memory without the layers.
-        skip: Logits of the model if the removed layers stay in place and return their input.
-        saved: Logits of this copy after saving and loading; None if that is impossible.
+        skip: Logits of the model if the removed layers stay in the model and return their input.
+        saved: Logits of the copy after saving and loading; None if the copy cannot be saved and
+            loaded.
         lacks: True if the copy in memory lacks attribute values that are computed during loading.
         refusal: Reason why the copy in memory does not run; None if the copy runs.
         unsaved: Reason why the copy cannot be saved and loaded.
@@ -258,7 +268,7 @@ class _Outputs:
 
     @property
     def needs_loading(self) -> bool:
-        """True if saving and loading changes the copy."""
+        """True if the copy computes different logits after saving and loading."""
         return self.saved is not None and (self.lacks or not logits_alike(self.saved, self.copy))
 
     @property
@@ -270,12 +280,12 @@ class _Outputs:
 def find_removed_model(
     truth: Reference, ablations: Ablations, verdict: SharingVerdict
 ) -> SharingVerdict:
-    """Find how to run the model without a layer; return the updated `verdict`.
+    """Find how the model must run without a layer, and update `verdict`.
 
-    Nearly always, skipping the layer gives the same logits as a loaded checkpoint without the
-    layer. Otherwise, ablations share no layers. If no usable copy without the layer can be made,
-    the layer stays in the model and returns its input. CellError is raised if the model does not
-    run without the layer.
+    In most models, skipping the layer gives the same logits as a loaded checkpoint without the
+    layer. If the logits differ, ablations share no layers. If no usable copy without the layer can
+    be made, the layer stays in the model and returns its input. Raises CellError if the model does
+    not run without the layer.
     """
     engine = truth.engine
     name = engine.class_name
@@ -315,8 +325,8 @@ def find_removed_model(
     verdict = replace(verdict, in_place=in_place, as_loaded=as_loaded, checkpoint_note=note)
     if differs:
         note = (
-            "a checkpoint without the layer computes something else than a model that skips the "
-            "layer, so nothing is shared"
+            "a saved checkpoint without the layer gives different logits than the model that skips "
+            "the layer, so ablations share no computation"
         )
         return replace(verdict, sharing=PLAIN, sharing_note=note)
     return verdict
@@ -324,20 +334,23 @@ def find_removed_model(
 
 @dataclass(frozen=True)
 class _Loading:
-    """Models for simulating how a copy is saved and loaded.
+    """Models that are needed to simulate saving and loading a copy of the model.
 
     Attributes:
         full_model: Model that the class builds from the intact model's configuration; None if
             saving and loading changes the logits of the intact model.
-        cut_models: Cache of models built from configurations with fewer layers; None (no cache) if
-            calls change the model.
+        cut_models: Cache of models that are built from configurations with fewer layers. The value
+            is None, and nothing is cached, if calling the model changes its attributes.
     """
 
     full_model: PreTrainedModel | None
     cut_models: dict[str, Any] | None
 
     def reload_copy(self, engine: Engine, copied: Engine, ablation: Ablation) -> Engine:
-        """Return an engine for the model of `copied`, as if it were saved and loaded."""
+        """Build the model that saving and loading a copy would give.
+
+        Returns an engine for this model. `copied` is the engine of the copy.
+        """
         layers = engine.layers_left(ablation)
         model = simulate_reload(copied.loaded.model, layers, self.cut_models)
         # The effects of the first call are known for the whole model's layers, not for these.
@@ -364,7 +377,10 @@ def _test_loading(engine: Engine, original: Engine) -> _Loading:
 def _compute_outputs(
     truth: Reference, original: Engine, ablation: Ablation, loading: _Loading
 ) -> _Outputs:
-    """Compute the logits of a model without some layers in three ways."""
+    """Compute the logits of a model without some layers, in three ways.
+
+    The three ways are described in `_Outputs`.
+    """
     engine, saved, lacks = truth.engine, None, False
     unsaved = _ITSELF if loading.full_model is None else _NOT
     cut_engine, refusal = try_model(lambda: truth.ablate(ablation))
@@ -392,7 +408,10 @@ def _compute_outputs(
 
 
 def _is_mismatch(engine: Engine, ablation: Ablation, outputs: _Outputs) -> bool:
-    """Return whether a copy's logits differ from `saved`, or from `skip` if `saved` is None."""
+    """Return whether a changed copy has other logits than `outputs` states.
+
+    The expected logits are `outputs.saved`, or `outputs.skip` if `outputs.saved` is None.
+    """
     logits, _ = try_model(lambda: engine.ablate(ablation).read_logits(PROBE_TEXT))
     return not logits_alike(logits, outputs.skip if outputs.saved is None else outputs.saved)
 
@@ -423,17 +442,20 @@ def _describe_ablation(ablation: Ablation) -> str:
     layers = ablation.removed()
     plural = "s" if len(layers) > 1 else ""
     words = [f"without layer{plural} {', '.join(map(str, layers))}"] if layers else []
-    repeat_words = [f"with {span.target} passed again" for span in ablation.repetitions]
+    repeat_words = [f"with {span.target} repeated" for span in ablation.repetitions]
     return " and ".join(words + repeat_words)
 
 
 def _probe_logits(engine: Engine) -> tuple[Tensor | None, str | None]:
-    """Return the logits [tokens, vocabulary] of `PROBE_TEXT`, or the reason why the model fails."""
+    """Compute the logits [tokens, vocabulary] of `PROBE_TEXT`.
+
+    Returns the pair (logits, None), or (None, reason) if the model fails.
+    """
     return try_model(lambda: engine.read_logits(PROBE_TEXT))
 
 
 def _skip_layers(engine: Engine, ablation: Ablation) -> AbstractContextManager[None]:
-    """Make the layers of an ablation return their input, without removing the layers."""
+    """Make the removed layers of an ablation return their input until the context exits."""
     layers = (engine.loaded.layers[layer] for layer in ablation.removed())
     handles = (replace_output(layer, lambda state: state) for layer in layers)
     return enter_all(chain.from_iterable(handles))

@@ -1,7 +1,7 @@
 """Compute reference results on really changed models, and define the result of a self-check.
 
-The self-check compares log-likelihoods from shared computation with these reference results. A
-verdict is the result of the self-check.
+The self-check compares log-likelihoods from shared computation with these reference results. The
+result of the self-check is called the verdict.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ NOISE_DRAWS = 32
 
 @dataclass(frozen=True)
 class Comparison:
-    """Comparison of log-likelihoods computed with sharing and on really changed models.
+    """Comparison of log-likelihoods from shared computation and changed models.
 
     Attributes:
         compared: Number of compared log-likelihoods.
@@ -80,8 +80,8 @@ class Comparison:
 class Reference:
     """Scorer of single requests on really changed models, without shared computation.
 
-    All copies of a miniature are kept in memory. Two NaN values count as equal, except on a
-    miniature.
+    If the model is a miniature, all its copies are kept in memory. For other models, two NaN values
+    count as equal.
     """
 
     def __init__(self, engine: Engine, is_miniature: bool = False) -> None:
@@ -92,7 +92,10 @@ class Reference:
         self._answers: dict[tuple[Ablation, Request], Response] = {}
 
     def ablate(self, ablation: Ablation) -> Engine:
-        """Return an engine for a copy of the model, changed by the ablation; copies are cached."""
+        """Return an engine for a copy of the model that is changed by the ablation.
+
+        The copies are cached.
+        """
         if ablation not in self._copies:
             if not self.is_miniature:  # requests are sorted by ablation
                 self._copies.clear()
@@ -100,7 +103,10 @@ class Reference:
         return self._copies[ablation]
 
     def answer_all(self, questions: Sequence[tuple[Ablation, Request]]) -> None:
-        """Compute and cache the scores of all `questions`, if the weights are offloaded."""
+        """Score (ablation, request) pairs in advance if weights are offloaded.
+
+        The scores are cached for `answer`. If no weights are offloaded, the method does nothing.
+        """
         if self.engine.loaded.offloaded is None:
             return
         questions = [question for question in questions if question not in self._answers]
@@ -114,7 +120,10 @@ class Reference:
         deque(self.engine.run_lockstep(partial(answer_text, *text) for text in texts), maxlen=0)
 
     def answer(self, ablation: Ablation, request: Request) -> Response:
-        """Score one request on a really changed model, or return the cached score."""
+        """Score one request on a model that is really changed by the ablation.
+
+        The score is cached.
+        """
         key = (ablation, request)
         if key not in self._answers:
             engine = self.ablate(ablation)
@@ -128,9 +137,9 @@ class Reference:
     def is_unsteady(self, ablation: Ablation, request: Request, nats: float) -> bool:
         """Return whether rounding errors can change a log-likelihood by `nats`.
 
-        Rounding errors are simulated by noise in the token embeddings, with up to `NOISE_DRAWS`
-        random seeds. Their effect can be large, for example if a router nearly selects another
-        expert.
+        The method simulates rounding errors by noise in the token embeddings, with up to
+        `NOISE_DRAWS` random seeds. Rounding errors can have a large effect, for example if they
+        make a router select another expert.
         """
         engine = self.ablate(ablation)
         expected = self.answer(ablation, request).loglikelihood
@@ -174,13 +183,13 @@ class Reference:
             return Comparison(1, difference)
         if self.is_unsteady(ablation, request, difference / MAX_ROUNDING_FACTOR):
             return Comparison(1, difference, 1)
-        message = f"{value:.6g} nats in the shared pass, but {expected:.6g} on the pruned model"
+        message = f"{value:.6g} nats with sharing, but {expected:.6g} nats on the pruned model"
         return Comparison(1, difference, wrong=message)
 
 
 @contextmanager
 def perturb_embeddings(model: PreTrainedModel, seed: int) -> Iterator[None]:
-    """Add noise to a model's token embeddings in a `with` block, to simulate rounding errors."""
+    """Simulate rounding errors by adding noise to token embeddings in a `with` block."""
     generator = torch.Generator().manual_seed(seed)
 
     def add_noise(
@@ -208,9 +217,10 @@ class SharingVerdict:
         compared: Number of log-likelihoods compared.
         unsteady: Number of log-likelihoods that differ by more than the tolerance because of
             rounding errors.
-        lengths: Pairs (path, flag). The computation changes when the text length reaches the number
-            at this path in the configuration. If the flag is True, the computation is different for
-            every longer length. The path is empty if the computation differs for every text length.
+        lengths: Pairs (path, flag). The path is the location of a number in the configuration, and
+            the computation changes when the text length reaches this number. If the flag is True,
+            the computation is different for every text length above the number. The path is empty
+            if the computation differs for every text length.
         leftovers: Names of model attributes that a call changes and that affect the next call.
         first: Module and name of each attribute that the first call changes permanently.
         in_place: True if removed layers stay in the model and return their input.
@@ -238,12 +248,15 @@ class SharingVerdict:
 
     @property
     def is_clean(self) -> bool:
-        """True if shared computation is exact and no effect of calls or text lengths was found."""
+        """True if all sharing is exact, and neither calls nor text lengths have an effect."""
         special = (self.unsteady, self.lengths, self.switches, self.leftovers, self.first)
         return self.sharing == FULL and not any(special)
 
     def make_quirks(self, model: PreTrainedModel) -> Quirks:
-        """Return the side effects of calling a model that was never called before."""
+        """Return the model's quirks, with the attribute values of an uncalled model.
+
+        `model` must not have been called before.
+        """
         values = dict(find_numbers(model.config.get_text_config()))
         thresholds = (
             *(int(values[path]) for path, _ in self.lengths if path in values),
@@ -263,25 +276,29 @@ class SharingVerdict:
 log = logging.getLogger(__name__)
 REMAINING_SHARING = {
     NO_PREFIX: (
-        "computation is shared over depth and tokens, but not over common beginnings of documents"
+        "ablations share layers and requests share tokens, but the common beginning of all "
+        "documents is not cached"
     ),
-    DEPTH_ONLY: "computation is shared only over depth, not over tokens or documents",
+    DEPTH_ONLY: "ablations share layers, but requests share no tokens",
     PLAIN: "nothing is shared",
     ONE_BY_ONE: "computation is not shared, and each request is computed separately",
 }
-"""Sharing → description of the remaining sharing, and of the lost sharing."""
+"""Descriptions of the sharing that remains, and of the sharing that was disabled."""
 REFUSAL_REASONS = {
     FULL: "the model cannot continue a cached prefix: its cache cannot be rewound",
-    NO_PREFIX: "the model refuses several texts in one row with separate attention masks",
+    NO_PREFIX: "the model does not support separate attention masks for several texts in one row",
     DEPTH_ONLY: "the layers refuse a batch of hidden states of several ablations",
     PLAIN: "the model refuses several texts in one call",
 }
-"""Way of sharing → requirement that the code of a model does not meet."""
+"""Reasons why a model does not support a way of sharing."""
 STATE = "the model keeps a recurrent state for each text"
 
 
 def describe_loss(previous: str | None, sharing: Sharing, reason: str | None) -> str | None:
-    """Add the `reason` why sharing was disabled to the note `previous`; return the note."""
+    """Extend the note `previous` about disabled sharing by a reason.
+
+    Returns `previous` if `reason` is None.
+    """
     if reason is None:
         return previous
     sentence = f"{REMAINING_SHARING[sharing]}, because {reason}"
@@ -298,19 +315,19 @@ def describe_error(error: Exception, way: Sharing, name: str) -> str:
 
 
 def describe_difference(way: Sharing, comparison: Comparison) -> str:
-    """Describe for users how much shared computation changes a log-likelihood."""
+    """Describe for users by how much shared computation changes a log-likelihood."""
     cause = "a call of several texts" if way == PLAIN else "sharing more computation"
     sentence = f"{cause} changes a log-likelihood by {comparison.difference:.3g} nats"
     if not comparison.unsteady:
         return sentence
-    return f"{sentence}, mostly where the model is discontinuous ({comparison.unsteady} answers)"
+    return f"{sentence}, mostly because of rounding errors ({comparison.unsteady} answers)"
 
 
 @torch.inference_mode()
 def keeps_state(model: PreTrainedModel) -> bool:
     """Return whether a model has a recurrent state, i.e. a cache of constant size.
 
-    Texts in one row would overwrite each other's recurrent states.
+    Several texts in one row would overwrite each other's recurrent state.
     """
 
     def read_shapes() -> list[list[torch.Size]]:

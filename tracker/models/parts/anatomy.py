@@ -1,6 +1,7 @@
-"""Find the parts of a model's layers (sublayers, heads, experts, …), and cache them.
+"""Find and cache the parts of a model's layers, such as sublayers and heads.
 
-If a model's configuration gives the number of parts, the parts are listed without reading weights.
+If a model's configuration states the number of parts, the module can list the parts without reading
+weights.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ PART_CLASSES: Mapping[Component, type[LayerPart]] = {
     "neuron": Neurons,
     "shared_expert": SharedExperts,
 }
-"""Component → class of the layer parts that belong to the component."""
+"""Classes of layer parts, by the component to which the parts belong."""
 
 
 NumberedParts = Heads | Experts | Neurons
@@ -58,7 +59,7 @@ NumberedParts = Heads | Experts | Neurons
 
 @dataclass(frozen=True)
 class LayerAnatomy(PartFinder):
-    """Finder of the attention, MLP, their parts and linear maps of a model's layers.
+    """Finder of the sublayers, their parts and the linear maps of a model's layers.
 
     Attributes:
         weights: Cache of quantised weights.
@@ -77,7 +78,10 @@ class LayerAnatomy(PartFinder):
         return bool(self.parts[Sublayers])
 
     def linear_maps(self, layer: int) -> Mapping[str, LinearMap]:
-        """Return the linear maps of a layer by path, as `find_linear_maps` does."""
+        """Return the linear maps of a layer by their paths in the layer.
+
+        The result is cached.
+        """
         key = ("linear maps", layer)
         if key not in self.parts:
             self.parts[key] = find_linear_maps(self.layers[layer], self.layer_name(layer))
@@ -89,10 +93,11 @@ class LayerAnatomy(PartFinder):
         return find_map(self.linear_maps(layer), path, self.layer_name(layer))
 
     def expand_formats(self, layer: int, rounding_changes: Sequence[Change]) -> dict[str, str]:
-        """Return the quantisation format of each linear map that the changes of a layer affect.
+        """Return the quantisation format of each linear map that changes quantise.
 
-        The keys are the paths of the maps. If several changes affect a map, the last format counts.
-        Raises CellError if the layer lacks a map or is already quantised.
+        The returned dictionary maps the path of a linear map to its format. If several changes
+        quantise the same map, the format of the last change is used. Raises CellError if a map does
+        not exist in the layer, or if the layer is already quantised.
         """
         maps = self.linear_maps(layer)
         formats: dict[str, str] = {}
@@ -137,8 +142,8 @@ class LayerAnatomy(PartFinder):
             ablations: The ablations whose formats are checked.
 
         Raises:
-            ExperimentError: A linear map does not exist or cannot be quantised, or a package is
-                missing.
+            ExperimentError: A linear map does not exist or cannot be quantised, or a required
+                package is not installed.
         """
         for change in sorted({change for ablation in ablations for change in ablation.roundings}):
             if change.is_outer or (
@@ -188,8 +193,8 @@ def linear_map_shapes(source: ModelSource) -> tuple[dict[str, MapShape], ...]:
         A dictionary for each layer, with the shape of each linear map by its path.
 
     Raises:
-        ModelError: The configuration cannot be read, or a layer holds matrices that are no linear
-            maps.
+        ModelError: The configuration cannot be read, or a layer contains matrices that are not
+            linear maps.
     """
     anatomy = LayerAnatomy.of(build_hollow(source, "auto"))
     try:
@@ -210,10 +215,11 @@ def find_search_parts(source: ModelSource, unit: str) -> SearchParts:
         unit: The kind of parts, such as layers, heads or neurons.
 
     Returns:
-        The parts, and the minimum number that must stay in each layer.
+        The parts, and the minimum number of parts that must stay in each layer.
 
     Raises:
-        ModelError: The model has no such parts, or the configuration does not give their number.
+        ModelError: The model has no parts of this kind, or the configuration does not state their
+            number.
     """
     counts = count_parts(source)
     if unit not in NUMBERED_COMPONENTS:
@@ -221,7 +227,8 @@ def find_search_parts(source: ModelSource, unit: str) -> SearchParts:
     count, plural = counts.count_of(unit), KIND_STYLES[unit].plural
     if count is None:
         raise ModelError(
-            f"the configuration of {source.source} has no number of {plural}; use another 'unit'"
+            f"the configuration of {source.source} does not state the number of {plural}; use "
+            "another 'unit'"
         )
     n_staying = experts_per_token(read_config(source)) if unit == "expert" else 1
     small = build_miniature(build_hollow(source, "auto"))
@@ -230,7 +237,7 @@ def find_search_parts(source: ModelSource, unit: str) -> SearchParts:
     if not layers or n_staying >= count:
         reason = f": each layer has {count} {plural}, and {n_staying} of them must stay"
         if not layers:
-            router = ", and a router without groups of experts or a fixed table"
+            router = ", and a router that uses neither groups of experts nor a fixed table"
             router *= unit == "expert"
             reason = f" (needed: {PART_CLASSES[unit].NEEDS}{router})"
         raise ModelError(
@@ -241,9 +248,12 @@ def find_search_parts(source: ModelSource, unit: str) -> SearchParts:
 
 
 def find_configured_parts(source: ModelSource, unit: Component) -> dict[int, NumberedParts]:
-    """Describe the heads, experts or neurons of each layer with them, without reading weights.
+    """List the heads, experts or neurons of layers without reading weights.
 
-    The paths of modules are empty. Raises ModelError as `find_search_parts` does.
+    Only layers with such parts are listed.
+
+    The returned objects contain empty strings instead of module paths. Raises ModelError if the
+    model has no such parts, or if the configuration does not state their number.
     """
     parts, config = find_search_parts(source, unit), read_config(source)
     counts, number = parts_of_config(config), parts.per_layer

@@ -1,11 +1,12 @@
 """Find the routed and the shared experts of mixture-of-experts layers by structure.
 
-A mixture of experts has two modules. The router chooses the experts of each token. The second
-module holds the weights of the experts, in tensors with one entry per expert. To remove an expert,
-its row is deleted from the weight of the router.
+A mixture of experts consists of a router and a module with the weights of all experts. The router
+chooses the experts of each token. The tensors with the weights of the experts have one entry per
+expert. To remove an expert, its row is deleted from the weight of the router, and its entries are
+deleted from the tensors of all experts.
 
-Every token passes through the shared experts in addition to its routed experts. Shared experts are
-found by their effect, because their names differ between model families.
+Shared experts process every token, in addition to the routed experts of the token. The module
+identifies shared experts by their effect, because their names differ between model families.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class Experts:
 
     Attributes:
         router: Path in the layer of the module that chooses the experts of each token.
-        holder: Path in the layer of the module that holds the experts' tensors.
+        holder: Path in the layer of the module that contains the experts' tensors.
         count: Number of experts.
         n_chosen: Number of experts that the router chooses for each token.
         removable: Whether the router still works after the removal of an expert.
@@ -65,9 +66,10 @@ class Experts:
     def find(cls, finder: PartFinder) -> list[Experts | None]:
         """Find the routed experts of every layer.
 
-        The routed experts are in a module whose own tensors all have one entry per expert. The
-        router is the innermost module that returned the indices of each token's experts. To test
-        removal, the router is called again without its last expert.
+        The module of the routed experts is the module whose own tensors all have one entry per
+        expert. The router is the innermost module that returned the indices of each token's
+        experts. To test whether experts can be removed, the method calls the router again without
+        its last expert.
         """
 
         def find(layer: nn.Module, calls: Sequence[ModuleCall]) -> Experts | None:
@@ -97,7 +99,11 @@ class Experts:
         return {"expert": self.count}
 
     def narrow(self, parts: Sequence[Change], name: str) -> tuple[Experts, dict[int, list[int]]]:
-        """Return the experts that remain without some parts; `remove` has resized all tensors."""
+        """Return a description of the experts that remain after a removal.
+
+        The returned dictionary of remaining tensor entries is always empty, because `remove`
+        already shortens all tensors.
+        """
         return replace(self, count=len(self.remaining_experts(parts, name))), {}
 
     def remaining_experts(self, parts: Sequence[Change], name: str) -> list[int]:
@@ -164,8 +170,9 @@ class SharedExperts:
         """Find the shared experts of every layer's MLP.
 
         A shared expert is a module beside the routed experts that is called with the MLP's own
-        input. The MLP must add the module's output to other outputs. To test this, the module's
-        output is multiplied by 0, 1 and 2: the MLP's output must change by equal steps.
+        input, and whose output the MLP adds to other outputs. To test the addition, the method
+        multiplies the output of the shared expert by 0, 1 and 2. The resulting outputs of the MLP
+        must have equal differences.
         """
         mlps = {sublayers.mlp for sublayers in finder.find(Sublayers) if sublayers}
 
@@ -193,7 +200,10 @@ class SharedExperts:
 def _find_choices(
     calls: Sequence[ModuleCall], experts: ModuleCall, count: int
 ) -> Iterator[tuple[ModuleCall, Tensor]]:
-    """Yield calls of possible routers, with the expert indices that they returned."""
+    """Yield module calls that returned the indices of each token's experts.
+
+    Such a call may be the call of the router. Each call comes with the returned indices.
+    """
     for choice in integer_tables(experts.arguments):
         for call in calls:
             weights = [p for p in call.module.parameters() if p.ndim == 2 and len(p) == count]
@@ -213,7 +223,7 @@ def count_experts(module: nn.Module) -> int:
 
 
 def _works_without_one(router: ModuleCall, choice: Tensor, count: int) -> bool:
-    """Return whether a router works without its last expert."""
+    """Return whether a router still returns valid indices without its last expert."""
     if choice.shape[-1] >= count:
         return True  # all are chosen, so none may be removed anyway
     remaining = range(count - 1)
@@ -267,7 +277,10 @@ def keep_experts(
 
 
 def _keep_entries(value: Tensor, remaining: Sequence[int], count: int) -> Tensor:
-    """Keep only the rows or columns of the remaining experts in a tensor."""
+    """Select the rows or columns of the remaining experts from a tensor.
+
+    A tensor without one row or column per expert is returned unchanged.
+    """
     axis = 1 if value.ndim == 2 and len(value) == 1 else 0
     if not value.ndim or value.shape[axis] != count:
         return value
@@ -275,7 +288,7 @@ def _keep_entries(value: Tensor, remaining: Sequence[int], count: int) -> Tensor
 
 
 def _keep_biases(arguments: Any, remaining: Sequence[int], count: int) -> Any:
-    """Return a router's arguments without the biases of removed experts."""
+    """Return the arguments of a router's call without biases of removed experts."""
     if isinstance(arguments, dict):
         return {name: _keep_biases(value, remaining, count) for name, value in arguments.items()}
     if isinstance(arguments, tuple):
@@ -292,7 +305,9 @@ def call_reduced_router(
     state: Tensor,
     arguments: tuple[Any, Any],
 ) -> tuple[Any, ...]:
-    """Call a router without some experts; its outputs keep the original expert numbers.
+    """Call a router without some experts.
+
+    The outputs refer to experts by their numbers in the original router.
 
     Args:
         router: The original router, which has all experts.
@@ -328,10 +343,13 @@ def call_reduced_router(
 def single_expert_outputs(
     forward: Callable[..., Tensor], args: Args, kwargs: Kwargs
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield the outputs of each token's first expert, then of its second expert, etc.
+    """Yield the output of one expert of each token at a time.
 
-    The module that holds the experts is called several times, each time with one expert per token
-    and a weight of 1.
+    The first result is for the first expert of each token, the second result for the second expert,
+    and so on.
+
+    To compute the outputs, the function calls the module of the experts several times, with one
+    expert per token and a routing weight of 1.
 
     Args:
         forward: The forward pass of the module that holds the experts.
@@ -367,7 +385,11 @@ def single_expert_outputs(
 def weighted_expert_outputs(
     forward: Callable[..., Tensor], args: Args, kwargs: Kwargs, output: Tensor
 ) -> tuple[list[tuple[Tensor, Tensor, Tensor]], bool]:
-    """Return the results of `single_expert_outputs`, and whether their weighted sum is `output`."""
+    """Compute the output of each expert that a token uses.
+
+    Returns the list of the results of `single_expert_outputs`, and True if the sum of the outputs,
+    multiplied by the routing weights, equals `output` up to rounding.
+    """
     outputs = [*single_expert_outputs(forward, args, kwargs)]
     total = sum(gates[:, None].float() * states.float() for _, gates, states in outputs)
     flat_output = output.float().flatten(0, -2)
@@ -387,7 +409,10 @@ def _reads_mlp_input(call: ModuleCall, mlp: ModuleCall) -> bool:
 
 
 def _unrouted_modules(mlp: nn.Module) -> list[nn.Module]:
-    """List the modules of an MLP that have nothing to do with routed experts, outermost first."""
+    """List the modules of an MLP that neither belong to nor contain routed experts.
+
+    Outer modules come before the modules inside them.
+    """
     holders = [module for module in mlp.modules() if count_experts(module)]
     routed_modules = {module for holder in holders for module in holder.modules()}
     around = {module for module in mlp.modules() if not routed_modules.isdisjoint(module.modules())}
@@ -395,7 +420,7 @@ def _unrouted_modules(mlp: nn.Module) -> list[nn.Module]:
 
 
 def _is_added(module: nn.Module, mlp: ModuleCall) -> bool:
-    """Return whether an MLP adds the output of one of its modules to other outputs."""
+    """Return whether an MLP adds the output of the module `module` to other outputs."""
 
     def scaled_result(factor: int) -> Tensor:
         def scale(_: nn.Module, __: Any, output: Any) -> Any:

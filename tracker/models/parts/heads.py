@@ -38,7 +38,7 @@ class Heads(ProjectionColumns):
         heads: Number of heads.
         groups: Number of groups of heads that share keys and values.
         width: Number of input columns of each head.
-        is_packed: Whether one linear map may compute queries, keys and values, side by side.
+        is_packed: Whether one linear map may compute queries, keys and values together.
     """
 
     KIND: ClassVar[str] = "attention heads"
@@ -57,8 +57,9 @@ class Heads(ProjectionColumns):
     def find(cls, finder: PartFinder) -> list[Heads | None]:
         """Find the heads of every layer's attention.
 
-        The model reads a short text while every second head returns ones, and all other heads
-        return zeros. The output projection is the linear map whose input has exactly this pattern.
+        The method runs the model on a short text, with a replaced attention function: every second
+        head returns ones, and all other heads return zeros. The output projection is the linear map
+        whose input contains exactly these ones and zeros.
         """
         shapes: list[tuple[int, int, int]] = []
         holders = count_holders(finder.layers)
@@ -102,10 +103,13 @@ class Heads(ProjectionColumns):
         return {"head": self.heads, "kv_head": self.groups}
 
     def narrow(self, parts: Sequence[Change], name: str) -> tuple[Heads, dict[int, list[int]]]:
-        """Return the heads that remain without some parts, and the entries of tensors they use.
+        """Describe the heads that remain after some heads are removed.
 
-        The entries are keyed by the length of the tensor's axis in the original layer.
-        Raises CellError if the remaining groups would have different numbers of heads.
+        Returns the remaining heads and the remaining entries of tensors.
+
+        The remaining entries are a dictionary from the original length of a tensor's axis to the
+        indices that remain. Raises CellError if the remaining groups would have different numbers
+        of heads.
         """
         width, per_group = self.width, self.heads // self.groups
         columns = torch.arange(self.heads * width)
@@ -133,7 +137,10 @@ class Heads(ProjectionColumns):
 
 
 def _other_output_sizes(layer: nn.Module, projection: str) -> set[int]:
-    """Return the numbers of outputs of an attention's linear maps before the output projection."""
+    """Return the output sizes of an attention's linear maps.
+
+    The output projection is not included.
+    """
     attention, _, name = projection.rpartition(".")
     modules = layer.get_submodule(attention).named_modules()
     maps = (m for path, m in modules if path != name and isinstance(m, (nn.Linear, Conv1D)))
@@ -141,14 +148,17 @@ def _other_output_sizes(layer: nn.Module, projection: str) -> set[int]:
 
 
 def _reads_columns(states: Tensor, columns: Tensor) -> bool:
-    """Return whether the input of a linear map was non-zero in exactly the given columns."""
+    """Return whether states are non-zero in exactly the given columns.
+
+    `columns` is a boolean tensor with one entry per column.
+    """
     return torch.equal((states.flatten(0, -2) != 0).any(0).cpu(), columns)
 
 
 def _replaced_attention(
     model: nn.Module, function: Callable[..., object]
 ) -> AbstractContextManager[None]:
-    """Replace the attention function of all of a model's modules until the context exits."""
+    """Replace a model's attention function until the context exits."""
     AttentionInterface.register(_PROBE_ATTENTION, function)
     AttentionMaskInterface.register(_PROBE_ATTENTION, eager_mask)
     configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}

@@ -1,8 +1,8 @@
-"""Find the linear maps of a layer: linear modules, and the weight matrices of experts.
+"""Find the linear maps of a layer, in linear modules and in modules of experts.
 
-The matrices of all experts together count as one linear map, as in files of llama.cpp
-(`ffn_down_exps`). The matrix of a single expert can also be requested. The embedding and the output
-head are linear maps as well.
+The corresponding matrices of all experts together form one linear map, as in files of llama.cpp
+(`ffn_down_exps`). The matrix of a single expert can also be used as a linear map. The embedding and
+the output head are linear maps too.
 """
 
 from __future__ import annotations
@@ -28,14 +28,16 @@ from tracker.schema.model_parts import split_expert_map
 
 @dataclass(frozen=True)
 class LinearMap:
-    """A linear map of a layer; matrices of several experts can form one linear map.
+    """A linear map of a layer.
+
+    The corresponding matrices of several experts can form one linear map.
 
     Attributes:
         module: The module that holds the weight.
         name: Name of the weight in the module.
         inputs_first: Whether the stored weight has a row per input, as in GPT-2 and the experts of
             GPT-OSS.
-        experts: Number of experts; 0 if the map belongs to no experts.
+        experts: Number of experts; 0 if the map is not part of experts.
         expert: Index of the expert if the map is one expert's matrix, else None.
     """
 
@@ -64,7 +66,11 @@ class LinearMap:
         return tensor
 
     def to_module_layout(self, weight: Tensor, all_weights: Tensor) -> Tensor:
-        """Return a weight in the layout that the module stores; `all_weights` holds all experts."""
+        """Convert a weight to the layout in which the module stores it.
+
+        If the map belongs to one expert, the result contains the weights of all experts: the other
+        experts' weights are those in `all_weights`.
+        """
         rows = weight.mT.contiguous() if self.inputs_first else weight
         if self.expert is None:
             return rows
@@ -81,8 +87,8 @@ def map_of_module(module: nn.Module) -> LinearMap:
 def find_linear_maps(layer: nn.Module, name: str) -> dict[str, LinearMap]:
     """Find the linear maps of a layer, by their paths in the layer.
 
-    Routers, biases of experts and matrices with one row are left out, because llama.cpp does not
-    quantise them.
+    The result does not include routers, biases of experts and matrices with one row, because
+    llama.cpp does not quantise these weights.
 
     Args:
         layer: The layer.
@@ -123,8 +129,8 @@ def find_linear_maps(layer: nn.Module, name: str) -> dict[str, LinearMap]:
 def _find_expert_matrices(module: nn.Module) -> Iterator[LinearMap]:
     """Yield the linear maps of a module's experts.
 
-    The shapes for one expert must be [2 width, hidden] and [hidden, width], or both transposed.
-    Otherwise nothing is yielded.
+    The shapes for one expert must be [2 width, hidden] and [hidden, width], or both transposed. If
+    the shapes are different, the function yields nothing.
     """
     count, tensors = count_experts(module), module._parameters.items()
     matrices = {name: t.shape[1:] for name, t in tensors if t is not None and t.ndim == 3}
@@ -140,7 +146,8 @@ def _find_expert_matrices(module: nn.Module) -> Iterator[LinearMap]:
 def _find_router_weights(block: nn.Module, count: int) -> Iterator[Tensor]:
     """Yield the tensors of `block` that have one row or column per expert.
 
-    If a child module has several linear maps, their weights are left out.
+    If a child module contains several linear modules, the function skips the weights of these
+    modules.
     """
     for child in block.children():
         linears = [module for module in child.modules() if isinstance(module, nn.Linear)]
@@ -152,7 +159,7 @@ def _find_router_weights(block: nn.Module, count: int) -> Iterator[Tensor]:
 
 
 def find_map(maps: Mapping[str, LinearMap], path: str, name: str) -> LinearMap:
-    """Return the linear map at a path of a layer; raise CellError if there is no such map."""
+    """Return the linear map at a path in a layer; raise CellError if it is missing."""
     if path in maps:
         return maps[path]
     shared_path, number = split_expert_map(path) or ("", 0)
@@ -226,14 +233,15 @@ def round_layer(
     number: int = 0,
     cache: RoundedWeights | None = None,
 ) -> None:
-    """Replace the weights of linear maps of a copied layer by quantised weights.
+    """Quantise linear maps of a copied layer.
 
     Args:
         layer: The copied layer, which is changed in place.
         formats: Format of each linear map to quantise, by path.
         number: Number of the layer.
-        cache: Cache of quantised weights. With a cache, the layer holds the quantised weights only
-            while it is called. If `cache` is None, the layer holds them permanently.
+        cache: Cache of quantised weights. With a cache, the layer has the quantised weights only
+            while it is called. If `cache` is None, the layer keeps the quantised weights
+            permanently.
     """
     name = f"layer {number}"
     layer_maps = find_linear_maps(layer, name)
@@ -273,15 +281,15 @@ class Embeddings:
         return self.embedding.parameter is self.lm_head.parameter
 
     def rounded_weight(self, name: str, form: str) -> Tensor:
-        """Return the weight [tokens, width] of the embedding or head, quantised to a format."""
+        """Return the quantised weight [tokens, width] of the embedding or output head."""
         path = OUTER_MATRICES[0] if self.is_tied else name
         return self.weights.get_weight(0, path, self[name], form)
 
     def temporary_format(self, name: str, form: str | None) -> AbstractContextManager[None]:
         """Quantise the weights of the embedding or the output head until the context exits.
 
-        If `form` is None, the weights stay unchanged. Other forward passes must not run in the
-        meantime, because they would use the quantised weights.
+        If `form` is None, the weights stay unchanged. Other forward passes must not run until the
+        context exits, because they would use the quantised weights.
         """
         if form is None:
             return nullcontext()
@@ -290,7 +298,9 @@ class Embeddings:
 
 
 def find_embeddings(model: PreTrainedModel, max_bytes: int = 0) -> Embeddings:
-    """Find a model's embedding and output head; raise CellError if quantising is impossible.
+    """Find the embedding and the output head of a model.
+
+    Raises CellError if one of them cannot be quantised.
 
     `max_bytes` limits the cache of quantised weights.
     """
@@ -305,7 +315,7 @@ def find_embeddings(model: PreTrainedModel, max_bytes: int = 0) -> Embeddings:
         weight = None if module is None else module._parameters.get("weight")
         if weight is None or weight.ndim != 2:
             raise CellError(
-                f"{class_name} has no {name} that is one matrix; leave {name} out of 'map'"
+                f"{class_name} has no {name} with a single weight matrix; leave {name} out of 'map'"
             )
         if not weight.is_floating_point():
             raise CellError(f"{name} of {class_name} is quantised already; leave it out of 'map'")
@@ -314,7 +324,9 @@ def find_embeddings(model: PreTrainedModel, max_bytes: int = 0) -> Embeddings:
 
 
 def embedding_shapes(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
-    """Return the shapes of embedding and output head by name; tied weights appear only once.
+    """Return the shapes of the embedding and the output head, by name.
+
+    If both share one weight, the result contains only the embedding.
 
     Raises ExperimentError if the embedding or the head cannot be quantised.
     """
@@ -329,7 +341,10 @@ def embedding_shapes(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
 
 
 def round_embeddings(model: PreTrainedModel, formats: Mapping[str, str]) -> None:
-    """Quantise the embedding and head of a copied model; `formats` maps names to formats."""
+    """Quantise the embedding or the output head of a copied model.
+
+    `formats` maps the name of the embedding or of the output head to a format.
+    """
     if not formats:
         return
     embeddings = find_embeddings(model)

@@ -35,8 +35,8 @@ class Neurons(ProjectionColumns):
         projection: Path of the output projection, the linear map that reads all neurons.
         size: Number of neurons of each group.
         groups: Number of groups.
-        maps: Path → linear map, for the output projection first, and the maps that compute the
-            neurons. Empty if weights are unknown; groups are then in the order of the columns.
+        maps: The output projection and the linear maps that compute the neurons, by path. If the
+            weights are unknown, `maps` is empty and the groups consist of consecutive columns.
     """
 
     KIND: ClassVar[str] = "groups of neurons"
@@ -55,11 +55,12 @@ class Neurons(ProjectionColumns):
     def find(cls, finder: PartFinder) -> list[Neurons | None]:
         """Find the neurons of every layer's MLP.
 
-        The output projection is the last linear map that the MLP calls. To find the maps that
-        compute its inputs, random outputs of each earlier map are replaced by ones: the inputs of
-        the projection must change in exactly these places. All matrices of the MLP must be among
-        these maps, so a mixture of experts has no neurons. Raises ModelError if weights are
-        offloaded.
+        The output projection is the last linear map that the MLP calls. Its inputs are the neurons.
+        To find the maps that compute the neurons, the method replaces random outputs of each
+        earlier map by ones. The map computes the neurons if exactly the neurons with the same
+        indices change. Every matrix of the MLP must belong to the output projection or to a map
+        that computes neurons. A mixture of experts therefore has no neurons. Raises ModelError if
+        weights are offloaded.
         """
         if any(map(is_absent, finder.layers.parameters())):
             raise ModelError(f"{type(finder.model).__name__}: {_UNREADABLE.format('offloaded')}")
@@ -118,10 +119,12 @@ class Neurons(ProjectionColumns):
         return self.order[number * self.size : (number + 1) * self.size]
 
     def narrow(self, parts: Sequence[Change], name: str) -> tuple[Neurons, dict[int, list[int]]]:
-        """Return the groups that remain without some parts, and the entries of tensors they use.
+        """Describe the groups that remain after some groups are removed.
 
-        The entries are keyed by the length of the tensor's axis in the original layer. Raises
-        CellError if no group remains.
+        Returns the remaining groups and the remaining entries of tensors.
+
+        The remaining entries are a dictionary from the original length of a tensor's axis to the
+        indices that remain. Raises CellError if no group remains.
         """
         width = self.size * self.groups
         is_kept = torch.ones(width, dtype=torch.bool, device=self.order.device)
@@ -137,9 +140,11 @@ class Neurons(ProjectionColumns):
 
 
 def _computes_inputs(module: nn.Module, projection: ModuleCall, layer: ModuleCall) -> bool:
-    """Return whether a map computes the inputs of a projection, each from its own outputs.
+    """Return whether a linear map computes the neurons of a projection.
 
-    `projection` and `layer` are calls in which all outputs were unchanged.
+    Each neuron must depend only on the outputs of the map that have the neuron's index.
+
+    `projection` and `layer` are recorded calls, in which no output was replaced.
     """
     inputs = projection.args[0]
     width = inputs.shape[-1]

@@ -27,8 +27,8 @@ class LayerPart(Protocol):
     """Interface for the parts of one kind (e.g. heads) in one layer.
 
     Attributes:
-        KIND: Plural name of the parts in messages.
-        COMPONENTS: Values of the experiment key `component` that require such parts.
+        KIND: Name of the parts in messages, in the plural.
+        COMPONENTS: Values of the experiment key `component` that select parts of this kind.
         NEEDS: Description of the conditions that the parts must meet.
     """
 
@@ -38,18 +38,23 @@ class LayerPart(Protocol):
 
     @classmethod
     def find(cls, finder: PartFinder) -> Sequence[Any]:
-        """Find the parts of every layer; None for a layer without such parts."""
+        """Find the parts of every layer.
+
+        The entry of a layer without parts of this kind is None.
+        """
 
     def remove(self, layer: nn.Module, parts: Sequence[Change], name: str) -> None:
-        """Remove some of the parts from a copy of the layer, which messages call `name`.
+        """Remove some of the parts from a copied layer.
 
-        Raises CellError if the layer has no such part, or cannot work without it.
+        `name` is the name of the layer in error messages.
+
+        Raises CellError if the layer does not have one of the parts, or cannot run without it.
         """
 
 
 @dataclass(frozen=True)
 class ModuleCall:
-    """One recorded call of a module.
+    """Record of one call of a module.
 
     Attributes:
         module: The called module.
@@ -89,11 +94,13 @@ class PartFinder:
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Self:
-        """Return a finder for a model on one device."""
+        """Return a finder for a model that is on a single device."""
         return cls(model, find_layers(model), model.device)
 
     def find(self, kind: type[P]) -> Sequence[P | None]:
-        """Find one kind of parts in every layer; the first call runs the model.
+        """Find the parts of one kind in every layer.
+
+        The first call for a kind runs the model; the result is cached.
 
         Raises ModelError if the model does not run, or if a layer has no attention or MLP.
         """
@@ -104,7 +111,7 @@ class PartFinder:
         return parts
 
     def get_part(self, kind: type[P], layer: int) -> P:
-        """Return the parts of one kind in a layer; raise CellError if the layer has none."""
+        """Return the parts of one kind in a layer; raise CellError if there are none."""
         parts = self.find(kind)
         part = parts[layer]
         if part is not None:
@@ -131,7 +138,7 @@ class PartFinder:
         n_tokens: int,
         find_part: Callable[[nn.Module, Sequence[ModuleCall]], T | None],
     ) -> list[T | None]:
-        """Run the model on a short text, and find each layer's parts in the calls of its modules.
+        """Run the model on a short text, and find parts in the recorded calls.
 
         Args:
             kind: The kind of parts.
@@ -182,6 +189,6 @@ def module_paths(layer: nn.Module) -> dict[nn.Module, str]:
 
 
 def integer_tables(values: Iterable[Any]) -> list[Tensor]:
-    """Return the values that are two-dimensional integer tensors."""
+    """Return those values that are two-dimensional tensors of integers."""
     tensors = [value for value in values if isinstance(value, Tensor) and value.ndim == 2]
     return [tensor for tensor in tensors if tensor.dtype in (torch.int64, torch.int32)]

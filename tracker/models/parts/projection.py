@@ -1,4 +1,4 @@
-"""Remove parts of a sublayer that are input columns of one projection, such as heads."""
+"""Remove parts, such as heads, that are input columns of an output projection."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Columns = slice | Tensor
 
 
 class ProjectionColumns(ABC):
-    """Parts of a sublayer, each of which has its own input columns of the output projection.
+    """Parts that correspond to input columns of a sublayer's output projection.
 
     Attributes:
         projection: Path of the output projection in the layer.
@@ -36,14 +36,14 @@ class ProjectionColumns(ABC):
     @property
     @abstractmethod
     def counts(self) -> Mapping[Component, int]:
-        """The number of parts of each kind, such as heads and groups of heads."""
+        """The number of parts of each kind, such as heads or groups of heads."""
 
     @abstractmethod
     def select_columns(self, number: int, n_parts: int) -> Columns:
         """Return the input columns of one of `n_parts` equal parts."""
 
     def columns(self, part: Change, name: str) -> Columns:
-        """Return the input columns of a part; raise CellError if there is no such part."""
+        """Return the input columns of a part; raise CellError if it does not exist."""
         n_parts = self.counts[part.component]
         assert part.number is not None
         if part.number >= n_parts:
@@ -74,11 +74,11 @@ class ProjectionColumns(ABC):
 
 
 def linear_calls(calls: Sequence[ModuleCall]) -> list[ModuleCall]:
-    """Return the calls of linear modules with one tensor of states."""
+    """Return the calls of linear modules."""
     linear = (call for call in calls if isinstance(call.module, (nn.Linear, Conv1D)) and call.args)
     return [call for call in linear if call.args[0].ndim > 1]
 
 
 def count_holders(layers: Iterable[nn.Module]) -> Counter[nn.Module]:
-    """Count the layers that hold each module."""
+    """Count, for each module, the layers that contain it."""
     return Counter(module for layer in layers for module in layer.modules())

@@ -47,8 +47,9 @@ class Sublayers:
         """Find the attention and the MLP of every layer.
 
         The attention is the layer's first child module that holds a matrix, and the MLP is the
-        last. The method tests this choice with a short text. Without attention and MLP, every layer
-        must return its input. Without attention, no token may depend on another token.
+        last. The method tests this assumption on a short text: without attention and MLP, every
+        layer must return its input. Without attention, the logits of a token must not depend on
+        other tokens.
 
         Args:
             finder: The model and its layers.
@@ -72,12 +73,18 @@ class Sublayers:
 
     @classmethod
     def first_and_last(cls, layer: nn.Module) -> Sublayers | None:
-        """Return the first and last child module with a matrix; None if fewer than two exist."""
+        """Return the first and the last child module that contain a matrix.
+
+        Returns None if fewer than two child modules contain a matrix.
+        """
         parts = [part for part in layer.children() if any(p.ndim > 1 for p in part.parameters())]
         return cls(parts[0], parts[-1]) if len(parts) > 1 else None
 
     def remove(self, layer: nn.Module, parts: Sequence[Change], name: str) -> None:
-        """Make some sublayers of a copied layer add nothing to the residual stream."""
+        """Remove sublayers of a copied layer.
+
+        The removed modules stay in the layer, but add nothing to the residual stream.
+        """
         sublayers = self.first_and_last(layer)
         assert sublayers is not None
         for part in parts:
@@ -87,7 +94,7 @@ class Sublayers:
 
 @torch.inference_mode()
 def _verify_sublayers(finder: PartFinder, sublayers: Sequence[Sublayers]) -> None:
-    """Raise ModelError if the assumed attention and MLP fail a test with a short text."""
+    """Test the assumed attention and MLP on a short text; raise ModelError on failure."""
     model, layers = finder.model, finder.layers
     attentions, mlps = ([pair.module(name) for pair in sublayers] for name in ("attention", "mlp"))
     ids = probe_text(SUBLAYER_TEXT_TOKENS, finder.device)
@@ -120,11 +127,13 @@ def _verify_sublayers(finder: PartFinder, sublayers: Sequence[Sublayers]) -> Non
 
     with hooks.silenced_sublayers(attentions):
         if measure_effect() > tolerance:
-            problem = "a module other than the first mixes tokens"
+            problem = "a module of the layer other than the first mixes tokens"
             raise _division_error(model, layers[0], problem)
     with hooks.silenced_sublayers(mlps):
         if not measure_effect() > tolerance:
-            raise _division_error(model, layers[0], "the first module does not mix tokens")
+            raise _division_error(
+                model, layers[0], "the first module of the layer does not mix tokens"
+            )
 
 
 def _division_error(model: PreTrainedModel, layer: nn.Module, problem: str) -> ModelError:
