@@ -52,15 +52,17 @@ This page shows the shared computation and the exactness for each model family o
 `make families` measures all variants and writes this page, the table of [Supported
 models](models.md), and [families.csv](families.csv) with each variant.
 
-The CSV file holds {held:,} of {every:,} variants, measured with {states} (versions) of the code,
-torch and transformers ({version}). Variants are tiny random models with different windows, chunks,
-layer kinds, rotary positions and other settings. For each variant, the engine scores documents of
-many lengths in two orders. The reference is one plain forward pass per request through a checkpoint
-without the layer, written by `tracker export`. If no such checkpoint is possible
-([families.csv](families.csv) shows where), the layer of the reference returns its input.
+The CSV file lists {held:,} of {every:,} variants, measured with {versions} of the code, torch and
+transformers (now {version}). Variants are tiny random models with different windows, chunks, layer
+kinds, rotary positions and other settings. For each variant, `tracker` scores documents of many
+lengths, in two different document orders. The reference is one plain forward pass per request
+through a checkpoint without the layer, written by `tracker export`. If no such checkpoint is
+possible ([families.csv](families.csv) lists these variants), the reference skips the layer in
+memory.
 
-**{counts}.** Another {others} variants have settings that the model class rejects. No exact variant
-differs from the reference by more than {largest:.1g} nats.
+**{counts}.** Another {others} variants
+have settings that the model class rejects. The results of exact variants differ from the reference
+by at most {largest:.1g} nats.
 
 | shared | computed once |
 |---|---|
@@ -68,9 +70,9 @@ differs from the reference by more than {largest:.1g} nats.
 | `tokens` | prefixes common to a document's requests, and `depth` |
 | `depth` | layers below the removed one |
 
-The table lists families whose variants differ in the shared computation, or are refused. Variants
-are *discontinuous* if float32 rounding changes the choice of a router or a top-k; float64 is exact
-then.
+The table lists only families in which variants share different computation or are refused. Variants
+are *discontinuous* if float32 rounding changes the choice of a router or a top-k, but float64
+results are exact.
 
 """
 SHARING_WORDS = {
@@ -214,11 +216,11 @@ def write_pages(verdicts: Sequence[Verdict], n_variants: int) -> None:
 def page(verdicts: Sequence[Verdict], n_variants: int) -> str:
     """Write the page of so many variants: their number by verdict, and the table."""
     counts = Counter(verdict.verdict for verdict in verdicts)
-    states = len({verdict.state for verdict in verdicts})
+    n_versions = len({verdict.state for verdict in verdicts})
     return PAGE_HEAD.format(
         held=len(verdicts),
         every=n_variants,
-        states="one state" if states == 1 else f"{states} states",
+        versions="one version" if n_versions == 1 else f"{n_versions} versions",
         version=transformers.__version__,
         counts=f"exact: {counts[EXACT]}, refused: {counts[REFUSED]}, discontinuous: "
         f"{counts[DISCONTINUOUS]}, silently wrong: {counts[WRONG]}, crashed: {counts[CRASH]}",
