@@ -327,7 +327,11 @@ WRONG_FILES = [
     (REPORT, lambda text: text.replace('"parity": 0}', '"parity": 5}'), "num_fewshot differs"),
     (REPORT, lambda text: text.replace('_sha": null', '_sha": "ab"'), "chat_template differs"),
     (REPORT, lambda text: '{"results": [], "configs": {}}', "not written by lm-eval .'results': "),
-    (REPORT, lambda text: text.replace('"n-shot"', '"group_subtasks": [1], "n"'), "not written by lm-eval"),
+    (
+        REPORT,
+        lambda text: text.replace('"n-shot"', '"group_subtasks": [1], "n"'),
+        "not written by lm-eval",
+    ),
 ]
 
 

@@ -65,7 +65,9 @@ def test_unsavable_sets_are_refused_early(ask, make_cache, jamba, settings):
     cache = make_cache()
     budget = find_budget(request, cache)
     savable = [fits(removed) for removed in possible_results(request, budget)]
-    suggestion = "4 adjacent layers, or a multiple of 4, can be removed. To remove 4, write strategy"
+    suggestion = (
+        "4 adjacent layers, or a multiple of 4, can be removed. To remove 4, write strategy"
+    )
     if all(savable):
         assert refuse_unsavable([request], [budget], cache) == [""]
     elif any(savable):

@@ -463,7 +463,9 @@ class FormatProblem:
         return Refinement(choice, count, tuple(gains))
 
 
-def _choose_reductions(raised: _Move, reductions: Sequence[_Move], missing: float) -> list[_Move] | None:
+def _choose_reductions(
+    raised: _Move, reductions: Sequence[_Move], missing: float
+) -> list[_Move] | None:
     """Choose format reductions of other units that free `missing` bits.
 
     Args:

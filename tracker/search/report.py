@@ -279,7 +279,7 @@ class StepSeparation:
 
     @property
     def needed_documents(self) -> int | None:
-        """Number of documents with which half of the unsure steps would have a clear best candidate.
+        """Estimated number of documents that would make half of the unsure steps significant.
 
         This is the median of the steps' estimates; None if no step has an estimate.
         """

@@ -204,8 +204,8 @@ def remove_one_shot(search: Search, outcome: str = "", proxy: str = "") -> Itera
         outcome: Outcome whose loss is the score of a part: `accuracy` or `gold_logprob`.
         proxy: Name of the proxy whose value is the score; empty to use `outcome`.
 
-    Yields:
-        The steps.
+    Returns:
+        An iterator over the steps.
     """
     scores = search.scores
     sets = [(part,) for part in search.budget.free_parts]
