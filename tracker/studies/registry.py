@@ -197,7 +197,7 @@ class QuantiseSettings(StudySettings):
     study = "tracker.studies.quantise:Quantise"
     command = "tracker quantise"
     budget: str | None = None
-    """Maximum size, e.g. 4.5bpw (bits per weight of the rounded linear maps), or 80 MB or 25 % bytes
+    """Maximum size, e.g. 4.5bpw (bits per weight of the rounded linear maps), 80 MB, or 25 % bytes
     (of the whole model). With --max-drop or --keep-accuracy: the smallest size to try."""
     max_drop: MaxDrop | None = None
     """Largest loss of accuracy, in percentage points, e.g. 2pp. The study recommends the smallest
@@ -219,9 +219,9 @@ class QuantiseSettings(StudySettings):
     embeddings: bool = False
     """Also choose formats for the embedding and the output head."""
     refine: int = Field(3, ge=0)
-    """Maximum number of rounds of swaps. A swap gives one unit more bits and other units fewer bits.
-    Each round measures the whole model with several swaps on the calibration documents, and keeps
-    the best swap if it significantly lowers the loss. 0: no swaps. With --max-drop or
+    """Maximum number of rounds of swaps. A swap gives one unit more bits and other units fewer
+    bits. Each round measures the whole model with several swaps on the calibration documents, and
+    keeps the best swap if it significantly lowers the loss. 0: no swaps. With --max-drop or
     --keep-accuracy, there are no swaps."""
     pairs: int = Field(20, ge=0)
     """Number of random pairs of linear maps or layers whose joint loss is compared with the sum of
@@ -234,9 +234,9 @@ class RepeatSettings(StudySettings):
     A span is a sequence of neighbouring layers in EXPERIMENT that the model runs a second time. To
     limit the study to some spans, set 'intervention: repeat' with 'layer' and 'span'. The study
     finds the five best spans on 'sample' documents, and tests these spans on other documents. The
-    study also reports the largest gain that chance alone would produce among all tested spans. 30
-    layers have 465 spans, which take about twenty times as long as removing each layer. until="prune
-    5 within 2 pp" stops the search as soon as the five best spans are known.
+    study also reports the largest gain that chance alone would produce among all spans. 30 layers
+    have 465 spans, which take about twenty times as long as removing each layer. until="prune 5
+    within 2 pp" stops the search as soon as the five best spans are known.
 
     \b
     Examples:
