@@ -371,7 +371,17 @@ def unused_documents(n: int) -> str:
 
 
 def count_choosing(ledger: Ledger, change: ModelChange, store: CellStore, extent: Extent) -> int:
-    """Count the requested documents (`extent`) that were used to choose the change."""
+    """Count the measured documents that were also used to choose the change.
+
+    Args:
+        ledger: The results folder.
+        change: The change, with the documents that were used to choose it.
+        store: The measured results on a benchmark.
+        extent: The requested documents of this benchmark.
+
+    Returns:
+        The number of requested documents that were used to choose the change.
+    """
     cells = {cell.identity.key: cell for cell in ledger.cells()}
     keys: set[tuple[str, str, int]] = set()
     for calibration in change.documents:

@@ -42,7 +42,9 @@ class KlAgreement:
     choice: Estimate = labelled(
         "Spearman correlation with the choice probability drop", "coefficient"
     )
-    gold: Estimate = labelled("Spearman correlation with the gold log-prob drop", "coefficient")
+    gold: Estimate = labelled(
+        "Spearman correlation with the drop of gold log-probability", "coefficient"
+    )
 
 
 class Displacement(Study[DisplacementSettings]):

@@ -157,7 +157,11 @@ class FormatChooser:
     problem: FormatProblem
 
     def candidates(self, by_map: bool) -> list[Candidate]:
-        """Choose formats within the budget by each criterion, such as errors of weights."""
+        """Choose formats within the budget by each criterion, such as errors of weights.
+
+        Errors of weights and outputs are used only if `by_map` is true, i.e. if the units are
+        linear maps.
+        """
         problem = self.problem
         choices = {MEASURED_CHOICE: problem.minimize_loss()}
         for name, errors in self._errors().items() if by_map else ():

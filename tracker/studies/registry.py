@@ -249,7 +249,7 @@ class RepeatSettings(StudySettings):
 
 
 class RescaleSettings(StudySettings):
-    """Is the drop of a removed layer due only to the changed scale of hidden states?
+    """Is a layer needed only because it changes the scale of the hidden state?
 
     The study removes each layer in EXPERIMENT, one at a time. The study also replaces the layer by
     its input times a factor, by its input plus the layer's mean update, and by a linear map of its
@@ -323,12 +323,12 @@ class SnowballSettings(StudySettings):
 class TheoremSettings(StudySettings):
     """Can every answer depend on the layer with the lowest cosine score?
 
-    The paper proves that a model with this property exists, and this study builds one. For each ε, the study
-    constructs a transformer with five layers for the benchmark documents of EXPERIMENT, and
-    measures this model like any other model. The model in EXPERIMENT provides only the tokenizer.
-    Layer 2 has the lowest cosine score, ε. The model answers every document correctly with layer 2,
-    and every document wrongly without layer 2. The checkpoints are kept in studies/theorem of the
-    results folder, for use with transformers or lm_eval.
+    The paper proves that a model with this property exists, and this study builds one. For each ε,
+    the study constructs a transformer with five layers for the benchmark documents of EXPERIMENT,
+    and measures this model like any other model. The model in EXPERIMENT provides only the
+    tokenizer. Layer 2 has the lowest cosine score, ε. The model answers every document correctly
+    with layer 2, and every document wrongly without layer 2. The checkpoints are kept in
+    studies/theorem of the results folder, for use with transformers or lm_eval.
 
     \b
     Examples:

@@ -48,7 +48,7 @@ class Rescale(Study[RescaleSettings]):
     """Study that tests whether fitted replacements of removed layers recover the lost accuracy."""
 
     name = "rescale"
-    question = "Is the drop of a removed layer due only to the changed scale of hidden states?"
+    question = "Is a layer needed only because it changes the scale of the hidden state?"
     intact = True
     texts = RESCALE_TEXTS
 

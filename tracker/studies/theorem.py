@@ -90,14 +90,14 @@ def plan_lesson(
 ) -> Lesson:
     """Choose the tokens that the built model must predict or avoid, and their positions.
 
-    A target token has a sign, or it is fixed. If the sign is positive, the intact model predicts the
-    token, but the model without layer 2 does not. If the sign is negative, the model without layer 2
-    predicts the token, but the intact model does not. If the token is fixed, both models make the
-    same prediction.
+    A target token has a sign, or it is fixed. If the sign is positive, the intact model predicts
+    the token, but the model without layer 2 does not. If the sign is negative, the model without
+    layer 2 predicts the token, but the intact model does not. If the token is fixed, both models
+    make the same prediction.
 
     In most benchmarks, all options of a document follow the same context. In this case, the target
-    tokens are at the position where the right answer first differs from a wrong answer. The token of
-    the right answer has a positive sign, and the token of the wrong answer has a negative sign.
+    tokens are at the position where the right answer first differs from a wrong answer. The token
+    of the right answer has a positive sign, and the token of the wrong answer has a negative sign.
 
     In some benchmarks, such as Winogrande, each option follows a different context. In this case,
     there is one target token after each context. Its sign is positive after the right context, and

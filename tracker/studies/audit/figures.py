@@ -316,7 +316,10 @@ class ModelAudit:
 
     @cached_property
     def ranks(self) -> dict[str, tuple[int, int]]:
-        """Proxy → best and worst rank that its correlation with the drops can have."""
+        """Name of each proxy → best and worst possible rank of its correlation with the drops.
+
+        A rank is possible if the intervals of the differences to the other proxies allow it.
+        """
         summaries = list(self.summaries.values())
         lows = [[self.compare_proxies(a, b).low or 0.0 for b in summaries] for a in summaries]
         ranks = ranks_by_comparison(np.array(lows) > 0)
