@@ -119,7 +119,7 @@ class ModelComparison:
     def exit_code(self) -> int:
         """Exit code of `tracker compare`.
 
-        The code is 0 if no margin was given, or if no model is worse than the margin allows. It is
+        The code is 0 if no margin was given, or if no model is worse by more than the margin. It is
         3 if a model is worse. It is 4 if the results do not show whether a model is worse, or if
         some results of the first model are not compared.
         """

@@ -442,7 +442,7 @@ def frontier_chart(
     Args:
         title: Title of the chart.
         x: Label of the axis of sizes.
-        quantity: Name of the plotted values, `accuracy` or `loss`.
+        quantity: Name of the plotted values, such as `accuracy` or `loss`.
         levels: For each strategy, a dict from sizes to values.
 
     Returns:

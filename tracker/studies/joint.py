@@ -333,7 +333,7 @@ def _interaction_map(pairs: PairInteractions) -> MapChart:
 
 def _distance_chart(pairs: PairInteractions) -> LineChart:
     """Build the chart of the mean interaction against the distance of the two layers."""
-    name = "pairs without those at the floor" if pairs.floor.any() else "all pairs"
+    name = "pairs whose drops are not limited by chance" if pairs.floor.any() else "all pairs"
     title = f"{pairs.record.title}: mean interaction by distance of the layers ({pairs.measure})"
     axes, lines = ("distance |i − j|", "interaction"), {name: pairs.by_distance.values()}
     return line_chart(title, axes, pairs.unit, pairs.by_distance, lines)

@@ -188,7 +188,7 @@ class PruneSettings(StudySettings):
     """Plain text for a further calibration: a .txt file with blank lines between documents, or a
     .jsonl file."""
     test_sample: int | None = Field(None, ge=1)
-    """Number of test documents per task (default: the number of calibration documents)."""
+    """Number of test documents per task (default: the value of 'sample')."""
 
 
 class QuantiseSettings(StudySettings):
@@ -203,7 +203,7 @@ class QuantiseSettings(StudySettings):
     """Largest loss of accuracy, in percentage points, e.g. 2pp. The study recommends the smallest
     model whose loss is significantly below this value on test documents."""
     keep_accuracy: KeptAccuracy | None = None
-    """Smallest share of the intact model's accuracy to keep, e.g. 95%. Excludes --max-drop."""
+    """Smallest share of the intact model's accuracy to keep, e.g. 95%, instead of --max-drop."""
     format: Annotated[
         str,
         BeforeValidator(lambda formats: formats if isinstance(formats, str) else ",".join(formats)),
@@ -215,7 +215,7 @@ class QuantiseSettings(StudySettings):
     """Linear maps that share one format. fused: maps that vLLM and SGLang fuse (query, key and
     value; gate and up; all experts of a layer). none: each map has its own format."""
     test_sample: int | None = Field(None, ge=1)
-    """Number of test documents per task (default: the number of calibration documents)."""
+    """Number of test documents per task (default: the value of 'sample')."""
     embeddings: bool = False
     """Also choose formats for the embedding and the output head."""
     refine: int = Field(3, ge=0)
@@ -306,7 +306,8 @@ class SnowballSettings(StudySettings):
     relative difference from the residual stream of the intact model. The growth factor is the
     difference at the end of the model, divided by the difference right after the removed layer. The
     study reports which removals have a growth factor above 1. It also reports whether growth
-    correlates with the errors of the cosine score. 'layer' in EXPERIMENT should name every layer.
+    predicts differences in accuracy drop that the cosine score does not predict. 'layer' in
+    EXPERIMENT should name every layer.
 
     \b
     Examples:

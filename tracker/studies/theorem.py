@@ -149,8 +149,8 @@ def _positions(request: Request, length: int) -> list[_Position]:
 def _teach_all(lesson: Lesson, document: Document, length: int) -> None:
     """Add every token of a document without options to the targets of the lesson.
 
-    A token is not added as a target if an earlier text has another token after the same preceding
-    tokens.
+    If an earlier text has another token after the same preceding tokens, the model cannot predict
+    the new token. The function counts such tokens in `lesson.clashing`.
     """
     clashing = lesson.clashing
     for request in document.requests:

@@ -379,7 +379,7 @@ class ModelAudit:
         relevance = np.array([cell.relevance for cell in cells])
         if (np.ptp(relevance, axis=1) > 0).all():
             mean = float(benchmark_variance(relevance).mean())
-            reason = "not estimated, because it has the same sampling noise as the accuracy drop"
+            reason = "the accuracy relevance and the accuracy drop have the same sampling noise"
             spreads["accuracy relevance"] = RelevanceVariance(mean, reason=reason)
         drop = benchmark_variance(mean_profiles(DROP, cells))
         spreads[DROP] = self._spread(DROP, drop, None)
