@@ -312,7 +312,7 @@ WRONG_FILES = [
     (SAMPLES, lambda text: text[:-30], f"{SAMPLES}, line 40,"),
     (SAMPLES, lambda text: text + "[]\n", f"{SAMPLES}, line 41,"),
     (SAMPLES, lambda text: text.replace('"filter"', '"f"'), "line 1.*lacks 'filter'"),
-    (SAMPLES, drop_line, "39 of 40 documents of parity"),
+    (SAMPLES, drop_line, "the samples of parity contain only 39 of 40 documents"),
     (SAMPLES, lambda text: "", "0 of 40 documents"),
     (SAMPLES, repeat_line, "document 39 of parity occurs twice; give the files of one run"),
     (SAMPLES, lambda text: text.replace('doc_hash": "', 'doc_hash": "0'), "no document in common"),
@@ -326,8 +326,12 @@ WRONG_FILES = [
     (REPORT, lambda text: text.replace('"parity": 1.0', '"parity": 2.0'), "version differs"),
     (REPORT, lambda text: text.replace('"parity": 0}', '"parity": 5}'), "num_fewshot differs"),
     (REPORT, lambda text: text.replace('_sha": null', '_sha": "ab"'), "chat_template differs"),
-    (REPORT, lambda text: '{"results": [], "configs": {}}', "not of lm-eval .'results': "),
-    (REPORT, lambda text: text.replace('"n-shot"', '"group_subtasks": [1], "n"'), "not of lm-eval"),
+    (REPORT, lambda text: '{"results": [], "configs": {}}', "not written by lm-eval .'results': "),
+    (
+        REPORT,
+        lambda text: text.replace('"n-shot"', '"group_subtasks": [1], "n"'),
+        "not written by lm-eval",
+    ),
 ]
 
 

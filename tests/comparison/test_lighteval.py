@@ -103,6 +103,8 @@ def test_wrong_input(folders):
     shutil.copy(path, path.with_name(path.name.replace("|0_", "|3_")))
     refused(cli("compare", first, second), "two files of colours")
     pq.write_table(pq.read_table(path).drop_columns("metric"), path)
-    refused(cli("compare", first, str(path)), "incomplete or not of lighteval", "lacks 'metric'")
+    refused(
+        cli("compare", first, str(path)), "incomplete or not written by lighteval", "lacks 'metric'"
+    )
     path.write_bytes(path.read_bytes()[:100])
-    refused(cli("compare", first, str(path)), "incomplete or not of lighteval")
+    refused(cli("compare", first, str(path)), "incomplete or not written by lighteval")

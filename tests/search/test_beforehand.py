@@ -65,7 +65,9 @@ def test_unsavable_sets_are_refused_early(ask, make_cache, jamba, settings):
     cache = make_cache()
     budget = find_budget(request, cache)
     savable = [fits(removed) for removed in possible_results(request, budget)]
-    suggestion = "A span of 4 layers, or a multiple of 4, can be removed: write strategy"
+    suggestion = (
+        "4 adjacent layers, or a multiple of 4, can be removed. To remove 4, write strategy"
+    )
     if all(savable):
         assert refuse_unsavable([request], [budget], cache) == [""]
     elif any(savable):
@@ -84,7 +86,7 @@ def test_commands_report_unsavable_sets(write, prune, jamba, tmp_path):
     assert note in " ".join(printed("validate", partly_savable).split())
     unsavable = write(model=str(jamba), strategy="gold_logprob_oneshot", remove=4)
     for result in (prune(unsavable), cli("validate", unsavable)):
-        refused(result, "can be removed: write strategy: {value: angular} and remove: {value: 4}")
+        refused(result, "To remove 4, write strategy: {value: angular} and remove: {value: 4}")
     assert not (tmp_path / "results").exists()
     assert "1 search" in printed("validate", write(model=str(jamba), strategy="last", remove=4))
 

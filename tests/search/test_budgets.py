@@ -52,9 +52,9 @@ def test_the_first_large_enough_set_meets_the_budget() -> None:
 
 
 def test_budgets_that_leave_nothing_are_refused() -> None:
-    with pytest.raises(ExperimentError, match="of 4 parts, remove at most 3 parts"):
+    with pytest.raises(ExperimentError, match="The model has 4 parts; remove at most 3 parts"):
         build_budget("remove", parse_amount(4), [1.0] * 4, 4, "t")
-    with pytest.raises(ExperimentError, match=r"of 20.0 MB, keep no less than 9.0 MB"):
+    with pytest.raises(ExperimentError, match=r"The model has 20.0 MB; keep no less than 9.0 MB"):
         build_budget("keep", parse_amount("8 MB"), [5e6, 1e6, 2e6, 4e6], 20e6, "t")
     with pytest.raises(ExperimentError, match="removes nothing: the model has 4 parts; keep less"):
         build_budget("keep", parse_amount(4), [1.0] * 4, 4, "t")

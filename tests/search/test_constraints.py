@@ -119,7 +119,9 @@ def test_the_best_stretch_of_those_that_may_go_goes(cell, truth: Truth, case: st
                 yield span
 
     if not list(allowed_spans(N_REMOVED)):
-        with pytest.raises(ExperimentError, match="removable layers, so it cannot remove enough"):
+        with pytest.raises(
+            ExperimentError, match="removable layers, so the search cannot remove enough"
+        ):
             removed_sets(cell, case, "angular")
         return
     for length, step in enumerate(run_steps(cell, case, "angular"), 1):

@@ -249,7 +249,7 @@ def test_cells_of_other_layers_are_left_out_of_every_mean_and_named():
     assert all(summary.cells == (cells[0],) for summary in audit.summaries.values())
     assert audit.on == "1 benchmark, 100 documents"
     left_out, claim = list_unanswered(audit)
-    assert "short removes 9 layers, not the 21 that long does" in left_out
+    assert "short removes 9 layers, but long removes 21" in left_out
     assert "claim 3" in claim
     assert "add e.g. benchmark: {values: [arc_easy, piqa, hellaswag]}" in claim
     assert audit_answers(audit)

@@ -179,6 +179,6 @@ def test_pairs_at_the_floor_are_left_out():
     assert list(q) == pytest.approx(list(stats.false_discovery_control(p)))
     interactions, _ = _known_interactions(max_loss=0.0)
     assert (
-        interactions.mean.reason == "without these layers, the accuracy of all pairs is at chance"
+        interactions.mean.reason == "for every pair, the accuracy without both layers is at chance"
     )
     assert interactions.rank.reason == "0 pairs, and three are needed"

@@ -22,7 +22,7 @@ from tracker.studies.precision import ERROR_LABELS
 
 from .conftest import SmallStudy, conduct_small, plain_values, study_context, table_column
 
-FALL = "fall of gold log-probability"
+FALL = "drop of gold log-probability"
 MAPS = ["mlp.down_proj", "self_attn.q_proj", "embedding", "lm_head"]
 FORMATS = ["int8", "int4_row"]
 SETTINGS = {"map": MAPS, "intervention": FORMATS, "layer": [1, 2]}

@@ -143,7 +143,10 @@ def test_what_bounds_a_question(cell):
         n = (reach * bound.sd / bound.distance) ** 2
         assert bound.documents.value == pytest.approx(1 / (1 / n + 1 / 400), abs=1)
     set_bound = question_bound(cell, parse_question("sign"))
-    assert set_bound.documents.reason == "the drop is 0, which only all documents show"
+    assert (
+        set_bound.documents.reason
+        == "the drop is 0, and only a measurement of all documents can show this"
+    )
     tied = make_cell(cell.drops[:, [0, 1, 1, 3, 4, 5]])
     assert "two runs tie" in question_bound(tied, parse_question("top 2")).documents.reason
 

@@ -5,7 +5,7 @@ Modules:
     logged: Build answers from the samples that evaluation programs log.
     log_formats: Read the files that lm-eval, lighteval and every_eval_ever write.
     stored_runs: Read runs of a results folder or data set.
-    sources: Find and read the answers that an argument names.
-    verdicts: Compute differences between models, and decide verdicts.
+    sources: Find and read the answers that an argument of `tracker compare` names.
+    verdicts: Compute differences between models, and the verdict on each difference.
     display: Write a comparison as Markdown, JSON or a page.
 """

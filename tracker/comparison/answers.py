@@ -20,16 +20,18 @@ class BenchmarkAnswers:
     """A model's answers to the documents of a task or a group of tasks.
 
     Attributes:
-        table: Table with one row per document, the metrics, and these columns. `task` and `doc`
-            name the document. `key` is the hash of document and right answer (unique), and `prompt`
-            the hash of the prompt; unknown hashes are empty. For display, `question` is the prompt,
-            `choices` the options, `gold` and `choice` the numbers of the right and the chosen
-            option, `answer` the right answer and `text` the generated answer. `CLUSTER` is the
-            number of the document's cluster, if the user named clusters. Undefined metrics are NaN.
-        higher_is_better: Metric of the table → whether higher is better.
+        table: Table with one row per document and one column per metric; undefined metrics are NaN.
+            The columns `task` and `doc` identify the document. The column `key` is a unique hash of
+            the document and its right answer. The column `prompt` is a hash of the prompt. An
+            unknown hash is an empty string. The column `question` is the prompt. The column
+            `choices` is the list of options. The columns `gold` and `choice` are the numbers of the
+            right option and the chosen option. The column `answer` is the right answer. The column
+            `text` is the generated answer. The column `CLUSTER` is the number of the document's
+            cluster; the column is absent if the user named no clusters.
+        higher_is_better: Name of each metric in the table → whether higher values are better.
         settings: Setting that changes the answers → its value as text; unknown settings are absent.
-        by_size: Whether metrics are means over documents; otherwise over tasks.
-        left_out: Metric that cannot be compared → reason.
+        by_size: True if each metric is a mean over all documents. False if it is a mean over tasks.
+        left_out: Name of each metric that cannot be compared → reason.
     """
 
     table: pd.DataFrame
@@ -80,10 +82,11 @@ def pair_documents(
     second: BenchmarkAnswers,
     allowed: Collection[str] = (),
 ) -> PairedTables:
-    """Match the documents of a benchmark.
+    """Match the documents that two models answered on a benchmark.
 
-    Documents are matched by the hashes of document and right answer. Without hashes, they are
-    matched by their numbers, and documents with different texts count as unmatched.
+    Documents are matched by the hashes of document and right answer. If hashes are missing,
+    documents are matched by their numbers. Documents with the same number but different texts are
+    not matched.
 
     Args:
         benchmark: Name of the benchmark.

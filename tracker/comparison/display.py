@@ -27,12 +27,12 @@ MAX_LOST = 30
 COLUMN_NOTE = (
     "Each difference compares another model with {first} on the same documents; a positive "
     "difference means that the other model is better. With 95 % confidence, all {count} intervals "
-    "hold together (Bonferroni). p is the p-value of McNemar's exact test for a single row."
+    "are correct together (Bonferroni). p is the p-value of McNemar's exact test for a single row."
 )
 
 
 def verdict_text(row: Difference) -> str:
-    """Return the verdict, with the margin if it depends on one."""
+    """Return the verdict as text; a verdict of equivalence includes the margin."""
     if row.margin is None or "equivalent" not in row.verdict:
         return row.verdict
     margin = three_digits(row.margin) if row.first.unit else f"{points(row.margin)} pp"
@@ -78,13 +78,13 @@ def sentences(comparison: ModelComparison) -> list[str]:
 _GATE = {
     0: "Gate passed.",
     WORSE_CODE: "Gate not passed: a model is worse.",
-    OPEN_CODE: "Gate open: the results do not show whether a model is worse.",
+    OPEN_CODE: "Gate undecided: the results do not show whether a model is worse.",
 }
 """Exit code → sentence about the gate."""
 
 
 def write_json(comparison: ModelComparison) -> str:
-    """Write all figures as JSON, as fractions and without texts of documents."""
+    """Write all figures as JSON; metrics are fractions, and document texts are left out."""
     names = [model.name for model in comparison.models]
     rows = [asdict(row) for row in comparison.differences]
     content = {"models": names, "differences": rows, "notes": comparison.notes}
@@ -105,7 +105,10 @@ def write_html(comparison: ModelComparison) -> str:
 
 
 def _lost_table(comparison: ModelComparison, row: Difference) -> Table:
-    """Build the table of the first lost documents, with the answers of both models."""
+    """Build the table of documents that only the first model answers better.
+
+    The table has the answers of both models, and at most `MAX_LOST` documents.
+    """
     models = {model.name: model for model in comparison.models}
     names = (comparison.models[0].name, row.model)
     tables = (models[name].benchmarks[row.benchmark].table for name in names)
@@ -116,13 +119,17 @@ def _lost_table(comparison: ModelComparison, row: Difference) -> Table:
         target = _option_text(document, "gold", "answer")
         answers = [_option_text(model, "choice", "text") for model in (document, other)]
         lines.append((f"{task} {doc}", document["question"], target, *answers))
-    title = f"{row.model} loses {row.lost} documents of {row.benchmark} ({row.metric})"
+    title = f"{row.model} is worse on {row.lost} documents of {row.benchmark} ({row.metric})"
     labels = enumerate(("document", "question", "right answer", *names))
     return build_table(title, [Column(n, "text", itemgetter(i)) for i, n in labels], lines)
 
 
 def _option_text(document: Mapping[Hashable, Any], number: str, text: str) -> str:
-    """Return the option at the index in column `number`; without options, the column `text`."""
+    """Return the text of one option of a document.
+
+    The column `number` has the index of the option. If the document has no such option, the
+    function returns the column `text`.
+    """
     options, index = document["choices"], document[number]
     if 0 <= index < len(options):
         return str(options[int(index)]).strip()
@@ -130,7 +137,10 @@ def _option_text(document: Mapping[Hashable, Any], number: str, text: str) -> st
 
 
 def build_page(comparison: ModelComparison, folder: Path) -> Page:
-    """Write the page into a folder; return it with the table, for a tracking backend."""
+    """Write the comparison's page into a folder.
+
+    Returns the page and the table of differences, which a tracking backend uploads.
+    """
     path = folder / "comparison.html"
     write_text(path, write_html(comparison))
     table = comparison_table(comparison)

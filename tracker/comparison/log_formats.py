@@ -1,7 +1,7 @@
 """Read the files that lm-eval, lighteval and every_eval_ever write for each task.
 
-`lm_eval --log_samples` and every_eval_ever write lines of JSON, `lighteval --save-details` writes
-Parquet files. The files are data from others: nothing in them is executed.
+`lm_eval --log_samples` and every_eval_ever write lines of JSON. `lighteval --save-details` writes
+Parquet files. This module never executes code from these files.
 """
 
 from __future__ import annotations
@@ -32,7 +32,10 @@ _TASK_SETTINGS = ("generation_size", "stop_sequence", "num_samples")
 
 
 def _read_report(samples: Path, date: str) -> Report:
-    """Read the results beside a file of samples; return an empty report if there are none."""
+    """Read lm-eval's results file from the folder of a samples file.
+
+    The report is empty if the folder has no results file of this date.
+    """
     path = min(samples.parent.glob(f"*_{date}.json"), default=None) if date else None
     if path is None:
         return Report()
@@ -41,7 +44,7 @@ def _read_report(samples: Path, date: str) -> Report:
 
 
 def _read_samples(task: str, path: Path) -> Iterator[Sample]:
-    """Read the answers to a task."""
+    """Read the model's answers to a task from lm-eval's samples file."""
     number = 0
     with path.open("rb") as file, explain_damage(lambda: f"{path}, line {number},", "lm-eval"):
         for number, line in enumerate(file, start=1):  # noqa: B007  the message needs it
@@ -49,7 +52,7 @@ def _read_samples(task: str, path: Path) -> Iterator[Sample]:
 
 
 def _parse_sample(task: str, line: bytes) -> Sample:
-    """Parse a line of samples."""
+    """Parse one line of lm-eval's samples file."""
     sample = _load_line(line)
     responses, target = sample["filtered_resps"], sample["target"]
     question, scores, gold = "", None, None
@@ -80,7 +83,7 @@ def _parse_sample(task: str, line: bytes) -> Sample:
 
 
 def _load_line(line: bytes) -> Any:
-    """Load a line of samples as JSON, with the prompt of the first option only."""
+    """Load one line of a samples file as JSON, with the prompt of the first option only."""
     start, end = line.find(_ARGUMENTS), line.find(_RESPONSES)
     second = line.find(_SECOND_REQUEST, start, end)
     if 0 < start < second:  # prompts can be long, and take most of the time
@@ -98,10 +101,10 @@ LM_EVAL = LogFormat("lm-eval", _read_report, _read_samples)
 
 
 def _read_details_report(details: Path, date: str) -> Report:
-    """Read the results of the model and date of a file of details; return an empty report if none.
+    """Read lighteval's results file that belongs to a details file.
 
-    The file is `details/MODEL/DATE/details_TASK_DATE.parquet` beside
-    `results/MODEL/results_DATE.json`.
+    For the details file `details/MODEL/DATE/details_TASK_DATE.parquet`, the results file is
+    `results/MODEL/results_DATE.json`. The report is empty if there is no results file.
     """
     for folder in details.parents:
         if folder.name == "details":
@@ -139,12 +142,12 @@ def _convert_results(content: Mapping[str, Any]) -> Report:
 
 
 def task_name(name: str) -> str:
-    """Return the name of a task without its suite and its number of examples."""
+    """Return a task's name without the suite and the number of few-shot examples."""
     return re.sub(r"(\|\d+)+$", "", name).rpartition("|")[2]
 
 
 def _read_details(task: str, path: Path) -> Iterator[Sample]:
-    """Read the answers to a task."""
+    """Read the model's answers to a task from lighteval's details file."""
     for number, row in enumerate(read_parquet(path, _COLUMNS).to_pylist()):
         doc, response = row["doc"], row["model_response"]
         texts, choices, gold = response["text"], doc["choices"] or [], doc["gold_index"]
@@ -178,10 +181,13 @@ SHARED_SUFFIX = "_samples"
 
 
 class _SharedReport(Report):
-    """Report of a record, which names at most one setting that changes the answers."""
+    """Report from a record of every_eval_ever.
+
+    Such a record has at most one setting that changes the answers: the number of examples.
+    """
 
     def settings(self, tasks: Sequence[str]) -> dict[str, str]:
-        """Return the number of examples, if the record has it."""
+        """Return the number of few-shot examples; the dict is empty if it is unknown."""
         (config,) = map(self.configs.__getitem__, tasks)
         return {key: config[key] for key in ("num_fewshot",) if key in config}
 
@@ -192,9 +198,9 @@ class SharedRecord:
 
     Attributes:
         task: Name of the task.
-        date: Time of the record in seconds, followed by the task.
+        date: Time of the record in seconds, followed by the name of the task.
         report: Results of the model.
-        metrics: Identifier of a result → names of its metric and its filter.
+        metrics: Identifier of each result → name of its metric, and name of its filter.
     """
 
     task: str
@@ -204,17 +210,20 @@ class SharedRecord:
 
     @classmethod
     def read(cls, samples: Path) -> SharedRecord:
-        """Read the record beside a file of samples, without the drops by changes of the model."""
+        """Read the record that belongs to a samples file.
+
+        Results of changed models in the record are left out.
+        """
         path = samples.with_name(f"{samples.stem.removesuffix(SHARED_SUFFIX)}.json")
         if not path.is_file():
-            problem = f"{samples} has no record beside it"
-            raise RequestError(f"{problem}; copy {path.name} into its folder")
+            problem = f"there is no record {path.name} in the folder of {samples}"
+            raise RequestError(f"{problem}; copy {path.name} into this folder")
         with explain_damage(path, EVERY_EVAL_EVER):
             return cls._convert(json.loads(path.read_bytes()))
 
     @classmethod
     def _convert(cls, content: Mapping[str, Any]) -> SharedRecord:
-        """Convert the content of a record."""
+        """Build the record from the content of its JSON file."""
         entries = [
             entry
             for entry in content["evaluation_results"]
@@ -241,11 +250,14 @@ class SharedRecord:
 
     @property
     def format(self) -> LogFormat:
-        """The format of the record's samples, which need the record to be read."""
+        """Format of the record's samples file, which can only be read with the record."""
         return LogFormat(EVERY_EVAL_EVER, lambda path, date: self.report, self._read_samples)
 
     def _read_samples(self, task: str, path: Path) -> Iterator[Sample]:
-        """Read the answers to a task; a document has a line for each metric and filter."""
+        """Read the model's answers to a task.
+
+        The samples file has one line for each document, metric and filter.
+        """
         numbers, latest = dict[str, int](), dict[tuple[str, str], Sample]()
         samples = list[Sample]()
         for line in path.read_bytes().splitlines():
@@ -262,12 +274,15 @@ class SharedRecord:
 
 
 def _result_key(entry: Mapping[str, Any]) -> str:
-    """Return the identifier that a result shares with its samples."""
+    """Return the identifier that is the same in a result and in its samples."""
     return str(entry.get("evaluation_result_id") or entry["evaluation_name"])
 
 
 def _parse_shared_sample(task: str, part: str, row: Mapping[str, Any], number: int) -> Sample:
-    """Parse a line of samples, without its metric; `number` replaces an identifier of letters."""
+    """Parse one line of a samples file; the returned sample has no metrics yet.
+
+    If the line's identifier of the document is not a number, `number` is used instead.
+    """
     text, hashes = row["input"], row.get("metadata") or {}
     choices, answer = text.get("choices") or [], "".join(text["reference"][:1])
     subtask, _, doc = row["sample_id"].rpartition(":")

@@ -31,7 +31,7 @@ _DOCUMENT = ["task", "doc"]
 
 
 class Sample(NamedTuple):
-    """A model's answer to one document, after one filter.
+    """A model's answer to one document, after lm-eval applied one filter to the answer.
 
     Attributes:
         task: Name of the task.
@@ -76,7 +76,10 @@ class Report(BaseModel):
     system_instruction: Any = Field(None, alias="system_instruction_sha")
 
     def benchmarks(self, logged_tasks: Iterable[str]) -> dict[str, list[str]]:
-        """Return benchmark → tasks, for complete outermost groups and for other tasks."""
+        """Return a dict from benchmarks to the names of their tasks.
+
+        A benchmark is an outermost group of tasks that were all logged, or a single other task.
+        """
         inner_names = {child for children in self.group_subtasks.values() for child in children}
         others, benchmarks = dict.fromkeys(logged_tasks), {}
         for group in [name for name in self.group_subtasks if name not in inner_names]:
@@ -87,7 +90,10 @@ class Report(BaseModel):
         return benchmarks | {task: [task] for task in others}
 
     def _group_tasks(self, name: str) -> list[str]:
-        """Return the tasks of a group and its subgroups; for the name of a task, this task."""
+        """Return the tasks of a group and of its subgroups.
+
+        If `name` is the name of a task, the list contains only this task.
+        """
         children = self.group_subtasks.get(name) or ()
         tasks = [task for child in children for task in self._group_tasks(child)]
         return [*dict.fromkeys(tasks or [name])]
@@ -99,7 +105,10 @@ class Report(BaseModel):
         return self.higher_is_better.get(task, {}).get(name, default)
 
     def settings(self, tasks: Sequence[str]) -> dict[str, str]:
-        """Return the settings that change the answers; {} if the report lacks the tasks."""
+        """Return the settings that change the answers, as texts.
+
+        The dict is empty if the report has no results of these tasks.
+        """
         if not any(task in self.results for task in tasks):
             return {}
 
@@ -151,7 +160,8 @@ def build_answers(
     table["gold"], table["choice"] = table["gold"].astype(np.float64), np.nan
     expected = sum(report.results.get(task, {}).get("sample_len", 1) for task in tasks)
     if len(table) < expected:
-        raise ValueError(f"{len(table)} of {expected} documents of {', '.join(tasks)}")
+        counts = f"{len(table)} of {expected} documents"
+        raise ValueError(f"the samples of {', '.join(tasks)} contain only {counts}")
     for task, doc in rows.loc[rows.duplicated([*_DOCUMENT, "filter"]), _DOCUMENT].to_numpy():
         raise ValueError(f"document {doc} of {task} occurs twice; give the files of one run")
     copies = table.groupby(["task", "key"]).cumcount().astype(str)
@@ -169,7 +179,7 @@ def build_answers(
             left_out[name] = "the metric's value for a document is not a number"
         elif not weightings:
             left_out[name] = (
-                f"the reported {mean:.4f} is not a mean over the documents of the samples"
+                f"the reported value {mean:.4f} is not the mean over the documents in the samples"
             )
         elif higher is None:
             left_out[name] = "it is not known whether higher values of the metric are better"
@@ -185,7 +195,10 @@ def build_answers(
 
 
 def _add_choices(table: pd.DataFrame) -> None:
-    """Add the options with the highest scores, and the choice probability if `acc` tests them."""
+    """Add a column with the number of the option that has the highest score.
+
+    If the metric `acc` agrees with these choices, the function also adds the choice probability.
+    """
     scores = pd.DataFrame(table["scores"].tolist()).to_numpy(dtype=np.float64)
     is_option = (table["gold"] >= 0) & (table["gold"] < (~np.isnan(scores)).sum(axis=1))
     table["choice"] = choose_options(scores)
@@ -195,14 +208,20 @@ def _add_choices(table: pd.DataFrame) -> None:
 
 
 def _metric_columns(filtered: tuple[Any, pd.DataFrame]) -> pd.DataFrame:
-    """Return a column for each metric after one filter, with a row per document."""
+    """Build a table with a row per document and a column per metric.
+
+    `filtered` is the name of an lm-eval filter and the samples after this filter.
+    """
     name, rows = filtered
     metrics = pd.DataFrame(rows["metrics"].tolist(), pd.MultiIndex.from_frame(rows[_DOCUMENT]))
     return metrics if name == "none" else metrics.add_suffix(f",{name}")
 
 
 def _weightings(values: pd.Series[Any], mean: object) -> list[bool]:
-    """Return the possible weightings of a mean: True = over documents, False = over tasks."""
+    """Find which weightings of the documents give the reported mean.
+
+    In the returned list, True means a mean over all documents, and False a mean over tasks.
+    """
     if values.dtype == object or not isinstance(mean, float | int):
         return [True]
     tasks = values.index.get_level_values(0).tolist()
@@ -228,7 +247,7 @@ def explain_damage(
         if isinstance(error, ValidationError):
             reason = first_problem(error, Report)
         name = source() if callable(source) else source
-        text = f"{name} is incomplete or not of {program} ({reason}); copy the file again"
+        text = f"{name} is incomplete or not written by {program} ({reason}); copy the file again"
         return None if isinstance(error, OSError) else RequestError(text)
 
     return translate_errors(convert)

@@ -76,10 +76,11 @@ def find_files(path: Path) -> list[LoggedFile]:
     if not files or path.suffix == ".json":
         command = "run lm_eval with --log_samples and --output_path"
         details = "or lighteval with --save-details"
-        raise RequestError(f"{path} holds no samples_TASK_DATE.jsonl; {command}, {details}")
+        raise RequestError(f"{path} has no file samples_TASK_DATE.jsonl; {command}, {details}")
     if len(models := {str(file.model) for file in files}) > 1:
         names = ", ".join(sorted(models)[:5])
-        raise RequestError(f"{path} holds {len(models)} models; name the folder of one: {names}")
+        problem = f"{path} has the answers of {len(models)} models"
+        raise RequestError(f"{problem}; name the folder of one model: {names}")
     newest: dict[str, LoggedFile] = {}
     for file in sorted(files, key=lambda file: file.date):
         if file.task in newest and newest[file.task].date == file.date:
@@ -90,24 +91,26 @@ def find_files(path: Path) -> list[LoggedFile]:
 
 
 def read_models(sources: Sequence[str], progress: Progress) -> list[ModelAnswers]:
-    """Read the answers of all models; refuse fewer than two, and answers that are given twice.
+    """Read the answers of two or more models.
 
     Args:
         sources: The arguments that name the answers.
-        progress: Receives the number of megabytes.
+        progress: Receiver of the number of megabytes that have been read.
 
     Returns:
         The answers of each model.
 
     Raises:
-        RequestError: An argument is invalid, or a file is damaged.
+        RequestError: There are fewer than two arguments, two arguments name the same answers, an
+            argument is invalid, or a file is damaged.
     """
     if len(sources) < 2:
         raise RequestError("give at least two models, for example: tracker compare A B")
     inputs = [(s, parse_run_name(s) or find_files(Path(s))) for s in sources]
     for (source, answers), (other, other_answers) in combinations(inputs, 2):
         if _identity(answers) & _identity(other_answers):
-            raise RequestError(f"{source} and {other} are the same answers; give another model")
+            problem = f"{source} and {other} name the same answers"
+            raise RequestError(f"{problem}; replace one by the answers of another model")
     files = [file for _, files in inputs if isinstance(files, list) for file in files]
     size = sum(map(_megabytes, files))
     progress = progress if size >= MIN_SHOWN_SIZE else Silent()
@@ -143,7 +146,7 @@ def _read_files(source: str, files: Sequence[LoggedFile], progress: Progress) ->
             for benchmark, tasks in report.benchmarks(by_task).items():
                 if benchmark in benchmarks:
                     problem = f"{source} has results of {benchmark} from two dates"
-                    raise RequestError(f"{problem}; give the files of one date")
+                    raise RequestError(f"{problem}; name only the files of one date")
                 samples: list[Sample] = []
                 for file in map(by_task.__getitem__, tasks):
                     with explain_damage(file.path, file_format.program):

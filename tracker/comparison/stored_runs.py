@@ -41,7 +41,10 @@ class RunName(NamedTuple):
 
 
 def parse_run_name(source: str) -> RunName | None:
-    """Parse FOLDER:CELL:CHANGE; return None for other texts, or if the folder does not exist."""
+    """Parse the name FOLDER:CELL:CHANGE of a run.
+
+    The result is None if the text has another form, or if the folder has no results.
+    """
     folder, _, rest = source.partition(":")
     cell, _, change = rest.partition(":")
     markers = ("tracker.json", RECORDS_FILE) if change else ()
@@ -84,9 +87,9 @@ def read_run(source: str, name: RunName) -> ModelAnswers:
 
     Args:
         source: The argument that names the run.
-        name: Folder of results or of a data set, cell and change. The cell is its folder's name,
-            with or without the key, or the name of a model for all its cells. The change `intact`
-            is the intact model.
+        name: Name of the run: a results folder or the folder of a data set, a cell, and a change.
+            The cell is the name of its folder, with or without the key. The name of a model
+            stands for all its cells. The change `intact` means the unchanged model.
 
     Returns:
         The answers to the benchmarks of the cells.
@@ -110,7 +113,7 @@ def read_run(source: str, name: RunName) -> ModelAnswers:
 
 
 def _read_cell(store: CellStore, source: str, ablation: Ablation) -> BenchmarkAnswers:
-    """Read the outcomes of a cell under one ablation."""
+    """Read a model's answers under one ablation from a cell of a results folder."""
     frame = store.read_documents(ALL_DOCUMENTS)
     rows = frame[frame["ablation"] == ablation.name].sort_values(_DOCUMENT, ignore_index=True)
     if rows.empty:
@@ -146,15 +149,15 @@ def _read_records(
     source: str,
     ablation: Ablation,
 ) -> BenchmarkAnswers:
-    """Read the outcomes of one cell of a data set under one ablation.
+    """Read a model's answers under one ablation from a cell of a data set.
 
-    Raises RequestError for clusters, because a data set holds no documents' clusters.
+    Raises RequestError if the documents are clustered, because a data set does not store clusters.
     """
     benchmark, key = records[0].benchmark, records[0].key
     if cluster := next((record.cluster for record in records if record.cluster), None):
         raise RequestError(
-            f"{source}: the documents are clustered by {cluster}, and a data set does not hold the "
-            "clusters; name the results folder instead"
+            f"{source}: the documents are clustered by {cluster}, but a data set does not store "
+            "clusters; name the results folder instead of the data set"
         )
     frame = read_frame().astype({"task": object, "doc": "int64"})
     frame = frame[(frame["key"] == key) & (frame["change"] != "missing")]

@@ -1,7 +1,7 @@
 """Compute the differences between models on the same documents, and decide verdicts.
 
-All differences of one call are one family: their intervals hold together with 95 % confidence
-(Bonferroni), for all metrics of all benchmarks of all models against the first one.
+One call of `compare_models` compares all metrics and benchmarks of all models with the first model.
+With 95 % confidence, the intervals of all these differences are correct together (Bonferroni).
 """
 
 from __future__ import annotations
@@ -59,14 +59,16 @@ class Difference:
         second: Metric of the other model.
         won: Number of documents on which the other model is better.
         lost: Number of documents on which the first model is better.
-        difference: Metric of the other model minus the metric of the first one, or its negative for
-            a loss; positive = the other model is better. The interval is simultaneous. The p-value
-            is from the exact McNemar test.
-        choice: The same difference in the probability of the right option, with a single interval.
-        margin: Largest acceptable difference; None without a gate.
-        verdict: Supported statement about the other model.
-        needed: Number of documents that would probably settle an open verdict.
-        lost_documents: Task and numbers (in both models) of each lost document.
+        difference: Metric of the other model minus the metric of the first model. The sign is
+            reversed for a loss, so that a positive difference means that the other model is
+            better. The interval is simultaneous. The p-value is from the exact McNemar test.
+        choice: Difference of the models in the probability of the right option. Its interval is not
+            adjusted for multiple comparisons.
+        margin: Largest acceptable difference; None if the user gave no margin.
+        verdict: Statement about the other model that the interval supports.
+        needed: Number of documents that would probably decide a verdict that is now `open`.
+        lost_documents: For each document on which the first model is better, its task, its number
+            in the first model's answers, and its number in the other model's answers.
         n_clusters: Effective number of clusters; None if documents are independent.
         spread: Standard deviation of the documents' differences. None if equivalence cannot be
             tested, because documents have unequal weights or form clusters.
@@ -99,7 +101,7 @@ class ModelComparison:
         differences: Differences of each metric, benchmark and model.
         notes: Messages about results that are left out, with reasons.
         unmatched: Benchmark and models → the documents that only one model answered.
-        has_gaps: True if results of the first model are not compared.
+        has_gaps: True if some results of the first model are not compared.
     """
 
     models: Sequence[ModelAnswers]
@@ -115,10 +117,11 @@ class ModelComparison:
 
     @property
     def exit_code(self) -> int:
-        """0 if there is no gate or the gate is passed, 3 if a model is worse, 4 if a verdict is
-        open.
+        """Exit code of `tracker compare`.
 
-        A gate also counts as open if results of the first model are not compared.
+        The code is 0 if no margin was given, or if no model is worse by more than the margin. It is
+        3 if a model is worse. It is 4 if the results do not show whether a model is worse, or if
+        some results of the first model are not compared.
         """
         if not self.is_gate:
             return 0
@@ -139,8 +142,8 @@ def compare_models(
     Args:
         models: The models' answers; two or more.
         metrics: Metrics to compare; empty for all logged ones.
-        margins: Benchmark → largest acceptable difference; the key `ALL_BENCHMARKS` stands for all
-            others.
+        margins: Benchmark → largest acceptable difference. The key `ALL_BENCHMARKS` stands for all
+            benchmarks without their own margin.
         allowed: Settings that may differ.
 
     Returns:
@@ -152,7 +155,8 @@ def compare_models(
     for name, margin in margins.items():
         if not 0 < margin < 1:
             text = f"{name}={margin}" if name else str(margin)
-            raise RequestError(f"within {text}: a margin is a fraction between 0 and 1, e.g. 0.01")
+            allowed_text = "expected a fraction between 0 and 1, e.g. 0.01"
+            raise RequestError(f"within: invalid margin {text}; {allowed_text}")
     settings = {name for m in models for a in m.benchmarks.values() for name in a.settings}
     _refuse_unknown("--allow-different", allowed, settings | PROMPT_SETTINGS)
     first, *others = models
@@ -185,7 +189,16 @@ def compare_models(
 
 
 def _refuse_unknown(option: str, names: Iterable[str], compared: Collection[str]) -> None:
-    """Raise RequestError if an option names something that is not compared."""
+    """Raise RequestError if an option has a name that the models do not have in common.
+
+    Args:
+        option: The option, for the message.
+        names: Values of the option, e.g. names of metrics.
+        compared: Names that the models have in common.
+
+    Raises:
+        RequestError: A name is not in `compared`.
+    """
     for name in names:
         if name not in compared:
             known_text = f"known are {', '.join(sorted(compared))}.{did_you_mean(name, compared)}"
@@ -198,7 +211,11 @@ def _gaps(
     unmatched: Mapping[str, Sequence[str]],
     metrics: Collection[str],
 ) -> Iterator[str]:
-    """Yield a note for each metric, benchmark and document of a model that is not compared."""
+    """Yield notes about results of the first model that are not compared.
+
+    There is a note for each benchmark that lacks results, and for each group of documents that only
+    one model answered.
+    """
     compared = {(row.model, row.benchmark, row.metric) for row in differences}
     for other in models[1:]:
         for benchmark, answers in models[0].benchmarks.items():
@@ -217,7 +234,7 @@ def _gaps(
 
 
 def _notes(models: Sequence[ModelAnswers], differences: Sequence[Difference]) -> Iterator[str]:
-    """Yield notes about results that only other models have, and about methods."""
+    """Yield notes about results that are left out, and about the statistical methods."""
     for model in models[1:]:
         if names := [name for name in model.benchmarks if name not in models[0].benchmarks]:
             yield f"{model.name} has results of {', '.join(names)}, but {models[0].name} has none"
@@ -236,7 +253,7 @@ def _notes(models: Sequence[ModelAnswers], differences: Sequence[Difference]) ->
 def _compare_benchmark(
     model: str, benchmark: str, answers: BenchmarkAnswers, pairs: PairedTables
 ) -> Iterator[Difference]:
-    """Yield the difference of each common metric."""
+    """Yield the difference of two models in each common metric of a benchmark."""
     first, second = pairs.first, pairs.second
     weights = weights_by_task(first["task"].tolist(), answers.by_size)
     clusters = next((t[CLUSTER].to_numpy() for t in (first, second) if CLUSTER in t), None)
@@ -274,7 +291,7 @@ def _compare_benchmark(
 def _decide(
     differences: Sequence[Difference], margins: Mapping[str, float]
 ) -> Iterator[Difference]:
-    """Yield the differences with simultaneous intervals and verdicts."""
+    """Add simultaneous intervals and verdicts to the differences, and yield them."""
     family = max(sum(row.difference.low is not None for row in differences), 1)
     counts = [row.n_clusters or row.n for row in differences]
     drops = widen([-row.difference for row in differences], counts, family)
@@ -292,10 +309,22 @@ def _decide(
 def _is_below(
     drop: Estimate, margin: float | None, lost: int, won: int, row: Difference, family: int
 ) -> bool:
-    """Return whether a drop is shown to be below the margin.
+    """Return whether the results show that a drop is smaller than the margin.
 
-    Where almost nothing changes, the interval is inside the margin too often. So Tango's test must
-    agree if outcomes are 0 or 1, and otherwise a bound for any distribution.
+    If few outcomes differ between the models, the interval alone is inside the margin too often.
+    The function therefore requires a second test. For outcomes of 0 or 1, this is Tango's test. For
+    other outcomes, it is Bernstein's bound, which makes no assumption about the distribution.
+
+    Args:
+        drop: The drop, with its simultaneous interval.
+        margin: Largest acceptable drop; None if the user gave no margin.
+        lost: Number of documents with a positive drop.
+        won: Number of documents with a negative drop.
+        row: Difference of the two models.
+        family: Number of differences that share the error probability.
+
+    Returns:
+        True if the drop is shown to be below the margin.
     """
     if margin is None or row.spread is None or drop.value is None:
         return False
@@ -310,9 +339,11 @@ def _is_below(
 def _documents_needed(
     row: Difference, drop: Estimate, margin: float | None, family: int
 ) -> int | None:
-    """Estimate how many documents decide a verdict if the true difference is the observed one.
+    """Estimate how many documents are needed to decide an open verdict.
 
-    None means that no number of documents can decide it: there is no difference and no margin.
+    The estimate assumes that the true difference equals the observed difference. It is None if no
+    number of documents could decide the verdict, e.g. if the models do not differ at all and there
+    is no margin.
     """
     if drop.value is None or drop.low is None or drop.high is None:
         return None

@@ -6,7 +6,7 @@ Modules:
     checkpoint: Write a checkpoint, check its results, and publish it.
     facts: Define the facts about a saved model.
     gguf_model: Write a model with quantised weights as a GGUF file with llama.cpp, and check it.
-    llama_cpp: Quantise, read and time GGUF files with llama.cpp, here or as a separate program.
+    llama_cpp: Quantise, read and time GGUF files with llama.cpp.
     proof: Compare the saved files with the measured model, in a fresh process.
     serving: Measure speed and memory of a saved model and of its base model, in fresh processes.
     serving_process: Measure how fast models serve with plain transformers, as a separate program.

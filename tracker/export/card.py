@@ -53,9 +53,11 @@ RECIPES: dict[str, Recipe] = {
         "python",
     ),
     "mergekit": Recipe("mergekit (`mergekit-yaml RECIPE.yaml OUTPUT`):", "yaml"),
-    "llama.cpp": Recipe("llama.cpp, on a GGUF file of the base model:", "sh"),
+    "llama.cpp": Recipe("llama.cpp (run this command on a GGUF file of the base model):", "sh"),
     CONVERTER_RECIPE: Recipe(
-        "llama.cpp, in the saved folder (llama-quantize cannot repeat layers):", "sh"
+        "llama.cpp (run this command in the saved folder, because llama-quantize cannot repeat "
+        "layers):",
+        "sh",
     ),
     WINDOWS_RECIPE: Recipe(
         "llama.cpp infers from a layer's index whether the layer has a sliding window, but the "
@@ -165,7 +167,10 @@ def _gguf_path(source: ModelSource) -> str:
 
 
 def _safetensors_path(source: ModelSource, base: ModelIdentity) -> str:
-    """Return the base model in mergekit's notation: a folder, or a hub model with its commit."""
+    """Return the base model's safetensors checkpoint in mergekit's notation.
+
+    This is the path of a folder, or the name of a hub model with its commit.
+    """
     if source.gguf_file:
         return f"./{source.name}"
     if source.is_local:
@@ -266,9 +271,10 @@ def format_recipes(
 
 
 def recipe_problems(formats: FormatsByPath, architecture: str, layers: int) -> dict[str, str]:
-    """Return the reason (by tool) why a tool cannot make a model with weights in these formats.
+    """Find the tools that cannot make a model with weights in these formats.
 
-    The arguments are those of `format_recipes`.
+    The arguments are those of `format_recipes`. The function returns a dict from each such tool to
+    the reason.
     """
     problems = {}
     if not _gguf_names(formats, architecture, layers):
@@ -277,8 +283,8 @@ def recipe_problems(formats: FormatsByPath, architecture: str, layers: int) -> d
         )
     if split := _split_fused_maps(formats):
         problems["llm-compressor"] = (
-            f"vLLM fuses the maps {join_words(split)}, which have different formats; use --tie "
-            "fused"
+            f"vLLM fuses the linear maps {join_words(split)}, but these have different formats; "
+            "use --tie fused"
         )
     if not all(_LAYER_PATH.search(path) for path in formats):
         problems["GPTQModel"] = "this tool does not quantise the embedding or the output head"
@@ -292,22 +298,29 @@ def recipe_problems(formats: FormatsByPath, architecture: str, layers: int) -> d
 
 
 def _split_fused_maps(formats: FormatsByPath) -> list[str]:
-    """List the paths of the first fused maps that have different formats; empty if none have."""
+    """Find linear maps that inference engines fuse although their formats differ.
+
+    Returns the paths of the first group of such maps; empty if there is none.
+    """
     groups = group_by(formats, fused_map).values()
     return next((paths for paths in groups if len({formats[path] for path in paths}) > 1), [])
 
 
 def gguf_tensors(formats: FormatsByPath, architecture: str, layers: int) -> dict[str, str]:
-    """Return the format of each tensor in a GGUF file by its name; empty if a name is unknown.
+    """Return a dict from the name of each tensor in a GGUF file to its format.
 
-    The arguments are those of `format_recipes`.
+    The dict is empty if the name of any tensor is unknown. The arguments are those of
+    `format_recipes`.
     """
     names = _gguf_names(formats, architecture, layers)
     return {name: formats[path] for path in names for name in names[path]}
 
 
 def _gguf_names(formats: FormatsByPath, architecture: str, layers: int) -> dict[str, list[str]]:
-    """Map each weight's path to its tensor names in llama.cpp; empty if a name is unknown."""
+    """Return a dict from the path of each weight to the names of its tensors in llama.cpp.
+
+    The dict is empty if any name is unknown.
+    """
     import gguf
 
     plain_name = _plain_name(_ARCHITECTURES.get(architecture, architecture))
@@ -362,9 +375,10 @@ def _gguf_type(form: str) -> str:
 
 
 def quantise_command(formats: Mapping[str, str], file: str, is_tied: bool = False) -> str:
-    """Write the llama-quantize command; weights not in `formats` are stored as f16.
+    """Write the llama-quantize command that stores tensors in given formats.
 
-    If `is_tied` is true, the output head is stored in the embedding's format.
+    Tensors that are not in `formats` are stored as f16. If `is_tied` is true, the output head is
+    stored in the embedding's format.
     """
     names = [name for name in _GGUF_EMBEDDINGS if name in formats]
     types = {name: _gguf_type(formats[name]) for name in names}
@@ -456,10 +470,10 @@ def write_card(model: ExportedModel, folder: Path) -> None:
 
 
 def write_eval_results(model: ExportedModel, folder: Path) -> None:
-    """Write the metric that lm-eval found in the proof to `.eval_results`, which the hub shows.
+    """Write the metric that lm-eval computed for the saved model to the folder `.eval_results`.
 
-    No file is written without a data set of the hub, or by versions of huggingface_hub without this
-    format.
+    The Hugging Face hub shows this metric. The function writes no file if the benchmark's data set
+    is not on the hub, or if the installed version of huggingface_hub does not support the format.
     """
     import huggingface_hub as hub
 

@@ -91,7 +91,9 @@ def layer_change(
     if list(repeat) != list(range(repeat[0], repeat[-1] + 1)):
         raise RequestError("--repeat takes one span of consecutive layers, as in --repeat 8-11")
     if n_passes < 2:
-        raise RequestError("--repeats is the total number of passes, so the smallest value is 2")
+        raise RequestError(
+            "--repeats is the total number of times that the layers run, so the smallest value is 2"
+        )
     repetition = Change("layer", tuple(repeat), "repeat", repeats=n_passes)
     return ModelChange(Ablation.from_changes(repetition))
 
@@ -203,14 +205,21 @@ def rounded_weights(source: ModelSource, loaded: LoadedModel, change: ModelChang
 
 
 def _stored_format(form: str, inputs: int) -> WeightFormat:
-    """Return `form`, or a replacement if `inputs` weights per row do not fit the format."""
+    """Return the format in which rows of `inputs` weights are stored.
+
+    This is `form`, or its replacement if a row's length is not a multiple of the block size.
+    """
     stored_format = FORMATS[form].for_rows(inputs)
     assert stored_format is not None  # it has been measured
     return stored_format
 
 
 def add_origin(change: ModelChange, ledger: Ledger, model: ModelIdentity) -> ModelChange:
-    """Add the searches or documents that chose a change, and return the change."""
+    """Return a copy of a change with information on how the change was chosen.
+
+    For a removal, these are the searches that chose it. For a repetition, these are the calibration
+    documents that it was measured on. Other changes are returned unchanged.
+    """
     if change.stretch is not None:
         return find_repetition(ledger, model, change.stretch)
     if change.kind == "pruned" and change.strategy is None:
@@ -227,8 +236,9 @@ def find_removal(ledger: Ledger, model: ModelIdentity, change: ModelChange) -> M
         change: The removal.
 
     Returns:
-        The change, with the searches that removed exactly these parts as their final result, or
-        else at an earlier step. Searches that used calibration documents are preferred.
+        The change, with the searches that removed exactly these parts. Searches with this final
+        result are preferred to searches that removed these parts at an earlier step. Searches that
+        used calibration documents are preferred to others.
     """
     contents = ledger.contents()
     choices = [
@@ -246,7 +256,7 @@ def find_removal(ledger: Ledger, model: ModelIdentity, change: ModelChange) -> M
 
 
 def find_repetition(ledger: Ledger, model: ModelIdentity, repetition: Change) -> ModelChange:
-    """Return a repetition of layers, with the calibration documents that measured it."""
+    """Return a repetition of layers, with the calibration documents that it was measured on."""
     calibration = []
     for store in ledger.cells():
         benchmark = store.identity.benchmark
@@ -282,8 +292,16 @@ def removal_by_search(
 ) -> ModelChange:
     """Return the removal by a step of a search, with the measurements that chose it.
 
-    `deciding` are the documents on which the best of several searches was chosen, and
-    `recommendation` is the paragraph that recommends the step.
+    Args:
+        ledger: The results folder.
+        record: The record of the search.
+        step: The step.
+        deciding: The documents that were used to choose the best of several searches; None for a
+            single search.
+        recommendation: The paragraph that recommends the removal; empty if there is none.
+
+    Returns:
+        The change.
     """
     change = _build_removal(ledger.contents(), [(record, step)])
     documents = (*change.documents, *filter(None, [deciding]))
@@ -317,19 +335,23 @@ def _accuracy(record: PruneRecord, step: PruneStep) -> Accuracy:
     unit, baseline = "%" if record.higher_is_better else "", record.baseline.level
     title, shots, documents = benchmark.title, benchmark.num_fewshot, unused_documents(test.n)
     if record.budget is not None:
-        documents = f"{count_text(test.n, 'document')} that also decided how much is removed"
+        count = count_text(test.n, "document")
+        documents = f"{count} that were also used to decide how much to remove"
     return Accuracy(title, shots, record.metric, documents, test.n, baseline, test.level, unit)
 
 
 def _strategy_text(record: PruneRecord, step: PruneStep) -> str:
-    """Return the name of a search's strategy, with the step's number for earlier steps."""
+    """Return the name of a search's strategy.
+
+    If `step` is not the last step, the text includes the number of the step.
+    """
     number = record.steps.index(step) + 1
     is_complete = number == len(record.steps)
     return record.label if is_complete else f"{record.label}, step {number} of {len(record.steps)}"
 
 
 def _tracked_cells(contents: Contents, records: Sequence[PruneRecord]) -> tuple[CellRecord, ...]:
-    """Return the records of the cells (results on a benchmark) that the searches measured."""
+    """Return the records of the results on benchmarks that the searches measured."""
     tracked = {cell for record in records for cell in record.rests_on}
     keys = {key for key, *_ in tracked}
     views = [view for view in contents.views if view[0].identity.key in keys]
@@ -345,11 +367,21 @@ def _documents_text(documents: CalibrationSet) -> str:
 
 def unused_documents(n: int) -> str:
     """Describe the `n` documents that were not used to choose the change."""
-    return f"{count_text(n, 'document')} that chose nothing"
+    return f"{count_text(n, 'document')} that were not used to choose the change"
 
 
 def count_choosing(ledger: Ledger, change: ModelChange, store: CellStore, extent: Extent) -> int:
-    """Count the requested documents (`extent`) that were used to choose the change."""
+    """Count the measured documents that were also used to choose the change.
+
+    Args:
+        ledger: The results folder.
+        change: The change, with the documents that were used to choose it.
+        store: The measured results on a benchmark.
+        extent: The requested documents of this benchmark.
+
+    Returns:
+        The number of requested documents that were used to choose the change.
+    """
     cells = {cell.identity.key: cell for cell in ledger.cells()}
     keys: set[tuple[str, str, int]] = set()
     for calibration in change.documents:

@@ -1,7 +1,7 @@
 """Save a changed model as a checkpoint that plain transformers can load.
 
-A fresh process checks that the saved files give the measured results. Then the model is published
-to the tracking backends.
+A fresh process checks that the saved files give the measured results. After this check, the model
+is published to the tracking backends.
 """
 
 from __future__ import annotations
@@ -241,10 +241,11 @@ def _measure_cost(
 def _write_checkpoint(
     request: ExportRequest, source: ModelSource, folder: Path, base_folder: Path, progress: Progress
 ) -> tuple[ExportedModel, ExpectedAnswers]:
-    """Write the checkpoint; return facts about it, and logits for checking the saved files.
+    """Make the changed copy of the model, and write it as a checkpoint to `folder`.
 
     The base model's configuration is written to `base_folder`. No model stays in memory after the
-    call.
+    call. The function returns facts about the saved model, and the tokens and logits that the saved
+    files must reproduce.
     """
     from tracker.models import checkpoint
     from tracker.models.load import load_model
@@ -290,7 +291,7 @@ def _write_formats(model: ExportedModel, folder: Path) -> None:
 def _add_gguf(
     model: ExportedModel, source: ModelSource, folder: Path, answers: ExpectedAnswers, file: Path
 ) -> ExportedModel:
-    """Write a saved model as a GGUF file in a temporary folder; add it to the facts."""
+    """Write a saved model as a GGUF file, and return the model's facts with this file."""
     from tracker.export.gguf_model import write_gguf
 
     # Beside the file, there is a copy with float32 weights for a while.
@@ -303,15 +304,16 @@ def _add_speed(
 ) -> ExportedModel:
     """Measure speed and memory of a saved model and its base model; add them to the facts.
 
-    The folder of a model with rounded weights is not measured, because it holds unrounded numbers,
-    but its GGUF file is. `base` is a folder with the base model's configuration.
+    For a model with rounded weights, the speed of the GGUF file is measured. If there is no GGUF
+    file, nothing is measured, because the folder stores the rounded weights at full size. `base` is
+    a folder with the base model's configuration.
     """
     machine, threads, dtype = describe_machine(), answers.n_threads, model.base.dtype
     cores = f"{count_text(threads, 'thread')} of {count_text(int(machine['cores']), 'core')}"
     hardware = f"{cores}, {machine['platform']}; medians and quartiles"
     try:
         if model.gguf is not None:
-            tool = f"llama.cpp of llama-cpp-py-sync {version('llama-cpp-py-sync')} on cpu"
+            tool = f"llama.cpp (llama-cpp-py-sync {version('llama-cpp-py-sync')}) on cpu"
             figures = measure_llama_cpp(source.files()[0], model.gguf.path, threads)
         elif model.formats or answers.device == "spread":
             return model
@@ -339,9 +341,9 @@ def _accuracy(
         tested = {(row.benchmark, row.n): row.documents for row in change.tested}
         documents = tested.get((title, n), unused_documents(n))
     if n_choosing:
-        verb = "may have chosen" if change.kind == "repeated" else "chose"
+        verb = "may have been used" if change.kind == "repeated" else "were used"
         noun = "layers" if record is not None else "parts"
-        documents += f", {n_choosing:,} of which {verb} the {noun}"
+        documents += f", {n_choosing:,} of which {verb} to choose the {noun}"
     unit = cell.unit if record is None else metric_format(record).level_unit
     levels = cell.baseline, cell.level
     return Accuracy(title, benchmark.num_fewshot, metric, documents, n, *levels, unit)

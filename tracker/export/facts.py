@@ -1,4 +1,4 @@
-"""Define the facts about a saved model that its card and `tracker.json` state."""
+"""Define the facts about a saved model, for its model card and the file `tracker.json`."""
 
 from __future__ import annotations
 
@@ -97,7 +97,10 @@ class Proof:
 
     @property
     def ties_text(self) -> str:
-        """The measured value beside lm-eval's, and the number of ties within rounding."""
+        """Text that compares the measured value with the value of lm-eval.
+
+        It also states the number of documents whose metric differs only by rounding.
+        """
         return FACT_TEXTS.render("ties", self)
 
 
@@ -109,10 +112,10 @@ class GgufFile:
         path: The path of the file.
         bytes: The size of the file.
         difference: The largest difference between llama.cpp's logits with unrounded activations
-            and the logits of the changed model in memory, on the texts of the proof.
-        equal_tokens: Number of tokens of these texts after which llama.cpp predicts the same next
-            token with rounded activations, its default.
-        tokens: Number of tokens of these texts.
+            and the logits of the changed model in memory, on `PROOF_TEXTS`.
+        equal_tokens: Number of tokens in `PROOF_TEXTS` after which llama.cpp with rounded
+            activations (its default) predicts the same next token as the changed model.
+        tokens: Number of tokens in `PROOF_TEXTS`.
     """
 
     path: Path
@@ -182,7 +185,10 @@ class ModelChange:
 
     @property
     def parts_text(self) -> str:
-        """Numbers of removed parts, such as `2 layers and 30 groups of heads`, or ""."""
+        """Numbers of removed parts, such as `2 layers and 30 groups of heads`.
+
+        The text is empty if no parts of layers are removed.
+        """
         counts = Counter(change.plural for change in self.ablation.parts)
         texts = [f"{n} {plural}" for plural, n in counts.items()]
         if counts and (n_layers := len(self.ablation.removed())):
@@ -199,7 +205,7 @@ class ModelChange:
             return f"the weights of {count_text(formats.total(), 'unit')} are rounded: {counts}"
         if self.ablation.parts:
             remaining = "remaining layer" if self.ablation.removed() else "layer"
-            return f"{self.parts_text} are removed, the same number from each {remaining}"
+            return f"{self.parts_text} are removed, equally many from each {remaining}"
         layers = self.ablation.removed()
         subject = "layers {} are" if len(layers) > 1 else "layer {} is"
         return f"{subject.format(', '.join(map(str, layers)))} removed"
@@ -229,8 +235,8 @@ class ExportedModel:
             model.
         resized: Names of changed configuration entries, except for the number of layers.
         formats: Path of each rounded weight → its format.
-        gguf: The GGUF file of the saved model; None if none was requested. Its speed is measured
-            instead of the folder's.
+        gguf: The GGUF file of the saved model; None if none was requested. If there is a GGUF file,
+            `serving` contains the speed of this file.
         problems: Tool → reason why this tool cannot make the model with these formats.
         accuracy: Metrics before and after the change.
         proof: Result of the check that the saved files give the measured results.
@@ -283,7 +289,10 @@ class ExportedModel:
 
     @property
     def speed_title(self) -> str:
-        """The line above the figures of speed and memory, or the reason why there are none."""
+        """The line above the speed and memory of the saved model on its card.
+
+        If speed and memory are not known, the line states the reason.
+        """
         if not self.serving:
             return f"Speed and memory are not known: {self.speed_on}"
         tool = "Speed and memory with plain transformers" if self.gguf is None else "Speed"

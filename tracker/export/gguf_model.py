@@ -110,7 +110,15 @@ def write_gguf(
 def _copy(
     reader: Reader, target: Path, architecture: str, names: Collection[str], kind: str
 ) -> None:
-    """Write a copy of a GGUF file, with the tensors in `names` in an unrounded type."""
+    """Write a copy of a GGUF file in which some tensors have an unrounded type.
+
+    Args:
+        reader: Reader of the original file.
+        target: The file to write.
+        architecture: llama.cpp's name of the architecture.
+        names: Names of the tensors that get the unrounded type.
+        kind: The unrounded type, e.g. `BF16`.
+    """
     writer = gguf.GGUFWriter(target, architecture, endianess=reader.endianess)
     writer.data_alignment = reader.alignment
     for field in reader.fields.values():
@@ -130,7 +138,13 @@ def _copy(
 
 
 def _quantize(source: Path, target: Path, types: Mapping[str, str]) -> None:
-    """Write a GGUF file with each tensor of `types` in its type; without `types`, in float32."""
+    """Write a copy of a GGUF file in which tensors have the given types.
+
+    Args:
+        source: The file to read.
+        target: The file to write.
+        types: Name of a tensor → type; empty to store all tensors in float32.
+    """
     settings: dict[str, Any] = {"ftype": Q8_0 if types else FLOAT32}
     if types:
         embedding = types["token_embd.weight"]
@@ -152,11 +166,15 @@ def _compare_weights(file: Path, checkpoint: Path, dtype: str) -> None:
         written = load(file.parent, gguf_file=path, dtype=dtype).state_dict()
     for name, weight in load(checkpoint, dtype=dtype).state_dict().items():
         if name not in written or not weight.equal(written[name]):
-            raise WorkError(f"llama.cpp writes values of {name} that were not measured")
+            problem = "differs from the measured values"
+            raise WorkError(f"the weight {name} in the file that llama.cpp wrote {problem}")
 
 
 def _read_logits(file: Path, expected: ExpectedAnswers, exact: bool) -> list[torch.Tensor]:
-    """Return llama.cpp's logits of the texts of the proof, computed in a fresh process."""
+    """Return llama.cpp's logits of `PROOF_TEXTS`, computed in a fresh process.
+
+    If `exact` is true, llama.cpp computes attention in float32.
+    """
     with TemporaryDirectory() as folder:
         output = f"{folder}/logits.npz"
         request = {"function": "save_logits", "output": output, "file": str(file), "exact": exact}

@@ -1,7 +1,8 @@
-"""Quantise, read and time GGUF files with llama.cpp, here or as a separate program.
+"""Quantise, read and time GGUF files with llama.cpp.
 
-The program runs as `python -P -m tracker.export.llama_cpp REQUEST.json`, because llama.cpp ends its
-process on some errors. It prints the reasons of errors.
+This module also runs as a separate program: `python -P -m tracker.export.llama_cpp REQUEST.json`.
+The separate process is needed, because llama.cpp ends its process on some errors. llama.cpp prints
+the reasons of these errors.
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ _READ_AT_ONCE = 512
 def quantize(
     source: str | Path, target: str | Path, types: Mapping[str, str], **settings: Any
 ) -> None:
-    """Write a copy of a GGUF file in which tensors have other types.
+    """Write a copy of a GGUF file in which some tensors are converted to other types.
 
     Args:
         source: The file to read.
         target: The file to write.
-        types: Regular expression → type (e.g. `q4_k`) of the tensors whose name contains a match.
-            The first match counts.
+        types: Regular expression → type, e.g. `q4_k`. A tensor gets the type of the first regular
+            expression that matches a part of its name.
         **settings: Fields of llama.cpp's `llama_model_quantize_params`.
     """
     from llama_cpp_py_sync import _cffi_bindings
@@ -54,15 +55,15 @@ def quantize(
 
 
 def type_number(kind: str) -> int:
-    """Return the number of a type of tensors, e.g. of `q4_k`."""
+    """Return the number by which llama.cpp identifies a tensor type such as `q4_k`."""
     return int(GGMLQuantizationType[kind.upper()])
 
 
 def load_file(file: str | Path, length: int, threads: int = 1, exact: bool = False) -> Any:
     """Load a GGUF file into main memory, with memory for `length` tokens.
 
-    By default, attention rounds to float16, as in llama.cpp's programs. With `exact`, attention is
-    computed in float32.
+    By default, attention rounds to float16, as in llama.cpp's programs. If `exact` is true,
+    attention is computed in float32.
     """
     from llama_cpp_py_sync import Llama
 
@@ -75,7 +76,17 @@ def load_file(file: str | Path, length: int, threads: int = 1, exact: bool = Fal
 
 
 def read_tokens(model: Any, tokens: Sequence[int], start: int = 0, n_logits: int = 1) -> np.ndarray:
-    """Read tokens after `start` earlier tokens; return the logits after the last `n_logits`."""
+    """Run a forward pass on tokens, and return logits.
+
+    Args:
+        model: The loaded model.
+        tokens: The tokens to read.
+        start: Number of earlier tokens that the model has read; 0 to begin a new text.
+        n_logits: Number of tokens, from the end, for which logits are returned.
+
+    Returns:
+        The logits `[n_logits, vocabulary]`.
+    """
     library, context, count = model._lib, model._ctx, len(tokens)
     if start == 0:
         library.llama_memory_clear(library.llama_get_memory(context), True)
@@ -96,7 +107,10 @@ def read_tokens(model: Any, tokens: Sequence[int], start: int = 0, n_logits: int
 def read_logits(
     file: str | Path, texts: Sequence[Sequence[int]], exact: bool = False
 ) -> list[np.ndarray]:
-    """Return the logits after each token of each text."""
+    """Return the logits after each token of each text.
+
+    If `exact` is true, attention is computed in float32.
+    """
     with load_file(file, max(map(len, texts)), exact=exact) as model:
         return [read_tokens(model, tokens, n_logits=len(tokens)) for tokens in texts]
 
@@ -107,7 +121,17 @@ def save_logits(output: str, **arguments: Any) -> None:
 
 
 def time_tokens(model: Any, batch: int, length: int, new_tokens: int) -> float:
-    """Measure the time of a prompt, or of `new_tokens` tokens written after it; return seconds."""
+    """Measure the seconds to read a prompt, or the seconds to write new tokens.
+
+    Args:
+        model: The loaded model.
+        batch: Number of texts; only 1 is supported.
+        length: Number of tokens in the prompt.
+        new_tokens: Number of tokens to write after the prompt; 0 to measure reading the prompt.
+
+    Returns:
+        The seconds. The time to read the prompt is not included if `new_tokens` is above 0.
+    """
     assert batch == 1
     tokens, position = [token % model.n_vocab for token in range(length)], 0
     start = time.perf_counter()
@@ -120,7 +144,16 @@ def time_tokens(model: Any, batch: int, length: int, new_tokens: int) -> float:
 
 
 def time_files(files: Sequence[str], threads: int, **timing: Any) -> dict[str, Any]:
-    """Time each task of `timing` with each file in turn; return task → seconds."""
+    """Time several tasks with each file, and return the seconds.
+
+    Args:
+        files: The GGUF files.
+        threads: The number of CPU threads.
+        **timing: Request for `time_by_turns`.
+
+    Returns:
+        A dict with the key `seconds` and the result of `time_by_turns`.
+    """
     from tracker.export.serving_process import time_by_turns  # imports torch
 
     length = max(length + new_tokens for _, length, new_tokens in timing["tasks"].values())

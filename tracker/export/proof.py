@@ -198,16 +198,22 @@ def prove(
 
 
 def _run_reference(question: Mapping[str, Any]) -> dict[str, Any]:
-    """Load and score the checkpoint in a fresh process without tracker; return its results."""
+    """Load and score the checkpoint in a fresh process, and return the results.
+
+    Raises WorkError if this process imports code of tracker.
+    """
     problem = "the saved checkpoint does not load in a fresh process, or lm-eval cannot score it"
     answer: dict[str, Any] = run_program(question, [str(_REFERENCE_PROGRAM)], problem)
     if answer["ours"]:
-        raise WorkError(f"the fresh process has imported {answer['ours'][0]}")
+        raise WorkError(
+            "internal error, please report it: the fresh process must not use tracker's code, but "
+            f"it has imported {answer['ours'][0]}"
+        )
     return answer
 
 
 def _refuse_other_model(answer: Answer, expected: ExpectedAnswers) -> None:
-    """Raise WorkError if the saved model has other parameters or another tokenizer."""
+    """Raise WorkError if the saved model differs in its parameters or in its tokenizer."""
     if names := answer["not_as_saved"]:
         raise WorkError(f"plain transformers does not load, or does not use, the weight {names[0]}")
     if answer["parameters"] != expected.n_parameters:
@@ -224,7 +230,11 @@ def _refuse_other_model(answer: Answer, expected: ExpectedAnswers) -> None:
 def compare_logits(
     logits: Sequence[torch.Tensor], expected: ExpectedAnswers, tool: str = "plain transformers"
 ) -> float:
-    """Return the largest difference from the expected logits; raise WorkError if too large."""
+    """Return the largest difference between given logits and the expected logits.
+
+    `tool` is the name of the program that computed the logits. Raises WorkError if the difference
+    is larger than rounding errors.
+    """
     max_nats, max_share = HALF_TOLERANCE if expected.is_half else SINGLE_TOLERANCE
     largest = 0.0
     for text, their_logits, our_logits in zip(PROOF_TEXTS, logits, expected.logits, strict=True):
@@ -238,7 +248,11 @@ def compare_logits(
 
 
 def _compare_outcomes(answer: Answer, cell: MeasuredCell, is_half: bool) -> tuple[float, int]:
-    """Compare lm-eval's results with the measured results; return (largest difference, ties)."""
+    """Compare lm-eval's results with the measured results.
+
+    Returns the largest difference of log-likelihoods in nats, and the number of documents whose
+    metric differs only because of rounding. Raises WorkError for a larger difference.
+    """
     frame = cell.store.read()
     rows = frame[frame["ablation"] == cell.ablation.name].set_index(["task", "doc"])
     largest, ties, keys = 0.0, set(), set()
@@ -269,7 +283,11 @@ def _compare_outcomes(answer: Answer, cell: MeasuredCell, is_half: bool) -> tupl
 
 
 def _compare_figure(answer: Answer, cell: MeasuredCell, ties: int) -> dict[str, float]:
-    """Return {metric: lm-eval's value}; raise WorkError if tracker measured another value."""
+    """Return the metric of the saved model as lm-eval computed it: a dict from name to value.
+
+    The dict is empty if lm-eval scored several tasks or did not compute the metric. Raises
+    WorkError if tracker measured a different value.
+    """
     if len(answer["results"]) != 1:
         return {}
     (row,) = answer["results"].values()
@@ -283,7 +301,10 @@ def _compare_figure(answer: Answer, cell: MeasuredCell, ties: int) -> dict[str, 
 
 
 def _answer_difference(row: Mapping[str, Any], answers: Sequence[Any]) -> float:
-    """Return the largest difference between lm-eval's and the measured log-likelihoods."""
+    """Return the largest difference between the log-likelihoods of a document.
+
+    `row` has the measured log-likelihoods, and `answers` the log-likelihoods of lm-eval.
+    """
     if answers and isinstance(answers[0], str):
         return 0.0
     values = [float(answer[0] if isinstance(answer, list) else answer) for answer in answers]

@@ -44,10 +44,11 @@ class ServingFigure:
     Attributes:
         name: The figure's name in trackers, e.g. `decode_1`.
         title: The figure in words, with its unit.
-        base: The base model's value: median and quartiles; the same number thrice for bytes.
-        model: The saved model's value.
-        ratio: The saved model's speed as a multiple of the base model's. None for bytes, and if
-            other work on the machine disturbed the timing.
+        base: Median and quartiles of the base model's values. A number of bytes has no spread, so
+            the three numbers are equal.
+        model: Median and quartiles of the saved model's values.
+        ratio: The saved model's speed as a multiple of the base model's speed. None for bytes, and
+            if other work on the machine disturbed the timing.
     """
 
     name: str
@@ -66,7 +67,7 @@ class ServingFigure:
         if self.name.startswith("first_token"):
             return text
         if self.ratio is None:
-            return f"{text}; no ratio, because other work disturbed the timing"
+            return f"{text}; no ratio, because other work on the machine disturbed the timing"
         median, low, high = self.ratio
         return f"{text}; {median:.2f} times as fast ({low:.2f} to {high:.2f})"
 
@@ -80,7 +81,9 @@ def measure_serving(
     trust_remote_code: bool,
     max_length: int | None = None,
 ) -> list[ServingFigure]:
-    """Measure how fast a saved model and its base model read and write with plain transformers.
+    """Measure speed and memory of a saved model and its base model with plain transformers.
+
+    Speed is the number of tokens per second, for reading a prompt and for writing a text.
 
     Args:
         base: A folder with the base model's configuration.
@@ -126,9 +129,17 @@ def measure_serving(
 
 
 def measure_llama_cpp(base: Path, saved: Path, threads: int) -> list[ServingFigure]:
-    """Measure how fast llama.cpp reads and writes with a GGUF file and with the base model's file.
+    """Measure the speed of llama.cpp with a saved GGUF file and with the base model's file.
 
-    The arguments are those of `measure_serving`.
+    Speed is the number of tokens per second, for reading a prompt and for writing a text.
+
+    Args:
+        base: The base model's GGUF file.
+        saved: The saved GGUF file.
+        threads: The number of CPU threads.
+
+    Returns:
+        The figures of speed.
     """
     tasks = {name: task for name, task in _timed_tasks().items() if task[0] == 1}
     request = {"function": "time_files", "files": [str(base), str(saved)], "threads": threads}
@@ -179,7 +190,7 @@ def spread(values: Array) -> Spread:
 def median_speedup(base_seconds: Sequence[float], seconds: Sequence[float]) -> Spread | None:
     """Compute the speed ratio of two models from alternating timings.
 
-    Alternation reduces the influence of other work on the machine.
+    The two models are timed in turn, so that other work on the machine affects both equally.
 
     Args:
         base_seconds: The seconds of the base model in each turn.
@@ -199,10 +210,19 @@ def run_program(
     program: Sequence[str] = _TRANSFORMERS_PROGRAM,
     problem: str = "a program that ran in a new process failed",
 ) -> Any:
-    """Run a program in a fresh process; return its answer, or raise WorkError with its error.
+    """Run a Python program in a fresh process, and return its answer.
 
-    `program` are the arguments of Python: by default, the program that times plain transformers.
-    `problem` begins the message of the error.
+    Args:
+        request: The request, which the program reads from a JSON file.
+        program: Command-line arguments of Python that name the program. By default, this is the
+            program that times plain transformers.
+        problem: Beginning of the error message if the program fails.
+
+    Returns:
+        The answer, which the program writes to a JSON file.
+
+    Raises:
+        WorkError: The program fails; the message contains its last line of output.
     """
     with TemporaryDirectory() as name:
         file, answer = Path(name) / "request.json", Path(name) / "answer.json"
@@ -217,6 +237,7 @@ def run_program(
         if process.returncode:
             error = (process.stdout.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
             if process.returncode < 0:
-                error = f"it was ended by signal {-process.returncode}, perhaps for lack of memory"
+                signal = f"signal {-process.returncode}"
+                error = f"{signal} ended the process, perhaps because the memory was full"
             raise WorkError(f"{problem}: {error[:_MAX_ERROR_CHARACTERS]}")
         return json.loads(answer.read_text(encoding="utf-8"))

@@ -1,8 +1,8 @@
 """Measure how fast models serve with plain transformers, as a separate program.
 
-The program runs as `python -P serving_process.py REQUEST.json`. It does not import tracker. It
-builds the models from their configurations with random weights, because speed and memory do not
-depend on the values of weights.
+The program runs as `python -P serving_process.py REQUEST.json`, and does not import tracker. The
+program builds the models from their configurations with random weights, because speed and memory do
+not depend on the values of weights.
 """
 
 from __future__ import annotations
@@ -22,7 +22,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 
 def main(request: dict[str, Any]) -> dict[str, Any]:
-    """Time each task of the request with each model in turn; return seconds and bytes."""
+    """Time each task of the request with each model, and measure memory.
+
+    Returns a dict with the seconds of each task, the bytes of the key-value cache, and the peak
+    memory in bytes.
+    """
     torch.set_num_threads(request["threads"])
     torch.manual_seed(0)
     models = [build_model(folder, request) for folder in request["folders"]]
@@ -40,7 +44,10 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
 def time_by_turns(
     models: Sequence[Any], request: Mapping[str, Any], time_answer: Callable[..., float]
 ) -> dict[str, list[list[float]]]:
-    """Time each task of the request with each model in turn; return task → seconds."""
+    """Time each task of the request several times with each model, the models in turn.
+
+    Returns a dict from tasks to the seconds `[models][turns]`.
+    """
     seconds: dict[str, list[list[float]]] = {
         name: [[] for _ in models] for name in request["tasks"]
     }
@@ -59,7 +66,7 @@ def time_by_turns(
 
 
 def build_model(folder: str, request: dict[str, Any]) -> PreTrainedModel:
-    """Build a model with random weights from a folder with its configuration."""
+    """Build a model with random weights from the configuration in a folder."""
     trust = request["trust_remote_code"]
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
     dtype = getattr(torch, request["dtype"])
@@ -73,9 +80,17 @@ def build_model(folder: str, request: dict[str, Any]) -> PreTrainedModel:
 def time_answer(
     model: PreTrainedModel, batch: int, length: int, new_tokens: int
 ) -> tuple[float, Any]:
-    """Measure the time of a prompt, or of `new_tokens` tokens after it; return (seconds, cache).
+    """Measure the seconds to read a prompt, or the seconds to write new tokens.
 
-    Without new tokens, the seconds are those until the first token is known.
+    Args:
+        model: The model.
+        batch: Number of texts.
+        length: Number of tokens in each prompt.
+        new_tokens: Number of tokens to write after each prompt; 0 to measure reading the prompt.
+
+    Returns:
+        The seconds, and the key-value cache. The time to read the prompt is not included if
+        `new_tokens` is above 0.
     """
     vocabulary = model.config.get_text_config().vocab_size
     ids = torch.randint(vocabulary, (batch, length), device=model.device)
@@ -100,7 +115,10 @@ def cache_bytes(cache: Any) -> int | None:
 
 
 def peak_bytes(device: str) -> int | None:
-    """Return this process's peak memory on a CUDA device, or else in main memory if known."""
+    """Return this process's peak memory on a device, in bytes.
+
+    The device is a CUDA device or `cpu`. The result is None if the peak is unknown.
+    """
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")

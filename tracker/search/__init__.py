@@ -1,7 +1,7 @@
 """Search for the parts of a model to remove, and for weights to store in fewer bits.
 
 Modules:
-    accuracy_budget: Define the largest acceptable loss, and test if a loss is within it.
+    accuracy_budget: Define the largest acceptable loss, and test which models are within it.
     cells: Measure a model under the removals that a search tries.
     conduct: Run the searches of a file, recommend a model, and store and publish the results.
     formats: Choose number formats for the weights of linear maps within a budget of bits.

@@ -28,15 +28,19 @@ TOLERANCE = 1e-9
 
 
 class BudgetVerdict(NamedTuple):
-    """Models of one sequence, from the largest to the smallest, that are within a budget.
+    """Result of testing which models of a search are within a budget of accuracy.
+
+    The models are ordered from the largest to the smallest.
 
     Attributes:
-        shown: Column of the smallest model that test documents show to be within the budget, as
-            are all larger models; None if there is none.
-        estimated: Column of the smallest model whose estimate is within the budget; None if there
-            is none.
-        needed: Number of test documents that would show `estimated`; None if unknown.
-        smallest_excess: The smallest estimated loss above the budget; None if no model has one.
+        shown: Column of the smallest model that is significantly within the budget. All larger
+            models must be significantly within the budget too. None if there is no such model.
+        estimated: Column of the smallest model whose estimated loss is within the budget; None if
+            there is no such model.
+        needed: Number of test documents with which the model in column `estimated` would probably
+            be significantly within the budget; None if unknown.
+        smallest_excess: The smallest estimate of a model's loss minus the budget; None if no loss
+            is defined.
     """
 
     shown: int | None
@@ -52,8 +56,8 @@ class AccuracyBudget:
     Attributes:
         text: The budget for messages, such as `lose at most 2pp`.
         max_drop: The largest acceptable loss, as a fraction.
-        kept_share: The share of the intact model's accuracy that the loss is counted from; 1 for a
-            budget in percentage points.
+        kept_share: The share of the intact model's accuracy that a pruned model must keep; 1 if the
+            budget is in percentage points (`max_drop`).
     """
 
     text: str
@@ -82,7 +86,7 @@ class AccuracyBudget:
     def excess(self, paired: PairedOutcomes, index: int) -> Estimate:
         """Estimate by how much the loss in column `index` exceeds the budget.
 
-        The budget is shown to hold if the upper end of the interval is at most 0.
+        The model is significantly within the budget if the interval's upper end is at most 0.
         """
         outcomes = paired.baseline, paired.ablated[:, index], paired.weights
         return budget_excess(*outcomes, self.max_drop, self.kept_share)
@@ -96,7 +100,7 @@ class AccuracyBudget:
             paired: Outcomes of the test documents, with a column for each model.
             columns: Columns of the models to test, the largest model first.
             n_documents: Number of test documents.
-            n_searches: Number of searches for which the intervals hold together.
+            n_searches: Number of searches for which the intervals are simultaneous.
 
         Returns:
             The columns of the models that are within the budget.
@@ -116,9 +120,10 @@ class AccuracyBudget:
         )
 
     def nearest_option(self, excess: float, paired: PairedOutcomes) -> str:
-        """Return the option for a budget that is larger by `excess`, rounded up.
+        """Return the command-line option for a larger budget of accuracy.
 
-        The result is empty if only a budget of the whole accuracy would be large enough.
+        The new budget is this budget plus `excess`, rounded up. The text is empty if the new budget
+        would allow the model to lose its whole accuracy.
         """
         if self.kept_share == 1:
             points = math.ceil(1000 * (self.max_drop + excess) - 1e-6) / 10
@@ -129,11 +134,12 @@ class AccuracyBudget:
 
 
 def count_shown(excesses: Sequence[Estimate]) -> int:
-    """Count the steps of a search that are shown to be within a budget.
+    """Count the steps of a search that are significantly within a budget.
 
-    Steps are tested from the lightest removal on, up to the first that is not shown. Such a fixed
-    sequence needs no correction for the number of steps: a false statement needs a false first
-    rejection, which has the probability of a single test.
+    The steps are tested in a fixed order, which starts with the smallest removal. The test stops at
+    the first step that is not significantly within the budget. In such a fixed sequence, p-values
+    need no correction for the number of steps: an error requires that the first true null
+    hypothesis is rejected, and a single test limits the probability of this.
 
     Args:
         excesses: Loss above the budget after each step, with intervals that are simultaneous for
@@ -155,26 +161,37 @@ def count_shown(excesses: Sequence[Estimate]) -> int:
 
 
 def refuse_untestable(cell: OpenCell, title: str) -> None:
-    """Raise ExperimentError if test documents cannot show that a budget of accuracy holds."""
+    """Raise ExperimentError if the metric of a benchmark does not allow a budget of accuracy.
+
+    Args:
+        cell: The model and benchmark of the test documents.
+        title: Name of the search in the message.
+
+    Raises:
+        ExperimentError: Lower values of the metric are better.
+    """
     metric = choose_metric(cell.benchmark, cell.request.metric)
     if not cell.benchmark.tasks[0].higher_is_better.get(metric, True):
         raise ExperimentError(
             f"{title}: {metric} is not an accuracy; 'max_drop' and 'keep_accuracy' need a metric "
-            "from 0 to 1 of which more is better, such as acc. Set 'metric', or set a size instead"
+            "such as acc, from 0 to 1, whose higher values are better. Set 'metric' to such a "
+            "metric, or set 'remove' or 'keep' instead"
         )
 
 
 def count_needed(excesses: Sequence[Estimate], n_documents: int, n_searches: int) -> int | None:
-    """Estimate how many test documents would show that the last of several steps is in the budget.
+    """Estimate how many test documents a search step needs to pass the budget's test.
+
+    With this number of documents, the step would probably be significantly within the budget.
 
     Args:
-        excesses: Loss above the budget after each step up to this step, with 95 % intervals.
+        excesses: Loss minus budget, with a 95 % interval, for this step and all earlier steps.
         n_documents: Number of measured test documents.
         n_searches: Number of searches whose results are compared.
 
     Returns:
-        The number of documents, for the power `TEST_POWER`; None if no number would show it,
-        because the estimate of a step is at the budget or above.
+        The number of documents for a test with the power `TEST_POWER`. None if no number is large
+        enough, because the estimated loss after a step is at least as large as the budget.
     """
     counts = []
     for excess in excesses:

@@ -99,7 +99,7 @@ _MANY_PARTS = 2
 
 
 def _removal_shape(ablation: Ablation) -> _RemovalShape:
-    """Return 0, 1 or 2 for each kind in `COMPONENTS`, if no, one or several parts change."""
+    """Count the changed parts of each kind in `COMPONENTS`; 2 stands for two or more."""
     counts = Counter(change.component for change in ablation.changes)
     return tuple(min(counts[component], _MANY_PARTS) for component in COMPONENTS)
 
@@ -174,7 +174,7 @@ class OpenCell:
 
     @property
     def view(self) -> View:
-        """The metric, documents and runs that the request selects from the stored results."""
+        """The metric, the documents and the runs that the request asks for."""
         return self.store.views.view_of(self.request)
 
     @property
@@ -260,12 +260,19 @@ class OpenCell:
         return observe_cell(self.request, self.store, kind, start, open_engine, self.progress)
 
     def open_meter(self, ablations: Sequence[Ablation], are_candidates: bool = False) -> Meter:
-        """Prepare the object that measures the intact model and some ablations.
+        """Create a meter, the object that measures the intact model and some ablations.
 
-        The argument `are_candidates` has the same meaning as in `measure`. For each new kind of
-        removal (e.g. one layer, several layers, heads), the method checks that sharing computation
-        between ablations changes no result. If an ablation removes several parts, random sets of
-        parts are checked too.
+        The ablations share computation. The method therefore compares results with really pruned
+        models, once for each kind of removal (e.g. one layer, several layers, heads). If an
+        ablation removes several parts, random sets of parts are checked too.
+
+        Args:
+            ablations: The ablations to measure.
+            are_candidates: Whether most ablations will be discarded. If True, the effect of
+                rounding is not measured.
+
+        Returns:
+            The meter.
         """
         meter, say = self._meter, self.progress.say
         if not self._checked_shapes:
@@ -297,9 +304,10 @@ class OpenCell:
         return meter
 
     def _parts_removed_together(self, ablations: Iterable[Ablation]) -> Iterator[SearchParts]:
-        """Yield each kind of part (as a numbering) of which an ablation removes several.
+        """Find the kinds of parts of which an ablation removes two or more.
 
-        Parts that an ablation rounds to a format are not counted.
+        The method yields the numbering of the parts of each such kind. Parts that an ablation only
+        rounds to a format are not counted.
         """
         source = self._cache.source(self.request.model)
         shapes = (_removal_shape(Ablation(a.changes.difference(a.roundings))) for a in ablations)

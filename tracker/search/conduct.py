@@ -51,16 +51,21 @@ IsSavable = Callable[[TestedSearch, PruneStep], bool]
 def judge_steps(
     budget: AccuracyBudget, search: TestedSearch, n_searches: int, is_savable: IsSavable
 ) -> BudgetVerdict:
-    """Test which savable steps of a search, named by their indices, are within a budget.
+    """Test which steps of a search are within a budget of accuracy.
 
-    The intervals that decide this hold for `n_searches` searches together.
+    Steps after which the model cannot be saved are left out. The columns of the verdict are indices
+    of steps. The intervals of the losses are simultaneous for `n_searches` searches.
     """
     indices = [i for i, step in enumerate(search.record.steps) if is_savable(search, step)]
     return budget.judge(search.outcomes, indices, search.record.baseline.n, n_searches)
 
 
 def end_within_budget(search: TestedSearch, n_searches: int, is_savable: IsSavable) -> TestedSearch:
-    """Return a search that ends at its last shown step, if it has a budget of accuracy."""
+    """Set the field `shown` of a search that has a budget of accuracy.
+
+    The field becomes the index of the last step that is significantly within the budget, or −1. A
+    search without a budget of accuracy is returned unchanged.
+    """
     budget = search.request.accuracy_budget
     if budget is None:
         return search
@@ -71,10 +76,11 @@ def end_within_budget(search: TestedSearch, n_searches: int, is_savable: IsSavab
 def recommend_within(
     budget: AccuracyBudget, searches: Searches, is_savable: IsSavable = lambda search, step: True
 ) -> Recommendation:
-    """Recommend the lightest set that test documents show to be within a budget of accuracy.
+    """Recommend the smallest model that is significantly within a budget of accuracy.
 
-    The steps of a search are tested in order, the smallest removal first (`count_shown`). The
-    intervals are simultaneous for all searches (Bonferroni). Random draws are never recommended.
+    The steps of a search are tested on test documents, the smallest removal first (`count_shown`).
+    The intervals are simultaneous for all searches (Bonferroni). Random draws are never
+    recommended.
 
     Args:
         budget: The budget.
@@ -83,8 +89,9 @@ def recommend_within(
             steps are left out, whatever their results are.
 
     Returns:
-        The set that is shown, the lightest set whose estimate is within the budget, and the reason
-        if no set is shown.
+        The recommendation. It contains the removed parts of the smallest model that is
+        significantly within the budget, and of the smallest model whose estimated loss is within
+        the budget. If no model is significantly within the budget, it contains the reason.
     """
     informed = [search for search in searches if search.request.strategy != RANDOM_STRATEGY]
     if not informed:
@@ -100,7 +107,7 @@ def recommend_within(
     estimated = [(steps[v.estimated], v.needed) for steps, v in verdicts if v.estimated is not None]
     excesses = [v.smallest_excess for _, v in verdicts if v.smallest_excess is not None]
     if not excesses:
-        reason = "no tested removal has a score and can be saved"
+        reason = "every tested removal either has no score or cannot be saved"
         return Recommendation(n_sets=n_sets, reason=reason)
     if not estimated:
         return Recommendation(n_sets=n_sets, nearest=budget.nearest_option(min(excesses), paired))
@@ -246,7 +253,17 @@ def run_searches(
 def _find_tracked_cells(
     runs: Sequence[CellRequest], cells: Iterable[CellRecord], ledger: Ledger
 ) -> dict[CellRequest, RecordKey]:
-    """Return the record key of each request that was measured as one of `cells`."""
+    """Match requests with measured cells.
+
+    Args:
+        runs: Requests for ablation runs.
+        cells: Records of the measured cells.
+        ledger: The results folder.
+
+    Returns:
+        A dict from requests to the keys of their cells. Requests without a measured cell are left
+        out.
+    """
     tracked = {cell.record_key[:2]: cell.record_key for cell in cells}
     stores = {run: find_cell(run, ledger).store for run in runs}
     keys = {
@@ -264,7 +281,19 @@ def _build_record(
     constraints: Constraints,
     rounded: Sequence[int | None],
 ) -> PruneRecord:
-    """Build the stored record of one draw of a search, with the test results of each step."""
+    """Build the stored record of one draw of a search, with the test results of each step.
+
+    Args:
+        draw: The draw.
+        cell: The model with the test documents.
+        tracked: Keys of the cells in which the steps were measured as ablation runs.
+        constraints: Constraints of the search.
+        rounded: For each step, the number of documents whose outcome rounding may reverse; None if
+            unknown.
+
+    Returns:
+        The record.
+    """
     steps = [
         step.model_copy(update={"test": _test_outcome(cell, ablation, count)})
         for step, ablation, count in zip(draw.steps, draw.ablations, rounded, strict=True)
@@ -325,10 +354,11 @@ def search_figures(search: TestedSearch) -> dict[str, float]:
 
 
 def _log_trial(targets: Sequence[str], folder: Path, results: SearchResults) -> None:
-    """Log a search's last measured step, within its budget, to a W&B sweep trial; end the trial.
+    """Log the final step of a search to the trial of a W&B sweep, and end the trial.
 
-    If the search has several random draws, only the first draw is logged. `results.outcome` records
-    errors of W&B.
+    If the search has a budget of accuracy, the final step is the last step that is significantly
+    within the budget. If the search has several random draws, only the first draw is logged. Errors
+    of W&B are added to `results.outcome`.
     """
     search = results.searches[0]
     record, request = search.record, search.run_request
@@ -342,7 +372,7 @@ def _log_trial(targets: Sequence[str], folder: Path, results: SearchResults) -> 
         if cell is None:
             reason = "no step was measured on test documents"
             if search.shown == -1:
-                reason = f"no removal is shown to {record.budget}"
+                reason = f"no removal is known to {record.budget} with 95 % confidence"
             trial.end_unmeasured(f"{record.label}: {reason}")
         else:
             trial.log(cell, search_figures(search))

@@ -1,7 +1,8 @@
 """Choose number formats for a model's weight matrices within a budget of bits.
 
-The first step chooses the formats with the smallest sum of losses, where each matrix is rounded
-alone. The second step measures the whole model with some formats swapped.
+The first step measures the loss of rounding each matrix alone, and chooses the formats with the
+smallest sum of these losses. The second step swaps formats between matrices, and measures the loss
+of the whole model after each swap.
 """
 
 from __future__ import annotations
@@ -49,8 +50,9 @@ class FormatUnit:
 
     Attributes:
         layer: Number of the layer, 0-based; 0 for the embedding and the output head.
-        paths: Paths of the linear maps, as in `Change.path`; one empty path for all maps of a
-            layer. Each path is measured alone, and the unit's loss is the sum.
+        paths: Paths of the linear maps, as in `Change.path`. A single empty path stands for all
+            maps of a layer. The loss of the unit is the sum of the losses of rounding each path
+            alone.
         shapes: Numbers of outputs and inputs of each weight matrix.
     """
 
@@ -72,7 +74,7 @@ class FormatUnit:
         return [f"{self.layer}.{path}".rstrip(".") for path in self.paths]
 
     def changes(self, form: str) -> list[Change]:
-        """Return the changes of the model that round these weights to a format, one per path."""
+        """Return one change per path, which rounds the weights of this path to a format."""
         return [Change.parse(f"{form}:{key}") for key in self.keys]
 
     @property
@@ -96,7 +98,7 @@ class FormatUnit:
             if stored_format is None:
                 raise RequestError(
                     f"{form} rounds blocks of {FORMATS[form].block} weights, but each row of "
-                    f"{self.name if self.is_embedding else f'a map of {self.name}'} has "
+                    f"{self.name if self.is_embedding else f'a linear map of {self.name}'} has "
                     f"{inputs} weights; leave {form} out of --format"
                 )
             n_bits += outputs * inputs * stored_format.bits_per_weight(inputs)
@@ -236,7 +238,10 @@ def parse_budget(
 
 
 def smallest_choice(units: Units, formats: Collection[str]) -> FormatChoice:
-    """Choose the format of the fewest bits for each unit, which depends on its row lengths."""
+    """Choose the format with the fewest bits for each unit.
+
+    The number of bits of a format can depend on the row lengths of the unit's matrices.
+    """
     return {unit: min(formats, key=unit.bits) for unit in units}
 
 
@@ -283,8 +288,8 @@ class FormatProblem:
         units: The groups of weights that get one format each.
         formats: The formats.
         budget: The budget, which must be large enough for `smallest_choice`.
-        losses: Array `[units, formats]` of finite losses. An entry is the loss if only this unit is
-            rounded.
+        losses: Array `[units, formats]` of finite losses. Each entry is the loss of the model when
+            a single unit is rounded to one format.
     """
 
     units: Units
@@ -299,7 +304,7 @@ class FormatProblem:
         assumes that the losses of several units add up.
 
         Args:
-            losses: Other losses than those of the problem, such as errors of weights.
+            losses: Losses to use instead of the attribute `losses`, such as errors of weights.
 
         Returns:
             A dict from units to chosen formats.
@@ -333,9 +338,9 @@ class FormatProblem:
         return {u: self.formats[index] for u, index in zip(self.units, indices, strict=True)}
 
     def uniform_choice(self) -> FormatChoice:
-        """Choose the largest format within the budget for all weights.
+        """Choose one format for all weights: the largest format within the budget.
 
-        If no single format is within the budget, each unit gets its format of the fewest bits.
+        If every format exceeds the budget, each unit gets its format with the fewest bits.
         """
         return self._largest_choice({}) or smallest_choice(self.units, self.formats)
 
@@ -352,10 +357,11 @@ class FormatProblem:
         return self._largest_choice(dict.fromkeys(outer_units, largest))
 
     def ladder(self) -> list[FormatChoice]:
-        """Choose formats at `BUDGET_SIZES` sizes, from the largest format down to the budget.
+        """Choose formats for `BUDGET_SIZES` model sizes.
 
-        The first choice has one format for all units. Each other choice has the smallest sum of
-        losses at its size.
+        The first choice has the largest format for all units. Each later choice has a smaller size,
+        and the last choice has the size of the budget. For each size, the formats have the smallest
+        sum of losses.
         """
         unlimited = replace(self, budget=replace(self.budget, bits=math.inf))
         largest = unlimited.uniform_choice()
@@ -366,16 +372,21 @@ class FormatProblem:
         return sorted(distinct, key=bits_per_weight, reverse=True)
 
     def _largest_choice(self, given: FormatChoice) -> FormatChoice | None:
-        """Choose the largest format within the budget, to be used for all units outside `given`."""
+        """Choose one format for all units without a format in `given`.
+
+        The result includes the formats in `given`. It has the largest format with which the whole
+        model is within the budget; None if every format exceeds the budget.
+        """
         choices = [{**dict.fromkeys(self.units, form), **given} for form in self.formats]
         return max(filter(self.budget.holds, choices), key=bits_per_weight, default=None)
 
     def find_swaps(self, choice: FormatChoice, max_swaps: int = MAX_SWAPS) -> list[FormatChoice]:
         """Find swaps of formats: one unit gets more bits, and others get fewer.
 
-        All swaps stay within the budget. The most promising increases are returned first. If
-        reducing one other unit frees enough bits, the swap reduces the unit with the smallest added
-        loss. Otherwise the swap reduces several units.
+        All swaps stay within the budget. The list begins with the swaps whose increase lowers the
+        loss most. If one other unit can free enough bits, the swap reduces the bits of one unit,
+        the unit with the smallest added loss. If no single unit can free enough bits, the swap
+        reduces the bits of several units.
 
         Args:
             choice: The current format of each unit, in the order of `losses`.
@@ -411,7 +422,7 @@ class FormatProblem:
             for move in raises:
                 excluded = used_moves | payers.get(move, set())
                 free = [reduction for reduction in reductions if reduction not in excluded]
-                paying = _find_payers(move, free, move.bits - spare_bits)
+                paying = _choose_reductions(move, free, move.bits - spare_bits)
                 if paying is None or (not paying and move in payers):
                     continue
                 used_moves.update(paying)
@@ -452,8 +463,19 @@ class FormatProblem:
         return Refinement(choice, count, tuple(gains))
 
 
-def _find_payers(raised: _Move, reductions: Sequence[_Move], missing: float) -> list[_Move] | None:
-    """Find reductions that free `missing` bits; return None if there are too few."""
+def _choose_reductions(
+    raised: _Move, reductions: Sequence[_Move], missing: float
+) -> list[_Move] | None:
+    """Choose format reductions of other units that free `missing` bits.
+
+    Args:
+        raised: Change of the unit that gets more bits.
+        reductions: Possible changes of other units to formats with fewer bits.
+        missing: Number of bits to free.
+
+    Returns:
+        The chosen reductions; None if all reductions together free too few bits.
+    """
     payers: list[_Move] = []
     while missing > 0:
         changed = {raised.unit, *(move.unit for move in payers)}

@@ -1,8 +1,9 @@
 """Simulate searches with random scores to predict their cost and their possible results.
 
 A search is refused if it cannot remove enough, or if no possible result could be saved as a
-checkpoint. In some models (e.g. Jamba), a layer's type depends on its position. A checkpoint of
-such a model can be loaded only if whole periods of layers were removed.
+checkpoint. In some models (e.g. Jamba), layer types repeat with a period, and a layer's type
+depends on its position. A pruned checkpoint of these models can be loaded only if the number of
+adjacent removed layers is a multiple of the period.
 """
 
 from __future__ import annotations
@@ -98,9 +99,10 @@ def possible_results(request: SearchRequest, budget: Budget, n: int = TRIAL_DRAW
 def prepare_searches(
     requests: Sequence[SearchRequest], cache: ModelCache
 ) -> tuple[list[Budget], list[str]]:
-    """Check searches, and return the budget of each search and the remarks of `refuse_unsavable`.
+    """Check all searches before anything is measured.
 
-    Raises RequestError for an invalid request.
+    Returns the budget of each search, and a remark for each search whose results may not be
+    savable; other remarks are empty. Raises RequestError for an invalid request.
     """
     refuse_unknown(requests, cache)
     refuse_mixed(requests, cache)
@@ -131,7 +133,11 @@ def refuse_unsavable(
     find_refusal = functools.cache(partial(_find_refusal, check_layer_changes))
 
     def describe_result(request: SearchRequest, budget: Budget) -> str:
-        """Return a remark on results that cannot be saved; raise ModelError if none can."""
+        """Return a remark if some possible results of a search cannot be saved.
+
+        The remark is empty if all possible results can be saved. Raises ModelError if no possible
+        result can be saved.
+        """
         if request.is_uniform:
             # Sets of the same size have the same number of parts in each layer.
             sets = {len(part_set): part_set for part_set in possible_results(request, budget, 1)}
@@ -159,12 +165,18 @@ def refuse_unsavable(
 
 
 def find_part_refusal(source: ModelSource, removal: Ablation) -> str:
-    """Return why a model without these parts of layers cannot be saved; empty if it can."""
+    """Return why a model without these parts of layers cannot be saved.
+
+    The text is empty if the model can be saved.
+    """
     return _find_refusal(check_part_removal, source, removal)
 
 
 def _find_refusal(check: Callable[..., None], *arguments: object) -> str:
-    """Return the message of a check that raises ModelError; empty if it does not."""
+    """Call a check, and return the message of the ModelError that it raises.
+
+    The text is empty if the check raises no ModelError.
+    """
     try:
         check(*arguments)
     except ModelError as error:
@@ -173,13 +185,17 @@ def _find_refusal(check: Callable[..., None], *arguments: object) -> str:
 
 
 def _savable_spans(n_layers: int, refuse: Callable[[PartSet], str]) -> str:
-    """Return advice on how many adjacent layers to remove; empty if there is none."""
+    """Return advice on how many adjacent layers to remove, or an empty text.
+
+    The function looks for a number of adjacent layers without which the model can be saved. The
+    text is empty if there is no such number.
+    """
     for length in range(2, n_layers // 2 + 1):
         starts = (0, 1, (n_layers - length) // 2, n_layers - length)
         if not any(refuse(tuple(range(start, start + length))) for start in starts):
             return (
-                f". A span of {length} layers, or a multiple of {length}, can be removed: write "
-                f"strategy: {{value: angular}} and remove: {{value: {length}}}"
+                f". {length} adjacent layers, or a multiple of {length}, can be removed. To remove "
+                f"{length}, write strategy: {{value: angular}} and remove: {{value: {length}}}"
             )
     return ""
 
@@ -191,14 +207,14 @@ class PlannedSearch:
     Attributes:
         request: The search, or the request that measures the results of searches.
         documents: Number of documents that are measured.
-        evaluations: Number of measured sets of removed parts, without reused results.
-        flops: Number of floating-point operations, without the results of earlier searches of the
-            plan.
+        evaluations: Number of sets of removed parts to measure; reused results are not counted.
+        flops: Number of floating-point operations. Results that an earlier search of the plan
+            measures are not counted again.
         dtype: The dtype of the computation, such as `bfloat16`.
         naive_flops: Number of floating-point operations if lm-eval evaluated each set separately;
             None if the search uses proxies.
-        steps: Number of parts that the search removes, or of its steps if it removes several units;
-            None for a comparison or test.
+        steps: Number of parts that the search removes. If the search removes several units, it is
+            the number of steps. None for a comparison or test.
         passes: Cost of the search in forward passes of the intact model over all calibration
             documents; None for a comparison or test.
         at_most: True if the cost is an upper bound.
@@ -220,10 +236,10 @@ class PlannedSearch:
 def plan_searches(
     requests: Sequence[SearchRequest], ledger: Ledger, trust_remote_code: bool = False
 ) -> tuple[list[PlannedSearch], list[PlannedSearch]]:
-    """Predict the cost of searches and of testing their results, without reused results.
+    """Predict the cost of searches, and the cost of testing their results.
 
-    The function runs the searches with random scores. For a budget in seconds, the model is loaded
-    to time its layers.
+    The function runs the searches with random scores. Stored results are ignored, so the real cost
+    can be lower. For a budget in seconds, the model is loaded to time its layers.
 
     Args:
         requests: The searches.
@@ -310,8 +326,8 @@ def check_searches(
 ) -> list[str]:
     """Check searches without loading weights.
 
-    Returns remarks, for example on checks that were impossible. Raises RequestError for an invalid
-    request.
+    Returns remarks, for example about checks that were impossible. Raises RequestError if a request
+    is invalid.
     """
     cache = ModelCache(ledger, Options(trust_remote_code=trust_remote_code), Silent())
     refuse_unknown(searches, cache)
@@ -329,7 +345,7 @@ def check_searches(
 
 
 class _CountingScores(RandomScores):
-    """Random scores that also count the predicted cost of real scores.
+    """Random scores that also count how much it would cost to measure real scores.
 
     `passes`, `flops` and `naive_flops` have the same meaning as in `PlannedSearch`.
     """
@@ -352,7 +368,7 @@ class _CountingScores(RandomScores):
         return len(self.evaluated) + len(self._observed)
 
     def losses(self, outcome: str, sets: Sequence[PartSet]) -> Losses:
-        """Return random losses, and count the cost of measuring real losses."""
+        """Return random losses, and add the cost of measuring the real losses to the counts."""
         ablations = (INTACT, *(self.ablation(part_set) for part_set in sets))
         ablations = tuple(a for a in ablations if a not in self.evaluated)
         self.evaluated |= set(ablations)
@@ -370,7 +386,7 @@ class _CountingScores(RandomScores):
         return super().losses(outcome, sets)
 
     def proxy(self, name: str, removed: PartSet, spans: Sequence[range] | None = None) -> Losses:
-        """Return random values, and count the cost of measuring the proxy."""
+        """Return random values, and add the cost of measuring the proxy to the counts."""
         n_layers = self.layers - len(removed)
         self.naive_flops = None
         if (key := f"{name}/{removed}") not in self._observed:

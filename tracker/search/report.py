@@ -58,8 +58,8 @@ class TestedSearch:
         outcomes: Outcomes of the test documents after each step of the search; higher is better.
         run_requests: For each step, the request that measures the step as an ablation run; None if
             this is impossible.
-        shown: Index of the last step that is shown to be within a budget of accuracy; −1 if none
-            is, and None without a budget.
+        shown: Index of the last step that is significantly within the budget of accuracy; −1 if no
+            step is. None if the search has no budget of accuracy.
     """
 
     request: SearchRequest
@@ -70,19 +70,27 @@ class TestedSearch:
 
     @property
     def final_index(self) -> int:
-        """The index of the last step, within the budget of accuracy if there is one; else −1."""
+        """The index of the step that gives the search's result.
+
+        This is the last step. If the search has a budget of accuracy, it is the last step that is
+        significantly within the budget, or −1 if there is none.
+        """
         return len(self.record.steps) - 1 if self.shown is None else self.shown
 
     @property
     def final_step(self) -> PruneStep:
-        """The step at `final_index`; a step without removed parts if there is none."""
+        """The step with the index `final_index`; for −1, a step without removed parts."""
         index = self.final_index
         intact = PruneStep(removed=(), test=self.record.baseline)
         return intact if index < 0 else self.record.steps[index]
 
     @property
     def run_request(self) -> CellRequest | None:
-        """The request of the last step up to `final_index` that an ablation run can measure."""
+        """The request that measures the search's result as an ablation run.
+
+        If no ablation run can measure the step at `final_index`, this is the request of the last
+        earlier step that an ablation run can measure; None if there is none.
+        """
         return next(filter(None, reversed(self.run_requests[: self.final_index + 1])), None)
 
     def find_step(self, removed: Sequence[int]) -> int | None:
@@ -121,9 +129,9 @@ class GoalResult:
         return self.searches[0].request.accuracy_budget
 
     def find_steps(self, removed: Sequence[int]) -> list[tuple[TestedSearch, int]]:
-        """Return the searches that chose a set of parts, with the index of the step.
+        """Find the searches that removed exactly a given set of parts at one of their steps.
 
-        Random searches are excluded.
+        Returns pairs of a search and the index of this step. Random searches are excluded.
         """
         indices = [(search, search.find_step(removed)) for search in self.searches]
         return [(search, index) for search, index in indices if index is not None]
@@ -165,7 +173,7 @@ class GoalResult:
 
     @property
     def unshown_reason(self) -> str:
-        """Reason why no set of parts is shown to lose at most the budget, and what to do."""
+        """Reason why no removal is significantly within the budget, and advice what to do."""
         budget, n, recommendation = self.budget, self.record.baseline.n, self.recommendation
         if budget is not None and recommendation.nearest is not None:
             return SEARCH_TEXTS.render("unreached", recommendation.nearest, budget, n)
@@ -175,7 +183,10 @@ class GoalResult:
 
     @property
     def _needed_text(self) -> str:
-        """The number of test documents that would show the lightest estimate."""
+        """Text with the number of test documents that the estimated recommendation needs.
+
+        With this number, the recommendation would probably be significantly within the budget.
+        """
         recommendation, budget = self.recommendation, self.budget
         assert budget is not None
         search, index = self.find_steps(recommendation.estimated)[0]
@@ -190,7 +201,10 @@ class GoalResult:
         return SEARCH_TEXTS.render("raise_sample", benchmark.sample_size(recommendation.n_needed))
 
     def _upper_excesses(self, removed: Sequence[int]) -> list[float]:
-        """Return the upper end of the excess over the budget, for each step up to a set."""
+        """Compute upper bounds of the loss minus the budget, for the steps of a search.
+
+        The list has an upper bound for each step, up to the step that removed the set `removed`.
+        """
         assert self.budget is not None
         search, index = self.find_steps(removed)[0]
         excesses = [self.budget.excess(search.outcomes, k) for k in range(index + 1)]
@@ -265,7 +279,10 @@ class StepSeparation:
 
     @property
     def needed_documents(self) -> int | None:
-        """Estimated number of documents for half of the unsure steps, or None."""
+        """Estimated number of documents that would make half of the unsure steps significant.
+
+        This is the median of the steps' estimates; None if no step has an estimate.
+        """
         needed = [step.separates for step in self.unsure_steps if step.separates is not None]
         return statistics.median_high(needed) if needed else None
 
@@ -390,7 +407,14 @@ def unsure_sentences(records: Sequence[PruneRecord], choice: str, suffix: str = 
     """Return a sentence about search steps with too few calibration documents, if there are any.
 
     At such a step, the chosen candidate is not significantly better than the second-best candidate.
-    `choice` and `suffix` are words of the sentence.
+
+    Args:
+        records: Records of the searches.
+        choice: Name of the chosen candidate in the sentence.
+        suffix: Words after the number of documents in the sentence.
+
+    Returns:
+        A list with one sentence, or an empty list.
     """
     documents = round(calibration_documents(records))
     return SEARCH_TEXTS.render_all("unsure", separate_steps(records), documents, choice, suffix)
@@ -415,8 +439,14 @@ def frontier_chart(
 ) -> LineChart:
     """Draw each strategy's test accuracy or loss against the size of the model.
 
-    `x` is the name of the sizes, and `quantity` the name of the values, such as `accuracy` or
-    `loss`. `levels` maps each strategy to its values by size.
+    Args:
+        title: Title of the chart.
+        x: Label of the axis of sizes.
+        quantity: Name of the plotted values, such as `accuracy` or `loss`.
+        levels: For each strategy, a dict from sizes to values.
+
+    Returns:
+        The chart.
     """
     sizes = sorted(set().union(*levels.values()))
     unit: FigureUnit = "score" if quantity == "loss" else "percent"
@@ -453,28 +483,32 @@ def _searches_table(searches: Searches) -> Table:
     )
     calibrations = dict.fromkeys(_calibration_text(search) for search in records)
     return build_table(
-        f"{record.model.name} · {_benchmark_name(record)}: pruned by each strategy, on "
+        f"{record.model.name} · {_benchmark_name(record)}: results of pruning by each strategy, on "
         f"{documents}{part}",
         columns,
         [None, *searches],
         *SEARCH_TEXTS.render_all("part_name", record),
-        *(f"calibration documents: {text}" for text in calibrations if text),
+        *(f"calibration: {text}" for text in calibrations if text),
     )
 
 
 def _calibration_text(record: PruneRecord) -> str:
-    """Describe the number and source of the calibration documents, or return ""."""
+    """Describe the number and source of the calibration documents.
+
+    The text is empty if the search used no documents.
+    """
     return ", ".join(
-        f"{cell.n:,} of {cell.benchmark}{f' ({cell.part})' if cell.part else ''}"
+        f"{count_text(cell.n, 'document')} of {cell.benchmark}"
+        f"{f' ({cell.part})' if cell.part else ''}"
         for cell in record.calibration
     )
 
 
 def _search_labels(records: Sequence[PruneRecord]) -> dict[str, str]:
-    """Return a label for each search by name, made of the strategy and other settings.
+    """Return a dict from the names of searches to labels.
 
-    The other settings are the calibration documents and the constraints. They are added only if
-    they differ between searches.
+    A label names the strategy. If searches with the same strategy and amount differ in their
+    calibration documents or constraints, the label also contains these.
     """
     labels = {}
     for group in group_by(records, lambda record: (record.label, record.amount)).values():
@@ -496,15 +530,15 @@ def _constraints_text(record: PruneRecord) -> str:
 
 NO_TIME = "the time is estimated only for an amount in seconds or latency"
 _TIME_NOTE = (
-    "ms a token is an estimate: the measured time of the unpruned model, minus the times of the "
-    "removed layers"
+    "ms a token: estimated time per token in milliseconds, which is the measured time of the "
+    "unpruned model minus the times of the removed layers"
 )
 
 
 class _StepRow(NamedTuple):
     """Row of the table of steps; the first step of a search has number 1.
 
-    `former` are the parts that were removed before.
+    `former` contains the parts that earlier steps removed.
     """
 
     search: str
@@ -575,7 +609,7 @@ def _steps_table(records: Sequence[PruneRecord]) -> Table:
 def _draw_frontiers(records: Sequence[PruneRecord]) -> Iterator[LineChart]:
     """Draw each strategy's test accuracy or loss against the size, and against the measured time.
 
-    The size is the number of parameters, or of removed parts. The time is that of a token.
+    The size is the number of parameters, or of removed parts. The time is the time per token.
     """
     record, labels = records[0], _search_labels(records)
     ascending = sorted(records, key=lambda search: len(search.removed))
@@ -633,8 +667,8 @@ def find_savable(goals: Sequence[GoalResult], is_shown: bool = True) -> SavableS
 
     Args:
         goals: The searches and the recommendation for each goal.
-        is_shown: True to require that test documents show the set to be within a budget of
-            accuracy; False if the estimate is enough.
+        is_shown: True to require that the set is significantly within the budget of accuracy; False
+            if it is enough that the estimated loss is within the budget.
 
     Returns:
         The step that removed the set; None if no set can be saved.
@@ -658,12 +692,15 @@ def refuse_unreached(goals: Sequence[GoalResult]) -> None:
 
 
 def unsaved_reason(goals: Sequence[GoalResult], results: Path) -> str:
-    """Explain why no recommended model is saved, and how to save one that is not shown."""
+    """Explain why no recommended model is saved.
+
+    If a model's estimated loss is within the budget, the text includes the command that saves it.
+    """
     estimate = find_savable(goals, is_shown=False)
     if estimate is None:
         return "there is no recommended model to save"
     reason = estimate.goal.unshown_reason
-    return f"{reason}. To save it nevertheless: {estimate.command(results)}"
+    return f"{reason}. To save the model nevertheless: {estimate.command(results)}"
 
 
 def save_command(change: Sequence[str], request: CellRequest, results: Path) -> str:

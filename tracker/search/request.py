@@ -116,13 +116,13 @@ class SearchRequest(SearchSettings):
             )
         if unit in NUMBERED_COMPONENTS and self.at_least:
             yield (
-                f"'at_least' counts layers that stay, but 'unit' is {unit}: every layer keeps "
-                f"some {unit_plural(unit)} anyway; use 'protect' or 'among'"
+                f"'at_least' sets the number of whole layers that stay, but 'unit' is {unit}, so "
+                f"all layers stay and only lose some {unit_plural(unit)}; use 'protect' or 'among'"
             )
         if self.uniform and unit not in NUMBERED_COMPONENTS:
             yield (
                 "'uniform' is only for heads, experts and neurons, but 'unit' is "
-                f"{unit}; leave it out"
+                f"{unit}; leave 'uniform' out"
             )
         elif self.uniform and self.strategy not in UNIFORM_STRATEGIES:
             yield (
@@ -145,10 +145,13 @@ class SearchRequest(SearchSettings):
                 f"such as 20 %, not {self.amount.text}"
             )
         if self.protect or self.among or self.at_least or self.used_rescoring != "full":
-            keys = "'protect', 'among', 'at_least' and 'rescoring'"
-            yield f"with several units, every layer loses parts; leave {keys} out"
+            keys = "'protect', 'among', 'at_least' or 'rescoring'"
+            yield (
+                "a search with several units removes parts from every layer and does not support "
+                f"{keys}; leave these settings out"
+            )
         if "uniform" in self.model_fields_set and not self.uniform:
-            yield "several units are removed uniformly; leave 'uniform' out"
+            yield "a search with several units is always uniform; leave 'uniform' out"
 
     @property
     def is_mixed(self) -> bool:
@@ -157,14 +160,14 @@ class SearchRequest(SearchSettings):
 
     @property
     def is_uniform(self) -> bool:
-        """True if each layer loses the same number of heads, experts or neurons."""
+        """True if the search removes equally many heads, experts or neurons from each layer."""
         return self.uniform or self.is_mixed
 
     @property
     def amount(self) -> Amount | None:
         """The amount to remove or to keep; None if only a budget of accuracy ends the search.
 
-        A share of several units is a share of the parameters.
+        If the search removes several units, a percentage is a share of the model's parameters.
         """
         text = self.remove or self.keep
         amount = None if text is None else parse_amount(text)
@@ -248,7 +251,7 @@ class SearchRequest(SearchSettings):
         return replace(cell, benchmark=spec, metric=None)
 
     def test(self) -> CellRequest:
-        """Return the request for the test documents, which choose no parts."""
+        """Return the request for the test documents, which are not used to choose parts."""
         return self.cell.on_part("test", sample=self.test_sample)
 
     @property
@@ -263,7 +266,7 @@ class _Constraint(GridValues):
     @model_validator(mode="before")
     @classmethod
     def _refuse_range(cls, content: object) -> object:
-        """Raise ValueError for a mapping that is not written below `value` or `values`."""
+        """Raise ValueError for a mapping without the key `value` or `values`."""
         if isinstance(content, dict) and not content.keys() & {"value", "values"}:
             entries = ", ".join(f"{key}: {value}" for key, value in content.items())
             raise ValueError(f"write {{value: {{{entries}}}}}: a constraint has only one value")
@@ -309,9 +312,11 @@ def build_search(cell: CellRequest, settings: dict[str, Any], prefix: str = "--"
 
 
 def as_uniform(search: SearchRequest) -> SearchRequest:
-    """Return the search with `uniform` set to true, which saving a model without parts needs.
+    """Return a copy of a search of heads, experts or neurons with `uniform` set to true.
 
-    Raises RequestError if `uniform` is false, or if the other settings contradict it.
+    A model without heads, experts or neurons can be saved only if the search is uniform. Other
+    searches are returned unchanged. Raises RequestError if the user set `uniform` to false, or if
+    another setting contradicts `uniform`.
     """
     if search.unit not in NUMBERED_COMPONENTS or search.uniform:
         return search
@@ -360,7 +365,7 @@ class PruneFile(Sweep):
         names, options = zip(*sorted(grid.items()), strict=True)
         count = math.prod(map(len, options))
         if count > MAX_CELLS:
-            limit = f"a file may have at most {MAX_CELLS:,}. Split the file into several"
+            limit = f"a file may have at most {MAX_CELLS:,} searches. Split the file into several"
             raise ExperimentError(f"'parameters': the grid has {count:,} searches; {limit}")
         rows = (dict(zip(names, values, strict=True)) for values in itertools.product(*options))
         requests = list(dict.fromkeys(search_request(row, "parameters.") for row in rows))
@@ -391,7 +396,7 @@ _SEARCHES = experiment_input.FileKind(
     PruneFile.searches,
     {"method": "grid", "command": ["tracker", "prune", "${args}"]},
     experiment_input.is_removal_file,
-    "lists layers ('layer'), but a search chooses the layers itself. Replace 'layer' by 'remove', "
+    "has the key 'layer', but a search chooses the layers itself. Replace 'layer' by 'remove', "
     "'keep', 'max_drop' or 'keep_accuracy', such as remove: {value: 8}. To measure the listed "
     "layers, use tracker run",
 )

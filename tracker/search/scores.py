@@ -1,6 +1,6 @@
 """Score sets of removed parts on calibration documents.
 
-All scores are losses: smaller is better.
+All scores are losses: a smaller score is better.
 """
 
 from __future__ import annotations
@@ -83,10 +83,11 @@ class Losses:
         return sorted(range(len(keys)), key=keys.__getitem__)
 
     def per_size(self, sizes: Array) -> Losses:
-        """Divide the additional loss of each set by its additional size.
+        """Compute the loss per removed size of each set, relative to the first set.
 
-        Both are relative to the first set, which is left out. `sizes` has the removed size of each
-        set.
+        For each set, this is the loss above the loss of the first set, divided by the size above
+        the size of the first set. `sizes` contains the total size of the parts in each set. The
+        result does not contain the first set.
         """
         prices = np.asarray(sizes[1:]) - sizes[0]
         values = (self.values[:, 1:] - self.values[:, :1]) / prices
@@ -96,8 +97,15 @@ class Losses:
     def choose_step(self, removed: PartSet | None, order: Sequence[int] | None = None) -> PruneStep:
         """Build the search step that removes the set with the smallest loss.
 
-        `removed` is the set that earlier steps removed, or None. Raises CellError if no loss is
-        finite.
+        Args:
+            removed: The set that earlier steps removed; None if the sets do not extend such a set.
+            order: Indices of the sets to consider, in ascending order of loss; None for all sets.
+
+        Returns:
+            The step, with a comparison of the two best sets.
+
+        Raises:
+            CellError: No loss is finite.
         """
         best, *others = self.order if order is None else order
         means = self.means
@@ -184,7 +192,11 @@ class Scores:
         return Losses(sets, *_stack_documents(losses), np.zeros(len(sets)))
 
     def extended_sets(self, removed: PartSet, spans: Sequence[range] | None) -> list[PartSet]:
-        """Return one set per candidate: the removed layers plus a span or a remaining layer."""
+        """Build the sets that the candidates of the next removal would give.
+
+        Each set contains the layers in `removed` and one candidate. A candidate is a span of
+        remaining layers, or a single remaining layer if `spans` is None.
+        """
         layers = [layer for layer in range(self.layers) if layer not in removed]
         if spans is None:
             return [add_parts(removed, layer) for layer in layers]
@@ -221,7 +233,13 @@ class Scores:
     def record_race(
         self, race: CandidateRace, candidates: Sequence[Ablation], start: Sequence[Ablation]
     ) -> None:
-        """Record the documents that a race (`rescoring: race`) measured, and add its cost."""
+        """Record the documents that a race (`rescoring: race`) measured, and add the race's cost.
+
+        Args:
+            race: The finished race.
+            candidates: Ablations that the race compared.
+            start: Further ablations that the race measured on each document.
+        """
         (cell,) = self.cells
         n_seen = race.rule.seen
         n_measured = race.measured_documents(n_seen)
@@ -268,7 +286,10 @@ def _stack_documents(parts_of_cells: Sequence[tuple[Array, Array]]) -> tuple[Arr
 
 
 def _build_observer(engine: Engine, name: str, removed: PartSet) -> ObserveDocument:
-    """Build a function that measures a proxy on one document, without the removed layers."""
+    """Build a function that measures a proxy on one document.
+
+    The proxy is measured in the model without the layers in `removed`.
+    """
     import time
 
     sharing = engine.sharing

@@ -1,8 +1,7 @@
 """Run one search: choose parts to remove by measurements on calibration documents.
 
-The module also recommends one of the sets that several searches chose.
-
-For a budget in seconds, the module times each layer.
+The module also recommends one of the sets that several searches chose. If the amount to remove is
+given in seconds, the module times each layer.
 """
 
 from __future__ import annotations
@@ -61,8 +60,8 @@ def seconds_per_token(
 ) -> tuple[list[float], float]:
     """Return the seconds per token of each layer and of the whole model.
 
-    The tokens are read at once, or with `is_decoding` written one by one after a prompt. Each model
-    is timed once per machine and device.
+    By default, the model reads all tokens in one forward pass. If `is_decoding` is true, the model
+    writes one token after a prompt. Each model is timed once per machine and device.
     """
     identity = loaded.identity
     hardware = {**describe_machine(), **describe_device(loaded.device)}
@@ -81,7 +80,10 @@ def seconds_per_token(
 
 @torch.inference_mode()
 def _time_layers(loaded: LoadedModel, is_decoding: bool) -> tuple[list[float], float]:
-    """Measure the seconds per token of each layer and of the whole model."""
+    """Measure the seconds per token of each layer and of the whole model.
+
+    The arguments are those of `seconds_per_token`.
+    """
     ids = torch.zeros(1, TIMING_TOKENS, dtype=torch.long, device=loaded.device)
     settings: dict[str, Any] = {"use_cache": is_decoding}
     if is_decoding:
@@ -157,7 +159,8 @@ class SearchDraw:
     def run_request(self, step: PruneStep) -> CellRequest | None:
         """Build the request for an ablation run that tests the model after a step.
 
-        The method returns None if several attentions, MLPs or numbered parts are removed.
+        The method returns None if the step removes several parts that are not whole layers, because
+        an ablation run changes only one such part.
         """
         part = step.layer if step.layer is not None else max(step.removed)
         removed = tuple(layer for layer in step.removed if layer != part)
@@ -265,7 +268,11 @@ def find_budget(request: SearchRequest, cache: ModelCache) -> Budget:
 
 
 def _uniform_block(source: ModelSource, parts: SearchParts) -> int:
-    """Return the block size; uniform removals take equally many parts from each block."""
+    """Return the number of parts in each block for uniform removals.
+
+    A uniform removal takes equally many parts from each block. A block is a layer, or for attention
+    heads a group of heads that share keys and values.
+    """
     counts, block = count_parts(source), parts.per_layer
     # Heads are removed evenly from the groups that share keys and values.
     if parts.unit == "head" and counts.kv_head:
@@ -373,7 +380,10 @@ def run_search(request: SearchRequest, budget: Budget, cache: ModelCache) -> Ite
 
 
 def _is_over(budget: AccuracyBudget, scores: Scores, removed: PartSet) -> bool:
-    """Measure the loss without some parts, and return whether a search ends here."""
+    """Return whether the loss without the removed parts is far above the budget.
+
+    A search ends in this case. The function measures the loss if it is not measured yet.
+    """
     scores.losses("accuracy", [removed])
     (cell,) = scores.cells
     return budget.is_clearly_exceeded(cell.outcomes([scores.ablation(removed)]))
@@ -422,9 +432,9 @@ def _step_message(request: SearchRequest, scores: Scores, draw: int | None, step
     if isinstance(parts, MixedParts):
         text = f"{removed} removed"
     elif step.layer is not None and parts.unit in NUMBERED_COMPONENTS:
-        text = f"{unit} {parts.name(step.layer)} goes, {len(step.removed)} in all"
+        text = f"removed {unit} {parts.name(step.layer)}; {len(step.removed)} removed so far"
     elif step.layer is not None:
-        text = f"{unit} {step.layer} goes; removed: {removed}"
+        text = f"removed {unit} {step.layer}; removed so far: {removed}"
     return f"{request.cell.benchmark}, {name}: {text}"
 
 
@@ -438,18 +448,19 @@ class Recommendation:
 
     Attributes:
         removed: The recommended set of removed parts; empty if nothing is recommended. With a
-            budget of accuracy, the lightest set that is shown to be within the budget.
-        n_sets: Number of different sets that the searches chose. With a budget of accuracy, the
-            number of searches for which intervals are simultaneous.
+            budget of accuracy, the model without these parts is the smallest model that is
+            significantly within the budget.
+        n_sets: Number of different sets that the searches chose. With a budget of accuracy, this is
+            the number of searches for which intervals are simultaneous.
         step: Comparison of the recommended and the second-best set; None if no sets were compared.
         decided_on: The documents on which sets were compared; None if no sets were compared.
         reason: Reason why nothing is recommended; empty otherwise.
-        estimated: With a budget of accuracy, the lightest set whose estimate is within the budget;
-            otherwise empty.
-        n_needed: Number of test documents that would show that `estimated` is within the budget;
-            None if unknown.
-        nearest: Option for the smallest budget that a tested set reaches; None if a tested set is
-            within the budget. Empty if every set loses all accuracy.
+        estimated: Set of removed parts of the smallest model whose estimated loss is within the
+            budget of accuracy; empty without such a budget.
+        n_needed: Number of test documents with which the model without `estimated` would probably
+            be significantly within the budget; None if unknown.
+        nearest: Command-line option for the smallest budget of accuracy that a tested set meets.
+            None if a tested set meets the given budget. Empty if every set loses all accuracy.
     """
 
     removed: PartSet = ()
@@ -482,7 +493,7 @@ def recommend_set(draws: Sequence[SearchDraw], cache: ModelCache) -> Recommendat
     if len(sets) == 1:
         return Recommendation(sets[0], 1)
     request = deciding_request([draw.request for draw in draws])
-    cache.progress.say(f"{request.title}: which of {len(sets)} sets costs least")
+    cache.progress.say(f"{request.title}: comparing the losses of {len(sets)} removed sets")
     cell = cache.cell(request)
     try:
         step = Scores([cell], draws[0].parts).losses("accuracy", sets).choose_step(None)

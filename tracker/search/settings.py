@@ -108,7 +108,8 @@ def _parse_minimums(value: object) -> str:
         if match is None or int(match[1]) < 1:
             raise ValueError(f"{kind}: invalid number of layers {short_text(text)}; {expected}")
         if match[2] and int(match[2]) < int(match[1]):
-            raise ValueError(f"{kind}: of {match[2]} layers {match[1]} cannot stay; {expected}")
+            problem = f"{match[1]} layers out of {match[2]} cannot stay"
+            raise ValueError(f"{kind}: {problem}; {expected}")
     return json.dumps(texts, sort_keys=True)
 
 
@@ -236,7 +237,10 @@ def _layers_of_kinds(key: str, kinds: Sequence[str], config: Callable[[], Any]) 
 
 
 def _parse_minimum(kind: str, text: str, n_layers: int, config: Callable[[], Any]) -> LayerMinimum:
-    """Parse a minimum `N` or `N of M`; raise ExperimentError if the intact model has fewer."""
+    """Parse a minimum number of layers of one kind, written as `N` or `N of M`.
+
+    Raises ExperimentError if the intact model has fewer layers of this kind.
+    """
     layers = _layers_of_kinds("at_least", [kind], config)
     n, _, width = text.partition(" of ")
     minimum = LayerMinimum(kind, layers, int(n), int(width) if width else None)
@@ -247,7 +251,7 @@ def _parse_minimum(kind: str, text: str, n_layers: int, config: Callable[[], Any
         if len(group) < minimum.count:
             among = f" among layers {start} to {start + window - 1}" if window else ""
             has = f"the intact model has {len(group)} layers of this kind{among}"
-            raise ExperimentError(f"{prefix}: {has}; require at most this number")
+            raise ExperimentError(f"{prefix}: {has}; set a minimum of at most {len(group)}")
     return minimum
 
 
@@ -271,8 +275,8 @@ AMOUNT_FORMS = "8, 25 %, 25 % parameters, 25 % bytes, 25 % latency, 34M paramete
 
 _TOO_FEW: Mapping[str, str] = {
     "layer": "no layer would remain",
-    "head": "some layers would have no head",
-    "kv_head": "some layers would have no group of heads",
+    "head": "some layers would have no attention head",
+    "kv_head": "some layers would have no group of attention heads",
     "expert": "some layers would have fewer experts than their routers choose",
     "neuron": "some layers would have no group of neurons",
 }
@@ -331,7 +335,8 @@ def parse_amount(value: int | str) -> Amount:
     if isinstance(value, bool) or amount is None or amount.measure == "bits":
         raise ValueError(f"invalid amount {short_text(value)}; expected e.g. {AMOUNT_FORMS}")
     if amount.value <= 0 or (amount.is_share and amount.value >= 1):
-        raise ValueError(f"invalid amount {amount.text!r}; expected above 0 and below 100 %")
+        allowed = "expected a number above 0, or a percentage above 0 and below 100 %"
+        raise ValueError(f"invalid amount {amount.text!r}; {allowed}")
     return amount
 
 
@@ -355,12 +360,13 @@ class Budget:
     """Minimum total size of the removed parts, and the parts that must stay.
 
     Attributes:
-        sizes: Size of each part in parameters, bytes or seconds per token; 1 if parts are counted.
+        sizes: Size of each part in parameters, bytes or seconds per token. Each size is 1 if the
+            amount to remove is a number of parts.
         min_removed: Minimum total size to remove; 0 if only a budget of accuracy ends the search.
         fixed: Parts that must stay.
         minimums: Groups of parts, each with the minimum number of parts that must stay.
         parts: Numbering of the parts.
-        model_size: Size of the whole model in the quantity of `sizes`.
+        model_size: Size of the whole model, in the unit of `sizes`.
     """
 
     sizes: tuple[float, ...]
@@ -372,7 +378,7 @@ class Budget:
 
     @property
     def is_uniform(self) -> bool:
-        """True if each layer must lose the same number of parts."""
+        """True if a search must remove equally many parts from each block."""
         return False
 
     def block_of(self, part: int) -> int:
@@ -399,7 +405,11 @@ class Budget:
         return self.size_of(removed) >= self.min_removed * (1 - 1e-9)
 
     def is_finished(self, removed: Collection[int]) -> bool:
-        """Return whether a search ends: the minimum is removed, or nothing else can be removed."""
+        """Return whether a search ends after it removed these parts.
+
+        A search ends when it has removed the minimum total size. Without a minimum, it ends when
+        nothing else can be removed.
+        """
         return self.is_met(removed) if self.min_removed else self.is_exhausted(removed)
 
     def is_exhausted(self, removed: Collection[int]) -> bool:
@@ -437,15 +447,16 @@ class PartsBudget(Budget):
     """Budget for the removal of heads, experts or neurons; each part has the size 1.
 
     Attributes:
-        uniform_block: Number of consecutive parts in each block, such as those of a layer, if each
-            block must lose the same number of parts; None for no such constraint.
+        uniform_block: Number of consecutive parts that form a block, such as the parts of a layer.
+            If it is set, a search must remove equally many parts from each block. None if there is
+            no such constraint.
     """
 
     uniform_block: int | None = None
 
     @property
     def is_uniform(self) -> bool:
-        """True if each block must lose the same number of parts."""
+        """True if a search must remove equally many parts from each block."""
         return self.uniform_block is not None
 
     @cached_property
@@ -456,7 +467,10 @@ class PartsBudget(Budget):
         return {block: min(count, room) for block, count in counts.items()}
 
     def block_of(self, part: int) -> int:
-        """Return the number of the block of a part: of its layer, unless blocks are smaller."""
+        """Return the number of the block that contains a part.
+
+        The blocks have `uniform_block` parts. If this is None, each layer is a block.
+        """
         return part // (self.uniform_block or self.parts.per_layer)
 
     def _count_by_block(self, parts: Iterable[int]) -> Counter[int]:
@@ -496,20 +510,26 @@ class PartsBudget(Budget):
 
 @dataclass(frozen=True)
 class UniformKind:
-    """Parts of one kind of which each layer loses the same number.
+    """Parts of one kind, of which a search must remove equally many from each block.
 
     Attributes:
-        blocks: The removable parts of each layer, or of each group of heads.
-        counts: The numbers that each block can lose, ascending.
+        blocks: Numbers of the removable parts in each block. A block is a layer, or a group of
+            heads that share keys and values.
+        counts: Possible numbers of parts to remove from each block, ascending.
     """
 
     blocks: tuple[tuple[int, ...], ...]
     counts: tuple[int, ...]
 
     def extend(self, removed: Collection[int], order: Sequence[int]) -> set[int]:
-        """Return the next larger uniform removal that contains `removed`; empty if there is none.
+        """Return the smallest uniform removal that is larger than the current removal.
 
-        Each block loses its first parts in `order`.
+        Args:
+            removed: The parts that are removed so far.
+            order: All parts, in the order in which they are removed from each block.
+
+        Returns:
+            The parts of the larger removal; empty if no larger removal is possible.
         """
         n_removed = len({*self.blocks[0]}.intersection(removed))
         larger = [count for count in self.counts if count > n_removed]
@@ -526,13 +546,15 @@ class UniformKind:
 
 @dataclass(frozen=True)
 class MixedBudget(Budget):
-    """Budget for the removal of several kinds: whole layers, and the same number of each layer.
+    """Budget for searches that remove several units, such as whole layers and heads.
 
-    The parts of a removed layer add nothing to the size of the layer.
+    A search removes equally many heads, experts or neurons from each layer. If a whole layer is
+    removed, the size of its parts is not counted again.
 
     Attributes:
-        n_layers: Number of layers, or 0 if whole layers are not removed. One layer always stays.
-        kinds: The other units.
+        n_layers: Number of layers, or 0 if the search removes no whole layers. One layer always
+            stays.
+        kinds: Units other than whole layers, such as heads and neurons.
     """
 
     n_layers: int = 0
@@ -557,9 +579,15 @@ class MixedBudget(Budget):
         return largest
 
     def candidates(self, removed: Collection[int], order: Sequence[int]) -> list[list[set[int]]]:
-        """Return the candidates of the next step: for each unit, a list of sets of parts.
+        """Return the candidates of the next step, grouped by unit.
 
-        Of each layer, the first parts in `order` are removed.
+        Args:
+            removed: The parts that are removed so far.
+            order: All parts other than whole layers, in the order in which they are removed from
+                each layer.
+
+        Returns:
+            For each unit, a list of candidates. Each candidate is a set of parts.
         """
         layers = [{layer} for layer in range(self.n_layers) if layer not in removed]
         extended = [kind.extend(removed, order) for kind in self.kinds]
@@ -575,8 +603,8 @@ class MixedBudget(Budget):
 def unmet_budget_error(reason: str) -> ExperimentError:
     """Build the error of a strategy that cannot remove enough to meet the budget."""
     return ExperimentError(
-        f"{reason}, so it cannot remove enough; remove less, or use a strategy without this limit, "
-        "such as accuracy"
+        f"{reason}, so the search cannot remove enough; remove less, or use another strategy, such "
+        "as accuracy"
     )
 
 
@@ -641,10 +669,10 @@ def build_budget(
         names = constraints.names
         reason = f"it contradicts {names}" if names else _TOO_FEW.get(parts.unit, _TOO_FEW["layer"])
         if isinstance(budget, MixedBudget):
-            reason = f"so many {unit_plural(parts.unit)} cannot be removed"
+            reason = f"the model has too few removable {unit_plural(parts.unit)}"
         raise ExperimentError(
-            f"{title}: '{key}: {amount.text}' is impossible, because {reason}: of "
-            f"{_format_amount(model_size, amount.measure)}, "
+            f"{title}: '{key}: {amount.text}' is impossible, because {reason}. The model has "
+            f"{_format_amount(model_size, amount.measure)}; "
             f"{key} {limit} {_format_amount(bound, amount.measure)}"
         )
     return budget
@@ -652,7 +680,10 @@ def build_budget(
 
 @lru_cache(maxsize=4096)
 def _largest_removal(budget: Budget, removed: frozenset[int]) -> set[int]:
-    """Compute `Budget.largest_removal` by integer programming."""
+    """Return the largest removable set of parts that includes `removed`.
+
+    The set is computed by integer programming.
+    """
     # Imported here, since most commands do not need it.
     import numpy as np
     from scipy import optimize
@@ -719,7 +750,7 @@ def parse_percentage(key: str, value: object) -> str:
     if match is None or match[2] != unit:
         raise ValueError(f"invalid budget {short_text(value)}; expected e.g. {example}")
     if not 0 < float(match[1]) < 100:
-        raise ValueError(f"invalid budget {text!r}; expected above 0 and below 100 {unit}")
+        raise ValueError(f"invalid budget {text!r}; expected a value above 0 and below 100 {unit}")
     return f"{match[1]}{unit}"
 
 
@@ -742,15 +773,15 @@ class SearchSettings(StrictModel):
     keep_accuracy: KeptAccuracy | None = None
     """Smallest share of the intact model's accuracy to keep, e.g. 95%."""
     unit: SearchUnits = "layer"
-    """Unit to remove: layer, attention, mlp, head, kv_head, expert or neuron. Or several, such as
-    layer,neuron: the search then weighs the loss by the parameters saved."""
+    """Unit to remove: layer, attention, mlp, head, kv_head, expert or neuron. For several units,
+    such as layer,neuron, the search minimises the loss per removed parameter."""
     protect: LayerWords = ()
     """Layers to keep, e.g. 0,1,last or 3-7, odd, even, or a kind such as full_attention."""
     among: LayerWords = ()
-    """Layers that may be removed, in the same notation (default: all)."""
+    """Layers that may be removed, in the notation of 'protect' (default: all)."""
     at_least: LayerMinimums | None = None
-    """Minimum number of layers of a kind to keep, of all or of each run of consecutive layers, e.g.
-    full_attention=2 or 'full_attention=1 of 4'."""
+    """Minimum number of layers of a kind to keep. full_attention=2: two in the whole model.
+    'full_attention=1 of 4': one in any four consecutive layers."""
     uniform: bool = False
     """Remove the same number of heads, experts or groups of neurons from each layer, so that the
     model can be saved (default: true with --output)."""
@@ -761,8 +792,9 @@ class SearchSettings(StrictModel):
     test_sample: Positive | None = None
     """Number of test documents per task (default: all)."""
     rescoring: Rescoring = "full"
-    """Scoring of candidates after each removal of a greedy search. full: all candidates. lazy:
-    those that can still win. race: on as few documents as a decision takes."""
+    """Method of a greedy search to score candidates after each removal. full: score all candidates.
+    lazy: skip candidates that cannot be the best. race: stop measuring a candidate as soon as it is
+    significantly worse."""
     draws: Positive = 3
     """Number of draws of random strategies."""
 

@@ -1,8 +1,9 @@
 """Define search strategies: generators of steps that remove parts of a model.
 
 Except for `last` and `random`, a strategy minimises a loss: the drop of `accuracy`, the drop of
-`gold_logprob`, or a proxy. If sets of parts have equal losses of `accuracy`, the loss of
-`gold_logprob` decides, and vice versa.
+`gold_logprob`, or a proxy. If two sets of parts have equal losses of `accuracy`, the strategy
+chooses the set with the smaller loss of `gold_logprob`. If they have equal losses of
+`gold_logprob`, it chooses the set with the smaller loss of `accuracy`.
 
 Some settings of `rescoring` skip candidates or documents to save time.
 """
@@ -65,7 +66,7 @@ StepChooser = Callable[[PartSet], PruneStep]
 
 
 def _yield_steps(budget: Budget, choose: StepChooser) -> Iterator[PruneStep]:
-    """Yield the steps that `choose` returns until the budget's end."""
+    """Yield steps until enough parts are removed; `choose` returns each next step."""
     removed: PartSet = ()
     while not budget.is_finished(removed):
         step = choose(removed)
@@ -95,8 +96,9 @@ def _rescore_fully(search: Search, outcome: str) -> StepChooser:
 def _rescore_mixed(search: Search, budget: MixedBudget, outcome: str) -> StepChooser:
     """Return a function that chooses the candidate with the smallest loss per saved parameter.
 
-    Candidates are whole layers and parts of each layer. Each layer loses the parts first whose
-    removal alone costs least in the intact model.
+    Candidates are whole layers and parts of each layer. From each layer, parts are removed in the
+    order of their single losses, which are measured in the intact model; the part with the smallest
+    loss comes first.
     """
     scores = search.scores
     single_losses = scores.losses(outcome, [(part,) for part in budget.numbered_parts])
@@ -114,8 +116,8 @@ def _rescore_mixed(search: Search, budget: MixedBudget, outcome: str) -> StepCho
 def _rescore_lazily(search: Search, outcome: str) -> StepChooser:
     """Return a function that scores only candidates that can still be the best.
 
-    The method assumes that the cost of removing a part never falls from step to step. Otherwise the
-    search overlooks parts that became cheaper.
+    The method assumes that the loss of removing a part never falls from step to step. If the loss
+    of a part falls, the search can miss this part.
     """
     scores, total_loss = search.scores, 0.0
     costs = dict.fromkeys(range(scores.parts.total), -np.inf)
@@ -181,7 +183,7 @@ def _rescore_by_races(search: Search, outcome: str) -> StepChooser:
 
 
 def remove_by_proxy(search: Search, name: str) -> Iterator[PruneStep]:
-    """Yield steps that each remove the layer with the smallest proxy."""
+    """Yield steps that each remove the layer with the smallest value of a proxy."""
 
     def choose(removed: PartSet) -> PruneStep:
         losses = search.scores.proxy(name, removed)
@@ -195,8 +197,15 @@ def remove_by_proxy(search: Search, name: str) -> Iterator[PruneStep]:
 def remove_one_shot(search: Search, outcome: str = "", proxy: str = "") -> Iterator[PruneStep]:
     """Yield steps that remove the part with the smallest initial score first.
 
-    The score of a part is the loss by `outcome`, or the value of `proxy`. Scores are not measured
-    again after a removal.
+    Scores are not measured again after a removal.
+
+    Args:
+        search: Input of the strategy.
+        outcome: Outcome whose loss is the score of a part: `accuracy` or `gold_logprob`.
+        proxy: Name of the proxy whose value is the score; empty to use `outcome`.
+
+    Returns:
+        An iterator over the steps.
     """
     scores = search.scores
     sets = [(part,) for part in search.budget.free_parts]
@@ -288,7 +297,7 @@ def _filter_removable(order: Iterable[int], budget: Budget) -> Iterator[int]:
 def _remove_in_order(search: Search, order: Iterable[int]) -> Iterator[PruneStep]:
     """Yield steps that remove parts in a given order, until the budget is met.
 
-    Each step removes one part, or with a uniform budget the next part of each block.
+    Each step removes one part. If the budget is uniform, each step removes one part of each block.
     """
     budget = search.budget
     removed: PartSet = ()

@@ -95,7 +95,7 @@ class Subject:
 
     @property
     def view(self) -> View:
-        """The selection of stored runs, documents and metric that answers the request."""
+        """The runs, the documents and the metric that the request asks for."""
         return self.store.views.view_of(self.request)
 
     @property
@@ -120,7 +120,7 @@ def observe_subject(
     begin: Callable[[Engine], ObserveDocument],
     documents: Collection[tuple[str, int]] | None = None,
 ) -> Observations:
-    """Return statistics of each document, read from disk or else computed with the model."""
+    """Return statistics of each document; the model computes those that are not stored yet."""
     request, store, progress = subject.request, subject.store, context.progress
     machine = context.ledger, context.options, progress
     open_cell = partial(observing.open_observed_cell, request, store, *machine)
@@ -218,7 +218,7 @@ class Study(Generic[Settings]):
 
     @property
     def assumptions(self) -> Sequence[str]:
-        """Assumptions of the statistical methods with sources; empty if the study states none."""
+        """Sentences about the assumptions of the study's statistical methods, with sources."""
         return () if self.texts is None else self.texts.render_all("assumptions", self.settings)
 
     @property
@@ -251,7 +251,10 @@ class Study(Generic[Settings]):
         raise NotImplementedError
 
     def _check(self, cell: CellRequest, context: StudyContext) -> None:
-        """Raise RequestError if a model and benchmark of the file do not meet the requirements."""
+        """Raise RequestError if a request does not meet the requirements of the study.
+
+        `cell` is the experiment file's request for one model and one benchmark.
+        """
         named, problem = (cell, self, context.input.source), ""
         if cell.until is not None and not self.races:
             raise errors.ExperimentError(_FRAME_TEXTS.render("races"))
@@ -266,7 +269,10 @@ class Study(Generic[Settings]):
 
 
 def open_study(name: str, **values: Any) -> Study[Any]:
-    """Create a study from its name and settings; RequestError for invalid name or settings."""
+    """Create a study from its name and settings.
+
+    Raises RequestError if the name or a setting is invalid.
+    """
     settings = validate_settings(find_settings(name), values, "--")
     module, _, kind = settings.study.partition(":")
 

@@ -46,7 +46,7 @@ SIZES_SHOWN = (5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
 """Sample sizes that tables and answers show, besides half of the documents."""
 SAMPLE_SIZES = sorted({math.ceil(s * 10**p) for p in range(6) for s in (1, 1.5, 2, 3, 5, 7)})
 """Sizes of the samples that are drawn, up to the number of documents."""
-HALVES_DISAGREE = "two halves of the documents do not agree significantly more than by chance"
+HALVES_DISAGREE = "the rankings by two halves of the documents do not agree significantly"
 SAMPLES_TOO_LARGE = "two samples of this size would share documents"
 _ALL_TIED = "in most samples of this size, all layers have the same mean"
 
@@ -98,7 +98,10 @@ class Calibration(Study[CalibrationSettings]):
 
 
 def _benchmark_groups(subjects: Sequence[Subject]) -> Iterator[tuple[str, list[int]]]:
-    """Yield (title, indices in `subjects`) of benchmarks with the same model and layers."""
+    """Find groups of benchmarks with the same model and layers.
+
+    For each group, the function yields a title and the indices of the benchmarks in `subjects`.
+    """
 
     def key(n: int) -> object:
         record = subjects[n].record
@@ -176,12 +179,26 @@ class AgreementCurve:
 
     @property
     def tops(self) -> list[tuple[str, str, int]]:
-        """Overlap statistics as (name, "top" or "bottom", number k of layers that are compared)."""
+        """Overlap statistics of the k highest-ranked or lowest-ranked layers.
+
+        Each statistic is a tuple of its name, the word "top" or "bottom", and k.
+        """
         parts = ((name, *name.split()) for name in self.apart if " " in name)
         return [(name, end, int(k)) for name, end, k in parts]
 
     def agreement(self, n: int, statistic: str = "spearman", disjoint: bool = True) -> Estimate:
-        """Return mean and 2.5-97.5 % range of a statistic, over random samples of `n` documents."""
+        """Return the agreement of rankings by random samples of `n` documents.
+
+        Args:
+            n: Number of documents in a sample.
+            statistic: Name of the agreement statistic.
+            disjoint: True to compare the rankings by two disjoint samples. False to compare the
+                ranking by one sample with the ranking by all documents.
+
+        Returns:
+            The mean of the statistic over random samples, with the range from the 2.5 % to the
+            97.5 % quantile.
+        """
         if disjoint and n > self.half:
             return Estimate(None, reason=SAMPLES_TOO_LARGE)
         draws = (self.apart if disjoint else self.within)[statistic][:, self.sizes.index(n)]
@@ -205,7 +222,10 @@ class AgreementCurve:
         return None if self.doubt or halves is None else spearman_brown(halves, n / self.half)
 
     def with_p_value(self, p_value: float) -> AgreementCurve:
-        """Return a copy with this p-value; `needed` is undefined if rankings do not agree."""
+        """Return a copy of the curve with another p-value.
+
+        In the copy, `needed` is undefined if the rankings by two halves do not agree.
+        """
         curve = replace(self, p_value=p_value)
         return replace(curve, needed=Estimate(None, reason=curve.doubt)) if curve.doubt else curve
 
@@ -239,7 +259,7 @@ def _unusable_reason(ranking: LayerRanking) -> str:
     if not len(values):
         return "no document counts"
     if np.ptp(rounded_values(ranking.means())) == 0:
-        return f"the measure is the same in all {values.shape[1]} layers"
+        return f"the measure has the same mean in all {values.shape[1]} layers"
     return ""
 
 
@@ -284,14 +304,26 @@ def agreement_curve(ranking: LayerRanking, reliability: float) -> AgreementCurve
 
 
 def judge_curves(curves: Sequence[AgreementCurve]) -> list[AgreementCurve]:
-    """Adjust p-values by Holm's method; `needed` becomes undefined if rankings do not agree."""
+    """Adjust the p-values of all curves by Holm's method.
+
+    In the returned curves, `needed` is undefined if the rankings by two halves do not agree.
+    """
     adjusted = holm([curve.p_value for curve in curves])
     rows = zip(curves, adjusted, strict=True)
     return [curve.with_p_value(p) for curve, p in rows if p is not None]
 
 
 def _sample_statistic(name: str, first: Array, second: Array) -> Array:
-    """Compute an agreement statistic of two arrays of layer means, as `[draws, sizes]`."""
+    """Compute how well two rankings of layers agree, for each draw and sample size.
+
+    Args:
+        name: Name of the agreement statistic.
+        first: Means `[draws, sizes, layers]` that define the first ranking.
+        second: Means `[draws, sizes, layers]` that define the second ranking.
+
+    Returns:
+        The statistic `[draws, sizes]`.
+    """
     a, b = (means.reshape(-1, means.shape[2]) for means in (first, second))
     end, _, k = name.partition(" ")
     sign = -1 if end == "bottom" else 1
@@ -342,7 +374,7 @@ def needed_table(rows: Sequence[tuple[str, AgreementCurve]], reliability: float)
                 "agreement of two halves", "coefficient", lambda row: row[1].agreement(row[1].half)
             ),
             Column(
-                "expected agreement with an equal number of new documents",
+                "expected agreement with a ranking by equally many new documents",
                 "coefficient",
                 full_agreement,
             ),
@@ -360,9 +392,10 @@ def agreement_table(title: str, drop: AgreementCurve) -> Table:
     def overlap(name: str) -> Column[int]:
         return Column(f"{name} shared", "percent", lambda n: drop.agreement(n, name))
 
-    with_all = f"a sample with all {drop.documents:,}"
+    with_all = f"a sample and all {drop.documents:,} documents"
     return build_table(
-        f"{title}: agreement of random samples of documents on the order by {drop.name}",
+        f"{title}: agreement of layer rankings by random samples of documents, ranked by "
+        f"{drop.name}",
         [
             Column("n", "count", lambda n: n),
             Column("two samples", "coefficient", drop.agreement),
@@ -389,14 +422,16 @@ def _agreement_chart(title: str, drop: AgreementCurve, others: list[AgreementCur
         return [None if figure is None else figure.value for figure in line(curve, disjoint)]
 
     return line_chart(
-        f"{title}: how well samples of documents agree on the order of {drop.layers} layers",
+        f"{title}: agreement of rankings of {drop.layers} layers by samples of documents",
         ("documents in a sample", "rank correlation"),
         "coefficient",
         positions,
         {
             f"{drop.name}, two samples": line(drop),
-            f"{drop.name}, Spearman-Brown from two halves": map(drop.predicted, positions),
-            f"{drop.name}, a sample with all {drop.documents:,}": values(drop, disjoint=False),
+            f"{drop.name}, prediction by Spearman-Brown": map(drop.predicted, positions),
+            f"{drop.name}, sample and all {drop.documents:,} documents": values(
+                drop, disjoint=False
+            ),
             **{f"{curve.name}, two samples": values(curve) for curve in others},
         },
         log_x=True,
@@ -404,7 +439,10 @@ def _agreement_chart(title: str, drop: AgreementCurve, others: list[AgreementCur
 
 
 def _overlap_chart(title: str, drop: AgreementCurve) -> LineChart:
-    """Build the chart of how many top and bottom layers the rankings of two samples share."""
+    """Build the chart of the layers that are at the top or bottom of both of two rankings.
+
+    The two rankings are by disjoint samples of documents.
+    """
     positions = [n for n in drop.sizes if n <= drop.half]
     lines = {}
     for name, end, k in drop.tops:
@@ -412,6 +450,6 @@ def _overlap_chart(title: str, drop: AgreementCurve) -> LineChart:
         lines[label] = [drop.agreement(n, name).value for n in positions]
     for k in sorted({k for _, _, k in drop.tops}):
         lines[f"{k} by chance"] = [k / drop.layers] * len(positions)
-    title = f"{title}: overlap of the top or bottom layers of two samples, by {drop.name}"
+    title = f"{title}: overlap of top or bottom layers in rankings by two samples ({drop.name})"
     axes = ("documents in a sample", "shared")
     return line_chart(title, axes, "percent", positions, lines, log_x=True)

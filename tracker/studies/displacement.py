@@ -42,19 +42,24 @@ class KlAgreement:
     choice: Estimate = labelled(
         "Spearman correlation with the choice probability drop", "coefficient"
     )
-    gold: Estimate = labelled("Spearman correlation with the gold log-prob drop", "coefficient")
+    gold: Estimate = labelled(
+        "Spearman correlation with the drop of gold log-probability", "coefficient"
+    )
 
 
 class Displacement(Study[DisplacementSettings]):
     """Study that compares the KL divergence of each change of a model with the accuracy drop."""
 
     name = "displacement"
-    question = "Does the KL divergence of a change predict what the change costs?"
+    question = "Does the KL divergence of a change predict the accuracy drop?"
     intact = True
     texts = DISPLACEMENT_TEXTS
 
     def expand(self, cell: CellRequest, context: StudyContext) -> Iterator[CellRequest]:
-        """Request KL divergences too; RequestError for fewer than `MIN_CHANGES` changes."""
+        """Yield the file's request, with a measurement of KL divergences added.
+
+        Raises RequestError if the file has fewer than `MIN_CHANGES` changes.
+        """
         if (count := len([*cell.changes.expand()])) < MIN_CHANGES:
             raise RequestError(DISPLACEMENT_TEXTS.render("few", cell, count, MIN_CHANGES))
         yield replace(cell, observe=("kl",))
@@ -102,7 +107,7 @@ def _compare(subject: Subject) -> tuple[str, Table]:
     ]
     measure, title = metric_format(subject.record), subject.record.title
     answer = DISPLACEMENT_TEXTS.render("answer", title, measure, rows, differences)
-    heading = f"{title}: how the KL divergence orders {len(ablations)} changes."
+    heading = f"{title}: rank correlation of KL divergence and drops over {len(ablations)} changes."
     n_undefined = len(kl) - int(is_defined.sum())
     notes = DISPLACEMENT_TEXTS.render_all("notes", n_undefined)
     return answer, figure_table(KlAgreement, heading, rows, *notes, measure=measure)

@@ -40,7 +40,7 @@ class Joint(Study[JointSettings]):
     """Study that removes each pair of layers of the experiment file together."""
 
     name = "joint"
-    question = "Do the drops of two layers add up when both are removed?"
+    question = "Is the drop from removing two layers the sum of their single drops?"
     intact = True
     layers = 2
     texts = JOINT_TEXTS
@@ -96,10 +96,10 @@ class PairInteractions:
         together: `[pairs]`, drop if both layers are removed.
         interactions: For each pair, the joint drop minus the sum of the two single drops.
         q: `[pairs]`, p-values adjusted by Benjamini and Hochberg. NaN for pairs with `floor`.
-        floor: `[pairs]`, whether a single drop, or the sum of both, exceeds the largest possible
-            loss. Such pairs ("at the floor") are left out of means.
-        indices: Indices of the pairs that are not at the floor.
-        mean: Mean interaction over pairs that are not at the floor.
+        floor: `[pairs]`, True if a single drop, or the sum of both single drops, exceeds the
+            largest possible loss. Means leave out such pairs, which are called "at the floor".
+        indices: Indices of the pairs whose `floor` is false.
+        mean: Mean interaction over the pairs in `indices`.
         by_distance: Distance of the two layers → mean interaction of the pairs with this distance.
         rank: Spearman correlation between the sum of the single drops and the joint drop.
         explained: R² when the sum of the single drops predicts the joint drop.
@@ -141,7 +141,7 @@ class PairInteractions:
         def mean_over(indices: NDArray[np.int64]) -> Estimate:
             if not len(indices):
                 return Estimate(
-                    None, reason="without these layers, the accuracy of all pairs is at chance"
+                    None, reason="for every pair, the accuracy without both layers is at chance"
                 )
             per_document = values[:, indices].mean(axis=1)
             return Estimate(float(weights @ per_document), *mean_interval(per_document, weights))
@@ -153,7 +153,7 @@ class PairInteractions:
 
     @cached_property
     def at_once(self) -> dict[int, Estimate]:
-        """Interactions with simultaneous intervals, by pair index, without pairs at the floor."""
+        """Interactions with simultaneous intervals, for the pairs in `indices`."""
         return dict(zip(self.indices, self._simultaneous(len(self.indices)), strict=True))
 
     @cached_property
@@ -163,9 +163,9 @@ class PairInteractions:
         return dict(zip(self.indices, possible_ranks(estimates), strict=True))
 
     def _simultaneous(self, n_statements: int) -> list[Estimate]:
-        """Return the interactions of pairs not at the floor, with simultaneous intervals.
+        """Return the interactions of the pairs in `indices`, with simultaneous intervals.
 
-        The intervals hold simultaneously for `n_statements` statements.
+        The intervals are simultaneous for `n_statements` statements.
         """
         estimates = [replace(self.interactions[n], p_value=None) for n in self.indices]
         return widen(estimates, [self.documents] * len(estimates), n_statements)
@@ -189,7 +189,10 @@ class PairInteractions:
         return [n for n in indices if sign * (self.value(n) or 0) > 0]
 
     def value(self, index: int) -> float | None:
-        """Return the interaction of a pair; None if it is undefined or the pair is at the floor."""
+        """Return the interaction of a pair.
+
+        The result is None if the interaction is undefined, or if `floor` is true for the pair.
+        """
         return None if self.floor[index] else self.interactions[index].value
 
 
@@ -249,7 +252,7 @@ def _summary_table(rows: Sequence[PairInteractions]) -> Table:
         return pairs.mean if pairs.mean.value is None else pairs.write(pairs.mean)
 
     return build_table(
-        "How well the drops of two layers add up",
+        "How well the sum of two single drops predicts the joint drop of two layers",
         [
             Column("model and benchmark", "text", lambda pairs: pairs.record.title),
             Column("measure", "text", lambda pairs: pairs.measure),
@@ -260,7 +263,7 @@ def _summary_table(rows: Sequence[PairInteractions]) -> Table:
             Column("redundant", "count", lambda pairs: len(pairs.significant(1))),
             Column("sub-additive", "count", lambda pairs: len(pairs.significant(-1))),
             Column(
-                "Spearman correlation of the sum with the joint drop",
+                "Spearman correlation of the sum of single drops with the joint drop",
                 "coefficient",
                 lambda pairs: pairs.rank,
             ),
@@ -281,7 +284,7 @@ def strongest_table(pairs: PairInteractions, sign: int) -> Table:
         else "sub-additive pairs, which cost less than the sum of both drops"
     )
     return build_table(
-        f"{pairs.record.title}: the most {kind}, by {pairs.measure}",
+        f"{pairs.record.title}: strongest interactions of {kind}, measured by {pairs.measure}",
         [
             Column("layers", "text", lambda n: "{}, {}".format(*pairs.pairs[n])),
             Column("distance", "count", lambda n: pairs.pairs[n][1] - pairs.pairs[n][0]),
@@ -299,7 +302,10 @@ def strongest_table(pairs: PairInteractions, sign: int) -> Table:
 
 
 def _interaction_map(pairs: PairInteractions) -> MapChart:
-    """Build the heat map of interactions (layer × layer); pairs at the floor are blank."""
+    """Build the heat map of the interactions of all pairs of layers (layer × layer).
+
+    Pairs whose `floor` is true are blank.
+    """
     layers = sorted(pairs.alone)
     indices = {pair: n for n, pair in enumerate(pairs.pairs)}
     grid = [[indices.get((min(i, j), max(i, j))) for j in layers] for i in layers]
@@ -326,8 +332,8 @@ def _interaction_map(pairs: PairInteractions) -> MapChart:
 
 
 def _distance_chart(pairs: PairInteractions) -> LineChart:
-    """Build the chart of the mean interaction by the distance of the two layers."""
-    name = "pairs whose accuracy is above chance" if pairs.floor.any() else "all pairs"
-    title = f"{pairs.record.title}: mean interaction by distance, {pairs.measure}"
+    """Build the chart of the mean interaction against the distance of the two layers."""
+    name = "pairs whose drops are not limited by chance" if pairs.floor.any() else "all pairs"
+    title = f"{pairs.record.title}: mean interaction by distance of the layers ({pairs.measure})"
     axes, lines = ("distance |i − j|", "interaction"), {name: pairs.by_distance.values()}
     return line_chart(title, axes, pairs.unit, pairs.by_distance, lines)

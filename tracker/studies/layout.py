@@ -25,7 +25,10 @@ class ColumnLabel:
     reason: str
 
     def columns(self, value: Callable[[Any], Any], measure: MetricFormat) -> Iterator[Column[Any]]:
-        """Yield the table column of a field, or one column per key if the label is a dictionary."""
+        """Yield the table column of a dataclass field.
+
+        If the label is a dictionary, the method yields one column for each key.
+        """
         unit = measure.form if self.unit == "change" else self.unit
         unit = measure.level_form if unit == "level" else unit
         if isinstance(self.label, str):
@@ -84,5 +87,8 @@ def figure_table(
 
 
 def rank_estimate(ranks: tuple[int, int]) -> Estimate:
-    """Return the best rank as an estimate; its interval is from the best to the worst rank."""
+    """Convert a range of possible ranks (best rank, worst rank) to an estimate.
+
+    The value of the estimate is the best rank, and its interval is the range.
+    """
     return Estimate(ranks[0], *ranks)

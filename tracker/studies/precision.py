@@ -2,7 +2,7 @@
 
 The study rounds one linear map at a time to a low-bit format. The study compares the lost accuracy
 with errors of the weights, of the map's outputs, and of the model's predictions. Quantisation tools
-choose bits by these errors.
+use such errors to choose the number of bits of each map.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ ERROR_LABELS = {
     "kl": "KL divergence of the output",
 }
 """Labels of the errors that tools use to judge a map instead of measuring its cost."""
-_UNREACHED = "no token of the documents reaches this map"  # as may be of a single expert
+_UNREACHED = "this linear map processes no token of the documents"  # as may be of a single expert
 _VERDICT_WORDS = {"costs": "costs accuracy", "helps": "better so", "open": "open"}
 
 
@@ -66,7 +66,7 @@ class RoundedMap:
 
     layer: int | None = labelled("layer (0-based)", "count", "of no layer")
     map: str | None = labelled("linear map")
-    fall: Estimate = labelled("fall of gold log-probability", "nats")
+    fall: Estimate = labelled("drop of gold log-probability", "nats")
     drop: Estimate = labelled("{change}", "change")
     verdict: str = labelled("shown")
     errors: dict[str, float] = labelled(ERROR_LABELS, "proxy", _UNREACHED)
@@ -78,7 +78,7 @@ class MapNameRow:
 
     name: str = labelled("linear map")
     layers: int | None = labelled("layers", "count", "of no layer")
-    fall: Estimate = labelled("fall of gold log-probability", "nats")
+    fall: Estimate = labelled("drop of gold log-probability", "nats")
     errors: dict[str, float] = labelled(ERROR_LABELS, "proxy", _UNREACHED)
 
 
@@ -88,7 +88,7 @@ class ErrorOrder:
 
     error: str = labelled("error")
     fall: Estimate = labelled(
-        "Spearman correlation with the fall of gold log-probability", "coefficient"
+        "Spearman correlation with the drop of gold log-probability", "coefficient"
     )
     drop: Estimate = labelled("Spearman correlation with the {change}", "coefficient")
 
@@ -171,10 +171,15 @@ def _observe_maps(
 def _sum_errors(
     figures: dict[str, Array], resample: Callable[[Array], Array]
 ) -> dict[str, tuple[Array, Array]]:
-    """Compute the relative rounding errors of each map, over all documents and per resample.
+    """Compute the relative rounding errors of each map.
 
-    For each kind of error, the function returns the values over all documents `[maps]`, and in each
-    bootstrap resample `[resamples, maps]`.
+    Args:
+        figures: Name of a measured quantity → array `[documents, maps]`.
+        resample: Function that computes the column means of an array for each bootstrap resample.
+
+    Returns:
+        For each kind of error, the errors over all documents `[maps]`, and the errors in each
+        bootstrap resample `[resamples, maps]`.
     """
     tokens = figures["tokens"][:, None]
     sizes = {"output_error": figures["output_size"], "output_angle": tokens, "kl": tokens}
@@ -193,7 +198,16 @@ def _without_interval(estimates: Sequence[Estimate]) -> list[Estimate]:
 def _mean_costs(
     maps: Sequence[RoundedMap], gold: PairedOutcomes, one_look: Callable[..., list[Estimate]]
 ) -> list[MapNameRow]:
-    """Average the rounding costs over layers, for each map name; the largest mean is first."""
+    """Average the costs of rounding the linear maps with the same name over layers.
+
+    Args:
+        maps: The costs and errors of each linear map.
+        gold: Log-probabilities of the right answers, with a column for each map.
+        one_look: Function that removes the intervals if measurement stopped early.
+
+    Returns:
+        A row for each name; the name with the largest mean cost is first.
+    """
     by_name = group_by(range(len(maps)), lambda index: str(maps[index].map))
     means = [gold.ablated[:, rows].mean(axis=1, keepdims=True) for rows in by_name.values()]
     falls = [replace(gold, ablated=mean).drop(0) for mean in means]
@@ -219,10 +233,10 @@ def _build_tables(rounded: RoundedMaps) -> Iterator[Table]:
     """Yield three tables: costs by map name, the costliest maps, and correlations of the errors."""
     record, title, n_maps = rounded.record, rounded.title, len(rounded.maps)
     costliest = sorted(rounded.maps, key=lambda row: -(row.fall.value or 0.0))[:MAX_MAPS_LISTED]
-    names = f"{title}: cost of rounding one linear map, by its name (mean over layers)."
-    maps = f"{title}: the {len(costliest)} of {n_maps} maps whose rounding lowers the right "
+    names = f"{title}: mean cost, over layers, of rounding one linear map, by name of the map."
+    maps = f"{title}: the {len(costliest)} of {n_maps} linear maps whose rounding lowers the right "
     maps += "answer's log-probability most."
-    orders = f"{title}: correlation of errors and costs over {n_maps} maps."
+    orders = f"{title}: rank correlation of rounding errors and costs over {n_maps} linear maps."
     for kind, heading, rows, macro in (
         (MapNameRow, names, rounded.names, "name_notes"),
         (RoundedMap, maps, costliest, "map_notes"),

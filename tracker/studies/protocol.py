@@ -1,7 +1,8 @@
 """Study: compare what the same changes of a model cost under several evaluation protocols.
 
-A protocol is a way to ask a benchmark's documents: by the likelihood of given options, by reading
-the intact model's texts, or by generation. Benchmarks are compared if they score the same rows.
+A protocol is a method to score a model's answers to a benchmark's documents: by the likelihood of
+given options, by reading the intact model's texts, or by generation. Benchmarks are compared if
+they score the same rows.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ class Rows(NamedTuple):
 
 
 def read_rows(request: CellRequest) -> Rows:
-    """Open the benchmark of a request, and return its rows."""
+    """Open the benchmark of a request; return its tasks, the hashes of its rows, and protocols."""
     benchmark = open_benchmark(request)
     names = tuple(task.name for task in benchmark.identity.tasks)
     digests = tuple(map(benchmark.rows_digest, names))
@@ -139,15 +140,17 @@ class RankAgreement:
 
     @property
     def is_supported(self) -> bool:
-        """True if the two protocols are shown to order the changes alike."""
+        """True if the orders of the changes by the two protocols agree significantly."""
         return (self.p_value or 1.0) < SIGNIFICANT and self.spearman.side() > 0
 
 
 @dataclass(frozen=True)
 class LostDocuments:
-    """Documents that two protocols answer right, and of which changes make one protocol wrong.
+    """Comparison of the documents that become wrong under each of two protocols.
 
-    `difference` is the share that `first` loses minus the share that `second` loses.
+    The intact model answers these documents right under both protocols, and the changes make the
+    answer under one protocol wrong. `difference` is the share of documents that become wrong under
+    the protocol `first`, minus this share under the protocol `second`.
     """
 
     first: str = labelled("protocol")
@@ -163,7 +166,7 @@ class Protocols(Study[ProtocolSettings]):
     """Study that compares the drops of the same changes under several protocols."""
 
     name = "protocol"
-    question = "Does the way of asking decide which layers matter?"
+    question = "Do the layers that matter depend on the evaluation protocol?"
     intact = True
     texts = PROTOCOL_TEXTS
 
@@ -172,7 +175,7 @@ class Protocols(Study[ProtocolSettings]):
         self._rows = cache(read_rows)  # it reads benchmarks
 
     def requests(self, context: StudyContext) -> list[CellRequest]:
-        """List the file's requests.
+        """List the requests of the experiment file.
 
         Raises RequestError if no two protocols score the same documents.
         """
@@ -229,7 +232,7 @@ class Protocols(Study[ProtocolSettings]):
 
 
 def _incomparable_reason(protocols: Sequence[MeasuredProtocol]) -> str:
-    """Return why protocols cannot be compared; "" if they can."""
+    """Return why protocols cannot be compared; the text is empty if they can be compared."""
     if len(protocols) < 2:
         return PROTOCOL_TEXTS.render("alone", protocols)
     losses = [p.label for p in protocols if not p.outcomes.higher_is_better]
@@ -239,7 +242,10 @@ def _incomparable_reason(protocols: Sequence[MeasuredProtocol]) -> str:
 
 
 def _decide_drops(protocols: Sequence[MeasuredProtocol]) -> list[MeasuredProtocol]:
-    """Estimate all drops, with intervals and verdicts that hold for all of them together."""
+    """Set the drops and verdicts of all protocols.
+
+    The intervals are simultaneous for all changes under all protocols.
+    """
     all_drops, units = list[Estimate](), list[float]()
     n_changes = len(protocols[0].outcomes.runs)
     for protocol in protocols:
@@ -306,7 +312,11 @@ def _drops_table(title: str, protocols: Sequence[MeasuredProtocol]) -> Table:
 
 
 def _rank_agreements(protocols: Sequence[MeasuredProtocol], is_layers: bool) -> list[RankAgreement]:
-    """Correlate the drops of each pair of protocols over the changes."""
+    """Compute the rank correlation over changes of the drops under each two protocols.
+
+    The p-values are undefined unless `is_layers` is true, which means that each change removes one
+    layer.
+    """
     rows, series = [], [(p.label, *p.outcomes.drop_series(p.paired)) for p in protocols]
     for (first, x, xs), (second, y, ys) in combinations(series, 2):
         p_value = correlate(x, y, coefficient="spearman").p_value if is_layers else None
@@ -316,7 +326,11 @@ def _rank_agreements(protocols: Sequence[MeasuredProtocol], is_layers: bool) -> 
 
 
 def _group_changes(outcomes: AlignedOutcomes) -> dict[str, NDArray[np.intp]]:
-    """Return the indexes of all changes, and of removals of early and of late layers."""
+    """Group the changes: all changes, removals of early layers, and removals of other layers.
+
+    Returns a dict from the names of the groups to the indexes of changes. There is only the group
+    of all changes if some changes are not removals of single layers.
+    """
     groups = {"all": np.arange(len(outcomes.runs))}
     if len(outcomes.whole_layers) == len(outcomes.runs):
         layers = np.array([run.layer for run in outcomes.runs])
@@ -328,9 +342,10 @@ def _group_changes(outcomes: AlignedOutcomes) -> dict[str, NDArray[np.intp]]:
 def _lost_documents(
     protocols: Sequence[MeasuredProtocol], groups: dict[str, NDArray[np.intp]]
 ) -> list[LostDocuments]:
-    """Compare the documents that each pair of protocols loses under each group of changes.
+    """Compare the documents that become wrong under two protocols, for all pairs of protocols.
 
-    The intervals of differences hold for all rows together.
+    There is a row for each pair of protocols and each group of changes. The intervals of the
+    differences are simultaneous for all rows.
     """
     pairs = combinations(filter(attrgetter("is_binary"), protocols), 2)
     rows = [row for pair in pairs for row in _compare_losses(*pair, groups)]
@@ -346,7 +361,10 @@ def _lost_documents(
 def _compare_losses(
     first: MeasuredProtocol, second: MeasuredProtocol, groups: dict[str, NDArray[np.intp]]
 ) -> Iterator[LostDocuments]:
-    """Yield the documents that one of two protocols loses under each group of changes."""
+    """Compare the documents that become wrong under two protocols.
+
+    The function yields a row for each group of changes.
+    """
     is_right = (first.paired.baseline == 1) & (second.paired.baseline == 1)
     tables = [protocol.paired.ablated[is_right] == 1 for protocol in (first, second)]
     n, clusters = int(is_right.sum()), first.outcomes.clusters

@@ -72,8 +72,8 @@ class PrunedBenchmark:
         unpruned: Test accuracy of the intact model.
         n: Number of test documents.
         metric: Name of the accuracy metric, for labels of tables.
-        at_chance: Reason why means leave out the benchmark, if the intact model is not above
-            chance; otherwise empty.
+        at_chance: Reason why the benchmark is left out of means. This is the case if the accuracy
+            of the intact model is not above chance; otherwise the text is empty.
         available: Number of documents in the benchmark's split; 0 if unknown.
     """
 
@@ -148,8 +148,13 @@ class Prunings:
     def level(self, method: Method | None, name: str, removed: int | None = None) -> Estimate:
         """Return the test accuracy on a benchmark after pruning by a method.
 
-        If `removed` is given, return the accuracy after the first `removed` removals. If `method`
-        is None, return the test accuracy of the intact model.
+        Args:
+            method: The method; None for the intact model.
+            name: Name of the benchmark.
+            removed: Number of layers that are removed; None for all layers that the method removes.
+
+        Returns:
+            The accuracy, undefined if the search of the method failed.
         """
         if method is None:
             return self.benchmarks[name].unpruned
@@ -224,12 +229,19 @@ class Prunings:
 
     @property
     def growth(self) -> float:
-        """Largest factor by which the number of test documents could grow on every benchmark."""
+        """Largest factor by which the number of test documents can be increased.
+
+        The factor is limited by the benchmark with the smallest ratio of available to measured
+        documents.
+        """
         benchmarks = [self.benchmarks[name] for name in self.counted]
         return min((b.available / b.n for b in benchmarks if b.available), default=math.inf)
 
     def searches(self, method: Method) -> list[PruneRecord]:
-        """Return the distinct search records of a method over all benchmarks."""
+        """Return the records of a method's searches on all benchmarks, without duplicates.
+
+        A search that serves several benchmarks counts once.
+        """
         unique: dict[object, PruneRecord] = {}
         for name in self.benchmarks:
             choices = self.choices.get((method, name))
@@ -239,7 +251,7 @@ class Prunings:
         return list(unique.values())
 
     def removed_counts(self, amount: str) -> list[int]:
-        """List the numbers of layers that were removed for this amount, ascending, each once."""
+        """List the different numbers of layers that were removed for this amount, ascending."""
         choices = [c for (method, _), c in self.choices.items() if method.amount == amount]
         return sorted({len(record.removed) for c in choices for record in c.records})
 
@@ -317,18 +329,22 @@ def _method(request: SearchRequest, text: str | None) -> Method:
 
 
 def _chance_reason(cell: CellRecord) -> str:
-    """Return a reason if the intact model is not above chance on the benchmark, else ""."""
+    """Explain why a benchmark is left out of means.
+
+    The text is empty if the accuracy of the intact model is above chance.
+    """
     level, chance = cell.baseline.value, cell.chance_accuracy
     if level is None or chance is None or not math.isfinite(chance) or level > chance + 1e-9:
         return ""
-    return f"the unpruned model has {points(level)} %, not above chance ({points(chance)} %)"
+    value = f"{points(level)} %"
+    return f"the unpruned model's accuracy of {value} is not above chance ({points(chance)} %)"
 
 
 class Prune(Study[PruneSettings]):
     """Study that compares pruning strategies, for several choices of calibration documents."""
 
     name = "prune"
-    question = "Does pruning by measured accuracy beat pruning by proxies, and what does it cost?"
+    question = "Is pruning by measured accuracy better than pruning by proxies, and at what cost?"
     intact = True
     layers = 1
     chooses = True
@@ -382,7 +398,16 @@ class Prune(Study[PruneSettings]):
         return result
 
     def _searches(self, cell: CellRequest, cells: Sequence[CellRequest]) -> list[SearchRequest]:
-        """List the searches for one benchmark (`cell`); `cells` are all benchmarks of the file."""
+        """List the searches for one benchmark.
+
+        Args:
+            cell: The model and the benchmark.
+            cells: All models and benchmarks of the experiment file. Some searches calibrate on all
+                benchmarks of the same model.
+
+        Returns:
+            The searches.
+        """
         settings, documents = self.settings, cell.documents
         plain = replace(cell, documents=DocumentSpec(seed=documents.seed), changes=Changes())
         name = str(cell.benchmark)
@@ -406,7 +431,7 @@ class Prune(Study[PruneSettings]):
 
 
 def write_answers(group: Prunings) -> Iterator[str]:
-    """Yield sentences: which strategy is best, and whether accuracy beats cosine as a criterion."""
+    """Yield sentences about the best strategy, and about accuracy compared with cosine score."""
     shares = {amount: group.removed_counts(amount)[-1] / group.layers for amount in group.amounts}
     paper_amount = min(shares, key=lambda amount: abs(shares[amount] - PAPER_SHARE))
     for amount in group.amounts:
@@ -422,7 +447,10 @@ def write_answers(group: Prunings) -> Iterator[str]:
 
 
 def _cosine_contrasts(group: Prunings, amount: str) -> list[Contrast]:
-    """List the comparisons of pruning by accuracy with pruning by cosine score, by calibration."""
+    """Compare pruning by accuracy with pruning by cosine score.
+
+    There is one comparison for each kind of calibration documents that was used.
+    """
     contrasts = {pair.reference.strategy: pair for pair in group.accuracy_contrasts(amount)}
     by_cosine = [contrasts[name] for name in COSINE_STRATEGIES if name in contrasts]
     others = group.calibration_contrasts(amount)
@@ -513,7 +541,8 @@ def _difference_tables(group: Prunings, amount: str) -> Iterator[Table]:
 
     if pairs := group.accuracy_contrasts(amount):
         yield build_table(
-            f"{group.title}: gain in test accuracy of pruning by accuracy, {group.removal(amount)}",
+            f"{group.title}: test accuracy of pruning by accuracy minus test accuracy of other "
+            f"strategies, {group.removal(amount)}",
             [
                 Column("compared with", "text", lambda row: row.reference.strategy),
                 *_benchmark_columns(group, "points", difference, lambda row: row.difference),
@@ -530,7 +559,8 @@ def _calibration_tables(group: Prunings, amount: str) -> Iterator[Table]:
         return
     by_cosine = f"by {pairs[0].reference.strategy}"
     yield build_table(
-        f"{group.title}: what calibrates, {group.removal(amount)}, {group.over}",
+        f"{group.title}: test accuracy by calibration documents, {group.removal(amount)}, "
+        f"{group.over}",
         [
             Column("calibrated on", "text", lambda row: row.method.calibration),
             Column("by accuracy", "percent", lambda row: group.level_mean(row.method)),
@@ -566,7 +596,7 @@ def _cost_table(group: Prunings) -> Table:
     ]
     rows = [method for method in group.methods if group.searches(method)]
     notes = PRUNE_TEXTS.render_all("cost_notes", PAPER_HOURS)
-    return build_table(f"{group.title}: what a search cost", columns, rows, *notes)
+    return build_table(f"{group.title}: cost of a search", columns, rows, *notes)
 
 
 def build_charts(group: Prunings) -> Iterator[LineChart]:

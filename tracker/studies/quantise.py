@@ -79,7 +79,7 @@ MEASURED_CHOICE, UNIFORM_CHOICE = "measured log-probability", "all alike"
 SWAPPED_CHOICE = "measured sets"
 """Name of the choice improved by swaps that are measured as a whole."""
 QUANTISE_TEXTS = study_texts("quantise", measured=MEASURED_CHOICE)
-_KEPT, _IS_REFERENCE = "kept beside all alike", "it is that itself"
+_GAIN, _IS_REFERENCE = "gain over one format for all", "this row has one format for all units"
 
 
 class Candidate(NamedTuple):
@@ -115,8 +115,8 @@ class TestedChoice:
     level: Estimate = labelled("{level} on test documents", "level")
     drop: Estimate = labelled("{change}", "change")
     gold: Estimate = labelled("loss of gold log-probability", "nats")
-    gain: Estimate | None = labelled(f"{{level}} {_KEPT}", "change", _IS_REFERENCE)
-    gold_gain: Estimate | None = labelled(f"log-probability {_KEPT}", "nats", _IS_REFERENCE)
+    gain: Estimate | None = labelled(f"{{level}} {_GAIN}", "change", _IS_REFERENCE)
+    gold_gain: Estimate | None = labelled(f"log-probability {_GAIN}", "nats", _IS_REFERENCE)
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,11 @@ class FormatChooser:
     problem: FormatProblem
 
     def candidates(self, by_map: bool) -> list[Candidate]:
-        """Choose formats within the budget by each criterion, such as errors of weights."""
+        """Choose formats within the budget by each criterion, such as errors of weights.
+
+        Errors of weights and outputs are used only if `by_map` is true, i.e. if the units are
+        linear maps.
+        """
         problem = self.problem
         choices = {MEASURED_CHOICE: problem.minimize_loss()}
         for name, errors in self._errors().items() if by_map else ():
@@ -170,14 +174,20 @@ class FormatChooser:
         return [self.candidate(name, choice) for name, choice in choices.items()]
 
     def sizes(self) -> list[Candidate]:
-        """Assign formats at several sizes, the largest format for all units first."""
+        """Assign formats to all units for several model sizes.
+
+        The first assignment has the largest format for all units.
+        """
         uniform, *others = self.problem.ladder()
         names = [f"{MEASURED_CHOICE}, {bits_per_weight(choice):.3g} bits" for choice in others]
         choices = {UNIFORM_CHOICE: uniform} | dict(zip(names, others, strict=True))
         return [self.candidate(name, choice) for name, choice in choices.items()]
 
     def candidate(self, by: str, choice: FormatChoice) -> Candidate:
-        """Build the candidate for a choice of formats, with the sum of its units' single costs."""
+        """Build the candidate for a choice of formats, with the sum of its units' single costs.
+
+        `by` is the criterion of the choice.
+        """
         units, formats = self.problem.units, self.problem.formats
         columns = [formats.index(choice[unit]) for unit in units]
         expected = self.problem.losses[np.arange(len(units)), columns].sum()
@@ -189,7 +199,9 @@ class FormatChooser:
         return smallest_index(self.cell.outcomes(ablations, "gold_logprob").mean_drops)
 
     def improve(self, candidates: Sequence[Candidate], rounds: int) -> dict[str, Refinement]:
-        """Swap formats while the model improves, starting from the best and the first assignment.
+        """Improve two assignments by swaps of formats: the best and the first of the candidates.
+
+        Swaps continue as long as they significantly lower the measured loss.
 
         Args:
             candidates: Assignments of formats.
@@ -198,7 +210,7 @@ class FormatChooser:
         Returns:
             Criterion of the starting assignment → the tried swaps, and the improved assignment.
         """
-        self.say(f"{count_text(len(candidates), 'choice')}, whole")
+        self.say(f"measuring the whole model with {count_text(len(candidates), 'choice')}")
         best = candidates[self.best([candidate.choice for candidate in candidates])]
         if not rounds:
             return {}
@@ -234,7 +246,7 @@ class FormatChooser:
         def measure(choices: Sequence[FormatChoice]) -> PairedOutcomes:
             swaps = f"{count_text(len(choices) - 1, 'swap')} of formats"
             turn = f"round {next(numbers)} of at most {rounds}"
-            self.say(f"{swaps} beside the choice by {start.by}, {turn}")
+            self.say(f"measuring {swaps}, starting from the choice by {start.by}, {turn}")
             ablations = [choice_ablation(choice) for choice in choices]
             self.cell.measure(ablations, are_candidates=True)
             return self.cell.outcomes(ablations, "gold_logprob")
@@ -244,7 +256,8 @@ class FormatChooser:
     def compare_sums(self, candidate: Candidate, max_pairs: int) -> SumComparison:
         """Compare the cost of rounding all weights together with the sum of their single costs.
 
-        The same comparison is made for at most `max_pairs` pairs of maps or layers.
+        The method also compares the cost of rounding two linear maps or layers with the sum of
+        their single costs, for at most `max_pairs` random pairs.
         """
         changes = choice_changes(candidate.choice)
         n_units = len(changes)
@@ -258,7 +271,7 @@ class FormatChooser:
         single, joint = [ablation(n) for n in range(n_units)], [ablation(*pair) for pair in pairs]
         whole = choice_ablation(candidate.choice)
         if pairs:
-            self.say(f"{count_text(len(pairs), 'pair')} of maps or layers, drawn")
+            self.say(f"measuring {count_text(len(pairs), 'random pair')} of linear maps or layers")
         self.cell.measure([whole, *joint], are_candidates=True)
         outcomes = self.subject.outcomes([whole, *joint])
         paired = outcomes.gold_outcomes([whole, *single])
@@ -317,7 +330,8 @@ def measure_choices(
         The assignments with their measured costs, in the order of `candidates`.
     """
     ablations = [choice_ablation(candidate.choice) for candidate in candidates]
-    tests.progress.say(f"{tests.request.title}: {count_text(len(ablations), 'choice')}, whole")
+    n_choices = count_text(len(ablations), "choice")
+    tests.progress.say(f"{tests.request.title}: measuring the whole model with {n_choices}")
     losses = calibration.outcomes(ablations, "gold_logprob").mean_drops
     metric, gold = (tests.outcomes(ablations, name) for name in ("accuracy", "gold_logprob"))
     reference = [c.by.startswith(UNIFORM_CHOICE) for c in candidates].index(True)
@@ -335,7 +349,7 @@ class Quantise(Study[QuantiseSettings]):
     """Study that chooses a number format for each weight matrix, within a budget of bits."""
 
     name = "quantise"
-    question = "Which weights can have fewer bits, and does this beat one format for all weights?"
+    question = "Which weights can have fewer bits, and are mixed formats better than one format?"
     intact = True
     texts = QUANTISE_TEXTS
 
@@ -406,7 +420,8 @@ class Quantise(Study[QuantiseSettings]):
         units, limit = self._budget(request, context.options.trust_remote_code)
         losses = unit_losses(record, units, self.formats)
         if losses is None:
-            result.lack(record.title, "the loss of a map is undefined, so losses cannot be summed")
+            reason = "the loss of a linear map is undefined, so losses cannot be summed"
+            result.lack(record.title, reason)
             return
         lender = ModelCache(context.ledger, context.options, context.progress)
         sample = settings.test_sample or request.documents.sample
@@ -445,7 +460,10 @@ class Quantise(Study[QuantiseSettings]):
     def _recommend(
         self, record: CellRecord, choices: list[TestedChoice], tests: OpenCell
     ) -> tuple[TestedChoice | None, list[str]]:
-        """Return the recommended assignment of formats, or None, and sentences on it."""
+        """Return the recommended assignment of formats, and sentences about the recommendation.
+
+        The assignment is None if no assignment is within the budget of accuracy.
+        """
         if self.accuracy_budget is None:
             best = choices[smallest_index([choice.chosen_on for choice in choices])]
             return best, [_write_answer(record, choices, best)]
@@ -491,7 +509,7 @@ def _write_answer(record: CellRecord, choices: Sequence[TestedChoice], best: Tes
 
 
 def _write_set_answers(swapped: dict[str, Refinement], sums: SumComparison) -> list[str]:
-    """Describe whether the single costs add up, and how much swaps of formats gained."""
+    """Describe how well sums of single costs predict joint costs, and the gain by swaps."""
     interactions = sums.pairs.at_once.values() if sums.pairs else ()
     signs = Counter(interaction.side() for interaction in interactions)
     return QUANTISE_TEXTS.render_all("sets", swapped, sums, sums.pairs, signs)
@@ -559,11 +577,11 @@ def _sums_table(record: CellRecord, sums: SumComparison) -> Table:
         label = f"two, the mean of {count_text(len(pairs.pairs), 'drawn pair')}"
         rows.append(SumRow(label, float(pairs.together.mean()), single, pairs.mean))
     title = (
-        f"{cell_label(record)}: loss of the whole choice, compared with the sum of its single "
-        f"losses; choice by {MEASURED_CHOICE}"
+        f"{cell_label(record)}: loss of rounding all units together, compared with the sum of "
+        f"their single losses; formats chosen by {MEASURED_CHOICE}"
     )
     note = (
-        "The 95 % intervals are over documents, for exactly these layers or maps. They are not "
-        "adjusted for multiple comparisons."
+        "The 95 % intervals reflect the sampling of documents, not of layers or linear maps. They "
+        "are not adjusted for multiple comparisons."
     )
     return figure_table(SumRow, f"{title}, on calibration documents.", rows, note)

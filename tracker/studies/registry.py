@@ -84,7 +84,7 @@ class CalibrationSettings(StudySettings):
 
 
 class DisplacementSettings(StudySettings):
-    """Does the KL divergence of a change predict what the change costs?
+    """Does the KL divergence of a change predict the accuracy drop?
 
     The study measures all runs of EXPERIMENT, such as removed layers, replaced layers and rounded
     weights. The study compares the KL divergence of the model's output, at the positions of the
@@ -102,7 +102,7 @@ class DisplacementSettings(StudySettings):
 
 
 class JointSettings(StudySettings):
-    """Do the drops of two layers add up?
+    """Is the drop from removing two layers the sum of their single drops?
 
     The study removes each pair of layers in EXPERIMENT together, and compares the joint drop with
     the sum of the two single drops. A pair is redundant if the joint drop is larger than the sum,
@@ -123,10 +123,10 @@ class PrecisionSettings(StudySettings):
 
     The study rounds one linear map of the layers in EXPERIMENT at a time, to each format of
     'intervention' or to int4. The study reports the cost of each map, and the mean cost over layers
-    of maps with the same name. Quantisation tools choose bits by errors of the weights, of the
-    outputs, or of the model's predictions. The study also reports how well these errors rank the
-    maps by cost. SmolLM2-135M has 210 maps, which take about seven times as long as removing each
-    layer.
+    of maps with the same name. Quantisation tools choose numbers of bits by errors of the weights,
+    of the outputs, or of the model's predictions. The study also reports how well these errors rank
+    the linear maps by cost. SmolLM2-135M has 210 linear maps, which take about seven times as long
+    as removing each layer.
 
     \b
     Examples:
@@ -139,14 +139,15 @@ class PrecisionSettings(StudySettings):
 
 
 class ProtocolSettings(StudySettings):
-    """Does the way of asking decide which layers matter?
+    """Do the layers that matter depend on the evaluation protocol?
 
-    The study compares the drops of the same changes under several protocols. These are option
-    likelihood and choice probability (a benchmark with options), reading (traces:TASK), and
-    generation. Benchmarks in EXPERIMENT are compared if they score the same rows, such as arc_easy
-    and arc_easy_generation. The study reports which layers each protocol shows, how well the
-    protocols agree on their order, and which documents only one protocol loses. Use 'limit' instead
-    of 'sample' for tasks with different names.
+    The study compares the drops of the same changes under several evaluation protocols. The
+    protocols are option likelihood and choice probability (for benchmarks with options), reading
+    (for traces:TASK), and generation. Benchmarks in EXPERIMENT are compared if they score the same
+    rows, such as arc_easy and arc_easy_generation. The study reports which layers matter under each
+    protocol, and how well the protocols agree on the order of the layers. It also reports which
+    documents become wrong under one protocol only. If the tasks have different names, use 'limit'
+    instead of 'sample'.
 
     \b
     Examples:
@@ -158,7 +159,7 @@ class ProtocolSettings(StudySettings):
 
 
 class PruneSettings(StudySettings):
-    """Does pruning by measured accuracy beat pruning by proxies?
+    """Is pruning by measured accuracy better than pruning by proxies?
 
     For each benchmark in EXPERIMENT, several strategies choose layers to remove: by the remaining
     accuracy, by proxies, from the end of the model, or at random. The strategies use 'sample'
@@ -187,7 +188,7 @@ class PruneSettings(StudySettings):
     """Plain text for a further calibration: a .txt file with blank lines between documents, or a
     .jsonl file."""
     test_sample: int | None = Field(None, ge=1)
-    """Test documents of each task. Default: as many as choose."""
+    """Number of test documents per task (default: the value of 'sample')."""
 
 
 class QuantiseSettings(StudySettings):
@@ -196,45 +197,46 @@ class QuantiseSettings(StudySettings):
     study = "tracker.studies.quantise:Quantise"
     command = "tracker quantise"
     budget: str | None = None
-    """Budget of bits: 4.5bpw (bits per weight of the rounded maps), 80 MB, 2.1 GB or 25 % bytes (of
-    the whole model). With a budget of accuracy, the smallest size that is tried."""
+    """Maximum size, e.g. 4.5bpw (bits per weight of the rounded linear maps), 80 MB, or 25 % bytes
+    (of the whole model). With --max-drop or --keep-accuracy: the smallest size to try."""
     max_drop: MaxDrop | None = None
-    """Largest loss of accuracy, in percentage points, e.g. 2pp. The smallest model that test
-    documents show to be within it is recommended."""
+    """Largest loss of accuracy, in percentage points, e.g. 2pp. The study recommends the smallest
+    model whose loss is significantly below this value on test documents."""
     keep_accuracy: KeptAccuracy | None = None
-    """Smallest share of the intact model's accuracy to keep, e.g. 95%, not --max-drop."""
+    """Smallest share of the intact model's accuracy to keep, e.g. 95%, instead of --max-drop."""
     format: Annotated[
         str,
         BeforeValidator(lambda formats: formats if isinstance(formats, str) else ",".join(formats)),
     ] = "q3_k,q4_k,q6_k"
     """Allowed formats, comma-separated, e.g. int4,int8."""
     by: Literal["map", "layer"] = "map"
-    """What is measured alone: each linear map, or each layer, which then has one format."""
+    """Unit that gets a format: each linear map, or each layer as a whole."""
     tie: Literal["fused", "none"] = "fused"
-    """Maps that share one format. fused: maps that vLLM and SGLang fuse (query, key and value; gate
-    and up; all experts of a layer). none: no maps."""
+    """Linear maps that share one format. fused: maps that vLLM and SGLang fuse (query, key and
+    value; gate and up; all experts of a layer). none: each map has its own format."""
     test_sample: int | None = Field(None, ge=1)
-    """Test documents of each task. Default: as many as choose."""
+    """Number of test documents per task (default: the value of 'sample')."""
     embeddings: bool = False
-    """Choose formats for the embedding and the output head, too."""
+    """Also choose formats for the embedding and the output head."""
     refine: int = Field(3, ge=0)
-    """Maximum number of rounds of swaps. A swap gives one unit more bits and others fewer, and is
-    measured as a whole on the calibration documents. A round keeps the best swap if it is shown to
-    cost less. 0: none. A budget of accuracy uses no swaps."""
+    """Maximum number of rounds of swaps. A swap gives one unit more bits and other units fewer
+    bits. Each round measures the whole model with several swaps on the calibration documents, and
+    keeps the best swap if it significantly lowers the loss. 0: no swaps. With --max-drop or
+    --keep-accuracy, there are no swaps."""
     pairs: int = Field(20, ge=0)
-    """Number of random pairs of maps or layers whose joint loss is compared with the sum. 0:
-    none."""
+    """Number of random pairs of linear maps or layers whose joint loss is compared with the sum of
+    their single losses. 0: no pairs."""
 
 
 class RepeatSettings(StudySettings):
-    """Does passing some layers twice make the model better?
+    """Does repeating some layers make the model better?
 
-    A span is a sequence of neighbouring layers in EXPERIMENT that the model passes a second time.
-    'intervention: repeat' with 'layer' and 'span' limits the study to some spans. The study finds
-    the five best spans on 'sample' documents, and tests these spans on other documents. The study
-    also reports the largest gain that chance alone would produce among so many spans. 30 layers
+    A span is a sequence of neighbouring layers in EXPERIMENT that the model runs a second time. To
+    limit the study to some spans, set 'intervention: repeat' with 'layer' and 'span'. The study
+    finds the five best spans on 'sample' documents, and tests these spans on other documents. The
+    study also reports the largest gain that chance alone would produce among all spans. 30 layers
     have 465 spans, which take about twenty times as long as removing each layer. until="prune 5
-    within 2 pp" stops the search when the five best spans are known.
+    within 2 pp" stops the search as soon as the five best spans are known.
 
     \b
     Examples:
@@ -247,15 +249,16 @@ class RepeatSettings(StudySettings):
 
 
 class RescaleSettings(StudySettings):
-    """Does a removed layer cost accuracy only because it rescaled the hidden state?
+    """Is a layer needed only because it changes the scale of the hidden state?
 
-    The study removes each layer in EXPERIMENT. The study also replaces the layer by its input times
-    a factor, by its input plus the layer's mean update, and by a linear map of its input. All
-    replacements are fitted on documents from the end of the benchmark's random order. They are not
-    measured if 'sample' is at most half of the documents. The study reports the share of the
-    accuracy drop that each replacement recovers. If a factor recovers the drop, the layer only
-    changed the norm of the hidden state. The study ignores 'intervention' in the file, and takes
-    about four times as long as removing the layers.
+    The study removes each layer in EXPERIMENT, one at a time. The study also replaces the layer by
+    its input times a factor, by its input plus the layer's mean update, and by a linear map of its
+    input. All replacements are fitted on documents from the end of the benchmark's random order.
+    These documents are not measured if 'sample' is at most half of the documents. The study reports
+    the share of the accuracy drop that each replacement recovers. If the replacement by a factor
+    recovers the whole drop, the layer is needed only because it changes the norm of the hidden
+    state. The study ignores 'intervention' in the file, and takes about four times as long as
+    removing the layers.
 
     \b
     Examples:
@@ -273,8 +276,8 @@ class SavingsSettings(StudySettings):
     holds, such as 'top 3': the three largest drops are known. This study measures the runs in
     EXPERIMENT on all documents, and then applies the stopping rule to 200 random orders of the
     documents. For each condition, the study reports which share of the documents and of the
-    computation is needed. The study also reports whether the early result agrees with the result of
-    all documents. EXPERIMENT must not set 'until'.
+    computation is needed. The study also reports whether the result at the early stop agrees with
+    the result on all documents. EXPERIMENT must not set 'until'.
 
     \b
     Examples:
@@ -298,12 +301,13 @@ class SavingsSettings(StudySettings):
 class SnowballSettings(StudySettings):
     """Do later layers amplify the change that the removal of a layer makes?
 
-    The study removes each layer. For comparison, the study also perturbs the layer's output by the
-    same amount in random directions. After every later layer, the study measures the relative
-    difference from the residual stream of the intact model. A removal snowballs if the difference
-    is larger at the end of the model than right after the removed layer. The study reports which
-    removals snowball, by what factor, and whether this growth explains the errors of the cosine
-    score. 'layer' in EXPERIMENT should name every layer.
+    The study removes each layer, one at a time. For comparison, the study also perturbs the layer's
+    output by the same amount in random directions. After every later layer, the study measures the
+    relative difference from the residual stream of the intact model. The growth factor is the
+    difference at the end of the model, divided by the difference right after the removed layer. The
+    study reports which removals have a growth factor above 1. It also reports whether growth
+    predicts differences in accuracy drop that the cosine score does not predict. 'layer' in
+    EXPERIMENT should name every layer.
 
     \b
     Examples:
@@ -313,18 +317,19 @@ class SnowballSettings(StudySettings):
 
     study = "tracker.studies.snowball:Snowball"
     draws: int = Field(2, ge=1, le=1000)
-    """Number of random directions per layer and token; each costs as much as all removals."""
+    """Number of random directions per layer and token. Each direction takes as long as all
+    removals."""
 
 
 class TheoremSettings(StudySettings):
-    """Can the layer with the lowest cosine score decide every answer?
+    """Can every answer depend on the layer with the lowest cosine score?
 
-    The paper proves that such a model exists, and this study builds one. For each ε, the study
-    constructs a transformer with five layers for the benchmark documents of EXPERIMENT, and
-    measures this model like any other model. The model in EXPERIMENT provides only the tokenizer.
-    Layer 2 has the lowest cosine score, ε. The model answers every document correctly with layer 2,
-    and every document wrongly without layer 2. The checkpoints are kept in studies/theorem of the
-    results folder, for use with transformers or lm_eval.
+    The paper proves that a model with this property exists, and this study builds one. For each ε,
+    the study constructs a transformer with five layers for the benchmark documents of EXPERIMENT,
+    and measures this model like any other model. The model in EXPERIMENT provides only the
+    tokenizer. Layer 2 has the lowest cosine score, ε. The model answers every document correctly
+    with layer 2, and every document wrongly without layer 2. The checkpoints are kept in
+    studies/theorem of the results folder, for use with transformers or lm_eval.
 
     \b
     Examples:
@@ -334,7 +339,7 @@ class TheoremSettings(StudySettings):
 
     study = "tracker.studies.theorem:Theorem"
     epsilon: tuple[float, ...] = (1e-1, 1e-2, 1e-4, 1e-6, 1e-8)
-    """Cosine score of the deciding layer. May be given several times."""
+    """Cosine score of the layer on which every answer depends. May be given several times."""
 
 
 STUDIES: Mapping[str, type[StudySettings]] = {
@@ -376,7 +381,10 @@ def _check_settings(extension: object) -> type[StudySettings]:
 
 
 def find_settings(name: str) -> type[StudySettings]:
-    """Return the settings class of the named study; RequestError if no study has this name."""
+    """Return the settings class of a study.
+
+    Raises RequestError if no study has this name.
+    """
     registered = load_studies()
     if name not in registered:
         names = f"{', '.join(registered)}.{did_you_mean(name, registered)}"

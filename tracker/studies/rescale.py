@@ -1,8 +1,8 @@
 """Study: test whether a fitted replacement of a removed layer recovers the lost accuracy.
 
 The layer's output is replaced by its input times a factor, by its input plus the mean update (a
-constant), or by a linear map of its input. If the factor recovers the loss, the layer was needed
-only because it rescaled the hidden state.
+constant), or by a linear map of its input. If the replacement by a factor recovers the whole loss,
+the layer is needed only because it changes the scale of the hidden state.
 """
 
 from __future__ import annotations
@@ -48,12 +48,15 @@ class Rescale(Study[RescaleSettings]):
     """Study that tests whether fitted replacements of removed layers recover the lost accuracy."""
 
     name = "rescale"
-    question = "Is the drop of a removed layer due only to the changed scale of hidden states?"
+    question = "Is a layer needed only because it changes the scale of the hidden state?"
     intact = True
     texts = RESCALE_TEXTS
 
     def expand(self, cell: CellRequest, context: StudyContext) -> Iterator[CellRequest]:
-        """Yield two requests; linear maps get their own request, because their fit can fail."""
+        """Yield a request for the removals and simple replacements, and one for linear maps.
+
+        Linear maps have a separate request, because fitting a linear map can fail.
+        """
         groups: tuple[tuple[Intervention, ...], ...] = (("remove", "scale", "mean"), ("linear",))
         for interventions in groups:
             yield cell.with_changes(layers=cell.changes.layers, interventions=interventions)
@@ -103,7 +106,8 @@ class CellCosts:
         drops: Intervention → drop of the metric for each layer.
         nats: Intervention → decrease of the gold answer's log-probability for each layer.
         p_values: Intervention → p-value for each layer; the test compares the accuracy of
-            replacement and removal. None if outcomes are not right or wrong.
+            replacement and removal. A p-value is None if the metric does not judge each document as
+            right or wrong.
     """
 
     name: str
@@ -177,13 +181,16 @@ def recovered_estimate(cells: Sequence[CellCosts], name: Intervention, nats: boo
 
 
 def _write_answers(cells: Sequence[CellCosts]) -> list[str]:
-    """Return sentences on the mean over all benchmarks that have the same metric."""
+    """Return sentences about the mean effect of each replacement over benchmarks.
+
+    All benchmarks in `cells` have the same metric.
+    """
     names = [name for name in REPLACEMENTS if all(name in cell.drops for cell in cells)]
     costs = {name: _write_mean_cost(cells, name) for name in ("remove", *names)}
     documents = sum(cell.n for cell in cells)
     answers = RESCALE_TEXTS.render_all("costs", costs, STAND_INS, len(cells), documents)
     verdicts = []
-    losses = {f"the {cells[0].measure.change}": False, "the loss of gold log-probability": True}
+    losses = {f"the {cells[0].measure.change}": False, "the drop of gold log-probability": True}
     for loss, nats in losses.items():
         shares = {name: recovered_estimate(cells, name, nats) for name in names}
         texts = {STAND_INS[name]: _write_percent(share) for name, share in shares.items()}
@@ -216,7 +223,7 @@ def _summary_table(cells: Sequence[CellCosts]) -> Table:
         def value(cell: CellCosts) -> Estimate | None:
             return recovered_estimate([cell], name, nats) if name in cell.drops else None
 
-        label = f"{STAND_INS[name]} wins back, of {quantity}"
+        label = f"share of {quantity} drop that {STAND_INS[name]} recovers"
         return Column(label, "percent", value, _NOT_MEASURED)
 
     def mean(cell: CellCosts) -> float:
@@ -224,7 +231,7 @@ def _summary_table(cells: Sequence[CellCosts]) -> Table:
 
     label = f"mean {measure.change} of a removal{cells[0].unit}"
     return build_table(
-        "Replacements of a layer, and the share of the drop that each recovers",
+        "Share of the drop that each replacement of a layer recovers",
         [
             Column("model and benchmark", "text", lambda cell: cell.name),
             Column("documents", "count", lambda cell: cell.n),

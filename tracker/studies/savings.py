@@ -1,4 +1,4 @@
-"""Study: estimate how many documents need not be measured if `until` stops a measurement early."""
+"""Study: estimate how many measurements of documents the stopping rule `until` saves."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _ANY_DEPTH = 10**6
 
 
 class Savings(Study[SavingsSettings]):
-    """Study that finds, in random orders of measured documents, when `until` would have stopped."""
+    """Study that applies the stopping rule `until` to random orders of measured documents."""
 
     name = "savings"
     question = "How much computation does the stopping rule 'until' save?"
@@ -54,7 +54,10 @@ class Savings(Study[SavingsSettings]):
             raise RequestError(f"--question: {error}") from None
 
     def expand(self, cell: CellRequest, context: StudyContext) -> Iterable[CellRequest]:
-        """Return the unchanged request; RequestError if a condition (`top 3`) needs more runs."""
+        """Return the unchanged request of the experiment file.
+
+        Raises RequestError if a condition such as `top 3` needs more runs than the request has.
+        """
         default = SavingsSettings.model_fields["questions"].default
         if self.settings.questions != default:
             runs = len(cell.valid_changes(_ANY_DEPTH))
@@ -129,7 +132,7 @@ class MeasuredDocuments:
 
     @property
     def still_open(self) -> str:
-        """Text for a missing value: too few documents are measured for `until` to stop."""
+        """Text that replaces a value if the measured documents do not decide the condition."""
         return f"undecided after all {len(self.drops):,} measured documents"
 
 
@@ -159,7 +162,10 @@ def read_documents(subject: Subject) -> MeasuredDocuments | str:
 
 
 def passes_counter(ablations: Sequence[Ablation], layers: int) -> Callable[[Mask], float]:
-    """Return a function that counts the layers computed per token for a mask of ablations."""
+    """Return a function that counts the layers that must be computed per token.
+
+    The function takes a mask of the ablations that are measured together with the intact model.
+    """
 
     def count(open_ablations: Iterable[Ablation]) -> float:
         return plan_streams([INTACT, *open_ablations], layers).layer_passes
@@ -178,12 +184,12 @@ class CostBound:
     """Minimum number of documents that are needed to decide an `until` condition.
 
     Attributes:
-        distance: Required precision of the means. With `top` and `prune`, the gap between the last
-            chosen run and the first run that is not chosen, plus the tolerance. With `sign`, the
-            size of the drop that is hardest to distinguish from 0. With `drop`, the requested
-            precision.
-        sd: Standard deviation, over documents, of the drop (or difference of two drops) behind
-            `distance`.
+        distance: Required precision of the means. For the conditions `top` and `prune`, this is the
+            difference between the last chosen run and the first run that is not chosen, plus the
+            tolerance. For the condition `sign`, it is the size of the drop that is hardest to
+            distinguish from 0. For the condition `drop`, it is the requested precision.
+        sd: Standard deviation, over documents, of the drop or of the difference of two drops that
+            must be known with this precision.
         documents: Sample size that a test with a fixed number of documents needs for the same
             confidence.
     """
@@ -216,22 +222,25 @@ class QuestionReplay:
     bound: CostBound
 
     def fewer(self, cell: MeasuredDocuments) -> float:
-        """Return the factor by which the `until` condition needs less computation than lm-eval."""
+        """Return the computation of lm-eval as a multiple of the computation with `until`."""
         return cell.plain / cell.everything / cost_quantile(self.passes)
 
     @property
     def hardest(self) -> str:
-        """Text that names the drop, or difference of drops, for which most documents are needed."""
+        """Text that names the drop, or the difference of two drops, that is hardest to measure.
+
+        This quantity requires the largest number of documents.
+        """
         # Write a distance, which may be a small part of a point.
         distance = f"{100 * self.bound.distance:.2g} pp"
         if self.question.count is not None:
             return (
-                "the difference between the last run in the set and the first run outside, which "
-                f"is {distance}"
+                f"the difference of {distance} between the last chosen run and the first run that "
+                "is not chosen"
             )
         if self.question.kind == "drop":
-            return f"the drop that varies most and must be known within {distance}"
-        return f"the drop that is hardest to distinguish from 0, which is {distance}"
+            return f"the drop with the largest variance, which must be known within {distance}"
+        return f"the drop of {distance}, which is hardest to distinguish from 0"
 
 
 def replay_question(
@@ -308,7 +317,7 @@ def question_bound(cell: MeasuredDocuments, question: Question) -> CostBound:
         distance, sd = abs(float(means[hardest])), float(sds[hardest])
     if distance <= MEAN_TOLERANCE:
         tie = "two runs tie" if question.count else "the drop is 0"
-        reason = f"{tie}, which only all documents show"
+        reason = f"{tie}, and only a measurement of all documents can show this"
         return CostBound(distance, sd, Estimate(None, reason=reason))
     width = float(stats.norm.ppf(1 - (1 - question.level) / comparisons)) + power
     n = (width * sd / distance) ** 2
@@ -359,7 +368,8 @@ def savings_table(cell: MeasuredDocuments, replays: Sequence[QuestionReplay]) ->
         return float((race.answered & (race.documents < 1)).mean())
 
     return build_table(
-        f"{cell.title}: documents and layer passes for each question, by {cell.extent}",
+        f"{cell.title}: documents and layer passes that each question needs, estimated from "
+        f"{cell.extent}",
         [
             Column("question", "text", lambda race: str(race.question)),
             share("documents", "documents", 0.5),
@@ -384,7 +394,7 @@ def _bounds_table(cell: MeasuredDocuments, replays: Sequence[QuestionReplay]) ->
         return cost_quantile(race.documents) * cell.population
 
     return build_table(
-        f"{cell.title}: the decision that needs most documents, for each question",
+        f"{cell.title}: decision of each question that needs the largest number of documents",
         [
             Column("question", "text", lambda race: str(race.question)),
             Column("the hardest to know", "text", lambda race: race.hardest),
@@ -398,14 +408,17 @@ def _bounds_table(cell: MeasuredDocuments, replays: Sequence[QuestionReplay]) ->
 
 
 def _passes_chart(cell: MeasuredDocuments, replays: Sequence[QuestionReplay]) -> LineChart:
-    """Build the chart of the share of document orders that are decided, by computation."""
+    """Build the chart of the share of document orders in which `until` has stopped.
+
+    The horizontal axis is the amount of computation.
+    """
     positions = range(0, 101, 2)
     lines = {}
     for race in replays:
         passes = 100 * np.where(race.answered, race.passes, np.inf)
         shares = [float((passes <= position + 1e-9).mean()) for position in positions]
         lines[str(race.question)] = shares
-    x = "layer passes (100 % = all runs on all documents)"
+    x = "computed layer passes (100 %: all runs are measured on all documents)"
     axes = (x, f"answered, of {RANDOM_ORDERS} orders")
-    title = f"{cell.title}: share of random document orders in which 'until' has stopped"
+    title = f"{cell.title}: share of document orders in which 'until' has stopped the measurement"
     return line_chart(title, axes, "percent", positions, lines)

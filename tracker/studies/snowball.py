@@ -76,10 +76,12 @@ class Growth:
 
     @property
     def signs(self) -> list[int | None]:
-        """For each layer: 1 if a change grows significantly, −1 if it shrinks, 0 if undecided.
+        """Direction of the growth after each layer.
 
-        Growth is significant if the interval excludes a factor of 1 and the p-value is below 0.05,
-        adjusted over layers by Holm's method. The sign is None if the factor is undefined.
+        The sign is 1 if a change after the layer becomes significantly larger until the output
+        head, and −1 if it becomes significantly smaller. The sign is 0 if the growth is not
+        significant, and None if the factor is undefined. Growth is significant if the interval
+        excludes a factor of 1 and the p-value is below 0.05, adjusted over layers by Holm's method.
         """
         p_values = holm([factor.p_value for factor in self.factors])
         return [
@@ -94,7 +96,7 @@ class Growth:
 
     @property
     def defined(self) -> list[float]:
-        """The growth factors without intervals, without layers whose factor is undefined."""
+        """The defined growth factors, without intervals."""
         return [value for value in self.values if value is not None]
 
     @property
@@ -103,10 +105,12 @@ class Growth:
         return float(np.median(self.defined)) if self.defined else np.nan
 
     def extremes(self, documents: int) -> tuple[int, list[int], list[int]]:
-        """Find the layers with the significantly largest and smallest growth factors.
+        """Find the layers with the largest and the smallest growth factor.
 
-        Returns a number n, the layers that are significantly among the n largest (largest first),
-        and a list with the significantly smallest layer. The lists can be empty.
+        `documents` is the number of documents. The method returns a number n, a list of layers, and
+        another list of layers. The factor of each layer in the first list is significantly among
+        the n largest factors; the largest factor is first. The second list contains the layer whose
+        factor is significantly the smallest. Both lists can be empty.
         """
         layers = [layer for layer, value in enumerate(self.values) if value is not None]
         n = len(layers)
@@ -180,7 +184,7 @@ class TokenGrowth:
 
 @dataclass(frozen=True)
 class Predictor:
-    """Table row: rank correlation of a quantity with the drops, and gain over the cosine score."""
+    """Table row: rank correlation of a quantity with the drops, compared with the cosine score."""
 
     name: str = labelled("of each layer")
     target: str = labelled("predicted")
@@ -262,7 +266,11 @@ class DropExplanation:
 
     @property
     def is_ordered(self) -> bool:
-        """True if the correlations with the cosine score and the end difference are defined."""
+        """True if two rank correlations with the drops are defined.
+
+        These are the correlation of the cosine score, and the correlation of the difference before
+        the output head.
+        """
         names = (COSINE_SCORE, END_DIFFERENCE)
         return all(self.predictors[name].spearman.value is not None for name in names)
 
@@ -322,7 +330,10 @@ class SnowballFigures:
 
 
 def compute_figures(subject: Subject, observations: Observations) -> SnowballFigures | None:
-    """Compute growth and its correlation with drops; None with fewer than two usable documents."""
+    """Compute the growth of changes, and its correlation with the drops.
+
+    The result is None if fewer than two documents have finite hidden states.
+    """
     outcomes = subject.outcomes()
     arrays = observations.select(outcomes.documents)
     is_later = np.triu(np.ones(arrays["removed"].shape[-2:], dtype=bool))
@@ -342,10 +353,12 @@ def compute_figures(subject: Subject, observations: Observations) -> SnowballFig
 
 
 def _split(arrays: Mapping[str, Array], tokens: int) -> tuple[dict[str, Array], dict[str, Array]]:
-    """Return the relative differences (right after the changed layer, before the output head).
+    """Return the relative differences that changes cause at two positions of the model.
 
-    Each of the two dictionaries maps a kind of change, such as `removed`, to an array `[documents,
-    layers]`. `tokens` is `ALL_TOKENS`, or `LATER_TOKENS` to leave out the first token of each text.
+    The first dictionary has the differences right after the changed layer, and the second has the
+    differences before the output head. Both map a kind of change, such as `removed`, to an array
+    `[documents, layers]`. `tokens` is `ALL_TOKENS`, or `LATER_TOKENS` to leave out the first token
+    of each text.
     """
     means = {name: array[:, tokens] for name, array in arrays.items()}
     starts = {name: np.diagonal(array, axis1=1, axis2=2) for name, array in means.items()}
@@ -378,7 +391,7 @@ class Snowball(Study[SnowballSettings]):
             result.add(*_write_answers(model_cells, self.settings.draws))
             if len(model_cells) > 1:
                 name = model_cells[0].record.model.name
-                title = f"{name}: growth after each layer's removal, by benchmark"
+                title = f"{name}: growth of the difference that each removal causes, by benchmark"
                 growths = {cell.record.benchmark.title: cell.tokens.removed for cell in model_cells}
                 result.add(_growth_chart(title, "removed", growths))
         if cells:
@@ -404,9 +417,14 @@ class Snowball(Study[SnowballSettings]):
 
 
 def _list_unanswered(cell: SnowballFigures | None, file: str) -> list[str]:
-    """Return a sentence for each missing result of a benchmark, and for what would give it.
+    """Return sentences about the missing results of a benchmark, with advice.
 
-    A benchmark that was not measured is None.
+    Args:
+        cell: The results on the benchmark; None if the benchmark was not measured.
+        file: Name of the experiment file.
+
+    Returns:
+        One sentence for each missing result. It names the command or setting that gives the result.
     """
     if cell is None:
         return SNOWBALL_TEXTS.render_all("lacking", None, 0, 0, file)
@@ -488,7 +506,7 @@ def _layer_table(cell: SnowballFigures) -> Table:
 def _predictor_table(cell: SnowballFigures) -> Table:
     """Build the table of the rank correlations and partial correlations with the drops."""
     rows = cell.explained.predictors.values() if cell.explained else []
-    title = f"{cell.record.heading}: how well several quantities predict the layers' order by drop"
+    title = f"{cell.record.heading}: rank correlation of several quantities with the drops"
     return figure_table(Predictor, title, rows, *SNOWBALL_TEXTS.render_all("predictor_notes"))
 
 
@@ -506,7 +524,7 @@ def _summary_table(cells: Sequence[SnowballFigures]) -> Table:
 
     none = "no layer's growth is defined"
     return build_table(
-        "Does the difference from the intact model grow after a removed layer?",
+        "Growth, over later layers, of the difference that the removal of a layer causes",
         [
             Column("model", "text", lambda cell: cell.record.model.name),
             Column("benchmark", "text", lambda cell: cell.record.benchmark.title),
@@ -523,17 +541,21 @@ def _summary_table(cells: Sequence[SnowballFigures]) -> Table:
             spearman("growth ~ drop given cosine", REMOVAL_GROWTH),
         ],
         cells,
-        "~: Spearman's coefficient over layers, with 95 % intervals over documents.",
+        "The sign ~ means Spearman's rank correlation over layers. Its 95 % intervals reflect the "
+        "sampling of documents.",
     )
 
 
 def _growth_chart(title: str, layer: str, growths: Mapping[str, Growth]) -> LineChart:
-    """Build a chart of growth factors by layer, without the last layer (undefined growth)."""
+    """Build a chart of growth factors by layer.
+
+    The chart leaves out the last layer, which has no growth factor.
+    """
     lines = {name: growth.factors[:-1] for name, growth in growths.items()}
     count = len(next(iter(lines.values())))
     axes = (
         f"{layer} layer (0-based)",
-        "difference before the output head, divided by difference after the layer",
+        "growth factor: difference before the output head / difference after the layer",
     )
     return line_chart(title, axes, "times", range(count), lines, log_y=True)
 
@@ -544,8 +566,8 @@ def _build_charts(cell: SnowballFigures) -> Iterator[StudyChart]:
     growths = {"removed": tokens.removed, "random directions": tokens.random}
     growths |= {"other tokens' updates": tokens.shuffled}
     title = (
-        f"{cell.record.heading}: growth of the difference that a removal or a random direction "
-        "makes"
+        f"{cell.record.heading}: growth factors of the differences that removals and random "
+        "perturbations cause"
     )
     yield _growth_chart(title, "perturbed", growths)
     title = f"{cell.record.heading}: layers whose ranks by cosine and by drop differ most"
@@ -555,7 +577,7 @@ def _build_charts(cell: SnowballFigures) -> Iterator[StudyChart]:
     with np.errstate(divide="ignore", invalid="ignore"):
         doublings = np.log2(paths / np.diagonal(paths)[:, None])
     yield MapChart(
-        title=f"{cell.record.heading}: how often the relative difference has doubled",
+        title=f"{cell.record.heading}: number of doublings of the relative difference",
         x="behind layer (0-based)",
         y="removed layer (0-based)",
         name="doublings",
@@ -567,7 +589,10 @@ def _build_charts(cell: SnowballFigures) -> Iterator[StudyChart]:
 
 
 def _choose_paths(cell: SnowballFigures) -> Iterator[tuple[int, str]]:
-    """Yield (layer, legend entry) for each removed layer that the chart shows."""
+    """Choose the removed layers for the chart of paths.
+
+    The function yields pairs of a layer and its entry in the legend.
+    """
     if cell.explained is None:
         layers = np.unique(np.linspace(0, cell.layers - 1, MAX_PATHS).round()).astype(int)
         yield from ((layer, f"layer {layer}") for layer in layers.tolist())

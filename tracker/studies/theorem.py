@@ -1,4 +1,4 @@
-"""Study: build a model in which the layer with the lowest cosine score decides every answer.
+"""Study: build a model in which every answer depends on the layer with the lowest cosine score.
 
 `tracker.models.counterexample` builds the model for the benchmark documents of the experiment file.
 The model that the file names provides only the tokenizer. The built model is saved as a
@@ -42,7 +42,7 @@ from tracker.studies.registry import TheoremSettings
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-SAME_ANSWER = "a wrong answer is a prefix of the right answer, and thus never less likely"
+SAME_ANSWER = "a wrong answer is a prefix of the right answer, so it is never less likely"
 LONGER_ANSWERS = (
     "the right answer is a prefix of every wrong answer, so no wrong answer is ever more likely"
 )
@@ -90,16 +90,19 @@ def plan_lesson(
 ) -> Lesson:
     """Choose the tokens that the built model must predict or avoid, and their positions.
 
-    Each target token is signed or fixed. Positive sign: the intact model predicts the token, and
-    the model without layer 2 avoids the token. Negative sign: the intact model avoids the token,
-    and the model without layer 2 predicts it. Fixed: layer 2 does not affect the prediction. If all
-    options of a document follow the same context, the targets are at the position where the right
-    answer first differs from a wrong answer. The right answer's token at this position gets a
-    positive sign, and the wrong answer's token a negative sign.
+    A target token has a sign, or it is fixed. If the sign is positive, the intact model predicts
+    the token, but the model without layer 2 does not. If the sign is negative, the model without
+    layer 2 predicts the token, but the intact model does not. If the token is fixed, both models
+    make the same prediction.
 
-    If each option follows a different context (Winogrande), each context gets one target: with a
-    positive sign in the right context, and with a negative sign in a wrong context. In texts
-    without options, every token is a target with a positive sign.
+    In most benchmarks, all options of a document follow the same context. In this case, the target
+    tokens are at the position where the right answer first differs from a wrong answer. The token
+    of the right answer has a positive sign, and the token of the wrong answer has a negative sign.
+
+    In some benchmarks, such as Winogrande, each option follows a different context. In this case,
+    there is one target token after each context. Its sign is positive after the right context, and
+    negative after a wrong context. If a text has no options, every token of the text is a target
+    with a positive sign.
 
     Args:
         documents: Documents with their requests.
@@ -144,7 +147,11 @@ def _positions(request: Request, length: int) -> list[_Position]:
 
 
 def _teach_all(lesson: Lesson, document: Document, length: int) -> None:
-    """Make every token of a document a target, unless an earlier text contradicts it."""
+    """Add every token of a document without options to the targets of the lesson.
+
+    If an earlier text has another token after the same preceding tokens, the model cannot predict
+    the new token. The function counts such tokens in `lesson.clashing`.
+    """
     clashing = lesson.clashing
     for request in document.requests:
         for key, token in _positions(request, length):
@@ -160,7 +167,10 @@ def _teach_all(lesson: Lesson, document: Document, length: int) -> None:
 
 
 def _count_owners(documents: Sequence[Document], length: int) -> Counter[_Position]:
-    """Count the documents with each (position, token), among documents with several contexts."""
+    """Count in how many documents each pair of a position and a token occurs.
+
+    Only documents are counted whose options follow different contexts.
+    """
     owners: Counter[_Position] = Counter()
     for document in documents:
         choices = document.requests[: document.choices]
@@ -172,7 +182,10 @@ def _count_owners(documents: Sequence[Document], length: int) -> Counter[_Positi
 def _list_demands(
     document: Document, length: int, owners: Mapping[_Position, int]
 ) -> list[_Demand] | str:
-    """Return the target tokens of a multiple-choice document, or why no model can answer it."""
+    """Return the target tokens of a multiple-choice document.
+
+    If no model can answer the document correctly, the function returns the reason as text.
+    """
     if document.gold is None:
         return NO_GOLD_ANSWER
     choices = document.requests[: document.choices]
@@ -216,7 +229,11 @@ def _count_shared(tokens: Sequence[int], others: Sequence[int]) -> int:
 
 
 def _has_clash(lesson: Lesson, demand: _Demand) -> bool:
-    """Return whether an earlier document has set another value for this position and token."""
+    """Return whether a target token contradicts a target of an earlier document.
+
+    The two targets contradict each other if they require different predictions of the same token at
+    the same position.
+    """
     key, kind, token, weight = demand
     targets = lesson.targets.get(key)
     if targets is None:
@@ -226,9 +243,10 @@ def _has_clash(lesson: Lesson, demand: _Demand) -> bool:
 
 
 def _required_lead(document: Document, vocabulary: int, decode: Callable[..., str]) -> float:
-    """Return the logit margin, in nats, with which one target token decides a whole answer.
+    """Compute how far the logit of a target token must exceed all other logits, in nats.
 
-    The margin must exceed what all other tokens of an answer can contribute.
+    With this margin, the target token alone determines which answer is most likely, whatever the
+    log-probabilities of the other tokens are.
     """
     choices = [request.continuation for request in document.requests[: document.choices]]
     lengths = [max(1, len(decode(list(tokens)).strip())) for tokens in choices]
@@ -248,7 +266,7 @@ class Theorem(Study[TheoremSettings]):
     """Study that builds and measures the paper's counterexample model for each benchmark and ε."""
 
     name = "theorem"
-    question = "Can the layer with the lowest cosine score decide every answer?"
+    question = "Can every answer depend on the layer with the lowest cosine score?"
     texts = THEOREM_TEXTS
 
     def __init__(self, settings: TheoremSettings) -> None:
@@ -283,7 +301,7 @@ class Theorem(Study[TheoremSettings]):
                         _save_model(built.set_epsilon(model.epsilon), tokenizer, model.folder)
 
     def answer(self, context: StudyContext, subjects: list[Subject]) -> StudyResult:
-        """Check whether the measurements of each built model confirm the theorem."""
+        """Check whether the measurements of each built model confirm the paper's theorem."""
         result = StudyResult()
         built = {model.request: model for models in self._models(context) for model in models}
         measured = [MeasuredModel(built[subject.request], subject) for subject in subjects]
@@ -298,7 +316,7 @@ class Theorem(Study[TheoremSettings]):
         return result
 
     def _models(self, context: StudyContext) -> list[list[BuiltModel]]:
-        """Return the models of each benchmark, one for each ε; they need not be built yet."""
+        """Describe the models to build: for each benchmark, a list with one model for each ε."""
         root = context.ledger.root / "studies" / self.name
         models = []
         for cell in dict.fromkeys(map(_documents_request, context.experiment.cells())):
@@ -311,7 +329,10 @@ class Theorem(Study[TheoremSettings]):
 
 
 def _documents_request(cell: CellRequest) -> CellRequest:
-    """Return a copy of a request without ablations and other settings that do not affect tokens."""
+    """Return a copy of a request with default values for settings that do not affect tokens.
+
+    These settings are the dtype and the ablations.
+    """
     model = cell.model.model_copy(update={"dtype": "auto"})
     return replace(cell, model=model, removed=(), changes=Changes(layers=(0,)))
 
@@ -320,7 +341,11 @@ def _documents_request(cell: CellRequest) -> CellRequest:
 
 
 def load_lesson(cell: CellRequest, trust_remote_code: bool) -> tuple[Lesson, tuple[int, int], Any]:
-    """Return the target tokens, (vocabulary size, context length) and the tokenizer."""
+    """Read the documents of a benchmark, and choose the target tokens of the model to build.
+
+    Returns the target tokens, a pair of the vocabulary size and the context length, and the
+    tokenizer. Raises RequestError if the study does not support the benchmark.
+    """
     benchmark = open_benchmark(cell)
     metric = choose_metric(benchmark.identity, cell.metric)
     if metric not in _ACCURACIES:
@@ -434,13 +459,16 @@ class MeasuredModel:
 
     @property
     def holds(self) -> bool:
-        """True if layer 2 has the lowest cosine score, about ε, and decides every answer."""
+        """True if layer 2 has the lowest cosine score, about ε, and every answer depends on it."""
         decides = self.right == self.units > 0 == self.without
         return decides and self.score < self.other and self.error <= MAX_SCORE_ERROR
 
 
 def _count_right(value: float | str) -> tuple[int, int]:
-    """Return (right answers, all answers) of a document; for a text, (right tokens, all tokens)."""
+    """Count the right answers and all answers of a document.
+
+    For a document of a text corpus, the function counts right tokens and all tokens.
+    """
     if isinstance(value, str):
         right, units = json.loads(value)
         return int(right), int(units)

@@ -129,7 +129,7 @@ def _best_sentence(audit: ModelAudit) -> str:
 
 
 def list_unanswered(audit: ModelAudit) -> list[str]:
-    """Return sentences that name the missing data of comparisons."""
+    """Return sentences about comparisons that could not be made because data are missing."""
     return AUDIT_TEXTS.render_all("lacking", audit.left_out, audit.spreads.get(DROP))
 
 
@@ -175,7 +175,7 @@ def _proxy_table(audit: ModelAudit) -> Table:
         column("p (Holm)", "p", lambda s: audit.adjusted[s.proxy]),
     ]
     return build_table(
-        f"{audit.name}: how well each proxy orders the layers by their {audit.drop}",
+        f"{audit.name}: agreement between the rankings of layers by proxy and by {audit.drop}",
         columns,
         [*summaries, *(proxy for proxy in LAYER_PROXIES if proxy not in summaries)],
         *AUDIT_TEXTS.render_all("proxy_notes", audit, proxy_cost(DROP, total, is_shared=True)),
@@ -270,9 +270,9 @@ def _variance_table(audit: ModelAudit) -> Table:
         Column(f"p in blocks of {SIGN_BLOCK}", "p", block_p, reference),
         variance("variance on reliable benchmarks", "noisy"),
         variance("variance without noise", "clean"),
-        variance("variance of the drop minus variance of this row, both without noise", "excess"),
+        variance("variance of the drop minus that of this measure, without noise", "excess"),
     ]
-    title = f"{audit.name}: variance of a layer's z-score over benchmarks"
+    title = f"{audit.name}: variance over benchmarks of a layer's standardised relevance (z-score)"
     notes = AUDIT_TEXTS.render_all("variance_notes", audit, MIN_RELIABILITY)
     return build_table(title, columns, spreads, *notes)
 
@@ -337,6 +337,6 @@ def _rank_maps(audit: ModelAudit) -> Iterator[StudyChart]:
         rows=tuple(cell.label for cell in cells),
         values=tuple(values),
         shown=tuple(marks),
-        shown_by=f"the rank by cosine score differs significantly from the rank by {audit.drop}, "
-        "with 95 % confidence for all layers of the benchmark",
+        shown_by="the rank by cosine score differs significantly from the rank by "
+        f"{audit.drop} (corrected for the number of layers)",
     )

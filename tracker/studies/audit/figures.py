@@ -202,7 +202,11 @@ class ProxySummary:
 
     @cached_property
     def overlaps(self) -> tuple[float, float, float]:
-        """Mean overlap of the top layers, of the bottom layers, and of any layers by chance."""
+        """Mean overlaps of the extreme layers by proxy and by drop.
+
+        The three values are the overlap of the top layers, the overlap of the bottom layers, and
+        the overlap that random rankings would have.
+        """
         rows = []
         for cell in self.cells:
             count = min(TOP_LAYERS, len(cell.layers))
@@ -258,10 +262,10 @@ class ModelAudit:
 
     @cached_property
     def comparable(self) -> list[AuditedCell]:
-        """The benchmarks on which the same layers were removed; means are averages over these.
+        """Benchmarks over which means are computed, because the same layers were removed on them.
 
-        Benchmarks with another set of removed layers are left out. The kept benchmarks share the
-        most frequent set.
+        If the sets of removed layers differ between benchmarks, the property contains the
+        benchmarks with the most frequent set.
         """
         cells = distinct_cells(self.cells)
         sets = [tuple(cell.layers) for cell in cells]
@@ -279,14 +283,14 @@ class ModelAudit:
                 reasons.append(f"{cell.label} has documents of {same.label}")
             elif cell not in self.comparable:
                 reasons.append(
-                    f"{cell.label} removes {count_text(len(cell.layers), 'layer')}, not the "
-                    f"{len(reference.layers)} that {reference.label} does"
+                    f"{cell.label} removes {count_text(len(cell.layers), 'layer')}, but "
+                    f"{reference.label} removes {len(reference.layers)}"
                 )
         return reasons
 
     @cached_property
     def summaries(self) -> dict[str, ProxySummary]:
-        """Mean correlation with the drop, by name of the proxy; the highest one is first."""
+        """Name of each proxy → its mean correlation with the drop; the highest mean is first."""
         summaries = []
         for proxy in LAYER_PROXIES:
             defined = (c.agreements[proxy].spearman.value is not None for c in self.comparable)
@@ -312,7 +316,10 @@ class ModelAudit:
 
     @cached_property
     def ranks(self) -> dict[str, tuple[int, int]]:
-        """Proxy → best and worst rank that its correlation with the drops can have."""
+        """Name of each proxy → best and worst possible rank of its correlation with the drops.
+
+        A rank is possible if the intervals of the differences to the other proxies allow it.
+        """
         summaries = list(self.summaries.values())
         lows = [[self.compare_proxies(a, b).low or 0.0 for b in summaries] for a in summaries]
         ranks = ranks_by_comparison(np.array(lows) > 0)
@@ -326,7 +333,11 @@ class ModelAudit:
 
     @cached_property
     def disagreements(self) -> dict[str, tuple[Disagreement, Disagreement]]:
-        """Share of layers with different ranks by proxy and drop, and with very different ranks."""
+        """Name of each proxy → two shares of layers whose ranks by proxy and by drop differ.
+
+        The first share counts all differences. The second share counts only differences of more
+        than `MAJOR_SHARE` of the layers.
+        """
         disagreements = {}
         for name, summary in self.summaries.items():
             x, y = (mean_profiles(measure, summary.cells) for measure in (name, DROP))
@@ -336,7 +347,10 @@ class ModelAudit:
 
     @cached_property
     def above_chance(self) -> list[AuditedCell]:
-        """Benchmarks on which the model is above chance and drops differ; empty if only one."""
+        """Benchmarks on which the model is above chance and the drops of layers differ.
+
+        The list is empty if there is only one such benchmark.
+        """
         finite = [cell for cell in self.comparable if np.isfinite(cell.relevance).all()]
         cells = [cell for cell in finite if np.ptp(cell.drop.means()) > 0]
         return cells if len(cells) > 1 else []
@@ -349,12 +363,15 @@ class ModelAudit:
 
     @cached_property
     def reliable(self) -> list[AuditedCell]:
-        """Benchmarks above chance whose drops contain enough signal besides the noise."""
+        """Benchmarks in `above_chance` whose drops reach the reliability `MIN_RELIABILITY`."""
         return [c for c in self.above_chance if self.reliabilities[c.label] >= MIN_RELIABILITY]
 
     @cached_property
     def spreads(self) -> dict[str, RelevanceVariance]:
-        """Variation of the layers' relevance over benchmarks, by measure; can be empty."""
+        """Measure of relevance → variation of the layers' relevance over benchmarks.
+
+        The dict is empty if there are fewer than two suitable benchmarks.
+        """
         cells = self.above_chance
         if not cells:
             return {}
@@ -362,7 +379,7 @@ class ModelAudit:
         relevance = np.array([cell.relevance for cell in cells])
         if (np.ptp(relevance, axis=1) > 0).all():
             mean = float(benchmark_variance(relevance).mean())
-            reason = "the accuracy relevance has the same sampling noise as the drop"
+            reason = "the accuracy relevance and the accuracy drop have the same sampling noise"
             spreads["accuracy relevance"] = RelevanceVariance(mean, reason=reason)
         drop = benchmark_variance(mean_profiles(DROP, cells))
         spreads[DROP] = self._spread(DROP, drop, None)
@@ -382,7 +399,7 @@ class ModelAudit:
         estimates = [estimate_profile(*sample) for sample in samples]
         for cell, estimate in zip(cells, estimates, strict=True):
             if not profile_reliability(*estimate) >= MIN_RELIABILITY:
-                reason = f"on {cell.label} the sampling noise of documents exceeds the signal"
+                reason = f"on {cell.label}, more than half of the variance over layers is noise"
                 return RelevanceVariance(mean, test, reason=reason)
         profiles, noise = map(np.array, zip(*estimates, strict=True))
         drops = [_benchmark_sample(DROP, cell) for cell in cells]
@@ -395,11 +412,12 @@ class ModelAudit:
     def prediction_by_cost(
         self,
     ) -> tuple[list[float], dict[str, tuple[float | None, ...]], float | None]:
-        """Estimate how well each measure predicts drops on other documents, by compute budget.
+        """Estimate how well each measure predicts drops on other documents.
 
-        Returns (budgets, correlations, correlation of halves). A budget is a number of forward
-        passes for each benchmark. For each measure, there is a mean Spearman correlation at each
-        budget. The last value is the mean correlation of the drops on two halves of the documents.
+        Each measure may use the same number of forward passes for a benchmark, the budget. The
+        first result is a list of budgets. The second result maps each measure to a list with its
+        mean Spearman correlation for each budget. The third result is the mean correlation of the
+        drops on two halves of the documents.
         """
         passes = proxy_cost(DROP, self.total, is_shared=True)
         most = max(len(cell.tasks) for cell in self.comparable) // 2 * passes
@@ -435,7 +453,12 @@ class ModelAudit:
 
 
 def distinct_cells(cells: Sequence[AuditedCell]) -> list[AuditedCell]:
-    """Keep one benchmark of those that share a task: most layers, then most documents."""
+    """Select benchmarks such that no task belongs to two of them.
+
+    Of several benchmarks with a common task, the function keeps the one with the largest number of
+    removed layers. If this number is equal, it keeps the benchmark with the most documents.
+    Benchmarks with an accuracy are preferred to those with a loss.
+    """
     best = sorted(cells, key=lambda c: (-c.record.higher_is_better, -len(c.layers), -c.record.n))
     distinct: list[AuditedCell] = []
     for cell in best:
