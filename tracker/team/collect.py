@@ -178,8 +178,8 @@ class CollectedCells:
     def derive_decisions(self) -> dict[RecordKey, DecisionsRecord]:
         """Find the documents that each ablation makes wrong or right.
 
-        Returns a dictionary from the key of each record to its documents.
-        If the outcomes of a model and benchmark cannot be read, the reason is added to `failed`.
+        Returns a dictionary that maps the key of each record to its documents. If the outcomes of a
+        model and benchmark cannot be read, the reason is added to `failed`.
         """
         decisions = {}
         for key in [cell.record_key for cell in self.cells if cell.record_key in self.origins]:

@@ -114,9 +114,10 @@ class Publisher:
     `track` lists backends as `BACKEND` or `BACKEND:PROJECT`; `project` is the default project.
     If `update_others` is true, the projects to which the same results were published earlier are
     also updated. By default, `update_others` is true unless `track` is empty. A trial of a sweep
-    never updates these projects. In a sweep, `trial` is the W&B run of the trial. Document texts from public sources are always published; other texts
-    only with `publish_texts`. `run_selection` selects the ablations that become separate runs in
-    the backend. RequestError is raised for an unknown backend.
+    never updates these projects. In a sweep, `trial` is the W&B run of the trial. Document texts
+    from public sources are always published; other texts only if `publish_texts` is true.
+    `run_selection` selects the ablations that become separate runs in the backend. RequestError is
+    raised for an unknown backend.
     """
 
     def __init__(
@@ -341,8 +342,9 @@ class Publisher:
 class Trial(LiveRun):
     """The W&B run of a sweep's trial.
 
-    Outside a sweep, or if `track` does not contain W&B, no run is written. W&B is contacted only when there are results to show. `run` is the change of the model, e.g. a
-    removed layer, that the trial measures.
+    Outside a sweep, or if `track` does not contain W&B, no run is written. W&B is contacted only
+    when there are results to show. `run` is the change of the model, e.g. a removed layer, that the
+    trial measures.
     """
 
     def __init__(self, track: Sequence[str], results: Path, run: Change) -> None:

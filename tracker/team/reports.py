@@ -67,8 +67,8 @@ def write_collected(
 
     `report_format` is `html`, a key of `REPORT_FORMATS` or a key of `EXCHANGE_FORMATS`. If
     `with_private` is true, reports in `EXCHANGE_FORMATS` also include private texts, which do not
-    come from the Hugging Face hub or a package. RequestError is raised for an unknown format, WorkError if
-    the disk is full or not writable.
+    come from the Hugging Face hub or a package. RequestError is raised for an unknown format,
+    WorkError if the disk is full or not writable.
     """
     if report_format == "html":
         return [_write_page(collected, path, collected.derive_decisions())]
@@ -138,8 +138,8 @@ def publish_page(
     """Publish a page to each target, as a separate run.
 
     The function `build` writes the files into a folder. If a target names no project, `projects`
-    must contain exactly one project, which is then used. Returns (addresses by target, error messages by target). RequestError is
-    raised for an invalid target.
+    must contain exactly one project, which is then used. Returns (addresses by target, error
+    messages by target). RequestError is raised for an invalid target.
     """
     locations: dict[str, str] = {}
     errors: dict[str, str] = {}
@@ -198,9 +198,11 @@ def _read_target(text: str, projects: Collection[str]) -> Target:
     """
     report_target = target(text, "reports")
     if report_target.project is None and len(projects) != 1:
-        projects_text = (
-            f", and the results belong to the projects {', '.join(sorted(projects))}" if projects else ""
-        )
+        projects_text = ""
+        if projects:
+            projects_text = (
+                f", and the results belong to several projects: {', '.join(sorted(projects))}"
+            )
         raise RequestError(
             f"{mask_secrets(text)!r} does not name a project{projects_text}; write "
             f"{mask_secrets(text)}:PROJECT"

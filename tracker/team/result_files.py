@@ -260,7 +260,8 @@ def write_result_files(
         if cell_parts and (names_corpus(name) or names_traces(name)):
             noun = "corpus" if names_corpus(name) else "text that another model wrote"
             result.notes.append(
-                f"{cell_parts[0].title}: no files are written, because a {noun} is not a task of lm-eval"
+                f"{cell_parts[0].title}: no files are written, because a {noun} is not a task of "
+                "lm-eval"
             )
         else:
             parts += cell_parts

@@ -122,10 +122,10 @@ def _row_names(kinds: Sequence[Change]) -> tuple[str, str]:
         return f"layer and {kind.component}", kind.component
     if kind.intervention == "repeat":
         times = "again" if kind.repeats == 2 else f"{kind.repeats} times"
-        title = f"first repeated layer, and number of layers computed {times}"
+        title = f"first repeated layer and number of layers computed {times}"
         return title, f"layers computed {times}"
     removed = "layers" if kind.component == "layer" else f"layers’ {kind.component}"
-    return f"first removed layer, and number of removed {removed}", "layers"
+    return f"first removed layer and number of removed {removed}", "layers"
 
 
 def map_caption(kinds: Sequence[Change]) -> str:
