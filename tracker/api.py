@@ -572,8 +572,8 @@ def validate(
 ) -> Validation:
     """Check an experiment or a file of searches without loading model weights.
 
-    Documents that are stored on this machine are also checked. Benchmarks on the Hugging Face hub
-    are not downloaded; the notes list these benchmarks as unchecked.
+    The function reads the documents that are stored on this machine. It does not download
+    benchmarks from the Hugging Face hub; the notes list these benchmarks as unchecked.
 
     Args:
         experiment: YAML file, dict or model that defines the experiment, as for `run` and `prune`.
@@ -716,8 +716,8 @@ def export(
 ) -> ExportedModel:
     """Save a model without some layers or parts, and verify the saved model.
 
-    For the verification, a new process loads the saved model with the transformers library and
-    evaluates it with lm-eval. This process does not use tracker's own engine.
+    For the verification, a new process loads the saved model without tracker's engine. If a
+    benchmark is given, the process also evaluates the model with lm-eval.
 
     Args:
         model: Model to change: hub id, folder, GGUF file or `package:NAME`.

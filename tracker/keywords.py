@@ -31,7 +31,7 @@ Constraint: TypeAlias = str | Sequence[int | str] | Mapping[str, object]
 
 
 class WorkKeywords(TypedDict, total=False):
-    """Keyword arguments of each function that loads a model, such as the device.
+    """Keyword arguments of all functions that load a model.
 
     Attributes:
         results: The results folder; default: `results`.

@@ -332,8 +332,8 @@ def test_what_is_not_measured_yet_is_said_and_the_rest_is_written(study):
         (folder / "away").rename(lab)
     assert code == 0
     assert (
-        "tiny · words · 0-shot: 3 of 4 documents are measured for baseline, layer:1; only these "
-        "are in their files" in output
+        "tiny · words · 0-shot: 3 of 4 documents are measured for baseline, layer:1; their files "
+        "contain only these documents" in output
     )
     assert "0 of 4 documents are measured for layer:2; they have no files" in output
     assert file_names(folder / "ours-part") == {"lab__tiny", "lab__tiny,removed_layers=1"}

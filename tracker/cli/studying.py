@@ -82,7 +82,7 @@ def _study_command(name: str, settings_class: type[StudySettings]) -> click.Comm
         result = api.study(name, experiment, progress=ProgressDisplay(), **settings, **options)
         print_study(result, is_new=bool(settings))
         for command_line in result.exports:
-            echo(f"to save the best of the significantly better models, type: {command_line}")
+            echo(f"to save the best model that is significantly better, type: {command_line}")
         sys.exit(result.outcome.exit_code)
 
     run_study.__doc__ = settings_class.__doc__
@@ -109,13 +109,13 @@ class QuantiseOptions(QuantiseSettings):
 def quantise(experiment: Path | None, settings: dict[str, Any], **options: Any) -> None:
     """Choose weight formats with fewer bits, and test the choice.
 
-    First, the command quantises one linear map of the layers in EXPERIMENT at a time, and measures
-    each format on calibration documents ('sample' sets their number). Next, it quantises the whole
-    model, and measures several choices of formats that fit into the budget. It recommends the
-    choice with the best result on the calibration documents. All choices are tested on separate
-    test documents. With --max-drop, choices of several sizes are tested. The command then
-    recommends the smallest choice whose loss is significantly below this limit. The same command
-    resumes a stopped run.
+    First, the command quantises each linear map of the layers in EXPERIMENT separately, and
+    measures each format on calibration documents. The setting 'sample' is the number of these
+    documents. Next, the command measures several choices of formats that fit into the budget, on
+    the whole model. It recommends the choice with the best result on the calibration documents. All
+    choices are tested on separate test documents. With --max-drop, the command tests choices of
+    several sizes, and recommends the smallest choice whose loss is significantly below this limit.
+    The same command resumes a stopped run.
 
     \b
     Examples:

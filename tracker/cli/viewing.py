@@ -121,7 +121,8 @@ def profile(model: str, sources: tuple[str, ...], **settings: Any) -> None:
 
     MODEL is a model's name, hub id or path. Each of the SOURCES is a folder that tracker report
     --format dataset wrote, a results folder, or a tracking project (default: the folder of
-    --results). Each printed line is a separate statement with 95 % confidence.
+    --results). Each printed line is a separate statement at a confidence
+    level of 95 %.
 
     \b
     Examples:
@@ -323,7 +324,7 @@ def log_samples(output: Path, layer: tuple[tuple[int, ...], ...], **settings: An
 @click.option(
     "--against",
     type=PathType(),
-    help="Second results folder, such as a copy, to compare all outcomes of the two folders.",
+    help="Second results folder, such as a copy. The outcomes of the two folders are compared.",
 )
 def check(folder: Path | None, results: Path, against: Path | None) -> None:
     """Verify that a results folder is undamaged.

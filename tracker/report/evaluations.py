@@ -155,7 +155,8 @@ class _Evaluation:
     def _bounds(self, lowest: int) -> Json:
         """Return the fields for the range of a metric.
 
-        If the metric is a fraction of 1, the range is from `lowest` to 1; otherwise it is infinite.
+        If the metric is a fraction of 1, the range is from `lowest` to 1; otherwise it has no
+        limits.
         """
         is_fraction = metric_format(self.cell).unit == "pp" and self.cell.baseline.side(1) <= 0
         low, high = (lowest, 1) if is_fraction else ("-Infinity", "Infinity")
@@ -179,7 +180,7 @@ class _Evaluation:
     def write_samples(self, decisions: Decisions, with_private: bool, path: Path) -> None:
         """Write the outcomes of the documents as lines of JSON.
 
-        There is one line for each document and each model (the intact model or a run).
+        There is one line per document for the intact model, and one for each ablated model.
         """
         answers, intact = dict(decisions.runs), decisions.baseline
         sign = 1.0 if self.cell.higher_is_better else -1.0

@@ -310,7 +310,7 @@ def provenance_notes(cells: Sequence[CellRecord]) -> list[str]:
 
 
 def looks_note(cell: CellRecord) -> str:
-    """Explain on how many documents a measurement that `until` stopped is based.
+    """Explain the number of documents of a measurement that `until` stopped.
 
     Args:
         cell: Results of one model on one benchmark.

@@ -191,7 +191,7 @@ def board_text(cells: Sequence[CellRecord]) -> str:
 
 
 def _read_target(text: str, projects: Collection[str]) -> Target:
-    """Parse a target, and complete it by the project of the results.
+    """Parse a target; if it names no project, add the project of the results.
 
     If the target names no project, `projects` must contain exactly one project; otherwise,
     RequestError is raised.

@@ -197,7 +197,9 @@ class CellPart:
                 names_by_count.setdefault(n_measured, []).append(ablation.name)
         for n_measured, names in names_by_count.items():
             names_text = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
-            remark = "only these are in their files" if n_measured else "they have no files"
+            remark = "they have no files"
+            if n_measured:
+                remark = "their files contain only these documents"
             measured = f"{n_measured} of {n_documents} documents are measured for {names_text}"
             yield f"{self.title}: {measured}; {remark}"
 

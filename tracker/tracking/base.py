@@ -88,7 +88,7 @@ class Target:
         project: Name of the project, in the form that the backend expects. If None, the experiment
             file names the project.
         server: Address of the server, or a folder. None means the server that an environment
-            variable names. If there is no such variable, it means the backend's default server.
+            variable names. If the variable is not set, the default server is used.
     """
 
     backend: str

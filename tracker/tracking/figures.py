@@ -143,7 +143,7 @@ def correlation_name(record: CorrelationRecord) -> str:
 
 
 def answer_figures(answer: AnswerRecord) -> dict[str, float | None]:
-    """Return metrics that describe how far the stopping rule `until` got.
+    """Return metrics about the progress of the stopping rule `until`.
 
     The metrics are the used and the total numbers of documents and layer passes, and whether the
     question is answered.
@@ -200,8 +200,8 @@ def logged_table(table: Table) -> LoggedTable:
 def logged_layers(cell: CellRecord) -> LoggedTable:
     """Build the table of the ablations of a model and benchmark, one row per ablation.
 
-    The column `layer` is the first changed layer (0-based); the column `reasons` gives the
-    reason for each undefined value.
+    The column `layer` is the first changed layer (0-based); the column `reasons` gives the reason
+    for each undefined value.
     """
     run_columns = run_table.run_columns(cell)
     names = ("layer", "component", "span", "intervention", "ablation", "n", *_RUN_FIGURES)

@@ -268,8 +268,8 @@ def describe_runs(
 ) -> list[DescribedRun]:
     """Describe all runs to publish for a model and benchmark, in the order of writing.
 
-    Backends list the newest run first. To be listed in the usual order, the ablations are written
-    first, in reverse order, and the summary run is written last.
+    Backends list the newest run first. Therefore, the ablations are written first, in reverse
+    order, and the summary run is written last.
     """
     runs = [describe_run(cell, run) for run in reversed(individual_runs(cell, selection))]
     return [*runs, describe_intact(cell), describe_cell(cell, files, charts, tables, answer)]

@@ -208,7 +208,7 @@ def proxy_scatter(cell: CellRecord) -> style.Chart:
 
 
 def margin_name(cell: CellRecord, decisions: DecisionsRecord) -> str:
-    """Return the axis title of the margin chart: `margin of the gold option (nats)`.
+    """Return the title of the margin axis, such as `margin of the gold option (nats)`.
 
     For a benchmark without answer options, the title names a log-probability.
     """
@@ -300,8 +300,8 @@ def agreement_map(cell: CellRecord, decisions: DecisionsRecord) -> style.Chart |
     title = f"{cell.title}: correlation of the errors that the removals of two layers cause"
     if n_left_out:
         title += (
-            f"; not shown: {count_text(n_left_out, 'layer')} whose removal makes all documents "
-            "wrong, or no document"
+            f"; not shown: {count_text(n_left_out, 'layer')} whose removal makes all "
+            "answers wrong, or no answer"
         )
     axis = {"type": "category", "showgrid": False, "ticks": "", "tickangle": 0}
     axis |= {"tickfont": {"size": 9}}

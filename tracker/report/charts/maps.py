@@ -182,8 +182,8 @@ def _column_layers(kind: Change, layers: Sequence[int]) -> Sequence[int]:
     """Return the layer number under which each column's run is stored.
 
     The embedding and the output head have a single run each, stored as layer 0. The first column
-    shows the embedding, and the last column shows the output head. The columns between
-    these two are blank.
+    shows the embedding, and the last column shows the output head. The columns between these
+    two columns are blank.
     """
     if not kind.is_outer:
         return layers
@@ -194,7 +194,7 @@ def _column_layers(kind: Change, layers: Sequence[int]) -> Sequence[int]:
 def _shown_mask(
     cell: CellRecord, kinds: Sequence[Change], layers: Sequence[int]
 ) -> list[list[bool]]:
-    """Compute the mask of the significant values of a heat map.
+    """Return a mask that marks the significant values of a heat map.
 
     The correction for multiple tests includes all runs of the map.
     """

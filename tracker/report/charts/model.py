@@ -94,8 +94,8 @@ _THICK_LINE = {"color": style.COST_COLOUR, "width": 2.5}
 def relevance_curves(board: LayerBoard, label: str) -> style.Chart:
     """Draw the accuracy relevance of layers, with a line for each benchmark and the mean.
 
-    Only the line of the mean has intervals, or the only line if there is a single benchmark. Points
-    without a significant effect are drawn in a pale colour.
+    If there are several benchmarks, only the line of their mean has intervals. Points without a
+    significant effect are drawn in a pale colour.
     """
     cells, claims = board.cells, board.claims
     layers = [standing.layer for standing in board.by_depth]

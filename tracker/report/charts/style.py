@@ -169,7 +169,7 @@ def _is_named(trace: dict[str, Any]) -> bool:
 
 
 def _is_pale(trace: dict[str, Any]) -> bool:
-    """Return whether a trace has values that are not significant (in a pale colour)."""
+    """Return whether a trace draws some values in a pale colour."""
     marks = [trace.get("opacity"), trace.get("marker", {}).get("opacity")]
     return any(OPEN_OPACITY in (mark if isinstance(mark, list) else [mark]) for mark in marks)
 

@@ -315,9 +315,9 @@ def _find_cell_runs(client: MlflowClient, experiment: str, cell_key: str) -> dic
 def _confirm_written(
     client: MlflowClient, experiment: str, cell: CellRecord, runs: Sequence[MlflowRun]
 ) -> None:
-    """Verify that MLflow stored the runs correctly; repeat the writing of wrong runs.
+    """Verify that MLflow stored the runs correctly; write incorrect runs again.
 
-    TrackingError is raised if a run is still wrong after the second attempt.
+    TrackingError is raised if a run is still incorrect after the second attempt.
     """
     for is_rewritten in (False, True):
         writer = CellWriter(client, experiment, _find_cell_runs(client, experiment, cell.key))
@@ -326,7 +326,7 @@ def _confirm_written(
             return
         for run, difference in zip(runs, differences, strict=True):
             if difference and is_rewritten:
-                raise TrackingError(f"the run {run.source.name!r} is wrong: {difference}")
+                raise TrackingError(f"the run {run.source.name!r} is incorrect: {difference}")
             if difference:
                 writer.write(run)
 
