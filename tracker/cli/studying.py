@@ -170,8 +170,8 @@ class ExportOptions(CommandOptions):
     """New folder for the model."""
     component: Annotated[str, click.Choice(UNITS)] = "layer"
     """Component to remove from each layer in --remove. The transformers library cannot load a model
-    without some attentions or MLPs, so the command does not save such a model. Its message lists
-    the parts that your code must skip."""
+    without some attentions or MLPs, so the command does not save such a model. The error
+    message lists the parts that your code must skip."""
     benchmark: str | None = None
     """Task or group on which the change is measured, and plain lm-eval verifies the export
     (default: none; the logits of a few texts are compared)."""

@@ -271,7 +271,7 @@ def write_result_files(
         raise RequestError("no such run is measured yet; type: tracker run EXPERIMENT.yaml")
     if absent_layers := set(layers) - first_layers:
         raise RequestError(
-            f"--layer: no measured change starts at layer {min(absent_layers)}; choose from "
+            f"--layer: no requested ablation starts at layer {min(absent_layers)}; choose from "
             f"{', '.join(map(str, sorted(first_layers)))}"
         )
     calls = _group_calls(parts)

@@ -40,8 +40,8 @@ def artifact_folder(database: Path) -> Path:
 def create_database(path: Path) -> None:
     """Create MLflow's SQLite file, or check that an existing file can be used.
 
-    MLflow cannot use an incomplete file. Therefore, the file has a temporary name until it is
-    complete. The caller must hold the project's write lock.
+    MLflow cannot complete a partly created file. Therefore, the file has a temporary name until it
+    is complete. The caller must hold the project's write lock.
     """
     if path.exists() and path.stat().st_size:
         update_addresses(path)
