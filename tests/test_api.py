@@ -97,7 +97,7 @@ def test_results_are_read_again_from_their_folder(settings, tmp_path):
     assert loaded.save(tmp_path / "page.html") == (tmp_path / "page.html",)
     names = {path.stem for path in loaded.save(tmp_path / "tables")}
     assert {"layers", "documents", "layer_leaderboard"} <= names
-    with pytest.raises(RequestError, match="is a folder; give the name of a file"):
+    with pytest.raises(RequestError, match="is a folder; name a file"):
         loaded.save(tmp_path / "tables", "html")
 
 
@@ -145,7 +145,9 @@ def test_limit_and_sample_replace_each_other(changes, expected):
 
 def test_unknown_keywords_are_refused_with_a_suggestion(tmp_path):
     results = tmp_path / "results"
-    with pytest.raises(RequestError, match=r"there is no 'benchmrk'. Did you mean 'benchmark'"):
+    with pytest.raises(
+        RequestError, match=r"there is no setting 'benchmrk'. Did you mean 'benchmark'"
+    ):
         tracker.run(model="m", benchmrk="arc_easy", results=results)
     example = (
         r"benchmark is missing; .*tracker\.run\(model='m', benchmark=\"arc_easy\", sample=100\)"
@@ -154,7 +156,7 @@ def test_unknown_keywords_are_refused_with_a_suggestion(tmp_path):
         tracker.run("m", results=results)
     with pytest.raises(RequestError, match=r"tracker\.study\(\"audit\", model="):
         tracker.study("audit", results=results)
-    with pytest.raises(RequestError, match=r"there is no 'drwas'\. Did you mean 'draws'"):
+    with pytest.raises(RequestError, match=r"there is no setting 'drwas'\. Did you mean 'draws'"):
         tracker.study("snowball", "m", benchmark="arc_easy", drwas=2)
     with pytest.raises(RequestError, match=r"tracker.run\(model="):
         tracker.run(results=results)
@@ -209,7 +211,7 @@ def test_model_objects_that_cannot_be_saved_are_refused(loaded, tmp_path):
     with pytest.raises(RequestError, match="expected a transformers model"):
         tracker.run(**{**settings, "model": torch.nn.Linear(1, 1)}, tokenizer=tokenizer)
     with pytest.raises(
-        RequestError, match=r"executor ray needs the name .*save_pretrained\(FOLDER\)"
+        RequestError, match=r"executor ray cannot use a model .*save_pretrained\(FOLDER\)"
     ):
         tracker.run(**settings, tokenizer=tokenizer, executor="ray")
     with pytest.raises(RequestError, match=r"parameters\.limit"):

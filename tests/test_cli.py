@@ -174,7 +174,7 @@ def test_all_layers_of_models_of_different_depth(tiny_llama, experiment, tmp_pat
     assert "2 of 2" in listed
     refused(
         cli("evaluate", f"--model={deep}", *ARC_EASY, "--layer=all"),
-        "W&B does not know a model's layers",
+        "each trial measures one layer",
         "{min: 0, max: 29}",
         "tracker run FILE",
     )
@@ -274,7 +274,11 @@ def test_reports_and_leaderboards(tiny_llama, experiment, tmp_path, monkeypatch)
     store.views.write(view.model_copy(update={"project": "theirs"}))
     refused(
         cli("report", results, other, "--publish", "mlflow"),
-        *("'mlflow' does not name a project", "results are of theirs, tracker", "mlflow:PROJECT"),
+        *(
+            "'mlflow' does not name a project",
+            "results belong to several projects: theirs, tracker",
+            "mlflow:PROJECT",
+        ),
     )
 
 

@@ -133,5 +133,7 @@ def test_python_and_the_command_line_have_the_same_defaults():
     ],
 )
 def test_unknown_keywords_of_functions_are_refused(call):
-    with pytest.raises(RequestError, match=r"there is no 'devise'. Did you mean 'device'\?"):
+    with pytest.raises(
+        RequestError, match=r"there is no setting 'devise'. Did you mean 'device'\?"
+    ):
         call()

@@ -74,10 +74,10 @@ RESULTS = Path("results")
 
 
 class _CallContext:
-    """Parsed keywords of an API call.
+    """Parsed keyword arguments of a call of the Python API.
 
     Args:
-        keywords: Keywords that the caller passed.
+        keywords: Keyword arguments that the caller passed.
         names: Allowed experiment keys. Any other key raises RequestError.
         executor: Name of the executor that runs the measurements.
         slurm: Settings of SLURM jobs.
@@ -96,7 +96,9 @@ class _CallContext:
         for name in self.settings:
             if name not in allowed:
                 near = did_you_mean(name, allowed)
-                raise RequestError(f"there is no {name!r}.{near} Known are {', '.join(allowed)}")
+                raise RequestError(
+                    f"there is no setting {name!r}.{near} Choose from: {', '.join(allowed)}"
+                )
         options = {f.name: given[f.name] for f in fields(Options) if f.name in given}
         self.options = Options(**options, executor=executor, slurm=slurm or {})
         self.ledger = Ledger(Path(given.get("results", RESULTS)))
@@ -187,7 +189,7 @@ def _read_experiment(
 ) -> InputType:
     """Read and check an experiment; save a model object in the results folder.
 
-    `read` is the function that reads the experiment, e.g. `load_experiment`.
+    `read` is the function that reads the experiment, such as `load_experiment`.
     """
     settings, model = call.settings, call.settings.get("model")
     if tokenizer is None and not _is_model_object(model):
@@ -196,9 +198,9 @@ def _read_experiment(
 
     if call.options.executor != "local":
         raise RequestError(
-            f"a model object stays in this process; executor {call.options.executor} needs the "
-            "name or the folder of a model. Save the model: model.save_pretrained(FOLDER), "
-            "tokenizer.save_pretrained(FOLDER), and give model=FOLDER"
+            f"executor {call.options.executor} cannot use a model object, because it runs in other "
+            "processes. Save the model with model.save_pretrained(FOLDER) and "
+            "tokenizer.save_pretrained(FOLDER), and pass model=FOLDER"
         )
     # Everything else is checked before the model is saved.
     read(source, {**settings, "model": "of this process"})
@@ -410,7 +412,7 @@ def quantise(
         count = f"{option} saves one model, but {len(results.files)} models are recommended"
         if not results.files and results.finding is not None:
             raise WorkError(f"{count}: {results.finding.answers[0]}")
-        raise RequestError(f"{count}; request one model and one benchmark")
+        raise RequestError(f"{count}. Request exactly one model and one benchmark")
     note = read_note(results.files[0])
     change, request = rounding(note["formats"]), stored_request(note["tested_on"])
     file = None if gguf is None else Path(gguf)
@@ -516,7 +518,8 @@ class Validation:
     """Number of measurements and searches that a valid experiment requests.
 
     Attributes:
-        measurements: Number of measurements, one for each model and benchmark; 0 for searches.
+        measurements: Number of measurements (one per model and benchmark); 0 if the experiment
+            requests searches.
         runs: Total number of runs; each run measures one ablation of one model on one benchmark.
         searches: Number of requested searches.
         notes: Notes, e.g. on items that could not be checked.
@@ -569,8 +572,8 @@ def validate(
 ) -> Validation:
     """Check an experiment or a file of searches without loading model weights.
 
-    Documents on this machine are read. Benchmarks on the hub are not downloaded; the notes list
-    them as unchecked.
+    The function reads the documents that are stored on this machine. It does not download
+    benchmarks from the Hugging Face hub; the notes list these benchmarks as unchecked.
 
     Args:
         experiment: YAML file, dict or model that defines the experiment, as for `run` and `prune`.
@@ -711,15 +714,16 @@ def export(
     register: str | None = None,
     **settings: Unpack[ExportKeywords],
 ) -> ExportedModel:
-    """Save a model without some layers or parts, and verify that it is the measured one.
+    """Save a model without some layers or parts, and verify the saved model.
 
-    To verify the model, a new process loads it with plain transformers and scores it with plain
-    lm-eval.
+    For the verification, a new process loads the saved model without tracker's engine. If a
+    benchmark is given, the process also evaluates the model with lm-eval.
 
     Args:
         model: Model to change: hub id, folder, GGUF file or `package:NAME`.
-        remove: 0-based numbers of the layers to remove, or texts of heads, experts and neurons
-            such as `kv_head:3.1`, the same number from each layer; empty if layers are repeated.
+        remove: 0-based numbers of the layers to remove, or names of heads, experts and neurons,
+            such as `kv_head:3.1`; empty if layers are repeated. Each layer must lose the same
+            number of heads, experts or neurons.
         output: Folder in which the model is saved. The folder must not exist yet.
         repeat: Consecutive layers to repeat.
         repeats: Number of passes through the repeated layers; None for two.
@@ -839,13 +843,13 @@ def compare(
     allow_different: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> ModelComparison:
-    """Compare models with the first one by their logged answers to the same documents.
+    """Compare each model with the first model by the logged answers to the same documents.
 
     Args:
         *sources: Folders or files of `lm_eval --log_samples`, or runs `FOLDER:CELL:CHANGE`.
-        metric: Metrics to compare; empty for all logged ones.
-        within: Largest acceptable difference as a fraction, or a mapping of each benchmark to its
-            own; the key `""` stands for all other benchmarks.
+        metric: Metrics to compare; empty for all logged metrics.
+        within: Largest acceptable difference as a fraction, or a mapping of benchmarks to such
+            fractions; the key `""` stands for all other benchmarks.
         allow_different: Settings that may differ between the models.
         progress: Listener that receives the number of megabytes.
 
@@ -853,7 +857,8 @@ def compare(
         The differences with intervals and verdicts.
 
     Raises:
-        RequestError: A source is invalid, the settings differ, or nothing is in common.
+        RequestError: A source is invalid, the settings differ, or the models have no documents or
+            metrics in common.
         ResultsError: A results folder cannot be used.
 
     Example:
@@ -876,7 +881,7 @@ def profile(
     Args:
         model: The model's name, hub id or path.
         *sources: Folders that `report` wrote as `dataset`, or sources as for `report`.
-        results: The results folder, which is used without sources.
+        results: The results folder, which is read if no sources are given.
         progress: Listener that receives the progress of downloads.
 
     Returns:
@@ -1011,7 +1016,7 @@ def log_samples(
 
 
 def sync_sweep(sweep: str, *, results: Where = RESULTS) -> SweepResult:
-    """Log stored results to the W&B runs of a sweep's trials that were killed or failed.
+    """Log stored results to the W&B runs of killed or failed trials of a sweep.
 
     Args:
         sweep: Path of the W&B sweep, as `ENTITY/PROJECT/ID`.
@@ -1064,9 +1069,9 @@ def ls(
 
     Args:
         results: The results folder.
-        damaged: Dict that is filled with damaged file or folder → advice.
-        unfinished: Dict that is filled with unfinished folder → number of measured documents, and
-            advice.
+        damaged: Dictionary to which the function adds each damaged file or folder → advice.
+        unfinished: Dictionary to which the function adds each unfinished folder → number of
+            measured documents, and advice.
 
     Returns:
         One record for each model, benchmark and selection of documents and runs.

@@ -1,6 +1,6 @@
-"""Define the keywords of the Python API's `**settings` for type checkers and editors.
+"""Define the keyword arguments of the Python API for type checkers and editors.
 
-Many keywords are keys of experiment files.
+Many keyword arguments have the same names as the keys of experiment files.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Constraint: TypeAlias = str | Sequence[int | str] | Mapping[str, object]
 
 
 class WorkKeywords(TypedDict, total=False):
-    """Keywords of every function that loads a model: device, memory and results folder.
+    """Keyword arguments of all functions that load a model.
 
     Attributes:
         results: The results folder; default: `results`.
@@ -56,17 +56,19 @@ class WorkKeywords(TypedDict, total=False):
 
 
 class RunKeywords(WorkKeywords, total=False):
-    """Keywords for measuring models, and for publishing the runs to tracking backends.
+    """Keyword arguments for measuring models and publishing runs to tracking backends.
 
     Attributes:
         track: One tracking backend or a list of them, each as `BACKEND` or `BACKEND:PROJECT`;
             `none` for no backend. The default None means W&B in a trial of a W&B sweep, and MLflow
             otherwise.
         publish_documents: True to publish also the texts of documents from a local folder or
-            corpus. By default (False), only texts from the hub or a package are published.
-        runs: Runs that are published. `cells`: one run per model and benchmark, with a table of all
-            ablations. `all`: also one run per ablation. `auto` (default): like `all`, but without
-            kinds of ablations (e.g. heads) that have more than 200 ablations.
+            corpus. By default (False), only texts from the Hugging Face hub or a package are
+            published.
+        runs: Selection of the published runs. `cells` publishes one run per model and benchmark,
+            with a table of all ablations. `all` also publishes one run per ablation. `auto` (the
+            default) is like `all`, but kinds of ablations (e.g. heads) with more than 200 ablations
+            get no separate runs.
         workers: Number of parallel processes; None = only the calling process.
         devices_per_worker: Number of accelerators of each worker process; None = as many as the
             weights need.
@@ -154,15 +156,15 @@ class SearchKeywords(FileKeywords, total=False):
 
 
 class ExperimentKeywords(RunKeywords, FileKeywords, total=False):
-    """Keywords of the functions `run` and `quantise`."""
+    """Keyword arguments of the functions `run` and `quantise`."""
 
 
 class PruneKeywords(RunKeywords, SearchKeywords, total=False):
-    """Keywords of the function `prune`, which searches for layers to remove."""
+    """Keyword arguments of the function `prune`, which searches for layers to remove."""
 
 
 class StudyKeywords(ExperimentKeywords, total=False):
-    """Keywords of the function `study`: all keywords of `run`, and settings of studies."""
+    """Keyword arguments of the function `study`: those of `run`, and settings of studies."""
 
     reliability: float
     remove: Sequence[str]
@@ -184,4 +186,4 @@ class StudyKeywords(ExperimentKeywords, total=False):
 
 
 class ExportKeywords(WorkKeywords, BenchmarkKeywords, total=False):
-    """Keywords of the function `export`, which saves a changed model."""
+    """Keyword arguments of the function `export`, which saves a changed model."""

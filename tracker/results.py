@@ -141,23 +141,24 @@ class Results:
         """Return one table of the results as a data frame, with unrounded fractions.
 
         `layers` has one row per model, benchmark and run. The column `layer` is the first changed
-        layer of the run, 0-based. The column `shown` is the report's verdict on the run: `matters`,
-        `better without`, `below 5 pp` or `open`.
+        layer of the run, 0-based. The column `shown` contains the verdict on the run: `matters`,
+        `better without`, `below 5 pp`, or `open` (undecided).
 
-        `correlations` has one row per model, benchmark, proxy (e.g. cosine score), coefficient
-        (e.g. Spearman) and subset of layers (all, or without the two outer layers at each end).
-        `low` and `high` are the ends of the interval of `value`. The interval accounts for the
-        sampling of documents, but not of layers. For layers, `p_value` comes from a permutation
-        test that preserves how smoothly the values vary over depth.
+        `correlations` has one row per model, benchmark, proxy, coefficient and subset of layers.
+        Proxies include the cosine score, and coefficients include Spearman's. The subsets are all
+        layers, and all layers without the first two and the last two. `low` and `high` are the ends
+        of the interval of `value`. The interval accounts for the sampling of documents, but not for
+        the sampling of layers. For layers, `p_value` comes from a permutation test that preserves
+        how smoothly the values vary over depth.
 
         `documents` has one row per model, benchmark, run and document, with the responses of the
         intact and the ablated model. The column `change` is `lost`, `won` or `same`. The columns
-        `score_intact` and `score` hold the metric of the two models; higher is better. The table
+        `score_intact` and `score` contain the metric of the two models; higher is better. The table
         includes the texts if the results folder has them.
 
-        `layer_leaderboard` and `model_leaderboard` hold means over the benchmarks.
-        `part_leaderboard` exists if heads, experts or ranges of layers are ranked. Rows are sorted
-        by the lower end of the drop's interval, largest first. The intervals of the drops are
+        `layer_leaderboard` and `model_leaderboard` contain means over the benchmarks. There is also
+        a table `part_leaderboard` if heads, experts or ranges of layers are ranked. Rows are sorted
+        by the lower bound of the drop, in descending order. The intervals of the drops are
         simultaneous over all layers. The interval of the rank is from `best_rank` to `worst_rank`.
 
         Args:
@@ -195,7 +196,7 @@ class Results:
         if name not in boards:
             names = [*tables, *builders, *boards]
             near, listing = did_you_mean(name, names), ", ".join(names)
-            raise RequestError(f"there is no table {name!r}.{near} Tables here: {listing}")
+            raise RequestError(f"there is no table {name!r}.{near} Choose from: {listing}")
         return table_frame(boards[name])
 
     def _documents(self) -> pd.DataFrame:
@@ -287,14 +288,15 @@ class Results:
         path = Path(output)
         form = form or path.suffix[1:] or "csv"
         if path.exists() and path.is_dir() != (form in FOLDER_FORMS):
-            advice = f"a folder; give the name of a file, e.g. {path}/report"
-            advice = advice if path.is_dir() else "a file; name a folder"
-            raise RequestError(f"--output: {path} is {advice}")
+            problem = f"{path} is a file; name a folder"
+            if path.is_dir():
+                problem = f"{path} is a folder; name a file, e.g. {path}/report"
+            raise RequestError(f"--output: {problem}")
         return tuple(reports.write_collected(self._collected(), form, path, publish_documents))
 
     @property
     def answer(self) -> str:
-        """The answer of a study in sentences, or a line on the important layers of each model.
+        """The answer of a study, or sentences that name the important layers of each model.
 
         Example:
             >>> print(results.answer)
@@ -304,7 +306,7 @@ class Results:
         return "\n".join(answer for _, answer, _ in self._models()) or "Nothing is measured."
 
     def _models(self) -> Iterator[tuple[str, str, LayerBoard]]:
-        """Yield each model's name, answer in sentences, and leaderboard of layers."""
+        """Yield the name of each model, a text about its layers, and its layer leaderboard."""
         from tracker.analysis.boards import layer_board, part_boards
         from tracker.analysis.comparable import named_models
         from tracker.report.wording import model_answer
@@ -327,7 +329,8 @@ class Results:
                 frame = text_frame(layer_board_table(board, name))
                 parts.append(table(frame.head(_MAX_ROWS)))
                 if len(frame) > _MAX_ROWS:
-                    parts.append(line(f"{_MAX_ROWS} of {len(frame)} layers; .layers has all"))
+                    shown = f"The table shows {_MAX_ROWS} of {len(frame)} layers"
+                    parts.append(line(f"{shown}; the attribute `layers` contains all layers."))
         problems = {**self.outcome.failed, **self.outcome.damaged}
         return "".join([*parts, *(line(f"{name}: {reason}") for name, reason in problems.items())])
 

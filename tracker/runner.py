@@ -100,8 +100,8 @@ def run_cells(
     ledger.refuse_unwritable()
     if not explicit and any(request.clusters for request in requests):
         raise ExperimentError(
-            "cluster applies to tracker run; studies and searches take documents as independent. "
-            "Leave cluster out"
+            "studies and searches do not support the setting 'cluster', because they treat "
+            "documents as independent. Leave cluster out, or use tracker run"
         )
     requests = prepare.with_clusters(requests)
     lookups = [
@@ -235,7 +235,7 @@ class _Finisher:
 def find_smaller_requests(requests: Collection[CellRequest]) -> set[CellRequest]:
     """Find requests that repeat another request with fewer documents.
 
-    Reports show the results of both requests.
+    Reports show the results of the smaller request and of the larger request.
     """
     candidates = [request for request in requests if not request.until]
 
@@ -255,12 +255,15 @@ def _view_note(view: View, shown_view: View, related_views: Sequence[View]) -> s
         key, count = ("limit", view.limit) if view.seed is None else ("sample", view.sample)
         size = shown_view.limit or shown_view.sample
         return (
-            f"reports keep showing the earlier results on {size or 'all'} documents; to show "
-            f"those on {count} too, list both: {key}: {{values: [{count}, {size or 'null'}]}}"
+            f"reports show only the earlier results on {size or 'all'} documents. To show the "
+            f"results on {count} documents too, list both numbers: {key}: {{values: [{count}, "
+            f"{size or 'null'}]}}"
         )
     others = [other for other in related_views if other.until is None and not shown_view.until]
     texts = [other.request_text for other in others if other.beside != shown_view.beside]
-    return f"shown together with earlier requests: {'; '.join(texts)}" if texts else ""
+    if not texts:
+        return ""
+    return f"reports show these results together with earlier requests: {'; '.join(texts)}"
 
 
 def _build_jobs(cells: Sequence[prepare.CellLookup]) -> list[Job]:

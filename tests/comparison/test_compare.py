@@ -481,7 +481,7 @@ def test_runs_of_a_data_set_compare_as_those_of_its_results_folder(demo, tmp_pat
     other = runs[1].replace("layer:3", "layer:0")
     assert "while holding the phones" in printed("compare", runs[1], other, "--format", "html")
     (tmp_path / "profiles/documents.parquet").unlink()
-    refused(cli("compare", runs[1], other), "no outcomes of documents", "the results folder")
+    refused(cli("compare", runs[1], other), "does not contain the outcomes", "the results folder")
 
 
 def test_a_run_is_compared_with_files_of_lm_eval(demo, tmp_path, monkeypatch):

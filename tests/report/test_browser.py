@@ -235,11 +235,11 @@ def test_the_csv_of_a_table_holds_exact_figures(drawn, board):
     for row, standing in zip(read_csv(drawn, BOARD), board.parts, strict=True):
         for end, rank in (("low", standing.rank.low), ("high", standing.rank.high)):
             assert row[f"rank, 95 % confidence for all: {end}"] == str(rank or "")
-        relevance = "mean relevance (95 % intervals, each for a single row)"
+        relevance = "mean relevance (95 % interval of each row)"
         assert float(row[relevance]) == standing.relevance.value
         assert float(row[f"{relevance}: low"]) == standing.relevance.low
         assert float(row[f"{relevance}: high"]) == standing.relevance.high
-        drop = float(row["mean accuracy drop (95 % intervals that hold for all rows at once) (pp)"])
+        drop = float(row["mean accuracy drop (simultaneous 95 % intervals of all rows) (pp)"])
         assert drop == pytest.approx(100 * standing.deciding.value, rel=1e-14)
         assert float(row["mean cosine score (1 − cos)"]) == standing.cosine_score
 

@@ -104,7 +104,7 @@ def test_the_interval_that_decides_is_shown_and_orders():
     assert order.index(11) < order.index(0)
     table = layer_board_table(board, "m")
     column = [heading.label for heading in table.headings].index(
-        "mean accuracy drop (95 % intervals that hold for all rows at once)"
+        "mean accuracy drop (simultaneous 95 % intervals of all rows)"
     )
     drops = [row[column].text for row in read_table(table).rows]
     assert drops[order.index(0)].startswith("12.5 (−"), drops
@@ -146,7 +146,7 @@ def test_reports_name_the_metric_of_traces():
     cell = build_cell(n=100).model_copy(update={"metric": "answer_kept,number"})
     cell = replace_layer(cell, 3, accuracy_drop=0.9, accuracy_drop_low=0.5, accuracy_drop_high=1.3)
     table = layer_board_table(layer_board([cell]), "m")
-    label = "mean answer retention drop (95 % intervals that hold for all rows at once)"
+    label = "mean answer retention drop (simultaneous 95 % intervals of all rows)"
     column = [heading.label for heading in table.headings].index(label)
     first, *_ = read_table(table).rows
     assert first[column].text.endswith(" to 100.0)")
@@ -523,7 +523,7 @@ def test_the_board_takes_the_latest_and_names_the_others(cells):
     assert board.left_out == dict.fromkeys(other_labels, reason)
     _, notes = build_boards(cells)
     assert [note for note in notes if "edited" in note] == [
-        f"SmolLM2: {label} does not count: {reason}." for label in other_labels
+        f"SmolLM2: {label} is left out of the ranking: {reason}." for label in other_labels
     ]
 
 

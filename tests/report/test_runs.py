@@ -68,7 +68,7 @@ def test_hundreds_of_runs_are_a_map_on_a_page_that_opens():
     page = html.render_page([cell], {})
     assert 'id="model-1-cell-1-map-repeat-title"' in page
     assert 'id="model-1-cell-1-curve-title"' not in page
-    assert "number of layers passed again" in page
+    assert "number of layers computed again" in page
     assert len(page) < 2_500_000
 
 

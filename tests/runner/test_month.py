@@ -147,8 +147,8 @@ def test_a_smaller_question_takes_nothing_away(month):
         "what the file asked"
     )
     assert (
-        f"{name}: reports keep showing the earlier results on 40 documents; to show those on 10 "
-        "too, list both: sample: {values: [10, 40]}"
+        f"{name}: reports show only the earlier results on 40 documents. To show the results on 10 "
+        "documents too, list both numbers: sample: {values: [10, 40]}"
     ) in lines
     (shown,) = month.records()
     assert shown.model_copy(update={"supersedes": ()}) == large
@@ -160,8 +160,8 @@ def test_a_smaller_question_takes_nothing_away(month):
     # What is more of some runs alone stands beside, until it is known of all.
     _, lines = month.run("more", sample=48, layer=[1, 2])
     assert (
-        f"{name}: shown together with earlier requests: 2 runs on 10 documents; "
-        "4 runs on 40 documents"
+        f"{name}: reports show these results together with earlier requests: 2 runs on 10 "
+        "documents; 4 runs on 40 documents"
     ) in lines
     assert [(len(run.runs), run.n) for run in month.records()] == [(2, 10), (4, 40), (2, 48)]
     month.run("rest", sample=48, layer=[0, 3])
@@ -261,7 +261,7 @@ def test_what_is_searched_and_studied_in_a_month_stays_as_it_is_known(month, tmp
     (latest,) = (record for record in editions if record.measured == dates[-1])
     last = f"only the latest measurement counts: our_sums · 0-shot · measured {dates[-1][:10]}"
     # The terminal says the first of what does not count, the page all of it.
-    assert "does not count" in board
+    assert "is left out of the ranking" in board
     assert page.count(last) == len(editions) - 1, re.findall(
         r"<li>.*latest measurement counts.*", page
     )

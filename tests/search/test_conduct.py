@@ -374,4 +374,4 @@ def test_search_survives_a_failed_export(write, prune, tmp_path, monkeypatch) ->
     assert result.exit_code == 1
     assert report.PRUNE_QUESTION in result.output
     assert "not saved: lighter is not written: the disk is full" in result.output
-    assert "to save the recommended one: tracker export" in result.output
+    assert "to save the recommended model: tracker export" in result.output

@@ -163,7 +163,7 @@ def test_a_choice_of_several_units_is_saved(tiny: Path, write, prune, tmp_path: 
     assert isinstance(best.parts, MixedParts)
     assert PruneRecord.model_validate_json(best.model_dump_json()) == best
     assert f"removes {best.names}." in " ".join(result.output.split())
-    command = result.output.split("to save the recommended one: ")[1].splitlines()[0]
+    command = result.output.split("to save the recommended model: ")[1].splitlines()[0]
     words = [tmp_path / "saved" if word == "lighter" else word for word in shlex.split(command)[1:]]
     saved = cli(*words, "--results", tmp_path / "results")
     assert saved.exit_code == 0, saved.output

@@ -212,7 +212,7 @@ def test_a_uniform_choice_is_saved(write, prune, tmp_path) -> None:
     assert (config.num_attention_heads, config.num_key_value_heads) == (2, 1)
     # The command that is printed without `--output` saves the same model, and measures it anew.
     output = prune(path, "--uniform=true").output
-    command = output.split("to save the recommended one: ")[1].splitlines()[0]
+    command = output.split("to save the recommended model: ")[1].splitlines()[0]
     words = [tmp_path / "again" if word == "lighter" else word for word in shlex.split(command)[1:]]
     assert cli(*words, "--results", tmp_path / "new").exit_code == 0
     weights = [load_file(tmp_path / name / "model.safetensors") for name in ("saved", "again")]

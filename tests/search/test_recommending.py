@@ -28,7 +28,7 @@ def test_calibration_documents_recommend(write, prune, ask, tmp_path: Path) -> N
     best_set = min(losses, key=lambda removed: truth.key("accuracy", removed))
     assert losses[best_set] > min(losses.values())
     layers = ",".join(map(str, best_set))
-    assert "to save the recommended one: tracker export" in result.output
+    assert "to save the recommended model: tracker export" in result.output
     assert f" --remove {layers} --output" in result.output
     assert f"removes layers {layers.replace(',', ', ')} (2 of 5)" in result.output
     assert "Of 3 compared sets, none has a smaller loss on 8 calibration documents" in result.output

@@ -65,8 +65,8 @@ def test_a_finding_says_when_it_is_outgrown():
     assert growth_note(FINDING, [cell]) == ""
     larger = cell.model_copy(update={"view": "larger", "n": 12, "supersedes": ("intact",)})
     assert growth_note(FINDING, [larger]) == (
-        "1 of the 1 measurements used for this study now have a different number of documents; to "
-        "repeat the study: tracker study joint file.yaml"
+        "The number of documents has changed in 1 of the 1 measurements that this study used. To "
+        "repeat the study, type: tracker study joint file.yaml"
     )
 
 

@@ -101,7 +101,7 @@ def test_a_wrong_figure_is_an_error(results, monkeypatch):
             backend.publish(cell, [], {})
     message = str(caught.value)
     assert "'layer 01 · arc_easy · SmolLM2-135M-Instruct'" in message
-    assert "it shows accuracy = nan instead of 0.405" in message
+    assert "the metric accuracy is nan instead of 0.405" in message
     assert f"tracker sync --to mlflow:layers --results {results}" in message
     backend.publish(cell, [], {})
     check_shown(sqlite_uri(results), "layers", cell)

@@ -455,5 +455,7 @@ def test_missing_abilities_are_refused(name, tmp_path):
         if ability in entry.can:
             assert target(name, ability).backend == name
         else:
-            with pytest.raises(RequestError, match=f"{entry.title} takes no {ability}; use one of"):
+            with pytest.raises(
+                RequestError, match=f"{entry.title} does not support {ability}; use"
+            ):
                 target(name, ability)

@@ -74,13 +74,13 @@ def test_earlier_projects_are_updated(run_study, results):
     run_study("third", 9)
     assert [check_project(results, name) for name in ("lab", "other")] == [6, 6]
     single_sync = run_sync(results, "--to", "mlflow:other")
-    assert "mlflow:other: 1 measurement; 0 new runs, 4 changed, 0 as before" in single_sync.output
+    assert "mlflow:other: 1 measurement; 0 new runs, 4 updated, 0 unchanged" in single_sync.output
     assert "lab" not in single_sync.output
     assert [check_project(results, name) for name in ("lab", "other")] == [6, 9]
     full_sync = run_sync(results)
     assert full_sync.exit_code == 0
-    assert "mlflow:lab: 1 measurement; 0 new runs, 4 changed, 0 as before" in full_sync.output
-    assert "mlflow:other: 1 measurement; 0 new runs, 0 changed, 4 as before" in full_sync.output
+    assert "mlflow:lab: 1 measurement; 0 new runs, 4 updated, 0 unchanged" in full_sync.output
+    assert "mlflow:other: 1 measurement; 0 new runs, 0 updated, 4 unchanged" in full_sync.output
     assert [check_project(results, name) for name in ("lab", "other", "third")] == [9, 9, 0]
 
 
@@ -92,11 +92,11 @@ def test_an_unreachable_backend_fails_alone(run_study, results, server, monkeypa
         outcome = run_study("lab", 6, "mlflow")
         assert outcome.exit_code == 1
         ((_, reason),) = outcome.unpublished.items()
-        assert f"{remote_target}, where earlier results were published" in reason
+        assert f"{remote_target} contains earlier results and could not be updated" in reason
         assert f"MLFLOW_TRACKING_URI={gate.address} tracker sync --to mlflow:left --res" in reason
         sync_result = run_sync(results)
         assert sync_result.exit_code == 1
-        assert "mlflow:lab: 1 measurement; 0 new runs, 0 changed, 4 as before" in sync_result.output
+        assert "mlflow:lab: 1 measurement; 0 new runs, 0 updated, 4 unchanged" in sync_result.output
         assert (check_project(results, "lab"), check_project(results, "left", server)) == (6, 3)
 
         gate.status = None
@@ -105,7 +105,7 @@ def test_an_unreachable_backend_fails_alone(run_study, results, server, monkeypa
         n_requests = gate.n_requests
         sync_result = run_sync(results)
         assert (sync_result.exit_code, gate.n_requests) == (1, n_requests)
-        assert "a login is sent only to its own server" in sync_result.output
+        assert "sends a login only to the server to which it belongs" in sync_result.output
         assert f"MLFLOW_TRACKING_URI={gate.address} tracker sync --to mlf" in sync_result.output
         monkeypatch.delenv("MLFLOW_TRACKING_TOKEN")
         assert run_sync(results).exit_code == 0

@@ -34,7 +34,9 @@ def test_trackio_publishes_and_reports(folder, tmp_path, study):
     assert (published.created, published.updated, published.unchanged) == (0, 0, 4)
     report = api.report("trackio:lab/layers", output=tmp_path / "page.html")
     assert (report.outcome.failed, list(report.cells)) == ({}, api.ls(results))
-    with pytest.raises(RequestError, match="Trackio takes no reports; use one of: mlflow, wandb"):
+    with pytest.raises(
+        RequestError, match="Trackio does not support reports; use one of: mlflow, wandb"
+    ):
         api.leaderboard(results, publish="trackio:lab/layers")
 
 

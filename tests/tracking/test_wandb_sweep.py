@@ -115,7 +115,7 @@ def test_killed_trials_are_filled(client, double, tiny_llama, experiment, monkey
     assert [name.split()[0] for name in sync_results.filled] == ["killed", "failed"]
     ((title, reason),) = sync_results.wanting.items()
     assert title.endswith("copa, layer 2)")
-    assert reason == f"{results} does not hold all outcomes of the run"
+    assert reason == f"{results} does not contain all outcomes of the run"
     for name, layer in (("killed", 1), ("failed", 0)):
         run = double.run(name, "layers")
         assert (run.state, run.exit_code, run.sweep) == ("finished", 0, sweep.name)

@@ -59,7 +59,7 @@ class DashedOption(click.Option):
     """Option with a short usage line in the help."""
 
     def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
-        """Return the option's usage (e.g. `--sample N`) and its help text."""
+        """Return the option's usage, such as `--sample N`, and its help text."""
         shown = copy(self)
         shown.opts = [name for name in self.opts if "_" not in name] or self.opts
         if isinstance(self.type, click.IntRange):
@@ -112,8 +112,8 @@ class GroupedCommands(click.Group):
 class ErrorBoundary(GroupedCommands):
     """Command group that converts all errors to messages and exit codes.
 
-    Errors of tracker and of the system (e.g. a full disk) are printed as one message. Any other
-    error is reported as an internal error, and the traceback is saved in a file.
+    Errors of tracker and of the system (e.g. a full disk) are printed as one message. All other
+    errors are reported as internal errors, and their tracebacks are saved in files.
     """
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:

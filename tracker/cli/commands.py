@@ -100,7 +100,7 @@ def init(folder: Path) -> None:
 
 
 class ExecutorName(click.Choice[str]):
-    """Option type for the name of an executor, e.g. `local`."""
+    """Option type for the name of an executor, such as `local`."""
 
     def __init__(self) -> None:
         self.case_sensitive = True
@@ -179,10 +179,10 @@ def run(
 def evaluate(project: str, **settings: Any) -> None:
     """Measure one layer, as a trial of a W&B sweep.
 
-    For each model and benchmark, the first trial measures all layers of the sweep together. This
-    costs little more than measuring one layer. Outside a sweep, all layers of the model are
-    measured. Later trials read the outcomes of their layer from the results folder and load no
-    model. A trial with invalid layers prints a note and exits with code 0.
+    For each model and benchmark, the first trial measures all layers of the sweep together. All
+    layers together cost little more than a single layer. Later trials read the outcomes of their
+    layer from the results folder and load no model. Outside a sweep, all layers of the model are
+    measured. A trial with invalid layers prints a note and exits with code 0.
 
     \b
     Example:
@@ -231,17 +231,17 @@ def bench(
     """Compare the engine's speed with lm-eval's.
 
     The engine and lm-eval score the same documents, and their results are compared. The lm-eval
-    loop evaluates one pruned copy of the model after another, at the fastest of a few batch sizes.
-    The loop is timed for the baseline and four removals of each component. The time for all
-    removals is extrapolated. The loop is left out if layers are offloaded. One model and one
+    loop evaluates one pruned copy of the model after another. It uses the fastest of several batch
+    sizes. The loop is timed for the baseline and four removals of each component. The time for all
+    removals is extrapolated. The loop is not timed if layers are offloaded. One model and one
     benchmark are timed. Each ablation removes one layer, and every layer is removed once. With
-    --against vllm, lm-eval's vLLM model is timed too. If the benchmark generates texts, generation
-    under all ablations at once is timed against lm-eval's.
+    --against vllm, lm-eval's vLLM model is timed too. If the benchmark generates texts, the command
+    also times the generation of texts by the engine (for all ablations together) and by lm-eval.
 
-    To time a model that is not on this machine, name its shape; the weights are then random:
-    shape:llama-3-8b, shape:llama-2-13b, shape:qwen3-30b-a3b, shape:llama-3-70b, or
-    shape:FOLDER_OR_ID. The suffix @8 limits the model to eight layers. The random weights are saved
-    in the user's cache.
+    To time a model that is not on this machine, give a shape instead of a model. The command then
+    uses random weights. The shapes are shape:llama-3-8b, shape:llama-2-13b, shape:qwen3-30b-a3b,
+    shape:llama-3-70b and shape:FOLDER_OR_ID. The suffix @8 limits the model to eight layers. The
+    random weights are saved in the user's cache.
 
     \b
     Examples:
@@ -278,8 +278,8 @@ def doctor(device: str, as_json: bool) -> None:
     """Check that this installation computes the right numbers on a device.
 
     The checks take about half a minute. The engine computes ablations of a tiny random model on the
-    device. The results are compared with changed copies of the model on the CPU. All checks run
-    even if one fails. The exit code is 1 if any check fails.
+    device. Its results are compared with those of modified copies of the model on the CPU. All
+    checks run even if one fails. The exit code is 1 if any check fails.
 
     \b
     Examples:
@@ -304,8 +304,8 @@ def doctor(device: str, as_json: bool) -> None:
 def validate(experiment: Path | None, settings: dict[str, Any], **options: Any) -> None:
     """Check an experiment without loading weights.
 
-    EXPERIMENT is a YAML file. A MODEL and options can be given instead of a file, as for 'tracker
-    run' and 'tracker prune'.
+    EXPERIMENT is a YAML file. A MODEL and the options of 'tracker run' or 'tracker prune' can be
+    given instead of a file.
 
     \b
     Examples:
@@ -340,8 +340,8 @@ def plan(
 ) -> None:
     """Estimate the cost of an experiment.
 
-    EXPERIMENT is a YAML file. A MODEL and options can be given instead of a file, as for 'tracker
-    run' and 'tracker prune'. The command measures nothing.
+    EXPERIMENT is a YAML file. A MODEL and the options of 'tracker run' or 'tracker prune' can be
+    given instead of a file. The command measures nothing.
 
     \b
     Examples:

@@ -114,7 +114,7 @@ class LayersType(TextType):
     def read(self, text: str) -> tuple[int | str, ...] | str:
         """Parse layers; return their numbers in ascending order, or `ALL_PARTS` for all layers.
 
-        If parts are allowed, their texts are split at commas and returned.
+        If the option allows parts such as heads, a text that names parts is only split at commas.
         """
         if self._allow_parts and ":" in text:
             return tuple(word.strip() for word in text.split(","))
@@ -137,7 +137,7 @@ class LayersType(TextType):
                 raise ValueError(f"no model has {len(numbers):,} layers")
             layers += numbers
         if len(set(layers)) < len(layers):
-            raise ValueError(f"a layer stands twice in {text!r}")
+            raise ValueError(f"a layer is listed twice in {text!r}")
         return tuple(sorted(layers))
 
 
@@ -202,15 +202,15 @@ Backends = Annotated[tuple[str, ...] | None, BackendsType()]
 
 
 class TrialCommand(GroupedCommand):
-    """Command that ignores options with the value None, e.g. `--name=None`."""
+    """Command that ignores options with the value None, such as `--name=None`."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parse the arguments without the options whose value is `None`."""
         if "--layer=all" in args:
             raise click.UsageError(
-                "--layer=all: a trial measures one layer, and W&B does not know a model's layers. "
-                "Write the layers into the sweep file, for example layer: {min: 0, max: 29}, or "
-                "type tracker run FILE, which measures all layers",
+                "--layer=all is not possible in a sweep, because each trial measures one layer. "
+                "Write the layers into the sweep file, for example layer: {min: 0, max: 29}. To "
+                "measure all layers without a sweep, type: tracker run FILE",
                 ctx,
             )
         given_args = [arg for arg in args if not (arg.startswith("--") and arg.endswith("=None"))]
@@ -322,9 +322,10 @@ def _check_key(setting: tuple[str, Any]) -> tuple[str, Any]:
 
 
 def _find_experiment(experiment: str | None, settings: dict[str, Any]) -> Path | None:
-    """Return the experiment file, or add the model to `settings` and return None.
+    """Return the experiment file, or None if a model is given instead of a file.
 
-    Raises UsageError if `experiment` is neither a file nor a model, or if a setting is missing.
+    A given model is added to `settings`. The function raises UsageError if `experiment` is neither
+    a file nor a model, or if a setting is missing.
     """
     path = None if experiment is None else _read_path(experiment)
     if path is not None and not names_model(path):
@@ -346,8 +347,8 @@ def _find_experiment(experiment: str | None, settings: dict[str, Any]) -> Path |
         )
     if command == "prune" and not {*AMOUNT_KEYS} & settings.keys():
         raise click.UsageError(
-            "--remove, --keep, --max-drop or --keep-accuracy is missing; give the amount to remove "
-            f"or the accuracy to lose, for example: {example}"
+            "the amount to remove is missing; give one of --remove, --keep, --max-drop and "
+            f"--keep-accuracy, for example: {example}"
         )
     return None
 
@@ -364,7 +365,7 @@ def _describe_missing(name: str) -> str:
     path = Path(name)
     if path.is_dir() and not (path / "config.json").exists():
         raise click.UsageError(
-            f"{name} is a folder without config.json, so neither a model nor an experiment file"
+            f"{name} is neither a model nor an experiment file, but a folder without config.json"
         )
     if path.exists() or name.startswith("package:"):
         return f"{name} is a model;"
@@ -396,7 +397,7 @@ def _click_type(hint: Any) -> dict[str, Any]:
 
 
 class CommandOptions(BaseModel):
-    """Schema of a command's options that are not keys of experiment files.
+    """Schema for those options of a command that are not keys of experiment files.
 
     A bool field becomes a flag. A tuple field becomes an option that can be given several times.
     """
@@ -419,7 +420,10 @@ def _click_arguments(hint: object, field: FieldInfo) -> dict[str, Any]:
 
 
 def _click_range(field: FieldInfo) -> dict[str, Any]:
-    """Return the click arguments for the bounds of a number field; {} without bounds."""
+    """Return the click arguments for the bounds of a number field.
+
+    The dictionary is empty if the field has no bounds.
+    """
     limits = {
         name: getattr(bound, name)
         for bound in field.metadata

@@ -63,8 +63,9 @@ def print_cell(
 ) -> None:
     """Print a table of the runs of a cell.
 
-    `only_change` restricts the table to one run, and `brief` to significant runs. `average` is true
-    if an average over benchmarks was printed before.
+    If `only_change` is given, the table shows only the run of this change. If `brief` is true, the
+    table shows only significant runs. `average` is true if an average over benchmarks was printed
+    before this table.
     """
     from tracker.analysis.claims import run_verdicts
     from tracker.report import wording
@@ -176,7 +177,10 @@ def print_results(cells: Sequence[CellRecord]) -> None:
 
 
 def _unlisted_note(cell: CellRecord, average: bool) -> str:
-    """Explain why some runs of a cell are not listed in the table."""
+    """Explain why some runs of a cell are not listed in the table.
+
+    `average` is true if an average over benchmarks was printed before the table.
+    """
     from tracker.report.wording import alone_sentence
 
     sentences = [alone_sentence(cell, average)]
@@ -215,7 +219,7 @@ def benchmark_label(cell: CellRecord, label: str) -> str:
 
 
 def print_next(experiment: str, results: Path, cells: Sequence[CellRecord]) -> None:
-    """Print suggested next commands, e.g. `tracker report --format csv` for all figures."""
+    """Print suggestions for the next commands, such as a run with more documents."""
     from tracker.analysis.claims import decide_claims
     from tracker.analysis.comparable import group_models
 
@@ -248,7 +252,7 @@ def print_finding(finding: FindingRecord) -> None:
 
 
 def _dash_reasons(printed_table: Table) -> Iterator[str]:
-    """Yield lines that explain why entries are shown as dashes."""
+    """Yield the reasons why entries of a table are printed as dashes, one line per reason."""
     reasons: dict[str, dict[str, None]] = {}
     for row in printed_table.rows:
         for entry, heading in zip(row, printed_table.headings, strict=True):
@@ -315,7 +319,7 @@ _COMMAND_PATTERN = re.compile(r"((?:\w+=(?:'[^']*'|\S*) )*)(\S*)(.*)", re.DOTALL
 
 
 def runnable_command(location: str) -> str:
-    """Return the command with a full path if the program is not on PATH."""
+    """Return the command, with the path of the program if PATH does not contain it."""
     settings, program, arguments = _COMMAND_PATTERN.fullmatch(location).groups()  # type: ignore[union-attr]
     program_path = Path(sys.executable).parent / program
     if not arguments or shutil.which(program) or not program_path.is_file():
@@ -416,9 +420,7 @@ def print_search_plan(
 ) -> None:
     """Print the estimated cost of searches and tests."""
     rates = _ComputeRates(gflops)
-    no_search = (
-        "not defined for a test, because tests only measure the removals that the searches chose"
-    )
+    no_search = "a test does not search; it only measures the removals that the searches chose"
     requests = [row.request for row in searches if not isinstance(row.request, CellRequest)]
     all_constraints = {request.constraints_text for request in requests}
 
@@ -441,7 +443,7 @@ def print_search_plan(
         if row.naive_flops is None:
             return Estimate(None, reason="lm-eval computes no proxies")
         if not row.flops:
-            return Estimate(None, reason="the rows above include all measurements for this row")
+            return Estimate(None, reason="the rows above include all measurements of this row")
         return f"{row.naive_flops / row.flops:.1f} × less work than one lm-eval run per layer"
 
     def seconds(row: PlannedSearch) -> float:
@@ -484,7 +486,10 @@ def _describe_stopping(cell: PlannedCell) -> str:
 
 
 def _detectable_drop(cell: PlannedCell) -> tuple[str, str]:
-    """Return texts: the smallest detectable drop, and the documents needed for `REPORTED_DROP`."""
+    """Return the smallest detectable drop, and the needed number of documents, as texts.
+
+    The number of documents is the number that is needed to detect a drop of `REPORTED_DROP`.
+    """
     from tracker.stats.accuracy import documents_needed
 
     if cell.spread is None:
@@ -496,7 +501,7 @@ def _detectable_drop(cell: PlannedCell) -> tuple[str, str]:
 
 
 def print_speed(model: ExportedModel) -> None:
-    """Print the figures of speed and memory of a saved model, or why there are none."""
+    """Print the speed and the memory use of a saved model, or the reason why they are unknown."""
     if model.speed_on:
         echo_all(model.speed_title, *(f"  {figure.text}" for figure in model.serving))
 

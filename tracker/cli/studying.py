@@ -52,10 +52,10 @@ class StudyGroup(click.Group):
 def study() -> None:
     """Answer a research question about the importance of layers.
 
-    The questions come from the paper arXiv 2605.14075 and its reviewers. Each command below answers
-    one question for all models and benchmarks in EXPERIMENT. EXPERIMENT is a YAML file, or a MODEL
-    with --benchmark, as for 'tracker run'. A study measures only missing outcomes. It prints its
-    answer and adds tables and charts to the report.
+    The research questions come from the paper arXiv 2605.14075 and from its reviewers. Each command
+    below answers one question for all models and benchmarks in EXPERIMENT. EXPERIMENT is a YAML
+    file. A MODEL and --benchmark can be given instead of a file. A study measures only missing
+    outcomes. Each study prints an answer, and adds tables and charts to the report.
 
     \b
     Examples:
@@ -82,7 +82,7 @@ def _study_command(name: str, settings_class: type[StudySettings]) -> click.Comm
         result = api.study(name, experiment, progress=ProgressDisplay(), **settings, **options)
         print_study(result, is_new=bool(settings))
         for command_line in result.exports:
-            echo(f"to save the best model that is shown to be better than the base: {command_line}")
+            echo(f"to save the best model that is significantly better, type: {command_line}")
         sys.exit(result.outcome.exit_code)
 
     run_study.__doc__ = settings_class.__doc__
@@ -109,12 +109,13 @@ class QuantiseOptions(QuantiseSettings):
 def quantise(experiment: Path | None, settings: dict[str, Any], **options: Any) -> None:
     """Choose weight formats with fewer bits, and test the choice.
 
-    Each linear map of the layers in EXPERIMENT is quantised alone to each format and measured on
-    'sample' calibration documents. Several choices of formats within the budget are then measured
-    on the whole model. The best choice on the calibration documents is recommended. All choices are
-    tested on separate test documents. With --max-drop, choices of several sizes are tested, and the
-    smallest that is shown to be within this loss is recommended. The same command resumes a stopped
-    run.
+    First, the command quantises each linear map of the layers in EXPERIMENT separately, and
+    measures each format on calibration documents. The setting 'sample' is the number of these
+    documents. Next, the command measures several choices of formats that fit into the budget, on
+    the whole model. It recommends the choice with the best result on the calibration documents. All
+    choices are tested on separate test documents. With --max-drop, the command tests choices of
+    several sizes, and recommends the smallest choice whose loss is significantly below this limit.
+    The same command resumes a stopped run.
 
     \b
     Examples:
@@ -162,15 +163,15 @@ class ExportOptions(CommandOptions):
     """Layers to remove, 0-based, e.g. 3,17 or 3-7. Also heads, experts or neurons, the same number
     from each remaining layer, e.g. kv_head:0.1,kv_head:1.2 or 2,neuron:0.7,neuron:1.3."""
     repeat: Annotated[Sequence[int] | None, LayersType()] = None
-    """Neighbouring layers to pass again, e.g. 8-11."""
+    """Neighbouring layers to repeat, e.g. 8-11."""
     repeats: Annotated[int | None, click.IntRange(min=2)] = None
     """Number of passes through these layers (default: 2)."""
     output: Path
     """New folder for the model."""
     component: Annotated[str, click.Choice(UNITS)] = "layer"
-    """Component to remove from each layer in --remove. Plain transformers cannot load a model
-    without some attentions or MLPs, so these are refused, with the lists that code needs to skip
-    them."""
+    """Component to remove from each layer in --remove. The transformers library cannot load a model
+    without some attentions or MLPs, so the command does not save such a model. The error
+    message lists the parts that your code must skip."""
     benchmark: str | None = None
     """Task or group on which the change is measured, and plain lm-eval verifies the export
     (default: none; the logits of a few texts are compared)."""
@@ -198,10 +199,11 @@ class ExportOptions(CommandOptions):
 def export(**settings: Any) -> None:
     """Save a model with removed or repeated layers, or with fewer heads, experts or neurons.
 
-    The result is a checkpoint that plain transformers loads. A new process loads the checkpoint and
-    must compute the same logits. With --benchmark, plain lm-eval must find exactly the measured
-    accuracy. The folder also contains a model card and tracker.json, which describe the changes. If
-    mergekit or llama.cpp can make the same model, the files contain recipes for it.
+    The result is a checkpoint that the transformers library can load. The command verifies the
+    checkpoint: a new process loads it and must compute the same logits as the measured model. With
+    --benchmark, lm-eval must also compute exactly the measured accuracy. The folder also contains a
+    model card and tracker.json, which describe the changes. If mergekit or llama.cpp can make the
+    same model, the files contain recipes for it.
 
     \b
     Examples:
@@ -235,13 +237,13 @@ def prune(
 ) -> None:
     """Choose layers or other parts to prune, and test the choice.
 
-    EXPERIMENT is a YAML file with the strategies and the amount to remove ('remove' or 'keep') or
-    the largest loss of accuracy ('max_drop' or 'keep_accuracy'). Options override the keys of the
-    file, or define the search without a file. Each strategy chooses a set of layers or parts on
-    calibration documents, and the best set is recommended. Each step of a search is tested on
-    separate test documents. The chosen sets, their accuracy and the cost of the searches are
-    printed and added to the report. The same command resumes a stopped search. A trial of a W&B
-    sweep calls this command without EXPERIMENT, for one search.
+    EXPERIMENT is a YAML file that lists the search strategies. It also sets the amount to remove
+    ('remove' or 'keep') or the largest loss of accuracy ('max_drop' or 'keep_accuracy'). Options
+    override the keys of the file, or define the search without a file. Each strategy chooses a set
+    of layers or parts on calibration documents, and the best set is recommended. The result of each
+    search step is tested on separate test documents. The chosen sets, their accuracy and the cost
+    of the searches are printed and added to the report. The same command resumes a stopped search.
+    In a W&B sweep, each trial runs this command without EXPERIMENT, for a single search.
 
     \b
     Examples:
@@ -259,10 +261,11 @@ def prune(
     result = api.prune(experiment, progress=ProgressDisplay(), **settings, **options)
     print_study(result, is_new=bool(settings))
     for command in () if result.saved else result.exports:
-        echo(f"\nto save the recommended one: {command}")
+        echo(f"\nto save the recommended model: {command}")
     for unit in dict.fromkeys(search.unit for search in result.searches if search.unit != "layer"):
         if unit in ("attention", "mlp"):
-            echo(f"the model cannot be saved: plain transformers needs all {unit_plural(unit)}")
+            reason = f"transformers cannot load a model without some {unit_plural(unit)}"
+            echo(f"the model cannot be saved, because {reason}")
         elif unit in NUMBERED_COMPONENTS and not result.exports:
             echo("to search for a model that can be saved, add: --uniform true")
     if result.saved:

@@ -58,7 +58,7 @@ class ReportOptions(CommandOptions):
 @main.command()
 @sources_argument
 @add_options(ReportOptions, "form", "output")
-@publish_option("the report, which is published as a run of its own")
+@publish_option("the report (as a separate run)")
 @documents_option
 @results_option
 def report(sources: tuple[str, ...], **settings: Any) -> None:
@@ -117,11 +117,12 @@ def leaderboard(sources: tuple[str, ...], **settings: Any) -> None:
 @sources_argument
 @results_option
 def profile(model: str, sources: tuple[str, ...], **settings: Any) -> None:
-    """Name the layers of a model that matter, from published results.
+    """Name the important layers of a model, based on published results.
 
     MODEL is a model's name, hub id or path. Each of the SOURCES is a folder that tracker report
     --format dataset wrote, a results folder, or a tracking project (default: the folder of
-    --results). Each line holds with 95 % confidence by itself.
+    --results). Each printed line is a separate statement at a confidence
+    level of 95 %.
 
     \b
     Examples:
@@ -194,7 +195,7 @@ def sync(to: tuple[str, ...] | None, sweep: str | None, results: Path, **options
     for target, cells in result.places.items():
         new, changed = sum(cell.created for cell in cells), sum(cell.updated for cell in cells)
         same = sum(cell.unchanged for cell in cells)
-        counts = f"{count_text(new, 'new run')}, {changed} changed, {same} as before"
+        counts = f"{count_text(new, 'new run')}, {changed} updated, {same} unchanged"
         echo(f"{target}: {count_text(len(cells), 'measurement')}; {counts}")
     for location in dict.fromkeys(result.locations.values()):
         echo(f"see them: {runnable_command(location)}")
@@ -206,11 +207,11 @@ def _sync_sweep(sweep: str, results: Path) -> NoReturn:
 
     result = api.sync_sweep(sweep, results=results)
     echo(f"{len(result.filled)} of {result.unfinished} killed or failed runs now have results")
-    print_failures("wants measuring", result.wanting)
+    print_failures("not measured", result.wanting)
     if result.wanting:
         echo(
-            "measure the missing trials into this folder (tracker run FILE, or tracker evaluate "
-            "with a trial's settings), then type the same command again",
+            "to measure the missing trials, type tracker run FILE with this results folder, or "
+            "tracker evaluate with the settings of a trial; then type the same command again",
             error=True,
         )
     print_failures("not filled", result.failed)
@@ -297,8 +298,9 @@ def log_samples(output: Path, layer: tuple[tuple[int, ...], ...], **settings: An
 
     The command writes the same files as lm_eval --log_samples: results_DATE.json and
     samples_TASK_DATE.jsonl. The intact model and each ablated model get separate files. The entry
-    model_args in a file identifies the model, e.g. by removed_layers=3. No model runs, but the
-    benchmark's data is read again. The files contain the texts of the documents.
+    model_args in a file identifies the ablation, for example removed_layers=3. The command does not
+    run a model, but it reads the data of the benchmarks again. The files contain the texts of the
+    documents.
 
     \b
     Examples:
@@ -322,13 +324,13 @@ def log_samples(output: Path, layer: tuple[tuple[int, ...], ...], **settings: An
 @click.option(
     "--against",
     type=PathType(),
-    help="Second results folder, e.g. a copy; all outcomes must be equal.",
+    help="Second results folder, such as a copy. The outcomes of the two folders are compared.",
 )
 def check(folder: Path | None, results: Path, against: Path | None) -> None:
     """Verify that a results folder is undamaged.
 
-    Without FOLDER, the folder of --results is verified. A damaged file of outcomes (shard) is set
-    aside. Its outcomes are computed again by the next run of the experiment. The exit code is 1 if
+    Without FOLDER, the folder of --results is verified. A damaged file of outcomes (shard) is
+    renamed, and the next run of the experiment computes its outcomes again. The exit code is 1 if
     any file is damaged.
 
     \b
@@ -419,12 +421,13 @@ def compare(
     results: Path,
     **settings: tuple[str, ...],
 ) -> None:
-    """Compare models with the first one, on the same documents.
+    """Compare each model with the first model on the same documents.
 
-    Each of the SOURCES is a folder or file of lm_eval --log_samples, lighteval --save-details or
-    every_eval_ever, or a run as FOLDER:CELL:CHANGE of a results folder or data set, e.g.
-    results:SmolLM2-135M-Instruct--arc_easy:layer:3. The change 'intact' is the intact model. Every
-    verdict holds with 95 % confidence for all differences together.
+    Each of the SOURCES contains the results of one model. A source is a folder or file of lm_eval
+    --log_samples, lighteval --save-details or every_eval_ever. It can also be one run of a results
+    folder or data set, in the form FOLDER:CELL:CHANGE, such as
+    results:SmolLM2-135M-Instruct--arc_easy:layer:3. The change 'intact' selects the intact model.
+    All verdicts together have a confidence level of 95 %.
 
     \b
     Examples:
@@ -463,7 +466,7 @@ def compare(
 
 
 def _print_plan(margins: dict[str, float], agreement: float, comparisons: int) -> None:
-    """Print the number of documents that show equivalence of equal models."""
+    """Print how many documents are needed to show that two models are equivalent."""
     from tracker.stats.accuracy import TEST_POWER, OutcomeVariance
 
     if not margins:
@@ -471,5 +474,6 @@ def _print_plan(margins: dict[str, float], agreement: float, comparisons: int) -
     variance = OutcomeVariance(1 - agreement, binary=True)
     for benchmark, margin in margins.items():
         count = variance.count_equivalence_documents(margin, comparisons)
-        subject = f"{count:,} documents of {benchmark or 'each benchmark'} show that equal models"
-        echo(f"{subject} are equivalent within {100 * margin:g} pp in {TEST_POWER:.0%} of cases")
+        documents = f"{count:,} documents of {benchmark or 'each benchmark'} are needed"
+        purpose = f"to show that equal models are equivalent within {100 * margin:g} pp"
+        echo(f"{documents} {purpose} (power {TEST_POWER:.0%})")

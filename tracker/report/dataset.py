@@ -73,7 +73,10 @@ def _change_frame(cells: Sequence[CellRecord]) -> pd.DataFrame:
 
 
 def _record_frame(cells: Sequence[CellRecord]) -> pd.DataFrame:
-    """Return a frame with a row per record, which `read_dataset` turns back into the record."""
+    """Build a data frame with one row per record: its title, and the record as JSON.
+
+    `read_dataset` reads the records from this data frame.
+    """
     records = [json.dumps(cell.model_dump(mode="json")) for cell in cells]
     return pd.DataFrame({"title": [cell.title for cell in cells], "record": records})
 
@@ -86,14 +89,15 @@ def read_dataset(folder: Path) -> list[CellRecord]:
 
 
 def read_document_frame(folder: Path) -> pd.DataFrame:
-    """Read the documents of a data set, as `document_frame` returns them with all documents.
+    """Read the data frame of all documents of a data set.
 
+    The columns are the same as in the result of `document_frame` with `only_changed=False`.
     Raises ResultsError if the file is missing, damaged or too large.
     """
     if not (folder / DOCUMENTS_FILE).is_file():
         raise ResultsError(
-            f"{folder} holds no outcomes of documents ({DOCUMENTS_FILE} is missing); name the "
-            "results folder instead"
+            f"{folder} does not contain the outcomes of the documents ({DOCUMENTS_FILE} is "
+            "missing); name the results folder instead"
         )
     with _explained(folder / DOCUMENTS_FILE) as path:
         frame: pd.DataFrame = read_parquet(path).to_pandas()
@@ -123,7 +127,10 @@ def read_parquet(
 
 @contextmanager
 def _explained(path: Path) -> Iterator[Path]:
-    """Convert errors of a damaged or missing file of a data set to ResultsError."""
+    """Convert errors in a `with` block to a ResultsError about a damaged file.
+
+    `path` is the file of a data set that the `with` block reads.
+    """
     try:
         yield path
     except (
@@ -135,4 +142,5 @@ def _explained(path: Path) -> Iterator[Path]:
         pa.ArrowException,
     ) as error:
         reason = f"{path} is damaged: {first_line(error)}"
-        raise ResultsError(f"{reason}. Name a folder of tracker report --format dataset") from None
+        advice = "Name a folder that 'tracker report --format dataset' wrote"
+        raise ResultsError(f"{reason}. {advice}") from None

@@ -1,7 +1,7 @@
 """Write results in the format of every_eval_ever, a shared collection of evaluations.
 
-The model of every record is the intact model. Accuracy drops of changed models are results of their
-own metric, so that no reader takes the accuracy of a changed model for that of its base.
+Every record names the intact model as its model. The accuracy drops of ablated models are stored
+under a separate metric, because readers of a record attribute each accuracy to the intact model.
 
 References:
     eval.schema.json and instance_level_eval.schema.json of every_eval_ever 0.3.0 (PyPI).
@@ -42,15 +42,17 @@ Json = dict[str, Any]
 _SOURCE = {"source_name": "layer-tracker", "source_type": "evaluation_run"}
 _SOURCE |= {"source_organization_name": "unknown", "evaluator_relationship": "other"}
 _PAIRED_METHOD = (
-    "interval of differences paired by document: Bonett and Price's, or a t interval for outcomes "
-    "other than 0 and 1"
+    "interval for differences paired by document: the Bonett-Price interval if all outcomes are 0 "
+    "or 1, otherwise a t interval"
 )
 
 
 def write_evaluations(
     cells: Sequence[CellRecord], path: Path, decide: Decide, with_private: bool = False
 ) -> list[Path]:
-    """Write one record per model and benchmark, with the outcomes of its documents beside it.
+    """Write one record per model and benchmark, and the outcomes of its documents.
+
+    The outcomes are in a separate file in the same folder as the record.
 
     Args:
         cells: Results of each model and benchmark.
@@ -62,11 +64,13 @@ def write_evaluations(
         The paths of the files.
 
     Raises:
-        RequestError: No benchmark has an intact accuracy or loss.
+        RequestError: The accuracy or loss of the intact model is undefined on every benchmark.
     """
     evaluations = [_Evaluation(cell) for cell in cells if is_finite(cell.baseline.value)]
     if not evaluations:
-        raise RequestError("no benchmark has a defined accuracy or loss of the intact model")
+        raise RequestError(
+            "the accuracy or loss of the intact model is undefined on every benchmark"
+        )
     paths = []
     for evaluation in evaluations:
         content, file = evaluation.as_json(), path / "data" / f"{evaluation.id}.json"
@@ -94,17 +98,17 @@ class _Evaluation:
 
     @property
     def id(self) -> str:
-        """The identifier `BENCHMARK/OWNER/MODEL/UUID`, which repeated reports keep."""
+        """The identifier `BENCHMARK/OWNER/MODEL/UUID`, which is the same in every report."""
         unique = UUID(content_hash([*self.cell.record_key, self.cell.apart])[:32], version=4)
         return f"{_path_part(self.name)}/{model_id(self.cell.model)}/{unique}"
 
     @property
     def runs(self) -> list[RunRecord]:
-        """The runs with a defined drop."""
+        """The runs whose accuracy drop (or loss increase) is defined."""
         return [run for run in self.cell.runs if is_finite(run.drop.value)]
 
     def as_json(self) -> Json:
-        """Return the record as JSON values."""
+        """Return the record as a dictionary that can be stored as JSON."""
         cell, model = self.cell, self.cell.model
         is_open = model.is_on_hub or model.source.startswith("package:")
         availability = "open_weights" if is_open else "unknown"
@@ -142,17 +146,27 @@ class _Evaluation:
         return self._result(self.drop_name(run), run.ablation, metric, details)
 
     def drop_name(self, run: RunRecord) -> str:
-        """Return the name of a drop, which is never that of the benchmark."""
+        """Return the name under which a run's drop is stored.
+
+        The name differs from the name of the benchmark, under which the accuracy is stored.
+        """
         return f"{self.name}/{metric_format(self.cell).change} by {run.ablation}"
 
     def _bounds(self, lowest: int) -> Json:
-        """Return the range of a metric; without limits if it is no fraction of 1."""
+        """Return the fields for the range of a metric.
+
+        If the metric is a fraction of 1, the range is from `lowest` to 1; otherwise it has no
+        limits.
+        """
         is_fraction = metric_format(self.cell).unit == "pp" and self.cell.baseline.side(1) <= 0
         low, high = (lowest, 1) if is_fraction else ("-Infinity", "Infinity")
         return {"score_type": "continuous", "min_score": low, "max_score": high}
 
     def _result(self, name: str, key: str, metric: Json, score: Json) -> Json:
-        """Build one entry of the record; `key` joins it with the outcomes of documents."""
+        """Build one result of the record.
+
+        The outcomes of the documents refer to this result by `key`.
+        """
         benchmark = self.cell.benchmark
         data = {"data": benchmark.data if benchmark.is_shared else "own"}
         data |= {"documents": self.cell.documents_text}
@@ -164,7 +178,10 @@ class _Evaluation:
         return result | {"generation_config": {"additional_details": settings}}
 
     def write_samples(self, decisions: Decisions, with_private: bool, path: Path) -> None:
-        """Write a line per document for the intact model, and per document and run."""
+        """Write the outcomes of the documents as lines of JSON.
+
+        There is one line per document for the intact model, and one for each ablated model.
+        """
         answers, intact = dict(decisions.runs), decisions.baseline
         sign = 1.0 if self.cell.higher_is_better else -1.0
         groups = [(INTACT.name, self.name, intact, sign * intact.score)]
@@ -182,7 +199,7 @@ class _Evaluation:
 
 
 def _uncertainty(score: Estimate, n: int, level: float, interval: str, method: str) -> Json:
-    """Return a score with its interval."""
+    """Build the fields for a score and its confidence interval."""
     uncertainty: Json = {"num_samples": n}
     if score.bounds:
         ends = {"lower": score.low, "upper": score.high, "confidence_level": level}
@@ -217,14 +234,18 @@ def _sample_rows(
 
 
 def _option(text: DocumentText, choice: float) -> list[str]:
-    """Return the option with this number; empty if it is unknown or private."""
+    """Return a list with the text of the answer option `choice`.
+
+    The list is empty if the number is NaN, or if `text` does not contain the options.
+    """
     return [] if np.isnan(choice) else [*text.choices[int(choice) : int(choice) + 1]]
 
 
 def model_id(model: ModelIdentity) -> str:
-    """Return a model's id on the hub, or `local/NAME`; parts are safe as names of folders.
+    """Return a model's id on the Hugging Face hub, or `local/NAME` for other models.
 
-    An adapter never gets the id of its base.
+    A model with an adapter has a local id, which differs from the id of its base model. Both parts
+    of an id are valid names of folders.
     """
     is_plain = model.is_on_hub and "peft" not in model.arguments
     name = Path(model.arguments.get("peft", model.name)).name

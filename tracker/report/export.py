@@ -141,7 +141,7 @@ def _write_latex(
 def build_boards(cells: Sequence[CellRecord]) -> tuple[list[Table], list[str]]:
     """Build the leaderboards of each model's layers and parts, and a leaderboard of models.
 
-    The function also returns notes on excluded benchmarks.
+    Returns the tables, and a list of notes on the benchmarks that are left out.
     """
     groups = named_models(cells)
     boards = {name: layer_board(group) for name, group in groups.items()}
@@ -157,7 +157,7 @@ def build_boards(cells: Sequence[CellRecord]) -> tuple[list[Table], list[str]]:
         tables.append(leaderboard.model_board_table(models, labels))
         left_out.append(("Models", models.left_out))
     return tables, [
-        f"{name}: {benchmark} does not count: {reason}."
+        f"{name}: {benchmark} is left out of the ranking: {reason}."
         for name, reasons in left_out
         for benchmark, reason in reasons.items()
     ]
@@ -212,7 +212,7 @@ def _write_images(
         import kaleido
     except ImportError:
         raise RequestError(
-            f"{suffix} figures need a package more; type: {extra_command('figures')}"
+            f"{suffix} figures need an additional package; type: {extra_command('figures')}"
         ) from None
     folder.mkdir(parents=True, exist_ok=True)
     drawn_figures = report_figures(cells, findings)

@@ -60,14 +60,15 @@ def layer_frame(cells: Sequence[CellRecord]) -> pd.DataFrame:
     """Return a data frame with one row for each measured run.
 
     `layer` is the first changed layer (0-based), and `span` is the number of changed layers.
-    `component` is the changed part of these layers, and `intervention` is the kind of change.
+    `component` is the changed part of each layer, and `intervention` is the kind of change.
     `removed` lists layers that are removed in every run, such as `3,17`. `part` names the part of
     the benchmark that the documents belong to: `calibration`, `test`, or `all` if the benchmark is
     not divided. `sample_seed` is the seed of the sample; it is missing if the documents are not
-    sampled. `until` is the setting `until` of the measurement. `interval` names the kind of the
-    drop's confidence interval. `shown` is the verdict on the run: `matters`, `better without`,
-    `below 5 pp` or `open`. Accuracies and drops are fractions. An undefined value is NaN, and
-    `reasons` gives the reason. lm-eval's own metrics have columns `metric_NAME`.
+    sampled. `until` is the stopping rule of the measurement. `interval` names the kind of the
+    drop's confidence interval. The column `shown` contains the verdict on the run: `matters`,
+    `better without`, `below 5 pp`, or `open` (undecided). Accuracies and drops are fractions. An
+    undefined value is NaN, and `reasons` gives the reason. lm-eval's own metrics have columns
+    `metric_NAME`.
     """
     words = {id(cell): verdict_words(cell) for cell in cells}
     verdict: Column[CellRun] = Column(
@@ -97,7 +98,7 @@ def document_frame(
     with_private: bool = True,
     only_changed: bool = True,
 ) -> pd.DataFrame:
-    """Return a data frame of documents, with the changes of their scores.
+    """Return a data frame that shows how ablations change the documents' scores.
 
     Args:
         cell_decisions: Pairs of a model's results on a benchmark and its answers under each
@@ -121,7 +122,10 @@ def document_frames(
     with_private: bool = True,
     only_changed: bool = True,
 ) -> Iterator[pd.DataFrame]:
-    """Yield the rows of `document_frame` in several frames; the first frame is empty."""
+    """Yield the rows of `document_frame` as several data frames.
+
+    The first data frame has all columns but no rows.
+    """
     scores = () if only_changed else _SCORE_COLUMNS
     names = () if only_changed else ("ablation",)
     columns = [*CELL_COLUMNS, *names, *CHANGE_COLUMNS, *_DOCUMENT_COLUMNS, *scores]

@@ -1,7 +1,7 @@
 """Build the tables of leaderboards for layers, other parts, models, and pairs of models.
 
-Functions such as `layer_board_columns` define all columns for programs. Tables for people show some
-of these columns.
+Functions such as `layer_board_columns` define all columns of the exported data. The tables in
+reports show only some of these columns.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ _PARTS_PER_END = 10
 """Number of parts that a table shows from each end of a ranking of one kind of parts."""
 _NO_RANK = "not defined on every benchmark"
 _NO_OTHER_MODEL = "there is no other model to compare with"
-_NO_SCORE = "the cosine score is undefined on a benchmark or for a ranked layer"
-_RELEVANCE_LABEL = "mean relevance (95 % intervals, each for a single row)"
+_NO_SCORE = "at least one cosine score that this value depends on is undefined"
+_RELEVANCE_LABEL = "mean relevance (95 % interval of each row)"
 _DROP_LABEL = "mean accuracy drop with 95 % interval"
 _SCORE_LABEL = f"mean {PROXIES['cosine_score'].heading}"
 Standing = TypeVar("Standing")
@@ -75,9 +75,9 @@ def _figure_columns(relevance: str, drop: str, drop_field: str) -> list[Column[A
 
 
 def _deciding_label(cells: Sequence[CellRecord]) -> str:
-    """Name the mean drop over cells of one metric, such as an accuracy drop."""
+    """Return the column heading for the mean drop over cells with the same metric."""
     change = metric_format(cells[0]).change if cells else ACCURACY_FORMAT.change
-    return f"mean {change} (95 % intervals that hold for all rows at once)"
+    return f"mean {change} (simultaneous 95 % intervals of all rows)"
 
 
 def _rank_columns(no_value: str) -> tuple[Column[Any], ...]:
@@ -101,7 +101,11 @@ def _rank_interval(no_value: str = "", label: str = "rank") -> Column[Any]:
 def _choose_rank_column(
     rows: Sequence[RankedRow[Any]], no_value: str
 ) -> tuple[list[Column[Any]], list[str]]:
-    """Return the rank column, or a note if the ranks cannot be distinguished, as two lists."""
+    """Return a list with the rank column, and a list of notes.
+
+    If the ranks cannot be distinguished, the first list is empty, and the second list contains a
+    note about the ranks.
+    """
     ranks = [row.standing.rank for row in rows if row.standing.rank.value is not None]
     if any(rank.bounds != (1, len(ranks)) for rank in ranks):
         return [_rank_interval(no_value)], []
@@ -112,7 +116,10 @@ def _choose_rank_column(
 def layer_board_columns(
     cells: Sequence[CellRecord] = (),
 ) -> tuple[Column[RankedRow[PartStanding]], ...]:
-    """Define all columns of a leaderboard of layers, which averages over `cells`."""
+    """Define all columns of a leaderboard of layers.
+
+    The leaderboard contains averages over `cells`.
+    """
     return (
         Column("model", "text", lambda row: row.model, name="model"),
         *_rank_columns(_NO_RANK),
@@ -131,9 +138,9 @@ def _board_rows(board: PartBoard, label: str) -> list[RankedRow[PartStanding]]:
 def layer_board_data(boards: Sequence[LayerBoard]) -> Table:
     """Build an unrounded table with the leaderboards of layers of all models.
 
-    There is one row for each model and layer (0-based), sorted by the lower end of the drop's
-    interval (descending). Relevance and drop are fractions, averaged over benchmarks. `rank` is
-    missing if the relevance is not defined on every benchmark.
+    There is one row for each layer (0-based) of each model. The layers of a model are sorted by the
+    lower bound of the drop, in descending order. Relevance and drop are fractions, averaged over
+    benchmarks. `rank` is missing if the relevance is not defined on every benchmark.
     """
     labelled = zip(boards, model_labels([board.model for board in boards]), strict=True)
     rows = [row for board, label in labelled for row in _board_rows(board, label)]
@@ -153,7 +160,7 @@ def layer_board_table(board: LayerBoard, label: str) -> Table:
     )
     return build_table(
         f"{label}: layers, averaged over {count_text(len(board.cells), 'benchmark')}, sorted by "
-        "the lower end of the interval of the drop, largest first.",
+        "the lower bound of the drop (largest first).",
         [
             *rank_columns,
             *pick_columns(
@@ -173,11 +180,11 @@ def _board_notes(board: LayerBoard) -> list[str]:
     """Return notes on missing values and on drops that are not significant."""
     has_no_ranks = bool(board.ranked) and not cosine_ranks(board)
     reasons: dict[str, Callable[[PartStanding], bool]] = {
-        f"no rank: {_NO_RANK}": lambda row: row.rank.value is None,
+        f"no rank, because the relevance is {_NO_RANK}": lambda row: row.rank.value is None,
         "no mean cosine score, because the score is undefined on a benchmark": lambda row: (
             row.cosine_score is None
         ),
-        f"no rank by cosine score: {_NO_SCORE}": lambda row: has_no_ranks,
+        f"no rank by cosine score, because {_NO_SCORE}": lambda row: has_no_ranks,
         (
             "the drop is not significant by McNemar’s exact test (Holm), although its interval is "
             "above 0"
@@ -193,7 +200,10 @@ def _board_notes(board: LayerBoard) -> list[str]:
 def part_board_columns(
     cells: Sequence[CellRecord] = (),
 ) -> tuple[Column[RankedRow[PartStanding]], ...]:
-    """Define all columns of a leaderboard of parts, such as heads, which averages over `cells`."""
+    """Define all columns of a leaderboard of parts, such as heads.
+
+    The leaderboard contains averages over `cells`.
+    """
     return (
         Column("model", "text", lambda row: row.model, name="model"),
         Column("kind", "text", lambda row: row.standing.change.kind.family.plural, name="kind"),
@@ -209,22 +219,25 @@ def part_board_columns(
 
 
 def part_board_data(boards: Sequence[tuple[str, PartBoard]]) -> Table:
-    """Build an unrounded table: the leaderboards of heads, experts and ranges of layers.
+    """Build an unrounded table with the leaderboards of heads, experts and ranges of layers.
 
-    There is one row for each model and part. Parts of one kind are sorted by the lower end of the
-    drop's interval (descending).
+    There is one row for each part (e.g. head) of each model. Parts of one kind are sorted by the
+    lower bound of the drop, in descending order.
     """
     rows = [row for label, board in boards for row in _board_rows(board, label)]
     return build_table("", part_board_columns(), rows)
 
 
 def part_board_table(board: PartBoard, label: str) -> Table:
-    """Build the leaderboard of one kind of parts; a long table shows only both ends."""
+    """Build the leaderboard of one kind of parts, such as heads.
+
+    A long table contains only its first and its last `_PARTS_PER_END` rows.
+    """
     rows = _board_rows(board, label)
     n_hidden = len(rows) - 2 * _PARTS_PER_END
     title = (
         f"{label}: {board.kind.plural}, averaged over {count_text(len(board.cells), 'benchmark')}, "
-        "sorted by the lower end of the interval of the drop, largest first"
+        "sorted by the lower bound of the drop (largest first)"
     )
     rank_columns, notes = _choose_rank_column(rows, _NO_RANK)
     if n_hidden > 0:
@@ -255,8 +268,8 @@ def misjudged_table(board: LayerBoard, label: str) -> Table:
         Column(_SCORE_LABEL, "proxy", lambda row: row.standing.cosine_score, _NO_SCORE),
     )
     return build_table(
-        f"{label}: the layers whose rank by cosine score is outside the interval of their rank by "
-        f"relevance, averaged over {count_text(len(board.cells), 'benchmark')}.",
+        f"{label}: layers whose rank by cosine score is outside the interval of the rank by "
+        f"relevance (averages over {count_text(len(board.cells), 'benchmark')}).",
         columns,
         find_misjudged(board)[:_MAX_MISJUDGED],
     )
@@ -290,7 +303,7 @@ def proxy_table(cells: Sequence[CellRecord], label: str) -> Table:
 
     labelled = list(zip(cells, benchmark_labels(cells), strict=True))
     return build_table(
-        f"{label}: the proxies of every layer.",
+        f"{label}: values of the proxies by layer.",
         [
             layer_column(),
             *(column(cell, name, proxy) for proxy in OBSERVED for cell, name in labelled),
@@ -333,7 +346,7 @@ def model_board_data(board: ModelBoard) -> Table:
 
     The first model loses the least accuracy when a layer is removed. Relevance and drop are
     fractions, averaged over layers and over the benchmarks that all ranked models share. `rank` is
-    missing if a model lacks one of these benchmarks.
+    missing for a model that was not measured on all of these benchmarks.
     """
     labels = model_labels([standing.model for standing in board.models])
     return build_table("", model_board_columns(), _model_rows(board, labels))

@@ -47,7 +47,7 @@ def overview_table(cells: Sequence[CellRecord]) -> Table:
     baseline = f"baseline {levels.pop() + ' ' if len(levels) == 1 else ''}with 95 % interval"
     costly, drop = "drop, pp", "drop"
     if has_losses := not all(cell.higher_is_better for cell in cells):
-        baseline = "baseline with 95 % interval, accuracy in % or loss"
+        baseline = "baseline (accuracy in %, or loss) with 95 % interval"
         costly, drop = "accuracy drop in pp, or loss increase", "drop or increase"
     spearman = f"Spearman correlation of cosine score and {drop} (95 % interval over documents)"
     columns: tuple[Column[_LabelledCell], ...] = (
@@ -268,20 +268,23 @@ def provenance_table(cell: CellRecord) -> Table:
         Column("value", "text", lambda fact: fact[1]),
     )
     pairs = [*facts.items(), *cell.provenance.items()]
-    return build_table(f"{cell.title}: what the numbers depend on.", columns, pairs)
+    title = f"{cell.title}: origin of the results (model, data, settings and versions)."
+    return build_table(title, columns, pairs)
 
 
 def _comparison_text(cell: CellRecord) -> str:
     """Format the number of answers checked against pruned models, and the largest difference."""
     if cell.compared_difference is None:
         return "nothing"
-    return f"{cell.compared:,} answers, at most {cell.compared_difference:.1e} nats apart"
+    return f"{cell.compared:,} answers; largest difference: {cell.compared_difference:.1e} nats"
 
 
 def _split_text(task: TaskIdentity) -> str:
     """Return the name of a task's split, with size and seed if only a random half is used."""
     half = task.half
-    return task.split if half is None else f"{task.split}, half of {half.of:,} (seed {half.seed})"
+    if half is None:
+        return task.split
+    return f"{task.split}: a random half of {half.of:,} documents (seed {half.seed})"
 
 
 def task_table(cell: CellRecord) -> Table:

@@ -55,7 +55,10 @@ _MAX_NAMED_LAYERS = 10
 
 
 def rule(name: str) -> str:
-    """Return the explanation of a ranking or an interval; `name` is e.g. `intervals`."""
+    """Return the text that explains a ranking, the intervals or a correlation.
+
+    `name` is `layers`, `models`, `intervals`, `layer_correlation` or `part_correlation`.
+    """
     return WORDS.render(f"{name}_rule")
 
 
@@ -77,7 +80,7 @@ def kind_words(kind: Change) -> str:
 
 
 def run_list(runs: Sequence[Change], cell: CellRecord) -> str:
-    """List the names of runs for a sentence.
+    """Return a text that lists the names of runs, for use in a sentence.
 
     Args:
         runs: The ablations to name.
@@ -122,7 +125,10 @@ _SAMPLE_NOUNS = {"linear": "linear map", "attention": "attention sublayer", "mlp
 
 
 def sample_noun(record: CorrelationRecord) -> str:
-    """Return the singular name of the parts that are correlated, e.g. `layer` or `int4 map`."""
+    """Return the singular noun for the parts over which a correlation is computed.
+
+    Examples are `layer` and `int4 linear map`.
+    """
     *intervention, component = record.sample.split()
     return " ".join([*intervention, _SAMPLE_NOUNS.get(component, component.replace("_", " "))])
 
@@ -263,16 +269,18 @@ def _changes_text(cells: Sequence[CellRecord]) -> str:
     replacements = join_words(
         [name for word, name in REPLACEMENT_WORDS.items() if Change(intervention=word) in kinds]
     )
-    clauses = [f"{removed_text} was removed in turn"] if removed_text else []
-    clauses += [f"each layer was replaced by {replacements} in turn"] if replacements else []
+    clauses = [f"{removed_text} was removed, one at a time"] if removed_text else []
+    if replacements:
+        clauses.append(f"each layer was replaced by {replacements}, one layer at a time")
     rounded = {kind for kind in kinds if kind.component == "linear"}
     matrices = {kind for kind in rounded if kind.is_outer}
     names = join_words(sorted({str(kind.map) for kind in matrices}))
     for name, group in (("each linear map", rounded - matrices), (names, matrices)):
         formats = join_words(sorted({kind.intervention for kind in group}))
-        clauses += [f"{name} had weights in {formats} in turn"] if group else []
+        if group:
+            clauses.append(f"the weights of {name} were rounded to {formats}, one matrix at a time")
     if any(kind.intervention == "repeat" and kind.span > 1 for kind in kinds):
-        clauses.append("each span of layers was repeated in turn")
+        clauses.append("each span of layers was repeated, one span at a time")
     return "; ".join(clauses)
 
 
@@ -302,7 +310,7 @@ def provenance_notes(cells: Sequence[CellRecord]) -> list[str]:
 
 
 def looks_note(cell: CellRecord) -> str:
-    """Explain the numbers of documents if the setting `until` has stopped a measurement.
+    """Explain the number of documents of a measurement that `until` stopped.
 
     Args:
         cell: Results of one model on one benchmark.
@@ -456,7 +464,10 @@ def board_answer(board: PartBoard) -> str:
 
 
 def alone_sentence(cell: CellRecord, has_average: bool) -> str:
-    """State how many runs lack a significant effect. With `has_average`, mention the average."""
+    """State how many runs lack a significant effect.
+
+    If `has_average` is true, the sentence also mentions the average over benchmarks.
+    """
     verdicts = run_verdicts(cell, cell.runs)
     defined_runs = [run for run in cell.runs if run.drop.value is not None]
     n_open = sum(verdicts[run.change] == "open" for run in defined_runs)
@@ -467,9 +478,9 @@ def alone_sentence(cell: CellRecord, has_average: bool) -> str:
 def controls_answer(cell: CellRecord) -> str:
     """Compare the cost of removing a set of layers with the cost of random sets of equal size.
 
-    The two-sided p-value compares the tested set with the random sets. Under the null hypothesis,
-    all these sets are exchangeable. If several sets of one size were measured, no p-value is given
-    for this size.
+    The two-sided p-value compares the tested set with the random sets. Its null hypothesis is that
+    the tested set and the random sets are exchangeable. If several sets of one size were measured,
+    no p-value is given for this size.
 
     Args:
         cell: Results of one model on one benchmark.
@@ -495,7 +506,8 @@ def controls_answer(cell: CellRecord) -> str:
 def model_answer(claims: Claims, boards: Sequence[PartBoard], cells: Sequence[CellRecord]) -> str:
     """Write sentences on the significant effects of a model's layers and other parts.
 
-    If there is no average over benchmarks (e.g. for losses), each benchmark is described.
+    If there is no average over benchmarks (e.g. for losses), the text describes each benchmark
+    separately.
     """
     answers = [*map(board_answer, boards)]
     if not claims.layers and not answers:
@@ -514,7 +526,7 @@ def cell_answer(cell: CellRecord, with_steps: bool = True) -> str:
 
 
 def profile_sentence(cell: CellRecord) -> str:
-    """State which layers matter on one benchmark, when this was measured, and on what."""
+    """State which layers of a model matter on one benchmark, and the date of measurement."""
     measured_on = f"measured {cell.measured[:10]}" if cell.measured else "date unknown"
     answer = cell_answer(cell, with_steps=False)
     if not answer:

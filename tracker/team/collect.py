@@ -171,14 +171,15 @@ class CollectedCells:
     projects: set[str] = field(default_factory=set)
 
     def read_answers(self, cell: CellRecord) -> Decisions | None:
-        """Read the answers on all documents; None if the outcomes are not stored here."""
+        """Read a model's answers to all documents; return None if no outcomes are stored."""
         origin = self.origins.get(cell.record_key)
         return derive_decisions(*origin) if origin else None
 
     def derive_decisions(self) -> dict[RecordKey, DecisionsRecord]:
-        """Return the documents that each ablation makes wrong or right, by key of the record.
+        """Find the documents that each ablation makes wrong or right.
 
-        If the outcomes of a model and benchmark cannot be read, the reason is added to `failed`.
+        Returns a dictionary that maps the key of each record to its documents. If the outcomes of a
+        model and benchmark cannot be read, the reason is added to `failed`.
         """
         decisions = {}
         for key in [cell.record_key for cell in self.cells if cell.record_key in self.origins]:

@@ -1,7 +1,8 @@
 """Show progress, speed and interim results in tracking backends while a measurement runs.
 
-The measurement never waits for a backend. The measurement only signals when a cell (one model on
-one benchmark) starts and ends. A thread reads the interim results and updates the backends.
+The measurement never waits for a backend. It only informs a thread when a cell (one model on one
+benchmark) starts and when the cell ends. The thread reads the interim results and updates the
+backends.
 """
 
 from __future__ import annotations
@@ -61,7 +62,10 @@ class _LiveCell:
 
 
 class LiveUpdater:
-    """Thread that shows interim results in tracking backends; failing backends are dropped."""
+    """Thread that shows interim results of measurements in tracking backends.
+
+    If a backend fails, it gets no further updates about the measurement.
+    """
 
     def __init__(self, live_runs: tuple[LiveRun, ...]) -> None:
         self._live_runs = live_runs
@@ -72,7 +76,10 @@ class LiveUpdater:
         self._thread: Thread | None = None
 
     def begin(self, name: Hashable, store: CellStore, view: View) -> None:
-        """Start showing the progress of a measurement; `end` with the same `name` stops it."""
+        """Start showing the progress of a measurement in the tracking backends.
+
+        A call of `end` with the same `name` stops the updates.
+        """
         if not self._live_runs:
             return
         record = unmeasured_record(
@@ -90,7 +97,10 @@ class LiveUpdater:
         self._messages.put((name, cell, Event()))
 
     def end(self, name: Hashable, status: RunStatus) -> Event:
-        """Request the end of a measurement's live run; return an event that is set at its end."""
+        """Request that the live runs of a measurement are ended.
+
+        Returns an event that is set when the live runs have ended.
+        """
         event = Event()
         if self._thread is None:
             event.set()
@@ -130,7 +140,10 @@ class LiveUpdater:
             event.set()
 
     def _update_cell(self, cell: _LiveCell) -> None:
-        """Send a measurement's interim results to its live runs; drop live runs that fail."""
+        """Send a measurement's interim results to its live runs.
+
+        A live run that fails gets no further updates.
+        """
         start = time.monotonic()
         interim = attempt(partial(interim_estimates, cell.store, cell.view))
         if isinstance(interim, Exception):

@@ -72,7 +72,7 @@ class SyncResult:
     """Result of publishing everything in a results folder that the tracking backends lack.
 
     Attributes:
-        published: Titles of the cells that were published to all their projects.
+        published: Titles of the cells that were published without any error.
         failed: Title of a cell → reason why publishing the cell failed.
         locations: Project of a backend, as `BACKEND:PROJECT` → address of the published runs.
         places: Project of a backend → one entry for each cell, with the numbers of created, updated
@@ -95,8 +95,8 @@ class _Attachments:
         files: Files to publish: outcomes and, if allowed, document texts.
         tables: Name → additional table, such as `documents`.
         texts: Names of the files that contain texts of documents.
-        note: Message to the user whether document texts are published; empty if the cell has no
-            texts.
+        note: Message that tells the user whether document texts are published; empty if the cell
+            has no texts.
     """
 
     files: list[Path]
@@ -112,11 +112,12 @@ class Publisher:
     """Publisher of results to tracking backends, which opens each backend on first use.
 
     `track` lists backends as `BACKEND` or `BACKEND:PROJECT`; `project` is the default project.
-    Projects to which the same results were published earlier are updated too. Exceptions: `track`
-    is empty, `update_others` is False, or the process is a trial of a sweep. In a sweep, `trial` is
-    the W&B run of the trial. Document texts from public sources are always published; other texts
-    only with `publish_texts`. `run_selection` selects the ablations that become separate runs in
-    the backend. RequestError is raised for an unknown backend.
+    If `update_others` is true, the projects to which the same results were published earlier are
+    also updated. By default, `update_others` is true unless `track` is empty. A trial of a sweep
+    never updates these projects. In a sweep, `trial` is the W&B run of the trial. Document texts
+    from public sources are always published; other texts only if `publish_texts` is true.
+    `run_selection` selects the ablations that become separate runs in the backend. RequestError is
+    raised for an unknown backend.
     """
 
     def __init__(
@@ -154,9 +155,9 @@ class Publisher:
     ) -> Future[Publication]:
         """Publish results in a background thread, after the results of earlier calls.
 
-        The thread first waits until the event `ended` is set, at most 60 seconds. In a W&B sweep,
-        the method publishes before it returns. The returned future contains the result, and never
-        raises an exception.
+        The thread first waits until the event `ended` is set, at most 60 seconds. In a trial of a
+        W&B sweep, no thread is used, and the results are published before the method returns. The
+        returned future contains the result, and never raises an exception.
         """
         # The record's files, listed before more of the cell is measured.
         files = _record_files(store, record)
@@ -183,7 +184,7 @@ class Publisher:
             future.set_result(publish())
 
     def publish(self, store: CellStore, record: CellRecord) -> Publication:
-        """Publish results, even if they are noted as already published."""
+        """Publish results, even if a receipt states that they are already published."""
         return self._publish(store, record, _record_files(store, record), False)
 
     def _build_attachments(
@@ -208,7 +209,7 @@ class Publisher:
     def _publish(
         self, store: CellStore, record: CellRecord, files: Sequence[Path], trust_receipts: bool
     ) -> Publication:
-        """Publish results and, if a larger measurement has replaced them, also the new results."""
+        """Publish results; if a larger measurement has replaced them, also publish its results."""
         publication = self._publish_record(store, record, files, trust_receipts)
         if (view := store.views.superseding_view(record.view)) is None:
             return publication
@@ -225,7 +226,7 @@ class Publisher:
         if self._targets and not tracking.in_sweep() and n_joined:
             runs = count_text(n_joined, "run")
             note = f"{runs} are published together, as one run with a table"
-            outcome.notes.append(f"{note}; --runs all publishes each separately")
+            outcome.notes.append(f"{note}; to publish separate runs, add --runs all")
         targets = {
             tracking.service(target.backend).full_address(target, self.project): target
             for target in self._targets
@@ -277,8 +278,8 @@ class Publisher:
                     self._unreachable[address] = message
                     file = tracking.address_file(address, self._results)
                     errors.append(
-                        f"{title}, where earlier results were published: {message}\nTo stop "
-                        f"updating this project, delete {file}"
+                        f"{title} contains earlier results and could not be updated: {message}\n"
+                        f"To stop updating this project, delete {file}"
                     )
         outcome.error = "\n".join(errors)
         return outcome
@@ -299,7 +300,7 @@ class Publisher:
     def _record_pending(
         self, store: CellStore, record: CellRecord, target: Target, address: Target
     ) -> None:
-        """Store a note in the results folder that results must still be published to a project."""
+        """Record in the results folder that a project still lacks the results."""
         with suppress(OSError, WorkError):
             name = self._receipt_name(target, record.view)
             if not store.receipt(name).get("place"):
@@ -320,7 +321,10 @@ class Publisher:
         return target.backend, target.project or self.project, self._results, target.server
 
     def _receipt_name(self, target: Target, view: str) -> str:
-        """Return the name of the note that stores which results of `view` a target has."""
+        """Return the name of the receipt for publishing a view to a target.
+
+        The receipt states which results the target has.
+        """
         name = tracking.destination(*self._backend_arguments(target))
         return name if view == INTACT_VIEW else content_hash([name, view])
 
@@ -336,10 +340,11 @@ class Publisher:
 
 
 class Trial(LiveRun):
-    """The W&B run of a sweep's trial; does nothing outside a sweep or if W&B is not used.
+    """The W&B run of a sweep's trial.
 
-    W&B is contacted only when there are results to show. `run` is the change of the model, e.g. a
-    removed layer, that the trial measures.
+    Outside a sweep, or if `track` does not contain W&B, no run is written. W&B is contacted only
+    when there are results to show. `run` is the change of the model, e.g. a removed layer, that the
+    trial measures.
     """
 
     def __init__(self, track: Sequence[str], results: Path, run: Change) -> None:
@@ -431,10 +436,10 @@ def sync_ledger(
     """Publish those results of a results folder that the tracking backends lack.
 
     Each entry of `addresses` is `BACKEND` or `BACKEND:PROJECT`; without a project, the project of
-    the experiment file is used. If `addresses` is None, results are published to their earlier
-    projects. Results that were never published go to the default backend. If the environment names
-    a server of the default backend, all results are also published there. `publish_texts` and
-    `run_selection` have the same meaning as in `Publisher`.
+    the experiment file is used. If `addresses` is None, all results are published to the projects
+    to which they were published earlier, or to the default backend if they were never published. If
+    the environment names a server of the default backend, all results are also published there.
+    `publish_texts` and `run_selection` have the same meaning as in `Publisher`.
     """
     ledger.create()
     contents = ledger.contents()

@@ -38,7 +38,7 @@ _MAX_CHARTS = 60
 def write_report(ledger: Ledger) -> tuple[Path, dict[str, str]]:
     """Write the HTML report about all measured results in a results folder.
 
-    Returns the path of the report, and a dictionary of unreadable file → message with advice.
+    Returns the path of the report, and a dictionary that maps each unreadable file to advice.
     """
     contents = ledger.contents()
     collected = CollectedCells(
@@ -63,11 +63,12 @@ EXCHANGE_FORMATS = {"every_eval_ever": write_evaluations, "dataset": write_datas
 def write_collected(
     collected: CollectedCells, report_format: str, path: Path, with_private: bool = False
 ) -> list[Path]:
-    """Write a report to `path`; `report_format` is `html` or a key of one of the tables of formats.
+    """Write a report to `path`, and return the written files.
 
-    With `with_private`, `EXCHANGE_FORMATS` include texts that do not come from the hub or a
-    package. Returns the written files. RequestError is raised for an unknown format, WorkError if
-    the disk is full or not writable.
+    `report_format` is `html`, a key of `REPORT_FORMATS` or a key of `EXCHANGE_FORMATS`. If
+    `with_private` is true, reports in `EXCHANGE_FORMATS` also include private texts, which do not
+    come from the Hugging Face hub or a package. RequestError is raised for an unknown format,
+    WorkError if the disk is full or not writable.
     """
     if report_format == "html":
         return [_write_page(collected, path, collected.derive_decisions())]
@@ -136,9 +137,9 @@ def publish_page(
 ) -> tuple[dict[str, str], dict[str, str]]:
     """Publish a page to each target, as a separate run.
 
-    The function `build` writes the files into a folder. A target without a project gets the only
-    one of `projects`. Returns (addresses by target, error messages by target). RequestError is
-    raised for an invalid target.
+    The function `build` writes the files into a folder. If a target names no project, `projects`
+    must contain exactly one project, which is then used. Returns (addresses by target, error
+    messages by target). RequestError is raised for an invalid target.
     """
     locations: dict[str, str] = {}
     errors: dict[str, str] = {}
@@ -190,12 +191,18 @@ def board_text(cells: Sequence[CellRecord]) -> str:
 
 
 def _read_target(text: str, projects: Collection[str]) -> Target:
-    """Parse a target; if it names no project, use the only project of the results."""
+    """Parse a target; if it names no project, add the project of the results.
+
+    If the target names no project, `projects` must contain exactly one project; otherwise,
+    RequestError is raised.
+    """
     report_target = target(text, "reports")
     if report_target.project is None and len(projects) != 1:
-        projects_text = (
-            f", and the results are of {', '.join(sorted(projects))}" if projects else ""
-        )
+        projects_text = ""
+        if projects:
+            projects_text = (
+                f", and the results belong to several projects: {', '.join(sorted(projects))}"
+            )
         raise RequestError(
             f"{mask_secrets(text)!r} does not name a project{projects_text}; write "
             f"{mask_secrets(text)}:PROJECT"

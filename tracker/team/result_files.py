@@ -117,7 +117,7 @@ def model_args(model: ModelIdentity) -> dict[str, str]:
 def ablation_args(ablation: Ablation) -> dict[str, str]:
     """Encode an ablation as model arguments, such as `removed_layers=3+17`, for lm-eval's files.
 
-    No argument contains a comma, and different ablations have different arguments.
+    The arguments never contain a comma. Two different ablations always have different arguments.
     """
     changes: list[tuple[str, object]] = [
         *(("removed_layers", layer) for layer in ablation.removed()),
@@ -197,8 +197,10 @@ class CellPart:
                 names_by_count.setdefault(n_measured, []).append(ablation.name)
         for n_measured, names in names_by_count.items():
             names_text = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
-            remark = "their files hold these" if n_measured else "they have no files"
-            measured = f"{n_measured} of {n_documents} documents are measured of {names_text}"
+            remark = "they have no files"
+            if n_measured:
+                remark = "their files contain only these documents"
+            measured = f"{n_measured} of {n_documents} documents are measured for {names_text}"
             yield f"{self.title}: {measured}; {remark}"
 
 
@@ -210,7 +212,7 @@ class ResultFiles:
         files: Paths of the written files. For each model, the results file comes first, then the
             samples file of each task.
         notes: Remarks, for example on missing outcomes.
-        failed: Title of a model and benchmark, or a folder → the error that occurred.
+        failed: Title of a model and benchmark, or path of a folder → error message.
     """
 
     files: list[Path] = field(default_factory=list)
@@ -260,7 +262,8 @@ def write_result_files(
         if cell_parts and (names_corpus(name) or names_traces(name)):
             noun = "corpus" if names_corpus(name) else "text that another model wrote"
             result.notes.append(
-                f"{cell_parts[0].title}: left out, since a {noun} is not a task of lm-eval"
+                f"{cell_parts[0].title}: no files are written, because a {noun} is not a task of "
+                "lm-eval"
             )
         else:
             parts += cell_parts
@@ -268,7 +271,7 @@ def write_result_files(
         raise RequestError("no such run is measured yet; type: tracker run EXPERIMENT.yaml")
     if absent_layers := set(layers) - first_layers:
         raise RequestError(
-            f"--layer: layer {min(absent_layers)} is not the first layer of a removal; choose from "
+            f"--layer: no requested ablation starts at layer {min(absent_layers)}; choose from "
             f"{', '.join(map(str, sorted(first_layers)))}"
         )
     calls = _group_calls(parts)
@@ -284,7 +287,10 @@ def write_result_files(
 def _select_stores(
     stores: Sequence[CellStore], models: Collection[str], benchmarks: Collection[str]
 ) -> list[CellStore]:
-    """Return the stored results of the given models and benchmarks; refuse unknown names."""
+    """Return the stored results of the given models and benchmarks.
+
+    RequestError is raised for an unknown name, or if there are no such results.
+    """
     if not stores:
         raise RequestError("there is no finished benchmark yet; type: tracker run EXPERIMENT.yaml")
     model_names = {name for store in stores for name in _model_names(store)}
@@ -405,9 +411,9 @@ def _open_benchmark(store: CellStore) -> LmEvalBenchmark:
     benchmark = LmEvalBenchmark(rebuild_request(store))
     if cell_key(identity.model, benchmark.identity) != identity.key:
         raise BenchmarkError(
-            f"{identity.benchmark.name} has changed since it was measured: its documents in "
-            f"{identity.benchmark.data}, or its task in the installed lm-eval. Restore the former "
-            "version, or measure the benchmark again"
+            f"{identity.benchmark.name} has changed since it was measured. The change is in its "
+            f"documents in {identity.benchmark.data}, or in its task in the installed lm-eval. "
+            "Restore the former version, or measure the benchmark again"
         )
     return benchmark
 

@@ -109,10 +109,10 @@ def _find_measured_run(request: CellRequest, ledger: Ledger) -> tuple[CellRecord
         else full_request
     )
     if store is None or not find_cell(used_request, ledger).complete:
-        raise ResultsError(f"{ledger.root} does not hold all outcomes of the run")
+        raise ResultsError(f"{ledger.root} does not contain all outcomes of the run")
     (clustered_request,) = with_clusters([used_request])
     view, change = store.views.view_of(clustered_request), request.changes.first_change
     if (reason := request.invalid_reason(change, store.identity.model.layers)) is not None:
-        raise ResultsError(f"it is no run: {reason}")
+        raise ResultsError(f"the run is invalid: {reason}")
     record = derive_record(store, view)
     return record, next(run for run in record.runs if run.change == change)

@@ -1,9 +1,10 @@
 """Publish results to MLflow, W&B and Trackio, and read published results back.
 
-The results folder (ledger) is the source of truth. A backend receives copies of results and files,
-and can be refilled from the results folder at any time. A results folder stores the addresses of
-earlier publications. A folder from another person can name a malicious server. So tracker sends a
-login only to servers that the environment names, never to stored ones.
+The results folder (ledger) is the primary copy of all results. A backend receives copies of results
+and files, which can be restored from the results folder at any time. A results folder also stores
+the addresses of earlier publications. If the folder comes from another person, a stored address can
+name a malicious server. Therefore, tracker sends a login only to a server that the environment
+names.
 
 Modules:
     mlflow: Write to MLflow.
@@ -91,7 +92,7 @@ def target(text: str, *needs: Ability, is_source: bool = False) -> Target:
     for ability in needs:
         if ability not in backend.can:
             names = ", ".join(key for key, entry in backends().items() if ability in entry.can)
-            raise RequestError(f"{backend.title} takes no {ability}; use one of: {names}")
+            raise RequestError(f"{backend.title} does not support {ability}; use one of: {names}")
     return backend.target(project, is_source)
 
 
@@ -127,12 +128,18 @@ def open_backend(name: str, project: str, results: Path, server: str | None = No
 
 
 def open_live_run(name: str, project: str, results: Path, server: str | None = None) -> LiveRun:
-    """Open a backend to show the progress of measurements; arguments as in `open_backend`."""
+    """Open a backend to show the progress of measurements.
+
+    The arguments have the same meaning as those of `open_backend`.
+    """
     return cast(LiveRun, service(name).open("live runs", project, results, server))
 
 
 def open_models(name: str, project: str, results: Path, server: str | None = None) -> Models:
-    """Open a backend to store pruned models; arguments as in `open_backend`."""
+    """Open a backend to store pruned models.
+
+    The arguments have the same meaning as those of `open_backend`.
+    """
     return cast(Models, service(name).open("lighter models", project, results, server))
 
 
@@ -158,7 +165,10 @@ def open_sweep(path: str, results: Path) -> Any:
 
 
 def _sweep_service() -> Service:
-    """Return the backend of the current sweep; outside a sweep, the first backend with sweeps."""
+    """Return the tracking backend that manages the current sweep.
+
+    Outside a sweep, the first backend that supports sweeps is returned.
+    """
     if name := sweep_backend():
         return service(name)
     return next(backend for backend in backends().values() if backend.sweep_variable)
@@ -209,8 +219,8 @@ def published_targets(store: CellStore, record: CellRecord, results: Path) -> di
     """Return the targets to which results were published, keyed by the name of the address file.
 
     The dictionary includes targets of smaller measurements that this measurement replaces, and
-    targets to which publishing failed. If the environment sets a backend offline, its online
-    targets are left out.
+    targets to which publishing failed. If the environment puts a backend into offline mode, the
+    dictionary contains only its offline targets; otherwise, it contains only its online targets.
     """
     targets = {}
     for name in store.published_places(record.view, *record.supersedes):

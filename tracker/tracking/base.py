@@ -1,8 +1,8 @@
 """Define the interface of tracking backends such as MLflow and W&B.
 
-The module `identity` defines the names of runs for all backends, and `figures` the contents. This
-module defines the steps that publish a cell (the results of one model on one benchmark); each
-backend implements these steps.
+The module `identity` defines the names of runs for all backends. The module `figures` defines the
+contents of runs. This module defines the steps that publish a cell (the results of one model on one
+benchmark); each backend implements these steps.
 """
 
 from __future__ import annotations
@@ -87,8 +87,8 @@ class Target:
         backend: Name of a registered backend, such as `mlflow`.
         project: Name of the project, in the form that the backend expects. If None, the experiment
             file names the project.
-        server: Address of the server, or a folder. If None, an environment variable names the
-            server, or else the backend's default is used.
+        server: Address of the server, or a folder. None means the server that an environment
+            variable names. If the variable is not set, the default server is used.
     """
 
     backend: str
@@ -179,7 +179,7 @@ class Page:
         files: The HTML page, and data files of the report.
         tables: Name → table to publish with the report.
         cells: Records of the models and benchmarks in the report. The backend links the report to
-            their published outcomes.
+            the published outcomes of these records.
         text: Summary in a few paragraphs of Markdown.
         charts: Name → Plotly figure to publish with the report.
         name: Name of the report's run.
@@ -272,12 +272,12 @@ class Backend(ABC):
     ) -> Published:
         """Publish a summary run of a model and benchmark, and runs of intact model and ablations.
 
-        A cell contains the results of one model on one benchmark. If there are very many ablations
-        of the same kind (e.g. attention heads), they are only rows of a table in the summary run,
-        unless `selection` makes them separate runs.
+        A cell contains the results of one model on one benchmark. Each ablation is a row of a table
+        in the summary run. `selection` determines which ablations also get separate runs. By
+        default, kinds with very many ablations (e.g. attention heads) get no separate runs.
 
-        Publishing the same results again creates no second run and logs no value twice. Changed
-        results update the runs when they are published. After a failure, publishing again adds the
+        Publishing the same results again creates no second run and logs no value twice. Publishing
+        changed results updates the existing runs. After a failure, publishing again adds the
         missing runs and values.
 
         Args:
@@ -390,7 +390,10 @@ class Backend(ABC):
         raise TrackingError("it cannot be read back")
 
     def _download(self, cell: RemoteCell, folder: Path) -> None:
-        """Download the files of published results, checked by `check_sizes` and `check_files`."""
+        """Download and verify the files of published results.
+
+        Each backend calls `check_sizes` before the download, and `check_files` after it.
+        """
         raise TrackingError("it cannot be read back")
 
     def _environment(self) -> str:
@@ -402,7 +405,10 @@ class Backend(ABC):
         return ()
 
     def _full_project(self) -> str:
-        """Return the full project name (`ENTITY/PROJECT`) if the backend completes it, or ""."""
+        """Return the full name of the project, such as `ENTITY/PROJECT`.
+
+        The result is empty if the backend does not complete the names that users type.
+        """
         return ""
 
 
@@ -507,7 +513,7 @@ class Service(ABC):
         return Target(self.name, mask_secrets(target.project or project), server)
 
     def reachable_target(self, address: Target, results: Path) -> Target:
-        """Convert a stored address to a target to which the current environment can publish.
+        """Return the target that publishes to a stored address in the current environment.
 
         TrackingError is raised if the login of the configured server would be sent to the stored
         server.
@@ -523,8 +529,9 @@ def login_error(address: Target, setting: str, results: Path) -> TrackingError:
     """Build the error for a login that would be sent to the wrong server."""
     command = sync_command(results.absolute(), f"{address.backend}:{address.project}")
     return TrackingError(
-        "these results are on another server than the configured one, and a login is sent only to "
-        f"its own server. With the right login, type: {setting}={address.server or ''} {command}"
+        "these results were published to a different server than the configured server, and "
+        "tracker sends a login only to the server to which it belongs. If you have a login for "
+        f"the other server, configure it, and type: {setting}={address.server or ''} {command}"
     )
 
 

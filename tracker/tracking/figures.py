@@ -57,11 +57,11 @@ def tracked_name(name: str) -> str:
 
 
 def curve_name(run: Change, figure: str) -> str:
-    """Return the name of the curve over layers to which an ablation's metric belongs.
+    """Return the name of the curve that shows a metric of an ablation.
 
-    For removals of single whole layers, the curve has the name of the metric, such as
-    `accuracy_drop`. Other ablations have a prefix, as in `head/3/accuracy_drop` or
-    `span4/accuracy_drop`.
+    A curve shows one metric of one kind of ablation by layer. For removals of single whole layers,
+    the curve has the name of the metric, such as `accuracy_drop`. For all other kinds, a prefix
+    names the kind, as in `head/3/accuracy_drop` or `span4/accuracy_drop`.
     """
     component = "" if run.kind.word == "layer" else f"{run.kind.word}/"
     number = "" if run.kind.part is None else f"{run.kind.part}/"
@@ -71,7 +71,7 @@ def curve_name(run: Change, figure: str) -> str:
 
 
 def is_curve(name: str) -> bool:
-    """Return whether a metric's name has the form that `curve_name` returns."""
+    """Return whether a metric has the name of a curve, as `curve_name` returns it."""
     return _CURVE_PATTERN.fullmatch(name) is not None
 
 
@@ -134,13 +134,20 @@ def cell_figures(cell: CellRecord) -> dict[str, float | None]:
 
 
 def correlation_name(record: CorrelationRecord) -> str:
-    """Return the tracked name of a correlation, e.g. `spearman/cosine_score/all`."""
+    """Return the name under which backends show a correlation.
+
+    An example is `spearman/cosine_score/all`.
+    """
     sample = [record.sample.replace(" ", "_")] * (record.sample not in ("layer", "expert"))
     return "/".join([record.coefficient, record.proxy, *sample, record.subset])
 
 
 def answer_figures(answer: AnswerRecord) -> dict[str, float | None]:
-    """Return metrics of the stopping rule: documents and layer passes, used and in total."""
+    """Return metrics about the progress of the stopping rule `until`.
+
+    The metrics are the used and the total numbers of documents and layer passes, and whether the
+    question is answered.
+    """
     return {
         "answer/answered": float(answer.answered),
         "answer/documents": answer.measured,
@@ -151,14 +158,14 @@ def answer_figures(answer: AnswerRecord) -> dict[str, float | None]:
 
 
 def question_tags(cell: CellRecord, run: Change | None = None) -> dict[str, str]:
-    """Return tags with the `until` setting and its result, for a benchmark or an ablation.
+    """Return tags that describe the stopping rule `until` and its result.
 
     Args:
         cell: The record of the cell.
         run: The ablation; None for the summary run and for the intact model.
 
     Returns:
-        Name → value of each tag, in the words of the experiment file; empty without `until`.
+        Name → value of each tag; empty if the setting `until` is not set.
     """
     answer = cell.answer
     if answer is None:
@@ -193,8 +200,8 @@ def logged_table(table: Table) -> LoggedTable:
 def logged_layers(cell: CellRecord) -> LoggedTable:
     """Build the table of the ablations of a model and benchmark, one row per ablation.
 
-    The column `layer` is the first changed layer (0-based); the column `reasons` says why values
-    are undefined.
+    The column `layer` is the first changed layer (0-based); the column `reasons` gives the reason
+    for each undefined value.
     """
     run_columns = run_table.run_columns(cell)
     names = ("layer", "component", "span", "intervention", "ablation", "n", *_RUN_FIGURES)

@@ -16,10 +16,10 @@ DIGITS = 10
 
 
 def run_key(cell: CellRecord, ablation: str, view_name: str | None = None) -> str:
-    """Return the key that identifies a run on every machine and at any time.
+    """Return the key that identifies a run, independently of the machine and the time.
 
     The key contains the selected documents, the metric, and the layers that all runs remove
-    (together called the view). The same ablation in another view is another run.
+    (together called the view). Runs of the same ablation with different views have different keys.
 
     Args:
         cell: The record of the cell (model and benchmark) to which the run belongs.

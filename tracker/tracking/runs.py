@@ -153,7 +153,7 @@ class DescribedRun:
 
     @property
     def key(self) -> str:
-        """Key that identifies the run on every machine and at any time."""
+        """Key that identifies the run, independently of the machine and the time."""
         return run_key(self.cell, self.ablation)
 
     @property
@@ -240,9 +240,9 @@ class DescribedRun:
 def individual_runs(cell: CellRecord, selection: RunSelection) -> list[RunRecord]:
     """List the ablations that become separate runs in a backend.
 
-    By default, if there are more than `MAX_OWN_RUNS` ablations of one kind, such as attention
-    heads, this kind gets no separate runs. These ablations then appear only in the summary run.
-    With the selection `all`, every ablation becomes a separate run; with `cells`, none does.
+    The selection `all` contains every ablation, and `cells` contains no ablation. The default
+    `auto` leaves out all ablations of a kind (e.g. attention heads) if there are more than
+    `MAX_OWN_RUNS` of this kind. Ablations that are not listed appear only in the summary run.
     """
     # Whole layers are counted separately from spans.
     count = Counter(map(_run_family, cell.runs))
@@ -251,7 +251,10 @@ def individual_runs(cell: CellRecord, selection: RunSelection) -> list[RunRecord
 
 
 def _run_family(run: RunRecord) -> tuple[bool, Change]:
-    """Return the kind of an ablation (e.g. heads), by which `individual_runs` counts ablations."""
+    """Return the kind of an ablation, such as the removal of a head.
+
+    `individual_runs` counts the ablations of each kind.
+    """
     return run.change.kind == WHOLE_LAYER, run.change.kind.family
 
 
@@ -265,8 +268,8 @@ def describe_runs(
 ) -> list[DescribedRun]:
     """Describe all runs to publish for a model and benchmark, in the order of writing.
 
-    Backends list the newest run first. So the ablations come first, in reverse order, and the
-    summary run comes last.
+    Backends list the newest run first. Therefore, the ablations are written first, in reverse
+    order, and the summary run is written last.
     """
     runs = [describe_run(cell, run) for run in reversed(individual_runs(cell, selection))]
     return [*runs, describe_intact(cell), describe_cell(cell, files, charts, tables, answer)]
@@ -358,7 +361,7 @@ def describe_cell(
 
 
 def _accepted_names(values: Mapping[str, Value]) -> dict[str, Value]:
-    """Return the values with their names converted so that every backend accepts them."""
+    """Convert the names of values to names that every backend accepts."""
     return {tracked_name(name): value for name, value in values.items()}
 
 

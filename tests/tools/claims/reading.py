@@ -34,7 +34,7 @@ _AMOUNT = re.compile(r" \(−?[\d.]+ pp, [^)]*\)")
 _UNLIKE = re.compile(
     rf"highest cosine scores? (?:is|are) .+, not ({_NUMBERS}(?:(?:, | and ){_NUMBERS})*)"
 )
-_ELSEWHERE = re.compile(r"ranks by relevance and by cosine score are shown to differ for (\d+) of")
+_ELSEWHERE = re.compile(r"ranks by relevance and by cosine score differ significantly for (\d+) of")
 _RELATED = re.compile(r"\bin ([1-9]\d*) of \d+ measurements?\b.*\(5 %, Holm")
 _SHOWN_ROW = re.compile(
     r"(?:^| )(\d+) +(matters|better without|(?:choice )?below 5 pp|(?:less|more) probable) "

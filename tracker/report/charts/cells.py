@@ -147,9 +147,9 @@ def _change_axis(measure: formats.MetricFormat) -> dict[str, Any]:
 
 
 def curve_kinds(cell: CellRecord) -> list[Change]:
-    """List the kinds of single-layer ablations that the layer curve draws.
+    """List the kinds of single-layer ablations in the chart `layer_curve`.
 
-    If there are no runs yet, the list contains the removal of whole layers.
+    For a cell without runs, the list contains only the removal of whole layers.
     """
     map_kinds = [kind for kinds in find_map_kinds(cell).values() for kind in kinds]
     single_kinds = [kind for kind in cell.kinds or [WHOLE_LAYER] if kind.is_single]
@@ -159,7 +159,8 @@ def curve_kinds(cell: CellRecord) -> list[Change]:
 def proxy_scatter(cell: CellRecord) -> style.Chart:
     """Draw the accuracy drop (or loss increase) of every layer against its cosine score.
 
-    Each layer has one labelled point. The first two and the last two layers have another symbol.
+    Each layer has one labelled point. Diamonds mark the first two and the last two layers, and
+    circles mark all other layers.
     """
     measure = formats.metric_format(cell)
     records = [
@@ -207,7 +208,10 @@ def proxy_scatter(cell: CellRecord) -> style.Chart:
 
 
 def margin_name(cell: CellRecord, decisions: DecisionsRecord) -> str:
-    """Return the axis title of the margin chart, e.g. `margin of the gold option (nats)`."""
+    """Return the title of the margin axis, such as `margin of the gold option (nats)`.
+
+    For a benchmark without answer options, the title names a log-probability.
+    """
     if not decisions.options:
         is_text = cell.benchmark.tasks[0].metrics.get(cell.metric) in RATIO_SCALES
         return f"log-probability of the {'text' if is_text else 'answer'} (nats)"
@@ -254,7 +258,7 @@ def margin_chart(cell: CellRecord, decisions: DecisionsRecord) -> style.Chart | 
     middle = {"type": "line", "y0": median, "y1": median}
     name = margin_name(cell, decisions)
     return style.build_chart(
-        f"{cell.title}: median {name} without each layer",
+        f"{cell.title}: median {name} under each ablation",
         traces,
         320,
         shapes=[
@@ -269,7 +273,9 @@ def margin_chart(cell: CellRecord, decisions: DecisionsRecord) -> style.Chart | 
 
 
 def loss_correlations(decisions: DecisionsRecord) -> tuple[list[int], Array]:
-    """Correlate the layers by the documents that are answered wrongly without them.
+    """Compute the correlation of lost documents for each pair of layers.
+
+    A document is lost if it becomes wrong when the layer is removed.
 
     Args:
         decisions: Answers of a model under each ablation.
@@ -291,11 +297,11 @@ def agreement_map(cell: CellRecord, decisions: DecisionsRecord) -> style.Chart |
         return None
     labels = [str(layer) for layer in layers]
     n_left_out = len(decisions.compared) - len(layers)
-    title = f"{cell.title}: correlation of the documents that become wrong without each layer"
+    title = f"{cell.title}: correlation of the errors that the removals of two layers cause"
     if n_left_out:
         title += (
-            f"; {count_text(n_left_out, 'layer')} are not shown, because all or none of their "
-            "documents become wrong"
+            f"; not shown: {count_text(n_left_out, 'layer')} whose removal makes all "
+            "answers wrong, or no answer"
         )
     axis = {"type": "category", "showgrid": False, "ticks": "", "tickangle": 0}
     axis |= {"tickfont": {"size": 9}}

@@ -23,8 +23,8 @@ def headline_chart(board: LayerBoard, label: str) -> style.Chart:
     """Draw bars of each layer's accuracy relevance, above bars of its cosine score.
 
     If the benchmarks are multiple choice, a middle panel shows how much the probability of the
-    right option falls without each layer. Bars that are not significant are pale. Numbers mark
-    important layers without a high cosine score.
+    right option falls without each layer. Bars without a significant effect are drawn in a pale
+    colour. Important layers without a high cosine score are marked with their numbers.
     """
     claims = board.claims
     layers = [standing.layer for standing in board.by_depth]
@@ -98,7 +98,11 @@ def join_neighbours(layers: Sequence[int]) -> list[tuple[float, str]]:
 
 
 def _draw_choices(claims: Claims) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Draw the probability that the right option loses without each layer; return (bars, axis)."""
+    """Build bars that show how much the probability of the right option falls.
+
+    Each bar belongs to the removal of one layer. The function returns the bars and the settings of
+    their axis.
+    """
     layers = sorted(claims.choices)
     drops = [claims.choices[layer] for layer in layers]
     name = "drop of choice probability"
@@ -120,4 +124,4 @@ def _headline_title(board: LayerBoard, label: str) -> str:
     """Return the title of the headline chart as one line of plain text."""
     n_cells = len(board.cells)
     where = count_text(n_cells, "benchmark") if n_cells > 2 else name_benchmarks(board.cells)
-    return f"{label}: measured cost of removing each layer, and its cosine score, on {where}"
+    return f"{label}: cost of removing each layer (measured on {where}), and cosine score"

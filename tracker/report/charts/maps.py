@@ -46,7 +46,7 @@ COLOUR_BAR = {
 
 
 def heat_map_title(cells: Sequence[CellRecord]) -> str:
-    """Return the title of `heat_map`."""
+    """Return the title of the chart that `heat_map` draws."""
     layers = first_layers(WHOLE_LAYER, *cells)
     noun = "cell" if any(cell.removed for cell in cells) else "benchmark"
     size = f"{len(layers)} layers × {formats.count_text(len(cells), noun)}"
@@ -59,9 +59,9 @@ def heat_map_title(cells: Sequence[CellRecord]) -> str:
 def heat_map(cells: Sequence[CellRecord]) -> style.Chart:
     """Draw the accuracy relevance of every whole layer on every benchmark of one model.
 
-    Each benchmark has one row. Values that are not significant are pale. A cross marks undefined
-    and missing values; its hover box gives the reason. The function raises ValueError unless
-    `cells` belong to exactly one model.
+    Each benchmark has one row. Values that are not significant are drawn in a pale colour. A cross
+    marks undefined and missing values; its hover box gives the reason. The function raises
+    ValueError unless `cells` belong to exactly one model.
     """
     if len({cell.model.key for cell in cells}) != 1:
         raise ValueError("heat_map takes benchmarks of exactly one model")
@@ -117,15 +117,15 @@ def _row_names(kinds: Sequence[Change]) -> tuple[str, str]:
     """Return descriptions of a heat map's rows for the title and for the axis."""
     kind = kinds[0]
     if kind.map is not None:
-        return f"layer and linear map in {kind.intervention}", "linear map"
+        return f"layer and linear map, with weights in {kind.intervention}", "linear map"
     if kind.number is not None:
         return f"layer and {kind.component}", kind.component
     if kind.intervention == "repeat":
         times = "again" if kind.repeats == 2 else f"{kind.repeats} times"
-        title = f"first layer of each run, and number of layers passed {times}"
-        return title, f"layers passed {times}"
+        title = f"first repeated layer and number of layers computed {times}"
+        return title, f"layers computed {times}"
     removed = "layers" if kind.component == "layer" else f"layers’ {kind.component}"
-    return f"first removed layer of each run, and the number of removed {removed}", "layers"
+    return f"first removed layer and number of removed {removed}", "layers"
 
 
 def map_caption(kinds: Sequence[Change]) -> str:
@@ -141,8 +141,8 @@ def map_title(cell: CellRecord, kinds: Sequence[Change]) -> str:
 def kind_map(cell: CellRecord, kinds: Sequence[Change]) -> style.Chart:
     """Draw drops as a heat map: layers are columns, kinds of ablation are rows.
 
-    Values that are not significant are pale. A cross marks undefined and missing values; its hover
-    box gives the reason. Positions without a run are blank.
+    Values that are not significant are drawn in a pale colour. A cross marks undefined and missing
+    values; its hover box gives the reason. Fields without a requested run are blank.
     """
     measure = formats.metric_format(cell)
     has_parts = kinds[0].part is not None
@@ -160,7 +160,7 @@ def kind_map(cell: CellRecord, kinds: Sequence[Change]) -> style.Chart:
         hovers.append([t if c in possible else "" for c, t in zip(columns, texts, strict=True)])
     largest = largest_magnitude(values)
     limit = formats.three_digits(largest)
-    action = "passing it again" if kinds[0].intervention == "repeat" else "removal"
+    action = "repetition" if kinds[0].intervention == "repeat" else "removal"
     action = "rounding" if kinds[0].map is not None else action
     return centred_map(
         map_title(cell, kinds),
@@ -182,7 +182,8 @@ def _column_layers(kind: Change, layers: Sequence[int]) -> Sequence[int]:
     """Return the layer number under which each column's run is stored.
 
     The embedding and the output head have a single run each, stored as layer 0. The first column
-    shows the embedding, and the last column shows the output head. All other columns stay blank.
+    shows the embedding, and the last column shows the output head. The columns between these
+    two columns are blank.
     """
     if not kind.is_outer:
         return layers
@@ -193,7 +194,10 @@ def _column_layers(kind: Change, layers: Sequence[int]) -> Sequence[int]:
 def _shown_mask(
     cell: CellRecord, kinds: Sequence[Change], layers: Sequence[int]
 ) -> list[list[bool]]:
-    """Return for each cell of the map whether its run is significant; runs are tested jointly."""
+    """Return a mask that marks the significant values of a heat map.
+
+    The correction for multiple tests includes all runs of the map.
+    """
     verdicts = run_verdicts(cell, [run for run in cell.runs if run.change.kind in kinds])
     return [
         [
@@ -226,7 +230,8 @@ def centred_map(
 ) -> style.Chart:
     """Draw a heat map whose colours are centred at 0.
 
-    Significant values have a dot if the map has few rows. Other values are pale.
+    Values that are not significant are drawn in a pale colour. If the map has few rows, dots mark
+    the significant values.
 
     Args:
         title: Title in plain text.

@@ -25,8 +25,9 @@ from tracker.schema.records import CellRecord, first_layers
 def rank_chart(board: LayerBoard, label: str) -> style.Chart | None:
     """Draw each layer's rank by relevance against its rank by cosine score.
 
-    Each layer has one point with an interval. Points are pale if their interval includes the
-    diagonal, on which both ranks are equal. The function returns None if no layer has both ranks.
+    Each layer is one point with a confidence interval. The diagonal of the chart marks equal ranks.
+    Points are drawn in a pale colour if their interval includes the diagonal. The function returns
+    None if no layer has a rank by relevance and a rank by cosine score.
     """
     cosine = cosine_ranks(board)
     standings = [standing for standing in board.ranked if standing.layer in cosine]
@@ -80,9 +81,9 @@ def rank_chart(board: LayerBoard, label: str) -> style.Chart | None:
 
 def _rank_title(label: str, n_misjudged: int, n_layers: int) -> str:
     if not n_misjudged:
-        return f"{label}: ranks by relevance and by cosine score are not shown to differ"
+        return f"{label}: ranks by relevance and by cosine score do not differ significantly"
     layers_text = f"{n_misjudged} of {count_text(n_layers, 'layer')}"
-    return f"{label}: ranks by relevance and by cosine score are shown to differ for {layers_text}"
+    return f"{label}: ranks by relevance and by cosine score differ significantly for {layers_text}"
 
 
 _FIRST_PANEL_TOP = 0.96
@@ -93,8 +94,8 @@ _THICK_LINE = {"color": style.COST_COLOUR, "width": 2.5}
 def relevance_curves(board: LayerBoard, label: str) -> style.Chart:
     """Draw the accuracy relevance of layers, with a line for each benchmark and the mean.
 
-    Only the mean (or the line of a single benchmark) has intervals. Points that are not significant
-    are pale.
+    If there are several benchmarks, only the line of their mean has intervals. Points without a
+    significant effect are drawn in a pale colour.
     """
     cells, claims = board.cells, board.claims
     layers = [standing.layer for standing in board.by_depth]
@@ -134,7 +135,10 @@ def _relevance_trace(
     samples: Sequence[str],
     **look: Any,
 ) -> dict[str, Any]:
-    """Build a line of accuracy relevance; `samples` are extra texts for hover boxes."""
+    """Build a line that shows the accuracy relevance of each layer.
+
+    `samples` states the number of documents or benchmarks of each point, for its hover box.
+    """
     hovers = [
         estimate_hover(f"layer {layer} · {name}", "accuracy relevance", value, two_digits, sample)
         for layer, value, sample in zip(layers, estimates, samples, strict=True)
@@ -194,7 +198,7 @@ def proxy_curves(cells: Sequence[CellRecord], label: str) -> style.Chart:
 
 def proxy_title(cells: Sequence[CellRecord], label: str) -> str:
     """Return the title of the chart of proxies as plain text."""
-    title = f"{label}: the proxies over depth, {count_text(len(cells), 'benchmark')}"
+    title = f"{label}: values of the proxies by layer, {count_text(len(cells), 'benchmark')}"
     has_score = any(is_finite(run.cosine_score) for cell in cells for run in cell.whole_layers)
     return title if has_score else f"{title}; no cosine score is defined"
 
@@ -221,8 +225,8 @@ def _proxy_values(
 def depth_curves(boards: Sequence[LayerBoard], labels: Sequence[str]) -> style.Chart:
     """Draw the accuracy relevance over relative depth (0 to 1), with a line for each model.
 
-    Lines have intervals if there are at most three models. Points that are not significant are
-    pale.
+    Lines have intervals if there are at most three models. Points without a significant effect are
+    drawn in a pale colour.
     """
     data = []
     has_intervals = len(boards) <= style.MAX_INTERVAL_LINES
@@ -277,7 +281,7 @@ def difference_chart(pair: ModelPair) -> style.Chart:
     """Draw the difference between two models in the accuracy drop of each layer.
 
     The chart has points with 95 % intervals, or is a heat map for more than three benchmarks.
-    Differences that are not significant are pale.
+    Differences that are not significant are drawn in a pale colour.
     """
     measure, layers = pair.measure, pair.layers
     rows = [[shared.difference(layer) for layer in layers] for shared in pair.comparisons]
@@ -308,9 +312,9 @@ def difference_chart(pair: ModelPair) -> style.Chart:
             hovers=hovers,
             shown_mask=shown,
             ticks=(
-                f"−{limit}<br>more to the second",
-                "0<br>alike",
-                f"{limit}<br>more to the first",
+                f"−{limit}<br>larger in 2nd model",
+                "0<br>equal",
+                f"{limit}<br>larger in 1st model",
             ),
             largest=largest,
             height=165 + row_height(labels) * len(labels),

@@ -106,7 +106,8 @@ class Chart:
     def to_figure(self) -> go.Figure:
         """Build a self-contained figure, with the title inside and the legend at the bottom.
 
-        If some values are pale, a line below the title explains that they are not significant.
+        If the chart has pale colours, a line below the title explains that they mark values that
+        are not significant.
         """
         lines = [html.escape(line) for line in textwrap.wrap(self.title, _TITLE_WIDTH)]
         if any(map(_is_pale, self.data)):
@@ -133,7 +134,10 @@ def build_chart(title: str, data: list[dict[str, Any]], height: int, **layout: A
 def build_trace(
     kind: str, name: str, x: Sequence[Any], y: Sequence[Any], hovers: Sequence[Any], **more: Any
 ) -> dict[str, Any]:
-    """Build a trace with hover boxes; `kind` is plotly's `type`, `more` has other properties."""
+    """Build a plotly trace with hover boxes.
+
+    `kind` is the value of plotly's property `type`, and `more` sets further properties.
+    """
     content = {"type": kind, "name": name, "x": x, "y": y, "hovertext": hovers}
     return content | {"hoverinfo": "text"} | more
 
@@ -165,7 +169,7 @@ def _is_named(trace: dict[str, Any]) -> bool:
 
 
 def _is_pale(trace: dict[str, Any]) -> bool:
-    """Return whether some values of a trace are pale because they are not significant."""
+    """Return whether a trace draws some values in a pale colour."""
     marks = [trace.get("opacity"), trace.get("marker", {}).get("opacity")]
     return any(OPEN_OPACITY in (mark if isinstance(mark, list) else [mark]) for mark in marks)
 
@@ -210,7 +214,10 @@ def log_axis(title: str, values: Sequence[float | None]) -> dict[str, Any]:
 
 
 def relative_positions(values: Sequence[float], span: Sequence[float] = ()) -> list[float]:
-    """Scale values linearly; 0 and 1 are the ends of `span` (by default, of the values)."""
+    """Scale values linearly, so that the range of `span` becomes 0 to 1.
+
+    If `span` is empty, the range of the values becomes 0 to 1.
+    """
     low, high = min(span or values, default=0.0), max(span or values, default=1.0)
     return [(value - low) / ((high - low) or 1.0) for value in values]
 
@@ -258,7 +265,10 @@ def sign_colours(values: Iterable[float | None]) -> list[str]:
 
 
 def opacities(flags: Iterable[bool]) -> list[float]:
-    """Return an opacity for each flag: full for significant values, pale for others."""
+    """Return the opacity of each value: 1 if it is significant, else `OPEN_OPACITY`.
+
+    `flags` states for each value whether it is significant.
+    """
     return [1.0 if is_shown else OPEN_OPACITY for is_shown in flags]
 
 
@@ -330,7 +340,10 @@ def estimate_hover(
 def align_runs(
     cell: CellRecord, kind: Change, layers: Sequence[int]
 ) -> tuple[list[RunRecord | None], list[str]]:
-    """Return the result of each layer (None if not measured), and its hover box."""
+    """Return the records of the runs of each layer, and the texts of their hover boxes.
+
+    The record of a run that is not measured is None.
+    """
     by_layer = cell.runs_of_kind(kind)
     records = [by_layer.get(layer) for layer in layers]
     runs = zip(map(kind.at_layer, layers), records, strict=True)

@@ -1,7 +1,8 @@
 """Render all results of a results folder as one self-contained HTML page.
 
 The page needs no network: it contains plotly.js, all styles and all scripts. A content security
-policy forbids loading anything else. The same input gives the same bytes.
+policy prevents the browser from loading any other resource. If the page is written again from the
+same input, its bytes are identical.
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ def render_report(
         path: Path of the page.
         decisions: The model's answers to each document, by cell.
         findings: Results of studies: answers, tables and charts.
-        search_cells: Keys of further cells that were measured for searches.
+        search_cells: Keys of cells that were measured only for searches, besides those in
+            `findings`.
 
     Returns:
         The path of the page.

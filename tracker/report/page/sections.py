@@ -119,14 +119,14 @@ def decision_table(cell: CellRecord, decisions: DecisionsRecord) -> Table:
         notes.append(f"How often each option is the right answer: {', '.join(gold)}.")
     if decisions.cut is not None:
         notes.append(
-            "Texts cut off: share of texts that the token limit ended. Lost by cutting: number of "
-            "lost documents of which the token limit ended more texts than without the change. "
-            "The other lost documents have wrong answers."
+            "Texts cut off: share of generated texts that the token limit ended. Lost by cutting: "
+            "number of lost documents for which more texts were cut off than with the intact "
+            "model. The other lost documents have wrong answers."
         )
     if "margin" in decisions.reasons:
         notes.append(f"Margins: {reason}.")
     return build_table(
-        f"{cell.title}: what the model decides without each layer, and in its first row intact. "
+        f"{cell.title}: answers of the intact model (first row) and under each ablation. "
         f"{count_text(decisions.n, 'document')}; lost: worse than intact, won: better.",
         columns,
         rows,
@@ -183,7 +183,10 @@ def _document_content(cell: CellRecord, decisions: DecisionsRecord, n_shown: int
 
 
 def _text(document: DecidedDocument) -> str | None:
-    """Return the text that a changed model generates, and mark it if the token limit ended it."""
+    """Return the text that an ablated model generated for a document.
+
+    If the text ended at the token limit, `… [cut off]` is appended.
+    """
     return f"{document.text} … [cut off]" if document.text and document.cut else document.text
 
 
@@ -223,7 +226,7 @@ class CellSection:
 class ModelSection:
     """Section of the page for one model: leaderboards, charts by name, and benchmark sections.
 
-    A chart is missing in `charts` if its values are not measured or not defined.
+    `charts` lacks each chart whose values are not measured or not defined.
     """
 
     id: str
@@ -241,7 +244,7 @@ class ModelSection:
 
     @property
     def figures(self) -> tuple[Figure, ...]:
-        """All charts of the section, and of the sections of its benchmarks."""
+        """All charts of the model's section, including the charts of its benchmarks."""
         of_cells = [figure for cell in self.cells for figure in cell.charts.values()]
         return (*self.charts.values(), *of_cells)
 
@@ -336,7 +339,10 @@ def _model_section(
 
 
 def _has_whole_layers(cell: CellRecord) -> bool:
-    """Return whether a cell removes whole layers one by one, or has no runs."""
+    """Return whether a cell has runs that each remove one whole layer.
+
+    The result is also true for a cell without runs.
+    """
     return WHOLE_LAYER in cell.kinds or not cell.kinds
 
 

@@ -68,7 +68,7 @@ def exclude_search_cells(
 
     A cell holds the results of one model on one benchmark. Cells that were measured only for
     searches or layer pairs are omitted, because the sections of studies show these results.
-    `search_keys` are further keys of such cells.
+    `search_keys` contains the keys of further cells that were measured only for searches.
     """
     shown = [finding for finding in findings if finding.study in _SHOWN_STUDIES]
     steps = {key for finding in shown for key in finding.rests_on}.union(search_keys)
@@ -80,7 +80,7 @@ def exclude_search_cells(
 def _is_search_step(cell: CellRecord, steps: Collection[RecordKey]) -> bool:
     """Return whether a cell was measured only for a search or for layer pairs.
 
-    `steps` are the keys of all cells of searches and layer pairs.
+    `steps` contains the keys of all cells that searches or studies of layer pairs have measured.
     """
     whole_layers = {run.change.layer for run in cell.runs if run.change.kind == WHOLE_LAYER}
     is_partial = bool(cell.removed) or len(whole_layers) < cell.model.layers
@@ -94,16 +94,16 @@ def growth_note(finding: FindingRecord, cells: Sequence[CellRecord]) -> str:
     if not any(grown):
         return ""
     return (
-        f"{sum(grown)} of the {len(grown)} measurements used for this study now have a different "
-        f"number of documents; to repeat the study: {finding.command_line}"
+        f"The number of documents has changed in {sum(grown)} of the {len(grown)} measurements "
+        f"that this study used. To repeat the study, type: {finding.command_line}"
     )
 
 
 def study_frames(findings: Sequence[FindingRecord]) -> dict[str, pd.DataFrame]:
     """Convert the tables of studies to data frames; return them by file name.
 
-    Intervals are in columns `… low` and `… high`. An undefined number is empty, and the column `…
-    reason` gives the reason.
+    Intervals are in columns `… low` and `… high`. The field of an undefined number is empty, and
+    the column `… reason` gives the reason.
     """
     return {
         f"{stem}-{number}": table_frame(table)

@@ -1,11 +1,11 @@
 """Publish results to MLflow: a summary run per benchmark, with nested runs of the ablations.
 
-One summary run shows one model on one benchmark (a cell). Another nested run shows the intact
+One summary run shows one model on one benchmark (a cell). One of its nested runs shows the intact
 model. Without `MLFLOW_TRACKING_URI`, all data is written to the results folder (`mlflow.db` and
 `mlartifacts/`), and no server is needed.
 
-The tag `tracker.run_key` identifies a run. The tag `tracker.digest` is written last. The next
-`publish` completes each run without a current digest.
+The tag `tracker.run_key` identifies a run. The tag `tracker.digest` is written last. If the tag is
+missing or outdated, the run is incomplete, and the next call of `publish` completes it.
 """
 
 from __future__ import annotations
@@ -203,7 +203,10 @@ class MlflowBackend(Backend):
         return self._connection
 
     def _connect_existing(self) -> tuple[Any, str]:
-        """Return the client and the experiment id; TrackingError without such an experiment."""
+        """Return the client and the id of the existing experiment.
+
+        TrackingError is raised if the experiment does not exist.
+        """
         if self._connection is None:
             if self._database:
                 if not self._database.exists():
@@ -214,7 +217,9 @@ class MlflowBackend(Backend):
             experiment = client.get_experiment_by_name(self._project)
             if experiment is None:
                 names = ", ".join(repr(e.name) for e in client.search_experiments(max_results=20))
-                raise TrackingError(f"no experiment {self._project!r}; there are: {names}")
+                raise TrackingError(
+                    f"there is no experiment {self._project!r}; choose from: {names}"
+                )
             self._connection = client, str(experiment.experiment_id)
         return self._connection
 
@@ -310,9 +315,9 @@ def _find_cell_runs(client: MlflowClient, experiment: str, cell_key: str) -> dic
 def _confirm_written(
     client: MlflowClient, experiment: str, cell: CellRecord, runs: Sequence[MlflowRun]
 ) -> None:
-    """Read the written runs back from MLflow, and write differing runs again.
+    """Verify that MLflow stored the runs correctly; write incorrect runs again.
 
-    TrackingError is raised if a run still differs after the second attempt.
+    TrackingError is raised if a run is still incorrect after the second attempt.
     """
     for is_rewritten in (False, True):
         writer = CellWriter(client, experiment, _find_cell_runs(client, experiment, cell.key))
@@ -321,7 +326,7 @@ def _confirm_written(
             return
         for run, difference in zip(runs, differences, strict=True):
             if difference and is_rewritten:
-                raise TrackingError(f"of the run {run.source.name!r}, {difference}")
+                raise TrackingError(f"the run {run.source.name!r} is incorrect: {difference}")
             if difference:
                 writer.write(run)
 

@@ -40,8 +40,8 @@ def artifact_folder(database: Path) -> Path:
 def create_database(path: Path) -> None:
     """Create MLflow's SQLite file, or check that an existing file can be used.
 
-    An interrupted creation cannot be continued, so the file has a temporary name until it is
-    complete. The caller must hold the project's write lock.
+    MLflow cannot complete a partly created file. Therefore, the file has a temporary name until it
+    is complete. The caller must hold the project's write lock.
     """
     if path.exists() and path.stat().st_size:
         update_addresses(path)
@@ -65,7 +65,7 @@ def create_database(path: Path) -> None:
 def update_addresses(path: Path) -> None:
     """Correct the stored artifact paths after the database and the artifacts were moved or copied.
 
-    MLflow stores absolute paths. Without the correction, MLflow would continue to write to the old
+    MLflow stores absolute paths. With uncorrected paths, MLflow would continue to write to the old
     folder.
     """
     folder = artifact_folder(path)

@@ -32,7 +32,10 @@ class _OpenRun:
 
 
 class MlflowLiveRun(OpenRuns):
-    """Live runs in an MLflow experiment; takes the same arguments as `MlflowBackend`."""
+    """Live runs in an MLflow experiment.
+
+    The constructor takes the same arguments as the class `MlflowBackend`.
+    """
 
     def __init__(self, project: str, results: Path, tracking_uri: str | None = None) -> None:
         super().__init__()

@@ -20,7 +20,10 @@ from tracker.tracking.mlflow.runs import PARAM_CHARACTERS, source_tags
 
 
 class MlflowModels(Models):
-    """Storage of pruned models in an MLflow experiment; same arguments as `MlflowBackend`."""
+    """Storage of pruned models in an MLflow experiment.
+
+    The constructor takes the same arguments as the class `MlflowBackend`.
+    """
 
     def __init__(self, project: str, results: Path, tracking_uri: str | None = None) -> None:
         self._backend = MlflowBackend(project, results, tracking_uri)

@@ -70,7 +70,11 @@ def mlflow_run(run: DescribedRun, parent_id: str | None = None, links: str = "")
 
 
 def child_links(cell: CellRecord, experiment: str, ids: Mapping[str, str]) -> str:
-    """Return Markdown links to nested runs (`ids`: run key → run id), as many as fit in a note."""
+    """Return Markdown links to the nested runs.
+
+    `ids` maps the key of each nested run to its MLflow id. The text ends early if the links exceed
+    the maximum length of a note.
+    """
     digits = max(2, len(str(cell.model.layers - 1)))
     labels = {run.ablation: run.change.label(digits) for run in cell.runs}
     labels = {BASELINE: start_label(cell), **labels}

@@ -78,7 +78,11 @@ class MlflowService(Service):
 
 
 def _server_and_experiment(text: str) -> tuple[str, str]:
-    """Split an address into server and experiment: at `#`, after the host, or at the last slash."""
+    """Split an address into the server and the experiment.
+
+    The separator is `#`. Without `#`, it is the first slash after the host of an HTTP address, and
+    the last slash of any other address.
+    """
     if "#" in text:
         server, _, project = text.partition("#")
     elif text.startswith(("http://", "https://")):

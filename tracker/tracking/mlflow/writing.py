@@ -2,11 +2,11 @@
 
 The run of an ablation also gets an MLflow "logged model" without weights, because MLflow can rank
 logged models by their metrics. MLflow cannot remove a metric of a logged model, and stores NaN as
-zero. So if a metric becomes undefined, the writer creates a new logged model.
+zero. If a metric becomes undefined, the writer therefore creates a new logged model.
 
 MLflow params cannot be changed, so they only identify the run; values that can change are metrics
-or tags. MLflow shows the metric value with the latest timestamp. So new values always get a later
-timestamp than existing values.
+or tags. MLflow shows the metric value with the latest timestamp. Each new value therefore gets a
+later timestamp than all existing values.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class ShownModel:
         return self.is_ready and self.figures.keys() <= _figures(run).keys()
 
     def differing_figures(self, run: MlflowRun) -> dict[str, float]:
-        """Return those metrics of `run` that the logged model lacks or has with another value."""
+        """Return the metrics of `run` that are missing or different in the logged model."""
         values = {name: metric.value for name, metric in self.figures.items()}
         return {name: value for name, value in _figures(run).items() if values.get(name) != value}
 
@@ -197,10 +197,10 @@ class CellWriter:
         """Describe how a stored run differs from its description; empty if they are equal."""
         shown_run = self.runs.get(run.source.key)
         if shown_run is None:
-            return "there is nothing"
+            return "the run does not exist"
         tags, info = shown_run.data.tags, shown_run.info
         if tags.get(DIGEST_TAG) != run.digest or info.status != "FINISHED":
-            return "it is incomplete"
+            return "the run is incomplete"
         metrics = {metric.key: metric for metric in _newest_metrics(shown_run)}
         steps = {name: metric.step for name, metric in metrics.items()}
         for name, step in run.points:
@@ -209,11 +209,11 @@ class CellWriter:
             expected, metric = run.points.get((name, step), math.nan), metrics.get(name)
             value = math.nan if metric is None or metric.step != step else metric.value
             if value != expected and not (math.isnan(value) and math.isnan(expected)):
-                return f"it shows {name} = {value:.6g} instead of {expected:.6g}"
+                return f"the metric {name} is {value:.6g} instead of {expected:.6g}"
         models = self.models.get(info.run_id, [])
         for model in models:
             if len(models) > 1 or not model.can_become(run) or model.differing_figures(run):
-                return "the logged model of the run has different metric values"
+                return "the logged model has different metric values"
         return ""
 
 

@@ -1,6 +1,6 @@
 """Publish results to Trackio: a summary run per benchmark, and a run for each ablation.
 
-One summary run shows one model on one benchmark. Another run shows the intact model. The module
+One summary run shows one model on one benchmark. A separate run shows the intact model. The module
 `isolated` runs this code in a separate process. The field `tracker.run_key` of a run's config
 identifies the run. Trackio cannot remove a metric, so a changed run is deleted and written again.
 Trackio prints warnings instead of raising errors, so written runs are read back.
@@ -87,7 +87,7 @@ class TrackioBackend(Backend):
         check_files(folder, cell)
 
     def _runs_by_key(self) -> dict[str, list[Any]]:
-        """Return the runs in the project that tracker wrote, by run key."""
+        """Return the runs that tracker wrote to the project, by run key."""
         runs: dict[str, list[Any]] = {}
         if SQLiteStorage.get_project_db_path(self._project).exists():
             for run, config in self._tracker_runs():
@@ -163,7 +163,8 @@ class TrackioBackend(Backend):
         if not self._ignored_settings:
             return ()
         names = ", ".join(self._ignored_settings)
-        return (f"{names} is ignored: runs stay on this machine, and trackio sync uploads them",)
+        advice = "runs are written to this machine only; to upload them, type: trackio sync"
+        return (f"tracker ignores {names}: {advice}",)
 
     @override
     def _lock(self) -> Path:

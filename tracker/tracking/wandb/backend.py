@@ -1,9 +1,10 @@
 """Publish results to W&B: a summary run per benchmark, and a run for each ablation.
 
-One summary run shows one model on one benchmark (a cell). Another run shows the intact model. The
-module `isolated` runs this code in a separate process. The field `tracker.run_key` of a run's
-config identifies the run. The field `tracker.digest` is written last. The next `publish` completes
-each run without a current digest. A file lists the offline runs.
+One summary run shows one model on one benchmark (a cell). A separate run shows the intact model.
+The module `isolated` runs this code in a separate process. The field `tracker.run_key` of a run's
+config identifies the run. The field `tracker.digest` is written last. If the field is missing or
+outdated, the run is incomplete, and the next call of `publish` completes it. The offline runs of a
+project are listed in a file in the results folder.
 """
 
 from __future__ import annotations
@@ -49,7 +50,9 @@ from tracker.tracking.wandb.writing import (
 _DELETED_MESSAGE = "previously created and deleted"
 """The server's message, with status 409, about the id of a deleted run."""
 _MAX_IDS = 10  # maximum number of ids that are tried
-_RENEWED_NOTE = "deleted runs of this benchmark were created in W&B again, under other ids"
+_RENEWED_NOTE = (
+    "some runs of this benchmark had been deleted in W&B; they were created again with new ids"
+)
 
 
 @dataclass(frozen=True)
@@ -158,7 +161,7 @@ class WandbBackend(Backend):
             return str(views.save_report(entity, project, page.text, next(ids, None)))
 
     def add_model(self, model: SavedModel) -> str:
-        """Publish a pruned model, with links to the outcomes by which its layers were chosen."""
+        """Publish a pruned model, with links to the outcomes of its source cells."""
         with self._explained("did not accept the model"):
             if not is_offline():
                 log_in()
@@ -212,8 +215,8 @@ class WandbBackend(Backend):
     def _delete_offline_files(self, old_run: _ExistingRun | None, new_folder: str) -> None:
         """Delete the local files of a replaced offline run, unless they were uploaded already.
 
-        The new run contains all data of the old run. Otherwise, `wandb sync` could upload the old
-        run last and overwrite the new run.
+        The new run in `new_folder` contains all data of the old run. If the old files remained,
+        `wandb sync` could upload the old run last and overwrite the new run.
         """
         if old_run is None or old_run.folder in ("", new_folder):
             return
@@ -330,17 +333,17 @@ def _import_views() -> ModuleType:
         from tracker.tracking.wandb import views
     except ImportError:
         command = extra_command("reports")
-        raise TrackingError(f"a W&B Report needs a package more; type: {command}") from None
+        raise TrackingError(f"a W&B Report needs an additional package; type: {command}") from None
     return views
 
 
 def _find_runs(
     path: str, filters: dict[str, Any], must_exist: bool = False
 ) -> Iterator[tuple[Any, Mapping[str, Any]]]:
-    """Yield each matching run that tracker wrote, with the field `tracker` of the run's config.
+    """Yield each run that tracker wrote and that matches the filters.
 
-    If the project does not exist, ValueError is raised with `must_exist`; otherwise no run is
-    yielded.
+    Each run is yielded as a pair with the field `tracker` of its config. If the project does not
+    exist, ValueError is raised if `must_exist` is true, and nothing is yielded if it is false.
     """
     try:
         runs = list(wandb.Api().runs(path, filters=filters, lazy=False, per_page=100))

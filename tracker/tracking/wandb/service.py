@@ -48,10 +48,11 @@ class WandbService(Service):
         with closing(isolated) as backend:
             if not backend.is_open():
                 raise RequestError(
-                    "nobody is logged in to W&B here, so runs could not be written. Type `wandb "
-                    "login`. Or set WANDB_MODE=offline: W&B's runs are then files in "
-                    f"{results / 'wandb'}, for `wandb sync`. Or leave W&B out with --track mlflow, "
-                    f"whose runs are in {results}. Nothing was measured"
+                    "nothing was measured, because nobody is logged in to W&B on this machine. To "
+                    "log in, type `wandb login`. To write offline runs to "
+                    f"{results / 'wandb'} and upload them later with `wandb sync`, set "
+                    "WANDB_MODE=offline. To write MLflow runs to "
+                    f"{results} instead, add --track mlflow"
                 )
 
     @override

@@ -83,7 +83,10 @@ def _curves() -> list[reports.LinePlot]:
         reports.LinePlot(title=title, x="layer", y=[name], title_x=_LAYER_AXIS, title_y=unit)
         for title, name, unit in (
             ("Accuracy drop when a layer is removed", "accuracy_drop", "accuracy drop (fraction)"),
-            ("Lost share of the accuracy above chance", "accuracy_relevance", "accuracy relevance"),
+            (
+                "Accuracy relevance: lost share of the accuracy above chance",
+                *("accuracy_relevance", "accuracy relevance"),
+            ),
             ("Cheap proxy: cosine score", "cosine_score", PROXIES["cosine_score"].heading),
         )
     ]

@@ -1,6 +1,6 @@
 """Configure the W&B SDK, and open, write and close runs.
 
-A run consists of curves, tables, charts, a summary, an artifact, and finally the digest.
+The contents of a run are written in this order: curves, tables, charts, summary, artifact, digest.
 
 W&B cannot remove a point of a curve, so a changed value becomes a second point at the same layer.
 """
