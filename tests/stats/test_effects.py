@@ -185,8 +185,14 @@ def test_undefined_growth_has_a_reason(bad: float) -> None:
         estimate = estimate_growth(*pair)
         assert (estimate.value, estimate.low, estimate.p_value) == (None, None, None)
         assert estimate.reason == "a value is not positive and finite in 1 of 3 documents"
-    assert estimate_growth(usable[:1], usable[:1]).reason == "the growth factor needs at least two documents, not 1"
-    assert estimate_growth(usable[:0], usable[:0]).reason == "the growth factor needs at least two documents, not 0"
+    assert (
+        estimate_growth(usable[:1], usable[:1]).reason
+        == "growth needs at least two documents, not 1"
+    )
+    assert (
+        estimate_growth(usable[:0], usable[:0]).reason
+        == "growth needs at least two documents, not 0"
+    )
 
 
 def test_kruskal_and_walliss_own_example() -> None:

@@ -312,7 +312,8 @@ def bernstein_half_width(sd: float, n: int, alpha: float) -> float:
         n: Number of independent differences, 2 or more.
         alpha: Largest probability that the true mean is above the bound.
 
-    Returns: The upper bound minus the observed mean; above 0.
+    Returns:
+        The upper bound minus the observed mean; above 0.
 
     References:
         A. Maurer, M. Pontil, Empirical Bernstein bounds, COLT 2009 (theorem 4).
@@ -669,11 +670,15 @@ def majority_value(answers: Sequence[Hashable], values: Sequence[float]) -> floa
         answers: The sampled answers.
         values: Value of each answer.
 
-    Returns: The value of the most frequent answer. If several answers are equally frequent, their
-    mean value is returned.
+    Returns:
+        The value of the most frequent answer. If several answers are equally frequent, the function
+        returns the mean of their values.
 
-    Examples: >>> majority_value(["7", "8", "7"], [1, 0, 1]) 1.0 >>> majority_value(["7", "8"], [1,
-    0]) 0.5
+    Examples:
+        >>> majority_value(["7", "8", "7"], [1, 0, 1])
+        1.0
+        >>> majority_value(["7", "8"], [1, 0])
+        0.5
     """
     by_answer = defaultdict[Hashable, list[float]](list)
     for answer, value in zip(answers, values, strict=True):

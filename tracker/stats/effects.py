@@ -200,7 +200,7 @@ def growths(
     """
     n, n_columns = start_values.shape
     if n < 2:
-        reason = f"the growth factor needs at least two documents, not {n}"
+        reason = f"growth needs at least two documents, not {n}"
         return [Estimate(None, reason=reason)] * n_columns
     with np.errstate(all="ignore"):
         logs = np.log(end_values / start_values)
