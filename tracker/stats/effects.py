@@ -277,9 +277,10 @@ GAIN_FLIPS = 1_999
 class BestByChance(NamedTuple):
     """Distribution of the largest mean gain under the null hypothesis of no effects.
 
-    Attributes: middle: Median of the largest mean gain under the null hypothesis. high: 95 %
-    quantile of the largest mean gain under the null hypothesis. p_value: Probability of at least
-    the observed largest mean gain under the null hypothesis.
+    Attributes:
+        middle: Median of the largest mean gain under the null hypothesis.
+        high: 95 % quantile of the largest mean gain under the null hypothesis.
+        p_value: Probability of at least the observed largest mean gain under the null hypothesis.
     """
 
     middle: float

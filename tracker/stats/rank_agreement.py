@@ -231,10 +231,11 @@ def differing_rank_share(proxy: Array, drop: Array, tolerance: float = 0) -> tup
 class Disagreement:
     """Fraction of layers with different ranks by two measures, compared with chance.
 
-    Attributes: share: Fraction of layers with different ranks, averaged over benchmarks. chance:
-    The exact mean of this fraction over random orders of the layers. shuffled_p: p-value from
-    uniformly random orders of the layers. smooth_p: p-value from random orders that are as smooth
-    over depth as the measure.
+    Attributes:
+        share: Fraction of layers with different ranks, averaged over benchmarks.
+        chance: The exact mean of this fraction over random orders of the layers.
+        shuffled_p: p-value from uniformly random orders of the layers.
+        smooth_p: p-value from random orders that are as smooth over depth as the measure.
     """
 
     share: float
