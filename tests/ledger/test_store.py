@@ -235,8 +235,12 @@ class TestLedger:
     @pytest.mark.parametrize(
         ("number", "message", "advice"),
         [
-            (LEDGER_FORMAT + 1, "a newer tracker", upgrade_command()),
-            (LEDGER_FORMAT - 1, "an older tracker", "with that one, or choose another --results."),
+            (LEDGER_FORMAT + 1, "a newer version of tracker", upgrade_command()),
+            (
+                LEDGER_FORMAT - 1,
+                "an older version",
+                "with that version, or choose another --results.",
+            ),
         ],
     )
     def test_another_format_is_refused(self, ledger, number, message, advice):

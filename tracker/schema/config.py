@@ -252,14 +252,16 @@ class Changes(ChangeGrid):
         """The first requested change; raises ExperimentError if a number or name is missing."""
         if self.lacks_maps:
             raise ExperimentError(
-                "which linear map of the layer? Give its name: --map mlp.down_proj (in a sweep "
+                "the name of the linear map is missing; give e.g. --map mlp.down_proj (in a sweep "
                 "file: 'map: {values: [mlp.down_proj]}'). For all linear maps of the layer at "
                 "once, give --component layer"
             )
         for component in self.numbered:
             if not self.numbers(component):
                 key = FILE_KEYS[number_field(component)]
-                raise ExperimentError(f"which {component} of the layer? Give its number: --{key} 0")
+                raise ExperimentError(
+                    f"the number of the {component} is missing; give e.g. --{key} 0"
+                )
         return next(self.expand())
 
 
@@ -290,8 +292,8 @@ class CellSettings(ChangeGrid, DocumentSpec, BenchmarkSpec, ModelSpec):
             raise ValueError(f"until and {keys[0]} are both given; leave one of them out")
         if self.until is not None and self.cluster is not None:
             raise ValueError(
-                "until and cluster are both given; leave one of them out. The intervals of until "
-                "are about this benchmark's documents, so clusters do not affect them"
+                "until and cluster are both given; leave one of them out. The intervals of a "
+                "stopping rule (until) do not take clusters into account"
             )
         return self
 
@@ -408,13 +410,10 @@ class CellRequest:
         if intervention not in ("remove", "repeat", *FORMATS) and component != "layer":
             return f"{intervention} applies to single whole layers only"
         if change.stop > layers:
-            reach = f"{change.span} layers from layer {change.layer} on"
-            return f"{reach} reach beyond layer {layers - 1}, the last layer"
-        if {*change.layers} & {*self.removed}:
-            span = f"layer {change.layer}"
-            if change.span > 1:
-                span = f"one of layers {change.layer} to {change.stop - 1}"
-            return f"{span} is among the removed layers {', '.join(map(str, self.removed))}"
+            return f"{change.layer_words} cannot be changed: the last layer is {layers - 1}"
+        if removed := {*change.layers} & {*self.removed}:
+            reason = f"every run removes layer {min(removed)}"
+            return f"{change.layer_words} cannot be changed: {reason}"
         if len(Ablation.from_changes(change, removed=self.removed).removed()) >= layers:
             return "no layer would be left"
         return None

@@ -63,11 +63,11 @@ def format_problem(number: object) -> str:
     """Return an error message if a file has an unsupported format version; otherwise ""."""
     if number == LEDGER_FORMAT:
         return ""
-    age, advice = "an older", "Read it with that one"
+    age, advice = "an older", "Read it with that version"
     if isinstance(number, int) and number > LEDGER_FORMAT:
         age, advice = "a newer", f"Upgrade ({upgrade_command()})"
-    formats = f"format {number}; this one knows {LEDGER_FORMAT}"
-    return f"was written by {age} tracker ({formats}). {advice}"
+    formats = f"format {number}, but this version reads format {LEDGER_FORMAT}"
+    return f"was written by {age} version of tracker ({formats}). {advice}"
 
 
 def _is_checkout() -> bool:

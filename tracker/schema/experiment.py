@@ -62,7 +62,7 @@ class GridValues(StrictModel):
             text = short_text(given)
             value = given if isinstance(given, str) and len(given) <= MAX_VALUE_LENGTH else text
             forms = f"{{value: {value}}} or {{values: […]}}"
-            raise ValueError(f"write {forms}, as in a W&B sweep, not {text}")
+            raise ValueError(f"expected {forms}, as in a W&B sweep, not {text}")
         return given
 
     @model_validator(mode="after")
@@ -77,14 +77,14 @@ class GridValues(StrictModel):
         seen = set()
         for value in self.values or ():
             if repr(value) in seen:
-                raise ValueError(f"{short_text(value)} stands twice in 'values'")
+                raise ValueError(f"'values' contains {short_text(value)} twice")
             seen.add(repr(value))
         return self
 
     def _check_spelling(self) -> None:
         keys = self.model_fields_set
         if len({"value", "values"} & keys) + bool({"min", "max"} & keys) != 1:
-            raise ValueError("needs either 'value' or 'values'")
+            raise ValueError("expected either 'value' or 'values'")
 
     @property
     def options(self) -> Sequence[Any]:
@@ -266,17 +266,20 @@ class Experiment(Sweep):
         value of the wrong type raises RequestError.
         """
         if self.requests_all_layers and self.run_cap is not None:
-            raise ExperimentError("'run_cap' needs 'layer' as numbers, e.g. {min: 0, max: 29}")
+            raise ExperimentError(
+                "if 'run_cap' is set, 'layer' must be numbers, e.g. {min: 0, max: 29}"
+            )
         grid = {key: values for key, values in self.parameters.options.items() if values != [None]}
         if self.size > MAX_RUNS:
-            limit = f"a file may have at most {MAX_RUNS:,}. Split the file into several"
+            limit = f"a file may have at most {MAX_RUNS:,} runs. Split it into several files"
             raise ExperimentError(f"'parameters': the grid has {self.size:,} runs; {limit}")
         names = [name for name in FIELDS_BY_KEY if name not in _RUN_KEYS and name in grid]
         count = math.prod(len(grid[name]) for name in names)
         if count > MAX_CELLS:
             raise ExperimentError(
-                f"'parameters': the grid has {count:,} pairs of a model and a benchmark with their "
-                f"settings; a file may have at most {MAX_CELLS:,}. Split the file into several"
+                f"'parameters': the grid has {count:,} combinations of model, benchmark and "
+                f"settings; a file may have at most {MAX_CELLS:,} combinations. Split it into "
+                "several files"
             )
         # Settings of a cell → what tells its runs apart. W&B's grid, of which a cap leaves the
         # first runs, has the names in alphabetical order, the last one changing fastest.
@@ -308,7 +311,7 @@ class Experiment(Sweep):
             if self._count is not None and is_open:
                 cell = fill_parts(cell, self._count(cell, self.kinds))
             if cell in cells:  # [3, 17] and [17, 3], or null and what it stands for
-                raise ExperimentError(f"'parameters': the grid holds {cell.title} twice")
+                raise ExperimentError(f"'parameters': the grid contains {cell.title} twice")
             cells[cell] = None
             # A seed that draws no examples and no half only orders the documents.
             documents = cell.documents
@@ -319,7 +322,8 @@ class Experiment(Sweep):
                 pair = (twin, cell)
                 first, last = (f"until {r.until or 'null'}, seed {r.documents.seed}" for r in pair)
                 raise ExperimentError(
-                    f"'parameters': {cell.title} has two combinations of until and seed: {first}, "
-                    f"and {last}. Move one of them to a separate file (nothing is measured twice)"
+                    f"'parameters': {cell.title} is requested twice: with {first}, and with "
+                    f"{last}. Move one of the two requests to a separate file (nothing is measured "
+                    "twice)"
                 )
         return sorted(cells, key=lambda cell: cell.model.order)

@@ -183,8 +183,8 @@ def _write_yaml(contents: Mapping[str, Any], name: str) -> tuple[Any, str]:
     try:
         text = yaml.safe_dump(dict(contents), sort_keys=False, allow_unicode=True)
     except yaml.YAMLError as error:
-        problem = f"a file cannot hold {short_text(error.args[-1])}"
-        raise ExperimentError(f"{name}: {problem}; write texts, numbers and lists") from None
+        problem = f"a file cannot contain {short_text(error.args[-1])}"
+        raise ExperimentError(f"{name}: {problem}; use texts, numbers or lists") from None
     return parse_yaml(text, name), text
 
 

@@ -41,7 +41,7 @@ def load_extensions(
             extension = check(point.load())
             if (name := getattr(extension, "name", point.name)) != point.name:
                 raise ValueError(
-                    f"use the extension's name {name!r} as the name of its entry point"
+                    f"the extension is named {name!r}; give its entry point the same name"
                 )
             extensions[point.name] = extension
         except (Exception, SystemExit) as error:  # any code may run there

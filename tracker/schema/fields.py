@@ -30,7 +30,7 @@ from tracker.schema.questions import parse_question
 from tracker.schema.safe_yaml import short_text
 from tracker.schema.text import HALF_CHARACTER, is_writable
 
-ARGUMENTS_FORM = "write {key: value, …}, or key=value,key=value as for lm-eval"
+ARGUMENTS_FORM = "write {key: value, …} or key=value,key=value, as on lm-eval's command line"
 
 
 def _canonical_json(value: object) -> object:
@@ -38,7 +38,7 @@ def _canonical_json(value: object) -> object:
     if isinstance(value, str):
         value = _parse_arguments(value)
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-        raise ValueError(f"not a valid set of settings; {ARGUMENTS_FORM}")
+        raise ValueError(f"invalid settings; {ARGUMENTS_FORM}")
     try:
         text = json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError):
@@ -46,7 +46,7 @@ def _canonical_json(value: object) -> object:
             "the settings have values that JSON cannot represent; use texts, numbers or lists"
         ) from None
     if not is_writable(text):
-        raise ValueError(f"it holds {HALF_CHARACTER}")
+        raise ValueError(HALF_CHARACTER)
     return text
 
 
@@ -58,7 +58,7 @@ def _parse_arguments(text: str) -> Any:
                 return settings
     pairs = [part.partition("=") for part in text.split(",") if part.strip()]
     if not pairs or not all(equals and key.strip() for key, equals, _ in pairs):
-        raise ValueError(f"not a valid set of settings; {ARGUMENTS_FORM}")
+        raise ValueError(f"invalid settings; {ARGUMENTS_FORM}")
     return {key.strip(): _parse_value(value.strip()) for key, _, value in pairs}
 
 
@@ -122,7 +122,7 @@ def parse_layer_range(text: str) -> range | None:
         return None
     first, last = int(match[1]), int(match[2] or match[1])
     if last < first:
-        raise ValueError(f"{text} ends before it begins; write {last}-{first}")
+        raise ValueError(f"invalid range {text}; write {last}-{first}")
     return range(first, last + 1)
 
 
@@ -149,7 +149,7 @@ def _check_single(name: str) -> str:
     """Return a benchmark's name; raise ValueError if the text contains several names."""
     if SEVERAL_BENCHMARKS.fullmatch(name):
         names = ", ".join(part.strip() for part in name.split(","))
-        raise ValueError(f"several benchmarks in one text; write one, or values: [{names}]")
+        raise ValueError(f"expected one benchmark; for several, write values: [{names}]")
     return name
 
 
@@ -216,7 +216,7 @@ def first_problem(
         key = str(problem["loc"][-1])
         fields = _fields_at(model, problem["loc"][:-1])
         suggestion = did_you_mean(key, fields)
-        return f"unknown key '{path}'.{suggestion} Known here: {', '.join(fields)}."
+        return f"unknown key '{path}'.{suggestion} Valid keys: {', '.join(fields)}."
     if problem["type"] == "missing":
         return f"'{path}' is missing"
     message = problem["msg"].removeprefix("Value error, ")

@@ -144,8 +144,9 @@ def fill_parts(request: CellRequest, parts: ModelParts) -> CellRequest:
         # Heads and groups of heads share the field, but not the count.
         if len(numbers.setdefault(field, tuple(range(count)))) != count:
             raise ExperimentError(
-                f"{request.title}: a layer has {parts.head} heads, but {parts.kv_head} kv_heads; "
-                "request head and kv_head in two files, or list numbers in 'head'"
+                f"{request.title}: a layer has {parts.head} attention heads, but {parts.kv_head} "
+                "key/value heads. Request the components head and kv_head in separate files, or "
+                "list numbers in 'head'"
             )
     changes = request.changes.model_copy(update=numbers)
     try:
@@ -167,8 +168,8 @@ def _list_sets(changes: Changes, parts: ModelParts, request: CellRequest) -> lis
     if parts.kind_layers is not None:
         if (changes.components, changes.interventions) != (("layer",), ("remove",)):
             raise ExperimentError(
-                "spans of layers of one kind can only be removed as whole layers; request other "
-                "components and interventions in a separate file, or leave 'kind' out"
+                "if 'kind' is set, a span of several layers can only be removed as whole layers. "
+                "Request other components and interventions in a separate file, or leave 'kind' out"
             )
         # Neighbours among the layers of the kind, whatever lies between them.
         exact = [change for change in exact if change.span == 1] + [
@@ -188,14 +189,14 @@ def _list_sets(changes: Changes, parts: ModelParts, request: CellRequest) -> lis
 def _fill_maps(changes: Changes, parts: ModelParts) -> Changes:
     """Return a copy of `changes` that names all linear maps (e.g. `mlp.up_proj`) of its layers."""
     if parts.maps is None:
-        raise ExperimentError("the model's linear maps are unknown; name some in 'map'")
+        raise ExperimentError("the model's linear maps are unknown; list their names in 'map'")
     by_layer = dict(enumerate(parts.maps))
     all_maps = dict.fromkeys(name for layer in changes.layers for name in by_layer.get(layer, ()))
     filled = changes.model_copy(update={"maps": tuple(all_maps)})
     if all(set(by_layer.get(layer, all_maps)) == set(all_maps) for layer in changes.layers):
         return filled
     if changes.components != ("linear",) or changes.spans != (1,):
-        raise ExperimentError("the layers have different linear maps; name linear maps in 'map'")
+        raise ExperimentError("the layers have different linear maps; list the names in 'map'")
     return filled.with_exact(
         Change("linear", (layer,), intervention, name)
         for intervention in changes.interventions
@@ -223,7 +224,7 @@ def check_parts(request: CellRequest, parts: ModelParts) -> None:
     changes = request.changes
     for layer in (*changes.layers, *request.removed):
         if layer >= parts.layers:
-            layers = f"{request.model} has {parts.layers} layers, 0 to {parts.layers - 1}"
+            layers = f"{request.model} has layers 0 to {parts.layers - 1}"
             raise ExperimentError(f"layer {layer} is out of range: {layers}")
     names = {*MAP_GROUPS, *OUTER_MATRICES, *chain.from_iterable(parts.maps or ())}
     maps = changes.maps if parts.maps is not None and "linear" in changes.components else ()
@@ -236,8 +237,8 @@ def check_parts(request: CellRequest, parts: ModelParts) -> None:
         count, last = parts.count_of(component), max(changes.numbers(component), default=0)
         if count is not None and last >= count:
             raise ExperimentError(
-                f"{component} {last} is out of range: a layer of {request.model} "
-                f"has {count} {KIND_STYLES[component].plural}, 0 to {count - 1}"
+                f"{component} {last} is out of range: a layer of {request.model} has {count} "
+                f"{KIND_STYLES[component].plural}, numbered 0 to {count - 1}"
             )
 
 
@@ -295,9 +296,9 @@ def layers_of_kind(config: Any, words: Collection[str]) -> tuple[int, ...]:
         if word not in kinds:
             own_kinds = layer_kinds(config).items()
             names = ", ".join(f"{kind} ({len(layers)})" for kind, layers in own_kinds)
-            listing = f"its kinds are {names}" if names else "its configuration does not name any"
+            listing = f"kinds {names}" if names else "no kinds"
             raise ModelError(
-                f"the model has no layers of kind {word!r}: {listing}; odd and even are kinds of "
-                f"every model.{did_you_mean(word, kinds)}"
+                f"the model has no layers of kind {word!r}. Its configuration lists {listing}. "
+                f"The kinds odd and even exist for every model.{did_you_mean(word, kinds)}"
             )
     return tuple(sorted({layer for word in words for layer in kinds[word]}))

@@ -297,7 +297,7 @@ def _check_proxy(extension: object) -> Proxy:
         raise ValueError("a proxy needs component 'layer' and a function observe(input, output)")
     if extension.complement_of or extension.strategy or extension.per_token or extension.over:
         raise ValueError(
-            "complement_of, strategy, per_token and over are only for tracker's own proxies"
+            "only tracker's own proxies can set complement_of, strategy, per_token or over"
         )
     return replace(extension, observe=_guard(extension.name, extension.observe))
 
@@ -314,8 +314,8 @@ def _guard(
         if isinstance(observed, Exception):
             problem = f"{type(observed).__name__}: {observed}"
         elif shape != undefined.shape:
-            shapes = f"{tuple(shape)}, and not {tuple(undefined.shape)}"
-            problem = f"ValueError: its figures have the shape {shapes}"
+            shapes = f"the shape {tuple(shape)}, not {tuple(undefined.shape)}"
+            problem = f"ValueError: the values of `observe` have {shapes}"
         else:
             return to_double(observed)
         _warn(f"the proxy {name!r} is undefined: {problem}")

@@ -15,7 +15,7 @@ _MAX_BYTES = 1_000_000
 _MAX_NODES = 30_000
 """Maximum number of values in one experiment file, including repetitions by anchors; more take too
 long to read."""
-_TOO_MANY = f"it holds more than {_MAX_NODES:,} values"
+_TOO_MANY = f"the YAML text has more than {_MAX_NODES:,} values"
 
 MAX_VALUE_LENGTH = 80
 """Maximum number of characters of a wrong value in a message."""
@@ -90,7 +90,7 @@ def _count_values(node: yaml.Node, sizes: dict[int, int]) -> int:
     """
     if id(node) in sizes:
         if not sizes[id(node)]:
-            raise _yaml_error("the value contains itself through an anchor", node.start_mark)
+            raise _yaml_error("an anchor makes the value contain itself", node.start_mark)
         return sizes[id(node)]
     sizes[id(node)] = 0  # until it is counted
     inner_nodes: list[yaml.Node] = []
@@ -104,7 +104,7 @@ def _count_values(node: yaml.Node, sizes: dict[int, int]) -> int:
     elif isinstance(node, yaml.SequenceNode):
         inner_nodes = node.value
     elif not is_writable(node.value):
-        raise _yaml_error(f"{short_text(node.value)} holds {HALF_CHARACTER}", node.start_mark)
+        raise _yaml_error(f"{short_text(node.value)}: {HALF_CHARACTER}", node.start_mark)
     sizes[id(node)] = count = 1 + sum(_count_values(part, sizes) for part in inner_nodes)
     if count > _MAX_NODES:
         raise _yaml_error(_TOO_MANY, node.start_mark)

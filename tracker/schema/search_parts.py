@@ -50,8 +50,8 @@ def parse_units(value: Any) -> str:
         raise ValueError(f"a unit is listed twice in {short_text(value)}")
     if len(units) > 1 and (not {*units} <= {*SAVED_UNITS} or {"head", "kv_head"} <= {*units}):
         raise ValueError(
-            f"{join_words(units)} cannot be combined; a search combines layer, neuron, expert, and "
-            "head or kv_head"
+            f"{join_words(units)} cannot be combined; a search can combine layer, neuron, expert, "
+            "and one of head and kv_head"
         )
     return ",".join(sorted(units, key=SEARCH_UNITS.index))
 

@@ -74,7 +74,7 @@ class Table(Record):
                     names.append(f"{heading.label} {end}")
                     columns.append(bounds)
         if len(set(names)) < len(names):
-            raise ValueError(f"{self.title}: two columns have one name")
+            raise ValueError(f"{self.title}: two columns have the same name")
         return tuple(names), list(zip(*columns, strict=True))
 
 

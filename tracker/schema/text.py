@@ -27,7 +27,7 @@ def capitalise(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-HALF_CHARACTER = "half of a surrogate pair; write the character itself"
+HALF_CHARACTER = "the text contains an unpaired surrogate; write the character itself"
 """The message about a text for which `is_writable` is false."""
 
 
