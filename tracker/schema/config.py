@@ -37,9 +37,9 @@ EXECUTORS = {
     "ray": "tracker.measuring.executors.ray:RayExecutor",
     "slurm": "tracker.measuring.executors.slurm:SlurmExecutor",
 }
-"""Name of an executor → its class, which is imported when it is chosen."""
+"""Name of an executor → its class, which is imported on first use."""
 EXECUTORS_GROUP = "layer_tracker.executors"
-"""The group of entry points by which other packages add executors."""
+"""The entry-point group in which other packages register executors."""
 CORPUS_PREFIX = "corpus:"
 TRACES_PREFIX = "traces:"
 OFFLOAD_PLACES = ("device", "host", "disk")
@@ -76,7 +76,7 @@ class ModelSpec(StrictModel):
 
     @property
     def order(self) -> list[str]:
-        """The key for sorting requests by model."""
+        """The sort key by which requests for the same model become neighbours."""
         return [str(value) for _, value in self]
 
 
@@ -123,7 +123,10 @@ class BenchmarkSpec(StrictModel):
 
     @property
     def generation_key(self) -> str | None:
-        """The first given key that only tasks of generated texts have; None if none is given."""
+        """The name of a setting that is only valid for generation tasks.
+
+        The value is None if no such setting is given.
+        """
         return "samples" if self.samples else "budgets" if self.budgets else None
 
     def renamed(self, benchmark: str) -> BenchmarkSpec:
@@ -132,19 +135,23 @@ class BenchmarkSpec(StrictModel):
 
 
 def names_corpus(benchmark: str) -> bool:
-    """Return whether a benchmark's name denotes a corpus instead of a task of lm-eval."""
+    """Return whether a benchmark's name denotes a text corpus, not a task of lm-eval."""
     return benchmark.startswith(CORPUS_PREFIX)
 
 
 def names_traces(benchmark: str) -> bool:
-    """Return whether a benchmark's name denotes texts to read instead of a task of lm-eval."""
+    """Return whether a benchmark's name begins with `traces:`.
+
+    In this case, the intact model generates texts, and the changed models score these texts.
+    """
     return benchmark.startswith(TRACES_PREFIX)
 
 
 def written_spec(spec: BenchmarkSpec) -> BenchmarkSpec:
-    """Return the settings of TASK for a benchmark `traces:TASK`; otherwise return `spec`.
+    """Return the settings of the task that generates the texts of `traces:TASK`.
 
-    Raises BenchmarkError if the name of the benchmark contains no task.
+    For other benchmarks, the function returns an equal copy of `spec`. BenchmarkError is raised if
+    TASK is empty or not a task of lm-eval.
     """
     task = spec.benchmark.removeprefix(TRACES_PREFIX)
     if names_traces(spec.benchmark) and (not task or names_traces(task) or names_corpus(task)):
@@ -165,7 +172,8 @@ class DocumentSpec(StrictModel, Extent):
 
 
 class ChangeGrid(StrictModel):
-    """Grid of requested changes: every combination of the layers, components, spans, etc."""
+    """Grid of requested changes: all combinations of layers, components, spans and other
+    settings."""
 
     layers: tuple[Count, ...]
     """Layer to change, 0-based (default: all)."""
@@ -229,7 +237,7 @@ class Changes(ChangeGrid):
 
     @property
     def numbered(self) -> list[Component]:
-        """The requested components that are numbered within a layer, such as heads."""
+        """The requested components that have several numbered parts per layer, such as heads."""
         return [component for component in self.components if component in NUMBERED_COMPONENTS]
 
     @property
@@ -239,12 +247,12 @@ class Changes(ChangeGrid):
 
     @property
     def lacks_maps(self) -> bool:
-        """True if linear maps are requested without names."""
+        """True if the request includes linear maps but does not list their names."""
         return "linear" in self.components and not self.maps
 
     @property
     def whole_layers(self) -> tuple[int, ...]:
-        """The whole layers that the requested changes remove one by one, sorted."""
+        """The numbers of the layers that are removed by a change of one whole layer, sorted."""
         return tuple(sorted(change.layer for change in self.expand() if change.kind == WHOLE_LAYER))
 
     @property
@@ -266,7 +274,7 @@ class Changes(ChangeGrid):
 
 
 class CellSettings(ChangeGrid, DocumentSpec, BenchmarkSpec, ModelSpec):
-    """Settings of one model on one benchmark, named as in experiment files and options.
+    """Settings for measuring one model on one benchmark.
 
     The fields define the keys of experiment files and the options of the command line.
     """
@@ -330,11 +338,11 @@ class CellRequest:
         documents: The selection of documents to measure.
         changes: The changes to measure, e.g. the removal of each layer.
         removed: The layers that are removed in every run, ascending.
-        until: The stopping rule, e.g. `top 5` to stop when the five largest drops are certain. None
-            to measure all documents.
-        metric: The metric to show; None for the benchmark's usual metric.
+        until: The stopping rule; None to measure all documents. An example is `top 5`, which ends
+            the measurement when the five largest drops are known.
+        metric: The reported metric; None for the benchmark's primary metric.
         clusters: The clusters of dependent documents; None if all documents are independent.
-        observe: The statistics to measure besides the outcomes, e.g. `kl`.
+        observe: The statistics to measure in addition to the outcomes, such as `kl`.
     """
 
     model: ModelSpec
@@ -349,7 +357,7 @@ class CellRequest:
 
     @property
     def settings(self) -> CellSettings:
-        """The request as one flat object, as in an experiment file, without `observe`."""
+        """The settings of the request as a single object, without `observe`."""
         settings: dict[str, Any] = {"removed": self.removed, "metric": self.metric}
         settings["until"] = None if self.until is None else str(self.until)
         settings["cluster"] = None if self.clusters is None else self.clusters.column
@@ -366,7 +374,7 @@ class CellRequest:
 
     @property
     def title(self) -> str:
-        """The name of the model and benchmark in messages, e.g. `llama × piqa without 3, 17`."""
+        """The name of the request in messages, such as `llama × piqa without 3, 17`."""
         removed = f" without {', '.join(map(str, self.removed))}" if self.removed else ""
         metric = f" by {self.metric}" if self.metric else ""
         part = f" ({self.documents.part})" if self.documents.part else ""
@@ -374,13 +382,16 @@ class CellRequest:
         return f"{self.model} × {self.benchmark}{part}{removed}{metric}{cluster}"
 
     def with_changes(self, changes: Iterable[Change] | None = None, **grid: Any) -> CellRequest:
-        """Copy the request with other changes: a list in `changes`, or a grid in `grid`."""
+        """Return a copy of the request with the list `changes`, or with the grid `grid`."""
         if changes is not None:
             return replace(self, changes=self.changes.with_exact(changes))
         return replace(self, changes=Changes(**grid))
 
     def on_part(self, part: DocumentPart, **size: int | None) -> CellRequest:
-        """Copy the request for calibration or test documents; `size` sets `limit` or `sample`."""
+        """Return a copy of the request for the documents of one part of the benchmark.
+
+        The keyword argument `limit` or `sample` sets the number of documents.
+        """
         update = {"part": part, **size}
         return replace(self, documents=self.documents.model_copy(update=update))
 
@@ -421,7 +432,7 @@ class CellRequest:
     def valid_changes(self, layers: int) -> list[Change]:
         """List the requested changes that are valid for a model with `layers` layers.
 
-        The list has no duplicates.
+        Each change is listed only once.
         """
         changes = dict.fromkeys(self.changes.expand())
         return [change for change in changes if self.invalid_reason(change, layers) is None]
@@ -434,7 +445,7 @@ class CellRequest:
 
 
 def number_field(component: Component) -> Literal["heads", "experts", "neurons"]:
-    """Return the name of the `ChangeGrid` field for the numbers of a kind of parts."""
+    """Return the name of the field of `ChangeGrid` that contains a component's numbers."""
     if component == "neuron":
         return "neurons"
     return "experts" if component == "expert" else "heads"
@@ -447,19 +458,25 @@ def all_ablations(requests: Iterable[CellRequest], layers: int) -> list[Ablation
 
 
 def cell_request(**settings: Any) -> CellRequest:
-    """Build a request from settings, ignoring None; raise RequestError for an invalid setting."""
+    """Build a request from keyword arguments; ignore settings that are None.
+
+    RequestError is raised for an invalid setting.
+    """
     given = {name: value for name, value in settings.items() if value is not None}
     return validate_settings(CellSettings, given, "--", FILE_KEYS).request
 
 
 def stored_request(settings: Mapping[str, Any]) -> CellRequest:
-    """Build a request from stored settings, also of former versions."""
+    """Build a request from settings that this or a former version stored."""
     fields = {name: settings[name] for name in CellSettings.model_fields if name in settings}
     return CellSettings.model_validate_json(json.dumps(fields)).request
 
 
 def run_request(settings: Mapping[str, Any]) -> CellRequest:
-    """Build a request for one run from settings named as in experiment files (e.g. `layer`)."""
+    """Build a request for one run from settings with the key names of experiment files.
+
+    An example of a key name is `layer`, where the field is named `layers`.
+    """
     fields = {FIELDS_BY_KEY.get(k, k): value for k, value in settings.items() if value is not None}
     return cell_request(**{f: (v,) if f in FILE_KEYS else v for f, v in fields.items()})
 
@@ -475,12 +492,12 @@ FILE_KEYS = {
     "maps": "map",
     "repeats": "repeats",
 }
-"""Field with several values → its key in files and its option."""
+"""Field that can have several values → its key in experiment files and its option."""
 _FIRST_FIELDS = (
     *("model", "benchmark", *ChangeGrid.model_fields, "removed", "revision", "dtype"),
     *("num_fewshot", "part", "limit", "sample", "until", "metric", "seed", "data", "model_args"),
 )
-"""Fields in the order in which files and `--help` list them; the others follow."""
+"""First fields in experiment files and in `--help`; all other fields follow them."""
 FIELDS_BY_KEY: Mapping[str, str] = {
     FILE_KEYS.get(field, field): field
     for field in dict.fromkeys((*_FIRST_FIELDS, *CellSettings.model_fields))

@@ -129,7 +129,7 @@ class _PartValues(GridValues):
 
     @property
     def options(self) -> Sequence[int | str | None]:
-        """The numbers in the order of the file; `[None]` if the file says `all`."""
+        """The numbers in the order of the file; `[None]` if the value is `all`."""
         return [None] if str(self.value) == ALL_PARTS else super().options
 
 
@@ -150,7 +150,10 @@ class _LayerValues(_PartValues):
 
     @property
     def options(self) -> Sequence[int | str | None]:
-        """The layer numbers in the order of the file; `[ALL_PARTS]` if it says `all` or a kind."""
+        """The layer numbers in the order of the file.
+
+        The value is `[ALL_PARTS]` if the file requests all layers, or all layers of a kind.
+        """
         return [ALL_PARTS] if str(self.value) == ALL_PARTS or self.kind else super().options
 
 
@@ -170,9 +173,10 @@ class Grid(StrictModel):
 def grid_class(
     name: str, keys: Mapping[str, FieldInfo], kinds: Mapping[str, type[GridValues]] = {}
 ) -> type[Grid]:
-    """Build a grid class in which each key in `keys` accepts one or several values.
+    """Build a grid class in which each key of `keys` accepts one or several values.
 
-    `kinds` maps a key to the class that checks its values. It lists only keys with special checks.
+    `kinds` maps a key to the class that checks the values of this key. Keys without an entry use a
+    default class.
     """
     fields: dict[str, Any] = {}
     for key, field in keys.items():
@@ -192,7 +196,7 @@ _RUN_KEYS = {
     key: next(iter(Changes.model_fields[field].get_default() or ()), None)
     for field, key in FILE_KEYS.items()
 }
-"""Key that distinguishes the runs of one cell → its default."""
+"""Key that can differ between the runs of one cell → its default value."""
 
 
 def _build_change(point: tuple[Any, ...]) -> Change:
@@ -220,7 +224,7 @@ class Sweep(StrictModel):
     entity: Name | None = None
     metric: SweepMetric | None = None
     run_cap: Positive | None = None
-    """Maximum number of runs: the first ones in W&B's order."""
+    """Maximum number of runs. The first runs in W&B's order are measured."""
 
     @property
     def destination(self) -> str:
@@ -236,12 +240,12 @@ class Experiment(Sweep):
 
     @property
     def requests_all_layers(self) -> bool:
-        """True if the file requests all layers of the model or of a kind (e.g. `mamba`)."""
+        """True if the file requests all layers, or all layers of a kind such as `mamba`."""
         return list(self.parameters.options["layer"]) == [ALL_PARTS]
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """The kinds of layers in the file, such as `full_attention`; empty if it names no kind."""
+        """The requested kinds of layers, such as `full_attention`; empty if no kind is given."""
         layer: _LayerValues = vars(self.parameters)["layer"]
         return layer.kind or ()
 
@@ -252,18 +256,19 @@ class Experiment(Sweep):
 
     @property
     def cap_note(self) -> str:
-        """A message if `run_cap` limits the number of runs; empty if it does not."""
+        """The message that `run_cap` limits the number of runs; empty if there is no limit."""
         if self.run_cap is None or self.run_cap >= self.size:
             return ""
         runs = f"only the first {self.run_cap:,} of the grid's {self.size:,} runs are measured"
         return f"run_cap: {runs}, in W&B's order"
 
     def cells(self) -> list[CellRequest]:
-        """Build one request for each model, benchmark and settings of the grid, sorted by model.
+        """Build one request for each combination of model, benchmark and settings.
 
-        A request contains all changes of the model (e.g. all removed layers). If the file requests
-        all layers, the layers are counted with `count`, a function passed to `load_experiment`. A
-        value of the wrong type raises RequestError.
+        The requests are sorted by model. A request contains all changes of the model (e.g. all
+        removed layers). If the file requests all layers, the layers are counted by the function
+        that was passed to `load_experiment` as `count`. RequestError is raised if a value has the
+        wrong type.
         """
         if self.requests_all_layers and self.run_cap is not None:
             raise ExperimentError(

@@ -11,7 +11,7 @@ from typing import TypeVar
 Extension = TypeVar("Extension")
 log = logging.getLogger(__name__)
 EXTENSION_KINDS = ("proxies", "studies", "tracking", "formats", "sources", "executors")
-"""Kinds of extensions; the entry points of each are the group `layer_tracker.KIND`."""
+"""Kinds of extensions; the entry points of a kind are in the group `layer_tracker.KIND`."""
 _VALID_NAME = re.compile(r"[a-z][a-z0-9_]*")
 
 
@@ -51,7 +51,10 @@ def load_extensions(
 
 
 def list_extensions() -> list[tuple[str, str]]:
-    """List the installed extensions as pairs of a kind and the joined names."""
+    """List the kinds of installed extensions, each with the names of its extensions.
+
+    The names of a kind are joined to one text.
+    """
     points = entry_points()
     kinds_and_names = []
     for kind in EXTENSION_KINDS:

@@ -1,4 +1,4 @@
-"""Define the questions of the setting `until`, which end a measurement when answered."""
+"""Define the questions of the setting `until`, which ends a measurement."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ QUESTION_EXAMPLES: Mapping[QuestionKind, str] = {
 """Kind of question → an example; `within 1 pp` and `at 99 %` may follow."""
 
 DEFAULT_CONFIDENCE = 0.95
-"""Default probability that all statements about a cell's runs hold together."""
+"""Default probability that all statements about the runs of a cell are true."""
 
 _NUMBER = r"(\d+(?:\.\d+)?)"
 _QUALIFIERS = re.compile(rf"(?: within {_NUMBER} ?pp)?(?: at {_NUMBER} ?%)?")
@@ -30,16 +30,15 @@ _QUALIFIERS = re.compile(rf"(?: within {_NUMBER} ?pp)?(?: at {_NUMBER} ?%)?")
 
 @dataclass(frozen=True)
 class Question:
-    """A question about the accuracy drops of all runs of a model, e.g. which are the largest.
+    """A question about the accuracy drops of all runs of a model.
 
-    Attributes:
-        kind: `drop` asks how large each accuracy drop is. `top` asks which drops are the largest.
-            `prune` asks which drops are the smallest. `sign` asks which drops are not 0.
-        count: Number of runs to find for `top` and `prune`; None for `drop` and `sign`.
-        within: Tolerance as a fraction; None for no tolerance. For `drop`, half the maximum width
-            of an interval. For `top` and `prune`, the amount by which a run that is not chosen can
-            be better than a chosen run.
-        level: Confidence: the probability that the answer is right.
+    Attributes: kind: Kind of the question. The question `drop` is how large each accuracy drop is.
+    The question `top` is which drops are the largest. The question `prune` is which drops are the
+    smallest. The question `sign` is which drops are not 0. count: Number of runs to find for `top`
+    and `prune`; None for `drop` and `sign`. within: Tolerance as a fraction; None for no tolerance.
+    In a `drop` question, the tolerance is the maximum half width of an interval. In a `top` or
+    `prune` question, it is the maximum amount by which a run that is not chosen may be better than
+    a chosen run. level: Confidence level, the probability that the answer is right.
     """
 
     kind: QuestionKind
@@ -58,11 +57,11 @@ class Question:
         return " ".join(words)
 
     def fits(self, runs: int) -> bool:
-        """Return whether `count` is None or less than the number of runs."""
+        """Return whether a model with this number of runs can be asked the question."""
         return self.count is None or self.count < runs
 
     def check_runs(self, runs: int) -> None:
-        """Raise ValueError if `count` is not less than the number of runs."""
+        """Raise ValueError if the question asks for at least as many runs as there are."""
         if not self.fits(runs):
             suggestion = f"; write at most '{self.kind} {runs - 1}'" if runs > 1 else ""
             raise ValueError(
