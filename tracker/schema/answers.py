@@ -15,7 +15,7 @@ _ORDINALS = (
     *("sixth", "seventh", "eighth", "ninth", "tenth"),
 )
 _MAX_NAMED_RUNS = 8
-"""Maximum number of undecided runs that a sentence names; a larger set of runs is only counted."""
+"""Maximum number of undecided runs that a sentence names. More runs are only counted."""
 
 
 def statement(answer: AnswerRecord) -> str:

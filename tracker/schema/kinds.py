@@ -66,8 +66,7 @@ class KindStyle:
     """Display name, colour and symbol for one kind of ablation, e.g. for removed heads.
 
     Attributes:
-        description: Display text for the removed part or for its replacement. An example is `a
-            linear map`.
+        description: Display text for the removed part or its replacement, such as `a linear map`.
         colour: Colour of the points, legible on white and on black.
         mark: Plotly's name for the symbol of the points.
         fitted: True if the intervention fits a replacement on calibration text.

@@ -119,8 +119,8 @@ class PruneRecord(Record):
     amount: SafeText
     """The requested amount: `remove 8`, `keep 100M parameters`."""
     budget: SafeText | None = Field(None, exclude_if=lambda budget: budget is None)
-    """The accuracy budget, such as `lose at most 2pp`. It determines how many parts of the search's
-    order are removed, by a test on the test documents. None if there is no accuracy budget."""
+    """The accuracy budget, such as `lose at most 2pp`; None if there is no budget. With a budget,
+    results on the test documents determine how many parts of the search's order are removed."""
     protected: Layers = ()
     """Layers that must not be removed."""
     among: Layers | None = None

@@ -32,13 +32,15 @@ _QUALIFIERS = re.compile(rf"(?: within {_NUMBER} ?pp)?(?: at {_NUMBER} ?%)?")
 class Question:
     """A question about the accuracy drops of all runs of a model.
 
-    Attributes: kind: Kind of the question. The question `drop` is how large each accuracy drop is.
-    The question `top` is which drops are the largest. The question `prune` is which drops are the
-    smallest. The question `sign` is which drops are not 0. count: Number of runs to find for `top`
-    and `prune`; None for `drop` and `sign`. within: Tolerance as a fraction; None for no tolerance.
-    In a `drop` question, the tolerance is the maximum half width of an interval. In a `top` or
-    `prune` question, it is the maximum amount by which a run that is not chosen may be better than
-    a chosen run. level: Confidence level, the probability that the answer is right.
+    Attributes:
+        kind: Kind of the question. The question `drop` is how large each accuracy drop is. The
+            question `top` is which drops are the largest. The question `prune` is which drops are
+            the smallest. The question `sign` is which drops are not 0.
+        count: Number of runs to find for `top` and `prune`; None for `drop` and `sign`.
+        within: Tolerance as a fraction; None for no tolerance. In a `drop` question, the tolerance
+            is the maximum half width of an interval. In a `top` or `prune` question, it is the
+            maximum amount by which a run that is not chosen may be better than a chosen run.
+        level: Confidence level, the probability that the answer is right.
     """
 
     kind: QuestionKind

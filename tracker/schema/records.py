@@ -399,7 +399,8 @@ class CellRecord(FiguresRecord):
     def sampling_text(self) -> str:
         """A text such as `drawn at random (seed 1234)` that describes the documents.
 
-        The text states random sampling, early stopping and clusters. It is empty without them.
+        The text can mention random sampling, early stopping and clusters. The text is empty if none
+        of these three applies.
         """
         seed = self.answer.seed if self.answer and self.is_raced else self.sample_seed
         text = "" if seed is None else f"drawn at random (seed {seed})"

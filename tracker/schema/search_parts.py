@@ -153,7 +153,8 @@ class MixedParts(SearchParts):
 
     The parts of the first kind have the smallest numbers, followed by the parts of the second kind.
 
-    Attributes: kinds: The separate numbering of the parts of each kind.
+    Attributes:
+        kinds: The separate numbering of the parts of each kind.
 
     Examples:
         >>> parts = MixedParts.of([SearchParts("layer", 3), SearchParts("neuron", 3, per_layer=4)])

@@ -573,7 +573,7 @@ class OutcomeVariance:
         return math.ceil((level_z + power_z) ** 2 * self.variance / margin**2 + correction)
 
     def detectable_change(self, n_documents: int, n_tests: int = 1) -> float | None:
-        """Return the smallest change that a test on these documents can detect.
+        """Return the smallest change that a test on `n_documents` documents can detect.
 
         Args:
             n_documents: Number of documents, one or more.

@@ -127,8 +127,8 @@ def additivity(
 
     The function computes R² = 1 − Σ (joint − sum)² / Σ (joint − mean)², without fitting a line. R²
     is 1 if the joint drop of each pair equals the sum of its two single drops. Sums and joint drops
-    are measured on the same documents and have correlated noise. R² and the rank correlation are
-    therefore overestimated.
+    are measured on the same documents and have correlated noise. Because of this noise, the drops
+    look more additive than they are.
 
     Args:
         single_sums: `[pairs]`, drop(first) + drop(second) for each pair of layers.
@@ -243,7 +243,7 @@ def min_growth_documents(n_tests: int, level: float) -> int:
 
 
 def growth_difference_p(groups: Sequence[Array]) -> float | None:
-    """Return the p-value of a test whether growth differs between groups of documents.
+    """Return the p-value of a test for differences in growth between groups of documents.
 
     The test is Kruskal and Wallis's rank test, which assumes independent documents.
 

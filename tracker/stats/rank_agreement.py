@@ -235,7 +235,7 @@ class Disagreement:
         share: Fraction of layers with different ranks, averaged over benchmarks.
         chance: The exact mean of this fraction over random orders of the layers.
         shuffled_p: p-value from uniformly random orders of the layers.
-        smooth_p: p-value from random orders that are as smooth over depth as the measure.
+        smooth_p: p-value from random orders that are as smooth over depth as the measured values.
     """
 
     share: float

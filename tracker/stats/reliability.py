@@ -197,8 +197,8 @@ def positive_estimate(figure: Callable[[IntArray], float], strata: Strata, seed:
     """Estimate a positive statistic with an interval from the grouped jackknife.
 
     The jackknife omits one tenth of the documents at a time. The interval is symmetric on the
-    logarithmic scale. The interval is for the expected statistic over samples of documents of the
-    same benchmark.
+    logarithmic scale. The interval shows how much the statistic varies between random samples of
+    the benchmark's documents.
 
     Args:
         figure: Function that computes the statistic from the indexes of some documents; NaN if
@@ -248,8 +248,8 @@ def prediction_by_budget(
     """Estimate how well each measure predicts the true ranking of layers at each budget.
 
     The documents are split at random into two halves, `HALF_SPLITS` times. The measure `truth` is
-    computed on one half and gives the true ranking of the layers. Every other measure is computed
-    on documents of the other half. The number of these documents is limited by the budget and the
+    computed on one half and gives the true ranking of the layers. Each of `measures` is computed on
+    documents of the other half. The number of these documents is the budget divided by the
     measure's price.
 
     Args:

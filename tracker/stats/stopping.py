@@ -2,9 +2,9 @@
 
 A run is one change of the model, such as the removal of a layer. The rules estimate the mean
 accuracy drop of every run. Confidence bounds of the mean show how large the drop is, and whether
-the drop differs from 0. `SequentialTopK` compares pairs of runs to find the largest drops. The
-result for a run does not change after later documents. `forecast_race` estimates how many documents
-the measurement needs.
+the drop differs from 0. `SequentialTopK` compares pairs of runs to find the largest drops. After a
+run is decided, further documents do not change its result. `forecast_race` estimates how many
+documents the measurement needs.
 
 `SequentialTopK` finds the largest of several means by pairwise differences:
 
@@ -24,8 +24,8 @@ large values are so rare that the sample contains none.
 
 After t of N documents, the interval is the mean ± σ̂ · √(2 (τρ² + 1) / (τρ)² · log(√(τρ² + 1) /
 α)). Here σ̂ is the standard deviation of the t values. The parameter ρ sets the number of documents
-at which the interval is narrowest. The finite population is taken into account by τ = t·N / (N −
-t).
+at which the interval is narrowest. The variable τ = t·N / (N − t) takes the finite population into
+account.
 """
 
 from __future__ import annotations

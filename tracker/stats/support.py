@@ -1,11 +1,11 @@
 """Combine estimates with intervals, and test statements about layers.
 
-One of twenty 95 % intervals does not contain the true value. Statements about selected layers, such
-as the layer with the largest drop, therefore need simultaneous intervals. The probability that all
-simultaneous intervals contain their true values is at least 95 %.
+On average, one of twenty 95 % intervals does not contain the true value. Statements about selected
+layers, such as the layer with the largest drop, therefore need simultaneous intervals. The
+probability that all simultaneous intervals contain their true values is at least 95 %.
 
-The interval of a ratio, a difference or a mean of estimates is computed from the intervals of the
-estimates. The method is the method of variance estimates recovery (MOVER).
+The interval of a ratio, a difference or a mean of estimates is computed from the intervals of these
+estimates, by the method of variance estimates recovery (MOVER).
 
 A. Donner, G. Y. Zou, Statistical Methods in Medical Research 21 (2012) 347-359.
 """
