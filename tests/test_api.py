@@ -160,7 +160,7 @@ def test_unknown_keywords_are_refused_with_a_suggestion(tmp_path):
         tracker.study("snowball", "m", benchmark="arc_easy", drwas=2)
     with pytest.raises(RequestError, match=r"tracker.run\(model="):
         tracker.run(results=results)
-    with pytest.raises(RequestError, match="a file cannot hold"):
+    with pytest.raises(RequestError, match="a file cannot contain"):
         tracker.run(model=object(), benchmark="arc_easy", results=results)
     assert not results.exists()
 

@@ -361,7 +361,7 @@ def test_a_trial_measures_all_layers_for_its_own_component_span_and_removed(mode
     trial += (f"--results={results}",)
     # As W&B writes a list, and as people do: the same cell.
     change_options = ("--component=mlp", "--span=2")
-    message = "nothing to measure: one of layers 0 to 1 is among the removed layers 1, 3"
+    message = "nothing to measure: layers 0 to 1 cannot be changed: every run removes layer 1"
     assert message in printed("evaluate", *trial, "--layer=0", *change_options, "--removed=[3, 1]")
     assert not results.exists()
     assert "loading" in printed("evaluate", *trial, "--layer=0", *change_options, "--removed=[3]")

@@ -47,11 +47,11 @@ def test_layers_are_found_by_their_kind(config, words, layers):
 def test_unknown_kinds_are_refused_with_the_known_ones():
     assert layer_kinds(LlamaConfig()) == {}
     with pytest.raises(
-        ModelError, match=r"'mamba': its configuration does not name any; odd and even"
+        ModelError, match=r"'mamba'. Its configuration lists no kinds. The kinds odd and even"
     ):
         layers_of_kind(LlamaConfig(), ["mamba"])
     message = (
-        r"its kinds are linear_attention \(6\), full_attention \(2\); .* Did you mean 'full_att"
+        r"lists kinds linear_attention \(6\), full_attention \(2\)\. .* Did you mean 'full_att"
     )
     with pytest.raises(ModelError, match=message):
         layers_of_kind(Qwen3NextConfig(**EIGHT), ["ful_attention"])

@@ -140,7 +140,7 @@ def test_proxies_of_experts_are_those_of_the_documents_tokens(cell):
     assert correlations["expert_saliency", "spearman"].estimate.value == pytest.approx(0.8)
     assert [c.n for c in correlations.values()] == [4, 4, 6, 6]
     inner = {(c.n, c.estimate.reason) for c in record.correlations if c.subset == "inner"}
-    assert inner == {(0, "0 experts, and a correlation needs at least 3")}
+    assert inner == {(0, "a correlation needs at least 3 experts, but 0 are available")}
     assert "Spearman correlation of expert saliency and accuracy drop: 0.80 (" in sentence(record)
     assert "4 experts, 20 documents" in sentence(record)
 

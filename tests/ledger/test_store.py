@@ -235,11 +235,11 @@ class TestLedger:
     @pytest.mark.parametrize(
         ("number", "message", "advice"),
         [
-            (LEDGER_FORMAT + 1, "a newer tracker", upgrade_command()),
+            (LEDGER_FORMAT + 1, "a newer version of tracker", upgrade_command()),
             (
                 LEDGER_FORMAT - 1,
-                "an older tracker",
-                "with that one, or choose another results folder with --results.",
+                "an older version",
+                "with that version, or choose another results folder with --results.",
             ),
         ],
     )

@@ -95,9 +95,9 @@ def test_rounding_errors_are_ties() -> None:
 @pytest.mark.parametrize(
     ("proxy", "drop", "reason"),
     [
-        ([], [], "0 layers, and a correlation needs at least 3"),
-        ([1.0], [1.0], "1 layer, and a correlation needs at least 3"),
-        ([1.0, 2.0], [1.0, 2.0], "2 layers, and a correlation needs at least 3"),
+        ([], [], "a correlation needs at least 3 layers, but 0 are available"),
+        ([1.0], [1.0], "a correlation needs at least 3 layers, but 1 is available"),
+        ([1.0, 2.0], [1.0, 2.0], "a correlation needs at least 3 layers, but 2 are available"),
         ([1.0, 1.0, 1.0], [1.0, 2.0, 3.0], "the proxy is the same in all 3 layers"),
         ([1.0, 2.0, 3.0], [0.0, 0.0, 0.0], "the accuracy drop is the same in all 3 layers"),
         ([1.0, math.nan, 3.0], [1.0, 2.0, 3.0], "the proxy is undefined in 1 of 3 layers"),
@@ -251,7 +251,7 @@ def test_unrelated_partial_series_are_significant_as_often_as_said() -> None:
 @pytest.mark.parametrize(
     ("x", "y", "z", "reason"),
     [
-        ([1, 2, 3], [1, 3, 2], [2, 1, 3], "3 layers, and a partial correlation needs at least 4"),
+        ([1, 2, 3], [1, 3, 2], [2, 1, 3], "needs at least 4 layers, but 3 are available"),
         ([1, 2, 3, 4], [1, 3, 2, math.nan], [2, 1, 3, 4], "undefined in 1 of 4 layers"),
         ([1, 2, 3, 4], [1, 3, 2, 4], [2, 2, 2, 2], "a series is the same in all 4 layers"),
         ([1, 2, 3, 4], [1, 3, 2, 4], [4, 3, 2, 1], "has the same ranks as the control variable"),

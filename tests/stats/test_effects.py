@@ -127,7 +127,7 @@ def test_drops_that_add_up_are_predicted_by_their_sums() -> None:
 def test_what_cannot_be_predicted_has_a_reason() -> None:
     ascending, constant = np.arange(4.0), np.full(4, 0.1)
     for estimate in additivity(ascending, constant, (ascending[None], constant[None])):
-        assert estimate.reason == "all pairs have equal sums of drops, or equal joint drops"
+        assert estimate.reason == "the sums of drops or the joint drops are the same for all pairs"
 
 
 def estimate_growth(start_values, end_values, strata=None) -> Estimate:
@@ -185,8 +185,14 @@ def test_undefined_growth_has_a_reason(bad: float) -> None:
         estimate = estimate_growth(*pair)
         assert (estimate.value, estimate.low, estimate.p_value) == (None, None, None)
         assert estimate.reason == "a value is not positive and finite in 1 of 3 documents"
-    assert estimate_growth(usable[:1], usable[:1]).reason == "1 document, and growth needs two"
-    assert estimate_growth(usable[:0], usable[:0]).reason == "0 documents, and growth needs two"
+    assert (
+        estimate_growth(usable[:1], usable[:1]).reason
+        == "growth needs at least two documents, not 1"
+    )
+    assert (
+        estimate_growth(usable[:0], usable[:0]).reason
+        == "growth needs at least two documents, not 0"
+    )
 
 
 def test_kruskal_and_walliss_own_example() -> None:

@@ -95,7 +95,7 @@ def test_leaving_out_covers_the_mean_of_other_documents() -> None:
 
 @pytest.mark.parametrize("whole", [np.nan, 3.0])
 def test_what_is_not_defined_has_no_interval(whole: float) -> None:
-    reason = "undefined on all documents, or without a tenth of them"
+    reason = "the value or its jackknife error is undefined"
     estimate = positive_estimate(
         lambda documents: whole if len(documents) == 20 else np.nan, ["a"] * 20, 0
     )

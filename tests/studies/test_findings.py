@@ -56,7 +56,7 @@ def test_wrong_tables_are_refused():
     with pytest.raises(ValueError, match="an undefined value must have a reason"):
         Table(title="t", headings=HEADINGS[:1], rows=((Estimate(None),),))
     table = build_table("t", [Column("layer", "count", float)] * 2, [])
-    with pytest.raises(ValueError, match="two columns have one name"):
+    with pytest.raises(ValueError, match="two columns have the same name"):
         table.plain()
 
 

@@ -181,4 +181,4 @@ def test_pairs_at_the_floor_are_left_out():
     assert (
         interactions.mean.reason == "for every pair, the accuracy without both layers is at chance"
     )
-    assert interactions.rank.reason == "0 pairs, and three are needed"
+    assert interactions.rank.reason == "at least three pairs are needed, not 0"

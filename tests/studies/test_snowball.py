@@ -118,7 +118,7 @@ def test_figures_are_those_of_the_observed_documents(conduct, tmp_path):
     assert spearman[2].value == pytest.approx(by_end)
     better = table_column(predictors, "better than cosine by")[2]
     assert better.value == pytest.approx(by_end - by_cosine)
-    reason = "3 layers, and a partial correlation needs at least 4"
+    reason = "a partial correlation needs at least 4 layers, but 3 are available"
     assert reason in {entry.reason for entry in spearman}
     assert finding.charts[0].title.split(":")[0] == "tiny-llama"
     doublings, _ = (chart for chart in finding.charts if isinstance(chart, MapChart))

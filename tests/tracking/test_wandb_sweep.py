@@ -169,7 +169,7 @@ def test_an_experiment_on_reasoning_runs_as_a_sweep(client, double):
         ),
         (
             ("evaluate", "--model={model}", "--layer=1", "--span=2"),
-            "2 layers from layer 1 on reach beyond",
+            "layers 1 to 2 cannot be changed: the last layer is",
             False,
         ),
     ],

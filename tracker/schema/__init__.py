@@ -28,7 +28,7 @@ Modules:
     remote: Call the methods of an object that lives in another process.
     run_table: Define the columns of the tables of runs and correlations.
     safe_yaml: Read YAML with limits on the size of the content.
-    search_parts: Assign numbers to the layers or other parts that a search can remove.
+    search_parts: Number the layers or other parts that a search can remove.
     tables: Define a table as columns and rows.
     text: Escape text for terminals, Markdown and CSV, and mask passwords.
     text_templates: Render sentences from templates.

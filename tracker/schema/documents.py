@@ -38,7 +38,8 @@ class Prompt:
         think_end_token: Token that ends the thinking; None if the whole text is the answer.
         samples: Number of texts that are generated for the prompt.
         seed: Seed of the random numbers of sampled texts.
-        budgets: Smaller maximum numbers of tokens at which the text is judged too, ascending.
+        budgets: Smaller maximum numbers of tokens, ascending. The text is also evaluated after each
+            of these numbers of tokens.
     """
 
     text: str
@@ -50,7 +51,7 @@ class Prompt:
 
     @property
     def is_sampled(self) -> bool:
-        """True if the texts are drawn at random, as lm-eval decides it."""
+        """True if texts are sampled at random, by the same rule as in lm-eval."""
         return samples_texts(self.settings)
 
     @property
@@ -65,7 +66,7 @@ class Prompt:
 
 
 def samples_texts(settings: Mapping[str, Any]) -> bool:
-    """Return whether lm-eval's generation settings draw texts at random."""
+    """Return whether texts are sampled at random with these generation settings of lm-eval."""
     do_sample = settings.get("do_sample")
     return bool(float(settings.get("temperature") or 0) > 0 if do_sample is None else do_sample)
 
@@ -82,8 +83,8 @@ class Document:
         choices: Number of answer options; 0 for free-form answers.
         rolling: True if the requests are consecutive windows of one text.
         prompt: The prompt of a generation task; None for other tasks.
-        traces: The texts that the intact model wrote and that the requests score; empty for given
-            texts.
+        traces: The texts that the intact model generated and that the requests score; empty for
+            benchmarks with given texts.
     """
 
     task: str
@@ -117,7 +118,8 @@ class DocumentText:
     """The text of a document for display, without few-shot examples and templates.
 
     Attributes:
-        question: The last part of the prompt, or the whole text of a corpus document.
+        question: The part of the prompt after the few-shot examples, or the whole text of a corpus
+            document.
         choices: The answer options, in the order of the requests; empty for free-form answers.
         answer: The gold answer of a document without answer options; None if the task defines no
             answer.
@@ -135,7 +137,7 @@ class GeneratedText(NamedTuple):
         text: The text, up to the first stop string.
         tokens: Number of generated tokens before the end of the text; None if unknown.
         is_cut: True if the maximum number of tokens ended the text; None if unknown.
-        early: The text at each budget of the prompt.
+        early: The text after each number of tokens in the prompt's `budgets`.
     """
 
     text: str

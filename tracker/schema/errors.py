@@ -1,6 +1,6 @@
 """Define the errors that tracker raises.
 
-The tree, with the exit code that the command line gives each branch:
+The diagram shows the error classes and their exit codes on the command line:
 
     TrackerError
     ├── RequestError            2   the request was wrong; nothing was written
@@ -35,7 +35,7 @@ class TrackerError(Exception):
 
 
 class RequestError(TrackerError):
-    """The user's request is invalid: nothing was computed and nothing was written."""
+    """The user's request is invalid; nothing was computed or written."""
 
     exit_code: ClassVar[int] = 2
 
@@ -100,13 +100,19 @@ def attempt(compute: Callable[[], T]) -> T | Exception:
 
 
 def did_you_mean(name: str, allowed: Iterable[str]) -> str:
-    """Return `" Did you mean 'x'?"` with the most similar allowed word, or an empty text."""
+    """Return a question such as ` Did you mean 'top'?` with the most similar allowed word.
+
+    The text is empty if no allowed word is similar to `name`.
+    """
     matches = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.6)
     return f" Did you mean {matches[0]!r}?" if matches else ""
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of an error message; two lines if the first ends with a colon."""
+    """Return the first line of an error message, with at most 300 characters.
+
+    If the first line ends with a colon, the second line is appended.
+    """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     message = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1])
     return message[:300] or type(error).__name__

@@ -27,7 +27,8 @@ class Estimate:
     reason: str | None = None
     """Reason why `value` is None; None if there is a value."""
     unit: FigureUnit | None = None
-    """Unit of the figure in a column of several units; None for the column's unit."""
+    """Unit of this figure, if its table column contains several units; None for the column's
+    unit."""
 
     @property
     def bounds(self) -> tuple[float, float] | None:
@@ -52,7 +53,7 @@ class Estimate:
     def __neg__(self) -> Estimate:
         """Return the estimate with the opposite sign, for example to turn a loss into a gain.
 
-        The two-sided p-value stays.
+        The two-sided p-value does not change.
         """
         value, high, low = (
             None if x is None else 0.0 - x for x in (self.value, self.low, self.high)

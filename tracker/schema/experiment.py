@@ -62,7 +62,7 @@ class GridValues(StrictModel):
             text = short_text(given)
             value = given if isinstance(given, str) and len(given) <= MAX_VALUE_LENGTH else text
             forms = f"{{value: {value}}} or {{values: […]}}"
-            raise ValueError(f"write {forms}, as in a W&B sweep, not {text}")
+            raise ValueError(f"expected {forms}, as in a W&B sweep, not {text}")
         return given
 
     @model_validator(mode="after")
@@ -77,14 +77,14 @@ class GridValues(StrictModel):
         seen = set()
         for value in self.values or ():
             if repr(value) in seen:
-                raise ValueError(f"{short_text(value)} stands twice in 'values'")
+                raise ValueError(f"'values' contains {short_text(value)} twice")
             seen.add(repr(value))
         return self
 
     def _check_spelling(self) -> None:
         keys = self.model_fields_set
         if len({"value", "values"} & keys) + bool({"min", "max"} & keys) != 1:
-            raise ValueError("needs either 'value' or 'values'")
+            raise ValueError("expected either 'value' or 'values'")
 
     @property
     def options(self) -> Sequence[Any]:
@@ -129,7 +129,7 @@ class _PartValues(GridValues):
 
     @property
     def options(self) -> Sequence[int | str | None]:
-        """The numbers in the order of the file; `[None]` if the file says `all`."""
+        """The numbers in the order of the file; `[None]` if the value is `all`."""
         return [None] if str(self.value) == ALL_PARTS else super().options
 
 
@@ -150,7 +150,10 @@ class _LayerValues(_PartValues):
 
     @property
     def options(self) -> Sequence[int | str | None]:
-        """The layer numbers in the order of the file; `[ALL_PARTS]` if it says `all` or a kind."""
+        """The layer numbers in the order of the file.
+
+        The value is `[ALL_PARTS]` if the file requests all layers, or all layers of a kind.
+        """
         return [ALL_PARTS] if str(self.value) == ALL_PARTS or self.kind else super().options
 
 
@@ -170,9 +173,10 @@ class Grid(StrictModel):
 def grid_class(
     name: str, keys: Mapping[str, FieldInfo], kinds: Mapping[str, type[GridValues]] = {}
 ) -> type[Grid]:
-    """Build a grid class in which each key in `keys` accepts one or several values.
+    """Build a grid class in which each key of `keys` accepts one or several values.
 
-    `kinds` maps a key to the class that checks its values. It lists only keys with special checks.
+    `kinds` maps a key to the class that checks the values of this key. Keys without an entry use a
+    default class.
     """
     fields: dict[str, Any] = {}
     for key, field in keys.items():
@@ -192,7 +196,7 @@ _RUN_KEYS = {
     key: next(iter(Changes.model_fields[field].get_default() or ()), None)
     for field, key in FILE_KEYS.items()
 }
-"""Key that distinguishes the runs of one cell → its default."""
+"""Key that can differ between the runs of one cell → its default value."""
 
 
 def _build_change(point: tuple[Any, ...]) -> Change:
@@ -220,7 +224,7 @@ class Sweep(StrictModel):
     entity: Name | None = None
     metric: SweepMetric | None = None
     run_cap: Positive | None = None
-    """Maximum number of runs: the first ones in W&B's order."""
+    """Maximum number of runs. The first runs in W&B's order are measured."""
 
     @property
     def destination(self) -> str:
@@ -236,12 +240,12 @@ class Experiment(Sweep):
 
     @property
     def requests_all_layers(self) -> bool:
-        """True if the file requests all layers of the model or of a kind (e.g. `mamba`)."""
+        """True if the file requests all layers, or all layers of a kind such as `mamba`."""
         return list(self.parameters.options["layer"]) == [ALL_PARTS]
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """The kinds of layers in the file, such as `full_attention`; empty if it names no kind."""
+        """The requested kinds of layers, such as `full_attention`; empty if no kind is given."""
         layer: _LayerValues = vars(self.parameters)["layer"]
         return layer.kind or ()
 
@@ -252,31 +256,35 @@ class Experiment(Sweep):
 
     @property
     def cap_note(self) -> str:
-        """A message if `run_cap` limits the number of runs; empty if it does not."""
+        """The message that `run_cap` limits the number of runs; empty if there is no limit."""
         if self.run_cap is None or self.run_cap >= self.size:
             return ""
         runs = f"only the first {self.run_cap:,} of the grid's {self.size:,} runs are measured"
         return f"run_cap: {runs}, in W&B's order"
 
     def cells(self) -> list[CellRequest]:
-        """Build one request for each model, benchmark and settings of the grid, sorted by model.
+        """Build one request for each combination of model, benchmark and settings.
 
-        A request contains all changes of the model (e.g. all removed layers). If the file requests
-        all layers, the layers are counted with `count`, a function passed to `load_experiment`. A
-        value of the wrong type raises RequestError.
+        The requests are sorted by model. A request contains all changes of the model (e.g. all
+        removed layers). If the file requests all layers, the layers are counted by the function
+        that was passed to `load_experiment` as `count`. RequestError is raised if a value has the
+        wrong type.
         """
         if self.requests_all_layers and self.run_cap is not None:
-            raise ExperimentError("'run_cap' needs 'layer' as numbers, e.g. {min: 0, max: 29}")
+            raise ExperimentError(
+                "if 'run_cap' is set, 'layer' must be numbers, e.g. {min: 0, max: 29}"
+            )
         grid = {key: values for key, values in self.parameters.options.items() if values != [None]}
         if self.size > MAX_RUNS:
-            limit = f"a file may have at most {MAX_RUNS:,}. Split the file into several"
+            limit = f"a file may have at most {MAX_RUNS:,} runs. Split it into several files"
             raise ExperimentError(f"'parameters': the grid has {self.size:,} runs; {limit}")
         names = [name for name in FIELDS_BY_KEY if name not in _RUN_KEYS and name in grid]
         count = math.prod(len(grid[name]) for name in names)
         if count > MAX_CELLS:
             raise ExperimentError(
-                f"'parameters': the grid has {count:,} pairs of a model and a benchmark with their "
-                f"settings; a file may have at most {MAX_CELLS:,}. Split the file into several"
+                f"'parameters': the grid has {count:,} combinations of model, benchmark and "
+                f"settings; a file may have at most {MAX_CELLS:,} combinations. Split it into "
+                "several files"
             )
         # Settings of a cell → what tells its runs apart. W&B's grid, of which a cap leaves the
         # first runs, has the names in alphabetical order, the last one changing fastest.
@@ -308,7 +316,7 @@ class Experiment(Sweep):
             if self._count is not None and is_open:
                 cell = fill_parts(cell, self._count(cell, self.kinds))
             if cell in cells:  # [3, 17] and [17, 3], or null and what it stands for
-                raise ExperimentError(f"'parameters': the grid holds {cell.title} twice")
+                raise ExperimentError(f"'parameters': the grid contains {cell.title} twice")
             cells[cell] = None
             # A seed that draws no examples and no half only orders the documents.
             documents = cell.documents
@@ -319,7 +327,8 @@ class Experiment(Sweep):
                 pair = (twin, cell)
                 first, last = (f"until {r.until or 'null'}, seed {r.documents.seed}" for r in pair)
                 raise ExperimentError(
-                    f"'parameters': {cell.title} has two combinations of until and seed: {first}, "
-                    f"and {last}. Move one of them to a separate file (nothing is measured twice)"
+                    f"'parameters': {cell.title} is requested twice: with {first}, and with "
+                    f"{last}. Move one of the two requests to a separate file (nothing is measured "
+                    "twice)"
                 )
         return sorted(cells, key=lambda cell: cell.model.order)

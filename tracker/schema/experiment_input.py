@@ -25,9 +25,9 @@ from tracker.schema.safe_yaml import parse_yaml, read_yaml, short_text
 
 SweepType = TypeVar("SweepType", bound=Sweep)
 ExperimentSource = str | os.PathLike[str] | Mapping[str, Any] | None
-"""An experiment file, a model's name or folder, a dict of the file's shape, or nothing."""
+"""An experiment file, a model's name or folder, a dict with the contents of a file, or None."""
 UNNAMED_FILE = "the experiment"
-"""The name in messages of an experiment without a file."""
+"""Name in messages for an experiment that has no file."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def load_experiment(
     settings: Mapping[str, Any] | None = None,
     count: PartsCounter | None = None,
 ) -> ExperimentInput[Experiment]:
-    """Read an experiment from a file, name or dict, apply `settings`, and check the result.
+    """Load an experiment from a file, a model's name or a dict, and apply `settings`.
 
     Args:
         source: An experiment file, a model's name, a dict with the contents of a file, or None.
@@ -100,7 +100,7 @@ def load_experiment(
 
 
 def names_model(source: ExperimentSource) -> bool:
-    """Return whether an input is a model's name or GGUF file, not an experiment file."""
+    """Return whether `source` is a model (a name, folder or GGUF file), not an experiment."""
     if source is None or isinstance(source, Mapping):
         return False
     path = Path(source)
@@ -114,7 +114,11 @@ def names_model(source: ExperimentSource) -> bool:
 def move_model(
     source: ExperimentSource, settings: Mapping[str, Any]
 ) -> tuple[ExperimentSource, dict[str, Any]]:
-    """Move a model's name from `source` to `settings`; raise an error if they name two models."""
+    """Move a model's name from `source` to the key `model` of the settings.
+
+    The function returns the new source and the new settings. ExperimentError is raised if the
+    source and the settings name different models.
+    """
     if source is None or isinstance(source, Mapping) or not names_model(source):
         return source, dict(settings)
     model = os.fspath(source)
@@ -126,7 +130,10 @@ def move_model(
 def read_input(
     experiment: ExperimentSource, settings: Mapping[str, Any], kind: FileKind[SweepType]
 ) -> ExperimentInput[SweepType]:
-    """Read and check an experiment file of a kind: ablation runs or pruning searches."""
+    """Read and check an experiment of the given kind, and apply `settings`.
+
+    The kind of file is either for ablation runs or for pruning searches.
+    """
     experiment, settings = move_model(experiment, settings)
     path = None if experiment is None or isinstance(experiment, Mapping) else Path(experiment)
     contents: Any = experiment
@@ -165,7 +172,10 @@ def _check_contents(raw: Any, name: str, kind: FileKind[SweepType]) -> SweepType
 
 
 def _check_shape(raw: object, name: str, kind: FileKind[SweepType]) -> None:
-    """Raise ExperimentError if the contents are not a mapping or have keys at the wrong level."""
+    """Raise ExperimentError if an experiment file has the wrong structure.
+
+    The contents must be a mapping, with the settings of the grid below the key `parameters`.
+    """
     if not isinstance(raw, dict):
         raise ExperimentError(f"{name} contains no mapping; expected e.g. 'method: grid'")
     parameters = {key: value for key, value in raw.items() if key in kind.keys}
@@ -179,19 +189,19 @@ def _check_shape(raw: object, name: str, kind: FileKind[SweepType]) -> None:
 
 
 def _write_yaml(contents: Mapping[str, Any], name: str) -> tuple[Any, str]:
-    """Convert contents to YAML; return the parsed YAML and the YAML text."""
+    """Convert the contents of a file to YAML, and return the parsed YAML and its text."""
     try:
         text = yaml.safe_dump(dict(contents), sort_keys=False, allow_unicode=True)
     except yaml.YAMLError as error:
-        problem = f"a file cannot hold {short_text(error.args[-1])}"
-        raise ExperimentError(f"{name}: {problem}; write texts, numbers and lists") from None
+        problem = f"a file cannot contain {short_text(error.args[-1])}"
+        raise ExperimentError(f"{name}: {problem}; use texts, numbers or lists") from None
     return parse_yaml(text, name), text
 
 
 def apply_settings(
     raw: Mapping[str, Any] | None, settings: Mapping[str, Any], kind: FileKind[SweepType]
 ) -> dict[str, Any]:
-    """Return the contents of an experiment file with changed keys.
+    """Return a copy of the contents of an experiment file with changed settings.
 
     Args:
         raw: The contents of a file; None to start from `kind.defaults`.
@@ -222,7 +232,7 @@ def apply_settings(
 
 
 _REPLACED_KEYS = {"limit": "sample", "sample": "limit"}
-"""Setting → the key of the file that the setting replaces; both limit the documents."""
+"""Setting → the key of the file that it replaces; both keys limit the number of documents."""
 _LIST_ITEM_TYPES: Mapping[str, type | tuple[type, ...]] = {
     "removed": int,
     "include_path": str,
@@ -251,7 +261,7 @@ def _file_form(name: str, value: object) -> dict[str, Any]:
 
 
 def _assignments(settings: Mapping[str, Any]) -> Iterator[str]:
-    """Yield each setting as KEY=VALUE, the form of the option `--set`."""
+    """Yield each setting in the format KEY=VALUE of the option `--set`."""
     for name, value in settings.items():
         form = _file_form(name, value)
         text = next(iter(form.values()), form)
@@ -275,7 +285,7 @@ def _file_name(file: Any, text: str) -> str:
 
 
 def requests_searches(source: ExperimentSource, settings: Mapping[str, Any]) -> bool:
-    """Return whether an experiment requests searches (`tracker prune`), not ablation runs.
+    """Return whether an experiment requests pruning searches instead of ablation runs.
 
     ExperimentError is raised if the file cannot be read.
     """
@@ -287,12 +297,12 @@ def requests_searches(source: ExperimentSource, settings: Mapping[str, Any]) -> 
 
 
 def is_search_file(raw: object) -> bool:
-    """Return whether parsed file contents request searches (`tracker prune`), not runs."""
+    """Return whether the contents of a file request pruning searches (`tracker prune`)."""
     return "layer" not in _parameter_names(raw) and bool(_SEARCH_KEYS & _parameter_names(raw))
 
 
 def is_removal_file(raw: object) -> bool:
-    """Return whether parsed file contents request runs (`tracker run`), not searches."""
+    """Return whether the contents of a file request ablation runs (`tracker run`)."""
     return "layer" in _parameter_names(raw) and not _SEARCH_KEYS & _parameter_names(raw)
 
 

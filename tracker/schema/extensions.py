@@ -11,7 +11,7 @@ from typing import TypeVar
 Extension = TypeVar("Extension")
 log = logging.getLogger(__name__)
 EXTENSION_KINDS = ("proxies", "studies", "tracking", "formats", "sources", "executors")
-"""Kinds of extensions; the entry points of each are the group `layer_tracker.KIND`."""
+"""Kinds of extensions; the entry points of a kind are in the group `layer_tracker.KIND`."""
 _VALID_NAME = re.compile(r"[a-z][a-z0-9_]*")
 
 
@@ -41,7 +41,7 @@ def load_extensions(
             extension = check(point.load())
             if (name := getattr(extension, "name", point.name)) != point.name:
                 raise ValueError(
-                    f"use the extension's name {name!r} as the name of its entry point"
+                    f"the extension is named {name!r}; give its entry point the same name"
                 )
             extensions[point.name] = extension
         except (Exception, SystemExit) as error:  # any code may run there
@@ -51,7 +51,10 @@ def load_extensions(
 
 
 def list_extensions() -> list[tuple[str, str]]:
-    """List the installed extensions as pairs of a kind and the joined names."""
+    """List the kinds of installed extensions, each with the names of its extensions.
+
+    The names of a kind are joined to one text.
+    """
     points = entry_points()
     kinds_and_names = []
     for kind in EXTENSION_KINDS:

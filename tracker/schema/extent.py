@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Positive = Annotated[int, Field(ge=1)]
 DocumentPart = Literal["calibration", "test"]
-"""Half of the documents: one half for choosing the pruned parts, the other for testing them."""
+"""Half of the documents: `calibration` to choose the pruned parts, `test` to evaluate them."""
 DEFAULT_SEED = 1234
 """lm-eval's own default for the few-shot seed."""
 
@@ -20,16 +20,16 @@ DEFAULT_SEED = 1234
 class Extent(BaseModel):
     """The number of documents that are measured for each task, and their order.
 
-    A seed determines one random order of a task's documents, the same for all models. A sample
-    consists of the first documents in this order.
+    A seed determines one random order of a task's documents, the same for all models. A random
+    sample consists of the first documents in the random order.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     limit: Positive | None = None
-    """Number of documents per task, from the first (default: all)."""
+    """Number of documents per task, beginning with the first document (default: all)."""
     sample: Positive | None = None
-    """Number of documents per task, drawn at random with the seed. Excludes a limit."""
+    """Number of documents per task, drawn at random with the seed. Not allowed with limit."""
     seed: int = DEFAULT_SEED
     """Seed of few-shot examples, samples, and random strategies of searches."""
 
@@ -62,12 +62,13 @@ class Clusters(BaseModel):
     column: str
     """The column whose value all documents of a cluster share; `task` for the tasks of a group."""
     labels: tuple[tuple[str, tuple[int, ...]], ...] = ()
-    """Each task, and the cluster's number of each of its documents in ascending order."""
+    """Pairs of a task and the cluster numbers of its documents, in the order of the documents."""
 
     def by_document(self, numbers: Mapping[str, Sequence[int]]) -> dict[tuple[str, int], int]:
-        """Return (task, document) → number of the cluster; ValueError if labels do not match.
+        """Return a dict from (task, document number) to the number of the cluster.
 
-        `numbers` contains the numbers of all documents of each task, ascending.
+        `numbers` contains the numbers of all documents of each task, ascending. ValueError is
+        raised if a task has a different number of labels and documents.
         """
         labels = dict(self.labels)
         return {
@@ -79,13 +80,14 @@ class Clusters(BaseModel):
 
 ALL_DOCUMENTS = Extent()
 UNLIMITED_SAMPLE = 10**9
-"""A sample that leaves nothing out: all documents, in their random order."""
+"""Size of a sample that contains all documents, in random order."""
 
 
 def random_order(seed: int, task: str, documents: Iterable[int]) -> list[int]:
-    """Sort document numbers of a task into a random order that depends only on seed and task.
+    """Return the document numbers of a task in a random order.
 
-    Different tasks have independent orders.
+    The order depends only on the seed and the task's name. The orders of different tasks are
+    independent.
     """
     return sorted(documents, key=lambda number: _random_key(seed, task, number))
 
@@ -94,8 +96,9 @@ def random_order(seed: int, task: str, documents: Iterable[int]) -> list[int]:
 def half_numbers(part: DocumentPart, seed: int, task: str, documents: int) -> tuple[int, ...]:
     """Return the document numbers of one random half of a task, ascending.
 
-    The calibration half is the first half of the random order. The test half is the rest, and has
-    one document more if the total is odd.
+    The calibration half contains the first half of the documents in random order. The test half
+    contains all other documents. If the number of documents is odd, the test half has one more
+    document.
     """
     order = random_order(seed, task, range(documents))
     n_calibration = documents // 2
@@ -103,9 +106,9 @@ def half_numbers(part: DocumentPart, seed: int, task: str, documents: int) -> tu
 
 
 def shuffle_documents(seed: int, documents: Mapping[str, Iterable[int]]) -> list[tuple[str, int]]:
-    """Sort the documents of all tasks into one random order; return (task, number) pairs.
+    """Return the documents of all tasks in one random order, as (task, number) pairs.
 
-    The documents of each task are in the order of `random_order`.
+    The documents of a single task are in the same order as in the result of `random_order`.
     """
     keys = [(task, number) for task, numbers in documents.items() for number in numbers]
     return sorted(keys, key=lambda key: _random_key(seed, *key))

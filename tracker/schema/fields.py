@@ -1,6 +1,6 @@
-"""Define the types of settings in files and commands, and describe invalid settings.
+"""Define the types of settings, and describe invalid settings.
 
-Settings of lm-eval, transformers and chat templates are stored as sorted JSON.
+Settings that are passed on to lm-eval, transformers or chat templates are stored as sorted JSON.
 """
 
 from __future__ import annotations
@@ -30,15 +30,18 @@ from tracker.schema.questions import parse_question
 from tracker.schema.safe_yaml import short_text
 from tracker.schema.text import HALF_CHARACTER, is_writable
 
-ARGUMENTS_FORM = "write {key: value, …}, or key=value,key=value as for lm-eval"
+ARGUMENTS_FORM = "write {key: value, …} or key=value,key=value, as on lm-eval's command line"
 
 
 def _canonical_json(value: object) -> object:
-    """Convert settings (a dict, or text such as `key=value`) to sorted JSON."""
+    """Convert settings to JSON with sorted keys.
+
+    The settings are a dict, or a text such as `key=value`.
+    """
     if isinstance(value, str):
         value = _parse_arguments(value)
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-        raise ValueError(f"not a valid set of settings; {ARGUMENTS_FORM}")
+        raise ValueError(f"invalid settings; {ARGUMENTS_FORM}")
     try:
         text = json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError):
@@ -46,7 +49,7 @@ def _canonical_json(value: object) -> object:
             "the settings have values that JSON cannot represent; use texts, numbers or lists"
         ) from None
     if not is_writable(text):
-        raise ValueError(f"it holds {HALF_CHARACTER}")
+        raise ValueError(HALF_CHARACTER)
     return text
 
 
@@ -58,12 +61,12 @@ def _parse_arguments(text: str) -> Any:
                 return settings
     pairs = [part.partition("=") for part in text.split(",") if part.strip()]
     if not pairs or not all(equals and key.strip() for key, equals, _ in pairs):
-        raise ValueError(f"not a valid set of settings; {ARGUMENTS_FORM}")
+        raise ValueError(f"invalid settings; {ARGUMENTS_FORM}")
     return {key.strip(): _parse_value(value.strip()) for key, _, value in pairs}
 
 
 def _parse_value(text: str) -> Any:
-    """Parse a value like lm-eval: as a Boolean, a number or text."""
+    """Convert a text to a Boolean or a number if possible, as lm-eval does."""
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
     for kind in (int, float):
@@ -101,7 +104,10 @@ Times = Annotated[int, Field(ge=2)]
 
 
 def _sort_layers(value: object) -> Any:
-    """Check and sort a list of layer numbers from YAML or JSON; return a tuple."""
+    """Convert a list of layer numbers to a sorted tuple.
+
+    ValueError is raised if the value is not a list, or contains a number twice.
+    """
     if not isinstance(value, list | tuple):
         raise ValueError(f"expected lists of layers, e.g. [3, 17], not {short_text(value)}")
     if len(value) > MAX_LAYERS:
@@ -122,12 +128,12 @@ def parse_layer_range(text: str) -> range | None:
         return None
     first, last = int(match[1]), int(match[2] or match[1])
     if last < first:
-        raise ValueError(f"{text} ends before it begins; write {last}-{first}")
+        raise ValueError(f"invalid range {text}; write {last}-{first}")
     return range(first, last + 1)
 
 
 def as_tuple(value: object) -> Any:
-    """Convert a name or a list of names to a tuple; also parse a list written as text."""
+    """Convert a name, a list of names, or a text such as `['a', 'b']` to a tuple."""
     if isinstance(value, str) and value.startswith("["):
         with suppress(ValueError):
             value = json.loads(value.replace("'", '"'))
@@ -149,7 +155,7 @@ def _check_single(name: str) -> str:
     """Return a benchmark's name; raise ValueError if the text contains several names."""
     if SEVERAL_BENCHMARKS.fullmatch(name):
         names = ", ".join(part.strip() for part in name.split(","))
-        raise ValueError(f"several benchmarks in one text; write one, or values: [{names}]")
+        raise ValueError(f"expected one benchmark; for several, write values: [{names}]")
     return name
 
 
@@ -161,13 +167,13 @@ Budgets = Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(_so
 """Numbers of tokens, ascending."""
 Layers = Annotated[tuple[Count, ...], BeforeValidator(_sort_layers)]
 SEVERAL_BENCHMARKS = re.compile(r"(traces:)?[\w-]+(\s*,\s*(traces:)?[\w-]+)+")
-"""Several benchmarks separated by commas, as on lm-eval's command line."""
+"""Pattern of several benchmarks separated by commas, as on lm-eval's command line."""
 
 
 class StrictModel(BaseModel):
-    """Base class of settings, which refuses unknown fields and values of a wrong type.
+    """Base class of settings that refuses unknown fields and values of the wrong type.
 
-    The docstring of a field is also the help text of the command-line option.
+    The docstring of a field is also the help text of its command-line option.
     """
 
     model_config = ConfigDict(
@@ -203,7 +209,8 @@ def first_problem(
 ) -> str:
     """Describe the first invalid setting in one line, with its name in experiment files.
 
-    `parameter_names` maps a field to the parameter of the file, e.g. `layers` to `layer`.
+    `parameter_names` maps the name of a field, such as `layers`, to its name in experiment files,
+    such as `layer`.
     """
     problems = error.errors(include_url=False)
     # A misspelt key often makes another one missing, so it is named first.
@@ -216,7 +223,7 @@ def first_problem(
         key = str(problem["loc"][-1])
         fields = _fields_at(model, problem["loc"][:-1])
         suggestion = did_you_mean(key, fields)
-        return f"unknown key '{path}'.{suggestion} Known here: {', '.join(fields)}."
+        return f"unknown key '{path}'.{suggestion} Valid keys: {', '.join(fields)}."
     if problem["type"] == "missing":
         return f"'{path}' is missing"
     message = problem["msg"].removeprefix("Value error, ")
@@ -229,7 +236,7 @@ def first_problem(
 
 
 def _fields_at(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
-    """List the allowed keys at a location within the file."""
+    """List the allowed keys of the mapping at a location in an experiment file."""
     for part in location:
         annotation = model.model_fields[str(part)].annotation
         kinds = getattr(annotation, "__args__", (annotation,))

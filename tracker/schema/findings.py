@@ -1,6 +1,6 @@
 """Define the stored result of a study (an analysis): its sentences, tables and charts.
 
-Values are stored as fractions or nats.
+Values in tables and charts are stored as fractions or nats.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ class Line(Record):
     values: tuple[float | None, ...]
     low: tuple[float | None, ...] = ()
     high: tuple[float | None, ...] = ()
-    """Upper ends of the intervals, `low` the lower ones; empty without intervals."""
+    """Upper ends of the intervals. `low` contains the lower ends. Both are empty without
+    intervals."""
 
 
 def chart_values(values: Iterable[float]) -> tuple[float | None, ...]:
@@ -101,7 +102,7 @@ def line_chart(
 
 
 class MapChart(_Chart):
-    """Heat map of values, coloured by their distance from 0; None leaves a cell empty."""
+    """Heat map whose colours show the distance of values from 0; None is an empty cell."""
 
     kind: Literal["map"] = "map"
     name: str
@@ -110,9 +111,9 @@ class MapChart(_Chart):
     rows: tuple[SafeText, ...]
     values: tuple[tuple[float | None, ...], ...]
     hovers: tuple[tuple[SafeText, ...], ...] = ()
-    """The hover text of each value, with intervals and reasons; empty for the value alone."""
+    """The hover text of each value, with its interval or reason; empty to show only the value."""
     shown: tuple[tuple[bool, ...], ...] = Field((), exclude_if=lambda rows: not rows)
-    """True for each value that provably differs from 0; else it is open. Empty if not tested."""
+    """True for each value that differs significantly from 0. Empty if no test was made."""
     shown_by: str = Field("", exclude_if=lambda text: not text)
     """The statement that `shown` makes about a value, with its confidence."""
 
@@ -136,15 +137,15 @@ class FindingRecord(Record):
     tables: tuple[Table, ...] = ()
     charts: tuple[StudyChart, ...] = Field(default=())
     lacking: tuple[SafeText, ...] = ()
-    """Statements that could not be made, each with what must be measured for it."""
+    """Statements that could not be made, each with the measurements that it needs."""
     assumptions: tuple[SafeText, ...] = ()
     """The assumptions of the statistics, each with its source."""
     rests_on: tuple[RecordKey, ...] = ()
-    """The cells behind the finding: key, view and number of documents of each."""
+    """The cells from which the finding is computed: key, view and number of documents of each."""
 
     @property
     def command_line(self) -> str:
-        """The command that computes this result again, e.g. `tracker study STUDY FILE`."""
+        """The command that recomputes this result, such as `tracker study STUDY FILE`."""
         return f"{self.command or f'tracker study {self.study}'} {self.experiment}"
 
     @property

@@ -43,7 +43,7 @@ def points(fraction: float) -> str:
 
 
 def p_value(p: float) -> str:
-    """Format a p-value: three decimals (`0.012`), or such as `3e−5` if it is below 0.001."""
+    """Format a p-value with three decimals (`0.012`), or as `3e−5` if it is below 0.001."""
     if not 0 < p < 0.001:
         return f"{p:.3f}"
     digit, exponent = f"{p:.0e}".split("e")
@@ -51,7 +51,7 @@ def p_value(p: float) -> str:
 
 
 def is_finite(value: float | None) -> TypeGuard[float]:
-    """Return whether a value is a finite number: not None, NaN or infinite."""
+    """Return whether a value is a finite number, and not None."""
     return value is not None and math.isfinite(value)
 
 
@@ -66,7 +66,7 @@ class UnitFormat:
 
     Attributes:
         write: Function that formats a stored value, without the unit's name.
-        scale: Factor that converts a stored value to this unit, e.g. 100 for percent.
+        scale: Factor that converts a stored value to this unit, such as 100 for percent.
         name: The unit's name in the header of a table column; empty for none.
     """
 
@@ -117,18 +117,21 @@ def figure_text(
 
 
 def nats_text(figure: Estimate) -> str:
-    """Format an estimate in nats, such as `0.12 nats (0.05 to 0.19)`; a dash if undefined."""
+    """Format an estimate in nats, such as `0.12 nats (0.05 to 0.19)`.
+
+    An undefined value is formatted as a dash.
+    """
     return figure_text(figure, three_digits, " nats")
 
 
 NO_SCORE = "a document has no finite score"
-"""Default reason for an undefined level without a reason of its own."""
+"""Default reason for an undefined accuracy or loss."""
 
 
 def level_text(level: Estimate, unit: str) -> str:
     """Format an accuracy or a loss with its interval, such as `41.7 % (31.1 to 53.1)`.
 
-    If the value is undefined, the text gives the reason.
+    If the accuracy or loss is undefined, the text is `undefined` with the reason in parentheses.
     """
     if not is_finite(level.value):
         return f"undefined ({level.reason or NO_SCORE})"
@@ -159,26 +162,27 @@ def round_count(number: int) -> str:
 
 
 def time_text(seconds: float) -> str:
-    """Write a duration roughly, such as `90 s`, `15 min` or `2.5 h`."""
+    """Format a duration with a suitable unit, such as `90 s`, `15 min` or `2.5 h`."""
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 MAX_TIES = 0.02
-"""Largest share of documents that are ties within rounding, for a decision about a model."""
+"""Largest fraction of ties within rounding with which a decision about a model is possible."""
 
 
 def ties_text(n_ties: int, n_documents: int, is_half: bool) -> str:
-    """Describe documents that are ties within rounding, and say if they are too many.
+    """Describe the documents whose results rounding errors may reverse (ties).
 
     Args:
-        n_ties: Number of documents whose result rounding may reverse.
+        n_ties: Number of documents that are ties.
         n_documents: Number of measured documents.
         is_half: Whether the model computes in half precision.
 
     Returns:
-        A clause, with a second sentence if the share of ties exceeds `MAX_TIES`.
+        A clause about the ties. If more than the fraction `MAX_TIES` of the documents are ties, a
+        sentence follows.
 
     Examples:
         >>> ties_text(1, 100, is_half=True)
@@ -212,8 +216,8 @@ class MetricFormat:
 
     Attributes:
         level: The name of the metric, such as `accuracy`.
-        change: The name of a change of the metric, such as `accuracy drop`. Positive means a worse
-            model.
+        change: The name of a change of the metric, such as `accuracy drop`. A positive change means
+            that the model is worse.
         level_unit: The unit of the metric itself.
         unit: The unit of a change of the metric.
         level_form: The number format of the metric itself.
@@ -237,7 +241,10 @@ class MetricFormat:
         return UNIT_FORMATS[self.form].write(figure)
 
     def amount(self, change: Estimate) -> str:
-        """Format a change with unit and interval; if it is undefined, give the reason instead."""
+        """Format a change with its unit and interval.
+
+        If the change is undefined, the text gives the reason.
+        """
         if change.value is None:
             return f"an undefined amount ({change.reason or NO_SCORE})"
         return figure_text(change, self.write, f" {self.unit}")
@@ -255,12 +262,12 @@ _TRACE_LEVELS = {
     "tokens_kept": "token retention",
     "prefix_kept": "prefix retention",
 }
-"""Metric of the benchmark `traces:TASK` → its name in reports; none of them is an accuracy."""
+"""Metric of a benchmark `traces:TASK` → its name in reports."""
 ACCURACY_FORMAT = MetricFormat("accuracy", "accuracy drop", "%", "pp", "percent", "points")
 
 
 class MetricRecord(Protocol):
-    """Protocol of result records (of ablation runs or of a search) that have a metric."""
+    """Protocol of result records that have a metric, for ablation runs and for searches."""
 
     @property
     def metric(self) -> str:
@@ -276,7 +283,10 @@ class MetricRecord(Protocol):
 
 
 def level_estimate(record: MetricRecord, level: Estimate) -> Estimate:
-    """Return a level of a record's metric with its unit; accuracies are limited to 0 to 100 %."""
+    """Return `level`, a value of the record's metric, with its unit.
+
+    The interval of an accuracy is limited to 0 to 100 %.
+    """
     form = metric_format(record).level_form
     return replace(level.clip(0.0, 1.0) if form == "percent" else level, unit=form)
 
@@ -300,7 +310,7 @@ def metric_format(record: MetricRecord) -> MetricFormat:
 
 
 def join_words(words: Sequence[str], joint: str = "and") -> str:
-    """Join words into an enumeration, such as `a, b and c`."""
+    """Join words with commas and a final conjunction, such as `a, b and c`."""
     *first_words, last_word = words or [""]
     return f"{', '.join(first_words)} {joint} {last_word}" if first_words else last_word
 

@@ -1,7 +1,7 @@
 """Check whether the Hugging Face hub answers, and explain errors of the hub.
 
-Each process tests the hub once, with a short timeout. If the hub does not answer, the process uses
-only local files.
+Each process checks the hub only once, with a short timeout. If the hub does not answer, the process
+uses only local files.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any
 from tracker.schema.errors import attempt
 
 HUB_TIMEOUT = 5
-"""Timeout of a request to the hub."""
-_TOKEN = "set HF_TOKEN to your access token"
+"""Timeout of a request to the hub, in seconds."""
+
 HUB_ID_FORM = "a hub id is NAME or OWNER/NAME of letters, digits, '-', '_' and '.', e.g. gpt2"
 
 
@@ -41,12 +41,11 @@ def unreachable_reason() -> str:
 
 
 def ask_hub(name: str, file: str, revision: str | None = None, kind: str = "model") -> None:
-    """Request a file's metadata from the hub once, without the client's retries.
+    """Check by a single request whether the hub gives access to a repository.
 
-    After a temporary error, this process uses only local files. The client's exception is raised if
-    the repository does not exist or is not public.
-
-    `kind` is `model` or `dataset`. The file does not have to exist.
+    The request is for the metadata of `file`, which does not have to exist. `kind` is `model` or
+    `dataset`. If the error is temporary, this process uses only local files from now on. The
+    exception of huggingface_hub is raised if the repository does not exist or is not public.
     """
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
     from huggingface_hub.errors import EntryNotFoundError
@@ -68,7 +67,7 @@ _OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 
 @cache
 def _test_hub() -> None:
-    """Test once whether the hub answers; if not, set the Hugging Face libraries to offline mode."""
+    """Check whether the hub answers; otherwise, set the Hugging Face libraries offline."""
     from huggingface_hub import constants, get_session
 
     if constants.is_offline_mode():
@@ -82,7 +81,7 @@ def _test_hub() -> None:
 
 
 _offline_reasons: list[str] = []
-"""Reasons why this process does not use the hub any more."""
+"""Reasons why this process no longer uses the hub."""
 
 
 def _go_offline(reason: str) -> None:
@@ -107,9 +106,10 @@ def _is_temporary(error: BaseException) -> bool:
 
 
 def explain_error(name: str, error: BaseException, page: str = "") -> str:
-    """Describe a hub error and what to do; return '' if the hub did not cause the error.
+    """Return a message that explains an error of the hub and suggests a solution.
 
-    `page` is the repository's path on the hub; the default is `name`.
+    The message is empty if the hub did not cause the error. `page` is the repository's path on the
+    hub; the default is `name`.
     """
     from huggingface_hub import constants
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RevisionNotFoundError
@@ -117,17 +117,19 @@ def explain_error(name: str, error: BaseException, page: str = "") -> str:
     # The libraries wrap the hub's own error, sometimes twice.
     causes, page = list(_causes(error)), f"{constants.ENDPOINT}/{page or name}"
     if any(isinstance(cause, GatedRepoError) for cause in causes):
-        return f"{name} is gated: ask for access at {page}, then {_TOKEN}"
+        return f"{name} is gated: ask for access at {page}, then set HF_TOKEN to your access token"
     if any(isinstance(cause, RevisionNotFoundError) for cause in causes):
         return f"{name} has no such revision"
     statuses = [c.response.status_code for c in causes if isinstance(c, HfHubHTTPError)]
     if not statuses:
         return f"{constants.ENDPOINT} does not answer in time" if _is_temporary(error) else ""
     messages = {
-        401: f"the hub has no public {name}; if it is private, {_TOKEN}",
-        403: f"the hub denies you access to {name}; ask for access at {page}, then {_TOKEN}",
+        401: f"the hub has no public {name}; if it is private, set HF_TOKEN to your access token",
+        403: f"the hub denies you access to {name}; ask for access at {page}, then set HF_TOKEN "
+        "to your access token",
         404: f"the hub has no {name}",
-        429: f"the hub limits the rate of requests; wait some minutes, or {_TOKEN}",
+        429: "the hub limits the rate of requests; wait some minutes, or set HF_TOKEN to your "
+        "access token",
     }
     return messages.get(statuses[0], f"the hub answers with status {statuses[0]}; try again later")
 

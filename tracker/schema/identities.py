@@ -33,17 +33,17 @@ class ModelIdentity(Record):
     source: SafeText
     """The source as typed: a hub id, a folder, a GGUF file or `package:NAME`."""
     name: SafeText
-    """A short readable name, e.g. `SmolLM2-135M-Instruct`."""
+    """A short readable name, such as `SmolLM2-135M-Instruct`."""
     revision: SafeText | None
     """The hub's commit, or None for files."""
     fingerprint: str
-    """SHA-256 of the files, or the hub's commit, which fixes the weights and the tokenizer."""
+    """SHA-256 of the files, or the hub's commit; it identifies the weights and the tokenizer."""
     architecture: SafeText
     layers: int
     parameters: int
     dtype: str
     arguments: dict[str, SafeText] = {}
-    """Loading arguments under lm-eval's names; the fingerprint covers them."""
+    """Loading arguments under lm-eval's names; the fingerprint depends on them."""
 
     @property
     def key(self) -> tuple[str, str, str]:
@@ -61,7 +61,7 @@ class ModelIdentity(Record):
 
     @property
     def is_half(self) -> bool:
-        """True if the dtype is half precision, in which rounding can change outcomes."""
+        """True if the dtype is half precision, so that rounding errors can change outcomes."""
         return self.dtype in HALF_PRECISION
 
 
@@ -74,7 +74,7 @@ class Half(Record):
     """Number of documents of both halves together."""
 
     def numbers(self, task: str) -> Sequence[int]:
-        """Return the numbers of the half's documents in lm-eval's numbering, ascending."""
+        """Return the numbers of this half's documents in lm-eval's numbering, ascending."""
         return half_numbers(self.part, self.seed, task, self.of)
 
 
@@ -84,12 +84,18 @@ CHOICE_PROBABILITIES = (CHOICE_PROBABILITY, "choice_probability_norm")
 
 
 def filtered_metric(metric: str, filter_name: str) -> str:
-    """Return a metric's name in stored outcomes: `METRIC,FILTER`, or `METRIC` without a filter."""
+    """Return the name of a metric in stored outcomes.
+
+    The name is `METRIC,FILTER`, or only `METRIC` if the metric has no filter.
+    """
     return metric if filter_name == "none" else f"{metric},{filter_name}"
 
 
 def filter_name(metric: str) -> str:
-    """Return the filter in a metric's name of stored outcomes; `none` without a filter."""
+    """Return the filter of a metric from its name in stored outcomes.
+
+    The result is `none` if the metric has no filter.
+    """
     return metric.partition(",")[2] or "none"
 
 
@@ -105,7 +111,7 @@ class TaskIdentity(Record):
     split: str
     """The split whose documents are scored; `all` for a corpus file."""
     documents: int
-    """Number of documents of the split or its half, measured or not."""
+    """Number of all documents of the split or its half, including unmeasured documents."""
     half: Half | None = Field(None, exclude_if=lambda half: half is None)
     """The half of the split that is scored; None = all of it."""
     fingerprint: str
@@ -164,7 +170,7 @@ class BenchmarkIdentity(Record):
 
     @property
     def is_shared(self) -> bool:
-        """True if the documents come from the hub or a package, and not from the user."""
+        """True if the documents are from the hub or a package, and not from the user."""
         return self.data == "hub" or self.data.startswith("package:")
 
     @property
@@ -178,7 +184,7 @@ class BenchmarkIdentity(Record):
         return {task.name: task.numbers for task in self.tasks}
 
     def sample_size(self, documents: int) -> int:
-        """Return the smallest sample size per task that gives at least `documents` in total."""
+        """Return the smallest sample size per task with at least `documents` documents in total."""
         sizes = [task.documents for task in self.tasks]
         samples = range(1, max(sizes))
         large_samples = (n for n in samples if sum(min(n, size) for size in sizes) >= documents)

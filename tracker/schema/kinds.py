@@ -1,4 +1,4 @@
-"""Define the interventions on layers, such as removal, and their styles in charts.
+"""Define the interventions on layers, such as removal, and their chart styles.
 
 A new intervention needs a name in `Intervention`, a member of `Action` and an entry in
 `KIND_STYLES`. Weight formats are added automatically.
@@ -22,7 +22,7 @@ Component = Literal[SearchUnit, "shared_expert", "linear"]
 all heads that share keys and values, one routed expert, a group of neurons of the MLP, the experts
 that every token passes, or one named linear map."""
 NUMBERED_COMPONENTS: tuple[Component, ...] = ("head", "kv_head", "expert", "neuron")
-"""Components of which a layer has several, identified by a 0-based number."""
+"""Components of which a layer has several, each with a 0-based number."""
 if TYPE_CHECKING:
     Intervention = str
 else:
@@ -57,7 +57,7 @@ class Action(Enum):
 
     @property
     def runs_modules(self) -> bool:
-        """True if the action still runs modules of the original layer."""
+        """True if the engine still executes modules of the original layer."""
         return self is not Action.SKIP and not self.is_fitted
 
 
@@ -66,7 +66,7 @@ class KindStyle:
     """Display name, colour and symbol for one kind of ablation, e.g. for removed heads.
 
     Attributes:
-        description: Display text for the removed part or for the replacement, e.g. `a linear map`.
+        description: Display text for the removed part or its replacement, such as `a linear map`.
         colour: Colour of the points, legible on white and on black.
         mark: Plotly's name for the symbol of the points.
         fitted: True if the intervention fits a replacement on calibration text.

@@ -1,7 +1,7 @@
-"""Count the layers and their parts of a model, and find the layers of a given kind.
+"""Count a model's layers and their parts, and find the layers of a given kind.
 
 Many model configurations list the kind of each layer, such as `sliding_attention` or `mamba`. The
-kinds `odd` and `even` exist for every model.
+additional kinds `odd` and `even` exist for every model.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ References:
 """
 
 N_CONTROLS = 40
-"""Number of random sets of each size: the smallest that allows a two-sided p below 5 %."""
+"""Number of random sets of each size; the smallest number with which p can be below 5 %."""
 
 
 class ModelParts(NamedTuple):
@@ -69,13 +69,13 @@ class ModelParts(NamedTuple):
     neuron: int | None = None
 
     def count_of(self, component: Component) -> int | None:
-        """Return how many parts of a kind, e.g. heads, one layer has; None if unknown."""
+        """Return the number of parts of a kind (e.g. heads) in one layer; None if unknown."""
         count: int | None = getattr(self, component)
         return count
 
 
 def experts_per_token(config: Any) -> int:
-    """Return the number of experts per token from a configuration; 0 for models without experts."""
+    """Return the number of experts per token in a model; 0 for models without experts."""
     count, chosen = (
         next((n for name in names if isinstance(n := getattr(config, name, None), int)), 0)
         for names in (EXPERT_COUNT_KEYS, TOKEN_EXPERT_KEYS)
@@ -84,7 +84,7 @@ def experts_per_token(config: Any) -> int:
 
 
 def mlp_width(config: Any) -> int | None:
-    """Return the number of neurons of each MLP from a configuration; None if it is unknown."""
+    """Return the number of neurons in each MLP of a model; None if it is unknown."""
     width = next((n for name in MLP_WIDTH_KEYS if (n := getattr(config, name, None))), None)
     if width is None and hasattr(config, "n_inner"):  # GPT-2 and GPT-J
         width = 4 * config.hidden_size
@@ -92,10 +92,11 @@ def mlp_width(config: Any) -> int | None:
 
 
 def neuron_group_size(width: int) -> int | None:
-    """Return the number of neurons of each group in an MLP; None if it cannot be divided.
+    """Return the number of neurons in each group of an MLP's neurons.
 
-    A group has 128 neurons if they divide a width of 1,024 or more, and else 64. In MLPs below 256
-    neurons, a group is a quarter.
+    A group has 128 neurons if `width` is at least 1,024 and a multiple of 128. Otherwise, a group
+    has 64 neurons. In an MLP with fewer than four groups of this size, a group has a quarter of the
+    neurons. The function returns None if the neurons cannot be divided into groups of equal size.
     """
     size = 128 if width >= 1024 and width % 128 == 0 else 64
     size = width // 4 if width < 4 * size else size
@@ -109,10 +110,11 @@ def split_expert_map(map_name: str) -> tuple[str, int] | None:
 
 
 def fused_map(path: str) -> str:
-    """Return the path of the map in which inference engines fuse a linear map with others.
+    """Return the path of the fused linear map that contains a linear map.
 
-    The path of fused key maps is `self_attn.q_proj+k_proj+v_proj`, and that of the experts of a
-    layer is `mlp.experts`. A map that is not fused keeps its path.
+    Inference engines fuse several linear maps into one. For example, the path for
+    `self_attn.k_proj` is `self_attn.q_proj+k_proj+v_proj`. The path for all maps of experts is
+    `mlp.experts`. For a map that is not fused, the function returns `path`.
     """
     if experts := _EXPERTS.match(path):
         return experts[0]
@@ -125,9 +127,10 @@ PartsCounter = Callable[[CellRequest, Collection[str]], ModelParts]
 
 
 def fill_parts(request: CellRequest, parts: ModelParts) -> CellRequest:
-    """Fill empty lists of layers, heads, other parts or linear maps in a request.
+    """Return a copy of a request with explicit lists of layers and parts.
 
-    ExperimentError is raised if the number of heads, experts or neurons is unknown.
+    An empty list in the request means all layers, heads, other parts or linear maps of the model.
+    ExperimentError is raised if their number is unknown.
     """
     numbers: dict[str, tuple[int, ...]] = {}
     if not request.changes.layers:
@@ -144,8 +147,9 @@ def fill_parts(request: CellRequest, parts: ModelParts) -> CellRequest:
         # Heads and groups of heads share the field, but not the count.
         if len(numbers.setdefault(field, tuple(range(count)))) != count:
             raise ExperimentError(
-                f"{request.title}: a layer has {parts.head} heads, but {parts.kv_head} kv_heads; "
-                "request head and kv_head in two files, or list numbers in 'head'"
+                f"{request.title}: a layer has {parts.head} attention heads, but {parts.kv_head} "
+                "key/value heads. Request the components head and kv_head in separate files, or "
+                "list numbers in 'head'"
             )
     changes = request.changes.model_copy(update=numbers)
     try:
@@ -158,7 +162,11 @@ def fill_parts(request: CellRequest, parts: ModelParts) -> CellRequest:
 
 
 def _list_sets(changes: Changes, parts: ModelParts, request: CellRequest) -> list[Change] | None:
-    """List all changes if the request has random or same-kind layer sets, else return None."""
+    """List all changes of a request that includes sets of non-adjacent layers.
+
+    Such sets are random controls, or consist of layers of the same kind. The function returns None
+    for requests without such sets.
+    """
     spans = [span for span in changes.spans if span > 1]
     is_removal = "remove" in changes.interventions and "layer" in changes.components
     if not (spans and is_removal and (changes.control or parts.kind_layers is not None)):
@@ -167,8 +175,8 @@ def _list_sets(changes: Changes, parts: ModelParts, request: CellRequest) -> lis
     if parts.kind_layers is not None:
         if (changes.components, changes.interventions) != (("layer",), ("remove",)):
             raise ExperimentError(
-                "spans of layers of one kind can only be removed as whole layers; request other "
-                "components and interventions in a separate file, or leave 'kind' out"
+                "if 'kind' is set, a span of several layers can only be removed as whole layers. "
+                "Request other components and interventions in a separate file, or leave 'kind' out"
             )
         # Neighbours among the layers of the kind, whatever lies between them.
         exact = [change for change in exact if change.span == 1] + [
@@ -186,16 +194,19 @@ def _list_sets(changes: Changes, parts: ModelParts, request: CellRequest) -> lis
 
 
 def _fill_maps(changes: Changes, parts: ModelParts) -> Changes:
-    """Return a copy of `changes` that names all linear maps (e.g. `mlp.up_proj`) of its layers."""
+    """Return a copy of `changes` with the names of all linear maps in the requested layers.
+
+    An example of a name is `mlp.up_proj`.
+    """
     if parts.maps is None:
-        raise ExperimentError("the model's linear maps are unknown; name some in 'map'")
+        raise ExperimentError("the model's linear maps are unknown; list their names in 'map'")
     by_layer = dict(enumerate(parts.maps))
     all_maps = dict.fromkeys(name for layer in changes.layers for name in by_layer.get(layer, ()))
     filled = changes.model_copy(update={"maps": tuple(all_maps)})
     if all(set(by_layer.get(layer, all_maps)) == set(all_maps) for layer in changes.layers):
         return filled
     if changes.components != ("linear",) or changes.spans != (1,):
-        raise ExperimentError("the layers have different linear maps; name linear maps in 'map'")
+        raise ExperimentError("the layers have different linear maps; list the names in 'map'")
     return filled.with_exact(
         Change("linear", (layer,), intervention, name)
         for intervention in changes.interventions
@@ -207,7 +218,10 @@ def _fill_maps(changes: Changes, parts: ModelParts) -> Changes:
 def _draw_sets(
     free: Sequence[int], spans: Sequence[int], taken: Collection[tuple[int, ...]], seed: int
 ) -> Iterator[tuple[int, ...]]:
-    """Yield random subsets of `free` with the sizes in `spans`; skip the subsets in `taken`."""
+    """Yield random sets of layers from `free`, of each size in `spans`.
+
+    Sets that are contained in `taken` are skipped.
+    """
     for span in spans:
         generator = random.Random(f"control/{seed}/{span}")
         drawn: set[tuple[int, ...]] = set()
@@ -219,11 +233,14 @@ def _draw_sets(
 
 
 def check_parts(request: CellRequest, parts: ModelParts) -> None:
-    """Raise ExperimentError if the request names a layer, head, expert or map that is missing."""
+    """Raise ExperimentError if the request contains a part that the model does not have.
+
+    The function checks layers, heads, experts and linear maps.
+    """
     changes = request.changes
     for layer in (*changes.layers, *request.removed):
         if layer >= parts.layers:
-            layers = f"{request.model} has {parts.layers} layers, 0 to {parts.layers - 1}"
+            layers = f"{request.model} has layers 0 to {parts.layers - 1}"
             raise ExperimentError(f"layer {layer} is out of range: {layers}")
     names = {*MAP_GROUPS, *OUTER_MATRICES, *chain.from_iterable(parts.maps or ())}
     maps = changes.maps if parts.maps is not None and "linear" in changes.components else ()
@@ -236,15 +253,15 @@ def check_parts(request: CellRequest, parts: ModelParts) -> None:
         count, last = parts.count_of(component), max(changes.numbers(component), default=0)
         if count is not None and last >= count:
             raise ExperimentError(
-                f"{component} {last} is out of range: a layer of {request.model} "
-                f"has {count} {KIND_STYLES[component].plural}, 0 to {count - 1}"
+                f"{component} {last} is out of range: a layer of {request.model} has {count} "
+                f"{KIND_STYLES[component].plural}, numbered 0 to {count - 1}"
             )
 
 
 KIND_LIST_KEYS = ("layer_types", "layers_block_type", "attention_layers", "mlp_layer_types")
 """Names of the lists in configurations that give the kind of each layer."""
 PARITY_KINDS = ("even", "odd")
-"""Kinds that every model has: layers 0, 2, …, and 1, 3, …."""
+"""Kinds that every model has: layers with even numbers, and layers with odd numbers."""
 
 
 def layer_kinds(config: Any) -> Mapping[str, tuple[int, ...]]:
@@ -295,9 +312,9 @@ def layers_of_kind(config: Any, words: Collection[str]) -> tuple[int, ...]:
         if word not in kinds:
             own_kinds = layer_kinds(config).items()
             names = ", ".join(f"{kind} ({len(layers)})" for kind, layers in own_kinds)
-            listing = f"its kinds are {names}" if names else "its configuration does not name any"
+            listing = f"kinds {names}" if names else "no kinds"
             raise ModelError(
-                f"the model has no layers of kind {word!r}: {listing}; odd and even are kinds of "
-                f"every model.{did_you_mean(word, kinds)}"
+                f"the model has no layers of kind {word!r}. Its configuration lists {listing}. "
+                f"The kinds odd and even exist for every model.{did_you_mean(word, kinds)}"
             )
     return tuple(sorted({layer for word in words for layer in kinds[word]}))

@@ -14,11 +14,11 @@ from pathlib import Path
 from tracker.schema.distribution import __version__
 
 RECORDED_PACKAGES = ("torch", "transformers", "tokenizers", "lm-eval", "datasets", "numpy")
-"""Packages besides tracker whose version can change a result, under their names for pip."""
+"""Names (for pip) of other packages whose versions can change a result."""
 _HARDWARE = ("platform", "device", "accelerator")
 _STACK = ("tracker", *(name for name in RECORDED_PACKAGES if name != "tokenizers"), *_HARDWARE)
-"""Keys of everything that can change a result: packages, processor and device. Tokenizers are
-compared by digests of tokens instead."""
+"""Keys of everything that can change a result: packages, processor and device. The package
+`tokenizers` is excluded, because digests of tokens are compared instead."""
 
 SAME_VERSIONS = "the same versions"
 _TOKENISING_PACKAGES = ("transformers", "tokenizers", "lm-eval")
@@ -51,7 +51,7 @@ def describe_machine() -> dict[str, str]:
 
 
 def merge_provenances(stacks: Sequence[Mapping[str, str]]) -> dict[str, str]:
-    """Merge several provenance records; keep all values of a key if they differ."""
+    """Merge several provenance records; list all values of a key if they differ."""
     names = dict.fromkeys(name for stack in stacks for name in stack)
     return {n: ", ".join(sorted({stack[n] for stack in stacks if n in stack})) for n in names}
 
@@ -59,7 +59,8 @@ def merge_provenances(stacks: Sequence[Mapping[str, str]]) -> dict[str, str]:
 def list_differences(stacks: Sequence[Mapping[str, str]]) -> str:
     """Describe the differences between provenance records that can change a result.
 
-    An example is `torch 2.12.0, 2.13.0; device cpu, cuda`. The text is empty if nothing differs.
+    The function returns a text such as `torch 2.12.0, 2.13.0; device cpu, cuda`. The text is empty
+    if there are no differences.
     """
     parts = [{n: stack.get(n, "unknown").partition(":")[0] for n in _STACK} for stack in stacks]
     names = (n for n in _STACK if len({part[n] for part in parts}) > 1)
@@ -67,13 +68,19 @@ def list_differences(stacks: Sequence[Mapping[str, str]]) -> str:
 
 
 def tokeniser_differences(stack: Mapping[str, str], other: Mapping[str, str]) -> str:
-    """List the tokenising packages whose versions in `stack` differ from `other`."""
+    """List the packages for tokenisation that have different versions in two records.
+
+    The text contains the versions in `stack`. It is `SAME_VERSIONS` if there are no differences.
+    """
     names = [n for n in _TOKENISING_PACKAGES if n in stack and stack[n] != other.get(n)]
     return ", ".join(f"{n} {stack[n]}" for n in names) or SAME_VERSIONS
 
 
 def has_other_tokens(stack: Mapping[str, str], other: Mapping[str, str]) -> bool:
-    """Return whether two provenance records have different digests of a test text's tokens."""
+    """Return whether a test text has different tokens in two provenance records.
+
+    The tokens are compared by their digests. A missing digest is not a difference.
+    """
     return len({stack.get(TOKENISATION_KEY), other.get(TOKENISATION_KEY)} - {None}) > 1
 
 

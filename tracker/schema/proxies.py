@@ -1,14 +1,14 @@
 """Define the proxies: cheap estimates of the cost of removing a layer or an expert.
 
 A proxy with an `observe` function is measured during the intact model's forward pass. `observe`
-computes a value per token from the residual stream before and after a layer. The relative update is
-computed in float32. The cosine is computed in float64 if the device supports it.
+computes a value for each token from the residual stream before and after a layer. The relative
+update is computed in float32. The cosine is computed in float64 if the device supports it.
 
-The calling code averages the values over the tokens of each document, without padding. The values
-are NaN for a hidden state that is all zeros.
+The calling code averages the values over the tokens of each document, without padding. The value is
+NaN if the hidden state of a token is all zeros.
 
-The proxies of an expert are computed from the tokens that the router sends to the expert. They are
-measured in `engine/observers/layer_proxies.py`.
+The proxies of an expert are computed only from the tokens that the router sends to the expert.
+`engine/observers/layer_proxies.py` measures these proxies.
 
 Importing this module does not import torch.
 """
@@ -83,14 +83,15 @@ def to_double(states: Tensor) -> Tensor:
 
 
 def angular_distance(before: Tensor, after: Tensor) -> Tensor:
-    """Return the angle between each token's layer input and output, scaled as in `angle`."""
+    """Return the angle between the layer's input and output for each token.
+
+    The angle is a fraction of a half turn (180 degrees).
+    """
     return angle(cosine_similarity(before, after))
 
 
 def relative_update(before: Tensor, after: Tensor) -> Tensor:
-    """Return the relative change of each token's state by a layer.
-
-    The relative change is ‖after - before‖ / ‖before‖.
+    """Return the relative change ‖after - before‖ / ‖before‖ of each token's state.
 
     Args:
         before: The layer's input, of shape `[..., tokens, hidden]`.
@@ -130,13 +131,15 @@ class Proxy:
             needs a separate forward pass.
         observe: Function that computes a value per token `[..., tokens]` from a layer's input and
             output `[..., tokens, hidden]`; None for other proxies.
-        per_token: Optional function that is applied to each token's value before averaging.
+        per_token: Function that is applied to each token's value before averaging; None for no
+            function.
         complement_of: Name of the averaged value v if the proxy is 1 − v, such as
-            `cosine_similarity`; else empty.
+            `cosine_similarity`; empty for other proxies.
         strategy: The search strategy that prunes by the proxy; empty if no strategy uses the proxy.
         component: The measured components: whole layers, all parts of a layer, or routed experts.
-        over: For a mean over the tokens of an expert: name of the proxy that counts these tokens.
-            `ANSWER_TOKENS` for a mean over the tokens of answers. Empty for a mean over all tokens.
+        over: The tokens over which the proxy is averaged. An empty text means all tokens, and
+            `ANSWER_TOKENS` means the tokens of answers. For the tokens of an expert, this is the
+            name of the proxy that counts these tokens.
     """
 
     name: str
@@ -159,13 +162,16 @@ class Proxy:
 
     @property
     def headings(self) -> dict[str, str]:
-        """The display names of the proxy and, if the proxy is 1 − v, of the value v."""
+        """A dict from the name of the proxy to its display name.
+
+        If the proxy is 1 − v, the dict also contains the display name of the value v.
+        """
         before = {self.complement_of: self.complement_of.replace("_", " ")}
         return (before if self.complement_of else {}) | {self.name: self.heading}
 
     @property
     def column(self) -> str:
-        """Name of the stored column with each document's sum of token values."""
+        """Name of the stored column with the sum over tokens for each document."""
         return f"{self.complement_of or self.name}_sum"
 
     def from_observed(self, observed: Array) -> Array:
@@ -183,7 +189,7 @@ class Proxy:
 
 
 ANSWER_TOKENS = "answer_tokens"
-"""Number of a document's tokens over which `kl_divergence` is summed."""
+"""Name of the number of tokens over which a document's `kl_divergence` is summed."""
 _OWN_PROXIES: Mapping[str, Proxy] = {
     proxy.name: proxy
     for proxy in (
@@ -284,11 +290,14 @@ _RESERVED_NAMES = re.compile(
     r"|gold|drop|drop_.*|accuracy.*|baseline.*|chance.*|metrics?.*|mcnemar_p|rounded|gold_.*"
     r"|options_.*|cosine_similarity|model_.*|proxy.*|copy|json|dict|schema.*|construct|validate"
 )
-"""Names that a proxy must not have, since other figures and columns of runs have them."""
+"""Pattern of names that other columns of runs have, so that a proxy must not have them."""
 
 
 def _check_proxy(extension: object) -> Proxy:
-    """Check a proxy from another package and return it; TypeError or ValueError if invalid."""
+    """Check a proxy of another package, and return a copy that catches its exceptions.
+
+    TypeError or ValueError is raised if the proxy is invalid.
+    """
     if not isinstance(extension, Proxy):
         raise TypeError(f"{extension!r} is not a tracker.schema.proxies.Proxy")
     if _RESERVED_NAMES.fullmatch(extension.name):
@@ -297,7 +306,7 @@ def _check_proxy(extension: object) -> Proxy:
         raise ValueError("a proxy needs component 'layer' and a function observe(input, output)")
     if extension.complement_of or extension.strategy or extension.per_token or extension.over:
         raise ValueError(
-            "complement_of, strategy, per_token and over are only for tracker's own proxies"
+            "only tracker's own proxies can set complement_of, strategy, per_token or over"
         )
     return replace(extension, observe=_guard(extension.name, extension.observe))
 
@@ -305,7 +314,10 @@ def _check_proxy(extension: object) -> Proxy:
 def _guard(
     name: str, observe: Callable[[Tensor, Tensor], Tensor]
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """Wrap another package's `observe` function to return NaN and log a warning if it fails."""
+    """Wrap the `observe` function of another package so that its exceptions are caught.
+
+    If the function fails, the wrapped function returns NaN and logs a warning.
+    """
 
     def guarded(before: Tensor, after: Tensor) -> Tensor:
         undefined = before[..., 0].float() * math.nan
@@ -314,8 +326,8 @@ def _guard(
         if isinstance(observed, Exception):
             problem = f"{type(observed).__name__}: {observed}"
         elif shape != undefined.shape:
-            shapes = f"{tuple(shape)}, and not {tuple(undefined.shape)}"
-            problem = f"ValueError: its figures have the shape {shapes}"
+            shapes = f"the shape {tuple(shape)}, not {tuple(undefined.shape)}"
+            problem = f"ValueError: the values of `observe` have {shapes}"
         else:
             return to_double(observed)
         _warn(f"the proxy {name!r} is undefined: {problem}")
@@ -336,14 +348,15 @@ PROXIES: Mapping[str, Proxy] = {**_OWN_PROXIES, **_ADDED_PROXIES}
 LAYER_PROXIES = {name: proxy for name, proxy in PROXIES.items() if proxy.component == "layer"}
 """The proxies of whole layers."""
 PART_PROXIES = tuple(proxy for proxy in PROXIES.values() if proxy.component != "layer")
-"""The proxies of the change of a run, such as the removal of a part of a layer. `kl_divergence` is
-measured on the changed model, for all changes; the others are measured on the intact model."""
+"""The proxies of changes, such as the removal of a part of a layer. `kl_divergence` is measured on
+the changed model, for all changes. All other proxies are measured on the intact model."""
 EXPERT_PROXIES = tuple(proxy for proxy in PART_PROXIES if proxy.component == "expert")
 """The proxies of routed experts."""
 KL_COLUMN = PROXIES["kl_divergence"].column
-"""Column of a document's KL divergence, summed over its `ANSWER_TOKENS`."""
+"""Column with the KL divergence of a document, summed over the tokens of its answer."""
 KL_KIND = "kl-divergence"
-"""Start of the names under which KL divergences are stored; a hash of the ablations follows."""
+"""First part of the names under which KL divergences are stored; a hash of the ablations
+follows."""
 OBSERVED = tuple(proxy for proxy in PROXIES.values() if proxy.observe)
 """The proxies of a layer's input and output, measured on the intact model of every cell."""
 
@@ -362,13 +375,13 @@ PROXY_FIGURES = tuple(name for proxy in (*OBSERVED, *PART_PROXIES) for name in p
 def proxy_cost(proxy: str, layers: int, is_shared: bool) -> float:
     """Return the cost of computing a proxy for all layers, in forward passes per document.
 
-    For the accuracy drop of all L layers, the cost is L forward passes, or (L + 1) / 2 if the
-    ablations share layers. The output head is not counted.
+    The accuracy drops of all L layers cost L forward passes. If the ablations share the computation
+    below the removed layer, the cost is (L + 1) / 2 forward passes. The output head is not counted.
 
     Args:
         proxy: The name of one of `PROXIES`; any other name means the accuracy drop.
         layers: The number of layers L.
-        is_shared: True if all ablations share the layers below the removed layer.
+        is_shared: True if the layers below the removed layer are computed once for all ablations.
 
     Returns:
         The cost in forward passes of the whole model.

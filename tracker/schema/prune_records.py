@@ -1,7 +1,7 @@
 """Define the records of a pruning search: the removed parts at each step, and the cost.
 
-Values are stored as fractions or nats. An undefined value is `None`; the step's field `reasons`
-explains why.
+Values are stored as fractions or nats. An undefined value is `None`, and the field `reasons` of the
+step contains the reason.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tracker.schema.records import EstimatesRecord, RecordKey, flat_names
 from tracker.schema.search_parts import MixedParts, SearchParts, SearchUnits
 
 Rescoring = Literal["full", "lazy", "race"]
-"""Method by which a greedy search scores its candidates again after each removal."""
+"""Method by which a greedy search updates the scores of its candidates after each removal."""
 
 
 class HeldOutResult(EstimatesRecord):
@@ -33,36 +33,36 @@ class HeldOutResult(EstimatesRecord):
     level: Estimate
     """The benchmark's metric."""
     lost: Estimate = Estimate(None)
-    """The decline of the metric relative to the intact model; positive = worse."""
+    """The change of the metric relative to the intact model; a positive change is worse."""
     rounded: int | None = Field(None, exclude_if=lambda count: count is None)
     """Number of documents whose result rounding may reverse, as `RunRecord.rounded`."""
 
 
 class PruneStep(EstimatesRecord):
-    """One step of a search: the removed parts, their score, and the result on test documents."""
+    """One step of a search: the removed parts, their score, and the test result."""
 
     FLAT: ClassVar = flat_names("margin", "margin", "margin_low", "margin_high")
 
     removed: Layers
     """All removed parts after the step, ascending: layers, or numbers of `SearchParts`."""
     layer: int | None = None
-    """The removed part; None unless the step's set is the previous step's set plus one part."""
+    """The part that this step removed; None if the step did not just add one part to the set."""
     score: float | None = None
-    """The figure that the strategy minimised; None if the strategy minimises no figure."""
+    """The score that the strategy minimised; None if the strategy has no score."""
     runner_up: Layers = ()
-    """The parts of the second-best candidate; empty if there was no other."""
+    """The parts of the second-best candidate; empty if there was only one candidate."""
     margin: Estimate = Estimate(None)
     """The runner-up's score minus the best score, on the calibration documents. The 95 % interval
     is simultaneous over all candidates of the step."""
     separates: int | None = None
-    """Estimated number of calibration documents that would separate best and runner-up; None where
-    they are separated already, or equal, so that no number separates them."""
+    """Estimated number of calibration documents that would distinguish the best candidate from the
+    runner-up. None if the two already differ significantly, or if their scores are equal."""
     test: HeldOutResult | None = None
     parameters: int | None = Field(None, exclude_if=lambda count: count is None)
     """Number of parameters of the model after the step; None for heads, experts and neurons."""
     seconds: float | None = Field(None, exclude_if=lambda seconds: seconds is None)
     """Estimated seconds per token after the step: the intact model's time minus the times of the
-    removed layers. None unless the requested amount is a time."""
+    removed layers. None if the requested amount is not a time."""
     reasons: dict[str, str] = Field(default_factory=dict)
 
 
@@ -81,15 +81,15 @@ class CalibrationSet(Record):
 
 
 class PruneCost(Record):
-    """Cost of a pruning search without reused results."""
+    """Cost of a pruning search if no stored results are reused."""
 
     evaluations: float
-    """Number of scored sets of removals, including the intact model, each on all calibration
-    documents. A loop over really pruned models needs as many evaluations."""
+    """Number of sets of removed parts that were scored on all calibration documents, including the
+    empty set. A loop over pruned models needs as many evaluations."""
     passes: float
-    """The engine's work; 1 = all calibration documents pass through the whole intact model."""
+    """The engine's work; 1 = a forward pass of the intact model on all calibration documents."""
     seconds: float
-    """The time of measuring, in seconds."""
+    """Measuring time, in seconds."""
 
 
 class PruneRecord(Record):
@@ -106,12 +106,12 @@ class PruneRecord(Record):
     """The part of the benchmark with the test documents; None = the whole benchmark."""
     unit: SearchUnits = "layer"
     per_layer: Positive = Field(1, exclude_if=lambda count: count == 1)
-    """Number of parts of a layer that has several: part n is number n % `per_layer` of layer
-    n // `per_layer`."""
+    """Number of parts in each layer. Part n of the model is part n % `per_layer` of layer n //
+    `per_layer`."""
     per_layers: tuple[Positive, ...] = Field((), exclude_if=lambda counts: not counts)
-    """`per_layer` of each of several units."""
+    """The value of `per_layer` for each unit, if the search has several units."""
     there: Positive | None = Field(None, exclude_if=lambda count: count is None)
-    """Number of parts of the model, where a layer has several; else None."""
+    """Number of parts of the model; None if each layer has only one part."""
     strategy: str
     draw: Positive | None = None
     """Number of the random draw; None for strategies that do not draw."""
@@ -119,22 +119,23 @@ class PruneRecord(Record):
     amount: SafeText
     """The requested amount: `remove 8`, `keep 100M parameters`."""
     budget: SafeText | None = Field(None, exclude_if=lambda budget: budget is None)
-    """The budget of accuracy, such as `lose at most 2pp`: test documents decide how many parts of
-    the search's order are removed. None if the amount alone ends the search."""
+    """The accuracy budget, such as `lose at most 2pp`; None if there is no budget. With a budget,
+    results on the test documents determine how many parts of the search's order are removed."""
     protected: Layers = ()
     """Layers that must not be removed."""
     among: Layers | None = None
     """The layers that may be removed; None = all."""
     at_least: dict[str, str] = Field(default_factory=dict)
-    """Kind of layers → minimum number that stays: `2`, or `1 of 4` in any four in a row."""
+    """Kind of layers → minimum number of remaining layers. `1 of 4` means one of any four
+    consecutive layers."""
     calibration: tuple[CalibrationSet, ...] = ()
-    """The calibration benchmarks; empty where the strategy uses no documents."""
+    """The calibration benchmarks; empty if the strategy uses no documents."""
     steps: tuple[PruneStep, ...]
     baseline: HeldOutResult
     """The intact model on the test documents."""
     cost: PruneCost
     rests_on: tuple[RecordKey, ...] = ()
-    """The tracked cells of the search's steps: key, view and number of documents of each."""
+    """The cells from which the steps were computed: key, view and number of documents of each."""
 
     @property
     def parts(self) -> SearchParts:
@@ -155,7 +156,10 @@ class PruneRecord(Record):
 
     @property
     def order(self) -> tuple[int, ...]:
-        """The removed parts in order of removal, if each step removed one part; else ascending."""
+        """The removed parts in the order of removal.
+
+        If a step did not remove exactly one part, the parts are in ascending order.
+        """
         order = tuple(step.layer for step in self.steps if step.layer is not None)
         return order if sorted(order) == list(self.removed) else self.removed
 
@@ -167,7 +171,10 @@ class PruneRecord(Record):
 
     @property
     def label(self) -> str:
-        """The strategy with random draw and rescoring method: `random 2`, `accuracy (lazy)`."""
+        """The display name of the strategy, such as `random 2` or `accuracy (lazy)`.
+
+        The name includes the number of the random draw and the rescoring method.
+        """
         draw = self.draw if self.draw is not None else ""
         rescoring = "" if self.rescoring == "full" else f"({self.rescoring})"
         return " ".join(str(word) for word in (self.strategy, draw, rescoring) if word != "")

@@ -1,4 +1,4 @@
-"""Define the questions of the setting `until`, which end a measurement when answered."""
+"""Define the questions of the setting `until`, which ends a measurement."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ QUESTION_EXAMPLES: Mapping[QuestionKind, str] = {
 """Kind of question → an example; `within 1 pp` and `at 99 %` may follow."""
 
 DEFAULT_CONFIDENCE = 0.95
-"""Default probability that all statements about a cell's runs hold together."""
+"""Default probability that all statements about the runs of a cell are true."""
 
 _NUMBER = r"(\d+(?:\.\d+)?)"
 _QUALIFIERS = re.compile(rf"(?: within {_NUMBER} ?pp)?(?: at {_NUMBER} ?%)?")
@@ -30,16 +30,17 @@ _QUALIFIERS = re.compile(rf"(?: within {_NUMBER} ?pp)?(?: at {_NUMBER} ?%)?")
 
 @dataclass(frozen=True)
 class Question:
-    """A question about the accuracy drops of all runs of a model, e.g. which are the largest.
+    """A question about the accuracy drops of all runs of a model.
 
     Attributes:
-        kind: `drop` asks how large each accuracy drop is. `top` asks which drops are the largest.
-            `prune` asks which drops are the smallest. `sign` asks which drops are not 0.
+        kind: Kind of the question. The question `drop` is how large each accuracy drop is. The
+            question `top` is which drops are the largest. The question `prune` is which drops are
+            the smallest. The question `sign` is which drops are not 0.
         count: Number of runs to find for `top` and `prune`; None for `drop` and `sign`.
-        within: Tolerance as a fraction; None for no tolerance. For `drop`, half the maximum width
-            of an interval. For `top` and `prune`, the amount by which a run that is not chosen can
-            be better than a chosen run.
-        level: Confidence: the probability that the answer is right.
+        within: Tolerance as a fraction; None for no tolerance. In a `drop` question, the tolerance
+            is the maximum half width of an interval. In a `top` or `prune` question, it is the
+            maximum amount by which a run that is not chosen may be better than a chosen run.
+        level: Confidence level, the probability that the answer is right.
     """
 
     kind: QuestionKind
@@ -58,16 +59,16 @@ class Question:
         return " ".join(words)
 
     def fits(self, runs: int) -> bool:
-        """Return whether `count` is None or less than the number of runs."""
+        """Return whether the question is possible for this number of runs."""
         return self.count is None or self.count < runs
 
     def check_runs(self, runs: int) -> None:
-        """Raise ValueError if `count` is not less than the number of runs."""
+        """Raise ValueError if the question is impossible for this number of runs."""
         if not self.fits(runs):
-            suggestion = f"; ask for {runs - 1} at most" if runs > 1 else ""
+            suggestion = f"; write at most '{self.kind} {runs - 1}'" if runs > 1 else ""
             raise ValueError(
-                f"{self.kind} {self.count} of {runs} run{'' if runs == 1 else 's'} chooses "
-                f"nothing{suggestion}"
+                f"'{self.kind} {self.count}' needs more than {self.count} "
+                f"run{'' if self.count == 1 else 's'}, not {runs}{suggestion}"
             )
 
 
@@ -95,25 +96,31 @@ def parse_question(text: str) -> Question:
     if kind is None:
         near, examples = did_you_mean(word, QUESTION_EXAMPLES), QUESTION_EXAMPLES.values()
         listing = ", ".join(map(repr, examples))
-        raise ValueError(f"no question begins with {short_text(word)}.{near} Known: {listing}")
+        raise ValueError(f"invalid question {short_text(text)}.{near} Examples: {listing}")
     quoted, example = short_text(text), QUESTION_EXAMPLES[kind]
     if kind in ("top", "prune"):
         number, _, rest = rest.partition(" ")
         if not re.fullmatch(r"[1-9]\d{0,5}", number):
-            raise ValueError(f"{quoted}: how many? Write for instance '{example}'")
+            raise ValueError(f"{quoted} does not give the number of runs; write e.g. '{example}'")
         count = int(number)
     match = _QUALIFIERS.fullmatch(f" {rest}" if rest else "")
     if match is None:
         order = f"After {word!r}, 'within 1 pp' and 'at 99 %' are allowed, in this order"
-        raise ValueError(f"{quoted}: {short_text(rest)} is not understood. {order}")
+        raise ValueError(f"{quoted} has the invalid ending {short_text(rest)}. {order}")
     within, level = (float(Decimal(number) / 100) if number else None for number in match.groups())
     if kind == "sign" and within is not None:
         drop_example = QUESTION_EXAMPLES["drop"]
-        raise ValueError(f"{quoted}: 'sign' takes no 'within'. Write 'sign', or '{drop_example}'")
+        raise ValueError(
+            f"'sign' has no tolerance. Instead of {quoted}, write 'sign' or '{drop_example}'"
+        )
     if kind == "drop" and within is None:
-        raise ValueError(f"{quoted}: how exactly? Write for instance '{example}'")
+        raise ValueError(f"{quoted} does not give the tolerance; write e.g. '{example}'")
     if within is not None and not 0 < within < 1:
-        raise ValueError(f"{quoted}: 'within' takes more than 0 and less than 100 pp")
+        raise ValueError(
+            f"invalid tolerance in {quoted}; expected more than 0 and less than 100 pp"
+        )
     if level is not None and not 0.5 <= level < 1:
-        raise ValueError(f"{quoted}: 'at' takes 50 % or more, and less than 100 %")
+        raise ValueError(
+            f"invalid confidence in {quoted}; expected at least 50 % and less than 100 %"
+        )
     return Question(kind, count, within, DEFAULT_CONFIDENCE if level is None else level)

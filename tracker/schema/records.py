@@ -33,7 +33,10 @@ RUN_NOT_MEASURED = "not measured yet"
 
 
 def flat_names(field: str, *names: str) -> dict[str, tuple[str, str]]:
-    """Return a dict from column names to the field and the part (value or bound) of an estimate."""
+    """Return a dict from column names to pairs of an estimate's field and part.
+
+    The part is the value of the estimate or a bound of its interval.
+    """
     return {name: (field, part) for name, part in zip(names, ("value", "low", "high"), strict=True)}
 
 
@@ -41,8 +44,8 @@ class EstimatesRecord(Record):
     """Base class of records with estimates; `FLAT` names their table columns."""
 
     FLAT: ClassVar[Mapping[str, tuple[str, str]]] = {}
-    """Name in data frames, in trackers and in records of former versions → the estimate's field,
-    and its part."""
+    """Column name in data frames, in tracking backends and in records of former versions → the
+    field of the estimate, and the part of the estimate."""
 
     @model_validator(mode="before")
     @classmethod
@@ -74,12 +77,14 @@ class FiguresRecord(EstimatesRecord):
     """Base class of records that store the reason for each undefined value."""
 
     NOTES: ClassVar[Mapping[str, str]] = {"provenance": "mismatch"}
-    """Name in data frames, in trackers and in `reasons` of former versions → the field."""
+    """Column name in data frames, in tracking backends and in `reasons` of former versions → the
+    field."""
 
     reasons: dict[str, str] = Field(default_factory=dict)
     """Name of a field, proxy, metric or interval end → the reason why it is undefined."""
     mismatch: str | None = Field(None, exclude_if=lambda text: text is None)
-    """Differences between versions or devices of parts of the measurement; None if none."""
+    """Differences in versions or devices within the measurement; None if there are no
+    differences."""
 
     @model_validator(mode="before")
     @classmethod
@@ -93,7 +98,10 @@ class FiguresRecord(EstimatesRecord):
 
     @property
     def all_reasons(self) -> dict[str, str]:
-        """The reason for each undefined value, by the value's name; also other notes."""
+        """The reasons for undefined values, by the name of the value.
+
+        The dict also contains the notes in the fields of `NOTES`.
+        """
         notes = {name: getattr(self, field) for name, field in self.NOTES.items()}
         values = {field: name for name, (field, part) in self.FLAT.items() if part == "value"}
         reasons = {
@@ -110,7 +118,7 @@ class ChangeRecord(Record):
     """Base class of records of one change of a model, e.g. removing layer 3."""
 
     change: Change
-    """The change, in addition to the layers that every run of the cell lacks."""
+    """The change. The layers that are removed in every run of the cell are not included."""
 
     @model_validator(mode="before")
     @classmethod
@@ -147,26 +155,26 @@ class RunRecord(FiguresRecord, ChangeRecord):
     }
 
     ablation: str
-    """The ablation's name, e.g. `layer:3`; includes the layers that every run of the cell lacks."""
+    """The ablation's name, such as `layer:3`. Layers that are removed in every run are included."""
     n: int
-    """Number of documents behind the figures."""
+    """Number of documents from which the values are computed."""
     clusters: float | None = Field(None, exclude_if=lambda count: count is None)
-    """Effective number of clusters, lower if their weights differ; None if documents are
-    independent."""
+    """Effective number of clusters, which is lower if the weights of clusters differ. None if
+    documents are independent."""
     accuracy: float | None
-    """The cell's metric under the ablation."""
+    """The metric of the changed model."""
     drop: Estimate
-    """Baseline minus ablated, or ablated minus baseline where lower is better; positive = the
-    removed part mattered. Its p-value is McNemar's, exact."""
+    """Baseline minus ablated, or ablated minus baseline if lower values are better. A positive drop
+    means that the changed model is worse. The p-value is from the exact McNemar test."""
     drop_sd: float | None = None
     """Standard deviation of the documents' drops, which gives the sample size for smaller drops."""
     accuracy_relevance: float | None
-    """Share of the accuracy above chance that is lost; None where lower is better."""
+    """Fraction of the accuracy above chance that is lost; None if lower values are better."""
     rounded: int | None = Field(None, exclude_if=lambda count: count is None)
-    """Number of documents whose result may be reversed by rounding in an equivalent computation.
-    None in single precision, where it is not measured."""
+    """Number of documents whose result may be reversed by rounding errors. None in single
+    precision, where rounding errors are not measured."""
     drop_rounding: float | None = Field(None, exclude_if=lambda moved: moved is None)
-    """Largest effect of rounding on `drop`, up or down, in 95 of 100 cases."""
+    """Half width of a 95 % interval for the effect of rounding errors on `drop`."""
     choice_drop: Estimate = Estimate(None)
     """Mean probability of the gold option among its document's options (the softmax of their
     log-likelihoods), baseline minus ablated. Undefined without options."""
@@ -174,14 +182,15 @@ class RunRecord(FiguresRecord, ChangeRecord):
     """Mean log-probability of the gold answer, baseline minus ablated, in nats. A document of a
     corpus or a rolling task has no gold answer; the whole text's log-probability is used."""
     options_drop: Estimate = Estimate(None)
-    """Mean log of the summed probability of a document's options, baseline minus ablated, in nats:
-    the part of `gold_drop` that all options share. The rest moves to the other options."""
+    """Mean logarithm of the summed probability of a document's options, baseline minus ablated, in
+    nats. This is the part of `gold_drop` that is common to all options. The remaining part is
+    probability that moves to the other options."""
     metrics: dict[str, float | None]
-    """Every metric of the benchmark, under lm-eval's names, under the ablation."""
+    """All metrics of the changed model on the benchmark, by lm-eval's names."""
 
     @property
     def units(self) -> float:
-        """Number of independent units behind the intervals: clusters, or else documents."""
+        """Number of independent units for the intervals: clusters if defined, else documents."""
         return self.clusters or self.n
 
     @property
@@ -202,11 +211,13 @@ class RunAnswer(ChangeRecord):
     """Number of documents used until the run was decided."""
     low: float
     high: float
-    """Upper end of the confidence sequence of the drop over all documents; `low` is the lower."""
+    """Upper end of the confidence sequence for the drop over all documents. The field `low`
+    contains the lower end."""
     open: bool
     """True if the run is not decided yet."""
     chosen: bool
-    """True if the run is in the requested set; for `sign`, if its drop is not 0."""
+    """True if the run belongs to the requested largest or smallest drops. For the question `sign`,
+    True if the run's drop is not 0."""
 
 
 class AnswerRecord(Record):
@@ -214,27 +225,28 @@ class AnswerRecord(Record):
 
     question: str
     level: float
-    """The probability that the answer is right, and that all bounds hold together."""
+    """The probability that the answer and the bounds of all runs are right."""
     seed: int
     """The seed of the random order of the documents."""
     looked: int
-    """Number of documents used, from the beginning of the order."""
+    """Number of documents that the stopping rule used, from the beginning of the random order."""
     measured: int
-    """Number of documents measured for the answer; more for a group, whose tasks are in separate
-    blocks."""
+    """Number of documents that were measured for the answer. It can be larger than `looked` for a
+    group of tasks, because the tasks are measured in separate blocks."""
     population: int
     """Number of all documents of the benchmark."""
     over: bool
-    """True if measuring has ended: with an answer, or because no documents are left."""
+    """True if the measurement has ended, with an answer or because all documents are measured."""
     passes: int
-    """Number of passes of one document through one layer so far, including the intact model's."""
+    """Number of layer passes so far, including the intact model's passes. A layer pass is the
+    computation of one layer for one document."""
     passes_of: int
-    """Number of such passes that measuring all documents and runs takes."""
+    """Number of layer passes that measuring all documents and runs would need."""
     runs: tuple[RunAnswer, ...]
 
     @property
     def answered(self) -> bool:
-        """True if the stopping rule has decided about every run."""
+        """True if no run is undecided any more."""
         return not any(run.open for run in self.runs)
 
 
@@ -244,17 +256,17 @@ class CorrelationRecord(EstimatesRecord):
     FLAT: ClassVar = {n: ("estimate", n) for n in ("value", "low", "high", "p_value", "reason")}
 
     proxy: str
-    """The proxy's name, e.g. `cosine_score`."""
+    """The proxy's name, such as `cosine_score`."""
     coefficient: Literal["spearman", "kendall", "pearson"]
     subset: Literal["all", "inner"]
-    """The correlated layers: all layers, or all but the first two and the last two."""
+    """The correlated layers. `inner` means all layers except the first two and the last two."""
     sample: str = "layer"
-    """The parts that are correlated, e.g. `head` or `int4 linear` (`Change.sample`)."""
+    """The observations of the correlation, such as `head` or `int4 linear` (`Change.sample`)."""
     within_layers: bool = False
-    """True if the p-value permutes the parts of each layer."""
+    """True if the p-value is from permutations of the parts within each layer."""
     estimate: Estimate
-    """The coefficient. Its interval comes from resampling documents. Its p-value is two-sided,
-    against unrelated series that are equally smooth over depth."""
+    """The coefficient. Its interval is a bootstrap interval over documents. The null hypothesis of
+    the two-sided p-value is that the series are unrelated but equally smooth over depth."""
     n: int
     """Number of layers or parts."""
     documents: int
@@ -269,13 +281,16 @@ class CorrelationRecord(EstimatesRecord):
 
 
 def view_name(removed: Sequence[int], selection: str, metric: str, primary_metric: str) -> str:
-    """Build a name such as `without-3-17--acc_norm` from removed layers and metric."""
+    """Return the name of a view, such as `without-3-17--acc_norm`.
+
+    The name is built from the removed layers, the selection of documents and the metric.
+    """
     prefix = "-".join(["without", *map(str, removed)]) if removed else INTACT_VIEW
     return f"{prefix}{selection}" + ("" if metric == primary_metric else f"--{metric}")
 
 
 INTACT_VIEW = "intact"
-"""The view of the whole model by the benchmark's own metric, on all documents."""
+"""Name of the view with the whole model, the benchmark's primary metric and all documents."""
 
 
 class CellRecord(FiguresRecord):
@@ -288,79 +303,86 @@ class CellRecord(FiguresRecord):
     NOTES: ClassVar = {"n": "unfinished", "provenance": "mismatch", "checkpoint": "unsaved"}
 
     key: str
-    """The ledger's key: the hash of everything that affects a document's outcome."""
+    """The cell's key in the ledger: a hash of everything that affects a document's outcome."""
     model: ModelIdentity
     benchmark: BenchmarkIdentity
     metric: str
-    """The metric behind every `accuracy` in this record, in the metric's own unit."""
+    """The metric that every field named `accuracy` in this record contains, in the metric's
+    unit."""
     higher_is_better: bool = True
-    """False for a loss, whose drop is its increase."""
+    """False for a loss. The drop of a loss is its increase."""
     n: int
-    """Number of measured documents (all tasks of a group together)."""
+    """Number of measured documents, over all tasks of a group."""
     unfinished: str | None = Field(None, exclude_if=lambda text: text is None)
-    """Reason why fewer documents are measured than requested; None if all are."""
+    """Reason why fewer documents are measured than requested; None if all of them are measured."""
     unsaved: str | None = Field(None, exclude_if=lambda text: text is None)
-    """Reason why no saved checkpoint holds the measured model; None if a checkpoint does."""
+    """Reason why no saved checkpoint contains the measured model; None if a checkpoint does."""
     cluster: SafeText | None = Field(None, exclude_if=lambda column: column is None)
     """The column whose value dependent documents share; None if documents are independent."""
     sample_seed: int | None = None
-    """The seed of randomly drawn documents; None for the first ones, or all."""
+    """The seed of randomly drawn documents; None for the first documents or for all documents."""
     beside: str = Field("", exclude_if=lambda text: not text)
-    """Text that distinguishes the view from the cell's other views, e.g. `64 documents`."""
+    """Text that distinguishes the view from the cell's other views, such as `64 documents`."""
     supersedes: tuple[str, ...] = Field((), exclude=True)
     """Names of the views that this record's view replaces in all tracking backends."""
     apart: SafeText = Field("", exclude_if=lambda text: not text)
-    """Text that distinguishes the cell from published ones with the same title; usually empty."""
+    """Text that distinguishes the cell from published cells with the same title; usually empty."""
     tokens: int
-    """Tokens behind the proxies: each document's context and gold continuation, once; of a corpus
-    or a rolling task the predicted tokens, without the last of a full window, which is not read."""
+    """Number of tokens from which the proxies are computed. For tasks, these are the tokens of each
+    document's context and gold continuation, counted once. For a corpus or a rolling task, these
+    are the predicted tokens, except for the last token of a full window, which the model does not
+    read."""
     baseline: Estimate = Estimate(None)
-    """The intact model's accuracy, or loss."""
+    """The intact model's accuracy or loss."""
     baseline_rounded: int | None = Field(None, exclude_if=lambda count: count is None)
-    """Number of documents whose result rounding may reverse, as `RunRecord.rounded`."""
+    """Number of documents whose result may be reversed by rounding errors, as in
+    `RunRecord.rounded`."""
     baseline_rounding: float | None = Field(None, exclude_if=lambda moved: moved is None)
-    """Largest effect of rounding on `baseline`, as `RunRecord.drop_rounding`."""
+    """Half width of a 95 % interval for the effect of rounding errors on `baseline`."""
     chance_accuracy: float | None
-    """Expected accuracy of a random predictor; None if nothing is measured or lower is better."""
+    """Expected accuracy of a random predictor; None for a loss, or if nothing is measured."""
     baseline_metrics: dict[str, float | None]
     baseline_options_logprob: float | None = None
-    """Mean log of the summed probability of a document's options, in nats; None without options."""
+    """Mean logarithm of the summed probability of a document's options, in nats; None without
+    options."""
     removed: tuple[int, ...] = ()
-    """Whole layers that are removed in every run, but not in the baseline, ascending."""
+    """Whole layers that are removed in every run but not in the baseline, ascending."""
     view: str
-    """The name of the shown view."""
+    """The name of the view that this record shows."""
     explicit: bool = Field(False, exclude_if=lambda explicit: not explicit)
-    """True if a run requested the view, and not only a study or a search."""
+    """True if the view was requested directly, and not only by a study or a search."""
     remaining: Estimate = Estimate(None)
-    """The metric of the model that lacks only `removed`; undefined if `removed` is empty."""
+    """The metric of the model without the layers in `removed`; undefined if `removed` is empty."""
     runs: tuple[RunRecord, ...]
-    """The measured runs: components outermost, then spans, then layers."""
+    """The measured runs, sorted by component, then by span, then by layer."""
     answer: AnswerRecord | None = Field(None, exclude_if=lambda answer: answer is None)
     """The answer to the cell's question; None if there is no question."""
     correlations: tuple[CorrelationRecord, ...]
     """Correlations over the runs that remove one whole layer; empty without such runs."""
     missing: tuple[Change, ...]
-    """Requested runs that are not measured yet."""
+    """Changes of the requested runs that are not measured yet."""
     fitted_on: SafeText | None = Field(None, exclude_if=lambda text: text is None)
-    """The text on which replacements of layers were fitted; None if no run has one."""
+    """The text on which replacements of layers were fitted; None if no layer was replaced."""
     provenance: dict[str, SafeText]
-    """Package versions, machine and device of the outcomes; values that differ are all listed."""
+    """Package versions, machine and device of the measurement; all values are listed if they
+    differ."""
     seconds: float | None = None
     """Measuring time of all processes together, in seconds; None if unknown."""
     outcome_seconds: float | None = None
     """Mean measuring time of one document under one ablation, in seconds; None if unknown."""
     peak_bytes: int | None = None
-    """Peak memory of a process: on the accelerator, or else in main memory; None if unknown."""
+    """Peak memory of a process, on the accelerator if there is one; None if unknown."""
     measured: Annotated[str, AfterValidator(utc_date)] | None = Field(
         None, exclude_if=lambda when: when is None
     )
     """Time of the last measured outcome (UTC, ISO 8601); None if unknown."""
     compared: int = 0
-    """Number of responses, on random documents, that a really pruned model repeated as a check."""
+    """Number of responses to random documents that were checked on a model without the layers."""
     compared_difference: float | None = None
-    """The largest difference of a log-likelihood among the compared responses, in nats."""
+    """The largest difference between the log-likelihoods of a compared response, in nats."""
     compared_unsteady: int = 0
-    """Number of compared responses beyond rounding because the model is discontinuous."""
+    """Number of compared responses that differ by more than rounding because the model is
+    discontinuous."""
 
     @property
     def title(self) -> str:
@@ -375,9 +397,10 @@ class CellRecord(FiguresRecord):
 
     @property
     def sampling_text(self) -> str:
-        """A text on how documents were sampled; empty if no documents were drawn at random.
+        """A text such as `drawn at random (seed 1234)` that describes the documents.
 
-        An example is `drawn at random (seed 1234)`.
+        The text can mention random sampling, early stopping and clusters. The text is empty if none
+        of these three applies.
         """
         seed = self.answer.seed if self.answer and self.is_raced else self.sample_seed
         text = "" if seed is None else f"drawn at random (seed {seed})"
@@ -387,17 +410,20 @@ class CellRecord(FiguresRecord):
 
     @property
     def documents_text(self) -> str:
-        """The documents in words, e.g. `200 documents drawn at random (seed 1234)`."""
+        """A description such as `200 documents drawn at random (seed 1234)`."""
         return self.describe_documents(self.counted)
 
     def describe_documents(self, count: str) -> str:
-        """Return a text such as `200 documents drawn at random (seed 1234)`, with a given count."""
+        """Return a text such as `200 documents drawn at random (seed 1234)`.
+
+        The argument `count` is the number of documents in the text.
+        """
         noun = "document" if count == "1" else "documents"
         return " ".join(filter(None, (count, noun, self.sampling_text)))
 
     @property
     def counted(self) -> str:
-        """The number of documents per run, e.g. `200`, or `64 to 320` if the runs differ."""
+        """The number of documents per run as text: `200`, or `64 to 320` if runs differ."""
         largest = max([self.n, *(run.n for run in self.runs)])
         return f"{self.n:,}" if largest == self.n else f"{self.n:,} to {largest:,}"
 
@@ -408,7 +434,10 @@ class CellRecord(FiguresRecord):
 
     @property
     def removed_text(self) -> str:
-        """The layers removed in every run, e.g. `without layers 3, 17`; empty if there are none."""
+        """A text such as `without layers 3, 17` with the layers that every run removes.
+
+        The text is empty if there are no such layers.
+        """
         if not self.removed:
             return ""
         plural = "s" if len(self.removed) > 1 else ""
@@ -422,7 +451,8 @@ class CellRecord(FiguresRecord):
     def contains(self, other: CellRecord) -> bool:
         """Return whether the record contains all documents and runs of another record.
 
-        If the other record is unfinished, only the numbers of documents are compared.
+        If the measurement of the other record is unfinished, only the numbers of documents are
+        compared.
         """
         fields = attrgetter("key", "removed", "metric", "sample_seed", "answer")
         if other.unfinished is None:
@@ -434,9 +464,9 @@ class CellRecord(FiguresRecord):
 
     @property
     def is_raced(self) -> bool:
-        """True if the stopping rule (`until`) decided the number of documents of each run.
+        """True if the stopping rule (`until`) determined the number of documents of each run.
 
-        The intervals of the drops are then confidence sequences.
+        In this case, the intervals of the drops are confidence sequences.
         """
         return self.answer is not None and self.unfinished is not None
 
@@ -463,7 +493,7 @@ class CellRecord(FiguresRecord):
 
     @property
     def changes(self) -> list[Change]:
-        """The changes (e.g. `layer:3`) of all requested runs, measured or not, sorted."""
+        """The changes of all requested runs, including runs that are not measured, sorted."""
         changes = (*(run.change for run in self.runs), *self.missing)
         return sorted(changes)
 
@@ -473,19 +503,21 @@ class CellRecord(FiguresRecord):
         return list(dict.fromkeys(change.kind for change in self.changes))
 
     def runs_of_kind(self, kind: Change = WHOLE_LAYER) -> dict[int, RunRecord]:
-        """Return the measured runs of one kind of change, by their first changed layer."""
+        """Return a dict from the first changed layer to the measured run, for one kind of
+        change."""
         return {run.change.layer: run for run in self.runs if run.change.kind == kind}
 
     def absence_reason(self, change: Change) -> str:
-        """Return the reason why the record has no run with this change."""
+        """Return the reason why the record does not contain a run with this change."""
         if {*self.removed} & {*change.layers}:
             return "removed already, beneath every run"
         return RUN_NOT_MEASURED if change in self.missing else "not asked for"
 
     def reason_of(self, field: str, run: RunRecord | None = None) -> str:
-        """Return the reason why a value of a run, or of the whole record, is undefined.
+        """Return the reason why a value is undefined.
 
-        The result is `NO_REASON` if no reason is known.
+        The value is a field of `run`, or of the whole record if `run` is None. The function returns
+        `NO_REASON` if no reason is known.
         """
         for reasons in (run.all_reasons if run else {}, self.all_reasons):
             if reason := reasons.get(field) or reasons.get(f"metrics.{field}"):
@@ -494,7 +526,7 @@ class CellRecord(FiguresRecord):
 
 
 def first_layers(kind: Change, *cells: CellRecord) -> list[int]:
-    """List the first layer of each requested change of one kind in the given records."""
+    """Return the first changed layers of all requested changes of one kind, sorted."""
     changes = (change for cell in cells for change in cell.changes)
     return sorted({change.layer for change in changes if change.kind == kind})
 
@@ -505,16 +537,16 @@ PRIVATE_TEXTS = (
 
 
 class ShownDocument(Record):
-    """A document whose score changes in some run, with the intact model's response."""
+    """A document that at least one run lost or won, with the intact model's response."""
 
     task: str
     doc: int
     """The document's position in the task's split, 0-based."""
     question: SafeText | None
-    """The question; None where the text is unknown or private."""
+    """The question; None if the text is unknown or private."""
     choices: tuple[SafeText, ...]
     answer: SafeText | None
-    """The gold answer where there are no options."""
+    """The gold answer of a document without options."""
     gold: int | None
     choice: int | None
     """The option that the intact model chooses, 0-based."""
@@ -524,7 +556,7 @@ class ShownDocument(Record):
 
 
 class DecidedDocument(Record):
-    """The ablated model's response to a document with a changed score."""
+    """The ablated model's response to a document that the run lost or won."""
 
     document: int
     """The document's position in `DecisionsRecord.documents`."""
@@ -540,11 +572,11 @@ Quartiles = tuple[float, float, float]
 
 
 class RunDecisions(Record):
-    """Numbers and examples of documents with changed scores in one run."""
+    """Counts and examples of the documents that one run lost or won."""
 
     run: Change
     lost: int
-    """Number of documents on which the run does worse than the intact model."""
+    """Number of documents on which the run has a worse score than the intact model."""
     won: int
     margins: Quartiles | None
     options: tuple[float, ...]
@@ -556,7 +588,7 @@ class RunDecisions(Record):
     cut: float | None = Field(None, exclude_if=lambda cut: cut is None)
     """Share of the generated texts that the token limit ended; None if unknown."""
     lost_cut: int = Field(0, exclude_if=lambda lost: not lost)
-    """Number of lost documents of which the limit ends more texts than with the intact model."""
+    """Number of lost documents for which the limit ends more texts than in the intact model."""
 
     def without_texts(self) -> RunDecisions:
         """Return a copy of the record without the texts that models generated."""
@@ -565,14 +597,14 @@ class RunDecisions(Record):
 
 
 class DecisionsRecord(Record):
-    """The documents with changed scores, for one model and benchmark."""
+    """The documents that runs lost or won, for one model and benchmark."""
 
     n: int
     """Number of documents."""
     right: int
-    """Number of correct answers of the intact model; 0 for metrics without correct answers."""
+    """Number of right answers of the intact model; 0 for metrics without right answers."""
     margins: Quartiles | None
-    """Quartiles of the intact model's margins: gold option minus the best other option."""
+    """Quartiles of the intact model's margins: score of the gold option minus best other score."""
     options: tuple[float, ...]
     gold: tuple[float, ...]
     """Frequency with which each option is the gold option."""
@@ -580,12 +612,12 @@ class DecisionsRecord(Record):
     """The documents that at least one run lists in `named`."""
     runs: tuple[RunDecisions, ...]
     compared: tuple[int, ...]
-    """The removed whole layers whose lost documents `both` compares in pairs."""
+    """The removed layers whose lost documents are compared in pairs in the field `both`."""
     both: tuple[tuple[int, ...], ...]
     cut: float | None = Field(None, exclude_if=lambda cut: cut is None)
     """Share of the intact model's texts that the token limit ended; None if unknown."""
     public: bool
-    """True if every known text comes from the hub or a package."""
+    """True if all known texts are from the hub or a package."""
     reasons: dict[str, str] = Field(default_factory=dict)
     """Reasons why `texts`, `margin` or `agreement` are missing."""
 

@@ -32,7 +32,7 @@ _GRACE = 2.0
 
 
 class ProcessEndedError(WorkError):
-    """The process of a remote object has ended; the message holds the reason."""
+    """The process of a remote object has ended; the message contains the reason."""
 
 
 class RemoteError(WorkError):
@@ -40,7 +40,7 @@ class RemoteError(WorkError):
 
 
 class Remote:
-    """Base class of proxies for an object in another process, which forward method calls.
+    """Base class of proxies that forward method calls to an object in another process.
 
     Args:
         name: The object's name in messages.
@@ -59,12 +59,14 @@ class Remote:
         raise NotImplementedError
 
     def close(self) -> None:
-        """End the remote object, even during a call; the next call starts a new object."""
+        """End the remote object, even during a call; the next call creates a new object."""
         raise NotImplementedError
 
 
 class RemoteObject(Remote):
-    """Proxy for an object in another local process, which starts with the first method call.
+    """Proxy for an object in another process on the same machine.
+
+    The process starts when the first method is called.
 
     Args:
         name: The object's name in messages.
@@ -124,11 +126,11 @@ class RemoteObject(Remote):
     def _popen(
         self, command: Sequence[str], environment: Mapping[str, str]
     ) -> subprocess.Popen[bytes]:
-        """Start the process of the object with a command and environment variables."""
+        """Start a process for the remote object with a command and environment variables."""
         raise NotImplementedError
 
     def _why_ended(self, code: int | None) -> str:
-        """Explain why the process ended; `code` is its exit code or None."""
+        """Return a message about the end of the process; `code` is its exit code or None."""
         return str(code)
 
     def close(self) -> None:
@@ -185,7 +187,7 @@ def serve(finishes_calls: bool) -> None:
 
 
 def _read_calls(calls: SimpleQueue[Any], finishes_calls: bool) -> None:
-    """Read incoming calls into a queue; append None when the calling process has ended."""
+    """Append incoming calls to a queue, and None when the calling process has ended."""
     # Not the interpreter's own stream: that would be locked by this thread when it ends.
     stream = os.fdopen(os.dup(0), "rb")
     try:

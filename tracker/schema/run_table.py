@@ -1,4 +1,4 @@
-"""Define the columns of tables of ablation runs, and of tables of proxy correlations.
+"""Define the columns of the tables of ablation runs and of proxy correlations.
 
 HTML pages, terminal output, data frames and tracking backends select columns by name.
 """
@@ -25,7 +25,7 @@ CELL_COLUMNS = (
 
 
 class CellRun(NamedTuple):
-    """Row of a run table, with the run or None if it is not measured."""
+    """Row of a run table; `run` is None if the run is not measured yet."""
 
     cell: CellRecord
     change: Change
@@ -48,7 +48,10 @@ def by_name(*columns: Column[RowType]) -> dict[str, Column[RowType]]:
 
 
 def cell_columns(find: Callable[[RowType], CellRecord]) -> dict[str, Column[RowType]]:
-    """Build columns for the model, benchmark and settings of the record that `find` returns."""
+    """Build the columns for the model, the benchmark and the settings of a row.
+
+    The function `find` returns the record of a row.
+    """
 
     values: dict[str, Callable[[CellRecord], ColumnValue]] = {
         "key": lambda cell: cell.key,
@@ -81,14 +84,14 @@ def cell_proxies(cell: CellRecord) -> list[Proxy]:
 
 
 def unobserved_columns(cells: Iterable[CellRecord]) -> set[str]:
-    """Return the names of columns that are left out because no run has them."""
+    """Return the names of columns that are omitted because no run has a value."""
     return {"kl_divergence"} - {name for cell in cells for run in cell.runs for name in run.proxies}
 
 
 def distinguishing_columns(cell: CellRecord) -> list[str]:
-    """Choose the columns that are needed to distinguish the runs of a record.
+    """Return the names of the columns that distinguish the runs of a record.
 
-    The column of the layer is always included.
+    The column `layer` is always included.
     """
     return [
         name
@@ -111,7 +114,10 @@ def _passes(row: CellRun) -> int:
 
 
 def run_columns(cell: CellRecord | None = None) -> dict[str, Column[CellRun]]:
-    """Build all columns of run tables, labelled with `cell`'s metric (default: accuracy)."""
+    """Build all columns of run tables, by name.
+
+    The labels contain the name of the metric of `cell`. Without a cell, the metric is the accuracy.
+    """
     measure = metric_format(cell) if cell else ACCURACY_FORMAT
     head, unit = measure.column_head, measure.form
     without = f"{measure.level} without {'layer' if not cell or has_only_layers(cell) else 'it'}"
@@ -161,7 +167,7 @@ def run_columns(cell: CellRecord | None = None) -> dict[str, Column[CellRun]]:
 
 
 def metric_columns(cells: Iterable[CellRecord], prefix: str = "metric_") -> list[Column[CellRun]]:
-    """Build one column for each metric of the benchmarks, with names that begin with `prefix`."""
+    """Build one column for each metric in the records; column names begin with `prefix`."""
     names = {name for cell in cells for run in cell.runs for name in run.metrics}
     names |= {name for cell in cells for name in cell.baseline_metrics}
 
@@ -213,7 +219,7 @@ def correlation_columns() -> dict[str, Column[CellCorrelation]]:
 
 
 def run_reasons(run: RunRecord) -> dict[str, str]:
-    """Return the reason for each value of a run that is undefined, infinite or NaN, by name."""
+    """Return the reasons for a run's undefined, infinite and NaN values, by name."""
     figures: dict[str, float | None] = {n: value for n, value in run if isinstance(value, float)}
     figures |= {name: run.figure(name) for name in run.FLAT}
     figures |= {f"metric/{name}": value for name, value in run.metrics.items()}
@@ -221,7 +227,7 @@ def run_reasons(run: RunRecord) -> dict[str, str]:
 
 
 def non_finite_reasons(values: Mapping[str, float | None]) -> dict[str, str]:
-    """Return the reason for each value that is infinite or NaN, by name."""
+    """Return the reasons for infinite and NaN values, by name."""
     undefined = ((n, v) for n, v in values.items() if v is not None and not math.isfinite(v))
     return {name: f"not a finite number: {value}" for name, value in undefined}
 
@@ -233,7 +239,10 @@ def _run_column(
     value: Callable[[CellRecord, RunRecord], ColumnValue],
     interval: bool = False,
 ) -> Column[CellRun]:
-    """Build a column with one value per run, or with a reason if a run is not measured."""
+    """Build a column with one value per run.
+
+    If a run is not measured, its entry in the column contains the reason.
+    """
 
     def entry(row: CellRun) -> ColumnValue:
         if row.run is None:

@@ -13,16 +13,16 @@ from tracker.schema.text import HALF_CHARACTER, is_writable
 
 _MAX_BYTES = 1_000_000
 _MAX_NODES = 30_000
-"""Maximum number of values in one experiment file, including repetitions by anchors; more take too
-long to read."""
-_TOO_MANY = f"it holds more than {_MAX_NODES:,} values"
+"""Maximum number of values in one experiment file, including repetitions by anchors. Reading more
+values would take too long."""
+_TOO_MANY = f"the YAML text has more than {_MAX_NODES:,} values"
 
 MAX_VALUE_LENGTH = 80
-"""Maximum number of characters of a wrong value in a message."""
+"""Maximum number of characters of a value in an error message."""
 
 
 def read_yaml(path: Path) -> tuple[Any, str]:
-    """Read an experiment file; return the parsed contents and the exact text.
+    """Read an experiment file, and return the parsed contents and the exact text.
 
     Raises ExperimentError if the file is missing, cannot be read, or is not YAML.
     """
@@ -42,7 +42,10 @@ def read_yaml(path: Path) -> tuple[Any, str]:
 
 
 def suggest_file(path: Path) -> str:
-    """Return a sentence that suggests an experiment file with a similar name, or an empty text."""
+    """Return a sentence that suggests an experiment file with a similar name.
+
+    The text is empty if there is no such file.
+    """
     paths = [p for f in (path.parent, path.parent / "experiments") for p in f.glob("*.yaml")]
     paths_by_name = {candidate.name: str(candidate) for candidate in reversed(paths)}
     suggestion = did_you_mean(path.name, paths_by_name)
@@ -54,7 +57,10 @@ def suggest_file(path: Path) -> str:
 
 
 def parse_yaml(text: str, name: str) -> Any:
-    """Parse YAML text; raise ExperimentError, with `name` in the message, if it is invalid."""
+    """Parse YAML text; raise ExperimentError if it is invalid.
+
+    The argument `name` is the name of the file in the error message.
+    """
     try:
         return _parse(text)
     except yaml.YAMLError as error:
@@ -71,7 +77,10 @@ def parse_yaml(text: str, name: str) -> Any:
 
 
 def _parse(text: str) -> Any:
-    """Parse YAML; raise YAMLError if its anchors (`&x`, `*x`) expand to too many values."""
+    """Parse YAML text with limits on its number of values.
+
+    YAMLError is raised for invalid YAML, or if anchors (`&x`, `*x`) expand to too many values.
+    """
     loader = _Loader(text)
     try:
         root = loader.get_single_node()
@@ -86,11 +95,12 @@ def _parse(text: str) -> Any:
 def _count_values(node: yaml.Node, sizes: dict[int, int]) -> int:
     r"""Count the values of a parsed YAML node, including repetitions by anchors.
 
-    Raises YAMLError for too many values, for duplicate keys and for texts with invalid characters.
+    YAMLError is raised for too many values, for duplicate keys and for texts with invalid
+    characters.
     """
     if id(node) in sizes:
         if not sizes[id(node)]:
-            raise _yaml_error("the value contains itself through an anchor", node.start_mark)
+            raise _yaml_error("an anchor makes the value contain itself", node.start_mark)
         return sizes[id(node)]
     sizes[id(node)] = 0  # until it is counted
     inner_nodes: list[yaml.Node] = []
@@ -104,7 +114,7 @@ def _count_values(node: yaml.Node, sizes: dict[int, int]) -> int:
     elif isinstance(node, yaml.SequenceNode):
         inner_nodes = node.value
     elif not is_writable(node.value):
-        raise _yaml_error(f"{short_text(node.value)} holds {HALF_CHARACTER}", node.start_mark)
+        raise _yaml_error(f"{short_text(node.value)}: {HALF_CHARACTER}", node.start_mark)
     sizes[id(node)] = count = 1 + sum(_count_values(part, sizes) for part in inner_nodes)
     if count > _MAX_NODES:
         raise _yaml_error(_TOO_MANY, node.start_mark)
@@ -116,7 +126,7 @@ def _yaml_error(problem: str, mark: yaml.Mark | None) -> yaml.YAMLError:
 
 
 def short_text(value: object) -> str:
-    """Format a wrong value for a message, with at most `MAX_VALUE_LENGTH` characters."""
+    """Format a value for an error message, truncated to `MAX_VALUE_LENGTH` characters."""
     text = str(value) if isinstance(value, Exception) else _repr(value)
     return text if len(text) <= MAX_VALUE_LENGTH else f"{text[:MAX_VALUE_LENGTH]}…"
 

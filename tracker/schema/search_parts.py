@@ -19,11 +19,11 @@ from tracker.schema.kinds import KIND_STYLES, NUMBERED_COMPONENTS, SEARCH_UNITS,
 from tracker.schema.safe_yaml import short_text
 
 SAVED_UNITS: tuple[Component, ...] = ("layer", *NUMBERED_COMPONENTS)
-"""Units without which a model can be saved, and which one search can combine."""
+"""Units that a saved checkpoint can omit. A search can combine several of these units."""
 
 
 def parse_units(value: Any) -> str:
-    """Parse one unit of a search, or several that it removes together.
+    """Parse the setting for one or several units that a search removes.
 
     Args:
         value: A unit, a list of units, or units separated by commas.
@@ -50,29 +50,30 @@ def parse_units(value: Any) -> str:
         raise ValueError(f"a unit is listed twice in {short_text(value)}")
     if len(units) > 1 and (not {*units} <= {*SAVED_UNITS} or {"head", "kv_head"} <= {*units}):
         raise ValueError(
-            f"{join_words(units)} cannot be combined; a search combines layer, neuron, expert, and "
-            "head or kv_head"
+            f"{join_words(units)} cannot be combined; a search can combine layer, neuron, expert, "
+            "and one of head and kv_head"
         )
     return ",".join(sorted(units, key=SEARCH_UNITS.index))
 
 
 SearchUnits = Annotated[str, BeforeValidator(parse_units)]
-"""A unit of a search such as `layer`, or several, separated by commas."""
+"""A unit of a search such as `layer`, or several units separated by commas."""
 
 
 @dataclass(frozen=True)
 class SearchParts:
-    """Numbering of the parts that a search can remove: layers, sublayers, heads, etc.
+    """Numbering of the parts that a search can remove, such as layers or heads.
 
-    Each part has a single number. The number of a layer, attention or MLP is the layer's number.
-    The number of part n, e.g. a head, of layer m is m × `per_layer` + n.
+    A whole layer, an attention sublayer and an MLP have the same number as the layer. For a unit
+    with several parts per layer, such as heads, the number of part n of layer m is m × `per_layer`
+    + n.
 
     Attributes:
         unit: The kind of the parts, such as `layer` or `head`. Several kinds are separated by
             commas.
         layers: Number of layers of the model.
         per_layer: Number of parts in each layer.
-        used_layers: Numbers of the layers that have parts of this kind, ascending; None for all
+        used_layers: Numbers of the layers that contain parts of this kind, ascending; None for all
             layers.
         min_kept: Minimum number of parts that must remain in each layer; 0 for no minimum.
 
@@ -96,11 +97,11 @@ class SearchParts:
 
     @property
     def total(self) -> int:
-        """The product of `layers` and `per_layer`."""
+        """The number of layers times the number of parts per layer."""
         return self.layers * self.per_layer
 
     def parts_of_layers(self, layers: Iterable[int]) -> tuple[int, ...]:
-        """List the numbers of all parts of these layers."""
+        """Return the numbers of all parts of the given layers."""
         size = self.per_layer
         return tuple(part for n in layers for part in range(size * n, size * (n + 1)))
 
@@ -131,7 +132,11 @@ class SearchParts:
         return Ablation.from_changes(*(Change(component, (m,), part=n) for m, n in pairs))
 
     def filter_allowed(self, parts: Iterable[int]) -> list[int]:
-        """Drop the parts whose removal would leave fewer than `min_kept` parts in a layer."""
+        """Return the parts of `parts` that can be removed together.
+
+        Parts are accepted in the given order, as long as at least `min_kept` parts remain in the
+        layer.
+        """
         counts: Counter[int] = Counter()
         allowed = []
         limit = self.per_layer - self.min_kept if self.min_kept else math.inf
@@ -144,10 +149,12 @@ class SearchParts:
 
 @dataclass(frozen=True)
 class MixedParts(SearchParts):
-    """Numbering of the parts of several kinds: all parts of the first kind, then of the next.
+    """Numbering of the parts of several kinds.
+
+    The parts of the first kind have the smallest numbers, followed by the parts of the second kind.
 
     Attributes:
-        kinds: Numbering of the parts of each kind.
+        kinds: The separate numbering of the parts of each kind.
 
     Examples:
         >>> parts = MixedParts.of([SearchParts("layer", 3), SearchParts("neuron", 3, per_layer=4)])
@@ -159,14 +166,17 @@ class MixedParts(SearchParts):
 
     @classmethod
     def of(cls, kinds: Sequence[SearchParts]) -> SearchParts:
-        """Return the numbering of several kinds, or that of the only kind."""
+        """Return a common numbering of several kinds.
+
+        If there is only one kind, its own numbering is returned.
+        """
         if len(kinds) == 1:
             return kinds[0]
         return cls(",".join(kind.unit for kind in kinds), kinds[0].layers, kinds=tuple(kinds))
 
     @cached_property
     def starts(self) -> tuple[int, ...]:
-        """The number of the first part of each kind, and in the end the number of all parts."""
+        """The number of the first part of each kind, followed by the total number of parts."""
         return (0, *accumulate(kind.total for kind in self.kinds))
 
     @cached_property
@@ -177,11 +187,14 @@ class MixedParts(SearchParts):
 
     @property
     def total(self) -> int:
-        """The number of parts, with those that a layer lacks."""
+        """The total of all kinds' numbers of parts.
+
+        Layers without parts of a kind are counted as if they had such parts.
+        """
         return self.starts[-1]
 
     def split(self, parts: Iterable[int]) -> list[list[int]]:
-        """Return the parts of each kind, as the kind numbers them."""
+        """Return a list for each kind with its parts, in the kind's own numbering."""
         parts, starts = sorted(parts), self.starts
         spans = pairwise(starts)
         return [[part - start for part in parts if start <= part < end] for start, end in spans]
@@ -192,7 +205,7 @@ class MixedParts(SearchParts):
         return self.kinds[index].layer_of(part - self.starts[index])
 
     def names(self, parts: Iterable[int]) -> str:
-        """Return the removed layers, and how many parts each layer loses."""
+        """Return a text with the removed layers and the number of removed parts per layer."""
         texts = []
         for kind, numbers in zip(self.kinds, self.split(parts), strict=True):
             if numbers and kind.unit == "layer":
@@ -203,7 +216,7 @@ class MixedParts(SearchParts):
         return join_words(texts)
 
     def name(self, part: int) -> str:
-        """Return the name of a layer, or of one part of each layer."""
+        """Return the display name of a single part."""
         return self.names([part])
 
     def removal(self, removed: Iterable[int]) -> Ablation:

@@ -1,7 +1,7 @@
 """Define tables and their columns.
 
-Values are stored as fractions or nats. `heading_text` and `entry_text` scale and round values for
-display. `Table.plain` returns unrounded values.
+Values are stored as fractions or nats. The functions `heading_text` and `entry_text` scale and
+round values for display. `Table.plain` returns unrounded values.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def _check_reason(entry: Estimate | str) -> Estimate | str:
 
 
 Entry = Annotated[Estimate | SafeText, AfterValidator(_check_reason)]
-"""An entry of a table: a figure or a text; an undefined figure has a reason."""
+"""An entry of a table: an estimate or a text. An undefined estimate has a reason."""
 
 
 class Heading(Record):
@@ -35,9 +35,9 @@ class Heading(Record):
     label: str
     unit: FigureUnit = "text"
     name: str = Field("", exclude_if=lambda name: not name)
-    """The column's name in code; the label if empty."""
+    """The column's name in code. If it is empty, the label is used in code."""
     interval: bool = Field(False, exclude_if=lambda interval: not interval)
-    """True if the column displays only the intervals of its figures."""
+    """True if the column displays only the intervals of its estimates."""
 
 
 class Table(Record):
@@ -52,10 +52,10 @@ class Table(Record):
     """Index of the column that names the row."""
 
     def plain(self) -> tuple[tuple[str, ...], list[tuple[str | float | None, ...]]]:
-        """Return the table's column names and unrounded rows, for use in code.
+        """Return the column names and the rows with unrounded values, for use in code.
 
-        Undefined values are None. A column without a name in code gets its label as its name.
-        Columns for the intervals and for the reasons of undefined values follow each column.
+        Undefined values are None. If a column has no name in code, its name is its label. Such a
+        column is followed by columns with the interval ends and the reasons of undefined values.
         """
         names: list[str] = []
         columns: list[Sequence[str | float | None]] = []
@@ -74,7 +74,7 @@ class Table(Record):
                     names.append(f"{heading.label} {end}")
                     columns.append(bounds)
         if len(set(names)) < len(names):
-            raise ValueError(f"{self.title}: two columns have one name")
+            raise ValueError(f"{self.title}: two columns have the same name")
         return tuple(names), list(zip(*columns, strict=True))
 
 
@@ -83,7 +83,7 @@ def _number(value: float | None, is_count: bool) -> float | None:
 
 
 ColumnValue = Estimate | str | float | None
-"""A column's value in a row; None is undefined."""
+"""A column's value in a row; None means an undefined value."""
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,8 @@ def capitalise(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-HALF_CHARACTER = "half of a surrogate pair; write the character itself"
-"""The message about a text for which `is_writable` is false."""
+HALF_CHARACTER = "the text contains an unpaired surrogate; write the character itself"
+"""Error message for a text that cannot be encoded (see `is_writable`)."""
 
 
 def is_writable(text: str) -> bool:
@@ -63,13 +63,13 @@ _SECRET = re.compile(
     r"(?:key|token|secret|passw|pwd|auth|signature|credential)[\w.-]*))=)"
     r"[^&\s]+?(?=['\"]?(?:[&\s]|$))"
 )
-"""A secret in a setting or in the query of an address, up to the quote that may close it."""
+"""Pattern of a secret in a setting or in the query of a URL, without a closing quotation mark."""
 
 
 def mask_secrets(text: str, secrets: Sequence[str | None] = ()) -> str:
-    """Replace passwords in a text by `***` before it is shown or stored.
+    """Replace passwords in a text by `***`.
 
-    The function masks each of `secrets` and every part of a URL that looks like a password.
+    The function masks the texts in `secrets`, and every part of a URL that looks like a password.
     """
     for secret in filter(None, secrets):
         for variant in (secret, unquote(secret), quote(secret, safe="")):

@@ -33,11 +33,11 @@ FIGURE_WRITERS: tuple[Callable[..., object], ...] = (
     formats.time_text,
     formats.figure_text,
 )
-"""Name → function that writes a figure; templates may call these functions."""
+"""Functions that format values; all templates can call these functions by their names."""
 
 
 class TextTemplate:
-    """Jinja template of texts; each macro of the template renders one or more texts.
+    """Jinja template with macros that each render one or more texts.
 
     Line breaks in a macro become spaces in the text. A line of three dashes in a macro separates
     two texts.
@@ -52,13 +52,13 @@ class TextTemplate:
         self._package, self._name, self._names = package, name, names
 
     def render_all(self, macro: str, *arguments: Any, **named: Any) -> list[str]:
-        """Render the texts of a macro; return an empty list if the macro writes no text."""
+        """Render a macro and return its texts; the list is empty if there is no text."""
         template = _environment(self._package).get_template(f"{self._name}.j2", None, self._names)
         rendered = str(getattr(template.module, macro)(*arguments, **named))
         return [*filter(None, map(_join_lines, re.split(r"(?m)^---$", rendered)))]
 
     def render(self, macro: str, *arguments: Any, **named: Any) -> str:
-        """Render a macro as one text; return "" if the macro writes no text."""
+        """Render a macro and return its texts, joined by spaces; the result can be empty."""
         return " ".join(self.render_all(macro, *arguments, **named))
 
 
@@ -77,7 +77,10 @@ def _environment(package: str) -> Environment:
 
 
 def open_templates(package: str, **options: Any) -> Environment:
-    """Open the templates of a package; an undefined name in a template raises an error."""
+    """Return a Jinja environment for the templates of a package.
+
+    Rendering raises an error if a template uses an undefined name.
+    """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     return Environment(

@@ -20,7 +20,7 @@ from tracker.schema.records import view_name
 
 
 def sort_runs(runs: Iterable[Change]) -> tuple[Change, ...]:
-    """Sort runs and drop duplicates."""
+    """Sort runs and remove duplicates."""
     changes = set(runs)
     runs = (c for c in changes if not c.drawn or replace(c, drawn=False) not in changes)
     return tuple(sorted(runs))
@@ -36,17 +36,17 @@ class Until(Record):
     seed: int
     """The seed of the random order of the documents."""
     runs: SortedRuns
-    """The runs that the question is about, each once, in the order of `Change.order`."""
+    """The runs that the question refers to, without duplicates, in the order of `Change.order`."""
 
     @property
     def digest(self) -> str:
-        """Eight-character hash of question, seed and runs."""
+        """The first eight characters of a hash of the question, the seed and the runs."""
         changes = [change.columns for change in self.runs]
         return content_hash({"question": self.question, "seed": self.seed, "runs": changes})[:8]
 
     @property
     def parsed_question(self) -> Question:
-        """The text of the `until` setting, parsed into a `Question`."""
+        """The question as a `Question` object."""
         return parse_question(self.question)
 
 
@@ -55,27 +55,27 @@ class View(Record):
 
     metric: str
     removed: Layers = ()
-    """The layers that every run lacks, ascending."""
+    """The layers that are removed in every run, ascending."""
     limit: Positive | None = None
-    """Documents per task, from the first; None = all."""
+    """Number of documents per task, from the first; None = all documents."""
     sample: Positive | None = None
-    """Documents per task, drawn at random; None = not drawn."""
+    """Number of documents per task that are drawn at random; None = no random draw."""
     seed: int | None = None
     """The seed of the drawn documents; None if none are drawn."""
     runs: SortedRuns
-    """The requested runs, each once, in the order of `Change.order`."""
+    """The requested runs, without duplicates, in the order of `Change.order`."""
     until: Until | None = Field(None, exclude_if=lambda until: until is None)
     """The question whose answer ends the measurement; None if all documents are measured."""
     clusters: Clusters | None = Field(None, exclude_if=lambda clusters: clusters is None)
     """The clusters of dependent documents; None if all documents are independent."""
     named: bool = Field(False, exclude_if=lambda named: not named)
-    """True if the view was requested together with a larger view, so that both are kept."""
+    """True if the view was requested together with a larger view; both views are then stored."""
     explicit: bool = Field(False, exclude_if=lambda explicit: not explicit)
-    """True if a run requested the view, and not only a study or a search."""
+    """True if the view was requested directly, and not only by a study or a search."""
     supersedes: tuple[str, ...] = Field((), exclude_if=lambda names: not names)
     """Names of the views that this view replaces, in the folder and in tracking backends."""
     beside: str = Field("", exclude=True)
-    """Text that distinguishes the view from the cell's other views, e.g. `64 documents`."""
+    """Text that distinguishes the view from the cell's other views, such as `64 documents`."""
 
     @property
     def extent(self) -> Extent:
@@ -106,7 +106,7 @@ class View(Record):
 
     @property
     def request_text(self) -> str:
-        """The requested numbers of runs and documents in words, e.g. `6 runs on 64 documents`."""
+        """A description of the requested measurement, such as `6 runs on 64 documents`."""
         runs = count_text(len(self.runs), "run")
         if self.until is not None:
             return f"{runs} until {self.until.question} is answered"
@@ -125,6 +125,6 @@ class View(Record):
         return self.size > other_view.size and self.merge(other_view).runs == self.runs
 
     def merge(self, *other_views: View) -> View:
-        """Return a copy of this view that also shows the runs of other views."""
+        """Return a copy of this view that also contains the runs of the other views."""
         runs = tuple(run for view in (self, *other_views) for run in view.runs)
         return View(**{**dict(self), "runs": runs})

@@ -1,7 +1,7 @@
 """Define number formats for weights (e.g. int4, GGUF's Q4_0) and their bits per weight.
 
-To simulate a format, weights are rounded as in a file of that format and then stored in the model's
-dtype. No format uses calibration text.
+To simulate a format, tracker rounds the weights to values that the format can represent, and stores
+the rounded weights in the model's dtype. The rounding does not use calibration text.
 """
 
 from __future__ import annotations
@@ -53,7 +53,11 @@ class WeightFormat:
         return self.source in (_GGUF, _LLAMA)
 
     def for_rows(self, inputs: int) -> WeightFormat | None:
-        """Return this format, or its replacement if it does not fit the row length, or None."""
+        """Return this format or its replacement for rows with `inputs` weights.
+
+        The replacement is used if `inputs` is not a multiple of the block size. The function
+        returns None if there is no suitable replacement.
+        """
         if not self.block or inputs % self.block == 0:
             return self
         return FORMATS[self.instead].for_rows(inputs) if self.instead else None
@@ -100,7 +104,10 @@ _RESERVED_WORDS = (
 
 
 def _check_format(extension: object) -> WeightFormat:
-    """Return a weight format of another package; raise TypeError or ValueError if invalid."""
+    """Check and return a weight format of another package.
+
+    TypeError or ValueError is raised if the format is invalid.
+    """
     if not isinstance(extension, WeightFormat):
         raise TypeError(f"{extension!r} is not a tracker.schema.weight_formats.WeightFormat")
     if not callable(extension.round):

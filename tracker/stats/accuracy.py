@@ -5,14 +5,12 @@ outcomes of documents. An outcome is a number in [0, 1], or NaN if the model gav
 The functions also accept losses (e.g. bits per byte) as outcomes. An undefined value is returned as
 None with a reason, never as 0.
 
-Some metrics divide a sum over all documents by another sum, such as log-likelihood by bytes. Such a
-metric is computed as the weighted mean of the documents' ratios.
+Some metrics are ratios of two sums over all documents, such as log-likelihood by bytes. A ratio of
+sums is computed as a weighted mean of the documents' ratios.
 
-The module also computes statistical power: the smallest change that a test can find, and the number
-of documents that a test needs.
-
-A sample reveals a change if a two-sided test at the level `ALPHA` finds the change with the
-probability `TEST_POWER`.
+The module also computes the smallest change that a test can detect, and the number of documents
+that a test needs. A change is detectable if a two-sided test at the level `ALPHA` has at least the
+power `TEST_POWER`.
 """
 
 from __future__ import annotations
@@ -32,13 +30,15 @@ from tracker.schema.estimates import Estimate
 from tracker.stats.arrays import Array, IntArray, safe_divide
 
 RATIO = "ratio"
-"""Name of the aggregation that is the plain ratio of both sums."""
+"""Name of the aggregation that divides one sum by another sum."""
 RATIO_SCALES = {RATIO: 1.0, "bits_per_byte": -1 / math.log(2)}
-"""Aggregation that is a ratio of sums, of tracker or lm-eval → factor of the ratio."""
+"""Name of an aggregation that is a ratio of sums → factor by which the ratio is multiplied."""
 
 
 def document_ratios(aggregation: str, sums: Array, units: Array) -> Array:
-    """Divide each document's sum (such as a log-likelihood) by its units (such as bytes).
+    """Divide the sum of each document by the number of its units.
+
+    An example of a sum is a log-likelihood. An example of a unit is a byte.
 
     Args:
         aggregation: Name of the metric's aggregation, a key of `RATIO_SCALES`.
@@ -46,8 +46,8 @@ def document_ratios(aggregation: str, sums: Array, units: Array) -> Array:
         units: `[documents]`, the number of units of each document, 0 or more.
 
     Returns:
-        `[documents]`, the ratios times the scale of the aggregation. The ratio is 0 for an empty
-        document, and NaN if only the units are 0.
+        `[documents]`, the ratios times the scale of the aggregation. The ratio is 0 if the sum and
+        the units are both 0, and NaN if only the units are 0.
 
     Examples:
         >>> document_ratios("ratio", np.array([1.0, 0.0]), np.array([2.0, 0.0])).tolist()
@@ -67,10 +67,10 @@ _TOLERANCE = 1e-9
 
 
 def weights_by_task(tasks: Sequence[str], by_size: bool, units: Array | None = None) -> Array:
-    """Compute the document weights for the benchmark's metric.
+    """Compute the weight of each document in the benchmark's metric.
 
-    lm-eval averages a group of tasks over all documents (`weight_by_size: true`), or over the
-    accuracies of the tasks.
+    For a group of tasks, lm-eval averages over all documents if `weight_by_size` is true.
+    Otherwise, lm-eval averages the accuracies of the tasks.
 
     Args:
         tasks: The task of every document.
@@ -80,8 +80,8 @@ def weights_by_task(tasks: Sequence[str], by_size: bool, units: Array | None = N
             None.
 
     Returns:
-        `[documents]`, the weights, which sum to 1. With units, the documents of a task share the
-        task's weight in proportion to their units.
+        `[documents]`, the weights, which sum to 1. If `units` is given, the weights of the
+        documents of a task are proportional to their units.
 
     Examples:
         >>> weights_by_task(["law", "law", "art"], by_size=False).tolist()
@@ -139,8 +139,8 @@ def accuracy_drop(baseline: Array, ablated: Array, weights: Array | None = None)
     """Estimate the accuracy drop of an ablation from outcomes on the same documents.
 
     A positive drop means that the ablated model is worse. For 0/1 outcomes, the interval is Bonett
-    & Price's adjusted Wald interval for paired proportions. The value is not the middle of this
-    interval. For other outcomes, the interval is the paired t interval. The intervals are not
+    & Price's adjusted Wald interval for paired proportions. This interval is not centred on the
+    estimate. For other outcomes, the interval is the paired t interval. The intervals are not
     clipped to [-1, 1].
 
     The p-value is from the exact two-sided McNemar test, which ignores the weights. The p-value is
@@ -159,7 +159,7 @@ def accuracy_drop(baseline: Array, ablated: Array, weights: Array | None = None)
         479-488. Q. McNemar, Psychometrika 12 (1947) 153-157.
 
     Examples:
-        Of 20 documents the removal loses six and wins one.
+        The removal makes six of 20 answers wrong, and one other answer right.
 
         >>> baseline = np.array([1.0] * 12 + [0.0] * 8)
         >>> ablated = np.array([1.0] * 6 + [0.0] * 6 + [1.0] + [0.0] * 7)
@@ -187,10 +187,10 @@ def accuracy_drop(baseline: Array, ablated: Array, weights: Array | None = None)
 
 
 def cluster_means(values: Array, weights: Array, clusters: IntArray | None) -> tuple[Array, Array]:
-    """Average documents of the same cluster, so that clusters are the units of an estimate.
+    """Average the documents of each cluster, such as the questions on one passage.
 
-    The weighted mean stays the same. Its interval then is robust to documents that are similar
-    within a cluster (e.g. questions on one passage), if clusters are independent.
+    The averaging does not change the weighted mean. The documents of a cluster can depend on each
+    other. An interval from the cluster means only assumes that the clusters are independent.
 
     Args:
         values: `[documents]` or `[documents, k]`.
@@ -226,27 +226,31 @@ def budget_excess(
     max_drop: float = 0.0,
     kept_share: float = 1.0,
 ) -> Estimate:
-    """Estimate by how much an ablation loses more accuracy than a budget allows.
+    """Estimate the accuracy loss of an ablation minus the allowed loss.
 
-    The excess is `kept_share` · baseline − ablated − `max_drop`. The ablation is shown to be within
-    the budget if the upper end of the interval is at most 0.
+    This excess is `kept_share` · baseline − ablated − `max_drop`. An ablation is significantly
+    within the budget if the upper end of the interval is at most 0.
 
-    The interval is Bonett & Price's with one more lost document. Their interval has too low an
-    upper end where a removal only loses: up to 6.7 % of samples would show a loss above the budget,
-    against 3.0 % with the added document (exact, `python -m tests.tools.accuracy_budget`).
+    The interval is Bonett & Price's interval with one additional lost document. Without this
+    document, the upper end is too low if a removal only makes right answers wrong. The largest
+    probability of the wrong result "within the budget" is then 6.7 %. With the additional document,
+    this probability is at most 3.0 %. `python -m tests.tools.accuracy_budget` computes these
+    probabilities exactly.
 
     Args:
         baseline: `[documents]`, the intact model's outcomes, in [0, 1].
         ablated: `[documents]`, the ablated model's outcomes on the same documents.
         weights: `[documents]`, summing to 1; None for equal weights.
         max_drop: The largest acceptable drop.
-        kept_share: The share of the intact model's accuracy from which the drop is counted.
+        kept_share: Fraction of the intact model's accuracy with which the ablated model is
+            compared.
 
     Returns:
         The excess and its 95 % interval, without a p-value.
 
     Examples:
-        Of 400 documents the removal loses six and wins two: at most 5 pp are lost.
+        The removal makes six of 400 answers wrong and two right. The loss is significantly below 5
+        pp.
 
         >>> baseline = np.array([1.0] * 6 + [0.0] * 394)
         >>> ablated = np.array([0.0] * 6 + [1.0] * 2 + [0.0] * 392)
@@ -264,10 +268,10 @@ def budget_excess(
 
 
 def drop_below_p(lost: int, won: int, n_documents: int, margin: float) -> float:
-    """Compute the p-value of Tango's score test that an accuracy drop is below a margin.
+    """Compute the p-value of Tango's score test for a drop below a margin.
 
-    The null hypothesis is that the drop is at least the margin. Wald intervals are too narrow if
-    almost no outcome changes; the score test is not.
+    The null hypothesis is that the accuracy drop is at least the margin. The score test is valid
+    even if almost no outcome changes. Wald intervals are too narrow in this case.
 
     Args:
         lost: Number of documents that only the first model answers right.
@@ -282,8 +286,8 @@ def drop_below_p(lost: int, won: int, n_documents: int, margin: float) -> float:
         T. Tango, Statistics in Medicine 17 (1998) 891-908.
 
     Examples:
-        Tango's example of two ways to disinfect contact lenses: 43 and 44 of 44 are effective, and
-        the margin is 10 percentage points.
+        Tango's example compares two methods to disinfect contact lenses. The methods are effective
+        for 43 and 44 of 44 lenses. The margin is 10 percentage points.
 
         >>> round(drop_below_p(lost=1, won=0, n_documents=44, margin=0.1), 3)
         0.044
@@ -298,18 +302,18 @@ def drop_below_p(lost: int, won: int, n_documents: int, margin: float) -> float:
 
 
 def bernstein_half_width(sd: float, n: int, alpha: float) -> float:
-    """Return an upper bound of the true mean of differences in [-1, 1], minus the observed mean.
+    """Return the distance from the observed mean to an upper bound of the mean.
 
-    The bound holds with the probability 1 - `alpha` for any distribution, also if large differences
-    are rare.
+    The bound is valid with the probability 1 - `alpha` for any distribution of differences in [-1,
+    1], even if large differences are rare.
 
     Args:
         sd: Standard deviation of the observed differences.
         n: Number of independent differences, 2 or more.
-        alpha: The probability that the true mean lies higher.
+        alpha: Largest probability that the true mean is above the bound.
 
     Returns:
-        The distance, above 0.
+        The upper bound minus the observed mean; above 0.
 
     References:
         A. Maurer, M. Pontil, Empirical Bernstein bounds, COLT 2009 (theorem 4).
@@ -358,13 +362,14 @@ def mean_interval(
 ) -> tuple[float | None, float | None]:
     """Return the 95 % interval (lower bound, upper bound) of the mean of the documents' values.
 
-    The result is a t interval. If `extra` is given, its values are added to the documents, and the
-    result is the Wald interval of the enlarged sample.
+    Without `extra`, the function returns a t interval. If `extra` is given, its values are added to
+    the documents, and the function returns the Wald interval of the enlarged sample.
 
     Args:
-        values: `[documents]`, finite.
+        values: `[documents]`, finite value of each document.
         weights: `[documents]`, summing to 1; None for equal weights.
-        extra: Values of artificial documents to add. Each has the mean weight of a document.
+        extra: Values of artificial documents to add. The weight of an artificial document is the
+            mean weight of the real documents.
 
     Returns:
         The lower and the upper bound. Both are None for a single document without `extra`.
@@ -386,7 +391,7 @@ def mean_interval(
 
 
 def chance_accuracy(choices: IntArray | Array, weights: Array | None = None) -> float:
-    """Return the expected accuracy if options are chosen at random.
+    """Return the expected accuracy if answer options are chosen at random.
 
     Args:
         choices: `[documents]`, number of answer options of each document; 0 if there are no
@@ -407,10 +412,11 @@ def chance_accuracy(choices: IntArray | Array, weights: Array | None = None) -> 
 
 
 def accuracy_relevance(baseline: float | None, ablated: float | None, chance: float) -> Estimate:
-    """Compute the relative loss of accuracy above chance by a removal.
+    """Compute the fraction of the accuracy above chance that a removal costs.
 
     The formula is 1 - max(ablated - chance, 0) / max(baseline - chance, 0). The value is 1 if the
-    accuracy falls to chance, 0 if the accuracy does not change, and negative if the removal helps.
+    accuracy falls to chance, 0 if the accuracy does not change, and negative if the accuracy
+    increases.
 
     Args:
         baseline: Accuracy of the intact model.
@@ -441,7 +447,10 @@ def accuracy_relevance(baseline: float | None, ablated: float | None, chance: fl
 
 
 def _check_weights(values: ArrayLike, weights: Array | None) -> tuple[Array, Array]:
-    """Return values and weights as arrays; raise ValueError for invalid weights."""
+    """Return the values and the weights as arrays; use equal weights for None.
+
+    ValueError is raised if a weight is negative, or if the weights do not sum to 1.
+    """
     array = np.asarray(values, dtype=np.float64)
     n = len(array)
     if weights is None:
@@ -458,12 +467,15 @@ def _has_equal_weights(shares: Array) -> bool:
 
 
 def _weighted_mean(values: Array, shares: Array) -> float:
-    """Return the weighted mean, or the plain mean for equal weights."""
+    """Return the weighted mean of the values."""
     return float(values.mean() if _has_equal_weights(shares) else values @ shares)
 
 
 def missing_reason(values: Array, noun: str = "finite score") -> str | None:
-    """Return the reason why the mean of documents' values is undefined; None if defined."""
+    """Return the reason why the mean of documents' values is undefined.
+
+    The function returns None if the mean is defined.
+    """
     if not len(values):
         return "no documents"
     n_missing = int((~np.isfinite(values)).sum())
@@ -477,7 +489,7 @@ def _is_binary(values: Array) -> bool:
 
 
 def _error_variance(values: Array, shares: Array) -> float | None:
-    """Estimate the variance of a weighted mean; None if one document has most of the weight."""
+    """Estimate the variance of a weighted mean; return None if the weights are too unequal."""
     concentration = float(shares @ shares)
     if concentration > MAX_CONCENTRATION:
         return None
@@ -487,7 +499,7 @@ def _error_variance(values: Array, shares: Array) -> float | None:
 ALPHA = 0.05
 TEST_POWER = 0.8
 REPORTED_DROP = 0.05
-"""The drop, as a fraction, for which reports and plans state the number of documents needed."""
+"""The accuracy drop (as a fraction) for which reports state the required number of documents."""
 
 
 @dataclass(frozen=True)
@@ -507,8 +519,8 @@ class OutcomeVariance:
         O. S. Miettinen, Biometrics 24 (1968) 339-352. R. J. Connor, Biometrics 43 (1987) 207-211.
 
     Examples:
-        Half of the documents are lost, a fifth is won (S.-C. Chow, J. Shao, H. Wang, Sample Size
-        Calculations in Clinical Research, example 6.4.3).
+        Half of the documents are lost, and a fifth of the documents is won (S.-C. Chow, J. Shao, H.
+        Wang, Sample Size Calculations in Clinical Research, example 6.4.3).
 
         >>> OutcomeVariance(0.7, binary=True).count_documents(0.3)
         59
@@ -518,7 +530,7 @@ class OutcomeVariance:
     binary: bool
 
     def count_documents(self, change: float, n_tests: int = 1) -> int:
-        """Compute how many documents are needed to reveal a change of the given size.
+        """Compute how many documents are needed to detect a change of a given size.
 
         Args:
             change: A drop or an increase, above 0.
@@ -530,11 +542,12 @@ class OutcomeVariance:
         return math.ceil(self._scaled_documents(change, n_tests) / change**2)
 
     def count_equivalence_documents(self, margin: float, n_tests: int = 1) -> int:
-        """Compute how many documents are needed to show that two equal models are equivalent.
+        """Compute how many documents are needed to show equivalence of equal models.
 
-        Equivalence is shown if the interval of the difference lies inside ±margin. By the normal
-        approximation, this happens with the probability `TEST_POWER`. For 0/1 outcomes, z² / (2 ·
-        margin) documents are added, with which Tango's score test has this power, too.
+        Two models are significantly equivalent if the interval of the difference lies inside
+        ±margin. The number of documents is chosen so that equal models pass this test with the
+        probability `TEST_POWER`, by the normal approximation. For 0/1 outcomes, z² / (2 · margin)
+        documents are added. This correction gives Tango's score test the same power.
 
         Args:
             margin: Largest acceptable difference, above 0.
@@ -548,7 +561,8 @@ class OutcomeVariance:
             section 3.1.3.
 
         Examples:
-            A 95 % interval, power 80 %: (1.960 + 1.282)² · 0.07 / 0.01² + 1.960² / (2 · 0.01).
+            For a 95 % interval and a power of 80 %, the formula is (1.960 + 1.282)² · 0.07 / 0.01²
+            + 1.960² / (2 · 0.01).
 
             >>> OutcomeVariance(0.07, binary=True).count_equivalence_documents(0.01)
             7548
@@ -559,14 +573,15 @@ class OutcomeVariance:
         return math.ceil((level_z + power_z) ** 2 * self.variance / margin**2 + correction)
 
     def detectable_change(self, n_documents: int, n_tests: int = 1) -> float | None:
-        """Return the smallest change that a given number of documents reveals.
+        """Return the smallest change that a test on `n_documents` documents can detect.
 
         Args:
             n_documents: Number of documents, one or more.
             n_tests: Number of simultaneous tests, each at the level `ALPHA` / `n_tests`.
 
         Returns:
-            The change; None if the documents are too few for any change.
+            The smallest detectable change; None if there are too few documents to detect any
+            change.
         """
         if not self.binary:
             return math.sqrt(self._scaled_documents(0, n_tests) / n_documents)
@@ -580,7 +595,7 @@ class OutcomeVariance:
         return float(scipy.optimize.brentq(excess, 1e-9, 1, xtol=1e-12))
 
     def _scaled_documents(self, change: float, n_tests: int) -> float:
-        """Return the number of documents needed to reveal a change, times change²."""
+        """Return change² times the number of documents that are needed to detect the change."""
         level_z, power_z = map(float, scipy.special.ndtri([1 - ALPHA / (2 * n_tests), TEST_POWER]))
         if not self.binary:
             return (level_z + power_z) ** 2 * self.variance
@@ -594,13 +609,13 @@ def documents_needed(
     n_benchmarks: int = 1,
     change: float = REPORTED_DROP,
 ) -> int:
-    """Compute how many documents reveal a given change for half of the removals.
+    """Compute how many documents are needed to detect a change for half of the removals.
 
     Args:
         variances: Variance of the outcome change for each removal; at least one.
         n_tests: Number of removals that are tested together.
-        n_benchmarks: Number of benchmarks of the same size in the mean.
-        change: The mean change that should be revealed.
+        n_benchmarks: Number of benchmarks of equal size over which the change is averaged.
+        change: Mean change that the test should detect.
 
     Returns:
         The number of documents per benchmark, rounded to two significant digits.
@@ -615,14 +630,14 @@ def documents_needed(
 
 
 UNRELATED_VARIANCE = OutcomeVariance(0.5, binary=True)
-"""Assumption before anything is measured: two unrelated models, each right half of the time.
+"""Variance for two unrelated models that each answer half of the documents right.
 
-A removal changes fewer outcomes than that.
+This variance is assumed before anything is measured. It is larger than the variance of a removal.
 """
 
 
 def expected_best(values: Sequence[float], draws: int) -> float:
-    """Compute the expected maximum of some of the values, drawn without replacement.
+    """Compute the expected maximum of `draws` values, drawn without replacement.
 
     For values 0 and 1, this is the unbiased estimator of pass@k: the probability that at least one
     of `draws` sampled answers is right.
@@ -649,14 +664,15 @@ def expected_best(values: Sequence[float], draws: int) -> float:
 
 
 def majority_value(answers: Sequence[Hashable], values: Sequence[float]) -> float:
-    """Return the value of the most frequent answer; the mean over answers that tie.
+    """Return the value of the most frequent answer.
 
     Args:
         answers: The sampled answers.
         values: Value of each answer.
 
     Returns:
-        The value.
+        The value of the most frequent answer. If several answers are equally frequent, the function
+        returns the mean of their values.
 
     Examples:
         >>> majority_value(["7", "8", "7"], [1, 0, 1])

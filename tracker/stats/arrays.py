@@ -1,4 +1,4 @@
-"""Define array types for other modules, and average proxies over tokens."""
+"""Define array types for other modules, and compute means of proxies over tokens."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ Strata = Sequence[str] | NDArray[np.generic]
 
 
 def safe_divide(over: Array | float, under: Array, fallback: Array | float = math.nan) -> Array:
-    """Divide `over` by `under`, element by element; return `fallback` unless `under` > 0."""
+    """Divide `over` by `under`, element by element.
+
+    An element of the result is `fallback` if the element of `under` is not positive.
+    """
     shape = np.broadcast_shapes(np.shape(over), under.shape)
     quotients = np.full(shape, fallback, dtype=np.float64)
     return np.divide(over, under, out=quotients, where=under > 0)
@@ -33,7 +36,7 @@ def chunk_sizes(total: int, size: int) -> Iterator[int]:
 def token_means(sums: Array, tokens: Array) -> Array:
     """Return the mean of a proxy over the tokens of each document `[documents, layers]`.
 
-    The mean is 0 for an empty text.
+    The mean is 0 for a document without tokens.
     """
     return sums / np.maximum(tokens, 1)[:, None]
 
@@ -41,7 +44,7 @@ def token_means(sums: Array, tokens: Array) -> Array:
 def proxy_means(sums: Array, tokens: IntArray | Array) -> Array:
     """Average a proxy over all tokens of all documents.
 
-    A long document has more weight than a short document.
+    Each document is weighted by its number of tokens.
 
     Args:
         sums: `[documents, layers]`, the proxy summed over each document's tokens.

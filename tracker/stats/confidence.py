@@ -1,32 +1,40 @@
-"""Compute confidence sequences of means of a finite population.
+"""Compute confidence sequences for the mean of a finite population.
 
-A confidence sequence gives an interval of the mean after every document. With the stated
-confidence, all these intervals contain the mean. Measuring can therefore stop after any document.
-The construction is a betting game. For each candidate mean m, a player bets that the next documents
-are above m (and, in a second game, below m). The initial capital is 1. If m is the true mean, the
-capital reaches 1/α with a probability of at most α (Ville's inequality). A candidate m is rejected
-when the capital of its game reaches 1/α.
+A confidence sequence has a confidence interval of the mean for each number of documents. All
+intervals of the sequence contain the mean with the stated confidence. The confidence is therefore
+valid for any stopping time.
 
-After t of N documents with the sum S, the remaining documents have the mean m' = (N·m − S) / (N −
-t) if m is the true mean. The outcome x of the next document, in [0, 1], multiplies a stake on
-"above m'" by 1 + λ·(x − m'), and a stake on "below m'" by 1 − λ·(x − m'). The inequality holds for
-any λ that is chosen before x is seen and keeps the stake at 0 or above. The stakes can be split
-between several bets, and a stake can be underestimated.
+The intervals are derived from betting games. Each candidate value m of the mean has two games. In
+one game, a player bets that the values of the next documents are above m. In the other game, a
+player bets that these values are below m. Each player begins with a capital of 1. If m is the true
+mean, the capital reaches 1/α with a probability of at most α (Ville's inequality). A candidate m is
+rejected when the capital in one of its games reaches 1/α.
 
-The effective sample size is τ = t·N / (N − t). The best λ for one τ is √(2 log(1/α) / (σ² τ)) · N /
-(N − t), where σ² is the variance of the previous documents. Several bets run at the same time with
-equal stakes. Each bet is optimal for a different τ, and each τ is four times the previous τ.
+Let S be the sum of the first t of N values. If m is the true mean, the remaining documents have the
+mean m' = (N·m − S) / (N − t). Let x in [0, 1] be the next value. A stake on "above m'" is
+multiplied by 1 + λ·(x − m'). A stake on "below m'" is multiplied by 1 − λ·(x − m'). Ville's
+inequality requires that λ does not depend on x, and that a stake is never negative. The inequality
+remains valid if the capital is divided among several bets, and if a stake is underestimated.
 
-The bets for the two smallest values of τ are called bold, and are computed exactly for each
-candidate. No document takes more than MAX_RISK of the stake of a bold bet. Bold bets use only the
-first BOLD_DOCUMENTS documents. The other bets are called cautious. The same limit of MAX_RISK holds
-for cautious bets of all remaining candidates. The stakes of cautious bets are stored as a
-polynomial in m. For y ≥ −MAX_RISK, log(1 + y) ≥ y − y²/2 + y³/3 − y⁴/4 + y⁵/5 − C·y⁶. With y =
-±λ·(x − m'), the sum of this bound over documents is a polynomial of degree six in m. The polynomial
-never overestimates a stake.
+The effective sample size is τ = t·N / (N − t). The optimal λ for one τ is √(2 log(1/α) / (σ² τ)) ·
+N / (N − t). Here σ² is the variance of the previous values. The capital of a game is divided
+equally among several bets. Each bet is optimal for a different τ, and each τ is four times the
+previous τ.
 
-Each of the two games rejects candidates from one end only, so the remaining candidates are an
-interval.
+The bets for the two smallest values of τ are called bold bets, and all other bets are called
+cautious bets. A single document can reduce a stake by at most the fraction MAX_RISK.
+
+The stakes of bold bets are computed exactly for each candidate. Bold bets use only the first
+BOLD_DOCUMENTS documents.
+
+The logarithms of the stakes of cautious bets are approximated by polynomials in m, for the
+candidates that are not rejected. The polynomials use a lower bound of the logarithm. For y ≥
+−MAX_RISK, log(1 + y) ≥ y − y²/2 + y³/3 − y⁴/4 + y⁵/5 − C·y⁶. If y = ±λ·(x − m') is inserted, the
+sum of this bound over all documents is a polynomial of degree six in m. The polynomial is never
+larger than the logarithm of the stake.
+
+The first game rejects only the smallest candidates, and the second game rejects only the largest
+candidates. The remaining candidates are therefore an interval.
 """
 
 from __future__ import annotations
@@ -43,19 +51,19 @@ from tracker.stats.accuracy import LEVEL
 from tracker.stats.arrays import Array, IntArray
 
 N_BOLD_BETS = 2
-"""Number of bets that are computed for each candidate."""
+"""Number of bold bets, whose stakes are computed exactly for each candidate."""
 
 BOLD_DOCUMENTS = 256
 """Number of documents that bold bets use."""
 
 MAX_RISK = 0.65
-"""Largest share of a stake that one document can take."""
+"""Largest fraction of a stake that a bet can lose at one document."""
 
 N_EARLY_BETS = 3
-"""Number of bets for the smallest τ if intervals of one width are wanted."""
+"""Number of bets for the smallest values of τ if a half width of the intervals is given."""
 
 EARLY_STAKE = 0.2
-"""Share of the stake that all `N_EARLY_BETS` bets have together."""
+"""Fraction of the capital that all `N_EARLY_BETS` bets have together."""
 
 _DEGREE = 6
 _LOG_COEFFICIENTS = np.array([0.0, *((-1) ** (n + 1) / n for n in range(1, _DEGREE)), 0.0])
@@ -68,7 +76,7 @@ _BISECTIONS = 10
 """Number of bisections of the distance from a bound to the mean."""
 
 _MIN_ROOM = 1e-9
-"""Minimum divisor: smaller room below or above a candidate is replaced by this value."""
+"""Minimum divisor; smaller distances from a candidate to 0 or 1 are replaced by this value."""
 
 _SIDES = np.array([[1.0], [-1.0]])
 """Signs of bets above a candidate, which raise the lower bound, and of bets below it."""
@@ -95,20 +103,20 @@ class MeanSequences:
     """Confidence sequences for the means of several series over the same finite population.
 
     The documents must be added in random order, and in the same order for every series. A series
-    can stop before the last document.
+    does not have to contain all documents.
 
     Attributes:
-        low: `[series]`, the present lower bounds, which never fall.
-        high: `[series]`, the present upper bounds, which never rise.
+        low: `[series]`, the current lower bounds; further documents never lower them.
+        high: `[series]`, the current upper bounds; further documents never raise them.
         seen: `[series]`, number of documents that were added to each series.
 
     References:
-        I. Waudby-Smith, A. Ramdas, JRSS-B 86 (2024) 1-27 (betting, the hedged capital, several
-        bets side by side). I. Waudby-Smith, A. Ramdas, NeurIPS 2020 (without replacement).
+        I. Waudby-Smith, A. Ramdas, JRSS-B 86 (2024) 1-27. I. Waudby-Smith, A. Ramdas, NeurIPS 2020.
         J. Ville, Étude critique de la notion de collectif (1939).
 
     Examples:
-        Half of 1,000 documents are right: bounds after 200 of them, and after all.
+        Half of 1,000 answers are right. The example shows the bounds after 200 and after all
+        answers.
 
         >>> right = np.arange(1000) % 2
         >>> drawn = np.random.default_rng(0).permutation(right)[:, None]
@@ -132,17 +140,19 @@ class MeanSequences:
         max_value: float = 1.0,
         half_width: float | None = None,
     ) -> None:
-        """Create confidence sequences without documents.
+        """Create the confidence sequences, before any document is added.
 
         Args:
             population: Number of documents in the population.
             n_series: Number of series.
-            level: Confidence: the probability that all bounds are right after every document.
-            family: Number of series that share the error rate 1 − `level`; None means `n_series`.
-            min_value: The lowest value that a document can have.
+            level: Confidence level, the probability that the bounds of all series are right after
+                every document.
+            family: Number of series among which the error rate 1 − `level` is divided; None means
+                `n_series`.
+            min_value: Lowest value that a document can have.
             max_value: Highest value that a document can have.
-            half_width: Half-width that the intervals should reach as early as possible; None for no
-                target.
+            half_width: Half width that the intervals should reach with as few documents as
+                possible; None for no target.
         """
         family = n_series if family is None else family
         self.population = population
@@ -236,7 +246,7 @@ class MeanSequences:
         self.seen[indexes] += len(values)
 
     def _move_centre(self, indexes: IntArray, centres: Array) -> None:
-        """Shift the polynomials of the cautious bets to new centres."""
+        """Convert the polynomials of the cautious bets to expansions about new centres."""
         distances = centres - self._centres[indexes]
         for lowest_degree in range(_DEGREE):
             for degree in range(_DEGREE - 1, lowest_degree - 1, -1):
@@ -249,7 +259,7 @@ class MeanSequences:
         return np.clip((bounds - self._lowest) / self._range, 0.0, 1.0)
 
     def _narrow_bounds(self, indexes: IntArray) -> None:
-        """Narrow the bounds of the means to exclude the rejected candidates."""
+        """Update the bounds of the means so that they exclude the rejected candidates."""
         sums = self._sums[indexes]
         # Certain bounds: all remaining documents may be 0, or all may be 1.
         certain_low = sums / self.population
@@ -272,10 +282,10 @@ class MeanSequences:
         self.high[indexes] = self._lowest + self._range * rejected_means.max(axis=0)
 
     def _bold_stakes(self, indexes: IntArray) -> Callable[[Array], Array]:
-        """Return a function that computes the logarithms of the stakes of all bold bets.
+        """Return a function for the log stakes of bold bets.
 
-        The function maps candidates for both bounds `[2, series]` to log stakes `[bets, 2,
-        series]`.
+        The argument of the function is an array `[2, series]` with candidates for the lower and the
+        upper bounds. The function returns the logarithms of the stakes, `[bets, 2, series]`.
         """
         (active,) = np.nonzero(self.seen[indexes] <= self._bold_rows.shape[1])
         n_bold = len(self._bold_taus)
@@ -299,10 +309,11 @@ class MeanSequences:
         return log_stakes
 
     def _cautious_stakes(self, indexes: IntArray) -> Callable[[Array], Array]:
-        """Return a function that computes a lower bound of the log stakes of cautious bets.
+        """Return a function for lower bounds of the log stakes of cautious bets.
 
-        The function maps candidates for both bounds `[2, series]` to log stakes `[bets, 2,
-        series]`.
+        The argument of the function is an array `[2, series]` with candidates for the lower and the
+        upper bounds. The function returns lower bounds of the logarithms of the stakes of cautious
+        bets, `[bets, 2, series]`.
         """
         centres = self._centres[indexes]
         coefficients = self._terms[:, :, :, None, indexes]
@@ -316,5 +327,5 @@ class MeanSequences:
 
 
 def _powers(values: Array) -> list[Array]:
-    """List the powers x⁰, x¹, … of an array, up to the degree of the polynomials."""
+    """List the powers x⁰, x¹, … of an array up to `_DEGREE`."""
     return list(accumulate([np.ones_like(values), *[values] * _DEGREE], operator.mul))

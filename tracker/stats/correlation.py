@@ -38,17 +38,20 @@ def correlate(
 ) -> Estimate:
     """Correlate a proxy with the accuracy drop over layers, or over parts such as experts.
 
-    For the interval, the documents are resampled, and the layers stay the same. The interval shows
-    the effect of measurement noise (see `bias_corrected_interval`). The null hypothesis of the
-    p-value is that the two series are unrelated. The test redraws each of the two series with the
-    same smoothness over depth (`surrogate_series`). The larger of the two p-values is returned.
+    The interval is a bootstrap interval over documents, with fixed layers. The interval shows the
+    effect of measurement noise (see `bias_corrected_interval`).
 
-    A test that shuffles the layers freely has too many false positives, because values of
-    neighbouring layers are similar. For random walks, the false positive rate of this function at
-    the level 5 % is 6 to 10 %.
+    The null hypothesis of the p-value is that the two series are unrelated. Each of the two series
+    is replaced by random series with the same smoothness over depth (`surrogate_series`). This
+    gives two p-values, and the function returns the larger p-value.
 
-    For parts of layers, such as experts, the null hypothesis is that proxy and drop are unrelated
-    within each layer. The test permutes the proxies among the parts of each layer.
+    A permutation test with free shuffles of the layers has too many false positives, because
+    neighbouring layers have similar values. If the series are random walks, the false positive rate
+    of this function at the level 5 % is 6 to 10 %.
+
+    If the observations are parts of layers, such as experts, the null hypothesis is that proxy and
+    drop are unrelated within each layer. The test then permutes the proxies among the parts of each
+    layer.
 
     Args:
         proxy: `[layers]`, the proxy; a larger value means that the layer changes more. NaN if
@@ -59,17 +62,17 @@ def correlate(
             `[1, layers]` for a fixed series. None means no interval.
         groups: `[parts]`, the layer of each part; None for whole layers.
         noun: Name of an observation in messages, such as `layer`.
-        surrogates: Number of redrawn series for each of the two series, or number of permutations.
-        seed: Seed of the redrawn series or permutations.
+        surrogates: Number of random series for each of the two series, or number of permutations.
+        seed: Seed of the random series or permutations.
 
     Returns:
-        The coefficient with its clipped interval and p-value. The value is None with a reason for
-        fewer than three layers, a NaN or a constant input.
+        The coefficient with its interval, clipped to [-1, 1], and its p-value. The value is None
+        with a reason for fewer than three layers, a NaN or a constant input.
 
     References:
         M. G. Kendall, Biometrika 33 (1945) 239-251 (tau-b). B. Phipson, G. K. Smyth, Statistical
-        Applications in Genetics and Molecular Biology 9 (2010) 39 (why k + 1). For the p-value see
-        `surrogate_series`.
+        Applications in Genetics and Molecular Biology 9 (2010) 39 (p-values from random draws). See
+        `surrogate_series` for the references of the p-value.
 
     Examples:
         >>> proxy, drop = np.array([1.0, 2.0, 3.0, 4.0]), np.array([0.1, 0.3, 0.2, 0.4])
@@ -105,7 +108,8 @@ def correlation_difference(
 ) -> Estimate:
     """Estimate the difference between the correlations of two proxies with the accuracy drop.
 
-    The two coefficients use the same resampled documents, so common noise cancels.
+    The two coefficients are computed from the same resampled documents, so that noise common to
+    both coefficients cancels.
 
     Args:
         first_proxy: Values of the first proxy `[layers]`, and values for resampled documents
@@ -148,20 +152,21 @@ def partial_correlate(
     surrogates: int = SURROGATES,
     seed: int = 0,
 ) -> Estimate:
-    """Correlate the ranks of two series over layers, without the effect of a third series.
+    """Compute Spearman's partial coefficient of two series over layers.
 
-    The function computes Spearman's partial coefficient. The interval and the p-value are computed
-    as in `correlate`, but the test redraws residuals. Nonlinear effects of the third series are
-    removed only in part.
+    The effect of the series `control` on the ranks of the two series is removed by linear
+    regression. Nonlinear effects of `control` are removed only in part. The interval and the
+    p-value are computed as in `correlate`, except that the test uses residuals of the random
+    series.
 
     Args:
         first_series: `[layers]`, values of one series; NaN if undefined.
         second_series: `[layers]`, values of the other series; NaN if undefined.
-        control: `[layers]`, values of the third series, whose effect is removed.
-        resamples: The three series from the same resampled documents, each `[resamples, layers]` or
-            `[1, layers]`; None for no interval.
-        surrogates: Number of redrawn series for each of the two series.
-        seed: Seed of the redrawn series.
+        control: `[layers]`, values of the series whose effect is removed.
+        resamples: Values of `first_series`, `second_series` and `control` for the same resampled
+            documents, each `[resamples, layers]` or `[1, layers]`; None for no interval.
+        surrogates: Number of random series for each of the two series.
+        seed: Seed of the random series.
 
     Returns:
         The coefficient with its interval and p-value. The value is None with a reason for fewer
@@ -169,8 +174,8 @@ def partial_correlate(
         ranks or the reversed ranks of `control`.
 
     References:
-        M. G. Kendall, Biometrika 32 (1942) 277-283 (partial rank correlation). D. Freedman,
-        D. Lane, Journal of Business & Economic Statistics 1 (1983) 292-298 (residuals redrawn).
+        M. G. Kendall, Biometrika 32 (1942) 277-283 (partial rank correlation). D. Freedman, D.
+        Lane, Journal of Business & Economic Statistics 1 (1983) 292-298 (permutation of residuals).
 
     Examples:
         >>> first, second = np.array([1.0, 2, 3, 4, 5]), np.array([2.0, 1, 4, 3, 5])
@@ -195,7 +200,7 @@ def partial_correlate(
 
 
 def _partial_coefficients(x: Array, y: Array, z: Array) -> Array:
-    """Compute Spearman's partial coefficient of the rows of `x` and `y`, given `z`."""
+    """Compute Spearman's partial coefficients of the rows of `x` and `y`, controlling for `z`."""
     xy, xz, yz = (row_coefficients(*pair, "spearman") for pair in ((x, y), (x, z), (y, z)))
     unexplained = (1 - xz**2) * (1 - yz**2)
     return safe_divide(xy - xz * yz, np.sqrt(np.where(unexplained > 1e-12, unexplained, 0)))
@@ -211,10 +216,15 @@ def _residuals(rows: Array, control: Array) -> Array:
 def _undefined_reason(
     min_layers: int, figure: str, *series: tuple[str, Array], noun: str = "layer"
 ) -> str | None:
-    """Return why a statistic of several series is undefined; None if the statistic is defined."""
+    """Return the reason why a statistic of several series is undefined.
+
+    The argument `figure` is the name of the statistic, and `noun` is the name of an observation.
+    The function returns None if the statistic is defined.
+    """
     n = len(series[0][1])
     if n < min_layers:
-        return f"{n} {noun}{'' if n == 1 else 's'}, and {figure} needs at least {min_layers}"
+        verb = "is" if n == 1 else "are"
+        return f"{figure} needs at least {min_layers} {noun}s, but {n} {verb} available"
     for name, values in series:
         if n_missing := int(np.isnan(values).sum()):
             return f"{name} is undefined in {n_missing} of {n} {noun}s"
@@ -232,7 +242,10 @@ def _permutation_p(
     n_draws: int,
     seed: int,
 ) -> float:
-    """Return the p-value of a coefficient from permutations within groups."""
+    """Return the p-value of a coefficient by permuting `x` within each group.
+
+    The permutation test is two-sided. `value` is the observed coefficient of `x` and `y`.
+    """
     rng = np.random.default_rng(seed)
     group_order = np.argsort(groups, kind="stable")
     n_higher = n_lower = 0
@@ -256,7 +269,11 @@ def _surrogate_p(
     seed: int,
     control: Array | None = None,
 ) -> float:
-    """Return the p-value of a coefficient from redrawn series of equal smoothness."""
+    """Return the p-value of a coefficient by comparison with `surrogate_series`.
+
+    `strength` is the absolute value of the observed coefficient. If `control` is given, the
+    coefficients are computed from residuals of the random series.
+    """
     n_as_strong = 0
     for fixed_series, redrawn_series in ((x, y), (y, x)):
         rows = surrogate_series(redrawn_series, surrogates, seed)
@@ -277,7 +294,8 @@ def resampled_spearman(x: Array, xs: Array, y: Array, ys: Array) -> Estimate:
         ys: `[resamples, items]`, second series in the same resamples.
 
     Returns:
-        The coefficient with its bias-corrected interval; None if a series is undefined or constant.
+        The coefficient with its bias-corrected interval. The value is None if a series is constant
+        or contains a NaN.
     """
     series = (("a series", rounded_values(values)) for values in (x, y))
     if reason := _undefined_reason(3, "a correlation", *series, noun="item"):

@@ -1,17 +1,19 @@
 """Compute the options that a model chooses, their margins, and the effects of rounding.
 
-An option's score is its log-likelihood, possibly divided by its length. Scores are arrays
-[documents, options]; NaN fills the rows of documents with fewer options. An ablation loses a
-document if only the intact model answers it right.
+An option's score is its log-likelihood, possibly divided by its length. The scores are arrays
+[documents, options]. If a document has fewer options than others, its row is filled with NaN. A
+document is lost by an ablation if the intact model answers it right and the ablated model answers
+it wrong.
 
-Rounding can reverse the judgement of a document (right or wrong). In half precision, a
-log-likelihood depends on the batch and on the device. Some documents are therefore computed twice,
-in two ways that differ only in rounding. The changes of the scores give an estimate of the standard
-deviation that rounding causes.
+Rounding errors can change whether an answer is judged right or wrong. In half precision, a
+log-likelihood depends on the batch and on the device. The scores of some documents are therefore
+computed twice, by two methods that differ only in rounding. The standard deviation of rounding
+errors is estimated from the differences between the two results.
 
-The module makes three assumptions. Changes by rounding are normal with mean 0 and independent
-between documents. Changes by rounding are proportional to the size of the scores. A judgement
-depends only on the gold option and on the best other option.
+The module assumes that rounding errors are normally distributed with mean 0, and that they are
+independent between documents. The standard deviation of a rounding error is assumed to be
+proportional to the score. Whether an answer is right is assumed to depend only on the gold option
+and on the best other option.
 """
 
 from __future__ import annotations
@@ -26,12 +28,11 @@ from tracker.stats.arrays import Array, safe_divide
 
 
 def phi(joint_losses: Array, losses: Array, n_documents: int) -> Array:
-    """Compute the similarity of lost documents (phi coefficient) for each pair of ablations.
+    """Compute the phi coefficient of lost documents for each pair of ablations.
 
-    The coefficient is 1 if both ablations lose the same documents, and 0 if they agree only by
-    chance.
-
-    Phi is Pearson's correlation of two binary columns (Yule 1912).
+    The coefficient is 1 if both ablations lose the same documents, and 0 if their lost documents
+    agree only by chance. The phi coefficient is Pearson's correlation of two binary variables (Yule
+    1912).
 
     Args:
         joint_losses: `[ablations, ablations]`, number of documents that both ablations lose.
@@ -49,14 +50,14 @@ def phi(joint_losses: Array, losses: Array, n_documents: int) -> Array:
 
 
 def cluster_order(agreement: Array) -> list[int]:
-    """Order ablations so that similar ones are neighbours.
+    """Return an order of the ablations in which similar ablations are neighbours.
 
     The function clusters the ablations by average linkage (UPGMA, Sokal and Michener 1958) and
     orders the leaves by the method of Bar-Joseph (2001).
 
     Args:
-        agreement: `[ablations, ablations]`, the agreement of each pair of ablations, at most 1; no
-            NaN.
+        agreement: `[ablations, ablations]`, the similarity of each pair of ablations, at most 1.
+            NaN is not allowed.
 
     Returns:
         The indexes of the ablations in the new order.
@@ -73,7 +74,9 @@ def cluster_order(agreement: Array) -> list[int]:
 
 
 def choose_options(scores: Array) -> Array:
-    """Return the option with the highest score for each document; ties give the first option.
+    """Return the option with the highest score for each document.
+
+    If several options have the highest score, the first of them is returned.
 
     Args:
         scores: `[documents, options]`, the scores of the options.
@@ -138,7 +141,7 @@ def choice_probabilities(scores: Array, gold: Array) -> Array:
 
 
 def option_shares(choices: Array, n_options: int) -> Array:
-    """Compute how often the model chooses each option, as a share of documents.
+    """Compute the fraction of documents for which the model chooses each option.
 
     Args:
         choices: `[documents]`, the number of the chosen option; NaN for a document without a
@@ -146,8 +149,8 @@ def option_shares(choices: Array, n_options: int) -> Array:
         n_options: The largest number of options of a document.
 
     Returns:
-        `[options]`, the share of each option among the documents with a choice; NaN if no document
-        has a choice.
+        `[options]`, the fractions, which sum to 1. Documents without a choice are ignored. The
+        fractions are NaN if no document has a choice.
     """
     valid = choices[~np.isnan(choices)].astype(int)
     counts = np.bincount(valid, minlength=n_options).astype(np.float64)
@@ -155,7 +158,7 @@ def option_shares(choices: Array, n_options: int) -> Array:
 
 
 ROUNDING_SDS = 2.0
-"""Margins below this many standard deviations of the rounding count as within rounding."""
+"""Number of standard deviations of rounding errors below which a margin is a tie."""
 
 
 MIN_FLIP_CHANCE = NormalDist().cdf(-ROUNDING_SDS)
@@ -163,16 +166,17 @@ MIN_FLIP_CHANCE = NormalDist().cdf(-ROUNDING_SDS)
 
 
 def rounding_movement(scores: Array, repeats: Array) -> float | None:
-    """Estimate the relative change of score differences by rounding.
+    """Estimate the relative size of rounding errors of score differences.
 
     Args:
         scores: `[documents, options]`, the scores of the options.
-        repeats: `[documents, options]`, the same scores computed with other rounding.
+        repeats: `[documents, options]`, the same scores computed by a method that rounds
+            differently.
 
     Returns:
-        The root mean square of the relative changes over all pairs of options. A change is divided
-        by the root of the sum of the two squared scores. The result is None if no document has two
-        options, or if no score difference has changed.
+        The root mean square of the relative changes over all pairs of options. The change of a
+        difference is divided by the square root of the sum of the two squared scores. The function
+        returns None if no document has two options, or if no score difference has changed.
 
     Examples:
         The first of the scores -3 and -4 changes by 0.1, so the relative change is 0.1 / 5.
@@ -190,13 +194,13 @@ def rounding_movement(scores: Array, repeats: Array) -> float | None:
 
 
 def flip_probabilities(scores: Array, gold: Array, movement: float) -> Array:
-    """Return the probability that rounding changes each document's judgement (right or wrong).
+    """Return the probability that rounding changes whether each answer is right.
 
     Args:
         scores: `[documents, options]`, the scores of the options.
         gold: `[documents]`, the number of the gold option; NaN for a document without a gold
             option.
-        movement: Relative change of score differences, as returned by `rounding_movement`.
+        movement: Relative size of rounding errors, as returned by `rounding_movement`.
 
     Returns:
         `[documents]`, the probabilities, at most 0.5; NaN for a document without a margin.
@@ -234,17 +238,18 @@ def count_undecided(chances: Array) -> int:
 
 
 def rounding_shift(chances: Array, weights: Array) -> float:
-    """Return the change of an accuracy that rounding exceeds with only 5 % probability.
+    """Return the half width of a 95 % interval for the effect of rounding on an accuracy.
 
     Args:
         chances: `[documents]`, the probabilities from `flip_probabilities`.
         weights: `[documents]`, summing to 1.
 
     Returns:
-        1.96 standard deviations of the change of the accuracy by rounding.
+        1.96 times the standard deviation of the accuracy's change by rounding.
 
     Examples:
-        Rounding reverses two of 16 documents with probability 0.5 each, and 14 never.
+        Two of 16 documents change their outcome with a probability of 0.5 each. The other 14
+        documents never change.
 
         >>> round(rounding_shift(np.array([0.5, 0.5] + [0.0] * 14), np.full(16, 1 / 16)), 3)
         0.087

@@ -1,4 +1,4 @@
-"""Test interactions of layers, trends, and the largest of many gains.
+"""Estimate interactions of layers, growth factors, and the largest of many gains.
 
 The interaction of two layers is drop(both) − drop(first) − drop(second), from the same documents.
 If the interaction is above 0, removing both layers costs more than the sum of the single removals,
@@ -31,15 +31,15 @@ SIGN_FLIPS = 19_999
 
 
 def interactions(values: Array, weights: Array | None = None, seed: int = 0) -> list[Estimate]:
-    """Estimate the mean interaction of each pair of layers and test whether it is 0.
+    """Estimate the mean interaction of each pair of layers, and test whether it is 0.
 
-    If outcomes are right or wrong, the values of a pair are whole numbers in {−2, …, 2}. The test
-    of whole numbers is exact. The interval is Bonett and Price's adjusted Wald interval (2012). For
-    other values, the interval is the t interval, and the test draws signs at random.
+    The two-sided sign-flip test has the null hypothesis that the distribution of the interactions
+    is symmetric about 0. The p-value is the fraction of sign combinations for which the sum is at
+    least as far from 0 as the observed sum. The sign-flip test does not use `weights`.
 
-    The test is a two-sided sign-flip test. The null hypothesis is that the distribution of the
-    interactions is symmetric about 0. The p-value is the share of sign combinations whose sum is at
-    least as far from 0 as the observed sum. The test ignores the weights.
+    For 0/1 outcomes, all interactions are whole numbers in {−2, …, 2}. For whole numbers, the
+    p-value is exact, and the interval is Bonett and Price's adjusted Wald interval (2012). For
+    other values, the p-value is computed from random signs, and the interval is the t interval.
 
     Args:
         values: `[documents, pairs]`, drop(both) − drop(first) − drop(second) of every document; NaN
@@ -58,7 +58,8 @@ def interactions(values: Array, weights: Array | None = None, seed: int = 0) -> 
         9 (2010) 39 (p-values from draws).
 
     Examples:
-        Of ten documents, both removals together lose five that each alone keeps.
+        Removing both layers makes five of ten answers wrong. Removing a single layer changes no
+        answer.
 
         >>> (estimate,) = interactions(np.array([[1.0]] * 5 + [[0.0]] * 5))
         >>> estimate.value, round(estimate.p_value, 4)
@@ -105,7 +106,10 @@ def sign_flip_p(values: Array) -> float:
 
 
 def _random_sign_p(values: Array, seed: int) -> Array:
-    """Return each pair's p-value of a sign-flip test; all pairs use the same random signs."""
+    """Return the p-value of a sign-flip test with random signs for each pair `[pairs]`.
+
+    All pairs use the same random signs.
+    """
     # Equal sums may differ by rounding.
     thresholds = np.abs(values.sum(axis=0)) - 1e-9 * np.abs(values).sum(axis=0)
     n_beyond = np.ones(values.shape[1])
@@ -119,15 +123,16 @@ def additivity(
     joint_drops: Sequence[float] | Array,
     resamples: tuple[Array, Array],
 ) -> tuple[Estimate, Estimate]:
-    """Estimate how well the sum of two drops predicts the drop of removing both layers.
+    """Estimate how well sums of single drops predict the drops of layer pairs.
 
-    R² = 1 − Σ (joint − sum)² / Σ (joint − mean)² uses no fitted line. R² is 1 if drops add up
-    exactly. Sums and joint drops share the noise of the same documents, which makes the drops look
-    more additive than they are.
+    The function computes R² = 1 − Σ (joint − sum)² / Σ (joint − mean)², without fitting a line. R²
+    is 1 if the joint drop of each pair equals the sum of its two single drops. Sums and joint drops
+    are measured on the same documents and have correlated noise. Because of this noise, the drops
+    look more additive than they are.
 
     Args:
-        single_sums: `[pairs]`, the sum drop(first) + drop(second) of each pair of layers.
-        joint_drops: `[pairs]`, the drop when both layers of a pair are removed.
+        single_sums: `[pairs]`, drop(first) + drop(second) for each pair of layers.
+        joint_drops: `[pairs]`, the drop if both layers of a pair are removed.
         resamples: Sums and joint drops for resampled documents, each `[resamples, pairs]`.
 
     Returns:
@@ -143,20 +148,21 @@ def additivity(
     """
     sums, joint = (np.asarray(values, dtype=np.float64) for values in (single_sums, joint_drops))
     if len(sums) < 3:
-        reason = f"{len(sums)} pairs, and three are needed"
+        reason = f"at least three pairs are needed, not {len(sums)}"
         return Estimate(None, reason=reason), Estimate(None, reason=reason)
 
     def estimate(measure: Callable[[Array, Array], Array]) -> Estimate:
         (value,) = measure(sums[None], joint[None]).tolist()
         if not math.isfinite(value):
-            return Estimate(None, reason="all pairs have equal sums of drops, or equal joint drops")
+            reason = "the sums of drops or the joint drops are the same for all pairs"
+            return Estimate(None, reason=reason)
         return Estimate(value, *bias_corrected_interval(value, measure(*resamples), max_value=1))
 
     return estimate(partial(row_coefficients, coefficient="spearman")), estimate(_explained_share)
 
 
 def _explained_share(sums: Array, joint: Array) -> Array:
-    """Return R² of each row, with the sums as predictions of the joint drops."""
+    """Return R² for each row of `joint`, with the same row of `sums` as the prediction."""
     residuals = ((joint - sums) ** 2).sum(axis=1)
     variation = ((joint - joint.mean(axis=1, keepdims=True)) ** 2).sum(axis=1)
     varies = np.ptp(rounded_values(joint), axis=1) > 0
@@ -169,8 +175,8 @@ def growths(
     """Estimate the geometric mean growth factor (end / start value) of each column.
 
     The interval is a bootstrap interval of the mean log ratio (Hesterberg's expanded percentiles).
-    Documents are resampled within strata. The p-value is from Wilcoxon's signed rank test of the
-    log ratios, with the null hypothesis of no growth.
+    The bootstrap resamples documents within each stratum. The p-value is from Wilcoxon's signed
+    rank test of the log ratios. Its null hypothesis is that there is no growth.
 
     Args:
         start_values: `[documents, k]`, the values before growth; positive.
@@ -194,7 +200,7 @@ def growths(
     """
     n, n_columns = start_values.shape
     if n < 2:
-        reason = f"{n} document{'' if n == 1 else 's'}, and growth needs two"
+        reason = f"growth needs at least two documents, not {n}"
         return [Estimate(None, reason=reason)] * n_columns
     with np.errstate(all="ignore"):
         logs = np.log(end_values / start_values)
@@ -217,10 +223,10 @@ def growths(
 
 
 def min_growth_documents(n_tests: int, level: float) -> int:
-    """Compute the minimum number of documents for a significant growth by Wilcoxon's test.
+    """Compute the minimum number of documents for significance in Wilcoxon's test.
 
-    With n documents, the smallest p-value is 2^(1 - n). Holm's method multiplies it by the number
-    of tests.
+    The smallest possible p-value for n documents is 2^(1 - n). Holm's method multiplies this
+    p-value by the number of tests.
 
     Args:
         n_tests: Number of columns that are tested together.
@@ -237,9 +243,9 @@ def min_growth_documents(n_tests: int, level: float) -> int:
 
 
 def growth_difference_p(groups: Sequence[Array]) -> float | None:
-    """Test whether growth differs between groups of independent documents.
+    """Return the p-value of a test for differences in growth between groups of documents.
 
-    The test is the rank test of Kruskal and Wallis.
+    The test is Kruskal and Wallis's rank test, which assumes independent documents.
 
     Args:
         groups: The growth factors (end / start value) of the documents of each group.
@@ -269,12 +275,12 @@ GAIN_FLIPS = 1_999
 
 
 class BestByChance(NamedTuple):
-    """Distribution of the largest mean gain if no candidate has an effect.
+    """Distribution of the largest mean gain under the null hypothesis of no effects.
 
     Attributes:
-        middle: Median of the largest mean over all draws.
-        high: 95 % quantile of the largest mean over all draws.
-        p_value: Share of draws with at least the observed largest mean.
+        middle: Median of the largest mean gain under the null hypothesis.
+        high: 95 % quantile of the largest mean gain under the null hypothesis.
+        p_value: Probability of at least the observed largest mean gain under the null hypothesis.
     """
 
     middle: float
@@ -283,26 +289,27 @@ class BestByChance(NamedTuple):
 
 
 def best_by_chance(gains: Array, weights: Array | None = None, seed: int = 0) -> BestByChance:
-    """Estimate how large the best of many mean gains is if no candidate has an effect.
+    """Estimate the distribution of the largest mean gain by chance alone.
 
-    The function flips the signs of all gains of a document together, at random. The method assumes
-    that documents are independent. The method also assumes that gains are symmetric about 0 if
-    there is no effect.
+    The null hypothesis is that no candidate has an effect. Under this hypothesis, documents are
+    assumed to be independent, and gains are assumed to be symmetric about 0. Each random draw
+    reverses the signs of all gains of randomly chosen documents.
 
     Args:
-        gains: `[documents, candidates]`, the finite gain of each document by each candidate.
+        gains: `[documents, candidates]`, the finite gain that each candidate has on each document.
         weights: `[documents]`, summing to 1; None for equal weights.
         seed: Seed of the random signs.
 
     Returns:
-        Median, 95 % quantile and p-value of the largest mean gain by chance.
+        Median and 95 % quantile of the largest mean gain by chance, and the p-value of the observed
+        largest mean gain.
 
     References:
-        P. H. Westfall, S. S. Young, Resampling-Based Multiple Testing (1993), section 2.5 (the
-        largest of many under signs that are equally likely).
+        P. H. Westfall, S. S. Young, Resampling-Based Multiple Testing (1993), section 2.5.
 
     Examples:
-        Two candidates that change the same 100 documents, one for the better and one for the worse.
+        Two candidates change the same 100 documents. One candidate improves all of them, and the
+        other candidate makes all of them worse.
 
         >>> best = best_by_chance(np.tile([[1.0, -1.0]], (100, 1)))
         >>> 0.05 < best.middle < 0.1, best.p_value

@@ -1,9 +1,12 @@
 """Compute ranks, rank correlations and overlaps of rankings of layers.
 
-Values that agree to twelve decimals are ties. Tied values share the mean of their ranks (midranks).
+Values that agree to twelve decimals are ties. The rank of a tied value is the mean of the tied
+ranks (midrank).
 
-Neighbouring layers have similar values, and two unrelated smooth series often correlate strongly by
-chance. `surrogate_series` therefore shuffles layers so that the series stays smooth.
+Neighbouring layers have similar values, so that a series over layers is smooth. Two unrelated
+smooth series often correlate strongly by chance. A permutation test must take the smoothness into
+account. The random reorderings of `surrogate_series` are therefore as smooth as the original
+series.
 """
 
 from __future__ import annotations
@@ -28,10 +31,10 @@ def surrogate_series(values: Array, n_draws: int, seed: int) -> Array:
     """Draw random reorderings of a series with the same smoothness over depth.
 
     The values are modelled as a monotonic function of a stationary Gaussian AR(1) series. Each draw
-    takes an autocorrelation from the posterior distribution, simulates a Gaussian series, and sorts
-    the values in the order of this series. For a series without autocorrelation, the draws are
-    nearly free permutations. The posterior uses the restricted likelihood of the values' normal
-    scores.
+    samples an autocorrelation from its posterior distribution, simulates a Gaussian AR(1) series,
+    and gives the values the rank order of the simulated series. If the values have no
+    autocorrelation, the reorderings are almost uniformly random permutations. The posterior
+    distribution is computed from the restricted likelihood of the values' normal scores.
 
     Args:
         values: `[layers]` in the order of depth, finite and not all equal.
@@ -54,7 +57,10 @@ def surrogate_series(values: Array, n_draws: int, seed: int) -> Array:
 
 @lru_cache(maxsize=16)  # by every proxy, coefficient and subset the same drops are redrawn
 def _draw_orders(ranks: tuple[float, ...], n_draws: int, seed: int) -> NDArray[np.int32]:
-    """Draw random orders `[draws, layers]` with the same smoothness over depth as `ranks`."""
+    """Draw random orders of layers that are as smooth over depth as `ranks`.
+
+    The function returns an array `[draws, layers]` of ranks that begin with 0.
+    """
     rng = np.random.default_rng(seed)
     scores = scipy.special.ndtri(np.array(ranks) / (len(ranks) + 1))
     rho = rng.choice(AUTOCORRELATIONS, size=n_draws, p=smoothness_likelihood(scores))
@@ -65,9 +71,9 @@ def _draw_orders(ranks: tuple[float, ...], n_draws: int, seed: int) -> NDArray[n
 
 
 def smoothness_likelihood(scores: Array) -> Array:
-    """Return the restricted likelihood of each candidate autocorrelation, summing to 1.
+    """Return the normalised restricted likelihood of each of `AUTOCORRELATIONS`.
 
-    The model is AR(1) with unknown mean and variance.
+    The scores are modelled as an AR(1) series with unknown mean and variance.
     """
     n, rho = len(scores), AUTOCORRELATIONS[:, None]
     # The inverse of an AR(1) covariance has three diagonals, so none has to be inverted.
@@ -99,14 +105,15 @@ def rounded_values(values: ArrayLike) -> Array:
 
 
 def midranks(rows: ArrayLike) -> Array:
-    """Return the ranks in each row, 1 = smallest; ties share the mean of their ranks."""
+    """Return the ranks in each row (1 = smallest); tied values get the mean of their ranks."""
     return np.asarray(scipy.stats.rankdata(rounded_values(rows), axis=-1), dtype=np.float64)
 
 
 def min_ranks(values: Sequence[float | None] | Array, lowest_first: bool = False) -> list[int]:
-    """Return the rank of each value; 1 = largest, or smallest with `lowest_first`.
+    """Return the rank of each value; rank 1 is the largest value.
 
-    Equal values share the better rank.
+    If `lowest_first` is True, rank 1 is the smallest value. Tied values get the best of their
+    ranks.
     """
     array = rounded_values(np.array(values, dtype=np.float64))
     ranks = scipy.stats.rankdata(array if lowest_first else -array, method="min")
@@ -158,9 +165,9 @@ def _kendall_rows(x: Array, y: Array) -> Array:
 
 
 def top_overlap(x: Array, y: Array, k: int) -> Array:
-    """Return the share of the `k` top layers that two rankings have in common.
+    """Return the fraction of the `k` top layers that two rankings have in common.
 
-    If there are ties, the function returns the expected share for ties broken at random.
+    If there are ties, the function returns the expected fraction for ties broken at random.
 
     Args:
         x: `[rows, layers]`, the values of one ranking; a larger value has a better rank.
@@ -181,9 +188,9 @@ def top_overlap(x: Array, y: Array, k: int) -> Array:
 
 
 def _top_probabilities(rows: Array, k: int) -> Array:
-    """Return the probability that each layer is in the top `k` of its row.
+    """Return the probability that each value is among the `k` largest values of its row.
 
-    The probability is 0 or 1, except for ties.
+    Ties are broken at random. Without ties, each probability is 0 or 1.
     """
     figures = rounded_values(rows)
     thresholds = np.sort(figures, axis=1)[:, -k][:, None]
@@ -194,10 +201,10 @@ def _top_probabilities(rows: Array, k: int) -> Array:
 
 
 def differing_rank_share(proxy: Array, drop: Array, tolerance: float = 0) -> tuple[float, float]:
-    """Return the share of layers with different ranks in two rankings, and its chance level.
+    """Return the fraction of layers with different ranks, and its chance level.
 
-    The chance level is the exact mean over random orders of the layers. Without ties and with the
-    tolerance 0, the chance level is 1 - 1 / layers.
+    The chance level is the exact mean of the fraction over random orders of the layers. If there
+    are no ties and `tolerance` is 0, the chance level is 1 - 1 / (number of layers).
 
     Args:
         proxy: `[benchmarks, layers]`, values of the proxy, which are ranked within each benchmark.
@@ -205,7 +212,8 @@ def differing_rank_share(proxy: Array, drop: Array, tolerance: float = 0) -> tup
         tolerance: Largest difference at which two ranks still count as equal.
 
     Returns:
-        The share over all benchmarks, and its chance level. Both are NaN if a value is not finite.
+        The fraction over all benchmarks, and its chance level. Both numbers are NaN if a value is
+        not finite.
 
     Examples:
         >>> proxy, drop = np.array([[0.1, 0.2, 0.3, 0.4]]), np.array([[0.0, 0.2, 0.1, 0.5]])
@@ -221,13 +229,13 @@ def differing_rank_share(proxy: Array, drop: Array, tolerance: float = 0) -> tup
 
 @dataclass(frozen=True)
 class Disagreement:
-    """Share of layers with different ranks by two measures, compared with chance.
+    """Fraction of layers with different ranks by two measures, compared with chance.
 
     Attributes:
-        share: Mean share of layers with different ranks over benchmarks.
-        chance: The exact mean of this share over random orders of the layers.
-        shuffled_p: p-value from free shuffles of the layers.
-        smooth_p: p-value from shuffles with the same smoothness over depth.
+        share: Fraction of layers with different ranks, averaged over benchmarks.
+        chance: The exact mean of this fraction over random orders of the layers.
+        shuffled_p: p-value from uniformly random orders of the layers.
+        smooth_p: p-value from random orders that are as smooth over depth as the measured values.
     """
 
     share: float
@@ -237,10 +245,11 @@ class Disagreement:
 
 
 def compare_ranks(proxy: Array, drop: Array, tolerance: float, seed: int = 0) -> Disagreement:
-    """Test whether the layer ranks by proxy and by drop agree better than by chance.
+    """Test whether layer ranks by proxy and by drop agree better than by chance.
 
-    The share of different ranks and its chance level are computed by `differing_rank_share`. For
-    the p-values, the layers of one series are shuffled in the same way for every benchmark.
+    `differing_rank_share` computes the fraction of layers with different ranks, and its chance
+    level. The p-values are computed from random orders of the layers of one measure. Each random
+    order is the same for all benchmarks.
 
     Args:
         proxy: `[benchmarks, layers]`, finite values of the proxy.
@@ -249,10 +258,10 @@ def compare_ranks(proxy: Array, drop: Array, tolerance: float, seed: int = 0) ->
         seed: Seed of the shuffles.
 
     Returns:
-        The share of layers with different ranks, its chance level, and two one-sided p-values.
+        The fraction of layers with different ranks, its chance level, and two one-sided p-values.
 
     Examples:
-        Two random orders of 30 layers have 96.7 % of their exact ranks apart.
+        On average, 96.7 % of 30 layers have different ranks in two random orders.
 
         >>> layers = np.arange(30.0)[None]
         >>> result = compare_ranks(layers, layers, 0)
@@ -278,13 +287,13 @@ def compare_ranks(proxy: Array, drop: Array, tolerance: float, seed: int = 0) ->
 def mean_spearman_p(proxy: Array, drop: Array, seed: int = 0) -> float:
     """Return the p-value of the mean Spearman coefficient over benchmarks.
 
-    The null hypothesis is that proxy and drop are unrelated in every benchmark. The test is
-    two-sided and redraws the series as `correlation.correlate` does.
+    The null hypothesis is that proxy and drop are unrelated in every benchmark. The two-sided test
+    uses the same random series as `correlation.correlate`.
 
     Args:
         proxy: `[benchmarks, layers]`, finite values of the proxy; no row is constant.
         drop: `[benchmarks, layers]`, finite drops; no row is constant.
-        seed: Seed of the redrawn orders.
+        seed: Seed of the random orders.
 
     Returns:
         The p-value.
@@ -308,8 +317,8 @@ def smooth_orders(values: Array, n_draws: int, seed: int) -> IntArray:
         seed: Seed of the generator.
 
     Returns:
-        `[draws, layers]`, the indexes of the layers in the new order. The random model is the same
-        as for `surrogate_series`.
+        `[draws, layers]`, the indexes of the layers in the new order. The orders are drawn from the
+        model of `surrogate_series`.
     """
     ranks = scipy.stats.rankdata(values, method="ordinal").astype(np.float64)
     positions = surrogate_series(ranks, n_draws, seed).astype(np.int64) - 1

@@ -1,11 +1,11 @@
-"""Compute how well samples of documents agree on the order of layers.
+"""Compute how well rankings of layers from different documents agree.
 
-The value of a layer is a weighted mean over documents. Two samples without a common document give
-two rankings of the layers. The rank correlation of the two rankings is the reliability of the
-ranking at this sample size.
+The value of a layer is a weighted mean over documents. Two disjoint samples of documents give two
+rankings of the layers. The reliability of the ranking at this sample size is the rank correlation
+of the two rankings.
 
-Measures of different cost are compared at equal cost, because a cheap measure can use more
-documents.
+A cheap measure can use more documents than an expensive measure. Two measures are therefore
+compared at equal total cost.
 """
 
 from __future__ import annotations
@@ -25,13 +25,14 @@ from tracker.stats.resampling import SEED, jackknife_error, random_signs
 
 DIFFERENCE_FLIPS = 19_999
 _GROUPS = 10
-"""Number of groups of documents, each of which is left out once for an interval."""
+"""Number of groups of documents in the jackknife."""
 
 
 def stratified_orders(strata: Strata, n_draws: int, seed: int) -> Iterator[IntArray]:
-    """Yield random orders of documents that spread each stratum (e.g. task) evenly.
+    """Yield random orders of documents in which each stratum is spread evenly.
 
-    Within a stratum, all orders are equally likely. With one stratum, an order is a plain shuffle.
+    All orders of the documents of a stratum are equally likely. If there is only one stratum, each
+    order is a uniformly random permutation.
 
     Args:
         strata: `[documents]`, e.g. each document's task.
@@ -62,8 +63,8 @@ def disjoint_means(
         values: `[documents, layers]`, the value of each document for each layer.
         weights: `[documents]`, 0 or more.
         strata: `[documents]`, e.g. each document's task; see `stratified_orders`.
-        sizes: Numbers of documents in each of the two samples.
-        n_draws: Number of random draws for each size.
+        sizes: Sample sizes, as numbers of documents. The two samples have the same size.
+        n_draws: Number of random pairs of samples for each size.
         seed: Seed of the generator; equal seeds draw the same documents.
 
     Returns:
@@ -87,8 +88,8 @@ def disjoint_means(
 def spearman_brown(reliability: float, factor: float) -> float:
     """Predict the reliability of a sample that is `factor` times as large.
 
-    The formula is r' = f · r / (1 + (f - 1) · r). For rank correlations, the formula is an
-    approximation.
+    The formula is r' = f · r / (1 + (f - 1) · r). The formula is an approximation if the
+    reliability is a rank correlation.
 
     Args:
         reliability: The correlation of two samples of the measured size.
@@ -98,7 +99,8 @@ def spearman_brown(reliability: float, factor: float) -> float:
         The predicted correlation of two samples.
 
     References:
-        C. Spearman, British Journal of Psychology 3 (1910) 271-295. W. Brown, the same, 296-322.
+        C. Spearman, British Journal of Psychology 3 (1910) 271-295. W. Brown, British Journal of
+        Psychology 3 (1910) 296-322.
 
     Examples:
         >>> round(spearman_brown(0.6, 2), 4)
@@ -108,7 +110,7 @@ def spearman_brown(reliability: float, factor: float) -> float:
 
 
 def extrapolate_documents(target: float, n_documents: float, reliability: float) -> float:
-    """Compute how many documents a target reliability needs, by Spearman-Brown's formula.
+    """Compute the required number of documents by the Spearman-Brown formula.
 
     Args:
         target: Target reliability, between 0 and 1.
@@ -130,7 +132,7 @@ def extrapolate_documents(target: float, n_documents: float, reliability: float)
 def documents_to_reach(
     sizes: Sequence[int], reliabilities: Sequence[float], target: float
 ) -> tuple[float, bool]:
-    """Compute how many documents a target reliability needs, from several sample sizes.
+    """Compute the number of documents that are required for a target reliability.
 
     Args:
         sizes: Measured sample sizes, as numbers of documents, ascending.
@@ -159,10 +161,10 @@ def documents_to_reach(
 
 
 def layer_difference_p(values: Array, weights: Array, seed: int) -> float:
-    """Compute the p-value of the hypothesis that all layers have the same mean.
+    """Compute the p-value of the null hypothesis that all layers have equal means.
 
-    The test flips the signs of each document's deviations from the mean over layers at random. The
-    statistic is the sum of the squared layer means.
+    The statistic is the sum of the squared deviations of the layer means from the mean of all
+    layers. Each random draw reverses the signs of the deviations of randomly chosen documents.
 
     Args:
         values: `[documents, layers]`, the value of each document for each layer.
@@ -194,9 +196,9 @@ def layer_difference_p(values: Array, weights: Array, seed: int) -> float:
 def positive_estimate(figure: Callable[[IntArray], float], strata: Strata, seed: int) -> Estimate:
     """Estimate a positive statistic with an interval from the grouped jackknife.
 
-    The jackknife leaves out one tenth of the documents at a time. The interval is symmetric on the
-    logarithmic scale. The interval shows how much the value would vary with other documents of the
-    same benchmark.
+    The jackknife omits one tenth of the documents at a time. The interval is symmetric on the
+    logarithmic scale. The interval shows how much the statistic varies between random samples of
+    the benchmark's documents.
 
     Args:
         figure: Function that computes the statistic from the indexes of some documents; NaN if
@@ -205,13 +207,14 @@ def positive_estimate(figure: Callable[[IntArray], float], strata: Strata, seed:
         seed: Seed of the grouping of documents; see `jackknife_error`.
 
     Returns:
-        The statistic with its 95 % interval. The value is None if the statistic is undefined for
-        all documents or without one of the groups.
+        The statistic with its 95 % interval. The value is None with a reason if the statistic is
+        undefined for all documents, or if it is undefined without one tenth of the documents.
     """
     value = figure(np.arange(len(strata)))
     error = jackknife_error(lambda indexes: float(np.log(figure(indexes))), strata, _GROUPS, seed)
     if not (math.isfinite(value) and math.isfinite(error)):
-        return Estimate(None, reason="undefined on all documents, or without a tenth of them")
+        reason = "the value or its jackknife error is undefined"
+        return Estimate(None, reason=reason)
     df = min(_GROUPS, len(strata)) - 1
     factor = math.exp(float(stats.t.ppf((1 + LEVEL) / 2, df)) * error)
     return Estimate(value, value / factor, value * factor)
@@ -244,14 +247,15 @@ def prediction_by_budget(
 ) -> dict[str, list[float]]:
     """Estimate how well each measure predicts the true ranking of layers at each budget.
 
-    The documents are split into two halves at random, `HALF_SPLITS` times. The true ranking is
-    computed on one half. On the other half of the documents, each measure is computed on as many
-    documents as its cost allows.
+    The documents are split at random into two halves, `HALF_SPLITS` times. The measure `truth` is
+    computed on one half and gives the true ranking of the layers. Each of `measures` is computed on
+    documents of the other half. The number of these documents is the budget divided by the
+    measure's price.
 
     Args:
         measures: The measures by name, all with the same documents.
         truth: Measure that gives the true ranking; its price is ignored.
-        budgets: Compute budgets, in forward passes.
+        budgets: Budgets for computation, in forward passes.
 
     Returns:
         The mean of Spearman's coefficient over the splits, for each measure and budget. The mean is
@@ -281,7 +285,10 @@ def prediction_by_budget(
 
 
 def _running_means(measure: LayerMeasure, order: IntArray) -> Array:
-    """Return the weighted means of the first 1, 2, 3, … documents in the given order."""
+    """Return the weighted mean of the first k documents in `order`, for each k.
+
+    The result is an array `[documents, layers]`; its last row is the mean over all documents.
+    """
     weights = measure.weights[order, None]
     values = np.where(weights > 0, measure.values[order], 0.0)
     return safe_divide(np.cumsum(weights * values, axis=0), np.cumsum(weights, axis=0))

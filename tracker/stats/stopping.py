@@ -1,28 +1,31 @@
-"""Stopping rules: decide when enough documents are measured to compare several means.
+"""Define stopping rules, which end a measurement when enough documents are measured.
 
-Each mean is the mean drop of one run, such as the removal of a layer. The bounds of a mean decide
-how large a drop is, and whether the drop differs from 0. Pairwise differences decide which drops
-are the largest (`SequentialTopK`). A decision is never revised. `forecast_race` estimates how many
-documents are needed until all runs are decided.
+A run is one change of the model, such as the removal of a layer. The rules estimate the mean
+accuracy drop of every run. Confidence bounds of the mean show how large the drop is, and whether
+the drop differs from 0. `SequentialTopK` compares pairs of runs to find the largest drops. After a
+run is decided, further documents do not change its result. `forecast_race` estimates how many
+documents the measurement needs.
 
-The largest of several means, by pairwise differences:
+`SequentialTopK` finds the largest of several means by pairwise differences:
 
 The difference of two runs on the same document varies less than single values, because common noise
-cancels. As in the module `confidence`, the rule bets against each hypothesis "run b is no better
-than run a". The bets use all documents on which both runs were measured.
+cancels. The rule tests the null hypothesis "the mean of run b is not above the mean of run a" for
+each pair of runs. The test is a betting game, as in the module `confidence`. The game uses all
+documents on which both runs were measured.
 
-There are count · (runs − count) pairs of one of the `count` best runs and one of the other runs.
-Each pair gets the same share of the error probability.
+One of the `count` best runs and one of the other runs form a pair. There are count · (runs − count)
+pairs. The error probability is divided equally among the pairs.
 
-The smallest of several means, for unbounded values:
+`SmallestMean` finds the smallest of several means of unbounded values:
 
 Log-probabilities are unbounded, so the rule uses an asymptotic confidence sequence, which is valid
-for many documents. The sequence needs finite variances. The sequence cannot account for values that
-are too rare to occur in the sample.
+for many documents. The confidence sequence assumes finite variances. The sequence can be wrong if
+large values are so rare that the sample contains none.
 
-After t documents, the interval is the mean ± σ̂ · √(2 (τρ² + 1) / (τρ)² · log(√(τρ² + 1) / α)),
-where σ̂ is the standard deviation of these documents, and ρ sets how early the interval is
-narrowest. The time scale τ = t·N / (N − t) accounts for the finite population.
+After t of N documents, the interval is the mean ± σ̂ · √(2 (τρ² + 1) / (τρ)² · log(√(τρ² + 1) /
+α)). Here σ̂ is the standard deviation of the t values. The parameter ρ sets the number of documents
+at which the interval is narrowest. The variable τ = t·N / (N − t) takes the finite population into
+account.
 """
 
 from __future__ import annotations
@@ -39,27 +42,28 @@ from tracker.stats.confidence import MeanSequences
 from tracker.stats.resampling import SEED
 
 BET_FRACTIONS = 0.8 / 2.0 ** np.arange(4)
-"""Shares of the capital that bets risk while few documents have been seen.
+"""Fractions of the capital that the bets risk while few documents have been evaluated.
 
-The best share is about the range · the difference / the variance of the difference.
+The optimal fraction is about range · difference / (variance of the difference).
 """
 
 MAX_BET_FRACTION = 0.9
-"""Largest share of the capital that is risked."""
+"""Largest fraction of the capital that a bet can risk."""
 
 MEAN_TOLERANCE = 1e-9
 """Means that differ by less than this value count as equal."""
 
 _MIN_ROOM = 1e-6
-"""Minimum room of a null hypothesis, in units of the range; more room makes bets smaller."""
+"""Minimum of the largest possible loss of a bet, in units of the range."""
 
 
 class SequentialTopK:
     """Stopping rule that finds the runs with the `count` largest means of a population.
 
-    The documents must be evaluated in random order. A run is decided when it is certain enough
-    whether its mean is among the `count` largest. Later values of a decided run are ignored. With a
-    tolerance, a choice can be wrong if the means differ by at most the tolerance.
+    The documents must be evaluated in random order. A run is decided as soon as the rule can
+    include it in the `count` largest, or exclude it, at the confidence `level`. Later values of a
+    decided run are ignored. If a tolerance is given, the chosen means can be smaller than the
+    largest means by up to the tolerance.
 
     Attributes:
         open: `[runs]`, mask of the runs that are not decided yet.
@@ -67,11 +71,11 @@ class SequentialTopK:
         seen: Number of documents that were evaluated so far.
 
     References:
-        S. Kalyanakrishnan, A. Tewari, P. Auer, P. Stone, ICML 2012 (the answer, within a
-        tolerance). I. Waudby-Smith, A. Ramdas, JRSS-B 86 (2024) 1-27 (betting).
+        S. Kalyanakrishnan, A. Tewari, P. Auer, P. Stone, ICML 2012. I. Waudby-Smith, A. Ramdas,
+        JRSS-B 86 (2024) 1-27.
 
     Examples:
-        Run 1 is right whenever run 0 is, and on every eighth document more.
+        Run 1 is right on all documents on which run 0 is right, and also on one document in eight.
 
         >>> right = np.arange(400)[:, None] % [2, 2, 3] == 0
         >>> right[:, 1] |= np.arange(400) % 8 == 1
@@ -93,13 +97,13 @@ class SequentialTopK:
         level: float = 0.95,
         max_difference: float = 1.0,
     ) -> None:
-        """Create a stopping rule without documents.
+        """Create the stopping rule, before any document is evaluated.
 
         Args:
             population: Number of documents in the population.
             n_runs: Number of runs; each run has one mean.
             count: Number of runs to choose; at least 1 and less than `n_runs`.
-            tolerance: Difference of means that is ignored; None for no tolerance.
+            tolerance: Difference between means that does not matter; None for no tolerance.
             level: Minimum probability that the right runs are chosen.
             max_difference: Largest possible difference between two runs on a document.
         """
@@ -116,7 +120,7 @@ class SequentialTopK:
         self._claims = np.zeros((n_runs, n_runs, len(self._nulls)), dtype=bool)
 
     def update(self, values: Array) -> None:
-        """Add the values of further documents and decide runs.
+        """Add the values of further documents, and update `open` and `chosen`.
 
         Args:
             values: `[documents, runs]`, values of the further documents. Values of runs that are
@@ -153,7 +157,7 @@ class SequentialTopK:
     def _bet(self, values: Array, a: IntArray, b: IntArray) -> None:
         """Update the evidence that run b has a larger mean than run a, for each pair (a, b).
 
-        The evidence is the capital of a gambler who bets on run b, document by document.
+        The evidence is the capital in a game that bets on run b at every document.
         """
         differences = values[:, a] - values[:, b]
         sums = np.cumsum(differences, axis=0) - differences
@@ -169,7 +173,7 @@ class SequentialTopK:
                 capital[a, b] += np.log(np.prod(1 + risks * odds, axis=0))
 
     def _settle(self) -> None:
-        """Decide the runs that are certainly among the best, or certainly not."""
+        """Choose or exclude the runs for which the evidence is sufficient."""
         while True:
             runs = np.flatnonzero(self.open)
             n_free = self._count - int(self.chosen.sum())
@@ -192,7 +196,7 @@ class SequentialTopK:
 
 
 FIRST_LOOK = 128
-"""Number of documents that are evaluated before the first look."""
+"""Number of documents that are evaluated before the first comparison."""
 NARROWEST_AT = 512
 """Number of documents at which the intervals are optimised to be narrowest."""
 
@@ -200,9 +204,9 @@ NARROWEST_AT = 512
 class SmallestMean:
     """Stopping rule that finds the run with the smallest mean of a population.
 
-    The documents must be evaluated in random order. A run is dropped when its mean is significantly
-    larger than the mean of the run that is best so far. A union bound corrects for the number of
-    comparisons.
+    The documents must be evaluated in random order. A run is excluded when its mean is
+    significantly larger than the smallest mean so far. The level of the tests is corrected for the
+    number of runs by a union bound.
 
     Attributes:
         open: `[runs]`, mask of the runs that can still have the smallest mean.
@@ -217,7 +221,8 @@ class SmallestMean:
         sequences, Annals of Statistics 52 (2024), arXiv 2103.06476.
 
     Examples:
-        Run 1 is 0.2 below run 0 on average, and run 2 is 0.005 above run 1: either is acceptable.
+        The mean of run 1 is 0.2 below run 0 and 0.005 below run 2. Runs 1 and 2 are both
+        acceptable.
 
         >>> values = np.random.default_rng(0).normal(0, 0.3, (4000, 1)) + [[0.2, 0.0, 0.005]]
         >>> values += np.random.default_rng(1).normal(0, 0.05, values.shape)
@@ -234,8 +239,8 @@ class SmallestMean:
         Args:
             population: Number of documents in the population.
             n_runs: Number of runs; each run has one mean.
-            tolerance: Difference of means that is ignored. With a probability of 95 %, the mean of
-                the chosen run is at most this tolerance above the smallest mean.
+            tolerance: Largest acceptable difference between the mean of the chosen run and the
+                smallest mean. This limit holds with a probability of 95 %.
         """
         self.open: Mask = np.ones(n_runs, dtype=bool)
         self.chosen: Mask = np.zeros(n_runs, dtype=bool)
@@ -251,11 +256,13 @@ class SmallestMean:
         return sum(map(len, self._values))
 
     def update(self, values: Array) -> None:
-        """Add the values of further documents; drop runs with large means, or choose the best run.
+        """Add the values of further documents, and update `open` and `chosen`.
+
+        Runs with significantly larger means are excluded. The rule ends when one run is chosen.
 
         Args:
-            values: `[documents, runs]`, the values. Values of dropped runs are ignored and can be
-                NaN. A run with a value that is not finite is dropped.
+            values: `[documents, runs]`, the values. Values of excluded runs are ignored and can be
+                NaN. A run with a value that is not finite is excluded.
 
         Raises:
             ValueError: The total number of documents exceeds the population.
@@ -275,7 +282,7 @@ class SmallestMean:
             self._settle(open_values[:, is_usable], runs[is_usable])
 
     def _settle(self, values: Array, runs: IntArray) -> None:
-        """Drop runs with significantly larger means; choose the best run if its lead is certain."""
+        """Exclude runs with significantly larger means; choose the best run if possible."""
         n_looked, means = len(values), values.mean(axis=0)
         self.means[runs] = means
         best = int(means.argmin())
@@ -306,7 +313,7 @@ def half_width(n_looked: int, n_documents: int, error_rate: float) -> float:
         The half width, divided by the standard deviation of the documents' values.
 
     Examples:
-        Wider than an interval of one look, which is 1.96 / √512 = 0.087.
+        An interval for only this number of documents would be narrower: 1.96 / √512 = 0.087.
 
         >>> round(half_width(512, 10**9, 0.05), 3)
         0.134
@@ -319,14 +326,16 @@ def half_width(n_looked: int, n_documents: int, error_rate: float) -> float:
 
 
 def race_state(low: Array, high: Array, tolerance: float | None) -> tuple[Mask, Mask]:
-    """Return masks of the undecided and the chosen runs, given confidence bounds of their means.
+    """Return a mask of the undecided runs and a mask of the chosen runs.
+
+    The masks are computed from confidence bounds of the means.
 
     Args:
         low: `[runs]`, lower bounds of the means; the bounds of all runs hold simultaneously.
         high: `[runs]`, upper bounds of the means.
-        tolerance: Largest acceptable half width of an interval; a run with a wider interval is
-            undecided. With a tolerance, no run is chosen. If None, a run is chosen when its bounds
-            exclude 0.
+        tolerance: Largest acceptable half width of an interval. A run with a wider interval is
+            undecided, and no run is chosen. If the tolerance is None, a run is chosen when its
+            bounds exclude 0.
 
     Returns:
         The mask `[runs]` of the undecided runs, and the mask `[runs]` of the chosen runs.
@@ -347,14 +356,15 @@ def race_state(low: Array, high: Array, tolerance: float | None) -> tuple[Mask, 
 class Race:
     """Stopping rule that evaluates several runs, document by document, until every run is decided.
 
-    The documents must be evaluated in random order. A run is decided when the stopping condition
-    holds for it, for example when the run is known to be among the best.
+    The documents must be evaluated in random order. A run is decided when the stopping condition is
+    met for this run, for example when the run is known to be among the best runs.
 
     Attributes:
         open: `[runs]`, mask of the runs that are not decided yet.
-        chosen: `[runs]`, mask of the chosen runs. With `top` or `prune`, these are the runs with
-            the largest or smallest means. With `sign`, these are the runs whose mean differs from
-            0. With `drop`, no run is chosen.
+        chosen: `[runs]`, mask of the chosen runs. The question `top` chooses the runs with the
+            largest means. The question `prune` chooses the runs with the smallest means. The
+            question `sign` chooses the runs whose mean differs from 0. The question `drop` chooses
+            no runs.
         seen: `[runs]`, number of documents that were evaluated for each run.
     """
 
@@ -406,14 +416,15 @@ class Race:
 
     @property
     def means(self) -> Array:
-        """The estimated means `[runs]`: the midpoints between the lower and upper bounds."""
+        """The estimated means `[runs]`, each midway between its lower and upper bound."""
         return np.asarray((self.bounds.low + self.bounds.high) / 2)
 
     @property
     def bounds(self) -> MeanSequences:
-        """Simultaneous confidence bounds of the means.
+        """Simultaneous confidence bounds of the runs' means.
 
-        With `top` and `prune`, runs are chosen by pairwise comparisons, not by these bounds.
+        The questions `top` and `prune` do not use these bounds to choose runs. These questions
+        compare pairs of runs instead.
         """
         while self._pending:
             self._bounds.add(*self._pending.pop(0))
@@ -449,7 +460,7 @@ FORECAST_DRAWS = 24
 """Number of simulated populations."""
 
 LOOK_SIZE = 32
-"""Number of documents between two looks."""
+"""Number of documents that are evaluated between two checks of the stopping rule."""
 
 
 @dataclass(frozen=True)
@@ -460,7 +471,7 @@ class RaceForecast:
         looked: `[draws]`, number of documents that were evaluated in each simulated population.
         seen: `[draws, runs]`, number of documents that were evaluated for each run of a simulated
             population.
-        answered: `[draws]`, whether all runs were decided in the simulation.
+        answered: `[draws]`, True if all runs were decided in the simulated measurement.
     """
 
     looked: IntArray
@@ -477,9 +488,10 @@ def forecast_race(
     chances: Array | None = None,
     n_draws: int = FORECAST_DRAWS,
 ) -> RaceForecast:
-    """Simulate how many documents `Race` evaluates, in populations drawn from measured documents.
+    """Simulate how many documents the stopping rule `Race` evaluates.
 
-    The forecast is too low if few documents are measured.
+    The simulated populations are drawn from the measured documents. The estimated number is too low
+    if only few documents are measured.
 
     Args:
         question: Condition that ends the measurement, such as `top 3`: the three largest means are
@@ -498,8 +510,8 @@ def forecast_race(
         ValueError: The condition is impossible for this number of runs.
 
     Examples:
-        A run that loses half of the documents, among two that lose few: it is found in under 500 of
-        2,000.
+        Run 0 loses half of the documents, and the other two runs lose few. The rule finds run 0
+        with fewer than 500 of 2,000 documents.
 
         >>> lost = np.array([[1, 0, 0], [0, 0, 0], [1, 0, 0], [0, 1, 0]] * 20, dtype=float)
         >>> races = forecast_race(Question("top", 1), lost, 2000)

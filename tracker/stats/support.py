@@ -1,11 +1,11 @@
-"""Combine estimates with intervals, and decide which statements about layers are supported.
+"""Combine estimates with intervals, and test statements about layers.
 
-A 95 % interval misses the true value in one of twenty cases. Statements about selected layers, such
-as the largest drop, therefore need simultaneous intervals. Simultaneous intervals all contain their
-true values with a probability of at least 95 %.
+On average, one of twenty 95 % intervals does not contain the true value. Statements about selected
+layers, such as the layer with the largest drop, therefore need simultaneous intervals. The
+probability that all simultaneous intervals contain their true values is at least 95 %.
 
-Ratios, differences and means are computed from estimates and their intervals. The intervals are
-combined by the method of variance estimates recovery (MOVER).
+The interval of a ratio, a difference or a mean of estimates is computed from the intervals of these
+estimates, by the method of variance estimates recovery (MOVER).
 
 A. Donner, G. Y. Zou, Statistical Methods in Medical Research 21 (2012) 347-359.
 """
@@ -30,23 +30,24 @@ from tracker.stats.arrays import Array
 def recovered_share(
     losses: Array, remainders: Array, loss_resamples: Array, remainder_resamples: Array
 ) -> Estimate:
-    """Compute the share of the accuracy loss that is avoided by replacing layers.
+    """Compute the fraction of the accuracy loss that replacing layers avoids.
 
-    The share is 1 − Σ `remainders` / Σ `losses`, with sums over layers. The interval of the share
-    is the percentile interval over resamples of the documents. The share is undefined unless the
-    sum of the losses is above 0 in at least 97.5 % of the resamples.
+    The accuracy loss is the mean drop if a layer is removed. The fraction is 1 − Σ `remainders` / Σ
+    `losses`, with sums over layers. The interval of the fraction is a percentile interval over
+    resamples of the documents. The fraction is undefined if the sum of the losses is positive in
+    less than 97.5 % of the resamples.
 
     Args:
-        losses: `[layers]`, mean drop when the layer is removed.
-        remainders: `[layers]`, mean drop when the layer is replaced.
+        losses: `[layers]`, mean drop if the layer is removed.
+        remainders: `[layers]`, mean drop if the layer is replaced by a fitted function.
         loss_resamples: `[resamples, layers]`, mean drops of removed layers, on each bootstrap
             resample of the documents.
         remainder_resamples: `[resamples, layers]`, mean drops of replaced layers, on the same
             resamples.
 
     Returns:
-        The recovered share with its 95 % interval; 1 = the whole loss is recovered. The value is
-        None with a reason if the share is undefined.
+        The fraction with its 95 % interval. The fraction is 1 if the loss is avoided completely.
+        The value is None with a reason if the fraction is undefined.
 
     References:
         B. Efron, R. J. Tibshirani, An Introduction to the Bootstrap (1993), chapter 13.
@@ -70,8 +71,8 @@ def recovered_share(
 def divide(numerator: Estimate, denominator: Estimate) -> Estimate:
     """Divide an estimate by another estimate, and combine their intervals.
 
-    The function assumes that the two estimates are independent. For estimates from the same
-    documents, the interval is usually too wide.
+    The interval assumes that the two estimates are independent. If the estimates are measured on
+    the same documents, the interval is usually too wide.
 
     Args:
         numerator: The numerator, with its interval.
@@ -105,15 +106,18 @@ def divide(numerator: Estimate, denominator: Estimate) -> Estimate:
 
 
 def subtract(minuend: Estimate, subtrahend: Estimate) -> Estimate:
-    """Subtract one estimate from another, independent estimate, and combine their intervals.
+    """Subtract one estimate from another estimate, and combine their intervals.
+
+    The interval assumes that the two estimates are independent. If the estimates are measured on
+    the same documents, the interval is usually too wide.
 
     Args:
         minuend: Estimate from which `subtrahend` is subtracted, with its interval.
         subtrahend: Estimate to subtract, with its interval.
 
     Returns:
-        The difference and its interval. The interval is missing if the minuend or the subtrahend
-        has no interval. For two models on the same documents, the interval is usually too wide.
+        The difference and its interval. The difference has no interval if one of the two estimates
+        has no interval.
 
     Examples:
         >>> difference = subtract(Estimate(0.3, 0.2, 0.4), Estimate(0.1, 0.0, 0.2))
@@ -133,16 +137,17 @@ def subtract(minuend: Estimate, subtrahend: Estimate) -> Estimate:
 def average(estimates: Sequence[Estimate], independent: bool = True) -> Estimate:
     """Average estimates, and combine their intervals.
 
-    The interval does not predict the mean on other benchmarks.
+    The interval is only for the mean of these estimates. For example, an interval for the mean over
+    benchmarks is not valid for other benchmarks.
 
     Args:
-        estimates: Estimates to average; estimates without a value are left out.
+        estimates: Estimates to average; estimates without a value are ignored.
         independent: Whether the estimates are measured on different documents. If False, the half
             widths of the intervals are averaged, which is the worst case.
 
     Returns:
-        The plain mean, with an interval if every estimate has an interval. The value is None if no
-        estimate has a value.
+        The unweighted mean, with an interval if every estimate has an interval. The value is None
+        if no estimate has a value.
 
     Examples:
         >>> four = [Estimate(0.2, 0.1, 0.3)] * 4
@@ -166,8 +171,8 @@ def average(estimates: Sequence[Estimate], independent: bool = True) -> Estimate
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
     """Adjust p-values by Holm's method for the family-wise error rate.
 
-    If all tests with an adjusted p-value below α are called significant, the probability of any
-    false positive is at most α. The guarantee holds even if the tests depend on each other.
+    If a test is called significant when its adjusted p-value is below α, the probability of any
+    false positive is at most α. This is true even if the tests depend on each other.
 
     Args:
         p_values: p-value of each test. None for a test that could not be computed; the adjustment
@@ -193,25 +198,25 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
 
 
 Verdict = Literal["costs", "helps", "open"]
-"""Supported statement about a removal: accuracy is lost, accuracy is gained, or neither."""
+"""Result for a removal: a significant loss of accuracy, a significant gain, or neither."""
 
 
 def widen(
     estimates: Sequence[Estimate], counts: Sequence[float], family: int | None = None
 ) -> list[Estimate]:
-    """Widen 95 % intervals so that they hold simultaneously for all estimates.
+    """Widen 95 % intervals to simultaneous intervals of all estimates.
 
-    Each of m estimates gets the level 1 - 0.05 / m (Bonferroni's inequality). The midpoint of an
-    interval stays. The half width grows in proportion to the quantile of the normal or the t
-    distribution. An interval is treated as normal if the estimate has a p-value. All other
-    intervals are treated as t intervals.
+    Each interval of m estimates is widened to the level 1 - 0.05 / m (Bonferroni's inequality). The
+    midpoint of the interval does not change. The half width is multiplied by the ratio of two
+    quantiles, for the new level and for 95 %. The quantiles are of the normal distribution if the
+    estimate has a p-value, and of the t distribution otherwise.
 
     Args:
         estimates: Estimates with 95 % intervals; estimates without an interval are returned
             unchanged.
         counts: Number of independent documents or clusters of each estimate.
-        family: Number of estimates for which the intervals shall hold simultaneously; None = the
-            number of estimates with an interval.
+        family: Number m of estimates for which the intervals are simultaneous; None = the number of
+            estimates with an interval.
 
     Returns:
         The same estimates with wider intervals.
@@ -247,17 +252,18 @@ def widen(
 
 
 def decide_verdicts(drops: Sequence[Estimate], alpha: float = ALPHA) -> list[Verdict]:
-    """Decide whether each removal significantly lowers accuracy, raises it, or neither.
+    """Classify each removal by its significant effect on accuracy.
 
     Args:
         drops: Accuracy drop of each removal, with simultaneous intervals from `widen` or a
-            confidence sequence. If a drop has a p-value, the p-value must also be significant after
-            Holm's adjustment.
+            confidence sequence. A drop is significant if its interval excludes 0. If the drop has a
+            p-value, the p-value must also be significant after Holm's adjustment.
         alpha: Largest acceptable probability that any verdict is wrong; the intervals must have the
             same error probability.
 
     Returns:
-        One verdict for each removal: `costs`, `helps` or `open`.
+        One verdict for each removal: `costs` for a significant loss of accuracy, `helps` for a
+        significant gain, or `open`.
 
     Examples:
         >>> decide_verdicts([Estimate(0.3, 0.1, 0.5), Estimate(0.1, -0.1, 0.3), Estimate(None)])
@@ -272,7 +278,7 @@ def decide_verdicts(drops: Sequence[Estimate], alpha: float = ALPHA) -> list[Ver
 
 
 def count_pairs(n_figures: int) -> int:
-    """Return the number of pairs of `n_figures` values; at least 1."""
+    """Return the number of pairs of `n_figures` values, but at least 1."""
     return max(n_figures * (n_figures - 1) // 2, 1)
 
 
@@ -280,12 +286,14 @@ def possible_ranks(estimates: Sequence[Estimate]) -> list[tuple[int, int]]:
     """Compute the best and the worst possible rank of each estimate; rank 1 is the largest.
 
     Two estimates differ significantly if the interval of their difference excludes 0. The interval
-    of the difference assumes independent estimates (Donner and Zou 2012). An estimate ranks behind
-    all significantly larger estimates and before all significantly smaller estimates.
+    of the difference assumes independent estimates (Donner and Zou 2012). The best possible rank of
+    an estimate is 1 plus the number of significantly larger estimates. The worst possible rank is
+    the number of estimates minus the number of significantly smaller estimates.
 
     Args:
-        estimates: Estimates whose intervals are simultaneous for all pairs (from `widen`, with the
-            family `count_pairs`). An estimate without an interval can have any rank.
+        estimates: Estimates with intervals that are simultaneous for all pairs of estimates. Such
+            intervals are returned by `widen` if `family` is the number of pairs. An estimate
+            without an interval can have any rank.
 
     Returns:
         The best and the worst rank of each estimate.

@@ -1,14 +1,15 @@
 """Estimate how much a layer's relevance varies between benchmarks.
 
-The relevance of layers is first standardised within each benchmark (z-scores), so that benchmarks
-with different metrics are comparable. The variance of a layer's z-score over benchmarks is then
-averaged over layers. The mean variance is 0 if each layer has the same z-score on all benchmarks,
-and 1 if the relevance on one benchmark does not correlate with the relevance on another.
+The relevance of a layer is its accuracy drop or the value of a proxy. Relevance is converted to
+z-scores within each benchmark, so that benchmarks with different metrics are comparable. The result
+is the variance of a layer's z-score over benchmarks, averaged over layers. This mean variance is 0
+if each layer has the same z-score on all benchmarks. The mean variance is 1 if the relevance on
+different benchmarks is uncorrelated.
 
-An accuracy drop is measured on a sample of documents. Sampling noise makes the drop differ between
-benchmarks even if the layer's relevance is the same on all benchmarks. The noise variance is
-therefore subtracted before the drop is compared with a proxy. The module computes a jackknife
-interval of the mean over layers, by leaving out documents.
+An accuracy drop is measured on a sample of documents. Because of sampling noise, the measured drops
+of a layer differ between benchmarks even if the true drops are equal. The variance of the noise is
+therefore subtracted from the variance over benchmarks. The mean over layers has a jackknife
+interval over documents.
 """
 
 from __future__ import annotations
@@ -29,23 +30,24 @@ from tracker.stats.resampling import jackknife_error
 BenchmarkSample = tuple[Array, Array, Strata | None]
 """Values, weights and strata of one benchmark: the arguments of `estimate_profile`."""
 SIGN_BLOCK = 3
-"""Number of neighbouring layers whose signs change together in the check of the test."""
+"""Number of neighbouring layers whose signs change together in the permutation test."""
 SIGN_DRAWS = 2**14
-"""If there are more choices of signs than this, this number of random choices is drawn."""
+"""Maximum number of sign combinations; if there are more, this number is drawn at random."""
 LEFT_OUT_GROUPS = 100
-"""Documents of a benchmark are left out one at a time, or in this many groups if there are more."""
+"""Maximum number of groups of documents in the jackknife over the documents of a benchmark."""
 
 
 def estimate_profile(
     values: Array, weights: Array, strata: Strata | None = None
 ) -> tuple[Array, Array]:
-    """Estimate the mean value of each layer (the profile), and the variance of each mean.
+    """Estimate the mean value of each layer, and the variance of each mean.
 
-    The mean over layers is subtracted from the profile.
+    The array of the layers' mean values is called the profile. The profile is centred: the average
+    over all layers is subtracted from the mean of each layer.
 
     Args:
         values: `[documents, layers]`, the value of each document for each layer, e.g. the drop.
-        weights: `[documents]`, 0 or more; the profile is the weighted mean.
+        weights: `[documents]`, 0 or more; the weight of each document in the means.
         strata: `[documents]`, stratum of each document, e.g. its task. None = a single stratum.
 
     Returns:
@@ -75,9 +77,9 @@ def estimate_profile(
 
 
 def profile_reliability(profile: Array, noise: Array) -> float:
-    """Return the share of a profile's variance over layers that sampling noise does not explain.
+    """Return the fraction of a profile's variance that is not sampling noise.
 
-    The share can be negative.
+    The fraction can be negative, because the variance of the noise is only an estimate.
 
     Args:
         profile: `[layers]`, the centred mean values of the layers, from `estimate_profile`.
@@ -91,13 +93,13 @@ def profile_reliability(profile: Array, noise: Array) -> float:
 
 
 def benchmark_variance(profiles: Array, noise: Array | None = None) -> Array:
-    """Compute, for each layer, the variance of its z-score over benchmarks.
+    """Compute the variance over benchmarks of each layer's z-score.
 
     Args:
         profiles: `[benchmarks, layers]`, the value of each layer; two benchmarks or more, and no
             constant row.
-        noise: `[benchmarks, layers]`, the sampling variance of each value, which is subtracted;
-            None = no noise. The returned variance can then be negative.
+        noise: `[benchmarks, layers]`, the sampling variance of each value; None = no noise. The
+            noise is subtracted, so that a returned variance can be negative.
 
     Returns:
         `[layers]`, the variance over benchmarks, with the divisor (number of benchmarks - 1).
@@ -130,11 +132,11 @@ def benchmark_variance(profiles: Array, noise: Array | None = None) -> Array:
 def variance_difference(
     first_samples: Sequence[BenchmarkSample], second_samples: Sequence[BenchmarkSample]
 ) -> Estimate:
-    """Estimate how much more one measure of relevance varies over benchmarks than another.
+    """Estimate the difference between the variations of two measures over benchmarks.
 
-    The variation of a measure is the mean of `benchmark_variance` over layers. The returned value
-    is the variation of the first measure minus the variation of the second measure. The interval is
-    a normal interval from the jackknife over the documents of each benchmark.
+    The variation of a measure of relevance is the mean of `benchmark_variance` over layers. The
+    returned value is the variation of the first measure minus the variation of the second measure.
+    Its interval is a normal interval, with a standard error from the jackknife over documents.
 
     Args:
         first_samples: For each benchmark, the values of one measure for its documents; two
@@ -142,8 +144,8 @@ def variance_difference(
         second_samples: For each benchmark, the values of the other measure for the same documents.
 
     Returns:
-        The difference and its interval. There is no interval if leaving out some documents makes
-        the difference undefined.
+        The difference and its interval. The difference has no interval if it is undefined without
+        some of the documents.
 
     Raises:
         ValueError: There are fewer than two benchmarks, or a benchmark has more noise than variance
@@ -178,7 +180,7 @@ def variance_difference(
 
 
 def _mean_variance(estimates: Sequence[tuple[Array, Array]]) -> float:
-    """Return `benchmark_variance`, with noise subtracted, averaged over layers."""
+    """Return the mean of `benchmark_variance` over layers, with the noise subtracted."""
     profiles, noise = (np.array(arrays) for arrays in zip(*estimates, strict=True))
     return float(benchmark_variance(profiles, noise).mean())
 
@@ -204,19 +206,19 @@ class VarianceComparison:
 
 
 def compare_variances(first_variances: Array, second_variances: Array) -> VarianceComparison:
-    """Test whether one variance tends to be larger than the other (Wilcoxon test over layers).
+    """Test whether one measure varies more over benchmarks than another measure.
 
-    Wilcoxon's test assumes independent layers, but neighbouring layers have similar values. A
-    second p-value therefore comes from a permutation test that flips the signs of `SIGN_BLOCK`
-    neighbouring layers together.
+    The first p-value is from Wilcoxon's signed-rank test, which assumes independent layers.
+    Neighbouring layers have similar values, however. The second p-value is therefore from a
+    permutation test that reverses the signs of `SIGN_BLOCK` neighbouring layers together.
 
     Args:
         first_variances: `[layers]`, variance of each layer over benchmarks by the first measure.
         second_variances: `[layers]`, variance of each layer over benchmarks by the second measure.
 
     Returns:
-        The number of layers with a larger first variance, and the two p-values. The p-values are 1
-        if all differences are 0.
+        The number of layers whose first variance is larger than the second variance, and the two
+        p-values. The p-values are 1 if all differences are 0.
 
     References:
         F. Wilcoxon, Biometrics Bulletin 1 (1945) 80-83.
