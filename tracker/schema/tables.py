@@ -168,7 +168,7 @@ class EntryText:
         text: The displayed text; a dash for an undefined value.
         reason: Reason for an undefined value; else empty.
         figures: The unrounded value and interval ends in the column's unit, separated by spaces.
-            Empty if the text is not rounded.
+            This field is empty if the displayed text is not rounded.
     """
 
     text: str

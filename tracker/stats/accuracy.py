@@ -102,9 +102,9 @@ def accuracy(outcomes: Array, weights: Array | None = None) -> Estimate:
     """Estimate the accuracy from the outcomes of independent documents.
 
     For 0/1 outcomes of equal weight, the function returns Wilson's interval. For 0/1 outcomes of
-    unequal weight, the function returns Agresti & Coull's "plus four" interval. For other outcomes,
-    the function returns the t interval of the weighted mean. Only Wilson's interval is limited to
-    [0, 1].
+    unequal weight, the function returns Agresti & Coull's "plus four" interval. If any outcome is
+    not 0 or 1, the function returns the t interval of the weighted mean. Wilson's interval is
+    always within [0, 1], but the other two intervals can exceed this range.
 
     Args:
         outcomes: `[documents]`, in [0, 1]; NaN if the model gave no finite score.

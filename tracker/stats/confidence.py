@@ -24,8 +24,8 @@ previous τ.
 The bets for the two smallest values of τ are called bold bets, and all other bets are called
 cautious bets. A single document can reduce a stake by at most the fraction MAX_RISK.
 
-The stakes of bold bets are computed exactly for each candidate. Bold bets use only the first
-BOLD_DOCUMENTS documents.
+The stakes of bold bets are computed exactly for each candidate. Bold bets use only the values of
+the first BOLD_DOCUMENTS documents.
 
 The logarithms of the stakes of cautious bets are approximated by polynomials in m, for the
 candidates that are not rejected. The polynomials use a lower bound of the logarithm. For y ≥
@@ -83,7 +83,7 @@ _SIDES = np.array([[1.0], [-1.0]])
 
 
 def horizons(population: int) -> Array:
-    """Return the effective sample size τ at which each bet is optimal.
+    """Return an array of the effective sample sizes τ for which the bets are optimal.
 
     Args:
         population: Number of documents in the population.
@@ -208,7 +208,7 @@ class MeanSequences:
         return shares
 
     def _bet(self, values: Array, indexes: IntArray) -> None:
-        """Update the stakes of all bets with the values of further documents."""
+        """Multiply the stakes of all bets by the results of further documents."""
         n_before = self.seen[indexes] + np.arange(len(values))[:, None]
         sums = np.cumsum(values, axis=0) - values + self._sums[indexes]
         squares = np.cumsum(values**2, axis=0) - values**2 + self._square_sums[indexes]

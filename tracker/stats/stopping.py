@@ -58,7 +58,7 @@ _MIN_ROOM = 1e-6
 
 
 class SequentialTopK:
-    """Stopping rule that finds the runs with the `count` largest means of a population.
+    """Stopping rule that finds the `count` runs with the largest means over all documents.
 
     The documents must be evaluated in random order. A run is decided as soon as the rule can
     include it in the `count` largest, or exclude it, at the confidence `level`. Later values of a
@@ -202,7 +202,7 @@ NARROWEST_AT = 512
 
 
 class SmallestMean:
-    """Stopping rule that finds the run with the smallest mean of a population.
+    """Stopping rule that finds the run with the smallest mean over all documents.
 
     The documents must be evaluated in random order. A run is excluded when its mean is
     significantly larger than the smallest mean so far. The level of the tests is corrected for the

@@ -159,7 +159,7 @@ def variance_difference(
         return first - second
 
     def leave_out(index: int, kept_documents: IntArray) -> float:
-        """Return the difference if benchmark `index` has only the documents `kept_documents`."""
+        """Return the difference without the documents of benchmark `index` that are not kept."""
         pair = []
         for values, weights, strata in samples[index]:
             labels = None if strata is None else np.asarray(strata)[kept_documents]
