@@ -215,7 +215,7 @@ def test_a_run_without_a_taylor_term_keeps_those_of_others(cell, monkeypatch):
         if (c.sample, c.coefficient, c.subset) == ("head", "spearman", "all")
     )
     assert spearman.n == 2
-    assert spearman.estimate.reason == "2 heads, and a correlation needs at least 3"
+    assert spearman.estimate.reason == "a correlation needs at least 3 heads, but 2 are available"
 
 
 def test_cells_measured_before_have_no_taylor_terms(cell):

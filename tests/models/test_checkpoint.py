@@ -36,7 +36,7 @@ def config_source(variant, folder):
 
 
 NOT_SAVED = {
-    "blt": "names None layers",
+    "blt": "invalid number of layers in its configuration: None",
     "dory": "n_input_layers",
     **dict.fromkeys(("emu3", "mllama"), "Unrecognized configuration class"),
     **dict.fromkeys(("gemma3n_text", "gemma4", "gemma4_text"), "embed_tokens_per_layer"),
