@@ -324,8 +324,8 @@ def _check_key(setting: tuple[str, Any]) -> tuple[str, Any]:
 def _find_experiment(experiment: str | None, settings: dict[str, Any]) -> Path | None:
     """Return the experiment file, or None if a model is given instead of a file.
 
-    A given model is added to `settings`. The function raises UsageError if `experiment` is neither
-    a file nor a model, or if a setting is missing.
+    If `experiment` is a model, the model is added to `settings`. The function raises UsageError if
+    `experiment` is neither a file nor a model, or if a setting is missing.
     """
     path = None if experiment is None else _read_path(experiment)
     if path is not None and not names_model(path):

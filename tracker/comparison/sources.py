@@ -109,7 +109,7 @@ def read_models(sources: Sequence[str], progress: Progress) -> list[ModelAnswers
     inputs = [(s, parse_run_name(s) or find_files(Path(s))) for s in sources]
     for (source, answers), (other, other_answers) in combinations(inputs, 2):
         if _identity(answers) & _identity(other_answers):
-            problem = f"{source} and {other} name the same answers"
+            problem = f"{source} and {other} contain the same answers"
             raise RequestError(f"{problem}; replace one by the answers of another model")
     files = [file for _, files in inputs if isinstance(files, list) for file in files]
     size = sum(map(_megabytes, files))

@@ -290,7 +290,7 @@ class Counterexample:
         return 0
 
     def _read_signatures(self, texts: Sequence[Text]) -> tuple[dict[PrefixDigest, int], Tensor]:
-        """Compute the signatures of text prefixes, which layer 0 writes.
+        """Compute the signature that layer 0 writes for each prefix of the texts.
 
         Returns a dictionary from a prefix's digest to its row, and a matrix with one signature per
         row.

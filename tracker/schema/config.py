@@ -81,7 +81,7 @@ class ModelSpec(StrictModel):
 
 
 class BenchmarkSpec(StrictModel):
-    """A benchmark and its prompt settings, with the names of lm-eval."""
+    """A benchmark and the settings of its prompts, named as in lm-eval."""
 
     benchmark: BenchmarkName
     """Benchmark: task or group of lm-eval, YAML file, corpus:FILE, or traces:TASK."""

@@ -194,7 +194,10 @@ class MixedParts(SearchParts):
         return self.starts[-1]
 
     def split(self, parts: Iterable[int]) -> list[list[int]]:
-        """Return a list for each kind with its parts, in the kind's own numbering."""
+        """Divide parts into one list per kind of part.
+
+        In each list, the parts are numbered within their kind, from 0.
+        """
         parts, starts = sorted(parts), self.starts
         spans = pairwise(starts)
         return [[part - start for part in parts if start <= part < end] for start, end in spans]

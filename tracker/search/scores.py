@@ -85,9 +85,8 @@ class Losses:
     def per_size(self, sizes: Array) -> Losses:
         """Compute the loss per removed size of each set, relative to the first set.
 
-        For each set, this is the loss above the loss of the first set, divided by the size above
-        the size of the first set. `sizes` contains the total size of the parts in each set. The
-        result does not contain the first set.
+        Both the loss and the size of the first set are subtracted before the division. `sizes`
+        contains the total size of the parts in each set. The result does not contain the first set.
         """
         prices = np.asarray(sizes[1:]) - sizes[0]
         values = (self.values[:, 1:] - self.values[:, :1]) / prices

@@ -136,8 +136,8 @@ def view_streams(batch: Tensor, n_streams: int, owner: str = "a batch") -> Tenso
 def select_streams(value: Any, n_streams: int, entrants: list[int]) -> Any:
     """Select the rows of some streams from each tensor that has one row per stream.
 
-    `entrants` contains the indices of the streams. Tensors without `n_streams` rows and other
-    values stay unchanged.
+    `entrants` contains the indices of the streams. A tensor with another number of rows than
+    `n_streams` is returned unchanged, and so is any value that is not a tensor.
     """
     if isinstance(value, Tensor):
         return take_entries(value, entrants) if value.ndim and len(value) == n_streams else value

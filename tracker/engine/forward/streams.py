@@ -240,10 +240,10 @@ class StreamPlan:
 
     @property
     def attention_paths(self) -> Iterator[tuple[int | None, ...]]:
-        """Yield for each layer the index of each ablation's attention.
+        """Yield, for each layer, the position of each ablation's attention.
 
-        The index counts the computed attentions of the layer. It is None if the ablation removes
-        the attention.
+        The position is an index of the attention outputs that the layer computes. It is None if the
+        ablation removes the attention.
         """
         for step, path in zip(self.steps, self.paths, strict=True):
             index_of = {
