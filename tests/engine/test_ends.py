@@ -239,7 +239,9 @@ def test_what_a_model_has_not_and_what_does_not_fit_is_refused():
     check_refusal(_model("llama"), "embedding", "int4_g128", "128 weights, .* row of emb.* 32")
     headless_model = _model("llama")
     headless_model.get_output_embeddings = lambda: None
-    check_refusal(headless_model, "lm_head", "int8", "^LlamaForCausalLM has no lm_head that is one")
+    check_refusal(
+        headless_model, "lm_head", "int8", "^LlamaForCausalLM has no lm_head with a single"
+    )
     quantised_model = _model("llama")
     weight = torch.zeros(97, 32, dtype=torch.int8)
     quantised_model.lm_head.weight = nn.Parameter(weight, requires_grad=False)

@@ -98,7 +98,7 @@ def test_every_eval_ever_accepts_losses_and_hostile_names(tmp_path, capsys):
     assert ids[1:] == ["local/SmolLM2-135M-Instruct", "lab/model", "local/adapter"]
     assert ids[0].startswith("local/")
     undefined = cell.model_copy(update={"baseline": Estimate(None, reason="no document")})
-    with pytest.raises(RequestError, match="no benchmark"):
+    with pytest.raises(RequestError, match="undefined on every benchmark"):
         write_evaluations([undefined], tmp_path / "none", lambda cell: None)
 
 

@@ -217,7 +217,9 @@ def test_a_trial_measures_its_sweeps_cell_until_it_is_answered(asked_file, tmp_p
     (plain_cell,) = run_experiment(asked_file, tmp_path / "alone").cells
     settings = {"results": tmp_path / "results", "track": []}
     # Nobody knows which other runs the question is about.
-    with pytest.raises(ExperimentError, match="sweep of the trial lists the other runs") as caught:
+    with pytest.raises(
+        ExperimentError, match="The other runs are listed in the trial's sweep"
+    ) as caught:
         tracker.evaluate(first_trial, **settings)
     assert "'drop within 9 pp at 80 %' compares all runs" in str(caught.value)
 

@@ -55,7 +55,7 @@ def test_trackio_contacts_no_server(tmp_path, monkeypatch):
             published = backend.publish(cell_record(layers=(0,)), [], {})
         assert published.created == 3
         (note,) = published.notes
-        assert note.startswith("TRACKIO_SPACE_ID, TRACKIO_SERVER_URL is ignored")
+        assert note.startswith("tracker ignores TRACKIO_SPACE_ID, TRACKIO_SERVER_URL")
         hub.settimeout(0)
         with pytest.raises(BlockingIOError):
             hub.accept()
