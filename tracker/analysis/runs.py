@@ -33,7 +33,7 @@ ONE_LOOK_REASON = "the formula assumes a fixed sample size, but sampling stopped
 """Reason why a cell with a stopping rule lacks an interval or a p-value."""
 
 _NOT_FINITE = "in the intact model, a token's hidden state is zero or not finite"
-_WHOLE_ONLY = "this value is measured only for the removal of a single whole layer"
+WHOLE_LAYERS_REASON = "this value is measured only for the removal of a single whole layer"
 _NO_GRADIENT = "a gradient is not finite"
 _OTHER_KIND = "this value is not measured for this kind of change"
 _NEVER_ROUTED = "no token of these documents is routed to this expert"
@@ -88,7 +88,7 @@ class LayerProxies:
     def estimates(self, run: Change) -> dict[str, Estimate]:
         """Map the name of each proxy to its estimate for the layer that a run removes."""
         if run.kind != WHOLE_LAYER:
-            return dict.fromkeys(self._estimates, Estimate(None, reason=_WHOLE_ONLY))
+            return dict.fromkeys(self._estimates, Estimate(None, reason=WHOLE_LAYERS_REASON))
         return {name: values[run.layer] for name, values in self._estimates.items()}
 
 

@@ -11,6 +11,7 @@ import plotly.graph_objects as go
 
 from tracker.analysis.agreement import find_correlation
 from tracker.analysis.claims import run_verdicts
+from tracker.analysis.runs import WHOLE_LAYERS_REASON
 from tracker.report import wording
 from tracker.report.charts import style
 from tracker.report.charts.maps import centred_map, find_map_kinds, kind_map
@@ -119,7 +120,7 @@ def layer_curve(cell: CellRecord) -> style.Chart:
     bars = style.build_trace("bar", "cosine score", layers, scores, hovers, xaxis="x2", yaxis="y2")
     bars |= {"marker": {"color": style.PROXY_COLOUR, "line": {"width": 0}}, "width": 0.6}
     data.append(bars | {"showlegend": False})
-    note = {"text": "measured for whole single layers only", "showarrow": False}
+    note = {"text": WHOLE_LAYERS_REASON, "showarrow": False}
     note |= {"x": 0.5, "y": 0.5, "xref": "x2 domain", "yref": "y2 domain"}
     axis = style.layer_axis(sorted({layer for kind in kinds for layer in first_layers(kind, cell)}))
     return style.build_chart(
