@@ -6,150 +6,41 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from typing import Any
 
 from tracker.bench.loops import (
+    EngineAnswers,
     Loop,
     LoopTiming,
-    choose_ablations,
-    extrapolate_seconds,
     open_vllm,
     refuse_vllm,
     time_call,
 )
 from tracker.benchmarks.benchmark import open_benchmark
 from tracker.benchmarks.encoder import RequestEncoder, huggingface_model
-from tracker.benchmarks.generation import generate_with_lm_eval
 from tracker.engine.plan import estimate_cost, measure_matrix_rate
 from tracker.engine.scoring.sweep import Engine
 from tracker.engine.selfcheck.check import check_sharing
 from tracker.measuring.job import Options
 from tracker.measuring.meter import open_model
 from tracker.measuring.progress import Progress
-from tracker.measuring.scorer import Generation, SampledTexts, set_row_size
+from tracker.measuring.scorer import Generation, set_row_size
 from tracker.models.devices import peak_memory, reset_peak_memory
 from tracker.models.hooks import replaced_forward
 from tracker.models.load import LoadedModel
 from tracker.models.sources import find_model, parts_of_config
-from tracker.schema.changes import INTACT, Ablation
+from tracker.schema.changes import Ablation
 from tracker.schema.config import CellRequest, Changes
-from tracker.schema.documents import Document, Prompt
+from tracker.schema.documents import Document, GeneratedText
 from tracker.schema.errors import BenchmarkError
 from tracker.schema.model_parts import fill_parts
 from tracker.schema.provenance import describe_machine, package_versions
 from tracker.schema.text_templates import open_templates
 
+BATCH_SIZES = (1, 4, 8, 16, 32)
 GENERATION_BATCH_SIZES = (1, 8)
 """Numbers of texts that lm-eval generates in one batch; the faster is timed."""
-
-
-@dataclass(frozen=True)
-class GenerationBench:
-    """Timings of text generation with the engine and with lm-eval.
-
-    The engine generates texts under all ablations at once, and lm-eval under one at a time.
-
-    Attributes:
-        together_seconds: Seconds to generate all texts under all ablations at once.
-        tokens: Number of tokens of these texts.
-        loop_seconds: Estimated seconds of lm-eval for all ablations, extrapolated from
-            `evaluations`.
-        batch_size: Number of texts in a batch of lm-eval.
-        evaluations: Name of an ablation → seconds that lm-eval needed for this ablation.
-        differences: Number of texts that differ between the engine and lm-eval.
-        compared: Number of texts that were compared; 0 for sampled texts.
-    """
-
-    benchmark: str
-    documents: int
-    ablations: int
-    samples: int
-    dtype: str
-    together_seconds: float
-    tokens: int
-    loop_seconds: float
-    batch_size: int
-    evaluations: dict[str, float]
-    differences: int
-    compared: int
-    machine: dict[str, str]
-    versions: dict[str, str]
-
-    def text(self) -> str:
-        """Format the timings as text for the terminal."""
-        template = open_templates("tracker.bench").get_template("generation.txt.j2")
-        return template.render(result=self)
-
-
-def run_generation_bench(
-    engine: Engine,
-    documents: Sequence[Document],
-    ablations: Sequence[Ablation],
-    title: str,
-    progress: Progress,
-) -> GenerationBench:
-    """Time the generation of texts under all ablations, with the engine and with lm-eval."""
-    prompts = [document.prompt for document in documents if document.prompt is not None]
-    loaded, first = engine.loaded, prompts[0]
-    generation = Generation(engine, loaded.tokenizer, think_end_token=first.think_end_token)
-    progress.say("lm-eval: trying batch sizes on the baseline")
-    trials = {size: _run_lm_eval(engine, INTACT, prompts, size) for size in GENERATION_BATCH_SIZES}
-    batch_size = min(trials, key=lambda size: trials[size][0])
-    progress.start(f"{title}: generation", len(prompts))
-    texts: list[list[SampledTexts]] = []
-
-    def generate_together() -> None:
-        for prompt in prompts:
-            texts.append(generation.generate(prompt, ablations))
-            progress.advance(1)
-
-    seconds, _ = time_call(generate_together)
-    progress.finish()
-    loop = {INTACT.name: trials[batch_size]}
-    for ablation in choose_ablations(ablations):
-        progress.say(f"lm-eval: {ablation.name}")
-        loop[ablation.name] = _run_lm_eval(engine, ablation, prompts, batch_size)
-    timings = {name: duration for name, (duration, _) in loop.items()}
-    columns = {ablation.name: column for column, ablation in enumerate(ablations)}
-    pairs = [
-        (document_texts[columns[name]][0].text, text)
-        for name, (_, plain_texts) in loop.items()
-        for document_texts, text in zip(texts, plain_texts, strict=not first.is_sampled)
-        if not first.is_sampled
-    ]
-    all_texts = [text for by_ablation in texts for group in by_ablation for text in group]
-    return GenerationBench(
-        benchmark=title,
-        documents=len(prompts),
-        ablations=len(ablations),
-        samples=first.samples,
-        dtype=loaded.identity.dtype,
-        together_seconds=seconds,
-        tokens=sum(text.tokens or 0 for text in all_texts),
-        loop_seconds=extrapolate_seconds(timings, len(ablations)),
-        batch_size=batch_size,
-        evaluations=timings,
-        differences=sum(text != plain_text for text, plain_text in pairs),
-        compared=len(pairs),
-        machine=describe_machine(),
-        versions=package_versions(),
-    )
-
-
-def _run_lm_eval(
-    engine: Engine, ablation: Ablation, prompts: Sequence[Prompt], batch_size: int
-) -> tuple[float, list[str]]:
-    """Generate texts for all prompts with lm-eval and a changed copy of the model.
-
-    Returns the elapsed seconds, and the texts in the order of the prompts.
-    """
-    changed = engine.ablate(ablation).loaded
-    model = huggingface_model(changed.model, changed.tokenizer, batch_size)
-    repeated = [prompt for prompt in prompts for _ in range(prompt.samples)]
-    return time_call(lambda: generate_with_lm_eval(model, repeated))
-
-
-BATCH_SIZES = (1, 4, 8, 16, 32)
 TRIAL_DOCUMENTS = 40
 """Number of documents on which batch sizes are tried."""
 
@@ -160,19 +51,21 @@ class BenchResult:
 
     Attributes:
         engine_seconds: Seconds that the engine needed for all ablations.
+        tokens: Number of tokens that the engine generated; 0 if it scored given answers.
         check_seconds: Seconds that the self-check needed in addition to `engine_seconds`; None if
             the self-check was skipped.
         outside_share: Share of `engine_seconds` spent outside the model's layers and output head;
-            None on an accelerator.
+            None on an accelerator and for generated texts.
         offloaded_bytes: Bytes of the offloaded layers; 0 if no layer is offloaded.
         read_bytes: Bytes of offloaded layers that the engine loaded during the run.
         waiting_share: Share of `engine_seconds` spent waiting for offloaded layers.
         loops: Name of an evaluation loop → its timing; empty if weights are offloaded.
-        layer_passes: Number of layers that the engine computes, summed over all tokens.
+        layer_passes: Number of layers that the engine computes, summed over all tokens; None for
+            generated texts, whose computations are not counted.
         times_the_passes: Name of a program (e.g. lm-eval) → number of layers that the program
             computes, divided by `layer_passes`.
         sharing: Description of the computation that the engine shares between ablations.
-        engine_gflops: Speed of the engine in GFLOP/s.
+        engine_gflops: Speed of the engine in GFLOP/s; None for generated texts.
         matrix_gflops: Speed of a matrix product in GFLOP/s, for comparison.
         engine_peak_gib: Peak memory of the process, or of the accelerator, while the engine ran.
     """
@@ -182,16 +75,17 @@ class BenchResult:
     ablations: int
     dtype: str
     engine_seconds: float
+    tokens: int
     check_seconds: float | None
     outside_share: float | None
     offloaded_bytes: int
     read_bytes: int
     waiting_share: float
     loops: dict[str, LoopTiming]
-    layer_passes: float
+    layer_passes: float | None
     times_the_passes: dict[str, float]
     sharing: str
-    engine_gflops: float
+    engine_gflops: float | None
     matrix_gflops: float
     engine_peak_gib: float
     machine: dict[str, str]
@@ -227,7 +121,7 @@ def run_bench(
     progress: Progress,
     with_check: bool = True,
     competitor: str | None = None,
-) -> BenchResult | GenerationBench:
+) -> BenchResult:
     """Time the engine and each evaluation loop on the same documents and ablations.
 
     Args:
@@ -250,14 +144,15 @@ def run_bench(
     engine, documents, title = prepare_engine(request, options, progress)
     loaded = engine.loaded
     ablations = _sweep_ablations(request, loaded)
-    if any(document.prompt is not None for document in documents):
+    prompts = [document.prompt for document in documents if document.prompt is not None]
+    if prompts:
+        title += f", {prompts[0].samples} texts per document"
         if competitor is not None:
             raise BenchmarkError(
                 f"{request.benchmark} is a generation task, but --against {competitor} only times "
                 "the scoring of given answers; leave --against out, or choose a benchmark with "
                 "given answers"
             )
-        return run_generation_bench(engine, documents, ablations, title, progress)
 
     loops: list[Loop] = []
     if competitor is not None:
@@ -268,7 +163,7 @@ def run_bench(
         loops.append(vllm)
 
     check_seconds = None
-    if with_check:
+    if with_check and not prompts:
         progress.say("checking results against pruned models")
         check_seconds, checked = time_call(lambda: check_sharing(engine, documents, ablations))
         engine = checked.engine
@@ -277,43 +172,70 @@ def run_bench(
     if weights is None:
         progress.say("lm-eval: trying batch sizes on the baseline")
         few = documents[:TRIAL_DOCUMENTS]
-        trials = [huggingface_loop(engine, size) for size in BATCH_SIZES]
+        sizes = GENERATION_BATCH_SIZES if prompts else BATCH_SIZES
+        trials = [huggingface_loop(engine, size) for size in sizes]
         loops.append(min(trials, key=lambda loop: loop.evaluate(ablations[0], few)[0]))
 
-    responses = sum(len(document.requests) for document in documents) * len(ablations)
-    progress.start(f"{request.benchmark}: engine", responses)
+    n_answers = len(prompts) or sum(len(document.requests) for document in documents)
+    progress.start(f"{request.benchmark}: engine", n_answers * len(ablations))
     reset_peak_memory(loaded.device)
     read_before = (weights.read_bytes, weights.wait_seconds) if weights else (0, 0.0)
     with _timed_model(engine) as inside:
-        seconds, scores = time_call(lambda: engine.score(documents, ablations, progress.advance))
+        answer = partial(_answer_documents, engine, documents, ablations, progress.advance)
+        seconds, answers = time_call(answer)
     peak = peak_memory(loaded.device)
     progress.finish()
     read_after = (weights.read_bytes, weights.wait_seconds) if weights else (0, 0.0)
 
     if weights is None:
         loops[-1].run(documents, ablations, progress)
-    cost = estimate_cost(loaded.model, documents, ablations, engine.max_length)
+    cost = None if prompts else estimate_cost(loaded.model, documents, ablations, engine.max_length)
+    is_timed = cost is not None and loaded.device.type == "cpu"
+    texts = chain.from_iterable(chain.from_iterable(answers))
     return BenchResult(
         benchmark=title,
         documents=len(documents),
         ablations=len(ablations),
         dtype=loaded.identity.dtype,
         engine_seconds=seconds,
+        tokens=sum(text.tokens or 0 for text in texts if isinstance(text, GeneratedText)),
         check_seconds=check_seconds,
-        outside_share=1 - sum(inside) / seconds if loaded.device.type == "cpu" else None,
+        outside_share=1 - sum(inside) / seconds if is_timed else None,
         offloaded_bytes=weights.bytes if weights else 0,
         read_bytes=read_after[0] - read_before[0],
         waiting_share=(read_after[1] - read_before[1]) / seconds,
-        loops={loop.name: loop.timing(ablations, scores, seconds) for loop in loops},
-        layer_passes=cost.layer_passes,
-        times_the_passes=cost.times_the_passes,
+        loops={loop.name: loop.timing(documents, ablations, answers, seconds) for loop in loops},
+        layer_passes=cost.layer_passes if cost else None,
+        times_the_passes=cost.times_the_passes if cost else {},
         sharing=str(engine.sharing),
-        engine_gflops=cost.flops / seconds / 1e9,
+        engine_gflops=cost.flops / seconds / 1e9 if cost else None,
         matrix_gflops=measure_matrix_rate(loaded.model.dtype, loaded.device) / 1e9,
         engine_peak_gib=peak / 2**30,
         machine=describe_machine(),
         versions=package_versions(),
     )
+
+
+def _answer_documents(
+    engine: Engine,
+    documents: Sequence[Document],
+    ablations: Sequence[Ablation],
+    advance: Callable[[int], None],
+) -> EngineAnswers:
+    """Score all documents, or generate their texts, under all ablations.
+
+    `advance` is called with the number of new answers.
+    """
+    prompts = [document.prompt for document in documents if document.prompt is not None]
+    if not prompts:
+        return [score.responses for score in engine.score(documents, ablations, advance)]
+    end_token = prompts[0].think_end_token
+    generation = Generation(engine, engine.loaded.tokenizer, think_end_token=end_token)
+    answers = []
+    for prompt in prompts:
+        answers.append(generation.generate(prompt, ablations))
+        advance(len(ablations))
+    return answers
 
 
 def _sweep_ablations(request: CellRequest, loaded: LoadedModel) -> list[Ablation]:

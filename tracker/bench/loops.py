@@ -10,11 +10,12 @@ import inspect
 import os
 import statistics
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
@@ -22,7 +23,8 @@ from typing import Any, TypeVar
 from torch import nn
 
 from tracker.benchmarks.encoder import score_with_lm_eval, vllm_class
-from tracker.engine.scoring.sweep import DocumentScores, Engine
+from tracker.benchmarks.generation import generate_with_lm_eval
+from tracker.engine.scoring.sweep import Engine
 from tracker.measuring.job import Options
 from tracker.measuring.progress import Progress
 from tracker.models.checkpoint import save_copy
@@ -31,13 +33,16 @@ from tracker.models.layers import find_layers
 from tracker.models.sources import find_model
 from tracker.schema.changes import Ablation
 from tracker.schema.config import CellRequest
-from tracker.schema.documents import Document
+from tracker.schema.documents import Document, GeneratedText, Response
 from tracker.schema.errors import RequestError, first_line, translate_errors
 from tracker.schema.grouping import group_by
 
 T = TypeVar("T")
-Evaluation = tuple[float, list[tuple[float, bool]]]
-"""Seconds of an evaluation, and log-likelihood and greedy flag of each request, in order."""
+Evaluation = tuple[float, list[Any]]
+"""Seconds of an evaluation, and its answers: generated texts, or pairs of the log-likelihood and
+the greedy flag of a request."""
+EngineAnswers = Sequence[Sequence[Sequence[Response | GeneratedText]]]
+"""The engine's responses or texts: for each document, one list per ablation."""
 MEASURED_ABLATIONS = 4
 """Number of ablations of each component that are evaluated. The other ablations are assumed to
 cost as much on average."""
@@ -52,19 +57,21 @@ class LoopTiming:
         seconds: Estimated seconds for all ablations, extrapolated from `evaluations`.
         evaluations: Ablation → seconds that the evaluation under this ablation took.
         ratio: `seconds` divided by the seconds that the engine needed.
-        largest_difference: Largest difference from the engine's log-likelihoods, in nats.
-        greedy_disagreements: Number of requests for which only one program found the continuation
-            to be greedy.
-        requests_compared: Number of requests that were compared.
+        largest_difference: Largest difference from the engine's log-likelihoods, in nats; None for
+            generated texts.
+        disagreements: Number of requests for which only one program found the continuation to be
+            greedy; or number of generated texts that differ.
+        compared: Number of requests or texts that were compared; 0 for sampled texts, which lm-eval
+            draws with other random numbers.
     """
 
     settings: str
     seconds: float
     evaluations: dict[str, float]
     ratio: float
-    largest_difference: float
-    greedy_disagreements: int
-    requests_compared: int
+    largest_difference: float | None
+    disagreements: int
+    compared: int
 
 
 @dataclass(frozen=True)
@@ -84,9 +91,12 @@ class Loop:
     evaluations: dict[str, Evaluation] = field(default_factory=dict)
 
     def evaluate(self, ablation: Ablation, documents: Sequence[Document]) -> Evaluation:
-        """Score documents under an ablation; store and return the seconds and results."""
+        """Score documents, or generate their texts, under an ablation.
+
+        The seconds and results are stored and returned.
+        """
         model = self.model_without(ablation)
-        self.evaluations[ablation.name] = time_call(lambda: score_with_lm_eval(model, documents))
+        self.evaluations[ablation.name] = time_call(lambda: _answer_documents(model, documents))
         return self.evaluations[ablation.name]
 
     def run(
@@ -98,38 +108,48 @@ class Loop:
             self.evaluate(ablation, documents)
 
     def timing(
-        self, ablations: Sequence[Ablation], scores: Sequence[DocumentScores], engine_seconds: float
+        self,
+        documents: Sequence[Document],
+        ablations: Sequence[Ablation],
+        engine_answers: EngineAnswers,
+        engine_seconds: float,
     ) -> LoopTiming:
         """Summarise the speed and the results of the evaluations.
 
-        `scores` and `engine_seconds` are the results of the engine, with which the evaluations are
-        compared. The seconds for all `ablations` are extrapolated.
+        `engine_answers` and `engine_seconds` are the results of the engine, with which the
+        evaluations are compared. The seconds for all `ablations` are extrapolated from the
+        evaluations.
         """
         timings = {name: seconds for name, (seconds, _) in self.evaluations.items()}
-        total = extrapolate_seconds(timings, len(ablations))
+        baseline, *changed = timings.values()
+        # A model of one layer has nothing to remove.
+        total = baseline + (len(ablations) - 1) * statistics.mean(changed or [0.0])
         columns = {ablation.name: column for column, ablation in enumerate(ablations)}
         answers = [answer for _, answers in self.evaluations.values() for answer in answers]
-        rows = (score.responses[columns[name]] for name in timings for score in scores)
-        pairs = list(zip((response for row in rows for response in row), answers, strict=True))
+        rows = (by_ablation[columns[name]] for name in timings for by_ablation in engine_answers)
+        pairs = list(zip(chain.from_iterable(rows), answers, strict=True))
+        if any(document.prompt and document.prompt.is_sampled for document in documents):
+            pairs = []
+        distances = [abs(r.loglikelihood - a[0]) for r, a in pairs if isinstance(r, Response)]
         return LoopTiming(
             settings=self.settings,
             seconds=total,
             evaluations=timings,
             ratio=total / engine_seconds,
-            largest_difference=max(abs(r.loglikelihood - value) for r, (value, _) in pairs),
-            greedy_disagreements=sum(r.greedy != greedy for r, (_, greedy) in pairs),
-            requests_compared=len(pairs),
+            largest_difference=max(distances, default=None),
+            disagreements=sum(
+                r.greedy != a[1] if isinstance(r, Response) else r.text != a for r, a in pairs
+            ),
+            compared=len(pairs),
         )
 
 
-def extrapolate_seconds(timings: Mapping[str, float], n_ablations: int) -> float:
-    """Estimate the seconds for all ablations from the timings of some ablations.
-
-    The first item of `timings` is the timing of the baseline.
-    """
-    baseline, *changed = timings.values()
-    # A model of one layer has nothing to remove.
-    return baseline + (n_ablations - 1) * statistics.mean(changed or [0.0])
+def _answer_documents(model: Any, documents: Sequence[Document]) -> list[Any]:
+    """Score all documents, or generate their texts, with a model of lm-eval."""
+    prompts = [d.prompt for d in documents if d.prompt for _ in range(d.prompt.samples)]
+    if prompts:
+        return generate_with_lm_eval(model, prompts)
+    return score_with_lm_eval(model, documents)
 
 
 def time_call(function: Callable[[], T]) -> tuple[float, T]:
