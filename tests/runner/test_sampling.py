@@ -329,11 +329,13 @@ def test_bench_compares_generation_with_lm_eval(tiny_llama, task) -> None:
     """All texts together against plain lm-eval, which generates the same texts."""
     options = ("--benchmark", task, "--no-check", "--json")
     bench = json.loads(cli("bench", tiny_llama(), *options).stdout)
-    assert (bench["documents"], bench["ablations"], bench["compared"]) == (2, 5, 10)
-    assert bench["differences"] == 0
+    loop = bench["loops"]["lm-eval"]
+    assert (bench["documents"], bench["ablations"], loop["compared"]) == (2, 5, 10)
+    assert loop["disagreements"] == 0
+    assert bench["layer_passes"] is loop["largest_difference"] is None
     assert 0 < bench["tokens"] <= 2 * 5 * 4
     sampled = printed(
         "bench", tiny_llama("b"), *options[:3], "--gen_kwargs", "temperature=1", "--samples", 2
     )
-    assert "5 ablations, 2 texts each" in sampled
+    assert "2 texts per document, 2 documents, 5 ablations" in sampled
     assert "not compared" in sampled

@@ -19,14 +19,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils_hf import stop_sequences_criteria
 from torch import Tensor
-from transformers import (
-    LogitsProcessor,
-    LogitsProcessorList,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    StoppingCriteria,
-    StoppingCriteriaList,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, generation
 
 from tracker.benchmarks.private import HFLM
 from tracker.schema.documents import GeneratedText, Prompt
@@ -133,7 +126,7 @@ class TextGenerator(HFLM):  # type: ignore[misc]
         else:
             settings.pop("temperature", None)
             settings["do_sample"] = False
-        criteria = StoppingCriteriaList([_RowCriterion(self.tokenizer, stop, context)])
+        criteria = generation.StoppingCriteriaList([_RowCriterion(self.tokenizer, stop, context)])
         decoding = nullcontext({}) if batch.decoding is None else batch.decoding(prompt_tokens)
         with decoding as cache_options:
             return self.model.generate(
@@ -186,13 +179,15 @@ def _sample(model: Any, input_ids: Tensor, noise: CoupledNoise, **options: Any) 
     The log-probabilities already include the temperature and truncations such as top-p. The texts
     therefore have the same distribution as texts that transformers samples.
     """
-    options["logits_processor"] = LogitsProcessorList([*options["logits_processor"], noise])
+    options["logits_processor"] = generation.LogitsProcessorList(
+        [*options["logits_processor"], noise]
+    )
     config = options["generation_config"] = copy.copy(options["generation_config"])
     config.do_sample = False
     return model._sample(input_ids, **options)
 
 
-class CoupledNoise(LogitsProcessor):  # type: ignore[misc]
+class CoupledNoise(generation.LogitsProcessor):  # type: ignore[misc]
     """Gumbel noise for a batch; all rows of the same sample get the same noise.
 
     Args:
@@ -227,7 +222,7 @@ def gumbel_noise(key: str, sample: int, position: int, size: int) -> Array:
     return -np.log(-np.log(np.maximum(uniform, np.finfo(np.float64).tiny)))
 
 
-class _RowCriterion(StoppingCriteria):  # type: ignore[misc]
+class _RowCriterion(generation.StoppingCriteria):  # type: ignore[misc]
     """Stopping criterion that ends each row of a batch at its first stop string."""
 
     def __init__(

@@ -80,20 +80,23 @@ class TextMetrics:
             suffixes = [*passes, f"_majority@{self.samples}", *suffixes]
         return [_variant(metric, suffix) for suffix in suffixes]
 
-    def combine(self, texts: Sequence[JudgedText], task: TaskIdentity) -> dict[str, MetricValue]:
+    def combine(
+        self, texts: Sequence[JudgedText], task: TaskIdentity, budget: int | None = None
+    ) -> dict[str, MetricValue]:
         """Compute the metrics of a document's sampled texts.
 
-        Metrics for smaller token limits are not included.
+        If `budget` is given, `texts` are the beginnings of the texts with at most this number of
+        tokens.
         """
-        if self.samples == 1:
+        suffix = "" if budget is None else f"@{budget}tok"
+        if self.samples == 1 and not suffix:
             return dict(texts[0].metrics)
         values: dict[str, MetricValue] = {}
-        for name, kind in task.metrics.items():
-            if kind != "mean" or name not in texts[0].metrics:
-                continue
+        means = [name for name, kind in task.metrics.items() if kind == "mean"]
+        for name in filter(texts[0].metrics.__contains__, means):
             scores = [float(text.metrics[name]) for text in texts]
-            values[name] = fmean(scores)
-            if filter_name(name) in self.joint:
+            values[_variant(name, suffix)] = fmean(scores)
+            if suffix or filter_name(name) in self.joint:
                 continue
             sign = 1 if task.higher_is_better.get(name, True) else -1
             for draws in self._draws:
@@ -102,19 +105,6 @@ class TextMetrics:
             answers = [repr(text.answers[filter_name(name)]) for text in texts]
             values[_variant(name, f"_majority@{self.samples}")] = majority_value(answers, scores)
         return values
-
-    def combine_early(
-        self, texts: Sequence[JudgedText], budget: int, task: TaskIdentity
-    ) -> dict[str, MetricValue]:
-        """Compute the metrics of beginnings of a document's texts.
-
-        The beginnings have at most `budget` tokens.
-        """
-        return {
-            _variant(name, f"@{budget}tok"): fmean(float(text.metrics[name]) for text in texts)
-            for name, kind in task.metrics.items()
-            if kind == "mean" and name in texts[0].metrics
-        }
 
 
 def _variant(metric: str, suffix: str) -> str:

@@ -265,13 +265,11 @@ class LmEvalBenchmark:
         """Compute the metrics of the texts that are generated for one document."""
         task = self._task_identities[document.task]
 
-        def judge(samples: Sequence[str]) -> list[JudgedText]:
-            return [self._judge(document, [sample], samples) for sample in samples]
-
-        values = self._text_metrics.combine(judge([text.text for text in texts]), task)
-        for number, budget in enumerate(self._text_metrics.budgets):
-            early = judge([text.early[number] for text in texts])
-            values |= self._text_metrics.combine_early(early, budget, task)
+        values: dict[str, MetricValue] = {}
+        by_budget = zip(*((text.text, *text.early) for text in texts), strict=True)
+        for budget, samples in zip((None, *self._text_metrics.budgets), by_budget, strict=True):
+            judged = [self._judge(document, [sample], samples) for sample in samples]
+            values |= self._text_metrics.combine(judged, task, budget)
         return values | {CUT_OFF: fmean(bool(text.is_cut) for text in texts)}
 
     def _judge(

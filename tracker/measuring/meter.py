@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from tracker.engine.selfcheck.check import VerdictStore
     from tracker.engine.selfcheck.reference import Comparison
     from tracker.measuring.job import Options
-    from tracker.measuring.scorer import SampledTexts, Scorer
+    from tracker.measuring.scorer import Scorer
     from tracker.models.load import LoadedModel
 
 DocumentKey = tuple[str, int]
@@ -275,9 +275,10 @@ class Meter:
         """
         from tracker.benchmarks.traces import FIRST_TRACES
 
+        assert self._scorer is not None, "check() comes first"
         texts, unwritten = dict(traces), [d for d in documents if d.index not in traces]
         for group in (unwritten[:FIRST_TRACES], unwritten[FIRST_TRACES:]):
-            written = {document.index: self._write_traces(document) for document in group}
+            written = {d.index: self._scorer.write_texts(d, [INTACT])[0] for d in group}
             self._note_cut_texts([*chain.from_iterable(written.values())])
             texts |= {index: [text.text for text in samples] for index, samples in written.items()}
             if group and not self._has_checked_traces:
@@ -285,15 +286,6 @@ class Meter:
                 benchmark.check_traces(read)
                 self._has_checked_traces = True
         return [benchmark.read_traces(d, texts[d.index], self._encoder) for d in documents]
-
-    def _write_traces(self, document: Document) -> SampledTexts:
-        """Generate the intact model's texts for a document."""
-        scorer, prompt = self._scorer, document.prompt
-        assert scorer is not None
-        assert scorer.generation is not None
-        assert prompt is not None
-        (texts,) = scorer.generation.generate(prompt, [INTACT])
-        return texts
 
     def _note_cut_texts(self, texts: Sequence[GeneratedText]) -> None:
         """Add a message if most texts of the intact model were cut off at the token limit.

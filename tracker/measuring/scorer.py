@@ -70,14 +70,19 @@ class Scorer:
         """
         results = self.engine.score(documents, ablations, progress)
         for number, result in enumerate(results):
-            prompt = result.document.prompt
-            if prompt is not None and self.generation is not None:
-                texts = self.generation.generate(prompt, ablations)
+            if result.document.prompt is not None:
+                texts = self.write_texts(result.document, ablations)
                 progress(len(ablations))
                 pairs = zip(result.responses, texts, strict=True)
                 responses = [[r[0]._replace(texts=texts), *r[1:]] for r, texts in pairs]
                 results[number] = replace(result, responses=responses)
         return results
+
+    def write_texts(self, document: Document, ablations: Sequence[Ablation]) -> list[SampledTexts]:
+        """Generate the texts of a document with a prompt under each ablation."""
+        assert document.prompt is not None
+        assert self.generation is not None
+        return self.generation.generate(document.prompt, ablations)
 
     def clear_drafts(self) -> None:
         """Delete the cached texts that would be used after an interruption of the run."""
@@ -214,14 +219,10 @@ class Generation:
         lengths = self.engine.quirks.lengths
         # The prompt is read in several calls, whose results must equal those of lm-eval's one call.
         if not self.together or lengths.side(tokens) != lengths.side(1):
-            numbers = range(prompt.samples)
+            separate, numbers = partial(self.generate_separately, prompt), range(prompt.samples)
             return [
-                self._generate_once(
-                    prompt,
-                    list(product([ablation], numbers)),
-                    partial(self.generate_separately, prompt, ablation),
-                )
-                for ablation in ablations
+                self._generate_once(prompt, [(a, n) for n in numbers], partial(separate, a))
+                for a in ablations
             ]
         texts: dict[tuple[Ablation, int], GeneratedText] = {}
         sizes = (tokens + prompt.max_tokens, prompt.samples)
