@@ -221,7 +221,9 @@ def build_decisions(cell: CellRecord, n: int = 60, public: bool = True, seed: in
         scores = noise.copy()
         scores[np.arange(n), gold.astype(int)] += shift
         options = choose_options(scores)
-        return ModelDecisions((options == gold) * 1.0, options, margins(scores, gold), [None] * n)
+        return ModelDecisions(
+            (options == gold) * 1.0, options, margins(scores, gold), [None] * n, np.full(n, np.nan)
+        )
 
     intact_scores = dice.normal(size=(n, 4))
     broken_scores = intact_scores + 2 * dice.normal(size=(n, 4))

@@ -12,7 +12,6 @@ from itertools import chain, product
 from typing import NamedTuple
 
 import numpy as np
-import pandas as pd
 
 from tracker.analysis.aligned import AlignedOutcomes
 from tracker.analysis.metrics import OptionScores, TextReader
@@ -109,7 +108,7 @@ class ModelDecisions:
             per character or byte). For a document without options, the margin is the
             log-probability of the gold answer. An undefined margin is NaN.
         text: Generated text of each document; None if the task generates no text.
-        cut: Share of each document's generated texts that were cut off at the token limit; None if
+        cut: Share of each document's generated texts that were cut off at the token limit; NaN if
             unknown.
     """
 
@@ -117,12 +116,12 @@ class ModelDecisions:
     choice: Array
     margin: Array
     text: Sequence[str | None]
-    cut: Array | None = None
+    cut: Array
 
     @property
     def cut_share(self) -> float | None:
         """Share of all generated texts that were cut off at the token limit; None if unknown."""
-        return None if self.cut is None else _rounded_figure(float(self.cut.mean()))
+        return _rounded_figure(float(self.cut.mean()))
 
 
 @dataclass(frozen=True)
@@ -186,12 +185,13 @@ def derive_decisions(store: CellStore, view: View) -> Decisions | None:
     def decide(ablation: Ablation, score: Array) -> ModelDecisions:
         rows = outcomes.rows(ablation)
         text = rows["text"].tolist() if "text" in rows else [None] * len(rows)
+        cut = rows.reindex(columns=[METRIC_PREFIX + CUT_OFF]).to_numpy(dtype=np.float64)[:, 0]
         if not options.max_options:
-            undefined = np.full(len(rows), np.nan)
-            margin, cut = outcomes.gold_logprobs(ablation), _cut_shares(rows)
+            undefined, margin = np.full(len(rows), np.nan), outcomes.gold_logprobs(ablation)
             return ModelDecisions(score, undefined, margin, text, cut)
         scores = options.scores(rows["loglikelihoods"])
-        return ModelDecisions(score, choose_options(scores), margins(scores, options.gold), text)
+        margin = margins(scores, options.gold)
+        return ModelDecisions(score, choose_options(scores), margin, text, cut)
 
     ablations = [outcomes.ablation(run) for run in outcomes.runs]
     paired = outcomes.metric_outcomes(ablations).scores
@@ -228,9 +228,7 @@ def decisions_record(decisions: Decisions, max_shown: int = MAX_SHOWN_DOCUMENTS)
     losses: dict[int, np.ndarray] = {}
     for run, model in decisions.runs:
         is_lost, is_won = decisions.lost_documents(model), decisions.won_documents(model)
-        is_cut = np.zeros(len(is_lost), dtype=bool)
-        if model.cut is not None and decisions.baseline.cut is not None:
-            is_cut = model.cut > decisions.baseline.cut
+        is_cut = model.cut > decisions.baseline.cut
         change = np.nan_to_num(model.margin - decisions.baseline.margin)
         named = [*_lowest(change, is_lost, max_shown), *_lowest(-change, is_won, max_shown)]
         documents = tuple(
@@ -272,17 +270,6 @@ def decisions_record(decisions: Decisions, max_shown: int = MAX_SHOWN_DOCUMENTS)
         public=decisions.public,
         reasons=decisions.reasons,
     )
-
-
-def _cut_shares(rows: pd.DataFrame) -> Array | None:
-    """Return the share of each document's texts that were cut off at the token limit.
-
-    Returns None if the share is unknown for any document.
-    """
-    column = METRIC_PREFIX + CUT_OFF
-    if column not in rows or rows[column].isna().any():
-        return None
-    return rows[column].to_numpy(dtype=np.float64)
 
 
 def _lowest(values: Array, mask: np.ndarray, count: int) -> list[int]:

@@ -53,6 +53,9 @@ class RankedRow(NamedTuple, Generic[Standing]):
     benchmarks: int
 
 
+PartColumns = tuple[Column[RankedRow[PartStanding]], ...]
+
+
 def _standing_column(
     name: str, label: str, unit: FigureUnit, no_value: str = "", field: str = ""
 ) -> Column[Any]:
@@ -113,9 +116,7 @@ def _choose_rank_column(
     return [], [note] * (len(ranks) > 1)
 
 
-def layer_board_columns(
-    cells: Sequence[CellRecord] = (),
-) -> tuple[Column[RankedRow[PartStanding]], ...]:
+def layer_board_columns(cells: Sequence[CellRecord] = ()) -> PartColumns:
     """Define all columns of a leaderboard of layers.
 
     The leaderboard contains averages over `cells`.
@@ -197,9 +198,7 @@ def _board_notes(board: LayerBoard) -> list[str]:
     return notes + provenance_notes(board.cells)
 
 
-def part_board_columns(
-    cells: Sequence[CellRecord] = (),
-) -> tuple[Column[RankedRow[PartStanding]], ...]:
+def part_board_columns(cells: Sequence[CellRecord] = ()) -> PartColumns:
     """Define all columns of a leaderboard of parts, such as heads.
 
     The leaderboard contains averages over `cells`.

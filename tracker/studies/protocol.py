@@ -272,14 +272,12 @@ def _compare_protocols(
     by_group = _lost_documents(protocols, _group_changes(outcomes))
     by_change = _lost_documents(protocols, single)
     kinds = {protocol.label: protocol.kind for protocol in protocols}
-    pairs = group_by(by_group, attrgetter("first", "second"))
     claims = [
         {row.changes: row for row in rows}
-        for (first, second), rows in pairs.items()
+        for (first, second), rows in group_by(by_group, attrgetter("first", "second")).items()
         if kinds[first] in (SAMPLING, GENERATION) and kinds[second] == LIKELIHOOD
     ]
-    claims = [rows for rows in claims if LATE in rows]
-    figures = (title, len(outcomes.tasks), protocols, agreements, claims)
+    figures = title, len(outcomes.tasks), protocols, agreements, claims
     yield from PROTOCOL_TEXTS.render_all("answer", *figures)
     yield _drops_table(title, protocols)
     if is_layers:
