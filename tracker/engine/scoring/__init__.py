@@ -1,4 +1,4 @@
-"""Compute log-likelihoods for all ablations, sharing work over layers and tokens.
+"""Compute the log-likelihoods of all ablations, which share layers and tokens.
 
 Modules:
     generation: Generate texts for all ablations in one batch.
