@@ -92,7 +92,10 @@ def _index_row(entry: Entry, folder: Path) -> list[Any]:
 
 
 def _is_inside(path: str | None) -> bool:
-    """Return whether a path is relative and contains no `..`; True for None."""
+    """Return whether a path is relative and contains no `..`.
+
+    Returns True if the path is None.
+    """
     return path is None or not (Path(path).is_absolute() or ".." in Path(path).parts)
 
 

@@ -156,8 +156,8 @@ class TextGenerator(HFLM):  # type: ignore[misc]
             stop: Strings that end a text.
 
         Returns:
-            The number of tokens before the end of the text. The second value is True if the token
-            limit, and no stop string or end token, ended the text.
+            The number of tokens before the end of the text, and a flag. The flag is True if the
+            token limit ended the text, instead of a stop string or an end token.
         """
         end_ids = self.model.generation_config.eos_token_id
         end_ids = [*(end_ids if isinstance(end_ids, list) else [end_ids]), self.eot_token_id]

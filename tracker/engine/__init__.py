@@ -1,4 +1,4 @@
-"""Compute all ablations of a model together, and share layers and tokens between them.
+"""Compute all ablations of a model together, so that they share computation.
 
 Modules:
     forward: Run layers for many ablations in one batch, with a class for each intervention.

@@ -25,10 +25,10 @@ T = TypeVar("T")
 def run_lockstep(
     weights: OffloadedWeights | None, model: nn.Module, functions: Iterable[Callable[[], T]]
 ) -> Iterator[T]:
-    """Run several functions that call a model, and load each offloaded layer rarely.
+    """Run several functions that call a model, so that they share each loaded layer.
 
-    All functions that need a layer use it while it is loaded. If no weights are offloaded, the
-    functions run one after the other.
+    The functions wait for each other, so that offloaded layers are loaded less often. If no weights
+    are offloaded, the functions run one after the other.
 
     Args:
         weights: The offloaded weights; None if no weights are offloaded.

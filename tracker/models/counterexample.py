@@ -138,7 +138,7 @@ def build_empty_llama(
 class Counterexample:
     """Transformer in which the layer with the lowest cosine score determines the predictions.
 
-    This is layer 2. The method `set_epsilon` sets the cosine score of layer 2.
+    Layer 2 has the lowest cosine score. The method `set_epsilon` sets this score.
 
     Args:
         texts: All texts that the model will have to continue.
@@ -357,7 +357,7 @@ class Counterexample:
     def _move_junk_value(self, layer: int) -> None:
         """Write the MLP weights that move the junk value to another dimension.
 
-        The junk value is a large fixed value in every hidden state that no prediction uses.
+        Every hidden state contains this large fixed value, which no prediction uses.
         """
         old_dim, new_dim = self._junk_dims if layer in (READ, AMPLIFY) else self._junk_dims[::-1]
         self._add_constant(layer, -1, old_dim, -JUNK_SCALE)

@@ -106,8 +106,8 @@ def hardware_name(device: torch.device) -> str:
 def runtime_versions() -> dict[str, str]:
     """Return the versions of the accelerator software for which torch is built.
 
-    The keys are `cuda`, `hip` or `xpu`. If a CUDA driver is available, the key `driver` contains
-    the CUDA version of the driver.
+    The key of a version is `cuda`, `hip` or `xpu`. If a CUDA driver is available, the key `driver`
+    contains the CUDA version of the driver.
     """
     built_versions = {name: getattr(torch.version, name, None) for name in ("cuda", "hip", "xpu")}
     versions = {name: str(version) for name, version in built_versions.items() if version}

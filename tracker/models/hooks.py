@@ -192,9 +192,9 @@ def record_read_only(layer: nn.Module, passed_state: Tensor, state: Tensor) -> N
 def call_protected(
     layer: nn.Module, forward: Callable[..., Any], args: Args, kwargs: Kwargs
 ) -> tuple[Tensor, Any]:
-    """Call a layer, but prevent it from changing the hidden state of the caller in place.
+    """Call a layer so that the hidden state in the arguments stays unchanged.
 
-    Returns the unchanged hidden state from the arguments, and the layer's output.
+    Returns this hidden state, and the layer's output.
     """
     state: Tensor = input_state(args, kwargs)
     passed_state = protect_input(layer, state)

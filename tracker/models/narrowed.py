@@ -65,7 +65,7 @@ class Narrowing:
     )
 
     def resize(self, config: PreTrainedConfig, numbers: PartNumbers) -> None:
-        """Change the numbers of parts that a configuration states to `numbers`.
+        """Set the numbers of parts in a configuration to `numbers`.
 
         If heads are removed and the configuration does not state the width of a head, the method
         also writes the width.

@@ -152,8 +152,8 @@ class _LayerWeights:
     def list_copies(self, buffer: Tensor) -> Iterable[tuple[WeightSource, Tensor]]:
         """List the copies that fill a layer's buffer.
 
-        Each entry is a pair: the source of a weight or of several bytes, and the part of `buffer`
-        to which the source must be copied.
+        Each entry is a pair: the tensor or part of a file to read, and the part of `buffer` to
+        which the values are copied.
         """
         if not self.pinned_parts:
             return [(weight.source, weight.view(buffer)) for weight in self.weights]
@@ -443,10 +443,10 @@ def replace_attributes(
 
 
 def _disk_index(model: nn.Module) -> Mapping[str, Any]:
-    """Return the index that accelerate keeps of the model's weights on disk.
+    """Return accelerate's index of the model's weights on disk.
 
-    The index maps the name of a weight to its file and to the tensor's name in the file. The index
-    is empty if no weights are on disk.
+    The index maps the name of a weight to the file of the weight, and to the tensor's name in this
+    file. The index is empty if no weights are on disk.
     """
     for module in model.modules():
         weights = getattr(getattr(module, "_hf_hook", None), "weights_map", None)

@@ -553,9 +553,10 @@ def propose_layer_counts(
 ) -> Iterator[dict[str, int]]:
     """Yield new values of configuration keys, for a model with only the layers `indices`.
 
-    The keys contain a number of first layers. An example is `first_k_dense_replace`, the number of
+    Each key contains a number of first layers. An example is `first_k_dense_replace`, the number of
     first layers without experts. The new value is the number of these layers that are among
-    `indices`. The function yields a dictionary for each key, and then one for all keys together.
+    `indices`. The function yields a dictionary for each key, and then a dictionary for all keys
+    together.
     """
     counts = {
         name: value

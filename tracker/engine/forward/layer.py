@@ -175,8 +175,8 @@ class LayerFork:
     groups of at most `max_streams`. For streams that skip or replace the layer, the function
     `replace_layers` writes the outputs.
 
-    RefusalError is raised if there are several streams, and if this layer receives another tensor
-    of an earlier layer besides the hidden state.
+    RefusalError is raised if there are several streams and the arguments of this layer include an
+    extra output of an earlier layer.
 
     Attributes:
         index: The number of the layer.
@@ -250,7 +250,7 @@ class LayerFork:
     def _run_entering(self, inputs: Tensor) -> tuple[Any, Tensor]:
         """Run the layer for the streams that need it.
 
-        Returns the return value of the first call of the layer, and the new hidden states of all
+        Returns the complete output of the layer's first call, and the new hidden states of all
         streams. The hidden states of streams that do not run the layer are filled in later.
         """
         step, shape = self.step, tuple(inputs.shape[1:])

@@ -29,7 +29,7 @@ class LayerStep:
 
     Attributes:
         n_streams: Number of streams before the layer.
-        parents: For each new stream, the index of the stream from which it starts.
+        parents: For each new stream, the index of the stream from which the new stream starts.
         ablations: Changes of this layer (e.g. removed heads) in each stream, including new streams.
         divided: Whether the MLP can be computed for other streams than the attention.
     """
@@ -113,8 +113,8 @@ class LayerStep:
     def attention_sources(self) -> tuple[int | None, ...]:
         """For each stream in `entrants`, the stream that computes its attention.
 
-        `entrants` lists the streams that run the layer. Each entry is an index into `entrants`. The
-        entry is None if the stream removes the attention.
+        `entrants` lists the streams that run the layer. Each entry of the result is an index into
+        `entrants`, or None if the stream removes the attention.
         """
         index_of: dict[tuple[int, Ablation | None], int] = {}
         sources: list[int | None] = []

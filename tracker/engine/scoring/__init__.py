@@ -1,4 +1,4 @@
-"""Compute the log-likelihoods of all ablations, which share layers and tokens.
+"""Compute the log-likelihoods of all ablations, with shared computation.
 
 Modules:
     generation: Generate texts for all ablations in one batch.

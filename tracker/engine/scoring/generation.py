@@ -142,8 +142,8 @@ def prepare_generation(
     """Prepare a model to continue a prompt under all ablations in one batch.
 
     Yields the keyword arguments for transformers' `generate`. They contain the cache of the prompt,
-    with `n_samples` rows per ablation. The dictionary is empty if the model accepts no cache. The
-    context manager changes the model, and restores the model on exit.
+    with `n_samples` rows per ablation. The dictionary of arguments is empty if the model accepts no
+    cache. The context manager changes the model, and restores the model on exit.
     """
     prefix = engine.find_read_prefix(engine.plan(ablations), prompt)
     engine.restore_state()

@@ -84,7 +84,7 @@ def draw_long_documents(
 ) -> list[list[Document]]:
     """Draw long documents of random tokens for the self-check.
 
-    The lengths of the texts are doubled up to `longest` tokens.
+    Each long text is twice as long as the next shorter text, up to `longest` tokens.
 
     Args:
         vocabulary: Number of token ids.

@@ -346,8 +346,9 @@ class _Loading:
     Attributes:
         full_model: Model that the class builds from the intact model's configuration; None if
             saving and loading changes the logits of the intact model.
-        cut_models: Cache of models that are built from configurations with fewer layers. None,
-            which disables the cache, if a call of the model changes the model's attributes.
+        cut_models: Cache of models that are built from configurations with fewer layers. If a call
+            of the model changes the model's attributes, the cache is disabled and the value is
+            None.
     """
 
     full_model: PreTrainedModel | None

@@ -295,9 +295,9 @@ STATE = "the model keeps a recurrent state for each text"
 
 
 def extend_sharing_note(previous: str | None, sharing: Sharing, reason: str | None) -> str | None:
-    """Add to the note `previous` what is still shared, and the reason why no more is shared.
+    """Return a note that states which computation is still shared, and the reason.
 
-    Returns `previous` if `reason` is None.
+    The new note replaces or extends the note `previous`. Returns `previous` if `reason` is None.
     """
     if reason is None:
         return previous

@@ -349,7 +349,7 @@ def call_reduced_router(
 def single_expert_outputs(
     forward: Callable[..., Tensor], args: Args, kwargs: Kwargs
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield the outputs of the first expert of each token, then of the second expert, etc.
+    """Yield the outputs of each token's first expert, then of each token's second expert, etc.
 
     To compute the outputs, the function calls the module of the experts several times, with one
     expert per token and a routing weight of 1.

@@ -60,7 +60,8 @@ class LinearMap:
     def shape(self) -> tuple[int, int]:
         """The number of outputs, and the number of inputs.
 
-        If the map consists of the matrices of all experts, the outputs of all experts are counted.
+        If the map consists of the matrices of all experts, the first number is the total of all
+        experts.
         """
         weight = self.weight
         return weight.numel() // weight.shape[-1], weight.shape[-1]
