@@ -164,7 +164,7 @@ def test_a_trace_is_read_after_as_much_of_the_prompt_as_it_was_written_after(tra
 
 def test_a_plan_expects_the_longest_traces(traces, encoder) -> None:
     documents = traces.documents(encoder, ALL_DOCUMENTS)
-    for document, longest in zip(documents, traces.longest_readings(documents), strict=True):
+    for document, longest in zip(documents, traces.assume_longest_traces(documents), strict=True):
         assert [r.length for r in longest.requests] == [len(document.requests[0].context) + 12]
 
 

@@ -26,13 +26,13 @@ from tracker.engine.selfcheck import check as module
 from tracker.engine.selfcheck import reference
 from tracker.engine.selfcheck.check import (
     check_sharing,
-    confirm,
+    compare_rounds,
+    compare_watched_documents,
     confirmation_rounds,
+    count_unshared_tokens,
+    draw_watched_documents,
     has_blank_token,
     measure_reach,
-    plain_tokens,
-    watch,
-    watched_documents,
 )
 from tracker.engine.selfcheck.miniature_check import SHARING_LEVELS
 from tracker.engine.selfcheck.reference import Reference, SharingVerdict
@@ -46,10 +46,10 @@ ABLATIONS = single_layers((0, 1, 2, 3))
 def test_one_document_in_two_hundred_is_watched_and_one_a_task_at_least():
     """And stays watched when more come."""
     documents = [Document(task, i, (), None, 0) for task in ("one", "other") for i in range(2000)]
-    watched = watched_documents(documents)
+    watched = draw_watched_documents(documents)
     assert 12 <= len(watched) <= 28
-    assert watched == watched_documents(documents[::-1])
-    few_watched = watched_documents([d for d in documents if d.index < 20])
+    assert watched == draw_watched_documents(documents[::-1])
+    few_watched = draw_watched_documents([d for d in documents if d.index < 20])
     assert {task for task, _ in few_watched} == {"one", "other"}
     drawn_keys = {key for key in watched if key[1] < 20}
     assert few_watched >= drawn_keys
@@ -60,9 +60,14 @@ def test_every_ablation_is_watched_in_turn_and_the_same_ones_under_the_same_seed
     scores = engine.score(make_documents(40), ABLATIONS)
 
     def watched_numbers(seed, first=0):
-        return [number for _, number, _ in watch(Reference(engine), scores, ABLATIONS, seed, first)]
+        return [
+            number
+            for _, number, _ in compare_watched_documents(
+                Reference(engine), scores, ABLATIONS, seed, first
+            )
+        ]
 
-    results = list(watch(Reference(engine), scores, ABLATIONS, "seed"))
+    results = list(compare_watched_documents(Reference(engine), scores, ABLATIONS, "seed"))
     assert {number for _, number, _ in results} == {0, 1, 2, 3, 4}
     assert set(watched_numbers("seed", first=2)) == {2, 3, 4}
     assert [n for _, n, _ in results] == watched_numbers("seed") != watched_numbers("other")
@@ -92,7 +97,7 @@ def test_a_verdict_is_kept_and_a_damaged_one_is_made_again(known_architecture, s
     first_result = check_sharing(engine, documents, ablations, store)
     assert first_result.engine.sharing == FULL
     # With short texts, with texts as long as these, and by the model itself.
-    names = ("check_miniature", "check_longer_texts", "confirm")
+    names = ("check_miniature", "check_longer_texts", "compare_rounds")
     calls_by_name = [spy(module, name, lambda *_: True) for name in names]
     assert check_sharing(engine, documents, ablations, store) == first_result
     assert calls_by_name == [[], [], []]
@@ -110,7 +115,7 @@ def test_a_verdict_is_kept_and_a_damaged_one_is_made_again(known_architecture, s
 @pytest.fixture
 def times_asked(known_architecture, spy):
     """Check a cell; return how often its model itself was asked."""
-    verdicts, calls = VerdictMemory(), spy(module, "confirm", lambda *_: True)
+    verdicts, calls = VerdictMemory(), spy(module, "compare_rounds", lambda *_: True)
 
     def count_confirmations(engine, documents=(), ablations=ABLATIONS, **more):
         calls.clear()
@@ -307,7 +312,9 @@ def test_of_long_documents_every_ablation_is_asked_both_ends_and_two_the_longest
     score_calls = spy(Engine, "score", lambda engine, *arguments: arguments)
     read_lengths = spy(Engine, "read_logits", lambda engine, tokens: len(tokens))
     engine = engine_of("llama", max_length=1024)
-    comparison = confirm(engine, Reference(engine), [*confirmation_rounds(documents, ABLATIONS)])
+    comparison = compare_rounds(
+        engine, Reference(engine), [*confirmation_rounds(documents, ABLATIONS)]
+    )
     assert (comparison.wrong, comparison.compared) == (None, 6 + 4 + 2 * 3)
     (short_documents, all_ablations), (whole_documents, two_ablations) = score_calls
     assert (all_ablations, len(two_ablations), two_ablations[0]) == (ABLATIONS, 2, INTACT)
@@ -321,7 +328,7 @@ def test_of_long_documents_every_ablation_is_asked_both_ends_and_two_the_longest
     assert len(common_beginning(short_documents, 1024)) >= MIN_PREFIX, "it is read apart here too"
     assert [o.requests for o in whole_documents] == [d.requests for d in documents[::-1]]
     assert sorted(read_lengths) == [56] * 6 + [331] * 2, "letters of one text are one call"
-    assert plain_tokens(documents, ABLATIONS, 1024) == sum(read_lengths) + 330 + 331
+    assert count_unshared_tokens(documents, ABLATIONS, 1024) == sum(read_lengths) + 330 + 331
     # What is short is asked once, as it is.
     assert len([*confirmation_rounds(make_documents(2), ABLATIONS)]) == 1
 
@@ -330,11 +337,11 @@ def test_what_is_read_plainly_is_what_was_planned(spy):
     documents = make_documents(3)
     read_lengths = spy(Engine, "read_logits", lambda engine, tokens: len(tokens))
     engine = check_sharing(engine_of("llama"), documents, ABLATIONS, StoredVerdict()).engine
-    watched_keys = watched_documents(documents)
+    watched_keys = draw_watched_documents(documents)
     watched_documents_list = [d for d in documents if (d.task, d.index) in watched_keys]
     scores = engine.score(watched_documents_list, ABLATIONS)
-    list(watch(Reference(engine), scores, ABLATIONS, "seed"))
-    assert sum(read_lengths) == plain_tokens(documents, ABLATIONS, MAX_LENGTH)
+    list(compare_watched_documents(Reference(engine), scores, ABLATIONS, "seed"))
+    assert sum(read_lengths) == count_unshared_tokens(documents, ABLATIONS, MAX_LENGTH)
 
 
 def test_a_second_cell_finds_the_model_as_the_first_one_did():

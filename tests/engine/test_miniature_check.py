@@ -28,7 +28,7 @@ from tracker.engine.scoring.sweep import Engine
 from tracker.engine.selfcheck import miniature_check, quirks
 from tracker.engine.selfcheck.miniature_check import (
     check_longer_texts,
-    probe_calls,
+    draw_short_documents,
     reachable_numbers,
 )
 from tracker.engine.selfcheck.quirks import QuirkFindings, logits_alike
@@ -209,7 +209,7 @@ class TestCheck:
         # Always with the same texts, the first of those that miniatures are given.
         assert verdict_on(engine) == verdict
         assert score_calls[2:] == score_calls[:2] == [score_calls[0], score_calls[0][::-1]]
-        assert score_calls[0] == probe_calls(97, MAX_LENGTH)[0][:4]
+        assert score_calls[0] == draw_short_documents(97, MAX_LENGTH)[0][:4]
         assert verdict.sharing == DEPTH_ONLY
         assert verdict.tested_on == "the model"
         assert verdict.difference < 2e-4

@@ -25,7 +25,7 @@ from tracker.engine.scoring.head import LOGITS_BYTES
 from tracker.engine.scoring.model import stream_bytes
 from tracker.engine.scoring.rows import common_beginning, measured_texts
 from tracker.engine.scoring.score import MIN_PREFIX
-from tracker.engine.selfcheck.check import plain_tokens
+from tracker.engine.selfcheck.check import count_unshared_tokens
 from tracker.schema.changes import INTACT, Ablation
 from tracker.schema.documents import Document
 
@@ -84,7 +84,7 @@ def test_the_sweep_costs_what_was_said(shared: int) -> None:
     assert planned.tokens == counts["tokens"]
     assert planned.layer_passes == counts["sublayers"] / 2
     assert planned.flops == pytest.approx(counts["flops"], rel=0.005)
-    assert planned.check_layer_passes == 4 * plain_tokens(documents, ABLATIONS, MAX_LENGTH)
+    assert planned.check_layer_passes == 4 * count_unshared_tokens(documents, ABLATIONS, MAX_LENGTH)
     assert counts["flops"] > 0
 
 

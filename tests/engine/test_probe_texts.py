@@ -6,7 +6,7 @@ from tests.helpers.engines import MAX_LENGTH
 from tracker.engine.scoring.model import DEPTH_ONLY, FULL, NO_PREFIX
 from tracker.engine.scoring.rows import common_beginning, pack_tree_rows
 from tracker.engine.scoring.score import MIN_PREFIX
-from tracker.engine.selfcheck.miniature_check import probe_calls, reaching_calls
+from tracker.engine.selfcheck.miniature_check import draw_long_documents, draw_short_documents
 from tracker.engine.selfcheck.quirks import SMALL_NUMBERS
 from tracker.schema.documents import Document
 
@@ -17,15 +17,15 @@ def context(document: Document) -> tuple[int, ...]:
 
 def test_they_cross_what_an_architecture_counts_tokens_by() -> None:
     """Of random tokens, since a repeated one looks alike from every place."""
-    calls = probe_calls(97, MAX_LENGTH)
-    assert calls == probe_calls(97, MAX_LENGTH)
+    calls = draw_short_documents(97, MAX_LENGTH)
+    assert calls == draw_short_documents(97, MAX_LENGTH)
     for documents in calls:
         requests = [request for document in documents for request in document.requests]
         tokens = [t for r in requests for t in (*r.context, *r.continuation)]
         assert 2 <= min(tokens) < max(tokens) < 97
         assert len(set(tokens)) > 20
     # The first ones are special in many a vocabulary.
-    small_calls = probe_calls(4, MAX_LENGTH)
+    small_calls = draw_short_documents(4, MAX_LENGTH)
     small_tokens = {token for documents in small_calls for d in documents for token in context(d)}
     assert small_tokens == {2, 3}
     first_documents, step_documents, *prefix_calls = calls
@@ -45,7 +45,7 @@ def test_they_cross_what_an_architecture_counts_tokens_by() -> None:
 
 def test_texts_are_asked_on_both_sides_of_every_length() -> None:
     for longest in (96, 100, 256, 1024):
-        lengths, rows, wide_documents, prefix_documents = reaching_calls(
+        lengths, rows, wide_documents, prefix_documents = draw_long_documents(
             97, longest, 192, 2 * longest, FULL
         )
         # Asked alone, a request takes a call as long as all of it but its last token.
@@ -65,7 +65,7 @@ def test_texts_are_asked_on_both_sides_of_every_length() -> None:
 
 def test_a_row_of_one_document_is_as_wide_as_a_cell_s() -> None:
     for widest in (64, 300, 1000):
-        *_, wide_documents, prefix_documents = reaching_calls(97, 128, 192, widest, FULL)
+        *_, wide_documents, prefix_documents = draw_long_documents(97, 128, 192, widest, FULL)
         (wide_row,) = pack_tree_rows(wide_documents, 128, 192)
         assert wide_row.tokens >= widest
         assert wide_row.tokens > 128  # more than any text has, however narrow the cell's are
@@ -76,9 +76,9 @@ def test_a_row_of_one_document_is_as_wide_as_a_cell_s() -> None:
 
 
 def test_no_text_is_asked_for_what_nothing_shares() -> None:
-    lengths, rows, wide_documents, prefix_documents = reaching_calls(97, 256, 192, 256, FULL)
-    assert reaching_calls(97, 256, 192, 256, NO_PREFIX) == [lengths, rows, wide_documents]
-    assert reaching_calls(97, 256, 192, 256, DEPTH_ONLY) == [lengths, rows]
+    lengths, rows, wide_documents, prefix_documents = draw_long_documents(97, 256, 192, 256, FULL)
+    assert draw_long_documents(97, 256, 192, 256, NO_PREFIX) == [lengths, rows, wide_documents]
+    assert draw_long_documents(97, 256, 192, 256, DEPTH_ONLY) == [lengths, rows]
     assert len(common_beginning(prefix_documents, 256)) >= 128
     assert [len(context(d)) - 128 for d in prefix_documents] == [63, 7, *[13] * 12]
     assert max(r.length for d in prefix_documents for r in d.requests) == 256

@@ -11,7 +11,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from tests.helpers.engines import engine_of, make_documents
 from tests.helpers.families import tiny_model
-from tracker.engine.observers.layer_proxies import measure_span_similarity
+from tracker.engine.observers.layer_proxies import measure_state_changes
 from tracker.models.parts.anatomy import LayerAnatomy
 from tracker.models.parts.sublayers import Sublayers
 from tracker.schema.errors import ModelError
@@ -53,13 +53,13 @@ def test_that_a_layer_adds_what_its_parts_say_is_seen(kind, refused: bool) -> No
 
 def test_layers_that_write_into_the_stream_turn_it_as_others_do() -> None:
     model, (document, *_) = tiny_model("llama"), make_documents(1)
-    expected = measure_span_similarity(engine_of(model), document)
+    expected = measure_state_changes(engine_of(model), document)
     assert (expected["cosine_score"] > 0.01).all()
     model = copy.deepcopy(model)
     for layer in model.model.layers:
         layer.__class__ = InPlace
     engine = engine_of(model)
     for _ in range(2):
-        similarity = measure_span_similarity(engine, document)
+        similarity = measure_state_changes(engine, document)
         for name, value in expected.items():
             torch.testing.assert_close(similarity[name], value, atol=1e-5, rtol=1e-5)

@@ -32,7 +32,11 @@ from tests.helpers.families import SMALL_CONFIG
 from tracker.engine.scoring.model import FULL, ONE_BY_ONE
 from tracker.engine.scoring.sweep import Engine
 from tracker.engine.selfcheck import miniature_check
-from tracker.engine.selfcheck.check import check_sharing, watch, watched_documents
+from tracker.engine.selfcheck.check import (
+    check_sharing,
+    compare_watched_documents,
+    draw_watched_documents,
+)
 from tracker.engine.selfcheck.reference import Reference
 from tracker.schema.changes import INTACT
 from tracker.schema.errors import CellError
@@ -208,10 +212,13 @@ def test_what_only_code_counts_so_late_is_seen_in_the_longest_document() -> None
     ablations = single_layers((1,))
     result = check_sharing(Engine(wrap_model(model), 1400), documents, ablations)
     assert result.engine.sharing == FULL
-    watched_keys = watched_documents(documents)
+    watched_keys = draw_watched_documents(documents)
     recheck_documents = [d for d in documents if (d.task, d.index) in watched_keys]
     scores = result.engine.score(recheck_documents, ablations)
-    messages = [c.wrong for *_, c in watch(Reference(result.engine), scores, ablations, "seed")]
+    messages = [
+        c.wrong
+        for *_, c in compare_watched_documents(Reference(result.engine), scores, ablations, "seed")
+    ]
     (message,) = filter(None, messages)
     assert "document 50 of task" in message
 

@@ -16,7 +16,7 @@ from tests.helpers.runs import (
     write_arc,
 )
 from tracker.engine.scoring.score import launch_row
-from tracker.engine.selfcheck.check import check_sharing, watch
+from tracker.engine.selfcheck.check import check_sharing, compare_watched_documents
 from tracker.ledger.store import Ledger
 from tracker.measuring.meter import Meter
 
@@ -45,9 +45,9 @@ def test_what_is_asked_later_is_compared_too(tiny_llama, measure, tmp_path, monk
 
     def watch_names(truth, scores, ablations, seed, first):
         candidates.append([ablation.name for ablation in ablations[first:]])
-        return watch(truth, scores, ablations, seed, first)
+        return compare_watched_documents(truth, scores, ablations, seed, first)
 
-    monkeypatch.setattr("tracker.measuring.scorer.watch", watch_names)
+    monkeypatch.setattr("tracker.measuring.scorer.compare_watched_documents", watch_names)
     for layers in ([1, 2], [0, 3]):
         measure(model, limit=2, layer=layers)
     assert candidates == [["baseline", "layer:1", "layer:2"], ["layer:0", "layer:3"]]
@@ -99,7 +99,9 @@ def test_an_architecture_and_a_model_are_checked_once_on_a_machine(
 
     copy_task_cache(tmp_path / "cache")
     monkeypatch.setenv("TRACKER_CACHE", str(tmp_path / "cache"))
-    checks, confirmations = (spy(check, n, lambda *_: 1) for n in ("check_miniature", "confirm"))
+    checks, confirmations = (
+        spy(check, n, lambda *_: 1) for n in ("check_miniature", "compare_rounds")
+    )
     model, results = tiny_llama(layers=2), tmp_path / "results"
     # Their texts are of one order of length.
     for options in ({"limit": 20}, {"limit": 22}, {"limit": 20, "benchmark": "arc_challenge"}):

@@ -115,7 +115,7 @@ FEATURES: Mapping[str, EngineFeature] = {
     "output proxies": _observer(layer_proxies.output_proxies),
     "divergences": _observer(layer_proxies.divergences, _LAYERS[:2]),
     "perturbation growth": _observer(perturbation_growth, 2),
-    "span similarity": _observer(layer_proxies.measure_span_similarity),
+    "span similarity": _observer(layer_proxies.measure_state_changes),
     "expert load": _observer(layer_proxies.measure_expert_load, _EXPERTS),
     "rounding errors": observe_maps,
 }

@@ -28,7 +28,8 @@ from tracker.stats.accuracy import RATIO_SCALES
 def open_benchmark(request: CellRequest) -> Benchmark:
     """Open the benchmark that a request names.
 
-    The benchmark is a corpus, traces, a task of lm-eval, or a group of tasks.
+    The benchmark is a text corpus, the texts (traces) that a model generates for a task, a task of
+    lm-eval, or a group of tasks.
 
     Raises BenchmarkError if the benchmark or its data cannot be found or read.
     """

@@ -71,7 +71,10 @@ class _CorpusLocation:
 
     @property
     def data_set(self) -> tuple[str, str | None]:
-        """Name of the data set on the hub, and name of its configuration or None."""
+        """The name of the data set on the hub, and the name of its configuration.
+
+        The second name is None if the benchmark's name contains no configuration.
+        """
         organisation, _, path = self.name.partition("/")
         name, _, configuration = path.partition("/")
         return "/".join(filter(None, (organisation, name))), configuration or None
@@ -188,7 +191,10 @@ class Corpus:
         self._numbers = task.numbers
 
     def documents(self, encoder: RequestEncoder, extent: Extent) -> list[Document]:
-        """Return one document per text; its requests are the text's rolling windows."""
+        """Return one document for each text that `extent` selects.
+
+        The requests of a document are the rolling windows of the document's text.
+        """
         return [
             Document(
                 task=self._name,

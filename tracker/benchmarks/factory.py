@@ -92,7 +92,10 @@ def _index_row(entry: Entry, folder: Path) -> list[Any]:
 
 
 def _is_inside(path: str | None) -> bool:
-    """Return whether a path is relative and does not leave its folder with `..`."""
+    """Return whether a path is relative and contains no `..`.
+
+    Returns True if the path is None.
+    """
     return path is None or not (Path(path).is_absolute() or ".." in Path(path).parts)
 
 
@@ -116,7 +119,7 @@ class SourceSplits:
     splits: Mapping[str, Any]
 
     def __call__(self, **_: object) -> Mapping[str, Any]:
-        """Return the splits; the keywords that lm-eval passes are ignored."""
+        """Return the splits, and ignore the keyword arguments from lm-eval."""
         return self.splits
 
 
@@ -228,14 +231,18 @@ def _has_own_data(config: Mapping[str, Any]) -> bool:
 
 
 def task_entries(spec: BenchmarkSpec) -> dict[str, Entry]:
-    """Return lm-eval's entry of each task by name, including the user's own tasks."""
+    """Return a dictionary from the name of each task to its entry in lm-eval.
+
+    The dictionary includes the user's own tasks.
+    """
     return {**list_tasks(), **TaskIndex.build(include_folders(spec))}
 
 
 def find_task(spec: BenchmarkSpec) -> Entry:
-    """Return lm-eval's entry of the task, group or tag that a benchmark names.
+    """Find the task, group or tag of lm-eval that a benchmark names.
 
-    Raises BenchmarkError if lm-eval does not know the name. The message suggests similar names.
+    The returned entry is lm-eval's description of the task, group or tag. Raises BenchmarkError if
+    lm-eval does not know the name. The message suggests similar names.
     """
     name, file = spec.benchmark, task_file(spec.benchmark)
     if file is not None:

@@ -53,12 +53,12 @@ def task_identity(task: ConfigurableTask, num_fewshot: int, half: Half | None) -
     return identity if is_implied else identity.model_copy(update={"has_options": has_options})
 
 
-def list_rows(documents: Iterable[Any]) -> list[Any]:
-    """Convert documents to a list."""
-    if isinstance(documents, Dataset) and documents.format["type"] is None:
-        rows: list[Any] = documents.to_list()
+def list_rows(data_set: Iterable[Any]) -> list[Any]:
+    """Return the rows of a data set as a list."""
+    if isinstance(data_set, Dataset) and data_set.format["type"] is None:
+        rows: list[Any] = data_set.to_list()
         return rows
-    return list(documents)
+    return list(data_set)
 
 
 def metric_names(task: ConfigurableTask) -> dict[str, str]:

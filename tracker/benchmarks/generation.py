@@ -1,7 +1,7 @@
 """Generate texts with lm-eval's code, with several models in one batch.
 
 Sampled texts are coupled: to draw the token at a position of a sample, all models use the same
-random noise. Two models with equal probabilities therefore write equal texts.
+random noise. Two models with equal probabilities therefore generate equal texts.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class _Batch:
 
     Attributes:
         prompt: The prompt.
-        samples: For each row, the number of its sample.
+        samples: For each row, the index of the sample (text) that the row generates.
         decoding: Function that prepares the model; None if the model needs no preparation.
         budget: Number of tokens of each text that lm-eval reads.
         rows: Tokens of the prompt and of the whole texts; None if the texts are not generated yet.
@@ -73,8 +73,8 @@ class TextGenerator(HFLM):  # type: ignore[misc]
 
         Args:
             prompt: The prompt.
-            samples: Number of the sample of each text. Texts of the same sample are drawn with the
-                same random numbers.
+            samples: For each text, the index of its sample. Texts with the same sample index are
+                drawn with the same random numbers.
             decoding: Function that prepares the model for one row per text; None if the model needs
                 no preparation.
 
@@ -102,9 +102,10 @@ class TextGenerator(HFLM):  # type: ignore[misc]
     def _model_generate(
         self, context: Tensor, max_length: int, stop: list[str], **settings: Any
     ) -> Any:
-        """Generate the texts of the current batch up to its token budget.
+        """Generate the texts of the current batch, and return their token ids.
 
-        The first call generates whole texts. Later calls return the beginnings of these texts.
+        The first call generates whole texts. Later calls return the beginnings of these texts, up
+        to the token budget of the batch.
         """
         batch, n_prompt = self._batch, context.shape[1]
         if batch.rows is None:
@@ -140,7 +141,7 @@ class TextGenerator(HFLM):  # type: ignore[misc]
             )
 
     def _find_end(self, tokens: list[int], room: int, stop: list[str]) -> tuple[int, bool]:
-        """Count the tokens of a text, and find out whether the token limit ended it.
+        """Count the tokens of a text, and check whether the token limit ended the text.
 
         Args:
             tokens: The generated tokens, padded after the end of the text.
@@ -148,8 +149,8 @@ class TextGenerator(HFLM):  # type: ignore[misc]
             stop: Strings that end a text.
 
         Returns:
-            The number of tokens before the end, and True if no stop string or end token ended the
-            text.
+            The number of tokens before the end of the text, and a flag. The flag is True if the
+            token limit ended the text, instead of a stop string or an end token.
         """
         end_ids = self.model.generation_config.eos_token_id
         end_ids = [*(end_ids if isinstance(end_ids, list) else [end_ids]), self.eot_token_id]
@@ -173,7 +174,7 @@ def generate_with_lm_eval(model: TemplateLM, prompts: Sequence[Prompt]) -> list[
 def _sample(model: Any, input_ids: Tensor, noise: CoupledNoise, **options: Any) -> Any:
     """Sample texts with coupled random noise.
 
-    At each position, the method chooses the token with the largest sum of log-probability and
+    At each position, the function chooses the token with the largest sum of log-probability and
     Gumbel noise.
 
     The log-probabilities already include the temperature and truncations such as top-p. The texts
@@ -192,7 +193,7 @@ class CoupledNoise(generation.LogitsProcessor):  # type: ignore[misc]
 
     Args:
         key: Text that identifies the prompt and the seed.
-        samples: For each row, the number of its sample.
+        samples: For each row, the index of its sample.
         start: Number of tokens of the prompt.
     """
 

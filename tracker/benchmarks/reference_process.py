@@ -121,7 +121,10 @@ def _limit_documents(lm: LM, documents_by_task: dict[str, list[int]]) -> None:
 
 
 def _storable_value(value: Any) -> Any:
-    """Convert a document's metric to a JSON number, or a pair to a JSON list."""
+    """Convert a document's metric to a value that JSON can store.
+
+    A pair of numbers becomes a list. A single number becomes a float.
+    """
     if isinstance(value, tuple | list):
         return [item.tolist() if hasattr(item, "tolist") else item for item in value]
     return float(value)

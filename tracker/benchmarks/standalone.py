@@ -112,7 +112,7 @@ def write_tasks(
                 "benchmark with greedy decoding, or leave --benchmark out"
             )
         has_part = request.documents.part is not None
-        content = _task_content(factory, name, folder / f"{number}", has_part)
+        content = _build_task_content(factory, name, folder / f"{number}", has_part)
         text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
         (folder / f"{number}.yaml").write_text(text, encoding="utf-8")
     model_settings = {
@@ -127,14 +127,18 @@ def write_tasks(
         "model": {name: value for name, value in model_settings.items() if value is not None},
         "data_sets": [task.config.dataset_path for _, _, task in built_tasks.values()],
         "evaluate": {"tasks": list(built_tasks), **_prompt_settings(request)},
-        **_select_documents(documents, in_turn),
+        **_selection_settings(documents, in_turn),
     }
 
 
-def _task_content(
+def _build_task_content(
     factory: _RecordingFactory, name: str, folder: Path, has_part: bool
 ) -> dict[str, Any]:
-    """Return the content of the task file to write for a task."""
+    """Build the content of a task file, and write the task's documents to `folder`.
+
+    The documents are written only if they come from a folder or a package. `has_part` is true if
+    only the calibration documents or only the test documents of the task are scored.
+    """
     entry, overrides, task = factory.built[name]
     content = {"include": str(Path(entry.yaml_path).absolute()), **overrides, "task": name}
     split_names = {key: getattr(task.config, key) for key in _SPLITS}
@@ -167,7 +171,7 @@ def _prompt_settings(request: CellRequest) -> dict[str, Any]:
     }
 
 
-def _select_documents(documents: Mapping[str, Sequence[int]], in_turn: bool) -> dict[str, Any]:
+def _selection_settings(documents: Mapping[str, Sequence[int]], in_turn: bool) -> dict[str, Any]:
     """Return lm-eval's settings that select the documents to score.
 
     If `in_turn` is true, lm-eval also builds the requests of all documents before the selected

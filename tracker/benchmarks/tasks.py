@@ -1,6 +1,6 @@
 """Provide lm-eval's tasks and groups as benchmarks, with lm-eval's prompts and metrics.
 
-This module also returns the texts of documents, and decides whether the texts may be published.
+This module also returns the texts of documents, and determines whether the texts may be published.
 """
 
 from __future__ import annotations

@@ -73,9 +73,9 @@ _NO_ANSWER = Response(-math.inf, greedy=False, hits=0)
 
 
 class Traces(LmEvalBenchmark):
-    """Generation task of lm-eval whose texts the changed models read.
+    """Benchmark of the texts that the intact model writes for a generation task.
 
-    The changed models do not write texts of their own.
+    The changed models read these texts, but do not generate any texts.
 
     Raises BenchmarkError if the task or its data cannot be read, or if the task generates no texts.
     """
@@ -95,7 +95,7 @@ class Traces(LmEvalBenchmark):
                     f"text to read; name a generation task, or write benchmark: {spec}"
                 )
         identity = self.identity
-        self._judges = {task.name: _find_judges(task) for task in identity.tasks}
+        self._judges = {task.name: _find_first_metrics(task) for task in identity.tasks}
         first_filter = next(iter(self._judges[identity.tasks[0].name]))
         self.identity = identity.model_copy(
             update={
@@ -119,8 +119,11 @@ class Traces(LmEvalBenchmark):
             }
         )
 
-    def longest_readings(self, documents: Sequence[Document]) -> list[Document]:
-        """Return documents with traces of the maximum length, for cost estimates."""
+    def assume_longest_traces(self, documents: Sequence[Document]) -> list[Document]:
+        """Return copies of documents, with traces of the maximum length.
+
+        The copies are used to estimate the cost before the traces exist.
+        """
         readings = []
         for document in documents:
             request, prompt = document.requests[0], document.prompt
@@ -246,8 +249,11 @@ def _trace_values(
     return values | {name: n / n_tokens for name, n in zip(_TRACE_METRICS, sums, strict=True)}
 
 
-def _find_judges(task: TaskIdentity) -> dict[str, str]:
-    """Return a dictionary from each filter of a task to its first metric."""
+def _find_first_metrics(task: TaskIdentity) -> dict[str, str]:
+    """Find the first metric of each filter of a task.
+
+    Returns a dictionary from the filter's name to the metric's name.
+    """
     judges: dict[str, str] = {}
     for metric in (name for name in task.metrics if name != CUT_OFF):
         judges.setdefault(filter_name(metric), metric)

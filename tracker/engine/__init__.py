@@ -1,4 +1,4 @@
-"""Compute all ablations of a model together, sharing work over layers and tokens.
+"""Compute all ablations of a model together, so that they share computation.
 
 Modules:
     forward: Run layers for many ablations in one batch, with a class for each intervention.
@@ -8,5 +8,5 @@ Modules:
     fitting: Fit simple functions that replace layers, by least squares.
     lockstep: Run several forward passes together, so that each offloaded layer is loaded once.
     plan: Estimate the cost of a measurement before it starts.
-    refusal: Decide whether an exception was caused by the model or by tracker's own code.
+    refusal: Determine whether an exception was caused by the model or by tracker's own code.
 """

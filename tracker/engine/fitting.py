@@ -21,7 +21,7 @@ from tracker.schema.changes import INTACT
 
 @dataclass
 class _Sums:
-    """Sums over tokens that are needed to fit a layer's output as a function of its input."""
+    """Sums over tokens, for fitting a layer's output as a function of the layer's input."""
 
     width: int
     linear: bool
@@ -53,8 +53,9 @@ class _Sums:
     def fit_replacement(self) -> FittedReplacement:
         """Compute the functions that approximate the layer best.
 
-        The functions add a mean update, multiply by a factor, or apply a linear map. The linear map
-        is computed only if `linear` is true.
+        The first function adds the mean update to its input. The second function multiplies its
+        input by a factor. The third function applies a linear map, and is computed only if `linear`
+        is true.
         """
         linear = None
         if self.linear:

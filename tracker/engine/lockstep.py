@@ -1,4 +1,4 @@
-"""Run several forward passes in lockstep, so that offloaded weights are loaded once for all.
+"""Run several forward passes in lockstep, so that they share each loaded layer.
 
 Each pass is a function that calls the model once or several times, and runs in its own greenlet. A
 pass pauses before a layer whose weights are offloaded. When all passes have paused, one layer is
@@ -23,27 +23,28 @@ T = TypeVar("T")
 
 
 def run_lockstep(
-    weights: OffloadedWeights | None, model: nn.Module, passes: Iterable[Callable[[], T]]
+    weights: OffloadedWeights | None, model: nn.Module, functions: Iterable[Callable[[], T]]
 ) -> Iterator[T]:
-    """Run several functions that call a model, loading each offloaded layer as rarely as possible.
+    """Run several functions that call a model, so that they share each loaded layer.
 
-    If no weights are offloaded, the functions run one after the other.
+    The functions wait for each other, so that offloaded layers are loaded less often. If no weights
+    are offloaded, the functions run one after the other.
 
     Args:
         weights: The offloaded weights; None if no weights are offloaded.
         model: The model that the functions call, or a copy of the model.
-        passes: The functions to run, which must not depend on each other's results.
+        functions: The functions to run, which must not depend on each other's results.
 
     Yields:
         The result of each function, in order. An exception in one function stops all other
         functions.
     """
     if weights is None:
-        for function in passes:
+        for function in functions:
             yield function()
         return
     modules = [*model.modules()]
-    new_passes = [_Pass(function, modules) for function in passes]
+    new_passes = [_Pass(function, modules) for function in functions]
     scheduler = getattr(weights.wait, "__self__", None)
     if isinstance(scheduler, _Scheduler):
         yield from scheduler.join(new_passes)
@@ -97,7 +98,7 @@ def report_progress(
 
 
 class _Scheduler:
-    """Scheduler that switches between several functions until all have ended."""
+    """Scheduler that switches between several passes until all passes have ended."""
 
     def __init__(self, weights: OffloadedWeights) -> None:
         self._weights = weights
@@ -110,7 +111,7 @@ class _Scheduler:
     # On exit, inference mode restores the mode at entry, so it must be on for all passes.
     @torch.inference_mode()
     def run(self, passes: Sequence[_Pass[T]]) -> list[T]:
-        """Run all functions until they have ended, and return their results."""
+        """Run all passes until they have ended, and return their results in order."""
         previous_wait, self._weights.wait = self._weights.wait, self.wait
         self._ready, layer = [*passes], -1
         try:
@@ -130,9 +131,9 @@ class _Scheduler:
         return [task.result() for task in passes]
 
     def join(self, passes: Sequence[_Pass[T]]) -> list[T]:
-        """Run more functions while the current function is paused.
+        """Run more passes while the current pass is paused.
 
-        Returns the results of the new functions, in order.
+        Returns the results of the new passes, in order.
         """
         assert self._current is not None
         self._joins.append((self._current, passes))
@@ -141,7 +142,7 @@ class _Scheduler:
         return [task.result() for task in passes]
 
     def wait(self, layer: int) -> None:
-        """Pause the running function until the layer `layer` is loaded."""
+        """Pause the current pass until the layer `layer` is loaded."""
         assert self._current is not None
         self._waiting.setdefault(layer, []).append(self._current)
         self._main_greenlet.switch()

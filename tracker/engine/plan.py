@@ -11,7 +11,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from tracker.engine.forward.streams import Ablations, StreamPlan, count_plain_passes, plan_streams
+from tracker.engine.forward.streams import (
+    Ablations,
+    StreamPlan,
+    count_unshared_computations,
+    plan_streams,
+)
 from tracker.engine.scoring.head import LOGITS_BYTES
 from tracker.engine.scoring.model import input_tokens, stream_bytes
 from tracker.engine.scoring.rows import (
@@ -22,7 +27,7 @@ from tracker.engine.scoring.rows import (
 )
 from tracker.engine.scoring.score import MIN_PREFIX
 from tracker.engine.scoring.sweep import ROW_TOKENS
-from tracker.engine.selfcheck.check import plain_tokens
+from tracker.engine.selfcheck.check import count_unshared_tokens
 from tracker.models.layers import find_layers
 from tracker.models.parts.experts import count_experts
 from tracker.models.parts.linear_maps import find_embeddings
@@ -115,7 +120,7 @@ class Workload:
 
     def naive_flops(self, ablations: Ablations) -> float:
         """Count the floating-point operations of running lm-eval once for each ablation."""
-        passes = (*count_plain_passes(ablations, self.layers), len(ablations))
+        passes = (*count_unshared_computations(ablations, self.layers), len(ablations))
         return float(sum(map(mul, self.plain_operations, passes)))
 
 
@@ -183,7 +188,8 @@ def estimate_cost(
         ablations: The ablations, including the baseline.
         max_length: Maximum number of tokens that the model reads.
         observe: Statistics to measure besides the outcomes, e.g. `kl`.
-        has_gradients: Whether proxies that need gradients are measured, as without offloading.
+        has_gradients: Whether proxies that need gradients are measured. If weights are offloaded,
+            these proxies cannot be measured.
 
     Returns:
         The estimated cost.
@@ -192,7 +198,7 @@ def estimate_cost(
     has_formats = any(ablation.outer_formats for ablation in ablations)
     is_tied = has_formats and find_embeddings(model).is_tied
     plan = plan_streams(ablations, work.layers, is_tied)
-    n_plain = sum(count_plain_passes(ablations, work.layers)) / 2
+    n_plain = sum(count_unshared_computations(ablations, work.layers)) / 2
     # vLLM keeps room for a token that it generates.
     texts = [r.context + r.continuation for document in documents for r in document.requests]
     n_read = sum(min(len(text), max_length - 1) for text in texts)
@@ -214,7 +220,9 @@ def estimate_cost(
         naive_tokens=work.naive_tokens,
         plain_layer_passes={"lm-eval": work.naive_tokens * n_plain, "vllm": n_read * n_plain},
         naive_flops=work.naive_flops(ablations),
-        check_layer_passes=float(work.layers * plain_tokens(documents, ablations, max_length)),
+        check_layer_passes=float(
+            work.layers * count_unshared_tokens(documents, ablations, max_length)
+        ),
         statistics_layer_passes=sum(map(len, texts_read)) * statistics_passes,
         peak_bytes=model.dtype.itemsize * model.num_parameters() + activations + 2 * LOGITS_BYTES,
     )

@@ -73,9 +73,9 @@ def try_model(compute: Callable[[], _Made]) -> tuple[_Made | None, str | None]:
 
 
 def _is_raised_by_tracker(traceback: TracebackType | None) -> bool:
-    """Return whether the code of tracker raised an error.
+    """Return whether an error was raised by code of this package.
 
-    Returns False if a module of the model raised the error, even if tracker called the module.
+    Returns False if a module of the model raised the error, even if this package called the module.
     """
     is_ours = True
     for frame, _ in walk_tb(traceback):

@@ -117,7 +117,7 @@ class Meter:
         self, requests: Sequence[CellRequest], benchmark: Benchmark, model: Model, options: Options
     ) -> None:
         from tracker.benchmarks.encoder import RequestEncoder
-        from tracker.engine.selfcheck.check import watched_documents
+        from tracker.engine.selfcheck.check import draw_watched_documents
         from tracker.measuring.scorer import Scorer
         from tracker.models.parts.anatomy import LayerAnatomy
 
@@ -135,7 +135,7 @@ class Meter:
         self._encoder = encoder = RequestEncoder(loaded.model, loaded.tokenizer, spec)
         documents = benchmark.documents(encoder, extent)
         self.documents = {document.key: document for document in documents}
-        self._checked_keys = watched_documents(documents)
+        self._checked_keys = draw_watched_documents(documents)
         is_half = loaded.identity.is_half
         self.repeated_keys = repeated_documents(documents, extent.seed) if is_half else set()
         self._calibration: CalibrationTexts | None = None
@@ -212,7 +212,7 @@ class Meter:
             BenchmarkError: The task finds no answer in any of the intact model's first texts.
         """
         from tracker.benchmarks.traces import Traces
-        from tracker.engine.selfcheck.check import watched_requests
+        from tracker.engine.selfcheck.check import list_watched_requests
         from tracker.engine.selfcheck.reference import Reference
         from tracker.models.devices import peak_memory
 
@@ -232,7 +232,9 @@ class Meter:
         passes: list[Callable[[], Any]] = [
             partial(scorer.score, documents, scored, advance),
             partial(scorer.score_again, repeated, scored),
-            partial(reference.answer_all, watched_requests(checked, scored, seed, first_index)),
+            partial(
+                reference.answer_all, list_watched_requests(checked, scored, seed, first_index)
+            ),
         ]
         # Two ablations have the same part if layers are removed in all runs of one of them.
         if parts := [*dict.fromkeys(a.part for a in scored if a.part is not None)]:

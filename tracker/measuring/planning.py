@@ -146,7 +146,7 @@ def read_texts(request: CellRequest, source: ModelSource) -> PlannedTexts:
     if not documents:
         raise ModelError(f"{request.title} has no documents")
     if isinstance(benchmark, Traces):
-        documents = benchmark.longest_readings(documents)
+        documents = benchmark.assume_longest_traces(documents)
     return PlannedTexts(benchmark.identity, metric, model, documents, encoder.max_length)
 
 

@@ -19,7 +19,12 @@ from tracker.engine.scoring.generation import generation_groups, prepare_generat
 from tracker.engine.scoring.model import DEPTH_ONLY, ONE_BY_ONE, PLAIN
 from tracker.engine.scoring.row_size import find_row_size, is_worth_timing
 from tracker.engine.scoring.sweep import DocumentScores, Engine
-from tracker.engine.selfcheck.check import Fit, VerdictStore, check_sharing, watch
+from tracker.engine.selfcheck.check import (
+    Fit,
+    VerdictStore,
+    check_sharing,
+    compare_watched_documents,
+)
 from tracker.engine.selfcheck.reference import (
     Comparison,
     Reference,
@@ -114,7 +119,9 @@ class Scorer:
             CellError: A response differs from the pruned model's response by more than rounding.
         """
         comparisons = {}
-        for result, number, comparison in watch(reference, results, ablations, seed, first_index):
+        for result, number, comparison in compare_watched_documents(
+            reference, results, ablations, seed, first_index
+        ):
             ablation, prompt = ablations[number], result.document.prompt
             if prompt is not None and self.generation is not None:
                 texts = result.responses[number][0].texts

@@ -96,7 +96,7 @@ def savable_copy(
 
 
 def savable_copies(model: PreTrainedModel, ablation: Ablation) -> tuple[Any, Any]:
-    """Copy a model for saving, with changed layers or without some parts of layers.
+    """Copy a model for saving, with layers removed or repeated, or with fewer parts in layers.
 
     Args:
         model: A causal language model of transformers.
@@ -124,10 +124,11 @@ def _plurals(ablation: Ablation) -> str:
 
 
 def _refuse_other_shapes(model: PreTrainedModel, clone: PreTrainedModel, subject: str) -> None:
-    """Raise ModelError if a copy's configuration implies other tensor shapes.
+    """Raise ModelError if a copy's configuration implies other tensor shapes than the copy has.
 
-    If transformers itself has the model's class, the function removes references to downloaded code
-    from the copy's configuration.
+    If transformers itself has the model's class, the function first removes references to
+    downloaded code from the copy's configuration. `subject` is the part of the message that
+    describes the changes.
     """
     model_class = type(model) if _has_remote_code(model) else None
     if model_class is None:
@@ -140,7 +141,10 @@ def _refuse_other_shapes(model: PreTrainedModel, clone: PreTrainedModel, subject
 
 
 def config_changes(model: PreTrainedModel, clone: PreTrainedModel) -> tuple[str, ...]:
-    """List the configuration keys that differ in a copy, except the number of layers."""
+    """List the configuration keys whose values differ in a copy of a model.
+
+    The number of layers is not compared.
+    """
     old, new = (m.config.get_text_config().to_dict() for m in (model, clone))
     ignored_keys = ("num_hidden_layers", "auto_map", "_name_or_path")
     return tuple(sorted(n for n in new if n not in ignored_keys and new[n] != old.get(n)))
@@ -207,7 +211,10 @@ def check_layer_changes(
 def _refuse_missing_layers(
     source: ModelSource, n_layers: int, removed: Collection[int], named: Collection[int]
 ) -> None:
-    """Raise ModelError if a layer does not exist, or if no layer remains."""
+    """Raise ModelError if a layer does not exist, or if no layer remains.
+
+    `removed` are the removed layers, and `named` are all layers whose existence is checked.
+    """
     invalid = [layer for layer in named if not 0 <= layer < n_layers]
     if invalid or len(set(removed)) >= n_layers:
         problem = f"layer {invalid[0]} is out of range" if invalid else "no layer would be left"
@@ -245,7 +252,7 @@ def check_part_removal(source: ModelSource, ablation: Ablation) -> None:
 def find_removable_counts(
     source: ModelSource, unit: str, block: int
 ) -> tuple[tuple[int, ...], float]:
-    """Find how many parts of each layer can be removed from a model.
+    """Find how many parts of each layer can be removed, and the size of one part.
 
     Plain transformers must be able to load the model without these parts.
 
@@ -294,11 +301,11 @@ def _count_layers(model: PreTrainedModel) -> int:
     return sum(parameter.numel() for parameter in find_layers(model).parameters())
 
 
-def _smallest_removal(counts: PartNumbers) -> tuple[Component, int]:
-    """Return the kind of parts to remove in a test, and their number per layer.
+def _choose_test_parts(counts: PartNumbers) -> tuple[Component, int]:
+    """Choose the kind of parts to remove in a test, given the counts of a layer's parts.
 
-    For attention heads, the kind is a group of heads, or a single head if the layer has only one
-    group.
+    For attention heads, a test removes groups of heads, or single heads if the layer has only one
+    group. Returns the kind, and the number of such parts in the layer.
     """
     *single, (unit, count) = counts.items()
     return single[0] if single and count == 1 else (unit, count)
@@ -315,7 +322,7 @@ def _uniform_removal(model: PreTrainedModel, ablation: Ablation) -> Ablation:
     anatomy = LayerAnatomy.of(model)
     kinds = dict.fromkeys(PART_CLASSES[change.component] for change in ablation.parts)
     parts = [(n, part) for kind in kinds for n, part in enumerate(anatomy.find(kind))]
-    counts = [(n, *_smallest_removal(p.counts)) for n, p in parts if isinstance(p, NumberedParts)]
+    counts = [(n, *_choose_test_parts(p.counts)) for n, p in parts if isinstance(p, NumberedParts)]
     for n_removed in range(1, MINIATURE_HEADS):
         numbers = [
             (n, unit, (n + k) % m) for n, unit, m in counts for k in range(min(n_removed, m))
@@ -331,7 +338,7 @@ def _uniform_removal(model: PreTrainedModel, ablation: Ablation) -> Ablation:
 def _hollow_and_miniature(source: ModelSource, stamp: str) -> tuple[Any, Any | None]:
     """Build a model without weights, and a small model with random weights.
 
-    Both are cached until the function is called for another model.
+    Both models are cached until the function is called for another source or stamp.
     """
     model = build_hollow(source, "auto")
     return model, build_miniature(model)

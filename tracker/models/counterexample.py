@@ -1,9 +1,9 @@
-"""Build a transformer whose layer with the lowest cosine score decides every prediction.
+"""Build a transformer whose layer with the lowest cosine score determines every prediction.
 
-The construction takes any texts with intended continuations and any ε, and builds a Llama with five
-layers. Layer 2 has the cosine score ε, the lowest of all layers. The model continues each text as
-intended, but predicts the opposite if layer 2 is removed. The code computes all weights; the model
-is not trained.
+The transformer is a Llama with five layers. It can be built for any texts with intended
+continuations, and for any ε. Layer 2 has the cosine score ε, the lowest of all layers. The model
+continues each text as intended, but predicts the opposite if layer 2 is removed. The code computes
+all weights; the model is not trained.
 
 Every hidden state contains two large fixed values: a constant (1), and a junk value (8) that no
 prediction uses. All other values in a hidden state are about a thousand times smaller. Therefore
@@ -82,7 +82,7 @@ def prefix_digests(tokens: Sequence[int]) -> Iterator[PrefixDigest]:
 
 @dataclass(frozen=True)
 class Text:
-    """Tokenised text; predictions are scored only at its last `scored` tokens."""
+    """Tokenised text, of which only the last `scored` tokens are used for scoring."""
 
     tokens: tuple[int, ...]
     scored: int
@@ -136,9 +136,9 @@ def build_empty_llama(
 
 
 class Counterexample:
-    """Transformer that proves the theorem of the paper.
+    """Transformer in which the layer with the lowest cosine score determines the predictions.
 
-    The method `set_epsilon` sets the cosine score of layer 2.
+    Layer 2 has the lowest cosine score. The method `set_epsilon` sets this score.
 
     Args:
         texts: All texts that the model will have to continue.
@@ -252,15 +252,15 @@ class Counterexample:
             mlp.gate_proj.weight[units, self._signature_dims] = sign * scale
             mlp.up_proj.weight[units, self._signature_dims] = sign * scale
             mlp.down_proj.weight[self._length_dim, units] = SIGNAL_SCALE
-        self._rewrite_junk(READ)
+        self._move_junk_value(READ)
 
     def _write_recall_layer(
         self, texts: Sequence[Text], targets: Mapping[PrefixDigest, Continuations]
     ) -> int:
         """Write the weights of layer 1's MLP.
 
-        Returns the number of text prefixes that the MLP cannot distinguish. If it is not 0, the
-        method writes no weights.
+        Returns the number of text prefixes that the MLP cannot distinguish. If this number is not
+        0, the method writes no weights.
         """
         rows, signatures = self._read_signatures(texts)
         own_rows = torch.tensor([rows[digest] for digest in targets])
@@ -286,14 +286,14 @@ class Counterexample:
             mlp.up_proj.weight[units, self._constant_dim] = 1 / constant
             down[self._signed_dims, units] = output_weight / UNIT_OFFSET * signed.T
             down[self._fixed_dims, units] = output_weight / UNIT_OFFSET * fixed.T
-        self._rewrite_junk(RECALL)
+        self._move_junk_value(RECALL)
         return 0
 
     def _read_signatures(self, texts: Sequence[Text]) -> tuple[dict[PrefixDigest, int], Tensor]:
         """Compute the signature that layer 0 writes for each prefix of the texts.
 
-        Returns a dictionary from a prefix's digest to its row, and a matrix with one signature per
-        row.
+        Returns a dictionary from the digest of a prefix to a row number, and a matrix. This row of
+        the matrix contains the signature of the prefix.
         """
         layer = self.model.model.layers[RECALL]
         rows: dict[PrefixDigest, int] = {}
@@ -322,14 +322,14 @@ class Counterexample:
         mlp.gate_proj.weight[0, self._constant_dim] = -OPEN_GATE / constant
         mlp.up_proj.weight[0, self._constant_dim] = 1 / constant
         mlp.down_proj.weight[self._sign_dim, 0] = 1 / OPEN_GATE
-        self._rewrite_junk(AMPLIFY)
+        self._move_junk_value(AMPLIFY)
 
     def _write_speaking_layer(self) -> None:
         """Write the weights of layer 4, which computes the prediction.
 
         Layer 1 has written a fixed and a signed part of the continuation into the hidden state.
-        Layer 4 copies the fixed part to the output. It also copies the signed part, but inverts its
-        sign at tokens where layer 3 has not written 1.
+        Layer 4 copies both parts to the output, but inverts the sign of the signed part at tokens
+        where layer 3 has not written 1.
         """
         state, mlp = self._normed_state(SPEAK), self._mlp(SPEAK)
         by_sign = 2 * OPEN_GATE / state[self._sign_dim]
@@ -348,14 +348,17 @@ class Counterexample:
             mlp.up_proj.weight[units, source] = identity
             output_weight = factor * length / (SIGNAL_SCALE * root_width * OPEN_GATE)
             mlp.down_proj.weight[self._code_dims, units] = output_weight * identity
-        self._rewrite_junk(SPEAK)
+        self._move_junk_value(SPEAK)
         # The answer makes the state longer, and without a loud whisper all constants are larger
         # than intended. Both weaken the answer, at most by a factor of four.
         volume = 4 * self._certainty * length / (root_width * CODE_SCALE)
         self.model.model.norm.weight[self._code_dims] = volume
 
-    def _rewrite_junk(self, layer: int) -> None:
-        """Make a layer move the large junk value to another dimension."""
+    def _move_junk_value(self, layer: int) -> None:
+        """Write the MLP weights that move the junk value to another dimension.
+
+        Every hidden state contains this large fixed value, which no prediction uses.
+        """
         old_dim, new_dim = self._junk_dims if layer in (READ, AMPLIFY) else self._junk_dims[::-1]
         self._add_constant(layer, -1, old_dim, -JUNK_SCALE)
         down = self._mlp(layer).down_proj.weight
@@ -394,7 +397,7 @@ class Counterexample:
 
 
 def _signature_gaps(signatures: Tensor, own_rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute the gap between a detector's value for its own and other signatures.
+    """Compute how well each detector distinguishes its own signature from other signatures.
 
     The detector of a signature u computes 2 u·v - ‖v‖² for the signature v of a text. This value is
     largest for v = u.
@@ -405,9 +408,9 @@ def _signature_gaps(signatures: Tensor, own_rows: Tensor) -> tuple[Tensor, Tenso
         own_rows: Row numbers in `signatures` of the k signatures that have a detector.
 
     Returns:
-        Two tensors with one entry per detector: its value for its own signature, and the gap
-        between this value and its largest value for another signature. The gap is -1 if it is not
-        larger than possible rounding errors.
+        Two tensors with one entry per detector: the detector's value for its own signature, and the
+        gap between this value and the detector's largest value for another signature. The gap is -1
+        if it is not larger than possible rounding errors.
     """
     detected = signatures[own_rows]
     detectors = torch.cat([2 * detected[:, :-1], -torch.ones_like(detected[:, -1:])], 1)
@@ -423,11 +426,10 @@ def _signature_gaps(signatures: Tensor, own_rows: Tensor) -> tuple[Tensor, Tenso
 
 
 def _solve_code(targets: Mapping[int, int], zeros: Iterable[int], codes: Tensor) -> Tensor:
-    """Compute the shortest vector with given inner products with token codes.
+    """Compute the shortest vector that has the given inner products with token codes.
 
-    `targets` maps a token to the inner product with its code.
-
-    For the tokens in `zeros`, the inner product with the token's code is 0.
+    `targets` maps a token to the inner product of the vector and the token's code. For the tokens
+    in `zeros`, this inner product is 0.
     """
     all_targets = {**dict.fromkeys(zeros, 0), **targets}
     products = torch.tensor([*all_targets.values()], dtype=codes.dtype)

@@ -6,8 +6,8 @@ torch has one module for each type of device (`torch.cuda`, `torch.xpu`, `torch.
 same functions. Apple's MPS is different: it has no streams, and its memory functions have other
 names.
 
-The functions `take_entries` and `put_entries` use only slices as indices. A list as an index would
-have to be copied to the accelerator first.
+The functions `take_entries` and `put_entries` use only slices as indices. If an index were a list,
+torch would first copy the list to the accelerator.
 """
 
 from __future__ import annotations
@@ -76,7 +76,8 @@ def visible_variable() -> str:
 def visible_accelerators() -> list[str]:
     """List the names of the accelerators that are visible to this process.
 
-    The names are those of the environment variable that `visible_variable` returns.
+    The names are read from an environment variable such as `CUDA_VISIBLE_DEVICES`. If the variable
+    is not set, the names are the numbers of the accelerators.
     """
     names = os.environ.get(visible_variable())
     if torch.version.hip and not names:  # HIP obeys it too
@@ -86,7 +87,10 @@ def visible_accelerators() -> list[str]:
 
 
 def describe_device(device: torch.device) -> dict[str, str]:
-    """Return the torch name and the hardware name of a device."""
+    """Return a dictionary with the torch name and the hardware name of a device.
+
+    The keys are `device` and `accelerator`. For the CPU, the only key is `device`.
+    """
     if device.type == "cpu":
         return {"device": str(device)}
     get_name = getattr(_device_module(device), "get_device_name", None)
@@ -100,9 +104,10 @@ def hardware_name(device: torch.device) -> str:
 
 
 def runtime_versions() -> dict[str, str]:
-    """Return torch's CUDA, HIP or XPU version.
+    """Return the versions of the accelerator software for which torch is built.
 
-    If a CUDA driver is available, the result also contains the driver's CUDA version.
+    The key of a version is `cuda`, `hip` or `xpu`. If a CUDA driver is available, the key `driver`
+    contains the CUDA version of the driver.
     """
     built_versions = {name: getattr(torch.version, name, None) for name in ("cuda", "hip", "xpu")}
     versions = {name: str(version) for name, version in built_versions.items() if version}
@@ -211,7 +216,7 @@ def copy_to_device(tensor: Tensor, device: torch.device) -> Tensor:
 def start_host_copy(tensor: Tensor) -> Callable[[], Tensor]:
     """Start copying a tensor to the host.
 
-    The result is a function. A call of this function waits for the copy and returns it.
+    The returned function waits until the copy is complete, and returns the copied tensor.
     """
     device = tensor.device
     if not can_pin(device):

@@ -182,8 +182,8 @@ def protect_input(layer: nn.Module, state: Tensor) -> Tensor:
 def record_read_only(layer: nn.Module, passed_state: Tensor, state: Tensor) -> None:
     """Record whether a layer leaves its input unchanged.
 
-    The layer was called with the tensor `passed_state`, a copy of `state`. If both are still equal
-    after the call, the layer leaves its input unchanged.
+    The layer was called with the tensor `passed_state`, a copy of `state`. If the two tensors are
+    still equal after the call, the layer leaves its input unchanged.
     """
     if passed_state is not state and torch.equal(passed_state, state):
         _READ_ONLY_LAYERS.add(layer)
@@ -192,9 +192,9 @@ def record_read_only(layer: nn.Module, passed_state: Tensor, state: Tensor) -> N
 def call_protected(
     layer: nn.Module, forward: Callable[..., Any], args: Args, kwargs: Kwargs
 ) -> tuple[Tensor, Any]:
-    """Call a layer without letting it change the caller's hidden state.
+    """Call a layer so that the hidden state in the arguments stays unchanged.
 
-    Returns the hidden state and the layer's output.
+    Returns this hidden state, and the layer's output.
     """
     state: Tensor = input_state(args, kwargs)
     passed_state = protect_input(layer, state)

@@ -75,7 +75,7 @@ def find_base(model: nn.Module) -> nn.Module:
 def find_layers_parent(model: nn.Module, layers: nn.ModuleList) -> tuple[nn.Module, str]:
     """Find the module that contains a list of layers.
 
-    Returns this module and the name of its attribute with the list.
+    Returns this module, and the name of the attribute that contains the list.
     """
     parent, _, name = _layers_path(model, layers).rpartition(".")
     return model.get_submodule(parent), name

@@ -183,7 +183,7 @@ def load_model(
         # For weights that no file holds as they are used, such as those of experts.
         folder = TemporaryDirectory(dir=private_folder("offloaded"))
         options = _device_map(placement, compute_device, offload) | {"offload_folder": folder.name}
-    tokenizer, model = _load_parts(source, dtype, options)
+    tokenizer, model = _load_tokenizer_and_model(source, dtype, options)
     layers, offloaded = find_layers(model), None
     if placement:
         offloaded = take_over_loading(model, layers, compute_device, folder)
@@ -219,8 +219,10 @@ def _check_loadable(source: ModelSource, config: PreTrainedConfig, quantiser: st
         require_package(_QUANTISERS[quantiser], f"{source.source} is a {quantiser} checkpoint and")
 
 
-def _load_parts(source: ModelSource, dtype: str, options: Mapping[str, Any]) -> tuple[Any, Any]:
-    """Load the tokenizer and the model with its adapter.
+def _load_tokenizer_and_model(
+    source: ModelSource, dtype: str, options: Mapping[str, Any]
+) -> tuple[Any, Any]:
+    """Load the tokenizer and the model, including the model's adapter.
 
     Raises ModelError if weights are missing, or if there are weights of additional layers.
     """

@@ -44,7 +44,7 @@ _NUMBER_KEYS: Mapping[Component, Sequence[str]] = {
 
 @dataclass
 class Narrowing:
-    """Plan of removing some heads, experts or neurons from each layer of a model.
+    """Plan for removing some heads, experts or neurons from each layer of a model.
 
     Attributes:
         old_numbers: Numbers of parts per layer in the original model.
@@ -65,7 +65,7 @@ class Narrowing:
     )
 
     def resize(self, config: PreTrainedConfig, numbers: PartNumbers) -> None:
-        """Write the numbers of parts to a configuration.
+        """Set the numbers of parts in a configuration to `numbers`.
 
         If heads are removed and the configuration does not state the width of a head, the method
         also writes the width.
@@ -82,9 +82,9 @@ class Narrowing:
             config.head_dim = self.head_width
 
     def check_config(self, model: PreTrainedModel) -> None:
-        """Raise ModelError if the configuration's class does not accept the numbers.
+        """Raise ModelError if the configuration's class does not accept the numbers of parts.
 
-        The message lists the numbers that the class accepts.
+        The message lists the numbers of parts that the class accepts.
         """
 
         def find_problem(numbers: PartNumbers) -> str:
@@ -191,7 +191,10 @@ def _refuse_uneven(numbers: Mapping[int, tuple[PartNumbers, PartNumbers]], unit:
 
 
 def plan_removal(anatomy: LayerAnatomy, ablation: Ablation) -> Narrowing:
-    """Plan the removal of parts from a loaded model with `plan_narrowing`."""
+    """Plan the removal of parts from a loaded model.
+
+    The result is that of `plan_narrowing`.
+    """
 
     def find_parts(kind: type[NumberedParts]) -> dict[int, NumberedParts]:
         return {layer: part for layer, part in enumerate(anatomy.find(kind)) if part is not None}

@@ -149,8 +149,12 @@ class _LayerWeights:
         """Size of the layer's buffer in bytes."""
         return max(self.weights[-1].stop, sum(map(len, self.pinned_parts)))
 
-    def buffer_copies(self, buffer: Tensor) -> Iterable[tuple[WeightSource, Tensor]]:
-        """List the sources of the weights, each with the part of `buffer` to fill."""
+    def list_copies(self, buffer: Tensor) -> Iterable[tuple[WeightSource, Tensor]]:
+        """List the copies that fill a layer's buffer.
+
+        Each entry is a pair: the tensor or part of a file to read, and the part of `buffer` to
+        which the values are copied.
+        """
         if not self.pinned_parts:
             return [(weight.source, weight.view(buffer)) for weight in self.weights]
         views = torch.split(buffer[: self.size], [*map(len, self.pinned_parts)])
@@ -166,7 +170,7 @@ class _LayerWeights:
         pinned_parts = allocate_pinned(self.size)
         sizes = [*map(len, pinned_parts)]
         buffer = torch.empty(sum(sizes), dtype=torch.uint8)
-        for source, view in self.buffer_copies(buffer):
+        for source, view in self.list_copies(buffer):
             _copy_values(source, view)
         for part, values in zip(pinned_parts, torch.split(buffer, sizes), strict=True):
             part.copy_(values)
@@ -290,7 +294,10 @@ class OffloadedWeights:
         return next((slot for slot in self._slots if slot.layer == layer), None)
 
     def _start_loading(self, layer: int, slot: _Slot) -> _Slot:
-        """Start reading a layer into a slot, and unload the slot's previous layer."""
+        """Start reading a layer into a slot, and unload the slot's previous layer.
+
+        Returns the slot.
+        """
         if slot.arrival is not None:
             wait([slot.arrival])
         if slot.layer is not None:
@@ -309,7 +316,7 @@ class OffloadedWeights:
         Returns the device event that marks the end of the copy.
         """
         with self._stream_module.stream(self._stream):
-            for source, view in self._layers[layer].buffer_copies(buffer):
+            for source, view in self._layers[layer].list_copies(buffer):
                 _copy_values(source, view)
             return self._stream.record_event()
 
@@ -436,7 +443,11 @@ def replace_attributes(
 
 
 def _disk_index(model: nn.Module) -> Mapping[str, Any]:
-    """Return the file of each weight on disk, and the tensor's name in the file."""
+    """Return accelerate's index of the model's weights on disk.
+
+    The index maps the name of a weight to the file of the weight, and to the tensor's name in this
+    file. The index is empty if no weights are on disk.
+    """
     for module in model.modules():
         weights = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
         if isinstance(weights, PrefixedDataset):
@@ -562,8 +573,8 @@ def devices_needed(n_bytes: int, free_bytes: int, n_devices: int) -> int:
 def min_weight_bytes(model: nn.Module, n_staying: int = 0) -> int:
     """Compute the bytes of a model's weights if only some layers are loaded.
 
-    The number of loaded layers is `n_staying` plus 2. Each loaded layer counts as large as the
-    model's largest layer.
+    The number of loaded layers is `n_staying` plus 2. The result assumes that each loaded layer is
+    as large as the model's largest layer.
     """
     sizes = [weight_bytes(layer) for layer in find_layers(model)]
     return weight_bytes(model) - sum(sizes) + (LAYER_SLOTS + n_staying) * max(sizes)
@@ -574,8 +585,14 @@ def weight_bytes(module: nn.Module) -> int:
     return sum(parameter.numel() * parameter.itemsize for parameter in module.parameters())
 
 
-def _placed_parts(module: nn.Module, layers: nn.ModuleList, path: str, offloaded: set[int]) -> Any:
-    """Yield the path of each part of a model, and whether the part is offloaded."""
+def _placed_parts(
+    module: nn.Module, layers: nn.ModuleList, path: str, offloaded: set[int]
+) -> Iterator[tuple[str, bool]]:
+    """Yield the path of each part of a model, and whether the part is offloaded.
+
+    A part is a layer, or a module or tensor outside the layers. `path` is the path of `module` in
+    the model, including a final dot. `offloaded` contains the numbers of the offloaded layers.
+    """
     for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
         if tensor is not None:
             yield f"{path}{name}", False

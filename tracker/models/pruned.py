@@ -1,11 +1,11 @@
-"""Make copies of a model in which layers are really removed or repeated.
+"""Make copies of a model, in which layers are removed or repeated.
 
 A copy shares the weights with the original model, but has its own modules, so both models can be
 called.
 
 Some model classes compute values (e.g. scaling factors) from the position of a layer. If layers are
-removed, a copy in memory keeps the values of the original model. In a copy that is saved and
-loaded, the class computes new values.
+removed, a copy in memory keeps the values of the original model. If the copy is saved and loaded,
+the class computes new values from the new positions of the layers.
 """
 
 from __future__ import annotations
@@ -292,7 +292,7 @@ def record_state(model: nn.Module, attributes: Collection[str] | None = None) ->
 
 
 def changed_keys(old_state: ModuleState, new_state: ModuleState) -> set[tuple[str, str]]:
-    """Return the keys that differ between two model states."""
+    """Return the keys whose values differ between two model states."""
     common = old_state.keys() & new_state.keys()
     equal = {key for key in common if are_equal(old_state[key], new_state[key])}
     return (old_state.keys() | new_state.keys()) - equal
@@ -389,7 +389,7 @@ def simulate_reload(
 
 
 def apply_reload(model: PreTrainedModel, clone: PreTrainedModel, indices: Sequence[int]) -> None:
-    """Give a pruned copy the attribute values that it would have after loading.
+    """Set the attributes of a pruned copy to the values that loading would compute.
 
     Configuration values such as `first_k_dense_replace` are adapted to the remaining layers.
 
@@ -476,7 +476,12 @@ def _renumber(items: Mapping[str, Any], prefix: str, indices: Sequence[int]) -> 
 def _stale_attributes(
     clone: nn.Module, old_module: nn.Module, full_module: nn.Module, cut_module: nn.Module
 ) -> Iterator[StaleAttribute]:
-    """Yield attributes of a copied module that saving and loading would change."""
+    """Yield attributes of a copied module that saving and loading would change.
+
+    `clone` is a module of the copy, and `old_module` is the same module of the original model.
+    `full_module` and `cut_module` are the same modules of two models that are built from the
+    original configuration and from the copy's configuration.
+    """
     for name, value in vars(cut_module).items():
         if name in _TORCH_ATTRIBUTES or not _is_plain(value):
             continue
@@ -506,16 +511,16 @@ def _build_matching(
     shapes: TensorShapes | None,
     cache: dict[str, Any] | None = None,
 ) -> Any:
-    """Build a model of the class of `model` whose tensors have the given shapes.
-
-    The configuration is that of `model`. If `shapes` is None, any shapes are accepted.
+    """Build a model with the class and configuration of `model`, and with given tensor shapes.
 
     If the built tensors have other shapes, the function changes configuration values such as
-    `first_k_dense_replace`. Raises ModelError if no model with the given shapes can be built.
+    `first_k_dense_replace`, as for a model with only the layers `indices`. If `shapes` is None, the
+    shapes are not compared. `cache` contains models that earlier calls built; None = no cache.
+    Raises ModelError if no model with the given shapes can be built.
     """
     config = model.config.get_text_config()
     first_problem = None
-    for new_counts in chain([{}], layer_counts(config, indices)):
+    for new_counts in chain([{}], propose_layer_counts(config, indices)):
         old_counts = {name: getattr(config, name) for name in new_counts}
         vars(config).update(new_counts)
         built_model = attempt(partial(_build_cached, model, cache))
@@ -543,11 +548,15 @@ def _build_cached(model: PreTrainedModel, cache: dict[str, Any] | None) -> Any:
     return cache[key]
 
 
-def layer_counts(config: PreTrainedConfig, indices: Sequence[int]) -> Iterator[dict[str, int]]:
-    """Yield new values of configuration keys that contain a number of first layers.
+def propose_layer_counts(
+    config: PreTrainedConfig, indices: Sequence[int]
+) -> Iterator[dict[str, int]]:
+    """Yield new values of configuration keys, for a model with only the layers `indices`.
 
-    An example is `first_k_dense_replace`, the number of layers without experts at the model's
-    beginning. A new value is the number of these layers that are among `indices`.
+    Each key contains a number of first layers. An example is `first_k_dense_replace`, the number of
+    first layers without experts. The new value is the number of these layers that are among
+    `indices`. The function yields a dictionary for each key, and then a dictionary for all keys
+    together.
     """
     counts = {
         name: value

@@ -1,8 +1,8 @@
 """Quantise weights to a format and dequantise them.
 
-torch rounds to integer formats. In float32 the results equal those of torchao 0.18's
-`IntxWeightOnlyConfig`. The package gguf or llama.cpp's own library rounds to GGUF formats.
-Activations are not changed.
+For integer formats, weights are rounded by torch. In float32, the results equal those of torchao
+0.18's `IntxWeightOnlyConfig`. For GGUF formats, weights are rounded by the package gguf or by
+llama.cpp's own library. Activations are not changed.
 """
 
 from __future__ import annotations

@@ -311,7 +311,10 @@ def _check_arguments(arguments: dict[str, Any]) -> None:
 
 
 def require_package(package: str, subject: str) -> None:
-    """Raise ModelError, with the install command, if a package is not installed."""
+    """Raise ModelError, with the install command, if a package is not installed.
+
+    `subject` is the beginning of the message, and states what needs the package.
+    """
     if importlib.util.find_spec(package) is None:
         raise ModelError(
             f"{subject} needs the package {package}, which is not installed. Type: "
@@ -433,7 +436,10 @@ def _install_command(name: str, *options: str) -> str:
 
 
 def _assemble_file(source: str, name: str, package: ModuleType) -> Path:
-    """Join a model file from several packages, or return the file from the cache."""
+    """Return the path of a model file that is stored in parts, in several Python packages.
+
+    If the file is not in the cache, the function `assemble` of `package` joins the parts.
+    """
     folder = private_folder(f"model-{package.EXPECTED_SHA256[:16]}")
     file = folder / str(package.MODEL_NAME)
     with FileLock(folder / "lock"):
@@ -494,11 +500,11 @@ def count_parts(model: ModelSource, layer_kinds: Collection[str] = ()) -> ModelP
 
     Args:
         model: The model.
-        layer_kinds: Kinds of layers. The result also contains the numbers of the layers of these
+        layer_kinds: Kinds of layers, such as `mamba`. The result also lists the layers of these
             kinds.
 
     Returns:
-        The counts, and the numbers of the layers of the requested kinds.
+        The counts, and the indices of the layers of the requested kinds.
 
     Raises:
         ModelError: The configuration cannot be read, or the model has no layers of a requested
@@ -641,9 +647,10 @@ def _read_configuration(model: ModelSource) -> PreTrainedConfig:
 
 @cache
 def read_tokenizer(source: ModelSource, stamp: str) -> Any:
-    """Read the tokenizer of a model; the result is cached by the model's stamp.
+    """Read the tokenizer of a model.
 
-    Building the tokenizer of a GGUF file can take seconds.
+    The tokenizer is cached for each pair of `source` and `stamp`. The stamp is a hash that changes
+    if the model's files change. Building the tokenizer of a GGUF file can take seconds.
     """
     from transformers import AutoTokenizer
 

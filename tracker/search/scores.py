@@ -13,7 +13,7 @@ from functools import partial
 import numpy as np
 
 from tracker.analysis.stopping import CandidateRace
-from tracker.engine.observers.layer_proxies import measure_span_similarity, output_proxies
+from tracker.engine.observers.layer_proxies import measure_state_changes, output_proxies
 from tracker.engine.scoring.sweep import Engine
 from tracker.ledger.shards import DocumentArrays
 from tracker.measuring.meter import DocumentKey
@@ -299,7 +299,7 @@ def _build_observer(engine: Engine, name: str, removed: PartSet) -> ObserveDocum
     if len(engine.loaded.layers) < n_layers:
         positions = list(range(len(positions)))
     # Otherwise layers that cannot be cut have stayed in place, and pass on their input.
-    measure: Callable[[Document], Mapping[str, object]] = partial(measure_span_similarity, engine)
+    measure: Callable[[Document], Mapping[str, object]] = partial(measure_state_changes, engine)
     if not PROXIES[name].observe:
         measure = partial(output_proxies, engine, only=name)
 

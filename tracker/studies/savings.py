@@ -15,7 +15,7 @@ from scipy import stats
 
 from tracker.analysis.runs import finite_or_none
 from tracker.analysis.stopping import check_bounded
-from tracker.engine.forward.streams import count_plain_passes, plan_streams
+from tracker.engine.forward.streams import count_unshared_computations, plan_streams
 from tracker.ledger.blocks import schedule_blocks
 from tracker.schema.changes import INTACT, Ablation, Change
 from tracker.schema.config import CellRequest
@@ -157,7 +157,7 @@ def read_documents(subject: Subject) -> MeasuredDocuments | str:
     passes = passes_counter(ablations, layers)
     figures = (runs, drops, tasks, subject.store.counts(), reach, passes)
     everything = passes(np.ones(len(runs), dtype=bool))
-    plain = sum(count_plain_passes([INTACT, *ablations], layers)) / 2
+    plain = sum(count_unshared_computations([INTACT, *ablations], layers)) / 2
     return MeasuredDocuments(subject.record.title, *figures, everything, plain)
 
 

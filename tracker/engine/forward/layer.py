@@ -83,7 +83,11 @@ class RandomReplacement:
     layer: int
 
     def apply(self, action: Action, state: Tensor) -> Tensor:
-        """Return a random substitute for the layer's output."""
+        """Return a random substitute for the layer's output.
+
+        `state` is the layer's input. `action` selects the kind of substitute, as for
+        `FittedReplacement`.
+        """
         width = state.flatten(2).shape[-1]
         rng = torch.Generator().manual_seed(self.layer)
         weight = torch.eye(width) + 0.3 * torch.randn(width, width, generator=rng) / width**0.5
@@ -105,10 +109,10 @@ class ForwardPass:
 
     The model is called with `rows` texts, so the first layer gets hidden states of the shape [rows,
     tokens, hidden]. The batch grows whenever a layer starts a new stream. The output of the last
-    layer has the shape [streams × rows, tokens, hidden] and is ordered by stream. The rows of a
-    stream equal the output of a model that is changed by the stream's ablation. This requires that
-    a layer treats the rows of a batch separately, and that layers pass only the hidden state to
-    each other.
+    layer has the shape [streams × rows, tokens, hidden] and is ordered by stream. In this output,
+    the rows of a stream equal the output of a model that is changed by the stream's ablation. This
+    requires that a layer treats the rows of a batch separately, and that layers pass only the
+    hidden state to each other.
 
     The other inputs of a layer (e.g. masks and positions) must broadcast over the rows of all
     streams.
@@ -171,8 +175,8 @@ class LayerFork:
     groups of at most `max_streams`. For streams that skip or replace the layer, the function
     `replace_layers` writes the outputs.
 
-    If the pass computes several streams and an earlier layer passes a second tensor to this layer,
-    RefusalError is raised.
+    RefusalError is raised if there are several streams and the arguments of this layer include an
+    extra output of an earlier layer.
 
     Attributes:
         index: The number of the layer.
@@ -200,7 +204,7 @@ class LayerFork:
 
         The hidden state in the output has the shape [streams × rows, tokens, hidden].
         """
-        inputs = self._split_inputs(args, kwargs)
+        inputs = self._extract_hidden_states(args, kwargs)
         output, outputs = self._run_entering(inputs)
         repeat_spans(self, outputs)
         replace_layers(self, inputs, outputs)
@@ -220,8 +224,11 @@ class LayerFork:
         self.is_whole = False
         return states
 
-    def _split_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """Return the hidden state as [streams, rows, tokens, …]; store the layer's other inputs."""
+    def _extract_hidden_states(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """Return the hidden states [streams, rows, tokens, …] from the arguments of a call.
+
+        The other arguments are stored in `arguments`.
+        """
         step, parent = self.step, self.parent
         if self.index == 0:
             parent.extra_outputs.clear()
@@ -243,8 +250,8 @@ class LayerFork:
     def _run_entering(self, inputs: Tensor) -> tuple[Any, Tensor]:
         """Run the layer for the streams that need it.
 
-        Returns the layer's output of the first call, and the new hidden states of all streams.
-        States of streams that do not run the layer are filled in later.
+        Returns the complete output of the layer's first call, and the new hidden states of all
+        streams. The hidden states of streams that do not run the layer are filled in later.
         """
         step, shape = self.step, tuple(inputs.shape[1:])
         output: Any = None
@@ -298,9 +305,10 @@ def split_evenly(streams: Sequence[int], max_size: int | None) -> Iterator[Seque
 
 
 def replace_layers(fork: LayerFork, inputs: Tensor, outputs: Tensor) -> None:
-    """Write the layer's outputs in the streams that skip or replace the layer.
+    """Replace the layer's output in the streams that skip or replace the layer.
 
-    `inputs` and `outputs` are the states [streams, rows, tokens, …] before and after the layer.
+    `inputs` and `outputs` are the states [streams, rows, tokens, …] before and after the layer. The
+    function changes `outputs` in place.
     """
     for stream, action in enumerate(fork.step.actions):
         if action is Action.SKIP:

@@ -59,10 +59,10 @@ class LayerSite:
         return self.anatomy.layer_name(self.index)
 
     def list_streams(self, module: nn.Module) -> Sequence[int]:
-        """Return one stream for each output that a module of the layer computes.
+        """List the streams for which a module of the layer computes an output.
 
-        The module computes one output for all streams that share it. Each returned number is the
-        index of one of these streams.
+        If several streams share an output, the list contains only one of these streams. Each stream
+        is given as an index into `step.entrants`.
         """
         step = self.step
         if not step.components.isdisjoint(HEAD_COMPONENTS):
@@ -136,8 +136,8 @@ def view_streams(batch: Tensor, n_streams: int, owner: str = "a batch") -> Tenso
 def select_streams(value: Any, n_streams: int, entrants: list[int]) -> Any:
     """Select the rows of some streams from each tensor that has one row per stream.
 
-    `entrants` contains the indices of the streams. A tensor with another number of rows than
-    `n_streams` is returned unchanged, and so is any value that is not a tensor.
+    `entrants` contains the indices of the streams. Tensors that do not have `n_streams` rows, and
+    values that are not tensors, are returned unchanged.
     """
     if isinstance(value, Tensor):
         return take_entries(value, entrants) if value.ndim and len(value) == n_streams else value

@@ -29,9 +29,9 @@ class LayerStep:
 
     Attributes:
         n_streams: Number of streams before the layer.
-        parents: Number of the stream that each new stream copies.
+        parents: For each new stream, the index of the stream from which the new stream starts.
         ablations: Changes of this layer (e.g. removed heads) in each stream, including new streams.
-        divided: Whether attention and MLP can be computed for different streams.
+        divided: Whether the MLP can be computed for other streams than the attention.
     """
 
     n_streams: int
@@ -48,17 +48,17 @@ class LayerStep:
     def entrants(self) -> tuple[int, ...]:
         """The streams for which the layer must run.
 
-        The property excludes streams that copy the result of another stream.
+        Streams that copy the result of another stream are not included.
         """
         copies = {stream for stream, source, _ in self.repeated_spans if source != stream}
         return tuple(i for i, a in enumerate(self.actions) if a.runs_modules and i not in copies)
 
     @cached_property
     def repeated_spans(self) -> tuple[tuple[int, int, Change], ...]:
-        """Repeated ranges of layers whose last layer is this layer.
+        """The repeated ranges of layers that end with this layer.
 
-        Each element is a tuple: the stream that repeats the layers, the stream whose states it
-        copies, and the change that describes the repetition.
+        Each entry is a tuple: the stream that repeats the layers, the stream whose states are
+        copied before the repetition, and the change that describes the repetition.
         """
         first_streams: dict[int, int] = {}
         for stream, action in enumerate(self.actions):
@@ -72,11 +72,11 @@ class LayerStep:
 
     @cached_property
     def divided_step(self) -> tuple[LayerStep, tuple[int, ...]]:
-        """A plan that computes only some of the streams, and the indices of these streams.
+        """The plan of this layer for only some of the streams, and the indices of these streams.
 
-        The plan computes the streams with changes inside the layer, the baseline, and all streams
-        that have the same input as one of these streams. If no stream has changes inside the layer,
-        the plan computes no stream.
+        These are the streams with changes inside the layer, the baseline, and all streams that have
+        the same input as one of them. If no stream has changes inside the layer, no streams are
+        included.
         """
         origins = {self.origin(i) for i in self.entrants if self.actions[i] in _DIVIDING_ACTIONS}
         origins |= {0} if origins else set()
@@ -111,9 +111,10 @@ class LayerStep:
 
     @cached_property
     def attention_sources(self) -> tuple[int | None, ...]:
-        """Index of the stream that computes the attention of each stream in `entrants`.
+        """For each stream in `entrants`, the stream that computes its attention.
 
-        A stream that removes the attention has the entry None.
+        `entrants` lists the streams that run the layer. Each entry of the result is an index into
+        `entrants`, or None if the stream removes the attention.
         """
         index_of: dict[tuple[int, Ablation | None], int] = {}
         sources: list[int | None] = []
@@ -128,10 +129,10 @@ class LayerStep:
 
     @cached_property
     def _projection_pairs(self) -> tuple[tuple[int, tuple[Change, ...]] | None, ...]:
-        """The pair (attention index, removed heads) of each stream in `entrants`.
+        """For each stream in `entrants`, a pair (attention index, removed heads).
 
-        The attention index is the stream's entry in `attention_sources`. A stream that removes the
-        attention has None instead of a pair.
+        `entrants` lists the streams that run the layer. The attention index is the stream's entry
+        in `attention_sources`. The pair is None if the stream removes the attention.
         """
         return tuple(
             None if source is None else (source, self.ablations[stream].heads)
@@ -142,15 +143,15 @@ class LayerStep:
     def projections(self) -> tuple[tuple[int, tuple[Change, ...]], ...]:
         """The distinct pairs (attention index, removed heads) of all streams.
 
-        The layer computes the output projection of its attention once for each pair.
+        The attention's output projection is computed once for each of these pairs.
         """
         return tuple(sorted({pair for pair in self._projection_pairs if pair}))
 
     @cached_property
     def head_sources(self) -> tuple[int | None, ...]:
-        """The position in `projections` of the pair of each stream in `entrants`.
+        """For each stream in `entrants`, the index of its pair in `projections`.
 
-        A stream that removes the attention has the entry None.
+        The entry is None if the stream removes the attention.
         """
         index_of = {pair: index for index, pair in enumerate(self.projections)}
         return tuple(pair and index_of[pair] for pair in self._projection_pairs)
@@ -173,9 +174,9 @@ class LayerStep:
 
     @cached_property
     def mlp_sources(self) -> tuple[int | None, ...]:
-        """The position in `mlps` of each stream in `entrants`.
+        """For each stream in `entrants`, its index in `mlps`.
 
-        A stream that removes the MLP has the entry None.
+        The entry is None if the stream removes the MLP.
         """
         index_of = {entrant: number for number, entrant in enumerate(self.mlps)}
         return tuple(map(index_of.get, range(len(self.entrants))))
@@ -183,7 +184,7 @@ class LayerStep:
 
 @dataclass(frozen=True)
 class StreamPlan:
-    """Plan of which stream (part of a batch) computes each ablation.
+    """Plan that assigns each ablation to a stream (part of a batch).
 
     Attributes:
         steps: The plan of each layer.
@@ -239,11 +240,11 @@ class StreamPlan:
         return any((*self.embedding_formats, *self.head_formats))
 
     @property
-    def attention_paths(self) -> Iterator[tuple[int | None, ...]]:
-        """Yield, for each layer, the position of each ablation's attention.
+    def attention_indices(self) -> Iterator[tuple[int | None, ...]]:
+        """For each layer, the index of each ablation's attention output.
 
-        The position is an index of the attention outputs that the layer computes. It is None if the
-        ablation removes the attention.
+        A layer computes one attention output for all ablations with the same attention. The index
+        is None if the ablation removes the attention.
         """
         for step, path in zip(self.steps, self.paths, strict=True):
             index_of = {
@@ -317,11 +318,11 @@ def plan_streams(
     return StreamPlan(tuple(steps), tuple(paths), tuple(by_embedding), head_formats)
 
 
-def count_plain_passes(ablations: Ablations, n_layers: int) -> tuple[int, int]:
+def count_unshared_computations(ablations: Ablations, n_layers: int) -> tuple[int, int]:
     """Count the attention and MLP computations per token if nothing is shared.
 
-    Returns the number of attention computations and the number of MLP computations, both summed
-    over all layers and ablations.
+    Returns the number of attention computations and the number of MLP computations. Both numbers
+    are sums over all layers and ablations.
     """
     actions = [a.at_layer(layer).action for a in ablations for layer in range(n_layers)]
     n_repeated = sum(span.extra for ablation in ablations for span in ablation.repetitions)

@@ -1,8 +1,9 @@
 """Measure proxies of layers and experts on the tokens of one document.
 
-Divergences, loss, logit lens and first-order Taylor are computed from the model's output. Angles
-are measured between the residual stream before and after one or several layers. The load of an
-expert consists of its number of tokens and the sum of its weighted output norms over these tokens.
+Divergences, losses, logit lenses and first-order Taylor terms are computed from the model's output.
+Angles are measured between the residual stream before and after one or several layers. The load of
+an expert consists of its number of tokens and the sum of its weighted output norms over these
+tokens.
 """
 
 from __future__ import annotations
@@ -112,7 +113,7 @@ def divergences(engine: Engine, document: Document, ablations: Ablations) -> dic
 def answer_divergences(
     engine: Engine, document: Document, ablations: Ablations
 ) -> dict[str, Tensor]:
-    """Measure `divergences` only for the tokens of the right answer.
+    """Measure the same values as `divergences`, for the tokens of the right answer.
 
     If a document has no right answer (e.g. a window of a long text), all its tokens are measured.
     """
@@ -218,10 +219,10 @@ def _logits(
 def _compute_states(
     engine: Engine, ablations: Ablations, tokens: Sequence[int]
 ) -> Iterator[tuple[list[Ablation], Any, Tensor]]:
-    """Run ablations in groups that fit into memory.
+    """Compute the last hidden states of a text under all ablations.
 
-    Yields for each group its ablations, the model's output, and the last hidden states [ablations,
-    tokens, hidden].
+    The ablations run in groups that fit into memory. For each group, the function yields a list of
+    ablations, the model's output, and the last hidden states [ablations, tokens, hidden].
     """
     # One sequence, whose mask the model builds itself.
     row = replace(reading_row(tokens), spans=None)
@@ -247,7 +248,7 @@ def _compute_states(
 
 
 @torch.inference_mode()
-def measure_span_similarity(engine: Engine, document: Document) -> dict[str, Tensor]:
+def measure_state_changes(engine: Engine, document: Document) -> dict[str, Tensor]:
     """Measure how much each layer, and each range of layers, changes the residual stream.
 
     Args:
@@ -256,10 +257,10 @@ def measure_span_similarity(engine: Engine, document: Document) -> dict[str, Ten
             rolling text.
 
     Returns:
-        Sums over the document's tokens, float64. `tokens` []: the number of tokens. Proxies of each
-        layer [layers], e.g. `cosine_score`. `angular_distance` [first layer, last layer]: the angle
-        between the first layer's input and the last layer's output; 0 if the last layer comes
-        before the first layer.
+        Sums over the document's tokens, float64. `tokens` []: the number of tokens. Each proxy of
+        single layers, e.g. `cosine_score` [layers]: the value for each layer. `angular_distance`
+        [layers, layers]: the angle between the input of a first layer and the output of a last
+        layer; 0 if the last layer comes before the first layer.
 
     Raises:
         RefusalError: The model's layers do not return one hidden state per token.

@@ -131,11 +131,10 @@ def _follow_perturbations(
 ) -> Tensor:
     """Perturb each layer in `layers` and measure the effect on all later layers.
 
-    Returns the relative differences of `perturbation_growth` for each token.
-
-    The result has the shape [perturbations + 1, perturbed layer, later layer, tokens]. The last
-    entry of the first axis is the value `carried` of `perturbation_growth`. Entries that are not
-    measured are zero.
+    Returns the relative differences of `perturbation_growth` for each token, as a tensor
+    [perturbations + 1, perturbed layer, later layer, tokens]. The first axis has an entry for each
+    perturbation, and a last entry for the value that `perturbation_growth` calls `carried`. Entries
+    that are not measured are zero.
     """
     n_layers, n_perturbations = len(engine.loaded.layers), directions.n_per_layer
     size = max(1, (engine.count_streams(len(tokens)) - 1) // n_perturbations)

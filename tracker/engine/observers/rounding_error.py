@@ -122,10 +122,9 @@ def rounding_errors(
     Returns:
         Sums over the document's tokens, in float64. `tokens` is the number of tokens. The other
         tensors contain one sum per map. `output_error`: squared distance of the exact and the
-        quantised output.
-        `output_size`: squared norm of the exact output. `output_angle`: 1 minus the cosine
-        similarity of the exact and the quantised output. In a mixture of experts, each expert's
-        output is compared before the router's weight is applied.
+        quantised output. `output_size`: squared norm of the exact output. `output_angle`: 1 minus
+        the cosine similarity of the exact and the quantised output. In a mixture of experts, each
+        expert's output is compared before the router's weight is applied.
 
     Raises:
         CellError: The model's code does not allow computing the output of a single expert.

@@ -112,7 +112,7 @@ def measure_kl_gradients(
 ) -> list[dict[Change, float]]:
     """Estimate how much each rounded linear map adds to the KL divergence of a rounded model.
 
-    A copy of the model has the linear maps of all layers rounded to the change's format. The KL
+    In a copy of the model, the linear maps of all layers are rounded to the change's format. The KL
     divergence between the intact model and this copy is summed over the measured tokens of the
     document. For each linear map, the gradient of this sum with respect to the weights is
     multiplied by the rounding errors of the weights.
@@ -123,9 +123,9 @@ def measure_kl_gradients(
         changes: Changes that round weights of one layer.
 
     Returns:
-        For each document, the estimated divergence in nats by change. The value is NaN in the same
-        cases as for `measure_taylor`, and if a linear map of the model cannot be rounded to the
-        format.
+        For each document, a dictionary from each change to the estimated divergence in nats. The
+        value is NaN in the same cases as for `measure_taylor`, and if a linear map of the model
+        cannot be rounded to the format.
 
     References:
         `estimate_sensitivities` of mlx-lm, without its division by the number of weights.
@@ -158,7 +158,10 @@ def _sum_terms(
 ) -> dict[Change, float]:
     """Sum the Taylor term of each change over the texts of a document.
 
-    The sums are NaN if a forward or backward pass fails.
+    `find_terms` yields the modules that a change affects, each with a function that computes the
+    Taylor term from a call of the module. `compute_loss` computes the loss from the token ids of a
+    text and the index of the first measured token. The sums are NaN if a forward or backward pass
+    fails.
     """
     sums = dict.fromkeys(changes, 0.0)
     for tokens, start in measured_texts(document, engine.max_length):
@@ -178,9 +181,10 @@ def _sum_terms(
 def _find_kl_terms(
     engine: Engine, copied: Engine, change: Change
 ) -> Iterator[tuple[nn.Module, _Term]]:
-    """Yield the module of each linear map that a change rounds.
+    """Yield the module of each linear map that is rounded by a change.
 
-    Each module comes with a function that computes the Taylor term of its linear map.
+    The modules belong to the model copy `copied`. Each module comes with a function that computes
+    the Taylor term of its linear map.
     """
     for path in engine.anatomy.expand_formats(change.layer, [change]):
         exact, rounded = (e.anatomy.get_map(change.layer, path) for e in (engine, copied))

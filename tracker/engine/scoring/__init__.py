@@ -1,4 +1,4 @@
-"""Compute log-likelihoods for all ablations, sharing work over layers and tokens.
+"""Compute the log-likelihoods of all ablations, with shared computation.
 
 Modules:
     generation: Generate texts for all ablations in one batch.

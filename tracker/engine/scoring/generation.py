@@ -84,15 +84,15 @@ def fork_decoding(
 def _spread_cache(cache: Cache, plan: StreamPlan, tokens: int, rows: Sequence[int]) -> Cache:
     """Copy the prompt's cache, with a separate batch row for each text.
 
-    In a layer of `cache`, ablations with the same attention share a row. For each ablation,
-    `plan.attention_paths` contains the index of its row. For each text, `rows` contains the index
-    of its ablation. A layer of the copy has one row for each text whose ablation keeps the
-    attention of the layer.
+    The copy contains the first `tokens` tokens. `rows` contains the index of each text's ablation.
+    In a layer of `cache`, ablations with the same attention share one row, and
+    `plan.attention_indices` contains the index of this row for each ablation. If an ablation
+    removes the attention of a layer, the copied layer has no rows for the texts of this ablation.
     """
     if not cache.layers:
         return new_cache()
     layers = []
-    for cached, sources in zip(cache.layers, plan.attention_paths, strict=True):
+    for cached, sources in zip(cache.layers, plan.attention_indices, strict=True):
         indices = [source for row in rows if (source := sources[row]) is not None]
         layer = GrowingLayer()
         buffers = cached.keys, cached.values
@@ -115,7 +115,8 @@ def generation_groups(
         n_samples: Number of texts that each ablation generates.
 
     Yields:
-        The ablations of a group, which include the baseline, and the numbers of their samples.
+        The ablations of a group, which include the baseline, and the range of sample indices for
+        which each of these ablations generates a text.
 
     Raises:
         RefusalError: The model accepts no cache, or an ablation repeats layers.
@@ -138,13 +139,11 @@ def generation_groups(
 def prepare_generation(
     engine: Engine, ablations: Ablations, prompt: Sequence[int], n_samples: int = 1
 ) -> Iterator[dict[str, Any]]:
-    """Yield arguments for transformers' `generate` to continue a prompt.
+    """Prepare a model to continue a prompt under all ablations in one batch.
 
-    The generated texts are those of all ablations.
-
-    The arguments contain the cache of the prompt, with `n_samples` rows per ablation. If the model
-    has no cache, there are no arguments. The context manager changes the model, and restores the
-    model on exit.
+    Yields the keyword arguments for transformers' `generate`. They contain the cache of the prompt,
+    with `n_samples` rows per ablation. The dictionary of arguments is empty if the model accepts no
+    cache. The context manager changes the model, and restores the model on exit.
     """
     prefix = engine.find_read_prefix(engine.plan(ablations), prompt)
     engine.restore_state()

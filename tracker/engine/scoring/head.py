@@ -88,7 +88,9 @@ class Head:
     def predictions(
         self, output: ModelOutput, hidden: Tensor, predictor: Tensor, predicted: Tensor
     ) -> Predictions:
-        """Compute log-probabilities and greedy flags of the predicted tokens.
+        """Compute the log-probabilities of predicted tokens, and find greedy tokens.
+
+        A predicted token is greedy if it has the highest logit.
 
         Args:
             output: The output of the model without the head.
@@ -98,7 +100,7 @@ class Head:
             predicted: The ids of the predicted tokens [predicted].
 
         Returns:
-            The log-probabilities and greedy flags of the predicted tokens.
+            The log-probability of each predicted token, and whether the token is greedy.
         """
         n_kept = hidden.shape[1]
         if self.has_blocks:

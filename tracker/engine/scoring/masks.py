@@ -44,8 +44,8 @@ def find_attention_windows(
 ) -> AttentionWindows:
     """Find the attention windows of all layers from the model's attention masks.
 
-    First the layers run once, on two tokens. Then the model reads a text of `tokens` tokens, but a
-    function that only records the attention mask replaces each layer.
+    First the layers run once, on two tokens. Then each layer is replaced by a function that only
+    records the attention mask, and the model reads a text of `tokens` tokens.
     """
     layer_outputs: dict[int, Any] = {}
     masks: list[Any] = [None] * len(layers)

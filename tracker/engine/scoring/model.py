@@ -129,8 +129,8 @@ def compute_logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
 def input_tokens(request: Request, max_length: int) -> tuple[int, ...]:
     """Return the tokens of a request that lm-eval passes to the model.
 
-    The text is truncated from the left, and its last token is left out, because the model only
-    predicts it.
+    The text is truncated from the left. The last token is left out, because the model predicts this
+    token but does not read it.
     """
     return (request.context + request.continuation)[-(max_length + 1) :][:-1]
 

@@ -32,7 +32,10 @@ def count_common_tokens(text: Sequence[int], other_text: Sequence[int]) -> int:
 
 
 class Tree:
-    """Prefix tree of token sequences; each node is a token, numbered after its parent."""
+    """Prefix tree of token sequences, in which each node is a token.
+
+    The number of a node is greater than the number of its parent.
+    """
 
     def __init__(self) -> None:
         self.tokens: list[int] = []
@@ -185,7 +188,10 @@ class Row:
         )
 
     def to_device(self, device: torch.device) -> Row:
-        """Copy the row's tensors to a device in one transfer; `gold` stays on the host."""
+        """Return a copy of the row, with its tensors on a device.
+
+        The tensors are copied in one transfer. The tensors in `gold` stay on the host.
+        """
         if self.input_ids.device.type == device.type:
             return self
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
@@ -230,9 +236,9 @@ class _Sequence:
 def _list_sequences(documents: Documents, max_length: int, lengths: Lengths) -> Iterator[_Sequence]:
     """Yield each request as a sequence, truncated from the left exactly as lm-eval does.
 
-    To measure layer statistics (proxies), the model must also read the last token. If this changes
-    the request's `side`, the function yields an additional sequence for the statistics, whose
-    `n_scored` is 0.
+    To measure layer statistics (proxies), the model must also read the last token of a request. If
+    the text with this token has another `Lengths.side`, the function yields an additional sequence
+    for the statistics. The attribute `n_scored` of this sequence is 0.
     """
     for number, document in enumerate(documents):
         for index, request in enumerate(document.requests):
@@ -257,9 +263,10 @@ def _list_sequences(documents: Documents, max_length: int, lengths: Lengths) -> 
 def _group_by_side(
     documents: Documents, max_length: int, lengths: Lengths
 ) -> list[list[list[_Sequence]]]:
-    """Group the requests by `side`, since only equal sides can share a forward pass.
+    """Group the requests that can share a forward pass.
 
-    Each group contains one list of requests for each document.
+    The texts in a group have the same value of `Lengths.side`. Each group contains one list of
+    requests for each document.
     """
     sides = group_by(_list_sequences(documents, max_length, lengths), attrgetter("side")).values()
     return [list(group_by(side, attrgetter("document")).values()) for side in sides]

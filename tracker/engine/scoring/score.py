@@ -92,8 +92,8 @@ class Prefix:
     Attributes:
         plan: The plan of the streams (ablations) for which the prefix is cached.
         tokens: Token ids of the prefix.
-        cache: Keys and values of the prefix, in each layer [streams, heads, tokens, size]. In each
-            layer, the cache contains only the streams that run the attention of the layer.
+        cache: Keys and values of the prefix, in each layer [streams, heads, tokens, size]. A layer
+            of the cache contains only the streams for which the layer's attention is computed.
         proxies: Statistics of the intact model's layers for each token of the prefix [`OBSERVED`,
             tokens, layers].
     """
@@ -113,9 +113,9 @@ class Prefix:
         Returns False, and leaves the prefix unchanged, if shortening is not possible or not
         worthwhile.
 
-        Shortening is worthwhile if the shared tokens are nearly all tokens of `beginning`. It is
-        not possible if a threshold of `lengths` lies between the old and the new length, because
-        the keys and values would change.
+        Shortening is worthwhile if the shared tokens are nearly all tokens of `beginning`.
+        Shortening is not possible if a threshold of `lengths` lies between the old and the new
+        length, because the keys and values would change.
         """
         n_shared = count_common_tokens(self.tokens, beginning)
         if n_shared < max(MIN_PREFIX, MIN_REUSED_SHARE * len(beginning)):
@@ -161,11 +161,11 @@ class RowScores:
     """The scores of all requests in one row, for all ablations.
 
     Attributes:
-        loglikelihoods: Log-likelihood of each continuation in nats [answers, requests]. An answer
-            is the result of one stream with one output head, which can be exact or quantised.
-        hits: For each continuation, the number of tokens that the model ranks first, and the number
-            of these tokens before the first token that the model does not rank first [answers,
-            requests, 2].
+        loglikelihoods: Log-likelihood of each continuation in nats [answers, requests]. There is
+            one answer for each pair of a stream and a weight format of the output head.
+        hits: Two numbers for each continuation [answers, requests, 2]: the number of tokens that
+            the model ranks first, and the number of tokens before the first token that the model
+            does not rank first.
         proxies: Statistics of the intact model's layers, summed for each entry of `Row.gold`
             [entries, `OBSERVED`, layers].
     """
@@ -181,9 +181,8 @@ def launch_row(
 ) -> Callable[[], RowScores]:
     """Start scoring a row for every stream.
 
-    The result is a function. A call of this function waits for the scores and returns them.
-
-    On an accelerator, callers can launch the next row before they call this function.
+    The returned function waits for the scores and returns them. On an accelerator, callers can
+    launch the next row before they call the returned function.
 
     Only the hidden states of the row's `predicting_nodes` are passed to the output head. The
     log-probabilities of the predicted tokens are then summed by request.
@@ -195,7 +194,7 @@ def launch_row(
     row, prefix_sums = host.to_device(model.loaded.device), prefix.proxies.sum(1) if prefix else 0
     output, figures = run_base(model, plan, row, prefix and prefix.cache)
     empty = figures.new_zeros(plan.n_answers, 0)
-    predictions = _predict(model, plan, row, output) if row.requests else (empty, empty)
+    predictions = _score_tokens(model, plan, row, output) if row.requests else (empty, empty)
     # In one copy to the host: each waits for the accelerator.
     tensors = [tensor.to(figures.device) for tensor in (*predictions, figures)]
     fetch_all = start_host_copy(torch.cat([tensor.flatten() for tensor in tensors]))
@@ -236,10 +235,13 @@ def _count_leading(owner: Tensor, greedy: Tensor) -> Tensor:
     return counts.scatter_reduce(1, owner.expand_as(misses), misses, "amin").float()
 
 
-def _predict(model: EngineModel, plan: StreamPlan, row: Row, output: Any) -> tuple[Tensor, Tensor]:
-    """Compute the log-probability of each predicted token.
+def _score_tokens(
+    model: EngineModel, plan: StreamPlan, row: Row, output: Any
+) -> tuple[Tensor, Tensor]:
+    """Compute the log-probability of each predicted token of a row.
 
-    The second returned tensor is True for each predicted token that is the most likely token.
+    `output` is the output of the model without the head. Returns two tensors [answers, predicted
+    tokens]: the log-probabilities, and flags that are True for tokens with the highest logit.
     """
     states = output.last_hidden_state
     indices = (row.predicting_nodes, row.predictor, row.predicted)
@@ -406,8 +408,9 @@ def _routes_alike(
 ) -> bool:
     """Return whether a router selects the same experts without the removed experts.
 
-    `remaining` are the experts that are not removed, and `tables` are the outputs of the original
-    router. The routing weights of the selected experts must also be equal, up to rounding.
+    `remaining` are the experts that are not removed. `tables` are the outputs of the original
+    router, and `call` contains the positional and the keyword arguments of its call. The routing
+    weights of the selected experts must also be equal, up to rounding.
     """
     new_tables = call_reduced_router(router, experts, remaining, tables, input_state(*call), call)
     for old_table, new_table in zip(tables, new_tables, strict=True):

@@ -240,7 +240,11 @@ class Engine(EngineModel):
         return run_lockstep(weights, self.loaded.model, passes)
 
     def _group_rows(self, rows: Iterator[Row], plan: StreamPlan) -> Iterator[list[Row]]:
-        """Yield single rows, or larger groups that fit into memory if weights are offloaded."""
+        """Yield groups of rows that are scored together.
+
+        If weights are offloaded, a group contains as many rows as fit into memory. Otherwise each
+        group contains one row.
+        """
         if self.loaded.offloaded is None:
             yield from ([row] for row in rows)
             return
@@ -302,7 +306,11 @@ class Engine(EngineModel):
     def _score_halves(
         self, row: Row, documents: Documents, ablations: Ablations, message: str
     ) -> Iterator[_Scored]:
-        """Score the two halves of a row's documents (or ablations) in turn to save memory."""
+        """Score the two halves of a row's documents in turn, to save memory.
+
+        If the row contains only one document, the ablations are divided instead. `message` is the
+        error message of the forward pass that ran out of memory.
+        """
         if self.quirks.lengths != ANY_LENGTH:
             # Its rows may hold some requests of a document without the others.
             raise CellError(
@@ -349,7 +357,7 @@ class Engine(EngineModel):
         return self.row_tokens or (ROW_TOKENS if on_cpu else ROW_TOKENS_ACCELERATOR)
 
     def _find_prefix(self, documents: Documents, plan: StreamPlan) -> Prefix | None:
-        """Return the common beginning of all documents with its keys and values.
+        """Return the common beginning of all documents, with cached keys and values.
 
         Returns None if caching the beginning is impossible, not worthwhile, or takes too much
         memory.
@@ -384,7 +392,7 @@ class Engine(EngineModel):
     ) -> Callable[[], RowScores]:
         """Start scoring a row.
 
-        The result is a function. A call of this function waits for the scores and returns them.
+        The returned function waits for the scores and returns them.
         """
         prefix = prefix if row.prefix else None
         can_skip = prefix is None and self.loaded.offloaded is None
@@ -411,7 +419,11 @@ class Engine(EngineModel):
 def _make_responses(
     document: Document, loglikelihoods: Tensor, hits: Tensor
 ) -> list[list[Response]]:
-    """Convert arrays of scores to the responses [ablations][requests] to a document."""
+    """Convert the scores of a document to responses.
+
+    `loglikelihoods` and `hits` are those of `RowScores`, for the requests of the document. Returns
+    one list for each ablation, which contains the response to each request.
+    """
     lengths = [len(request.continuation) for request in document.requests]
     return [
         [

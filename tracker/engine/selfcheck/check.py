@@ -2,9 +2,9 @@
 
 The first step tests the architecture on a miniature model (module `miniature_check`). The second
 step scores a few requests of the benchmark on the model itself, with and without shared
-computation. In the third step, the function `watch` scores some of the measured documents again,
-without shared computation. Later measurements of the same model reuse the results of the first and
-the second step.
+computation. In the third step, the function `compare_watched_documents` scores some of the measured
+documents again, without shared computation. The results of the first two steps are stored for later
+measurements of the same model.
 """
 
 from __future__ import annotations
@@ -38,7 +38,12 @@ from tracker.engine.selfcheck.miniature_check import (
     reachable_numbers,
     sample_ablations,
 )
-from tracker.engine.selfcheck.reference import Comparison, Reference, SharingVerdict, describe_loss
+from tracker.engine.selfcheck.reference import (
+    Comparison,
+    Reference,
+    SharingVerdict,
+    extend_sharing_note,
+)
 from tracker.models.devices import hardware_name
 from tracker.models.miniature import NumberPath
 from tracker.schema.changes import INTACT, Ablation
@@ -167,7 +172,7 @@ def check_sharing(
     else:
 
         def compare(sharing: Sharing) -> Comparison:
-            return confirm(engine.with_sharing(sharing), truth, rounds)
+            return compare_rounds(engine.with_sharing(sharing), truth, rounds)
 
         sharing, comparison, reason = find_most_sharing(verdict.sharing, engine, compare)
         if store is not None and keys and reason is None:  # a loss may be temporary
@@ -176,7 +181,7 @@ def check_sharing(
     return Check(
         engine.with_sharing(sharing),
         total.difference,
-        describe_loss(verdict.sharing_note, sharing, reason),
+        extend_sharing_note(verdict.sharing_note, sharing, reason),
         _describe_unsteady(total, model.dtype, truth.is_half),
         verdict.checkpoint_note,
     )
@@ -239,11 +244,9 @@ def _confirmation_keys(
 ) -> list[str]:
     """List the storage keys for the result of the check on the model itself.
 
-    Each key is a SHA-256 hash.
-
-    A key depends on the model, the verdict on its architecture, the ablations, the hardware, and
-    the maximum length of texts. The first key is for texts of up to `n_tokens` tokens. The other
-    keys are for longer texts.
+    Each key is a SHA-256 hash of the model, the ablations, the hardware, a maximum text length, and
+    `verdict`, the result of the check on a miniature. The first key is for texts of up to
+    `n_tokens` tokens. The other keys are for longer texts.
     """
     loaded = engine.loaded
     devices = {loaded.device, *(p.device for p in loaded.model.parameters() if not p.is_meta)}
@@ -263,7 +266,11 @@ def _confirmation_keys(
 
 
 def measure_reach(engine: Engine, documents: Documents) -> Reach:
-    """Count the tokens of the longest text, prefix tree and forward pass."""
+    """Return the maximum numbers of tokens in the measurement of some documents.
+
+    These are the numbers of tokens in the longest text, in the largest prefix tree, and in the
+    largest forward pass.
+    """
     max_length = engine.max_length
     longest = max(request.length for document in documents for request in document.requests)
     widest = max(count_tree_nodes(document, max_length) for document in documents)
@@ -272,7 +279,7 @@ def measure_reach(engine: Engine, documents: Documents) -> Reach:
 
 
 def _text_lengths(n_tokens: int) -> list[int]:
-    """List the maximum text lengths for which storage keys are made.
+    """List the maximum text lengths for which the store can contain results.
 
     The lengths are powers of two that are not smaller than `n_tokens`.
     """
@@ -320,8 +327,11 @@ def shortest_documents(documents: Documents) -> list[Document]:
     return sorted(documents, key=size)[:CONFIRMED_DOCUMENTS]
 
 
-def confirm(engine: Engine, truth: Reference, rounds: Sequence[_Round]) -> Comparison:
-    """Compare log-likelihoods with and without shared computation."""
+def compare_rounds(engine: Engine, truth: Reference, rounds: Sequence[_Round]) -> Comparison:
+    """Compare log-likelihoods of the engine with the reference results.
+
+    Each round states the documents, the ablations, and the scores to compare.
+    """
     comparison = Comparison()
     passes: list[Callable[[], Any]] = [
         *(partial(engine.score, documents, ablations) for documents, ablations, _ in rounds),
@@ -344,17 +354,18 @@ def confirm(engine: Engine, truth: Reference, rounds: Sequence[_Round]) -> Compa
 
 
 def confirmation_rounds(documents: Documents, ablations: Ablations) -> Iterator[_Round]:
-    """Yield one or two groups of documents, ablations and scores to compare.
+    """Yield one or two rounds of the check on the model itself.
 
-    The scores to compare are (ablation, document, request) indices.
+    Each round is a tuple: the documents, the ablations, and the scores to compare, given as
+    (ablation, document, request) indices.
 
-    The first group contains short documents and a sample of the ablations. The second group
+    The first round contains short documents and a sample of the ablations. The second round
     contains the document with the longest text, a short document of the same task, the baseline,
-    and one random ablation. If the longest text is short, there is no second group.
+    and one random ablation. If the longest text is short, there is no second round.
     """
     ablations = sample_ablations(ablations)
     short_texts = [_shorten(document) for document in shortest_documents(documents)]
-    yield short_texts, ablations, [*draw_answers(short_texts, ablations)]
+    yield short_texts, ablations, [*draw_scores(short_texts, ablations)]
     longest = max(documents, key=_max_request_length)
     if _shorten(longest) == longest:
         return
@@ -396,8 +407,8 @@ def _shorten(document: Document) -> Document:
     return replace(document, requests=requests)
 
 
-def draw_answers(documents: Documents, ablations: Ablations) -> Iterator[tuple[int, int, int]]:
-    """Draw the scores to compare, as (ablation, document, request) indices.
+def draw_scores(documents: Documents, ablations: Ablations) -> Iterator[tuple[int, int, int]]:
+    """Draw random scores to compare; yield their (ablation, document, request) indices.
 
     Several requests are drawn for the baseline, and one request is drawn for each other ablation.
     """
@@ -410,12 +421,12 @@ def draw_answers(documents: Documents, ablations: Ablations) -> Iterator[tuple[i
             yield index, d, r
 
 
-def plain_tokens(documents: Documents, ablations: Ablations, max_length: int) -> int:
+def count_unshared_tokens(documents: Documents, ablations: Ablations, max_length: int) -> int:
     """Count the tokens that the self-check reads without shared computation.
 
     For each counted token, nearly all layers of the model run.
     """
-    watched = watched_documents(documents)
+    watched = draw_watched_documents(documents)
     questions: list[Any] = _list_questions(confirmation_rounds(documents, ablations))
     questions += [
         (key, request)
@@ -430,9 +441,10 @@ def plain_tokens(documents: Documents, ablations: Ablations, max_length: int) ->
 def _compare(
     truth: Reference, score: DocumentScores, index: int, ablation: Ablation, request: int
 ) -> Comparison:
-    """Compare a log-likelihood in `score` with that of a really changed model.
+    """Compare one log-likelihood in `score` with that of a really changed model.
 
-    In float32, the tolerance is 1e-3 nats plus 1e-4 of the log-likelihood. In half precision, the
+    `index` is the index of `ablation` in `score`, and `request` is the index of the request. In
+    float32, the tolerance is 1e-3 nats plus 1e-4 of the log-likelihood. In half precision, the
     tolerance is 0.1 nats plus 2 % of the log-likelihood.
     """
     document, value = score.document, score.responses[index][request].loglikelihood
@@ -444,14 +456,14 @@ def _compare(
     return replace(comparison, wrong=f"{location}, {ablation.name}: {comparison.wrong}")
 
 
-def watched_documents(documents: Documents) -> set[tuple[str, int]]:
+def draw_watched_documents(documents: Documents) -> set[tuple[str, int]]:
     """Draw the documents that are scored again without shared computation.
 
     Each document is returned as a pair of its task and its index.
 
     On average, one of `WATCH_RATE` documents is drawn. At least one document is drawn from each
-    task; if there are many tasks, this applies only to some random tasks. The document with the
-    longest text is always included. The random seeds are fixed.
+    task, or from each of some random tasks if there are many tasks. The document with the longest
+    text is always included. The random seeds are fixed.
     """
 
     def draw(document: Document) -> float:
@@ -470,10 +482,13 @@ def _max_request_length(document: Document) -> int:
     return max((request.length for request in document.requests), default=0)
 
 
-def watched_requests(
+def list_watched_requests(
     documents: Documents, ablations: Ablations, seed: str, first_ablation: int = 0
 ) -> list[tuple[Ablation, Request]]:
-    """List the (ablation, request) pairs that `watch` compares for some documents."""
+    """List the (ablation, request) pairs that `compare_watched_documents` compares.
+
+    `seed` and `first_ablation` have the same meaning as for `compare_watched_documents`.
+    """
     return [
         (ablations[_draw_ablation(document, ablations, seed, first_ablation)], request)
         for document in documents
@@ -482,19 +497,24 @@ def watched_requests(
 
 
 def _draw_ablation(document: Document, ablations: Ablations, seed: str, first_ablation: int) -> int:
-    """Draw the index of the ablation under which `watch` scores a document."""
+    """Draw the index of the ablation under which a document is scored again.
+
+    The ablations before the index `first_ablation` are never drawn.
+    """
     rng = random.Random(f"{seed}/{document.task}/{document.index}")
     return rng.randrange(first_ablation, len(ablations))
 
 
-def watch(
+def compare_watched_documents(
     truth: Reference,
     scores: Sequence[DocumentScores],
     ablations: Ablations,
     seed: str,
     first_ablation: int = 0,
 ) -> Iterator[tuple[DocumentScores, int, Comparison]]:
-    """Score each document again, on a model that is changed by a random ablation.
+    """Compare scores of documents with those of really changed models.
+
+    Each document is scored again, on a model that is changed by a random ablation.
 
     Args:
         truth: The reference, which scores requests on really changed copies of the engine's model.

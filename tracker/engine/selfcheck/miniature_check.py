@@ -1,4 +1,4 @@
-"""Test computation sharing for an architecture on a tiny model before relying on it.
+"""Test on a tiny model which computation the ablations of an architecture can share.
 
 The tiny model (miniature) reads texts of random tokens, longer and shorter than each length in the
 model's configuration (e.g. the attention window). The log-likelihoods with shared computation are
@@ -41,7 +41,7 @@ from tracker.engine.selfcheck.reference import (
     SharingVerdict,
     describe_difference,
     describe_error,
-    describe_loss,
+    extend_sharing_note,
     keeps_state,
 )
 from tracker.models.layers import find_layers
@@ -63,13 +63,11 @@ _Content = tuple[tuple[int, ...], Sequence[tuple[int, ...]]]
 """A context and its answers."""
 
 
-def probe_calls(vocabulary: int, longest: int) -> list[list[Document]]:
-    """Draw documents of random tokens for the self-check.
+def draw_short_documents(vocabulary: int, longest: int) -> list[list[Document]]:
+    """Draw short documents of random tokens for the self-check.
 
-    Each returned list contains the documents of one call of `Engine.score`.
-
-    `vocabulary` is the number of token ids, and `longest` is about the maximum number of tokens of
-    a text.
+    Each list in the result contains the documents of one call of `Engine.score`. `vocabulary` is
+    the number of token ids, and `longest` is about the maximum number of tokens of a text.
     """
     tokens = _make_token_source(vocabulary, longest - 1)
     # Texts that end just before every second threshold, and continue beyond it.
@@ -81,17 +79,22 @@ def probe_calls(vocabulary: int, longest: int) -> list[list[Document]]:
     ]
 
 
-def reaching_calls(
+def draw_long_documents(
     vocabulary: int, longest: int, nodes: int, widest: int, sharing: Sharing
 ) -> list[list[Document]]:
     """Draw long documents of random tokens for the self-check.
 
-    Each returned list contains the documents of one call of `Engine.score`.
+    Each long text is twice as long as the next shorter text, up to `longest` tokens.
 
-    `vocabulary` is the number of token ids. Each text is twice as long as the next shorter one, up
-    to `longest` tokens. The prefix tree of several documents has about `nodes` tokens. The prefix
-    tree of the largest document has about `widest` tokens. If `sharing` excludes a kind of
-    computation, texts that only test this kind are not drawn.
+    Args:
+        vocabulary: Number of token ids.
+        longest: Number of tokens of the longest text.
+        nodes: Approximate number of tokens in a prefix tree of several documents.
+        widest: Approximate number of tokens in the prefix tree of the largest document.
+        sharing: The kinds of shared computation to test. Texts for other kinds are not drawn.
+
+    Returns:
+        A list for each call of `Engine.score`, with the documents of the call.
     """
     tokens = _make_token_source(vocabulary)
 
@@ -115,11 +118,14 @@ def reaching_calls(
     return [_make_documents(texts) for texts in contents if texts]
 
 
-def switching_calls(vocabulary: int, switches: Sequence[int], widest: int) -> list[list[Document]]:
+def draw_switch_documents(
+    vocabulary: int, switches: Sequence[int], widest: int
+) -> list[list[Document]]:
     """Draw random documents that are shorter and longer than each length in `switches`.
 
     `vocabulary` is the number of token ids. `switches` are text lengths at which the computation
-    changes. `widest` is the maximum number of tokens in the prefix tree of one document.
+    changes. `widest` is the maximum number of tokens in the prefix tree of one document. The result
+    contains a single list, because one call of `Engine.score` scores all these documents.
     """
     tokens = _make_token_source(vocabulary)
     contents: list[_Content] = []
@@ -212,10 +218,11 @@ def miniature_key(
 
     The key is a SHA-256 hash of everything that determines the result of the check.
 
-    The hash covers the arguments, package versions, the machine, and the code of tracker and of the
-    model, but not the weights. `paths` are the paths of the numbers in the configuration that the
-    check varies. For a check on short texts, `rows` is None; else it has the same meaning as for
-    `check_longer_texts`. `blank` is true if any token of the measured texts has a zero embedding.
+    The hash covers the arguments, package versions, the machine, and the code of this package and
+    of the model, but not the weights. `paths` are the paths of the numbers in the configuration
+    that the check varies. For a check on short texts, `rows` is None; else it has the same meaning
+    as for `check_longer_texts`. `blank` is true if any token of the measured texts has a zero
+    embedding.
     """
     package, model_folder = Path(__file__).parents[2], Path(inspect.getfile(type(model))).parent
     folders = (package / "engine", package / "models")
@@ -283,7 +290,7 @@ def check_miniature(
     truth = make_reference(mini, verdict)
     with _limit_threads(is_miniature=True):
         verdict = find_removed_model(truth, ablations, verdict)
-    calls = probe_calls(_vocabulary(mini), min(MAX_LENGTH, engine.max_length))
+    calls = draw_short_documents(_vocabulary(mini), min(MAX_LENGTH, engine.max_length))
     probe = _make_probe(calls, ablations, max(MIN_ANSWERS, MAX_ANSWERS // len(ablations)))
     for tested_model in models:
         if tested_model is not mini or verdict.in_place or verdict.as_loaded:
@@ -331,20 +338,23 @@ def check_longer_texts(
     switches, all_differ = _find_switch_lengths(engine, mini, verdict, max(longest, widest))
     if switches:
         verdict = replace(verdict, switches=tuple((tokens, all_differ) for tokens in switches))
-        verdict = check(switching_calls(_vocabulary(mini), switches, widest), 2 * max(switches))
+        verdict = check(
+            draw_switch_documents(_vocabulary(mini), switches, widest), 2 * max(switches)
+        )
     longest, widest = (min(tokens, LONGEST_REACH) for tokens in (longest, widest))
     max_tokens = min(longest, engine.max_length)
-    calls = reaching_calls(_vocabulary(mini), max_tokens, nodes, widest, verdict.sharing)
+    calls = draw_long_documents(_vocabulary(mini), max_tokens, nodes, widest, verdict.sharing)
     return check(calls, longest)
 
 
 def _find_switch_lengths(
     engine: Engine, mini: PreTrainedModel, verdict: SharingVerdict, longest: int
 ) -> tuple[tuple[int, ...], bool]:
-    """Find text lengths above `LONGEST_REACH` at which the model's computation changes.
+    """Find text lengths greater than `LONGEST_REACH` at which a model's computation changes.
 
-    The function tests texts of up to `longest` tokens. It returns the text lengths. It also returns
-    whether the computation counts as different for every text length from the shortest of them on.
+    The function tests the miniature `mini` on texts of up to `longest` tokens. Returns the text
+    lengths, and a flag. If the flag is True, the computation is assumed to change at every text
+    length from the shortest known length on.
     """
     if longest <= LONGEST_REACH:
         return (), False
@@ -464,14 +474,14 @@ def _check_model_itself(engine: Engine, ablations: Ablations) -> SharingVerdict:
     verdict = find_removed_model(Reference(engine), ablations, verdict)
     quirks = verdict.make_quirks(engine.loaded.model)
     engine = replace(engine, quirks=quirks, replacements=_random_replacements(engine.loaded.layers))
-    calls = [probe_calls(_vocabulary(engine.loaded.model), engine.max_length)[0][:4]]
+    calls = [draw_short_documents(_vocabulary(engine.loaded.model), engine.max_length)[0][:4]]
     return _lower_verdict(Reference(engine), verdict, _make_probe(calls, ablations, 1))
 
 
 def _lower_verdict(truth: Reference, verdict: SharingVerdict, probe: _Probe) -> SharingVerdict:
-    """Disable the kinds of sharing that change results in a check.
+    """Test the scores in `probe`, and disable the kinds of sharing that change a score.
 
-    Returns the updated `verdict`.
+    `truth` computes the reference results. Returns the updated verdict.
     """
     engine = truth.engine
     if not truth.is_half:  # the order of summation on an accelerator may vary
@@ -488,7 +498,7 @@ def _lower_verdict(truth: Reference, verdict: SharingVerdict, probe: _Probe) -> 
     return replace(
         verdict,
         sharing=sharing,
-        sharing_note=describe_loss(verdict.sharing_note, sharing, reason),
+        sharing_note=extend_sharing_note(verdict.sharing_note, sharing, reason),
         difference=max(comparison.difference, verdict.difference),
         compared=verdict.compared + comparison.compared,
         unsteady=verdict.unsteady + comparison.unsteady,
@@ -567,11 +577,10 @@ def find_most_sharing(
 
 
 def _make_probe(calls: Sequence[Documents], ablations: Ablations, n_answers: int) -> _Probe:
-    """Draw the scores to compare for a check.
+    """Choose the scores that a check compares.
 
-    All scores of the baseline are compared, and `n_answers` scores of each other ablation.
-
-    The function draws about the same number of requests from each list in `calls`.
+    All scores of the baseline are compared. For each other ablation, the function draws `n_answers`
+    random scores, about the same number from each list in `calls`.
     """
     answers_by_call = [
         [(c, d, r) for d, document in enumerate(call) for r in range(len(document.requests))]

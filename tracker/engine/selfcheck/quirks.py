@@ -61,8 +61,8 @@ class QuirkFindings:
         relevant_numbers: Paths of the numbers in the configuration that affect the logits.
         lengths: Pairs (path, flag). The path is the location of a number in the configuration, and
             the computation changes when the text length reaches this number. If the flag is True,
-            the computation is different for every text length above the number. The path is empty
-            if the logits always depend on the text length.
+            the computation is different for every text length that exceeds this number. The path is
+            empty if the logits always depend on the text length.
         leftovers: Names of model attributes that a call changes and that affect the next call.
         first: Module and name of each attribute that the first call changes permanently.
         causal: True if the logits of a token do not depend on later tokens.
@@ -107,12 +107,16 @@ def _find_effect(
 ) -> tuple[bool, bool, set[str], set[tuple[str, str]]] | None:
     """Find how a changed number in the configuration affects the logits of a model.
 
-    Returns None if the number has no effect.
+    Args:
+        model: The model that is built from the changed configuration.
+        usual_logits: Logits of the model with the original configuration.
+        any_length: True if the original logits of the first tokens depend on the text length.
 
-    `model` is built from the changed configuration. The first element of the returned tuple states
-    whether the logits of the first tokens depend on the text length. The second element states
-    whether they also differ between two texts that are both longer than the number. The third and
-    fourth element are the results of `_find_call_effects`.
+    Returns:
+        None if the number has no effect. Otherwise a tuple of four entries. The first entry is True
+        if the number makes the logits of the first tokens depend on the text length. The second
+        entry is True if these logits also differ between two texts that are both longer than the
+        number. The other two entries are the results of `_find_call_effects`.
     """
     logits = _text_logits(model, LONG)
     if _is_equal(logits, usual_logits):
@@ -171,9 +175,9 @@ def find_switches(mini: PreTrainedModel, old_lengths: Lengths, lengths: Iterable
 def build_shortened(mini: PreTrainedModel, paths: Collection[NumberPath]) -> list[Any]:
     """Build miniatures whose attention windows and other length limits are very small.
 
-    `paths` lists the paths of these limits in the configuration. If possible, one miniature has
-    small numbers at all paths. If such a miniature cannot run, the function builds a miniature for
-    each path.
+    `paths` lists the paths of these limits in the configuration. The function builds one miniature
+    with small numbers at all paths. If this miniature cannot run, the function builds a miniature
+    for each path.
     """
     values: Mapping[NumberPath, float] = dict(find_numbers(mini.config.get_text_config()))
     order = sorted((path for path in paths if path in values), key=lambda path: values[path])
@@ -196,7 +200,10 @@ def build_shortened(mini: PreTrainedModel, paths: Collection[NumberPath]) -> lis
 
 @torch.inference_mode()
 def _text_logits(model: PreTrainedModel, tokens: int, last_token: int | None = None) -> Tensor:
-    """Compute the logits of a text [tokens, vocabulary] with a new copy of a model."""
+    """Compute the logits of a text [tokens, vocabulary] with a new copy of a model.
+
+    The text has `tokens` tokens. If `last_token` is not None, it replaces the last token.
+    """
     ids = torch.arange(tokens)[None] * 7 % 31 + 3
     if last_token is not None:
         ids[0, -1] = last_token
@@ -263,7 +270,7 @@ class _Outputs:
 
     @property
     def differs_from_skip(self) -> bool:
-        """True if skipping layers and a saved copy without these layers give different logits."""
+        """True if skipping the layers gives other logits than the saved copy without the layers."""
         return self.saved is not None and not logits_alike(self.saved, self.skip)
 
     @property
@@ -280,7 +287,7 @@ class _Outputs:
 def find_removed_model(
     truth: Reference, ablations: Ablations, verdict: SharingVerdict
 ) -> SharingVerdict:
-    """Find how the model must run without a layer, and update `verdict`.
+    """Find how a model must run without a layer, and return the updated verdict.
 
     In most models, skipping the layer gives the same logits as a loaded checkpoint without the
     layer. If the logits differ, ablations share no layers. If no usable copy without the layer can
@@ -339,17 +346,19 @@ class _Loading:
     Attributes:
         full_model: Model that the class builds from the intact model's configuration; None if
             saving and loading changes the logits of the intact model.
-        cut_models: Cache of models that are built from configurations with fewer layers. The value
-            is None, and nothing is cached, if calling the model changes its attributes.
+        cut_models: Cache of models that are built from configurations with fewer layers. If a call
+            of the model changes the model's attributes, the cache is disabled and the value is
+            None.
     """
 
     full_model: PreTrainedModel | None
     cut_models: dict[str, Any] | None
 
     def reload_copy(self, engine: Engine, copied: Engine, ablation: Ablation) -> Engine:
-        """Build the model that saving and loading a copy would give.
+        """Simulate saving and loading a copy of the model.
 
-        Returns an engine for this model. `copied` is the engine of the copy.
+        `copied` is the engine of the copy, and `ablation` states how the copy was changed. Returns
+        the engine of the loaded copy.
         """
         layers = engine.layers_left(ablation)
         model = simulate_reload(copied.loaded.model, layers, self.cut_models)
@@ -358,7 +367,11 @@ class _Loading:
 
 
 def _test_loading(engine: Engine, original: Engine) -> _Loading:
-    """Test whether saving and loading leaves the intact model's logits unchanged."""
+    """Test whether saving and loading leaves the intact model's logits unchanged.
+
+    `original` is the engine of an unchanged copy of the model. If the logits change, the attribute
+    `full_model` of the result is None.
+    """
     model, quirks = engine.loaded.model, engine.quirks
     loading = _Loading(None, None if quirks.first or quirks.leftovers else {})
     try:
@@ -377,9 +390,10 @@ def _test_loading(engine: Engine, original: Engine) -> _Loading:
 def _compute_outputs(
     truth: Reference, original: Engine, ablation: Ablation, loading: _Loading
 ) -> _Outputs:
-    """Compute the logits of a model without some layers, in three ways.
+    """Compute the logits of a model without some layers.
 
-    The three ways are described in `_Outputs`.
+    The logits are computed for the three ways of removing layers that `_Outputs` lists. `original`
+    is the engine of an unchanged copy of the model.
     """
     engine, saved, lacks = truth.engine, None, False
     unsaved = _ITSELF if loading.full_model is None else _NOT
@@ -408,7 +422,7 @@ def _compute_outputs(
 
 
 def _is_mismatch(engine: Engine, ablation: Ablation, outputs: _Outputs) -> bool:
-    """Return whether a changed copy has other logits than `outputs` states.
+    """Return whether a changed copy computes other logits than expected.
 
     The expected logits are `outputs.saved`, or `outputs.skip` if `outputs.saved` is None.
     """

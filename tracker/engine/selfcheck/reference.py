@@ -56,10 +56,10 @@ class Comparison:
     Attributes:
         compared: Number of compared log-likelihoods.
         difference: The largest difference, in nats.
-        unsteady: Number of log-likelihoods that differ by more than the tolerance, but no more than
-            rounding errors explain.
-        wrong: Description of the first log-likelihood that differs by more than rounding errors
-            explain; None if there is none.
+        unsteady: Number of log-likelihoods whose difference exceeds the tolerance, but can be
+            explained by rounding errors.
+        wrong: Description of the first log-likelihood whose difference cannot be explained by
+            rounding errors; None if there is no such log-likelihood.
     """
 
     compared: int = 0
@@ -219,8 +219,8 @@ class SharingVerdict:
             rounding errors.
         lengths: Pairs (path, flag). The path is the location of a number in the configuration, and
             the computation changes when the text length reaches this number. If the flag is True,
-            the computation is different for every text length above the number. The path is empty
-            if the computation differs for every text length.
+            the computation is different for every text length that exceeds this number. The path is
+            empty if the computation differs for every text length.
         leftovers: Names of model attributes that a call changes and that affect the next call.
         first: Module and name of each attribute that the first call changes permanently.
         in_place: True if removed layers stay in the model and return their input.
@@ -248,12 +248,12 @@ class SharingVerdict:
 
     @property
     def is_clean(self) -> bool:
-        """True if all sharing is exact, and neither calls nor text lengths have an effect."""
+        """True if all sharing is exact, and if earlier calls and text lengths change no logits."""
         special = (self.unsteady, self.lengths, self.switches, self.leftovers, self.first)
         return self.sharing == FULL and not any(special)
 
     def make_quirks(self, model: PreTrainedModel) -> Quirks:
-        """Return the model's quirks, with the attribute values of an uncalled model.
+        """Return the quirks of a model, including its attribute values before the first call.
 
         `model` must not have been called before.
         """
@@ -294,10 +294,10 @@ REFUSAL_REASONS = {
 STATE = "the model keeps a recurrent state for each text"
 
 
-def describe_loss(previous: str | None, sharing: Sharing, reason: str | None) -> str | None:
-    """Extend the note `previous` about disabled sharing by a reason.
+def extend_sharing_note(previous: str | None, sharing: Sharing, reason: str | None) -> str | None:
+    """Return a note that states which computation is still shared, and the reason.
 
-    Returns `previous` if `reason` is None.
+    The new note replaces or extends the note `previous`. Returns `previous` if `reason` is None.
     """
     if reason is None:
         return previous
@@ -309,7 +309,7 @@ def describe_loss(previous: str | None, sharing: Sharing, reason: str | None) ->
 
 
 def describe_error(error: Exception, way: Sharing, name: str) -> str:
-    """Log an error of the model; return its probable cause for users."""
+    """Log an error of a model, and return the probable cause of the error for users."""
     log.debug("%s, shared over %s: %s", name, way, error)
     return str(error) if isinstance(error, RefusalError) else REFUSAL_REASONS[way]
 

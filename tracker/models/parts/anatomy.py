@@ -93,11 +93,11 @@ class LayerAnatomy(PartFinder):
         return find_map(self.linear_maps(layer), path, self.layer_name(layer))
 
     def expand_formats(self, layer: int, rounding_changes: Sequence[Change]) -> dict[str, str]:
-        """Return the quantisation format of each linear map that changes quantise.
+        """Return the quantisation format of each linear map that is quantised in a layer.
 
-        The returned dictionary maps the path of a linear map to its format. If several changes
-        quantise the same map, the format of the last change is used. Raises CellError if a map does
-        not exist in the layer, or if the layer is already quantised.
+        The returned dictionary maps the path of a linear map to its format. If several entries of
+        `rounding_changes` quantise the same map, the format of the last entry is used. Raises
+        CellError if a map does not exist in the layer, or if the layer is already quantised.
         """
         maps = self.linear_maps(layer)
         formats: dict[str, str] = {}
@@ -248,12 +248,12 @@ def find_search_parts(source: ModelSource, unit: str) -> SearchParts:
 
 
 def find_configured_parts(source: ModelSource, unit: Component) -> dict[int, NumberedParts]:
-    """List the heads, experts or neurons of layers without reading weights.
+    """List the heads, experts or neurons of each layer, as the configuration states them.
 
-    Only layers with such parts are listed.
-
-    The returned objects contain empty strings instead of module paths. Raises ModelError if the
-    model has no such parts, or if the configuration does not state their number.
+    The function reads no weights. The result maps the number of a layer to an object that describes
+    the parts. Layers without such parts are not included. The objects contain empty strings instead
+    of module paths. Raises ModelError if the model has no such parts, or if the configuration does
+    not state their number.
     """
     parts, config = find_search_parts(source, unit), read_config(source)
     counts, number = parts_of_config(config), parts.per_layer
@@ -270,7 +270,10 @@ def find_configured_parts(source: ModelSource, unit: Component) -> dict[int, Num
 
 
 def _layers_with_parts(small: PreTrainedModel, unit: Component) -> tuple[int, ...]:
-    """List the layers that have the configured number of heads, experts or neurons."""
+    """List the layers that have the configured number of heads, experts or neurons.
+
+    `small` is a miniature of the model, and `unit` is the kind of parts.
+    """
     config, anatomy = small.config.get_text_config(), LayerAnatomy.of(small)
     count, n_chosen = parts_of_config(config).count_of(unit), experts_per_token(config)
 

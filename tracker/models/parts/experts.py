@@ -69,7 +69,7 @@ class Experts:
         The module of the routed experts is the module whose own tensors all have one entry per
         expert. The router is the innermost module that returned the indices of each token's
         experts. To test whether experts can be removed, the method calls the router again without
-        its last expert.
+        its last expert. The entry of a layer without routed experts is None.
         """
 
         def find(layer: nn.Module, calls: Sequence[ModuleCall]) -> Experts | None:
@@ -107,7 +107,11 @@ class Experts:
         return replace(self, count=len(self.remaining_experts(parts, name))), {}
 
     def remaining_experts(self, parts: Sequence[Change], name: str) -> list[int]:
-        """List the experts that remain in a layer; raise CellError if removal is impossible."""
+        """List the experts that remain after the removal of the experts in `parts`.
+
+        `name` is the name of the layer in error messages. Raises CellError if the experts cannot be
+        removed.
+        """
         removed = {part.number for part in parts if part.number is not None}
         if max(removed) >= self.count:
             raise CellError(
@@ -171,8 +175,9 @@ class SharedExperts:
 
         A shared expert is a module beside the routed experts that is called with the MLP's own
         input, and whose output the MLP adds to other outputs. To test the addition, the method
-        multiplies the output of the shared expert by 0, 1 and 2. The resulting outputs of the MLP
-        must have equal differences.
+        multiplies the output of the shared expert by 0, 1 and 2. The output of the MLP must change
+        equally from factor 0 to factor 1 and from factor 1 to factor 2. The entry of a layer
+        without shared experts is None.
         """
         mlps = {sublayers.mlp for sublayers in finder.find(Sublayers) if sublayers}
 
@@ -202,7 +207,8 @@ def _find_choices(
 ) -> Iterator[tuple[ModuleCall, Tensor]]:
     """Yield module calls that returned the indices of each token's experts.
 
-    Such a call may be the call of the router. Each call comes with the returned indices.
+    Each call is yielded as a pair: the call, and the returned indices. One of the called modules
+    can be the router. `experts` is the call of the module that contains the `count` experts.
     """
     for choice in integer_tables(experts.arguments):
         for call in calls:
@@ -343,10 +349,7 @@ def call_reduced_router(
 def single_expert_outputs(
     forward: Callable[..., Tensor], args: Args, kwargs: Kwargs
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield the output of one expert of each token at a time.
-
-    The first result is for the first expert of each token, the second result for the second expert,
-    and so on.
+    """Yield the outputs of each token's first expert, then of each token's second expert, etc.
 
     To compute the outputs, the function calls the module of the experts several times, with one
     expert per token and a routing weight of 1.
@@ -357,8 +360,8 @@ def single_expert_outputs(
         kwargs: Keyword arguments of the module's call.
 
     Yields:
-        Three tensors: the experts' indices [tokens], their weights in the router [tokens], and
-        their outputs [tokens, width].
+        Three tensors with one expert per token: the indices of the experts [tokens], the routing
+        weights of the experts [tokens], and the outputs of the experts [tokens, width].
     """
     arguments, state = (*args, *kwargs.values()), hooks.input_state(args, kwargs)
     choice = integer_tables(arguments)[0]
@@ -387,8 +390,8 @@ def weighted_expert_outputs(
 ) -> tuple[list[tuple[Tensor, Tensor, Tensor]], bool]:
     """Compute the output of each expert that a token uses.
 
-    Returns the list of the results of `single_expert_outputs`, and True if the sum of the outputs,
-    multiplied by the routing weights, equals `output` up to rounding.
+    Returns the list of the results of `single_expert_outputs`, and a flag. The flag is True if the
+    sum of the outputs, multiplied by the routing weights, equals `output` up to rounding.
     """
     outputs = [*single_expert_outputs(forward, args, kwargs)]
     total = sum(gates[:, None].float() * states.float() for _, gates, states in outputs)

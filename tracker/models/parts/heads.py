@@ -59,7 +59,8 @@ class Heads(ProjectionColumns):
 
         The method runs the model on a short text, with a replaced attention function: every second
         head returns ones, and all other heads return zeros. The output projection is the linear map
-        whose input contains exactly these ones and zeros.
+        whose input contains exactly these ones and zeros. The entry of a layer is None if this
+        method finds no heads.
         """
         shapes: list[tuple[int, int, int]] = []
         holders = count_holders(finder.layers)
@@ -103,13 +104,11 @@ class Heads(ProjectionColumns):
         return {"head": self.heads, "kv_head": self.groups}
 
     def narrow(self, parts: Sequence[Change], name: str) -> tuple[Heads, dict[int, list[int]]]:
-        """Describe the heads that remain after some heads are removed.
+        """Describe the heads that remain after the heads in `parts` are removed.
 
-        Returns the remaining heads and the remaining entries of tensors.
-
-        The remaining entries are a dictionary from the original length of a tensor's axis to the
-        indices that remain. Raises CellError if the remaining groups would have different numbers
-        of heads.
+        Returns the remaining heads, and a dictionary that states how to shorten tensors. The
+        dictionary maps the original length of a tensor's axis to the indices that remain on this
+        axis. Raises CellError if the remaining groups would have different numbers of heads.
         """
         width, per_group = self.width, self.heads // self.groups
         columns = torch.arange(self.heads * width)

@@ -49,19 +49,29 @@ class LinearMap:
 
     @property
     def weight(self) -> Tensor:
-        """The weight [outputs, inputs]; for all experts together [experts, outputs, inputs]."""
+        """The weight with the shape [outputs, inputs].
+
+        If the map consists of the matrices of all experts, the shape is [experts, outputs, inputs].
+        """
         matrix = self.parameter if self.expert is None else self.parameter[self.expert]
         return matrix.mT if self.inputs_first else matrix
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Number of outputs (of all experts together), and number of inputs."""
+        """The number of outputs, and the number of inputs.
+
+        If the map consists of the matrices of all experts, the first number is the total of all
+        experts.
+        """
         weight = self.weight
         return weight.numel() // weight.shape[-1], weight.shape[-1]
 
     @property
     def parameter(self) -> Tensor:
-        """The parameter in the module, which can contain the weights of all experts."""
+        """The module's parameter that contains the weight.
+
+        The parameter of a map that belongs to one expert contains the weights of all experts.
+        """
         tensor: Tensor = getattr(self.module, self.name)
         return tensor
 
@@ -326,7 +336,7 @@ def find_embeddings(model: PreTrainedModel, max_bytes: int = 0) -> Embeddings:
 def embedding_shapes(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
     """Return the shapes of the embedding and the output head, by name.
 
-    If both share one weight, the result contains only the embedding.
+    If the embedding and the head share one weight, the result contains only the embedding.
 
     Raises ExperimentError if the embedding or the head cannot be quantised.
     """
@@ -341,9 +351,9 @@ def embedding_shapes(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
 
 
 def round_embeddings(model: PreTrainedModel, formats: Mapping[str, str]) -> None:
-    """Quantise the embedding or the output head of a copied model.
+    """Quantise the embedding, the output head, or both, in a copied model.
 
-    `formats` maps the name of the embedding or of the output head to a format.
+    `formats` contains the format of each matrix to quantise, by its name: `embedding` or `lm_head`.
     """
     if not formats:
         return

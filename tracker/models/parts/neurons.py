@@ -55,12 +55,12 @@ class Neurons(ProjectionColumns):
     def find(cls, finder: PartFinder) -> list[Neurons | None]:
         """Find the neurons of every layer's MLP.
 
-        The output projection is the last linear map that the MLP calls. Its inputs are the neurons.
-        To find the maps that compute the neurons, the method replaces random outputs of each
-        earlier map by ones. The map computes the neurons if exactly the neurons with the same
-        indices change. Every matrix of the MLP must belong to the output projection or to a map
-        that computes neurons. A mixture of experts therefore has no neurons. Raises ModelError if
-        weights are offloaded.
+        The output projection is the last linear map that the MLP calls. The inputs of this map are
+        the neurons. To find the maps that compute the neurons, the method replaces random outputs
+        of each earlier map by ones. The map computes the neurons if exactly the neurons with the
+        same indices change. Every matrix of the MLP must belong to the output projection or to a
+        map that computes neurons. A mixture of experts therefore has no neurons, and the entry of
+        such a layer is None. Raises ModelError if weights are offloaded.
         """
         if any(map(is_absent, finder.layers.parameters())):
             raise ModelError(f"{type(finder.model).__name__}: {_UNREADABLE.format('offloaded')}")
@@ -119,12 +119,11 @@ class Neurons(ProjectionColumns):
         return self.order[number * self.size : (number + 1) * self.size]
 
     def narrow(self, parts: Sequence[Change], name: str) -> tuple[Neurons, dict[int, list[int]]]:
-        """Describe the groups that remain after some groups are removed.
+        """Describe the neurons that remain after the groups in `parts` are removed.
 
-        Returns the remaining groups and the remaining entries of tensors.
-
-        The remaining entries are a dictionary from the original length of a tensor's axis to the
-        indices that remain. Raises CellError if no group remains.
+        Returns the remaining neurons, and a dictionary that states how to shorten tensors. The
+        dictionary maps the original length of a tensor's axis to the indices that remain on this
+        axis. Raises CellError if no group of neurons remains.
         """
         width = self.size * self.groups
         is_kept = torch.ones(width, dtype=torch.bool, device=self.order.device)
@@ -140,11 +139,11 @@ class Neurons(ProjectionColumns):
 
 
 def _computes_inputs(module: nn.Module, projection: ModuleCall, layer: ModuleCall) -> bool:
-    """Return whether a linear map computes the neurons of a projection.
+    """Return whether the linear map `module` computes the neurons of an MLP.
 
-    Each neuron must depend only on the outputs of the map that have the neuron's index.
-
-    `projection` and `layer` are recorded calls, in which no output was replaced.
+    If some outputs of the map are changed, exactly the neurons with the same indices must change.
+    `projection` is the recorded call of the MLP's output projection, whose inputs are the neurons.
+    `layer` is the recorded call of the layer.
     """
     inputs = projection.args[0]
     width = inputs.shape[-1]

@@ -48,7 +48,7 @@ class LayerPart(Protocol):
 
         `name` is the name of the layer in error messages.
 
-        Raises CellError if the layer does not have one of the parts, or cannot run without it.
+        Raises CellError if the layer does not have all these parts, or cannot run without them.
         """
 
 
@@ -189,6 +189,6 @@ def module_paths(layer: nn.Module) -> dict[nn.Module, str]:
 
 
 def integer_tables(values: Iterable[Any]) -> list[Tensor]:
-    """Return those values that are two-dimensional tensors of integers."""
+    """Return all two-dimensional tensors of integers among some values."""
     tensors = [value for value in values if isinstance(value, Tensor) and value.ndim == 2]
     return [tensor for tensor in tensors if tensor.dtype in (torch.int64, torch.int32)]
