@@ -337,7 +337,10 @@ def _add_speed(
 def _accuracy(
     record: CellRecord | None, cell: MeasuredCell, change: ModelChange, ledger: Ledger
 ) -> Accuracy:
-    """Return the metric before and after the change, with related facts."""
+    """Return the benchmark's metric before and after the change.
+
+    The result also contains a text that describes the measured documents.
+    """
     benchmark, metric = cell.store.identity.benchmark, cell.metric
     title, n = benchmark.title, cell.n
     n_choosing = count_choosing(ledger, change, cell.store, cell.request.extent)

@@ -28,7 +28,7 @@ from tracker.schema.provenance import content_hash
 from tracker.schema.records import CellRecord, RunRecord
 from tracker.schema.tables import Table
 from tracker.schema.weight_formats import FORMATS
-from tracker.search.formats import map_formats_request, observe_errors
+from tracker.search.formats import build_error_observer, map_formats_request
 from tracker.stats.arrays import Array, safe_divide
 from tracker.stats.correlation import resampled_spearman
 from tracker.stats.support import widen
@@ -142,7 +142,7 @@ def _observe_maps(
     """Compute the rounding errors of all maps in one format, and correlate them with the costs."""
     maps, record, outcomes = [run.change for run in runs], subject.record, subject.outcomes()
     kind = f"rounding-{name}-{content_hash([*map(str, maps)])[:8]}"
-    begin = partial(observe_errors, maps=maps, kl=True)
+    begin = partial(build_error_observer, maps=maps, kl=True)
     observations = observe_subject(subject, kind, context, begin, outcomes.documents)
     ablations = [outcomes.ablation(change) for change in maps]
     gold, metric = outcomes.gold_outcomes(ablations), outcomes.metric_outcomes(ablations)

@@ -48,12 +48,12 @@ from tracker.search.formats import (
     FormatUnit,
     Refinement,
     bits_per_weight,
+    build_error_observer,
     choice_ablation,
     choice_changes,
     find_units,
     layer_formats_request,
     map_formats_request,
-    observe_errors,
     paired_gain,
     parse_budget,
 )
@@ -228,7 +228,7 @@ class FormatChooser:
         by_unit = [zip(*map(unit.changes, formats), strict=True) for unit in units]
         maps = [*chain.from_iterable(chain.from_iterable(by_unit))]
         kind = f"rounding-{content_hash([*map(str, maps)])[:8]}"
-        begin = partial(observe_errors, maps=maps)
+        begin = partial(build_error_observer, maps=maps)
         observed = observe_subject(self.subject, kind, self.context, begin)
         figures = observed.select(self.subject.outcomes().documents)
         outputs = figures["output_error"].sum(axis=0) / figures["output_size"].sum(axis=0)
