@@ -97,9 +97,9 @@ def _full_chooser(search: Search, outcome: str) -> StepChooser:
 def _mixed_chooser(search: Search, budget: MixedBudget, outcome: str) -> StepChooser:
     """Return a function that chooses by the loss per saved parameter.
 
-    The function chooses the candidate with the smallest loss per saved parameter.
-    Candidates are whole layers and parts of each layer. The parts of a layer are removed in a fixed
-    order. The first part is the part whose removal from the intact model causes the smallest loss.
+    The function chooses the candidate with the smallest loss per saved parameter. Candidates are
+    whole layers and parts of each layer. The parts of a layer are removed in a fixed order. The
+    first part is the part whose removal from the intact model causes the smallest loss.
     """
     scores = search.scores
     single_losses = scores.losses(outcome, [(part,) for part in budget.numbered_parts])

@@ -74,7 +74,7 @@ class RoundedMap:
 
 @dataclass(frozen=True)
 class MapNameRow:
-    """Mean cost, over layers, of rounding the linear maps with one name (`mlp.down_proj`)."""
+    """Cost of rounding the linear maps with the same name, averaged over layers."""
 
     name: str = labelled("linear map")
     layers: int | None = labelled("layers", "count", "of no layer")
@@ -122,7 +122,7 @@ class Precision(Study[PrecisionSettings]):
         yield map_formats_request(cell, formats or (DEFAULT_FORMAT,), trust)
 
     def answer(self, context: StudyContext, subjects: list[Subject]) -> StudyResult:
-        """Compare the costs with the rounding errors of all maps, for each model and format."""
+        """Compare the cost of rounding each map with the map's rounding errors."""
         result = StudyResult()
         for subject in subjects:
             record = subject.record
@@ -198,12 +198,12 @@ def _without_interval(estimates: Sequence[Estimate]) -> list[Estimate]:
 def _mean_costs(
     maps: Sequence[RoundedMap], gold: PairedOutcomes, one_look: Callable[..., list[Estimate]]
 ) -> list[MapNameRow]:
-    """Average the costs of rounding the linear maps with the same name over layers.
+    """Average the rounding costs of all linear maps that have the same name.
 
     Args:
         maps: The costs and errors of each linear map.
         gold: Log-probabilities of the right answers, with a column for each map.
-        one_look: Function that removes the intervals if measurement stopped early.
+        one_look: Function that removes the intervals of estimates if measurement stopped early.
 
     Returns:
         A row for each name; the name with the largest mean cost is first.
@@ -221,7 +221,10 @@ def _mean_costs(
 
 
 def _write_answer(rounded: RoundedMaps) -> str:
-    """Describe which maps cost most to round, and how well errors rank maps by cost."""
+    """Describe which linear maps have the largest rounding costs.
+
+    The text also states how well the rounding errors predict the order of the costs.
+    """
     first, *others = rounded.names
     is_first = all(row.fall.side(first.fall.low or 0.0) < 0 for row in others)
     orders = [order for order in rounded.orders if order.fall.value is not None]
