@@ -162,7 +162,7 @@ class ChangedModel(NamedTuple):
     problems: Mapping[str, str] = {}
 
 
-def make_changed_copy(
+def build_changed_model(
     source: ModelSource, loaded: LoadedModel, change: ModelChange
 ) -> ChangedModel:
     """Make a copy of a loaded model, and remove or repeat parts of the copy.
@@ -184,7 +184,7 @@ def make_changed_copy(
     return ChangedModel(model, measured, kept_layers, weight_bytes(model), recipes, resized)
 
 
-def make_rounded_copy(
+def build_rounded_model(
     source: ModelSource, loaded: LoadedModel, change: ModelChange
 ) -> ChangedModel:
     """Make a copy of a loaded model, and round weights of the copy to formats.

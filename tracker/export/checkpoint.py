@@ -24,9 +24,9 @@ from tracker.benchmarks.standalone import refuse_corpus
 from tracker.export.card import ordered_recipes, write_card, write_eval_results
 from tracker.export.changes import (
     add_origin,
+    build_changed_model,
+    build_rounded_model,
     count_choosing,
-    make_changed_copy,
-    make_rounded_copy,
     unused_documents,
 )
 from tracker.export.facts import Accuracy, ExportedModel, ModelChange, Size
@@ -259,7 +259,9 @@ def _write_checkpoint(
     options = request.options
     progress.say(f"loading {source.name}")
     loaded = load_model(source, request.request.model.dtype, options.device)
-    change_model = make_rounded_copy if request.change.kind == "quantised" else make_changed_copy
+    change_model = (
+        build_rounded_model if request.change.kind == "quantised" else build_changed_model
+    )
     changed_model = change_model(source, loaded, request.change)
     base, model = loaded.model, changed_model.model
     _refuse_small_disk(folder, weight_bytes(model))
