@@ -64,7 +64,7 @@ def comparison_table(comparison: ModelComparison) -> Table:
 
 
 def sentences(comparison: ModelComparison) -> list[str]:
-    """Return one sentence for each model, and one about the gate.
+    """Return one sentence for each model, and one sentence about the gate.
 
     The gate is the check of the differences against the user's margins. If the user gave no margin,
     there is no sentence about the gate.

@@ -277,7 +277,10 @@ class SharedRecord:
 
 
 def _result_key(entry: Mapping[str, Any]) -> str:
-    """Return the identifier of a result, or of the result of a sample."""
+    """Return the identifier of the result to which an entry belongs.
+
+    The entry is the result itself, or one of its samples.
+    """
     return str(entry.get("evaluation_result_id") or entry["evaluation_name"])
 
 

@@ -239,9 +239,9 @@ def _weightings(values: pd.Series[Any], mean: object) -> list[bool]:
 def explain_damage(
     source: object | Callable[[], object], program: str
 ) -> AbstractContextManager[None]:
-    """Return a context manager that converts errors by damaged files.
+    """Return a context manager that converts errors about a damaged file.
 
-    An error that unexpected content of a file causes in the `with` block is converted to
+    If unexpected content of the file causes an error in the `with` block, the error is converted to
     RequestError.
 
     Args:

@@ -340,7 +340,7 @@ def _is_below(
 def _documents_needed(
     row: Difference, drop: Estimate, margin: float | None, family: int
 ) -> int | None:
-    """Estimate how many documents would replace the verdict `open`.
+    """Estimate how many documents are needed to replace the verdict `open`.
 
     The estimate assumes that the true difference equals the observed difference. It is None if no
     number of documents would suffice, for example if the models do not differ and there is no

@@ -126,9 +126,9 @@ def _refuse_sublayers(component: Component, layers: Sequence[int]) -> None:
 
 
 def refuse_unsavable_units(units: Collection[str]) -> None:
-    """Raise RequestError if a model without these units cannot be saved.
+    """Raise RequestError for units whose removal cannot be saved.
 
-    Only models without some layers, heads, experts or neurons can be saved.
+    A model can be saved after the removal of whole layers, heads, experts or neurons.
     """
     other_units = sorted(set(units) - {"layer", *NUMBERED_COMPONENTS})
     if other_units:

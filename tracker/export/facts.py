@@ -99,7 +99,7 @@ class Proof:
     def ties_text(self) -> str:
         """Text that compares the measured value with the value of lm-eval.
 
-        The text also states for how many documents rounding causes another value of the metric.
+        The text also states for how many documents the metric differs because of rounding.
         """
         return FACT_TEXTS.render("ties", self)
 

@@ -106,8 +106,8 @@ class AccuracyBudget:
             n_searches: Number of searches for which the intervals are simultaneous.
 
         Returns:
-            The column of the smallest model that is significantly within the budget, the column of
-            the smallest model whose estimated loss is within the budget, and related numbers.
+            The column of the smallest model that is significantly within the budget, and the column
+            of the smallest model whose estimated loss is within the budget.
         """
         excesses = [self.excess(paired, column) for column in columns]
         n_shown = count_shown(widen(excesses, [n_documents] * len(excesses), n_searches))

@@ -74,7 +74,7 @@ class FormatUnit:
         return [f"{self.layer}.{path}".rstrip(".") for path in self.paths]
 
     def changes(self, form: str) -> list[Change]:
-        """Return one change per path; it rounds the weights of this path."""
+        """Return one change for each path; the change rounds the path's weights."""
         return [Change.parse(f"{form}:{key}") for key in self.keys]
 
     @property

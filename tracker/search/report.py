@@ -60,7 +60,7 @@ class TestedSearch:
         run_requests: For each step, the request that measures the step as an ablation run; None if
             no ablation run can measure the step.
         shown: Index of the last step that is significantly within the budget of accuracy. The index
-            is −1 if no step is within the budget, and None if there is no such budget.
+            is −1 if there is no such step, and None if the search has no budget of accuracy.
     """
 
     request: SearchRequest
@@ -260,10 +260,9 @@ class StrategyResult:
         return accuracy(np.mean(outcomes, axis=0), self.weights)
 
     def difference_from(self, reference: StrategyResult) -> Estimate:
-        """Estimate the difference in test accuracy from another strategy.
+        """Estimate the test accuracy of this strategy minus that of `reference`.
 
-        The estimate is the accuracy of this strategy minus the accuracy of `reference`, on the same
-        documents.
+        Both strategies are tested on the same documents.
         """
         return accuracy_drop(self.outcomes, reference.outcomes, self.weights)
 
@@ -643,9 +642,9 @@ def _steps_table(records: Sequence[PruneRecord]) -> Table:
 def _frontier_charts(records: Sequence[PruneRecord]) -> Iterator[LineChart]:
     """Yield charts of each strategy's test accuracy or loss after each step.
 
-    In the first chart, the horizontal axis is the number of parameters. If this number is unknown,
-    it is the number of removed parts. In the second chart, the horizontal axis is the measured time
-    per token. Without measured times, there is no second chart.
+    The horizontal axis of the first chart is the number of parameters, or the number of removed
+    parts if parameters are not counted. The horizontal axis of the second chart is the measured
+    time per token. Without measured times, there is no second chart.
     """
     record, labels = records[0], _search_labels(records)
     ascending = sorted(records, key=lambda search: len(search.removed))

@@ -246,7 +246,7 @@ def find_budget(request: SearchRequest, cache: ModelCache) -> Budget:
     block, kinds = None, list[UniformKind]()
     if request.is_mixed:
         model, _ = build_for_planning(source, cell.model.dtype)
-        parts, kinds, sizes = _number_units(request.unit, source, model)
+        parts, kinds, sizes = _assign_part_numbers(request.unit, source, model)
         total = float(model.num_parameters())
         if amount is not None and amount.measure == "bytes":
             value = amount.value / (1 if amount.is_share else model.dtype.itemsize)
@@ -283,7 +283,7 @@ def _uniform_block(source: ModelSource, parts: SearchParts) -> int:
     return block
 
 
-def _number_units(
+def _assign_part_numbers(
     units: str, source: ModelSource, model: Any
 ) -> tuple[MixedParts, list[UniformKind], list[float]]:
     """Assign numbers to the parts of several units, such as layers and heads.

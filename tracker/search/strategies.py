@@ -95,7 +95,7 @@ def _full_chooser(search: Search, outcome: str) -> StepChooser:
 
 
 def _mixed_chooser(search: Search, budget: MixedBudget, outcome: str) -> StepChooser:
-    """Return a function that chooses by the loss per saved parameter.
+    """Return a function that chooses whole layers or parts of layers.
 
     The function chooses the candidate with the smallest loss per saved parameter. Candidates are
     whole layers and parts of each layer. The parts of a layer are removed in a fixed order. The

@@ -141,7 +141,7 @@ class LayerRanking:
     reason: str = ""
 
     def means(self) -> Array:
-        """Return the weighted mean over documents of each layer's values."""
+        """Return each layer's weighted mean over all documents."""
         counts = self.weights > 0
         return np.average(self.values[counts], axis=0, weights=self.weights[counts])
 

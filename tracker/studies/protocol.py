@@ -349,8 +349,9 @@ def _all_lost_documents(
 ) -> list[LostDocuments]:
     """Compare the lost documents under each pair of protocols.
 
-    The function returns a row for each pair of protocols and each group of changes. The intervals
-    of the differences are simultaneous for all rows.
+    A document is lost under a protocol if a change of the model makes the right answer wrong. The
+    function returns a row for each pair of protocols and each group of changes. The intervals of
+    the differences are simultaneous for all rows.
     """
     pairs = combinations(filter(attrgetter("is_binary"), protocols), 2)
     rows = [row for pair in pairs for row in _compare_lost_documents(*pair, groups)]
@@ -368,6 +369,7 @@ def _compare_lost_documents(
 ) -> Iterator[LostDocuments]:
     """Compare the documents that are lost under two protocols.
 
+    A document is lost under a protocol if a change of the model makes the right answer wrong.
     `groups` is a dict from the name of a group of changes to the indexes of these changes. The
     function yields a row for each group.
     """

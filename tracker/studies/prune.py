@@ -72,8 +72,8 @@ class PrunedBenchmark:
         unpruned: Test accuracy of the intact model.
         n: Number of test documents.
         metric: Name of the accuracy metric, for labels of tables.
-        at_chance: Text which states that the accuracy of the intact model is not above chance. Such
-            a benchmark is left out of means. The text is empty for all other benchmarks.
+        at_chance: Text that states that the accuracy of the intact model is not above chance. The
+            benchmark is then left out of means. The text is empty for all other benchmarks.
         available: Number of documents in the benchmark's split; 0 if unknown.
     """
 
@@ -485,8 +485,8 @@ def _cosine_contrasts(group: Prunings, amount: str) -> list[Contrast]:
 def best_sentence(group: Prunings, amount: str) -> str:
     """Return a sentence about the best strategy for an amount of removed layers.
 
-    `amount` is this amount, such as `25 %`. If no strategy is clearly the best, the sentence says
-    so.
+    `amount` is this amount, such as `25 %`. The sentence can state that no strategy is clearly the
+    best.
     """
     ranks = group.strategy_ranks(amount)
     levels = {name: group.level_mean(method) for name, method in group.select(amount).items()}

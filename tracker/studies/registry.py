@@ -164,11 +164,10 @@ class PruneSettings(StudySettings):
     For each benchmark in EXPERIMENT, several strategies choose layers to remove. Some strategies
     choose layers by the remaining accuracy or by proxies. Other strategies choose the last layers,
     or random layers. The strategies use 'sample' calibration documents, and the study tests the
-    pruned models on other documents. The accuracy
-    and cosine strategies are also calibrated on all benchmarks together, and on plain text. The
-    study reports which strategy keeps the most accuracy, with paired intervals, and the cost of
-    each search. The study reuses stored measurements of 'tracker prune'. An interrupted study can
-    be resumed.
+    pruned models on other documents. The accuracy and cosine strategies are also calibrated on all
+    benchmarks together, and on plain text. The study reports which strategy keeps the most
+    accuracy, with paired intervals, and the cost of each search. The study reuses stored
+    measurements of 'tracker prune'. An interrupted study can be resumed.
 
     \b
     Examples:
@@ -256,10 +255,10 @@ class RescaleSettings(StudySettings):
     its input times a factor, by its input plus the layer's mean update, and by a linear map of its
     input. All replacements are fitted on documents from the end of the benchmark's random order.
     These documents are not measured if 'sample' is at most half of the documents. The study reports
-    by what share each replacement reduces the accuracy drop. If a layer can be replaced by a factor
-    without any drop, the layer is needed only because it changes the norm of the hidden state. The
-    study ignores 'intervention' in the file, and takes about four times as long as removing the
-    layers.
+    by what share each replacement reduces the accuracy drop. If a layer can be replaced by its
+    input times a factor without any drop, the layer is needed only because it changes the norm of
+    the hidden state. The study ignores 'intervention' in the file, and takes about four times as
+    long as removing the layers.
 
     \b
     Examples:
@@ -275,11 +274,11 @@ class SavingsSettings(StudySettings):
 
     If an experiment file sets 'until', the measurement of a benchmark stops as soon as a condition
     is decided. For example, 'top 3' is decided when the runs with the three largest drops are
-    known. This study measures the runs in
-    EXPERIMENT on all documents, and then applies the stopping rule to 200 random orders of the
-    documents. For each condition, the study reports which share of the documents and of the
-    computation is needed. The study also reports whether the result at the early stop agrees with
-    the result on all documents. EXPERIMENT must not set 'until'.
+    known. This study measures the runs in EXPERIMENT on all documents, and then applies the
+    stopping rule to 200 random orders of the documents. For each condition, the study reports which
+    share of the documents and of the computation is needed. The study also reports whether the
+    result at the early stop agrees with the result on all documents. EXPERIMENT must not set
+    'until'.
 
     \b
     Examples:

@@ -1,8 +1,8 @@
 """Study: test by how much fitted replacements of removed layers reduce the accuracy drop.
 
 The layer's output is replaced by its input times a factor, by its input plus the mean update (a
-constant), or by a linear map of its input. If a layer can be replaced by a factor without any drop,
-the layer is needed only because it changes the scale of the hidden state.
+constant), or by a linear map of its input. If a layer can be replaced by its input times a factor
+without any drop, the layer is needed only because it changes the scale of the hidden state.
 """
 
 from __future__ import annotations

@@ -76,7 +76,7 @@ class Growth:
 
     @property
     def signs(self) -> list[int | None]:
-        """Sign of the growth of a change after each layer.
+        """Sign of the growth after each layer.
 
         The sign is 1 if the growth factor is significantly larger than 1, and −1 if the factor is
         significantly smaller than 1. The sign is 0 if the factor does not differ significantly from
@@ -177,9 +177,9 @@ class TokenGrowth:
 
     @property
     def amplifying_layers(self) -> list[str | None]:
-        """For each removed layer, a text such as `2 of 3`.
+        """For each removed layer, the number of amplifying layers as text.
 
-        The text states how many of the later layers amplify the change.
+        The text `2 of 3` means that two of the three later layers amplify the change.
         """
         steps = [np.diff(np.log(path[layer:])) > 0 for layer, path in enumerate(self.paths)]
         return [

@@ -361,9 +361,9 @@ class ModelAudit:
 
     @cached_property
     def reliabilities(self) -> dict[str, float]:
-        """Name of each benchmark → share of the variance of drops that is not noise.
+        """Name of each benchmark → reliability of the measured drops.
 
-        The variance is the variance over layers.
+        The reliability is the share of the variance over layers that is not sampling noise.
         """
         drops = {c.label: (c.drop.values, c.drop.weights, c.strata) for c in self.cells}
         return {name: profile_reliability(*estimate_profile(*d)) for name, d in drops.items()}
@@ -448,7 +448,7 @@ class ModelAudit:
 
     @property
     def noisy_text(self) -> str:
-        """Text with the needed and the measured number of documents of noisy benchmarks."""
+        """Text about noisy benchmarks, with the needed and the measured number of documents."""
         needs = []
         for cell in self.above_chance:
             share, n = self.reliabilities[cell.label], cell.record.n
