@@ -451,7 +451,7 @@ def prune(
         >>> tracker.prune("experiments/prune.yaml", output="lighter").searches
     """
     from tracker.export import checkpoint
-    from tracker.export.changes import refuse_units, removal_by_search
+    from tracker.export.changes import refuse_unsavable_units, removal_by_search
     from tracker.ledger.store import write_finding
     from tracker.search.cells import ModelCache
     from tracker.search.conduct import join_trial, run_search_file
@@ -476,7 +476,9 @@ def prune(
             name, arguments = source.name, source.command_arguments
             command = ("tracker", "prune", *arguments) if arguments else ()
         if output is not None:
-            refuse_units({unit for request in searches for unit in request.unit.split(",")})
+            refuse_unsavable_units(
+                {unit for request in searches for unit in request.unit.split(",")}
+            )
             refuse_draws(searches)
             searches = list(map(as_uniform, searches))
         with call.publisher(project) as publisher:

@@ -19,7 +19,7 @@ from tracker.stats.stopping import Race
 from tracker.studies.savings import (
     MeasuredDocuments,
     draw_orders,
-    passes_counter,
+    layers_counter,
     question_bound,
     replay_question,
     savings_table,
@@ -37,7 +37,7 @@ SHARES = [0.4, 0.25, 0.22, 0.1, 0.02, 0.0]
 
 def make_cell(values: np.ndarray) -> MeasuredDocuments:
     """Build a cell of given drops of whole layers."""
-    passes = passes_counter(single_layers(range(LAYERS))[1:], LAYERS)
+    passes = layers_counter(single_layers(range(LAYERS))[1:], LAYERS)
     runs = tuple(Change(layers=(n,)) for n in range(values.shape[1]))
     all_passes = passes(np.ones(len(runs), dtype=bool))
     tasks, counts = ("t",) * len(values), {"t": len(values)}
@@ -124,7 +124,7 @@ def test_an_answer_that_contradicts_all_documents_is_wrong(cell):
 
 def test_streams_that_share_are_planned_together():
     ablations = [Ablation.parse("layer:1"), Ablation.parse("layers:1,3"), Ablation.parse("layer:2")]
-    passes = passes_counter(ablations, LAYERS)
+    passes = layers_counter(ablations, LAYERS)
     for mask in ([True, True, False], [False, True, True], [True, True, True]):
         plan = plan_streams([INTACT, *compress(ablations, mask)], LAYERS)
         assert passes(np.array(mask)) == plan.layer_passes

@@ -19,7 +19,12 @@ from tracker.measuring.observing import Observations
 from tracker.schema.findings import FindingRecord, MapChart
 from tracker.schema.tables import Table
 from tracker.studies import snowball as module
-from tracker.studies.snowball import SNOWBALL_TEXTS, TokenGrowth, _list_unanswered, _write_verdict
+from tracker.studies.snowball import (
+    SNOWBALL_TEXTS,
+    TokenGrowth,
+    _describe_missing_results,
+    _write_verdict,
+)
 
 from .conftest import conduct_study, plain_values, table_column
 
@@ -195,7 +200,7 @@ def test_only_decided_layers_contradict(factors, documents, verdict):
         "with only 8 documents, Wilcoxon's test cannot decide any of the 29 layers. The test, "
         "adjusted for this number of layers, needs 11 documents; raise 'sample' or 'limit'"
     )
-    assert (note in _list_unanswered(figures, "")) == (documents == 8)
+    assert (note in _describe_missing_results(figures, "")) == (documents == 8)
 
 
 def test_layers_that_grow_alike_are_not_put_in_order():

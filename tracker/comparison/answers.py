@@ -30,7 +30,8 @@ class BenchmarkAnswers:
             cluster; the column is absent if the user named no clusters.
         higher_is_better: Name of each metric in the table → whether higher values are better.
         settings: Setting that changes the answers → its value as text; unknown settings are absent.
-        by_size: True if each metric is a mean over all documents. False if it is a mean over tasks.
+        by_size: True if each metric is a mean over all documents; False if each metric is a mean
+            over tasks.
         left_out: Name of each metric that cannot be compared → reason.
     """
 
@@ -68,7 +69,14 @@ PROMPT_SETTINGS = {PROMPT, "version", "num_fewshot", "chat_template", "system_in
 
 
 class PairedTables(NamedTuple):
-    """Two models' answers to the common documents, and the names of all other documents."""
+    """Two models' answers to their common documents, and names of unmatched documents.
+
+    Attributes:
+        first: Answers of the first model to the common documents.
+        second: Answers of the second model to the common documents, in the same order.
+        only_first: Names of the documents that only the first model answered.
+        only_second: Names of the documents that only the second model answered.
+    """
 
     first: pd.DataFrame
     second: pd.DataFrame
@@ -84,7 +92,7 @@ def pair_documents(
 ) -> PairedTables:
     """Match the documents that two models answered on a benchmark.
 
-    Documents are matched by the hashes of document and right answer. If hashes are missing,
+    Documents are matched by a hash of the document and its right answer. If any hash is missing,
     documents are matched by their numbers. Documents with the same number but different texts are
     not matched.
 
@@ -95,7 +103,7 @@ def pair_documents(
         allowed: Settings that may differ.
 
     Returns:
-        The rows of both tables for the common documents, and the names of all others.
+        The rows of both tables for the common documents, and the names of unmatched documents.
 
     Raises:
         RequestError: A setting differs that may not differ, or no document is common.

@@ -64,7 +64,11 @@ def comparison_table(comparison: ModelComparison) -> Table:
 
 
 def sentences(comparison: ModelComparison) -> list[str]:
-    """Return one sentence for each model, and one about the gate."""
+    """Return one sentence for each model, and one sentence about the gate.
+
+    The gate is the check of the differences against the user's margins. If the user gave no margin,
+    there is no sentence about the gate.
+    """
     lines = []
     for model, rows in group_by(comparison.differences, lambda row: row.model).items():
         texts = [
@@ -127,8 +131,13 @@ def _lost_table(comparison: ModelComparison, row: Difference) -> Table:
 def _option_text(document: Mapping[Hashable, Any], number: str, text: str) -> str:
     """Return the text of one option of a document.
 
-    The column `number` has the index of the option. If the document has no such option, the
-    function returns the column `text`.
+    Args:
+        document: Row of a model's table of answers.
+        number: Column with the index of the option.
+        text: Column with the text to return if the document has no option with this index.
+
+    Returns:
+        The text.
     """
     options, index = document["choices"], document[number]
     if 0 <= index < len(options):

@@ -181,13 +181,16 @@ SHARED_SUFFIX = "_samples"
 
 
 class _SharedReport(Report):
-    """Report from a record of every_eval_ever.
+    """Results of a model that were read from a record of every_eval_ever.
 
     Such a record has at most one setting that changes the answers: the number of examples.
     """
 
     def settings(self, tasks: Sequence[str]) -> dict[str, str]:
-        """Return the number of few-shot examples; the dict is empty if it is unknown."""
+        """Return a dict with the number of few-shot examples.
+
+        The dict is empty if this number is unknown.
+        """
         (config,) = map(self.configs.__getitem__, tasks)
         return {key: config[key] for key in ("num_fewshot",) if key in config}
 
@@ -200,7 +203,7 @@ class SharedRecord:
         task: Name of the task.
         date: Time of the record in seconds, followed by the name of the task.
         report: Results of the model.
-        metrics: Identifier of each result → name of its metric, and name of its filter.
+        metrics: Identifier of each result → (name of the metric, name of the filter).
     """
 
     task: str
@@ -274,7 +277,10 @@ class SharedRecord:
 
 
 def _result_key(entry: Mapping[str, Any]) -> str:
-    """Return the identifier that is the same in a result and in its samples."""
+    """Return the identifier of the result to which an entry belongs.
+
+    The entry is the result itself, or one of its samples.
+    """
     return str(entry.get("evaluation_result_id") or entry["evaluation_name"])
 
 

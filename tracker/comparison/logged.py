@@ -63,7 +63,7 @@ class Sample(NamedTuple):
 
 
 class Report(BaseModel):
-    """Results of a model, as in lm-eval's file of results; mappings have the tasks as keys."""
+    """Results of a model, as in lm-eval's file of results; most mappings have tasks as keys."""
 
     name: str | None = Field(None, alias="model_name")
     results: Mapping[str, Mapping[str, Any]] = {}
@@ -76,9 +76,10 @@ class Report(BaseModel):
     system_instruction: Any = Field(None, alias="system_instruction_sha")
 
     def benchmarks(self, logged_tasks: Iterable[str]) -> dict[str, list[str]]:
-        """Return a dict from benchmarks to the names of their tasks.
+        """Return a dict from the name of each benchmark to the names of its tasks.
 
-        A benchmark is an outermost group of tasks that were all logged, or a single other task.
+        A group is a benchmark if all its tasks were logged and no other group contains it. Each
+        logged task outside such groups is a benchmark by itself.
         """
         inner_names = {child for children in self.group_subtasks.values() for child in children}
         others, benchmarks = dict.fromkeys(logged_tasks), {}
@@ -129,8 +130,8 @@ class LogFormat(NamedTuple):
 
     Attributes:
         program: Name of the program.
-        read_report: Function that reads the results of the model and date of a file.
-        read_samples: Function that reads the answers to a task.
+        read_report: Function that reads the model's results from the path and date of a file.
+        read_samples: Function that reads the answers to a task from the path of a file.
     """
 
     program: str
@@ -220,7 +221,13 @@ def _metric_columns(filtered: tuple[Any, pd.DataFrame]) -> pd.DataFrame:
 def _weightings(values: pd.Series[Any], mean: object) -> list[bool]:
     """Find which weightings of the documents give the reported mean.
 
-    In the returned list, True means a mean over all documents, and False a mean over tasks.
+    Args:
+        values: Metric of each document.
+        mean: The reported mean; None if it is unknown.
+
+    Returns:
+        A list that contains True if the mean over all documents equals the reported mean, and False
+        if the mean over tasks equals it.
     """
     if values.dtype == object or not isinstance(mean, float | int):
         return [True]
@@ -232,14 +239,17 @@ def _weightings(values: pd.Series[Any], mean: object) -> list[bool]:
 def explain_damage(
     source: object | Callable[[], object], program: str
 ) -> AbstractContextManager[None]:
-    """Convert errors about unexpected content in a `with` block to RequestError.
+    """Return a context manager that converts errors about a damaged file.
+
+    If unexpected content of the file causes an error in the `with` block, the error is converted to
+    RequestError.
 
     Args:
-        source: Name of the damaged file in the message, or a function that returns the name.
+        source: Name of the file in the message, or a function that returns this name.
         program: Program that wrote the file.
 
     Returns:
-        A context manager.
+        The context manager.
     """
 
     def convert(error: Exception) -> RequestError | None:

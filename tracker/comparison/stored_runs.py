@@ -69,7 +69,7 @@ class StoredCell(NamedTuple):
 
 
 def _list_cells(folder: Path) -> list[StoredCell]:
-    """List the cells of a results folder or data set."""
+    """List the pairs of model and benchmark in a results folder or data set."""
     if not (folder / RECORDS_FILE).is_file():
         stores = Ledger.open_existing(folder).cells()
         parts = [(s.folder.name, s.identity, partial(_read_cell, s)) for s in stores]

@@ -1,7 +1,7 @@
-"""Compute the differences between models on the same documents, and decide verdicts.
+"""Compute the differences between models on the same documents, with a verdict on each.
 
 One call of `compare_models` compares all metrics and benchmarks of all models with the first model.
-With 95 % confidence, the intervals of all these differences are correct together (Bonferroni).
+The 95 % confidence intervals of all these differences are simultaneous (Bonferroni).
 """
 
 from __future__ import annotations
@@ -60,18 +60,18 @@ class Difference:
         won: Number of documents on which the other model is better.
         lost: Number of documents on which the first model is better.
         difference: Metric of the other model minus the metric of the first model. The sign is
-            reversed for a loss, so that a positive difference means that the other model is
-            better. The interval is simultaneous. The p-value is from the exact McNemar test.
-        choice: Difference of the models in the probability of the right option. Its interval is not
-            adjusted for multiple comparisons.
+            reversed for a loss, so that a positive difference always means that `model` is better.
+            The interval is simultaneous. The p-value is from the exact McNemar test.
+        choice: Difference of the models in the probability of the right option. The interval of
+            this difference is not adjusted for multiple comparisons.
         margin: Largest acceptable difference; None if the user gave no margin.
         verdict: Statement about the other model that the interval supports.
         needed: Number of documents that would probably decide a verdict that is now `open`.
         lost_documents: For each document on which the first model is better, its task, its number
             in the first model's answers, and its number in the other model's answers.
         n_clusters: Effective number of clusters; None if documents are independent.
-        spread: Standard deviation of the documents' differences. None if equivalence cannot be
-            tested, because documents have unequal weights or form clusters.
+        spread: Standard deviation of the documents' differences. The value is None if equivalence
+            cannot be tested, for example because documents have unequal weights or form clusters.
     """
 
     model: str
@@ -112,16 +112,16 @@ class ModelComparison:
 
     @property
     def is_gate(self) -> bool:
-        """True if margins were given."""
+        """True if the user gave a margin for any difference."""
         return any(row.margin is not None for row in self.differences)
 
     @property
     def exit_code(self) -> int:
         """Exit code of `tracker compare`.
 
-        The code is 0 if no margin was given, or if no model is worse by more than the margin. It is
-        3 if a model is worse. It is 4 if the results do not show whether a model is worse, or if
-        some results of the first model are not compared.
+        The code is 0 if no margin was given, or if no model is worse by more than the margin. The
+        code is 3 if a model is worse than the first model. The code is 4 if the results do not show
+        whether a model is worse, or if some results of the first model are not compared.
         """
         if not self.is_gate:
             return 0
@@ -189,12 +189,12 @@ def compare_models(
 
 
 def _refuse_unknown(option: str, names: Iterable[str], compared: Collection[str]) -> None:
-    """Raise RequestError if an option has a name that the models do not have in common.
+    """Raise RequestError if an option contains an unknown name.
 
     Args:
         option: The option, for the message.
-        names: Values of the option, e.g. names of metrics.
-        compared: Names that the models have in common.
+        names: Names in the option, such as names of metrics.
+        compared: Known names, which the results of all compared models contain.
 
     Raises:
         RequestError: A name is not in `compared`.
@@ -311,9 +311,10 @@ def _is_below(
 ) -> bool:
     """Return whether the results show that a drop is smaller than the margin.
 
-    If few outcomes differ between the models, the interval alone is inside the margin too often.
-    The function therefore requires a second test. For outcomes of 0 or 1, this is Tango's test. For
-    other outcomes, it is Bernstein's bound, which makes no assumption about the distribution.
+    If few outcomes differ between the models, a test by the interval alone finds equivalence too
+    often. The function therefore also requires a second test. For outcomes of 0 or 1, the second
+    test is Tango's test. For other outcomes, the second test uses Bernstein's bound, which makes no
+    assumption about the distribution.
 
     Args:
         drop: The drop, with its simultaneous interval.
@@ -324,7 +325,7 @@ def _is_below(
         family: Number of differences that share the error probability.
 
     Returns:
-        True if the drop is shown to be below the margin.
+        True if the drop is significantly smaller than the margin.
     """
     if margin is None or row.spread is None or drop.value is None:
         return False
@@ -339,11 +340,11 @@ def _is_below(
 def _documents_needed(
     row: Difference, drop: Estimate, margin: float | None, family: int
 ) -> int | None:
-    """Estimate how many documents are needed to decide an open verdict.
+    """Estimate how many documents are needed to replace the verdict `open`.
 
     The estimate assumes that the true difference equals the observed difference. It is None if no
-    number of documents could decide the verdict, e.g. if the models do not differ at all and there
-    is no margin.
+    number of documents would suffice, for example if the models do not differ and there is no
+    margin.
     """
     if drop.value is None or drop.low is None or drop.high is None:
         return None

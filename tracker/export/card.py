@@ -39,7 +39,14 @@ CONVERTER_RECIPE = "llama.cpp, converted"
 
 
 class Recipe(NamedTuple):
-    """Recipe for a model by another tool: instructions (`words`) and a code or settings file."""
+    """Recipe to make a model with another tool.
+
+    Attributes:
+        words: Instructions.
+        language: Language of the code or settings, such as `yaml`.
+        text: The code or settings.
+        file: Name of the file for the code or settings.
+    """
 
     words: str
     language: str
@@ -75,9 +82,13 @@ RECIPES: dict[str, Recipe] = {
 
 
 def ordered_recipes(texts: Mapping[str, str]) -> list[Recipe]:
-    """List the recipes for all tools in `texts` (tool → code), in the order of use.
+    """Return one recipe for each tool, in the order of `RECIPES`.
 
-    The code of a recipe does not end with a line break.
+    Args:
+        texts: Tool → code or settings of the recipe.
+
+    Returns:
+        The recipes. The code or settings do not end with a line break.
     """
     return [
         recipe._replace(text=texts[tool].rstrip(), file=f"{tool.lower()}.{recipe.language}")
@@ -140,12 +151,20 @@ def layer_recipes(
             recipes[WINDOWS_RECIPE] = _fill_template("with_windows", values)
         return recipes
     if source.gguf_file:
-        recipes["safetensors"] = as_safetensors(source, base.dtype)
+        recipes["safetensors"] = safetensors_program(source, base.dtype)
     return {"mergekit": mergekit(_safetensors_path(source, base), base.dtype, layers), **recipes}
 
 
 def _fill_template(name: str, values: Mapping[str, object]) -> str:
-    """Return the text of a Python program: a template with its placeholders filled."""
+    """Return the text of a Python program, which is made from a template.
+
+    Args:
+        name: Name of the template.
+        values: Placeholder in the template → value.
+
+    Returns:
+        The text.
+    """
     path = Path(__file__).parent / "templates" / f"{name}.py.txt"
     return string.Template(path.read_text(encoding="utf-8")).substitute(values)
 
@@ -179,8 +198,11 @@ def _safetensors_path(source: ModelSource, base: ModelIdentity) -> str:
     return f"{base.source}@{base.revision}" if base.revision else base.source
 
 
-def as_safetensors(source: ModelSource, dtype: str) -> str:
-    """Write a Python program that converts a GGUF file to a safetensors folder for mergekit."""
+def safetensors_program(source: ModelSource, dtype: str) -> str:
+    """Return a Python program that converts a GGUF file for mergekit.
+
+    The program writes a folder with weights in the safetensors format.
+    """
     values = {"imports": "", "folder": repr(source.location), "dtype": dtype}
     if source.source.startswith(MODEL_PACKAGE):  # wherever it is installed
         module = source.source.removeprefix(MODEL_PACKAGE).replace("-", "_")
@@ -244,7 +266,7 @@ _BLOCK_TENSOR = re.compile(r"blk\.(\d+)\.(\w+)\.weight")
 def format_recipes(
     formats: FormatsByPath, architecture: str, layers: int, file: str, tied_path: str = ""
 ) -> dict[str, str]:
-    """Write recipes for other tools to make a model with weights in quantised formats.
+    """Return recipes by which other tools make a model with quantised weights.
 
     Args:
         formats: The weight format of each linear map, by its path in the model.
@@ -254,7 +276,7 @@ def format_recipes(
         tied_path: The path of the embedding if it is quantised and tied to the output head.
 
     Returns:
-        Tool → recipe, for each tool without an entry in `recipe_problems`.
+        Tool → text of its recipe. Tools that `recipe_problems` returns are left out.
     """
 
     def write_command(formats: FormatsByPath) -> str:
@@ -300,7 +322,8 @@ def recipe_problems(formats: FormatsByPath, architecture: str, layers: int) -> d
 def _split_fused_maps(formats: FormatsByPath) -> list[str]:
     """Find linear maps that inference engines fuse although their formats differ.
 
-    Returns the paths of the first group of such maps; empty if there is none.
+    The maps that an inference engine fuses form a group. The function returns the paths of the
+    first group with different formats; the list is empty if there is no such group.
     """
     groups = group_by(formats, fused_map).values()
     return next((paths for paths in groups if len({formats[path] for path in paths}) > 1), [])

@@ -69,7 +69,20 @@ def rounding(formats: Mapping[str, str]) -> ModelChange:
 def layer_change(
     remove: Sequence[int | str], repeat: Sequence[int], repeats: int | None, component: Component
 ) -> ModelChange:
-    """Return the change that the options of `export` describe; raise RequestError if invalid."""
+    """Return the change that the options of `tracker export` describe.
+
+    Args:
+        remove: Value of `--remove`: layers, or names of smaller parts.
+        repeat: Value of `--repeat`: consecutive layers.
+        repeats: Value of `--repeats`: how often the layers run in total; None if not set.
+        component: Value of `--component`.
+
+    Returns:
+        The change.
+
+    Raises:
+        RequestError: The values are invalid, or contradict each other.
+    """
     if repeats is not None and not repeat:
         raise RequestError("--repeats needs the layers that are repeated: add --repeat 8-11")
     if not repeat:
@@ -112,8 +125,11 @@ def _refuse_sublayers(component: Component, layers: Sequence[int]) -> None:
     )
 
 
-def refuse_units(units: Collection[str]) -> None:
-    """Raise RequestError unless searches remove whole layers, heads, experts or neurons."""
+def refuse_unsavable_units(units: Collection[str]) -> None:
+    """Raise RequestError for units whose removal cannot be saved.
+
+    A model can be saved after the removal of whole layers, heads, experts or neurons.
+    """
     other_units = sorted(set(units) - {"layer", *NUMBERED_COMPONENTS})
     if other_units:
         raise RequestError(
@@ -146,8 +162,13 @@ class ChangedModel(NamedTuple):
     problems: Mapping[str, str] = {}
 
 
-def changed_layers(source: ModelSource, loaded: LoadedModel, change: ModelChange) -> ChangedModel:
-    """Make a copy of a loaded model with layers removed or repeated, or without some parts."""
+def build_changed_model(
+    source: ModelSource, loaded: LoadedModel, change: ModelChange
+) -> ChangedModel:
+    """Make a copy of a loaded model, and remove or repeat parts of the copy.
+
+    These parts are layers, heads, experts or neurons. Only layers can be repeated.
+    """
     from tracker.models import checkpoint
     from tracker.models.offloaded import weight_bytes
     from tracker.models.pruned import remaining_layers
@@ -163,8 +184,10 @@ def changed_layers(source: ModelSource, loaded: LoadedModel, change: ModelChange
     return ChangedModel(model, measured, kept_layers, weight_bytes(model), recipes, resized)
 
 
-def rounded_weights(source: ModelSource, loaded: LoadedModel, change: ModelChange) -> ChangedModel:
-    """Make a copy of a loaded model with weights rounded to quantised formats.
+def build_rounded_model(
+    source: ModelSource, loaded: LoadedModel, change: ModelChange
+) -> ChangedModel:
+    """Make a copy of a loaded model, and round weights of the copy to formats.
 
     The copy stores the rounded values in the model's dtype.
     """
@@ -215,10 +238,11 @@ def _stored_format(form: str, inputs: int) -> WeightFormat:
 
 
 def add_origin(change: ModelChange, ledger: Ledger, model: ModelIdentity) -> ModelChange:
-    """Return a copy of a change with information on how the change was chosen.
+    """Return a copy of a change, and add how the change was chosen.
 
-    For a removal, these are the searches that chose it. For a repetition, these are the calibration
-    documents that it was measured on. Other changes are returned unchanged.
+    The function adds to a removal the searches that chose the removal. It adds to a repetition the
+    calibration documents on which the repetition was measured. Other changes are returned
+    unchanged.
     """
     if change.stretch is not None:
         return find_repetition(ledger, model, change.stretch)
@@ -256,7 +280,10 @@ def find_removal(ledger: Ledger, model: ModelIdentity, change: ModelChange) -> M
 
 
 def find_repetition(ledger: Ledger, model: ModelIdentity, repetition: Change) -> ModelChange:
-    """Return a repetition of layers, with the calibration documents that it was measured on."""
+    """Return a repetition of layers, with its calibration documents.
+
+    The calibration documents are those on which the repetition was measured.
+    """
     calibration = []
     for store in ledger.cells():
         benchmark = store.identity.benchmark
@@ -360,7 +387,10 @@ def _tracked_cells(contents: Contents, records: Sequence[PruneRecord]) -> tuple[
 
 
 def _documents_text(documents: CalibrationSet) -> str:
-    """Describe calibration documents, e.g. `500 documents of arc_easy (calibration)`."""
+    """Describe calibration documents as text.
+
+    An example of the text is `500 documents of arc_easy (calibration)`.
+    """
     part = f" ({documents.part})" if documents.part else ""
     return f"{count_text(documents.n, 'document')} of {documents.benchmark}{part}"
 

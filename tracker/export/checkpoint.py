@@ -24,9 +24,9 @@ from tracker.benchmarks.standalone import refuse_corpus
 from tracker.export.card import ordered_recipes, write_card, write_eval_results
 from tracker.export.changes import (
     add_origin,
-    changed_layers,
+    build_changed_model,
+    build_rounded_model,
     count_choosing,
-    rounded_weights,
     unused_documents,
 )
 from tracker.export.facts import Accuracy, ExportedModel, ModelChange, Size
@@ -221,7 +221,12 @@ def publish(
 def _measure_cost(
     request: ExportRequest, progress: Progress
 ) -> tuple[CellRecord | None, MeasuredCell | None]:
-    """Return the changed model's results on the benchmark; measure them if necessary."""
+    """Measure the changed model on the benchmark, and return the results.
+
+    Stored results are not measured again. The function returns the record of the model and
+    benchmark, and the results of the changed model. The record is None if the change removes parts
+    of layers or rounds weights.
+    """
     cell, record, ledger = request.request, None, request.ledger
     ablation = request.change.ablation
     if ablation.parts:
@@ -254,7 +259,9 @@ def _write_checkpoint(
     options = request.options
     progress.say(f"loading {source.name}")
     loaded = load_model(source, request.request.model.dtype, options.device)
-    change_model = rounded_weights if request.change.kind == "quantised" else changed_layers
+    change_model = (
+        build_rounded_model if request.change.kind == "quantised" else build_changed_model
+    )
     changed_model = change_model(source, loaded, request.change)
     base, model = loaded.model, changed_model.model
     _refuse_small_disk(folder, weight_bytes(model))
@@ -281,7 +288,10 @@ def _write_checkpoint(
 
 
 def _write_formats(model: ExportedModel, folder: Path) -> None:
-    """Write a file with each weight's format, and a quantisation recipe for each other tool."""
+    """Write a file with the format of each weight, and one file per recipe.
+
+    A recipe quantises the base model in the same way with another tool, such as llama.cpp.
+    """
     facts = {"tracker": __version__, "base": model.base.source, "formats": model.formats}
     (folder / FORMATS_FILE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     for recipe in ordered_recipes(model.recipes):
@@ -329,7 +339,10 @@ def _add_speed(
 def _accuracy(
     record: CellRecord | None, cell: MeasuredCell, change: ModelChange, ledger: Ledger
 ) -> Accuracy:
-    """Return the benchmark's metric before and after the change, and describe the documents."""
+    """Return the benchmark's metric before and after the change.
+
+    The result also contains a text that describes the measured documents.
+    """
     benchmark, metric = cell.store.identity.benchmark, cell.metric
     title, n = benchmark.title, cell.n
     n_choosing = count_choosing(ledger, change, cell.store, cell.request.extent)

@@ -99,7 +99,7 @@ class Proof:
     def ties_text(self) -> str:
         """Text that compares the measured value with the value of lm-eval.
 
-        It also states the number of documents whose metric differs only by rounding.
+        The text also states for how many documents the metric differs because of rounding.
         """
         return FACT_TEXTS.render("ties", self)
 
@@ -289,9 +289,9 @@ class ExportedModel:
 
     @property
     def speed_title(self) -> str:
-        """The line above the speed and memory of the saved model on its card.
+        """Heading of the lines about speed and memory on the model card.
 
-        If speed and memory are not known, the line states the reason.
+        If speed and memory are not known, the heading states the reason.
         """
         if not self.serving:
             return f"Speed and memory are not known: {self.speed_on}"

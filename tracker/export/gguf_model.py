@@ -67,9 +67,10 @@ def refuse_gguf(file: Path, formats: Collection[str], models: Iterable[ModelSpec
 def write_gguf(
     target: Path, base: Path, model: ExportedModel, checkpoint: Path, expected: ExpectedAnswers
 ) -> GgufFile:
-    """Write a GGUF file with llama.cpp, and compare its weights and logits with a checkpoint.
+    """Write a GGUF file with llama.cpp, and compare it with a checkpoint.
 
-    Weights without a format keep the type that they have in the base model's file.
+    The function compares weights and logits. If a weight is not in `model.formats`, the weight has
+    the same type as in the base model's file.
 
     Args:
         target: The file to write, in a folder for temporary files.
@@ -79,7 +80,7 @@ def write_gguf(
         expected: Logits of the changed model in memory.
 
     Returns:
-        The file.
+        The path and size of the file, and the results of the comparison.
 
     Raises:
         WorkError: llama.cpp cannot write or read the file, or its weights or logits differ.
@@ -94,7 +95,7 @@ def write_gguf(
     for name, form in names.items():
         types[name] = getattr(FORMATS[form].for_rows(rows[name]), "label", form)
     unrounded = target.with_name("unrounded.gguf")
-    _copy(reader, unrounded, architecture, names, _UNROUNDED_TYPES[model.base.dtype])
+    _copy_with_unrounded(reader, unrounded, architecture, names, _UNROUNDED_TYPES[model.base.dtype])
     _quantize(unrounded, target, types)
     unrounded.unlink()
     _compare_weights(target, checkpoint, model.base.dtype)
@@ -107,17 +108,17 @@ def write_gguf(
     return GgufFile(target, target.stat().st_size, difference, n_equal, len(usual))
 
 
-def _copy(
+def _copy_with_unrounded(
     reader: Reader, target: Path, architecture: str, names: Collection[str], kind: str
 ) -> None:
-    """Write a copy of a GGUF file in which some tensors have an unrounded type.
+    """Write a copy of a GGUF file, with some tensors in an unrounded type.
 
     Args:
         reader: Reader of the original file.
         target: The file to write.
         architecture: llama.cpp's name of the architecture.
-        names: Names of the tensors that get the unrounded type.
-        kind: The unrounded type, e.g. `BF16`.
+        names: Names of the tensors to store in the unrounded type.
+        kind: The unrounded type, such as `BF16`.
     """
     writer = gguf.GGUFWriter(target, architecture, endianess=reader.endianess)
     writer.data_alignment = reader.alignment

@@ -130,7 +130,7 @@ def time_tokens(model: Any, batch: int, length: int, new_tokens: int) -> float:
         new_tokens: Number of tokens to write after the prompt; 0 to measure reading the prompt.
 
     Returns:
-        The seconds. The time to read the prompt is not included if `new_tokens` is above 0.
+        The seconds. If `new_tokens` is not 0, the time to read the prompt is not included.
     """
     assert batch == 1
     tokens, position = [token % model.n_vocab for token in range(length)], 0

@@ -181,7 +181,7 @@ def prove(
     if cell is None:
         return proof
     nats, ties = _compare_outcomes(answer, cell, expected.is_half)
-    figure = {} if question["benchmark"]["only"] else _compare_figure(answer, cell, ties)
+    figure = {} if question["benchmark"]["only"] else _lm_eval_metric(answer, cell, ties)
     return replace(
         proof,
         tasks=tuple(cell.documents),
@@ -198,9 +198,10 @@ def prove(
 
 
 def _run_reference(question: Mapping[str, Any]) -> dict[str, Any]:
-    """Load and score the checkpoint in a fresh process, and return the results.
+    """Load and score a checkpoint in a fresh process, and return the results.
 
-    Raises WorkError if this process imports code of tracker.
+    `question` is the request that the process reads; it names the folder of the checkpoint. Raises
+    WorkError if the process imports code of tracker.
     """
     problem = "the saved checkpoint does not load in a fresh process, or lm-eval cannot score it"
     answer: dict[str, Any] = run_program(question, [str(_REFERENCE_PROGRAM)], problem)
@@ -251,7 +252,8 @@ def _compare_outcomes(answer: Answer, cell: MeasuredCell, is_half: bool) -> tupl
     """Compare lm-eval's results with the measured results.
 
     Returns the largest difference of log-likelihoods in nats, and the number of documents whose
-    metric differs only because of rounding. Raises WorkError for a larger difference.
+    metric differs only because of rounding. Raises WorkError if a metric differs for another
+    reason.
     """
     frame = cell.store.read()
     rows = frame[frame["ablation"] == cell.ablation.name].set_index(["task", "doc"])
@@ -282,11 +284,12 @@ def _compare_outcomes(answer: Answer, cell: MeasuredCell, is_half: bool) -> tupl
     return largest, len(ties)
 
 
-def _compare_figure(answer: Answer, cell: MeasuredCell, ties: int) -> dict[str, float]:
-    """Return the metric of the saved model as lm-eval computed it: a dict from name to value.
+def _lm_eval_metric(answer: Answer, cell: MeasuredCell, ties: int) -> dict[str, float]:
+    """Return the metric that lm-eval computed for the saved model, as a dict.
 
-    The dict is empty if lm-eval scored several tasks or did not compute the metric. Raises
-    WorkError if tracker measured a different value.
+    The only key is the name of the metric. The dict is empty if lm-eval scored several tasks or did
+    not compute the metric. Raises WorkError if tracker measured a different value, unless `ties`
+    documents differ because of rounding.
     """
     if len(answer["results"]) != 1:
         return {}
@@ -301,9 +304,10 @@ def _compare_figure(answer: Answer, cell: MeasuredCell, ties: int) -> dict[str, 
 
 
 def _answer_difference(row: Mapping[str, Any], answers: Sequence[Any]) -> float:
-    """Return the largest difference between the log-likelihoods of a document.
+    """Return the largest difference between log-likelihoods of a document.
 
-    `row` has the measured log-likelihoods, and `answers` the log-likelihoods of lm-eval.
+    `row` contains the log-likelihoods of a document that tracker measured. `answers` contains the
+    log-likelihoods of the same document that lm-eval measured.
     """
     if answers and isinstance(answers[0], str):
         return 0.0

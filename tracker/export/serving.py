@@ -42,13 +42,13 @@ class ServingFigure:
     """One figure of speed or memory, for the base model and for the saved model.
 
     Attributes:
-        name: The figure's name in trackers, e.g. `decode_1`.
+        name: The figure's name in tracking backends, such as `decode_1`.
         title: The figure in words, with its unit.
         base: Median and quartiles of the base model's values. A number of bytes has no spread, so
             the three numbers are equal.
         model: Median and quartiles of the saved model's values.
-        ratio: The saved model's speed as a multiple of the base model's speed. None for bytes, and
-            if other work on the machine disturbed the timing.
+        ratio: The saved model's speed as a multiple of the base model's speed. The ratio is None
+            for a number of bytes, or if other work on the machine disturbed the timing.
     """
 
     name: str
@@ -150,7 +150,10 @@ def measure_llama_cpp(base: Path, saved: Path, threads: int) -> list[ServingFigu
 
 
 def _timed_tasks(max_length: int | None = None) -> dict[str, tuple[int, int, int]]:
-    """Return task → (number of texts, tokens per prompt, new tokens), for each timed task."""
+    """Return the tasks that are timed, as a dict from names to three numbers.
+
+    The numbers are the number of texts, the tokens in each prompt, and the new tokens per text.
+    """
     lengths = dict.fromkeys(min(length, max_length or length) for length in READ_LENGTHS)
     tasks = {f"prefill_{length}": (1, length, 0) for length in lengths}
     writing = {f"decode_{batch}": (batch, PROMPT_TOKENS, NEW_TOKENS) for batch in WRITE_BATCHES}
@@ -164,7 +167,7 @@ _MEMORY_TITLES = {
 
 
 def _spread_text(values: Spread) -> str:
-    """Format a median and its quartiles, e.g. `12.7 (12.5 to 13)`."""
+    """Format a median and its quartiles, such as `12.7 (12.5 to 13)`."""
     median, low, high = (f"{v:,.0f}" if v >= 100 else f"{v:.3g}" for v in values)
     return f"{median} ({low} to {high})"
 
@@ -172,7 +175,16 @@ def _spread_text(values: Spread) -> str:
 def _speed_figure(
     name: str, task: tuple[int, int, int], seconds: Sequence[Sequence[float]]
 ) -> ServingFigure:
-    """Convert the seconds of both models in each turn to tokens per second."""
+    """Compute the tokens per second of the base model and the saved model.
+
+    Args:
+        name: The figure's name in tracking backends.
+        task: Number of texts, tokens in each prompt, and new tokens per text.
+        seconds: Seconds of the base model in each turn, and seconds of the saved model.
+
+    Returns:
+        The figure.
+    """
     batch, length, new_tokens = task
     title = f"tokens read per second, prompt of {length:,} tokens"
     if new_tokens:

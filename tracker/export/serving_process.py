@@ -22,10 +22,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 
 def main(request: dict[str, Any]) -> dict[str, Any]:
-    """Time each task of the request with each model, and measure memory.
+    """Time several tasks with several models, and measure memory.
 
-    Returns a dict with the seconds of each task, the bytes of the key-value cache, and the peak
-    memory in bytes.
+    Args:
+        request: The settings, including the models' folders (`folders`) and the tasks (`tasks`).
+
+    Returns:
+        A dict with the result of `time_by_turns` (`seconds`), the bytes of the key-value cache
+        (`cache_bytes`), and the peak memory of this process in bytes (`peak_bytes`).
     """
     torch.set_num_threads(request["threads"])
     torch.manual_seed(0)
@@ -44,9 +48,15 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
 def time_by_turns(
     models: Sequence[Any], request: Mapping[str, Any], time_answer: Callable[..., float]
 ) -> dict[str, list[list[float]]]:
-    """Time each task of the request several times with each model, the models in turn.
+    """Time several tasks; in each turn, every model runs every task once.
 
-    Returns a dict from tasks to the seconds `[models][turns]`.
+    Args:
+        models: The models.
+        request: The settings, including the tasks and the minimum number of turns.
+        time_answer: Function that runs a model on a task and returns the seconds.
+
+    Returns:
+        Name of each task → seconds `[models][turns]`.
     """
     seconds: dict[str, list[list[float]]] = {
         name: [[] for _ in models] for name in request["tasks"]
@@ -89,8 +99,8 @@ def time_answer(
         new_tokens: Number of tokens to write after each prompt; 0 to measure reading the prompt.
 
     Returns:
-        The seconds, and the key-value cache. The time to read the prompt is not included if
-        `new_tokens` is above 0.
+        The seconds, and the key-value cache. If `new_tokens` is not 0, the time to read the prompt
+        is not included.
     """
     vocabulary = model.config.get_text_config().vocab_size
     ids = torch.randint(vocabulary, (batch, length), device=model.device)

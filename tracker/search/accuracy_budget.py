@@ -34,9 +34,10 @@ class BudgetVerdict(NamedTuple):
 
     Attributes:
         shown: Column of the smallest model that is significantly within the budget. All larger
-            models must be significantly within the budget too. None if there is no such model.
-        estimated: Column of the smallest model whose estimated loss is within the budget; None if
-            there is no such model.
+            models must be significantly within the budget too. The value is None if there is no
+            such model.
+        estimated: Column of the smallest model whose estimated loss is within the budget. The value
+            is None if there is no such model.
         needed: Number of test documents with which the model in column `estimated` would probably
             be significantly within the budget; None if unknown.
         smallest_excess: The smallest estimate of a model's loss minus the budget; None if no loss
@@ -75,9 +76,10 @@ class AccuracyBudget:
         return None
 
     def is_clearly_exceeded(self, paired: PairedOutcomes) -> bool:
-        """Return whether the loss exceeds `WALK_FACTOR` times the budget; a search then ends.
+        """Return whether the loss exceeds `WALK_FACTOR` times the budget.
 
-        A loss that is not a number exceeds every budget.
+        A search ends if its loss exceeds this limit. A loss that is not a number exceeds every
+        budget.
         """
         intact = float(paired.weights @ paired.baseline)
         allowed = self.max_drop + (1 - self.kept_share) * intact
@@ -86,7 +88,8 @@ class AccuracyBudget:
     def excess(self, paired: PairedOutcomes, index: int) -> Estimate:
         """Estimate by how much the loss in column `index` exceeds the budget.
 
-        The model is significantly within the budget if the interval's upper end is at most 0.
+        The model in this column is significantly within the budget if the upper end of the
+        estimate's interval is at most 0.
         """
         outcomes = paired.baseline, paired.ablated[:, index], paired.weights
         return budget_excess(*outcomes, self.max_drop, self.kept_share)
@@ -94,7 +97,7 @@ class AccuracyBudget:
     def judge(
         self, paired: PairedOutcomes, columns: Sequence[int], n_documents: int, n_searches: int = 1
     ) -> BudgetVerdict:
-        """Test which models are within the budget.
+        """Find the smallest models that are within the budget.
 
         Args:
             paired: Outcomes of the test documents, with a column for each model.
@@ -103,7 +106,8 @@ class AccuracyBudget:
             n_searches: Number of searches for which the intervals are simultaneous.
 
         Returns:
-            The columns of the models that are within the budget.
+            The column of the smallest model that is significantly within the budget, and the column
+            of the smallest model whose estimated loss is within the budget.
         """
         excesses = [self.excess(paired, column) for column in columns]
         n_shown = count_shown(widen(excesses, [n_documents] * len(excesses), n_searches))
@@ -137,16 +141,17 @@ def count_shown(excesses: Sequence[Estimate]) -> int:
     """Count the steps of a search that are significantly within a budget.
 
     The steps are tested in a fixed order, which starts with the smallest removal. The test stops at
-    the first step that is not significantly within the budget. In such a fixed sequence, p-values
-    need no correction for the number of steps: an error requires that the first true null
-    hypothesis is rejected, and a single test limits the probability of this.
+    the first step that is not significantly within the budget. Because the order is fixed, the
+    p-values need no correction for the number of steps. An error occurs only if the test rejects
+    the first true null hypothesis in this order, and the level of one test limits the probability
+    of this error.
 
     Args:
-        excesses: Loss above the budget after each step, with intervals that are simultaneous for
+        excesses: Loss minus the budget after each step, with intervals that are simultaneous for
             all searches whose results are compared.
 
     Returns:
-        The number of leading steps whose intervals end at or below 0.
+        The number of steps before the first step whose interval has a positive upper end.
 
     References:
         W. Maurer, L. A. Hothorn, W. Lehmacher, Biometrie in der chemisch-pharmazeutischen Industrie

@@ -48,7 +48,10 @@ def plan_with_baseline(ablations: Iterable[Ablation], n_layers: int) -> StreamPl
 
 
 def engine_passes(ablations: Iterable[Ablation], n_layers: int) -> float:
-    """Return the cost of the shared forward pass, in forward passes of the intact model."""
+    """Return the cost of a forward pass that the intact model and ablations share.
+
+    The unit of the cost is one forward pass of the intact model alone.
+    """
     return plan_with_baseline(ablations, n_layers).layer_passes / n_layers
 
 
@@ -99,7 +102,7 @@ _MANY_PARTS = 2
 
 
 def _removal_shape(ablation: Ablation) -> _RemovalShape:
-    """Count the changed parts of each kind in `COMPONENTS`; 2 stands for two or more."""
+    """Count the changed parts of each kind in `COMPONENTS`, but at most two."""
     counts = Counter(change.component for change in ablation.changes)
     return tuple(min(counts[component], _MANY_PARTS) for component in COMPONENTS)
 
@@ -174,7 +177,7 @@ class OpenCell:
 
     @property
     def view(self) -> View:
-        """The metric, the documents and the runs that the request asks for."""
+        """The metric, documents and runs of the request."""
         return self.store.views.view_of(self.request)
 
     @property

@@ -61,10 +61,11 @@ def judge_steps(
 
 
 def end_within_budget(search: TestedSearch, n_searches: int, is_savable: IsSavable) -> TestedSearch:
-    """Set the field `shown` of a search that has a budget of accuracy.
+    """Return a copy of a search that ends within its budget of accuracy.
 
-    The field becomes the index of the last step that is significantly within the budget, or −1. A
-    search without a budget of accuracy is returned unchanged.
+    In the copy, the field `shown` is the index of the last step that is significantly within the
+    budget, or −1 if there is no such step. A search without a budget of accuracy is returned
+    unchanged.
     """
     budget = search.request.accuracy_budget
     if budget is None:
@@ -78,9 +79,9 @@ def recommend_within(
 ) -> Recommendation:
     """Recommend the smallest model that is significantly within a budget of accuracy.
 
-    The steps of a search are tested on test documents, the smallest removal first (`count_shown`).
-    The intervals are simultaneous for all searches (Bonferroni). Random draws are never
-    recommended.
+    The steps of a search are tested on test documents in the order of `count_shown`, which begins
+    with the smallest removal. The intervals are simultaneous for all searches (Bonferroni). Random
+    draws are never recommended.
 
     Args:
         budget: The budget.
@@ -152,7 +153,8 @@ def run_search_file(
 ) -> tuple[SearchResults, FindingRecord]:
     """Run the searches of an experiment file and store a common report.
 
-    Raises RequestError and CellError as `run_searches` does.
+    Returns the results of the searches, and the report. Raises RequestError and CellError as
+    `run_searches` does.
     """
     results = run_searches(requests, cache, publisher, wants_recommendation=True)
     reasons = {request.title: reason for request, reason in results.failed.items()}

@@ -51,9 +51,9 @@ class FormatUnit:
     Attributes:
         layer: Number of the layer, 0-based; 0 for the embedding and the output head.
         paths: Paths of the linear maps, as in `Change.path`. A single empty path stands for all
-            maps of a layer. The loss of the unit is the sum of the losses of rounding each path
+            maps of a layer. The loss of the unit is the sum of the losses of rounding each map
             alone.
-        shapes: Numbers of outputs and inputs of each weight matrix.
+        shapes: Number of outputs and number of inputs of each weight matrix.
     """
 
     layer: int
@@ -74,7 +74,7 @@ class FormatUnit:
         return [f"{self.layer}.{path}".rstrip(".") for path in self.paths]
 
     def changes(self, form: str) -> list[Change]:
-        """Return one change per path, which rounds the weights of this path to a format."""
+        """Return one change for each path; the change rounds the path's weights."""
         return [Change.parse(f"{form}:{key}") for key in self.keys]
 
     @property
@@ -115,11 +115,11 @@ def list_units(
     """List the units that get a format: the linear maps, groups of fused maps, or the layers.
 
     Args:
-        maps: Name and shape (outputs, inputs) of the linear maps of each layer.
+        maps: For each layer, a dict from linear maps to shapes (outputs, inputs).
         layers: Numbers of the layers whose maps get formats.
-        by_map: Whether the units are linear maps; otherwise the units are layers.
+        by_map: True if the units are linear maps; False if the units are layers.
         embeddings: Names and shapes of the embedding and the output head, if they get formats too.
-        is_tied: Whether linear maps that inference engines fuse form one unit.
+        is_tied: True if the linear maps that inference engines fuse form a common unit.
 
     Returns:
         The units of the layers, followed by the embedding and the output head.
@@ -360,8 +360,8 @@ class FormatProblem:
         """Choose formats for `BUDGET_SIZES` model sizes.
 
         The first choice has the largest format for all units. Each later choice has a smaller size,
-        and the last choice has the size of the budget. For each size, the formats have the smallest
-        sum of losses.
+        and the last choice has the size of the budget. Each choice has the smallest sum of losses
+        that is possible for its size.
         """
         unlimited = replace(self, budget=replace(self.budget, bits=math.inf))
         largest = unlimited.uniform_choice()
@@ -374,19 +374,20 @@ class FormatProblem:
     def _largest_choice(self, given: FormatChoice) -> FormatChoice | None:
         """Choose one format for all units without a format in `given`.
 
-        The result includes the formats in `given`. It has the largest format with which the whole
-        model is within the budget; None if every format exceeds the budget.
+        The result also contains the formats in `given`. All other units have the largest format
+        with which the whole model is within the budget. The result is None if there is no such
+        format.
         """
         choices = [{**dict.fromkeys(self.units, form), **given} for form in self.formats]
         return max(filter(self.budget.holds, choices), key=bits_per_weight, default=None)
 
     def find_swaps(self, choice: FormatChoice, max_swaps: int = MAX_SWAPS) -> list[FormatChoice]:
-        """Find swaps of formats: one unit gets more bits, and others get fewer.
+        """Find swaps that give one unit more bits and other units fewer bits.
 
-        All swaps stay within the budget. The list begins with the swaps whose increase lowers the
-        loss most. If one other unit can free enough bits, the swap reduces the bits of one unit,
-        the unit with the smallest added loss. If no single unit can free enough bits, the swap
-        reduces the bits of several units.
+        All swaps stay within the budget. The list begins with the swaps in which the additional
+        bits lower the loss most. If some units could free enough bits alone, the swap reduces the
+        bits of that unit whose reduction adds the smallest loss. If no single unit can free enough
+        bits, the swap reduces the bits of several units.
 
         Args:
             choice: The current format of each unit, in the order of `losses`.
@@ -441,7 +442,8 @@ class FormatProblem:
             measure: Function that measures several choices of formats on the calibration documents.
 
         Returns:
-            The refined formats.
+            The final formats, the number of measured swaps, and the decrease of the loss by each
+            accepted swap.
         """
         choice, count, gains = start, 0, list[Estimate]()
         for _ in range(rounds):
@@ -541,11 +543,13 @@ def map_formats_request(
     return request.with_changes([*request.changes.expand(), *changes])
 
 
-def observe_errors(engine: Engine, maps: Sequence[Change], kl: bool = False) -> ObserveDocument:
+def build_error_observer(
+    engine: Engine, maps: Sequence[Change], kl: bool = False
+) -> ObserveDocument:
     """Build a function that measures the `rounding_errors` of each map on one document.
 
-    The result also contains `weight_error`, which is the same for all documents. With `kl`, the
-    function also measures the KL divergence of the model's output.
+    The measured values also include `weight_error`, which is the same for all documents. If `kl` is
+    true, they also include the KL divergence of the model's output.
     """
     weights = weight_errors(engine, maps)
     ablations = [Ablation.from_changes(change) for change in maps]

@@ -1,9 +1,9 @@
 """Simulate searches with random scores to predict their cost and their possible results.
 
 A search is refused if it cannot remove enough, or if no possible result could be saved as a
-checkpoint. In some models (e.g. Jamba), layer types repeat with a period, and a layer's type
-depends on its position. A pruned checkpoint of these models can be loaded only if the number of
-adjacent removed layers is a multiple of the period.
+checkpoint. In some models, such as Jamba, a layer's type depends on its position, and the types
+repeat with a period. A checkpoint without some layers of such a model can be loaded only if the
+number of adjacent removed layers is a multiple of the period.
 """
 
 from __future__ import annotations
@@ -101,8 +101,8 @@ def prepare_searches(
 ) -> tuple[list[Budget], list[str]]:
     """Check all searches before anything is measured.
 
-    Returns the budget of each search, and a remark for each search whose results may not be
-    savable; other remarks are empty. Raises RequestError for an invalid request.
+    Returns the budget of each search, and a remark for each search. The remark is empty if all
+    possible results of the search can be saved. Raises RequestError for an invalid request.
     """
     refuse_unknown(requests, cache)
     refuse_mixed(requests, cache)
@@ -213,8 +213,8 @@ class PlannedSearch:
         dtype: The dtype of the computation, such as `bfloat16`.
         naive_flops: Number of floating-point operations if lm-eval evaluated each set separately;
             None if the search uses proxies.
-        steps: Number of parts that the search removes. If the search removes several units, it is
-            the number of steps. None for a comparison or test.
+        steps: Number of parts that the search removes, or number of steps if the search removes
+            several units. The value is None for a comparison or a test.
         passes: Cost of the search in forward passes of the intact model over all calibration
             documents; None for a comparison or test.
         at_most: True if the cost is an upper bound.

@@ -55,11 +55,12 @@ class TestedSearch:
     Attributes:
         request: The request of the search.
         record: The stored record of the search: settings, steps and cost.
-        outcomes: Outcomes of the test documents after each step of the search; higher is better.
+        outcomes: Outcomes of the test documents after each step of the search; higher outcomes are
+            better.
         run_requests: For each step, the request that measures the step as an ablation run; None if
-            this is impossible.
-        shown: Index of the last step that is significantly within the budget of accuracy; −1 if no
-            step is. None if the search has no budget of accuracy.
+            no ablation run can measure the step.
+        shown: Index of the last step that is significantly within the budget of accuracy. The index
+            is −1 if there is no such step, and None if the search has no budget of accuracy.
     """
 
     request: SearchRequest
@@ -72,8 +73,9 @@ class TestedSearch:
     def final_index(self) -> int:
         """The index of the step that gives the search's result.
 
-        This is the last step. If the search has a budget of accuracy, it is the last step that is
-        significantly within the budget, or −1 if there is none.
+        If the search has no budget of accuracy, this is the index of the last step. Otherwise, this
+        is the index of the last step that is significantly within the budget, or −1 if there is no
+        such step.
         """
         return len(self.record.steps) - 1 if self.shown is None else self.shown
 
@@ -131,19 +133,21 @@ class GoalResult:
     def find_steps(self, removed: Sequence[int]) -> list[tuple[TestedSearch, int]]:
         """Find the searches that removed exactly a given set of parts at one of their steps.
 
-        Returns pairs of a search and the index of this step. Random searches are excluded.
+        The method returns pairs of a search and the index of the step that removed these parts.
+        Random searches are excluded.
         """
         indices = [(search, search.find_step(removed)) for search in self.searches]
         return [(search, index) for search, index in indices if index is not None]
 
     def text(self, labels: Labels | None = None) -> str:
-        """Describe the recommended model in one paragraph, for terminal, page and card.
+        """Describe the recommended model in one paragraph.
 
         Args:
             labels: Labels of the searches, by name; None for their strategies.
 
         Returns:
-            The model, its size, its loss with an interval, and what is not known.
+            A text that names the model, its size, and its loss with an interval, or the reason why
+            no model is recommended.
         """
         records = [search.record for search in self.searches]
         names = labels or _search_labels(records)
@@ -173,7 +177,7 @@ class GoalResult:
 
     @property
     def unshown_reason(self) -> str:
-        """Reason why no removal is significantly within the budget, and advice what to do."""
+        """Reason why no removal is significantly within the budget, with advice."""
         budget, n, recommendation = self.budget, self.record.baseline.n, self.recommendation
         if budget is not None and recommendation.nearest is not None:
             return SEARCH_TEXTS.render("unreached", recommendation.nearest, budget, n)
@@ -203,7 +207,8 @@ class GoalResult:
     def _upper_excesses(self, removed: Sequence[int]) -> list[float]:
         """Compute upper bounds of the loss minus the budget, for the steps of a search.
 
-        The list has an upper bound for each step, up to the step that removed the set `removed`.
+        The list has one upper bound for each step, from the first step to the step that removed the
+        set `removed`.
         """
         assert self.budget is not None
         search, index = self.find_steps(removed)[0]
@@ -220,7 +225,7 @@ class StrategyResult:
     Attributes:
         records: The stored records of the searches, one record per random draw.
         paired_outcomes: For each draw, the outcomes of the test documents after each step; higher
-            is better.
+            outcomes are better.
     """
 
     records: tuple[PruneRecord, ...]
@@ -255,7 +260,10 @@ class StrategyResult:
         return accuracy(np.mean(outcomes, axis=0), self.weights)
 
     def difference_from(self, reference: StrategyResult) -> Estimate:
-        """Estimate this strategy's test accuracy minus a reference's, on the same documents."""
+        """Estimate the test accuracy of this strategy minus that of `reference`.
+
+        Both strategies are tested on the same documents.
+        """
         return accuracy_drop(self.outcomes, reference.outcomes, self.weights)
 
 
@@ -281,7 +289,8 @@ class StepSeparation:
     def needed_documents(self) -> int | None:
         """Estimated number of documents that would make half of the unsure steps significant.
 
-        This is the median of the steps' estimates; None if no step has an estimate.
+        This number is the median of the estimates of single steps. It is None if no step has an
+        estimate.
         """
         needed = [step.separates for step in self.unsure_steps if step.separates is not None]
         return statistics.median_high(needed) if needed else None
@@ -305,7 +314,16 @@ PRUNE_QUESTION = "What can be removed, and how accurate is the model afterwards?
 def build_finding(
     name: str, goals: Sequence[GoalResult], failures: Mapping[str, str]
 ) -> FindingRecord:
-    """Build the report (sentences, tables, charts) on the searches of an experiment file."""
+    """Build the report on the searches of an experiment file.
+
+    Args:
+        name: Name of the experiment file.
+        goals: The searches and the recommendation for each goal.
+        failures: Title of each failed search → reason of the failure.
+
+    Returns:
+        The report, with sentences, tables and charts.
+    """
     # One model, one set of test documents and one unit share one table.
     groups = group_by(goals, lambda goal: goal.searches[0].request.goal[:2]).values()
     searches = [[search for goal in group for search in goal.searches] for group in groups]
@@ -316,13 +334,13 @@ def build_finding(
         experiment=name,
         command="tracker prune",
         question=PRUNE_QUESTION,
-        answers=tuple(text for group in groups for text in _answers(group)),
+        answers=tuple(text for group in groups for text in _write_answers(group)),
         tables=tuple(
             table
             for pair in zip(searches, records, strict=True)
             for table in (_searches_table(pair[0]), _steps_table(pair[1]))
         ),
-        charts=tuple(chart for group in records for chart in _draw_frontiers(group)),
+        charts=tuple(chart for group in records for chart in _frontier_charts(group)),
         lacking=tuple(f"{title}: {reason}" for title, reason in failures.items()),
         assumptions=tuple(SEARCH_TEXTS.render_all("assumptions", budgets)),
         rests_on=tuple(dict.fromkeys(c for group in records for r in group for c in r.rests_on)),
@@ -346,7 +364,7 @@ def _benchmark_name(record: PruneRecord) -> str:
 
 
 def _bytes(record: PruneRecord, n_parameters: int) -> int:
-    """Return the bytes of a number of parameters in the model's dtype."""
+    """Return the size in bytes of some parameters in the model's dtype."""
     return n_parameters * (2 if record.model.is_half else 4)
 
 
@@ -363,8 +381,11 @@ SEARCH_TEXTS = TextTemplate(
 )
 
 
-def _answers(goals: Sequence[GoalResult]) -> Iterator[str]:
-    """Yield the report's sentences about searches with the same test documents."""
+def _write_answers(goals: Sequence[GoalResult]) -> Iterator[str]:
+    """Yield sentences that recommend models and compare strategies.
+
+    The searches of all goals have the same test documents.
+    """
     labels = _search_labels([search.record for goal in goals for search in goal.searches])
     for goal in goals:
         yield f"{goal.text(labels)} {SEARCH_TEXTS.render('constraints', goal.record)}".strip()
@@ -377,7 +398,10 @@ def _answers(goals: Sequence[GoalResult]) -> Iterator[str]:
 
 
 def _compare_strategies(searches: Searches, best: Searches) -> Iterator[str]:
-    """Yield sentences that compare other strategies with the recommended set."""
+    """Yield sentences that compare some strategies with the best searches.
+
+    `best` contains the searches that chose the recommended set of parts.
+    """
     by_strategy = group_by((s for s in searches if s not in best), lambda s: s.request.strategy)
     names = ("cosine_oneshot", "cosine", RANDOM_STRATEGY)
     groups = [by_strategy[name] for name in names if name in by_strategy]
@@ -396,7 +420,15 @@ def _strategy_result(searches: Searches) -> StrategyResult:
 
 
 def _describe_strategy(searches: Searches, difference: Estimate) -> str:
-    """Describe a strategy's test result, and the difference from the recommended set."""
+    """Describe the test accuracy of a strategy in a sentence.
+
+    Args:
+        searches: The searches of the strategy.
+        difference: Accuracy without the recommended set of parts minus accuracy of this strategy.
+
+    Returns:
+        A sentence.
+    """
     levels = [final_outcome(search.record).level.value for search in searches]
     mean = statistics.fmean(level or 0.0 for level in levels) if None not in levels else None
     figures = Estimate(mean), len(levels), difference
@@ -406,7 +438,8 @@ def _describe_strategy(searches: Searches, difference: Estimate) -> str:
 def unsure_sentences(records: Sequence[PruneRecord], choice: str, suffix: str = "") -> list[str]:
     """Return a sentence about search steps with too few calibration documents, if there are any.
 
-    At such a step, the chosen candidate is not significantly better than the second-best candidate.
+    A step has too few calibration documents if the chosen candidate is not significantly better
+    than the second-best candidate.
 
     Args:
         records: Records of the searches.
@@ -606,10 +639,12 @@ def _steps_table(records: Sequence[PruneRecord]) -> Table:
     )
 
 
-def _draw_frontiers(records: Sequence[PruneRecord]) -> Iterator[LineChart]:
-    """Draw each strategy's test accuracy or loss against the size, and against the measured time.
+def _frontier_charts(records: Sequence[PruneRecord]) -> Iterator[LineChart]:
+    """Yield charts of each strategy's test accuracy or loss after each step.
 
-    The size is the number of parameters, or of removed parts. The time is the time per token.
+    The horizontal axis of the first chart is the number of parameters, or the number of removed
+    parts if parameters are not counted. The horizontal axis of the second chart is the measured
+    time per token. Without measured times, there is no second chart.
     """
     record, labels = records[0], _search_labels(records)
     ascending = sorted(records, key=lambda search: len(search.removed))

@@ -256,7 +256,7 @@ class SearchRequest(SearchSettings):
 
     @property
     def goal(self) -> SearchGoal:
-        """The goal: test documents, kind of parts, amount and constraints of the search."""
+        """Test documents, unit, amount and constraints of the search."""
         return self.test(), self.unit, self.amount_text, self.constraints_text
 
 
@@ -266,7 +266,10 @@ class _Constraint(GridValues):
     @model_validator(mode="before")
     @classmethod
     def _refuse_range(cls, content: object) -> object:
-        """Raise ValueError for a mapping without the key `value` or `values`."""
+        """Return the content unchanged; raise ValueError if it has no value.
+
+        The value of a mapping has the key `value` or `values`.
+        """
         if isinstance(content, dict) and not content.keys() & {"value", "values"}:
             entries = ", ".join(f"{key}: {value}" for key, value in content.items())
             raise ValueError(f"write {{value: {{{entries}}}}}: a constraint has only one value")
@@ -296,7 +299,18 @@ def deciding_request(searches: Sequence[SearchRequest]) -> CellRequest:
 
 
 def search_request(settings: dict[str, Any], prefix: str = "--") -> SearchRequest:
-    """Build a search request from settings (None = default), or raise RequestError."""
+    """Build a search request; raise RequestError for an invalid setting.
+
+    Args:
+        settings: Name of each setting → value; None for the default value.
+        prefix: Text before the name of a setting in error messages.
+
+    Returns:
+        The request.
+
+    Raises:
+        RequestError: A setting is unknown or has an invalid value.
+    """
     settings = {name: value for name, value in settings.items() if value is not None}
     search = {name: settings.pop(name) for name in SearchSettings.model_fields if name in settings}
     cell = validate_settings(CellSettings, {"layers": (), **settings}, prefix).request

@@ -44,7 +44,7 @@ _DIRECTION_PROXIES = ("cosine_score", "relative_update", "angular_distance")
 
 
 def add_parts(removed: PartSet, *parts: int) -> PartSet:
-    """Return a set of parts with more parts added."""
+    """Return a set that contains the parts in `removed` and also `parts`."""
     return tuple(sorted((*removed, *parts)))
 
 
@@ -83,10 +83,11 @@ class Losses:
         return sorted(range(len(keys)), key=keys.__getitem__)
 
     def per_size(self, sizes: Array) -> Losses:
-        """Compute the loss per removed size of each set, relative to the first set.
+        """Divide the additional loss of each set by its additional size.
 
-        Both the loss and the size of the first set are subtracted before the division. `sizes`
-        contains the total size of the parts in each set. The result does not contain the first set.
+        The additional loss of a set is its loss minus the loss of the first set; the additional
+        size is defined in the same way. `sizes` contains the total size of the parts in each set.
+        The result does not contain the first set.
         """
         prices = np.asarray(sizes[1:]) - sizes[0]
         values = (self.values[:, 1:] - self.values[:, :1]) / prices
@@ -97,7 +98,8 @@ class Losses:
         """Build the search step that removes the set with the smallest loss.
 
         Args:
-            removed: The set that earlier steps removed; None if the sets do not extend such a set.
+            removed: The parts that earlier steps removed, which every set contains; None if there
+                are no such parts.
             order: Indices of the sets to consider, in ascending order of loss; None for all sets.
 
         Returns:
@@ -202,13 +204,17 @@ class Scores:
         return [add_parts(removed, *(layers[n] for n in span)) for span in spans]
 
     def _add_passes(self, cell: OpenCell, n_passes: float) -> None:
-        """Add forward passes of one benchmark to the cost."""
+        """Add forward passes over the documents of one benchmark to the cost."""
         self._passes += n_passes * cell.n / self.documents
 
     def _proxy(
         self, cell: OpenCell, name: str, removed: PartSet, spans: Sequence[range] | None
     ) -> tuple[Array, Array]:
-        """Return a proxy's mean for each document and candidate, and the document weights."""
+        """Measure a proxy of each candidate on each document of a benchmark.
+
+        Returns the means over tokens `[documents, candidates]`, and weights `[documents]`. The
+        arguments are those of `proxy`.
+        """
         observation = "turning" if name in _DIRECTION_PROXIES else name.replace("_", "-")
         suffix = f"-without-{'-'.join(map(str, removed))}" if removed else ""
         kind = f"{observation}-1{suffix}"
@@ -279,7 +285,16 @@ class Scores:
 
 
 def _stack_documents(parts_of_cells: Sequence[tuple[Array, Array]]) -> tuple[Array, Array]:
-    """Concatenate documents' values and weights, with equal total weight per benchmark."""
+    """Concatenate the documents of benchmarks that have equal weights.
+
+    Args:
+        parts_of_cells: For each benchmark, the values `[documents, columns]` and the weights
+            `[documents]`.
+
+    Returns:
+        The values and the weights of all documents. The weights of each benchmark have the same
+        sum.
+    """
     values = np.concatenate([values for values, _ in parts_of_cells])
     return values, np.concatenate([weights / len(parts_of_cells) for _, weights in parts_of_cells])
 

@@ -153,7 +153,7 @@ class SearchDraw:
 
     @property
     def ablations(self) -> list[Ablation]:
-        """One ablation per step, which removes all parts removed so far."""
+        """For each step, the ablation that removes all parts in `step.removed`."""
         return [self.parts.removal(step.removed) for step in self.steps]
 
     def run_request(self, step: PruneStep) -> CellRequest | None:
@@ -234,7 +234,10 @@ def refuse_mixed(searches: Sequence[SearchRequest], cache: ModelCache) -> None:
 
 
 def find_budget(request: SearchRequest, cache: ModelCache) -> Budget:
-    """Build the budget of a search; raise ExperimentError if the amount is impossible."""
+    """Return the budget of a search.
+
+    Raises ExperimentError if the requested amount is impossible.
+    """
     cell, amount = request.cell, request.amount
     source = cache.source(cell.model)
     # Constraints that are wrong are reported before anything is timed.
@@ -243,7 +246,7 @@ def find_budget(request: SearchRequest, cache: ModelCache) -> Budget:
     block, kinds = None, list[UniformKind]()
     if request.is_mixed:
         model, _ = build_for_planning(source, cell.model.dtype)
-        parts, kinds, sizes = _mix_units(request.unit, source, model)
+        parts, kinds, sizes = _assign_part_numbers(request.unit, source, model)
         total = float(model.num_parameters())
         if amount is not None and amount.measure == "bytes":
             value = amount.value / (1 if amount.is_share else model.dtype.itemsize)
@@ -280,10 +283,20 @@ def _uniform_block(source: ModelSource, parts: SearchParts) -> int:
     return block
 
 
-def _mix_units(
+def _assign_part_numbers(
     units: str, source: ModelSource, model: Any
 ) -> tuple[MixedParts, list[UniformKind], list[float]]:
-    """Build the numbering of several units, and count the parameters of each part."""
+    """Assign numbers to the parts of several units, such as layers and heads.
+
+    Args:
+        units: Names of the units, separated by commas.
+        source: Source of the model.
+        model: The model, without weights.
+
+    Returns:
+        The numbering of all parts, the possible uniform removals for each unit other than whole
+        layers, and the number of parameters of each part.
+    """
     parts = MixedParts.of([find_search_parts(source, unit) for unit in units.split(",")])
     assert isinstance(parts, MixedParts)
     kinds, sizes = list[UniformKind](), list[float]()
@@ -303,7 +316,10 @@ def _mix_units(
 
 
 def _count_parameters(model: Any, unit: str) -> list[int]:
-    """Count the parameters of each layer, attention or MLP; return [] for other parts."""
+    """Count the parameters of each layer, each attention or each MLP.
+
+    The argument `unit` is the kind of these parts. The list is empty for other units.
+    """
     modules: list[nn.Module] = [*find_layers(model)]
     if unit not in UNITS:
         return []
@@ -380,9 +396,10 @@ def run_search(request: SearchRequest, budget: Budget, cache: ModelCache) -> Ite
 
 
 def _is_over(budget: AccuracyBudget, scores: Scores, removed: PartSet) -> bool:
-    """Return whether the loss without the removed parts is far above the budget.
+    """Return whether the loss of a removal clearly exceeds the budget.
 
-    A search ends in this case. The function measures the loss if it is not measured yet.
+    A search ends if its loss clearly exceeds the budget. If the loss is not measured yet, the
+    function measures it.
     """
     scores.losses("accuracy", [removed])
     (cell,) = scores.cells
@@ -410,7 +427,15 @@ def _refuse_mixtures(request: SearchRequest, cells: list[OpenCell]) -> None:
 
 
 def calibration_record(cell: OpenCell, documents: dict[str, tuple[int, ...]]) -> CalibrationSet:
-    """Build the stored record of the calibration documents from one benchmark."""
+    """Build the stored record of the calibration documents from one benchmark.
+
+    Args:
+        cell: The model and the benchmark.
+        documents: Task → numbers of its documents.
+
+    Returns:
+        The record.
+    """
     return CalibrationSet(
         key=cell.store.identity.key,
         benchmark=str(cell.request.benchmark),
@@ -460,7 +485,8 @@ class Recommendation:
         n_needed: Number of test documents with which the model without `estimated` would probably
             be significantly within the budget; None if unknown.
         nearest: Command-line option for the smallest budget of accuracy that a tested set meets.
-            None if a tested set meets the given budget. Empty if every set loses all accuracy.
+            The value is None if a tested set meets the requested budget. It is empty if every
+            tested set reduces the accuracy to 0.
     """
 
     removed: PartSet = ()

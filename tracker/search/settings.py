@@ -94,7 +94,11 @@ def _parse_layer(value: object) -> Iterator[int | str]:
 
 
 def _parse_minimums(value: object) -> str:
-    """Parse minimums per kind of layer, e.g. `{full_attention: 1 of 4}`; return sorted JSON."""
+    """Parse the minimum number of layers of each kind.
+
+    An example of the value is `{full_attention: 1 of 4}`. The function returns JSON text with
+    sorted keys.
+    """
     expected = f"expected e.g. {MINIMUM_FORMS}"
     try:
         minimums = decode_arguments(_SETTINGS.validate_python(value))
@@ -127,8 +131,8 @@ class LayerMinimum:
         kind: Kind of the layers, such as `full_attention`.
         layers: Numbers of the layers of this kind.
         count: Minimum number of layers that stay.
-        window: If this is 4, any four consecutive layers must keep the minimum. None means that the
-            minimum applies to the whole model.
+        window: If the window is 4, the minimum applies to any four consecutive layers. None means
+            that the minimum applies to the whole model.
     """
 
     kind: str
@@ -217,7 +221,20 @@ def resolve_constraints(
 def _resolve_layers(
     key: str, words: Sequence[int | str], n_layers: int, config: Callable[[], Any]
 ) -> tuple[int, ...]:
-    """Convert layer numbers and words such as `last` to numbers of layers of a model."""
+    """Return the numbers of the layers that the value of a constraint names.
+
+    Args:
+        key: The constraint, for error messages.
+        words: The value: layer numbers, kinds of layers, and words such as `last`.
+        n_layers: Number of layers of the model.
+        config: Function that reads the model's text configuration.
+
+    Returns:
+        The numbers of the layers, ascending.
+
+    Raises:
+        ExperimentError: A layer or kind does not exist.
+    """
     kinds = [word for word in words if isinstance(word, str) and word != LAST_LAYER]
     numbers = {word for word in words if isinstance(word, int)}
     if numbers and max(numbers) >= n_layers:
@@ -229,7 +246,10 @@ def _resolve_layers(
 
 
 def _layers_of_kinds(key: str, kinds: Sequence[str], config: Callable[[], Any]) -> tuple[int, ...]:
-    """Find the layers of some kinds; `key` is the constraint that names the kinds."""
+    """Return the numbers of the layers of some kinds.
+
+    `key` is the constraint that names the kinds, for error messages.
+    """
     try:
         return layers_of_kind(config(), kinds) if kinds else ()
     except ModelError as error:
@@ -407,8 +427,8 @@ class Budget:
     def is_finished(self, removed: Collection[int]) -> bool:
         """Return whether a search ends after it removed these parts.
 
-        A search ends when it has removed the minimum total size. Without a minimum, it ends when
-        nothing else can be removed.
+        If there is a minimum total size, the search ends when it has removed this size. Otherwise,
+        the search ends when no further part can be removed.
         """
         return self.is_met(removed) if self.min_removed else self.is_exhausted(removed)
 
@@ -448,8 +468,8 @@ class PartsBudget(Budget):
 
     Attributes:
         uniform_block: Number of consecutive parts that form a block, such as the parts of a layer.
-            If it is set, a search must remove equally many parts from each block. None if there is
-            no such constraint.
+            A search must then remove equally many parts from each block. The value is None if a
+            search can remove different numbers of parts from the layers.
     """
 
     uniform_block: int | None = None
@@ -469,7 +489,7 @@ class PartsBudget(Budget):
     def block_of(self, part: int) -> int:
         """Return the number of the block that contains a part.
 
-        The blocks have `uniform_block` parts. If this is None, each layer is a block.
+        Each block has `uniform_block` parts. If `uniform_block` is None, each layer is a block.
         """
         return part // (self.uniform_block or self.parts.per_layer)
 
@@ -510,7 +530,9 @@ class PartsBudget(Budget):
 
 @dataclass(frozen=True)
 class UniformKind:
-    """Parts of one kind, of which a search must remove equally many from each block.
+    """Removable parts of one kind, such as heads, grouped into blocks.
+
+    A search must remove equally many of these parts from each block.
 
     Attributes:
         blocks: Numbers of the removable parts in each block. A block is a layer, or a group of

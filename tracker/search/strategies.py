@@ -1,9 +1,10 @@
 """Define search strategies: generators of steps that remove parts of a model.
 
-Except for `last` and `random`, a strategy minimises a loss: the drop of `accuracy`, the drop of
-`gold_logprob`, or a proxy. If two sets of parts have equal losses of `accuracy`, the strategy
-chooses the set with the smaller loss of `gold_logprob`. If they have equal losses of
-`gold_logprob`, it chooses the set with the smaller loss of `accuracy`.
+The strategies `last` and `random` use no documents. Every other strategy minimises a loss, which is
+the drop of `accuracy`, the drop of `gold_logprob`, or a proxy. If two sets of parts have equal
+losses of `accuracy`, the strategy chooses the set with the smaller loss of `gold_logprob`. If two
+sets have equal losses of `gold_logprob`, the strategy chooses the set with the smaller loss of
+`accuracy`.
 
 Some settings of `rescoring` skip candidates or documents to save time.
 """
@@ -77,14 +78,14 @@ def _yield_steps(budget: Budget, choose: StepChooser) -> Iterator[PruneStep]:
 def remove_by_outcome(search: Search, outcome: str) -> Iterator[PruneStep]:
     """Yield steps that each remove the part with the smallest loss."""
     if isinstance(search.budget, MixedBudget):
-        yield from _yield_steps(search.budget, _rescore_mixed(search, search.budget, outcome))
+        yield from _yield_steps(search.budget, _mixed_chooser(search, search.budget, outcome))
         return
-    rescorings = {"full": _rescore_fully, "lazy": _rescore_lazily, "race": _rescore_by_races}
+    rescorings = {"full": _full_chooser, "lazy": _lazy_chooser, "race": _race_chooser}
     yield from _yield_steps(search.budget, rescorings[search.rescoring](search, outcome))
 
 
-def _rescore_fully(search: Search, outcome: str) -> StepChooser:
-    """Return a function that chooses the next step by scoring all candidates."""
+def _full_chooser(search: Search, outcome: str) -> StepChooser:
+    """Return a function that scores all candidates and chooses the best."""
 
     def choose(removed: PartSet) -> PruneStep:
         sets = [add_parts(removed, part) for part in search.budget.next_parts(removed)]
@@ -93,12 +94,12 @@ def _rescore_fully(search: Search, outcome: str) -> StepChooser:
     return choose
 
 
-def _rescore_mixed(search: Search, budget: MixedBudget, outcome: str) -> StepChooser:
-    """Return a function that chooses the candidate with the smallest loss per saved parameter.
+def _mixed_chooser(search: Search, budget: MixedBudget, outcome: str) -> StepChooser:
+    """Return a function that chooses whole layers or parts of layers.
 
-    Candidates are whole layers and parts of each layer. From each layer, parts are removed in the
-    order of their single losses, which are measured in the intact model; the part with the smallest
-    loss comes first.
+    The function chooses the candidate with the smallest loss per saved parameter. Candidates are
+    whole layers and parts of each layer. The parts of a layer are removed in a fixed order. The
+    first part is the part whose removal from the intact model causes the smallest loss.
     """
     scores = search.scores
     single_losses = scores.losses(outcome, [(part,) for part in budget.numbered_parts])
@@ -113,11 +114,11 @@ def _rescore_mixed(search: Search, budget: MixedBudget, outcome: str) -> StepCho
     return choose
 
 
-def _rescore_lazily(search: Search, outcome: str) -> StepChooser:
+def _lazy_chooser(search: Search, outcome: str) -> StepChooser:
     """Return a function that scores only candidates that can still be the best.
 
-    The method assumes that the loss of removing a part never falls from step to step. If the loss
-    of a part falls, the search can miss this part.
+    The method assumes that the loss of removing a part never decreases from step to step. If the
+    loss of a part decreases, the search can miss this part.
     """
     scores, total_loss = search.scores, 0.0
     costs = dict.fromkeys(range(scores.parts.total), -np.inf)
@@ -145,12 +146,13 @@ def _rescore_lazily(search: Search, outcome: str) -> StepChooser:
     return choose
 
 
-def _rescore_by_races(search: Search, outcome: str) -> StepChooser:
-    """Return a function that stops measuring candidates that are significantly worse.
+def _race_chooser(search: Search, outcome: str) -> StepChooser:
+    """Return a function that measures bad candidates on fewer documents.
 
-    Each step uses the same stopping rule as the setting `until: prune 1 within 1 pp`. With 95 %
-    confidence, the removed part costs at most one percentage point of accuracy (or 0.01 nats) more
-    than the best candidate.
+    The function chooses the next step. It stops measuring a candidate that is significantly worse
+    than others. Each step uses the same stopping rule as the setting `until: prune 1 within 1 pp`.
+    With 95 % confidence, the loss of the removed part exceeds the loss of the best candidate by at
+    most one percentage point of accuracy (or 0.01 nats).
     """
     scores = search.scores
     (cell,) = scores.cells
@@ -266,15 +268,18 @@ def remove_last(search: Search) -> Iterator[PruneStep]:
 def remove_at_random(search: Search) -> Iterator[PruneStep]:
     """Yield steps that remove parts in a random order."""
     if isinstance(search.budget, MixedBudget):
-        yield from _yield_steps(search.budget, _choose_at_random(search, search.budget))
+        yield from _yield_steps(search.budget, _random_chooser(search, search.budget))
         return
     order = list(range(search.scores.parts.total))
     search.random_generator("random").shuffle(order)
     yield from _remove_in_order(search, _filter_removable(order, search.budget))
 
 
-def _choose_at_random(search: Search, budget: MixedBudget) -> StepChooser:
-    """Return a function that draws a unit, and a candidate of this unit."""
+def _random_chooser(search: Search, budget: MixedBudget) -> StepChooser:
+    """Return a function that chooses the next step at random.
+
+    The function first draws a unit, such as layers or heads, and then a candidate of this unit.
+    """
     order, generator = list(budget.numbered_parts), search.random_generator("random")
     generator.shuffle(order)
 

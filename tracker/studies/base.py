@@ -48,7 +48,7 @@ class StudyContext:
     """Experiment file of a study, and everything that is needed to measure its models.
 
     Attributes:
-        input: Experiment file, with the command-line arguments that named it.
+        input: Experiment file, with equivalent command-line arguments.
         ledger: Results folder.
         options: Options for running models, such as the device.
         progress: Receiver of progress messages.
@@ -67,7 +67,7 @@ class StudyContext:
         return self.input.file
 
     def run(self, requests: Sequence[CellRequest]) -> RunOutcome:
-        """Measure and publish those requested results that the results folder lacks."""
+        """Measure and publish the requested results that are not stored yet."""
         return run_cells(requests, self.ledger, self.publisher, self.options, self.progress)
 
     def subject(self, request: CellRequest) -> Subject | None:
@@ -95,7 +95,7 @@ class Subject:
 
     @property
     def view(self) -> View:
-        """The runs, the documents and the metric that the request asks for."""
+        """The runs, documents and metric of the request."""
         return self.store.views.view_of(self.request)
 
     @property
@@ -120,7 +120,18 @@ def observe_subject(
     begin: Callable[[Engine], ObserveDocument],
     documents: Collection[tuple[str, int]] | None = None,
 ) -> Observations:
-    """Return statistics of each document; the model computes those that are not stored yet."""
+    """Return statistics of documents, and compute missing statistics.
+
+    Args:
+        subject: The model and the benchmark.
+        kind: Name under which the statistics are stored.
+        context: Context of the study.
+        begin: Function that takes an engine and returns a function for one document.
+        documents: Documents to observe, as (task, number in the task's split); None for all.
+
+    Returns:
+        The statistics of all these documents.
+    """
     request, store, progress = subject.request, subject.store, context.progress
     machine = context.ledger, context.options, progress
     open_cell = partial(observing.open_observed_cell, request, store, *machine)

@@ -68,7 +68,10 @@ class Calibration(Study[CalibrationSettings]):
     texts = CALIBRATION_TEXTS
 
     def answer(self, context: StudyContext, subjects: list[Subject]) -> StudyResult:
-        """Report how many documents are needed to rank layers reliably, by drop and by proxies."""
+        """Report how many documents a reliable ranking of the layers needs.
+
+        The layers are ranked by the accuracy drop, and by each proxy.
+        """
         reliability = self.settings.reliability
         rankings = [layer_rankings(subject) for subject in subjects]
         result, curves = StudyResult(), []
@@ -138,7 +141,7 @@ class LayerRanking:
     reason: str = ""
 
     def means(self) -> Array:
-        """Return the weighted mean of each layer over all documents."""
+        """Return each layer's weighted mean over all documents."""
         counts = self.weights > 0
         return np.average(self.values[counts], axis=0, weights=self.weights[counts])
 
@@ -153,11 +156,11 @@ class AgreementCurve:
         layers: Number of layers.
         sizes: Numbers of documents in a sample, ascending.
         apart: Name of an agreement statistic → values `[draws, sizes]` that compare the rankings by
-            two disjoint samples. NaN if a sample has more than half of the documents.
+            two disjoint samples. A value is NaN if a sample has more than half of the documents.
         within: Name of an agreement statistic → values `[draws, sizes]` that compare the ranking by
             a sample with the ranking by all documents.
-        needed: Number of documents with which the layer ranking reaches the target reliability.
-            Undefined if the rankings by two halves of the documents do not agree.
+        needed: Number of documents with which the layer ranking reaches the target reliability. The
+            number is undefined if the rankings by two halves of the documents do not agree.
         p_value: p-value of the hypothesis that all layers have the same mean.
         extrapolated: Whether `needed` exceeds half of the documents.
     """
@@ -217,14 +220,18 @@ class AgreementCurve:
         return "" if halves.side() > 0 and self.p_value < SIGNIFICANT else HALVES_DISAGREE
 
     def predicted(self, n: float) -> float | None:
-        """Predict (Spearman-Brown) the rank correlation of two samples of `n` documents each."""
+        """Predict the correlation of rankings by two samples of `n` documents.
+
+        The prediction uses the Spearman-Brown formula.
+        """
         halves = self.agreement(self.half).value
         return None if self.doubt or halves is None else spearman_brown(halves, n / self.half)
 
     def with_p_value(self, p_value: float) -> AgreementCurve:
         """Return a copy of the curve with another p-value.
 
-        In the copy, `needed` is undefined if the rankings by two halves do not agree.
+        If the rankings by two halves of the documents do not agree, `needed` is undefined in the
+        copy.
         """
         curve = replace(self, p_value=p_value)
         return replace(curve, needed=Estimate(None, reason=curve.doubt)) if curve.doubt else curve
@@ -306,7 +313,8 @@ def agreement_curve(ranking: LayerRanking, reliability: float) -> AgreementCurve
 def judge_curves(curves: Sequence[AgreementCurve]) -> list[AgreementCurve]:
     """Adjust the p-values of all curves by Holm's method.
 
-    In the returned curves, `needed` is undefined if the rankings by two halves do not agree.
+    If the rankings by two halves of the documents do not agree, `needed` is undefined in the
+    returned curve.
     """
     adjusted = holm([curve.p_value for curve in curves])
     rows = zip(curves, adjusted, strict=True)
@@ -343,7 +351,10 @@ def _defined_mean(values: Array) -> float:
 def _write_answer(
     cells: Sequence[CellRecord], curves: Sequence[AgreementCurve], reliability: float
 ) -> str:
-    """Describe how well two samples agree, and how many documents a reliable ranking needs."""
+    """Describe how well the rankings by two samples of documents agree.
+
+    The text also states how many documents a reliable ranking needs.
+    """
     drop, *others = curves
     n = max((n for n in SIZES_SHOWN if n in drop.sizes and n <= drop.half), default=drop.half)
     total = sum(task.documents for cell in cells for task in cell.benchmark.tasks)
@@ -387,7 +398,10 @@ def needed_table(rows: Sequence[tuple[str, AgreementCurve]], reliability: float)
 
 
 def agreement_table(title: str, drop: AgreementCurve) -> Table:
-    """Build the table of how well rankings by two samples of documents agree, by sample size."""
+    """Build the table of the agreement of rankings by two samples.
+
+    The table has a row for each number of documents in a sample.
+    """
 
     def overlap(name: str) -> Column[int]:
         return Column(f"{name} shared", "percent", lambda n: drop.agreement(n, name))
@@ -410,7 +424,11 @@ def agreement_table(title: str, drop: AgreementCurve) -> Table:
 
 
 def _agreement_chart(title: str, drop: AgreementCurve, others: list[AgreementCurve]) -> LineChart:
-    """Build the chart of the rank correlation of two samples, by sample size and measure."""
+    """Build the chart of the correlation between rankings by two samples.
+
+    The horizontal axis is the number of documents in a sample. There is a line for each measure
+    that ranks the layers.
+    """
     end = max(drop.documents, drop.needed.value or 0)
     positions = sorted({*drop.sizes, *(n for n in SAMPLE_SIZES if n <= 2 * end)})
 
@@ -439,9 +457,10 @@ def _agreement_chart(title: str, drop: AgreementCurve, others: list[AgreementCur
 
 
 def _overlap_chart(title: str, drop: AgreementCurve) -> LineChart:
-    """Build the chart of the layers that are at the top or bottom of both of two rankings.
+    """Build the chart of the overlap of rankings by two disjoint samples.
 
-    The two rankings are by disjoint samples of documents.
+    The overlap is the share of the top layers, or of the bottom layers, that are the same in both
+    rankings.
     """
     positions = [n for n in drop.sizes if n <= drop.half]
     lines = {}

@@ -1,9 +1,9 @@
 """Study: test whether the KL divergence of a changed model's output predicts the lost accuracy.
 
 The KL divergence compares the next-token distributions of the intact and the changed model, at the
-tokens of the right answer. The study computes the rank correlation of the divergence with the drops
-over all changes (e.g. removed layers). The study also computes this correlation separately for
-small and for large divergences.
+tokens of the right answer. The study computes the rank correlation between divergence and drop over
+all changes, such as removed layers. The study also computes this correlation separately for small
+and for large divergences.
 """
 
 from __future__ import annotations

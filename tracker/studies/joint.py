@@ -1,4 +1,4 @@
-"""Study: compare the drop of removing two layers together with the sum of single drops."""
+"""Study: compare the joint drop of two removed layers with the sum of their single drops."""
 
 from __future__ import annotations
 
@@ -229,7 +229,10 @@ def measure_pairs(subject: Subject) -> tuple[list[PairInteractions], list[str]]:
 
 
 def adjust_interactions(measured: Sequence[PairInteractions]) -> None:
-    """Adjust the p-values of all pairs of a study by Benjamini and Hochberg's method."""
+    """Set the attribute `q` of all results to adjusted p-values.
+
+    The p-values of all pairs are adjusted by Benjamini and Hochberg's method.
+    """
     p_values = [pairs.interactions[n].p_value for pairs in measured for n in pairs.indices]
     q_values = iter(stats.false_discovery_control(p_values) if p_values else [])
     for pairs in measured:
@@ -275,7 +278,10 @@ def _summary_table(rows: Sequence[PairInteractions]) -> Table:
 
 
 def strongest_table(pairs: PairInteractions, sign: int) -> Table:
-    """Build the table of the pairs with the most positive or most negative interactions."""
+    """Build the table of pairs with the strongest interactions of one sign.
+
+    `sign` is 1 for positive interactions, and −1 for negative interactions.
+    """
     values = [(sign * (pairs.value(n) or 0), n) for n in range(len(pairs.pairs))]
     rows = [n for value, n in sorted(values, reverse=True)[:MAX_PAIRS_LISTED] if value > 0]
     kind = (
@@ -304,7 +310,7 @@ def strongest_table(pairs: PairInteractions, sign: int) -> Table:
 def _interaction_map(pairs: PairInteractions) -> MapChart:
     """Build the heat map of the interactions of all pairs of layers (layer × layer).
 
-    Pairs whose `floor` is true are blank.
+    The field of a pair is blank if `pairs.floor` is true for this pair.
     """
     layers = sorted(pairs.alone)
     indices = {pair: n for n, pair in enumerate(pairs.pairs)}

@@ -28,7 +28,7 @@ from tracker.schema.provenance import content_hash
 from tracker.schema.records import CellRecord, RunRecord
 from tracker.schema.tables import Table
 from tracker.schema.weight_formats import FORMATS
-from tracker.search.formats import map_formats_request, observe_errors
+from tracker.search.formats import build_error_observer, map_formats_request
 from tracker.stats.arrays import Array, safe_divide
 from tracker.stats.correlation import resampled_spearman
 from tracker.stats.support import widen
@@ -74,7 +74,7 @@ class RoundedMap:
 
 @dataclass(frozen=True)
 class MapNameRow:
-    """Mean cost, over layers, of rounding the linear maps with one name (`mlp.down_proj`)."""
+    """Cost of rounding the linear maps with the same name, averaged over layers."""
 
     name: str = labelled("linear map")
     layers: int | None = labelled("layers", "count", "of no layer")
@@ -122,7 +122,7 @@ class Precision(Study[PrecisionSettings]):
         yield map_formats_request(cell, formats or (DEFAULT_FORMAT,), trust)
 
     def answer(self, context: StudyContext, subjects: list[Subject]) -> StudyResult:
-        """Compare the costs with the rounding errors of all maps, for each model and format."""
+        """Compare the cost of rounding each map with the map's rounding errors."""
         result = StudyResult()
         for subject in subjects:
             record = subject.record
@@ -142,7 +142,7 @@ def _observe_maps(
     """Compute the rounding errors of all maps in one format, and correlate them with the costs."""
     maps, record, outcomes = [run.change for run in runs], subject.record, subject.outcomes()
     kind = f"rounding-{name}-{content_hash([*map(str, maps)])[:8]}"
-    begin = partial(observe_errors, maps=maps, kl=True)
+    begin = partial(build_error_observer, maps=maps, kl=True)
     observations = observe_subject(subject, kind, context, begin, outcomes.documents)
     ablations = [outcomes.ablation(change) for change in maps]
     gold, metric = outcomes.gold_outcomes(ablations), outcomes.metric_outcomes(ablations)
@@ -198,12 +198,12 @@ def _without_interval(estimates: Sequence[Estimate]) -> list[Estimate]:
 def _mean_costs(
     maps: Sequence[RoundedMap], gold: PairedOutcomes, one_look: Callable[..., list[Estimate]]
 ) -> list[MapNameRow]:
-    """Average the costs of rounding the linear maps with the same name over layers.
+    """Average the rounding costs of all linear maps that have the same name.
 
     Args:
         maps: The costs and errors of each linear map.
         gold: Log-probabilities of the right answers, with a column for each map.
-        one_look: Function that removes the intervals if measurement stopped early.
+        one_look: Function that removes the intervals of estimates if measurement stopped early.
 
     Returns:
         A row for each name; the name with the largest mean cost is first.
@@ -221,7 +221,10 @@ def _mean_costs(
 
 
 def _write_answer(rounded: RoundedMaps) -> str:
-    """Describe which maps cost most to round, and how well errors rank maps by cost."""
+    """Describe which linear maps have the largest rounding costs.
+
+    The text also states how well the rounding errors predict the order of the costs.
+    """
     first, *others = rounded.names
     is_first = all(row.fall.side(first.fall.low or 0.0) < 0 for row in others)
     orders = [order for order in rounded.orders if order.fall.value is not None]

@@ -47,11 +47,11 @@ CONTRAST = "other layers minus first third"
 PROTOCOL_TEXTS = study_texts("protocol", early_name=EARLY, late_name=LATE, contrast=CONTRAST)
 
 
-class Rows(NamedTuple):
-    """Documents of a request, and the protocols that score them.
+class ScoredDocuments(NamedTuple):
+    """Documents of a request, and the protocols that score these documents.
 
     Attributes:
-        digests: Hash of the rows of each task.
+        digests: Hash of the documents of each task.
         tasks: Names of the tasks, which determine the random order of documents.
         kinds: Kinds of the protocols that the request measures.
     """
@@ -61,12 +61,12 @@ class Rows(NamedTuple):
     kinds: tuple[str, ...]
 
 
-def read_rows(request: CellRequest) -> Rows:
-    """Open the benchmark of a request; return its tasks, the hashes of its rows, and protocols."""
+def find_scored_documents(request: CellRequest) -> ScoredDocuments:
+    """Return the documents of a request, and the protocols that score them."""
     benchmark = open_benchmark(request)
     names = tuple(task.name for task in benchmark.identity.tasks)
     digests = tuple(map(benchmark.rows_digest, names))
-    return Rows(digests, names, _protocol_kinds(benchmark.identity, request.metric))
+    return ScoredDocuments(digests, names, _protocol_kinds(benchmark.identity, request.metric))
 
 
 def _protocol_kinds(benchmark: BenchmarkIdentity, metric: str | None) -> tuple[str, ...]:
@@ -87,7 +87,7 @@ class MeasuredProtocol:
         label: Name of the protocol, unique among the compared protocols.
         outcomes: Outcomes of the common documents under the common changes.
         paired: The protocol's score of each document.
-        drops: Drop under each change; the intervals hold for all changes and protocols together.
+        drops: Drop under each change; the intervals are simultaneous for all changes and protocols.
         verdicts: Verdict on each change.
     """
 
@@ -146,11 +146,12 @@ class RankAgreement:
 
 @dataclass(frozen=True)
 class LostDocuments:
-    """Comparison of the documents that become wrong under each of two protocols.
+    """Comparison of the documents that are lost under two protocols.
 
-    The intact model answers these documents right under both protocols, and the changes make the
-    answer under one protocol wrong. `difference` is the share of documents that become wrong under
-    the protocol `first`, minus this share under the protocol `second`.
+    The intact model answers all compared documents correctly under both protocols. A document is
+    lost under a protocol if a change of the model makes the answer wrong. `difference` is the share
+    of documents that are lost under the protocol `first`, minus the share of documents that are
+    lost under the protocol `second`.
     """
 
     first: str = labelled("protocol")
@@ -172,7 +173,7 @@ class Protocols(Study[ProtocolSettings]):
 
     def __init__(self, settings: ProtocolSettings) -> None:
         super().__init__(settings)
-        self._rows = cache(read_rows)  # it reads benchmarks
+        self._documents = cache(find_scored_documents)  # it reads benchmarks
 
     def requests(self, context: StudyContext) -> list[CellRequest]:
         """List the requests of the experiment file.
@@ -182,10 +183,10 @@ class Protocols(Study[ProtocolSettings]):
         requests = super().requests(context)
         groups = self._group(requests)
         for members in groups:
-            orders = {self._rows(request).tasks for request in members}
+            orders = {self._documents(request).tasks for request in members}
             if len(orders) > 1 and members[0].documents.sample is not None:
                 raise RequestError(PROTOCOL_TEXTS.render("sample", members))
-        counts = [sum(len(self._rows(request).kinds) for request in group) for group in groups]
+        counts = [sum(len(self._documents(request).kinds) for request in group) for group in groups]
         if max(counts, default=2) < 2:
             raise RequestError(PROTOCOL_TEXTS.render("single", [m[0] for m in groups]))
         return requests
@@ -202,7 +203,7 @@ class Protocols(Study[ProtocolSettings]):
             if reason := _incomparable_reason(protocols):
                 result.lack(title, reason)
             else:
-                result.add(*_compare_protocols(title, _decide_drops(protocols)))
+                result.add(*_compare_protocols(title, _add_verdicts(protocols)))
         if not result.answers:
             raise CellError("\n".join(result.lacking))
         return result
@@ -211,18 +212,18 @@ class Protocols(Study[ProtocolSettings]):
         """Group requests of the same model and documents."""
 
         def key(request: CellRequest) -> tuple[object, ...]:
-            return request.model, request.documents, self._rows(request).digests
+            return request.model, request.documents, self._documents(request).digests
 
         return [*group_by(requests, key).values()]
 
     def _measure_protocols(self, subjects: Sequence[Subject]) -> list[MeasuredProtocol]:
         """Return the protocols of subjects with the same documents, in the order of `KINDS`."""
         protocols = []
-        counts = Counter(kind for s in subjects for kind in self._rows(s.request).kinds)
+        counts = Counter(kind for s in subjects for kind in self._documents(s.request).kinds)
         for subject in subjects:
             outcomes, metric = subject.outcomes(), subject.record.metric
             ablations = [*map(outcomes.ablation, outcomes.runs)]
-            for kind in self._rows(subject.request).kinds:
+            for kind in self._documents(subject.request).kinds:
                 is_derived = kind == CHOICE and metric not in CHOICE_PROBABILITIES
                 pair = outcomes.choice_outcomes if is_derived else outcomes.metric_outcomes
                 name = f"{kind} ({subject.record.benchmark.title}, key {subject.record.key[:8]})"
@@ -241,10 +242,10 @@ def _incomparable_reason(protocols: Sequence[MeasuredProtocol]) -> str:
     return PROTOCOL_TEXTS.render("incomparable", losses, differ)
 
 
-def _decide_drops(protocols: Sequence[MeasuredProtocol]) -> list[MeasuredProtocol]:
-    """Set the drops and verdicts of all protocols.
+def _add_verdicts(protocols: Sequence[MeasuredProtocol]) -> list[MeasuredProtocol]:
+    """Return copies of the protocols with drops and verdicts.
 
-    The intervals are simultaneous for all changes under all protocols.
+    The intervals of the drops are simultaneous for all changes under all protocols.
     """
     all_drops, units = list[Estimate](), list[float]()
     n_changes = len(protocols[0].outcomes.runs)
@@ -269,8 +270,8 @@ def _compare_protocols(
     is_layers = len(outcomes.whole_layers) == len(outcomes.runs)
     agreements = _rank_agreements(protocols, is_layers)
     single = {run.label(): np.array([index]) for index, run in enumerate(outcomes.runs)}
-    by_group = _lost_documents(protocols, _group_changes(outcomes))
-    by_change = _lost_documents(protocols, single)
+    by_group = _all_lost_documents(protocols, _group_changes(outcomes))
+    by_change = _all_lost_documents(protocols, single)
     kinds = {protocol.label: protocol.kind for protocol in protocols}
     claims = [
         {row.changes: row for row in rows}
@@ -310,10 +311,14 @@ def _drops_table(title: str, protocols: Sequence[MeasuredProtocol]) -> Table:
 
 
 def _rank_agreements(protocols: Sequence[MeasuredProtocol], is_layers: bool) -> list[RankAgreement]:
-    """Compute the rank correlation over changes of the drops under each two protocols.
+    """Correlate the drops under each pair of protocols over all changes.
 
-    The p-values are undefined unless `is_layers` is true, which means that each change removes one
-    layer.
+    Args:
+        protocols: The protocols.
+        is_layers: True if each change removes one layer. If False, no p-values are computed.
+
+    Returns:
+        A row for each pair of protocols.
     """
     rows, series = [], [(p.label, *p.outcomes.drop_series(p.paired)) for p in protocols]
     for (first, x, xs), (second, y, ys) in combinations(series, 2):
@@ -326,8 +331,8 @@ def _rank_agreements(protocols: Sequence[MeasuredProtocol], is_layers: bool) -> 
 def _group_changes(outcomes: AlignedOutcomes) -> dict[str, NDArray[np.intp]]:
     """Group the changes: all changes, removals of early layers, and removals of other layers.
 
-    Returns a dict from the names of the groups to the indexes of changes. There is only the group
-    of all changes if some changes are not removals of single layers.
+    Returns a dict from the names of the groups to the indexes of changes. If some changes are not
+    removals of single layers, the dict contains only the group of all changes.
     """
     groups = {"all": np.arange(len(outcomes.runs))}
     if len(outcomes.whole_layers) == len(outcomes.runs):
@@ -337,16 +342,17 @@ def _group_changes(outcomes: AlignedOutcomes) -> dict[str, NDArray[np.intp]]:
     return {name: indexes for name, indexes in groups.items() if len(indexes)}
 
 
-def _lost_documents(
+def _all_lost_documents(
     protocols: Sequence[MeasuredProtocol], groups: dict[str, NDArray[np.intp]]
 ) -> list[LostDocuments]:
-    """Compare the documents that become wrong under two protocols, for all pairs of protocols.
+    """Compare the lost documents under each pair of protocols.
 
-    There is a row for each pair of protocols and each group of changes. The intervals of the
-    differences are simultaneous for all rows.
+    A document is lost under a protocol if a change of the model makes the right answer wrong. The
+    function returns a row for each pair of protocols and each group of changes. The intervals of
+    the differences are simultaneous for all rows.
     """
     pairs = combinations(filter(attrgetter("is_binary"), protocols), 2)
-    rows = [row for pair in pairs for row in _compare_losses(*pair, groups)]
+    rows = [row for pair in pairs for row in _compare_lost_documents(*pair, groups)]
     wide = widen([row.difference for row in rows], [row.n for row in rows], len(rows))
     # The contrast subtracts two differences, each from −1 to 1.
     limits = (2.0 if row.changes == CONTRAST else 1.0 for row in rows)
@@ -356,12 +362,14 @@ def _lost_documents(
     ]
 
 
-def _compare_losses(
+def _compare_lost_documents(
     first: MeasuredProtocol, second: MeasuredProtocol, groups: dict[str, NDArray[np.intp]]
 ) -> Iterator[LostDocuments]:
-    """Compare the documents that become wrong under two protocols.
+    """Compare the documents that are lost under two protocols.
 
-    The function yields a row for each group of changes.
+    A document is lost under a protocol if a change of the model makes the right answer wrong.
+    `groups` is a dict from the name of a group of changes to the indexes of these changes. The
+    function yields a row for each group.
     """
     is_right = (first.paired.baseline == 1) & (second.paired.baseline == 1)
     tables = [protocol.paired.ablated[is_right] == 1 for protocol in (first, second)]

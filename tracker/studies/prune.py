@@ -72,8 +72,8 @@ class PrunedBenchmark:
         unpruned: Test accuracy of the intact model.
         n: Number of test documents.
         metric: Name of the accuracy metric, for labels of tables.
-        at_chance: Reason why the benchmark is left out of means. This is the case if the accuracy
-            of the intact model is not above chance; otherwise the text is empty.
+        at_chance: Text that states that the accuracy of the intact model is not above chance. The
+            benchmark is then left out of means. The text is empty for all other benchmarks.
         available: Number of documents in the benchmark's split; 0 if unknown.
     """
 
@@ -133,9 +133,14 @@ class Prunings:
         return {m.strategy: m for m in self.methods if m[1:] == (amount, calibration)}
 
     def mean(self, figure_of: Callable[[str], Estimate]) -> Estimate:
-        """Average an estimate, such as the test accuracy, over the benchmarks in `counted`.
+        """Average an estimate, such as the test accuracy, over benchmarks.
 
-        The mean is undefined if the estimate is undefined for any of these benchmarks.
+        Args:
+            figure_of: Function that returns the estimate for the name of a benchmark.
+
+        Returns:
+            The mean over the benchmarks in `counted`. It is undefined if the estimate is undefined
+            for any of these benchmarks.
         """
         figures = {name: figure_of(name) for name in self.counted}
         for name, figure in figures.items():
@@ -167,7 +172,10 @@ class Prunings:
         return self.mean(lambda name: self.level(method, name, removed))
 
     def compare(self, method: Method, reference: Method, name: str) -> Estimate:
-        """Estimate the test accuracy of `method` minus the test accuracy of `reference`."""
+        """Estimate the test accuracy of `method` minus the test accuracy of `reference`.
+
+        `name` is the name of the benchmark.
+        """
         if reason := self.benchmarks[name].at_chance:
             return Estimate(None, reason=reason)
         for level in (self.level(method, name), self.level(reference, name)):
@@ -214,8 +222,8 @@ class Prunings:
     def strategy_ranks(self, amount: str) -> dict[str, tuple[int, int]]:
         """Compute the best and worst possible rank of each strategy by mean test accuracy.
 
-        Rank 1 is the highest accuracy. Each strategy uses calibration documents of the tested
-        benchmark. The random strategy is left out.
+        Rank 1 is the highest accuracy. Only searches that were calibrated on the tested benchmark
+        are compared. The random strategy is left out.
         """
         methods = [m for m in self.select(amount).values() if m.strategy != RANDOM_STRATEGY]
         methods = [m for m in methods if self.level_mean(m).value is not None]
@@ -240,7 +248,7 @@ class Prunings:
     def searches(self, method: Method) -> list[PruneRecord]:
         """Return the records of a method's searches on all benchmarks, without duplicates.
 
-        A search that serves several benchmarks counts once.
+        If several benchmarks use the same search, the list contains its record once.
         """
         unique: dict[object, PruneRecord] = {}
         for name in self.benchmarks:
@@ -251,7 +259,10 @@ class Prunings:
         return list(unique.values())
 
     def removed_counts(self, amount: str) -> list[int]:
-        """List the different numbers of layers that were removed for this amount, ascending."""
+        """List the numbers of layers that searches with this amount removed.
+
+        The list is ascending and has no duplicates.
+        """
         choices = [c for (method, _), c in self.choices.items() if method.amount == amount]
         return sorted({len(record.removed) for c in choices for record in c.records})
 
@@ -269,8 +280,8 @@ class Contrast:
     Attributes:
         method: The first method.
         reference: The second method; its accuracy is subtracted.
-        difference: Mean accuracy difference over benchmarks. The intervals of all comparisons hold
-            simultaneously; the p-value is not adjusted.
+        difference: Mean accuracy difference over benchmarks. The intervals of all comparisons are
+            simultaneous, but the p-value in `difference` is not adjusted.
         p: p-value of the difference, adjusted by Holm's method; None if there is no p-value.
     """
 
@@ -290,7 +301,16 @@ class Contrast:
 
 
 def group_searches(outcome: SearchResults, text: str | None) -> list[Prunings]:
-    """Group search results by model; `text` names the plain text that calibrates some searches."""
+    """Group the results of searches by model.
+
+    Args:
+        outcome: The results of the searches.
+        text: Benchmark name of the plain text on which some searches were calibrated; None without
+            a plain text.
+
+    Returns:
+        The results of each model.
+    """
     groups: dict[object, Prunings] = {}
     cells = {cell.record_key: cell for cell in outcome.outcome.cells}
     for search in outcome.searches:
@@ -352,13 +372,14 @@ class Prune(Study[PruneSettings]):
 
     @property
     def _text(self) -> str | None:
-        """The benchmark name of the plain text for calibration; None without such a text."""
+        """The benchmark name of the plain text for calibration; None without a plain text."""
         return None if self.settings.text is None else f"corpus:{self.settings.text}"
 
     def requests(self, context: StudyContext) -> list[CellRequest]:
-        """Return requests that remove each layer alone, which is the first step of a greedy search.
+        """Return requests that measure the removal of each single layer.
 
-        Raises RequestError if the settings of a later search are invalid.
+        Every greedy search begins with these removals. The method raises RequestError if the
+        settings of a later search are invalid.
         """
         requests = super().requests(context)
         lender = ModelCache(context.ledger, context.options, context.progress)
@@ -431,7 +452,11 @@ class Prune(Study[PruneSettings]):
 
 
 def write_answers(group: Prunings) -> Iterator[str]:
-    """Yield sentences about the best strategy, and about accuracy compared with cosine score."""
+    """Yield sentences that answer the study's question for one model.
+
+    The sentences name the best strategy, and compare pruning by accuracy with pruning by cosine
+    score.
+    """
     shares = {amount: group.removed_counts(amount)[-1] / group.layers for amount in group.amounts}
     paper_amount = min(shares, key=lambda amount: abs(shares[amount] - PAPER_SHARE))
     for amount in group.amounts:
@@ -458,7 +483,11 @@ def _cosine_contrasts(group: Prunings, amount: str) -> list[Contrast]:
 
 
 def best_sentence(group: Prunings, amount: str) -> str:
-    """Return a sentence that names the best strategy, or states that none is clearly best."""
+    """Return a sentence about the best strategy for an amount of removed layers.
+
+    `amount` is this amount, such as `25 %`. The sentence can state that no strategy is clearly the
+    best.
+    """
     ranks = group.strategy_ranks(amount)
     levels = {name: group.level_mean(method) for name, method in group.select(amount).items()}
     reason = next((level.reason for level in levels.values() if level.reason), "")
@@ -469,7 +498,15 @@ def best_sentence(group: Prunings, amount: str) -> str:
 
 
 def write_verdict(pair: Contrast, growth: float) -> str:
-    """Return text that names the better method, such as `accuracy beats cosine by 3.1 pp`."""
+    """Return text that names the better method, such as `accuracy beats cosine by 3.1 pp`.
+
+    Args:
+        pair: The compared methods.
+        growth: Largest factor by which the number of test documents can be increased.
+
+    Returns:
+        The text.
+    """
     names, difference = [pair.method.strategy, pair.reference.strategy], pair.difference
     if pair.sign < 0:
         names, difference = names[::-1], -difference
@@ -504,7 +541,17 @@ def _benchmark_columns(
     figure: Callable[[RowType, str], Estimate],
     average: Callable[[RowType], Estimate],
 ) -> Iterator[Column[RowType]]:
-    """Yield a table column for each benchmark, and a column for the mean over benchmarks."""
+    """Yield a table column for each benchmark, and a column for the mean over benchmarks.
+
+    Args:
+        group: The results of one model.
+        unit: Unit of the values.
+        figure: Function that returns the value for a row and the name of a benchmark.
+        average: Function that returns the mean value for a row.
+
+    Yields:
+        The columns.
+    """
 
     def column(name: str) -> Column[RowType]:
         return Column(name, unit, lambda row: figure(row, name))

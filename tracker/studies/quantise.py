@@ -1,4 +1,4 @@
-"""Study: choose a number format for each weight matrix in a bit budget, by measured costs.
+"""Study: choose a number format for each weight matrix within a budget of bits.
 
 First, the study rounds each linear map alone to each format, and measures the cost on calibration
 documents. The study then builds several assignments of a format to every map, each within the
@@ -48,12 +48,12 @@ from tracker.search.formats import (
     FormatUnit,
     Refinement,
     bits_per_weight,
+    build_error_observer,
     choice_ablation,
     choice_changes,
     find_units,
     layer_formats_request,
     map_formats_request,
-    observe_errors,
     paired_gain,
     parse_budget,
 )
@@ -100,8 +100,8 @@ class TestedChoice:
         size: Size of the whole model in megabytes.
         chosen_on: Decrease of the gold log-probability on the calibration documents when all units
             are rounded.
-        gain: Test accuracy minus the test accuracy with one format for all units. None if this
-            assignment uses one format for all units.
+        gain: Test accuracy minus the test accuracy with one format for all units. The gain is None
+            if this assignment uses one format for all units.
         gold_gain: Same as `gain`, but for the gold log-probability, in nats.
     """
 
@@ -146,9 +146,10 @@ class FormatChooser:
     Attributes:
         context: Context of the study.
         subject: Measured results of rounding each unit alone to each format.
-        cell: The loaded model and the calibration documents, for measuring further assignments.
-        problem: Units, formats, budget, and the lost gold log-probability when one unit is rounded
-            to one format, in nats.
+        cell: The loaded model with the calibration documents; further assignments are measured on
+            these documents.
+        problem: Units, formats, budget and losses. A loss is the decrease of the gold
+            log-probability, in nats, when one unit is rounded to one format.
     """
 
     context: StudyContext
@@ -173,10 +174,10 @@ class FormatChooser:
         choices[f"{UNIFORM_CHOICE}, fewest bits" if is_mixed else UNIFORM_CHOICE] = choice
         return [self.candidate(name, choice) for name, choice in choices.items()]
 
-    def sizes(self) -> list[Candidate]:
-        """Assign formats to all units for several model sizes.
+    def candidates_by_size(self) -> list[Candidate]:
+        """Choose formats for several sizes of the model.
 
-        The first assignment has the largest format for all units.
+        The first choice has the largest format for all units.
         """
         uniform, *others = self.problem.ladder()
         names = [f"{MEASURED_CHOICE}, {bits_per_weight(choice):.3g} bits" for choice in others]
@@ -184,9 +185,9 @@ class FormatChooser:
         return [self.candidate(name, choice) for name, choice in choices.items()]
 
     def candidate(self, by: str, choice: FormatChoice) -> Candidate:
-        """Build the candidate for a choice of formats, with the sum of its units' single costs.
+        """Build a candidate from a choice of formats and its criterion `by`.
 
-        `by` is the criterion of the choice.
+        The predicted cost of the candidate is the sum of the costs of rounding each unit alone.
         """
         units, formats = self.problem.units, self.problem.formats
         columns = [formats.index(choice[unit]) for unit in units]
@@ -208,7 +209,8 @@ class FormatChooser:
             rounds: Maximum number of rounds of swaps.
 
         Returns:
-            Criterion of the starting assignment → the tried swaps, and the improved assignment.
+            Criterion of each starting assignment → improved assignment, with the number of tried
+            swaps.
         """
         self.say(f"measuring the whole model with {count_text(len(candidates), 'choice')}")
         best = candidates[self.best([candidate.choice for candidate in candidates])]
@@ -223,12 +225,16 @@ class FormatChooser:
         self.context.progress.say(f"{self.cell.request.title}: {message}")
 
     def _errors(self) -> dict[str, Array]:
-        """Compute rounding errors `[units, formats]` of weights and of outputs, by label."""
+        """Compute the rounding errors of each unit in each format.
+
+        Returns a dict from the kind of error, such as `error of weights`, to an array
+        `[units, formats]`.
+        """
         units, formats = self.problem.units, self.problem.formats
         by_unit = [zip(*map(unit.changes, formats), strict=True) for unit in units]
         maps = [*chain.from_iterable(chain.from_iterable(by_unit))]
         kind = f"rounding-{content_hash([*map(str, maps)])[:8]}"
-        begin = partial(observe_errors, maps=maps)
+        begin = partial(build_error_observer, maps=maps)
         observed = observe_subject(self.subject, kind, self.context, begin)
         figures = observed.select(self.subject.outcomes().documents)
         outputs = figures["output_error"].sum(axis=0) / figures["output_size"].sum(axis=0)
@@ -254,10 +260,10 @@ class FormatChooser:
         return self.problem.refine(start.choice, rounds, measure)
 
     def compare_sums(self, candidate: Candidate, max_pairs: int) -> SumComparison:
-        """Compare the cost of rounding all weights together with the sum of their single costs.
+        """Compare the joint cost of rounding units with the sum of single costs.
 
-        The method also compares the cost of rounding two linear maps or layers with the sum of
-        their single costs, for at most `max_pairs` random pairs.
+        A single cost is the cost of rounding one unit alone. The method compares the costs of all
+        units, and of at most `max_pairs` random pairs of linear maps or layers.
         """
         changes = choice_changes(candidate.choice)
         n_units = len(changes)
@@ -437,7 +443,7 @@ class Quantise(Study[QuantiseSettings]):
                 candidates.insert(1, chooser.candidate(SWAPPED_CHOICE, best_end))
             sums = chooser.compare_sums(candidates[0], settings.pairs)
         else:
-            candidates, swapped = chooser.sizes(), {}
+            candidates, swapped = chooser.candidates_by_size(), {}
             sums = chooser.compare_sums(candidates[-1], settings.pairs)
         choices = measure_choices(candidates, calibration, tests, limit)
         best, answers = self._recommend(record, choices, tests)
@@ -497,7 +503,10 @@ def _write_choice(
 
 
 def _write_answer(record: CellRecord, choices: Sequence[TestedChoice], best: TestedChoice) -> str:
-    """Describe the cost of the best assignment, and whether it beats one format for all units."""
+    """Describe the cost of the best assignment in a sentence.
+
+    The sentence also compares the assignment with one format for all units.
+    """
     uniform = next(choice for choice in choices if choice.gain is None)
     measure, won, lost = metric_format(record), [], []
     if best.gain is not None and best.gold_gain is not None:
@@ -509,7 +518,10 @@ def _write_answer(record: CellRecord, choices: Sequence[TestedChoice], best: Tes
 
 
 def _write_set_answers(swapped: dict[str, Refinement], sums: SumComparison) -> list[str]:
-    """Describe how well sums of single costs predict joint costs, and the gain by swaps."""
+    """Describe how well sums of single costs predict joint costs.
+
+    The sentences also describe how much swaps of formats improve an assignment.
+    """
     interactions = sums.pairs.at_once.values() if sums.pairs else ()
     signs = Counter(interaction.side() for interaction in interactions)
     return QUANTISE_TEXTS.render_all("sets", swapped, sums, sums.pairs, signs)
@@ -541,7 +553,7 @@ def _choices_table(
 
 @dataclass(frozen=True)
 class FormatCount:
-    """Table row: number of layers in which a linear map, such as `mlp.down_proj`, has a format."""
+    """Table row: number of layers in which a linear map is rounded to a format."""
 
     name: str = labelled("weights")
     format: str = labelled("format")
@@ -570,7 +582,7 @@ class SumRow:
 
 
 def _sums_table(record: CellRecord, sums: SumComparison) -> Table:
-    """Build the table that compares costs of rounding together with sums of single costs."""
+    """Build the table of joint rounding costs and of sums of single costs."""
     rows = [SumRow(f"all {sums.units:,}", sums.whole, sums.expected, sums.more)]
     if (pairs := sums.pairs) is not None:
         single = float(np.mean([pairs.alone[i] + pairs.alone[j] for i, j in pairs.pairs]))

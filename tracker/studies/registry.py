@@ -68,9 +68,9 @@ class CalibrationSettings(StudySettings):
     """Count the documents that a stable ranking of layers needs.
 
     The study draws two random samples that share no document, and ranks the layers by each sample.
-    The agreement of the two rankings shows how reliable a ranking by a sample of this size is. The
-    study reports the agreement for the accuracy drop and for the proxies, and the number of
-    documents that a reliable ranking needs. The study measures only the runs in EXPERIMENT.
+    If the two rankings agree, a ranking by a sample of this size is reliable. The study reports the
+    agreement of rankings by the accuracy drop and by the proxies. The study also reports how many
+    documents a reliable ranking needs. The study measures only the runs in EXPERIMENT.
 
     \b
     Examples:
@@ -121,12 +121,12 @@ class JointSettings(StudySettings):
 class PrecisionSettings(StudySettings):
     """Measure what rounding one linear map costs, and which error predicts the cost.
 
-    The study rounds one linear map of the layers in EXPERIMENT at a time, to each format of
-    'intervention' or to int4. The study reports the cost of each map, and the mean cost over layers
-    of maps with the same name. Quantisation tools choose numbers of bits by errors of the weights,
-    of the outputs, or of the model's predictions. The study also reports how well these errors rank
-    the linear maps by cost. SmolLM2-135M has 210 linear maps, which take about seven times as long
-    as removing each layer.
+    In each run, the study rounds one linear map of a layer in EXPERIMENT. The study uses the
+    formats of 'intervention', or int4. The study reports the cost of each map. For maps with the
+    same name, the study also reports the mean cost over layers. Quantisation tools choose numbers
+    of bits by errors of the weights, of the outputs, or of the model's predictions. The study also
+    reports how well these errors rank the linear maps by cost. SmolLM2-135M has 210 linear maps,
+    which take about seven times as long as removing each layer.
 
     \b
     Examples:
@@ -141,13 +141,13 @@ class PrecisionSettings(StudySettings):
 class ProtocolSettings(StudySettings):
     """Do the layers that matter depend on the evaluation protocol?
 
-    The study compares the drops of the same changes under several evaluation protocols. The
-    protocols are option likelihood and choice probability (for benchmarks with options), reading
-    (for traces:TASK), and generation. Benchmarks in EXPERIMENT are compared if they score the same
-    rows, such as arc_easy and arc_easy_generation. The study reports which layers matter under each
-    protocol, and how well the protocols agree on the order of the layers. It also reports which
-    documents become wrong under one protocol only. If the tasks have different names, use 'limit'
-    instead of 'sample'.
+    The study compares the drops of the same changes under several evaluation protocols. Benchmarks
+    with options have the protocols option likelihood and choice probability. Benchmarks without
+    options have the protocol generation. A benchmark traces:TASK has the protocol reading.
+    Benchmarks in EXPERIMENT are compared if they score the same rows, such as arc_easy and
+    arc_easy_generation. The study reports which layers matter under each protocol, and how well the
+    protocols agree on the order of the layers. The study also reports which documents become wrong
+    under one protocol only. If the tasks have different names, use 'limit' instead of 'sample'.
 
     \b
     Examples:
@@ -161,13 +161,13 @@ class ProtocolSettings(StudySettings):
 class PruneSettings(StudySettings):
     """Is pruning by measured accuracy better than pruning by proxies?
 
-    For each benchmark in EXPERIMENT, several strategies choose layers to remove: by the remaining
-    accuracy, by proxies, from the end of the model, or at random. The strategies use 'sample'
-    calibration documents, and the study tests the pruned models on other documents. The accuracy
-    and cosine strategies are also calibrated on all benchmarks together, and on plain text. The
-    study reports which strategy keeps the most accuracy, with paired intervals, and the cost of
-    each search. The study reuses stored measurements of 'tracker prune'. An interrupted study can
-    be resumed.
+    For each benchmark in EXPERIMENT, several strategies choose layers to remove. Some strategies
+    choose layers by the remaining accuracy or by proxies. Other strategies choose the last layers,
+    or random layers. The strategies use 'sample' calibration documents, and the study tests the
+    pruned models on other documents. The accuracy and cosine strategies are also calibrated on all
+    benchmarks together, and on plain text. The study reports which strategy keeps the most
+    accuracy, with paired intervals, and the cost of each search. The study reuses stored
+    measurements of 'tracker prune'. An interrupted study can be resumed.
 
     \b
     Examples:
@@ -255,10 +255,10 @@ class RescaleSettings(StudySettings):
     its input times a factor, by its input plus the layer's mean update, and by a linear map of its
     input. All replacements are fitted on documents from the end of the benchmark's random order.
     These documents are not measured if 'sample' is at most half of the documents. The study reports
-    the share of the accuracy drop that each replacement recovers. If the replacement by a factor
-    recovers the whole drop, the layer is needed only because it changes the norm of the hidden
-    state. The study ignores 'intervention' in the file, and takes about four times as long as
-    removing the layers.
+    by what share each replacement reduces the accuracy drop. If a layer can be replaced by its
+    input times a factor without any drop, the layer is needed only because it changes the norm of
+    the hidden state. The study ignores 'intervention' in the file, and takes about four times as
+    long as removing the layers.
 
     \b
     Examples:
@@ -270,14 +270,15 @@ class RescaleSettings(StudySettings):
 
 
 class SavingsSettings(StudySettings):
-    """Count the documents and passes that 'until' saves.
+    """Measure how many documents and how much computation 'until' saves.
 
-    With 'until' in an experiment file, measurement of a benchmark stops as soon as a condition
-    holds, such as 'top 3': the three largest drops are known. This study measures the runs in
-    EXPERIMENT on all documents, and then applies the stopping rule to 200 random orders of the
-    documents. For each condition, the study reports which share of the documents and of the
-    computation is needed. The study also reports whether the result at the early stop agrees with
-    the result on all documents. EXPERIMENT must not set 'until'.
+    If an experiment file sets 'until', the measurement of a benchmark stops as soon as a condition
+    is decided. For example, 'top 3' is decided when the runs with the three largest drops are
+    known. This study measures the runs in EXPERIMENT on all documents, and then applies the
+    stopping rule to 200 random orders of the documents. For each condition, the study reports which
+    share of the documents and of the computation is needed. The study also reports whether the
+    result at the early stop agrees with the result on all documents. EXPERIMENT must not set
+    'until'.
 
     \b
     Examples:
@@ -299,14 +300,14 @@ class SavingsSettings(StudySettings):
 
 
 class SnowballSettings(StudySettings):
-    """Do later layers amplify the change that the removal of a layer makes?
+    """Do later layers amplify the change that the removal of a layer causes?
 
     The study removes each layer, one at a time. For comparison, the study also perturbs the layer's
     output by the same amount in random directions. After every later layer, the study measures the
     relative difference from the residual stream of the intact model. The growth factor is the
     difference at the end of the model, divided by the difference right after the removed layer. The
-    study reports which removals have a growth factor above 1. It also reports whether growth
-    predicts differences in accuracy drop that the cosine score does not predict. 'layer' in
+    study reports which removals have a growth factor larger than 1. The study also reports whether
+    growth predicts differences in accuracy drop that the cosine score does not predict. 'layer' in
     EXPERIMENT should name every layer.
 
     \b
@@ -362,10 +363,10 @@ STUDIES: Mapping[str, type[StudySettings]] = {
 
 @cache
 def load_studies() -> Mapping[str, type[StudySettings]]:
-    """Return study name → settings class, including the studies that other packages provide.
+    """Return a dict from the name of each study to its settings class.
 
-    Other packages add studies by entry points of the group `layer_tracker.studies`. Each entry
-    point names a settings class.
+    The dict includes the studies that other packages provide by entry points of the group
+    `layer_tracker.studies`. Each entry point names a settings class.
     """
     return {**STUDIES, **load_extensions("studies", _check_settings, STUDIES)}
 

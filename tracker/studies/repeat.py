@@ -132,7 +132,11 @@ def _span_name(run: RunRecord) -> str:
 
 
 def _write_answer(subject: Subject, spans: Sequence[TestedSpan]) -> str:
-    """Describe the best span's gains on calibration and test documents, and gains by chance."""
+    """Describe the gains of the best span in sentences.
+
+    The sentences state the gains on calibration and on test documents, and the largest gain that
+    chance alone would produce.
+    """
     best = min((run for run in subject.record.runs if run.drop.value is not None), key=_loss_key)
     tested = [span for span in spans if span.run.change == best.change] or spans
     promised, chance = Estimate((-best.drop).value), _best_by_chance(subject)
@@ -141,7 +145,10 @@ def _write_answer(subject: Subject, spans: Sequence[TestedSpan]) -> str:
 
 
 def _best_by_chance(subject: Subject) -> BestByChance | None:
-    """Estimate the largest gain that chance produces among all spans; None if `until` is set."""
+    """Estimate the largest gain of all spans that chance alone would produce.
+
+    The result is None if the file sets `until`, or if no span has a finite gain.
+    """
     if subject.record.answer is not None:
         return None
     outcomes = subject.outcomes()

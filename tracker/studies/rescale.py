@@ -1,8 +1,8 @@
-"""Study: test whether a fitted replacement of a removed layer recovers the lost accuracy.
+"""Study: test by how much fitted replacements of removed layers reduce the accuracy drop.
 
 The layer's output is replaced by its input times a factor, by its input plus the mean update (a
-constant), or by a linear map of its input. If the replacement by a factor recovers the whole loss,
-the layer is needed only because it changes the scale of the hidden state.
+constant), or by a linear map of its input. If a layer can be replaced by its input times a factor
+without any drop, the layer is needed only because it changes the scale of the hidden state.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _NOT_MEASURED = "not measured; the list of missing results gives the reason"
 
 
 class Rescale(Study[RescaleSettings]):
-    """Study that tests whether fitted replacements of removed layers recover the lost accuracy."""
+    """Study that tests by how much replacements of removed layers reduce the accuracy drop."""
 
     name = "rescale"
     question = "Is a layer needed only because it changes the scale of the hidden state?"
@@ -53,16 +53,17 @@ class Rescale(Study[RescaleSettings]):
     texts = RESCALE_TEXTS
 
     def expand(self, cell: CellRequest, context: StudyContext) -> Iterator[CellRequest]:
-        """Yield a request for the removals and simple replacements, and one for linear maps.
+        """Yield two requests for the removals and replacements of a benchmark.
 
-        Linear maps have a separate request, because fitting a linear map can fail.
+        The second request contains only the replacements by linear maps, because fitting a linear
+        map can fail.
         """
         groups: tuple[tuple[Intervention, ...], ...] = (("remove", "scale", "mean"), ("linear",))
         for interventions in groups:
             yield cell.with_changes(layers=cell.changes.layers, interventions=interventions)
 
     def answer(self, context: StudyContext, subjects: list[Subject]) -> StudyResult:
-        """Report the share of the accuracy drop that each replacement recovers."""
+        """Report by what share each replacement reduces the accuracy drop."""
         result = StudyResult()
         # The parts of each cell: without layers, and with linear maps.
         parts = group_by(subjects, lambda subject: replace(subject.request, changes=Changes()))
@@ -170,8 +171,18 @@ def measure_costs(subjects: Sequence[Subject]) -> CellCosts | None:
     return cell
 
 
-def recovered_estimate(cells: Sequence[CellCosts], name: Intervention, nats: bool) -> Estimate:
-    """Estimate the share of the total loss of removed layers that a replacement recovers."""
+def estimate_reduction(cells: Sequence[CellCosts], name: Intervention, nats: bool) -> Estimate:
+    """Estimate by what share a replacement reduces the total drop of layers.
+
+    Args:
+        cells: The drops on several benchmarks.
+        name: The replacement.
+        nats: True to use the drop of the gold log-probability in nats; False to use the drop of the
+            metric.
+
+    Returns:
+        The share.
+    """
     means, drawn = [], []
     for intervention in ("remove", name):
         drops = [(cell.nats if nats else cell.drops)[intervention] for cell in cells]
@@ -192,7 +203,7 @@ def _write_answers(cells: Sequence[CellCosts]) -> list[str]:
     verdicts = []
     losses = {f"the {cells[0].measure.change}": False, "the drop of gold log-probability": True}
     for loss, nats in losses.items():
-        shares = {name: recovered_estimate(cells, name, nats) for name in names}
+        shares = {name: estimate_reduction(cells, name, nats) for name in names}
         texts = {STAND_INS[name]: _write_percent(share) for name, share in shares.items()}
         answers += RESCALE_TEXTS.render_all("won_back", loss, texts)
         verdicts += RESCALE_TEXTS.render_all("verdict", loss, shares["scale"])
@@ -216,12 +227,12 @@ def _write_percent(share: Estimate) -> str:
 
 
 def _summary_table(cells: Sequence[CellCosts]) -> Table:
-    """Build the summary table: the share of the drop that each replacement recovers."""
+    """Build the table of the shares by which replacements reduce the drop."""
     measure = cells[0].measure
 
     def share(name: Intervention, quantity: str, nats: bool) -> Column[CellCosts]:
         def value(cell: CellCosts) -> Estimate | None:
-            return recovered_estimate([cell], name, nats) if name in cell.drops else None
+            return estimate_reduction([cell], name, nats) if name in cell.drops else None
 
         label = f"share of {quantity} drop that {STAND_INS[name]} recovers"
         return Column(label, "percent", value, _NOT_MEASURED)

@@ -92,7 +92,7 @@ class Savings(Study[SavingsSettings]):
 
 @dataclass(frozen=True)
 class MeasuredDocuments:
-    """Drop of each document in each run, for one model and benchmark, with computing costs.
+    """Drops of the documents of one benchmark in all runs, and the costs of the runs.
 
     Attributes:
         title: Title of the model and benchmark.
@@ -132,7 +132,7 @@ class MeasuredDocuments:
 
     @property
     def still_open(self) -> str:
-        """Text that replaces a value if the measured documents do not decide the condition."""
+        """Text to show instead of a value if the condition was not decided."""
         return f"undecided after all {len(self.drops):,} measured documents"
 
 
@@ -154,17 +154,18 @@ def read_documents(subject: Subject) -> MeasuredDocuments | str:
     if not (np.abs(drops) <= reach).all():
         return f"{metric} of a document is not between 0 and 1"
     layers = subject.record.model.layers
-    passes = passes_counter(ablations, layers)
+    passes = layers_counter(ablations, layers)
     figures = (runs, drops, tasks, subject.store.counts(), reach, passes)
     everything = passes(np.ones(len(runs), dtype=bool))
     plain = sum(count_unshared_computations([INTACT, *ablations], layers)) / 2
     return MeasuredDocuments(subject.record.title, *figures, everything, plain)
 
 
-def passes_counter(ablations: Sequence[Ablation], layers: int) -> Callable[[Mask], float]:
+def layers_counter(ablations: Sequence[Ablation], layers: int) -> Callable[[Mask], float]:
     """Return a function that counts the layers that must be computed per token.
 
-    The function takes a mask of the ablations that are measured together with the intact model.
+    The function takes a mask of `ablations`. The selected ablations are measured together with the
+    intact model.
     """
 
     def count(open_ablations: Iterable[Ablation]) -> float:
@@ -185,9 +186,10 @@ class CostBound:
 
     Attributes:
         distance: Required precision of the means. For the conditions `top` and `prune`, this is the
-            difference between the last chosen run and the first run that is not chosen, plus the
-            tolerance. For the condition `sign`, it is the size of the drop that is hardest to
-            distinguish from 0. For the condition `drop`, it is the requested precision.
+            difference between the drop of the last chosen run and the drop of the first run that is
+            not chosen, plus the tolerance. For the condition `sign`, the distance is the size of
+            the drop that is hardest to distinguish from 0. For the condition `drop`, the distance
+            is the requested precision.
         sd: Standard deviation, over documents, of the drop or of the difference of two drops that
             must be known with this precision.
         documents: Sample size that a test with a fixed number of documents needs for the same
@@ -205,10 +207,10 @@ class QuestionReplay:
 
     Attributes:
         question: The `until` condition, such as `top 3`.
-        documents: `[orders]`, share of the split's documents that were needed until the stop;
-            infinite without a stop.
-        passes: `[orders]`, share of the total computation that was needed until the stop; infinite
-            without a stop.
+        documents: `[orders]`, share of the split's documents that were measured until the rule
+            stopped; infinite if the rule did not stop.
+        passes: `[orders]`, share of the total computation until the rule stopped; infinite if the
+            rule did not stop.
         answered: `[orders]`, whether the condition was decided on the measured documents.
         wrong: `[orders]`, whether the decisions contradict the means over all measured documents.
         bound: Lower bound of the number of documents that the condition needs.
@@ -269,7 +271,11 @@ def replay_question(
 
 
 def _is_contradicted(cell: MeasuredDocuments, question: Question, race: Race) -> bool:
-    """Return whether a rule's decisions contradict the means over all measured documents."""
+    """Return whether some decisions contradict the means over all documents.
+
+    `race` contains the decisions, which the stopping rule made on some of the documents. The means
+    are over all measured documents.
+    """
     means = cell.drops.mean(axis=0)
     if question.count is not None:
         values = means if question.kind == "top" else -means
@@ -285,7 +291,7 @@ def _is_contradicted(cell: MeasuredDocuments, question: Question, race: Race) ->
 
 
 def _signs(low: Array, high: Array) -> NDArray[np.int64]:
-    """Return the sign of each interval: 1 = above 0, −1 = below 0, 0 = contains 0."""
+    """Return the sign of each interval: 0 if the interval contains 0, else 1 or −1."""
     return np.where(low > MEAN_TOLERANCE, 1, np.where(high < -MEAN_TOLERANCE, -1, 0))
 
 
@@ -295,7 +301,7 @@ def cost_quantile(shares: Array, quantile: float = 0.5) -> float:
 
 
 def question_bound(cell: MeasuredDocuments, question: Question) -> CostBound:
-    """Compute a lower bound of the documents needed to decide an `until` condition."""
+    """Compute the minimum number of documents to decide an `until` condition."""
     drops, runs = cell.drops, cell.drops.shape[1]
     means, sds = drops.mean(axis=0), drops.std(axis=0)
     power, comparisons = float(stats.norm.ppf(DESIGN_POWER)), 2 * runs
@@ -408,9 +414,10 @@ def _bounds_table(cell: MeasuredDocuments, replays: Sequence[QuestionReplay]) ->
 
 
 def _passes_chart(cell: MeasuredDocuments, replays: Sequence[QuestionReplay]) -> LineChart:
-    """Build the chart of the share of document orders in which `until` has stopped.
+    """Build the chart of the share of document orders with a decision.
 
-    The horizontal axis is the amount of computation.
+    The horizontal axis is the amount of computation. The chart has a line for each `until`
+    condition, and shows in how many of the orders the condition is decided.
     """
     positions = range(0, 101, 2)
     lines = {}

@@ -76,12 +76,12 @@ class Growth:
 
     @property
     def signs(self) -> list[int | None]:
-        """Direction of the growth after each layer.
+        """Sign of the growth after each layer.
 
-        The sign is 1 if a change after the layer becomes significantly larger until the output
-        head, and −1 if it becomes significantly smaller. The sign is 0 if the growth is not
-        significant, and None if the factor is undefined. Growth is significant if the interval
-        excludes a factor of 1 and the p-value is below 0.05, adjusted over layers by Holm's method.
+        The sign is 1 if the growth factor is significantly larger than 1, and −1 if the factor is
+        significantly smaller than 1. The sign is 0 if the factor does not differ significantly from
+        1, and None if the factor is undefined. A difference is significant if the interval excludes
+        1 and the p-value is below 0.05, adjusted over layers by Holm's method.
         """
         p_values = holm([factor.p_value for factor in self.factors])
         return [
@@ -105,12 +105,15 @@ class Growth:
         return float(np.median(self.defined)) if self.defined else np.nan
 
     def extremes(self, documents: int) -> tuple[int, list[int], list[int]]:
-        """Find the layers with the largest and the smallest growth factor.
+        """Find the layers with the largest and the smallest growth factors.
 
-        `documents` is the number of documents. The method returns a number n, a list of layers, and
-        another list of layers. The factor of each layer in the first list is significantly among
-        the n largest factors; the largest factor is first. The second list contains the layer whose
-        factor is significantly the smallest. Both lists can be empty.
+        Args:
+            documents: Number of documents.
+
+        Returns:
+            A number n, the layers whose factors are significantly among the n largest factors, and
+            the layer whose factor is significantly the smallest. The layers in the first list are
+            in descending order of their factors. Each list can be empty.
         """
         layers = [layer for layer, value in enumerate(self.values) if value is not None]
         n = len(layers)
@@ -131,7 +134,7 @@ def _log_factor(factor: Estimate) -> Estimate:
 
 
 class TokenGrowth:
-    """Growth of changes of the residual stream, from each layer to the output head.
+    """Growth factors of several kinds of changes of the residual stream.
 
     Args:
         arrays: Kind of change → relative differences `[documents, tokens, layers, layers]`.
@@ -173,8 +176,11 @@ class TokenGrowth:
         ]
 
     @property
-    def growing_steps(self) -> list[str | None]:
-        """Number of later layers that amplify the change, as `2 of 3`, for each removed layer."""
+    def amplifying_layers(self) -> list[str | None]:
+        """For each removed layer, the number of amplifying layers as text.
+
+        The text `2 of 3` means that two of the three later layers amplify the change.
+        """
         steps = [np.diff(np.log(path[layer:])) > 0 for layer, path in enumerate(self.paths)]
         return [
             None if value is None else f"{int(grows.sum())} of {len(grows)}"
@@ -266,26 +272,35 @@ class DropExplanation:
 
     @property
     def is_ordered(self) -> bool:
-        """True if two rank correlations with the drops are defined.
+        """True if two quantities have a defined rank correlation with the drops.
 
-        These are the correlation of the cosine score, and the correlation of the difference before
-        the output head.
+        The two quantities are the cosine score, and the relative difference before the output head.
         """
         names = (COSINE_SCORE, END_DIFFERENCE)
         return all(self.predictors[name].spearman.value is not None for name in names)
 
     @property
     def by_cosine(self) -> dict[int, int]:
-        """Rank of each layer by cosine score, 1 = largest; equal scores share the better rank."""
+        """Rank of each layer by cosine score; the largest score has rank 1.
+
+        Layers with equal scores all have the best of their ranks.
+        """
         return dict(zip(self.layers, min_ranks(self.cosine), strict=True))
 
     @property
     def by_drop(self) -> dict[int, int]:
-        """Rank of each layer by accuracy drop, 1 = largest; equal drops share the better rank."""
+        """Rank of each layer by accuracy drop; the largest drop has rank 1.
+
+        Layers with equal drops all have the best of their ranks.
+        """
         return dict(zip(self.layers, min_ranks(self.drops), strict=True))
 
     def misjudged(self, n: int) -> list[int]:
-        """List up to `n` layers: the most underrated by cosine score, then the most overrated."""
+        """List the layers whose ranks by cosine score and by drop differ most.
+
+        The list has at most `n` layers. It begins with the layer that the cosine score underrates
+        most, and ends with the layer that the cosine score overrates most.
+        """
         by_cosine, by_drop = self.by_cosine, self.by_drop
         order = sorted(self.layers, key=lambda layer: by_drop[layer] - by_cosine[layer])
         return order if len(order) <= n else order[: n - n // 2] + order[len(order) - n // 2 :]
@@ -293,7 +308,7 @@ class DropExplanation:
 
 @dataclass(frozen=True)
 class SnowballFigures:
-    """Growth of the changes that removed layers and random directions cause, on one benchmark.
+    """Growth factors on one benchmark, for removed layers and random directions.
 
     Attributes:
         record: Record of the model and benchmark.
@@ -330,7 +345,7 @@ class SnowballFigures:
 
 
 def compute_figures(subject: Subject, observations: Observations) -> SnowballFigures | None:
-    """Compute the growth of changes, and its correlation with the drops.
+    """Compute growth factors, and their correlations with the drops.
 
     The result is None if fewer than two documents have finite hidden states.
     """
@@ -353,12 +368,16 @@ def compute_figures(subject: Subject, observations: Observations) -> SnowballFig
 
 
 def _split(arrays: Mapping[str, Array], tokens: int) -> tuple[dict[str, Array], dict[str, Array]]:
-    """Return the relative differences that changes cause at two positions of the model.
+    """Return the relative differences at two positions of the residual stream.
 
-    The first dictionary has the differences right after the changed layer, and the second has the
-    differences before the output head. Both map a kind of change, such as `removed`, to an array
-    `[documents, layers]`. `tokens` is `ALL_TOKENS`, or `LATER_TOKENS` to leave out the first token
-    of each text.
+    Args:
+        arrays: Kind of change, such as `removed` → differences at all positions.
+        tokens: `ALL_TOKENS`, or `LATER_TOKENS` to leave out the first token of each text.
+
+    Returns:
+        Two dicts from the kind of change to differences `[documents, layers]`. The first dict has
+        the differences right after the changed layer. The second dict has the differences before
+        the output head.
     """
     means = {name: array[:, tokens] for name, array in arrays.items()}
     starts = {name: np.diagonal(array, axis1=1, axis2=2) for name, array in means.items()}
@@ -375,7 +394,10 @@ class Snowball(Study[SnowballSettings]):
     texts = SNOWBALL_TEXTS
 
     def answer(self, context: StudyContext, subjects: list[Subject]) -> StudyResult:
-        """Describe for each model how later layers amplify a removal; record missing results."""
+        """Report how later layers amplify the change that each removal causes.
+
+        The result also contains a reason for each missing figure.
+        """
         result, cells = StudyResult(), []
         kind = f"snowball-{self.settings.draws}"
         for subject in subjects:
@@ -385,7 +407,9 @@ class Snowball(Study[SnowballSettings]):
                 result.lack(subject.request.title, SNOWBALL_TEXTS.render("refused", refusal))
                 continue
             cell = compute_figures(subject, observations)
-            result.lack(subject.request.title, *_list_unanswered(cell, context.input.source))
+            result.lack(
+                subject.request.title, *_describe_missing_results(cell, context.input.source)
+            )
             cells += [cell] if cell is not None else []
         for model_cells in group_by(cells, lambda cell: cell.record.model.key).values():
             result.add(*_write_answers(model_cells, self.settings.draws))
@@ -416,7 +440,7 @@ class Snowball(Study[SnowballSettings]):
 # Sentences
 
 
-def _list_unanswered(cell: SnowballFigures | None, file: str) -> list[str]:
+def _describe_missing_results(cell: SnowballFigures | None, file: str) -> list[str]:
     """Return sentences about the missing results of a benchmark, with advice.
 
     Args:
@@ -434,7 +458,10 @@ def _list_unanswered(cell: SnowballFigures | None, file: str) -> list[str]:
 
 
 def _write_answers(cells: Sequence[SnowballFigures], draws: int) -> Iterator[str]:
-    """Yield sentences about one model: growth by benchmark, and how well it predicts drops."""
+    """Yield sentences about the growth factors of one model.
+
+    The sentences describe each benchmark, and how well the growth predicts the drops.
+    """
     yield _write_verdict(cells)
     for cell in cells:
         yield from SNOWBALL_TEXTS.render_all("cell", cell, draws)
@@ -470,7 +497,10 @@ def _write_benchmark_test(cells: Sequence[SnowballFigures]) -> str:
 
 
 def _layer_table(cell: SnowballFigures) -> Table:
-    """Build the table of each layer's residual-stream differences, growth factors and drop."""
+    """Build the table of differences, growth factors and drops of the layers.
+
+    The differences are relative differences of the residual stream.
+    """
     tokens, growth, runs = cell.tokens, cell.tokens.removed, cell.record.runs_of_kind()
     by_cosine = cell.explained.by_cosine if cell.explained else {}
     verdicts = [_VERDICT_WORDS[sign] for sign in growth.signs]
@@ -489,7 +519,7 @@ def _layer_table(cell: SnowballFigures) -> Table:
             Column("before the head", "percent", lambda i: tokens.paths[i, -1], "not finite"),
             Column("growth", "times", growth.factors.__getitem__),
             Column("a layer", "times", tokens.factors_per_layer.__getitem__, reason),
-            Column("growing steps", "text", tokens.growing_steps.__getitem__, reason),
+            Column("growing steps", "text", tokens.amplifying_layers.__getitem__, reason),
             Column("verdict", "text", verdicts.__getitem__, reason),
             Column("random", "times", tokens.random.values.__getitem__, reason),
             Column("other tokens'", "times", tokens.shuffled.values.__getitem__, reason),
@@ -561,7 +591,10 @@ def _growth_chart(title: str, layer: str, growths: Mapping[str, Growth]) -> Line
 
 
 def _build_charts(cell: SnowballFigures) -> Iterator[StudyChart]:
-    """Yield charts of the growth factors, and of the differences that removed layers cause."""
+    """Yield charts of growth factors and of relative differences.
+
+    Removed layers cause these differences in the residual stream.
+    """
     tokens, paths, layers = cell.tokens, cell.tokens.paths, range(cell.layers)
     growths = {"removed": tokens.removed, "random directions": tokens.random}
     growths |= {"other tokens' updates": tokens.shuffled}

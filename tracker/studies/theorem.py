@@ -63,7 +63,7 @@ _Demand = tuple[counterexample.PrefixDigest, str, int, int]
 
 @dataclass
 class Lesson:
-    """Training target of the built model: the tokens that it must predict, and where.
+    """Tokens that the built model must predict or avoid, with their positions.
 
     Attributes:
         texts: Token sequences of all documents that the model will read.
@@ -90,19 +90,18 @@ def plan_lesson(
 ) -> Lesson:
     """Choose the tokens that the built model must predict or avoid, and their positions.
 
-    A target token has a sign, or it is fixed. If the sign is positive, the intact model predicts
-    the token, but the model without layer 2 does not. If the sign is negative, the model without
-    layer 2 predicts the token, but the intact model does not. If the token is fixed, both models
-    make the same prediction.
+    A target token is positive, negative or fixed. The intact model predicts a positive token, but
+    the model without layer 2 does not. The model without layer 2 predicts a negative token, but the
+    intact model does not. For a fixed token, both models make the same prediction.
 
-    In most benchmarks, all options of a document follow the same context. In this case, the target
-    tokens are at the position where the right answer first differs from a wrong answer. The token
-    of the right answer has a positive sign, and the token of the wrong answer has a negative sign.
+    In most benchmarks, all options of a document follow the same context. The target tokens of such
+    a document are at the position where the right answer first differs from a wrong answer. The
+    token of the right answer is positive, and the token of the wrong answer is negative.
 
-    In some benchmarks, such as Winogrande, each option follows a different context. In this case,
-    there is one target token after each context. Its sign is positive after the right context, and
-    negative after a wrong context. If a text has no options, every token of the text is a target
-    with a positive sign.
+    In some benchmarks, such as Winogrande, each option follows a different context. Such a document
+    has one target token after each context. The token after the right context is positive, and the
+    token after a wrong context is negative. If a text has no options, every token of the text is a
+    positive target token.
 
     Args:
         documents: Documents with their requests.
@@ -114,14 +113,14 @@ def plan_lesson(
         The target tokens with their positions, and the documents that no model can answer.
     """
     lesson = Lesson()
-    owners = _count_owners(documents, length)
+    occurrences = _count_occurrences(documents, length)
     for document in documents:
         for request in document.requests:
             lesson.texts.append(Text(_read_tokens(request, length), len(request.continuation)))
         if not document.choices:
-            _teach_all(lesson, document, length)
+            _add_all_targets(lesson, document, length)
             continue
-        demands = _list_demands(document, length, owners)
+        demands = _list_targets(document, length, occurrences)
         if not isinstance(demands, str) and any(_has_clash(lesson, d) for d in demands):
             demands = CLASHING_ANSWERS
         if isinstance(demands, str):
@@ -146,8 +145,8 @@ def _positions(request: Request, length: int) -> list[_Position]:
     return list(zip(digests[-len(request.continuation) :], request.continuation, strict=True))
 
 
-def _teach_all(lesson: Lesson, document: Document, length: int) -> None:
-    """Add every token of a document without options to the targets of the lesson.
+def _add_all_targets(lesson: Lesson, document: Document, length: int) -> None:
+    """Add all tokens of a document without options to `lesson.targets`.
 
     If an earlier text has another token after the same preceding tokens, the model cannot predict
     the new token. The function counts such tokens in `lesson.clashing`.
@@ -166,25 +165,33 @@ def _teach_all(lesson: Lesson, document: Document, length: int) -> None:
         lesson.left_out[document.task, document.index] = CLASHING_ANSWERS
 
 
-def _count_owners(documents: Sequence[Document], length: int) -> Counter[_Position]:
-    """Count in how many documents each pair of a position and a token occurs.
+def _count_occurrences(documents: Sequence[Document], length: int) -> Counter[_Position]:
+    """Count the documents in which each pair of a position and a token occurs.
 
-    Only documents are counted whose options follow different contexts.
+    The function counts only documents whose options follow different contexts.
     """
-    owners: Counter[_Position] = Counter()
+    occurrences: Counter[_Position] = Counter()
     for document in documents:
         choices = document.requests[: document.choices]
         if len({request.context for request in choices}) > 1:
-            owners.update({pair for request in choices for pair in _positions(request, length)})
-    return owners
+            occurrences.update(
+                {pair for request in choices for pair in _positions(request, length)}
+            )
+    return occurrences
 
 
-def _list_demands(
-    document: Document, length: int, owners: Mapping[_Position, int]
+def _list_targets(
+    document: Document, length: int, occurrences: Mapping[_Position, int]
 ) -> list[_Demand] | str:
     """Return the target tokens of a multiple-choice document.
 
-    If no model can answer the document correctly, the function returns the reason as text.
+    Args:
+        document: The document.
+        length: Maximum context length of the model, in tokens.
+        occurrences: The result of `_count_occurrences` for all documents.
+
+    Returns:
+        The target tokens. If no model can answer the document correctly, the reason as text.
     """
     if document.gold is None:
         return NO_GOLD_ANSWER
@@ -199,7 +206,7 @@ def _list_demands(
         wrong = _positions(choice, length)
         if right[0][0] != wrong[0][0]:  # contexts of their own
             for pairs, weight in ((right, 1), (wrong, -1)):
-                unique = [pair for pair in pairs if owners[pair] == 1]
+                unique = [pair for pair in pairs if occurrences[pair] == 1]
                 if not unique:
                     return CLASHING_ANSWERS
                 demands.append((unique[0][0], "signed", unique[0][1], weight))
@@ -288,7 +295,7 @@ class Theorem(Study[TheoremSettings]):
         return [model.request for models in self._models(context) for model in models]
 
     def prepare(self, context: StudyContext) -> None:
-        """Build and save those counterexample models that the results folder lacks."""
+        """Build and save the counterexample models that are not saved yet."""
         for models in self._models(context):
             cell = models[0].cell
             context.progress.say(f"building for {cell.benchmark}")
@@ -343,8 +350,8 @@ def _documents_request(cell: CellRequest) -> CellRequest:
 def load_lesson(cell: CellRequest, trust_remote_code: bool) -> tuple[Lesson, tuple[int, int], Any]:
     """Read the documents of a benchmark, and choose the target tokens of the model to build.
 
-    Returns the target tokens, a pair of the vocabulary size and the context length, and the
-    tokenizer. Raises RequestError if the study does not support the benchmark.
+    The function returns three values: the target tokens, the pair (vocabulary size, context
+    length), and the tokenizer. It raises RequestError if the study does not support the benchmark.
     """
     benchmark = open_benchmark(cell)
     metric = choose_metric(benchmark.identity, cell.metric)
@@ -438,7 +445,7 @@ class MeasuredModel:
     subject: Subject
 
     def __post_init__(self) -> None:
-        """Count the right answers with and without layer 2; read the cosine scores."""
+        """Set all attributes from the measured answers and cosine scores."""
         subject, record, lesson = self.subject, self.subject.record, self.built.lesson
         cosines = [run.cosine_score for run in record.runs_of_kind().values()]
         scores = [math.nan if score is None else score for score in cosines]
@@ -459,15 +466,20 @@ class MeasuredModel:
 
     @property
     def holds(self) -> bool:
-        """True if layer 2 has the lowest cosine score, about ε, and every answer depends on it."""
+        """True if the measurements confirm the theorem.
+
+        Layer 2 must have the lowest cosine score, which must be about ε. Every answer must depend
+        on layer 2.
+        """
         decides = self.right == self.units > 0 == self.without
         return decides and self.score < self.other and self.error <= MAX_SCORE_ERROR
 
 
 def _count_right(value: float | str) -> tuple[int, int]:
-    """Count the right answers and all answers of a document.
+    """Return the number of right answers and of all answers of a document.
 
-    For a document of a text corpus, the function counts right tokens and all tokens.
+    `value` is the measured metric of the document. If the benchmark is a text corpus, `value` is
+    JSON text with the number of right tokens and the number of all tokens.
     """
     if isinstance(value, str):
         right, units = json.loads(value)

@@ -83,7 +83,7 @@ class AuditedCell:
     """Accuracy drops and proxies of removed layers, for one model and benchmark."""
 
     def __init__(self, context: StudyContext, subject: Subject, label: str) -> None:
-        """Compute the proxies that are not stored yet; align drops and proxies by document."""
+        """Compute missing proxies, and match drops and proxies by document."""
         self.record = subject.record
         self.label = label
         cell = subject.outcomes()
@@ -115,7 +115,7 @@ class AuditedCell:
         return np.array([run.accuracy_relevance for run in self.record.whole_layers], float)
 
     def resample(self, name: str) -> Array:
-        """Return a measure's mean for each bootstrap resample and layer [resamples, layers]."""
+        """Return a measure's means in bootstrap resamples `[resamples, layers]`."""
         measure = self.measures[name]
         return resampled_means(measure.values, RESAMPLES, SEED, self.strata, measure.weights)
 
@@ -202,10 +202,11 @@ class ProxySummary:
 
     @cached_property
     def overlaps(self) -> tuple[float, float, float]:
-        """Mean overlaps of the extreme layers by proxy and by drop.
+        """Mean overlaps of two rankings of the layers: by the proxy and by the drop.
 
-        The three values are the overlap of the top layers, the overlap of the bottom layers, and
-        the overlap that random rankings would have.
+        The first value is the share of the top layers that are the same in both rankings. The
+        second value is this share for the bottom layers. The third value is the expected share for
+        random rankings.
         """
         rows = []
         for cell in self.cells:
@@ -249,7 +250,10 @@ class ModelAudit:
 
     @property
     def on(self) -> str:
-        """Text with the numbers of benchmarks and documents, e.g. "2 benchmarks, 900 documents"."""
+        """Text with the numbers of benchmarks and documents.
+
+        An example is "2 benchmarks, 900 documents".
+        """
         cells = self.comparable
         documents = count_text(sum(cell.record.n for cell in cells), "document")
         return f"{count_text(len(cells), 'benchmark')}, {documents}"
@@ -274,7 +278,7 @@ class ModelAudit:
 
     @property
     def left_out(self) -> list[str]:
-        """A sentence with the reason for each benchmark that is left out of means."""
+        """For each benchmark that is left out of means, a text with the reason."""
         distinct, reasons = distinct_cells(self.cells), []
         reference = self.comparable[0]
         for cell in self.cells:
@@ -303,7 +307,7 @@ class ModelAudit:
         """Estimate how much better one proxy correlates with the accuracy drop than another proxy.
 
         The value is the difference of the two mean Spearman coefficients. The intervals of all
-        pairs of proxies hold simultaneously.
+        pairs of proxies are simultaneous.
         """
         a, b = summary.spearman.value, other.spearman.value
         if summary.cells != other.cells or a is None or b is None:
@@ -333,10 +337,10 @@ class ModelAudit:
 
     @cached_property
     def disagreements(self) -> dict[str, tuple[Disagreement, Disagreement]]:
-        """Name of each proxy → two shares of layers whose ranks by proxy and by drop differ.
+        """Name of each proxy → how many layers the proxy and the drop rank differently.
 
-        The first share counts all differences. The second share counts only differences of more
-        than `MAJOR_SHARE` of the layers.
+        The first value includes all layers with different ranks. The second value includes only
+        layers whose ranks differ by more than `MAJOR_SHARE` of the number of layers.
         """
         disagreements = {}
         for name, summary in self.summaries.items():
@@ -347,9 +351,9 @@ class ModelAudit:
 
     @cached_property
     def above_chance(self) -> list[AuditedCell]:
-        """Benchmarks on which the model is above chance and the drops of layers differ.
+        """Benchmarks with unequal drops on which the model is better than chance.
 
-        The list is empty if there is only one such benchmark.
+        The list is empty if only one benchmark meets these conditions.
         """
         finite = [cell for cell in self.comparable if np.isfinite(cell.relevance).all()]
         cells = [cell for cell in finite if np.ptp(cell.drop.means()) > 0]
@@ -357,7 +361,10 @@ class ModelAudit:
 
     @cached_property
     def reliabilities(self) -> dict[str, float]:
-        """Share of the drops' variance over layers that is not noise, by benchmark."""
+        """Name of each benchmark → reliability of the measured drops.
+
+        The reliability is the share of the variance over layers that is not sampling noise.
+        """
         drops = {c.label: (c.drop.values, c.drop.weights, c.strata) for c in self.cells}
         return {name: profile_reliability(*estimate_profile(*d)) for name, d in drops.items()}
 
@@ -394,7 +401,7 @@ class ModelAudit:
     ) -> RelevanceVariance:
         mean, cells = float(variances.mean()), self.reliable
         if len(cells) < 2:
-            return RelevanceVariance(mean, test, reason=self.noisy)
+            return RelevanceVariance(mean, test, reason=self.noisy_text)
         samples = [_benchmark_sample(name, cell) for cell in cells]
         estimates = [estimate_profile(*sample) for sample in samples]
         for cell, estimate in zip(cells, estimates, strict=True):
@@ -412,12 +419,12 @@ class ModelAudit:
     def prediction_by_cost(
         self,
     ) -> tuple[list[float], dict[str, tuple[float | None, ...]], float | None]:
-        """Estimate how well each measure predicts drops on other documents.
+        """Correlation of each measure with the drops on other documents, at equal cost.
 
-        Each measure may use the same number of forward passes for a benchmark, the budget. The
-        first result is a list of budgets. The second result maps each measure to a list with its
-        mean Spearman correlation for each budget. The third result is the mean correlation of the
-        drops on two halves of the documents.
+        The cost of a measure on a benchmark is limited to a number of forward passes, the budget.
+        The first value is a list of budgets. The second value is a dict from each measure to a list
+        of mean Spearman correlations, one for each budget. The third value is the mean correlation
+        between the drops on two halves of the documents.
         """
         passes = proxy_cost(DROP, self.total, is_shared=True)
         most = max(len(cell.tasks) for cell in self.comparable) // 2 * passes
@@ -440,8 +447,8 @@ class ModelAudit:
         return budgets, {name: row[:-1] for name, row in curves.items()}, curves[DROP][-1]
 
     @property
-    def noisy(self) -> str:
-        """Text with the number of documents that each noisy benchmark needs and has."""
+    def noisy_text(self) -> str:
+        """Text about noisy benchmarks, with the needed and the measured number of documents."""
         needs = []
         for cell in self.above_chance:
             share, n = self.reliabilities[cell.label], cell.record.n
@@ -455,9 +462,9 @@ class ModelAudit:
 def distinct_cells(cells: Sequence[AuditedCell]) -> list[AuditedCell]:
     """Select benchmarks such that no task belongs to two of them.
 
-    Of several benchmarks with a common task, the function keeps the one with the largest number of
-    removed layers. If this number is equal, it keeps the benchmark with the most documents.
-    Benchmarks with an accuracy are preferred to those with a loss.
+    Of several benchmarks with a common task, the function keeps the benchmark with the largest
+    number of removed layers. If these numbers are equal, the function keeps the benchmark with the
+    most documents. Benchmarks with an accuracy are preferred to benchmarks with a loss.
     """
     best = sorted(cells, key=lambda c: (-c.record.higher_is_better, -len(c.layers), -c.record.n))
     distinct: list[AuditedCell] = []
@@ -468,7 +475,7 @@ def distinct_cells(cells: Sequence[AuditedCell]) -> list[AuditedCell]:
 
 
 def mean_profiles(name: str, cells: Sequence[AuditedCell]) -> Array:
-    """Return a measure's mean over documents, for each benchmark and layer [benchmarks, layers]."""
+    """Return a measure's means over documents `[benchmarks, layers]`."""
     return np.array([cell.measures[name].means() for cell in cells])
 
 
