@@ -39,7 +39,8 @@ class ExperimentInput(Generic[SweepType]):
         text: The text of the experiment file.
         name: File name under which a results folder stores the experiment.
         source: Path of the experiment file for messages; `the experiment` if there is no file.
-        command_arguments: Command-line arguments for the same experiment; empty if it was a dict.
+        command_arguments: Command-line arguments for the same experiment; empty if the experiment
+            was given as a dict.
     """
 
     file: SweepType
@@ -132,7 +133,8 @@ def read_input(
 ) -> ExperimentInput[SweepType]:
     """Read and check an experiment of the given kind, and apply `settings`.
 
-    The kind of file is either for ablation runs or for pruning searches.
+    The argument `kind` describes the expected kind of file: a file for ablation runs, or a file for
+    pruning searches.
     """
     experiment, settings = move_model(experiment, settings)
     path = None if experiment is None or isinstance(experiment, Mapping) else Path(experiment)
@@ -174,7 +176,8 @@ def _check_contents(raw: Any, name: str, kind: FileKind[SweepType]) -> SweepType
 def _check_shape(raw: object, name: str, kind: FileKind[SweepType]) -> None:
     """Raise ExperimentError if an experiment file has the wrong structure.
 
-    The contents must be a mapping, with the settings of the grid below the key `parameters`.
+    The contents `raw` must be a mapping. The settings of the grid must be below the key
+    `parameters`.
     """
     if not isinstance(raw, dict):
         raise ExperimentError(f"{name} contains no mapping; expected e.g. 'method: grid'")
@@ -189,7 +192,11 @@ def _check_shape(raw: object, name: str, kind: FileKind[SweepType]) -> None:
 
 
 def _write_yaml(contents: Mapping[str, Any], name: str) -> tuple[Any, str]:
-    """Convert the contents of a file to YAML, and return the parsed YAML and its text."""
+    """Convert the contents of a file to YAML text, and parse this text.
+
+    The argument `name` is the name of the file in error messages. The function returns the parsed
+    contents and the text.
+    """
     try:
         text = yaml.safe_dump(dict(contents), sort_keys=False, allow_unicode=True)
     except yaml.YAMLError as error:
@@ -277,7 +284,11 @@ def _command_arguments(path: Path | None, settings: Mapping[str, Any]) -> tuple[
 
 
 def _file_name(file: Any, text: str) -> str:
-    """Return a unique file name for an experiment that was not given as a file."""
+    """Return a unique name for the file in which an experiment is stored.
+
+    The argument `file` contains the parsed contents, and `text` is the YAML text. The name contains
+    the name of the experiment, or its model and benchmark, and a hash of `text`.
+    """
     options: Mapping[str, Any] = file.parameters.options
     name = file.name or f"{options['model'][0]}-{options['benchmark'][0]}"
     readable_name = re.sub(r"[^\w.-]+", "-", name).strip("-.")[-60:]

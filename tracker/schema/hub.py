@@ -42,11 +42,12 @@ def unreachable_reason() -> str:
 
 
 def ask_hub(name: str, file: str, revision: str | None = None, kind: str = "model") -> None:
-    """Check by a single request whether the hub gives access to a repository.
+    """Raise an error if the hub does not give access to a repository.
 
-    The request is for the metadata of `file`, which does not have to exist. `kind` is `model` or
-    `dataset`. If the error is temporary, this process uses only local files from now on. The
-    exception of huggingface_hub is raised if the repository does not exist or is not public.
+    The function sends a single request for the metadata of `file`, which does not have to exist.
+    `kind` is `model` or `dataset`. The exception of huggingface_hub is raised if the repository
+    does not exist or is not public. If the request fails with a temporary error, nothing is raised,
+    and this process uses only local files from now on.
     """
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
     from huggingface_hub.errors import EntryNotFoundError
@@ -68,7 +69,7 @@ _OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 
 @cache
 def _test_hub() -> None:
-    """Check whether the hub answers; otherwise, set the Hugging Face libraries offline."""
+    """Set the Hugging Face libraries to offline mode if the hub does not answer."""
     from huggingface_hub import constants, get_session
 
     if constants.is_offline_mode():
@@ -134,7 +135,7 @@ def explain_error(name: str, error: BaseException, page: str = "") -> str:
 
 
 def _causes(error: BaseException | None) -> Any:
-    """Yield an error, then all exceptions in its chain of causes."""
+    """Yield an exception, its cause, the cause of this cause, and so on."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
