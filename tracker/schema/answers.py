@@ -72,7 +72,9 @@ def open_runs_text(answer: AnswerRecord) -> str:
 
 
 def _run_names(runs: Sequence[RunAnswer]) -> str:
-    """Return a text with the names of runs, such as `layers 3 and 5` or `layer 3 head 0`.
+    """Return a text with the names of runs.
+
+    Examples are `layers 3 and 5` and `layer 3 head 0`.
 
     If there are many undecided runs, the text only states their number, such as `40 runs`.
     """

@@ -127,7 +127,7 @@ class Change:
         drawn: bool = False,
         map: str | None = None,
     ) -> Change:
-        """Build a change from the values of the data frame columns of former versions."""
+        """Build a change from the data frame columns of former versions."""
         layers = range(layer, layer + span) if members is None else members
         part = map if number is None else number
         numbers = () if map in OUTER_MATRICES else (*layers,)
@@ -259,9 +259,10 @@ class Change:
 
     @property
     def family(self) -> Change:
-        """A copy of the change with layer 0 as its only layer, and without its head or other part.
+        """A copy of the change with layer 0 as its only layer.
 
-        If several changes have equal copies, the same heat map shows these changes.
+        The field `part` of the copy is None. If several changes have equal copies, the same heat
+        map shows these changes.
         """
         return replace(self, layers=(0,), part=None, drawn=False)
 

@@ -151,7 +151,7 @@ def names_traces(benchmark: str) -> bool:
     return benchmark.startswith(TRACES_PREFIX)
 
 
-def written_spec(spec: BenchmarkSpec) -> BenchmarkSpec:
+def generation_spec(spec: BenchmarkSpec) -> BenchmarkSpec:
     """Return the settings of TASK if the benchmark is `traces:TASK`.
 
     The model generates the texts of the benchmark `traces:TASK` as answers to the documents of

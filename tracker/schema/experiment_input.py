@@ -152,18 +152,18 @@ def read_input(
     is_new = path is None or bool(settings)
     if is_new:
         if contents is not None:
-            _check_shape(contents, file_name, kind)
-        contents, text = _write_yaml(apply_settings(contents, settings, kind), name)
+            _check_structure(contents, file_name, kind)
+        contents, text = _convert_to_yaml(apply_settings(contents, settings, kind), name)
     file = _check_contents(contents, name, kind)
     arguments = () if isinstance(experiment, Mapping) else _command_arguments(path, settings)
-    stored_name = _file_name(file, text) if is_new or path is None else path.name
+    stored_name = _stored_name(file, text) if is_new or path is None else path.name
     return ExperimentInput(file, text, stored_name, file_name, arguments)
 
 
 def _check_contents(raw: Any, name: str, kind: FileKind[SweepType]) -> SweepType:
-    _check_shape(raw, name, kind)
+    _check_structure(raw, name, kind)
     try:
-        _refuse_sweeps(raw)
+        _refuse_skipped_runs(raw)
         file = kind.schema.model_validate(raw)
         kind.expand(file)
     except ValidationError as error:
@@ -173,7 +173,7 @@ def _check_contents(raw: Any, name: str, kind: FileKind[SweepType]) -> SweepType
     return file
 
 
-def _check_shape(raw: object, name: str, kind: FileKind[SweepType]) -> None:
+def _check_structure(raw: object, name: str, kind: FileKind[SweepType]) -> None:
     """Raise ExperimentError if an experiment file has the wrong structure.
 
     The contents `raw` must be a mapping. The settings of the grid must be below the key
@@ -191,8 +191,8 @@ def _check_shape(raw: object, name: str, kind: FileKind[SweepType]) -> None:
         )
 
 
-def _write_yaml(contents: Mapping[str, Any], name: str) -> tuple[Any, str]:
-    """Convert the contents of a file to YAML text, and parse this text.
+def _convert_to_yaml(contents: Mapping[str, Any], name: str) -> tuple[Any, str]:
+    """Convert the contents of a file to YAML text, and parse the text again.
 
     The argument `name` is the name of the file in error messages. The function returns the parsed
     contents and the text.
@@ -283,7 +283,7 @@ def _command_arguments(path: Path | None, settings: Mapping[str, Any]) -> tuple[
     return (*([] if path is None else [str(path)]), *words)
 
 
-def _file_name(file: Any, text: str) -> str:
+def _stored_name(file: Any, text: str) -> str:
     """Return a unique name for the file in which an experiment is stored.
 
     The argument `file` contains the parsed contents, and `text` is the YAML text. The name contains
@@ -325,8 +325,11 @@ def _parameter_names(raw: object) -> set[Any]:
     return set(parameters) if isinstance(parameters, Mapping) else set()
 
 
-def _refuse_sweeps(raw: Mapping[Any, Any]) -> None:
-    """Raise ExperimentError for W&B sweep settings that skip runs, such as `early_terminate`."""
+def _refuse_skipped_runs(raw: Mapping[Any, Any]) -> None:
+    """Raise ExperimentError for settings of W&B sweeps that skip runs.
+
+    Examples are the setting `early_terminate` and the method `bayes`.
+    """
     if raw.get("method") in _OTHER_METHODS:
         raise ExperimentError(
             f"'method': {raw['method']} would skip runs, but tracker measures all runs. Write "

@@ -45,7 +45,7 @@ class Extent(BaseModel):
         return self.sample or self.limit or math.inf
 
     def select(self, task: str, documents: Sequence[int]) -> Sequence[int]:
-        """Return the numbers of the documents to measure, in the order of measurement.
+        """Return the numbers of the documents to measure, in measuring order.
 
         The argument `documents` lists the numbers of all documents of the task in ascending order.
         """
@@ -65,7 +65,7 @@ class Clusters(BaseModel):
     """Pairs of a task and the cluster numbers of its documents, in the order of the documents."""
 
     def by_document(self, numbers: Mapping[str, Sequence[int]]) -> dict[tuple[str, int], int]:
-        """Return a dict from (task, document number) to the number of the document's cluster.
+        """Return a dict from (task, document number) to cluster number.
 
         The argument `numbers` lists the numbers of all documents of each task in ascending order.
         ValueError is raised if the number of documents of a task differs from the number of its

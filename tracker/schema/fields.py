@@ -34,7 +34,7 @@ ARGUMENTS_FORM = "write {key: value, …} or key=value,key=value, as on lm-eval'
 
 
 def _canonical_json(value: object) -> object:
-    """Return settings as a JSON text with sorted keys.
+    """Return settings as JSON text with sorted keys.
 
     The argument is a dict, or a text such as `key=value`. ValueError is raised if the settings are
     invalid.

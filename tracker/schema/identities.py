@@ -184,7 +184,7 @@ class BenchmarkIdentity(Record):
         return {task.name: task.numbers for task in self.tasks}
 
     def sample_size(self, documents: int) -> int:
-        """Return the sample size per task that gives a total of `documents` documents.
+        """Return the sample size per task for a total number of documents.
 
         The sample size is the smallest one for which the samples of all tasks together have at
         least `documents` documents. Each sample has at most the documents of its task.

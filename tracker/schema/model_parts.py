@@ -159,13 +159,15 @@ def fill_parts(request: CellRequest, parts: ModelParts) -> CellRequest:
     try:
         if changes.lacks_maps:
             changes = _fill_maps(changes, parts)
-        exact = _list_sets(changes, parts, request)
+        exact = _list_changes_with_sets(changes, parts, request)
     except ExperimentError as error:
         raise ExperimentError(f"{request.title}: {error}") from None
     return replace(request, changes=changes if exact is None else changes.with_exact(exact))
 
 
-def _list_sets(changes: Changes, parts: ModelParts, request: CellRequest) -> list[Change] | None:
+def _list_changes_with_sets(
+    changes: Changes, parts: ModelParts, request: CellRequest
+) -> list[Change] | None:
     """List all changes of a request if some changes affect sets of layers.
 
     A set of layers is a random control, or consists of layers of the same kind that need not be

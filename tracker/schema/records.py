@@ -54,7 +54,10 @@ class EstimatesRecord(Record):
     @model_validator(mode="before")
     @classmethod
     def _read_flat(cls, fields: object) -> object:
-        """Combine the separate value and bound fields of former versions into estimates."""
+        """Build estimates from the separate fields of former versions.
+
+        Former versions stored the value and the bounds of an estimate in separate fields.
+        """
         if not isinstance(fields, dict):
             return fields
         converted, reasons = dict(fields), fields.get("reasons")
@@ -70,7 +73,7 @@ class EstimatesRecord(Record):
         return converted
 
     def figure(self, name: str) -> float | None:
-        """Return the value of a table column or of a field; None if it is undefined."""
+        """Return the value of a table column or field; None if it is undefined."""
         field, part = self.FLAT.get(name, (name, ""))
         value = getattr(self, field, None)
         figure: float | None = getattr(value, part) if part else value
@@ -590,10 +593,10 @@ Quartiles = tuple[float, float, float]
 
 
 class RunDecisions(Record):
-    """Counts and examples of the documents whose score differs between one run and the intact
-    model.
+    """Counts and examples of the documents on which a run changes the score.
 
-    A document is lost if the run has a worse score, and won if the run has a better score.
+    A document is lost if the run has a worse score than the intact model. A document is won if the
+    run has a better score than the intact model.
     """
 
     run: Change
@@ -619,7 +622,7 @@ class RunDecisions(Record):
 
 
 class DecisionsRecord(Record):
-    """The documents of a benchmark whose score differs between runs and the intact model."""
+    """The documents of one benchmark on which runs change the score of a model."""
 
     n: int
     """Number of documents."""

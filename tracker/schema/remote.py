@@ -159,8 +159,8 @@ class RemoteObject(Remote):
 def serve(finishes_calls: bool) -> None:
     """Execute calls from a `RemoteObject` until the calling process ends.
 
-    The function then closes the object. If `finishes_calls` is True, a running call is finished
-    before.
+    If `finishes_calls` is True and the calling process ends during a call, the call is finished
+    first. The function then closes the object.
     """
     # Output of the object must not mix with the answers; signals are for the other process.
     answers = os.fdopen(os.dup(1), "wb")

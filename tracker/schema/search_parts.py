@@ -167,7 +167,7 @@ class MixedParts(SearchParts):
 
     @classmethod
     def of(cls, kinds: Sequence[SearchParts]) -> SearchParts:
-        """Combine the numberings of several kinds of parts into a single numbering.
+        """Combine the numberings of several kinds of parts into one numbering.
 
         If `kinds` has only one item, the function returns this item.
         """

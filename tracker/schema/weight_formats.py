@@ -63,7 +63,10 @@ class WeightFormat:
         return FORMATS[self.instead].for_rows(inputs) if self.instead else None
 
     def bits_per_weight(self, inputs: int) -> float:
-        """Return the bits per weight, including scales, if each row has `inputs` weights."""
+        """Return the bits per weight of a matrix, including scales.
+
+        Each row of the matrix has `inputs` weights.
+        """
         return self.bits if self.block else self.bits + SCALE_BITS / inputs
 
 

@@ -122,7 +122,7 @@ def accuracy(outcomes: Array, weights: Array | None = None) -> Estimate:
         >>> round(estimate.value, 4), round(estimate.low, 4), round(estimate.high, 4)
         (0.308, 0.2553, 0.3662)
     """
-    array, shares = _check_weights(outcomes, weights)
+    array, shares = _weighted_arrays(outcomes, weights)
     if reason := missing_reason(array):
         return Estimate(None, reason=reason)
     if not _is_binary(array):
@@ -169,8 +169,8 @@ def accuracy_drop(baseline: Array, ablated: Array, weights: Array | None = None)
         >>> round(drop.low, 3), round(drop.high, 3)
         (-0.023, 0.477)
     """
-    intact, shares = _check_weights(baseline, weights)
-    changed, _ = _check_weights(ablated, None)
+    intact, shares = _weighted_arrays(baseline, weights)
+    changed, _ = _weighted_arrays(ablated, None)
     drops = intact - changed
     if reason := missing_reason(drops):
         return Estimate(None, reason=reason)
@@ -190,8 +190,8 @@ def cluster_means(values: Array, weights: Array, clusters: IntArray | None) -> t
     """Average the documents of each cluster, such as the questions on one passage.
 
     The averaging does not change the weighted mean. The documents of a cluster can depend on each
-    other. If an interval is computed from the means of the clusters, only the clusters must be
-    independent.
+    other. An interval that is computed from the cluster averages is valid if the clusters are
+    independent of each other.
 
     Args:
         values: `[documents]` or `[documents, k]`.
@@ -259,8 +259,8 @@ def budget_excess(
         >>> round(excess.value, 3), round(excess.high, 3)
         (-0.04, -0.022)
     """
-    intact, shares = _check_weights(baseline, weights)
-    excesses = kept_share * intact - _check_weights(ablated, None)[0] - max_drop
+    intact, shares = _weighted_arrays(baseline, weights)
+    excesses = kept_share * intact - _weighted_arrays(ablated, None)[0] - max_drop
     if reason := missing_reason(excesses):
         return Estimate(None, reason=reason)
     lost, won = kept_share - max_drop, -1.0 - max_drop
@@ -330,8 +330,8 @@ def bernstein_half_width(sd: float, n: int, alpha: float) -> float:
 def effective_number(weights: Array, clusters: IntArray | None) -> float:
     """Return the effective number of clusters (Kish).
 
-    This is the number of equally weighted clusters whose mean has the same variance as the mean of
-    the given, unequally weighted clusters.
+    The result is the number of equally weighted clusters whose mean has the same variance as the
+    mean of the given, unequally weighted clusters.
     """
     _, shares = cluster_means(weights, weights, clusters)
     return float(shares.sum() ** 2 / (shares @ shares))
@@ -352,8 +352,8 @@ def drop_sd(baseline: Array, ablated: Array, weights: Array | None = None) -> Es
         >>> drop_sd(np.array([1.0, 1.0, 0.0, 1.0]), np.array([0.0, 1.0, 0.0, 1.0])).value
         0.5
     """
-    intact, shares = _check_weights(baseline, weights)
-    drops = intact - _check_weights(ablated, None)[0]
+    intact, shares = _weighted_arrays(baseline, weights)
+    drops = intact - _weighted_arrays(ablated, None)[0]
     if reason := missing_reason(drops):
         return Estimate(None, reason=reason)
     variance = _error_variance(drops, shares)
@@ -379,7 +379,7 @@ def mean_interval(
     Returns:
         The lower and the upper bound. Both are None for a single document without `extra`.
     """
-    array, shares = _check_weights(values, weights)
+    array, shares = _weighted_arrays(values, weights)
     if extra:
         n = len(array)
         array = np.concatenate([array, extra])
@@ -411,14 +411,14 @@ def chance_accuracy(choices: IntArray | Array, weights: Array | None = None) -> 
         >>> chance_accuracy(np.array([4, 4, 5, 0]))
         0.175
     """
-    counts, shares = _check_weights(choices, weights)
+    counts, shares = _weighted_arrays(choices, weights)
     if not len(counts):
         return math.nan
     return _weighted_mean(safe_divide(1.0, counts, 0.0), shares)
 
 
 def accuracy_relevance(baseline: float | None, ablated: float | None, chance: float) -> Estimate:
-    """Compute the fraction of the accuracy above chance that is lost.
+    """Compute the relative loss of the accuracy above chance.
 
     The formula is 1 - max(ablated - chance, 0) / max(baseline - chance, 0). The value is 1 if the
     accuracy falls to chance, 0 if the accuracy does not change, and negative if the accuracy
@@ -452,7 +452,7 @@ def accuracy_relevance(baseline: float | None, ablated: float | None, chance: fl
     return Estimate(1 - max(changed - chance, 0.0) / (intact - chance))
 
 
-def _check_weights(values: ArrayLike, weights: Array | None) -> tuple[Array, Array]:
+def _weighted_arrays(values: ArrayLike, weights: Array | None) -> tuple[Array, Array]:
     """Return the values and the weights as arrays.
 
     If `weights` is None, all weights are equal.
@@ -497,15 +497,15 @@ def _is_binary(values: Array) -> bool:
     return bool(((values == 0) | (values == 1)).all())
 
 
-def _error_variance(values: Array, shares: Array) -> float | None:
+def _error_variance(values: Array, weights: Array) -> float | None:
     """Estimate the variance of the weighted mean of the documents' values.
 
     The function returns None if the sum of the squared weights is above `MAX_CONCENTRATION`.
     """
-    concentration = float(shares @ shares)
+    concentration = float(weights @ weights)
     if concentration > MAX_CONCENTRATION:
         return None
-    return float(shares**2 @ (values - float(values @ shares)) ** 2) / (1 - concentration)
+    return float(weights**2 @ (values - float(values @ weights)) ** 2) / (1 - concentration)
 
 
 ALPHA = 0.05

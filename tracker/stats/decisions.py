@@ -114,7 +114,7 @@ def margins(scores: Array, gold: Array) -> Array:
     return gold_margins
 
 
-def choice_probabilities(scores: Array, gold: Array) -> Array:
+def gold_probabilities(scores: Array, gold: Array) -> Array:
     """Compute the probability of each document's gold option.
 
     The probability is the softmax of the scores of the document's options: exp(score of the gold
@@ -126,12 +126,12 @@ def choice_probabilities(scores: Array, gold: Array) -> Array:
             option.
 
     Returns:
-        `[documents]`, the probabilities. A probability is NaN if the document has no gold option,
-        fewer than two options, or a score that is not finite.
+        `[documents]`, the probabilities. A probability is NaN if the document has no gold option or
+        fewer than two options, or if infinite scores make the softmax undefined.
 
     Examples:
         >>> scores = np.log([[0.3, 0.1], [0.2, np.nan]])
-        >>> choice_probabilities(scores, np.zeros(2)).round(4).tolist()
+        >>> gold_probabilities(scores, np.zeros(2)).round(4).tolist()
         [0.75, nan]
     """
     probabilities = np.full(len(scores), np.nan)
@@ -169,7 +169,7 @@ MIN_FLIP_CHANCE = NormalDist().cdf(-ROUNDING_SDS)
 """Probability that rounding reverses a judgement whose margin is `ROUNDING_SDS`."""
 
 
-def rounding_movement(scores: Array, repeats: Array) -> float | None:
+def relative_rounding_error(scores: Array, repeats: Array) -> float | None:
     """Estimate the relative size of rounding errors of score differences.
 
     Args:
@@ -178,7 +178,7 @@ def rounding_movement(scores: Array, repeats: Array) -> float | None:
             differently.
 
     Returns:
-        The root mean square of the relative changes over all pairs of options of a document. The
+        The root mean square of the relative changes over the pairs of options of all documents. The
         relative change of a pair with the scores a and b is the change of a - b, divided by √(a² +
         b²). The function returns None if no document has two options, or if no score difference has
         changed.
@@ -186,7 +186,7 @@ def rounding_movement(scores: Array, repeats: Array) -> float | None:
     Examples:
         The first of the scores -3 and -4 changes by 0.1, so the relative change is 0.1 / 5.
 
-        >>> round(rounding_movement(np.array([[-3.0, -4.0]]), np.array([[-3.1, -4.0]])), 4)
+        >>> round(relative_rounding_error(np.array([[-3.0, -4.0]]), np.array([[-3.1, -4.0]])), 4)
         0.02
     """
     i, j = np.triu_indices(scores.shape[1], 1)
@@ -207,7 +207,7 @@ def flip_probabilities(scores: Array, gold: Array, movement: float) -> Array:
         scores: `[documents, options]`, the scores of the options.
         gold: `[documents]`, the number of the gold option; NaN for a document without a gold
             option.
-        movement: Relative size of rounding errors, as returned by `rounding_movement`.
+        movement: Relative size of rounding errors, as returned by `relative_rounding_error`.
 
     Returns:
         `[documents]`, the probabilities, at most 0.5; NaN if the document's margin is undefined or

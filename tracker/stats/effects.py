@@ -69,7 +69,7 @@ def interactions(values: Array, weights: Array | None = None, seed: int = 0) -> 
     is_random = np.isfinite(values).all(axis=0) & ~is_whole
     random_p = np.full(len(is_whole), np.nan)
     if is_random.any():
-        random_p[is_random] = _random_sign_p(values[:, is_random], seed)
+        random_p[is_random] = _random_sign_p_values(values[:, is_random], seed)
     estimates = []
     for column, is_exact, p in zip(values.T, is_whole, random_p, strict=True):
         if reason := missing_reason(column):
@@ -105,7 +105,7 @@ def sign_flip_p(values: Array) -> float:
     return min(1.0, float(np.multiply.outer(*chances)[is_far].sum()))
 
 
-def _random_sign_p(values: Array, seed: int) -> Array:
+def _random_sign_p_values(values: Array, seed: int) -> Array:
     """Return the p-value of a sign-flip test for each pair of layers.
 
     The argument `values` is an array `[documents, pairs]`, and the result is an array `[pairs]`.
@@ -130,7 +130,7 @@ def additivity(
     the two single drops. The function computes R² = 1 − Σ (joint − sum)² / Σ (joint − mean)²,
     without fitting a line. R² is 1 if the joint drop of each pair equals the sum of its two single
     drops. Sums and joint drops are measured on the same documents, so that their noise is
-    correlated. The correlated noise increases both results.
+    correlated. Because of the correlated noise, Spearman's coefficient and R² are too large.
 
     Args:
         single_sums: `[pairs]`, drop(first) + drop(second) for each pair of layers.
@@ -164,7 +164,7 @@ def additivity(
 
 
 def _explained_share(sums: Array, joint: Array) -> Array:
-    """Return R² of the joint drops for each row, with `sums` as the prediction.
+    """Return R² of the predictions `sums` of the joint drops, for each row.
 
     Both arguments are arrays `[rows, pairs]`, and the result is an array `[rows]`.
     """

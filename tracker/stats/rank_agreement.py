@@ -52,13 +52,13 @@ def surrogate_series(values: Array, n_draws: int, seed: int) -> Array:
         restricted likelihood of short AR series). X.-L. Meng, Annals of Statistics 22 (1994)
         1142-1160 (p-values that draw the nuisance parameter).
     """
-    orders = _draw_orders(tuple(scipy.stats.rankdata(values).tolist()), n_draws, seed)
+    orders = _draw_ranks(tuple(scipy.stats.rankdata(values).tolist()), n_draws, seed)
     return np.asarray(np.sort(values)[orders], dtype=np.float64)
 
 
 @lru_cache(maxsize=16)  # by every proxy, coefficient and subset the same drops are redrawn
-def _draw_orders(ranks: tuple[float, ...], n_draws: int, seed: int) -> NDArray[np.int32]:
-    """Draw random permutations of ranks that are as smooth over depth as `ranks`.
+def _draw_ranks(ranks: tuple[float, ...], n_draws: int, seed: int) -> NDArray[np.int32]:
+    """Draw random series of ranks that are as smooth over depth as `ranks`.
 
     The function returns an array `[draws, layers]`; the lowest rank is 0.
     """
@@ -313,7 +313,7 @@ def mean_spearman_p(proxy: Array, drop: Array, seed: int = 0) -> float:
 
 
 def smooth_orders(values: Array, n_draws: int, seed: int) -> IntArray:
-    """Draw random orders of layers in which a series is as smooth as before.
+    """Draw random orders of layers that do not change a series' smoothness.
 
     Args:
         values: `[layers]`, the series in the order of depth, finite.

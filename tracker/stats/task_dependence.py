@@ -191,7 +191,7 @@ def _mean_variance(estimates: Sequence[tuple[Array, Array]]) -> float:
 
 @dataclass(frozen=True)
 class VarianceComparison:
-    """Result of a test whether one measure varies more over benchmarks than another measure.
+    """Result of the comparison of how much two measures vary over benchmarks.
 
     Attributes:
         larger: Number of layers for which the first measure varies more over benchmarks than the
