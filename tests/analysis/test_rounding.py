@@ -18,7 +18,7 @@ from tracker.schema.records import CellRecord
 from tracker.stats.decisions import (
     count_undecided,
     flip_probabilities,
-    rounding_movement,
+    relative_rounding_error,
     rounding_shift,
 )
 
@@ -93,7 +93,7 @@ def test_each_run_is_held_against_what_moved_in_it(half, answers, metric):
     weights, chances = np.full(DOCUMENTS, 1 / DOCUMENTS), []
     for model in range(len(NAMES)):
         scores, repeated = (answers.scores(model, metric, second) for second in (False, True))
-        movement = rounding_movement(scores[:TWICE], repeated[:TWICE])
+        movement = relative_rounding_error(scores[:TWICE], repeated[:TWICE])
         chances.append(flip_probabilities(scores, answers.gold.astype(float), movement))
     (run,) = record.runs
     baseline, ablated = chances

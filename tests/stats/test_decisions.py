@@ -17,7 +17,7 @@ from tracker.stats.decisions import (
     margins,
     option_shares,
     phi,
-    rounding_movement,
+    relative_rounding_error,
     rounding_shift,
 )
 
@@ -131,15 +131,15 @@ def test_the_movement_is_found_from_a_few_documents(two_ways) -> None:
     """Both ways move, so that their difference moves by the root of two as much."""
     scores, repeats, _ = two_ways
     expected = math.sqrt(2) * RELATIVE_NOISE
-    assert rounding_movement(scores, repeats) == pytest.approx(expected, rel=0.03)
+    assert relative_rounding_error(scores, repeats) == pytest.approx(expected, rel=0.03)
     slices = (slice(start, start + 8) for start in range(0, DOCUMENTS, 8))
-    movements = [rounding_movement(scores[rows], repeats[rows]) for rows in slices]
+    movements = [relative_rounding_error(scores[rows], repeats[rows]) for rows in slices]
     assert np.quantile(movements, 0.05) > 0.6 * expected
 
 
 def test_as_many_judgements_turn_round_as_are_expected_and_nearly_all_are_counted(two_ways) -> None:
     scores, repeats, gold = two_ways
-    chances = flip_probabilities(scores, gold, rounding_movement(scores, repeats))
+    chances = flip_probabilities(scores, gold, relative_rounding_error(scores, repeats))
     is_flipped = (choose_options(scores) == gold) != (choose_options(repeats) == gold)
     assert is_flipped.sum() > 40, "there is something to count"
     assert chances.sum() == pytest.approx(is_flipped.sum(), rel=0.2)
@@ -149,7 +149,7 @@ def test_as_many_judgements_turn_round_as_are_expected_and_nearly_all_are_counte
 
 def test_accuracies_computed_in_two_ways_are_as_far_apart_as_is_said(two_ways) -> None:
     scores, repeats, gold = two_ways
-    chances = flip_probabilities(scores, gold, rounding_movement(scores, repeats))
+    chances = flip_probabilities(scores, gold, relative_rounding_error(scores, repeats))
     accuracies = [(choose_options(table) == gold).reshape(40, 100) for table in (scores, repeats)]
     differences = accuracies[0].mean(axis=1) - accuracies[1].mean(axis=1)
     limits = [rounding_shift(row, np.full(100, 1 / 100)) for row in chances.reshape(40, 100)]
@@ -167,7 +167,7 @@ def test_accuracies_computed_in_two_ways_are_as_far_apart_as_is_said(two_ways) -
     ids=["one option each", "nothing has moved", "nothing to move", "no document"],
 )
 def test_no_movement_is_not_a_movement_of_zero(scores, repeats) -> None:
-    assert rounding_movement(np.array(scores), np.array(repeats)) is None
+    assert relative_rounding_error(np.array(scores), np.array(repeats)) is None
 
 
 def test_what_has_no_margin_has_no_chance() -> None:

@@ -29,7 +29,7 @@ from tracker.measuring.progress import Silent
 from tracker.schema.changes import Ablation
 from tracker.schema.config import CellRequest, cell_request
 from tracker.schema.records import CellRecord
-from tracker.stats.decisions import MIN_FLIP_CHANCE, rounding_movement
+from tracker.stats.decisions import MIN_FLIP_CHANCE, relative_rounding_error
 
 BATCH_SIZES = (1, 16)
 
@@ -148,7 +148,7 @@ def print_sums(model: str, documents: int, layers: list[int]) -> None:
 
     for name in ("bfloat16", "float32 head, softmax and sums"):
         for number, ablation in enumerate(ablations):
-            moved = rounding_movement(scores(FULL, number), scores(DEPTH_ONLY, number))
+            moved = relative_rounding_error(scores(FULL, number), scores(DEPTH_ONLY, number))
             sys.stdout.write(f"{name}, {ablation.name}: {100 * (moved or 0):.2f} %\n")
         loaded.model.lm_head = Float32Head(loaded.model.lm_head)
 

@@ -35,7 +35,7 @@ from tracker.stats.decisions import (
     flip_probabilities,
     margins,
     option_shares,
-    rounding_movement,
+    relative_rounding_error,
 )
 
 
@@ -83,7 +83,7 @@ def rounding_risk(outcomes: AlignedOutcomes, ablation: Ablation, texts: TextRead
         return RoundingRisk(None, reason)
     is_repeated = rows[REPEATED_COLUMN].notna().to_numpy()
     repeats = options.scores(rows[REPEATED_COLUMN].where(is_repeated, rows["loglikelihoods"]))
-    movement = rounding_movement(scores[is_repeated], repeats[is_repeated])
+    movement = relative_rounding_error(scores[is_repeated], repeats[is_repeated])
     if movement is None:
         return RoundingRisk(None, "repeated computations gave exactly the same values")
     return RoundingRisk(flip_probabilities(scores, options.gold, movement))

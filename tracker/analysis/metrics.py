@@ -16,7 +16,7 @@ from tracker.ledger.texts import StoredText
 from tracker.schema.identities import CHOICE_PROBABILITIES
 from tracker.stats.accuracy import RATIO_SCALES, document_ratios
 from tracker.stats.arrays import Array
-from tracker.stats.decisions import choice_probabilities
+from tracker.stats.decisions import gold_probabilities
 
 TextReader = Callable[[], Mapping[tuple[str, int], StoredText]]
 """Function that reads the texts of a cell's documents."""
@@ -122,7 +122,7 @@ class DocumentMetric:
             options = self._read_options(rows)
             scores = options.scores(rows["loglikelihoods"])
             is_scored = (~np.isnan(scores)).sum(axis=1) == options.counts
-            return choice_probabilities(scores, np.where(is_scored, options.gold, np.nan))
+            return gold_probabilities(scores, np.where(is_scored, options.gold, np.nan))
         column = rows[self.columns[0]]
         if self.aggregation not in RATIO_SCALES:
             return column.to_numpy(dtype=np.float64)

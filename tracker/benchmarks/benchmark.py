@@ -15,9 +15,9 @@ from tracker.benchmarks.sources import HUB, open_data_source
 from tracker.schema.config import (
     BenchmarkSpec,
     CellRequest,
+    generation_spec,
     names_corpus,
     names_traces,
-    written_spec,
 )
 from tracker.schema.distribution import package_folder
 from tracker.schema.errors import BenchmarkError, did_you_mean
@@ -45,7 +45,7 @@ def open_benchmark(request: CellRequest) -> Benchmark:
 def check_benchmark(spec: BenchmarkSpec) -> None:
     """Raise BenchmarkError if a data source, task or file does not exist."""
     open_data_source(spec.data)
-    spec = written_spec(spec)
+    spec = generation_spec(spec)
     if names_corpus(spec.benchmark):
         locate_corpus(spec)
     elif not (check_own_tasks(spec) or _is_defined(spec.benchmark)):
@@ -58,7 +58,7 @@ def is_local(spec: BenchmarkSpec) -> bool:
     """Return whether all documents of a benchmark are on this machine."""
     if spec.data != HUB:
         return True
-    spec = written_spec(spec)
+    spec = generation_spec(spec)
     if names_corpus(spec.benchmark):
         return locate_corpus(spec).file is not None
     return reads_local_files(spec)
@@ -83,7 +83,7 @@ def data_stamp(spec: BenchmarkSpec) -> object:
 
     Returns None for data on the hub. Raises BenchmarkError if the data source is unknown.
     """
-    spec = written_spec(spec)
+    spec = generation_spec(spec)
     if names_corpus(spec.benchmark):
         return corpus_stamp(spec)
     source_stamp, tasks_stamp = open_data_source(spec.data).stamp(), own_tasks_stamp(spec)

@@ -11,7 +11,7 @@ from typing import Any
 from tracker.schema.distribution import package_folder, pip_command
 from tracker.schema.errors import BenchmarkError, did_you_mean, first_line, translate_errors
 from tracker.schema.extensions import load_extensions
-from tracker.schema.hub import ask_hub, explain_error
+from tracker.schema.hub import check_access, explain_error
 from tracker.schema.hub import unreachable_reason as hub_outage
 from tracker.schema.provenance import file_stamp
 
@@ -94,7 +94,7 @@ class DataSource:
         # The path is a folder, or a builder such as `json` that reads the task's files.
         if "/" in path and not Path(path).exists() and not hub_outage():
             with translate_errors(lambda error: data_error(path, None, HUB, error)):
-                ask_hub(path, "README.md", kind="dataset")
+                check_access(path, "README.md", kind="dataset")
 
     def stamp(self) -> object:
         """Return a value that changes if the data changes; None for the hub."""

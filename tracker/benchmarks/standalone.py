@@ -24,9 +24,9 @@ from tracker.benchmarks.sources import open_data_source
 from tracker.schema.config import (
     BenchmarkSpec,
     CellRequest,
+    generation_spec,
     names_corpus,
     names_traces,
-    written_spec,
 )
 from tracker.schema.documents import samples_texts
 from tracker.schema.errors import BenchmarkError
@@ -59,7 +59,7 @@ def refuse_corpus(spec: BenchmarkSpec) -> None:
     Plain lm-eval cannot read such benchmarks.
     """
     if names_traces(spec.benchmark):
-        task = written_spec(spec)
+        task = generation_spec(spec)
         raise BenchmarkError(
             f"{spec.benchmark} reads texts that the intact model wrote, but an export is verified "
             f"with a task of lm-eval; write --benchmark {task}, or leave --benchmark out"

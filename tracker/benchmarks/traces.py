@@ -18,7 +18,7 @@ from typing import NamedTuple
 from tracker.benchmarks.base import MetricValue
 from tracker.benchmarks.encoder import RequestEncoder
 from tracker.benchmarks.tasks import LmEvalBenchmark, answer_request, first_text
-from tracker.schema.config import TRACES_PREFIX, CellRequest, written_spec
+from tracker.schema.config import TRACES_PREFIX, CellRequest, generation_spec
 from tracker.schema.documents import Document, Request, Response
 from tracker.schema.errors import BenchmarkError
 from tracker.schema.identities import CUT_OFF, TaskIdentity, filter_name, filtered_metric
@@ -81,7 +81,7 @@ class Traces(LmEvalBenchmark):
     """
 
     def __init__(self, request: CellRequest) -> None:
-        spec = written_spec(request.benchmark)
+        spec = generation_spec(request.benchmark)
         if spec.budgets:
             raise BenchmarkError(
                 f"budgets: {request.benchmark} always scores whole texts; leave budgets out, or "

@@ -16,7 +16,7 @@ from tracker.schema.errors import RequestError, first_line, translate_errors
 from tracker.schema.fields import first_problem
 from tracker.schema.identities import CHOICE_PROBABILITY
 from tracker.stats.accuracy import weights_by_task
-from tracker.stats.decisions import choice_probabilities, choose_options
+from tracker.stats.decisions import choose_options, gold_probabilities
 
 _TOLERANCE = 1e-6
 """Largest difference between the reported mean and ours by rounding."""
@@ -205,7 +205,7 @@ def _add_choices(table: pd.DataFrame) -> None:
     table["choice"] = choose_options(scores)
     is_right = table["choice"] == table["gold"]
     if is_option.all() and "acc" in table and (is_right == table["acc"]).all():
-        table[CHOICE_PROBABILITY] = choice_probabilities(scores, table["gold"].to_numpy())
+        table[CHOICE_PROBABILITY] = gold_probabilities(scores, table["gold"].to_numpy())
 
 
 def _metric_columns(filtered: tuple[Any, pd.DataFrame]) -> pd.DataFrame:

@@ -36,7 +36,7 @@ from tracker.schema.errors import (
     translate_errors,
 )
 from tracker.schema.fields import decode_arguments, expand_home
-from tracker.schema.hub import ask_hub, check_name, explain_error, unreachable_reason
+from tracker.schema.hub import check_access, check_name, explain_error, unreachable_reason
 from tracker.schema.model_parts import (
     EXPERT_COUNT_KEYS,
     ModelParts,
@@ -633,7 +633,7 @@ def _read_cached_config(model: ModelSource) -> Any:
 def _read_configuration(model: ModelSource) -> PreTrainedConfig:
     """Read the text part of a model's configuration with transformers."""
     if not model.is_local and not unreachable_reason() and model.stamp() is None:
-        ask_hub(model.location, "config.json", model.revision)
+        check_access(model.location, "config.json", model.revision)
     from transformers import AutoConfig
 
     with ExitStack() as stack:

@@ -32,19 +32,20 @@ def statement(answer: AnswerRecord) -> str:
 
 
 def answer_cost(answer: AnswerRecord) -> str:
-    """Format the cost of a stopping rule: measured documents and layer passes.
+    """Format the cost of a measurement with a stopping rule.
 
     Args:
         answer: Current result of the stopping rule (`until`) for one model and benchmark.
 
     Returns:
-        The text, such as `320 of 570 documents, 41 % of the layer passes`.
+        A text such as `320 of 570 documents, 41 % of the layer passes`. A layer pass is the
+        computation of one layer for one document.
     """
     return _TEXTS.render("cost", answer)
 
 
 def interval_name(cell: CellRecord) -> str:
-    """Return the name of the type of interval that a record's accuracy drops have.
+    """Return the type of a record's drop intervals, such as `95 % interval`.
 
     Args:
         cell: Record of one model on one benchmark.
@@ -71,7 +72,9 @@ def open_runs_text(answer: AnswerRecord) -> str:
 
 
 def _run_names(runs: Sequence[RunAnswer]) -> str:
-    """Return a text that names the runs, such as `layers 3 and 5` or `layer 3 head 0`.
+    """Return a text with the names of runs.
+
+    Examples are `layers 3 and 5` and `layer 3 head 0`.
 
     If there are many undecided runs, the text only states their number, such as `40 runs`.
     """

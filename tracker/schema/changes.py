@@ -47,8 +47,9 @@ _TEXT = re.compile(r"([a-z]\w*):(?:(\d[\d,-]*)(?:\.(.+))?|([a-z]\w*))")
 class Change:
     """Change of a model: an intervention, e.g. a removal, on one component.
 
-    `str(change)` returns the text that `Change.parse` reads: `layer:3`, `layers:3,4`, `head:3.0`,
-    `int4:5.mlp.down_proj`, `int4:embedding`, or `repeat3:3-6` for three passes.
+    `str(change)` returns the canonical text of the change, which `Change.parse` parses. Examples
+    are `layer:3`, `layers:3,4`, `head:3.0`, `int4:5.mlp.down_proj` and `int4:embedding`. The text
+    `repeat3:3-6` means that layers 3 to 6 are executed three times.
 
     Attributes:
         component: Kind of the component: whole layers, a sublayer, a part such as a head, or a
@@ -60,7 +61,7 @@ class Change:
         part: Number of a head or another numbered part, or path of a linear map in its layer
             (`mlp.down_proj`). If the component is `linear`, the part can also be `attention`,
             `mlp`, `embedding` or `lm_head`. The part is None for whole layers and sublayers.
-        repeats: Number of passes through repeated layers.
+        repeats: Number of times that repeated layers are executed.
         drawn: True if the layers were drawn at random, as a control.
     """
 
@@ -86,7 +87,8 @@ class Change:
     ) -> Change | None:
         """Build a change from the parts of its text, such as `head`, `3` and `0`.
 
-        The function returns None if the parts are invalid.
+        The parts of the text are the first word, the layers, the part of a layer, and the matrix
+        outside the layers. The function returns None if these parts do not form a valid change.
         """
         numbers = _parse_layers(layers) if layers else ()
         component, is_format = cast("Component", word.removesuffix("s")), word in FORMATS
@@ -125,7 +127,7 @@ class Change:
         drawn: bool = False,
         map: str | None = None,
     ) -> Change:
-        """Build a change from the data frame columns that former versions stored."""
+        """Build a change from the data frame columns of former versions."""
         layers = range(layer, layer + span) if members is None else members
         part = map if number is None else number
         numbers = () if map in OUTER_MATRICES else (*layers,)
@@ -248,17 +250,19 @@ class Change:
 
     @property
     def kind(self) -> Change:
-        """A copy of the change, moved to layer 0.
+        """The kind of the change, as a copy of the change that begins at layer 0.
 
-        Two changes of the same kind differ only in their layers, and have equal copies.
+        Two changes of the same kind differ only in their layers. If the layers are not consecutive
+        or were drawn at random, the kind is the change itself.
         """
         return self if self.members or self.is_outer else replace(self, layers=(*range(self.span),))
 
     @property
     def family(self) -> Change:
-        """A copy of the change, moved to layer 0 and without its part, such as a head number.
+        """A copy of the change with layer 0 as its only layer.
 
-        A heat map shows the changes that have equal copies.
+        The field `part` of the copy is None. If several changes have equal copies, the same heat
+        map shows these changes.
         """
         return replace(self, layers=(0,), part=None, drawn=False)
 
@@ -322,12 +326,12 @@ class Change:
 
     @property
     def times(self) -> str:
-        """The number of passes through repeated layers in words: `twice`, `3 times`."""
+        """The number of executions of repeated layers in words: `twice`, `3 times`."""
         return "twice" if self.repeats == 2 else f"{self.repeats} times"
 
     @property
     def clause(self) -> str:
-        """A clause about repeated layers, such as `layers 3 to 6 are passed twice`."""
+        """A clause about the repetition of layers, such as `layers 3 to 6 are passed twice`."""
         return f"{self.layer_words} {'is' if self.span == 1 else 'are'} passed {self.times}"
 
     def split_by_layer(self) -> list[Change]:
@@ -341,10 +345,10 @@ class Change:
 
     @property
     def columns(self) -> dict[str, Any]:
-        """The values of the change by column name.
+        """A dict from the names of data frame columns to the values of the change.
 
-        The component, the layer and the span are always included. The other columns are included
-        only if their value is not the default.
+        The columns `component`, `layer` and `span` are always included. Any other column is
+        included only if its value differs from the default value.
         """
         usual = {name: getattr(WHOLE_LAYER, name) for name in CHANGE_COLUMNS[3:]}
         values = {name: getattr(self, name) for name in CHANGE_COLUMNS}
@@ -433,9 +437,10 @@ class Ablation:
 
     @property
     def renumbered_parts(self) -> Ablation:
-        """The removals of parts, for a model from which the removed layers were deleted.
+        """An ablation that removes the same heads or other parts, with new layer numbers.
 
-        In this model, the remaining layers are numbered consecutively from 0.
+        The new numbers refer to a model from which the removed layers were deleted. In this model,
+        the remaining layers are numbered consecutively from 0.
         """
         removed = self.removed()
         return Ablation(frozenset(c.at_layer(-bisect_left(removed, c.layer)) for c in self.parts))
@@ -461,7 +466,7 @@ class Ablation:
 
     @property
     def outer_formats(self) -> dict[str, str]:
-        """The weight formats of the rounded embedding and output head, by matrix name."""
+        """A dict from the name of each rounded matrix outside the layers to its weight format."""
         return {str(c.part): c.intervention for c in self.roundings if c.is_outer}
 
     @property
@@ -471,15 +476,15 @@ class Ablation:
 
     @property
     def has_map_groups(self) -> bool:
-        """True if a rounding applies to all linear maps of an attention sublayer or of an MLP."""
+        """True if any change rounds all linear maps of an attention sublayer or of an MLP."""
         return any(change.part in MAP_GROUPS for change in self.roundings)
 
     @property
     def part(self) -> Change | None:
         """The only change of the ablation that is not the removal of a layer.
 
-        The value is None if there is no such change, or more than one, or if the change has no
-        Taylor proxy (`Change.has_taylor`).
+        The value is None if there are no such changes or several such changes. It is also None if
+        the only such change has no Taylor proxy (`Change.has_taylor`).
         """
         changes = [change for change in self.changes if change.word != "layer"]
         return changes[0] if len(changes) == 1 and changes[0].has_taylor else None
@@ -491,9 +496,9 @@ class Ablation:
 
     @cached_property
     def by_layer(self) -> dict[int, Ablation]:
-        """Ablations with the changes of one layer, by layer number.
+        """A dict from each changed layer to an ablation with the changes of this layer.
 
-        A repetition of layers belongs to its last layer.
+        A repetition of several layers is assigned to the last repeated layer.
         """
         changes = (change for change in self.changes if not change.is_outer)
         layers = group_by(changes, lambda change: change.stop - 1)
@@ -507,7 +512,7 @@ class Ablation:
     def action(self) -> Action:
         """The action that the engine takes at the changed layer.
 
-        The action is only defined for an ablation of a single layer.
+        The action is only valid if all changes of the ablation affect the same layer.
         """
         actions = {change.action for change in self.changes}
         if {Action.NO_ATTENTION, Action.NO_MLP} <= actions:

@@ -76,7 +76,10 @@ class ModelSpec(StrictModel):
 
     @property
     def order(self) -> list[str]:
-        """The sort key by which requests for the same model become neighbours."""
+        """The sort key of the settings.
+
+        This key places requests for the same model next to each other.
+        """
         return [str(value) for _, value in self]
 
 
@@ -125,7 +128,7 @@ class BenchmarkSpec(StrictModel):
     def generation_key(self) -> str | None:
         """The name of a setting that is only valid for generation tasks.
 
-        The value is None if no such setting is given.
+        The value is None if neither `samples` nor `budgets` is set.
         """
         return "samples" if self.samples else "budgets" if self.budgets else None
 
@@ -142,16 +145,18 @@ def names_corpus(benchmark: str) -> bool:
 def names_traces(benchmark: str) -> bool:
     """Return whether a benchmark's name begins with `traces:`.
 
-    In this case, the intact model generates texts, and the changed models score these texts.
+    For such a benchmark, the intact model generates texts, and the changed models score these
+    texts.
     """
     return benchmark.startswith(TRACES_PREFIX)
 
 
-def written_spec(spec: BenchmarkSpec) -> BenchmarkSpec:
-    """Return the settings of the task that generates the texts of `traces:TASK`.
+def generation_spec(spec: BenchmarkSpec) -> BenchmarkSpec:
+    """Return the settings of TASK if the benchmark is `traces:TASK`.
 
-    For other benchmarks, the function returns an equal copy of `spec`. BenchmarkError is raised if
-    TASK is empty or not a task of lm-eval.
+    The model generates the texts of the benchmark `traces:TASK` as answers to the documents of
+    TASK. For other benchmarks, the function returns an equal copy of `spec`. BenchmarkError is
+    raised if TASK is empty or not a task of lm-eval.
     """
     task = spec.benchmark.removeprefix(TRACES_PREFIX)
     if names_traces(spec.benchmark) and (not task or names_traces(task) or names_corpus(task)):
@@ -227,7 +232,7 @@ class Changes(ChangeGrid):
                 yield Change(component, layers, intervention, part, passes)
 
     def with_exact(self, changes: Iterable[Change]) -> Changes:
-        """Return a copy that requests exactly these changes instead of a grid."""
+        """Return a copy that requests only the listed changes instead of a grid."""
         return self.model_copy(update={"exact": tuple(changes)})
 
     def numbers(self, component: Component) -> tuple[int, ...]:
@@ -257,7 +262,11 @@ class Changes(ChangeGrid):
 
     @property
     def first_change(self) -> Change:
-        """The first requested change; raises ExperimentError if a number or name is missing."""
+        """The first requested change.
+
+        ExperimentError is raised if a request for heads, experts or neurons has no numbers, or if a
+        request for linear maps has no names.
+        """
         if self.lacks_maps:
             raise ExperimentError(
                 "the name of the linear map is missing; give e.g. --map mlp.down_proj (in a sweep "
@@ -307,7 +316,10 @@ class CellSettings(ChangeGrid, DocumentSpec, BenchmarkSpec, ModelSpec):
         return self
 
     def spec(self, kind: type[SpecType]) -> SpecType:
-        """Return the settings of one group as an object of class `kind`, such as `ModelSpec`."""
+        """Copy the fields of the class `kind` to an object of this class.
+
+        An example of `kind` is `ModelSpec`.
+        """
         return kind(**{name: value for name, value in self if name in kind.model_fields})
 
     @property
@@ -446,7 +458,7 @@ class CellRequest:
 
 
 def number_field(component: Component) -> Literal["heads", "experts", "neurons"]:
-    """Return the name of the field of `ChangeGrid` that contains a component's numbers."""
+    """Return the field of `ChangeGrid` that lists the numbers of a component."""
     if component == "neuron":
         return "neurons"
     return "experts" if component == "expert" else "heads"

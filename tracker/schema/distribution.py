@@ -60,9 +60,10 @@ def upgrade_command() -> str:
 
 
 def format_problem(number: object) -> str:
-    """Return an error message for an unsupported format version.
+    """Return an error message if a format version is not supported.
 
-    The message is empty if the version is supported.
+    The argument `number` is the version of the format of a results folder. The message is empty if
+    the version is supported.
     """
     if number == LEDGER_FORMAT:
         return ""

@@ -38,8 +38,8 @@ class Prompt:
         think_end_token: Token that ends the thinking; None if the whole text is the answer.
         samples: Number of texts that are generated for the prompt.
         seed: Seed of the random numbers of sampled texts.
-        budgets: Smaller maximum numbers of tokens, ascending. The text is also evaluated after each
-            of these numbers of tokens.
+        budgets: Smaller maximum numbers of tokens, ascending. For each of these limits, the
+            beginning of the text up to the limit is also evaluated.
     """
 
     text: str
@@ -102,7 +102,11 @@ class Document:
         return self.task, self.index
 
     def tokens_digest(self, max_length: int) -> str:
-        """Hash the tokens of all requests, truncated to `max_length`."""
+        """Return a hash of the tokens of all requests.
+
+        A request is truncated to the tokens that a model with the context length `max_length` can
+        use.
+        """
         texts: list[Any] = []
         for request in self.requests:
             tokens = (request.context + request.continuation)[-(max_length + 1) :]

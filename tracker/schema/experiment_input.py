@@ -39,7 +39,8 @@ class ExperimentInput(Generic[SweepType]):
         text: The text of the experiment file.
         name: File name under which a results folder stores the experiment.
         source: Path of the experiment file for messages; `the experiment` if there is no file.
-        command_arguments: Command-line arguments for the same experiment; empty if it was a dict.
+        command_arguments: Command-line arguments for the same experiment; empty if the experiment
+            was given as a dict.
     """
 
     file: SweepType
@@ -132,7 +133,8 @@ def read_input(
 ) -> ExperimentInput[SweepType]:
     """Read and check an experiment of the given kind, and apply `settings`.
 
-    The kind of file is either for ablation runs or for pruning searches.
+    The argument `kind` describes the expected kind of file: a file for ablation runs, or a file for
+    pruning searches.
     """
     experiment, settings = move_model(experiment, settings)
     path = None if experiment is None or isinstance(experiment, Mapping) else Path(experiment)
@@ -150,18 +152,18 @@ def read_input(
     is_new = path is None or bool(settings)
     if is_new:
         if contents is not None:
-            _check_shape(contents, file_name, kind)
-        contents, text = _write_yaml(apply_settings(contents, settings, kind), name)
+            _check_structure(contents, file_name, kind)
+        contents, text = _convert_to_yaml(apply_settings(contents, settings, kind), name)
     file = _check_contents(contents, name, kind)
     arguments = () if isinstance(experiment, Mapping) else _command_arguments(path, settings)
-    stored_name = _file_name(file, text) if is_new or path is None else path.name
+    stored_name = _stored_name(file, text) if is_new or path is None else path.name
     return ExperimentInput(file, text, stored_name, file_name, arguments)
 
 
 def _check_contents(raw: Any, name: str, kind: FileKind[SweepType]) -> SweepType:
-    _check_shape(raw, name, kind)
+    _check_structure(raw, name, kind)
     try:
-        _refuse_sweeps(raw)
+        _refuse_skipped_runs(raw)
         file = kind.schema.model_validate(raw)
         kind.expand(file)
     except ValidationError as error:
@@ -171,10 +173,11 @@ def _check_contents(raw: Any, name: str, kind: FileKind[SweepType]) -> SweepType
     return file
 
 
-def _check_shape(raw: object, name: str, kind: FileKind[SweepType]) -> None:
+def _check_structure(raw: object, name: str, kind: FileKind[SweepType]) -> None:
     """Raise ExperimentError if an experiment file has the wrong structure.
 
-    The contents must be a mapping, with the settings of the grid below the key `parameters`.
+    The contents `raw` must be a mapping. The settings of the grid must be below the key
+    `parameters`.
     """
     if not isinstance(raw, dict):
         raise ExperimentError(f"{name} contains no mapping; expected e.g. 'method: grid'")
@@ -188,8 +191,12 @@ def _check_shape(raw: object, name: str, kind: FileKind[SweepType]) -> None:
         )
 
 
-def _write_yaml(contents: Mapping[str, Any], name: str) -> tuple[Any, str]:
-    """Convert the contents of a file to YAML, and return the parsed YAML and its text."""
+def _convert_to_yaml(contents: Mapping[str, Any], name: str) -> tuple[Any, str]:
+    """Convert the contents of a file to YAML text, and parse the text again.
+
+    The argument `name` is the name of the file in error messages. The function returns the parsed
+    contents and the text.
+    """
     try:
         text = yaml.safe_dump(dict(contents), sort_keys=False, allow_unicode=True)
     except yaml.YAMLError as error:
@@ -276,8 +283,12 @@ def _command_arguments(path: Path | None, settings: Mapping[str, Any]) -> tuple[
     return (*([] if path is None else [str(path)]), *words)
 
 
-def _file_name(file: Any, text: str) -> str:
-    """Return a unique file name for an experiment that was not given as a file."""
+def _stored_name(file: Any, text: str) -> str:
+    """Return a unique name for the file in which an experiment is stored.
+
+    The argument `file` contains the parsed contents, and `text` is the YAML text. The name contains
+    the name of the experiment, or its model and benchmark, and a hash of `text`.
+    """
     options: Mapping[str, Any] = file.parameters.options
     name = file.name or f"{options['model'][0]}-{options['benchmark'][0]}"
     readable_name = re.sub(r"[^\w.-]+", "-", name).strip("-.")[-60:]
@@ -314,8 +325,11 @@ def _parameter_names(raw: object) -> set[Any]:
     return set(parameters) if isinstance(parameters, Mapping) else set()
 
 
-def _refuse_sweeps(raw: Mapping[Any, Any]) -> None:
-    """Raise ExperimentError for W&B sweep settings that skip runs, such as `early_terminate`."""
+def _refuse_skipped_runs(raw: Mapping[Any, Any]) -> None:
+    """Raise ExperimentError for settings of W&B sweeps that skip runs.
+
+    Examples are the setting `early_terminate` and the method `bayes`.
+    """
     if raw.get("method") in _OTHER_METHODS:
         raise ExperimentError(
             f"'method': {raw['method']} would skip runs, but tracker measures all runs. Write "

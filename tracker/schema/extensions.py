@@ -51,9 +51,10 @@ def load_extensions(
 
 
 def list_extensions() -> list[tuple[str, str]]:
-    """List the kinds of installed extensions, each with the names of its extensions.
+    """List the installed extensions as pairs (kind, names).
 
-    The names of a kind are joined to one text.
+    The second item of a pair is a text with the names of all extensions of the kind, separated by
+    commas. Kinds without extensions are not listed.
     """
     points = entry_points()
     kinds_and_names = []

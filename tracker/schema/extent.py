@@ -20,8 +20,8 @@ DEFAULT_SEED = 1234
 class Extent(BaseModel):
     """The number of documents that are measured for each task, and their order.
 
-    A seed determines one random order of a task's documents, the same for all models. A random
-    sample consists of the first documents in the random order.
+    A seed determines one random order of a task's documents. This order is the same for all models.
+    A random sample consists of the first documents in the random order.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
@@ -45,9 +45,9 @@ class Extent(BaseModel):
         return self.sample or self.limit or math.inf
 
     def select(self, task: str, documents: Sequence[int]) -> Sequence[int]:
-        """Choose the documents of a task to measure, in the order of measurement.
+        """Return the numbers of the documents to measure, in measuring order.
 
-        `documents` contains the numbers of all documents of the task, ascending.
+        The argument `documents` lists the numbers of all documents of the task in ascending order.
         """
         if self.sample is None:
             return documents[: self.limit]
@@ -65,10 +65,11 @@ class Clusters(BaseModel):
     """Pairs of a task and the cluster numbers of its documents, in the order of the documents."""
 
     def by_document(self, numbers: Mapping[str, Sequence[int]]) -> dict[tuple[str, int], int]:
-        """Return a dict from (task, document number) to the number of the cluster.
+        """Return a dict from (task, document number) to cluster number.
 
-        `numbers` contains the numbers of all documents of each task, ascending. ValueError is
-        raised if a task has a different number of labels and documents.
+        The argument `numbers` lists the numbers of all documents of each task in ascending order.
+        ValueError is raised if the number of documents of a task differs from the number of its
+        items in `labels`.
         """
         labels = dict(self.labels)
         return {

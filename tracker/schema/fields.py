@@ -34,9 +34,10 @@ ARGUMENTS_FORM = "write {key: value, …} or key=value,key=value, as on lm-eval'
 
 
 def _canonical_json(value: object) -> object:
-    """Convert settings to JSON with sorted keys.
+    """Return settings as JSON text with sorted keys.
 
-    The settings are a dict, or a text such as `key=value`.
+    The argument is a dict, or a text such as `key=value`. ValueError is raised if the settings are
+    invalid.
     """
     if isinstance(value, str):
         value = _parse_arguments(value)
@@ -207,10 +208,10 @@ def first_problem(
     prefix: str = "",
     parameter_names: Mapping[str, str] | None = None,
 ) -> str:
-    """Describe the first invalid setting in one line, with its name in experiment files.
+    """Return a one-line message about the first invalid setting.
 
-    `parameter_names` maps the name of a field, such as `layers`, to its name in experiment files,
-    such as `layer`.
+    The message contains `prefix` and the name of the setting in experiment files. `parameter_names`
+    maps the name of a field, such as `layers`, to this name, such as `layer`.
     """
     problems = error.errors(include_url=False)
     # A misspelt key often makes another one missing, so it is named first.

@@ -150,6 +150,9 @@ class FindingRecord(Record):
 
     @property
     def name(self) -> str:
-        """The unique name of this result in a results folder, made of study and experiment."""
+        """The unique name of this result in a results folder.
+
+        The name consists of the names of the study and the experiment, and of `beside`.
+        """
         suffix = f"--{self.beside}" if self.beside else ""
         return f"{self.study}--{self.experiment.removesuffix('.yaml')}{suffix}"

@@ -27,12 +27,15 @@ def fixed_point(value: float, digits: int) -> str:
 
 
 def two_digits(value: float) -> str:
-    """Format a number with two decimals, as all correlations are displayed."""
+    """Format a number with two decimals, the format of all correlations."""
     return fixed_point(value, 2)
 
 
 def three_digits(value: float) -> str:
-    """Format a number with three significant digits (`0.123`); from 1000 as an integer."""
+    """Format a number with three significant digits, such as `0.123`.
+
+    Numbers of 1000 or more are formatted as integers.
+    """
     text = f"{value:,.0f}" if abs(value) >= 999.5 else f"{value:.3g}"
     return text.replace("-", MINUS)
 
@@ -173,7 +176,9 @@ MAX_TIES = 0.02
 
 
 def ties_text(n_ties: int, n_documents: int, is_half: bool) -> str:
-    """Describe the documents whose results rounding errors may reverse (ties).
+    """Return a text about the number of ties within rounding.
+
+    A document is a tie if rounding errors can change whether the answer is right.
 
     Args:
         n_ties: Number of documents that are ties.
@@ -181,8 +186,8 @@ def ties_text(n_ties: int, n_documents: int, is_half: bool) -> str:
         is_half: Whether the model computes in half precision.
 
     Returns:
-        A clause about the ties. If more than the fraction `MAX_TIES` of the documents are ties, a
-        sentence follows.
+        A clause with the number of ties. If the model computes in half precision and the fraction
+        of ties is above `MAX_TIES`, the clause is followed by a sentence of advice.
 
     Examples:
         >>> ties_text(1, 100, is_half=True)

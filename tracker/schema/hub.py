@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from functools import cache, partial
-from typing import Any
 
 from tracker.schema.errors import attempt
 
@@ -37,16 +37,17 @@ def unreachable_reason() -> str:
     If the hub does not answer, the Hugging Face libraries are set to offline mode.
     """
     if not _offline_reasons:
-        _test_hub()
+        _go_offline_if_unreachable()
     return _offline_reasons[0] if _offline_reasons else ""
 
 
-def ask_hub(name: str, file: str, revision: str | None = None, kind: str = "model") -> None:
-    """Check by a single request whether the hub gives access to a repository.
+def check_access(name: str, file: str, revision: str | None = None, kind: str = "model") -> None:
+    """Raise an error if the hub does not give access to a repository.
 
-    The request is for the metadata of `file`, which does not have to exist. `kind` is `model` or
-    `dataset`. If the error is temporary, this process uses only local files from now on. The
-    exception of huggingface_hub is raised if the repository does not exist or is not public.
+    The function sends a single request for the metadata of `file`, which does not have to exist.
+    `kind` is `model` or `dataset`. The exception of huggingface_hub is raised if the repository
+    does not exist or is not public. If the request fails with a temporary error, nothing is raised,
+    and this process uses only local files from now on.
     """
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
     from huggingface_hub.errors import EntryNotFoundError
@@ -67,8 +68,8 @@ _OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 
 
 @cache
-def _test_hub() -> None:
-    """Check whether the hub answers; otherwise, set the Hugging Face libraries offline."""
+def _go_offline_if_unreachable() -> None:
+    """Set the Hugging Face libraries offline if the hub does not answer."""
     from huggingface_hub import constants, get_session
 
     if constants.is_offline_mode():
@@ -101,8 +102,10 @@ def _is_temporary(error: BaseException) -> bool:
     """Return whether an error is temporary, such as a rate limit, server error or timeout."""
     from huggingface_hub.errors import HfHubHTTPError
 
-    statuses = [c.response.status_code for c in _causes(error) if isinstance(c, HfHubHTTPError)]
-    timed_out = any("Timeout" in type(cause).__name__ for cause in _causes(error))
+    statuses = [
+        c.response.status_code for c in _error_chain(error) if isinstance(c, HfHubHTTPError)
+    ]
+    timed_out = any("Timeout" in type(cause).__name__ for cause in _error_chain(error))
     return timed_out or any(status == 429 or status >= 500 for status in statuses)
 
 
@@ -116,7 +119,7 @@ def explain_error(name: str, error: BaseException, page: str = "") -> str:
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RevisionNotFoundError
 
     # The libraries wrap the hub's own error, sometimes twice.
-    causes, page = list(_causes(error)), f"{constants.ENDPOINT}/{page or name}"
+    causes, page = list(_error_chain(error)), f"{constants.ENDPOINT}/{page or name}"
     if any(isinstance(cause, GatedRepoError) for cause in causes):
         return f"{name} is gated: ask for access at {page}, then {_TOKEN}"
     if any(isinstance(cause, RevisionNotFoundError) for cause in causes):
@@ -133,8 +136,8 @@ def explain_error(name: str, error: BaseException, page: str = "") -> str:
     return messages.get(statuses[0], f"the hub answers with status {statuses[0]}; try again later")
 
 
-def _causes(error: BaseException | None) -> Any:
-    """Yield an error, then all exceptions in its chain of causes."""
+def _error_chain(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an exception, its cause, the cause of this cause, and so on."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))

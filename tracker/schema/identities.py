@@ -184,7 +184,11 @@ class BenchmarkIdentity(Record):
         return {task.name: task.numbers for task in self.tasks}
 
     def sample_size(self, documents: int) -> int:
-        """Return the smallest sample size per task with at least `documents` documents in total."""
+        """Return the sample size per task for a total number of documents.
+
+        The sample size is the smallest one for which the samples of all tasks together have at
+        least `documents` documents. Each sample has at most the documents of its task.
+        """
         sizes = [task.documents for task in self.tasks]
         samples = range(1, max(sizes))
         large_samples = (n for n in samples if sum(min(n, size) for size in sizes) >= documents)

@@ -92,11 +92,11 @@ def mlp_width(config: Any) -> int | None:
 
 
 def neuron_group_size(width: int) -> int | None:
-    """Return the number of neurons in each group of an MLP's neurons.
+    """Return the number of neurons per group in an MLP with `width` neurons.
 
     A group has 128 neurons if `width` is at least 1,024 and a multiple of 128. Otherwise, a group
-    has 64 neurons. In an MLP with fewer than four groups of this size, a group has a quarter of the
-    neurons. The function returns None if the neurons cannot be divided into groups of equal size.
+    has 64 neurons. If this gives fewer than four groups, a group has a quarter of the neurons
+    instead. The function returns None if the neurons cannot be divided into groups of equal size.
     """
     size = 128 if width >= 1024 and width % 128 == 0 else 64
     size = width // 4 if width < 4 * size else size
@@ -104,7 +104,11 @@ def neuron_group_size(width: int) -> int | None:
 
 
 def split_expert_map(map_name: str) -> tuple[str, int] | None:
-    """Split `mlp.experts.7.down_proj` into `mlp.experts.down_proj` and 7; None for other names."""
+    """Split the name of an expert's linear map into a name and a number.
+
+    For example, `mlp.experts.7.down_proj` is split into `mlp.experts.down_proj` and 7. The function
+    returns None if the name does not contain the number of an expert.
+    """
     match = _EXPERT_MAP.fullmatch(map_name)
     return (f"{match[1]}.{match[3]}", int(match[2])) if match else None
 
@@ -130,7 +134,7 @@ def fill_parts(request: CellRequest, parts: ModelParts) -> CellRequest:
     """Return a copy of a request with explicit lists of layers and parts.
 
     An empty list in the request means all layers, heads, other parts or linear maps of the model.
-    ExperimentError is raised if their number is unknown.
+    ExperimentError is raised if the model's number of such parts is unknown.
     """
     numbers: dict[str, tuple[int, ...]] = {}
     if not request.changes.layers:
@@ -155,17 +159,19 @@ def fill_parts(request: CellRequest, parts: ModelParts) -> CellRequest:
     try:
         if changes.lacks_maps:
             changes = _fill_maps(changes, parts)
-        exact = _list_sets(changes, parts, request)
+        exact = _list_changes_with_sets(changes, parts, request)
     except ExperimentError as error:
         raise ExperimentError(f"{request.title}: {error}") from None
     return replace(request, changes=changes if exact is None else changes.with_exact(exact))
 
 
-def _list_sets(changes: Changes, parts: ModelParts, request: CellRequest) -> list[Change] | None:
-    """List all changes of a request that includes sets of non-adjacent layers.
+def _list_changes_with_sets(
+    changes: Changes, parts: ModelParts, request: CellRequest
+) -> list[Change] | None:
+    """List all changes of a request if some changes affect sets of layers.
 
-    Such sets are random controls, or consist of layers of the same kind. The function returns None
-    for requests without such sets.
+    A set of layers is a random control, or consists of layers of the same kind that need not be
+    adjacent. The function returns None if the request contains no such sets.
     """
     spans = [span for span in changes.spans if span > 1]
     is_removal = "remove" in changes.interventions and "layer" in changes.components
@@ -194,9 +200,10 @@ def _list_sets(changes: Changes, parts: ModelParts, request: CellRequest) -> lis
 
 
 def _fill_maps(changes: Changes, parts: ModelParts) -> Changes:
-    """Return a copy of `changes` with the names of all linear maps in the requested layers.
+    """Return a copy of `changes` that lists the names of all linear maps.
 
-    An example of a name is `mlp.up_proj`.
+    The names, such as `mlp.up_proj`, are the names in `parts` of the linear maps of the requested
+    layers.
     """
     if parts.maps is None:
         raise ExperimentError("the model's linear maps are unknown; list their names in 'map'")
@@ -218,9 +225,11 @@ def _fill_maps(changes: Changes, parts: ModelParts) -> Changes:
 def _draw_sets(
     free: Sequence[int], spans: Sequence[int], taken: Collection[tuple[int, ...]], seed: int
 ) -> Iterator[tuple[int, ...]]:
-    """Yield random sets of layers from `free`, of each size in `spans`.
+    """Yield random sets of the layers in `free`.
 
-    Sets that are contained in `taken` are skipped.
+    For each size in `spans`, the function yields at most `N_CONTROLS` different sets of this size.
+
+    Sets that `taken` contains are skipped.
     """
     for span in spans:
         generator = random.Random(f"control/{seed}/{span}")

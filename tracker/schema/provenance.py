@@ -70,7 +70,8 @@ def list_differences(stacks: Sequence[Mapping[str, str]]) -> str:
 def tokeniser_differences(stack: Mapping[str, str], other: Mapping[str, str]) -> str:
     """List the packages for tokenisation that have different versions in two records.
 
-    The text contains the versions in `stack`. It is `SAME_VERSIONS` if there are no differences.
+    The function returns a text with the versions in `stack`, such as `transformers 5.0.0`. If there
+    are no differences, the function returns `SAME_VERSIONS`.
     """
     names = [n for n in _TOKENISING_PACKAGES if n in stack and stack[n] != other.get(n)]
     return ", ".join(f"{n} {stack[n]}" for n in names) or SAME_VERSIONS

@@ -138,8 +138,8 @@ class Proxy:
         strategy: The search strategy that prunes by the proxy; empty if no strategy uses the proxy.
         component: The measured components: whole layers, all parts of a layer, or routed experts.
         over: The tokens over which the proxy is averaged. An empty text means all tokens, and
-            `ANSWER_TOKENS` means the tokens of answers. For the tokens of an expert, this is the
-            name of the proxy that counts these tokens.
+            `ANSWER_TOKENS` means the tokens of answers. If the proxy is averaged over the tokens of
+            an expert, this field contains the name of the proxy that counts these tokens.
     """
 
     name: str

@@ -146,7 +146,7 @@ class PruneRecord(Record):
 
     @property
     def removed(self) -> tuple[int, ...]:
-        """The numbers of all parts that are removed after the last step, ascending."""
+        """The numbers of all parts that the search removed, ascending."""
         return self.steps[-1].removed
 
     @property
@@ -158,7 +158,8 @@ class PruneRecord(Record):
     def order(self) -> tuple[int, ...]:
         """The removed parts in the order of removal.
 
-        If a step did not remove exactly one part, the parts are in ascending order.
+        If any step did not remove exactly one part, all parts are listed in ascending order
+        instead.
         """
         order = tuple(step.layer for step in self.steps if step.layer is not None)
         return order if sorted(order) == list(self.removed) else self.removed
@@ -173,7 +174,8 @@ class PruneRecord(Record):
     def label(self) -> str:
         """The display name of the strategy, such as `random 2` or `accuracy (lazy)`.
 
-        The name includes the number of the random draw and the rescoring method.
+        The name contains the number of the random draw, if there is one. It also contains the
+        rescoring method, except for the method `full`.
         """
         draw = self.draw if self.draw is not None else ""
         rescoring = "" if self.rescoring == "full" else f"({self.rescoring})"

@@ -33,13 +33,16 @@ class Question:
     """A question about the accuracy drops of all runs of a model.
 
     Attributes:
-        kind: Kind of the question. The question `drop` is how large each accuracy drop is. The
-            question `top` is which drops are the largest. The question `prune` is which drops are
-            the smallest. The question `sign` is which drops are not 0.
+        kind: Kind of the question. The answer to a `drop` question is the size of each accuracy
+            drop. The answer to a `top` question is the list of the runs with the largest drops. The
+            answer to a `prune` question is the list of the runs with the smallest drops. The answer
+            to a `sign` question is the list of the runs whose drop is not 0.
         count: Number of runs to find for `top` and `prune`; None for `drop` and `sign`.
         within: Tolerance as a fraction; None for no tolerance. In a `drop` question, the tolerance
-            is the maximum half width of an interval. In a `top` or `prune` question, it is the
-            maximum amount by which a run that is not chosen may be better than a chosen run.
+            is the maximum half width of an interval. In a `top` question, the drop of a chosen run
+            may be smaller than the drop of another run by at most the tolerance. In a `prune`
+            question, the drop of a chosen run may be larger than the drop of another run by at most
+            the tolerance.
         level: Confidence level, the probability that the answer is right.
     """
 

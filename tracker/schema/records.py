@@ -33,15 +33,19 @@ RUN_NOT_MEASURED = "not measured yet"
 
 
 def flat_names(field: str, *names: str) -> dict[str, tuple[str, str]]:
-    """Return a dict from column names to pairs of an estimate's field and part.
+    """Return a dict from column names to pairs (field, part).
 
-    The part is the value of the estimate or a bound of its interval.
+    The field contains an estimate, and the part is `value`, `low` or `high`. The arguments `names`
+    are the column names of these three parts, in this order.
     """
     return {name: (field, part) for name, part in zip(names, ("value", "low", "high"), strict=True)}
 
 
 class EstimatesRecord(Record):
-    """Base class of records with estimates; `FLAT` names their table columns."""
+    """Base class of records with estimates.
+
+    The class variable `FLAT` maps the names of table columns to parts of these estimates.
+    """
 
     FLAT: ClassVar[Mapping[str, tuple[str, str]]] = {}
     """Column name in data frames, in tracking backends and in records of former versions → the
@@ -50,7 +54,10 @@ class EstimatesRecord(Record):
     @model_validator(mode="before")
     @classmethod
     def _read_flat(cls, fields: object) -> object:
-        """Convert estimates that former versions stored as separate value and bound fields."""
+        """Build estimates from the separate fields of former versions.
+
+        Former versions stored the value and the bounds of an estimate in separate fields.
+        """
         if not isinstance(fields, dict):
             return fields
         converted, reasons = dict(fields), fields.get("reasons")
@@ -66,7 +73,7 @@ class EstimatesRecord(Record):
         return converted
 
     def figure(self, name: str) -> float | None:
-        """Return the value with this column name or field name; None if it is undefined."""
+        """Return the value of a table column or field; None if it is undefined."""
         field, part = self.FLAT.get(name, (name, ""))
         value = getattr(self, field, None)
         figure: float | None = getattr(value, part) if part else value
@@ -190,7 +197,10 @@ class RunRecord(FiguresRecord, ChangeRecord):
 
     @property
     def units(self) -> float:
-        """Number of independent units for the intervals: clusters if defined, else documents."""
+        """Number of independent units from which the intervals are computed.
+
+        The units are clusters if `clusters` is set, and documents otherwise.
+        """
         return self.clusters or self.n
 
     @property
@@ -399,8 +409,8 @@ class CellRecord(FiguresRecord):
     def sampling_text(self) -> str:
         """A text such as `drawn at random (seed 1234)` that describes the documents.
 
-        The text can mention random sampling, early stopping and clusters. The text is empty if none
-        of these three applies.
+        The text mentions a random selection of the documents, an early end of the measurement, and
+        clusters of documents. The text is empty if there is nothing to mention.
         """
         seed = self.answer.seed if self.answer and self.is_raced else self.sample_seed
         text = "" if seed is None else f"drawn at random (seed {seed})"
@@ -416,7 +426,7 @@ class CellRecord(FiguresRecord):
     def describe_documents(self, count: str) -> str:
         """Return a text such as `200 documents drawn at random (seed 1234)`.
 
-        The argument `count` is the number of documents in the text.
+        The argument `count` is the number of documents as text, such as `200` or `64 to 320`.
         """
         noun = "document" if count == "1" else "documents"
         return " ".join(filter(None, (count, noun, self.sampling_text)))
@@ -466,7 +476,7 @@ class CellRecord(FiguresRecord):
     def is_raced(self) -> bool:
         """True if the stopping rule (`until`) determined the number of documents of each run.
 
-        In this case, the intervals of the drops are confidence sequences.
+        If True, the intervals of the drops are confidence sequences.
         """
         return self.answer is not None and self.unfinished is not None
 
@@ -503,8 +513,10 @@ class CellRecord(FiguresRecord):
         return list(dict.fromkeys(change.kind for change in self.changes))
 
     def runs_of_kind(self, kind: Change = WHOLE_LAYER) -> dict[int, RunRecord]:
-        """Return a dict from the first changed layer to the measured run, for one kind of
-        change."""
+        """Return the measured runs of one kind of change.
+
+        The result is a dict from the first changed layer of a run to the record of the run.
+        """
         return {run.change.layer: run for run in self.runs if run.change.kind == kind}
 
     def absence_reason(self, change: Change) -> str:
@@ -526,7 +538,10 @@ class CellRecord(FiguresRecord):
 
 
 def first_layers(kind: Change, *cells: CellRecord) -> list[int]:
-    """Return the first changed layers of all requested changes of one kind, sorted."""
+    """Return the first changed layer of each requested change of one kind.
+
+    The layers are sorted and contain no duplicates.
+    """
     changes = (change for cell in cells for change in cell.changes)
     return sorted({change.layer for change in changes if change.kind == kind})
 
@@ -537,7 +552,10 @@ PRIVATE_TEXTS = (
 
 
 class ShownDocument(Record):
-    """A document that at least one run lost or won, with the intact model's response."""
+    """A document with the intact model's response.
+
+    At least one run has a better or worse score on the document than the intact model.
+    """
 
     task: str
     doc: int
@@ -556,7 +574,10 @@ class ShownDocument(Record):
 
 
 class DecidedDocument(Record):
-    """The ablated model's response to a document that the run lost or won."""
+    """The ablated model's response to a document.
+
+    The ablated model has a better or worse score on the document than the intact model.
+    """
 
     document: int
     """The document's position in `DecisionsRecord.documents`."""
@@ -572,7 +593,11 @@ Quartiles = tuple[float, float, float]
 
 
 class RunDecisions(Record):
-    """Counts and examples of the documents that one run lost or won."""
+    """Counts and examples of the documents on which a run changes the score.
+
+    A document is lost if the run has a worse score than the intact model. A document is won if the
+    run has a better score than the intact model.
+    """
 
     run: Change
     lost: int
@@ -597,7 +622,7 @@ class RunDecisions(Record):
 
 
 class DecisionsRecord(Record):
-    """The documents that runs lost or won, for one model and benchmark."""
+    """The documents of one benchmark on which runs change the score of a model."""
 
     n: int
     """Number of documents."""

@@ -157,7 +157,11 @@ class RemoteObject(Remote):
 
 
 def serve(finishes_calls: bool) -> None:
-    """Execute calls from a `RemoteObject` until the calling process ends, then close the object."""
+    """Execute calls from a `RemoteObject` until the calling process ends.
+
+    If `finishes_calls` is True and the calling process ends during a call, the call is finished
+    first. The function then closes the object.
+    """
     # Output of the object must not mix with the answers; signals are for the other process.
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
@@ -187,7 +191,11 @@ def serve(finishes_calls: bool) -> None:
 
 
 def _read_calls(calls: SimpleQueue[Any], finishes_calls: bool) -> None:
-    """Append incoming calls to a queue, and None when the calling process has ended."""
+    """Append each incoming call to the queue `calls`.
+
+    When the calling process has ended, the function appends None. If `finishes_calls` is False, the
+    function then ends this process after `_GRACE` seconds, even during a call.
+    """
     # Not the interpreter's own stream: that would be locked by this thread when it ends.
     stream = os.fdopen(os.dup(0), "rb")
     try:

@@ -116,7 +116,8 @@ def _passes(row: CellRun) -> int:
 def run_columns(cell: CellRecord | None = None) -> dict[str, Column[CellRun]]:
     """Build all columns of run tables, by name.
 
-    The labels contain the name of the metric of `cell`. Without a cell, the metric is the accuracy.
+    The labels contain the name of the metric of `cell`. If `cell` is None, the metric is the
+    accuracy.
     """
     measure = metric_format(cell) if cell else ACCURACY_FORMAT
     head, unit = measure.column_head, measure.form

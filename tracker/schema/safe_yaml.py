@@ -95,6 +95,7 @@ def _parse(text: str) -> Any:
 def _count_values(node: yaml.Node, sizes: dict[int, int]) -> int:
     r"""Count the values of a parsed YAML node, including repetitions by anchors.
 
+    The dict `sizes` stores the results for nodes that were counted before, by the `id` of the node.
     YAMLError is raised for too many values, for duplicate keys and for texts with invalid
     characters.
     """

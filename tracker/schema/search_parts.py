@@ -132,10 +132,10 @@ class SearchParts:
         return Ablation.from_changes(*(Change(component, (m,), part=n) for m, n in pairs))
 
     def filter_allowed(self, parts: Iterable[int]) -> list[int]:
-        """Return the parts of `parts` that can be removed together.
+        """Return the numbers in `parts` of parts that can be removed together.
 
-        Parts are accepted in the given order, as long as at least `min_kept` parts remain in the
-        layer.
+        Parts are accepted in the given order. A part is rejected if fewer than `min_kept` parts
+        would remain in its layer.
         """
         counts: Counter[int] = Counter()
         allowed = []
@@ -151,7 +151,8 @@ class SearchParts:
 class MixedParts(SearchParts):
     """Numbering of the parts of several kinds.
 
-    The parts of the first kind have the smallest numbers, followed by the parts of the second kind.
+    The numbers of the first kind begin with 0. The numbers of the second kind begin after the last
+    number of the first kind.
 
     Attributes:
         kinds: The separate numbering of the parts of each kind.
@@ -166,9 +167,9 @@ class MixedParts(SearchParts):
 
     @classmethod
     def of(cls, kinds: Sequence[SearchParts]) -> SearchParts:
-        """Return a common numbering of several kinds.
+        """Combine the numberings of several kinds of parts into one numbering.
 
-        If there is only one kind, its own numbering is returned.
+        If `kinds` has only one item, the function returns this item.
         """
         if len(kinds) == 1:
             return kinds[0]
@@ -187,16 +188,16 @@ class MixedParts(SearchParts):
 
     @property
     def total(self) -> int:
-        """The total of all kinds' numbers of parts.
+        """The total number of parts of all kinds.
 
         Layers without parts of a kind are counted as if they had such parts.
         """
         return self.starts[-1]
 
     def split(self, parts: Iterable[int]) -> list[list[int]]:
-        """Divide parts into one list per kind of part.
+        """Divide the numbers of parts into one list for each kind of part.
 
-        In each list, the parts are numbered within their kind, from 0.
+        Each list contains the numbers of the parts in the separate numbering of their kind.
         """
         parts, starts = sorted(parts), self.starts
         spans = pairwise(starts)
@@ -208,7 +209,11 @@ class MixedParts(SearchParts):
         return self.kinds[index].layer_of(part - self.starts[index])
 
     def names(self, parts: Iterable[int]) -> str:
-        """Return a text with the removed layers and the number of removed parts per layer."""
+        """Return a text that describes several parts.
+
+        The text contains the numbers of the layers in `parts`. For each other kind, the text
+        contains only the largest number of parts per layer.
+        """
         texts = []
         for kind, numbers in zip(self.kinds, self.split(parts), strict=True):
             if numbers and kind.unit == "layer":
@@ -219,7 +224,7 @@ class MixedParts(SearchParts):
         return join_words(texts)
 
     def name(self, part: int) -> str:
-        """Return the display name of a single part."""
+        """Return the display name of a part."""
         return self.names([part])
 
     def removal(self, removed: Iterable[int]) -> Ablation:

@@ -54,8 +54,9 @@ class Table(Record):
     def plain(self) -> tuple[tuple[str, ...], list[tuple[str | float | None, ...]]]:
         """Return the column names and the rows with unrounded values, for use in code.
 
-        Undefined values are None. If a column has no name in code, its name is its label. Such a
-        column is followed by columns with the interval ends and the reasons of undefined values.
+        Undefined values are None. If a column has no name in code, its name is its label. After a
+        column without a name in code, the function adds columns with the interval ends and with the
+        reasons for undefined values, if there are any.
         """
         names: list[str] = []
         columns: list[Sequence[str | float | None]] = []
@@ -122,7 +123,7 @@ class Column(Generic[RowType]):
         return Estimate(None, reason=estimate.reason or reason or default)
 
     def bound_columns(self) -> tuple[Column[RowType], Column[RowType]]:
-        """Return two columns with the lower and the upper ends of the intervals."""
+        """Return a column of lower and a column of upper interval ends."""
 
         def end(bound: str) -> Column[RowType]:
             def value(row: RowType) -> Estimate | float | None:
@@ -141,7 +142,18 @@ def build_table(
     *notes: str,
     header: int = 0,
 ) -> Table:
-    """Build a table with an entry for each column and each object in `rows`."""
+    """Build a table with one row of entries for each object in `rows`.
+
+    Args:
+        title: Title of the table.
+        columns: Definitions of the columns, which compute the entries.
+        rows: The objects from which the entries are computed.
+        *notes: Notes that are shown below the table.
+        header: Index of the column that names the row.
+
+    Returns:
+        The table.
+    """
     columns = tuple(columns)
     return Table(
         title=title,

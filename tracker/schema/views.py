@@ -51,7 +51,7 @@ class Until(Record):
 
 
 class View(Record):
-    """A selection of runs, documents and a metric from the results of a model."""
+    """Definition of a view: the selected runs, documents and metric of a model's results."""
 
     metric: str
     removed: Layers = ()

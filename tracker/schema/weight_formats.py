@@ -53,17 +53,20 @@ class WeightFormat:
         return self.source in (_GGUF, _LLAMA)
 
     def for_rows(self, inputs: int) -> WeightFormat | None:
-        """Return this format or its replacement for rows with `inputs` weights.
+        """Return the format for a matrix whose rows have `inputs` weights each.
 
-        The replacement is used if `inputs` is not a multiple of the block size. The function
-        returns None if there is no suitable replacement.
+        The function returns this format if a row can be divided into whole blocks. Otherwise, the
+        function returns the format `instead`, or None if there is no suitable format.
         """
         if not self.block or inputs % self.block == 0:
             return self
         return FORMATS[self.instead].for_rows(inputs) if self.instead else None
 
     def bits_per_weight(self, inputs: int) -> float:
-        """Return the bits per weight, including scales, for rows with `inputs` weights."""
+        """Return the bits per weight of a matrix, including scales.
+
+        Each row of the matrix has `inputs` weights.
+        """
         return self.bits if self.block else self.bits + SCALE_BITS / inputs
 
 
@@ -104,7 +107,7 @@ _RESERVED_WORDS = (
 
 
 def _check_format(extension: object) -> WeightFormat:
-    """Check and return a weight format of another package.
+    """Check a weight format of another package, and return it unchanged.
 
     TypeError or ValueError is raised if the format is invalid.
     """

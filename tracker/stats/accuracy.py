@@ -36,9 +36,9 @@ RATIO_SCALES = {RATIO: 1.0, "bits_per_byte": -1 / math.log(2)}
 
 
 def document_ratios(aggregation: str, sums: Array, units: Array) -> Array:
-    """Divide the sum of each document by the number of its units.
+    """Divide each document's sum by the document's number of units.
 
-    An example of a sum is a log-likelihood. An example of a unit is a byte.
+    For example, the sum is the log-likelihood of the document's text, and the units are its bytes.
 
     Args:
         aggregation: Name of the metric's aggregation, a key of `RATIO_SCALES`.
@@ -76,12 +76,12 @@ def weights_by_task(tasks: Sequence[str], by_size: bool, units: Array | None = N
         tasks: The task of every document.
         by_size: Whether every document has the same weight; otherwise every task has the same total
             weight.
-        units: `[documents]`, the units of each document if the metric is a ratio of sums, else
-            None.
+        units: `[documents]`, the number of units (e.g. bytes) of each document if the metric is a
+            ratio of sums; otherwise None.
 
     Returns:
         `[documents]`, the weights, which sum to 1. If `units` is given, the weights of the
-        documents of a task are proportional to their units.
+        documents of a task are proportional to their numbers of units.
 
     Examples:
         >>> weights_by_task(["law", "law", "art"], by_size=False).tolist()
@@ -104,7 +104,7 @@ def accuracy(outcomes: Array, weights: Array | None = None) -> Estimate:
     For 0/1 outcomes of equal weight, the function returns Wilson's interval. For 0/1 outcomes of
     unequal weight, the function returns Agresti & Coull's "plus four" interval. If any outcome is
     not 0 or 1, the function returns the t interval of the weighted mean. Wilson's interval is
-    always within [0, 1], but the other two intervals can exceed this range.
+    always within [0, 1]. The "plus four" interval and the t interval can exceed this range.
 
     Args:
         outcomes: `[documents]`, in [0, 1]; NaN if the model gave no finite score.
@@ -122,7 +122,7 @@ def accuracy(outcomes: Array, weights: Array | None = None) -> Estimate:
         >>> round(estimate.value, 4), round(estimate.low, 4), round(estimate.high, 4)
         (0.308, 0.2553, 0.3662)
     """
-    array, shares = _check_weights(outcomes, weights)
+    array, shares = _weighted_arrays(outcomes, weights)
     if reason := missing_reason(array):
         return Estimate(None, reason=reason)
     if not _is_binary(array):
@@ -169,8 +169,8 @@ def accuracy_drop(baseline: Array, ablated: Array, weights: Array | None = None)
         >>> round(drop.low, 3), round(drop.high, 3)
         (-0.023, 0.477)
     """
-    intact, shares = _check_weights(baseline, weights)
-    changed, _ = _check_weights(ablated, None)
+    intact, shares = _weighted_arrays(baseline, weights)
+    changed, _ = _weighted_arrays(ablated, None)
     drops = intact - changed
     if reason := missing_reason(drops):
         return Estimate(None, reason=reason)
@@ -190,7 +190,8 @@ def cluster_means(values: Array, weights: Array, clusters: IntArray | None) -> t
     """Average the documents of each cluster, such as the questions on one passage.
 
     The averaging does not change the weighted mean. The documents of a cluster can depend on each
-    other. An interval from the cluster means only assumes that the clusters are independent.
+    other. An interval that is computed from the cluster averages is valid if the clusters are
+    independent of each other.
 
     Args:
         values: `[documents]` or `[documents, k]`.
@@ -231,11 +232,11 @@ def budget_excess(
     This excess is `kept_share` · baseline − ablated − `max_drop`. An ablation is significantly
     within the budget if the upper end of the interval is at most 0.
 
-    The interval is Bonett & Price's interval with one additional lost document. Without this
-    document, the upper end is too low if a removal only makes right answers wrong. The largest
-    probability of the wrong result "within the budget" is then 6.7 %. With the additional document,
-    this probability is at most 3.0 %. `python -m tests.tools.accuracy_budget` computes these
-    probabilities exactly.
+    The interval is Bonett & Price's interval with one additional lost document. If the additional
+    document is omitted and a removal only makes right answers wrong, the upper end is too low. The
+    largest probability of the wrong result "within the budget" is then 6.7 %. With the additional
+    document, this probability is at most 3.0 %. `python -m tests.tools.accuracy_budget` computes
+    these probabilities exactly.
 
     Args:
         baseline: `[documents]`, the intact model's outcomes, in [0, 1].
@@ -258,8 +259,8 @@ def budget_excess(
         >>> round(excess.value, 3), round(excess.high, 3)
         (-0.04, -0.022)
     """
-    intact, shares = _check_weights(baseline, weights)
-    excesses = kept_share * intact - _check_weights(ablated, None)[0] - max_drop
+    intact, shares = _weighted_arrays(baseline, weights)
+    excesses = kept_share * intact - _weighted_arrays(ablated, None)[0] - max_drop
     if reason := missing_reason(excesses):
         return Estimate(None, reason=reason)
     lost, won = kept_share - max_drop, -1.0 - max_drop
@@ -271,7 +272,7 @@ def drop_below_p(lost: int, won: int, n_documents: int, margin: float) -> float:
     """Compute the p-value of Tango's score test for a drop below a margin.
 
     The null hypothesis is that the accuracy drop is at least the margin. The score test is valid
-    even if almost no outcome changes. Wald intervals are too narrow in this case.
+    even if almost no outcome changes, whereas Wald intervals are then too narrow.
 
     Args:
         lost: Number of documents that only the first model answers right.
@@ -327,7 +328,11 @@ def bernstein_half_width(sd: float, n: int, alpha: float) -> float:
 
 
 def effective_number(weights: Array, clusters: IntArray | None) -> float:
-    """Return the number of equally weighted clusters that would give the same precision."""
+    """Return the effective number of clusters (Kish).
+
+    The result is the number of equally weighted clusters whose mean has the same variance as the
+    mean of the given, unequally weighted clusters.
+    """
     _, shares = cluster_means(weights, weights, clusters)
     return float(shares.sum() ** 2 / (shares @ shares))
 
@@ -347,8 +352,8 @@ def drop_sd(baseline: Array, ablated: Array, weights: Array | None = None) -> Es
         >>> drop_sd(np.array([1.0, 1.0, 0.0, 1.0]), np.array([0.0, 1.0, 0.0, 1.0])).value
         0.5
     """
-    intact, shares = _check_weights(baseline, weights)
-    drops = intact - _check_weights(ablated, None)[0]
+    intact, shares = _weighted_arrays(baseline, weights)
+    drops = intact - _weighted_arrays(ablated, None)[0]
     if reason := missing_reason(drops):
         return Estimate(None, reason=reason)
     variance = _error_variance(drops, shares)
@@ -374,7 +379,7 @@ def mean_interval(
     Returns:
         The lower and the upper bound. Both are None for a single document without `extra`.
     """
-    array, shares = _check_weights(values, weights)
+    array, shares = _weighted_arrays(values, weights)
     if extra:
         n = len(array)
         array = np.concatenate([array, extra])
@@ -399,20 +404,21 @@ def chance_accuracy(choices: IntArray | Array, weights: Array | None = None) -> 
         weights: `[documents]`, summing to 1; None for equal weights.
 
     Returns:
-        The weighted mean of 1 / choices; NaN without documents.
+        The weighted mean of 1 / choices, where a document without options counts as 0. The result
+        is NaN if there are no documents.
 
     Examples:
         >>> chance_accuracy(np.array([4, 4, 5, 0]))
         0.175
     """
-    counts, shares = _check_weights(choices, weights)
+    counts, shares = _weighted_arrays(choices, weights)
     if not len(counts):
         return math.nan
     return _weighted_mean(safe_divide(1.0, counts, 0.0), shares)
 
 
 def accuracy_relevance(baseline: float | None, ablated: float | None, chance: float) -> Estimate:
-    """Compute the fraction of the accuracy above chance that a removal costs.
+    """Compute the relative loss of the accuracy above chance.
 
     The formula is 1 - max(ablated - chance, 0) / max(baseline - chance, 0). The value is 1 if the
     accuracy falls to chance, 0 if the accuracy does not change, and negative if the accuracy
@@ -446,8 +452,10 @@ def accuracy_relevance(baseline: float | None, ablated: float | None, chance: fl
     return Estimate(1 - max(changed - chance, 0.0) / (intact - chance))
 
 
-def _check_weights(values: ArrayLike, weights: Array | None) -> tuple[Array, Array]:
-    """Return the values and the weights as arrays; use equal weights for None.
+def _weighted_arrays(values: ArrayLike, weights: Array | None) -> tuple[Array, Array]:
+    """Return the values and the weights as arrays.
+
+    If `weights` is None, all weights are equal.
 
     ValueError is raised if a weight is negative, or if the weights do not sum to 1.
     """
@@ -472,9 +480,10 @@ def _weighted_mean(values: Array, shares: Array) -> float:
 
 
 def missing_reason(values: Array, noun: str = "finite score") -> str | None:
-    """Return the reason why the mean of documents' values is undefined.
+    """Return the reason why the mean of the documents' values is undefined.
 
-    The function returns None if the mean is defined.
+    The argument `noun` is the name of the missing values in the reason. The function returns None
+    if the mean is defined.
     """
     if not len(values):
         return "no documents"
@@ -488,12 +497,15 @@ def _is_binary(values: Array) -> bool:
     return bool(((values == 0) | (values == 1)).all())
 
 
-def _error_variance(values: Array, shares: Array) -> float | None:
-    """Estimate the variance of a weighted mean; return None if the weights are too unequal."""
-    concentration = float(shares @ shares)
+def _error_variance(values: Array, weights: Array) -> float | None:
+    """Estimate the variance of the weighted mean of the documents' values.
+
+    The function returns None if the sum of the squared weights is above `MAX_CONCENTRATION`.
+    """
+    concentration = float(weights @ weights)
     if concentration > MAX_CONCENTRATION:
         return None
-    return float(shares**2 @ (values - float(values @ shares)) ** 2) / (1 - concentration)
+    return float(weights**2 @ (values - float(values @ weights)) ** 2) / (1 - concentration)
 
 
 ALPHA = 0.05
@@ -547,7 +559,7 @@ class OutcomeVariance:
         Two models are significantly equivalent if the interval of the difference lies inside
         ±margin. The number of documents is chosen so that equal models pass this test with the
         probability `TEST_POWER`, by the normal approximation. For 0/1 outcomes, z² / (2 · margin)
-        documents are added. This correction gives Tango's score test the same power.
+        documents are added, so that Tango's score test has the power `TEST_POWER`.
 
         Args:
             margin: Largest acceptable difference, above 0.
@@ -595,7 +607,10 @@ class OutcomeVariance:
         return float(scipy.optimize.brentq(excess, 1e-9, 1, xtol=1e-12))
 
     def _scaled_documents(self, change: float, n_tests: int) -> float:
-        """Return change² times the number of documents that are needed to detect the change."""
+        """Return the number of documents needed to detect a change, times change².
+
+        If outcomes are not 0 or 1, this product does not depend on the change.
+        """
         level_z, power_z = map(float, scipy.special.ndtri([1 - ALPHA / (2 * n_tests), TEST_POWER]))
         if not self.binary:
             return (level_z + power_z) ** 2 * self.variance
@@ -639,8 +654,8 @@ This variance is assumed before anything is measured. It is larger than the vari
 def expected_best(values: Sequence[float], draws: int) -> float:
     """Compute the expected maximum of `draws` values, drawn without replacement.
 
-    For values 0 and 1, this is the unbiased estimator of pass@k: the probability that at least one
-    of `draws` sampled answers is right.
+    For values 0 and 1, the expected maximum is the unbiased estimator of pass@k. This is the
+    probability that at least one of `draws` sampled answers is right.
 
     Args:
         values: Value of each sampled answer.

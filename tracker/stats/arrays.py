@@ -17,9 +17,9 @@ Strata = Sequence[str] | NDArray[np.generic]
 
 
 def safe_divide(over: Array | float, under: Array, fallback: Array | float = math.nan) -> Array:
-    """Divide `over` by `under`, element by element.
+    """Return the quotients `over` / `under` of the elements of two arrays.
 
-    An element of the result is `fallback` if the element of `under` is not positive.
+    Where an element of `under` is not positive, the result is `fallback` instead of the quotient.
     """
     shape = np.broadcast_shapes(np.shape(over), under.shape)
     quotients = np.full(shape, fallback, dtype=np.float64)

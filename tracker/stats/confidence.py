@@ -4,17 +4,18 @@ A confidence sequence has a confidence interval of the mean for each number of d
 intervals of the sequence contain the mean with the stated confidence. The confidence is therefore
 valid for any stopping time.
 
-The intervals are derived from betting games. Each candidate value m of the mean has two games. In
-one game, a player bets that the values of the next documents are above m. In the other game, a
-player bets that these values are below m. Each player begins with a capital of 1. If m is the true
-mean, the capital reaches 1/α with a probability of at most α (Ville's inequality). A candidate m is
-rejected when the capital in one of its games reaches 1/α.
+The intervals are derived from betting games. For each candidate value m of the mean, two games are
+played. In the first game, a player bets that the values of the next documents are above m. In the
+second game, a player bets that the values of the next documents are below m. Each player begins
+with a capital of 1. If m is the true mean, the capital reaches 1/α with a probability of at most α
+(Ville's inequality). A candidate m is rejected when the capital in one of its games reaches 1/α.
 
 Let S be the sum of the first t of N values. If m is the true mean, the remaining documents have the
-mean m' = (N·m − S) / (N − t). Let x in [0, 1] be the next value. A stake on "above m'" is
-multiplied by 1 + λ·(x − m'). A stake on "below m'" is multiplied by 1 − λ·(x − m'). Ville's
-inequality requires that λ does not depend on x, and that a stake is never negative. The inequality
-remains valid if the capital is divided among several bets, and if a stake is underestimated.
+mean m' = (N·m − S) / (N − t). Let x in [0, 1] be the next value. If a player bets that x is above
+m', the stake is multiplied by 1 + λ·(x − m'). If a player bets that x is below m', the stake is
+multiplied by 1 − λ·(x − m'). Ville's inequality requires that λ does not depend on x, and that a
+stake is never negative. The inequality remains valid if the capital is divided among several bets,
+and if a stake is underestimated.
 
 The effective sample size is τ = t·N / (N − t). The optimal λ for one τ is √(2 log(1/α) / (σ² τ)) ·
 N / (N − t). Here σ² is the variance of the previous values. The capital of a game is divided
@@ -28,9 +29,9 @@ The stakes of bold bets are computed exactly for each candidate. Bold bets use o
 the first BOLD_DOCUMENTS documents.
 
 The logarithms of the stakes of cautious bets are approximated by polynomials in m, for the
-candidates that are not rejected. The polynomials use a lower bound of the logarithm. For y ≥
-−MAX_RISK, log(1 + y) ≥ y − y²/2 + y³/3 − y⁴/4 + y⁵/5 − C·y⁶. If y = ±λ·(x − m') is inserted, the
-sum of this bound over all documents is a polynomial of degree six in m. The polynomial is never
+candidates that are not rejected. The polynomials are based on a lower bound of the logarithm. For y
+≥ −MAX_RISK, log(1 + y) ≥ y − y²/2 + y³/3 − y⁴/4 + y⁵/5 − C·y⁶. With y = ±λ·(x − m'), the sum of
+this lower bound over all documents is a polynomial of degree six in m. The polynomial is never
 larger than the logarithm of the stake.
 
 The first game rejects only the smallest candidates, and the second game rejects only the largest
@@ -83,7 +84,9 @@ _SIDES = np.array([[1.0], [-1.0]])
 
 
 def horizons(population: int) -> Array:
-    """Return an array of the effective sample sizes τ for which the bets are optimal.
+    """Return an array with the effective sample size τ of each bet.
+
+    Each bet is optimal for its own value of τ.
 
     Args:
         population: Number of documents in the population.
@@ -196,7 +199,7 @@ class MeanSequences:
             return
         if (self.seen[indexes] + len(shares)).max() > self.population:
             raise ValueError(f"more than all {self.population} documents")
-        self._bet(shares, indexes)
+        self._update_stakes(shares, indexes)
         self._narrow_bounds(indexes)
 
     def scale_values(self, values: Array) -> Array:
@@ -207,8 +210,12 @@ class MeanSequences:
             raise ValueError(f"a value is outside the range {self._lowest:g} to {highest:g}")
         return shares
 
-    def _bet(self, values: Array, indexes: IntArray) -> None:
-        """Multiply the stakes of all bets by the results of further documents."""
+    def _update_stakes(self, values: Array, indexes: IntArray) -> None:
+        """Update the stakes of all bets with the values of further documents.
+
+        The argument `values` is an array `[documents, series]` in [0, 1], whose columns belong to
+        the series numbers in `indexes`.
+        """
         n_before = self.seen[indexes] + np.arange(len(values))[:, None]
         sums = np.cumsum(values, axis=0) - values + self._sums[indexes]
         squares = np.cumsum(values**2, axis=0) - values**2 + self._square_sums[indexes]
@@ -228,9 +235,9 @@ class MeanSequences:
         best_bets = base_bets / np.sqrt(self._cautious_taus)[:, None, None]
         if self._half_width is not None:
             best_bets = np.concatenate([best_bets, [scales * self._half_width / variances]])
-        self._move_centre(indexes, means[0])
+        self._move_centres(indexes, means[0])
         # Of the candidates that are not rejected, the candidate whose bets can lose most.
-        low, high = (self._unit_bound(bounds[indexes]) for bounds in (self.low, self.high))
+        low, high = (self._scale_bounds(bounds[indexes]) for bounds in (self.low, self.high))
         max_losses = np.maximum(scales * high - shifts, 1 - (scales * low - shifts))
         bets = np.minimum(best_bets, MAX_RISK / np.clip(max_losses, 0.5, 1.0))
         # y = centre − distance · slope
@@ -245,8 +252,12 @@ class MeanSequences:
         self._square_sums[indexes] += (values**2).sum(axis=0)
         self.seen[indexes] += len(values)
 
-    def _move_centre(self, indexes: IntArray, centres: Array) -> None:
-        """Convert the polynomials of the cautious bets to expansions about new centres."""
+    def _move_centres(self, indexes: IntArray, centres: Array) -> None:
+        """Expand the polynomials of the cautious bets around new centres.
+
+        A polynomial in m − (old centre) becomes an equal polynomial in m − (new centre). The
+        argument `centres` contains the new centre of each series in `indexes`.
+        """
         distances = centres - self._centres[indexes]
         for lowest_degree in range(_DEGREE):
             for degree in range(_DEGREE - 1, lowest_degree - 1, -1):
@@ -254,18 +265,22 @@ class MeanSequences:
                 terms[..., indexes] += distances * higher_terms[..., indexes]
         self._centres[indexes] = centres
 
-    def _unit_bound(self, bounds: Array) -> Array:
-        """Scale bounds from the allowed range to [0, 1]."""
+    def _scale_bounds(self, bounds: Array) -> Array:
+        """Scale bounds of means from the allowed range of values to [0, 1]."""
         return np.clip((bounds - self._lowest) / self._range, 0.0, 1.0)
 
     def _narrow_bounds(self, indexes: IntArray) -> None:
-        """Update the bounds of the means so that they exclude the rejected candidates."""
+        """Move the bounds of the means so that rejected candidates are excluded.
+
+        A candidate is a possible value of the mean. The argument `indexes` contains the numbers of
+        the series.
+        """
         sums = self._sums[indexes]
         # Certain bounds: all remaining documents may be 0, or all may be 1.
         certain_low = sums / self.population
         certain_high = (sums + self.population - self.seen[indexes]) / self.population
-        low = np.clip(self._unit_bound(self.low[indexes]), certain_low, certain_high)
-        high = np.clip(self._unit_bound(self.high[indexes]), certain_low, certain_high)
+        low = np.clip(self._scale_bounds(self.low[indexes]), certain_low, certain_high)
+        high = np.clip(self._scale_bounds(self.high[indexes]), certain_low, certain_high)
         rejected_means = np.stack([low, high])
         accepted_means = np.tile(np.clip(sums / self.seen[indexes], low, high), (2, 1))
         cautious_stakes = self._cautious_stakes(indexes)
@@ -282,10 +297,11 @@ class MeanSequences:
         self.high[indexes] = self._lowest + self._range * rejected_means.max(axis=0)
 
     def _bold_stakes(self, indexes: IntArray) -> Callable[[Array], Array]:
-        """Return a function for the log stakes of bold bets.
+        """Return a function that computes the log stakes of bold bets.
 
-        The argument of the function is an array `[2, series]` with candidates for the lower and the
-        upper bounds. The function returns the logarithms of the stakes, `[bets, 2, series]`.
+        The returned function takes an array `[2, series]` of candidates: possible lower bounds in
+        the first row, and possible upper bounds in the second row. The result of the function is an
+        array `[bets, 2, series]` with the logarithm of each bet's stake.
         """
         (active,) = np.nonzero(self.seen[indexes] <= self._bold_rows.shape[1])
         n_bold = len(self._bold_taus)
@@ -309,11 +325,11 @@ class MeanSequences:
         return log_stakes
 
     def _cautious_stakes(self, indexes: IntArray) -> Callable[[Array], Array]:
-        """Return a function for lower bounds of the log stakes of cautious bets.
+        """Return a function that bounds the log stakes of cautious bets from below.
 
-        The argument of the function is an array `[2, series]` with candidates for the lower and the
-        upper bounds. The function returns lower bounds of the logarithms of the stakes of cautious
-        bets, `[bets, 2, series]`.
+        The returned function takes an array `[2, series]` of candidates: possible lower bounds in
+        the first row, and possible upper bounds in the second row. The result of the function is an
+        array `[bets, 2, series]` with a lower bound of the logarithm of each bet's stake.
         """
         centres = self._centres[indexes]
         coefficients = self._terms[:, :, :, None, indexes]

@@ -41,9 +41,10 @@ def correlate(
     The interval is a bootstrap interval over documents, with fixed layers. The interval shows the
     effect of measurement noise (see `bias_corrected_interval`).
 
-    The null hypothesis of the p-value is that the two series are unrelated. Each of the two series
-    is replaced by random series with the same smoothness over depth (`surrogate_series`). This
-    gives two p-values, and the function returns the larger p-value.
+    The null hypothesis of the p-value is that the two series are unrelated. To compute a p-value,
+    one of the two series is replaced by random series with the same smoothness over depth
+    (`surrogate_series`). The function computes one p-value for the replacement of each series, and
+    returns the larger p-value.
 
     A permutation test with free shuffles of the layers has too many false positives, because
     neighbouring layers have similar values. If the series are random walks, the false positive rate

@@ -8,7 +8,7 @@ it wrong.
 Rounding errors can change whether an answer is judged right or wrong. In half precision, a
 log-likelihood depends on the batch and on the device. The scores of some documents are therefore
 computed twice, by two methods that differ only in rounding. The standard deviation of rounding
-errors is estimated from the differences between the two results.
+errors is estimated from the differences between the two scores of an option.
 
 The module assumes that rounding errors are normally distributed with mean 0, and that they are
 independent between documents. The standard deviation of a rounding error is assumed to be
@@ -28,11 +28,12 @@ from tracker.stats.arrays import Array, safe_divide
 
 
 def phi(joint_losses: Array, losses: Array, n_documents: int) -> Array:
-    """Compute the phi coefficient of lost documents for each pair of ablations.
+    """Compute the phi coefficient of each pair of ablations.
 
-    The coefficient is 1 if both ablations lose the same documents, and 0 if their lost documents
-    agree only by chance. The phi coefficient is Pearson's correlation of two binary variables (Yule
-    1912).
+    A document is lost by an ablation if only the intact model answers it right. The coefficient is
+    1 if both ablations lose the same documents, and 0 if the overlap of their lost documents is as
+    large as expected by chance. The phi coefficient is Pearson's correlation of two binary
+    variables (Yule 1912).
 
     Args:
         joint_losses: `[ablations, ablations]`, number of documents that both ablations lose.
@@ -113,21 +114,24 @@ def margins(scores: Array, gold: Array) -> Array:
     return gold_margins
 
 
-def choice_probabilities(scores: Array, gold: Array) -> Array:
-    """Compute the probability of the gold option among a document's options.
+def gold_probabilities(scores: Array, gold: Array) -> Array:
+    """Compute the probability of each document's gold option.
 
-    The probability is the softmax of the options' scores: exp(score of gold) / Σ exp(score).
+    The probability is the softmax of the scores of the document's options: exp(score of the gold
+    option) / Σ exp(score).
 
     Args:
-        scores: The options' scores.
-        gold: Number of each document's gold option; NaN for a document without a gold option.
+        scores: `[documents, options]`, the scores of the options.
+        gold: `[documents]`, the number of the gold option; NaN for a document without a gold
+            option.
 
     Returns:
-        `[documents]`, in [0, 1]; NaN without a gold option, another option or finite scores.
+        `[documents]`, the probabilities. A probability is NaN if the document has no gold option or
+        fewer than two options, or if infinite scores make the softmax undefined.
 
     Examples:
         >>> scores = np.log([[0.3, 0.1], [0.2, np.nan]])
-        >>> choice_probabilities(scores, np.zeros(2)).round(4).tolist()
+        >>> gold_probabilities(scores, np.zeros(2)).round(4).tolist()
         [0.75, nan]
     """
     probabilities = np.full(len(scores), np.nan)
@@ -165,7 +169,7 @@ MIN_FLIP_CHANCE = NormalDist().cdf(-ROUNDING_SDS)
 """Probability that rounding reverses a judgement whose margin is `ROUNDING_SDS`."""
 
 
-def rounding_movement(scores: Array, repeats: Array) -> float | None:
+def relative_rounding_error(scores: Array, repeats: Array) -> float | None:
     """Estimate the relative size of rounding errors of score differences.
 
     Args:
@@ -174,14 +178,15 @@ def rounding_movement(scores: Array, repeats: Array) -> float | None:
             differently.
 
     Returns:
-        The root mean square of the relative changes over all pairs of options. The change of a
-        difference is divided by the square root of the sum of the two squared scores. The function
-        returns None if no document has two options, or if no score difference has changed.
+        The root mean square of the relative changes over the pairs of options of all documents. The
+        relative change of a pair with the scores a and b is the change of a - b, divided by √(a² +
+        b²). The function returns None if no document has two options, or if no score difference has
+        changed.
 
     Examples:
         The first of the scores -3 and -4 changes by 0.1, so the relative change is 0.1 / 5.
 
-        >>> round(rounding_movement(np.array([[-3.0, -4.0]]), np.array([[-3.1, -4.0]])), 4)
+        >>> round(relative_rounding_error(np.array([[-3.0, -4.0]]), np.array([[-3.1, -4.0]])), 4)
         0.02
     """
     i, j = np.triu_indices(scores.shape[1], 1)
@@ -194,16 +199,19 @@ def rounding_movement(scores: Array, repeats: Array) -> float | None:
 
 
 def flip_probabilities(scores: Array, gold: Array, movement: float) -> Array:
-    """Return the probability that rounding changes whether each answer is right.
+    """Return the probability that rounding reverses each document's outcome.
+
+    The outcome is whether the answer is right.
 
     Args:
         scores: `[documents, options]`, the scores of the options.
         gold: `[documents]`, the number of the gold option; NaN for a document without a gold
             option.
-        movement: Relative size of rounding errors, as returned by `rounding_movement`.
+        movement: Relative size of rounding errors, as returned by `relative_rounding_error`.
 
     Returns:
-        `[documents]`, the probabilities, at most 0.5; NaN for a document without a margin.
+        `[documents]`, the probabilities, at most 0.5; NaN if the document's margin is undefined or
+        infinite (see `margins`).
 
     Examples:
         The gold option leads by 1, and rounding moves the difference of -3 and -4 by 0.2 · 5 = 1.

@@ -69,7 +69,7 @@ def interactions(values: Array, weights: Array | None = None, seed: int = 0) -> 
     is_random = np.isfinite(values).all(axis=0) & ~is_whole
     random_p = np.full(len(is_whole), np.nan)
     if is_random.any():
-        random_p[is_random] = _random_sign_p(values[:, is_random], seed)
+        random_p[is_random] = _random_sign_p_values(values[:, is_random], seed)
     estimates = []
     for column, is_exact, p in zip(values.T, is_whole, random_p, strict=True):
         if reason := missing_reason(column):
@@ -105,10 +105,11 @@ def sign_flip_p(values: Array) -> float:
     return min(1.0, float(np.multiply.outer(*chances)[is_far].sum()))
 
 
-def _random_sign_p(values: Array, seed: int) -> Array:
-    """Return the p-value of a sign-flip test with random signs for each pair `[pairs]`.
+def _random_sign_p_values(values: Array, seed: int) -> Array:
+    """Return the p-value of a sign-flip test for each pair of layers.
 
-    All pairs use the same random signs.
+    The argument `values` is an array `[documents, pairs]`, and the result is an array `[pairs]`.
+    The test uses the same random signs for all pairs.
     """
     # Equal sums may differ by rounding.
     thresholds = np.abs(values.sum(axis=0)) - 1e-9 * np.abs(values).sum(axis=0)
@@ -123,12 +124,13 @@ def additivity(
     joint_drops: Sequence[float] | Array,
     resamples: tuple[Array, Array],
 ) -> tuple[Estimate, Estimate]:
-    """Estimate how well sums of single drops predict the drops of layer pairs.
+    """Estimate how well drops of single layers predict drops of layer pairs.
 
-    The function computes R² = 1 − Σ (joint − sum)² / Σ (joint − mean)², without fitting a line. R²
-    is 1 if the joint drop of each pair equals the sum of its two single drops. Sums and joint drops
-    are measured on the same documents and have correlated noise. Because of this noise, the drops
-    look more additive than they are.
+    The joint drop is the drop if both layers of a pair are removed. It is predicted as the sum of
+    the two single drops. The function computes R² = 1 − Σ (joint − sum)² / Σ (joint − mean)²,
+    without fitting a line. R² is 1 if the joint drop of each pair equals the sum of its two single
+    drops. Sums and joint drops are measured on the same documents, so that their noise is
+    correlated. Because of the correlated noise, Spearman's coefficient and R² are too large.
 
     Args:
         single_sums: `[pairs]`, drop(first) + drop(second) for each pair of layers.
@@ -162,7 +164,10 @@ def additivity(
 
 
 def _explained_share(sums: Array, joint: Array) -> Array:
-    """Return R² for each row of `joint`, with the same row of `sums` as the prediction."""
+    """Return R² of the predictions `sums` of the joint drops, for each row.
+
+    Both arguments are arrays `[rows, pairs]`, and the result is an array `[rows]`.
+    """
     residuals = ((joint - sums) ** 2).sum(axis=1)
     variation = ((joint - joint.mean(axis=1, keepdims=True)) ** 2).sum(axis=1)
     varies = np.ptp(rounded_values(joint), axis=1) > 0
@@ -176,7 +181,7 @@ def growths(
 
     The interval is a bootstrap interval of the mean log ratio (Hesterberg's expanded percentiles).
     The bootstrap resamples documents within each stratum. The p-value is from Wilcoxon's signed
-    rank test of the log ratios. Its null hypothesis is that there is no growth.
+    rank test of the log ratios. The null hypothesis of this test is that there is no growth.
 
     Args:
         start_values: `[documents, k]`, the values before growth; positive.
@@ -225,8 +230,8 @@ def growths(
 def min_growth_documents(n_tests: int, level: float) -> int:
     """Compute the minimum number of documents for significance in Wilcoxon's test.
 
-    The smallest possible p-value for n documents is 2^(1 - n). Holm's method multiplies this
-    p-value by the number of tests.
+    The smallest possible p-value for n documents is 2^(1 - n). Holm's method multiplies the
+    smallest of several p-values by the number of tests.
 
     Args:
         n_tests: Number of columns that are tested together.

@@ -30,11 +30,12 @@ AUTOCORRELATIONS = np.append(np.arange(-19, 20) / 20, 0.98)
 def surrogate_series(values: Array, n_draws: int, seed: int) -> Array:
     """Draw random reorderings of a series with the same smoothness over depth.
 
-    The values are modelled as a monotonic function of a stationary Gaussian AR(1) series. Each draw
-    samples an autocorrelation from its posterior distribution, simulates a Gaussian AR(1) series,
-    and gives the values the rank order of the simulated series. If the values have no
-    autocorrelation, the reorderings are almost uniformly random permutations. The posterior
-    distribution is computed from the restricted likelihood of the values' normal scores.
+    The values are modelled as a monotonic function of a stationary Gaussian AR(1) series. For each
+    draw, the function samples an autocorrelation from its posterior distribution, and simulates a
+    Gaussian AR(1) series. The values are then reordered so that they have the same ranks as the
+    simulated series. If the values have no autocorrelation, the reorderings are almost uniformly
+    random permutations. The posterior distribution is computed from the restricted likelihood of
+    the values' normal scores.
 
     Args:
         values: `[layers]` in the order of depth, finite and not all equal.
@@ -51,15 +52,15 @@ def surrogate_series(values: Array, n_draws: int, seed: int) -> Array:
         restricted likelihood of short AR series). X.-L. Meng, Annals of Statistics 22 (1994)
         1142-1160 (p-values that draw the nuisance parameter).
     """
-    orders = _draw_orders(tuple(scipy.stats.rankdata(values).tolist()), n_draws, seed)
+    orders = _draw_ranks(tuple(scipy.stats.rankdata(values).tolist()), n_draws, seed)
     return np.asarray(np.sort(values)[orders], dtype=np.float64)
 
 
 @lru_cache(maxsize=16)  # by every proxy, coefficient and subset the same drops are redrawn
-def _draw_orders(ranks: tuple[float, ...], n_draws: int, seed: int) -> NDArray[np.int32]:
-    """Draw random orders of layers that are as smooth over depth as `ranks`.
+def _draw_ranks(ranks: tuple[float, ...], n_draws: int, seed: int) -> NDArray[np.int32]:
+    """Draw random series of ranks that are as smooth over depth as `ranks`.
 
-    The function returns an array `[draws, layers]` of ranks that begin with 0.
+    The function returns an array `[draws, layers]`; the lowest rank is 0.
     """
     rng = np.random.default_rng(seed)
     scores = scipy.special.ndtri(np.array(ranks) / (len(ranks) + 1))
@@ -147,8 +148,9 @@ def row_coefficients(x: Array, y: Array, coefficient: str) -> Array:
 def _kendall_rows(x: Array, y: Array) -> Array:
     """Return Kendall's tau-b of each row of `x` with the same row of `y`.
 
-    Tau-b is the number of concordant minus discordant pairs of layers, divided by the geometric
-    mean of the numbers of untied pairs.
+    Let c be the number of concordant pairs of layers, and d the number of discordant pairs. Tau-b
+    is c − d, divided by the geometric mean of the numbers of pairs that are not ties in `x` and in
+    `y`.
     """
     i, j = np.triu_indices(x.shape[1], k=1)
     values = []
@@ -229,7 +231,7 @@ def differing_rank_share(proxy: Array, drop: Array, tolerance: float = 0) -> tup
 
 @dataclass(frozen=True)
 class Disagreement:
-    """Fraction of layers with different ranks by two measures, compared with chance.
+    """Result of a comparison of layer ranks by two measures.
 
     Attributes:
         share: Fraction of layers with different ranks, averaged over benchmarks.
@@ -248,8 +250,8 @@ def compare_ranks(proxy: Array, drop: Array, tolerance: float, seed: int = 0) ->
     """Test whether layer ranks by proxy and by drop agree better than by chance.
 
     `differing_rank_share` computes the fraction of layers with different ranks, and its chance
-    level. The p-values are computed from random orders of the layers of one measure. Each random
-    order is the same for all benchmarks.
+    level. The p-values are computed from random orders of the layers in one of the two measures.
+    Each random order is the same for all benchmarks.
 
     Args:
         proxy: `[benchmarks, layers]`, finite values of the proxy.
@@ -259,6 +261,8 @@ def compare_ranks(proxy: Array, drop: Array, tolerance: float, seed: int = 0) ->
 
     Returns:
         The fraction of layers with different ranks, its chance level, and two one-sided p-values.
+        One p-value is from uniformly random orders. The other p-value is from random orders that
+        are as smooth over depth as the measured values.
 
     Examples:
         On average, 96.7 % of 30 layers have different ranks in two random orders.
@@ -309,7 +313,7 @@ def mean_spearman_p(proxy: Array, drop: Array, seed: int = 0) -> float:
 
 
 def smooth_orders(values: Array, n_draws: int, seed: int) -> IntArray:
-    """Draw random orders of layers that keep the smoothness of a series over depth.
+    """Draw random orders of layers that do not change a series' smoothness.
 
     Args:
         values: `[layers]`, the series in the order of depth, finite.

@@ -1,8 +1,8 @@
 """Compute how well rankings of layers from different documents agree.
 
 The value of a layer is a weighted mean over documents. Two disjoint samples of documents give two
-rankings of the layers. The reliability of the ranking at this sample size is the rank correlation
-of the two rankings.
+rankings of the layers. The rank correlation of these two rankings is called the reliability of a
+ranking at the size of the samples.
 
 A cheap measure can use more documents than an expensive measure. Two measures are therefore
 compared at equal total cost.
@@ -225,7 +225,9 @@ HALF_SPLITS = 100
 
 @dataclass(frozen=True)
 class LayerMeasure:
-    """Measure of layers, such as a proxy: a weighted mean over documents for each layer.
+    """A measure, such as a proxy, with one value for each document and layer.
+
+    The value of a layer is the weighted mean over documents.
 
     Attributes:
         values: `[documents, layers]`, the value of each document for each layer.
@@ -238,7 +240,7 @@ class LayerMeasure:
     price: float
 
     def means(self) -> Array:
-        """Return the weighted mean over all documents for each layer `[layers]`."""
+        """Return an array `[layers]` with the weighted mean over all documents."""
         return np.asarray(_running_means(self, np.arange(len(self.values)))[-1])
 
 

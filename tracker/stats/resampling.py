@@ -86,8 +86,9 @@ def resampled_means(
 ) -> Array:
     """Bootstrap the weighted mean of each column, with the same resamples for all columns.
 
-    Calls with the same number of documents, seed and strata use the same resamples. For a proxy
-    that is averaged over tokens, pass sums / tokens as `values` and tokens as `weights`.
+    Calls with the same number of documents, seed and strata use the same resamples. If a proxy is
+    averaged over tokens, `values` must contain each document's mean over tokens, and `weights` the
+    document's number of tokens.
 
     Args:
         values: `[documents, k]`, e.g. each document's accuracy drop for k layers.
@@ -130,8 +131,8 @@ def bias_corrected_interval(
 
     Measurement noise reduces the absolute value of a rank correlation, and resampling adds more
     noise. The shift by the median bias corrects only for the additional noise of resampling. The
-    interval is therefore for the expected statistic over samples of the same size, which includes
-    the effect of measurement noise.
+    interval is therefore for the expected value of the statistic over samples of the same size.
+    This expected value includes the effect of measurement noise.
 
     The function was tested in simulations of Spearman's coefficient for 30 layers and 500
     documents. This interval contained the expected coefficient in 85-99 % of the cases. Efron's

@@ -60,10 +60,10 @@ _MIN_ROOM = 1e-6
 class SequentialTopK:
     """Stopping rule that finds the `count` runs with the largest means over all documents.
 
-    The documents must be evaluated in random order. A run is decided as soon as the rule can
-    include it in the `count` largest, or exclude it, at the confidence `level`. Later values of a
-    decided run are ignored. If a tolerance is given, the chosen means can be smaller than the
-    largest means by up to the tolerance.
+    The documents must be evaluated in random order. A run is decided when the evaluated documents
+    show, with the confidence `level`, whether the run is one of the `count` largest runs. Later
+    values of a decided run are ignored. If a tolerance is given, the chosen means can be smaller
+    than the largest means by up to the tolerance.
 
     Attributes:
         open: `[runs]`, mask of the runs that are not decided yet.
@@ -120,7 +120,7 @@ class SequentialTopK:
         self._claims = np.zeros((n_runs, n_runs, len(self._nulls)), dtype=bool)
 
     def update(self, values: Array) -> None:
-        """Add the values of further documents, and update `open` and `chosen`.
+        """Add the values of further documents, and update the masks `open` and `chosen`.
 
         Args:
             values: `[documents, runs]`, values of the further documents. Values of runs that are
@@ -143,7 +143,7 @@ class SequentialTopK:
         # Stop betting on b once a is known to be better.
         is_open = ~self._claims[a, b].all(axis=1) & ~self._claims[b, a, 0]
         a, b = a[is_open], b[is_open]
-        self._bet(values, a, b)
+        self._update_capital(values, a, b)
         self._totals[runs] += values[:, runs].sum(axis=0)
         self.seen += len(values)
         log_capital = np.logaddexp.reduce(self._capital[:, a, b]) - math.log(len(BET_FRACTIONS))
@@ -152,12 +152,14 @@ class SequentialTopK:
             means = (self._totals[a] - self._totals[b]) / self._population
             is_certain = means[:, None] < self._nulls
         self._claims[a, b] |= is_certain | (log_capital >= self._log_target)
-        self._settle()
+        self._decide_runs()
 
-    def _bet(self, values: Array, a: IntArray, b: IntArray) -> None:
-        """Update the evidence that run b has a larger mean than run a, for each pair (a, b).
+    def _update_capital(self, values: Array, a: IntArray, b: IntArray) -> None:
+        """Update the evidence for each pair of runs (a, b).
 
-        The evidence is the capital in a game that bets on run b at every document.
+        The arrays `a` and `b` contain the run numbers of the pairs. The evidence that run b has a
+        larger mean than run a is the capital in a betting game. In this game, a bet on run b is
+        placed at every document.
         """
         differences = values[:, a] - values[:, b]
         sums = np.cumsum(differences, axis=0) - differences
@@ -172,8 +174,11 @@ class SequentialTopK:
             with np.errstate(over="ignore"):  # an infinite capital is enough
                 capital[a, b] += np.log(np.prod(1 + risks * odds, axis=0))
 
-    def _settle(self) -> None:
-        """Choose or exclude the runs for which the evidence is sufficient."""
+    def _decide_runs(self) -> None:
+        """Decide the runs for which the evidence is sufficient.
+
+        A decided run is either chosen or excluded.
+        """
         while True:
             runs = np.flatnonzero(self.open)
             n_free = self._count - int(self.chosen.sum())
@@ -256,9 +261,10 @@ class SmallestMean:
         return sum(map(len, self._values))
 
     def update(self, values: Array) -> None:
-        """Add the values of further documents, and update `open` and `chosen`.
+        """Add the values of further documents, and update the masks `open` and `chosen`.
 
-        Runs with significantly larger means are excluded. The rule ends when one run is chosen.
+        Runs whose means are significantly larger than the smallest mean are excluded. The rule ends
+        when one run is chosen.
 
         Args:
             values: `[documents, runs]`, the values. Values of excluded runs are ignored and can be
@@ -279,10 +285,14 @@ class SmallestMean:
         self.means[runs[~is_usable]] = np.inf
         self.open[runs[~is_usable]] = False
         if is_usable.any():
-            self._settle(open_values[:, is_usable], runs[is_usable])
+            self._decide_runs(open_values[:, is_usable], runs[is_usable])
 
-    def _settle(self, values: Array, runs: IntArray) -> None:
-        """Exclude runs with significantly larger means; choose the best run if possible."""
+    def _decide_runs(self, values: Array, runs: IntArray) -> None:
+        """Exclude runs with large means, and choose the best run if possible.
+
+        A run is excluded if its mean is significantly larger than the smallest mean. The argument
+        `values` is an array `[documents, runs]`, whose columns belong to the run numbers in `runs`.
+        """
         n_looked, means = len(values), values.mean(axis=0)
         self.means[runs] = means
         best = int(means.argmin())
@@ -335,7 +345,8 @@ def race_state(low: Array, high: Array, tolerance: float | None) -> tuple[Mask, 
         high: `[runs]`, upper bounds of the means.
         tolerance: Largest acceptable half width of an interval. A run with a wider interval is
             undecided, and no run is chosen. If the tolerance is None, a run is chosen when its
-            bounds exclude 0.
+            bounds exclude 0. All other runs are then undecided, except for runs whose two bounds
+            are equal.
 
     Returns:
         The mask `[runs]` of the undecided runs, and the mask `[runs]` of the chosen runs.
@@ -423,8 +434,8 @@ class Race:
     def bounds(self) -> MeanSequences:
         """Simultaneous confidence bounds of the runs' means.
 
-        The questions `top` and `prune` do not use these bounds to choose runs. These questions
-        compare pairs of runs instead.
+        The questions `top` and `prune` do not use these bounds to choose runs. For these questions,
+        runs are chosen by comparing pairs of runs.
         """
         while self._pending:
             self._bounds.add(*self._pending.pop(0))
@@ -504,7 +515,8 @@ def forecast_race(
         n_draws: Number of simulated populations.
 
     Returns:
-        The numbers of evaluated documents in each simulated population.
+        The numbers of evaluated documents in each simulated population, and whether all runs were
+        decided.
 
     Raises:
         ValueError: The condition is impossible for this number of runs.

@@ -30,12 +30,13 @@ from tracker.stats.arrays import Array
 def recovered_share(
     losses: Array, remainders: Array, loss_resamples: Array, remainder_resamples: Array
 ) -> Estimate:
-    """Compute the fraction of the accuracy loss that replacing layers avoids.
+    """Compute the fraction of the accuracy loss avoided by replacing layers.
 
-    The accuracy loss is the mean drop if a layer is removed. The fraction is 1 − Σ `remainders` / Σ
-    `losses`, with sums over layers. The interval of the fraction is a percentile interval over
-    resamples of the documents. The fraction is undefined if the sum of the losses is positive in
-    less than 97.5 % of the resamples.
+    The accuracy loss is the mean drop if a layer is removed. Replacing the layer by a fitted
+    function can avoid a part of this loss. The fraction is 1 − Σ `remainders` / Σ `losses`, with
+    sums over layers. The interval of the fraction is a percentile interval over resamples of the
+    documents. The fraction is undefined if the sum of the losses is positive in less than 97.5 % of
+    the resamples.
 
     Args:
         losses: `[layers]`, mean drop if the layer is removed.
@@ -137,8 +138,8 @@ def subtract(minuend: Estimate, subtrahend: Estimate) -> Estimate:
 def average(estimates: Sequence[Estimate], independent: bool = True) -> Estimate:
     """Average estimates, and combine their intervals.
 
-    The interval is only for the mean of these estimates. For example, an interval for the mean over
-    benchmarks is not valid for other benchmarks.
+    The interval is valid only for the mean of the given estimates. For example, an interval for the
+    mean over benchmarks is not valid for other benchmarks.
 
     Args:
         estimates: Estimates to average; estimates without a value are ignored.
@@ -172,7 +173,7 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
     """Adjust p-values by Holm's method for the family-wise error rate.
 
     If a test is called significant when its adjusted p-value is below α, the probability of any
-    false positive is at most α. This is true even if the tests depend on each other.
+    false positive is at most α. The tests do not have to be independent.
 
     Args:
         p_values: p-value of each test. None for a test that could not be computed; the adjustment
@@ -208,8 +209,9 @@ def widen(
 
     Each interval of m estimates is widened to the level 1 - 0.05 / m (Bonferroni's inequality). The
     midpoint of the interval does not change. The half width is multiplied by the ratio of two
-    quantiles, for the new level and for 95 %. The quantiles are of the normal distribution if the
-    estimate has a p-value, and of the t distribution otherwise.
+    quantiles: the quantile for the new level, and the quantile for 95 %. For an estimate with a
+    p-value, the function uses quantiles of the normal distribution. For other estimates, it uses
+    quantiles of the t distribution.
 
     Args:
         estimates: Estimates with 95 % intervals; estimates without an interval are returned
@@ -283,7 +285,9 @@ def count_pairs(n_figures: int) -> int:
 
 
 def possible_ranks(estimates: Sequence[Estimate]) -> list[tuple[int, int]]:
-    """Compute the best and the worst possible rank of each estimate; rank 1 is the largest.
+    """Compute the best and the worst possible rank of each estimate.
+
+    The largest estimate has rank 1.
 
     Two estimates differ significantly if the interval of their difference excludes 0. The interval
     of the difference assumes independent estimates (Donner and Zou 2012). The best possible rank of
@@ -296,7 +300,7 @@ def possible_ranks(estimates: Sequence[Estimate]) -> list[tuple[int, int]]:
             without an interval can have any rank.
 
     Returns:
-        The best and the worst rank of each estimate.
+        A list of pairs (best rank, worst rank), one pair for each estimate.
 
     References:
         M. Mogstad, J. Romano, A. Shaikh, D. Wilhelm, Review of Economic Studies 91 (2024) 476-518.
@@ -314,14 +318,16 @@ def possible_ranks(estimates: Sequence[Estimate]) -> list[tuple[int, int]]:
 
 
 def ranks_by_comparison(is_larger: NDArray[np.bool_]) -> list[tuple[int, int]]:
-    """Compute best and worst possible ranks from pairwise comparisons; rank 1 is the largest.
+    """Compute the best and the worst possible rank from pairwise comparisons.
+
+    The largest item has rank 1.
 
     Args:
         is_larger: `[items, items]`, whether the item of the row is significantly larger than the
             item of the column.
 
     Returns:
-        The best and the worst possible rank of each item.
+        A list of pairs (best rank, worst rank), one pair for each item.
 
     Examples:
         >>> ranks_by_comparison(np.array([[False, True, True], [False] * 3, [False] * 3]))

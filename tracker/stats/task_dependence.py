@@ -136,7 +136,8 @@ def variance_difference(
 
     The variation of a measure of relevance is the mean of `benchmark_variance` over layers. The
     returned value is the variation of the first measure minus the variation of the second measure.
-    Its interval is a normal interval, with a standard error from the jackknife over documents.
+    The interval of this value is a normal interval, with a standard error from the jackknife over
+    documents.
 
     Args:
         first_samples: For each benchmark, the values of one measure for its documents; two
@@ -159,7 +160,10 @@ def variance_difference(
         return first - second
 
     def leave_out(index: int, kept_documents: IntArray) -> float:
-        """Return the difference without the documents of benchmark `index` that are not kept."""
+        """Return the difference for a subset of the documents of one benchmark.
+
+        The benchmark has the number `index`. All documents of the other benchmarks are used.
+        """
         pair = []
         for values, weights, strata in samples[index]:
             labels = None if strata is None else np.asarray(strata)[kept_documents]
@@ -187,7 +191,7 @@ def _mean_variance(estimates: Sequence[tuple[Array, Array]]) -> float:
 
 @dataclass(frozen=True)
 class VarianceComparison:
-    """Result of testing whether one measure varies more over benchmarks than another.
+    """Result of the comparison of how much two measures vary over benchmarks.
 
     Attributes:
         larger: Number of layers for which the first measure varies more over benchmarks than the
