@@ -55,7 +55,7 @@ from tracker.team import publish as publishing
 from tracker.team.collect import CollectedCells, collect_cells
 from tracker.team.publish import Publisher, SyncResult, Trial
 from tracker.team.result_files import ResultFiles, write_result_files
-from tracker.team.sweeps import SweepResult, fill_sweep, find_grid_cell
+from tracker.team.sweeps import SweepResult, fill_sweep, find_sweep_request
 from tracker.tracking import default_targets, in_sweep, service, target
 from tracker.tracking.runs import RunSelection
 
@@ -124,7 +124,10 @@ class _CallContext:
         return run_cells(requests, *work, explicit=True)
 
     def finish(self, request: ExperimentInput[Any] | None, outcome: RunOutcome) -> Results:
-        """Save the experiment file, write the report page, and return the outcome as `Results`."""
+        """Save the experiment file, write the report page, and return the outcome as `Results`.
+
+        No experiment file is saved if `request` is None.
+        """
         from tracker.team.reports import write_report
 
         root, page, experiment = self.ledger.root, None, None
@@ -163,7 +166,10 @@ def _parse_targets(targets: str | Sequence[str]) -> Sequence[str]:
 
 
 def _refuse_incomplete(source: ExperimentSource, settings: Mapping[str, Any], call: str) -> None:
-    """Raise RequestError if neither a file nor both a model and a benchmark are given."""
+    """Raise RequestError if an experiment without a file lacks a model or a benchmark.
+
+    `call` is the start of the example call in the error message.
+    """
     source, settings = move_model(source, settings)
     missing_keys = [key for key in ("model", "benchmark") if settings.get(key) is None]
     if source is None and missing_keys:
@@ -680,7 +686,7 @@ def evaluate(
     trial = Trial(call.track, root, request.changes.first_change)
     title = request.title
     try:
-        find_grid = partial(find_grid_cell, request, root)
+        find_grid = partial(find_sweep_request, request, root)
         request, skip_reason = widen_request(request, call.ledger, trusts_code, find_grid)
         if skip_reason is not None:
             call.progress.say(f"nothing to measure: {skip_reason}")
@@ -728,7 +734,7 @@ def export(
             number of heads, experts or neurons.
         output: Folder in which the model is saved. The folder must not exist yet.
         repeat: Consecutive layers to repeat.
-        repeats: Number of passes through the repeated layers; None for two.
+        repeats: How many times the repeated layers are computed. The default None means twice.
         benchmark: Benchmark for measuring and verifying the model; None to verify on a few texts
             only.
         component: Kind of part to remove. Only `layer` is supported.
@@ -806,7 +812,7 @@ def report(
     collected = _collect(sources, results, progress, reads_outcomes=reads_outcomes)
     output = _default_output(sources, results, form) if output is None else output
     reported = replace(collected, files=collected.save(output, form, publish_documents))
-    return _publish(reported, publish, results, publish_documents)
+    return _publish_report(reported, publish, results, publish_documents)
 
 
 def leaderboard(
@@ -835,7 +841,7 @@ def leaderboard(
         >>> tracker.leaderboard("results", "wandb:my-team/layers").table("layer_leaderboard")
     """
     collected_results = _collect(sources, results, progress, reads_outcomes=bool(publish))
-    return _publish(collected_results, publish, results)
+    return _publish_report(collected_results, publish, results)
 
 
 def compare(
@@ -853,7 +859,7 @@ def compare(
         within: Largest acceptable difference as a fraction, or a mapping of benchmarks to such
             fractions; the key `""` stands for all other benchmarks.
         allow_different: Settings that may differ between the models.
-        progress: Listener that receives the number of megabytes.
+        progress: Listener that receives the number of megabytes that have been read.
 
     Returns:
         The differences with intervals and verdicts.
@@ -912,7 +918,11 @@ def profile(
 def _collect(
     sources: Sequence[Where], results: Where, progress: Progress | None, reads_outcomes: bool
 ) -> Results:
-    """Read all measurements of the sources; raise an error if there are none."""
+    """Read all measurements of the sources; raise an error if there are none.
+
+    `reads_outcomes` is true if the output shows outcomes of documents. In this case, all outcomes
+    are verified again.
+    """
     names = [os.fspath(source) for source in sources] or [os.fspath(results)]
     collected = collect_cells(names, progress or Silent(), reads_outcomes)
     if not collected.cells and collected.failed:
@@ -928,10 +938,14 @@ def _collect(
     return Results(outcome, folder=Path(results), notes=notes, sources=collected)
 
 
-def _publish(
+def _publish_report(
     report_results: Results, targets: str | Sequence[str], results: Where, documents: bool = False
 ) -> Results:
-    """Publish a report about collected measurements to tracking projects."""
+    """Publish a report about `report_results` to tracking projects.
+
+    Private document texts are published only if `documents` is true. Returns the same results, with
+    the addresses of the published report, errors and notes.
+    """
     from tracker.team import reports
 
     collected = report_results.sources or CollectedCells()
@@ -1038,7 +1052,7 @@ def sync_sweep(sweep: str, *, results: Where = RESULTS) -> SweepResult:
 def check(
     results: Where = RESULTS, against: Where | None = None, progress: Progress | None = None
 ) -> tuple[Verification, list[str]]:
-    """Verify the hashes of all files in a results folder, and set damaged outcome files aside.
+    """Verify the hashes of all files in a results folder, and rename damaged outcome files.
 
     Args:
         results: The results folder.
@@ -1071,9 +1085,9 @@ def ls(
 
     Args:
         results: The results folder.
-        damaged: Dictionary to which the function adds each damaged file or folder → advice.
-        unfinished: Dictionary to which the function adds each unfinished folder → number of
-            measured documents, and advice.
+        damaged: Dictionary that the function fills: damaged file or folder → advice.
+        unfinished: Dictionary that the function fills: folder of an unfinished measurement → number
+            of measured documents, and advice.
 
     Returns:
         One record for each model, benchmark and selection of documents and runs.

@@ -145,11 +145,11 @@ class Results:
         `better without`, `below 5 pp`, or `open` (undecided).
 
         `correlations` has one row per model, benchmark, proxy, coefficient and subset of layers.
-        Proxies include the cosine score, and coefficients include Spearman's. The subsets are all
-        layers, and all layers without the first two and the last two. `low` and `high` are the ends
-        of the interval of `value`. The interval accounts for the sampling of documents, but not for
-        the sampling of layers. For layers, `p_value` comes from a permutation test that preserves
-        how smoothly the values vary over depth.
+        Proxies include the cosine score, and coefficients include Spearman's. One subset contains
+        all layers, and the other subset excludes the first two and the last two layers. `low` and
+        `high` are the ends of the interval of `value`. The interval accounts for the sampling of
+        documents, but not for the sampling of layers. For layers, `p_value` comes from a
+        permutation test that preserves how smoothly the values vary over depth.
 
         `documents` has one row per model, benchmark, run and document, with the responses of the
         intact and the ablated model. The column `change` is `lost`, `won` or `same`. The columns
@@ -318,7 +318,10 @@ class Results:
             yield name, f"{name}: {answer}" if len(groups) > 1 else answer, board
 
     def _render(self, line: Callable[[str], str], table: Callable[[pd.DataFrame], str]) -> str:
-        """Render the answers, the layers with the largest drops, and errors."""
+        """Render the answers, the layers with the largest drops, and errors.
+
+        `line` formats a line of text, and `table` formats a data frame.
+        """
         from tracker.report.export import text_frame
         from tracker.report.leaderboard import layer_board_table
 

@@ -233,9 +233,9 @@ class _Finisher:
 
 
 def find_smaller_requests(requests: Collection[CellRequest]) -> set[CellRequest]:
-    """Find requests that repeat another request with fewer documents.
+    """Find requests that equal another request except for a smaller number of documents.
 
-    Reports show the results of the smaller request and of the larger request.
+    Reports show the results of both requests.
     """
     candidates = [request for request in requests if not request.until]
 
@@ -250,7 +250,11 @@ def find_smaller_requests(requests: Collection[CellRequest]) -> set[CellRequest]
 
 
 def _view_note(view: View, shown_view: View, related_views: Sequence[View]) -> str:
-    """Return a message if reports show more documents or runs than requested; else ""."""
+    """Return a message if reports show more documents or runs than requested; else "".
+
+    `view` is the requested selection of documents and runs, and `shown_view` is the selection that
+    reports show. `related_views` are similar selections that were requested earlier.
+    """
     if view.until is None and shown_view.size > view.size:
         key, count = ("limit", view.limit) if view.seed is None else ("sample", view.sample)
         size = shown_view.limit or shown_view.sample

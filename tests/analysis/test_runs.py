@@ -11,7 +11,7 @@ import pytest
 
 from tests.helpers.stored_cells import cell_record, layer_request, make_row, write_rows_to_blocks
 from tracker.ledger.outcomes import PART_SUMS
-from tracker.report.wording import sentence
+from tracker.report.wording import correlation_sentences
 from tracker.schema.changes import Change
 from tracker.schema.proxies import OBSERVED
 from tracker.schema.records import CellRecord
@@ -141,8 +141,11 @@ def test_proxies_of_experts_are_those_of_the_documents_tokens(cell):
     assert [c.n for c in correlations.values()] == [4, 4, 6, 6]
     inner = {(c.n, c.estimate.reason) for c in record.correlations if c.subset == "inner"}
     assert inner == {(0, "a correlation needs at least 3 experts, but 0 are available")}
-    assert "Spearman correlation of expert saliency and accuracy drop: 0.80 (" in sentence(record)
-    assert "4 experts, 20 documents" in sentence(record)
+    assert (
+        "Spearman correlation of expert saliency and accuracy drop: 0.80 ("
+        in correlation_sentences(record)
+    )
+    assert "4 experts, 20 documents" in correlation_sentences(record)
 
 
 def test_experts_that_were_measured_before_were_not_observed(cell):
@@ -189,10 +192,11 @@ def test_taylor_terms_of_parts_are_means_over_tokens(cell):
     ]
     # Ranks of the terms 2 3 1, of the drops 3 1 2.
     assert spearman[1].estimate.value == pytest.approx(-0.5)
-    assert "Spearman correlation of first-order Taylor and accuracy drop: −0.50 (" in sentence(
-        record
+    assert (
+        "Spearman correlation of first-order Taylor and accuracy drop: −0.50 ("
+        in correlation_sentences(record)
     )
-    assert "3 heads, 20 documents" in sentence(record)
+    assert "3 heads, 20 documents" in correlation_sentences(record)
 
 
 def test_taylor_terms_are_complete_or_undefined(cell):

@@ -20,7 +20,7 @@ from tracker.analysis.decisions import decisions_record
 from tracker.report import tables, wording
 from tracker.report.charts import cells as charts
 from tracker.report.charts import headline, maps, model
-from tracker.report.charts.cells import agreement_map, margin_chart
+from tracker.report.charts.cells import lost_document_map, margin_chart
 from tracker.report.charts.style import Chart
 from tracker.report.export import build_boards
 from tracker.report.page.studies import draw_study_chart
@@ -146,7 +146,7 @@ def all_texts(cells: list[CellRecord]) -> Iterator[str]:
             yield from (headline_chart.title, headline_chart.explanation)
         yield from benchmark_labels(model_cells)
     for cell in cells:
-        yield from ("", f"# {cell.title}", cell.documents_text, wording.sentence(cell))
+        yield from ("", f"# {cell.title}", cell.documents_text, wording.correlation_sentences(cell))
         yield from (charts.curve_title(cell), charts.scatter_title(cell))
         yield from (maps.map_title(cell, kinds) for kinds in maps.find_map_kinds(cell).values())
         yield from wording.warnings(cell)
@@ -187,7 +187,7 @@ def draw_charts() -> Iterator[Chart]:
         )
         yield model.difference_chart(pairs[0])
     decisions = decisions_record(build_decisions(PLAIN_CELL))
-    yield from (margin_chart(PLAIN_CELL, decisions), agreement_map(PLAIN_CELL, decisions))
+    yield from (margin_chart(PLAIN_CELL, decisions), lost_document_map(PLAIN_CELL, decisions))
     yield from (draw_study_chart(LINE_CHART), draw_study_chart(MAP_CHART))
 
 

@@ -6,7 +6,7 @@ from html import unescape
 
 from tracker.report import frames
 from tracker.report.page import html
-from tracker.report.wording import controls_answer, sample_noun
+from tracker.report.wording import random_sets_answer, sample_noun
 from tracker.schema.changes import Change
 from tracker.schema.records import CorrelationRecord, RunRecord
 
@@ -23,7 +23,7 @@ def test_what_layers_cost_together_is_held_against_sets_drawn_at_random():
 
     random_runs = [joint_run((0, n + 2), 0.2 + n / 1000, True) for n in range(40)]
     cell_with_set = cell.model_copy(update={"runs": (joint_run((0, 5), 0.1, False), *random_runs)})
-    assert controls_answer(cell_with_set) == (
+    assert random_sets_answer(cell_with_set) == (
         "2 layers removed together: accuracy drop 10.0 pp (the set), 22.0 of 40 sets drawn at "
         "random (20.0 to 23.9). The set is shown to differ from the random sets (p = 0.049)."
     )
@@ -31,19 +31,19 @@ def test_what_layers_cost_together_is_held_against_sets_drawn_at_random():
         update={"runs": (joint_run((0, 5), 0.201, False), *random_runs)}
     )
     # Two of forty cost as little.
-    assert controls_answer(ordinary_cell).endswith(
+    assert random_sets_answer(ordinary_cell).endswith(
         "is not shown to differ from the random sets (p = 0.146)."
     )
     cell_with_two_sets = cell.model_copy(
         update={"runs": (*cell_with_set.runs, joint_run((0, 7), 0.2, False))}
     )
-    assert controls_answer(cell_with_two_sets).startswith(
+    assert random_sets_answer(cell_with_two_sets).startswith(
         "2 layers removed together: accuracy drop 15.0 pp (2 sets, on average), 22.0"
     )
-    assert "differ" not in controls_answer(cell_with_two_sets)
-    assert controls_answer(cell) == ""
+    assert "differ" not in random_sets_answer(cell_with_two_sets)
+    assert random_sets_answer(cell) == ""
     page = unescape(html.render_page([cell_with_set], {}))
-    assert controls_answer(cell_with_set) in page
+    assert random_sets_answer(cell_with_set) in page
     assert "layers 0, 5" in page
     frame = frames.layer_frame([cell_with_set])
     assert frame["members"][0] == "0, 5"

@@ -224,7 +224,7 @@ def test_a_trial_measures_its_sweeps_cell_until_it_is_answered(asked_file, tmp_p
     assert "'drop within 9 pp at 80 %' compares all runs" in str(caught.value)
 
     calls = []
-    monkeypatch.setattr(api, "find_grid_cell", lambda *_: calls.append(1) or cell)
+    monkeypatch.setattr(api, "find_sweep_request", lambda *_: calls.append(1) or cell)
     run_results = tracker.evaluate(first_trial, **settings)
     (record,) = run_results.cells
     assert not run_results.outcome.failed
@@ -241,7 +241,7 @@ def test_a_trial_measures_its_sweeps_cell_until_it_is_answered(asked_file, tmp_p
     assert run_record == plain_cell.runs[3]
     # Another question is asked of the sweep again.
     other_trial = replace(second_trial, until=parse_question("sign at 80 %"))
-    monkeypatch.setattr(api, "find_grid_cell", lambda *_: calls.append(1))
+    monkeypatch.setattr(api, "find_sweep_request", lambda *_: calls.append(1))
     with pytest.raises(ExperimentError, match="'sign at 80 %' compares all runs"):
         tracker.evaluate(other_trial, **settings)
     assert len(calls) == 2

@@ -3,7 +3,7 @@
 The exit code is 0 if all work is done, 1 if some work failed, and 2 if the request is invalid.
 
 Modules:
-    command_group: Define the group of commands: help in sections, and errors as messages.
+    command_group: Define the group of commands, its help and its error messages.
     commands: Define `main` and the commands that measure, plan or check.
     options: Define the options that commands share, and their types.
     printing: Print records, plans and leaderboards.

@@ -179,10 +179,11 @@ def run(
 def evaluate(project: str, **settings: Any) -> None:
     """Measure one layer, as a trial of a W&B sweep.
 
-    For each model and benchmark, the first trial measures all layers of the sweep together. All
-    layers together cost little more than a single layer. Later trials read the outcomes of their
-    layer from the results folder and load no model. Outside a sweep, all layers of the model are
-    measured. A trial with invalid layers prints a note and exits with code 0.
+    For each model and benchmark, the first trial measures all layers of the sweep together.
+    Measuring all layers together takes little more time than measuring one layer. Later trials read
+    the outcomes of their layer from the results folder and load no model. Outside a sweep, all
+    layers of the model are measured. A trial with invalid layers prints a note and exits with code
+    0.
 
     \b
     Example:

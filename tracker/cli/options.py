@@ -114,7 +114,8 @@ class LayersType(TextType):
     def read(self, text: str) -> tuple[int | str, ...] | str:
         """Parse layers; return their numbers in ascending order, or `ALL_PARTS` for all layers.
 
-        If the option allows parts such as heads, a text that names parts is only split at commas.
+        If the option also allows parts such as heads, a text can list names of parts instead. The
+        function then returns these names.
         """
         if self._allow_parts and ":" in text:
             return tuple(word.strip() for word in text.split(","))
@@ -500,7 +501,11 @@ folder_argument = click.argument("folder", required=False, type=PathType())
 
 
 def choose_folder(folder: Path | None, results: Path) -> Path:
-    """Return the results folder, given as the argument FOLDER or as the option --results."""
+    """Return the results folder that the user named by an argument or by an option.
+
+    `folder` is the argument FOLDER, or None. `results` is the value of the option --results.
+    UsageError is raised if the user gave two different folders.
+    """
     if folder is None:
         return results
     source = click.get_current_context().get_parameter_source("results")
@@ -530,7 +535,10 @@ def check_finite(ctx: click.Context, param: click.Parameter, value: float | None
 
 
 def publish_option(subject: str) -> Callable[[F], F]:
-    """Build a decorator that adds the option --publish."""
+    """Build a decorator that adds the option --publish.
+
+    `subject` names the content that is published, for the help text.
+    """
     return click.option(
         "--publish",
         multiple=True,

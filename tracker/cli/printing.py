@@ -61,7 +61,7 @@ def print_diagnosis(diagnosis: Diagnosis) -> None:
 def print_cell(
     cell: CellRecord, only_change: Change | None = None, brief: bool = False, average: bool = False
 ) -> None:
-    """Print a table of the runs of a cell.
+    """Print a table of the runs of one model on one benchmark (a cell).
 
     If `only_change` is given, the table shows only the run of this change. If `brief` is true, the
     table shows only significant runs. `average` is true if an average over benchmarks was printed
@@ -135,7 +135,7 @@ def print_results(cells: Sequence[CellRecord]) -> None:
 
     for cell in cells:
         answer = statement(cell.answer) if cell.answer else ""
-        answers = (answer, wording.parts_answer(cell), wording.controls_answer(cell))
+        answers = (answer, wording.parts_answer(cell), wording.random_sets_answer(cell))
         for text in filter(None, answers):
             echo(f"\n{cell.heading}: {text}")
 
@@ -181,9 +181,9 @@ def _unlisted_note(cell: CellRecord, average: bool) -> str:
 
     `average` is true if an average over benchmarks was printed before the table.
     """
-    from tracker.report.wording import alone_sentence
+    from tracker.report.wording import insignificant_sentence
 
-    sentences = [alone_sentence(cell, average)]
+    sentences = [insignificant_sentence(cell, average)]
     if undefined := [run for run in cell.runs if run.drop.value is None]:
         reason = cell.reason_of("accuracy_drop", undefined[0])
         others = f" and {len(undefined) - 1} more" if len(undefined) > 1 else ""
@@ -192,7 +192,7 @@ def _unlisted_note(cell: CellRecord, average: bool) -> str:
 
 
 def _named_layers_table(claims: Claims) -> Table:
-    """Build a table of the costly and helpful layers, with their drops."""
+    """Build a table of the layers with significant effects, and their drops."""
     from tracker.analysis.comparable import benchmark_labels
 
     measure = formats.metric_format(claims.cells[0])
@@ -284,7 +284,10 @@ def print_boards(cells: Sequence[CellRecord]) -> None:
 
 
 def print_end(result: Results, is_new: bool = False) -> None:
-    """Print the locations of all written results, and all failures."""
+    """Print the locations of all written results, and all failures.
+
+    If `is_new` is true, the path of the saved experiment file is printed too.
+    """
     outcome = result.outcome
     echo()
     if result.report is not None:
@@ -319,7 +322,11 @@ _COMMAND_PATTERN = re.compile(r"((?:\w+=(?:'[^']*'|\S*) )*)(\S*)(.*)", re.DOTALL
 
 
 def runnable_command(location: str) -> str:
-    """Return the command, with the path of the program if PATH does not contain it."""
+    """Return a command in a form that the user can run.
+
+    If PATH does not contain the program of the command, the path of the program is added. If
+    `location` is an address instead of a command, it is returned unchanged.
+    """
     settings, program, arguments = _COMMAND_PATTERN.fullmatch(location).groups()  # type: ignore[union-attr]
     program_path = Path(sys.executable).parent / program
     if not arguments or shutil.which(program) or not program_path.is_file():
@@ -486,9 +493,9 @@ def _describe_stopping(cell: PlannedCell) -> str:
 
 
 def _detectable_drop(cell: PlannedCell) -> tuple[str, str]:
-    """Return the smallest detectable drop, and the needed number of documents, as texts.
+    """Return the smallest detectable drop, and a number of documents, both as texts.
 
-    The number of documents is the number that is needed to detect a drop of `REPORTED_DROP`.
+    With this number of documents, a drop of `REPORTED_DROP` can be detected.
     """
     from tracker.stats.accuracy import documents_needed
 

@@ -111,11 +111,11 @@ def quantise(experiment: Path | None, settings: dict[str, Any], **options: Any) 
 
     First, the command quantises each linear map of the layers in EXPERIMENT separately, and
     measures each format on calibration documents. The setting 'sample' is the number of these
-    documents. Next, the command measures several choices of formats that fit into the budget, on
-    the whole model. It recommends the choice with the best result on the calibration documents. All
-    choices are tested on separate test documents. With --max-drop, the command tests choices of
-    several sizes, and recommends the smallest choice whose loss is significantly below this limit.
-    The same command resumes a stopped run.
+    documents. Next, the command measures several choices of formats on the whole model. Each choice
+    fits into the budget. The command recommends the choice with the best result on the calibration
+    documents. All choices are tested on separate test documents. With --max-drop, the command tests
+    choices of several sizes. It recommends the smallest choice whose loss of accuracy is
+    significantly below this limit. The same command resumes a stopped run.
 
     \b
     Examples:

@@ -91,7 +91,7 @@ def print_table(table: Table) -> None:
 class ProgressDisplay(Progress):
     """Progress bar that shows the remaining time, with messages printed above the bar.
 
-    If the output is no terminal (e.g. a job's log file), the bar is printed as a line every few
+    If the output is not a terminal (e.g. a job's log file), the bar is printed as a line every few
     minutes.
     """
 

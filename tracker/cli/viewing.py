@@ -276,7 +276,7 @@ def _describe_documents(cell: CellRecord) -> str:
 
 
 class SampleOptions(CommandOptions):
-    """Options of `tracker log-samples`: models and benchmarks to write, output folder."""
+    """Options of `tracker log-samples`: the output folder, models, benchmarks and layers."""
 
     output: Path
     """Output folder, with one folder per model, as lm_eval --output_path writes them."""
@@ -423,9 +423,9 @@ def compare(
 ) -> None:
     """Compare each model with the first model on the same documents.
 
-    Each of the SOURCES contains the results of one model. A source is a folder or file of lm_eval
-    --log_samples, lighteval --save-details or every_eval_ever. It can also be one run of a results
-    folder or data set, in the form FOLDER:CELL:CHANGE, such as
+    Each of the SOURCES contains the results of one model. A source is a folder or file in the
+    format of lm_eval --log_samples, lighteval --save-details or every_eval_ever. A source can also
+    be one run of a results folder or data set, in the form FOLDER:CELL:CHANGE, such as
     results:SmolLM2-135M-Instruct--arc_easy:layer:3. The change 'intact' selects the intact model.
     All verdicts together have a confidence level of 95 %.
 
@@ -466,7 +466,12 @@ def compare(
 
 
 def _print_plan(margins: dict[str, float], agreement: float, comparisons: int) -> None:
-    """Print how many documents are needed to show that two models are equivalent."""
+    """Print how many documents are needed to show that two models are equivalent.
+
+    `margins` contains the largest acceptable difference for each benchmark. `agreement` is the
+    expected share of documents that both models answer equally well. `comparisons` is the number of
+    comparisons that are decided together.
+    """
     from tracker.stats.accuracy import TEST_POWER, OutcomeVariance
 
     if not margins:

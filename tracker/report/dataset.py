@@ -36,7 +36,7 @@ def write_dataset(
     Args:
         cells: Results of each model and benchmark.
         path: The folder.
-        decide: Reads the outcomes of a record's documents.
+        decide: Function that reads the outcomes of a record's documents.
         with_private: Whether to write texts that do not come from the hub or a package.
 
     Returns:
@@ -64,7 +64,11 @@ def write_dataset(
 
 
 def _change_frame(cells: Sequence[CellRecord]) -> pd.DataFrame:
-    """Return the frame of all runs, with the names of changes and the versions of packages."""
+    """Return a data frame with one row for each measured run.
+
+    It has the columns of `layer_frame`, and columns for the name of the change, the date of the
+    measurement and the package versions.
+    """
     frame, pairs = layer_frame(cells), [(cell, run) for cell in cells for run in cell.runs]
     frame.insert(0, "change", [run.ablation for _, run in pairs])
     frame["measured"] = [cell.measured for cell, _ in pairs]
@@ -113,7 +117,7 @@ def read_parquet(
     Args:
         path: The file.
         columns: Columns to read; None for all.
-        repeated: Columns whose equal texts are read once, however often the file repeats them.
+        repeated: Columns whose texts occur in many rows; each distinct text is stored once.
 
     Returns:
         The table.
@@ -127,9 +131,9 @@ def read_parquet(
 
 @contextmanager
 def _explained(path: Path) -> Iterator[Path]:
-    """Convert errors in a `with` block to a ResultsError about a damaged file.
+    """Yield `path`, and convert errors in the `with` block to a ResultsError.
 
-    `path` is the file of a data set that the `with` block reads.
+    The error states that the file `path`, which the block reads, is damaged.
     """
     try:
         yield path

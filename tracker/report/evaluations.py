@@ -57,7 +57,7 @@ def write_evaluations(
     Args:
         cells: Results of each model and benchmark.
         path: Folder in which `data/BENCHMARK/OWNER/MODEL/` is made.
-        decide: Reads the outcomes of a record's documents.
+        decide: Function that reads the outcomes of a record's documents.
         with_private: Whether to write texts that do not come from the hub or a package.
 
     Returns:
@@ -131,7 +131,7 @@ class _Evaluation:
         cell = self.cell
         metric: Json = {"metric_id": "accuracy" if cell.metric == "acc" else cell.metric}
         metric |= {"metric_name": cell.metric, "lower_is_better": not cell.higher_is_better}
-        details = _uncertainty(cell.baseline, cell.n, 0.95, interval_name(cell), "Wilson or t")
+        details = _score_details(cell.baseline, cell.n, 0.95, interval_name(cell), "Wilson or t")
         return self._result(self.name, INTACT.name, metric | self._bounds(0), details)
 
     def _drop_result(self, run: RunRecord) -> Json:
@@ -140,7 +140,7 @@ class _Evaluation:
         parameters = {"change": run.ablation, "metric": cell.metric}
         metric |= {"metric_parameters": parameters, "lower_is_better": True, **self._bounds(-1)}
         level = cell.answer.level if cell.answer and cell.is_raced else 0.95
-        details = _uncertainty(run.drop, run.n, level, interval_name(cell), _PAIRED_METHOD)
+        details = _score_details(run.drop, run.n, level, interval_name(cell), _PAIRED_METHOD)
         figures = {"changed": run.accuracy, "mcnemar_p": run.drop.p_value}
         details["details"] = {name: repr(x) for name, x in figures.items() if is_finite(x)}
         return self._result(self.drop_name(run), run.ablation, metric, details)
@@ -148,7 +148,7 @@ class _Evaluation:
     def drop_name(self, run: RunRecord) -> str:
         """Return the name under which a run's drop is stored.
 
-        The name differs from the name of the benchmark, under which the accuracy is stored.
+        The accuracy is stored under the name of the benchmark, so the drop needs another name.
         """
         return f"{self.name}/{metric_format(self.cell).change} by {run.ablation}"
 
@@ -163,9 +163,10 @@ class _Evaluation:
         return {"score_type": "continuous", "min_score": low, "max_score": high}
 
     def _result(self, name: str, key: str, metric: Json, score: Json) -> Json:
-        """Build one result of the record.
+        """Build one entry of the record's list of results.
 
-        The outcomes of the documents refer to this result by `key`.
+        `metric` describes the metric of the entry, and `score` contains its value. The outcomes of
+        the documents refer to the entry by `key`.
         """
         benchmark = self.cell.benchmark
         data = {"data": benchmark.data if benchmark.is_shared else "own"}
@@ -180,7 +181,8 @@ class _Evaluation:
     def write_samples(self, decisions: Decisions, with_private: bool, path: Path) -> None:
         """Write the outcomes of the documents as lines of JSON.
 
-        There is one line per document for the intact model, and one for each ablated model.
+        There is one line for each document and each model (the intact model and the ablated
+        models).
         """
         answers, intact = dict(decisions.runs), decisions.baseline
         sign = 1.0 if self.cell.higher_is_better else -1.0
@@ -198,8 +200,12 @@ class _Evaluation:
                 file.writelines(f"{json.dumps(ids | row, allow_nan=False)}\n" for row in rows)
 
 
-def _uncertainty(score: Estimate, n: int, level: float, interval: str, method: str) -> Json:
-    """Build the fields for a score and its confidence interval."""
+def _score_details(score: Estimate, n: int, level: float, interval: str, method: str) -> Json:
+    """Build the fields for a score and its confidence interval.
+
+    `n` is the number of documents, and `level` is the confidence level. `interval` and `method`
+    name the kind of the interval.
+    """
     uncertainty: Json = {"num_samples": n}
     if score.bounds:
         ends = {"lower": score.low, "upper": score.high, "confidence_level": level}
@@ -236,7 +242,7 @@ def _sample_rows(
 def _option(text: DocumentText, choice: float) -> list[str]:
     """Return a list with the text of the answer option `choice`.
 
-    The list is empty if the number is NaN, or if `text` does not contain the options.
+    The list is empty if `choice` is NaN, or if `text` contains no answer options.
     """
     return [] if np.isnan(choice) else [*text.choices[int(choice) : int(choice) + 1]]
 
@@ -244,8 +250,8 @@ def _option(text: DocumentText, choice: float) -> list[str]:
 def model_id(model: ModelIdentity) -> str:
     """Return a model's id on the Hugging Face hub, or `local/NAME` for other models.
 
-    A model with an adapter has a local id, which differs from the id of its base model. Both parts
-    of an id are valid names of folders.
+    A model with an adapter has a local id, which differs from the id of its base model. The parts
+    before and after the slash of an id are valid names of folders.
     """
     is_plain = model.is_on_hub and "peft" not in model.arguments
     name = Path(model.arguments.get("peft", model.name)).name

@@ -55,7 +55,7 @@ def board_data(cells: Sequence[CellRecord]) -> dict[str, Table]:
 
 
 def report_frames(cells: Sequence[CellRecord]) -> dict[str, pd.DataFrame]:
-    """Build the data frames `layers` and `correlations`, and one for each table of `board_data`."""
+    """Build the data frames `layers` and `correlations`, and a data frame of each leaderboard."""
     board_frames = {name: table_frame(table) for name, table in board_data(cells).items()}
     return {"layers": layer_frame(cells), "correlations": correlation_frame(cells)} | board_frames
 

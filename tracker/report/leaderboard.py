@@ -46,7 +46,7 @@ Standing = TypeVar("Standing")
 
 
 class RankedRow(NamedTuple, Generic[Standing]):
-    """Row of a leaderboard over `benchmarks` benchmarks."""
+    """Row of a leaderboard: name of a model, standing, and number of benchmarks."""
 
     model: str
     standing: Standing
@@ -64,7 +64,11 @@ def _standing_column(
 
 
 def _figure_columns(relevance: str, drop: str, drop_field: str) -> list[Column[Any]]:
-    """Define the columns of relevance and drop with their 95 % intervals."""
+    """Define the columns of the relevance, the drop and their 95 % intervals.
+
+    `relevance` and `drop` are the column headings. `drop_field` is the attribute of a standing that
+    contains the drop.
+    """
 
     def drop_value(row: RankedRow[Any]) -> Estimate:
         figure: Estimate = getattr(row.standing, drop_field)
@@ -137,7 +141,7 @@ def _board_rows(board: PartBoard, label: str) -> list[RankedRow[PartStanding]]:
 
 
 def layer_board_data(boards: Sequence[LayerBoard]) -> Table:
-    """Build an unrounded table with the leaderboards of layers of all models.
+    """Build one table of the layers of all models; the values are not rounded.
 
     There is one row for each layer (0-based) of each model. The layers of a model are sorted by the
     lower bound of the drop, in descending order. Relevance and drop are fractions, averaged over
@@ -344,8 +348,8 @@ def model_board_data(board: ModelBoard) -> Table:
     """Build the leaderboard of models; the values are not rounded.
 
     The first model loses the least accuracy when a layer is removed. Relevance and drop are
-    fractions, averaged over layers and over the benchmarks that all ranked models share. `rank` is
-    missing for a model that was not measured on all of these benchmarks.
+    fractions, averaged over layers and over the benchmarks on which all ranked models were
+    measured. `rank` is missing for a model that was not measured on one of these benchmarks.
     """
     labels = model_labels([standing.model for standing in board.models])
     return build_table("", model_board_columns(), _model_rows(board, labels))

@@ -124,9 +124,10 @@ def _spearman_estimate(row: _LabelledCell) -> Estimate:
 
 
 def layer_table(cell: CellRecord) -> Table:
-    """Build the table of a benchmark's runs, one row per run; unmeasured runs show dashes.
+    """Build the table of a benchmark's runs, with one row per run.
 
-    Notes explain the p-values, and give the reason for each undefined value.
+    The rows of unmeasured runs contain dashes. Notes explain the p-values, and give the reason for
+    each undefined value.
     """
     n_tests = sum(is_finite(record.drop.p_value) for record in cell.runs)
     notes = WORDS.render_all("tests", n_tests, power_sentence(cell, cell.runs))
@@ -169,7 +170,10 @@ def layer_table(cell: CellRecord) -> Table:
 def _group_by_reason(
     cell: CellRecord, reasons: Iterable[tuple[Change, str | None]]
 ) -> list[tuple[str, str]]:
-    """Group runs by the reason for an undefined value; return pairs (names of runs, reason)."""
+    """Group runs that have the same reason; return pairs (names of the runs, reason).
+
+    `reasons` contains pairs (run, reason). Runs with the reason None are left out.
+    """
     groups = group_by(reasons, lambda pair: pair[1])
     return [(run_list([run for run, _ in runs], cell), why) for why, runs in groups.items() if why]
 

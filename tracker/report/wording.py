@@ -163,16 +163,15 @@ def short_correlation(record: CorrelationRecord) -> str:
     return figure_text(record.estimate) if is_finite(record.estimate.value) else "undefined"
 
 
-def sentence(cell: CellRecord) -> str:
+def correlation_sentences(cell: CellRecord) -> str:
     """Describe how strongly the cosine score and other proxies correlate with the drops.
 
     Args:
         cell: Results of one model on one benchmark.
 
     Returns:
-        Sentences about the Spearman correlation of the cosine score with the drops, and of every
-        other proxy. If some layers are removed in all runs, the first sentence gives the remaining
-        accuracy.
+        Sentences about the Spearman correlation of each proxy (e.g. the cosine score) with the
+        drops. If some layers are removed in all runs, the text begins with the remaining accuracy.
     """
 
     def named_records(proxies: Sequence[Proxy]) -> dict[str, CorrelationRecord]:
@@ -310,7 +309,7 @@ def provenance_notes(cells: Sequence[CellRecord]) -> list[str]:
 
 
 def looks_note(cell: CellRecord) -> str:
-    """Explain the number of documents of a measurement that `until` stopped.
+    """Explain how the setting `until` affects the results of a measurement.
 
     Args:
         cell: Results of one model on one benchmark.
@@ -384,7 +383,7 @@ def layers_answer(claims: Claims, with_steps: bool = True) -> str:
 
     Args:
         claims: Statistically supported statements about the layers.
-        with_steps: Whether to state what would decide open layers.
+        with_steps: Whether to suggest larger samples that could show effects of more layers.
 
     Returns:
         For example `Accuracy on arc_easy and piqa falls without layer 0, 1 or 11. …`. If no
@@ -393,11 +392,11 @@ def layers_answer(claims: Claims, with_steps: bool = True) -> str:
     next_steps = claims.next_steps() if with_steps else ()
     steps = [(step, claims.lacking(step.documents)) for step in next_steps]
     more = {layer: -drop for layer, drop in claims.more_probable.items()}
-    amounts = _amounts_text(claims.less_probable), _amounts_text(more)
-    return WORDS.render("answer", claims, *amounts, steps)
+    drops = _drops_text(claims.less_probable), _drops_text(more)
+    return WORDS.render("answer", claims, *drops, steps)
 
 
-def _amounts_text(drops: Mapping[int, Estimate]) -> str:
+def _drops_text(drops: Mapping[int, Estimate]) -> str:
     """List layers with their drops, such as `0 (8.0 pp, 3.1 to 12.9) or 1 (…)`."""
     texts = [
         f"{layer} ({points(drop.value or 0.0)} pp, {interval_text(drop.low, drop.high, points)})"
@@ -410,15 +409,15 @@ def _amounts_text(drops: Mapping[int, Estimate]) -> str:
 
 
 def verdict_sentence(
-    noun: str, verdicts: Mapping[str, Verdict], level: str, higher_is_better: bool = True
+    noun: str, verdicts: Mapping[str, Verdict], quantity: str, higher_is_better: bool = True
 ) -> str:
     """Write a sentence that names the ablations of one kind with significant effects.
 
     Args:
         noun: Plural noun for the ablations, such as heads.
         verdicts: Verdict on each ablation by label; the largest drop comes first.
-        level: Name of the measured quantity, such as accuracy.
-        higher_is_better: Whether a higher level is better, as for an accuracy.
+        quantity: Name of the measured quantity, such as accuracy.
+        higher_is_better: Whether higher values of the quantity are better.
 
     Returns:
         A sentence without a final full stop.
@@ -427,7 +426,7 @@ def verdict_sentence(
     signs: tuple[Verdict, ...] = ("costs", "helps")
     labels = [[label for label in verdicts if verdicts[label] == verdict] for verdict in signs]
     clauses = list(zip(verbs, (labels[0], labels[1][::-1]), strict=True))
-    return WORDS.render("shown", noun, list(verdicts), level, clauses)
+    return WORDS.render("shown", noun, list(verdicts), quantity, clauses)
 
 
 def parts_answer(cell: CellRecord) -> str:
@@ -463,7 +462,7 @@ def board_answer(board: PartBoard) -> str:
     return f"{sentence} ({WORDS.render('basis', board.cells, noun)})."
 
 
-def alone_sentence(cell: CellRecord, has_average: bool) -> str:
+def insignificant_sentence(cell: CellRecord, has_average: bool) -> str:
     """State how many runs lack a significant effect.
 
     If `has_average` is true, the sentence also mentions the average over benchmarks.
@@ -475,18 +474,18 @@ def alone_sentence(cell: CellRecord, has_average: bool) -> str:
     return capitalise(WORDS.render("alone", n_open, len(cell.runs), noun, has_average))
 
 
-def controls_answer(cell: CellRecord) -> str:
-    """Compare the cost of removing a set of layers with the cost of random sets of equal size.
+def random_sets_answer(cell: CellRecord) -> str:
+    """Compare the drop of a chosen set of layers with the drops of random sets of equal size.
 
-    The two-sided p-value compares the tested set with the random sets. Its null hypothesis is that
-    the tested set and the random sets are exchangeable. If several sets of one size were measured,
-    no p-value is given for this size.
+    The two-sided p-value compares the chosen set with the random sets. Its null hypothesis is that
+    the chosen set and the random sets are exchangeable. If several chosen sets of one size were
+    measured, no p-value is given for this size.
 
     Args:
         cell: Results of one model on one benchmark.
 
     Returns:
-        A sentence for each size of sets; empty if no random sets were measured.
+        One sentence for each size of the sets; empty if no random sets were measured.
     """
     layers = [run for run in cell.runs if run.change.kind.word == "layer"]
     sentences = []
@@ -522,7 +521,7 @@ def cell_answer(cell: CellRecord, with_steps: bool = True) -> str:
     """Describe the significant effects on one benchmark; "" if no verdict is possible."""
     claims = decide_claims([cell])
     layers = layers_answer(claims, with_steps) if claims.layers else ""
-    return " ".join(filter(None, (layers, parts_answer(cell), controls_answer(cell))))
+    return " ".join(filter(None, (layers, parts_answer(cell), random_sets_answer(cell))))
 
 
 def profile_sentence(cell: CellRecord) -> str:
@@ -552,7 +551,7 @@ def agreement_sentence(agreement: Agreement) -> str:
 
 
 def compared_sentence(cells: Sequence[CellRecord]) -> str:
-    """State how many answers were checked against really pruned models.
+    """State how many answers were compared with the answers of pruned copies of the models.
 
     Args:
         cells: Results of each model and benchmark on the page.

@@ -1,4 +1,4 @@
-"""Publish the results of team members, and collect and report the results of the whole team.
+"""Publish the results of team members, and write reports about the results of a whole team.
 
 Modules:
     collect: Collect results from several results folders and tracking projects.

@@ -99,7 +99,11 @@ def _read_note(root: Path, cell: RemoteCell) -> dict[str, Any]:
 
 
 def _is_cached(root: Path, cell: RemoteCell, stores: Mapping[str, CellStore]) -> bool:
-    """Return whether the cache has an undamaged, current copy of published results."""
+    """Return whether the cache has an undamaged, current copy of published results.
+
+    `cell` describes the published results, and `root` is the cache folder. `stores` maps the key of
+    a model and benchmark to its results in the cache.
+    """
     note = _read_note(root, cell)
     store = stores.get(note.get("cell", ""))
     if note.get("version") != cell.version or store is None:
@@ -178,8 +182,9 @@ class CollectedCells:
     def derive_decisions(self) -> dict[RecordKey, DecisionsRecord]:
         """Find the documents that each ablation makes wrong or right.
 
-        Returns a dictionary that maps the key of each record to its documents. If the outcomes of a
-        model and benchmark cannot be read, the reason is added to `failed`.
+        Returns a dictionary that maps the key of each record to a `DecisionsRecord`, which lists
+        these documents. If the outcomes of a model and benchmark cannot be read, the reason is
+        added to `failed`.
         """
         decisions = {}
         for key in [cell.record_key for cell in self.cells if cell.record_key in self.origins]:
@@ -265,7 +270,11 @@ def _view_key(stored_view: tuple[CellStore, View]) -> Hashable:
 
 
 def _join_views(same_views: Sequence[tuple[CellStore, View]]) -> tuple[CellStore, View]:
-    """Merge the outcomes of several results folders for the same model, benchmark and runs."""
+    """Merge the outcomes of the same model, benchmark and runs from several results folders.
+
+    Returns a store that reads the outcomes in all folders, and the merged view (selection of runs
+    and documents).
+    """
     (store, view), *other_views = same_views
     if other_views:
         by_folder = {part.folder.resolve(): part for part, _ in same_views}

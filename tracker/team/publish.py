@@ -111,13 +111,13 @@ _Job = tuple[Future[Publication], Callable[[], Publication]]
 class Publisher:
     """Publisher of results to tracking backends, which opens each backend on first use.
 
-    `track` lists backends as `BACKEND` or `BACKEND:PROJECT`; `project` is the default project.
-    If `update_others` is true, the projects to which the same results were published earlier are
-    also updated. By default, `update_others` is true unless `track` is empty. A trial of a sweep
-    never updates these projects. In a sweep, `trial` is the W&B run of the trial. Document texts
-    from public sources are always published; other texts only if `publish_texts` is true.
-    `run_selection` selects the ablations that become separate runs in the backend. RequestError is
-    raised for an unknown backend.
+    `track` lists backends as `BACKEND` or `BACKEND:PROJECT`; `project` is the default project. If
+    `update_others` is true, the projects to which the same results were published earlier are also
+    updated. By default, `update_others` is true unless `track` is empty. In a sweep, the setting
+    `update_others` has no effect, and `trial` is the W&B run of the trial. Document texts from
+    public sources are always published. Other document texts are published only if `publish_texts`
+    is true. `run_selection` selects the ablations that become separate runs in the backend.
+    RequestError is raised for an unknown backend.
     """
 
     def __init__(
@@ -209,7 +209,12 @@ class Publisher:
     def _publish(
         self, store: CellStore, record: CellRecord, files: Sequence[Path], trust_receipts: bool
     ) -> Publication:
-        """Publish results; if a larger measurement has replaced them, also publish its results."""
+        """Publish the results in `record` to all projects.
+
+        If a larger measurement has replaced these results, the results of the larger measurement
+        are published too. If `trust_receipts` is true, a project is skipped if a receipt states
+        that `record` is already published there.
+        """
         publication = self._publish_record(store, record, files, trust_receipts)
         if (view := store.views.superseding_view(record.view)) is None:
             return publication
@@ -287,7 +292,10 @@ class Publisher:
     def _earlier_targets(
         self, store: CellStore, record: CellRecord, targets: Mapping[Target, Target]
     ) -> list[Target]:
-        """List the other projects that have an earlier version of the results."""
+        """List the projects that have an earlier version of the results and are not in `targets`.
+
+        The list is empty if the publisher does not update earlier projects.
+        """
         if not self._update_others:
             return []
         earlier = tracking.published_targets(store, record, self._results)
@@ -300,7 +308,10 @@ class Publisher:
     def _record_pending(
         self, store: CellStore, record: CellRecord, target: Target, address: Target
     ) -> None:
-        """Record in the results folder that a project still lacks the results."""
+        """Record in the results folder that a project still lacks the results.
+
+        `target` is the project as requested. `address` also contains the server of the project.
+        """
         with suppress(OSError, WorkError):
             name = self._receipt_name(target, record.view)
             if not store.receipt(name).get("place"):
@@ -321,11 +332,11 @@ class Publisher:
         return target.backend, target.project or self.project, self._results, target.server
 
     def _receipt_name(self, target: Target, view: str) -> str:
-        """Return the name of the receipt for publishing a view to a target.
+        """Return the name of the receipt for the publication of a view to a target.
 
-        The receipt states which results the target has.
+        The receipt contains a digest of the published results.
         """
-        name = tracking.destination(*self._backend_arguments(target))
+        name = tracking.destination_hash(*self._backend_arguments(target))
         return name if view == INTACT_VIEW else content_hash([name, view])
 
     def close(self) -> None:
@@ -408,7 +419,11 @@ class Trial(LiveRun):
 
 
 def _distinguish_record(store: CellStore, record: CellRecord) -> CellRecord:
-    """Return the record, with a suffix if another model or benchmark has the same display name."""
+    """Return a copy of the record whose display name is unique in the results folder.
+
+    The field `apart` of the copy contains a suffix of the display name. The suffix is empty if no
+    other model or benchmark has the same display name.
+    """
     records = [record]
     for sibling in store.siblings():
         if sibling.views.path(record.view).exists():

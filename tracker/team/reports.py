@@ -67,8 +67,8 @@ def write_collected(
 
     `report_format` is `html`, a key of `REPORT_FORMATS` or a key of `EXCHANGE_FORMATS`. If
     `with_private` is true, reports in `EXCHANGE_FORMATS` also include private texts, which do not
-    come from the Hugging Face hub or a package. RequestError is raised for an unknown format,
-    WorkError if the disk is full or not writable.
+    come from the Hugging Face hub or a package. RequestError is raised for an unknown format.
+    WorkError is raised if the disk is full or not writable.
     """
     if report_format == "html":
         return [_write_page(collected, path, collected.derive_decisions())]
@@ -161,7 +161,10 @@ def _build_page(
     with_private: bool,
     folder: Path,
 ) -> Page:
-    """Write a report's files to `folder`; return them with tables, charts and a summary."""
+    """Write the files of a report to `folder`, and build the page to publish.
+
+    The returned page contains the paths of the files, and tables, charts and a summary.
+    """
     extra_frames = {"documents": _document_frames(collected, with_private)}
     page = _write_page(collected, folder / "report.html", decisions)
     files = [

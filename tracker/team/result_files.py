@@ -189,7 +189,10 @@ class CellPart:
         }
 
     def missing_notes(self, outcomes: Mapping[Ablation, pd.DataFrame]) -> Iterator[str]:
-        """Yield a message for each group of ablations with unmeasured documents."""
+        """Yield messages about ablations that were not measured on all documents.
+
+        Ablations with the same number of measured documents share a message.
+        """
         n_documents = sum(self.store.counts(self.extent).values())
         names_by_count: dict[int, list[str]] = {}
         for ablation in self.ablations:
@@ -212,7 +215,7 @@ class ResultFiles:
         files: Paths of the written files. For each model, the results file comes first, then the
             samples file of each task.
         notes: Remarks, for example on missing outcomes.
-        failed: Title of a model and benchmark, or path of a folder → error message.
+        failed: Title of a model and benchmark (or path of a folder) → error message.
     """
 
     files: list[Path] = field(default_factory=list)
@@ -289,7 +292,8 @@ def _select_stores(
 ) -> list[CellStore]:
     """Return the stored results of the given models and benchmarks.
 
-    RequestError is raised for an unknown name, or if there are no such results.
+    RequestError is raised if a name is unknown, or if none of the models was measured on any of the
+    benchmarks.
     """
     if not stores:
         raise RequestError("there is no finished benchmark yet; type: tracker run EXPERIMENT.yaml")
@@ -327,7 +331,11 @@ def _model_names(store: CellStore) -> set[str]:
 def _cell_parts(
     store: CellStore, views: Sequence[View], layers: Collection[int]
 ) -> Iterator[CellPart]:
-    """Yield a `CellPart` for each requested set of documents."""
+    """Yield a `CellPart` for each set of documents in `views`.
+
+    A view is a requested selection of runs and documents. If `layers` is not empty, only ablations
+    whose first changed layer is in `layers` are included.
+    """
     for extent in dict.fromkeys(view.extent for view in views):
         ablations = [INTACT]
         for view in [view for view in views if view.extent == extent]:
@@ -364,7 +372,10 @@ def _write_call(
     progress: Progress,
     result: ResultFiles,
 ) -> None:
-    """Write the result files of a group of outcomes that one lm-eval call could have produced."""
+    """Write the result files that one lm-eval call would write.
+
+    `call` contains the outcomes that this lm-eval call would compute.
+    """
     from tracker.benchmarks.results import ResultFileWriter
 
     parts: dict[CellPart, LmEvalBenchmark] = {}
@@ -404,7 +415,10 @@ def _write_call(
 
 
 def _open_benchmark(store: CellStore) -> LmEvalBenchmark:
-    """Open the benchmark of stored results; BenchmarkError if it has changed since measurement."""
+    """Open the benchmark of stored results.
+
+    BenchmarkError is raised if the benchmark has changed since the measurement.
+    """
     from tracker.benchmarks.tasks import LmEvalBenchmark
 
     identity = store.identity
@@ -419,7 +433,7 @@ def _open_benchmark(store: CellStore) -> LmEvalBenchmark:
 
 
 def rebuild_request(store: CellStore) -> CellRequest:
-    """Rebuild the request of stored results from their metadata, without ablations."""
+    """Build a request without ablations from the metadata of stored results."""
     identity = store.identity
     benchmark = identity.benchmark
     samples = benchmark.settings.get("samples")
@@ -443,7 +457,10 @@ _BOOLEANS = {"true": True, "false": False}
 
 
 def _build_encoder(store: CellStore, trust_remote_code: bool) -> RequestEncoder | None:
-    """Build the encoder of prompts with a chat template; None if no chat template was used."""
+    """Build the encoder of prompts with a chat template.
+
+    Returns None if the results were measured without a chat template.
+    """
     if not store.identity.benchmark.apply_chat_template:
         return None
     from tracker.benchmarks.encoder import RequestEncoder
@@ -459,7 +476,10 @@ def _build_encoder(store: CellStore, trust_remote_code: bool) -> RequestEncoder 
 
 
 def _judged_documents(rows: Sequence[Mapping[Any, Any]]) -> dict[tuple[str, int], JudgedAnswers]:
-    """Convert outcomes to lm-eval's form: (task, index) → responses of the model with scores."""
+    """Convert stored outcomes to the form that lm-eval's result files need.
+
+    Returns a dictionary that maps each document (task, index) to the model's responses with scores.
+    """
     from tracker.benchmarks.results import JudgedAnswers
 
     judged_documents = {}

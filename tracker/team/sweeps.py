@@ -44,15 +44,19 @@ class SweepResult:
 
 
 def trial_request(settings: dict[str, Any]) -> CellRequest:
-    """Convert the sweep settings of a trial to a request; RequestError if they are invalid."""
+    """Convert the sweep settings of a trial to a request.
+
+    RequestError is raised if the settings are invalid.
+    """
     return run_request({key: settings[key] for key in FIELDS_BY_KEY if key in settings})
 
 
-def find_grid_cell(request: CellRequest, results: Path) -> CellRequest | None:
-    """Find the model and benchmark in the current sweep to which a trial belongs.
+def find_sweep_request(request: CellRequest, results: Path) -> CellRequest | None:
+    """Return the request of the current sweep for a trial's model and benchmark.
 
-    The returned request contains all ablations of this model and benchmark in the sweep. Returns
-    None outside a sweep, or if the sweep cannot be read or does not contain the trial.
+    `request` is the request of the trial. The returned request has the same model and benchmark,
+    and contains all their ablations in the sweep. The result is None outside a sweep, or if the
+    sweep cannot be read or does not contain the trial.
     """
     if not in_sweep():
         return None
@@ -74,8 +78,8 @@ def find_grid_cell(request: CellRequest, results: Path) -> CellRequest | None:
 def fill_sweep(path: str, ledger: Ledger) -> SweepResult:
     """Complete a sweep's killed and failed trials with results from the results folder.
 
-    RequestError is raised if `path` does not name a sweep, TrackingError if the sweep cannot be
-    read.
+    RequestError is raised if `path` does not name a sweep. TrackingError is raised if the sweep
+    cannot be read.
     """
     result = SweepResult()
     with closing(open_sweep(path, ledger.root)) as sweep:
@@ -99,7 +103,11 @@ def fill_sweep(path: str, ledger: Ledger) -> SweepResult:
 
 
 def _find_measured_run(request: CellRequest, ledger: Ledger) -> tuple[CellRecord, RunRecord]:
-    """Find the stored results of a trial; ResultsError if the trial is not fully measured."""
+    """Find the stored results of a trial.
+
+    Returns the record of the model and benchmark, and the record of the trial's ablation.
+    ResultsError is raised if the trial is not fully measured.
+    """
     full_request = replace(request, until=None)
     store = find_cell(full_request, ledger).store
     stopped_request = find_earlier_request(request, store)

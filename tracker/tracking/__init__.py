@@ -62,7 +62,10 @@ def _new_service(extension: object) -> Service:
 
 
 def service(name: str) -> Service:
-    """Return the tracking backend with this name; RequestError if there is no such backend."""
+    """Return the tracking backend with this name.
+
+    RequestError is raised if there is no such backend.
+    """
     if name not in backends():
         advice = f"use one of: {', '.join(backends())}.{did_you_mean(name, backends())}"
         raise RequestError(f"There is no tracking backend {mask_secrets(name)!r}; {advice}")
@@ -174,8 +177,10 @@ def _sweep_service() -> Service:
     return next(backend for backend in backends().values() if backend.sweep_variable)
 
 
-def destination(name: str, project: str, results: Path, server: str | None = None) -> str:
-    """Compute a hash that identifies the storage of published runs, without contacting a server.
+def destination_hash(name: str, project: str, results: Path, server: str | None = None) -> str:
+    """Compute a hash that identifies the storage of published runs.
+
+    No server is contacted.
 
     Args:
         name: Name of a backend, a key of `backends()`.
@@ -220,7 +225,8 @@ def published_targets(store: CellStore, record: CellRecord, results: Path) -> di
 
     The dictionary includes targets of smaller measurements that this measurement replaces, and
     targets to which publishing failed. If the environment puts a backend into offline mode, the
-    dictionary contains only its offline targets; otherwise, it contains only its online targets.
+    dictionary contains only the offline targets of this backend. For any other backend, it contains
+    only the online targets.
     """
     targets = {}
     for name in store.published_places(record.view, *record.supersedes):

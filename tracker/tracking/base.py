@@ -270,11 +270,12 @@ class Backend(ABC):
         selection: RunSelection = "auto",
         answer: str = "",
     ) -> Published:
-        """Publish a summary run of a model and benchmark, and runs of intact model and ablations.
+        """Publish the runs of a model and benchmark (a cell).
 
-        A cell contains the results of one model on one benchmark. Each ablation is a row of a table
-        in the summary run. `selection` determines which ablations also get separate runs. By
-        default, kinds with very many ablations (e.g. attention heads) get no separate runs.
+        One run is the summary run of the cell, and another run shows the intact model. Each
+        ablation is a row of a table in the summary run. `selection` determines which ablations also
+        get separate runs. By default, kinds with very many ablations (e.g. attention heads) get no
+        separate runs.
 
         Publishing the same results again creates no second run and logs no value twice. Publishing
         changed results updates the existing runs. After a failure, publishing again adds the
@@ -407,7 +408,7 @@ class Backend(ABC):
     def _full_project(self) -> str:
         """Return the full name of the project, such as `ENTITY/PROJECT`.
 
-        The result is empty if the backend does not complete the names that users type.
+        The result is empty if the full name is unknown, or if users type the full name.
         """
         return ""
 
@@ -513,9 +514,10 @@ class Service(ABC):
         return Target(self.name, mask_secrets(target.project or project), server)
 
     def reachable_target(self, address: Target, results: Path) -> Target:
-        """Return the target that publishes to a stored address in the current environment.
+        """Return the target for publishing to a stored address.
 
-        TrackingError is raised if the login of the configured server would be sent to the stored
+        The target depends on the environment variables of this process. TrackingError is raised if
+        the configured login belongs to another server, because a login must only be sent to its own
         server.
         """
         return address
@@ -526,7 +528,10 @@ class Service(ABC):
 
 
 def login_error(address: Target, setting: str, results: Path) -> TrackingError:
-    """Build the error for a login that would be sent to the wrong server."""
+    """Build the error for a login that does not belong to the server in `address`.
+
+    `setting` is the environment variable that names the server.
+    """
     command = sync_command(results.absolute(), f"{address.backend}:{address.project}")
     return TrackingError(
         "these results were published to a different server than the configured server, and "
@@ -546,7 +551,10 @@ def sync_command(results: Path, target: str) -> str:
 
 
 def retry_advice(command: str) -> str:
-    """Return advice after publishing has failed, with the command to publish again."""
+    """Return advice for the user after publishing has failed.
+
+    `command` is the shell command that publishes the results again.
+    """
     return f"The results are on disk; once the problem is solved, type: {command}"
 
 
@@ -575,7 +583,7 @@ def check_files(folder: Path, cell: RemoteCell | None = None) -> None:
             `cell.version`. None if the SDK compares digests itself.
 
     Raises:
-        TrackingError: A file is too large, or the files differ from the attached files.
+        TrackingError: A file is too large, or the downloaded files differ from the published files.
     """
     for path in folder.iterdir():
         _check_size(path.name, path.stat().st_size)

@@ -81,10 +81,11 @@ def defined_figures(values: Mapping[str, float | None]) -> dict[str, float]:
 
 
 def run_metrics(layer: RunRecord) -> dict[str, float]:
-    """Return the defined metrics of an ablation by name; lm-eval metrics are `metric/NAME`.
+    """Return the defined metrics of an ablation by name.
 
-    Accuracies and drops are fractions. If the metric is a loss, `accuracy` and `accuracy_drop` are
-    the loss and its increase. `gold_logprob_drop` is in nats.
+    The metrics of lm-eval have names with a prefix: `metric/NAME`. Accuracies and drops are
+    fractions. If the metric is a loss, `accuracy` and `accuracy_drop` are the loss and its
+    increase. `gold_logprob_drop` is in nats.
     """
     values = {name: layer.figure(name) for name in _RUN_FIGURES}
     values |= {f"metric/{name}": value for name, value in layer.metrics.items()}
@@ -94,8 +95,9 @@ def run_metrics(layer: RunRecord) -> dict[str, float]:
 def intact_metrics(cell: CellRecord) -> dict[str, float]:
     """Return the metrics of the unablated model, with the same names as in `run_metrics`.
 
-    The unablated model is the intact model, or lacks the layers that all runs of the benchmark
-    remove. The drop of the intact model is 0. Undefined metrics are left out.
+    The unablated model is usually the intact model. If some layers are removed in all runs of the
+    benchmark, the unablated model lacks these layers. The drop of the intact model is 0. Undefined
+    metrics are left out.
     """
     baseline, chance = cell.baseline.value, cell.chance_accuracy
     values: dict[str, float | None] = {"n": float(cell.n)}
@@ -145,8 +147,8 @@ def correlation_name(record: CorrelationRecord) -> str:
 def answer_figures(answer: AnswerRecord) -> dict[str, float | None]:
     """Return metrics about the progress of the stopping rule `until`.
 
-    The metrics are the used and the total numbers of documents and layer passes, and whether the
-    question is answered.
+    One metric states whether the question is answered. Two metrics count the documents and the
+    layer passes that were used so far, and two metrics give the total numbers.
     """
     return {
         "answer/answered": float(answer.answered),

@@ -19,7 +19,8 @@ def run_key(cell: CellRecord, ablation: str, view_name: str | None = None) -> st
     """Return the key that identifies a run, independently of the machine and the time.
 
     The key contains the selected documents, the metric, and the layers that all runs remove
-    (together called the view). Runs of the same ablation with different views have different keys.
+    (together called the view). If an ablation is measured with two views, its two runs have
+    different keys.
 
     Args:
         cell: The record of the cell (model and benchmark) to which the run belongs.
@@ -91,9 +92,10 @@ def baseline_record(cell: CellRecord) -> CellRecord:
 
 
 def content_digest(record: Record, *additions: str) -> str:
-    """Compute a digest of a run's content; if it changes, the published run needs an update.
+    """Compute a digest of a run's content.
 
-    Numbers are rounded to `DIGITS` digits, because the last digits depend on the processor.
+    If the digest changes, the published run needs an update. Numbers are rounded to `DIGITS`
+    digits, because the last digits depend on the processor.
 
     Args:
         record: The record.
@@ -122,6 +124,9 @@ def kept_name(file: Path) -> str:
 
 
 def files_digest(files: Iterable[Path]) -> str:
-    """Return a SHA-256 of the names and contents of files, independent of their order."""
+    """Return a SHA-256 digest of the names and contents of files.
+
+    The digest does not depend on the order of the files.
+    """
     lines = sorted(f"{kept_name(f)} {hashlib.sha256(f.read_bytes()).hexdigest()}" for f in files)
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()

@@ -82,11 +82,14 @@ def intact_note(cell: CellRecord) -> str:
 def layer_note(cell: CellRecord, run: RunRecord) -> str:
     """Return the note of an ablation's run, in Markdown."""
     name = run_name(cell, run.change)
-    return _NOTES.render("layer", cell, run, name, _is_proved(cell, run))
+    return _NOTES.render("layer", cell, run, name, _is_significant(cell, run))
 
 
-def _is_proved(cell: CellRecord, run: RunRecord) -> bool:
-    """Return whether an ablation's drop is significant when corrected for all ablations."""
+def _is_significant(cell: CellRecord, run: RunRecord) -> bool:
+    """Return whether an ablation's drop is significant.
+
+    The correction for multiple tests includes all ablations of the model on the benchmark.
+    """
     drops = [cell_run.drop for cell_run in cell.runs]
     if not cell.is_raced:
         drops = widen(drops, [cell_run.units for cell_run in cell.runs], len(drops))
@@ -276,7 +279,9 @@ def describe_runs(
 
 
 def move_runs(by_key: dict[str, Run], cell: CellRecord, runs: Iterable[DescribedRun]) -> list[Run]:
-    """Give published runs new keys after a larger measurement has replaced their results.
+    """Give published runs new keys, and return the runs that must be deleted.
+
+    Runs need new keys after a larger measurement has replaced their results.
 
     Args:
         by_key: Run key → run in the backend. The function changes this dictionary: runs of replaced
@@ -286,8 +291,8 @@ def move_runs(by_key: dict[str, Run], cell: CellRecord, runs: Iterable[Described
         runs: Descriptions of the runs of the larger measurement.
 
     Returns:
-        The runs to delete, because the new key already has a run or the larger measurement lacks
-        the ablation.
+        The runs to delete: another run already has the new key, or the larger measurement lacks the
+        ablation.
     """
     keys, obsolete_runs = {run.key for run in runs}, []
     for view in cell.supersedes:
@@ -332,7 +337,10 @@ def describe_cell(
     tables: Mapping[str, LoggedTable] = {},
     answer: str = "",
 ) -> DescribedRun:
-    """Describe the summary run, in which curves over the layers show all ablations."""
+    """Describe the summary run to publish for a model and benchmark (a cell).
+
+    The run has curves that show metrics of the ablations by layer.
+    """
     figures = cell_figures(cell)
     reasons = {**non_finite_reasons(figures), **cell.all_reasons}
     curves = []
@@ -379,7 +387,10 @@ def _facts(cell: CellRecord) -> dict[str, Any]:
 
 
 def _flat_names(values: Mapping[str, str]) -> dict[str, str]:
-    """Replace periods in names by underscores, since W&B would read periods as nesting."""
+    """Replace periods in names by underscores.
+
+    W&B would split a name at its periods into nested names.
+    """
     return {name.replace(".", "_"): value for name, value in values.items()}
 
 
@@ -393,7 +404,10 @@ def artifact_name(cell: CellRecord) -> str:
 
 
 def cut_text(text: str, limit: int) -> str:
-    """Cut a text to at most `limit` bytes; if it is cut, it ends with a hash of the whole text."""
+    """Cut a text to at most `limit` bytes.
+
+    A text that is cut ends with a hash of the whole text.
+    """
     encoded = text.encode()
     if len(encoded) <= limit:
         return text

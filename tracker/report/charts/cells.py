@@ -49,7 +49,7 @@ def curve_title(cell: CellRecord) -> str:
 
 
 def scatter_title(cell: CellRecord) -> str:
-    """Return the title of the scatter plot: correlation coefficients and their intervals."""
+    """Return the title of the scatter plot, with correlation coefficients and intervals."""
     title = (
         f"{cell.title}: Spearman correlation of cosine score and "
         f"{formats.metric_format(cell).change} "
@@ -79,10 +79,11 @@ def cell_charts(cell: CellRecord) -> dict[str, go.Figure]:
 def layer_curve(cell: CellRecord) -> style.Chart:
     """Draw the accuracy drop (or loss increase) of each layer, with cosine scores below.
 
-    Drops and cosine scores are in two panels. Accuracy drops are in percentage points, and loss
-    increases in the unit of the loss. Each kind of ablation has its own line. Intervals (95 %) are
-    drawn if there are at most three kinds of ablations. Layers without a value appear as gaps in
-    the lines. The chart omits ablations of several layers at once and of single heads.
+    Drops and cosine scores are in two panels. Accuracy drops are in percentage points, and
+    increases of a loss are in the unit of the loss. Each kind of ablation has its own line.
+    Intervals (95 %) are drawn if there are at most three kinds of ablations. Layers without a value
+    appear as gaps in the lines. The chart omits ablations of several layers at once and of single
+    heads.
     """
     kinds = curve_kinds(cell)
     verdicts = run_verdicts(cell, [run for run in cell.runs if run.change.kind.is_single])
@@ -209,9 +210,9 @@ def proxy_scatter(cell: CellRecord) -> style.Chart:
 
 
 def margin_name(cell: CellRecord, decisions: DecisionsRecord) -> str:
-    """Return the title of the margin axis, such as `margin of the gold option (nats)`.
+    """Return the name of the margin with its unit: `margin of the gold option (nats)`.
 
-    For a benchmark without answer options, the title names a log-probability.
+    If a benchmark has no answer options, the margin is a log-probability.
     """
     if not decisions.options:
         is_text = cell.benchmark.tasks[0].metrics.get(cell.metric) in RATIO_SCALES
@@ -273,7 +274,7 @@ def margin_chart(cell: CellRecord, decisions: DecisionsRecord) -> style.Chart | 
     )
 
 
-def loss_correlations(decisions: DecisionsRecord) -> tuple[list[int], Array]:
+def lost_document_correlations(decisions: DecisionsRecord) -> tuple[list[int], Array]:
     """Compute the correlation of lost documents for each pair of layers.
 
     A document is lost if it becomes wrong when the layer is removed.
@@ -291,9 +292,12 @@ def loss_correlations(decisions: DecisionsRecord) -> tuple[list[int], Array]:
     return [decisions.compared[number] for number in order], coefficients[np.ix_(order, order)]
 
 
-def agreement_map(cell: CellRecord, decisions: DecisionsRecord) -> style.Chart | None:
-    """Draw the correlations of `loss_correlations` as a heat map; None for fewer than 2 layers."""
-    layers, coefficients = loss_correlations(decisions)
+def lost_document_map(cell: CellRecord, decisions: DecisionsRecord) -> style.Chart | None:
+    """Draw a heat map of the correlations of lost documents between layers.
+
+    Returns None for fewer than two layers.
+    """
+    layers, coefficients = lost_document_correlations(decisions)
     if len(layers) < 2:
         return None
     labels = [str(layer) for layer in layers]

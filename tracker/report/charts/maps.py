@@ -74,7 +74,7 @@ def heat_map(cells: Sequence[CellRecord]) -> style.Chart:
         rows=labels,
         values=[[layer_relevance(cell, layer).value for layer in layers] for cell in cells],
         hovers=[style.align_runs(cell, WHOLE_LAYER, layers)[1] for cell in cells],
-        shown_mask=[_shown_mask(cell, [WHOLE_LAYER], layers)[0] for cell in cells],
+        shown_mask=[_significance_mask(cell, [WHOLE_LAYER], layers)[0] for cell in cells],
         ticks=("≤ −1<br>removal helps", "0<br>no change", "1<br>to chance"),
         largest=1,
         height=165 + row_height(labels) * len(cells),
@@ -139,7 +139,7 @@ def map_title(cell: CellRecord, kinds: Sequence[Change]) -> str:
 
 
 def kind_map(cell: CellRecord, kinds: Sequence[Change]) -> style.Chart:
-    """Draw drops as a heat map: layers are columns, kinds of ablation are rows.
+    """Draw a heat map of drops; each column is a layer, and each row is a kind of ablation.
 
     Values that are not significant are drawn in a pale colour. A cross marks undefined and missing
     values; its hover box gives the reason. Fields without a requested run are blank.
@@ -169,7 +169,7 @@ def kind_map(cell: CellRecord, kinds: Sequence[Change]) -> style.Chart:
         rows=[str(kind.part if has_parts else kind.span) for kind in kinds],
         values=values,
         hovers=hovers,
-        shown_mask=_shown_mask(cell, kinds, layers),
+        shown_mask=_significance_mask(cell, kinds, layers),
         ticks=(f"−{limit}<br>{action} helps", "0<br>no change", limit),
         largest=largest,
         height=165 + max(30 * min(len(kinds), _MAX_DOTTED_ROWS), 14 * len(kinds)),
@@ -191,12 +191,13 @@ def _column_layers(kind: Change, layers: Sequence[int]) -> Sequence[int]:
     return [0 if column == shown_column else 1 for column in range(len(layers))]
 
 
-def _shown_mask(
+def _significance_mask(
     cell: CellRecord, kinds: Sequence[Change], layers: Sequence[int]
 ) -> list[list[bool]]:
     """Return a mask that marks the significant values of a heat map.
 
-    The correction for multiple tests includes all runs of the map.
+    The mask has one row for each kind of ablation, and one column for each layer. The correction
+    for multiple tests includes all runs of the map.
     """
     verdicts = run_verdicts(cell, [run for run in cell.runs if run.change.kind in kinds])
     return [

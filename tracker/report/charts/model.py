@@ -280,7 +280,7 @@ def _depth_title(boards: Sequence[LayerBoard], labels: Sequence[str]) -> str:
 def difference_chart(pair: ModelPair) -> style.Chart:
     """Draw the difference between two models in the accuracy drop of each layer.
 
-    The chart has points with 95 % intervals, or is a heat map for more than three benchmarks.
+    The chart shows points with 95 % intervals. For more than three benchmarks, it is a heat map.
     Differences that are not significant are drawn in a pale colour.
     """
     measure, layers = pair.measure, pair.layers

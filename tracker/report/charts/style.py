@@ -226,7 +226,8 @@ def label_sides(points: Sequence[tuple[float, float]]) -> list[str]:
     """Choose the side of each point for its label, so that labels overlap little.
 
     Args:
-        points: Positions, both coordinates from 0 to 1, in a chart of usual size.
+        points: Positions of the points; both coordinates are fractions (0 to 1) of the chart's
+            size.
 
     Returns:
         Plotly's `textposition` for each point.
@@ -260,7 +261,10 @@ def scale_value(value: float | None, scale: float = 1) -> float | None:
 
 
 def sign_colours(values: Iterable[float | None]) -> list[str]:
-    """Return a colour for each drop: one for negative drops (removal helps), one for others."""
+    """Return the colour of each drop.
+
+    Negative drops (the removal helps) have one colour, and all other drops have another colour.
+    """
     return [HELP_COLOUR if value is not None and value < 0 else COST_COLOUR for value in values]
 
 
@@ -329,7 +333,11 @@ def run_hover(cell: CellRecord, run: Change, record: RunRecord | None) -> str:
 def estimate_hover(
     heading: str, name: str, estimate: Estimate, write: Callable[[float], str], sample: str = ""
 ) -> str:
-    """Write the hover box of a value and its interval; `heading` is the box's first line."""
+    """Return the text of a hover box for a value and its interval.
+
+    `heading` is the first line of the box, and `sample` is the last line. `name` is the name of the
+    value, and `write` formats a number as text.
+    """
     if not is_finite(estimate.value):
         text = f"undefined: {wrap_text(estimate.reason or 'not measured')}"
     else:
@@ -340,9 +348,9 @@ def estimate_hover(
 def align_runs(
     cell: CellRecord, kind: Change, layers: Sequence[int]
 ) -> tuple[list[RunRecord | None], list[str]]:
-    """Return the records of the runs of each layer, and the texts of their hover boxes.
+    """Return the record and the hover box of the run at each layer, as two lists.
 
-    The record of a run that is not measured is None.
+    All runs belong to the kind of ablation `kind`. If a run is not measured, its record is None.
     """
     by_layer = cell.runs_of_kind(kind)
     records = [by_layer.get(layer) for layer in layers]

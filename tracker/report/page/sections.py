@@ -19,9 +19,9 @@ from tracker.analysis.comparable import benchmark_labels, named_models
 from tracker.analysis.decisions import MAX_SHOWN_DOCUMENTS
 from tracker.report import tables
 from tracker.report.charts.cells import (
-    agreement_map,
     curve_kinds,
     layer_curve,
+    lost_document_map,
     margin_chart,
     margin_name,
     proxy_scatter,
@@ -72,7 +72,11 @@ def option_letter(option: int) -> str:
 
 
 def decision_table(cell: CellRecord, decisions: DecisionsRecord) -> Table:
-    """Build a table of lost and won documents and of chosen options for each run."""
+    """Build a table of the answers in each run.
+
+    It contains the numbers of documents that the ablation makes wrong (lost) or right (won), the
+    median margin, and how often each answer option is chosen.
+    """
     options = len(decisions.options)
     n_columns = min(options, _MAX_OPTION_COLUMNS)
     reason = decisions.reasons.get("margin", "no margin is defined")
@@ -140,12 +144,12 @@ def pack_documents(
     """Compress the documents with changed scores, for the HTML page.
 
     Args:
-        cell_decisions: Pairs of a model's results on a benchmark and its answers under each
-            ablation, by name.
+        cell_decisions: Name of a section → pair of the results of a model on a benchmark, and the
+            answers of the model under each ablation.
 
     Returns:
-        Compressed JSON by name. The number of documents is limited so that all texts together have
-        at most `DOCUMENT_BUDGET` characters.
+        Name of a section → compressed JSON. The number of documents is limited so that all JSON
+        texts together have at most `DOCUMENT_BUDGET` characters.
     """
     budget = DOCUMENT_BUDGET // max(1, len(cell_decisions))
     packed = {}
@@ -226,7 +230,7 @@ class CellSection:
 class ModelSection:
     """Section of the page for one model: leaderboards, charts by name, and benchmark sections.
 
-    `charts` lacks each chart whose values are not measured or not defined.
+    `charts` contains only charts whose values are measured and defined.
     """
 
     id: str
@@ -358,7 +362,7 @@ def _cell_section(
         charts["scatter"] = proxy_scatter(cell)
     if decisions:
         charts["margins"] = margin_chart(cell, decisions)
-        charts["agreement"] = agreement_map(cell, decisions)
+        charts["agreement"] = lost_document_map(cell, decisions)
     return CellSection(
         id=name,
         label=label,

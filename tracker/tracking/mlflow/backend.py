@@ -1,8 +1,8 @@
 """Publish results to MLflow: a summary run per benchmark, with nested runs of the ablations.
 
-One summary run shows one model on one benchmark (a cell). One of its nested runs shows the intact
-model. Without `MLFLOW_TRACKING_URI`, all data is written to the results folder (`mlflow.db` and
-`mlartifacts/`), and no server is needed.
+One summary run shows one model on one benchmark (a cell). Each summary run has a nested run that
+shows the intact model. Without `MLFLOW_TRACKING_URI`, all data is written to the results folder
+(`mlflow.db` and `mlartifacts/`), and no server is needed.
 
 The tag `tracker.run_key` identifies a run. The tag `tracker.digest` is written last. If the tag is
 missing or outdated, the run is incomplete, and the next call of `publish` completes it.
@@ -272,7 +272,11 @@ class MlflowBackend(Backend):
 
     @contextmanager
     def _one_writer(self, problem: str, advice: str = "") -> Iterator[None]:
-        """Lock the project in a `with` block; new files stay writable for the folder's group."""
+        """Lock the project in a `with` block, so that only one process writes to it.
+
+        New files get the write permissions of the database's folder. Errors in the block are
+        converted to a TrackingError with the message `problem` and with `advice`.
+        """
         # The lock guards the first use of a SQLite file too, whose migrations break when two
         # processes run them at once.
         shared_files = shared_umask(self._database.parent) if self._database else nullcontext()
@@ -343,7 +347,11 @@ def _open_cell_run(
 
 
 def _secrets(uri: str) -> list[str | None]:
-    """Return the passwords in the URI and in environment variables, to mask them in messages."""
+    """Return the passwords that must be masked in messages.
+
+    They come from environment variables and from the URI. An entry is None if the variable is not
+    set or the URI contains no password.
+    """
     passwords = [os.environ.get(name) for name in _SECRET_SETTINGS]
     with suppress(ValueError):
         passwords.append(urlsplit(uri).password)

@@ -91,7 +91,11 @@ def child_links(cell: CellRecord, experiment: str, ids: Mapping[str, str]) -> st
 
 
 def source_tags(kind: str, cells: Iterable[CellRecord], user: str, note: str) -> dict[str, str]:
-    """Return the MLflow tags of a report or a pruned model, which name the source runs."""
+    """Return the MLflow tags of a report or a pruned model.
+
+    One tag lists the keys of the summary runs of `cells`, on which the report or model is based.
+    `kind` is the value of the tag `tracker.kind`, and `note` is the note of the run.
+    """
     return {
         KIND_TAG: kind,
         "tracker.made_of": ", ".join(run_key(cell, "cell") for cell in cells)[:_TAG_CHARACTERS],
@@ -109,7 +113,10 @@ def _data_identity(cell: CellRecord) -> tuple[str, str]:
 
 
 def _task_digest(task: TaskIdentity) -> str:
-    """Return the digest of a task's documents; halves of a task have different digests."""
+    """Return the digest of a task's documents.
+
+    If only one half of the documents is used, the digest identifies this half.
+    """
     if task.half is None:
         return task.fingerprint
     return content_hash([task.fingerprint, task.half.model_dump()])

@@ -80,8 +80,8 @@ class MlflowService(Service):
 def _server_and_experiment(text: str) -> tuple[str, str]:
     """Split an address into the server and the experiment.
 
-    The separator is `#`. Without `#`, it is the first slash after the host of an HTTP address, and
-    the last slash of any other address.
+    The address is split at the character `#`. If it contains no `#`, an HTTP address is split at
+    the first slash after the host, and any other address is split at the last slash.
     """
     if "#" in text:
         server, _, project = text.partition("#")

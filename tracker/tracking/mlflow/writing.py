@@ -53,7 +53,10 @@ class ShownModel:
     is_ready: bool = True
 
     def can_become(self, run: MlflowRun) -> bool:
-        """Return whether the logged model is ready and has no metrics that `run` lacks."""
+        """Return whether the logged model can be updated to the metrics of `run`.
+
+        The logged model must be ready, and `run` must have all metrics of the logged model.
+        """
         return self.is_ready and self.figures.keys() <= _figures(run).keys()
 
     def differing_figures(self, run: MlflowRun) -> dict[str, float]:
@@ -118,7 +121,7 @@ class CellWriter:
                         self.models.setdefault(model.source_run_id, []).append(_shown_model(model))
 
     def _create_model(self, run: MlflowRun, run_id: str) -> ShownModel | None:
-        """Create a logged model without metrics for a run; None on an MLflow 2 server."""
+        """Create a logged model without metrics for a run; return None on an MLflow 2 server."""
         with _allow_no_models():
             model = self.client.create_logged_model(
                 self.experiment,
@@ -194,7 +197,10 @@ class CellWriter:
         return outcome
 
     def find_difference(self, run: MlflowRun) -> str:
-        """Describe how a stored run differs from its description; empty if they are equal."""
+        """Describe how a stored run differs from its description `run`.
+
+        The text is empty if the stored run is complete and correct.
+        """
         shown_run = self.runs.get(run.source.key)
         if shown_run is None:
             return "the run does not exist"
@@ -243,7 +249,11 @@ def _newest_metrics(shown_run: Run) -> Iterator[Any]:
 
 
 def _metrics(run: MlflowRun, points: Points, model: ShownModel | None, time: int) -> list[Metric]:
-    """Build the MLflow metrics to log for a run and, if there is one, for its logged model."""
+    """Build the MLflow metrics to log for a run.
+
+    `points` contains the values to log, and `time` is their timestamp. If `model` is given, the
+    metrics also belong to this logged model.
+    """
     model_fields = (model.id, *run.data_identity) if model and run.data_identity else ()
     return [
         # MLflow stores NaN of a model as zero.

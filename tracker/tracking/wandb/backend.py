@@ -68,9 +68,9 @@ class _ExistingRun:
 class WandbBackend(Backend):
     """Backend that updates a W&B project with the results of a results folder.
 
-    In a sweep, W&B already has a run for each ablation (its trial), so only the summary run and the
-    run of the intact model are published. A report is published as a W&B Report, a saved view, and
-    a run with the HTML page, tables and charts.
+    In a sweep, each trial measures one ablation, and W&B already has a run for each trial.
+    Therefore, only the summary run and the run of the intact model are published. A report is
+    published as a W&B Report, a saved view, and a run with the HTML page, tables and charts.
 
     Args:
         project: Name of the project, as `PROJECT` or `ENTITY/PROJECT`.
@@ -161,7 +161,10 @@ class WandbBackend(Backend):
             return str(views.save_report(entity, project, page.text, next(ids, None)))
 
     def add_model(self, model: SavedModel) -> str:
-        """Publish a pruned model, with links to the outcomes of its source cells."""
+        """Publish a pruned model, and return the address of the runs.
+
+        The run of the model links to the published outcomes of `model.source_cells`.
+        """
         with self._explained("did not accept the model"):
             if not is_offline():
                 log_in()
@@ -328,7 +331,10 @@ class WandbBackend(Backend):
 
 
 def _import_views() -> ModuleType:
-    """Import the module `views`; TrackingError if the optional dependencies are not installed."""
+    """Import the module `views`.
+
+    TrackingError is raised if the optional dependencies are not installed.
+    """
     try:
         from tracker.tracking.wandb import views
     except ImportError:
@@ -343,7 +349,7 @@ def _find_runs(
     """Yield each run that tracker wrote and that matches the filters.
 
     Each run is yielded as a pair with the field `tracker` of its config. If the project does not
-    exist, ValueError is raised if `must_exist` is true, and nothing is yielded if it is false.
+    exist, the function yields nothing. With `must_exist`, it raises ValueError instead.
     """
     try:
         runs = list(wandb.Api().runs(path, filters=filters, lazy=False, per_page=100))

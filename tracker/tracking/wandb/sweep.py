@@ -98,20 +98,24 @@ class WandbSweep:
         self._results = results.absolute()
 
     def config(self) -> dict[str, Any]:
-        """Read the configuration of the sweep; TrackingError if it cannot be read."""
+        """Read the configuration of the sweep; raise TrackingError if it cannot be read."""
         with self._session("could not be read"):
             if is_offline():
                 raise TrackingError("W&B is offline")
             return dict(self._sweep().config)
 
     def trials(self) -> list[SweepTrial]:
-        """List the trials of the sweep; TrackingError if the sweep cannot be read."""
+        """List the trials of the sweep; raise TrackingError if the sweep cannot be read."""
         with self._session("could not be read"):
             runs = self._sweep().runs
             return [SweepTrial(run.id, run.name, run.state, dict(run.config)) for run in runs]
 
     def fill(self, trial_id: str, cell: CellRecord, layer: RunRecord) -> None:
-        """Write an ablation's results to the run of an unfinished trial, or raise TrackingError."""
+        """Write an ablation's results to the run of an unfinished trial.
+
+        `layer` is the record of the ablation. TrackingError is raised if W&B refuses the results or
+        cannot be reached.
+        """
         run = describe_run(cell, layer)
         ids: dict[str, Any] = {"entity": self._entity, "project": self._project, "id": trial_id}
         with self._session("did not accept a run"):
@@ -170,7 +174,11 @@ class WandbTrial:
 
     @contextmanager
     def _open_run(self, status: RunStatus, **names: Any) -> Iterator[Any]:
-        """Yield the run of the trial (open it if necessary), and end it after the `with` block."""
+        """Yield the run of the trial, and end it with `status` after the `with` block.
+
+        If the run is not open yet, it is opened. `names` are the arguments of `wandb.init` that
+        name the run.
+        """
         with self._session():
             handle, self._handle = self._handle, None
             if handle is None:

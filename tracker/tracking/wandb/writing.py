@@ -70,7 +70,7 @@ def is_offline() -> bool:
 
 
 def log_in() -> None:
-    """Log in to W&B without a prompt; TrackingError if no login is configured."""
+    """Log in to W&B without a prompt; raise TrackingError if no login is configured."""
     if not wandb.login(prompt=False, verify=True):
         raise TrackingError(
             "nobody is logged in to W&B: run `wandb login`, set WANDB_API_KEY, or write offline "
