@@ -21,12 +21,7 @@ from tracker.ledger.texts import StoredText
 from tracker.schema.changes import INTACT, WHOLE_LAYER, Ablation, Change
 from tracker.schema.documents import DocumentText
 from tracker.schema.identities import CUT_OFF
-from tracker.schema.records import (
-    DecidedDocument,
-    DecisionsRecord,
-    RunDecisions,
-    ShownDocument,
-)
+from tracker.schema.records import DecidedDocument, DecisionsRecord, RunDecisions, ShownDocument
 from tracker.schema.views import View
 from tracker.stats.arrays import Array
 from tracker.stats.decisions import (

@@ -20,11 +20,7 @@ from tracker.schema.grouping import group_by
 from tracker.schema.identities import CHOICE_PROBABILITIES
 from tracker.schema.proxies import ANSWER_TOKENS, OBSERVED, PART_PROXIES, PROXIES, Proxy
 from tracker.schema.records import RunAnswer, RunRecord
-from tracker.stats.accuracy import (
-    RATIO,
-    accuracy_relevance,
-    chance_accuracy,
-)
+from tracker.stats.accuracy import RATIO, accuracy_relevance, chance_accuracy
 from tracker.stats.arrays import Array, proxy_means, safe_divide
 from tracker.stats.decisions import rounding_shift
 

@@ -9,14 +9,7 @@ from functools import partial
 from itertools import chain
 from typing import Any
 
-from tracker.bench.loops import (
-    EngineAnswers,
-    Loop,
-    LoopTiming,
-    open_vllm,
-    refuse_vllm,
-    time_call,
-)
+from tracker.bench.loops import EngineAnswers, Loop, LoopTiming, open_vllm, refuse_vllm, time_call
 from tracker.benchmarks.benchmark import open_benchmark
 from tracker.benchmarks.encoder import RequestEncoder, huggingface_model
 from tracker.engine.plan import estimate_cost, measure_matrix_rate

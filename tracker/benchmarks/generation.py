@@ -19,7 +19,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils_hf import stop_sequences_criteria
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, generation
+from transformers import PreTrainedTokenizerBase, generation
 
 from tracker.benchmarks.private import HFLM
 from tracker.schema.documents import GeneratedText, Prompt
@@ -57,14 +57,6 @@ class TextGenerator(HFLM):  # type: ignore[misc]
     """Subclass of lm-eval's Hugging Face model that generates texts."""
 
     _batch: _Batch
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        think_end_token: str | int | None = None,
-    ) -> None:
-        super().__init__(model, "causal", tokenizer=tokenizer, think_end_token=think_end_token)
 
     def generate_texts(
         self, prompt: Prompt, samples: Sequence[int], decoding: Decoding | None = None

@@ -85,10 +85,7 @@ class PairedTables(NamedTuple):
 
 
 def pair_documents(
-    benchmark: str,
-    first: BenchmarkAnswers,
-    second: BenchmarkAnswers,
-    allowed: Collection[str] = (),
+    benchmark: str, first: BenchmarkAnswers, second: BenchmarkAnswers, allowed: Collection[str] = ()
 ) -> PairedTables:
     """Match the documents that two models answered on a benchmark.
 

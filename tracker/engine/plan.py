@@ -19,12 +19,7 @@ from tracker.engine.forward.streams import (
 )
 from tracker.engine.scoring.head import LOGITS_BYTES
 from tracker.engine.scoring.model import input_tokens, stream_bytes
-from tracker.engine.scoring.rows import (
-    Documents,
-    common_beginning,
-    measured_texts,
-    pack_tree_rows,
-)
+from tracker.engine.scoring.rows import Documents, common_beginning, measured_texts, pack_tree_rows
 from tracker.engine.scoring.score import MIN_PREFIX
 from tracker.engine.scoring.sweep import ROW_TOKENS
 from tracker.engine.selfcheck.check import count_unshared_tokens

@@ -266,10 +266,7 @@ class Meter:
         return Measurement(rows, metadata, texts, self._notes())
 
     def _read_traces(
-        self,
-        benchmark: Traces,
-        documents: Sequence[Document],
-        traces: Mapping[int, Sequence[str]],
+        self, benchmark: Traces, documents: Sequence[Document], traces: Mapping[int, Sequence[str]]
     ) -> list[Document]:
         """Build documents in which the intact model's texts are scored.
 

@@ -39,7 +39,7 @@ from tracker.schema.errors import CellError
 from tracker.schema.provenance import content_hash, package_versions
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SampledTexts = tuple[GeneratedText, ...]
 """The texts that one ablation generates for a prompt, one per sample."""
@@ -191,13 +191,13 @@ def checked_scorer(
         advice = _ROUNDING_ADVICE if result.engine.loaded.identity.is_half else ""
         notes.append(f"{result.unsteady_note}{advice}")
     prompts = [document.prompt for document in documents if document.prompt is not None]
+    scorer = Scorer(result.engine, checkpoint_note=result.checkpoint_note)
     if not prompts:
-        return Scorer(result.engine, checkpoint_note=result.checkpoint_note), notes
+        return scorer, notes
     generation = Generation(result.engine, tokenizer, think_end_token=prompts[0].think_end_token)
     generation, reason = generation.choose_mode(prompts[0], writers or ablations)
-    generation = replace(generation, drafts=Drafts())
-    scorer = Scorer(result.engine, generation, result.checkpoint_note)
-    return scorer, [*notes, *([_LESS_SHARING + reason] if reason else [])]
+    scorer = replace(scorer, generation=replace(generation, drafts=Drafts()))
+    return scorer, [*notes, _LESS_SHARING + reason] if reason else notes
 
 
 @dataclass(frozen=True)
@@ -217,7 +217,11 @@ class Generation:
 
     @cached_property
     def _generator(self) -> TextGenerator:
-        return TextGenerator(self.engine.loaded.model, self.tokenizer, self.think_end_token)
+        return self._open_generator(self.engine.loaded.model)
+
+    def _open_generator(self, model: PreTrainedModel) -> TextGenerator:
+        settings = {"tokenizer": self.tokenizer, "think_end_token": self.think_end_token}
+        return TextGenerator(model, "causal", **settings)
 
     def generate(self, prompt: Prompt, ablations: Sequence[Ablation]) -> list[SampledTexts]:
         """Generate the continuations of a prompt under each ablation."""
@@ -260,10 +264,8 @@ class Generation:
         settings, names = asdict(prompt), [(ablation.name, sample) for ablation, sample in rows]
         identity = [model.identity.fingerprint, model.identity.dtype]
         key = content_hash([identity, machine, settings, names])
-        if (drafts := self.drafts.recall(key)) is not None:
-            return tuple(
-                GeneratedText(text, n, cut, tuple(early)) for text, n, cut, early in drafts
-            )
+        if (kept := self.drafts.recall(key)) is not None:
+            return tuple(GeneratedText(text, n, cut, tuple(early)) for text, n, cut, early in kept)
         texts = tuple(generate())
         self.drafts.keep(key, [list(text) for text in texts])
         return texts
@@ -276,7 +278,7 @@ class Generation:
         If `seed` is given, the token embeddings get random noise as small as rounding errors.
         """
         model = self.engine.ablate(ablation).loaded.model
-        generator = TextGenerator(model, self.tokenizer, self.think_end_token)
+        generator = self._open_generator(model)
         with nullcontext() if seed is None else perturb_embeddings(model, seed):
             return tuple(generator.generate_texts(prompt, range(prompt.samples)))
 

@@ -32,12 +32,7 @@ from tracker.models.hooks import TRANSFORMERS_LOCK
 from tracker.models.layers import find_layers
 from tracker.models.load import LoadedModel, build_hollow, load_model
 from tracker.models.miniature import MINIATURE_HEADS, build_miniature
-from tracker.models.narrowed import (
-    PartNumbers,
-    narrowed_copies,
-    plan_narrowing,
-    plan_removal,
-)
+from tracker.models.narrowed import PartNumbers, narrowed_copies, plan_narrowing, plan_removal
 from tracker.models.parts.anatomy import (
     PART_CLASSES,
     LayerAnatomy,

@@ -69,14 +69,10 @@ def _figure_columns(relevance: str, drop: str, drop_field: str) -> list[Column[A
     `relevance` and `drop` are the column headings. `drop_field` is the attribute of a standing that
     contains the drop.
     """
-
-    def drop_value(row: RankedRow[Any]) -> Estimate:
-        figure: Estimate = getattr(row.standing, drop_field)
-        return figure.clip(-1.0, 1.0)
-
-    columns = (
+    read = attrgetter(f"standing.{drop_field}")
+    columns: tuple[Column[Any], ...] = (
         _standing_column("accuracy_relevance", relevance, "relevance", field="relevance"),
-        Column(drop, "points", drop_value, name="accuracy_drop"),
+        Column(drop, "points", lambda row: read(row).clip(-1.0, 1.0), name="accuracy_drop"),
     )
     return [column for figure in columns for column in (figure, *figure.bound_columns())]
 

@@ -9,11 +9,7 @@ from functools import partial
 from typing import Protocol, TypeGuard
 
 from tracker.schema.estimates import Estimate, FigureUnit
-from tracker.schema.identities import (
-    CHOICE_PROBABILITIES,
-    CHOICE_PROBABILITY,
-    BenchmarkIdentity,
-)
+from tracker.schema.identities import CHOICE_PROBABILITIES, CHOICE_PROBABILITY, BenchmarkIdentity
 
 DASH = "–"
 MINUS = "−"

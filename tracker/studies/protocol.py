@@ -210,11 +210,8 @@ class Protocols(Study[ProtocolSettings]):
 
     def _group(self, requests: Sequence[CellRequest]) -> list[list[CellRequest]]:
         """Group requests of the same model and documents."""
-
-        def key(request: CellRequest) -> tuple[object, ...]:
-            return request.model, request.documents, self._documents(request).digests
-
-        return [*group_by(requests, key).values()]
+        by_rows = group_by(requests, lambda r: (r.model, r.documents, self._documents(r).digests))
+        return [*by_rows.values()]
 
     def _measure_protocols(self, subjects: Sequence[Subject]) -> list[MeasuredProtocol]:
         """Return the protocols of subjects with the same documents, in the order of `KINDS`."""

@@ -251,8 +251,7 @@ class DropExplanation:
             pair = (resamples, drop[1])
             spearman = correlate(values, drop[0], coefficient="spearman", resamples=pair)
             better = Estimate(
-                None,
-                reason="this row is the cosine score, with which the other rows are compared",
+                None, reason="this row is the cosine score, with which the other rows are compared"
             )
             if name != COSINE_SCORE:
                 better = correlation_difference((values, resamples), cosine, drop, "spearman")

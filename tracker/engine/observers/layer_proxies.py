@@ -26,9 +26,7 @@ from tracker.engine.scoring.rows import measured_texts, reading_row
 from tracker.engine.scoring.score import run_base
 from tracker.engine.scoring.sweep import Engine
 from tracker.models.devices import copy_to_device, take_entries
-from tracker.models.hooks import (
-    replaced_forward,
-)
+from tracker.models.hooks import replaced_forward
 from tracker.models.parts.experts import Experts, weighted_expert_outputs
 from tracker.schema.changes import INTACT, Ablation, Change
 from tracker.schema.documents import Document

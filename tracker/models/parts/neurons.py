@@ -160,10 +160,7 @@ def _computes_inputs(module: nn.Module, projection: ModuleCall, layer: ModuleCal
     def record(_: nn.Module, args: tuple[Tensor, ...]) -> None:
         new_inputs.append(args[0])
 
-    with (
-        module.register_forward_hook(mark),
-        projection.module.register_forward_pre_hook(record),
-    ):
+    with module.register_forward_hook(mark), projection.module.register_forward_pre_hook(record):
         hooks.call_protected(layer.module, layer.module.forward, layer.args, layer.kwargs)
     is_changed = (new_inputs[-1] != inputs).flatten(0, -2).any(0).cpu()
     return torch.equal(is_changed, is_marked)
