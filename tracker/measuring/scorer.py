@@ -264,8 +264,8 @@ class Generation:
         settings, names = asdict(prompt), [(ablation.name, sample) for ablation, sample in rows]
         identity = [model.identity.fingerprint, model.identity.dtype]
         key = content_hash([identity, machine, settings, names])
-        if (kept := self.drafts.recall(key)) is not None:
-            return tuple(GeneratedText(text, n, cut, tuple(early)) for text, n, cut, early in kept)
+        if (drafts := self.drafts.recall(key)) is not None:
+            return tuple(GeneratedText(text, n, cut, tuple(e)) for text, n, cut, e in drafts)
         texts = tuple(generate())
         self.drafts.keep(key, [list(text) for text in texts])
         return texts
