@@ -219,10 +219,18 @@ def _compare_benchmarks(shared: Sequence[_SharedCells]) -> tuple[BenchmarkCompar
 def drop_differences(
     cell: CellRecord, other_cell: CellRecord, family: int = 1
 ) -> dict[int, Estimate]:
-    """Return the difference between two models' accuracy drops for each layer.
+    """Subtract the accuracy drops of another model, layer by layer.
 
     The two models must have equally many layers. Only whole layers that are measured in both models
-    are compared. The confidence intervals are corrected for `family` comparisons.
+    are compared.
+
+    Args:
+        cell: Record of the first model.
+        other_cell: Record of the other model, whose drops are subtracted.
+        family: Number of comparisons for which the confidence intervals are corrected.
+
+    Returns:
+        Layer number → drop of the first model minus drop of the other model.
     """
     other_runs = other_cell.runs_of_kind()
     differences = {}

@@ -191,9 +191,16 @@ class AlignedOutcomes:
         weights: Array,
         higher_is_better: bool = True,
     ) -> PairedOutcomes:
-        """Pair values of the intact model with values of the ablated models.
+        """Pair the values of the intact model with the values under each ablation.
 
-        `read` takes an ablation and returns one value for each document.
+        Args:
+            read: Function that takes an ablation and returns one value for each document.
+            ablations: The ablations, one for each column of the result.
+            weights: Weight of each document in means.
+            higher_is_better: Whether larger values are better; False for a loss.
+
+        Returns:
+            The values of the intact model, and the values under the ablations.
         """
         columns = self._stack(map(read, ablations))
         return PairedOutcomes(read(INTACT), columns, weights, higher_is_better, self.clusters)
@@ -209,7 +216,15 @@ class AlignedOutcomes:
         return self.rows(INTACT)["proxy_tokens"].to_numpy(dtype=np.float64)
 
     def resample(self, values: Array, weights: Array | None = None) -> Array:
-        """Return bootstrap samples of the mean of each column."""
+        """Draw bootstrap samples of the mean of each column of `values`.
+
+        Args:
+            values: Array `[documents, columns]`.
+            weights: Weight of each document in the mean; None for equal weights.
+
+        Returns:
+            Array `[samples, columns]` of means.
+        """
         strata, clusters = self.strata, self.clusters
         if clusters is not None:
             shares = np.ones(len(values)) if weights is None else weights
@@ -359,7 +374,10 @@ class AlignedOutcomes:
         return np.array([clusters[key] for key in self.documents], dtype=np.float64)
 
     def _cached(self, read: Callable[[pd.DataFrame], Array], ablation: Ablation = INTACT) -> Array:
-        """Apply a function to the outcome rows of an ablation, and cache the result."""
+        """Return the result of `read` for the outcome rows of an ablation.
+
+        The result is cached, so that `read` is called only once for each ablation.
+        """
         key = read, ablation.name
         if key not in self._cache:
             self._cache[key] = read(self.rows(ablation))

@@ -230,7 +230,18 @@ def _standings(
     verdicts: Mapping[Change, Verdict],
     words: Mapping[Change, str],
 ) -> tuple[PartStanding, ...]:
-    """Build the leaderboard entries of all parts, sorted by the drop's lower bound."""
+    """Build the leaderboard entries of all parts, sorted by the drop's lower bound.
+
+    Args:
+        cells: Cells of one model, one for each benchmark.
+        rows: Change of each part → its cells and runs.
+        drops: Change of each part → its mean drop; None if the part is not measured everywhere.
+        verdicts: Change of each part → verdict on its drop.
+        words: Change of each part → verdict as text.
+
+    Returns:
+        One entry for each part.
+    """
     relevances = {change: [relevance_estimate(*pair) for pair in rows[change]] for change in rows}
     counts = {c: sum(r.value is not None for r in relevances[c]) for c in rows}
     complete = [change for change in rows if counts[change] == len(cells)]
@@ -469,10 +480,10 @@ def _missing_layers_reason(cell: CellRecord) -> str | None:
 
 
 def _needed_documents(models: list[list[CellRecord]], relevances: list[Estimate]) -> int | None:
-    """Estimate how many documents are needed to distinguish half of the model pairs.
+    """Estimate how many documents would show a difference in half of the pairs.
 
-    Two models count as different if their relevance differs by `MODEL_GAP`. Returns None if enough
-    documents are measured.
+    A pair consists of two models. The estimate assumes that their relevances differ by `MODEL_GAP`.
+    Returns None if the measured documents are enough.
     """
     half_widths = [(ends[1] - ends[0]) / 2 for estimate in relevances if (ends := estimate.bounds)]
     documents = max(cell.n for cells in models for cell in cells)
@@ -486,7 +497,11 @@ def _needed_documents(models: list[list[CellRecord]], relevances: list[Estimate]
 
 
 def _mean_relevance(cells: Sequence[CellRecord], family: int = 1) -> Estimate:
-    """Average the accuracy relevance over all layers of a model."""
+    """Average the accuracy relevance over all layers of a model.
+
+    `cells` contains one cell of the model for each benchmark. The confidence interval is corrected
+    for `family` comparisons.
+    """
     by_cell = [cell.runs_of_kind() for cell in cells]
     layers = [
         mean_relevance(cells, [runs[layer] for runs in by_cell], family)
@@ -496,7 +511,11 @@ def _mean_relevance(cells: Sequence[CellRecord], family: int = 1) -> Estimate:
 
 
 def _model_standing(model: ModelIdentity, cells: list[CellRecord], reason: str) -> ModelStanding:
-    """Build the leaderboard entry of a model."""
+    """Build the leaderboard entry of a model from its cells.
+
+    If `cells` is empty, all estimates are undefined for the given `reason`. Otherwise `reason` is
+    not used.
+    """
     if not cells:
         undefined = Estimate(None, reason=reason)
         return ModelStanding(model, undefined, undefined, None, None, 0, undefined)

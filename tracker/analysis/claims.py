@@ -301,8 +301,9 @@ def _has_choices(cells: Sequence[CellRecord]) -> bool:
 def _layer_error_share(cells: Sequence[CellRecord], n_layers: int) -> tuple[float, int]:
     """Return the error rate and the number of comparisons for tests of accuracy drops.
 
-    Tests of the accuracy, of the choice probability and of the options' log-probability share the
-    total error rate `ALPHA`.
+    The error rate `ALPHA` is divided among the tests of the accuracy, of the choice probability
+    and of the options' log-probability. The returned error rate is the part for the accuracy. The
+    returned number of comparisons is `n_layers` × `ALPHA` / this part, rounded up.
     """
     runs = chain.from_iterable(cell.whole_layers for cell in cells)
     has_options = any(run.options_drop.bounds for run in runs)
@@ -413,10 +414,16 @@ def cell_ranks(cell: CellRecord, runs: Sequence[RunRecord]) -> list[tuple[int, i
 
 
 def _widen_options(cells: Sequence[CellRecord], layers: Collection[int]) -> _ByCell:
-    """Return the drops of the answer options' total log-probability.
+    """Return each layer's drop in the log-probability of all answer options.
 
-    The result maps the key of each cell to the drop for each layer. The confidence intervals are
-    corrected for comparing all of these drops.
+    The confidence intervals are widened to correct for comparing all of these drops.
+
+    Args:
+        cells: Cells of one model, one for each benchmark.
+        layers: Numbers of the layers.
+
+    Returns:
+        Key of the cell → layer number → drop.
     """
     runs = [runs[layer] for runs in map(CellRecord.runs_of_kind, cells) for layer in layers]
     family = math.ceil(len(runs) / _OPTIONS_SHARE) or 1

@@ -129,7 +129,10 @@ class DocumentMetric:
         return document_ratios(self.aggregation, *read_pairs(column).T)
 
     def _read_options(self, rows: pd.DataFrame) -> OptionScores:
-        """Return the options of the documents in `rows`, and cache them."""
+        """Return the answer options of the documents in `rows`.
+
+        The options are cached until the method is called with other documents.
+        """
         documents = tuple(zip(rows["task"], rows["doc"], strict=True))
         if documents not in self._options:
             if self.name in _LENGTH_FUNCTIONS and not self._texts.keys() >= {*documents}:

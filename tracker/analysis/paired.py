@@ -117,8 +117,8 @@ class PairedOutcomes:
     def drop_sd(self, index: int) -> Estimate:
         """Estimate the standard deviation of the drops under the ablation in column `index`.
 
-        For documents in clusters, the result is an equivalent value for independent documents. The
-        mean drop of equally many independent documents would have the same uncertainty.
+        If documents form clusters, the standard deviation is rescaled. With the rescaled value,
+        equally many independent documents would give a mean drop of the same uncertainty.
         """
         terms = self._drop_terms(index)
         spread, ratio = drop_sd(*terms), len(self.weights) / max(len(terms[-1]), 1)
@@ -126,10 +126,10 @@ class PairedOutcomes:
         return replace(spread, value=scaled)
 
     def mean_drop(self, noun: str) -> Estimate:
-        """Estimate the mean drop of a probability or log-probability in the first ablated model.
+        """Estimate the mean drop in the outcomes under the first ablation.
 
-        The mean is undefined if a document lacks the probability. `noun` is the name of the
-        probability in the reason.
+        The outcomes are probabilities or log-probabilities. The mean is undefined if an outcome is
+        missing; then the reason calls the missing outcome `noun`.
         """
         drops = self.drops[:, 0]
         if reason := missing_reason(drops, noun):

@@ -157,7 +157,11 @@ def _identity_fields(store: CellStore, view: View) -> dict[str, Any]:
 
 
 def _measuring_costs(shards: Sequence[Mapping[str, Any]]) -> dict[str, float | int | str | None]:
-    """Return the total duration, the peak memory and the latest date of the measurements."""
+    """Return the duration, the peak memory and the date of the measurements.
+
+    The keys of the dict are `seconds` (the total), `outcome_seconds` (the mean per outcome),
+    `peak_bytes` (the largest value) and `measured` (the latest date). An unknown value is None.
+    """
     seconds = [float(shard["seconds"]) for shard in shards if shard.get("seconds")]
     peak_bytes = [int(shard["peak_bytes"]) for shard in shards if shard.get("peak_bytes")]
     n_outcomes = sum(shard["rows"] for shard in shards if shard.get("seconds"))
@@ -188,9 +192,11 @@ def _answered_outcomes(
 def _first_outcomes(
     outcomes: AlignedOutcomes, view: View, answer: AnswerRecord, order: Sequence[tuple[str, int]]
 ) -> AlignedOutcomes:
-    """Restrict outcomes to the documents in `order` and the runs of the stopping rule.
+    """Return the outcomes on the documents that the stopping rule used.
 
-    Other runs of the view are included only if they are measured on all documents in `order`.
+    The result contains the runs in `answer`, the stopping rule's result. It contains another run
+    of the view only if the run is measured on all documents in `order`. The runs of the view that
+    are left out are listed in `missing`.
     """
     documents = {*order}
     answered_runs = {run.change for run in answer.runs}
@@ -268,9 +274,10 @@ def _layer_columns(outcomes: AlignedOutcomes, proxies: LayerProxies) -> Iterator
 def _part_columns(
     outcomes: AlignedOutcomes, parts: PartProxies, records: Sequence[RunRecord]
 ) -> Iterator[tuple[list[Change], list[_ProxyColumn]]]:
-    """Yield the runs of each kind of part, together with the values of each proxy.
+    """Yield the runs of each kind of part, with one column for each proxy.
 
-    Correlations use only parts whose proxy and accuracy drop are defined.
+    A column contains the proxy's values in these runs. Its mask selects the runs whose proxy value
+    and accuracy drop are both defined; only these runs are used for correlations.
     """
     has_drop = {record.change for record in records if record.drop.value is not None}
     parts_and_layers = [run for run in parts.runs if run.has_taylor or run.kind == WHOLE_LAYER]

@@ -121,8 +121,8 @@ class PartProxies:
     def list_proxies(self, runs: Sequence[Change]) -> list[Proxy]:
         """List the proxies that are available for runs of one kind.
 
-        These are the proxies of the changed component, and the proxies of any part that have a
-        value in at least one of the runs.
+        The list contains the proxies of the component that the runs change. It also contains the
+        proxies that are defined for parts of all components, if at least one run has a value.
         """
         indexes = [self.indexes[run] for run in runs]
         return [
@@ -230,7 +230,12 @@ def run_record(
 def accuracy_rounding(weights: Array, *risks: RoundingRisk) -> float | None:
     """Estimate how far rounding shifts an accuracy, or the difference of two accuracies.
 
-    `risks` contains the rounding risk of each accuracy. Returns None if one of them is unknown.
+    Args:
+        weights: Weight of each document in an accuracy; the weights sum to 1.
+        *risks: The rounding risk of the accuracy, or of each of the two accuracies.
+
+    Returns:
+        Half the width of a 95 % interval of the shift; None if a rounding risk is unknown.
     """
     probabilities = [risk.chances for risk in risks if risk.chances is not None]
     if len(probabilities) < len(risks):

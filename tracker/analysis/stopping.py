@@ -137,7 +137,7 @@ class RacedFigure(NamedTuple):
 
 
 def bounded_figure(store: CellStore, metric: str, key: str = "until") -> RacedFigure:
-    """Build the document statistic for a stopping rule that compares a metric.
+    """Return a metric as the statistic that a stopping rule compares.
 
     Args:
         store: Stored outcomes of one model on one benchmark.
@@ -145,7 +145,7 @@ def bounded_figure(store: CellStore, metric: str, key: str = "until") -> RacedFi
         key: Name of the setting that requires the stopping rule; error messages contain the name.
 
     Returns:
-        The statistic: the metric of each document.
+        The statistic, with the function that computes the metric of each document.
 
     Raises:
         ExperimentError: Outcomes of the metric are not between 0 and 1.
@@ -474,10 +474,12 @@ def _missing_gold_reason(outcomes: Array) -> str:
 
 
 def count_passes(ablation: Ablation, layers: int) -> int:
-    """Count the layers that must be computed again for an ablation.
+    """Count the layer computations that an ablation requires.
 
     Layers before the first changed layer are not counted, because their hidden states are those of
-    the intact model. `layers` is the number of layers of the model.
+    the intact model. Removed layers and layers replaced by fitted functions are not counted.
+    Repeated layers are counted once for each computation. `layers` is the number of layers of the
+    model.
     """
     actions = [ablation.at_layer(layer).action for layer in range(layers)]
     changed_layers = (layer for layer, action in enumerate(actions) if action is not Action.PASS)

@@ -81,7 +81,11 @@ def score_fitted(engine: Engine) -> Any:
 
 
 def generate_tokens(engine: Engine) -> Any:
-    """Return the tokens of greedy continuations of a prompt under several ablations."""
+    """Continue a fixed prompt by greedy decoding under several ablations.
+
+    Returns one list of token numbers for each ablation: the prompt, followed by the generated
+    tokens.
+    """
     prompt = [5, 9, 23, 7, 80, 41, 3, 11]
     ablations = [INTACT, *FEATURE_SWEEPS["layers"], *FEATURE_SWEEPS["attention and MLP"]]
     model = engine.loaded.model
@@ -207,7 +211,11 @@ def diagnose(device: str, progress: Progress) -> Diagnosis:
 
 
 def _list_checks(folder: str, torch_device: torch.device) -> Mapping[str, Callable[[], float]]:
-    """Return the checks, as name → function that computes the largest difference."""
+    """Return the checks of the device `torch_device`, keyed by name.
+
+    Each check is a function without arguments that computes a result twice, and returns the
+    largest difference. `folder` contains the model that the checks load.
+    """
     source = find_model(folder)
 
     def load(device: str, **settings: Any) -> Engine:
