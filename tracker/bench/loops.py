@@ -102,7 +102,11 @@ class Loop:
     def run(
         self, documents: Sequence[Document], ablations: Sequence[Ablation], progress: Progress
     ) -> None:
-        """Evaluate the baseline, and at most `MEASURED_ABLATIONS` ablations of each component."""
+        """Evaluate the baseline and some of the ablations; store the results in `evaluations`.
+
+        At most `MEASURED_ABLATIONS` ablations of each component are evaluated. The first item of
+        `ablations` is the baseline.
+        """
         for ablation in (ablations[0], *choose_ablations(ablations)):
             progress.say(f"{self.name}: {ablation.name}")
             self.evaluate(ablation, documents)
@@ -191,7 +195,7 @@ class SkippingWorker:
 def skip_layers(layers: Iterable[nn.Module], removed: Collection[int]) -> None:
     """Replace removed layers by the identity, and restore all other layers.
 
-    In vLLM, a layer returns an update and the residual stream, which the next layer adds.
+    `removed` contains the indices of the removed layers in `layers`.
     """
     for index, layer in enumerate(layers):
         vars(layer).pop("forward", None)
@@ -297,7 +301,10 @@ def open_vllm(
 
 
 def _refusing_errors(problem: str) -> AbstractContextManager[None]:
-    """Return a context manager that converts errors of vLLM to RequestError."""
+    """Return a context manager that converts errors of vLLM to RequestError.
+
+    `problem` is a clause for the error message, such as "vLLM cannot run MODEL".
+    """
 
     def refuse(error: Exception) -> RequestError:
         reason = f"{type(error).__name__}: {first_line(error)}"

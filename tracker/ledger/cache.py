@@ -35,7 +35,11 @@ log = logging.getLogger(__name__)
 
 
 def cache_folder() -> Path:
-    """Return the cache folder: TRACKER_CACHE, the user's cache folder, or a temporary folder."""
+    """Return the folder of the cache.
+
+    This is the folder in the environment variable TRACKER_CACHE. If the variable is not set, it is
+    the user's cache folder. If the user has no home folder, it is a temporary folder.
+    """
     if setting := os.environ.get("TRACKER_CACHE"):
         return Path(setting)
     with suppress(RuntimeError):  # older platformdirs return the path with its ~

@@ -124,7 +124,11 @@ class CellStore:
         return frame[frame["doc"].isin(documents)]
 
     def _other_blocks(self, block: Block, documents: Iterable[int]) -> Iterator[Block]:
-        """Yield blocks in other measured document orders that contain some of the documents."""
+        """Yield the blocks of other document orders that contain any of the documents.
+
+        `documents` are document numbers of the block's task. Only orders in which documents of this
+        cell were measured are searched; the order of `block` is left out.
+        """
         task_documents = self.task_documents(ALL_DOCUMENTS)[block.task]
         for seed in self._seeds() - {block.seed}:
             positions = document_positions(block.task, task_documents, seed)
@@ -232,8 +236,9 @@ class CellStore:
     ) -> pd.DataFrame:
         """Read the outcomes of the given blocks as a data frame.
 
-        A damaged shard is renamed with a warning. Outcomes of differently tokenised texts are left
-        out, and their file is reported in `mixed`.
+        A damaged shard is renamed with a warning. Outcomes are left out if their texts were
+        tokenised differently than the other texts of the cell. The files of these outcomes are
+        listed in `mixed`.
 
         Args:
             blocks: The blocks to read; None = all blocks.
@@ -354,7 +359,7 @@ class CellStore:
         return messages
 
     def shard_digests(self, verify_all: bool = False) -> list[tuple[str, str]]:
-        """List (file name, SHA-256) of every undamaged shard, including shards in copies.
+        """List (file name, SHA-256) of each undamaged shard of the cell and its copies.
 
         A shard is verified again only if its file has changed, or if `verify_all` is true.
         """
@@ -409,9 +414,10 @@ class CellStore:
 
     @cached_property
     def _earliest_date(self) -> str:
-        """Earliest date of new outcomes, one second after the latest date in `siblings`.
+        """Earliest measurement date that new outcomes may get, as ISO text.
 
-        The date is empty if the siblings have no measurements.
+        The date is one second after the latest measurement in the cells of `siblings`. It is empty
+        if these cells have no measurements.
         """
         dates = (last_measured(sibling.all_metadata()) for sibling in self.siblings())
         if not (last_date := max(dates, default="")):

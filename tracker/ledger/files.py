@@ -192,7 +192,11 @@ def _shared_mode(folder: os.stat_result) -> int:
 
 
 def owner_name(path: Path) -> str:
-    """Return the owner of a file or folder, or of its nearest existing parent."""
+    """Return the user name of the owner of a file or folder.
+
+    If the path does not exist, the owner of its nearest existing parent is returned. An owner
+    without a name is returned as `user` and the user's number.
+    """
     existing = next(p for p in (path, *path.absolute().parents) if os.path.lexists(p))
     try:
         return existing.owner()

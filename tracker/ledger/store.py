@@ -79,7 +79,10 @@ def read_records(folder: Path, kind: type[RecordType], damaged: dict[str, str]) 
 
 
 def _repeat_command(path: Path) -> str:
-    """Return advice on which command creates a damaged file of results again."""
+    """Return an instruction to run the command that creates a results file again.
+
+    An example is "type `tracker prune FILE.yaml`".
+    """
     if path.parent.name == "searches":
         return "type its `tracker prune` again"
     study, _, experiment = unquote(path.stem).partition("--")
@@ -316,7 +319,10 @@ class Ledger:
 
 
 def _read_experiment(path: Path) -> str:
-    """Read a stored experiment file; raise ValueError if the file was edited or damaged."""
+    """Return the text of a stored experiment file.
+
+    Raises ValueError if the file was edited or damaged.
+    """
     content, digest_path = path.read_bytes(), _digest_path(path)
     if digest_path.exists() and digest_path.read_text().split()[:1] != [_hash_content(content)]:
         raise ValueError(

@@ -46,7 +46,10 @@ class StoredText:
 
 
 def text_row(document: Document, text: DocumentText, public: bool) -> dict[str, object]:
-    """Build the row of a document for a file of texts; shorten long questions."""
+    """Build the row of a document for a file of texts; shorten a long question.
+
+    `public` states whether the benchmark's texts are public.
+    """
     question, half = text.question, MAX_QUESTION_LENGTH // 2
     if len(question) > MAX_QUESTION_LENGTH:
         question = f"{question[:half]} […] {question[-half:]}"

@@ -201,7 +201,17 @@ class Views:
     ) -> tuple[View, list[View]]:
         """Find the view to store for the requested view `new`.
 
-        Returns the view to store, and the list of stored views that it replaces.
+        Args:
+            new: The requested view.
+            named: True to use a separate view even if a larger stored view contains the same runs.
+            explicit: True if an experiment requests the view; False if only a study or a search
+                does.
+
+        Returns:
+            The view to store, and the list of stored views that it replaces.
+
+        Raises:
+            ResultsError: The view's file exists but is not readable.
         """
         name, views = self.view_name(new), {self.view_name(v): v for v in self.related_views(new)}
         if problem := access_problem(self.path(name)):

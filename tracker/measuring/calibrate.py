@@ -124,7 +124,11 @@ class CalibrationTexts:
 def choose_calibration(
     benchmark: Benchmark, encoder: RequestEncoder, width: int
 ) -> CalibrationTexts:
-    """Choose texts of `TOKENS_PER_DIM` × `width` tokens from up to half of the documents."""
+    """Choose the documents whose texts are used to fit layer replacements.
+
+    The texts have at least `TOKENS_PER_DIM` × `width` tokens in total, unless half of the documents
+    have fewer tokens. Raises CellError if there are no tokens.
+    """
     from tracker.engine.fitting import first_fitted_tokens
 
     n_documents = max(1, FIRST_DOCUMENTS // len(benchmark.identity.tasks))
