@@ -124,7 +124,7 @@ class CalibrationTexts:
 def choose_calibration(
     benchmark: Benchmark, encoder: RequestEncoder, width: int
 ) -> CalibrationTexts:
-    """Choose the documents whose texts are used to fit layer replacements.
+    """Choose the texts of documents on which layer replacements are fitted.
 
     The texts have at least `TOKENS_PER_DIM` × `width` tokens in total, unless half of the documents
     have fewer tokens. Raises CellError if there are no tokens.

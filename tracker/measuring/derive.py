@@ -85,7 +85,8 @@ def _code_hash() -> str:
 def _aggregate(how: str, values: Sequence[float | str]) -> float | None:
     """Aggregate the values of documents as lm-eval does.
 
-    `how` is the name of the aggregation, such as `mean`.
+    `how` is the name of the aggregation, such as `mean`. Returns None if lm-eval has no aggregation
+    of this name.
     """
     if how == "mean":
         return sum(float(value) for value in values) / len(values)

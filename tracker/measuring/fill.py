@@ -174,7 +174,12 @@ class CellWork:
             yield work
 
     def measure(self, work: BlockWork, measure: MeasureDocuments) -> None:
-        """Measure and write the missing outcomes of a block; the caller must hold its lock."""
+        """Measure the missing outcomes of a block, and write them to the cell.
+
+        Args:
+            work: The block and its missing outcomes. The caller must hold the lock of the block.
+            measure: Function that measures documents of one task under some ablations.
+        """
         block, missing = work
         n_pending, traces = self._count_responses(block, missing), self._read_traces(block)
         # Offloaded weights are read once for all documents that are computed together.
@@ -259,7 +264,10 @@ class CellWork:
         self._progress.expect(self.total - n_missing)
 
     def _find_missing(self) -> dict[Block, int]:
-        """Return each block with missing outcomes and its maximum number of responses."""
+        """Find the blocks with missing outcomes.
+
+        Returns a dict that maps each block to the maximum number of responses that are missing.
+        """
         extent, race = self._extent, self._race
         if race is None and not self.store.is_complete(extent, self._names):
             blocks = self.store.blocks(extent)

@@ -349,7 +349,20 @@ class Meter:
         repeated: Sequence[Sequence[Response] | None],
         parts: Mapping[Change, Mapping[str, float]],
     ) -> Iterator[dict[str, object]]:
-        """Yield one row of outcomes for a document under each ablation in `names`."""
+        """Yield one row of outcomes for a document under each ablation in `names`.
+
+        Args:
+            result: The scores of the document under all ablations in `scored`.
+            names: Names of the ablations for which rows are built.
+            scored: The ablations, in the order of the responses in `result`.
+            comparisons: (Document number, ablation) → comparison with a pruned model.
+            repeated: Responses of a second computation under each ablation in `scored`; None where
+                there was none.
+            parts: Changed part of an ablation → sums of its proxies for the document.
+
+        Yields:
+            The row, as column name → value.
+        """
         document, sums = result.document, (result.proxy_tokens, result.proxy_sums.tolist())
         digest = self.facts.digests[document.key]
         for ablation, responses, repetition in zip(scored, result.responses, repeated, strict=True):

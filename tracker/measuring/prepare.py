@@ -164,10 +164,10 @@ def widen_request(
 
 
 def find_earlier_request(request: CellRequest, store: CellStore | None) -> CellRequest | None:
-    """Replace the runs of a request by the runs of an earlier request.
+    """Find an earlier request that has the same `until` setting and contains all runs.
 
-    The earlier request must have the same `until` setting, and contain all runs of `request`.
-    Returns None if there is no such earlier request.
+    Returns a copy of `request` with the runs of the earlier request. Returns None if there is no
+    such earlier request, or if `request` has no `until` setting.
     """
     view = store.views.view_of(request) if store else None
     question = view.until if view else None
@@ -188,10 +188,11 @@ def check_layers(cells: Sequence[CellLookup]) -> None:
 
 
 def check_range(request: CellRequest, parts: ModelParts) -> None:
-    """Raise ExperimentError if the model lacks requested layers or parts, or no run is valid.
+    """Raise ExperimentError if a request does not fit the layers and parts of the model.
 
-    The error is also raised if the `until` setting needs more runs. For example, `until: top 5`
-    needs more than 5 runs.
+    The error is raised if the model lacks a requested layer or part, or if none of the requested
+    ablations is possible. It is also raised if the `until` setting needs more runs than the request
+    has. For example, `until: top 5` needs more than 5 runs.
     """
     check_parts(request, parts)
     layers = parts.layers

@@ -138,14 +138,15 @@ class Scorer:
     def score_again(
         self, documents: Sequence[Document], ablations: Sequence[Ablation]
     ) -> list[DocumentScores]:
-        """Score documents a second time in another way, to measure rounding errors.
+        """Score documents again with less shared computation, to measure rounding errors.
 
         Args:
             documents: The documents to score. No texts are generated.
             ablations: The ablations, including the baseline.
 
         Returns:
-            One result per document. The list is empty if there is no other way of scoring.
+            One result per document. The list is empty if the engine already computes everything
+            separately.
         """
         sharing = self.engine.sharing
         reduced = DEPTH_ONLY if sharing.tokens else PLAIN if sharing.depth else ONE_BY_ONE

@@ -90,10 +90,17 @@ class Worker:
         traces: Mapping[int, Sequence[str]],
         advance: Advance = lambda responses: None,
     ) -> Measurement:
-        """Measure documents of one task under the ablations `names`.
+        """Measure documents of one task of the opened benchmark.
 
-        The task belongs to the opened benchmark. `traces` contains the stored texts of the intact
-        model. `advance` is called with the number of new responses.
+        Args:
+            task: Name of the task.
+            names: Names of the ablations under which the documents are measured.
+            documents: Positions of the documents in the task's split.
+            traces: Position of a document → stored texts of the intact model.
+            advance: Function that is called with the number of new responses.
+
+        Returns:
+            The outcomes of the documents.
         """
         assert self._meter is not None, "open() comes first"
         return self._meter.measure(task, names, documents, traces, advance)

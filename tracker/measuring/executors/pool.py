@@ -226,7 +226,11 @@ class WorkerPool:
             self._end_cell(cell, error)
 
     def _end_cell(self, cell: _PoolCell, outcome: CellStore | Exception) -> None:
-        """Report that a cell has finished or failed, and notify the waiting threads."""
+        """Report the end of a cell, and notify the waiting threads.
+
+        `outcome` is the measured cell, or the exception if the measurement failed. If the cell has
+        already ended, nothing is done.
+        """
         with self._condition:
             if cell.has_ended:
                 return
@@ -248,7 +252,8 @@ def group_devices(
         devices: Names of the devices.
         size: Number of devices in each group.
         n_groups: Number of groups; None = as many as possible.
-        can_grow: True if groups of several devices may be larger than `size` to use all devices.
+        can_grow: Whether groups of two or more devices may be enlarged, so that fewer devices stay
+            unused.
 
     Returns:
         The groups, as ranges of device numbers.

@@ -111,7 +111,10 @@ class ProcessesExecutor:
             return pool.run(f"workers: {len(workers)}")
 
     def _worker_groups(self, jobs: Sequence[Job]) -> list[range]:
-        """Return each worker's range of accelerators; empty ranges if there are none."""
+        """Return the range of accelerator numbers of each worker.
+
+        If the run uses no accelerators, the range of each worker is empty.
+        """
         options = self._options
         if not self._devices:
             return [range(0)] * (options.workers or 1)
@@ -123,7 +126,18 @@ class ProcessesExecutor:
     def _make_worker(
         self, number: int, group: range, n_workers: int, n_threads: int, output: Path
     ) -> WorkerProcess:
-        """Create a worker with its accelerators or cores; its process is not started yet."""
+        """Create a worker without starting its process.
+
+        Args:
+            number: Number of the worker, for its name.
+            group: Numbers of the worker's accelerators; empty if the worker uses the CPU.
+            n_workers: Number of workers of the run.
+            n_threads: Number of CPU threads of the worker.
+            output: File that receives the error output of the process.
+
+        Returns:
+            The worker.
+        """
         variables = {name: str(n_threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
         name, device = f"worker {number}", self._options.device
         if group:

@@ -133,7 +133,11 @@ def _on_node(node: str) -> NodeAffinitySchedulingStrategy:
 
 
 def _make_actors(options: Options, size: int) -> Iterator[_Actor]:
-    """Yield workers with `size` GPUs each, or one worker per node without GPUs."""
+    """Yield the workers of a run on the cluster.
+
+    Each worker gets `size` GPUs. If the run uses no GPUs and `size` is 1, there is one worker for
+    each node with a CPU.
+    """
     gpus, numbers = _count_gpus(options), count(1)
     device = SPREAD if size > 1 else options.device
     options = replace(options, device=device, devices_per_worker=None)
