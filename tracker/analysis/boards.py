@@ -235,7 +235,7 @@ def _standings(
     Args:
         cells: Cells of one model, one for each benchmark.
         rows: Change of each part → its cells and runs.
-        drops: Change of each part → its mean drop; None if the part is not measured everywhere.
+        drops: Change of each part → its mean drop; None if a benchmark lacks the part's run.
         verdicts: Change of each part → verdict on its drop.
         words: Change of each part → verdict as text.
 
@@ -480,10 +480,10 @@ def _missing_layers_reason(cell: CellRecord) -> str | None:
 
 
 def _needed_documents(models: list[list[CellRecord]], relevances: list[Estimate]) -> int | None:
-    """Estimate how many documents would show a difference in half of the pairs.
+    """Estimate how many documents are needed to tell models apart.
 
-    A pair consists of two models. The estimate assumes that their relevances differ by `MODEL_GAP`.
-    Returns None if the measured documents are enough.
+    With these documents, half of all pairs of models would differ significantly if the relevances
+    of the two models differed by `MODEL_GAP`. Returns None if the measured documents are enough.
     """
     half_widths = [(ends[1] - ends[0]) / 2 for estimate in relevances if (ends := estimate.bounds)]
     documents = max(cell.n for cells in models for cell in cells)

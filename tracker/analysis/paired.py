@@ -128,8 +128,8 @@ class PairedOutcomes:
     def mean_drop(self, noun: str) -> Estimate:
         """Estimate the mean drop in the outcomes under the first ablation.
 
-        The outcomes are probabilities or log-probabilities. The mean is undefined if an outcome is
-        missing; then the reason calls the missing outcome `noun`.
+        The outcomes are probabilities or log-probabilities. If an outcome is missing, the mean is
+        undefined, and its reason names the missing outcome with the text `noun`.
         """
         drops = self.drops[:, 0]
         if reason := missing_reason(drops, noun):

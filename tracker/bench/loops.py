@@ -102,10 +102,10 @@ class Loop:
     def run(
         self, documents: Sequence[Document], ablations: Sequence[Ablation], progress: Progress
     ) -> None:
-        """Evaluate the baseline and some of the ablations; store the results in `evaluations`.
+        """Evaluate the baseline and some of the ablations.
 
         At most `MEASURED_ABLATIONS` ablations of each component are evaluated. The first item of
-        `ablations` is the baseline.
+        `ablations` is the baseline. The results are stored in `evaluations`.
         """
         for ablation in (ablations[0], *choose_ablations(ablations)):
             progress.say(f"{self.name}: {ablation.name}")

@@ -79,9 +79,9 @@ def read_records(folder: Path, kind: type[RecordType], damaged: dict[str, str]) 
 
 
 def _repeat_command(path: Path) -> str:
-    """Return an instruction to run the command that creates a results file again.
+    """Return the instruction to create a damaged results file again.
 
-    An example is "type `tracker prune FILE.yaml`".
+    The instruction names a command, such as "type `tracker prune FILE.yaml`".
     """
     if path.parent.name == "searches":
         return "type its `tracker prune` again"

@@ -164,10 +164,11 @@ def widen_request(
 
 
 def find_earlier_request(request: CellRequest, store: CellStore | None) -> CellRequest | None:
-    """Find an earlier request that has the same `until` setting and contains all runs.
+    """Return the request with the runs of a suitable earlier request.
 
-    Returns a copy of `request` with the runs of the earlier request. Returns None if there is no
-    such earlier request, or if `request` has no `until` setting.
+    An earlier request is suitable if it has the same `until` setting and contains all runs of
+    `request`. Returns None if there is no such earlier request, or if `request` has no `until`
+    setting.
     """
     view = store.views.view_of(request) if store else None
     question = view.until if view else None
