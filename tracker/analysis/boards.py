@@ -230,7 +230,7 @@ def _standings(
     verdicts: Mapping[Change, Verdict],
     words: Mapping[Change, str],
 ) -> tuple[PartStanding, ...]:
-    """Build the leaderboard entries of all parts, sorted by the drop's lower bound.
+    """Build the leaderboard entries of all parts of one kind.
 
     Args:
         cells: Cells of one model, one for each benchmark.
@@ -240,7 +240,7 @@ def _standings(
         words: Change of each part → verdict as text.
 
     Returns:
-        One entry for each part.
+        One entry for each part, sorted by the lower bound of the drop.
     """
     relevances = {change: [relevance_estimate(*pair) for pair in rows[change]] for change in rows}
     counts = {c: sum(r.value is not None for r in relevances[c]) for c in rows}
@@ -455,7 +455,17 @@ def _unshared_reason(
     ranked: Sequence[str],
     unused: Mapping[str, str],
 ) -> str:
-    """Return the reason why results with the settings `key` are not used for ranking models."""
+    """Return the reason why models are not ranked on the results of a key.
+
+    Args:
+        key: Key of a benchmark and its settings.
+        usable: Name of a model → key → the model's usable cell with this key.
+        ranked: Names of the ranked models; if empty, all models in `usable` are considered.
+        unused: Name of a model → reason why its cell with the key `key` is not usable.
+
+    Returns:
+        The reason, as one or more clauses.
+    """
     missing = [name for name in ranked or usable if key not in usable[name]]
     if missing:
         reasons = [f"{name}: {reason}" for name, reason in unused.items()]

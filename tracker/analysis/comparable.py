@@ -127,7 +127,8 @@ def row_labels(cells: Sequence[CellRecord], documents: bool = True) -> list[tupl
         documents: Whether the table also shows the number of documents.
 
     Returns:
-        The model name of each row, and the settings that distinguish rows with equal names.
+        One pair for each row: the name of the model, and the rest of the label, which begins with
+        the benchmark.
     """
     models = {cell.model.key: cell.model for cell in cells}
     names = dict(zip(models, model_labels(list(models.values())), strict=True))

@@ -176,9 +176,11 @@ def _measuring_costs(shards: Sequence[Mapping[str, Any]]) -> dict[str, float | i
 def _answered_outcomes(
     aligned: AlignedOutcomes, store: CellStore, view: View, answer: AnswerRecord | None
 ) -> tuple[AlignedOutcomes, list[tuple[str, int]]]:
-    """Return the outcomes that the stopping rule evaluated, and the order of all documents.
+    """Return the outcomes that a record uses, and the order of the documents.
 
-    Without early stopping, all outcomes and an empty order are returned.
+    If a stopping rule ended the measurement early, the outcomes are those that the rule evaluated,
+    and the order contains all documents of the benchmark. Otherwise all measured outcomes and an
+    empty order are returned.
     """
     if answer is None or len(aligned.tasks) >= aligned.n_requested:
         return aligned, []

@@ -253,7 +253,10 @@ def huggingface_loop(engine: Engine, batch_size: int) -> Loop:
 
 @contextmanager
 def _timed_model(engine: Engine) -> Iterator[list[float]]:
-    """Yield a list that collects the duration of each call of a layer or the output head."""
+    """Measure the duration of each call of a layer or of the output head.
+
+    Yields a list. Each call inside the `with` block appends its duration in seconds to the list.
+    """
     spent: list[float] = []
 
     def call_timed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

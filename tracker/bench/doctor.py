@@ -126,9 +126,10 @@ FEATURES: Mapping[str, EngineFeature] = {
 
 
 def largest_difference(first: Any, second: Any) -> float:
-    """Return the largest difference between two results, relative for values above 1.
+    """Return the largest difference between the values of two results.
 
-    The difference is infinite if shapes differ, or if only one of two values is NaN.
+    Each difference is divided by the larger of the two absolute values if that is greater than 1.
+    The result is infinite if the shapes or keys differ, or if only one of two values is NaN.
     """
     if isinstance(first, Mapping):
         if first.keys() != second.keys():

@@ -124,7 +124,7 @@ class CellStore:
         return frame[frame["doc"].isin(documents)]
 
     def _other_blocks(self, block: Block, documents: Iterable[int]) -> Iterator[Block]:
-        """Yield the blocks of other document orders that contain any of the documents.
+        """Yield blocks of other document orders that contain given documents.
 
         `documents` are document numbers of the block's task. Only orders in which documents of this
         cell were measured are searched; the order of `block` is left out.
@@ -359,7 +359,9 @@ class CellStore:
         return messages
 
     def shard_digests(self, verify_all: bool = False) -> list[tuple[str, str]]:
-        """List (file name, SHA-256) of each undamaged shard of the cell and its copies.
+        """List the file name and SHA-256 of each undamaged shard.
+
+        The shards in copies of the cell are included.
 
         A shard is verified again only if its file has changed, or if `verify_all` is true.
         """

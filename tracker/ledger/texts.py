@@ -46,9 +46,9 @@ class StoredText:
 
 
 def text_row(document: Document, text: DocumentText, public: bool) -> dict[str, object]:
-    """Build the row of a document for a file of texts; shorten a long question.
+    """Build the row of a document for a file of texts.
 
-    `public` states whether the benchmark's texts are public.
+    A long question is shortened. `public` states whether the benchmark's texts are public.
     """
     question, half = text.question, MAX_QUESTION_LENGTH // 2
     if len(question) > MAX_QUESTION_LENGTH:

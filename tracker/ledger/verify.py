@@ -159,7 +159,7 @@ def _cell_differences(*stores: CellStore) -> Iterator[str]:
 
 
 def _outcomes(store: CellStore) -> dict[tuple[str, int, str], str]:
-    """Read a cell's outcomes as text, so that outcomes with NaN compare as equal.
+    """Read a cell's outcomes as text, so that NaN equals NaN.
 
     Returns (task, document number, ablation name) → text of all values of the outcome.
     """

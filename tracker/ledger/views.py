@@ -188,7 +188,10 @@ class Views:
         return self._place_view(self.view_of(request), named)[0]
 
     def related_views(self, new: View) -> list[View]:
-        """List the stored views with the metric, removed layers and seed of `new`."""
+        """List the stored views that are similar to the view `new`.
+
+        Such views have the same metric, removed layers and seed of the document order as `new`.
+        """
         # A search has thousands of views, each without other layers.
         start = glob.escape(quote(view_name(new.removed, "", "", ""))[:_MAX_READABLE_NAME])
         patterns = (f"{start}[-.][!0-9]*", f"{start}-*-doc*") if new.removed else (f"{start}*",)

@@ -189,7 +189,7 @@ def check_layers(cells: Sequence[CellLookup]) -> None:
 
 
 def check_range(request: CellRequest, parts: ModelParts) -> None:
-    """Raise ExperimentError if a request does not fit the layers and parts of the model.
+    """Raise ExperimentError if a request does not fit the model's layers.
 
     The error is raised if the model lacks a requested layer or part, or if none of the requested
     ablations is possible. It is also raised if the `until` setting needs more runs than the request

@@ -138,7 +138,9 @@ class Scorer:
     def score_again(
         self, documents: Sequence[Document], ablations: Sequence[Ablation]
     ) -> list[DocumentScores]:
-        """Score documents again with less shared computation, to measure rounding errors.
+        """Score documents again with less shared computation.
+
+        The differences from the first scores measure rounding errors.
 
         Args:
             documents: The documents to score. No texts are generated.
