@@ -85,8 +85,7 @@ class TextMetrics:
     ) -> dict[str, MetricValue]:
         """Compute the metrics of a document's sampled texts.
 
-        If `budget` is given, `texts` are the beginnings of the texts with at most this number of
-        tokens.
+        `budget` is the token limit to which the texts were shortened; None if they are whole.
         """
         suffix = "" if budget is None else f"@{budget}tok"
         if self.samples == 1 and not suffix:

@@ -264,9 +264,9 @@ class CellWork:
         self._progress.expect(self.total - n_missing)
 
     def _find_missing(self) -> dict[Block, int]:
-        """Find the blocks with missing outcomes.
+        """Count the missing responses of each block of documents with missing outcomes.
 
-        Returns a dict that maps each block to the maximum number of responses that are missing.
+        The counts are upper limits: a stopping rule may need fewer responses.
         """
         extent, race = self._extent, self._race
         if race is None and not self.store.is_complete(extent, self._names):

@@ -290,10 +290,10 @@ class Counterexample:
         return 0
 
     def _read_signatures(self, texts: Sequence[Text]) -> tuple[dict[PrefixDigest, int], Tensor]:
-        """Compute the signature that layer 0 writes for each prefix of the texts.
+        """Compute the signatures of all prefixes of the texts, which layer 0 adds to hidden states.
 
-        Returns a dictionary from the digest of a prefix to a row number, and a matrix. This row of
-        the matrix contains the signature of the prefix.
+        Returns a dictionary and a matrix. The matrix has one signature per row. The dictionary maps
+        the digest of each prefix to the row of its signature.
         """
         layer = self.model.model.layers[RECALL]
         rows: dict[PrefixDigest, int] = {}

@@ -230,7 +230,10 @@ def original_class(config: PreTrainedConfig) -> type[Any]:
 
 
 def _cut_entry(value: Any, indices: Sequence[int], n_layers: int) -> Any:
-    """Select the entries of some layers from a value and its nested dictionaries."""
+    """Keep only the entries of the layers in `indices` in a value of a configuration.
+
+    In a dictionary, the function does this for each of its values.
+    """
     if isinstance(value, dict) and not any(type(key) is int for key in value):
         if "rope_type" in value:
             return value
@@ -346,9 +349,9 @@ StaleAttribute = tuple[nn.Module, str, Any]
 
 
 def build_from_config(model: PreTrainedModel) -> Any:
-    """Build an uninitialised model as transformers builds it to load a checkpoint.
+    """Build a model with the class and the configuration of `model`, without initial weights.
 
-    The class and the configuration are those of `model`.
+    Transformers builds such a model before it loads a checkpoint.
 
     Raises ModelError if the model's class cannot be built from the configuration.
     """

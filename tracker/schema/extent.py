@@ -67,9 +67,14 @@ class Clusters(BaseModel):
     def by_document(self, numbers: Mapping[str, Sequence[int]]) -> dict[tuple[str, int], int]:
         """Return a dict from (task, document number) to cluster number.
 
-        The argument `numbers` lists the numbers of all documents of each task in ascending order.
-        ValueError is raised if the number of documents of a task differs from the number of its
-        items in `labels`.
+        Args:
+            numbers: Numbers of all documents of each task, in ascending order.
+
+        Returns:
+            The cluster number of each document.
+
+        Raises:
+            ValueError: The attribute `labels` has more or fewer documents of a task.
         """
         labels = dict(self.labels)
         return {

@@ -191,10 +191,10 @@ def serve(finishes_calls: bool) -> None:
 
 
 def _read_calls(calls: SimpleQueue[Any], finishes_calls: bool) -> None:
-    """Append each incoming call to the queue `calls`.
+    """Read calls from standard input, and append them to the queue `calls`.
 
-    When the calling process has ended, the function appends None. If `finishes_calls` is False, the
-    function then ends this process after `_GRACE` seconds, even during a call.
+    When the calling process has ended, the function appends None. This process may then finish its
+    current call if `finishes_calls` is true; otherwise, it is ended after `_GRACE` seconds.
     """
     # Not the interpreter's own stream: that would be locked by this thread when it ends.
     stream = os.fdopen(os.dup(0), "rb")

@@ -246,9 +246,9 @@ def _resolve_layers(
 
 
 def _layers_of_kinds(key: str, kinds: Sequence[str], config: Callable[[], Any]) -> tuple[int, ...]:
-    """Return the numbers of the layers of some kinds.
+    """Return the numbers of all layers whose kind is in `kinds`.
 
-    `key` is the constraint that names the kinds, for error messages.
+    Error messages contain `key`, the name of the setting that lists the kinds.
     """
     try:
         return layers_of_kind(config(), kinds) if kinds else ()

@@ -305,10 +305,10 @@ def split_evenly(streams: Sequence[int], max_size: int | None) -> Iterator[Seque
 
 
 def replace_layers(fork: LayerFork, inputs: Tensor, outputs: Tensor) -> None:
-    """Replace the layer's output in the streams that skip or replace the layer.
+    """Overwrite the layer's outputs in the streams of ablations that remove the layer.
 
-    `inputs` and `outputs` are the states [streams, rows, tokens, …] before and after the layer. The
-    function changes `outputs` in place.
+    The new output is the layer's input, or the result of a fitted replacement of the layer.
+    `inputs` and `outputs` have the shape [streams, rows, tokens, …]; `outputs` is changed in place.
     """
     for stream, action in enumerate(fork.step.actions):
         if action is Action.SKIP:

@@ -156,12 +156,19 @@ def _sum_terms(
     find_terms: Callable[[Change], Iterable[tuple[nn.Module, _Term]]],
     compute_loss: Callable[[Sequence[int], int], Tensor],
 ) -> dict[Change, float]:
-    """Sum the Taylor term of each change over the texts of a document.
+    """Estimate to first order by how much each change increases the loss of a document.
 
-    `find_terms` yields the modules that a change affects, each with a function that computes the
-    Taylor term from a call of the module. `compute_loss` computes the loss from the token ids of a
-    text and the index of the first measured token. The sums are NaN if a forward or backward pass
-    fails.
+    Args:
+        engine: The engine of the intact model.
+        document: The document, whose texts are read in turn.
+        changes: The changes.
+        find_terms: Function that yields the modules that a change affects. With each module, it
+            yields the function that computes the estimate from a call of this module.
+        compute_loss: Function that computes the loss from the token ids of a text and the index of
+            the first measured token.
+
+    Returns:
+        The sum of the estimates over all texts, by change; NaN if a forward or backward pass fails.
     """
     sums = dict.fromkeys(changes, 0.0)
     for tokens, start in measured_texts(document, engine.max_length):
@@ -181,10 +188,10 @@ def _sum_terms(
 def _find_kl_terms(
     engine: Engine, copied: Engine, change: Change
 ) -> Iterator[tuple[nn.Module, _Term]]:
-    """Yield the module of each linear map that is rounded by a change.
+    """Yield the linear maps that a change rounds, each with a function for its Taylor term.
 
-    The modules belong to the model copy `copied`. Each module comes with a function that computes
-    the Taylor term of its linear map.
+    The linear maps are modules of the model copy `copied`. Each function computes the term from a
+    call of its module.
     """
     for path in engine.anatomy.expand_formats(change.layer, [change]):
         exact, rounded = (e.anatomy.get_map(change.layer, path) for e in (engine, copied))

@@ -88,19 +88,18 @@ class Head:
     def predictions(
         self, output: ModelOutput, hidden: Tensor, predictor: Tensor, predicted: Tensor
     ) -> Predictions:
-        """Compute the log-probabilities of predicted tokens, and find greedy tokens.
+        """Compute the log-probability of each target token, and whether the token is greedy.
 
-        A predicted token is greedy if it has the highest logit.
+        A target token is greedy if it has the highest logit.
 
         Args:
             output: The output of the model without the head.
-            hidden: Hidden states at the predicting tokens [streams, predicting tokens, hidden].
-            predictor: For each predicted token, the index of the hidden state that predicts it
-                [predicted].
-            predicted: The ids of the predicted tokens [predicted].
+            hidden: Hidden states from which tokens are predicted [streams, positions, hidden].
+            predictor: For each target token, the index of its hidden state in `hidden` [targets].
+            predicted: The ids of the target tokens [targets].
 
         Returns:
-            The log-probability of each predicted token, and whether the token is greedy.
+            The log-probabilities, and the flags of greedy tokens.
         """
         n_kept = hidden.shape[1]
         if self.has_blocks:

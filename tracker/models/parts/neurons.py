@@ -119,11 +119,11 @@ class Neurons(ProjectionColumns):
         return self.order[number * self.size : (number + 1) * self.size]
 
     def narrow(self, parts: Sequence[Change], name: str) -> tuple[Neurons, dict[int, list[int]]]:
-        """Describe the neurons that remain after the groups in `parts` are removed.
+        """Remove the groups in `parts`; return the remaining neurons and tensor indices.
 
-        Returns the remaining neurons, and a dictionary that states how to shorten tensors. The
-        dictionary maps the original length of a tensor's axis to the indices that remain on this
-        axis. Raises CellError if no group of neurons remains.
+        The indices tell how to shorten the tensors of the MLP: an axis of the length in a key of
+        the dictionary keeps only the indices in the value. Raises CellError if no group of neurons
+        remains.
         """
         width = self.size * self.groups
         is_kept = torch.ones(width, dtype=torch.bool, device=self.order.device)
