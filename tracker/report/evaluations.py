@@ -181,7 +181,7 @@ class _Evaluation:
     def write_samples(self, decisions: Decisions, with_private: bool, path: Path) -> None:
         """Write the outcomes of the documents as lines of JSON.
 
-        There is one line for each document and each model (the intact model and the ablated
+        For each document, there is one line for each model (the intact model and all ablated
         models).
         """
         answers, intact = dict(decisions.runs), decisions.baseline

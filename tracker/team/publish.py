@@ -212,8 +212,8 @@ class Publisher:
         """Publish the results in `record` to all projects.
 
         If a larger measurement has replaced these results, the results of the larger measurement
-        are published too. If `trust_receipts` is true, a project is skipped if a receipt states
-        that `record` is already published there.
+        are published too. With `trust_receipts`, projects are skipped if a receipt states that
+        `record` is already published there.
         """
         publication = self._publish_record(store, record, files, trust_receipts)
         if (view := store.views.superseding_view(record.view)) is None:

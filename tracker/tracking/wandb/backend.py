@@ -349,7 +349,8 @@ def _find_runs(
     """Yield each run that tracker wrote and that matches the filters.
 
     Each run is yielded as a pair with the field `tracker` of its config. If the project does not
-    exist, the function yields nothing. With `must_exist`, it raises ValueError instead.
+    exist, the function yields nothing. If `must_exist` is true, the function raises ValueError
+    instead.
     """
     try:
         runs = list(wandb.Api().runs(path, filters=filters, lazy=False, per_page=100))
