@@ -176,9 +176,10 @@ class ModelPair:
 def pair_models(cells: Sequence[CellRecord]) -> tuple[list[ModelPair], int]:
     """List pairs of models that can be compared layer by layer.
 
-    The models of a pair have equally many layers, and share a benchmark with equal settings. If two
-    models have common results for accuracies and for losses, they form a pair for each kind of
-    metric. Returns at most `MAX_PAIRS` pairs, and the total number of pairs.
+    The models of a pair have equally many layers, and both have results on a benchmark with equal
+    settings. If both have results for accuracies and for losses, the models form one pair for the
+    accuracies and another pair for the losses. Returns at most `MAX_PAIRS` pairs, and the total
+    number of pairs.
     """
     models = {
         label: {comparison_key(cell): cell for cell in group if cell.whole_layers}

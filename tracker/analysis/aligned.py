@@ -87,8 +87,9 @@ class AlignedOutcomes:
     ) -> None:
         """Restrict the outcomes to the documents that are measured in all given runs.
 
-        Outcomes of the intact model and of `extra_ablations` are required too. If `documents` is
-        given, all other documents are excluded. Runs without any outcome are listed in `missing`.
+        The documents must also be measured in the intact model and under the `extra_ablations`. If
+        `documents` is given, all other documents are excluded. Runs without any outcome are listed
+        in `missing`.
         """
         removed = Ablation.from_changes(removed=self._removed)
         ablations = [INTACT, removed, *map(self.ablation, runs), *extra_ablations]
@@ -145,7 +146,7 @@ class AlignedOutcomes:
     def n_clusters(self) -> float | None:
         """Effective number of clusters; None if all documents are independent.
 
-        The effective number is lower than the real number if the clusters have different weights.
+        The effective number is lower than the actual number if the clusters have different weights.
         """
         return None if self._clusters is None else effective_number(self.weights, self.clusters)
 
@@ -212,7 +213,7 @@ class AlignedOutcomes:
 
     @property
     def tokens(self) -> Array:
-        """Number of tokens of each document over which the stored proxies were summed."""
+        """Array with the number of tokens over which proxies were summed in each document."""
         return self.rows(INTACT)["proxy_tokens"].to_numpy(dtype=np.float64)
 
     def resample(self, values: Array, weights: Array | None = None) -> Array:
@@ -316,7 +317,10 @@ class AlignedOutcomes:
         return self._cached(_options_logprobs, ablation)
 
     def has_no_effect(self, ablation: Ablation) -> bool:
-        """Return whether an ablation changes neither generated texts nor scores beyond rounding."""
+        """Return whether an ablation changes no generated text and no score.
+
+        Changes of scores within the rounding tolerance are ignored.
+        """
         tables = self.rows(INTACT), self.rows(ablation)
         texts, changed_texts = ([*rows.get("text", ())] for rows in tables)
         is_written = any(isinstance(text, str) for text in changed_texts)
@@ -328,9 +332,10 @@ class AlignedOutcomes:
         return bool(is_comparable and np.allclose(intact, ablated, *LOGPROB_TOLERANCES))
 
     def proxy_sums(self, proxy: Proxy) -> Array:
-        """Return a proxy summed over each document's tokens, as `[documents, layers]`.
+        """Return the sum of a proxy over the tokens of each document.
 
-        The sum is NaN for documents that were measured without observing the proxy.
+        The result is an array `[documents, layers]`. The sum is NaN for documents that were
+        measured without observing the proxy.
         """
         unobserved = np.full(self.identity.model.layers, np.nan)
         return np.stack([unobserved if sums is None else sums for sums in self._stored_sums(proxy)])
@@ -347,13 +352,14 @@ class AlignedOutcomes:
         return self._stack(np.asarray(values, dtype=np.float64) for values in columns)
 
     def unobserved_reason(self, proxy: Proxy) -> str:
-        """Describe how many documents lack a proxy; return "" if the proxy is known for all."""
+        """Describe how many documents lack a proxy; return "" if no document does."""
         return count_unobserved([sums is None for sums in self._stored_sums(proxy)])
 
     def _stored_sums(self, proxy: Proxy) -> list[Array | None]:
-        """Return a list with an array `[layers]` of a proxy's sums for each document.
+        """List the stored sums of a proxy for each document.
 
-        The item of a document is None if the document was measured without observing the proxy.
+        The item of a document is an array `[layers]`. The item is None if the document was measured
+        without observing the proxy.
         """
         rows = self.rows(INTACT)
         column = rows.get(proxy.column, [None] * len(rows))
@@ -385,7 +391,7 @@ class AlignedOutcomes:
 
 
 def count_unobserved(is_unobserved: Sequence[bool] | NDArray[np.bool_]) -> str:
-    """Describe how many documents lack a proxy; return "" if the proxy is known for all."""
+    """Describe how many documents lack a proxy; return "" if no document does."""
     count = f"{sum(is_unobserved)} of {len(is_unobserved)}"
     return f"the proxy was not computed for {count} documents" if any(is_unobserved) else ""
 

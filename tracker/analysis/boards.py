@@ -31,7 +31,10 @@ from tracker.stats.support import (
 
 
 def layer_relevance(cell: CellRecord, layer: int) -> Estimate:
-    """Return a layer's accuracy drop divided by the intact model's accuracy above chance."""
+    """Return the accuracy relevance of a layer, as `relevance_estimate` computes it.
+
+    The estimate is undefined if the removal of the layer is not measured.
+    """
     run = cell.runs_of_kind().get(layer)
     relevance = relevance_estimate(cell, run) if run else Estimate(None)
     if is_finite(relevance.value):
@@ -59,9 +62,9 @@ def relative_depth(layer: int, layers: int) -> float:
 def relevance_estimate(cell: CellRecord, run: RunRecord, family: int = 1) -> Estimate:
     """Compute a run's accuracy relevance, with a confidence interval.
 
-    The relevance is the accuracy drop divided by the baseline's accuracy above chance. The interval
-    is corrected for comparing `family` runs. There is no interval if the confidence interval of the
-    baseline's accuracy includes chance accuracy.
+    The relevance is the accuracy drop divided by the difference between the baseline's accuracy and
+    chance accuracy. The interval is corrected for comparing `family` runs. There is no interval if
+    the confidence interval of the baseline's accuracy includes chance accuracy.
     """
     value, chance = run.accuracy_relevance, cell.chance_accuracy
     if value is None:
@@ -234,7 +237,7 @@ def _standings(
 
     Args:
         cells: Cells of one model, one for each benchmark.
-        rows: Change of each part → its cells and runs.
+        rows: Change of each part → its runs, each paired with the cell of the run.
         drops: Change of each part → its mean drop; None if a benchmark lacks the part's run.
         verdicts: Change of each part → verdict on its drop.
         words: Change of each part → verdict as text.
@@ -455,7 +458,7 @@ def _unshared_reason(
     ranked: Sequence[str],
     unused: Mapping[str, str],
 ) -> str:
-    """Return the reason why models are not ranked on the results of a key.
+    """Return the reason why cells with a given key are not used for ranking.
 
     Args:
         key: Key of a benchmark and its settings.

@@ -1,6 +1,6 @@
 """Decide which statements about one model's layers are statistically supported.
 
-Statements about layers in reports, leaderboards and experiment trackers rest on these decisions.
+Reports, leaderboards and experiment trackers show these statements.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _ByCell = dict[str, dict[int, Estimate]]
 
 
 class NextStep(NamedTuple):
-    """Suggested larger sample with which more layers could be decided.
+    """Suggested number of documents with which more layers may get a verdict.
 
     Attributes:
         measure: The measure to test: `choice_probability`, or "" for the metric of the cells.
@@ -60,9 +60,10 @@ class NextStep(NamedTuple):
 
 @dataclass(frozen=True)
 class Claims:
-    """Statistically supported statements about one model's layers, averaged over benchmarks.
+    """Statistically supported statements about the layers of one model.
 
-    With at least 95 % confidence, all statements are true. Layers are 0-based numbers.
+    The statements concern means over benchmarks. With at least 95 % confidence, all statements are
+    true. Layers are 0-based numbers.
 
     Attributes:
         cells: Results on which the statements are based, one for each benchmark.
@@ -73,7 +74,7 @@ class Claims:
         choices: Layer → mean drop of the choice probability, with a corrected confidence interval.
             The dict is empty if a benchmark has no options, or if `drops` already contains drops of
             the choice probability.
-        options: Key of a cell → layer → drop of the log of the answer options' total probability.
+        options: Key of a cell → layer → drop in the log-probability of all answer options together.
         family: Number of comparisons for which the confidence intervals are corrected.
     """
 
@@ -87,17 +88,17 @@ class Claims:
 
     @property
     def costly(self) -> list[int]:
-        """List of the layers whose removal is shown to cost accuracy."""
+        """List of the layers whose removal significantly reduces accuracy."""
         return [layer for layer in self.layers if self.verdicts[layer] == "costs"]
 
     @property
     def helpful(self) -> list[int]:
-        """List of the layers whose removal is shown to improve the model."""
+        """List of the layers whose removal significantly improves the model."""
         return [layer for layer in self.layers if self.verdicts[layer] == "helps"]
 
     @property
     def small(self) -> list[int]:
-        """List of the layers whose removal is shown to cost less accuracy than `SMALL_DROP`."""
+        """List of the layers whose removal costs significantly less accuracy than `SMALL_DROP`."""
         if not self.is_accuracy:
             return []
         return [layer for layer in self.layers if self.drops[layer].side(SMALL_DROP) < 0]
@@ -106,8 +107,8 @@ class Claims:
     def less_probable(self) -> dict[int, Estimate]:
         """Layers whose removal significantly reduces the choice probability.
 
-        The dict maps each of these layers to the drop. Layers with another verdict than `open` are
-        left out.
+        The dict maps each of these layers to the drop of the choice probability. It contains only
+        layers whose verdict on accuracy is `open`.
         """
         return self._choices_of_open_layers(1)
 
@@ -115,8 +116,8 @@ class Claims:
     def more_probable(self) -> dict[int, Estimate]:
         """Layers whose removal significantly increases the choice probability.
 
-        The dict maps each of these layers to the negative drop. Layers with another verdict than
-        `open` are left out.
+        The dict maps each of these layers to the drop of the choice probability, which is negative.
+        It contains only layers whose verdict on accuracy is `open`.
         """
         return self._choices_of_open_layers(-1)
 
@@ -215,10 +216,10 @@ class Claims:
         return {1: "less probable", -1: "more probable"}.get(side, small)
 
     def next_steps(self) -> list[NextStep]:
-        """Suggest larger samples with which more layers could be decided.
+        """Suggest larger samples of documents with which more layers may get a verdict.
 
-        Each sample would probably decide half of the layers that are undecided so far. The list has
-        at most two samples: one for the metric, and one for the choice probability. The list is
+        With each sample, half of the layers in `open` would probably get a verdict. The list has at
+        most two samples: one for the metric, and one for the choice probability. The list is
         empty if no layer is undecided, if the metric is a loss, or if no outcome changed.
         """
         open_layers = {*self.open} if self.is_accuracy else set()
@@ -368,8 +369,8 @@ def _corrected_drops(cell: CellRecord, runs: Sequence[RunRecord]) -> tuple[list[
 def error_share(cell: CellRecord, runs: Sequence[RunRecord]) -> tuple[float, int]:
     """Return the error rate and the number of comparisons for tests of drops.
 
-    For whole layers, tests of accuracy drops share the error rate with tests of choice
-    probabilities.
+    For whole layers, the error rate `ALPHA` is divided between the tests of accuracy drops and the
+    tests of other drops, e.g. of the choice probability.
     """
     if all(run.change.kind == WHOLE_LAYER for run in runs) and not cell.is_raced:
         return _layer_error_share([cell], len(runs))

@@ -212,7 +212,7 @@ def select_countable(
     """Choose the cells of one model that rankings use, one cell for each benchmark.
 
     `select` returns the runs of a cell that are ranked. Returns the chosen cells, and a dict that
-    maps the label of each other cell to the reason why it is not chosen.
+    maps the label of each excluded cell to the reason.
     """
     labels = dict(zip(map(id, cells), benchmark_labels(cells), strict=True))
     outdated = find_outdated(cell for cell in cells if not unusable_reason(cell, select))
@@ -251,8 +251,8 @@ def select_countable(
 def cell_preference(cell: CellRecord, select: RunSelector = _WHOLE_LAYERS) -> tuple[int, ...]:
     """Return a sort key of a cell; rankings use the cell with the largest key.
 
-    Cells with more runs are preferred, and then cells with more documents. If these numbers are
-    equal, the benchmark's own metric is preferred, and then randomly drawn documents.
+    The key consists of the number of runs, the number of documents, whether the metric is the
+    benchmark's own metric, and whether the documents are randomly drawn or form clusters.
     """
     return len(select(cell)), cell.n, not cell.other_metric, bool(cell.sampling_text)
 

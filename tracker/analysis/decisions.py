@@ -45,7 +45,10 @@ class RoundingRisk(NamedTuple):
 
     @property
     def n_undecided(self) -> int | None:
-        """Number of documents that rounding could turn right or wrong; None if unknown."""
+        """Number of answers that rounding could change from right to wrong or vice versa.
+
+        The number is None if the probabilities are unknown.
+        """
         return None if self.chances is None else count_undecided(self.chances)
 
 
@@ -146,11 +149,11 @@ class Decisions:
     missing: Sequence[tuple[str, int]] = ()
 
     def lost_documents(self, run: ModelDecisions) -> np.ndarray:
-        """Return a boolean mask of the documents with a lower score than in the intact model."""
+        """Return a boolean mask of the documents whose score is lower than in the intact model."""
         return run.score < self.baseline.score
 
     def won_documents(self, run: ModelDecisions) -> np.ndarray:
-        """Return a boolean mask of the documents with a higher score than in the intact model."""
+        """Return a boolean mask of the documents whose score is higher than in the intact model."""
         return run.score > self.baseline.score
 
     @property
@@ -268,7 +271,10 @@ def decisions_record(decisions: Decisions, max_shown: int = MAX_SHOWN_DOCUMENTS)
 
 
 def _lowest(values: Array, mask: np.ndarray, count: int) -> list[int]:
-    """Return the indexes of the `count` lowest values among those that a mask selects."""
+    """Return the indexes of the lowest values that a mask selects.
+
+    At most `count` indexes are returned; the index of the lowest value is the first.
+    """
     indexes = np.flatnonzero(mask)
     lowest: list[int] = indexes[np.argsort(values[indexes], kind="stable")][:count].tolist()
     return lowest

@@ -150,8 +150,8 @@ class DocumentMetric:
 def read_pairs(column: pd.Series[Any]) -> Array:
     """Parse a column of JSON pairs into an array `[documents, 2]`.
 
-    A pair contains a sum and its number of units. The row of a document without a
-    stored pair contains NaN.
+    A pair consists of a sum and the number of units over which the sum was computed. The row of a
+    document without a stored pair contains NaN.
     """
     missing = (math.nan, math.nan)
     pairs = [json.loads(value) if isinstance(value, str) else missing for value in column]

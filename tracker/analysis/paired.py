@@ -68,8 +68,8 @@ def variance_range(runs: Iterable[RunRecord]) -> tuple[OutcomeVariance, OutcomeV
 class PairedOutcomes:
     """Outcomes of each document in the intact model and under each of several ablations.
 
-    An outcome is NaN if lm-eval gives no finite score or names no gold answer. An estimate
-    that includes a NaN outcome is undefined, and contains the reason.
+    An outcome is NaN if lm-eval computes no finite score, or if the document has no gold answer. An
+    estimate that includes a NaN outcome is undefined, and contains the reason.
 
     Attributes:
         baseline: Outcomes of the intact model, as `[documents]`.
@@ -96,14 +96,14 @@ class PairedOutcomes:
 
     @property
     def drops(self) -> Array:
-        """Decrease of each document's score under each ablation `[documents, ablations]`."""
+        """Array `[documents, ablations]` of the decrease of each document's score."""
         paired = self.scores
         with np.errstate(invalid="ignore"):  # −∞ minus −∞ is undefined
             return paired.baseline[:, None] - paired.ablated
 
     @property
     def mean_drops(self) -> Array:
-        """Weighted mean drop over the documents under each ablation `[ablations]`."""
+        """Array `[ablations]` of the weighted mean drop over the documents."""
         return np.asarray(self.weights @ self.drops)
 
     def level(self, index: int) -> Estimate:
@@ -141,7 +141,8 @@ class PairedOutcomes:
         """Return two arrays whose difference is the drop, and the weights of their items.
 
         An item belongs to a document or to a cluster of documents. The first array contains the
-        intact outcomes, and the second the ablated outcomes. For a loss, the arrays are swapped.
+        outcomes of the intact model, and the second array contains the outcomes under the ablation.
+        For a loss, the two arrays are swapped.
         """
         intact, ablated = self.baseline, self.ablated[:, index]
         terms = (intact, ablated) if self.higher_is_better else (ablated, intact)

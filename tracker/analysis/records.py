@@ -179,8 +179,8 @@ def _answered_outcomes(
     """Return the outcomes that a record uses, and the order of the documents.
 
     If a stopping rule ended the measurement early, the outcomes are those that the rule evaluated,
-    and the order contains all documents of the benchmark. Otherwise all measured outcomes and an
-    empty order are returned.
+    and the order contains all documents of the benchmark. Otherwise the
+    outcomes of all measured documents and an empty order are returned.
     """
     if answer is None or len(aligned.tasks) >= aligned.n_requested:
         return aligned, []
@@ -194,7 +194,7 @@ def _answered_outcomes(
 def _first_outcomes(
     outcomes: AlignedOutcomes, view: View, answer: AnswerRecord, order: Sequence[tuple[str, int]]
 ) -> AlignedOutcomes:
-    """Return the outcomes on the documents that the stopping rule used.
+    """Return the outcomes on the documents in `order`.
 
     The result contains the runs in `answer`, the stopping rule's result. It contains another run
     of the view only if the run is measured on all documents in `order`. The runs of the view that

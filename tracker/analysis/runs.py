@@ -1,4 +1,7 @@
-"""Compute the statistics of one run (one ablation on one benchmark) against the intact model."""
+"""Compute the statistics of one run, compared with the intact model.
+
+A run is one ablation on one benchmark.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +66,7 @@ class LayerProxies:
         outcomes: Outcomes of the documents.
 
     Attributes:
-        tokens: Number of tokens of each document over which the proxies are summed.
+        tokens: Number of tokens over which the proxies are summed in each document.
         sums: Name of the proxy → array `[documents, layers]` of sums over tokens.
         reasons: Name of the proxy → reason why the proxy is undefined for all layers; "" if there
             is none.
@@ -133,12 +136,15 @@ class PartProxies:
         ]
 
     def unobserved_reason(self, proxy: Proxy, indexes: Sequence[int]) -> str:
-        """Describe how many documents lack a proxy; return "" if the proxy is known for all."""
+        """Describe how many documents lack a proxy; return "" if no document does."""
         name = proxy.name if proxy.component == "part" else "routed_share"
         return count_unobserved(np.isnan(self.sums[name][:, indexes].sum(axis=1)))
 
     def counts(self, proxy: Proxy) -> Array:
-        """Return the number of tokens over which a proxy is summed, `[documents, runs]`."""
+        """Return the number of tokens over which a proxy is summed.
+
+        The result is an array `[documents, runs]`.
+        """
         return self.sums[proxy.over] if proxy.over else self._tokens
 
     def estimates(self, run: Change) -> dict[str, Estimate]:

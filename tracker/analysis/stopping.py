@@ -50,8 +50,8 @@ class InterimEstimates:
     """Progress of a running measurement, with interim estimates of the drops.
 
     Attributes:
-        documents: Number of documents that are measured in all requested runs (with `until`: in the
-            intact model).
+        documents: Number of documents that are measured in all requested runs. If the view has an
+            `until` setting, number of documents that are measured in the intact model.
         requested: Number of requested documents; None if a stopping rule (`until`) decides when to
             stop.
         tokens: Number of tokens of these documents, counted like `CellRecord.tokens`.
@@ -171,8 +171,8 @@ class BlockRace:
     """Sequential comparison (race) of ablations on blocks of documents.
 
     The documents of the benchmark are evaluated in one random order. The stopping rule is evaluated
-    after every block, up to the first block that is not measured completely. Later outcomes are
-    ignored, because they may not be a random sample.
+    after every block, up to the first block that is not measured completely. Outcomes of later
+    blocks are ignored, because they may not be a random sample.
 
     Attributes:
         rule: Stopping rule of the comparison.
@@ -281,9 +281,9 @@ class BlockRace:
         return (*names, *compress(self._names, self.open))
 
     def measured_documents(self, n_looked: np.ndarray) -> np.ndarray:
-        """Count the documents that are measured when `n_looked` documents are evaluated.
+        """Count the documents to measure so that `n_looked` documents can be evaluated.
 
-        Blocks are measured as a whole, so this number can exceed `n_looked`.
+        Each block is measured completely, so the result can exceed `n_looked`.
         """
         starts = [0, *(turn.end for turn in self._turns[:-1])]
         totals = np.cumsum([0, *(turn.size for turn in self._turns)])
@@ -291,7 +291,7 @@ class BlockRace:
 
 
 class CellRace(BlockRace):
-    """Sequential comparison of a model's runs, which stops when `until` is decided.
+    """Sequential comparison of a model's runs with the stopping rule `until`.
 
     Attributes:
         race: State of the comparison, with bounds on the mean drop of each compared run.
@@ -326,7 +326,7 @@ class CellRace(BlockRace):
 
     @property
     def contenders(self) -> str:
-        """Description of the runs that the stopping rule has not decided yet."""
+        """Description of the runs that are still undecided, for progress messages."""
         return open_runs_text(self.record())
 
     def record(self) -> AnswerRecord:
@@ -410,7 +410,10 @@ def forecast_answer(store: CellStore, view: View) -> AnswerForecast | None:
 
 
 class CandidateRace(BlockRace):
-    """Sequential comparison that finds the ablation with the least loss, up to a tolerance."""
+    """Sequential comparison that finds the ablation with the smallest loss.
+
+    The loss of the chosen ablation may exceed the smallest loss by a tolerance.
+    """
 
     def __init__(
         self,
@@ -452,12 +455,12 @@ class CandidateRace(BlockRace):
 
     @property
     def contenders(self) -> str:
-        """Number of candidates that can still win, as text for progress messages."""
+        """Number of candidates that are not excluded yet, as text for progress messages."""
         return f"{self.open.sum()} of {len(self._names)} candidates are left"
 
     @property
     def winners(self) -> list[int]:
-        """Indexes of the winning candidates, or of all undecided candidates if none has won."""
+        """Indexes of the chosen candidates; if none is chosen yet, of all undecided candidates."""
         is_chosen = self.rule.chosen
         indexes: list[int] = np.flatnonzero(is_chosen if is_chosen.any() else self.open).tolist()
         return indexes
@@ -474,7 +477,7 @@ def _missing_gold_reason(outcomes: Array) -> str:
 
 
 def count_passes(ablation: Ablation, layers: int) -> int:
-    """Count the layer computations that an ablation requires.
+    """Count the passes through layers that an ablation requires for each token.
 
     Layers before the first changed layer are not counted, because their hidden states are those of
     the intact model. Removed layers and layers replaced by fitted functions are not counted.

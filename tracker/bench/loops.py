@@ -219,7 +219,10 @@ def _identity_forward(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def refuse_vllm(request: CellRequest) -> None:
-    """Raise RequestError if vLLM is missing or cannot run a request; load no model."""
+    """Raise RequestError if vLLM is missing or cannot run a request.
+
+    No model is loaded for this check.
+    """
     parts = ", ".join(sorted({*request.changes.components} - {"layer"}))
     reasons = {
         f"vLLM can only skip whole layers, not {parts}; leave --component out": parts,

@@ -42,7 +42,8 @@ class Block:
 class ScheduledBlock(NamedTuple):
     """Block to measure, with its size and its position in the order of documents.
 
-    After this block is measured, all of the first `end` documents in the order are measured.
+    After this block and all earlier blocks are measured, the first `end` documents in the order are
+    measured.
     """
 
     block: Block

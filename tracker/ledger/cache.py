@@ -164,8 +164,8 @@ _DRAFTS_KIND = "drafts"
 class Drafts:
     """Cache of generated texts until the outcomes of their documents are complete.
 
-    If a run is interrupted in the middle of a document, the repeated run reads its texts from the
-    cache.
+    If a run is interrupted before a document is complete, the next run reads the generated texts
+    from the cache instead of generating them again.
     """
 
     def __init__(self) -> None:
@@ -199,7 +199,10 @@ class Checks:
         self._root = root
 
     def recall(self, key: str) -> str | None:
-        """Return a stored verdict from the results folder or the cache; None if there is none."""
+        """Return the stored verdict for a key; None if there is none.
+
+        The verdict is read from the results folder, or else from the cache.
+        """
         for root in (self._root, cache_folder()):
             verdict = read_trusted(root, _CHECKS_KIND, key).get("verdict")
             if verdict is not None:

@@ -136,7 +136,10 @@ class CellStore:
                 yield Block(block.task, number, seed)
 
     def _seeds(self) -> set[int | None]:
-        """Return the seeds of all measured document orders; None = the task's own order."""
+        """Return the seeds of all document orders in which documents were measured.
+
+        The seed None represents the task's own order.
+        """
         names = (_block_name(path).partition("+") for path in self.shards())
         seeds = {int(seed.split(".")[0]) if plus else None for _, plus, seed in names}
         return seeds.union(*(copy._seeds() for copy in self._copies))
@@ -201,9 +204,10 @@ class CellStore:
         return target.name
 
     def _find_block(self, shard: Shard) -> Block:
-        """Return the block that contains all documents of a shard; ValueError if there is none.
+        """Return the block that contains all documents of a shard.
 
-        The shard must have the columns task and doc.
+        The shard must have the columns task and doc. ValueError is raised if there is no such
+        block.
         """
         if problem := format_problem(shard.metadata.get("format")):
             raise ValueError(f"it {problem}")

@@ -131,7 +131,7 @@ def make_folder(path: Path) -> None:
 def new_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder that is renamed to `path` at the end, or deleted on failure.
 
-    Temporary folders that killed processes have left are deleted first.
+    Remaining temporary folders of processes that were killed are deleted first.
     """
     for lock_path in path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 16}.lock"):
         with suppress(OSError, WorkError), lock_file(lock_path, timeout=0):

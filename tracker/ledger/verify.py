@@ -95,8 +95,8 @@ def verify_ledger(
 def _check_file(path: Path, read: Callable[[Path], object], verb: str) -> dict[str, str]:
     """Verify a file that tracker can create again.
 
-    `read` raises an error if the file is damaged. `verb` is a word of the message, such as
-    `created`. Returns {path: message} for a damaged file, and {} for an intact file.
+    `read` raises an error if the file is damaged. The message contains the participle `verb`,
+    such as `created`. Returns {path: message} for a damaged file, and {} for an intact file.
     """
     try:
         read(path)

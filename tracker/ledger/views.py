@@ -182,8 +182,8 @@ class Views:
 
         Requests with the same metric, documents, removed layers and `until` setting share one view.
         If a stored view has more documents and contains all runs of `request`, this view is
-        returned, unless `named` is true. In all other cases, the returned view can replace stored
-        views with fewer documents.
+        returned, unless `named` is true. Otherwise the view of `request` is returned. If this view
+        is stored, it can replace stored views with fewer documents.
         """
         return self._place_view(self.view_of(request), named)[0]
 

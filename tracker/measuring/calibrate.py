@@ -1,7 +1,8 @@
 """Choose calibration texts for fitting the functions that replace layers.
 
-Calibration texts come from the end of a benchmark's random order, and measured samples from the
-beginning. A calibration text is the context and gold continuation of a document.
+Calibration texts are taken from the end of a benchmark's random order. Measured samples are taken
+from the beginning of this order. A calibration text is the context and gold continuation of a
+document.
 
 This module also chooses documents to compute twice in half precision, to measure the effect of
 rounding.

@@ -200,8 +200,8 @@ class CellWork:
     def _read_traces(self, block: Block) -> dict[int, list[str]]:
         """Return the intact model's stored texts for the documents of a block.
 
-        In benchmarks named `traces:TASK`, changed models score these texts. For other benchmarks,
-        the result is empty.
+        In benchmarks named `traces:TASK`, these texts are scored under each ablation. For other
+        benchmarks, the result is empty.
         """
         if not names_traces(self.store.identity.benchmark.name):
             return {}
@@ -210,7 +210,10 @@ class CellWork:
         return {int(row["doc"]): texts for row in rows if (texts := stored_texts(row))}
 
     def _lock_block(self, locks: ExitStack) -> BlockWork | None:
-        """Lock and return the first unlocked block with missing outcomes, or None."""
+        """Lock and return the first unlocked block with missing outcomes.
+
+        Returns None if there is no such block. The lock is added to `locks`.
+        """
         skipped: list[Block] = []
         while blocks := [block for block in self._free_blocks() if block not in skipped]:
             block = blocks[0]

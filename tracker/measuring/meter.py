@@ -157,7 +157,10 @@ class Meter:
 
     @property
     def engine(self) -> Engine:
-        """Engine for scoring, which shares computation only as far as `check` allows it."""
+        """Engine that scores documents; it is available after `check` was called.
+
+        The engine shares computation among ablations only as far as the self-check allows it.
+        """
         assert self._scorer is not None, "check() comes first"
         return self._scorer.engine
 

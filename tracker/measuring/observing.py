@@ -53,7 +53,11 @@ class Observations:
     arrays: Mapping[str, NDArray[np.float64]]
 
     def select(self, documents: Iterable[tuple[str, int]]) -> dict[str, NDArray[np.float64]]:
-        """Return the rows of the given documents, in the given order, as name → array."""
+        """Select the rows of the given documents from each array.
+
+        The result maps the name of each statistic to an array with rows in the order of
+        `documents`.
+        """
         rows = {document: row for row, document in enumerate(self.documents)}
         row_numbers = [rows[document] for document in documents]
         return {name: figures[row_numbers] for name, figures in self.arrays.items()}

@@ -65,7 +65,7 @@ class PlannedReading:
 
 @dataclass(frozen=True)
 class PlannedCell:
-    """Planned cost of one cell, which is a model on a benchmark.
+    """Planned cost of one cell, i.e. of one model on one benchmark.
 
     Attributes:
         request: The request of the cell.

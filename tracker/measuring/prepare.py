@@ -57,10 +57,10 @@ def find_cell(request: CellRequest, ledger: Ledger, trust_remote_code: bool = Fa
 
 
 def with_clusters(requests: Sequence[CellRequest]) -> list[CellRequest]:
-    """Return requests with the cluster of each document, read from the benchmarks' data.
+    """Return requests with the cluster of each document added.
 
-    Requests without the setting `cluster` are returned unchanged. BenchmarkError is raised if the
-    data lacks the column.
+    The clusters are read from a column of the benchmarks' data. BenchmarkError is raised if the
+    data lacks the column. Requests without the setting `cluster` are returned unchanged.
     """
     benchmarks = open_benchmarks(request for request in requests if request.clusters)
     return [
@@ -89,7 +89,11 @@ def make_counter(ledger: Ledger, trust_remote_code: bool) -> PartsCounter:
 def _count_requested(
     request: CellRequest, source: ModelSource, kinds: Collection[str]
 ) -> ModelParts:
-    """Count a model's layers, heads and experts, and list its linear maps if necessary."""
+    """Count the layers, heads and experts of a model.
+
+    The result also lists the linear maps of the model if the request includes linear maps but does
+    not list their names.
+    """
     parts = count_parts(source, kinds)
     if not request.changes.lacks_maps:
         return parts

@@ -256,8 +256,8 @@ class Generation:
     ) -> SampledTexts:
         """Return the cached texts of an interrupted run, or generate new texts.
 
-        `rows` contains the ablation and the sample number of each text. `generate` is called if
-        the texts are not cached.
+        `rows` contains one pair for each text: the ablation, and the number of the sample.
+        `generate` is called if the texts are not cached.
         """
         # A fitted replacement also depends on the texts that it was fitted to.
         if self.drafts is None or any(ablation.has_replacements for ablation, _ in rows):
@@ -292,8 +292,10 @@ class Generation:
 
         To choose, the method generates a few tokens in one batch and separately. One batch is used
         if the texts are equal; in half precision, up to half of the texts may differ because of
-        rounding. Returns the generator to use, and a reason if one batch fails or changes too many
-        texts (else None).
+        rounding.
+
+        Returns the generator to use, and a reason or None. A reason is returned if generation in
+        one batch fails or changes too many texts.
         """
         if not self.engine.sharing.depth:  # each ablation is another model; the check reported it
             return replace(self, together=False), None

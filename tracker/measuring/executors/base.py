@@ -42,7 +42,7 @@ _REQUIRED_PACKAGES = {"ray": "ray", "slurm": "submitit"}
 
 
 def open_executor(options: Options) -> Executor:
-    """Create the executor that `options` name.
+    """Create the executor with the name in `options.executor`.
 
     RequestError is raised if the executor cannot be loaded, or does not support the options on this
     machine.

@@ -32,8 +32,9 @@ _MEMORY_TIMEOUT = 60.0
 class RayExecutor:
     """Executor that measures cells on a Ray cluster.
 
-    The cluster is the one at RAY_ADDRESS, or the one that `ray start` has started on this machine.
-    If there is no such cluster, a local cluster is started for the run.
+    The executor uses the cluster at the address in the environment variable RAY_ADDRESS. Without
+    this variable, it uses the cluster that `ray start` has started on this machine. If there is no
+    such cluster, a local cluster is started for the run.
 
     Each worker gets one GPU, or several GPUs if the model needs them. In a cluster without GPUs,
     every node has one worker. RequestError is raised if the cluster cannot be reached, or has too
