@@ -174,7 +174,7 @@ def run_bench(
     reset_peak_memory(loaded.device)
     read_before = (weights.read_bytes, weights.wait_seconds) if weights else (0, 0.0)
     with _timed_model(engine) as inside:
-        answer = partial(_answer_documents, engine, documents, ablations, progress.advance)
+        answer = partial(_run_engine, engine, documents, ablations, progress.advance)
         seconds, answers = time_call(answer)
     peak = peak_memory(loaded.device)
     progress.finish()
@@ -209,7 +209,7 @@ def run_bench(
     )
 
 
-def _answer_documents(
+def _run_engine(
     engine: Engine,
     documents: Sequence[Document],
     ablations: Sequence[Ablation],

@@ -96,7 +96,7 @@ class Loop:
         The seconds and results are stored and returned.
         """
         model = self.model_without(ablation)
-        self.evaluations[ablation.name] = time_call(lambda: _answer_documents(model, documents))
+        self.evaluations[ablation.name] = time_call(lambda: _run_lm_eval(model, documents))
         return self.evaluations[ablation.name]
 
     def run(
@@ -148,7 +148,7 @@ class Loop:
         )
 
 
-def _answer_documents(model: Any, documents: Sequence[Document]) -> list[Any]:
+def _run_lm_eval(model: Any, documents: Sequence[Document]) -> list[Any]:
     """Score all documents, or generate their texts, with a model of lm-eval."""
     prompts = [d.prompt for d in documents if d.prompt for _ in range(d.prompt.samples)]
     if prompts:
