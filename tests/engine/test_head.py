@@ -61,6 +61,16 @@ def test_blocks_say_what_the_whole_says(family: str) -> None:
 
 
 @pytest.mark.usefixtures("small")
+def test_a_block_without_any_possible_token() -> None:
+    model = tiny_model("phi")
+    model.lm_head.bias[90:] = -torch.inf
+    predictions, logprobs, greedy = score_both_ways(model)
+    assert Head(model).has_blocks
+    torch.testing.assert_close(predictions.logprobs, logprobs, atol=1e-5, rtol=1e-5)
+    assert torch.equal(predictions.greedy, greedy)
+
+
+@pytest.mark.usefixtures("small")
 def test_the_first_of_equal_logits_is_the_greedy_choice() -> None:
     """Tokens 5 and 20 of one block and 70 of another have the highest logit of some states."""
     model = tiny_model("llama")

@@ -150,8 +150,11 @@ class Head:
             # Indices of maxima are slow, so they are computed only where a token is predicted.
             is_argmax = logits[:, nodes].max(-1).indices == ids
             is_first[:, indices] = is_argmax & (targets[:, indices] > maximum[:, nodes])
-            maximum = torch.maximum(maximum, logits.amax(-1))
-            normalisers.append(logits.logsumexp(-1))
+            peaks = logits.amax(-1)
+            maximum = torch.maximum(maximum, peaks)
+            # Unlike `logsumexp`, this reuses the maxima and the memory of the logits.
+            peaks = peaks.masked_fill(peaks.isinf(), 0)
+            normalisers.append(logits.sub_(peaks[..., None]).exp_().sum(-1).log_().add_(peaks))
         normaliser = torch.stack(normalisers).logsumexp(0)
         greedy = is_first & (targets == maximum[:, predictor])
         return Predictions(targets - normaliser[:, predictor], greedy)
