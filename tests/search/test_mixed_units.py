@@ -17,9 +17,12 @@ from tests.helpers.truth import pruned_copy, without_heads, without_neurons
 from tracker.ledger.store import Ledger
 from tracker.measuring.job import Options
 from tracker.measuring.progress import Silent
+from tracker.models.load import LoadedModel
 from tracker.schema.changes import Ablation, Change
+from tracker.schema.errors import ExperimentError
 from tracker.schema.prune_records import PruneRecord
 from tracker.schema.search_parts import MixedParts
+from tracker.search import search
 from tracker.search.cells import ModelCache, OpenCell
 from tracker.search.planning import RandomScores
 from tracker.search.request import search_request
@@ -147,6 +150,46 @@ def test_each_step_loses_least_per_parameter(tiny: Path, cache: ModelCache, by: 
     assert len(kinds) > 1, "more than one unit was removed"
     removed_share = 1 - former.count_parameters(truth.model) / total
     assert removed_share >= 0.6
+
+
+def test_each_step_loses_least_per_millisecond(tiny: Path, results: Path, monkeypatch) -> None:
+    """The times follow the shapes of really narrowed models: 4 ms a group of neurons."""
+
+    def time_layers(loaded: LoadedModel, is_decoding: bool) -> tuple[list[float], float]:
+        config = loaded.model.config
+        neurons = loaded.layers[-1].mlp.up_proj.weight.shape[0] / 12
+        milliseconds = 1 + config.num_key_value_heads + 4 * neurons
+        return [1e-3 * milliseconds] * len(loaded.layers), 0.06
+
+    monkeypatch.setattr(search, "_time_layers", time_layers)
+    cache = ModelCache(Ledger(results), Options("cpu"), Silent())
+    request = make_request(tiny, remove="50 % latency")
+    assert "remove 50 % latency" in request.title
+    budget = find_budget(request, cache)
+    sizes = [19e-3] * LAYERS + [1e-3] * LAYERS * GROUPS + [4e-3] * LAYERS * NEURONS
+    assert budget.sizes == pytest.approx(sizes)
+    assert budget.min_removed == pytest.approx(0.03)
+    parameters = find_budget(make_request(tiny), cache)
+    assert isinstance(budget, MixedBudget)
+    (draw,) = search.run_search(request, budget, cache)
+    scores = Scores([OpenCell(request.calibration()[0], cache)], budget.parts)
+    alone = scores.losses("gold_logprob", [(part,) for part in budget.numbered_parts])
+    order = [budget.numbered_parts[n] for n in alone.order]
+    former: tuple[int, ...] = ()
+    for step in draw.steps:
+        candidates = [c for group in budget.candidates(former, order) for c in group]
+        sets = [former, *(tuple(sorted({*former, *candidate})) for candidate in candidates)]
+        first, *others = scores.losses("gold_logprob", sets).means
+        saved = [1e3 * (budget.size_of(s) - budget.size_of(former)) for s in sets[1:]]
+        prices = [(other - first) / size for other, size in zip(others, saved, strict=True)]
+        assert step.score == pytest.approx(min(prices), abs=1e-3)
+        assert step.removed in sets
+        assert step.seconds == pytest.approx(0.06 - budget.size_of(step.removed))
+        assert step.parameters == parameters.model_size - parameters.size_of(step.removed)
+        former = step.removed
+    monkeypatch.setattr(search, "_time_layers", lambda *given: ([19e-3] * LAYERS, 0.06))
+    with pytest.raises(ExperimentError, match="leave kv_head out of 'unit'"):
+        find_budget(make_request(tiny, remove="50 % seconds"), cache)
 
 
 def test_a_choice_of_several_units_is_saved(tiny: Path, write, prune, tmp_path: Path) -> None:

@@ -564,7 +564,7 @@ def _constraints_text(record: PruneRecord) -> str:
 NO_TIME = "the time is estimated only for an amount in seconds or latency"
 _TIME_NOTE = (
     "ms a token: estimated time per token in milliseconds, which is the measured time of the "
-    "unpruned model minus the times of the removed layers"
+    "unpruned model minus the times of what is removed"
 )
 
 
@@ -634,7 +634,7 @@ def _steps_table(records: Sequence[PruneRecord]) -> Table:
         columns,
         rows,
         "score: the quantity that the strategy minimises on the calibration documents"
-        + ", per million parameters saved" * is_mixed,
+        + f", per {'millisecond' if is_timed else 'million parameters'} saved" * is_mixed,
         *[_TIME_NOTE] * is_timed,
     )
 

@@ -139,10 +139,10 @@ class SearchRequest(SearchSettings):
                 f"{self.strategy} removes one unit, but 'unit' is {self.unit}; use "
                 f"{', '.join(MIXED_STRATEGIES)}"
             )
-        if self.amount is not None and self.amount.measure not in ("parameters", "bytes"):
+        if self.amount is not None and self.amount.measure == "parts":
             yield (
-                "with several units, 'remove' and 'keep' take a percentage, parameters or bytes, "
-                f"such as 20 %, not {self.amount.text}"
+                "with several units, 'remove' and 'keep' take a percentage, parameters, bytes or "
+                f"seconds, such as 20 %, not {self.amount.text}"
             )
         if self.protect or self.among or self.at_least or self.used_rescoring != "full":
             keys = "'protect', 'among', 'at_least' or 'rescoring'"
@@ -193,7 +193,7 @@ class SearchRequest(SearchSettings):
             of = " of" if amount.is_share else ""
             is_numbered = self.unit in NUMBERED_COMPONENTS
             suffix = f"{of} {unit_plural(self.unit)}" if is_numbered else ""
-            if self.is_mixed and "parameters" not in amount.text and amount.is_share:
+            if self.is_mixed and amount.text.endswith("%"):
                 suffix = " of the parameters"
             texts.insert(0, f"{self.amount_key} {amount.text}{suffix}")
         return ", ".join(texts)

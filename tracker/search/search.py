@@ -25,16 +25,17 @@ from tracker.models.checkpoint import check_plain_weights, find_removable_counts
 from tracker.models.devices import describe_device, synchronize
 from tracker.models.layers import find_layers
 from tracker.models.load import LoadedModel, build_for_planning, build_hollow
+from tracker.models.narrowed import narrowed_copies
 from tracker.models.parts.anatomy import find_search_parts
 from tracker.models.parts.sublayers import Sublayers
 from tracker.models.sources import ModelSource, count_layers, count_parts, read_config
-from tracker.schema.changes import Ablation
+from tracker.schema.changes import INTACT, Ablation
 from tracker.schema.config import CellRequest
 from tracker.schema.errors import ExperimentError, TrackerError
 from tracker.schema.kinds import NUMBERED_COMPONENTS, UNITS
 from tracker.schema.provenance import content_hash, describe_machine
 from tracker.schema.prune_records import CalibrationSet, PruneCost, PruneStep
-from tracker.schema.search_parts import MixedParts, SearchParts
+from tracker.schema.search_parts import MixedParts, SearchParts, unit_plural
 from tracker.search.accuracy_budget import AccuracyBudget, refuse_untestable
 from tracker.search.cells import ModelCache, OpenCell
 from tracker.search.request import SearchRequest, deciding_request
@@ -56,22 +57,28 @@ TIMING_PASSES = 15
 
 
 def seconds_per_token(
-    loaded: LoadedModel, cache: ModelCache, is_decoding: bool = False
+    loaded: LoadedModel, cache: ModelCache, is_decoding: bool = False, removed: Ablation = INTACT
 ) -> tuple[list[float], float]:
     """Return the seconds per token of each layer and of the whole model.
 
     By default, the model reads all tokens in one forward pass. If `is_decoding` is true, the model
-    writes one token after a prompt. Each model is timed once per machine and device.
+    writes one token after a prompt. If `removed` names parts, a model without them is timed. Each
+    model is timed once per machine and device.
     """
     identity = loaded.identity
     hardware = {**describe_machine(), **describe_device(loaded.device)}
     hardware["threads"] = str(torch.get_num_threads())
     if is_decoding:
         hardware["pass"] = "decoding"
+    if removed != INTACT:
+        hardware["removed"] = removed.name
     name = content_hash([identity.fingerprint, identity.dtype, hardware])[:16]
     path = cache.ledger.root / "searches" / "timing" / f"{name}.json"
     timing = cache.timings.get(path) or read_note(path)
     if not timing:
+        if removed != INTACT:
+            narrow, _ = narrowed_copies(loaded.model, removed)
+            loaded = replace(loaded, model=narrow, layers=find_layers(narrow))
         layers, model_seconds = _time_layers(loaded, is_decoding)
         timing = {"model": identity.name, **hardware, "layers": layers, "whole": model_seconds}
         cache.timings[path] = timing
@@ -251,6 +258,8 @@ def find_budget(request: SearchRequest, cache: ModelCache) -> Budget:
         if amount is not None and amount.measure == "bytes":
             value = amount.value / (1 if amount.is_share else model.dtype.itemsize)
             amount = replace(amount, value=value, measure="parameters")
+        elif amount is not None and amount.measure in TIMED:
+            sizes, total = _time_parts(request, parts, kinds, cache)
     elif amount is None or amount.measure == "parts":
         parts = find_search_parts(source, request.unit)
         sizes, total = [1.0] * parts.total, float(len(parts.numbers))
@@ -315,7 +324,49 @@ def _assign_part_numbers(
     return parts, kinds, sizes
 
 
-def _count_parameters(model: Any, unit: str) -> list[int]:
+def _time_parts(
+    request: SearchRequest, parts: MixedParts, kinds: Sequence[UniformKind], cache: ModelCache
+) -> tuple[list[float], float]:
+    """Measure the seconds per token that the removal of each part saves.
+
+    The time of a part such as a neuron is measured with a model that lacks as many of these parts
+    as possible. The saved time is divided by their number.
+
+    Args:
+        request: The request of the search, with an amount in seconds or latency.
+        parts: The numbering of all parts.
+        kinds: The possible removals for each unit other than whole layers.
+        cache: Cache that opens the model and stores the times.
+
+    Returns:
+        The seconds of each part, and the seconds of the whole model.
+
+    Raises:
+        ExperimentError: The removal of a unit saves no time.
+    """
+    loaded = cache.model(request.cell.model).loaded
+    is_decoding = request.amount is not None and request.amount.measure == "latency"
+    layers, total = seconds_per_token(loaded, cache, is_decoding)
+    sizes, uniform_kinds = list[float](), iter(kinds)
+    for start, kind in zip(parts.starts, parts.kinds, strict=False):
+        if kind.unit == "layer":
+            sizes += layers
+            continue
+        uniform_kind = next(uniform_kinds)
+        largest = [n for block in uniform_kind.blocks for n in block[: uniform_kind.counts[-1]]]
+        removed = kind.removal(part - start for part in largest)
+        saved = sum(layers) - sum(seconds_per_token(loaded, cache, is_decoding, removed)[0])
+        if saved <= 0:
+            raise ExperimentError(
+                f"{request.title}: without {len(largest)} {unit_plural(kind.unit)}, the model is "
+                f"not measurably faster; leave {kind.unit} out of 'unit', or give the amount in "
+                "parameters"
+            )
+        sizes += [saved / len(largest)] * kind.total
+    return sizes, total
+
+
+def _count_parameters(model: Any, unit: str) -> list[float]:
     """Count the parameters of each layer, each attention or each MLP.
 
     The argument `unit` is the kind of these parts. The list is empty for other units.
@@ -366,7 +417,9 @@ def run_search(request: SearchRequest, budget: Budget, cache: ModelCache) -> Ite
     deciding_cell = cache.cell(deciding_request([request]))
     model = build_hollow(cache.source(request.cell.model), request.cell.model.dtype)
     sizes, total = _count_parameters(model, request.unit), model.num_parameters()
-    counted = budget if request.is_mixed else replace(budget, sizes=tuple(sizes))
+    if request.is_mixed:
+        sizes = _assign_part_numbers(request.unit, cache.source(request.cell.model), model)[2]
+    counted = replace(budget, sizes=tuple(sizes))
     for draw in request.draw_numbers:
         scores = Scores(cells, budget.parts)
         # A budget of accuracy ends the search on calibration documents of the benchmark itself.

@@ -288,6 +288,8 @@ def format_layers(layers: Sequence[int | str]) -> list[str]:
 
 
 AmountMeasure = Literal["parts", "parameters", "bytes", "seconds", "latency", "bits"]
+MILLION, MILLISECOND = 1e6, 1e-3
+"""Sizes for which a search of several units compares losses, in parameters or seconds."""
 TIMED: tuple[AmountMeasure, ...] = ("seconds", "latency")
 """Measures for which each layer is timed: per token read, or per token written."""
 AMOUNT_FORMS = "8, 25 %, 25 % parameters, 25 % bytes, 25 % latency, 34M parameters, 70 MB or 5 ms"
@@ -577,10 +579,12 @@ class MixedBudget(Budget):
         n_layers: Number of layers, or 0 if the search removes no whole layers. One layer always
             stays.
         kinds: Units other than whole layers, such as heads and neurons.
+        price_unit: Size for which losses are compared: a million parameters or a millisecond.
     """
 
     n_layers: int = 0
     kinds: tuple[UniformKind, ...] = ()
+    price_unit: float = MILLION
 
     @cached_property
     def numbered_parts(self) -> list[int]:
@@ -677,7 +681,10 @@ def build_budget(
     budget: Budget
     if isinstance(parts, MixedParts):
         n_layers = parts.layers if parts.kinds[0].unit == "layer" else 0
-        budget = MixedBudget(*arguments, **shared, n_layers=n_layers, kinds=tuple(kinds))
+        unit = MILLISECOND if amount is not None and amount.measure in TIMED else MILLION
+        budget = MixedBudget(
+            *arguments, **shared, n_layers=n_layers, kinds=tuple(kinds), price_unit=unit
+        )
     elif parts.unit in NUMBERED_COMPONENTS:
         budget = PartsBudget(*arguments, **shared, uniform_block=uniform_block)
     else:

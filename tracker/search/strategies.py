@@ -29,8 +29,6 @@ from tracker.search.scores import NO_FINITE_SCORE, PartSet, Scores, add_parts
 from tracker.search.settings import Budget, MixedBudget, unmet_budget_error
 from tracker.stats.rank_agreement import rounded_values
 
-PRICE_UNIT = 1e6
-"""Number of parameters for which a search of several units counts the loss."""
 _NO_SCORE = {"score": "the strategy uses no document", "margin": "nothing is compared"}
 """Reasons of a random step."""
 LAZY_BATCH = 6
@@ -97,9 +95,9 @@ def _full_chooser(search: Search, outcome: str) -> StepChooser:
 def _mixed_chooser(search: Search, budget: MixedBudget, outcome: str) -> StepChooser:
     """Return a function that chooses whole layers or parts of layers.
 
-    The function chooses the candidate with the smallest loss per saved parameter. Candidates are
-    whole layers and parts of each layer. The parts of a layer are removed in a fixed order. The
-    first part is the part whose removal from the intact model causes the smallest loss.
+    The function chooses the candidate with the smallest loss per saved parameter or second.
+    Candidates are whole layers and parts of each layer. The parts of a layer are removed in a fixed
+    order. The first part is the part whose removal from the intact model causes the smallest loss.
     """
     scores = search.scores
     single_losses = scores.losses(outcome, [(part,) for part in budget.numbered_parts])
@@ -108,7 +106,7 @@ def _mixed_chooser(search: Search, budget: MixedBudget, outcome: str) -> StepCho
     def choose(removed: PartSet) -> PruneStep:
         candidates = chain.from_iterable(budget.candidates(removed, order))
         sets = [removed, *(add_parts(removed, *(c.difference(removed))) for c in candidates)]
-        sizes = np.array([budget.size_of(part_set) for part_set in sets]) / PRICE_UNIT
+        sizes = np.array([budget.size_of(part_set) for part_set in sets]) / budget.price_unit
         return scores.losses(outcome, sets).per_size(sizes).choose_step(removed)
 
     return choose
