@@ -210,7 +210,7 @@ class Results:
         return document_frame(measured, only_changed=False)
 
     def _collected(self) -> CollectedCells:
-        """Return the results together with the stored outcome of each document."""
+        """Return the results of all models, and the stored answers to each document."""
         if self.sources is not None:
             return self.sources
         from tracker.team.collect import collect_cells
@@ -306,7 +306,7 @@ class Results:
         return "\n".join(answer for _, answer, _ in self._models()) or "Nothing is measured."
 
     def _models(self) -> Iterator[tuple[str, str, LayerBoard]]:
-        """Yield the name of each model, a text about its layers, and its layer leaderboard."""
+        """Yield each model's name, the sentences about its layers, and its layer leaderboard."""
         from tracker.analysis.boards import layer_board, part_boards
         from tracker.analysis.comparable import named_models
         from tracker.report.wording import model_answer

@@ -233,9 +233,9 @@ class _Finisher:
 
 
 def find_smaller_requests(requests: Collection[CellRequest]) -> set[CellRequest]:
-    """Find requests that equal another request except for a smaller number of documents.
+    """Find the requests that another request repeats with more documents.
 
-    Reports show the results of both requests.
+    The two requests can have different layers. Reports show the results of both requests.
     """
     candidates = [request for request in requests if not request.until]
 
@@ -271,9 +271,10 @@ def _view_note(view: View, shown_view: View, related_views: Sequence[View]) -> s
 
 
 def _build_jobs(cells: Sequence[prepare.CellLookup]) -> list[Job]:
-    """Open all benchmarks, and group the requests into jobs.
+    """Open the benchmarks of all requests, and group the requests into jobs.
 
-    Requests that differ only in their changed layers become one job.
+    Requests that differ only in their changed layers form one job. A request with a stopping rule
+    is a job of its own.
     """
 
     def group_key(pair: tuple[prepare.CellLookup, Benchmark]) -> object:

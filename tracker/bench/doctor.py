@@ -130,10 +130,11 @@ FEATURES: Mapping[str, EngineFeature] = {
 
 
 def largest_difference(first: Any, second: Any) -> float:
-    """Return the largest difference between the values of two results.
+    """Return the largest difference between corresponding numbers of two results.
 
-    Each difference is divided by the larger of the two absolute values if that is greater than 1.
-    The result is infinite if the shapes or keys differ, or if only one of two values is NaN.
+    If one of two numbers exceeds 1 in absolute value, their difference is divided by the larger
+    absolute value. The result is infinite if the shapes or keys differ, or if only one of two
+    numbers is NaN.
     """
     if isinstance(first, Mapping):
         if first.keys() != second.keys():
@@ -216,10 +217,10 @@ def diagnose(device: str, progress: Progress) -> Diagnosis:
 
 
 def _list_checks(folder: str, torch_device: torch.device) -> Mapping[str, Callable[[], float]]:
-    """Return the checks of the device `torch_device`, keyed by name.
+    """Build the checks of a device, keyed by name.
 
-    Each check is a function without arguments that computes a result twice, and returns the
-    largest difference. `folder` contains the model that the checks load.
+    Each check is a function that computes a result twice, usually on the device and on the CPU. It
+    returns the largest difference. `folder` contains the tiny model.
     """
     source = find_model(folder)
 

@@ -102,10 +102,10 @@ class Loop:
     def run(
         self, documents: Sequence[Document], ablations: Sequence[Ablation], progress: Progress
     ) -> None:
-        """Evaluate the baseline and some of the ablations.
+        """Evaluate the baseline and some other ablations, and store the results in `evaluations`.
 
-        At most `MEASURED_ABLATIONS` ablations of each component are evaluated. The first item of
-        `ablations` is the baseline. The results are stored in `evaluations`.
+        The first item of `ablations` is the baseline. At most `MEASURED_ABLATIONS` ablations of
+        each component are evaluated.
         """
         for ablation in (ablations[0], *choose_ablations(ablations)):
             progress.say(f"{self.name}: {ablation.name}")
@@ -118,11 +118,10 @@ class Loop:
         engine_answers: EngineAnswers,
         engine_seconds: float,
     ) -> LoopTiming:
-        """Summarise the speed and the results of the evaluations.
+        """Compare the speed and the results of this loop with the engine's.
 
-        `engine_answers` and `engine_seconds` are the results of the engine, with which the
-        evaluations are compared. The seconds for all `ablations` are extrapolated from the
-        evaluations.
+        `engine_answers` and `engine_seconds` are the results and the run time of the engine for all
+        `ablations`. The loop has evaluated only some ablations. Its total time is extrapolated.
         """
         timings = {name: seconds for name, (seconds, _) in self.evaluations.items()}
         baseline, *changed = timings.values()

@@ -112,10 +112,10 @@ class LayersType(TextType):
         """Whether texts of parts such as heads are allowed."""
 
     def read(self, text: str) -> tuple[int | str, ...] | str:
-        """Parse layers; return their numbers in ascending order, or `ALL_PARTS` for all layers.
+        """Parse layers such as 3,17 or 3-7; return their indices in ascending order.
 
-        If the option also allows parts such as heads, a text can list names of parts instead. The
-        function then returns these names.
+        Some options also allow `all`, which is returned as `ALL_PARTS`, or names of parts such as
+        head:3.0, which are returned as texts.
         """
         if self._allow_parts and ":" in text:
             return tuple(word.strip() for word in text.split(","))

@@ -61,10 +61,10 @@ def print_diagnosis(diagnosis: Diagnosis) -> None:
 def print_cell(
     cell: CellRecord, only_change: Change | None = None, brief: bool = False, average: bool = False
 ) -> None:
-    """Print a table of the runs of one model on one benchmark (a cell).
+    """Print a table of the results of one model on one benchmark; each row is an ablation.
 
-    If `only_change` is given, the table shows only the run of this change. If `brief` is true, the
-    table shows only significant runs. `average` is true if an average over benchmarks was printed
+    If `only_change` is given, the table shows only this ablation. If `brief` is true, the table
+    shows only significant results. `average` states whether an average over benchmarks was printed
     before this table.
     """
     from tracker.analysis.claims import run_verdicts

@@ -64,10 +64,10 @@ def comparison_table(comparison: ModelComparison) -> Table:
 
 
 def sentences(comparison: ModelComparison) -> list[str]:
-    """Return one sentence for each model, and one sentence about the gate.
+    """Return a sentence with the verdicts on each model, and a sentence about the margins.
 
-    The gate is the check of the differences against the user's margins. If the user gave no margin,
-    there is no sentence about the gate.
+    The last sentence states whether all models are within the user's margins. It is left out if the
+    user gave no margin.
     """
     lines = []
     for model, rows in group_by(comparison.differences, lambda row: row.model).items():
@@ -129,12 +129,12 @@ def _lost_table(comparison: ModelComparison, row: Difference) -> Table:
 
 
 def _option_text(document: Mapping[Hashable, Any], number: str, text: str) -> str:
-    """Return the text of one option of a document.
+    """Return the text of one answer option of a document.
 
     Args:
-        document: Row of a model's table of answers.
-        number: Column with the index of the option.
-        text: Column with the text to return if the document has no option with this index.
+        document: The document's row in a model's table of answers.
+        number: Name of the column with the number of the option.
+        text: Name of the column with the text to return if there is no such option.
 
     Returns:
         The text.

@@ -285,9 +285,10 @@ def _result_key(entry: Mapping[str, Any]) -> str:
 
 
 def _parse_shared_sample(task: str, part: str, row: Mapping[str, Any], number: int) -> Sample:
-    """Parse one line of a samples file; the returned sample has no metrics yet.
+    """Convert one line of a samples file of every_eval_ever; the metrics are left empty.
 
-    If the line's identifier of the document is not a number, `number` is used instead.
+    `row` is the parsed line, and `part` is the name of its filter. `number` is the number of the
+    document if the line does not give one.
     """
     text, hashes = row["input"], row.get("metadata") or {}
     choices, answer = text.get("choices") or [], "".join(text["reference"][:1])

@@ -76,10 +76,10 @@ class Report(BaseModel):
     system_instruction: Any = Field(None, alias="system_instruction_sha")
 
     def benchmarks(self, logged_tasks: Iterable[str]) -> dict[str, list[str]]:
-        """Return a dict from the name of each benchmark to the names of its tasks.
+        """Find the benchmarks of the logged tasks; return the tasks of each benchmark by its name.
 
-        A group is a benchmark if all its tasks were logged and no other group contains it. Each
-        logged task outside such groups is a benchmark by itself.
+        A group of tasks is one benchmark if all its tasks were logged. Every other task is a
+        benchmark by itself. Groups within other groups are ignored.
         """
         inner_names = {child for children in self.group_subtasks.values() for child in children}
         others, benchmarks = dict.fromkeys(logged_tasks), {}
@@ -219,15 +219,15 @@ def _metric_columns(filtered: tuple[Any, pd.DataFrame]) -> pd.DataFrame:
 
 
 def _weightings(values: pd.Series[Any], mean: object) -> list[bool]:
-    """Find which weightings of the documents give the reported mean.
+    """Find the weights of the documents in a reported mean.
 
     Args:
         values: Metric of each document.
         mean: The reported mean; None if it is unknown.
 
     Returns:
-        A list that contains True if the mean over all documents equals the reported mean, and False
-        if the mean over tasks equals it.
+        The weights that give this mean. True stands for equal weights of all documents, and False
+        for equal weights of all tasks. The result is [True] if the mean is unknown.
     """
     if values.dtype == object or not isinstance(mean, float | int):
         return [True]

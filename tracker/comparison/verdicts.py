@@ -311,10 +311,9 @@ def _is_below(
 ) -> bool:
     """Return whether the results show that a drop is smaller than the margin.
 
-    If few outcomes differ between the models, a test by the interval alone finds equivalence too
-    often. The function therefore also requires a second test. For outcomes of 0 or 1, the second
-    test is Tango's test. For other outcomes, the second test uses Bernstein's bound, which makes no
-    assumption about the distribution.
+    The interval must lie below the margin, and a second test must agree. If few outcomes differ
+    between the models, the interval alone finds equivalence too often. The second test is Tango's
+    test for outcomes of 0 or 1, and Bernstein's bound for other outcomes.
 
     Args:
         drop: The drop, with its simultaneous interval.
@@ -340,11 +339,11 @@ def _is_below(
 def _documents_needed(
     row: Difference, drop: Estimate, margin: float | None, family: int
 ) -> int | None:
-    """Estimate how many documents are needed to replace the verdict `open`.
+    """Estimate how many documents would settle a comparison with the verdict `open`.
 
     The estimate assumes that the true difference equals the observed difference. It is None if no
-    number of documents would suffice, for example if the models do not differ and there is no
-    margin.
+    number of documents would suffice. `family` is the number of differences that share the error
+    probability.
     """
     if drop.value is None or drop.low is None or drop.high is None:
         return None

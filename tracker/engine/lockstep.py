@@ -111,7 +111,10 @@ class _Scheduler:
     # On exit, inference mode restores the mode at entry, so it must be on for all passes.
     @torch.inference_mode()
     def run(self, passes: Sequence[_Pass[T]]) -> list[T]:
-        """Run all passes until they have ended, and return their results in order."""
+        """Run several functions that call the model, and return their results in order.
+
+        All functions that wait for a layer share one loading of this layer.
+        """
         previous_wait, self._weights.wait = self._weights.wait, self.wait
         self._ready, layer = [*passes], -1
         try:
@@ -131,10 +134,7 @@ class _Scheduler:
         return [task.result() for task in passes]
 
     def join(self, passes: Sequence[_Pass[T]]) -> list[T]:
-        """Run more passes while the current pass is paused.
-
-        Returns the results of the new passes, in order.
-        """
+        """Pause the current function, run more functions, and return their results in order."""
         assert self._current is not None
         self._joins.append((self._current, passes))
         self._ready += passes
@@ -175,7 +175,7 @@ class _Pass(Generic[T]):
         return self._outcome.result()
 
     def resume(self) -> None:
-        """Resume the function until it pauses or ends."""
+        """Run this pass's function until the function waits for a layer or ends."""
         self._install_forwards(self._forwards)
         if not self._greenlet:  # the pass ends in the greenlet that first resumes it
             self._greenlet.parent = getcurrent()

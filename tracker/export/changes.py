@@ -238,10 +238,10 @@ def _stored_format(form: str, inputs: int) -> WeightFormat:
 
 
 def add_origin(change: ModelChange, ledger: Ledger, model: ModelIdentity) -> ModelChange:
-    """Return a copy of a change, and add how the change was chosen.
+    """Add to a change how it was chosen.
 
-    The function adds to a removal the searches that chose the removal. It adds to a repetition the
-    calibration documents on which the repetition was measured. Other changes are returned
+    For a removal, the function adds the searches that chose the removal. For a repetition, it adds
+    the calibration documents on which the repetition was measured. Other changes are returned
     unchanged.
     """
     if change.stretch is not None:
@@ -252,7 +252,7 @@ def add_origin(change: ModelChange, ledger: Ledger, model: ModelIdentity) -> Mod
 
 
 def find_removal(ledger: Ledger, model: ModelIdentity, change: ModelChange) -> ModelChange:
-    """Return the removal of layers or parts of layers, with the searches that chose them.
+    """Add to a removal of parts the searches that chose these parts.
 
     Args:
         ledger: The results folder.
@@ -260,9 +260,9 @@ def find_removal(ledger: Ledger, model: ModelIdentity, change: ModelChange) -> M
         change: The removal.
 
     Returns:
-        The change, with the searches that removed exactly these parts. Searches with this final
-        result are preferred to searches that removed these parts at an earlier step. Searches that
-        used calibration documents are preferred to others.
+        The removal, with the searches that removed exactly these parts. Searches that ended with
+        these parts are preferred to searches that continued. Searches that used calibration
+        documents are preferred to others.
     """
     contents = ledger.contents()
     choices = [
@@ -280,9 +280,9 @@ def find_removal(ledger: Ledger, model: ModelIdentity, change: ModelChange) -> M
 
 
 def find_repetition(ledger: Ledger, model: ModelIdentity, repetition: Change) -> ModelChange:
-    """Return a repetition of layers, with its calibration documents.
+    """Describe a repetition of layers, and the documents on which it was measured.
 
-    The calibration documents are those on which the repetition was measured.
+    Only the calibration documents in the results folder are listed.
     """
     calibration = []
     for store in ledger.cells():

@@ -314,9 +314,9 @@ def _add_speed(
 ) -> ExportedModel:
     """Measure speed and memory of a saved model and its base model; add them to the facts.
 
-    For a model with rounded weights, the speed of the GGUF file is measured. If there is no GGUF
-    file, nothing is measured, because the folder stores the rounded weights at full size. `base` is
-    a folder with the base model's configuration.
+    If the saved model has a GGUF file, only the speed of this file is measured. Rounded weights
+    without a GGUF file are not timed, because the folder stores them at full size. `base` is a
+    folder with the base model's configuration.
     """
     machine, threads, dtype = describe_machine(), answers.n_threads, model.base.dtype
     cores = f"{count_text(threads, 'thread')} of {count_text(int(machine['cores']), 'core')}"

@@ -299,7 +299,7 @@ class ExportedModel:
         return f"{tool} ({self.speed_on}):"
 
     def figures(self) -> dict[str, float]:
-        """Return the model's numeric facts, by name."""
+        """Return sizes, speeds and metrics of both models by name, e.g. `base/parameters`."""
         kind = self.change.kind
         figures: dict[str, float] = {
             f"{name}/{quantity}": number

@@ -54,9 +54,7 @@ class ScheduledBlock(NamedTuple):
 def schedule_blocks(
     order: Sequence[str], counts: Mapping[str, int], seed: int | None = None
 ) -> list[ScheduledBlock]:
-    """List the blocks to measure, in the order of measurement.
-
-    When the first document of a block is needed, the whole block is measured.
+    """List the blocks that contain given documents, in the order of their first documents.
 
     Args:
         order: The task of each document, in the order of the documents.
@@ -65,7 +63,7 @@ def schedule_blocks(
         seed: The seed of the order; None for the tasks' own order.
 
     Returns:
-        The blocks that contain the documents, in the order of measurement.
+        The blocks, which are measured in this order. Each block is measured as a whole.
     """
     n_seen: Counter[str] = Counter()
     blocks: dict[int, Block] = {}  # by the position of their first document

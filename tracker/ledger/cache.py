@@ -56,15 +56,11 @@ def cache_folder() -> Path:
 
 
 def is_private(path: Path, root: Path) -> bool:
-    """Return whether only this user and root can have written a file or folder.
+    """Return whether only this user and the administrator can have written a file or folder.
 
-    Args:
-        path: A file or folder in `root`, or `root`.
-        root: The topmost folder whose owner and permissions are checked.
-
-    Returns:
-        True if no other user can have written `path` or a folder up to `root`, and none of them is
-        a link. OSError is raised if `path` is missing.
+    The function checks the owner and the permissions of `path` and of its parent folders up to the
+    folder `root`. It returns False if one of them, except `root`, is a link. OSError is raised if
+    `path` is missing.
     """
     is_exposed = False
     for checked in (path, *path.parents):
@@ -87,9 +83,9 @@ def recall(kind: str, key: str) -> dict[str, Any]:
 
 
 def keep(kind: str, key: str, content: Mapping[str, Any]) -> None:
-    """Write an entry to the cache under a kind and a key.
+    """Write an entry to the user's cache under a kind and a key, for `recall`.
 
-    If the cache is not writable or not trusted, nothing is written.
+    Nothing is written if the cache is not writable, or if other users can write to it.
     """
     root = cache_folder()
     with suppress(OSError, WorkError):

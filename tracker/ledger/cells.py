@@ -91,11 +91,10 @@ class CellStore:
     def missing_outcomes(
         self, block: Block, extent: Extent, ablations: Collection[str]
     ) -> dict[tuple[str, ...], list[int]]:
-        """Find the missing outcomes of the requested documents in a block.
+        """Find which requested documents of a block must still be measured, and how.
 
-        Returns a dict that maps names of ablations to the documents that are not measured under
-        these ablations yet. The dict contains only documents with missing outcomes. An outcome is
-        not missing if it was measured in another order of the documents.
+        Returns a dict that maps tuples of ablation names to the numbers of the documents without
+        outcomes under these ablations. Outcomes from other orders of the documents count too.
         """
         frame = self.read_block(block, extent, ["doc", "ablation"])
         measured = set(zip(frame["doc"], frame["ablation"], strict=True))
@@ -229,7 +228,10 @@ class CellStore:
         return Block(task, numbers.pop(), seed)
 
     def _shard_path(self, block: Block, rows: Iterable[Mapping[str, object]]) -> Path:
-        """Return a new shard's path, with a hash of its documents, ablations and tokens."""
+        """Return the path for a new shard, which is a file with the outcomes `rows`.
+
+        The file name contains a hash of the outcomes' documents, ablations and tokens.
+        """
         keys = ((row["doc"], row["ablation"], row.get(DIGEST_COLUMN)) for row in rows)
         texts = {tuple(str(value) for value in key if value is not None) for key in keys}
         content = content_hash(sorted(texts))
@@ -420,10 +422,9 @@ class CellStore:
 
     @cached_property
     def _earliest_date(self) -> str:
-        """Earliest measurement date that new outcomes may get, as ISO text.
+        """One second after the latest measurement in the cells of `siblings`, as ISO text.
 
-        The date is one second after the latest measurement in the cells of `siblings`. It is empty
-        if these cells have no measurements.
+        New outcomes get no earlier date. The text is empty if these cells have no measurements.
         """
         dates = (last_measured(sibling.all_metadata()) for sibling in self.siblings())
         if not (last_date := max(dates, default="")):
@@ -473,10 +474,10 @@ class CellStore:
             return None
 
     def write_derived(self, state: str, name: str, record: Record) -> None:
-        """Store a record that was computed for the view `name`, if the folder is writable.
+        """Store a record that was computed for the view `name`.
 
-        `state` is a hash of the record's inputs. If `mixed` contains shards with differently
-        tokenised texts, nothing is stored.
+        `state` is a hash of the record's inputs. Nothing is stored if the folder is not writable,
+        or if some outcomes come from differently tokenised texts.
         """
         if self.mixed:
             return

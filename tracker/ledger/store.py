@@ -66,7 +66,10 @@ def write_search(root: Path, record: PruneRecord) -> Path:
 
 
 def read_records(folder: Path, kind: type[RecordType], damaged: dict[str, str]) -> list[RecordType]:
-    """Read all records in a folder, in order of file names; add unusable files to `damaged`."""
+    """Read all JSON files in a folder as records of the type `kind`, sorted by file name.
+
+    For each unusable file, an entry path → error message is added to `damaged`.
+    """
     records = []
     for path in sorted(folder.glob("*.json")):
         try:

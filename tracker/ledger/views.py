@@ -46,8 +46,7 @@ def cell_key(model: ModelIdentity, benchmark: BenchmarkIdentity) -> str:
     """Return a cell's key, a hexadecimal SHA-256 of its model, tasks and settings.
 
     The key does not depend on the selected documents, the ablated layers, the batch size or the
-    shown metric. Later requests with other documents or layers therefore add outcomes to the same
-    cell.
+    shown metric.
     """
     return content_hash(
         {
@@ -129,7 +128,10 @@ class Views:
     identity: CellIdentity
 
     def view_of(self, request: CellRequest) -> View:
-        """Build the view of a single request, without the runs of stored views."""
+        """Build the view of a request: its runs, metric and documents.
+
+        Stored views are ignored.
+        """
         benchmark = self.identity.benchmark
         # A limit or sample of all documents is the whole benchmark, whatever its seed.
         n_documents = max(task.documents for task in benchmark.tasks)

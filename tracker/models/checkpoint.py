@@ -247,22 +247,22 @@ def check_part_removal(source: ModelSource, ablation: Ablation) -> None:
 def find_removable_counts(
     source: ModelSource, unit: str, block: int
 ) -> tuple[tuple[int, ...], float]:
-    """Find how many parts of each layer can be removed, and the size of one part.
+    """Find how many parts of a layer (e.g. neurons) can be removed, and the size of one part.
 
     Plain transformers must be able to load the model without these parts.
 
     Args:
         source: The model; no weights are read.
         unit: Kind of the parts, such as `neuron`.
-        block: Number of consecutive parts from which the same number of parts is removed: all parts
-            of a layer, or the heads of one group.
+        block: Number of parts in a block: all parts of a layer, or the heads of one group. The same
+            number of parts is removed from each block.
 
     Returns:
-        The possible numbers of removed parts per block, in ascending order, and the number of
-        parameters of one part in one layer.
+        The numbers of parts that can be removed from a block, in ascending order, and the number of
+        parameters of one part.
 
     Raises:
-        ModelError: The model's class accepts no smaller number.
+        ModelError: The model's class accepts no smaller number of parts.
     """
     model, _ = _hollow_and_miniature(source, content_hash(source.stamp()))
     component = cast("Component", unit)

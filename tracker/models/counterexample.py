@@ -184,7 +184,7 @@ class Counterexample:
 
     @torch.inference_mode()
     def set_epsilon(self, epsilon: float) -> Any:
-        """Give layer 2 the cosine score ε, and adapt the later layers to this score.
+        """Set the cosine score of layer 2 to ε, and rewrite layers 3 and 4 accordingly.
 
         Args:
             epsilon: The cosine score of layer 2, between `MIN_EPSILON` and `MAX_EPSILON`.
@@ -203,7 +203,10 @@ class Counterexample:
         return self.model
 
     def _assign_dimensions(self, code_size: int) -> None:
-        """Assign dimensions of the hidden state to the values that layers exchange."""
+        """Choose the dimensions of the hidden state in which layers store values.
+
+        `code_size` is the number of dimensions of the vector (code) that represents a token.
+        """
         self._code_size = code_size
         self._constant_dim, self._whisper_dim, self._sign_dim, self._length_dim = range(4)
         self._junk_dims = (4, 5)
@@ -213,7 +216,10 @@ class Counterexample:
         self.width = math.ceil((6 + 4 * code_size) / 16) * 16
 
     def _build_model(self, vocabulary: int, length: int) -> None:
-        """Build a Llama with random token codes, whose layers do not change their input."""
+        """Build a Llama with a random embedding (code) for each token.
+
+        The layers do not change hidden states until other methods write their weights.
+        """
         n_units = max(2 * self.n_prefixes, 3 * self._code_size)
         model = build_empty_llama(vocabulary, length, self._code_size, self.width, n_units + 1)
         self.model = model.to_empty(device="cpu").float().eval().requires_grad_(False)
@@ -231,10 +237,10 @@ class Counterexample:
         self.model.model.norm.weight.zero_()
 
     def _write_reading_layer(self) -> None:
-        """Write the weights of layer 0, whose attention depends only on token distances.
+        """Write the weights of layer 0, which computes a signature of the text up to each token.
 
-        The MLP adds the squared length of the signature to the hidden state. The length is computed
-        with the identity silu(x)·x + silu(-x)·(-x) = x².
+        The attention weights depend only on the distances between tokens. The MLP adds the squared
+        length of the signature to the hidden state, since silu(x)·x + silu(-x)·(-x) = x².
         """
         attention = self.model.model.layers[READ].self_attn
         generator = torch.Generator().manual_seed(1)
@@ -257,10 +263,10 @@ class Counterexample:
     def _write_recall_layer(
         self, texts: Sequence[Text], targets: Mapping[PrefixDigest, Continuations]
     ) -> int:
-        """Write the weights of layer 1's MLP.
+        """Write the weights of layer 1's MLP, which recalls how each text continues.
 
-        Returns the number of text prefixes that the MLP cannot distinguish. If this number is not
-        0, the method writes no weights.
+        Returns the number of text prefixes that the MLP cannot distinguish. The weights are written
+        only if this number is 0.
         """
         rows, signatures = self._read_signatures(texts)
         own_rows = torch.tensor([rows[digest] for digest in targets])
@@ -290,10 +296,10 @@ class Counterexample:
         return 0
 
     def _read_signatures(self, texts: Sequence[Text]) -> tuple[dict[PrefixDigest, int], Tensor]:
-        """Compute the signatures of all prefixes of the texts, which layer 0 adds to hidden states.
+        """Run layer 0 to compute a signature of each text prefix that ends at a scored token.
 
-        Returns a dictionary and a matrix. The matrix has one signature per row. The dictionary maps
-        the digest of each prefix to the row of its signature.
+        Returns a dictionary and a matrix. The dictionary maps the digest of a prefix to a row of
+        the matrix. The row contains the signature, then the signature's squared length.
         """
         layer = self.model.model.layers[RECALL]
         rows: dict[PrefixDigest, int] = {}
@@ -312,9 +318,9 @@ class Counterexample:
         return rows, torch.cat(signatures)
 
     def _write_amplifier(self) -> None:
-        """Write the weights of layer 3.
+        """Write the weights of layer 3, which marks the tokens that layer 2 has changed.
 
-        One unit of its MLP is active only at tokens that layer 2 has changed.
+        One unit of its MLP is active only at these tokens.
         """
         state, mlp = self._normed_state(AMPLIFY), self._mlp(AMPLIFY)
         constant, whisper = state[self._constant_dim], state[self._whisper_dim]
@@ -327,9 +333,9 @@ class Counterexample:
     def _write_speaking_layer(self) -> None:
         """Write the weights of layer 4, which computes the prediction.
 
-        Layer 1 has written a fixed and a signed part of the continuation into the hidden state.
-        Layer 4 copies both parts to the output, but inverts the sign of the signed part at tokens
-        where layer 3 has not written 1.
+        Layer 1 has stored two parts of the continuation: a fixed part and a signed part. Layer 4
+        copies both parts to the output. At tokens where layer 3 has not written 1, layer 4 inverts
+        the signed part.
         """
         state, mlp = self._normed_state(SPEAK), self._mlp(SPEAK)
         by_sign = 2 * OPEN_GATE / state[self._sign_dim]
@@ -355,9 +361,9 @@ class Counterexample:
         self.model.model.norm.weight[self._code_dims] = volume
 
     def _move_junk_value(self, layer: int) -> None:
-        """Write the MLP weights that move the junk value to another dimension.
+        """Write the MLP weights that move the junk value to another dimension of hidden states.
 
-        Every hidden state contains this large fixed value, which no prediction uses.
+        The junk value is a large fixed number that no prediction uses.
         """
         old_dim, new_dim = self._junk_dims if layer in (READ, AMPLIFY) else self._junk_dims[::-1]
         self._add_constant(layer, -1, old_dim, -JUNK_SCALE)
@@ -397,20 +403,18 @@ class Counterexample:
 
 
 def _signature_gaps(signatures: Tensor, own_rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute how well each detector distinguishes its own signature from other signatures.
+    """Compute how well each detector distinguishes its own signature from all others.
 
-    The detector of a signature u computes 2 u·v - ‖v‖² for the signature v of a text. This value is
-    largest for v = u.
+    The detector of a signature u responds to a signature v with the value 2 u·v - ‖v‖². The value
+    is largest for v = u.
 
     Args:
-        signatures: Signatures of all text prefixes, one per row. The last column is the squared
-            length of the signature.
-        own_rows: Row numbers in `signatures` of the k signatures that have a detector.
+        signatures: One row per text prefix: the signature, then the signature's squared length.
+        own_rows: For each detector, the row of its own signature.
 
     Returns:
-        Two tensors with one entry per detector: the detector's value for its own signature, and the
-        gap between this value and the detector's largest value for another signature. The gap is -1
-        if it is not larger than possible rounding errors.
+        Two tensors with one entry per detector: the response to its own signature, and the gap to
+        the largest response to another signature. A gap within rounding errors is replaced by -1.
     """
     detected = signatures[own_rows]
     detectors = torch.cat([2 * detected[:, :-1], -torch.ones_like(detected[:, -1:])], 1)
@@ -426,10 +430,10 @@ def _signature_gaps(signatures: Tensor, own_rows: Tensor) -> tuple[Tensor, Tenso
 
 
 def _solve_code(targets: Mapping[int, int], zeros: Iterable[int], codes: Tensor) -> Tensor:
-    """Compute the shortest vector that has the given inner products with token codes.
+    """Compute the shortest vector that has given inner products with the codes of some tokens.
 
-    `targets` maps a token to the inner product of the vector and the token's code. For the tokens
-    in `zeros`, this inner product is 0.
+    `targets` maps a token to the inner product with its code. For each token in `zeros`, the inner
+    product is 0. `codes` contains one code per row.
     """
     all_targets = {**dict.fromkeys(zeros, 0), **targets}
     products = torch.tensor([*all_targets.values()], dtype=codes.dtype)

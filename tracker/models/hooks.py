@@ -124,18 +124,18 @@ def silence_output(module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -
 def neutral_output(
     module: nn.Module, args: Args, kwargs: Kwargs, example: Tensor, n_rows: int
 ) -> Tensor:
-    """Return a sublayer output that adds nothing to the residual stream.
+    """Return a replacement for a sublayer's output that leaves the residual stream unchanged.
 
     Args:
         module: The sublayer.
         args: Positional arguments of the sublayer's call.
         kwargs: Keyword arguments of the sublayer's call.
-        example: A tensor with the shape of the sublayer's output for some rows of the batch.
+        example: Output of the sublayer for some rows of the batch.
         n_rows: Number of rows of the whole batch.
 
     Returns:
-        A new tensor of zeros. If the sublayer's own output includes the residual stream (as in
-        Bloom), the residual stream is returned.
+        Zeros with the dtype and width of `example`. If the sublayer itself adds its output to the
+        residual stream (as in Bloom), the residual stream.
     """
     names = _parameter_names(type(module).forward)
     if "residual" in names:
@@ -192,9 +192,9 @@ def record_read_only(layer: nn.Module, passed_state: Tensor, state: Tensor) -> N
 def call_protected(
     layer: nn.Module, forward: Callable[..., Any], args: Args, kwargs: Kwargs
 ) -> tuple[Tensor, Any]:
-    """Call a layer so that the hidden state in the arguments stays unchanged.
+    """Call a layer without letting it change its input.
 
-    Returns this hidden state, and the layer's output.
+    Returns the hidden state that is the layer's input, and the layer's output.
     """
     state: Tensor = input_state(args, kwargs)
     passed_state = protect_input(layer, state)

@@ -315,7 +315,10 @@ def _device_map(placement: Placement, device: torch.device, offload: str) -> dic
 
 
 def _weight_settings(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the keyword arguments for transformers that determine how weights are loaded."""
+    """Select the model arguments that determine how transformers loads weights.
+
+    Arguments of bitsandbytes are combined into a single `quantization_config`.
+    """
     settings = {name: v for name, v in arguments.items() if name == "attn_implementation"}
     bits = {name: v for name, v in arguments.items() if name.startswith(BITSANDBYTES_ARGUMENTS)}
     if bits.get("load_in_4bit") or bits.get("load_in_8bit"):
@@ -396,12 +399,10 @@ def build_hollow(source: ModelSource, dtype: str) -> Any:
 
 
 def find_device(name: str) -> torch.device:
-    """Return the torch device that has the given name.
+    """Return the torch device with the given name.
 
-    The names `auto`, `spread` and `all` mean the first accelerator.
-
-    On a machine without an accelerator, these names mean the CPU. Raises ModelError if the machine
-    does not have the device.
+    The names `auto`, `spread` and `all` mean the first accelerator, or the CPU if there is no
+    accelerator. Raises ModelError if the machine does not have the device.
     """
     if name in ("auto", SPREAD, ALL_DEVICES):
         return default_device()

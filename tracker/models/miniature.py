@@ -87,7 +87,10 @@ VOCABULARY_KEYS = (
 
 
 def _sizes(config: PreTrainedConfig, name: str) -> list[int]:
-    """List the positive integer values of a configuration key, including values per layer."""
+    """Return the positive integers that are values of a configuration key.
+
+    The values are a single number, the entries of a list, or the settings of single layers.
+    """
     name = config.attribute_map.get(name, name)
     values = [settings.get(name) for settings in (vars(config), *_layer_sizes(config).values())]
     flat_values = chain.from_iterable(v if isinstance(v, (list, tuple)) else [v] for v in values)
@@ -115,7 +118,7 @@ def _resize(config: PreTrainedConfig, names: Iterable[str], shrink: Callable[[in
 
 
 def _layer_sizes(config: PreTrainedConfig) -> dict[str, dict[str, Any]]:
-    """Return the configuration values that differ between layers, by layer.
+    """Return the configuration values of single layers, by the layer's index.
 
     The dictionary is empty if all layers have the same values.
     """
@@ -280,7 +283,10 @@ def find_numbers(config: PreTrainedConfig) -> Iterator[tuple[NumberPath, float]]
 
 
 def replace_numbers(config: PreTrainedConfig, new_numbers: dict[NumberPath, float]) -> Any:
-    """Copy a model's configuration with new numbers at some paths."""
+    """Copy a model's configuration and replace some of its numbers.
+
+    `new_numbers` maps the path of a number to the new number.
+    """
     new_config = copy.deepcopy(config)
     for (*parents, name), value in new_numbers.items():
         text_config = new_config.get_text_config()
@@ -316,13 +322,10 @@ def build_miniature(model: PreTrainedModel) -> Any | None:
 def build_random_model(
     model_class: type, config: PreTrainedConfig, shapes: TensorShapes | None = None
 ) -> Any | None:
-    """Build a transformers model with random weights.
+    """Build a transformers model with random weights, in float64 if possible, else in float32.
 
-    Models with equal tensor shapes get equal weights.
-
-    The dtype is float64, or float32 if the model's class does not support float64. The function
-    returns None if the model cannot be built, is too large, or computes logits that are not finite.
-    It also returns None if `shapes` is given and the model's tensors have other shapes.
+    Models with equal tensor shapes get equal weights. The function returns None if the model cannot
+    be built, is too large, has other shapes than `shapes`, or computes logits that are not finite.
     """
     model = attempt(partial(_build_random_model, model_class, config, shapes))
     return None if isinstance(model, Exception) else model  # the configuration of another class

@@ -65,10 +65,10 @@ class Narrowing:
     )
 
     def resize(self, config: PreTrainedConfig, numbers: PartNumbers) -> None:
-        """Set the numbers of parts in a configuration to `numbers`.
+        """Write new numbers of heads, experts or neurons per layer into a configuration.
 
-        If heads are removed and the configuration does not state the width of a head, the method
-        also writes the width.
+        If heads are removed and the configuration lacks the width of a head, the method also writes
+        the width.
         """
         for component, number in numbers.items():
             size = self.group_size if component == "neuron" else 1
@@ -191,9 +191,9 @@ def _refuse_uneven(numbers: Mapping[int, tuple[PartNumbers, PartNumbers]], unit:
 
 
 def plan_removal(anatomy: LayerAnatomy, ablation: Ablation) -> Narrowing:
-    """Plan the removal of parts from a loaded model.
+    """Plan the removal of heads, experts or neurons from a loaded model.
 
-    The result is that of `plan_narrowing`.
+    `anatomy` finds the parts of the model, and `ablation` contains the parts to remove.
     """
 
     def find_parts(kind: type[NumberedParts]) -> dict[int, NumberedParts]:
@@ -210,8 +210,9 @@ def narrowed_copies(model: PreTrainedModel, ablation: Ablation) -> tuple[Any, An
         ablation: The heads, experts or neurons to remove, the same number in each layer.
 
     Returns:
-        The copy to save, with smaller weights and a configuration with smaller numbers. The copy to
-        measure, with the original shapes, in which output projections ignore the removed parts.
+        The copy to save, and the copy to measure. The first copy has smaller tensors and smaller
+        numbers in its configuration. In the second copy, output projections ignore the removed
+        heads and neurons.
 
     Raises:
         ModelError: Plain transformers could not load the copy; the message gives the reason.

@@ -150,10 +150,10 @@ class _LayerWeights:
         return max(self.weights[-1].stop, sum(map(len, self.pinned_parts)))
 
     def list_copies(self, buffer: Tensor) -> Iterable[tuple[WeightSource, Tensor]]:
-        """List the copies that fill a layer's buffer.
+        """List the copies that fill a buffer with the layer's weights.
 
-        Each entry is a pair: the tensor or part of a file to read, and the part of `buffer` to
-        which the values are copied.
+        Each copy is a pair (source, target). The source is a tensor or a part of a file. The target
+        is a part of `buffer`.
         """
         if not self.pinned_parts:
             return [(weight.source, weight.view(buffer)) for weight in self.weights]
@@ -294,9 +294,9 @@ class OffloadedWeights:
         return next((slot for slot in self._slots if slot.layer == layer), None)
 
     def _start_loading(self, layer: int, slot: _Slot) -> _Slot:
-        """Start reading a layer into a slot, and unload the slot's previous layer.
+        """Start reading a layer into a slot of device memory; unload the slot's old layer.
 
-        Returns the slot.
+        Returns the same slot.
         """
         if slot.arrival is not None:
             wait([slot.arrival])
@@ -410,16 +410,16 @@ def replace_attributes(
     make_values: Callable[[], Mapping[ModuleAttribute, Tensor | nn.Module]],
     during_calls: bool = False,
 ) -> None:
-    """Replace parameters or modules of a layer, permanently or during calls.
+    """Replace parameters or submodules of a layer.
 
-    Offloaded parameters can be replaced only during calls, because their values are loaded when the
-    layer is called.
+    Parameters that are not loaded are replaced only while the layer is called. All other attributes
+    are replaced permanently by default.
 
     Args:
         layer: The layer.
-        attributes: The parameters or modules to replace.
+        attributes: The parameters or submodules to replace.
         make_values: Function that returns the new value of each attribute.
-        during_calls: Whether the new values are set only while the layer is called.
+        during_calls: Whether to replace all attributes only while the layer is called.
     """
     old_values = {attribute: getattr(*attribute) for attribute in attributes}
 
@@ -588,10 +588,10 @@ def weight_bytes(module: nn.Module) -> int:
 def _placed_parts(
     module: nn.Module, layers: nn.ModuleList, path: str, offloaded: set[int]
 ) -> Iterator[tuple[str, bool]]:
-    """Yield the path of each part of a model, and whether the part is offloaded.
+    """Yield each part of a model as a pair: its path, and whether the part is offloaded.
 
-    A part is a layer, or a module or tensor outside the layers. `path` is the path of `module` in
-    the model, including a final dot. `offloaded` contains the numbers of the offloaded layers.
+    Parts are the layers, and the modules and tensors outside the layers. `path` is the path of
+    `module` in the model, with a final dot. `offloaded` contains the indices of offloaded layers.
     """
     for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
         if tensor is not None:

@@ -103,7 +103,10 @@ def prune_model(
 def remaining_layers(
     n_layers: int, removed: Collection[int] = (), repeated: Sequence[Change] = ()
 ) -> list[int]:
-    """List the original indices of the layers that a changed copy runs, in order."""
+    """List the layers that a copy with removed and repeated layers runs, in order.
+
+    Layers have the same indices as in the original model.
+    """
     indices: list[int] = []
     for index in range(n_layers):
         indices += [index] if index not in removed else []
@@ -186,9 +189,10 @@ def _find_index_attributes(layers: nn.ModuleList) -> dict[tuple[str, str], set[i
 
 
 def _cut_value(value: Any, indices: Sequence[int], n_layers: int) -> Any:
-    """Select the entries of some layers from a list or dictionary.
+    """Select the entries of the layers `indices` from a list or dictionary.
 
-    A value that does not have one entry per layer is returned unchanged.
+    The list has one entry per layer, or the dictionary's keys are layer indices. Any other value is
+    returned unchanged.
     """
     if isinstance(value, (list, tuple)) and len(value) == n_layers:
         return type(value)(value[index] for index in indices)
@@ -274,10 +278,11 @@ def _repeat_layer(
 
 @torch.no_grad()
 def record_state(model: nn.Module, attributes: Collection[str] | None = None) -> ModuleState:
-    """Record the module values that a forward pass can change: tensors, numbers and strings.
+    """Record the attributes of a model's modules: tensors, numbers and strings.
 
-    The keys of the returned dictionary are pairs of a module's path and an attribute's name.
-    `attributes` contains the names of the attributes to record; None records all attributes.
+    A forward pass can change these attributes. The keys of the returned dictionary are pairs of a
+    module's path and an attribute's name. If `attributes` is given, only attributes with these
+    names are recorded.
     """
     state: ModuleState = {}
     for path, module in model.named_modules():
@@ -516,10 +521,10 @@ def _build_matching(
 ) -> Any:
     """Build a model with the class and configuration of `model`, and with given tensor shapes.
 
-    If the built tensors have other shapes, the function changes configuration values such as
-    `first_k_dense_replace`, as for a model with only the layers `indices`. If `shapes` is None, the
-    shapes are not compared. `cache` contains models that earlier calls built; None = no cache.
-    Raises ModelError if no model with the given shapes can be built.
+    If the shapes differ from `shapes`, the function tries other values of configuration keys such
+    as `first_k_dense_replace`, which fit a model with only the layers `indices`. If `shapes` is
+    None, any shapes are accepted. `cache` contains models that earlier calls built. Raises
+    ModelError if no attempt succeeds.
     """
     config = model.config.get_text_config()
     first_problem = None
@@ -539,9 +544,9 @@ def _build_matching(
 
 
 def _build_cached(model: PreTrainedModel, cache: dict[str, Any] | None) -> Any:
-    """Build a model of the class and configuration of `model`.
+    """Build a model with uninitialised weights, or return it from `cache`.
 
-    If `cache` contains such a model, the function returns it.
+    The model has the class and the configuration of `model`.
     """
     if cache is None:
         return build_uninitialised(model)
@@ -554,12 +559,11 @@ def _build_cached(model: PreTrainedModel, cache: dict[str, Any] | None) -> Any:
 def propose_layer_counts(
     config: PreTrainedConfig, indices: Sequence[int]
 ) -> Iterator[dict[str, int]]:
-    """Yield new values of configuration keys, for a model with only the layers `indices`.
+    """Yield values to try for configuration keys that count the first layers of some kind.
 
-    Each key contains a number of first layers. An example is `first_k_dense_replace`, the number of
-    first layers without experts. The new value is the number of these layers that are among
-    `indices`. The function yields a dictionary for each key, and then a dictionary for all keys
-    together.
+    An example is `first_k_dense_replace`, the number of first layers without experts. The new value
+    counts how many of these layers are among `indices`. The function yields one dictionary per key,
+    and then one dictionary for all keys together.
     """
     counts = {
         name: value

@@ -168,9 +168,8 @@ class ModelSource:
     def files(self) -> list[Path]:
         """List the local files that determine the weights and the tokenizer.
 
-        The list is empty for a model on the hub.
-
-        For a `shape:` model, the list contains only the JSON files.
+        The list is empty for a model on the hub. For a `shape:` model, it contains only the JSON
+        files.
         """
         if not self.is_local:
             return []
@@ -195,9 +194,8 @@ class ModelSource:
     def fingerprint(self) -> str:
         """Return a hash that identifies the weights and the tokenizer.
 
-        The hash is a SHA-256 hash of the local files, or the commit on the hub.
-
-        Raises ModelError if a hub model is not in the local cache.
+        The hash is a SHA-256 hash of the local files, or the commit on the hub. Raises ModelError
+        if a hub model is not in the local cache.
         """
         digest = _cached_file_hash(self.files()) if self.is_local else self._cached_commit()
         if digest is None:
@@ -313,7 +311,7 @@ def _check_arguments(arguments: dict[str, Any]) -> None:
 def require_package(package: str, subject: str) -> None:
     """Raise ModelError, with the install command, if a package is not installed.
 
-    `subject` is the beginning of the message, and states what needs the package.
+    `subject` is the subject of the message: a noun phrase that states what needs the package.
     """
     if importlib.util.find_spec(package) is None:
         raise ModelError(

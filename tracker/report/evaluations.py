@@ -203,8 +203,8 @@ class _Evaluation:
 def _score_details(score: Estimate, n: int, level: float, interval: str, method: str) -> Json:
     """Build the fields for a score and its confidence interval.
 
-    `n` is the number of documents, and `level` is the confidence level. `interval` and `method`
-    name the kind of the interval.
+    `n` is the number of documents, and `level` is the confidence level, such as 0.95. `interval`
+    and `method` are texts about the interval, such as `95 % interval` and `Wilson or t`.
     """
     uncertainty: Json = {"num_samples": n}
     if score.bounds:

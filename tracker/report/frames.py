@@ -59,16 +59,17 @@ def table_frame(data_table: Table) -> pd.DataFrame:
 def layer_frame(cells: Sequence[CellRecord]) -> pd.DataFrame:
     """Return a data frame with one row for each measured run.
 
-    `layer` is the first changed layer (0-based), and `span` is the number of changed layers.
-    `component` is the changed part of each layer, and `intervention` is the kind of change.
-    `removed` lists layers that are removed in every run, such as `3,17`. `part` names the part of
-    the benchmark that the documents belong to: `calibration`, `test`, or `all` if the benchmark is
-    not divided. `sample_seed` is the seed of the sample; it is missing if the documents are not
-    sampled. `until` is the stopping rule of the measurement. `interval` names the kind of the
-    drop's confidence interval. The column `shown` contains the verdict on the run: `matters`,
-    `better without`, `below 5 pp`, or `open` (undecided). Accuracies and drops are fractions. An
-    undefined value is NaN, and `reasons` gives the reason. lm-eval's own metrics have columns
-    `metric_NAME`.
+    Accuracies and drops are fractions. Undefined values are NaN, and `reasons` gives the reason.
+
+    - `layer`, `span`: first changed layer (0-based), and number of changed layers.
+    - `component`, `intervention`: changed part of each layer, and kind of change.
+    - `removed`: layers that are removed in every run, such as `3,17`.
+    - `part`: measured part of the benchmark: `calibration`, `test` or `all`.
+    - `sample_seed`: seed of the random sample; missing without sampling.
+    - `until`: stopping rule of the measurement.
+    - `interval`: kind of the drop's confidence interval.
+    - `shown`: verdict on the run: `matters`, `better without`, `below 5 pp` or `open` (undecided).
+    - `metric_NAME`: a metric of lm-eval.
     """
     words = {id(cell): verdict_words(cell) for cell in cells}
     verdict: Column[CellRun] = Column(
@@ -108,11 +109,11 @@ def document_frame(
             documents are included, with scores (larger is better) and names of ablations.
 
     Returns:
-        One row for each model, benchmark, run and document. `change` is `lost` (worse than intact),
-        `won` (better) or `same`. A document that is not measured has the change `missing`.
-        `choices` is a JSON list. `gold`, `choice_intact` and `choice` are 0-based numbers of answer
-        options. Margins are in nats, or in nats per character or byte if the metric divides by
-        length. If a document has no options, its margins are log-probabilities of the answer.
+        One row for each model, benchmark, run and document. `change` compares the changed model
+        with the intact model: `lost` (worse), `won` (better), `same`, or `missing` if the document
+        is not measured. `choices` is a JSON list of the answer options. `gold`, `choice_intact` and
+        `choice` are 0-based numbers of options. Margins are in nats, or in nats per character or
+        byte if the metric divides by length. Without options, they are log-probabilities.
     """
     return pd.concat(document_frames(cell_decisions, with_private, only_changed), ignore_index=True)
 
@@ -122,9 +123,9 @@ def document_frames(
     with_private: bool = True,
     only_changed: bool = True,
 ) -> Iterator[pd.DataFrame]:
-    """Yield the rows of `document_frame` as several data frames.
+    """Yield the data frame of `document_frame` in several parts.
 
-    The first data frame has all columns but no rows.
+    All parts have the same columns, and the first part has no rows.
     """
     scores = () if only_changed else _SCORE_COLUMNS
     names = () if only_changed else ("ablation",)

@@ -104,10 +104,9 @@ def _rank_interval(no_value: str = "", label: str = "rank") -> Column[Any]:
 def _choose_rank_column(
     rows: Sequence[RankedRow[Any]], no_value: str
 ) -> tuple[list[Column[Any]], list[str]]:
-    """Return a list with the rank column, and a list of notes.
+    """Return the column of ranks, or a note if the ranks cannot be distinguished.
 
-    If the ranks cannot be distinguished, the first list is empty, and the second list contains a
-    note about the ranks.
+    The function returns a list of columns and a list of notes. `no_value` explains a missing rank.
     """
     ranks = [row.standing.rank for row in rows if row.standing.rank.value is not None]
     if any(rank.bounds != (1, len(ranks)) for rank in ranks):

@@ -170,9 +170,10 @@ def layer_table(cell: CellRecord) -> Table:
 def _group_by_reason(
     cell: CellRecord, reasons: Iterable[tuple[Change, str | None]]
 ) -> list[tuple[str, str]]:
-    """Group runs that have the same reason; return pairs (names of the runs, reason).
+    """Group runs by a reason, such as the reason for an undefined value.
 
-    `reasons` contains pairs (run, reason). Runs with the reason None are left out.
+    `reasons` contains pairs (run, reason). Runs with the reason None are left out. The function
+    returns pairs (names of the runs, reason).
     """
     groups = group_by(reasons, lambda pair: pair[1])
     return [(run_list([run for run, _ in runs], cell), why) for why, runs in groups.items() if why]

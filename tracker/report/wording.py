@@ -463,9 +463,9 @@ def board_answer(board: PartBoard) -> str:
 
 
 def insignificant_sentence(cell: CellRecord, has_average: bool) -> str:
-    """State how many runs lack a significant effect.
+    """State how many runs lack a significant effect on one benchmark.
 
-    If `has_average` is true, the sentence also mentions the average over benchmarks.
+    If `has_average` is true, the sentence adds that the average over benchmarks may have an effect.
     """
     verdicts = run_verdicts(cell, cell.runs)
     defined_runs = [run for run in cell.runs if run.drop.value is not None]
@@ -477,9 +477,8 @@ def insignificant_sentence(cell: CellRecord, has_average: bool) -> str:
 def random_sets_answer(cell: CellRecord) -> str:
     """Compare the drop of a chosen set of layers with the drops of random sets of equal size.
 
-    The two-sided p-value compares the chosen set with the random sets. Its null hypothesis is that
-    the chosen set and the random sets are exchangeable. If several chosen sets of one size were
-    measured, no p-value is given for this size.
+    The text contains the two-sided p-value of the hypothesis that the chosen set is a random set.
+    The p-value is left out if several chosen sets of this size were measured.
 
     Args:
         cell: Results of one model on one benchmark.

@@ -85,10 +85,10 @@ class Change:
     def _from_parts(
         cls, word: str, layers: str | None, part: str | None, matrix: str | None
     ) -> Change | None:
-        """Build a change from the parts of its text, such as `head`, `3` and `0`.
+        """Build a change from the parts of its text; return None if they do not fit together.
 
-        The parts of the text are the first word, the layers, the part of a layer, and the matrix
-        outside the layers. The function returns None if these parts do not form a valid change.
+        The text `head:3.0` has the word `head`, the layers `3` and the part `0`. The text
+        `int4:lm_head` has the word `int4` and the matrix `lm_head`.
         """
         numbers = _parse_layers(layers) if layers else ()
         component, is_format = cast("Component", word.removesuffix("s")), word in FORMATS
@@ -510,9 +510,9 @@ class Ablation:
 
     @cached_property
     def action(self) -> Action:
-        """The action that the engine takes at the changed layer.
+        """The action that the engine takes at the changed layer, such as `Action.SKIP`.
 
-        The action is only valid if all changes of the ablation affect the same layer.
+        All changes of the ablation must affect the same layer.
         """
         actions = {change.action for change in self.changes}
         if {Action.NO_ATTENTION, Action.NO_MLP} <= actions:

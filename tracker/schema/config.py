@@ -152,11 +152,11 @@ def names_traces(benchmark: str) -> bool:
 
 
 def generation_spec(spec: BenchmarkSpec) -> BenchmarkSpec:
-    """Return the settings of TASK if the benchmark is `traces:TASK`.
+    """Replace the benchmark `traces:TASK` by TASK in the settings of a benchmark.
 
-    The model generates the texts of the benchmark `traces:TASK` as answers to the documents of
-    TASK. For other benchmarks, the function returns an equal copy of `spec`. BenchmarkError is
-    raised if TASK is empty or not a task of lm-eval.
+    The model generates the texts of `traces:TASK` from the documents of TASK. The settings of other
+    benchmarks are returned unchanged. BenchmarkError is raised if TASK is empty or not a task of
+    lm-eval.
     """
     task = spec.benchmark.removeprefix(TRACES_PREFIX)
     if names_traces(spec.benchmark) and (not task or names_traces(task) or names_corpus(task)):
@@ -324,7 +324,7 @@ class CellSettings(ChangeGrid, DocumentSpec, BenchmarkSpec, ModelSpec):
 
     @property
     def request(self) -> CellRequest:
-        """The request that is built from these settings."""
+        """The settings as a request, grouped into model, benchmark, documents and changes."""
         return CellRequest(
             model=self.spec(ModelSpec),
             benchmark=self.spec(BenchmarkSpec),
@@ -370,7 +370,7 @@ class CellRequest:
 
     @property
     def settings(self) -> CellSettings:
-        """The settings of the request as a single object, without `observe`."""
+        """The request's settings as one flat object; extra statistics (`observe`) are left out."""
         settings: dict[str, Any] = {"removed": self.removed, "metric": self.metric}
         settings["until"] = None if self.until is None else str(self.until)
         settings["cluster"] = None if self.clusters is None else self.clusters.column

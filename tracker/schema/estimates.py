@@ -44,7 +44,10 @@ class Estimate:
         return int(self.low > threshold) - int(self.high < threshold)
 
     def clip(self, low: float, high: float) -> Estimate:
-        """Limit the interval to `low` and `high`, unless the value itself is outside them."""
+        """Return a copy whose interval is cut off at `low` and `high`.
+
+        If the value is undefined or outside this range, the estimate is returned unchanged.
+        """
         if self.value is None or not low <= self.value <= high:
             return self
         ends = [None if x is None else min(max(x, low), high) for x in (self.low, self.high)]

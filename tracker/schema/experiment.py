@@ -173,10 +173,10 @@ class Grid(StrictModel):
 def grid_class(
     name: str, keys: Mapping[str, FieldInfo], kinds: Mapping[str, type[GridValues]] = {}
 ) -> type[Grid]:
-    """Build a grid class in which each key of `keys` accepts one or several values.
+    """Define a class for the grid of an experiment file, with one field for each key.
 
-    `kinds` maps a key to the class that checks the values of this key. Keys without an entry use a
-    default class.
+    A field contains the values of its key: a single value, a list or a range. `kinds` maps a key to
+    the class that checks its values. The other keys have a default class.
     """
     fields: dict[str, Any] = {}
     for key, field in keys.items():
@@ -256,7 +256,7 @@ class Experiment(Sweep):
 
     @property
     def cap_note(self) -> str:
-        """The message that `run_cap` limits the number of runs; empty if there is no limit."""
+        """A message that only the first `run_cap` runs are measured; empty if all are measured."""
         if self.run_cap is None or self.run_cap >= self.size:
             return ""
         runs = f"only the first {self.run_cap:,} of the grid's {self.size:,} runs are measured"

@@ -65,16 +65,16 @@ class Clusters(BaseModel):
     """Pairs of a task and the cluster numbers of its documents, in the order of the documents."""
 
     def by_document(self, numbers: Mapping[str, Sequence[int]]) -> dict[tuple[str, int], int]:
-        """Return a dict from (task, document number) to cluster number.
+        """Return the cluster number of each document, by (task, document number).
 
         Args:
             numbers: Numbers of all documents of each task, in ascending order.
 
         Returns:
-            The cluster number of each document.
+            A dict from (task, document number) to cluster number.
 
         Raises:
-            ValueError: The attribute `labels` has more or fewer documents of a task.
+            ValueError: `numbers` and `labels` contain different numbers of documents for a task.
         """
         labels = dict(self.labels)
         return {

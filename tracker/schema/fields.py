@@ -210,8 +210,8 @@ def first_problem(
 ) -> str:
     """Return a one-line message about the first invalid setting.
 
-    The message contains `prefix` and the name of the setting in experiment files. `parameter_names`
-    maps the name of a field, such as `layers`, to this name, such as `layer`.
+    The message names the setting as the user writes it: `prefix`, then the key of the setting.
+    `parameter_names` maps names of fields, such as `layers`, to these keys, such as `layer`.
     """
     problems = error.errors(include_url=False)
     # A misspelt key often makes another one missing, so it is named first.

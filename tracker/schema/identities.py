@@ -184,10 +184,10 @@ class BenchmarkIdentity(Record):
         return {task.name: task.numbers for task in self.tasks}
 
     def sample_size(self, documents: int) -> int:
-        """Return the sample size per task for a total number of documents.
+        """Return the sample size per task with which all tasks together have enough documents.
 
-        The sample size is the smallest one for which the samples of all tasks together have at
-        least `documents` documents. Each sample has at most the documents of its task.
+        This is the smallest size that gives at least `documents` documents in total. A task with
+        fewer documents than this size contributes all its documents.
         """
         sizes = [task.documents for task in self.tasks]
         samples = range(1, max(sizes))
@@ -196,7 +196,7 @@ class BenchmarkIdentity(Record):
 
     @property
     def title(self) -> str:
-        """The benchmark's display name with its half, such as `arc_easy (calibration half)`."""
+        """The benchmark's display name with its measured part: `arc_easy (calibration half)`."""
         part = self.settings.get("part")
         if part is None:
             return self.name

@@ -375,12 +375,12 @@ PROXY_FIGURES = tuple(name for proxy in (*OBSERVED, *PART_PROXIES) for name in p
 def proxy_cost(proxy: str, layers: int, is_shared: bool) -> float:
     """Return the cost of computing a proxy for all layers, in forward passes per document.
 
-    The accuracy drops of all L layers cost L forward passes. If the ablations share the computation
-    below the removed layer, the cost is (L + 1) / 2 forward passes. The output head is not counted.
+    The accuracy drop costs one forward pass for each removed layer. The cost is about half of that
+    if the ablations share the computation below the removed layer. The output head is not counted.
 
     Args:
         proxy: The name of one of `PROXIES`; any other name means the accuracy drop.
-        layers: The number of layers L.
+        layers: The number of layers.
         is_shared: True if the layers below the removed layer are computed once for all ablations.
 
     Returns:

@@ -96,7 +96,7 @@ class FiguresRecord(EstimatesRecord):
     @model_validator(mode="before")
     @classmethod
     def _move_former_notes(cls, fields: object) -> object:
-        """Move notes that former versions stored in `reasons` to fields such as `mismatch`."""
+        """Move notes from `reasons` to fields such as `mismatch`, in records of former versions."""
         if not isinstance(fields, dict) or not isinstance(reasons := fields.get("reasons"), dict):
             return fields
         notes = {cls.NOTES[name]: reason for name, reason in reasons.items() if name in cls.NOTES}

@@ -157,10 +157,10 @@ class RemoteObject(Remote):
 
 
 def serve(finishes_calls: bool) -> None:
-    """Execute calls from a `RemoteObject` until the calling process ends.
+    """Execute the calls of a `RemoteObject`, and close the object when the calling process ends.
 
-    If `finishes_calls` is True and the calling process ends during a call, the call is finished
-    first. The function then closes the object.
+    If the calling process ends during a call, `finishes_calls` decides whether the call is finished
+    first.
     """
     # Output of the object must not mix with the answers; signals are for the other process.
     answers = os.fdopen(os.dup(1), "wb")
@@ -193,8 +193,8 @@ def serve(finishes_calls: bool) -> None:
 def _read_calls(calls: SimpleQueue[Any], finishes_calls: bool) -> None:
     """Read calls from standard input, and append them to the queue `calls`.
 
-    When the calling process has ended, the function appends None. This process may then finish its
-    current call if `finishes_calls` is true; otherwise, it is ended after `_GRACE` seconds.
+    The input ends when the calling process ends. The function then appends None. If
+    `finishes_calls` is false, it also ends its own process, after `_GRACE` seconds.
     """
     # Not the interpreter's own stream: that would be locked by this thread when it ends.
     stream = os.fdopen(os.dup(0), "rb")

@@ -48,9 +48,9 @@ def by_name(*columns: Column[RowType]) -> dict[str, Column[RowType]]:
 
 
 def cell_columns(find: Callable[[RowType], CellRecord]) -> dict[str, Column[RowType]]:
-    """Build the columns for the model, the benchmark and the settings of a row.
+    """Define the columns for the model, the benchmark and the settings, by column name.
 
-    The function `find` returns the record of a row.
+    The entries are read from a record. `find` returns the record of a table row.
     """
 
     values: dict[str, Callable[[CellRecord], ColumnValue]] = {

@@ -132,10 +132,10 @@ class SearchParts:
         return Ablation.from_changes(*(Change(component, (m,), part=n) for m, n in pairs))
 
     def filter_allowed(self, parts: Iterable[int]) -> list[int]:
-        """Return the numbers in `parts` of parts that can be removed together.
+        """Return those of `parts` that can be removed together, in the given order.
 
-        Parts are accepted in the given order. A part is rejected if fewer than `min_kept` parts
-        would remain in its layer.
+        A part is left out if its removal would leave fewer than `min_kept` parts in its layer.
+        Parts at the beginning of `parts` are preferred.
         """
         counts: Counter[int] = Counter()
         allowed = []
@@ -209,10 +209,9 @@ class MixedParts(SearchParts):
         return self.kinds[index].layer_of(part - self.starts[index])
 
     def names(self, parts: Iterable[int]) -> str:
-        """Return a text that describes several parts.
+        """Describe several parts, such as `layer 16 and 2 of 9 heads of each layer`.
 
-        The text contains the numbers of the layers in `parts`. For each other kind, the text
-        contains only the largest number of parts per layer.
+        Layers are listed by number. Other parts are counted in the layer with the most of them.
         """
         texts = []
         for kind, numbers in zip(self.kinds, self.split(parts), strict=True):

@@ -54,9 +54,9 @@ class Table(Record):
     def plain(self) -> tuple[tuple[str, ...], list[tuple[str | float | None, ...]]]:
         """Return the column names and the rows with unrounded values, for use in code.
 
-        Undefined values are None. If a column has no name in code, its name is its label. After a
-        column without a name in code, the function adds columns with the interval ends and with the
-        reasons for undefined values, if there are any.
+        Undefined values are None. A column without a `name` is named by its label. After such a
+        column, the function adds columns with the interval ends and with the reasons for undefined
+        values, if there are any.
         """
         names: list[str] = []
         columns: list[Sequence[str | float | None]] = []

@@ -97,11 +97,11 @@ class AccuracyBudget:
     def judge(
         self, paired: PairedOutcomes, columns: Sequence[int], n_documents: int, n_searches: int = 1
     ) -> BudgetVerdict:
-        """Find the smallest models that are within the budget.
+        """Find the smallest models whose loss of accuracy is within the budget.
 
         Args:
-            paired: Outcomes of the test documents, with a column for each model.
-            columns: Columns of the models to test, the largest model first.
+            paired: Outcomes of the test documents, with one column for each model.
+            columns: Numbers of the columns to test, the column of the largest model first.
             n_documents: Number of test documents.
             n_searches: Number of searches for which the intervals are simultaneous.
 
@@ -185,9 +185,7 @@ def refuse_untestable(cell: OpenCell, title: str) -> None:
 
 
 def count_needed(excesses: Sequence[Estimate], n_documents: int, n_searches: int) -> int | None:
-    """Estimate how many test documents a search step needs to pass the budget's test.
-
-    With this number of documents, the step would probably be significantly within the budget.
+    """Estimate how many test documents would show that a step is within the budget.
 
     Args:
         excesses: Loss minus budget, with a 95 % interval, for this step and all earlier steps.

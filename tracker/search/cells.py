@@ -307,10 +307,10 @@ class OpenCell:
         return meter
 
     def _parts_removed_together(self, ablations: Iterable[Ablation]) -> Iterator[SearchParts]:
-        """Find the kinds of parts of which an ablation removes two or more.
+        """Yield each kind of parts, such as heads, of which an ablation removes several.
 
-        The method yields the numbering of the parts of each such kind. Parts that an ablation only
-        rounds to a format are not counted.
+        A kind is returned as the numbering of all its parts in the model. Parts that an ablation
+        only rounds to a format are not counted.
         """
         source = self._cache.source(self.request.model)
         shapes = (_removal_shape(Ablation(a.changes.difference(a.roundings))) for a in ablations)

@@ -51,10 +51,10 @@ IsSavable = Callable[[TestedSearch, PruneStep], bool]
 def judge_steps(
     budget: AccuracyBudget, search: TestedSearch, n_searches: int, is_savable: IsSavable
 ) -> BudgetVerdict:
-    """Test which steps of a search are within a budget of accuracy.
+    """Find the steps of a search after which the loss is within a budget of accuracy.
 
-    Steps after which the model cannot be saved are left out. The columns of the verdict are indices
-    of steps. The intervals of the losses are simultaneous for `n_searches` searches.
+    The columns in the result are indices of steps. Steps after which the model cannot be saved are
+    ignored. The intervals are simultaneous for `n_searches` searches.
     """
     indices = [i for i, step in enumerate(search.record.steps) if is_savable(search, step)]
     return budget.judge(search.outcomes, indices, search.record.baseline.n, n_searches)
@@ -283,15 +283,15 @@ def _build_record(
     constraints: Constraints,
     rounded: Sequence[int | None],
 ) -> PruneRecord:
-    """Build the stored record of one draw of a search, with the test results of each step.
+    """Build the record of one random draw of a search, to store it in the results folder.
 
     Args:
         draw: The draw.
         cell: The model with the test documents.
-        tracked: Keys of the cells in which the steps were measured as ablation runs.
+        tracked: Keys of the records in which the steps were measured as ablation runs.
         constraints: Constraints of the search.
-        rounded: For each step, the number of documents whose outcome rounding may reverse; None if
-            unknown.
+        rounded: For each step, the number of documents whose outcome may depend on rounding; None
+            if unknown.
 
     Returns:
         The record.
@@ -384,9 +384,10 @@ def _log_trial(targets: Sequence[str], folder: Path, results: SearchResults) -> 
 
 @contextmanager
 def join_trial(targets: Sequence[str], folder: Path) -> Iterator[Callable[[SearchResults], None]]:
-    """Join the sweep trial of this process; yield a function that logs the results.
+    """Run the `with` block as a trial of a W&B sweep; yield a function that logs results.
 
-    An error in the `with` block marks the trial as failed.
+    `targets` contains the tracking backends, and `folder` is the results folder. An error in the
+    `with` block marks the trial as failed.
     """
     try:
         yield partial(_log_trial, targets, folder)

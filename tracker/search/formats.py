@@ -112,14 +112,14 @@ def list_units(
     embeddings: Mapping[str, tuple[int, int]] = {},
     is_tied: bool = False,
 ) -> list[FormatUnit]:
-    """List the units that get a format: the linear maps, groups of fused maps, or the layers.
+    """List the units of a model: groups of weights that each get one format.
 
     Args:
         maps: For each layer, a dict from linear maps to shapes (outputs, inputs).
         layers: Numbers of the layers whose maps get formats.
-        by_map: True if the units are linear maps; False if the units are layers.
+        by_map: True if each linear map is a unit; False if each layer is a unit.
         embeddings: Names and shapes of the embedding and the output head, if they get formats too.
-        is_tied: True if the linear maps that inference engines fuse form a common unit.
+        is_tied: True if linear maps that inference engines fuse are one unit.
 
     Returns:
         The units of the layers, followed by the embedding and the output head.
@@ -382,12 +382,11 @@ class FormatProblem:
         return max(filter(self.budget.holds, choices), key=bits_per_weight, default=None)
 
     def find_swaps(self, choice: FormatChoice, max_swaps: int = MAX_SWAPS) -> list[FormatChoice]:
-        """Find swaps that give one unit more bits and other units fewer bits.
+        """List swaps of formats: one unit gets more bits, and other units get fewer bits.
 
         All swaps stay within the budget. The list begins with the swaps in which the additional
-        bits lower the loss most. If some units could free enough bits alone, the swap reduces the
-        bits of that unit whose reduction adds the smallest loss. If no single unit can free enough
-        bits, the swap reduces the bits of several units.
+        bits lower the loss most. If possible, only one other unit gets fewer bits: the unit whose
+        loss increases least. Otherwise, several units get fewer bits.
 
         Args:
             choice: The current format of each unit, in the order of `losses`.
@@ -468,11 +467,11 @@ class FormatProblem:
 def _choose_reductions(
     raised: _Move, reductions: Sequence[_Move], missing: float
 ) -> list[_Move] | None:
-    """Choose format reductions of other units that free `missing` bits.
+    """Choose units that get fewer bits, so that another unit can get `missing` more bits.
 
     Args:
-        raised: Change of the unit that gets more bits.
-        reductions: Possible changes of other units to formats with fewer bits.
+        raised: The unit that gets more bits, with its new format.
+        reductions: Possible changes of units to formats with fewer bits.
         missing: Number of bits to free.
 
     Returns:

@@ -368,7 +368,7 @@ class _CountingScores(RandomScores):
         return len(self.evaluated) + len(self._observed)
 
     def losses(self, outcome: str, sets: Sequence[PartSet]) -> Losses:
-        """Return random losses, and add the cost of measuring the real losses to the counts."""
+        """Return random losses, and count the cost of measuring the real losses."""
         ablations = (INTACT, *(self.ablation(part_set) for part_set in sets))
         ablations = tuple(a for a in ablations if a not in self.evaluated)
         self.evaluated |= set(ablations)
@@ -386,7 +386,7 @@ class _CountingScores(RandomScores):
         return super().losses(outcome, sets)
 
     def proxy(self, name: str, removed: PartSet, spans: Sequence[range] | None = None) -> Losses:
-        """Return random values, and add the cost of measuring the proxy to the counts."""
+        """Return random values of a proxy, and count the cost of measuring the real values."""
         n_layers = self.layers - len(removed)
         self.naive_flops = None
         if (key := f"{name}/{removed}") not in self._observed:

@@ -398,9 +398,10 @@ def _write_answers(goals: Sequence[GoalResult]) -> Iterator[str]:
 
 
 def _compare_strategies(searches: Searches, best: Searches) -> Iterator[str]:
-    """Yield sentences that compare some strategies with the best searches.
+    """Yield sentences that compare the recommended model with usual strategies.
 
-    `best` contains the searches that chose the recommended set of parts.
+    The usual strategies remove layers by the cosine score or at random. `best` contains the
+    searches that chose the recommended model.
     """
     by_strategy = group_by((s for s in searches if s not in best), lambda s: s.request.strategy)
     names = ("cosine_oneshot", "cosine", RANDOM_STRATEGY)
@@ -420,14 +421,14 @@ def _strategy_result(searches: Searches) -> StrategyResult:
 
 
 def _describe_strategy(searches: Searches, difference: Estimate) -> str:
-    """Describe the test accuracy of a strategy in a sentence.
+    """Compare a strategy with the recommended model in a sentence.
 
     Args:
         searches: The searches of the strategy.
-        difference: Accuracy without the recommended set of parts minus accuracy of this strategy.
+        difference: Test accuracy of the recommended model minus test accuracy of the strategy.
 
     Returns:
-        A sentence.
+        The sentence.
     """
     levels = [final_outcome(search.record).level.value for search in searches]
     mean = statistics.fmean(level or 0.0 for level in levels) if None not in levels else None
@@ -454,7 +455,11 @@ def unsure_sentences(records: Sequence[PruneRecord], choice: str, suffix: str = 
 
 
 def cost_columns(select: Callable[[RowType], Sequence[PruneRecord]]) -> tuple[Column[RowType], ...]:
-    """Build the columns with the mean cost of searches."""
+    """Build the table columns with the mean cost of the searches in each row.
+
+    The function `select` returns the searches of a table row. The columns contain the numbers of
+    evaluations, forward passes and seconds.
+    """
     reason = "nothing is removed"
 
     def column(name: str, unit: FigureUnit) -> Column[RowType]:

@@ -158,7 +158,11 @@ class Scores:
         return self.parts.removal(removed)
 
     def losses(self, outcome: str, sets: Sequence[PartSet]) -> Losses:
-        """Measure the loss of removing each set of parts, by `accuracy` or `gold_logprob`."""
+        """Measure the loss of each document after the removal of each set of parts.
+
+        The loss is the drop of `outcome`: `accuracy`, or `gold_logprob`, which is the
+        log-probability of the right answer.
+        """
         ablations = [self.ablation(part_set) for part_set in sets]
         missing = [ablation for ablation in ablations if ablation not in self.evaluated]
         for cell in self.cells:

@@ -164,10 +164,10 @@ class SearchDraw:
         return [self.parts.removal(step.removed) for step in self.steps]
 
     def run_request(self, step: PruneStep) -> CellRequest | None:
-        """Build the request for an ablation run that tests the model after a step.
+        """Build the request that measures the model after a step as an ablation run.
 
-        The method returns None if the step removes several parts that are not whole layers, because
-        an ablation run changes only one such part.
+        An ablation run can remove several layers, but only one head or other part of a layer. The
+        result is None if the step removes several such parts.
         """
         part = step.layer if step.layer is not None else max(step.removed)
         removed = tuple(layer for layer in step.removed if layer != part)

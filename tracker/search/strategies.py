@@ -65,7 +65,10 @@ StepChooser = Callable[[PartSet], PruneStep]
 
 
 def _yield_steps(budget: Budget, choose: StepChooser) -> Iterator[PruneStep]:
-    """Yield steps until enough parts are removed; `choose` returns each next step."""
+    """Yield the steps of a search until it meets its budget.
+
+    The function `choose` takes the parts that are removed so far, and returns the next step.
+    """
     removed: PartSet = ()
     while not budget.is_finished(removed):
         step = choose(removed)
@@ -145,12 +148,11 @@ def _lazy_chooser(search: Search, outcome: str) -> StepChooser:
 
 
 def _race_chooser(search: Search, outcome: str) -> StepChooser:
-    """Return a function that measures bad candidates on fewer documents.
+    """Return a function that chooses the next step with fewer documents for bad candidates.
 
-    The function chooses the next step. It stops measuring a candidate that is significantly worse
-    than others. Each step uses the same stopping rule as the setting `until: prune 1 within 1 pp`.
-    With 95 % confidence, the loss of the removed part exceeds the loss of the best candidate by at
-    most one percentage point of accuracy (or 0.01 nats).
+    The function stops measuring a candidate that is significantly worse than others. With 95 %
+    confidence, the loss of the removed part exceeds the smallest loss by at most one percentage
+    point of accuracy (or 0.01 nats). This is the stopping rule of `until: prune 1 within 1 pp`.
     """
     scores = search.scores
     (cell,) = scores.cells

@@ -365,16 +365,16 @@ def drop_sd(baseline: Array, ablated: Array, weights: Array | None = None) -> Es
 def mean_interval(
     values: Array, weights: Array | None = None, extra: tuple[float, ...] = ()
 ) -> tuple[float | None, float | None]:
-    """Return the 95 % interval (lower bound, upper bound) of the mean of the documents' values.
+    """Return a 95 % confidence interval of the mean value of the documents.
 
-    Without `extra`, the function returns a t interval. If `extra` is given, its values are added to
-    the documents, and the function returns the Wald interval of the enlarged sample.
+    By default, this is a t interval. If `extra` is given, the function adds artificial documents
+    with these values, and returns a Wald interval (normal approximation) of all documents.
 
     Args:
         values: `[documents]`, finite value of each document.
         weights: `[documents]`, summing to 1; None for equal weights.
-        extra: Values of artificial documents to add. The weight of an artificial document is the
-            mean weight of the real documents.
+        extra: Values of the artificial documents. Each of them has the mean weight of the real
+            documents.
 
     Returns:
         The lower and the upper bound. Both are None for a single document without `extra`.
@@ -607,7 +607,7 @@ class OutcomeVariance:
         return float(scipy.optimize.brentq(excess, 1e-9, 1, xtol=1e-12))
 
     def _scaled_documents(self, change: float, n_tests: int) -> float:
-        """Return the number of documents needed to detect a change, times change².
+        """Return n · change², where n is the number of documents needed to detect the change.
 
         If outcomes are not 0 or 1, this product does not depend on the change.
         """

@@ -211,10 +211,10 @@ class MeanSequences:
         return shares
 
     def _update_stakes(self, values: Array, indexes: IntArray) -> None:
-        """Update the stakes of all bets with the values of further documents.
+        """Update the stakes of all bets on the means, given the values of further documents.
 
-        The argument `values` is an array `[documents, series]` in [0, 1], whose columns belong to
-        the series numbers in `indexes`.
+        The array `values` is `[documents, series]`, in [0, 1]. The array `indexes` contains the
+        number of the series in each column.
         """
         n_before = self.seen[indexes] + np.arange(len(values))[:, None]
         sums = np.cumsum(values, axis=0) - values + self._sums[indexes]
@@ -253,10 +253,11 @@ class MeanSequences:
         self.seen[indexes] += len(values)
 
     def _move_centres(self, indexes: IntArray, centres: Array) -> None:
-        """Expand the polynomials of the cautious bets around new centres.
+        """Rewrite the polynomials of the cautious bets as polynomials around new centres.
 
-        A polynomial in m − (old centre) becomes an equal polynomial in m − (new centre). The
-        argument `centres` contains the new centre of each series in `indexes`.
+        Let m be a possible mean. Each polynomial in m − (old centre) is replaced by the equal
+        polynomial in m − (new centre). The array `centres` contains the new centre of each series
+        in `indexes`.
         """
         distances = centres - self._centres[indexes]
         for lowest_degree in range(_DEGREE):
@@ -270,10 +271,9 @@ class MeanSequences:
         return np.clip((bounds - self._lowest) / self._range, 0.0, 1.0)
 
     def _narrow_bounds(self, indexes: IntArray) -> None:
-        """Move the bounds of the means so that rejected candidates are excluded.
+        """Narrow the bounds of the means, so that they exclude the values that the bets reject.
 
-        A candidate is a possible value of the mean. The argument `indexes` contains the numbers of
-        the series.
+        The array `indexes` contains the numbers of the series to update.
         """
         sums = self._sums[indexes]
         # Certain bounds: all remaining documents may be 0, or all may be 1.
@@ -297,11 +297,11 @@ class MeanSequences:
         self.high[indexes] = self._lowest + self._range * rejected_means.max(axis=0)
 
     def _bold_stakes(self, indexes: IntArray) -> Callable[[Array], Array]:
-        """Return a function that computes the log stakes of bold bets.
+        """Return a function that computes the logarithm of the stake of each bold bet.
 
-        The returned function takes an array `[2, series]` of candidates: possible lower bounds in
-        the first row, and possible upper bounds in the second row. The result of the function is an
-        array `[bets, 2, series]` with the logarithm of each bet's stake.
+        The returned function takes an array `[2, series]`. The first row contains possible lower
+        bounds of the means, and the second row contains possible upper bounds. The result is an
+        array `[bets, 2, series]`.
         """
         (active,) = np.nonzero(self.seen[indexes] <= self._bold_rows.shape[1])
         n_bold = len(self._bold_taus)
@@ -325,11 +325,11 @@ class MeanSequences:
         return log_stakes
 
     def _cautious_stakes(self, indexes: IntArray) -> Callable[[Array], Array]:
-        """Return a function that bounds the log stakes of cautious bets from below.
+        """Return a function that computes a lower bound of each cautious bet's log stake.
 
-        The returned function takes an array `[2, series]` of candidates: possible lower bounds in
-        the first row, and possible upper bounds in the second row. The result of the function is an
-        array `[bets, 2, series]` with a lower bound of the logarithm of each bet's stake.
+        The returned function takes an array `[2, series]`. The first row contains possible lower
+        bounds of the means, and the second row contains possible upper bounds. The result is an
+        array `[bets, 2, series]`.
         """
         centres = self._centres[indexes]
         coefficients = self._terms[:, :, :, None, indexes]

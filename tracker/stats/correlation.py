@@ -270,10 +270,11 @@ def _surrogate_p(
     seed: int,
     control: Array | None = None,
 ) -> float:
-    """Return the p-value of a coefficient by comparison with `surrogate_series`.
+    """Return the p-value of the correlation of two series, by comparison with random series.
 
-    `strength` is the absolute value of the observed coefficient. If `control` is given, the
-    coefficients are computed from residuals of the random series.
+    One series is replaced by random series that are equally smooth (`surrogate_series`). `strength`
+    is the absolute value of the observed coefficient. If `control` is given, its linear effect on
+    the random series is removed.
     """
     n_as_strong = 0
     for fixed_series, redrawn_series in ((x, y), (y, x)):

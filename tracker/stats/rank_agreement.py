@@ -72,9 +72,10 @@ def _draw_ranks(ranks: tuple[float, ...], n_draws: int, seed: int) -> NDArray[np
 
 
 def smoothness_likelihood(scores: Array) -> Array:
-    """Return the normalised restricted likelihood of each of `AUTOCORRELATIONS`.
+    """Return how well each of `AUTOCORRELATIONS` explains the smoothness of the scores.
 
-    The scores are modelled as an AR(1) series with unknown mean and variance.
+    The result is the restricted likelihood of an AR(1) series with unknown mean and variance. The
+    likelihoods sum to 1.
     """
     n, rho = len(scores), AUTOCORRELATIONS[:, None]
     # The inverse of an AR(1) covariance has three diagonals, so none has to be inverted.

@@ -155,11 +155,10 @@ class SequentialTopK:
         self._decide_runs()
 
     def _update_capital(self, values: Array, a: IntArray, b: IntArray) -> None:
-        """Update the evidence for each pair of runs (a, b).
+        """Update the evidence that run b has a larger mean than run a, for many pairs of runs.
 
-        The arrays `a` and `b` contain the run numbers of the pairs. The evidence that run b has a
-        larger mean than run a is the capital in a betting game. In this game, a bet on run b is
-        placed at every document.
+        The evidence is the capital of a player who bets on run b at every document. The arrays `a`
+        and `b` contain the run numbers of the pairs, and `values` is `[documents, runs]`.
         """
         differences = values[:, a] - values[:, b]
         sums = np.cumsum(differences, axis=0) - differences
@@ -336,17 +335,16 @@ def half_width(n_looked: int, n_documents: int, error_rate: float) -> float:
 
 
 def race_state(low: Array, high: Array, tolerance: float | None) -> tuple[Mask, Mask]:
-    """Return a mask of the undecided runs and a mask of the chosen runs.
+    """Decide from confidence bounds which runs are undecided, and which runs are chosen.
 
-    The masks are computed from confidence bounds of the means.
+    With a tolerance, a run is undecided while its interval is too wide, and no run is chosen.
+    Without a tolerance, a run is chosen when its bounds exclude 0. All other runs are then
+    undecided, except for runs whose two bounds are equal.
 
     Args:
         low: `[runs]`, lower bounds of the means; the bounds of all runs hold simultaneously.
         high: `[runs]`, upper bounds of the means.
-        tolerance: Largest acceptable half width of an interval. A run with a wider interval is
-            undecided, and no run is chosen. If the tolerance is None, a run is chosen when its
-            bounds exclude 0. All other runs are then undecided, except for runs whose two bounds
-            are equal.
+        tolerance: Largest acceptable half width of an interval; None for no tolerance.
 
     Returns:
         The mask `[runs]` of the undecided runs, and the mask `[runs]` of the chosen runs.

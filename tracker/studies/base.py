@@ -120,13 +120,13 @@ def observe_subject(
     begin: Callable[[Engine], ObserveDocument],
     documents: Collection[tuple[str, int]] | None = None,
 ) -> Observations:
-    """Return statistics of documents, and compute missing statistics.
+    """Return the statistics of documents; compute only statistics that are not stored yet.
 
     Args:
         subject: The model and the benchmark.
         kind: Name under which the statistics are stored.
         context: Context of the study.
-        begin: Function that takes an engine and returns a function for one document.
+        begin: Function that takes an engine, and returns a function that observes a document.
         documents: Documents to observe, as (task, number in the task's split); None for all.
 
     Returns:

@@ -310,7 +310,7 @@ def strongest_table(pairs: PairInteractions, sign: int) -> Table:
 def _interaction_map(pairs: PairInteractions) -> MapChart:
     """Build the heat map of the interactions of all pairs of layers (layer × layer).
 
-    The field of a pair is blank if `pairs.floor` is true for this pair.
+    The field of a pair is blank if its drops are limited by chance (`pairs.floor`).
     """
     layers = sorted(pairs.alone)
     indices = {pair: n for n, pair in enumerate(pairs.pairs)}

@@ -62,7 +62,10 @@ class ScoredDocuments(NamedTuple):
 
 
 def find_scored_documents(request: CellRequest) -> ScoredDocuments:
-    """Return the documents of a request, and the protocols that score them."""
+    """Return the identity of a request's documents, and the protocols that score them.
+
+    A protocol is a way to score an answer, such as by likelihood or by generated text.
+    """
     benchmark = open_benchmark(request)
     names = tuple(task.name for task in benchmark.identity.tasks)
     digests = tuple(map(benchmark.rows_digest, names))
@@ -70,7 +73,10 @@ def find_scored_documents(request: CellRequest) -> ScoredDocuments:
 
 
 def _protocol_kinds(benchmark: BenchmarkIdentity, metric: str | None) -> tuple[str, ...]:
-    """List the kinds of protocols by which a benchmark's documents are scored."""
+    """List the ways to score a benchmark's documents, such as by likelihood.
+
+    `metric` is the metric that the request names; None if the request names no metric.
+    """
     if names_traces(benchmark.name):
         return (READING,)
     if not benchmark.tasks[0].offers_choices:
@@ -240,9 +246,9 @@ def _incomparable_reason(protocols: Sequence[MeasuredProtocol]) -> str:
 
 
 def _add_verdicts(protocols: Sequence[MeasuredProtocol]) -> list[MeasuredProtocol]:
-    """Return copies of the protocols with drops and verdicts.
+    """Return copies of the protocols that also contain drops, and which drops are significant.
 
-    The intervals of the drops are simultaneous for all changes under all protocols.
+    The intervals are adjusted for the number of all drops (all changes under all protocols).
     """
     all_drops, units = list[Estimate](), list[float]()
     n_changes = len(protocols[0].outcomes.runs)

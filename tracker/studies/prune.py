@@ -202,7 +202,11 @@ class Prunings:
         return self._contrasts([(measured, m) for m in methods.values()] if measured else [])
 
     def calibration_contrasts(self, amount: str) -> list[Contrast]:
-        """Compare pruning by accuracy and by cosine, for each kind of calibration documents."""
+        """Compare pruning by accuracy with pruning by cosine score.
+
+        `amount` is the removed share, such as `25 %`. There is one comparison for each kind of
+        calibration documents, such as plain text.
+        """
         pairs = []
         for calibration in (OWN_TASK, ALL_TASKS, PLAIN_TEXT):
             methods = self.select(amount, calibration)
@@ -220,10 +224,10 @@ class Prunings:
         return [Contrast(*pair, estimate, p) for pair, estimate, p in rows]
 
     def strategy_ranks(self, amount: str) -> dict[str, tuple[int, int]]:
-        """Compute the best and worst possible rank of each strategy by mean test accuracy.
+        """Return the best and the worst possible rank of each strategy, by name of the strategy.
 
-        Rank 1 is the highest accuracy. Only searches that were calibrated on the tested benchmark
-        are compared. The random strategy is left out.
+        Rank 1 is the highest mean test accuracy. Only searches that were calibrated on the tested
+        benchmark are compared. The random strategy is left out.
         """
         methods = [m for m in self.select(amount).values() if m.strategy != RANDOM_STRATEGY]
         methods = [m for m in methods if self.level_mean(m).value is not None]
@@ -501,8 +505,8 @@ def write_verdict(pair: Contrast, growth: float) -> str:
     """Return text that names the better method, such as `accuracy beats cosine by 3.1 pp`.
 
     Args:
-        pair: The compared methods.
-        growth: Largest factor by which the number of test documents can be increased.
+        pair: The two compared methods, with the difference of their accuracies.
+        growth: Ratio of available to measured test documents.
 
     Returns:
         The text.

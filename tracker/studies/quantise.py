@@ -200,17 +200,17 @@ class FormatChooser:
         return smallest_index(self.cell.outcomes(ablations, "gold_logprob").mean_drops)
 
     def improve(self, candidates: Sequence[Candidate], rounds: int) -> dict[str, Refinement]:
-        """Improve two assignments by swaps of formats: the best and the first of the candidates.
+        """Swap formats in two assignments, as long as a swap significantly lowers the loss.
 
-        Swaps continue as long as they significantly lower the measured loss.
+        The two assignments are the candidate with the lowest loss, and the first candidate.
 
         Args:
             candidates: Assignments of formats.
             rounds: Maximum number of rounds of swaps.
 
         Returns:
-            Criterion of each starting assignment → improved assignment, with the number of tried
-            swaps.
+            Name of the criterion that chose a candidate → the improved assignment, with the number
+            of tried swaps.
         """
         self.say(f"measuring the whole model with {count_text(len(candidates), 'choice')}")
         best = candidates[self.best([candidate.choice for candidate in candidates])]
@@ -327,7 +327,8 @@ def measure_choices(
     """Measure the model with each assignment of formats, on calibration and test documents.
 
     Args:
-        candidates: Assignments of formats; the name of one of them starts with `UNIFORM_CHOICE`.
+        candidates: Assignments of formats. All are compared with the assignment that has one format
+            for all units; its name starts with `UNIFORM_CHOICE`.
         calibration: The model with the calibration documents.
         tests: The model with the test documents.
         limit: Budget of bits.

@@ -145,9 +145,9 @@ def _write_answer(subject: Subject, spans: Sequence[TestedSpan]) -> str:
 
 
 def _best_by_chance(subject: Subject) -> BestByChance | None:
-    """Estimate the largest gain of all spans that chance alone would produce.
+    """Estimate the largest gain that chance alone would produce among all spans.
 
-    The result is None if the file sets `until`, or if no span has a finite gain.
+    Returns None if the measurement used a stopping rule, or if no span has a finite gain.
     """
     if subject.record.answer is not None:
         return None

@@ -162,9 +162,9 @@ def read_documents(subject: Subject) -> MeasuredDocuments | str:
 
 
 def layers_counter(ablations: Sequence[Ablation], layers: int) -> Callable[[Mask], float]:
-    """Return a function that counts the layers that must be computed per token.
+    """Return a function that counts the layers to compute per token for selected ablations.
 
-    The function takes a mask of `ablations`. The selected ablations are measured together with the
+    The function takes a mask that selects from `ablations`. The count includes the layers of the
     intact model.
     """
 
@@ -229,9 +229,9 @@ class QuestionReplay:
 
     @property
     def hardest(self) -> str:
-        """Text that names the drop, or the difference of two drops, that is hardest to measure.
+        """Text that names the quantity for which the condition needs the most documents.
 
-        This quantity requires the largest number of documents.
+        The quantity is a drop, or the difference of two drops.
         """
         # Write a distance, which may be a small part of a point.
         distance = f"{100 * self.bound.distance:.2g} pp"
@@ -271,10 +271,10 @@ def replay_question(
 
 
 def _is_contradicted(cell: MeasuredDocuments, question: Question, race: Race) -> bool:
-    """Return whether some decisions contradict the means over all documents.
+    """Return whether a decision of the stopping rule is wrong according to all documents.
 
-    `race` contains the decisions, which the stopping rule made on some of the documents. The means
-    are over all measured documents.
+    `race` contains the decisions, which are based on some of the documents. A decision is wrong if
+    the mean drops over all documents contradict it.
     """
     means = cell.drops.mean(axis=0)
     if question.count is not None:
@@ -341,7 +341,10 @@ def draw_orders(documents: int) -> NDArray[np.int64]:
 
 
 def _write_answers(cell: MeasuredDocuments, replays: Sequence[QuestionReplay]) -> Iterator[str]:
-    """Yield sentences about the `until` conditions that need the least and the most computation."""
+    """Yield a sentence about the cheapest `until` condition, and one about the most expensive.
+
+    An `until` condition states which question must be answered before a measurement stops.
+    """
     cheapest = min(replays, key=lambda replay: cost_quantile(replay.passes))
     shares = [finite_or_none(cost_quantile(cheapest.passes, quantile)) for quantile in (0.5, 0.9)]
     yield SAVINGS_TEXTS.render("cheapest", cell, len(replays), cheapest, *shares)

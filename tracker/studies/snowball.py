@@ -76,12 +76,10 @@ class Growth:
 
     @property
     def signs(self) -> list[int | None]:
-        """Sign of the growth after each layer.
+        """Direction of growth after each layer: 1 for growth, −1 for shrinkage, 0 if undecided.
 
-        The sign is 1 if the growth factor is significantly larger than 1, and −1 if the factor is
-        significantly smaller than 1. The sign is 0 if the factor does not differ significantly from
-        1, and None if the factor is undefined. A difference is significant if the interval excludes
-        1 and the p-value is below 0.05, adjusted over layers by Holm's method.
+        The direction is decided if the interval of the growth factor excludes 1, and the p-value is
+        below 0.05 (adjusted by Holm's method). None stands for an undefined factor.
         """
         p_values = holm([factor.p_value for factor in self.factors])
         return [
@@ -111,9 +109,9 @@ class Growth:
             documents: Number of documents.
 
         Returns:
-            A number n, the layers whose factors are significantly among the n largest factors, and
-            the layer whose factor is significantly the smallest. The layers in the first list are
-            in descending order of their factors. Each list can be empty.
+            A number n, and two lists. The first list contains the layers whose factors are
+            significantly among the n largest, in descending order. The second list contains the
+            layer whose factor is significantly the smallest. Each list can be empty.
         """
         layers = [layer for layer, value in enumerate(self.values) if value is not None]
         n = len(layers)
@@ -168,7 +166,10 @@ class TokenGrowth:
 
     @property
     def factors_per_layer(self) -> list[float | None]:
-        """Mean growth factor per later layer (geometric mean), for each removed layer."""
+        """For each removed layer, the mean growth factor of the layers after it.
+
+        The mean is geometric.
+        """
         last = len(self.paths) - 1
         return [
             None if value is None else float(value ** (1 / (last - layer)))

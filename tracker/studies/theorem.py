@@ -146,10 +146,10 @@ def _positions(request: Request, length: int) -> list[_Position]:
 
 
 def _add_all_targets(lesson: Lesson, document: Document, length: int) -> None:
-    """Add all tokens of a document without options to `lesson.targets`.
+    """Add every token of a document without answer options to the targets in `lesson`.
 
-    If an earlier text has another token after the same preceding tokens, the model cannot predict
-    the new token. The function counts such tokens in `lesson.clashing`.
+    A token clashes if an earlier text continues differently after the same tokens. The model cannot
+    predict a clashing token. `lesson.clashing` counts these tokens.
     """
     clashing = lesson.clashing
     for request in document.requests:
@@ -166,9 +166,9 @@ def _add_all_targets(lesson: Lesson, document: Document, length: int) -> None:
 
 
 def _count_occurrences(documents: Sequence[Document], length: int) -> Counter[_Position]:
-    """Count the documents in which each pair of a position and a token occurs.
+    """Count in how many documents each pair of a position and a token occurs.
 
-    The function counts only documents whose options follow different contexts.
+    Only documents like those of Winogrande are counted, where each option has its own context.
     """
     occurrences: Counter[_Position] = Counter()
     for document in documents:
@@ -183,12 +183,12 @@ def _count_occurrences(documents: Sequence[Document], length: int) -> Counter[_P
 def _list_targets(
     document: Document, length: int, occurrences: Mapping[_Position, int]
 ) -> list[_Demand] | str:
-    """Return the target tokens of a multiple-choice document.
+    """Return the tokens that a model must predict or avoid to answer a document correctly.
 
     Args:
-        document: The document.
+        document: A multiple-choice document.
         length: Maximum context length of the model, in tokens.
-        occurrences: The result of `_count_occurrences` for all documents.
+        occurrences: (position, token) → number of documents in which this pair occurs.
 
     Returns:
         The target tokens. If no model can answer the document correctly, the reason as text.
@@ -238,8 +238,8 @@ def _count_shared(tokens: Sequence[int], others: Sequence[int]) -> int:
 def _has_clash(lesson: Lesson, demand: _Demand) -> bool:
     """Return whether a target token contradicts a target of an earlier document.
 
-    The two targets contradict each other if they require different predictions of the same token at
-    the same position.
+    `lesson` contains the earlier targets. A contradiction is a different prediction of the same
+    token at the same position.
     """
     key, kind, token, weight = demand
     targets = lesson.targets.get(key)
@@ -348,10 +348,10 @@ def _documents_request(cell: CellRequest) -> CellRequest:
 
 
 def load_lesson(cell: CellRequest, trust_remote_code: bool) -> tuple[Lesson, tuple[int, int], Any]:
-    """Read the documents of a benchmark, and choose the target tokens of the model to build.
+    """Read a benchmark, and choose the tokens that the built model must predict or avoid.
 
-    The function returns three values: the target tokens, the pair (vocabulary size, context
-    length), and the tokenizer. It raises RequestError if the study does not support the benchmark.
+    Returns these target tokens, the pair (vocabulary size, context length), and the tokenizer.
+    RequestError is raised if the study does not support the benchmark.
     """
     benchmark = open_benchmark(cell)
     metric = choose_metric(benchmark.identity, cell.metric)

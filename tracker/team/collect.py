@@ -99,10 +99,10 @@ def _read_note(root: Path, cell: RemoteCell) -> dict[str, Any]:
 
 
 def _is_cached(root: Path, cell: RemoteCell, stores: Mapping[str, CellStore]) -> bool:
-    """Return whether the cache has an undamaged, current copy of published results.
+    """Return whether the local cache has a complete, current copy of published results.
 
-    `cell` describes the published results, and `root` is the cache folder. `stores` maps the key of
-    a model and benchmark to its results in the cache.
+    `cell` describes the published results, and `root` is the cache folder. `stores` contains the
+    cached results by key of the model and benchmark.
     """
     note = _read_note(root, cell)
     store = stores.get(note.get("cell", ""))
@@ -182,9 +182,8 @@ class CollectedCells:
     def derive_decisions(self) -> dict[RecordKey, DecisionsRecord]:
         """Find the documents that each ablation makes wrong or right.
 
-        Returns a dictionary that maps the key of each record to a `DecisionsRecord`, which lists
-        these documents. If the outcomes of a model and benchmark cannot be read, the reason is
-        added to `failed`.
+        Returns a dict from the key of each record to these documents. If the outcomes in a folder
+        cannot be read, the method adds the folder and the reason to `failed`.
         """
         decisions = {}
         for key in [cell.record_key for cell in self.cells if cell.record_key in self.origins]:
@@ -270,10 +269,10 @@ def _view_key(stored_view: tuple[CellStore, View]) -> Hashable:
 
 
 def _join_views(same_views: Sequence[tuple[CellStore, View]]) -> tuple[CellStore, View]:
-    """Merge the outcomes of the same model, benchmark and runs from several results folders.
+    """Merge results of the same model, benchmark and runs from several folders.
 
-    Returns a store that reads the outcomes in all folders, and the merged view (selection of runs
-    and documents).
+    Returns a store that reads the outcomes in all folders, and a view that selects the runs and
+    documents of all views.
     """
     (store, view), *other_views = same_views
     if other_views:

@@ -155,9 +155,9 @@ class Publisher:
     ) -> Future[Publication]:
         """Publish results in a background thread, after the results of earlier calls.
 
-        The thread first waits until the event `ended` is set, at most 60 seconds. In a trial of a
-        W&B sweep, no thread is used, and the results are published before the method returns. The
-        returned future contains the result, and never raises an exception.
+        The thread first waits for the event `ended`, at most 60 seconds. In a trial of a W&B sweep,
+        the method uses no thread, and publishes before it returns. The returned future contains the
+        result, and never raises an exception.
         """
         # The record's files, listed before more of the cell is measured.
         files = _record_files(store, record)
@@ -190,7 +190,10 @@ class Publisher:
     def _build_attachments(
         self, store: CellStore, record: CellRecord, files: Sequence[Path]
     ) -> _Attachments:
-        """Return the files and tables to publish with results, and a note about document texts."""
+        """Return the files and tables to publish with results.
+
+        A note states whether document texts are among them.
+        """
         decisions = None
         with suppress(OSError, ValueError):  # a view that was never requested
             view = store.views.read(store.views.path(record.view).read_bytes()).view
@@ -211,9 +214,9 @@ class Publisher:
     ) -> Publication:
         """Publish the results in `record` to all projects.
 
-        If a larger measurement has replaced these results, the results of the larger measurement
-        are published too. With `trust_receipts`, projects are skipped if a receipt states that
-        `record` is already published there.
+        With `trust_receipts`, the method skips projects that already have the results, according to
+        a stored receipt. If a larger measurement has replaced these results, its results are
+        published too.
         """
         publication = self._publish_record(store, record, files, trust_receipts)
         if (view := store.views.superseding_view(record.view)) is None:
@@ -292,9 +295,10 @@ class Publisher:
     def _earlier_targets(
         self, store: CellStore, record: CellRecord, targets: Mapping[Target, Target]
     ) -> list[Target]:
-        """List the projects that have an earlier version of the results and are not in `targets`.
+        """List the other projects that have an earlier version of the results.
 
-        The list is empty if the publisher does not update earlier projects.
+        The projects in `targets` are left out. The list is empty if the publisher does not update
+        earlier projects.
         """
         if not self._update_others:
             return []
@@ -308,7 +312,7 @@ class Publisher:
     def _record_pending(
         self, store: CellStore, record: CellRecord, target: Target, address: Target
     ) -> None:
-        """Record in the results folder that a project still lacks the results.
+        """Note in the results folder that results were not published to a project yet.
 
         `target` is the project as requested. `address` also contains the server of the project.
         """
@@ -419,10 +423,10 @@ class Trial(LiveRun):
 
 
 def _distinguish_record(store: CellStore, record: CellRecord) -> CellRecord:
-    """Return a copy of the record whose display name is unique in the results folder.
+    """Return a copy of the record with a suffix that makes its display name unique.
 
-    The field `apart` of the copy contains a suffix of the display name. The suffix is empty if no
-    other model or benchmark has the same display name.
+    The field `apart` contains the suffix. The suffix is empty if no other model or benchmark in the
+    results folder has the same name.
     """
     records = [record]
     for sibling in store.siblings():

@@ -63,12 +63,11 @@ EXCHANGE_FORMATS = {"every_eval_ever": write_evaluations, "dataset": write_datas
 def write_collected(
     collected: CollectedCells, report_format: str, path: Path, with_private: bool = False
 ) -> list[Path]:
-    """Write a report to `path`, and return the written files.
+    """Write a report to `path` in the given format, and return the written files.
 
-    `report_format` is `html`, a key of `REPORT_FORMATS` or a key of `EXCHANGE_FORMATS`. If
-    `with_private` is true, reports in `EXCHANGE_FORMATS` also include private texts, which do not
-    come from the Hugging Face hub or a package. RequestError is raised for an unknown format.
-    WorkError is raised if the disk is full or not writable.
+    `report_format` is `html`, a key of `REPORT_FORMATS` or a key of `EXCHANGE_FORMATS`. The formats
+    in `EXCHANGE_FORMATS` omit private document texts, unless `with_private` is true. RequestError
+    is raised for an unknown format, and WorkError if the disk is full or not writable.
     """
     if report_format == "html":
         return [_write_page(collected, path, collected.derive_decisions())]
@@ -114,9 +113,10 @@ def publish_report(
 ) -> tuple[dict[str, str], dict[str, str], tuple[str, ...]]:
     """Publish a report with tables and charts to each target, as a separate run.
 
-    A target is `BACKEND:PROJECT`. With `with_private`, the report includes document texts that do
-    not come from the Hugging Face hub or a package. Returns (addresses by target, error messages by
-    target, notes about omitted texts). RequestError is raised for an invalid target.
+    Document texts are private if they come neither from the Hugging Face hub nor from a package.
+    The report omits private texts unless `with_private` is true. Returns addresses by target
+    (`BACKEND:PROJECT`), error messages by target, and notes about omitted texts. RequestError is
+    raised for an invalid target.
     """
     decisions = collected.derive_decisions() if targets else {}
     withheld_keys = [
@@ -137,9 +137,9 @@ def publish_page(
 ) -> tuple[dict[str, str], dict[str, str]]:
     """Publish a page to each target, as a separate run.
 
-    The function `build` writes the files into a folder. If a target names no project, `projects`
-    must contain exactly one project, which is then used. Returns (addresses by target, error
-    messages by target). RequestError is raised for an invalid target.
+    `build` writes the files of the page into a folder. A target without a project means the only
+    project in `projects`. Returns addresses by target, and error messages by target. RequestError
+    is raised for an invalid target.
     """
     locations: dict[str, str] = {}
     errors: dict[str, str] = {}

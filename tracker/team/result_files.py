@@ -158,7 +158,10 @@ class CellPart:
 
     @property
     def call_key(self) -> str:
-        """Key that is equal for outcomes that one lm-eval call could have produced."""
+        """Text that identifies the model, settings and documents of an lm-eval call.
+
+        Outcomes that one call could have produced have equal texts.
+        """
         identity = self.store.identity
         own_fields = {
             "name",
@@ -331,10 +334,10 @@ def _model_names(store: CellStore) -> set[str]:
 def _cell_parts(
     store: CellStore, views: Sequence[View], layers: Collection[int]
 ) -> Iterator[CellPart]:
-    """Yield a `CellPart` for each set of documents in `views`.
+    """Group the ablations in `views` by their documents; yield a `CellPart` for each group.
 
-    A view is a requested selection of runs and documents. If `layers` is not empty, only ablations
-    whose first changed layer is in `layers` are included.
+    A view is a requested selection of runs and documents. If `layers` is not empty, it selects the
+    ablations by their first changed layer.
     """
     for extent in dict.fromkeys(view.extent for view in views):
         ablations = [INTACT]
@@ -346,7 +349,10 @@ def _cell_parts(
 
 
 def _group_calls(parts: Sequence[CellPart]) -> list[list[CellPart]]:
-    """Group outcomes that one lm-eval call could have produced."""
+    """Divide outcomes into groups, so that one lm-eval call could have produced each group.
+
+    Outcomes in a group have the same model and settings, and different tasks.
+    """
     calls: dict[str, list[list[CellPart]]] = {}
     for part in parts:
         same_calls = calls.setdefault(part.call_key, [])

@@ -52,11 +52,10 @@ def trial_request(settings: dict[str, Any]) -> CellRequest:
 
 
 def find_sweep_request(request: CellRequest, results: Path) -> CellRequest | None:
-    """Return the request of the current sweep for a trial's model and benchmark.
+    """Return the request for all ablations of a trial's model and benchmark in its sweep.
 
-    `request` is the request of the trial. The returned request has the same model and benchmark,
-    and contains all their ablations in the sweep. The result is None outside a sweep, or if the
-    sweep cannot be read or does not contain the trial.
+    `request` is the request of the trial, which measures one of these ablations. The result is None
+    outside a sweep, or if the sweep cannot be read or does not contain the trial.
     """
     if not in_sweep():
         return None

@@ -213,7 +213,7 @@ def address_file(address: Target, results: Path) -> Path:
 
 
 def write_address(address: Target, results: Path) -> str:
-    """Store a publishing address in the results folder; return the name of the file."""
+    """Store the address of a project in the results folder; return the file name without suffix."""
     path = address_file(address, results)
     if not read_note(path):
         write_note(path, dict(vars(address)))
@@ -221,12 +221,11 @@ def write_address(address: Target, results: Path) -> str:
 
 
 def published_targets(store: CellStore, record: CellRecord, results: Path) -> dict[str, Target]:
-    """Return the targets to which results were published, keyed by the name of the address file.
+    """Return the projects to which results were published, by name of the address file.
 
-    The dictionary includes targets of smaller measurements that this measurement replaces, and
-    targets to which publishing failed. If the environment puts a backend into offline mode, the
-    dictionary contains only the offline targets of this backend. For any other backend, it contains
-    only the online targets.
+    The dict includes projects of smaller measurements that `record` replaces, and projects to which
+    publishing failed. If a backend is offline, only its offline projects are included. Otherwise,
+    only its online projects are included.
     """
     targets = {}
     for name in store.published_places(record.view, *record.supersedes):

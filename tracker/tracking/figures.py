@@ -93,11 +93,10 @@ def run_metrics(layer: RunRecord) -> dict[str, float]:
 
 
 def intact_metrics(cell: CellRecord) -> dict[str, float]:
-    """Return the metrics of the unablated model, with the same names as in `run_metrics`.
+    """Return the metrics of the model without ablations, with the names of `run_metrics`.
 
-    The unablated model is usually the intact model. If some layers are removed in all runs of the
-    benchmark, the unablated model lacks these layers. The drop of the intact model is 0. Undefined
-    metrics are left out.
+    The accuracy drop of the intact model is 0. If all runs of the benchmark lack certain layers,
+    the model lacks them too. Undefined metrics are left out.
     """
     baseline, chance = cell.baseline.value, cell.chance_accuracy
     values: dict[str, float | None] = {"n": float(cell.n)}

@@ -241,11 +241,11 @@ class DescribedRun:
 
 
 def individual_runs(cell: CellRecord, selection: RunSelection) -> list[RunRecord]:
-    """List the ablations that become separate runs in a backend.
+    """List the ablations that get a separate run in the tracking backend.
 
     The selection `all` contains every ablation, and `cells` contains no ablation. The default
-    `auto` leaves out all ablations of a kind (e.g. attention heads) if there are more than
-    `MAX_OWN_RUNS` of this kind. Ablations that are not listed appear only in the summary run.
+    `auto` leaves out each kind (e.g. attention heads) with more than `MAX_OWN_RUNS` ablations.
+    Other ablations appear only in the summary run.
     """
     # Whole layers are counted separately from spans.
     count = Counter(map(_run_family, cell.runs))
@@ -279,20 +279,17 @@ def describe_runs(
 
 
 def move_runs(by_key: dict[str, Run], cell: CellRecord, runs: Iterable[DescribedRun]) -> list[Run]:
-    """Give published runs new keys, and return the runs that must be deleted.
-
-    Runs need new keys after a larger measurement has replaced their results.
+    """Give new keys to published runs that a larger measurement has replaced.
 
     Args:
-        by_key: Run key → run in the backend. The function changes this dictionary: runs of replaced
-            views get their new keys.
-        cell: Record of the larger measurement, which lists the replaced views (selections of runs
-            and documents).
+        by_key: Key of each published run → the run. The function changes this dictionary.
+        cell: Record of the larger measurement, with the views (selections of runs and documents)
+            that it replaces.
         runs: Descriptions of the runs of the larger measurement.
 
     Returns:
-        The runs to delete: another run already has the new key, or the larger measurement lacks the
-        ablation.
+        The published runs to delete. Another run already has their new key, or the larger
+        measurement lacks their ablation.
     """
     keys, obsolete_runs = {run.key for run in runs}, []
     for view in cell.supersedes:

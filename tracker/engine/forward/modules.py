@@ -59,10 +59,10 @@ class LayerSite:
         return self.anatomy.layer_name(self.index)
 
     def list_streams(self, module: nn.Module) -> Sequence[int]:
-        """List the streams for which a module of the layer computes an output.
+        """List the streams (ablations) for which a module of the layer computes an output.
 
-        If several streams share an output, the list contains only one of these streams. Each stream
-        is given as an index into `step.entrants`.
+        Streams that share an output appear once. A stream is given as an index into
+        `step.entrants`.
         """
         step = self.step
         if not step.components.isdisjoint(HEAD_COMPONENTS):
@@ -112,7 +112,10 @@ class ModuleFork(ABC):
         """Compute the module's output for all streams, ordered by stream."""
 
     def install(self, layer_state: LayerState) -> AbstractContextManager[None]:
-        """Replace the module's `forward` until exit, for streams with changes inside the layer."""
+        """Replace the module's `forward` method until the context exits.
+
+        The original method is still used while `layer_state.is_whole` is true.
+        """
         self.original = self.module.forward
 
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -259,16 +262,16 @@ class ProjectionFork(ModuleFork):
         sources: Sequence[int],
         removed: Sequence[Sequence[Change]],
     ) -> ModuleFork:
-        """Build the replacement of one output projection.
+        """Build the replacement of the attention's or the MLP's output projection.
 
         Args:
             site: The layer.
-            kind: Class of the parts whose columns are set to zero.
-            sources: For each output, the index of the computed sublayer that it belongs to.
-            removed: Heads or neurons that are removed from each output.
+            kind: `Heads` for the attention, `Neurons` for the MLP.
+            sources: For each output, the index of its input.
+            removed: For each output, the heads or neurons to remove.
 
         Returns:
-            The fork.
+            The replacement.
         """
         parts = site.anatomy.get_part(kind, site.index)
         columns = [[parts.columns(part, site.name) for part in group] for group in removed]
@@ -344,7 +347,7 @@ class SharedExpertFork(ModuleFork):
 
     @classmethod
     def make_forks(cls, site: LayerSite) -> Iterator[ModuleFork]:
-        """Yield a replacement of each shared expert if any stream removes shared experts."""
+        """Yield a replacement for each shared expert of a layer if an ablation removes them."""
         if "shared_expert" in site.step.components:
             is_removed = [bool(a.removed("shared_expert")) for a in site.step.mlp_ablations]
             for path in site.anatomy.get_part(SharedExperts, site.index).paths:
@@ -383,7 +386,7 @@ class RoundedFork(ModuleFork):
 
     @classmethod
     def make_forks(cls, site: LayerSite) -> Iterator[ModuleFork]:
-        """Yield a replacement of each module that is quantised in some stream."""
+        """Yield a replacement for each module of a layer that an ablation quantises."""
         step, index = site.step, site.index
         if "rounded" not in step.components:
             return

@@ -55,10 +55,10 @@ class LayerStep:
 
     @cached_property
     def repeated_spans(self) -> tuple[tuple[int, int, Change], ...]:
-        """The repeated ranges of layers that end with this layer.
+        """The repetitions of layer ranges that end with this layer.
 
-        Each entry is a tuple: the stream that repeats the layers, the stream whose states are
-        copied before the repetition, and the change that describes the repetition.
+        Each entry is a tuple (stream, source, change). The stream takes over the hidden states of
+        the stream `source`, and then repeats the layers as the change describes.
         """
         first_streams: dict[int, int] = {}
         for stream, action in enumerate(self.actions):
@@ -72,11 +72,10 @@ class LayerStep:
 
     @cached_property
     def divided_step(self) -> tuple[LayerStep, tuple[int, ...]]:
-        """The plan of this layer for only some of the streams, and the indices of these streams.
+        """A smaller plan of this layer, and the indices of the streams that it computes.
 
-        These are the streams with changes inside the layer, the baseline, and all streams that have
-        the same input as one of them. If no stream has changes inside the layer, no streams are
-        included.
+        The smaller plan covers the streams with changes inside the layer, the baseline, and the
+        streams with the same inputs. It is empty if no stream has changes inside the layer.
         """
         origins = {self.origin(i) for i in self.entrants if self.actions[i] in _DIVIDING_ACTIONS}
         origins |= {0} if origins else set()
@@ -111,10 +110,10 @@ class LayerStep:
 
     @cached_property
     def attention_sources(self) -> tuple[int | None, ...]:
-        """For each stream in `entrants`, the stream that computes its attention.
+        """For each stream that runs the layer, the stream that computes its attention.
 
-        `entrants` lists the streams that run the layer. Each entry of the result is an index into
-        `entrants`, or None if the stream removes the attention.
+        Streams with equal attention share the computation. Each entry is an index into `entrants`,
+        or None if the attention is removed.
         """
         index_of: dict[tuple[int, Ablation | None], int] = {}
         sources: list[int | None] = []
@@ -129,10 +128,10 @@ class LayerStep:
 
     @cached_property
     def _projection_pairs(self) -> tuple[tuple[int, tuple[Change, ...]] | None, ...]:
-        """For each stream in `entrants`, a pair (attention index, removed heads).
+        """For each stream that runs the layer, the pair (attention source, removed heads).
 
-        `entrants` lists the streams that run the layer. The attention index is the stream's entry
-        in `attention_sources`. The pair is None if the stream removes the attention.
+        The attention source is the stream's entry in `attention_sources`. The pair is None if the
+        stream removes the attention.
         """
         return tuple(
             None if source is None else (source, self.ablations[stream].heads)
@@ -141,7 +140,7 @@ class LayerStep:
 
     @cached_property
     def projections(self) -> tuple[tuple[int, tuple[Change, ...]], ...]:
-        """The distinct pairs (attention index, removed heads) of all streams.
+        """The distinct pairs (attention source, removed heads) of all streams.
 
         The attention's output projection is computed once for each of these pairs.
         """
@@ -241,10 +240,10 @@ class StreamPlan:
 
     @property
     def attention_indices(self) -> Iterator[tuple[int | None, ...]]:
-        """For each layer, the index of each ablation's attention output.
+        """Yield for each layer the index of each ablation's attention output.
 
-        A layer computes one attention output for all ablations with the same attention. The index
-        is None if the ablation removes the attention.
+        In a layer, ablations with the same attention share one output. The index is None if the
+        ablation removes the attention.
         """
         for step, path in zip(self.steps, self.paths, strict=True):
             index_of = {

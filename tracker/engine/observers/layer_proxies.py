@@ -111,9 +111,9 @@ def divergences(engine: Engine, document: Document, ablations: Ablations) -> dic
 def answer_divergences(
     engine: Engine, document: Document, ablations: Ablations
 ) -> dict[str, Tensor]:
-    """Measure the same values as `divergences`, for the tokens of the right answer.
+    """Measure how much each ablation changes the predictions of the right answer's tokens.
 
-    If a document has no right answer (e.g. a window of a long text), all its tokens are measured.
+    The values are those of `divergences`. Without a right answer, all tokens are measured.
     """
     if document.gold is None:
         return divergences(engine, document, ablations)
@@ -133,9 +133,10 @@ def _divergences(
     single_proxy: str | None,
     ablations: Ablations,
 ) -> dict[str, Tensor]:
-    """Sum the proxies `kl`, `js` and `loss_increase` over the tokens of a text.
+    """Compare the next-token predictions of each ablation with the intact model's.
 
-    If `single_proxy` is not None, the function computes only this proxy.
+    Returns the proxies `kl`, `js` and `loss_increase` [ablations], or only `single_proxy`. Each
+    value is a sum over the text's tokens from the index `start` on.
     """
     names = ("kl", "js", "loss_increase") if single_proxy is None else (single_proxy,)
     sums = {name: torch.zeros(len(ablations), dtype=torch.float64) for name in names}
@@ -184,7 +185,10 @@ def _kl_and_js(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.inference_mode()
 def _lens_changes(engine: Engine, tokens: Sequence[int], start: int) -> Tensor:
-    """Count the positions at which each layer changes the logit lens's top token."""
+    """Count the positions at which each layer changes the logit lens's most likely token.
+
+    Positions before `start` are not counted. Returns the counts [layers].
+    """
     n_layers = len(engine.loaded.layers)
     # The lens at a layer's input is the model without that layer and all above it.
     lenses = [Ablation.from_changes(removed=range(layer, n_layers)) for layer in range(n_layers)]
@@ -302,8 +306,6 @@ def measure_expert_load(
     engine: Engine, document: Document, parts: Collection[Change]
 ) -> dict[Change, tuple[float, ...]]:
     """Measure how much the intact model uses some experts for a document.
-
-    This function runs an additional forward pass on the document.
 
     Args:
         engine: The engine, whose model reads the document.

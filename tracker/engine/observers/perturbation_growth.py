@@ -37,23 +37,20 @@ _HALF_TOLERANCE = 0.1
 def perturbation_growth(
     engine: Engine, document: Document, draws: int, seed: int = 0
 ) -> dict[str, NDArray[np.float64]]:
-    """Measure the effect of perturbing each layer on all later layers, in one document.
+    """Measure how perturbing each layer's output changes the states after later layers.
 
     For one layer, let h be the residual stream of the intact model after the layer, and f the
-    update that the layer adds. The perturbed residual stream h′ differs from h at each token by a
-    vector with the norm of f. There are three kinds of perturbations:
+    update that the layer adds. The perturbed stream h′ differs from h at each token by a vector
+    with the norm of f. There are three kinds of perturbations:
 
-    - *removed*: h′ = h − f, which is the input of the layer.
-    - *random*: h′ = h + r, where r has a random direction that is drawn for each token.
-    - *shuffled*: h′ = h − g, where g is the update of another token, scaled to the norm of f.
+    - `removed`: h′ = h − f, which is the input of the layer.
+    - `random`: h′ = h + r, where r has a random direction that is drawn for each token.
+    - `shuffled`: h′ = h − g, where g is the update of another token, scaled to the norm of f.
 
-    Let hₘ and h′ₘ be the intact and the perturbed residual stream after a later layer m. The
-    function computes the relative difference ‖h′ₘ − hₘ‖ / ‖hₘ‖ at each token, and averages it over
-    the measured tokens. The result `carried` is the mean of ‖f‖ / ‖hₘ‖. This would be the relative
-    difference if later layers did not change the perturbation.
-
-    The seed of a random direction depends on `seed`, the document, the layer and the number of the
-    direction.
+    Let hₘ and h′ₘ be the intact and the perturbed stream after layer m. The function computes the
+    relative difference ‖h′ₘ − hₘ‖ / ‖hₘ‖ at each token, and averages over the tokens. It also
+    averages ‖f‖ / ‖hₘ‖ (`carried`). This would be the relative difference if later layers did not
+    change the perturbation.
 
     Args:
         engine: The engine of the model.
@@ -63,12 +60,11 @@ def perturbation_growth(
         seed: Seed of the random directions.
 
     Returns:
-        Mean relative differences: `removed`, `shuffled` and `carried` [2, layers, layers], and
-        `random` [2, draws, layers, layers]. The last two axes are the perturbed layer and the layer
-        after which the difference is measured. Entries are NaN if the measured layer comes before
-        the perturbed layer. The first axis has two entries: the mean over all tokens, and the mean
-        without the text's first token. A mean is NaN if there are no tokens, or if a hidden state
-        is not finite or all zeros.
+        Means: `removed`, `shuffled` and `carried` [2, layers, layers], and `random` [2, draws,
+        layers, layers]. The first axis has two entries: the mean over all tokens, and the mean
+        without the text's first token. The last two axes are the perturbed layer and the measured
+        layer. Entries are NaN if the measured layer comes first. A mean is NaN if there are no
+        tokens, or if a hidden state is not finite or all zeros.
 
     Raises:
         RefusalError: The structure of the model does not allow this measurement.
@@ -209,7 +205,7 @@ class _PerturbedPass:
             )
 
     def _plan(self) -> StreamPlan:
-        """Return a plan with one stream per perturbation."""
+        """Plan a batch with the intact model and, from its layer on, each perturbation."""
         steps, n_streams = [], 1
         for layer in range(len(self.engine.loaded.layers)):
             n_new = self.directions.n_per_layer if layer in self.group else 0

@@ -162,8 +162,8 @@ def _sum_terms(
         engine: The engine of the intact model.
         document: The document, whose texts are read in turn.
         changes: The changes.
-        find_terms: Function that yields the modules that a change affects. With each module, it
-            yields the function that computes the estimate from a call of this module.
+        find_terms: Function that yields (module, term) pairs for a change. The change affects the
+            module, and `term` computes the estimate from a call of the module.
         compute_loss: Function that computes the loss from the token ids of a text and the index of
             the first measured token.
 
@@ -188,10 +188,10 @@ def _sum_terms(
 def _find_kl_terms(
     engine: Engine, copied: Engine, change: Change
 ) -> Iterator[tuple[nn.Module, _Term]]:
-    """Yield the linear maps that a change rounds, each with a function for its Taylor term.
+    """Yield pairs of a linear map that a change rounds, and a function for its Taylor term.
 
-    The linear maps are modules of the model copy `copied`. Each function computes the term from a
-    call of its module.
+    The linear maps are modules of `copied`, a copy of the model with rounded weights. Each function
+    computes the term from a call of its module.
     """
     for path in engine.anatomy.expand_formats(change.layer, [change]):
         exact, rounded = (e.anatomy.get_map(change.layer, path) for e in (engine, copied))

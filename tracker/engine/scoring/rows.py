@@ -69,11 +69,11 @@ class Tree:
         return len(new_paths)
 
     def compute_spans(self) -> Tensor:
-        """Return the range of depth-first node numbers in each node's subtree.
+        """Return the range of depth-first numbers of the nodes in each node's subtree.
 
         Returns:
-            Tensor [2, nodes]: for each node, its own number (the first in its subtree), and the
-            last number in its subtree plus 1.
+            Tensor [2, nodes]: for each node, its own number, which begins the range, and the
+            exclusive end of the range.
         """
         # The last entry belongs to the parent of all roots, which is -1.
         nodes = len(self.parents)
@@ -234,11 +234,10 @@ class _Sequence:
 
 
 def _list_sequences(documents: Documents, max_length: int, lengths: Lengths) -> Iterator[_Sequence]:
-    """Yield each request as a sequence, truncated from the left exactly as lm-eval does.
+    """Yield each request as a token sequence, truncated from the left exactly as lm-eval does.
 
-    To measure layer statistics (proxies), the model must also read the last token of a request. If
-    the text with this token has another `Lengths.side`, the function yields an additional sequence
-    for the statistics. The attribute `n_scored` of this sequence is 0.
+    Layer statistics (proxies) also need the last token, which scoring does not read. If `lengths`
+    separates the texts with and without this token, both texts are yielded.
     """
     for number, document in enumerate(documents):
         for index, request in enumerate(document.requests):
@@ -263,10 +262,10 @@ def _list_sequences(documents: Documents, max_length: int, lengths: Lengths) -> 
 def _group_by_side(
     documents: Documents, max_length: int, lengths: Lengths
 ) -> list[list[list[_Sequence]]]:
-    """Group the requests that can share a forward pass.
+    """Group the requests by text length, so that no threshold of `lengths` divides a group.
 
-    The texts in a group have the same value of `Lengths.side`. Each group contains one list of
-    requests for each document.
+    Only requests of one group can share a forward pass. Each group contains one list of requests
+    for each document.
     """
     sides = group_by(_list_sequences(documents, max_length, lengths), attrgetter("side")).values()
     return [list(group_by(side, attrgetter("document")).values()) for side in sides]
@@ -413,7 +412,11 @@ def _build_row(
     sequences: list[_Sequence],
     nodes: list[list[int]],
 ) -> Row:
-    """Build a row from its tokens, and find the tokens that predict each continuation."""
+    """Build a row, and find the tokens that predict each continuation.
+
+    `nodes` contains the indices of each sequence's tokens in the row. The other arguments are
+    attributes of `Row`.
+    """
     index_of: dict[int, int] = {}
     predictor, predicted, owner = [], [], []
     paths = list(zip(sequences, nodes, strict=True))

@@ -108,14 +108,11 @@ class Prefix:
         self._truncate(self._n_read)
 
     def shorten(self, beginning: tuple[int, ...], lengths: Lengths) -> bool:
-        """Shorten this prefix to the tokens that it shares with `beginning`.
+        """Shorten this prefix in place to the tokens that it shares with `beginning`.
 
-        Returns False, and leaves the prefix unchanged, if shortening is not possible or not
-        worthwhile.
-
-        Shortening is worthwhile if the shared tokens are nearly all tokens of `beginning`.
-        Shortening is not possible if a threshold of `lengths` lies between the old and the new
-        length, because the keys and values would change.
+        The prefix is shortened, and True is returned, if the shared tokens are nearly all tokens of
+        `beginning`, and if no threshold of `lengths` lies between the old and the new length.
+        Otherwise the prefix is unchanged, and False is returned.
         """
         n_shared = count_common_tokens(self.tokens, beginning)
         if n_shared < max(MIN_PREFIX, MIN_REUSED_SHARE * len(beginning)):
@@ -183,9 +180,6 @@ def launch_row(
 
     The returned function waits for the scores and returns them. On an accelerator, callers can
     launch the next row before they call the returned function.
-
-    Only the hidden states of the row's `predicting_nodes` are passed to the output head. The
-    log-probabilities of the predicted tokens are then summed by request.
 
     `prefix` is the cached prefix that the row continues. The prefix must have been computed with
     the same `plan`.
@@ -406,11 +400,11 @@ def find_idle_ablations(model: EngineModel, row: Row, ablations: Ablations) -> s
 def _routes_alike(
     router: nn.Module, experts: Experts, remaining: Sequence[int], tables: Sequence[Any], call: Any
 ) -> bool:
-    """Return whether a router selects the same experts without the removed experts.
+    """Return whether removing experts leaves a router's choice and routing weights unchanged.
 
-    `remaining` are the experts that are not removed. `tables` are the outputs of the original
-    router, and `call` contains the positional and the keyword arguments of its call. The routing
-    weights of the selected experts must also be equal, up to rounding.
+    Rounding errors in the weights are ignored. `remaining` are the experts that are not removed.
+    `call` contains the positional and the keyword arguments of the original router's call, and
+    `tables` contains its outputs.
     """
     new_tables = call_reduced_router(router, experts, remaining, tables, input_state(*call), call)
     for old_table, new_table in zip(tables, new_tables, strict=True):

@@ -390,9 +390,9 @@ class Engine(EngineModel):
     def _launch_row(
         self, row: Row, plan: StreamPlan, prefix: Prefix | None, ablations: Ablations
     ) -> Callable[[], RowScores]:
-        """Start scoring a row.
+        """Start scoring all requests in a row under all ablations, in one forward pass.
 
-        The returned function waits for the scores and returns them.
+        Returns a function that waits for the scores and returns them.
         """
         prefix = prefix if row.prefix else None
         can_skip = prefix is None and self.loaded.offloaded is None
@@ -419,10 +419,10 @@ class Engine(EngineModel):
 def _make_responses(
     document: Document, loglikelihoods: Tensor, hits: Tensor
 ) -> list[list[Response]]:
-    """Convert the scores of a document to responses.
+    """Convert a document's scores to one list of responses for each ablation.
 
-    `loglikelihoods` and `hits` are those of `RowScores`, for the requests of the document. Returns
-    one list for each ablation, which contains the response to each request.
+    `loglikelihoods` [ablations, requests] are in nats. `hits` [ablations, requests, 2] contains the
+    two numbers of correctly predicted tokens that `RowScores` describes.
     """
     lengths = [len(request.continuation) for request in document.requests]
     return [

@@ -224,12 +224,10 @@ def _judge_architecture(
 def _recall_verdict(
     store: VerdictStore, keys: Iterable[str], adapter: TypeAdapter[T], is_valid: Callable[[T], bool]
 ) -> T | None:
-    """Load the first stored check result (verdict) that is acceptable.
+    """Load a stored check result (verdict); None if no acceptable verdict is stored.
 
-    The keys are tried in order.
-
-    A verdict under the first key is always acceptable. A verdict under another key is acceptable if
-    `is_valid` returns True for it. Returns None if no acceptable verdict is stored.
+    The keys are tried in order. A verdict under the first key is always acceptable. A verdict under
+    another key is acceptable if `is_valid` returns True for the verdict.
     """
     for index, key in enumerate(keys):
         with suppress(ValidationError):
@@ -328,9 +326,10 @@ def shortest_documents(documents: Documents) -> list[Document]:
 
 
 def compare_rounds(engine: Engine, truth: Reference, rounds: Sequence[_Round]) -> Comparison:
-    """Compare log-likelihoods of the engine with the reference results.
+    """Compare log-likelihoods that the engine computes with those of really changed models.
 
-    Each round states the documents, the ablations, and the scores to compare.
+    Each round is a tuple: the documents and ablations to score, and the scores to compare, as
+    (ablation, document, request) indices.
     """
     comparison = Comparison()
     passes: list[Callable[[], Any]] = [
@@ -354,10 +353,10 @@ def compare_rounds(engine: Engine, truth: Reference, rounds: Sequence[_Round]) -
 
 
 def confirmation_rounds(documents: Documents, ablations: Ablations) -> Iterator[_Round]:
-    """Yield one or two rounds of the check on the model itself.
+    """Choose the scores that the check on the model itself compares, in one or two rounds.
 
-    Each round is a tuple: the documents, the ablations, and the scores to compare, given as
-    (ablation, document, request) indices.
+    Each round is a tuple: the documents, the ablations, and the scores to compare, as (ablation,
+    document, request) indices.
 
     The first round contains short documents and a sample of the ablations. The second round
     contains the document with the longest text, a short document of the same task, the baseline,
@@ -463,7 +462,7 @@ def draw_watched_documents(documents: Documents) -> set[tuple[str, int]]:
 
     On average, one of `WATCH_RATE` documents is drawn. At least one document is drawn from each
     task, or from each of some random tasks if there are many tasks. The document with the longest
-    text is always included. The random seeds are fixed.
+    text is always included.
     """
 
     def draw(document: Document) -> float:
@@ -487,7 +486,8 @@ def list_watched_requests(
 ) -> list[tuple[Ablation, Request]]:
     """List the (ablation, request) pairs that `compare_watched_documents` compares.
 
-    `seed` and `first_ablation` have the same meaning as for `compare_watched_documents`.
+    For each document, `seed` determines the ablation, which has at least the index
+    `first_ablation`.
     """
     return [
         (ablations[_draw_ablation(document, ablations, seed, first_ablation)], request)

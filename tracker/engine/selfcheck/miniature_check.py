@@ -82,9 +82,9 @@ def draw_short_documents(vocabulary: int, longest: int) -> list[list[Document]]:
 def draw_long_documents(
     vocabulary: int, longest: int, nodes: int, widest: int, sharing: Sharing
 ) -> list[list[Document]]:
-    """Draw long documents of random tokens for the self-check.
+    """Draw documents of random tokens for the self-check, with up to `longest` tokens per text.
 
-    Each long text is twice as long as the next shorter text, up to `longest` tokens.
+    The texts' lengths double from one text to the next.
 
     Args:
         vocabulary: Number of token ids.
@@ -214,15 +214,20 @@ def miniature_key(
     rows: tuple[int, int, int] | None,
     blank: bool,
 ) -> str:
-    """Return the storage key of a check on a miniature.
+    """Return the key under which the result of a check on a miniature is stored.
 
-    The key is a SHA-256 hash of everything that determines the result of the check.
+    The key is a SHA-256 hash of the arguments, package versions, the machine, and the code of this
+    package and of the model. The model's weights are not included.
 
-    The hash covers the arguments, package versions, the machine, and the code of this package and
-    of the model, but not the weights. `paths` are the paths of the numbers in the configuration
-    that the check varies. For a check on short texts, `rows` is None; else it has the same meaning
-    as for `check_longer_texts`. `blank` is true if any token of the measured texts has a zero
-    embedding.
+    Args:
+        model: The model whose miniature is checked.
+        ablations: The ablations of the check.
+        paths: Paths of the configuration's numbers that the check varies.
+        rows: Row sizes, as for `check_longer_texts`; None for a check on short texts.
+        blank: True if any token of the measured texts has a zero embedding.
+
+    Returns:
+        The key as hexadecimal text.
     """
     package, model_folder = Path(__file__).parents[2], Path(inspect.getfile(type(model))).parent
     folders = (package / "engine", package / "models")
@@ -350,11 +355,10 @@ def check_longer_texts(
 def _find_switch_lengths(
     engine: Engine, mini: PreTrainedModel, verdict: SharingVerdict, longest: int
 ) -> tuple[tuple[int, ...], bool]:
-    """Find text lengths greater than `LONGEST_REACH` at which a model's computation changes.
+    """Find the lengths of long texts at which the computation of a miniature changes.
 
-    The function tests the miniature `mini` on texts of up to `longest` tokens. Returns the text
-    lengths, and a flag. If the flag is True, the computation is assumed to change at every text
-    length from the shortest known length on.
+    Lengths from `LONGEST_REACH` to `longest` tokens are searched. Returns the lengths, and a flag.
+    The flag is True if the computation may change at every length from the first one on.
     """
     if longest <= LONGEST_REACH:
         return (), False

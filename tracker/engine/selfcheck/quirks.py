@@ -113,10 +113,10 @@ def _find_effect(
         any_length: True if the original logits of the first tokens depend on the text length.
 
     Returns:
-        None if the number has no effect. Otherwise a tuple of four entries. The first entry is True
-        if the number makes the logits of the first tokens depend on the text length. The second
-        entry is True if these logits also differ between two texts that are both longer than the
-        number. The other two entries are the results of `_find_call_effects`.
+        None if the number has no effect. Otherwise a tuple of two flags and the two results of
+        `_find_call_effects`. The first flag is True if the number makes the logits of a text's
+        beginning depend on the text's length. The second flag is True if this also holds for texts
+        that are all longer than the number.
     """
     logits = _text_logits(model, LONG)
     if _is_equal(logits, usual_logits):
@@ -221,10 +221,11 @@ def _is_close(x: Tensor, y: Tensor, tolerance: float) -> bool:
 
 @torch.inference_mode()
 def _find_call_effects(model: PreTrainedModel) -> tuple[set[str], set[tuple[str, str]]]:
-    """Find the module attributes that a call of the model changes.
+    """Find the attributes of a model's modules that calls of the model change.
 
-    Returns the names of the attributes that a repeated call changes, and (module, name) pairs of
-    the attributes that the first call changes.
+    Returns two sets. The first set contains the name of each attribute that the second call
+    changes. The second set contains the (module, name) pair of each attribute that the first call
+    changes; it is empty if the first call changes no parameters.
     """
     model = copy.deepcopy(model)
     states = [record_state(model)]
@@ -390,10 +391,10 @@ def _test_loading(engine: Engine, original: Engine) -> _Loading:
 def _compute_outputs(
     truth: Reference, original: Engine, ablation: Ablation, loading: _Loading
 ) -> _Outputs:
-    """Compute the logits of a model without some layers.
+    """Compute the logits of a changed model in three ways.
 
-    The logits are computed for the three ways of removing layers that `_Outputs` lists. `original`
-    is the engine of an unchanged copy of the model.
+    The layers are removed from a copy, skipped, or removed from a copy that is saved and loaded.
+    `original` is the engine of an unchanged copy of the model.
     """
     engine, saved, lacks = truth.engine, None, False
     unsaved = _ITSELF if loading.full_model is None else _NOT

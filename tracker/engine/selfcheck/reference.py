@@ -253,9 +253,10 @@ class SharingVerdict:
         return self.sharing == FULL and not any(special)
 
     def make_quirks(self, model: PreTrainedModel) -> Quirks:
-        """Return the quirks of a model, including its attribute values before the first call.
+        """Return this verdict's findings about the effects of text lengths and earlier calls.
 
-        `model` must not have been called before.
+        The result contains the attribute values of `model` before its first call, so `model` must
+        not have been called.
         """
         values = dict(find_numbers(model.config.get_text_config()))
         thresholds = (

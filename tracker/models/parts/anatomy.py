@@ -93,11 +93,10 @@ class LayerAnatomy(PartFinder):
         return find_map(self.linear_maps(layer), path, self.layer_name(layer))
 
     def expand_formats(self, layer: int, rounding_changes: Sequence[Change]) -> dict[str, str]:
-        """Return the quantisation format of each linear map that is quantised in a layer.
+        """Return the format of each linear map of a layer that is quantised, by the map's path.
 
-        The returned dictionary maps the path of a linear map to its format. If several entries of
-        `rounding_changes` quantise the same map, the format of the last entry is used. Raises
-        CellError if a map does not exist in the layer, or if the layer is already quantised.
+        If several entries of `rounding_changes` quantise the same map, the last entry is used.
+        Raises CellError if a map does not exist in the layer, or if the layer is already quantised.
         """
         maps = self.linear_maps(layer)
         formats: dict[str, str] = {}
@@ -114,14 +113,14 @@ class LayerAnatomy(PartFinder):
     def part_changes(
         self, ablation: Ablation, cache: RoundedWeights | None = None
     ) -> Iterator[tuple[int, Callable[[nn.Module], object]]]:
-        """Yield functions that change parts of layers in a copy of the model.
+        """Yield functions that remove or quantise parts of layers in a copy of the model.
 
         Args:
             ablation: The ablation. Its changes of whole layers are ignored.
             cache: Cache of quantised weights, as for `round_layer`.
 
         Yields:
-            Pairs of a layer number and a function that changes the copied layer in place.
+            Pairs of a layer's index and a function. The function changes this layer of the copy.
         """
         for layer, layer_changes in ablation.by_layer.items():
             if layer_changes.roundings:
@@ -248,12 +247,11 @@ def find_search_parts(source: ModelSource, unit: str) -> SearchParts:
 
 
 def find_configured_parts(source: ModelSource, unit: Component) -> dict[int, NumberedParts]:
-    """List the heads, experts or neurons of each layer, as the configuration states them.
+    """Describe the heads, experts or neurons of each layer, based only on the configuration.
 
-    The function reads no weights. The result maps the number of a layer to an object that describes
-    the parts. Layers without such parts are not included. The objects contain empty strings instead
-    of module paths. Raises ModelError if the model has no such parts, or if the configuration does
-    not state their number.
+    Returns the descriptions by the index of the layer. Layers without such parts are left out.
+    Module paths in the descriptions are empty. Raises ModelError if the model has no such parts, or
+    if the configuration does not state their number.
     """
     parts, config = find_search_parts(source, unit), read_config(source)
     counts, number = parts_of_config(config), parts.per_layer

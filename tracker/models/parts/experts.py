@@ -311,9 +311,7 @@ def call_reduced_router(
     state: Tensor,
     arguments: tuple[Any, Any],
 ) -> tuple[Any, ...]:
-    """Call a router without some experts.
-
-    The outputs refer to experts by their numbers in the original router.
+    """Call a copy of a router that lacks some experts.
 
     Args:
         router: The original router, which has all experts.
@@ -321,11 +319,12 @@ def call_reduced_router(
         remaining: Indices of the experts that the router keeps.
         full_outputs: Outputs of the original router, which give the shapes.
         state: The hidden states of the tokens to route.
-        arguments: Positional and keyword arguments of the router's call, in which `state` replaces
-            the hidden states.
+        arguments: Positional and keyword arguments of the router's call. `state` replaces the
+            hidden states in these arguments.
 
     Returns:
-        One output for each entry of `full_outputs`; the score of a removed expert is −∞.
+        One output for each entry of `full_outputs`. Experts keep their original indices. The score
+        of a removed expert is −∞.
     """
     count = experts.count
     reduced_router = keep_experts(router, remaining, count)
@@ -351,8 +350,7 @@ def single_expert_outputs(
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Yield the outputs of each token's first expert, then of each token's second expert, etc.
 
-    To compute the outputs, the function calls the module of the experts several times, with one
-    expert per token and a routing weight of 1.
+    The function calls the module of the experts once per step, with a routing weight of 1.
 
     Args:
         forward: The forward pass of the module that holds the experts.
@@ -388,10 +386,11 @@ def single_expert_outputs(
 def weighted_expert_outputs(
     forward: Callable[..., Tensor], args: Args, kwargs: Kwargs, output: Tensor
 ) -> tuple[list[tuple[Tensor, Tensor, Tensor]], bool]:
-    """Compute the output of each expert that a token uses.
+    """Compute the output of every expert of each token, and check their weighted sum.
 
-    Returns the list of the results of `single_expert_outputs`, and a flag. The flag is True if the
-    sum of the outputs, multiplied by the routing weights, equals `output` up to rounding.
+    Returns a list and a flag. The list contains the results for each token's first expert, for each
+    token's second expert, and so on: expert indices, routing weights and outputs. The flag is True
+    if the weighted sum of the outputs equals `output` up to rounding.
     """
     outputs = [*single_expert_outputs(forward, args, kwargs)]
     total = sum(gates[:, None].float() * states.float() for _, gates, states in outputs)
@@ -401,7 +400,10 @@ def weighted_expert_outputs(
 
 
 def _reads_mlp_input(call: ModuleCall, mlp: ModuleCall) -> bool:
-    """Return whether a module has the same input as its MLP, and an output of the same size."""
+    """Return whether a module reads the input of an MLP, and returns an output of the same size.
+
+    `call` and `mlp` are the recorded calls of the module and of the MLP.
+    """
     state = hooks.input_state(mlp.args, mlp.kwargs)
     call_input, call_output = next(iter(call.arguments), None), hooks.first_output(call.output)
     if not (isinstance(call_input, Tensor) and isinstance(call_output, Tensor)):

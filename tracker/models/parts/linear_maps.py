@@ -76,10 +76,10 @@ class LinearMap:
         return tensor
 
     def to_module_layout(self, weight: Tensor, all_weights: Tensor) -> Tensor:
-        """Convert a weight to the layout in which the module stores it.
+        """Convert a weight to the shape of the module's parameter.
 
-        If the map belongs to one expert, the result contains the weights of all experts: the other
-        experts' weights are those in `all_weights`.
+        If the map belongs to one expert, the parameter contains the weights of all experts. The
+        weights of the other experts are copied from `all_weights`.
         """
         rows = weight.mT.contiguous() if self.inputs_first else weight
         if self.expert is None:
@@ -137,10 +137,10 @@ def find_linear_maps(layer: nn.Module, name: str) -> dict[str, LinearMap]:
 
 
 def _find_expert_matrices(module: nn.Module) -> Iterator[LinearMap]:
-    """Yield the linear maps of a module's experts.
+    """Yield the two linear maps of a module's experts.
 
-    The shapes for one expert must be [2 width, hidden] and [hidden, width], or both transposed. If
-    the shapes are different, the function yields nothing.
+    For one expert, the shapes must be [2 width, hidden] and [hidden, width], or both transposed. If
+    not, the function yields nothing.
     """
     count, tensors = count_experts(module), module._parameters.items()
     matrices = {name: t.shape[1:] for name, t in tensors if t is not None and t.ndim == 3}
@@ -154,10 +154,9 @@ def _find_expert_matrices(module: nn.Module) -> Iterator[LinearMap]:
 
 
 def _find_router_weights(block: nn.Module, count: int) -> Iterator[Tensor]:
-    """Yield the tensors of `block` that have one row or column per expert.
+    """Yield the matrices of `block` that have one row or column for each of `count` experts.
 
-    If a child module contains several linear modules, the function skips the weights of these
-    modules.
+    If a child module contains several linear modules, the weights of these modules are skipped.
     """
     for child in block.children():
         linears = [module for module in child.modules() if isinstance(module, nn.Linear)]
@@ -169,7 +168,7 @@ def _find_router_weights(block: nn.Module, count: int) -> Iterator[Tensor]:
 
 
 def find_map(maps: Mapping[str, LinearMap], path: str, name: str) -> LinearMap:
-    """Return the linear map at a path in a layer; raise CellError if it is missing."""
+    """Return the linear map at a path in a layer; raise CellError if there is no such map."""
     if path in maps:
         return maps[path]
     shared_path, number = split_expert_map(path) or ("", 0)
@@ -214,9 +213,10 @@ def rounded_parameters(
 
     Args:
         maps: Linear maps of a layer by their paths.
-        formats: Format of each linear map to quantise, by path. The format of a single expert has
-            priority.
-        round_map: Function that returns the quantised weight for a path, a linear map and a format.
+        formats: Format of each linear map to quantise, by path. The format of a single expert
+            overrides the format of all experts.
+        round_map: Function that quantises a weight. Its arguments are the path, the linear map and
+            the format.
 
     Returns:
         The quantised parameters by module and parameter name.
@@ -310,9 +310,8 @@ class Embeddings:
 def find_embeddings(model: PreTrainedModel, max_bytes: int = 0) -> Embeddings:
     """Find the embedding and the output head of a model.
 
-    Raises CellError if one of them cannot be quantised.
-
-    `max_bytes` limits the cache of quantised weights.
+    `max_bytes` limits the cache of quantised weights. Raises CellError if the embedding or the head
+    cannot be quantised.
     """
     maps = []
     class_name = type(model).__name__

@@ -139,11 +139,11 @@ class Neurons(ProjectionColumns):
 
 
 def _computes_inputs(module: nn.Module, projection: ModuleCall, layer: ModuleCall) -> bool:
-    """Return whether the linear map `module` computes the neurons of an MLP.
+    """Return whether a linear map computes the neurons of an MLP.
 
-    If some outputs of the map are changed, exactly the neurons with the same indices must change.
-    `projection` is the recorded call of the MLP's output projection, whose inputs are the neurons.
-    `layer` is the recorded call of the layer.
+    The function changes some outputs of the map `module`. Exactly the neurons with the same indices
+    must change. `projection` is the recorded call of the output projection, whose inputs are the
+    neurons. `layer` is the recorded call of the layer.
     """
     inputs = projection.args[0]
     width = inputs.shape[-1]

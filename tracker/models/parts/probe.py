@@ -29,7 +29,7 @@ class LayerPart(Protocol):
     Attributes:
         KIND: Name of the parts in messages, in the plural.
         COMPONENTS: Values of the experiment key `component` that select parts of this kind.
-        NEEDS: Description of the conditions that the parts must meet.
+        NEEDS: Sentences that state under which conditions parts can be removed; may be empty.
     """
 
     KIND: ClassVar[str]

@@ -137,7 +137,8 @@ def _relevance_trace(
 ) -> dict[str, Any]:
     """Build a line that shows the accuracy relevance of each layer.
 
-    `samples` states the number of documents or benchmarks of each point, for its hover box.
+    `samples` are texts for the hover boxes, with each point's number of documents or benchmarks.
+    `look` sets further properties of the line.
     """
     hovers = [
         estimate_hover(f"layer {layer} · {name}", "accuracy relevance", value, two_digits, sample)

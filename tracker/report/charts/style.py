@@ -348,9 +348,10 @@ def estimate_hover(
 def align_runs(
     cell: CellRecord, kind: Change, layers: Sequence[int]
 ) -> tuple[list[RunRecord | None], list[str]]:
-    """Return the record and the hover box of the run at each layer, as two lists.
+    """Return the runs of one kind of ablation at each of `layers`, for a chart.
 
-    All runs belong to the kind of ablation `kind`. If a run is not measured, its record is None.
+    The function returns a list of records and a list of hover boxes. The record of a run that is
+    not measured is None.
     """
     by_layer = cell.runs_of_kind(kind)
     records = [by_layer.get(layer) for layer in layers]

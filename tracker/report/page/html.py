@@ -54,8 +54,8 @@ def render_report(
         path: Path of the page.
         decisions: The model's answers to each document, by cell.
         findings: Results of studies: answers, tables and charts.
-        search_cells: Keys of cells that were measured only for searches, besides those in
-            `findings`.
+        search_cells: Keys of further cells that were measured only for searches. The page has no
+            sections for these cells.
 
     Returns:
         The path of the page.

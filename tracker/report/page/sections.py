@@ -144,11 +144,11 @@ def pack_documents(
     """Compress the documents with changed scores, for the HTML page.
 
     Args:
-        cell_decisions: Name of a section → pair of the results of a model on a benchmark, and the
-            answers of the model under each ablation.
+        cell_decisions: Name of a section → pair of a model's results on a benchmark and its answers
+            under each ablation.
 
     Returns:
-        Name of a section → compressed JSON. The number of documents is limited so that all JSON
+        Name of a section → compressed JSON. Documents are left out if necessary, so that all JSON
         texts together have at most `DOCUMENT_BUDGET` characters.
     """
     budget = DOCUMENT_BUDGET // max(1, len(cell_decisions))

@@ -67,8 +67,8 @@ def exclude_search_cells(
     """Return the cells that get their own sections on the page.
 
     A cell holds the results of one model on one benchmark. Cells that were measured only for
-    searches or layer pairs are omitted, because the sections of studies show these results.
-    `search_keys` contains the keys of further cells that were measured only for searches.
+    searches or layer pairs are left out, because the sections of studies show their results.
+    `findings` and `search_keys` contain the keys of these cells.
     """
     shown = [finding for finding in findings if finding.study in _SHOWN_STUDIES]
     steps = {key for finding in shown for key in finding.rests_on}.union(search_keys)

@@ -266,10 +266,9 @@ class ModelAudit:
 
     @cached_property
     def comparable(self) -> list[AuditedCell]:
-        """Benchmarks over which means are computed, because the same layers were removed on them.
+        """Benchmarks over which means are computed; the same layers were removed on all of them.
 
-        If the sets of removed layers differ between benchmarks, the property contains the
-        benchmarks with the most frequent set.
+        If the sets of removed layers differ between benchmarks, the most frequent set is used.
         """
         cells = distinct_cells(self.cells)
         sets = [tuple(cell.layers) for cell in cells]
@@ -320,9 +319,9 @@ class ModelAudit:
 
     @cached_property
     def ranks(self) -> dict[str, tuple[int, int]]:
-        """Name of each proxy → best and worst possible rank of its correlation with the drops.
+        """Name of each proxy → best and worst rank that the proxy can have among all proxies.
 
-        A rank is possible if the intervals of the differences to the other proxies allow it.
+        Rank 1 is the highest correlation with the accuracy drop.
         """
         summaries = list(self.summaries.values())
         lows = [[self.compare_proxies(a, b).low or 0.0 for b in summaries] for a in summaries]
@@ -337,10 +336,10 @@ class ModelAudit:
 
     @cached_property
     def disagreements(self) -> dict[str, tuple[Disagreement, Disagreement]]:
-        """Name of each proxy → how many layers the proxy and the drop rank differently.
+        """Name of each proxy → comparisons of the layers' ranks by proxy and by accuracy drop.
 
-        The first value includes all layers with different ranks. The second value includes only
-        layers whose ranks differ by more than `MAJOR_SHARE` of the number of layers.
+        The first comparison counts all layers whose two ranks differ. The second counts only layers
+        whose ranks differ by more than `MAJOR_SHARE` of the number of layers.
         """
         disagreements = {}
         for name, summary in self.summaries.items():
@@ -375,9 +374,9 @@ class ModelAudit:
 
     @cached_property
     def spreads(self) -> dict[str, RelevanceVariance]:
-        """Measure of relevance → variation of the layers' relevance over benchmarks.
+        """Name of a measure → how much a layer's relevance varies between benchmarks.
 
-        The dict is empty if there are fewer than two suitable benchmarks.
+        The dict is empty if fewer than two benchmarks are suitable.
         """
         cells = self.above_chance
         if not cells:
@@ -419,12 +418,11 @@ class ModelAudit:
     def prediction_by_cost(
         self,
     ) -> tuple[list[float], dict[str, tuple[float | None, ...]], float | None]:
-        """Correlation of each measure with the drops on other documents, at equal cost.
+        """Correlation of each measure with the drops on other documents, by computing budget.
 
-        The cost of a measure on a benchmark is limited to a number of forward passes, the budget.
-        The first value is a list of budgets. The second value is a dict from each measure to a list
-        of mean Spearman correlations, one for each budget. The third value is the mean correlation
-        between the drops on two halves of the documents.
+        The first value lists the budgets, in forward passes for one benchmark. The second value
+        maps each measure to its mean Spearman correlation at each budget. The third value is the
+        mean correlation between the drops on two halves of the documents.
         """
         passes = proxy_cost(DROP, self.total, is_shared=True)
         most = max(len(cell.tasks) for cell in self.comparable) // 2 * passes
@@ -448,7 +446,10 @@ class ModelAudit:
 
     @property
     def noisy_text(self) -> str:
-        """Text about noisy benchmarks, with the needed and the measured number of documents."""
+        """Text that lists the benchmarks with too few documents.
+
+        An example is `copa needs about 400 documents, and has 48`.
+        """
         needs = []
         for cell in self.above_chance:
             share, n = self.reliabilities[cell.label], cell.record.n
@@ -460,11 +461,10 @@ class ModelAudit:
 
 
 def distinct_cells(cells: Sequence[AuditedCell]) -> list[AuditedCell]:
-    """Select benchmarks such that no task belongs to two of them.
+    """Leave out benchmarks, so that no task belongs to two of the returned benchmarks.
 
-    Of several benchmarks with a common task, the function keeps the benchmark with the largest
-    number of removed layers. If these numbers are equal, the function keeps the benchmark with the
-    most documents. Benchmarks with an accuracy are preferred to benchmarks with a loss.
+    Of benchmarks with a common task, the function keeps one. It prefers an accuracy to a loss, then
+    the largest number of removed layers, and then the most documents.
     """
     best = sorted(cells, key=lambda c: (-c.record.higher_is_better, -len(c.layers), -c.record.n))
     distinct: list[AuditedCell] = []

@@ -93,8 +93,8 @@ def child_links(cell: CellRecord, experiment: str, ids: Mapping[str, str]) -> st
 def source_tags(kind: str, cells: Iterable[CellRecord], user: str, note: str) -> dict[str, str]:
     """Return the MLflow tags of a report or a pruned model.
 
-    One tag lists the keys of the summary runs of `cells`, on which the report or model is based.
-    `kind` is the value of the tag `tracker.kind`, and `note` is the note of the run.
+    The report or model is based on the results in `cells`. `kind` is the value of the tag
+    `tracker.kind`, and `note` is the note of the run.
     """
     return {
         KIND_TAG: kind,

@@ -121,7 +121,10 @@ class CellWriter:
                         self.models.setdefault(model.source_run_id, []).append(_shown_model(model))
 
     def _create_model(self, run: MlflowRun, run_id: str) -> ShownModel | None:
-        """Create a logged model without metrics for a run; return None on an MLflow 2 server."""
+        """Create one of MLflow's "logged models" for a run, still without metrics.
+
+        Returns None on an MLflow 2 server, which has no logged models.
+        """
         with _allow_no_models():
             model = self.client.create_logged_model(
                 self.experiment,

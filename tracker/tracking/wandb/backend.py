@@ -348,9 +348,8 @@ def _find_runs(
 ) -> Iterator[tuple[Any, Mapping[str, Any]]]:
     """Yield each run that tracker wrote and that matches the filters.
 
-    Each run is yielded as a pair with the field `tracker` of its config. If the project does not
-    exist, the function yields nothing. If `must_exist` is true, the function raises ValueError
-    instead.
+    The second value is the field `tracker` of the run's config. If the project does not exist,
+    nothing is yielded. If `must_exist` is true, ValueError is raised instead.
     """
     try:
         runs = list(wandb.Api().runs(path, filters=filters, lazy=False, per_page=100))

@@ -176,8 +176,7 @@ class WandbTrial:
     def _open_run(self, status: RunStatus, **names: Any) -> Iterator[Any]:
         """Yield the run of the trial, and end it with `status` after the `with` block.
 
-        If the run is not open yet, it is opened. `names` are the arguments of `wandb.init` that
-        name the run.
+        If the run is not open yet, `wandb.init` opens it with the arguments `names`.
         """
         with self._session():
             handle, self._handle = self._handle, None

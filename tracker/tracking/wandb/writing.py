@@ -147,12 +147,12 @@ def model_artifact_name(name: str) -> str:
 
 
 def write_run(handle: Any, run: DescribedRun, existing_rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write a described run to an open W&B run; the digest is written last.
+    """Write metrics, tables, charts and files to an open W&B run; the digest is written last.
 
     Args:
         handle: An open W&B run.
-        run: The description of the run.
-        existing_rows: Rows of metrics that the history of the run already contains.
+        run: The content to write.
+        existing_rows: Rows of metrics that W&B already has, and that are not logged again.
     """
     handle.notes = run.note
     if run.curves:
