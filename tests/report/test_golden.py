@@ -148,7 +148,7 @@ def all_texts(cells: list[CellRecord]) -> Iterator[str]:
     for cell in cells:
         yield from ("", f"# {cell.title}", cell.documents_text, wording.correlation_sentences(cell))
         yield from (charts.curve_title(cell), charts.scatter_title(cell))
-        yield from (maps.map_title(cell, kinds) for kinds in maps.find_map_kinds(cell).values())
+        yield from (maps.map_title(cell, kinds) for kinds in maps.find_heat_map_rows(cell).values())
         yield from wording.warnings(cell)
         for trace in charts.layer_curve(cell).data:
             yield from trace["hovertext"][3:4]
@@ -173,7 +173,7 @@ def draw_charts() -> Iterator[Chart]:
         yield charts.layer_curve(cell)
         yield charts.proxy_scatter(cell)
     yield from (
-        maps.kind_map(kinds_cell, family) for family in maps.find_map_kinds(kinds_cell).values()
+        maps.kind_map(kinds_cell, family) for family in maps.find_heat_map_rows(kinds_cell).values()
     )
     yield maps.heat_map(study_cells())
     yield from (model.relevance_curves(board, "MODEL"), model.proxy_curves(study_cells(), "MODEL"))

@@ -147,7 +147,7 @@ def test_embedding_and_head_are_lm_evals(tied, tiny_llama, tmp_path, one_thread)
     frame = layer_frame([cell])
     assert {*frame[frame["layer"].isna()]["map"]} == {*names}
     # Their one run stands in the first column of the map, or in the last one, and is no layer's.
-    figure = maps.kind_map(cell, maps.find_map_kinds(cell)["linear-q4_0"]).to_figure()
+    figure = maps.kind_map(cell, maps.find_heat_map_rows(cell)["linear-q4_0"]).to_figure()
     boxes = {
         (row, column): box.partition("<br>")[0].partition(" · ")[0]
         for row, boxes in zip(figure.data[0].y, figure.data[0].hovertext, strict=True)

@@ -16,7 +16,7 @@ from tracker.ledger.store import read_records, write_finding
 from tracker.measuring.derive import derive_record
 from tracker.measuring.observing import Observations
 from tracker.report.export import export_report, report_figures
-from tracker.report.page.studies import growth_note
+from tracker.report.page.studies import document_count_note
 from tracker.runner import run_cells
 from tracker.schema.estimates import Estimate
 from tracker.schema.findings import FindingRecord
@@ -62,9 +62,9 @@ def test_wrong_tables_are_refused():
 
 def test_a_finding_says_when_it_is_outgrown():
     cell = build_cell().model_copy(update={"key": "key", "n": 10})
-    assert growth_note(FINDING, [cell]) == ""
+    assert document_count_note(FINDING, [cell]) == ""
     larger = cell.model_copy(update={"view": "larger", "n": 12, "supersedes": ("intact",)})
-    assert growth_note(FINDING, [larger]) == (
+    assert document_count_note(FINDING, [larger]) == (
         "The number of documents has changed in 1 of the 1 measurements that this study used. To "
         "repeat the study, type: tracker study joint file.yaml"
     )

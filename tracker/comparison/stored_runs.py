@@ -86,10 +86,10 @@ def read_run(source: str, name: RunName) -> ModelAnswers:
     """Read the answers of a model under one change.
 
     Args:
-        source: The argument that names the run.
-        name: Name of the run: a results folder or the folder of a data set, a cell, and a change.
-            The cell is the name of its folder, with or without the key. The name of a model
-            stands for all its cells. The change `intact` means the unchanged model.
+        source: The argument FOLDER:CELL:CHANGE as typed, for messages.
+        name: The parts of this argument. CELL is the name of a cell's folder, with or without the
+            key, or the name of a model, for all its cells. CHANGE is `intact` for the unchanged
+            model.
 
     Returns:
         The answers to the benchmarks of the cells.

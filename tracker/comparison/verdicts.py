@@ -211,10 +211,10 @@ def _gaps(
     unmatched: Mapping[str, Sequence[str]],
     metrics: Collection[str],
 ) -> Iterator[str]:
-    """Yield notes about results of the first model that are not compared.
+    """Yield a note for each gap in the comparison.
 
-    There is a note for each benchmark that lacks results, and for each group of documents that only
-    one model answered.
+    A gap is a benchmark for which another model lacks results of the first model, or a group of
+    documents that only one model answered.
     """
     compared = {(row.model, row.benchmark, row.metric) for row in differences}
     for other in models[1:]:

@@ -87,7 +87,7 @@ def _record_frame(cells: Sequence[CellRecord]) -> pd.DataFrame:
 
 def read_dataset(folder: Path) -> list[CellRecord]:
     """Read the records of a data set; raise ResultsError if it is damaged or too large."""
-    with _explained(folder / RECORDS_FILE) as path:
+    with _explain_damage(folder / RECORDS_FILE) as path:
         texts = read_parquet(path, ["record"], ["record"]).column("record").unique().to_pylist()
         return [CellRecord.model_validate(json.loads(text)) for text in texts]
 
@@ -103,7 +103,7 @@ def read_document_frame(folder: Path) -> pd.DataFrame:
             f"{folder} does not contain the outcomes of the documents ({DOCUMENTS_FILE} is "
             "missing); name the results folder instead"
         )
-    with _explained(folder / DOCUMENTS_FILE) as path:
+    with _explain_damage(folder / DOCUMENTS_FILE) as path:
         frame: pd.DataFrame = read_parquet(path).to_pandas()
         frame[["key", "ablation", "task", "doc", "score", "score_intact"]]  # raises KeyError
         return frame
@@ -130,10 +130,10 @@ def read_parquet(
 
 
 @contextmanager
-def _explained(path: Path) -> Iterator[Path]:
-    """Yield `path`, and convert errors in the `with` block to a ResultsError.
+def _explain_damage(path: Path) -> Iterator[Path]:
+    """Raise a ResultsError about a damaged file if the `with` block fails.
 
-    The error states that the file `path`, which the block reads, is damaged.
+    The context manager yields `path`, the path of the file that the block reads.
     """
     try:
         yield path

@@ -132,7 +132,7 @@ class _Evaluation:
         metric: Json = {"metric_id": "accuracy" if cell.metric == "acc" else cell.metric}
         metric |= {"metric_name": cell.metric, "lower_is_better": not cell.higher_is_better}
         details = _score_details(cell.baseline, cell.n, 0.95, interval_name(cell), "Wilson or t")
-        return self._result(self.name, INTACT.name, metric | self._bounds(0), details)
+        return self._build_entry(self.name, INTACT.name, metric | self._bounds(0), details)
 
     def _drop_result(self, run: RunRecord) -> Json:
         cell, change = self.cell, metric_format(self.cell).change
@@ -143,7 +143,7 @@ class _Evaluation:
         details = _score_details(run.drop, run.n, level, interval_name(cell), _PAIRED_METHOD)
         figures = {"changed": run.accuracy, "mcnemar_p": run.drop.p_value}
         details["details"] = {name: repr(x) for name, x in figures.items() if is_finite(x)}
-        return self._result(self.drop_name(run), run.ablation, metric, details)
+        return self._build_entry(self.drop_name(run), run.ablation, metric, details)
 
     def drop_name(self, run: RunRecord) -> str:
         """Return the name under which a run's drop is stored.
@@ -162,11 +162,11 @@ class _Evaluation:
         low, high = (lowest, 1) if is_fraction else ("-Infinity", "Infinity")
         return {"score_type": "continuous", "min_score": low, "max_score": high}
 
-    def _result(self, name: str, key: str, metric: Json, score: Json) -> Json:
-        """Build one entry of the record's list of results.
+    def _build_entry(self, name: str, key: str, metric: Json, score: Json) -> Json:
+        """Build the record's entry for one score, such as an accuracy or an accuracy drop.
 
-        `metric` describes the metric of the entry, and `score` contains its value. The outcomes of
-        the documents refer to the entry by `key`.
+        `name` is the displayed name of the entry, and `key` is its identifier. `metric` describes
+        the metric, and `score` contains the value and its interval.
         """
         benchmark = self.cell.benchmark
         data = {"data": benchmark.data if benchmark.is_shared else "own"}
@@ -193,7 +193,7 @@ class _Evaluation:
                 groups.append((run.ablation, self.drop_name(run), changed, drops))
         with path.open("w", encoding="utf-8") as file:
             for key, name, model, scores in groups:
-                rows = _sample_rows(model, scores, decisions, with_private, key == INTACT.name)
+                rows = _outcome_rows(model, scores, decisions, with_private, key == INTACT.name)
                 ids = {"schema_version": SCHEMA_VERSION, "model_id": model_id(self.cell.model)}
                 ids |= {"evaluation_id": self.id, "evaluation_name": name}
                 ids |= {"evaluation_result_id": key}
@@ -213,14 +213,18 @@ def _score_details(score: Estimate, n: int, level: float, interval: str, method:
     return {"score": score.value, "uncertainty": uncertainty}
 
 
-def _sample_rows(
+def _outcome_rows(
     answers: ModelDecisions,
     scores: Array,
     decisions: Decisions,
     with_private: bool,
     is_intact: bool,
 ) -> Iterator[Json]:
-    """Yield a row per document with a finite score; only the intact model's rows have texts."""
+    """Yield the outcome of each document, in the form of every_eval_ever.
+
+    Documents without a finite score are skipped. Only rows of the intact model contain the question
+    and its answer options.
+    """
     right = answers.score > 0 if decisions.binary else answers.choice == decisions.gold
     for index in np.flatnonzero(np.isfinite(scores)).tolist():
         task, doc = decisions.documents[index]

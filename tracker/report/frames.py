@@ -218,8 +218,8 @@ def pack_json(value: Mapping[str, Any]) -> str:
     return pack_text(json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False))
 
 
-def pack_layers(cells: Sequence[CellRecord]) -> tuple[str, str]:
-    """Return the data frame of all runs as compressed CSV and as Parquet, both in base64."""
+def pack_run_frame(cells: Sequence[CellRecord]) -> tuple[str, str]:
+    """Encode the data frame of all runs twice in base64: as compressed CSV, and as Parquet."""
     frame = layer_frame(cells)
     parquet = frame.to_parquet(index=False, compression="zstd")
     text = io.StringIO()

@@ -63,11 +63,11 @@ def _standing_column(
     return Column(label, unit, attrgetter(f"standing.{field or name}"), no_value, name)
 
 
-def _figure_columns(relevance: str, drop: str, drop_field: str) -> list[Column[Any]]:
-    """Define the columns of the relevance, the drop and their 95 % intervals.
+def _relevance_and_drop_columns(relevance: str, drop: str, drop_field: str) -> list[Column[Any]]:
+    """Define the columns of the relevance and the drop, with columns of their 95 % intervals.
 
-    `relevance` and `drop` are the column headings. `drop_field` is the attribute of a standing that
-    contains the drop.
+    `relevance` and `drop` are the column headings. `drop_field` is the name of the drop among the
+    attributes of `RankedRow.standing`.
     """
     read = attrgetter(f"standing.{drop_field}")
     columns: tuple[Column[Any], ...] = (
@@ -118,13 +118,13 @@ def _choose_rank_column(
 def layer_board_columns(cells: Sequence[CellRecord] = ()) -> PartColumns:
     """Define all columns of a leaderboard of layers.
 
-    The leaderboard contains averages over `cells`.
+    The metric of `cells` determines the heading of the drop.
     """
     return (
         Column("model", "text", lambda row: row.model, name="model"),
         *_rank_columns(_NO_RANK),
         _standing_column("layer", "layer (0-based)", "count"),
-        *_figure_columns(_RELEVANCE_LABEL, _deciding_label(cells), "deciding"),
+        *_relevance_and_drop_columns(_RELEVANCE_LABEL, _deciding_label(cells), "deciding"),
         _standing_column("cosine_score", _SCORE_LABEL, "proxy", _NO_SCORE),
         _standing_column("benchmarks", "benchmarks", "count"),
         _standing_column("shown", "shown", "text"),
@@ -200,7 +200,7 @@ def _board_notes(board: LayerBoard) -> list[str]:
 def part_board_columns(cells: Sequence[CellRecord] = ()) -> PartColumns:
     """Define all columns of a leaderboard of parts, such as heads.
 
-    The leaderboard contains averages over `cells`.
+    The metric of `cells` determines the heading of the drop.
     """
     return (
         Column("model", "text", lambda row: row.model, name="model"),
@@ -210,7 +210,7 @@ def part_board_columns(cells: Sequence[CellRecord] = ()) -> PartColumns:
         _standing_column("layer", "layer (0-based)", "count", field="change.first_layer"),
         _standing_column("span", "layers", "count", field="change.span"),
         _standing_column("number", "number in the layer (0-based)", "count", field="change.number"),
-        *_figure_columns(_RELEVANCE_LABEL, _deciding_label(cells), "deciding"),
+        *_relevance_and_drop_columns(_RELEVANCE_LABEL, _deciding_label(cells), "deciding"),
         Column("benchmarks", "count", lambda row: row.benchmarks, name="benchmarks"),
         _standing_column("shown", "shown", "text"),
     )
@@ -321,7 +321,7 @@ def model_board_columns() -> tuple[Column[RankedRow[ModelStanding]], ...]:
     return (
         Column("model", "text", lambda row: row.model, name="model"),
         *_rank_columns(_NO_OTHER_MODEL),
-        *_figure_columns(relevance, _DROP_LABEL, "drop"),
+        *_relevance_and_drop_columns(relevance, _DROP_LABEL, "drop"),
         _standing_column("worst_layer", "most critical layer (0-based)", "count", no_worst),
         Column(
             "number of layers that are shown to matter",

@@ -59,19 +59,20 @@ def upgrade_command() -> str:
     return pip_command("--upgrade", DISTRIBUTION_NAME)
 
 
-def format_problem(number: object) -> str:
-    """Return an error message if a format version is not supported.
+def format_version_problem(version: object) -> str:
+    """Return an error message if this version of tracker cannot read a results folder.
 
-    The argument `number` is the version of the format of a results folder. The message is empty if
-    the version is supported.
+    `version` is the format version of the folder. The message is empty if the folder can be read.
     """
-    if number == LEDGER_FORMAT:
+    if version == LEDGER_FORMAT:
         return ""
     age, advice = "an older", "Read it with that version"
-    if isinstance(number, int) and number > LEDGER_FORMAT:
+    if isinstance(version, int) and version > LEDGER_FORMAT:
         age, advice = "a newer", f"Upgrade ({upgrade_command()})"
-    formats = f"format {number}, but this version reads format {LEDGER_FORMAT}"
-    return f"was written by {age} version of tracker ({formats}). {advice}"
+    return (
+        f"was written by {age} version of tracker (format {version}, but this version reads format "
+        f"{LEDGER_FORMAT}). {advice}"
+    )
 
 
 def _is_checkout() -> bool:

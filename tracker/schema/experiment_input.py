@@ -115,10 +115,11 @@ def names_model(source: ExperimentSource) -> bool:
 def move_model(
     source: ExperimentSource, settings: Mapping[str, Any]
 ) -> tuple[ExperimentSource, dict[str, Any]]:
-    """Move a model's name from `source` to the key `model` of the settings.
+    """Move a model's name from `source` to the settings, under the key `model`.
 
-    The function returns the new source and the new settings. ExperimentError is raised if the
-    source and the settings name different models.
+    The function returns the new source (None) and the new settings. If `source` is not the name of
+    a model, both are returned unchanged. ExperimentError is raised if the settings already name
+    another model.
     """
     if source is None or isinstance(source, Mapping) or not names_model(source):
         return source, dict(settings)

@@ -158,7 +158,7 @@ def fill_parts(request: CellRequest, parts: ModelParts) -> CellRequest:
     changes = request.changes.model_copy(update=numbers)
     try:
         if changes.lacks_maps:
-            changes = _fill_maps(changes, parts)
+            changes = _fill_linear_maps(changes, parts)
         exact = _list_changes_with_sets(changes, parts, request)
     except ExperimentError as error:
         raise ExperimentError(f"{request.title}: {error}") from None
@@ -168,10 +168,9 @@ def fill_parts(request: CellRequest, parts: ModelParts) -> CellRequest:
 def _list_changes_with_sets(
     changes: Changes, parts: ModelParts, request: CellRequest
 ) -> list[Change] | None:
-    """List all changes of a request if some changes affect sets of layers.
+    """List all changes of a request that removes sets of layers; None for other requests.
 
-    A set of layers is a random control, or consists of layers of the same kind that need not be
-    adjacent. The function returns None if the request contains no such sets.
+    A set is drawn at random as a control, or it contains neighbours among the layers of one kind.
     """
     spans = [span for span in changes.spans if span > 1]
     is_removal = "remove" in changes.interventions and "layer" in changes.components
@@ -194,16 +193,15 @@ def _list_changes_with_sets(
         free = [layer for layer in range(parts.layers) if layer not in request.removed]
         neighbours = (tuple(range(n, n + span)) for span in spans for n in changes.layers)
         taken = {*(change.layers for change in exact), *neighbours}
-        drawn_sets = _draw_sets(free, spans, taken, request.documents.seed)
+        drawn_sets = _draw_layer_sets(free, spans, taken, request.documents.seed)
         exact += [Change(layers=layers, drawn=True) for layers in drawn_sets]
     return exact
 
 
-def _fill_maps(changes: Changes, parts: ModelParts) -> Changes:
-    """Return a copy of `changes` that lists the names of all linear maps.
+def _fill_linear_maps(changes: Changes, parts: ModelParts) -> Changes:
+    """Return a copy of `changes` that names all linear maps of the requested layers.
 
-    The names, such as `mlp.up_proj`, are the names in `parts` of the linear maps of the requested
-    layers.
+    `parts` contains the names of the linear maps in each layer, such as `mlp.up_proj`.
     """
     if parts.maps is None:
         raise ExperimentError("the model's linear maps are unknown; list their names in 'map'")
@@ -222,21 +220,19 @@ def _fill_maps(changes: Changes, parts: ModelParts) -> Changes:
     )
 
 
-def _draw_sets(
-    free: Sequence[int], spans: Sequence[int], taken: Collection[tuple[int, ...]], seed: int
+def _draw_layer_sets(
+    layers: Sequence[int], sizes: Sequence[int], excluded: Collection[tuple[int, ...]], seed: int
 ) -> Iterator[tuple[int, ...]]:
-    """Yield random sets of the layers in `free`.
+    """Draw random sets of layers: at most `N_CONTROLS` different sets of each size in `sizes`.
 
-    For each size in `spans`, the function yields at most `N_CONTROLS` different sets of this size.
-
-    Sets that `taken` contains are skipped.
+    The sets consist of layers in `layers`. Sets in `excluded` are skipped.
     """
-    for span in spans:
-        generator = random.Random(f"control/{seed}/{span}")
+    for size in sizes:
+        generator = random.Random(f"control/{seed}/{size}")
         drawn: set[tuple[int, ...]] = set()
-        for _ in range(50 * N_CONTROLS if span <= len(free) else 0):
-            chosen = tuple(sorted(generator.sample(free, span)))
-            if len(drawn) < N_CONTROLS and chosen not in taken and chosen not in drawn:
+        for _ in range(50 * N_CONTROLS if size <= len(layers) else 0):
+            chosen = tuple(sorted(generator.sample(layers, size)))
+            if len(drawn) < N_CONTROLS and chosen not in excluded and chosen not in drawn:
                 drawn.add(chosen)
                 yield chosen
 

@@ -53,8 +53,8 @@ class EstimatesRecord(Record):
 
     @model_validator(mode="before")
     @classmethod
-    def _read_flat(cls, fields: object) -> object:
-        """Build estimates from the separate fields of former versions.
+    def _read_former_estimates(cls, fields: object) -> object:
+        """Build the estimates of a record that a former version wrote.
 
         Former versions stored the value and the bounds of an estimate in separate fields.
         """

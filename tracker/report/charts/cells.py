@@ -14,7 +14,7 @@ from tracker.analysis.claims import run_verdicts
 from tracker.analysis.runs import WHOLE_LAYERS_REASON
 from tracker.report import wording
 from tracker.report.charts import style
-from tracker.report.charts.maps import centred_map, find_map_kinds, kind_map
+from tracker.report.charts.maps import centred_map, find_heat_map_rows, kind_map
 from tracker.report.charts.style import align_runs, run_hover
 from tracker.report.wording import WORDS
 from tracker.schema import formats
@@ -71,7 +71,7 @@ def cell_charts(cell: CellRecord) -> dict[str, go.Figure]:
         figures["accuracy_drop"] = layer_curve(cell).to_figure()
     if cell.whole_layers:
         figures["proxies"] = proxy_scatter(cell).to_figure()
-    for name, kinds in find_map_kinds(cell).items():
+    for name, kinds in find_heat_map_rows(cell).items():
         figures[f"map_{name}"] = kind_map(cell, kinds).to_figure()
     return figures
 
@@ -153,7 +153,7 @@ def curve_kinds(cell: CellRecord) -> list[Change]:
 
     For a cell without runs, the list contains only the removal of whole layers.
     """
-    map_kinds = [kind for kinds in find_map_kinds(cell).values() for kind in kinds]
+    map_kinds = [kind for kinds in find_heat_map_rows(cell).values() for kind in kinds]
     single_kinds = [kind for kind in cell.kinds or [WHOLE_LAYER] if kind.is_single]
     return [kind for kind in single_kinds if kind.intervention != "repeat" or kind not in map_kinds]
 

@@ -58,7 +58,7 @@ def headline_chart(board: LayerBoard, label: str) -> style.Chart:
         "yaxis2": {"domain": bottom, "zeroline": True, "title": {"text": "cosine score"}},
     }
     if claims.choices:
-        choice_bars, axis = _draw_choices(claims)
+        choice_bars, axis = _probability_bars(claims)
         data.append(choice_bars)
         axes["yaxis3"] = axis | {"domain": middle}
     shape = {"type": "rect", "xref": "x", "yref": "paper", "y0": 0, "y1": 1, "layer": "below"}
@@ -97,11 +97,10 @@ def join_neighbours(layers: Sequence[int]) -> list[tuple[float, str]]:
     return [((group[0] + group[-1]) / 2, ", ".join(map(str, group))) for group in groups]
 
 
-def _draw_choices(claims: Claims) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Build bars that show how much the probability of the right option falls.
+def _probability_bars(claims: Claims) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Build a bar for each removed layer: how much the probability of the right option falls.
 
-    Each bar belongs to the removal of one layer. The function returns the bars and the settings of
-    their axis.
+    The function returns the bars as a plotly trace, and the settings of their axis.
     """
     layers = sorted(claims.choices)
     drops = [claims.choices[layer] for layer in layers]

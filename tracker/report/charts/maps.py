@@ -93,10 +93,10 @@ def row_height(labels: Sequence[str]) -> int:
     return max((15 * (label.count("<br>") + 1) + 10 for label in labels), default=0)
 
 
-def find_map_kinds(cell: CellRecord) -> dict[str, list[Change]]:
-    """Group the kinds of ablations into heat maps, keyed by the name of the heat map.
+def find_heat_map_rows(cell: CellRecord) -> dict[str, list[Change]]:
+    """Find the rows of each heat map of drops; return them by the name of the heat map.
 
-    A heat map has one row for each kind of ablation, such as a span length or a head number.
+    Each row is a kind of ablation, such as the removal of head 3, or of two adjacent layers.
     """
     # Several sets of layers begin at the same layer, so sets have no position on a map.
     kinds = [kind for kind in cell.kinds if not kind.members]
@@ -113,8 +113,8 @@ def _family_name(family: Change) -> str:
     return f"linear-{name}" if family.component == "linear" else name
 
 
-def _row_names(kinds: Sequence[Change]) -> tuple[str, str]:
-    """Return descriptions of a heat map's rows for the title and for the axis."""
+def _describe_rows(kinds: Sequence[Change]) -> tuple[str, str]:
+    """Describe what the rows of a heat map are: once for its title, and once for its axis."""
     kind = kinds[0]
     if kind.map is not None:
         return f"layer and linear map, with weights in {kind.intervention}", "linear map"
@@ -135,7 +135,7 @@ def map_caption(kinds: Sequence[Change]) -> str:
 
 def map_title(cell: CellRecord, kinds: Sequence[Change]) -> str:
     """Return the title of a heat map of ablation kinds as plain text."""
-    return f"{cell.title}: {formats.metric_format(cell).change} by {_row_names(kinds)[0]}"
+    return f"{cell.title}: {formats.metric_format(cell).change} by {_describe_rows(kinds)[0]}"
 
 
 def kind_map(cell: CellRecord, kinds: Sequence[Change]) -> style.Chart:
@@ -152,7 +152,7 @@ def kind_map(cell: CellRecord, kinds: Sequence[Change]) -> style.Chart:
     hovers: list[list[str]] = []
     for kind in kinds:
         possible = {*first_layers(kind, cell)}
-        columns = _column_layers(kind, layers)
+        columns = _stored_layers(kind, layers)
         records, texts = style.align_runs(cell, kind, columns)
         values.append(
             [style.scale_value(r.drop.value, measure.scale) if r else None for r in records]
@@ -174,16 +174,15 @@ def kind_map(cell: CellRecord, kinds: Sequence[Change]) -> style.Chart:
         largest=largest,
         height=165 + max(30 * min(len(kinds), _MAX_DOTTED_ROWS), 14 * len(kinds)),
         xaxis=style.layer_axis(layers, "layer (0-based)" if has_parts else "first layer (0-based)"),
-        yaxis=ROW_AXIS | {"title": {"text": _row_names(kinds)[1]}},
+        yaxis=ROW_AXIS | {"title": {"text": _describe_rows(kinds)[1]}},
     )
 
 
-def _column_layers(kind: Change, layers: Sequence[int]) -> Sequence[int]:
-    """Return the layer number under which each column's run is stored.
+def _stored_layers(kind: Change, layers: Sequence[int]) -> Sequence[int]:
+    """Return the layer number under which the run in each column of a heat map is stored.
 
-    The embedding and the output head have a single run each, stored as layer 0. The first column
-    shows the embedding, and the last column shows the output head. The columns between these
-    two columns are blank.
+    Normally these are `layers`. The embedding and the output head have one run each, which is
+    stored as layer 0. The first column shows the embedding, and the last one shows the output head.
     """
     if not kind.is_outer:
         return layers
@@ -203,7 +202,7 @@ def _significance_mask(
     return [
         [
             not (kind.is_outer and layer) and verdicts.get(kind.at_layer(layer), "open") != "open"
-            for layer in _column_layers(kind, layers)
+            for layer in _stored_layers(kind, layers)
         ]
         for kind in kinds
     ]

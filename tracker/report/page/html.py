@@ -19,7 +19,7 @@ from tracker.analysis.agreement import agreements
 from tracker.ledger.files import write_text
 from tracker.report import tables, wording
 from tracker.report.charts.style import CHART_TEMPLATE, MAX_INTERVAL_LINES
-from tracker.report.frames import pack_json, pack_layers, pack_text
+from tracker.report.frames import pack_json, pack_run_frame, pack_text
 from tracker.report.leaderboard import layer_board_table, misjudged_table, part_board_table
 from tracker.report.page import sections
 from tracker.report.page.sections import decision_table, pack_documents
@@ -122,7 +122,7 @@ def render_page(
         for section in cell_sections
         if section.decisions
     }
-    csv, parquet = pack_layers(cells) if cells else ("", "")
+    csv, parquet = pack_run_frame(cells) if cells else ("", "")
     return (
         _page_templates()
         .get_template("report.html.j2")

@@ -27,7 +27,7 @@ from tracker.report.charts.cells import (
     proxy_scatter,
 )
 from tracker.report.charts.headline import headline_chart
-from tracker.report.charts.maps import find_map_kinds, heat_map, kind_map, map_caption
+from tracker.report.charts.maps import find_heat_map_rows, heat_map, kind_map, map_caption
 from tracker.report.charts.model import (
     depth_curves,
     difference_chart,
@@ -356,7 +356,7 @@ def _cell_section(
     n_lines = len(curve_kinds(cell))
     decisions = decisions if decisions and decisions.runs else None
     charts: dict[str, Chart | None] = {"curve": layer_curve(cell)} if n_lines else {}
-    maps = {f"map-{name}": kinds for name, kinds in find_map_kinds(cell).items()}
+    maps = {f"map-{name}": kinds for name, kinds in find_heat_map_rows(cell).items()}
     charts |= {end: kind_map(cell, kinds) for end, kinds in maps.items()}
     if _has_whole_layers(cell):
         charts["scatter"] = proxy_scatter(cell)

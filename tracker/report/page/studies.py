@@ -38,7 +38,7 @@ class StudySection:
     id: str
     finding: FindingRecord
     figures: tuple[Figure, ...]
-    growth_note: str
+    document_count_note: str
 
 
 def study_sections(
@@ -53,7 +53,7 @@ def study_sections(
                 Figure(f"study-{number}-chart-{i}", chart.title, draw_study_chart(chart))
                 for i, chart in enumerate(finding.charts, 1)
             ),
-            growth_note=growth_note(finding, cells),
+            document_count_note=document_count_note(finding, cells),
         )
         for number, finding in enumerate(findings, 1)
     )
@@ -87,8 +87,11 @@ def _is_search_step(cell: CellRecord, steps: Collection[RecordKey]) -> bool:
     return is_partial and cell.record_key in steps and not cell.explicit
 
 
-def growth_note(finding: FindingRecord, cells: Sequence[CellRecord]) -> str:
-    """Return a note if the number of documents has changed since a study; otherwise ""."""
+def document_count_note(finding: FindingRecord, cells: Sequence[CellRecord]) -> str:
+    """Return a note if measurements of a study have other numbers of documents now.
+
+    The text is empty if all numbers are the same.
+    """
     sizes = {(c.key, view): c.n for c in cells for view in (*c.supersedes, c.view)}
     grown = [sizes.get((key, view), n) != n for key, view, n in finding.rests_on]
     if not any(grown):
