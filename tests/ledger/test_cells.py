@@ -80,7 +80,11 @@ class TestAdopt:
         ("metadata", "tasks_and_documents", "message"),
         [
             ({"key": "0" * 64}, [("arc_easy", 0)], "it belongs to another benchmark"),
-            ({"format": NEXT_FORMAT}, [("arc_easy", 0)], f"it {format_version_problem(NEXT_FORMAT)}"),
+            (
+                {"format": NEXT_FORMAT},
+                [("arc_easy", 0)],
+                f"it {format_version_problem(NEXT_FORMAT)}",
+            ),
             ({}, [("arc_easy", 0), ("b", 0)], NO_BLOCK),
             ({}, [("arc_easy", 31), ("arc_easy", 32)], NO_BLOCK),
             ({}, [], NO_BLOCK),

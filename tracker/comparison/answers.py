@@ -129,5 +129,7 @@ def pair_documents(
 
 
 def _different(benchmark: str, name: str, values: str) -> RequestError:
-    advice = f"evaluate both models in the same way, or add --allow-different {name}"
-    return RequestError(f"{benchmark}: {name} differs, {values}; {advice}")
+    return RequestError(
+        f"{benchmark}: {name} differs, {values}; evaluate both models in the same way, or add "
+        f"--allow-different {name}"
+    )

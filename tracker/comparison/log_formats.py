@@ -219,8 +219,9 @@ class SharedRecord:
         """
         path = samples.with_name(f"{samples.stem.removesuffix(SHARED_SUFFIX)}.json")
         if not path.is_file():
-            problem = f"there is no record {path.name} in the folder of {samples}"
-            raise RequestError(f"{problem}; copy {path.name} into this folder")
+            raise RequestError(
+                f"{samples} needs the file {path.name}; copy it into the same folder"
+            )
         with explain_damage(path, EVERY_EVAL_EVER):
             return cls._convert(json.loads(path.read_bytes()))
 

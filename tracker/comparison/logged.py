@@ -161,8 +161,10 @@ def build_answers(
     table["gold"], table["choice"] = table["gold"].astype(np.float64), np.nan
     expected = sum(report.results.get(task, {}).get("sample_len", 1) for task in tasks)
     if len(table) < expected:
-        counts = f"{len(table)} of {expected} documents"
-        raise ValueError(f"the samples of {', '.join(tasks)} contain only {counts}")
+        names = ", ".join(tasks)
+        raise ValueError(
+            f"the samples of {names} contain only {len(table)} of {expected} documents"
+        )
     for task, doc in rows.loc[rows.duplicated([*_DOCUMENT, "filter"]), _DOCUMENT].to_numpy():
         raise ValueError(f"document {doc} of {task} occurs twice; give the files of one run")
     copies = table.groupby(["task", "key"]).cumcount().astype(str)
@@ -175,7 +177,7 @@ def build_answers(
         mean = reported.get(name if "," in name else f"{name},none")
         higher, weightings = report.is_better(tasks[0], name), _weightings(values[name], mean)
         if name in table:
-            left_out[name] = "the name of the metric is reserved"
+            left_out[name] = "tracker uses the name of this metric for another column"
         elif values[name].dtype == object:
             left_out[name] = "the metric's value for a document is not a number"
         elif not weightings:

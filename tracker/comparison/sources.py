@@ -74,18 +74,17 @@ def find_files(path: Path) -> list[LoggedFile]:
     candidates = [[path]] if path.is_file() else [[*path.glob(pattern)] for pattern in patterns]
     files = [*map(_parse_path, next(filter(None, candidates), []))]
     if not files or path.suffix == ".json":
-        command = "run lm_eval with --log_samples and --output_path"
-        details = "or lighteval with --save-details"
-        raise RequestError(f"{path} has no file samples_TASK_DATE.jsonl; {command}, {details}")
+        raise RequestError(
+            f"{path} has no file samples_TASK_DATE.jsonl; run lm_eval with --log_samples and "
+            "--output_path, or lighteval with --save-details"
+        )
     if len(models := {str(file.model) for file in files}) > 1:
-        names = ", ".join(sorted(models)[:5])
-        problem = f"{path} has the answers of {len(models)} models"
-        raise RequestError(f"{problem}; name the folder of one model: {names}")
+        n, names = len(models), ", ".join(sorted(models)[:5])
+        raise RequestError(f"{path} has the answers of {n} models; name one of the folders {names}")
     newest: dict[str, LoggedFile] = {}
     for file in sorted(files, key=lambda file: file.date):
         if file.task in newest and newest[file.task].date == file.date:
-            problem = f"{path} has two files of {file.task} from {file.date}"
-            raise RequestError(f"{problem}; name one of them")
+            raise RequestError(f"{path} has two files of {file.task} from {file.date}; name one")
         newest[file.task] = file
     return [*newest.values()]
 
@@ -109,8 +108,9 @@ def read_models(sources: Sequence[str], progress: Progress) -> list[ModelAnswers
     inputs = [(s, parse_run_name(s) or find_files(Path(s))) for s in sources]
     for (source, answers), (other, other_answers) in combinations(inputs, 2):
         if _identity(answers) & _identity(other_answers):
-            problem = f"{source} and {other} contain the same answers"
-            raise RequestError(f"{problem}; replace one by the answers of another model")
+            raise RequestError(
+                f"{source} and {other} contain the same answers; replace one of them"
+            )
     files = [file for _, files in inputs if isinstance(files, list) for file in files]
     size = sum(map(_megabytes, files))
     progress = progress if size >= MIN_SHOWN_SIZE else Silent()
@@ -145,8 +145,8 @@ def _read_files(source: str, files: Sequence[LoggedFile], progress: Progress) ->
             name = (report.name or name).rstrip("/").rpartition("/")[2]
             for benchmark, tasks in report.benchmarks(by_task).items():
                 if benchmark in benchmarks:
-                    problem = f"{source} has results of {benchmark} from two dates"
-                    raise RequestError(f"{problem}; name only the files of one date")
+                    dates = f"{source} has results of {benchmark} from two dates"
+                    raise RequestError(f"{dates}; name only the files of one date")
                 samples: list[Sample] = []
                 for file in map(by_task.__getitem__, tasks):
                     with explain_damage(file.path, file_format.program):

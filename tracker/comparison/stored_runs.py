@@ -108,7 +108,7 @@ def read_run(source: str, name: RunName) -> ModelAnswers:
     if not chosen or len(benchmarks) < len(chosen):
         problem = "fits several cells" if chosen else "fits no cell"
         names = ", ".join(cell.name for cell in (chosen or cells)[:5])
-        raise RequestError(f"{source} {problem}; write one of {names}")
+        raise RequestError(f"{source}: the cell's name {problem}; write one of {names}")
     return ModelAnswers(f"{chosen[0].model} {name.change}", source, benchmarks)
 
 
@@ -181,7 +181,7 @@ def _read_records(
 
 def _no_such_run(source: str, cell: str, frame: pd.DataFrame) -> RequestError:
     names = [INTACT_WORD, *sorted({*frame["ablation"]} - {INTACT.name})[:5]]
-    return RequestError(f"{source}: {cell} has no such run; try {', '.join(names)}")
+    return RequestError(f"{source}: {cell} has no such run; write e.g. {', '.join(names)}")
 
 
 def _settings(benchmark: BenchmarkIdentity) -> dict[str, str]:

@@ -201,8 +201,8 @@ def _refuse_unknown(option: str, names: Iterable[str], compared: Collection[str]
     """
     for name in names:
         if name not in compared:
-            known_text = f"known are {', '.join(sorted(compared))}.{did_you_mean(name, compared)}"
-            raise RequestError(f"{option}: the models have no {name!r} in common; {known_text}")
+            known_names, suggestion = ", ".join(sorted(compared)), did_you_mean(name, compared)
+            raise RequestError(f"{option}: {name!r} is not one of {known_names}.{suggestion}")
 
 
 def _gaps(
@@ -230,7 +230,7 @@ def _gaps(
                 yield f"{benchmark} of {other.name} is not compared: {text}"
     for case, docs in unmatched.items():
         names = [*docs[:MAX_NAMED_DOCUMENTS]] + ["…"] * (len(docs) > MAX_NAMED_DOCUMENTS)
-        yield f"{count_text(len(docs), 'document')} left out of {case}: {', '.join(names)}"
+        yield f"{case}: {count_text(len(docs), 'document')} left out: {', '.join(names)}"
 
 
 def _notes(models: Sequence[ModelAnswers], differences: Sequence[Difference]) -> Iterator[str]:

@@ -180,11 +180,13 @@ def _board_notes(board: LayerBoard) -> list[str]:
     """Return notes on missing values and on drops that are not significant."""
     has_no_ranks = bool(board.ranked) and not cosine_ranks(board)
     reasons: dict[str, Callable[[PartStanding], bool]] = {
-        f"no rank, because the relevance is {_NO_RANK}": lambda row: row.rank.value is None,
+        "no rank, because the relevance is not defined on every benchmark": lambda row: (
+            row.rank.value is None
+        ),
         "no mean cosine score, because the score is undefined on a benchmark": lambda row: (
             row.cosine_score is None
         ),
-        f"no rank by cosine score, because {_NO_SCORE}": lambda row: has_no_ranks,
+        "no rank by cosine score, because a layer has no cosine score": lambda row: has_no_ranks,
         (
             "the drop is not significant by McNemar’s exact test (Holm), although its interval is "
             "above 0"
@@ -232,15 +234,14 @@ def part_board_table(board: PartBoard, label: str) -> Table:
     A long table contains only its first and its last `_PARTS_PER_END` rows.
     """
     rows = _board_rows(board, label)
-    n_hidden = len(rows) - 2 * _PARTS_PER_END
     title = (
         f"{label}: {board.kind.plural}, averaged over {count_text(len(board.cells), 'benchmark')}, "
         "sorted by the lower bound of the drop (largest first)"
     )
     rank_columns, notes = _choose_rank_column(rows, _NO_RANK)
-    if n_hidden > 0:
+    if len(rows) > 2 * _PARTS_PER_END:
+        title += f"; only the first and the last {_PARTS_PER_END} of {len(rows):,} rows are shown"
         rows = rows[:_PARTS_PER_END] + rows[-_PARTS_PER_END:]
-        title += f"; {n_hidden:,} {board.kind.plural} in the middle are not shown"
     columns = by_name(*part_board_columns(board.cells))
     return build_table(
         f"{title}.",

@@ -45,10 +45,10 @@ def overview_table(cells: Sequence[CellRecord]) -> Table:
     """Build a table of all benchmarks: baseline, most important layers, correlation, etc."""
     levels = {metric_format(cell).level for cell in cells}
     baseline = f"baseline {levels.pop() + ' ' if len(levels) == 1 else ''}with 95 % interval"
-    costly, drop = "drop, pp", "drop"
+    drop_in_pp, drop = "drop, pp", "drop"
     if has_losses := not all(cell.higher_is_better for cell in cells):
         baseline = "baseline (accuracy in %, or loss) with 95 % interval"
-        costly, drop = "accuracy drop in pp, or loss increase", "drop or increase"
+        drop_in_pp, drop = "accuracy drop in pp, or loss increase", "drop or increase"
     spearman = f"Spearman correlation of cosine score and {drop} (95 % interval over documents)"
     columns: tuple[Column[_LabelledCell], ...] = (
         Column("model", "text", lambda row: row[1][0]),
@@ -56,7 +56,7 @@ def overview_table(cells: Sequence[CellRecord]) -> Table:
         Column("documents", "count", lambda row: row[0].counted),
         Column(baseline, "score" if has_losses else "percent", _baseline_estimate, NO_REASON),
         Column("chance", "percent", _chance_estimate),
-        Column(f"layers shown to matter, 0-based ({costly})", "text", _costly_layers),
+        Column(f"layers shown to matter, 0-based ({drop_in_pp})", "text", _costly_layers),
         Column(
             "layers (0-based) with the highest cosine score (1 − cos)",
             *("text", _top_scores, "no layer has a cosine score"),
@@ -98,8 +98,8 @@ def _costly_layers(row: _LabelledCell) -> Estimate | str:
     if cell.runs and not cell.whole_layers:
         return Estimate(None, reason="no run removed exactly one whole layer")
     verdicts = run_verdicts(cell, cell.whole_layers)
-    costly = [run for run in cell.whole_layers if verdicts[run.change] == "costs"]
-    drops = sorted(((run.drop.value or 0.0, run.change.layer) for run in costly), reverse=True)
+    drop_in_pp = [run for run in cell.whole_layers if verdicts[run.change] == "costs"]
+    drops = sorted(((run.drop.value or 0.0, run.change.layer) for run in drop_in_pp), reverse=True)
     texts = (f"{layer}\u00a0({measure.write(drop)})" for drop, layer in drops)
     return ", ".join(texts) or Estimate(None, reason="no layer is shown to matter yet")
 
@@ -281,7 +281,7 @@ def _comparison_text(cell: CellRecord) -> str:
     """Format the number of answers checked against pruned models, and the largest difference."""
     if cell.compared_difference is None:
         return "nothing"
-    return f"{cell.compared:,} answers; largest difference: {cell.compared_difference:.1e} nats"
+    return f"{cell.compared:,} answers, which differ by at most {cell.compared_difference:.1e} nats"
 
 
 def _split_text(task: TaskIdentity) -> str:

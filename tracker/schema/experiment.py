@@ -61,8 +61,9 @@ class GridValues(StrictModel):
         if not isinstance(given, dict):
             text = short_text(given)
             value = given if isinstance(given, str) and len(given) <= MAX_VALUE_LENGTH else text
-            forms = f"{{value: {value}}} or {{values: […]}}"
-            raise ValueError(f"expected {forms}, as in a W&B sweep, not {text}")
+            raise ValueError(
+                f"expected {{value: {value}}} or {{values: […]}}, as in a W&B sweep, not {text}"
+            )
         return given
 
     @model_validator(mode="after")

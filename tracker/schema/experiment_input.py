@@ -125,7 +125,7 @@ def move_model(
         return source, dict(settings)
     model = os.fspath(source)
     if settings.get("model", model) != model:
-        raise ExperimentError(f"two models are given, {model} and {settings['model']}")
+        raise ExperimentError(f"two models are given, {model} and {settings['model']}; name one")
     return None, {**settings, "model": model}
 
 
@@ -201,8 +201,8 @@ def _convert_to_yaml(contents: Mapping[str, Any], name: str) -> tuple[Any, str]:
     try:
         text = yaml.safe_dump(dict(contents), sort_keys=False, allow_unicode=True)
     except yaml.YAMLError as error:
-        problem = f"a file cannot contain {short_text(error.args[-1])}"
-        raise ExperimentError(f"{name}: {problem}; use texts, numbers or lists") from None
+        text = f"a file cannot contain {short_text(error.args[-1])}; use texts, numbers or lists"
+        raise ExperimentError(f"{name}: {text}") from None
     return parse_yaml(text, name), text
 
 

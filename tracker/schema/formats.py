@@ -190,15 +190,15 @@ def ties_text(n_ties: int, n_documents: int, is_half: bool) -> str:
         '1 document is a tie within rounding; --dtype float32 removes such ties'
     """
     verb = "is a tie" if n_ties == 1 else "are ties"
-    text = f"{count_text(n_ties, 'document')} {verb} within rounding"
+    clause = f"{count_text(n_ties, 'document')} {verb} within rounding"
     if not is_half:
-        return text
-    text += "; --dtype float32 removes such ties"
+        return clause
+    clause += "; --dtype float32 removes such ties"
     if n_ties <= MAX_TIES * n_documents:
-        return text
+        return clause
     return (
-        f"{text}. Ties are {points(n_ties / n_documents)} % of {n_documents:,} documents, which is "
-        "too many for a decision: repeat the command with --dtype float32"
+        f"{clause}. Ties are {points(n_ties / n_documents)} % of {n_documents:,} documents, which "
+        "is too many for a decision: repeat the command with --dtype float32"
     )
 
 

@@ -16,7 +16,7 @@ from tracker.schema.errors import attempt
 HUB_TIMEOUT = 5
 """Timeout of a request to the hub, in seconds."""
 
-_TOKEN = "set HF_TOKEN to your access token"
+_SET_HF_TOKEN = "set HF_TOKEN to your access token"
 HUB_ID_FORM = "a hub id is NAME or OWNER/NAME of letters, digits, '-', '_' and '.', e.g. gpt2"
 
 
@@ -121,17 +121,17 @@ def explain_error(name: str, error: BaseException, page: str = "") -> str:
     # The libraries wrap the hub's own error, sometimes twice.
     causes, page = list(_error_chain(error)), f"{constants.ENDPOINT}/{page or name}"
     if any(isinstance(cause, GatedRepoError) for cause in causes):
-        return f"{name} is gated: ask for access at {page}, then {_TOKEN}"
+        return f"{name} is gated: ask for access at {page}, then {_SET_HF_TOKEN}"
     if any(isinstance(cause, RevisionNotFoundError) for cause in causes):
         return f"{name} has no such revision"
     statuses = [c.response.status_code for c in causes if isinstance(c, HfHubHTTPError)]
     if not statuses:
         return f"{constants.ENDPOINT} does not answer in time" if _is_temporary(error) else ""
     messages = {
-        401: f"the hub has no public {name}; if it is private, {_TOKEN}",
-        403: f"the hub denies you access to {name}; ask for access at {page}, then {_TOKEN}",
+        401: f"the hub has no public {name}; if it is private, {_SET_HF_TOKEN}",
+        403: f"the hub denies you access to {name}; ask for access at {page}, then {_SET_HF_TOKEN}",
         404: f"the hub has no {name}",
-        429: f"the hub limits the rate of requests; wait some minutes, or {_TOKEN}",
+        429: f"the hub limits the rate of requests; wait some minutes, or {_SET_HF_TOKEN}",
     }
     return messages.get(statuses[0], f"the hub answers with status {statuses[0]}; try again later")
 

@@ -180,8 +180,8 @@ def _list_changes_with_sets(
     if parts.kind_layers is not None:
         if (changes.components, changes.interventions) != (("layer",), ("remove",)):
             raise ExperimentError(
-                "if 'kind' is set, a span of several layers can only be removed as whole layers. "
-                "Request other components and interventions in a separate file, or leave 'kind' out"
+                "'kind' with a span of several layers needs the component layer and the "
+                "intervention remove. Leave 'kind' out, or request the others in a separate file"
             )
         # Neighbours among the layers of the kind, whatever lies between them.
         exact = [change for change in exact if change.span == 1] + [
@@ -245,15 +245,17 @@ def check_parts(request: CellRequest, parts: ModelParts) -> None:
     changes = request.changes
     for layer in (*changes.layers, *request.removed):
         if layer >= parts.layers:
-            layers = f"{request.model} has layers 0 to {parts.layers - 1}"
-            raise ExperimentError(f"layer {layer} is out of range: {layers}")
+            raise ExperimentError(
+                f"layer {layer} is out of range: {request.model} has layers 0 to {parts.layers - 1}"
+            )
     names = {*MAP_GROUPS, *OUTER_MATRICES, *chain.from_iterable(parts.maps or ())}
     maps = changes.maps if parts.maps is not None and "linear" in changes.components else ()
     for name in maps:
         if name not in names and (split_expert_map(name) or (name,))[0] not in names:
-            near, maps_text = did_you_mean(name, names), ", ".join(sorted(names))
-            message = f"{request.model} has no linear map {name!r}.{near} It has {maps_text}"
-            raise ExperimentError(message)
+            suggestion, map_names = did_you_mean(name, names), ", ".join(sorted(names))
+            raise ExperimentError(
+                f"{request.model} has no linear map {name!r}.{suggestion} It has {map_names}"
+            )
     for component in changes.numbered:
         count, last = parts.count_of(component), max(changes.numbers(component), default=0)
         if count is not None and last >= count:

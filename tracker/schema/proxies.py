@@ -249,7 +249,7 @@ _OWN_PROXIES: Mapping[str, Proxy] = {
             "kl_gradient",
             "gradient of KL",
             "nats per token",
-            formula="gradient of KL(intact, all rounded) × (rounded − exact weight) / tokens",
+            formula="gradient of KL(intact, all maps rounded) × (rounded − exact weight) / tokens",
             source="estimate_sensitivities of mlx-lm",
             passes=4.0,
             component="part",
@@ -299,7 +299,7 @@ def _check_proxy(extension: object) -> Proxy:
     TypeError or ValueError is raised if the proxy is invalid.
     """
     if not isinstance(extension, Proxy):
-        raise TypeError(f"{extension!r} is not a tracker.schema.proxies.Proxy")
+        raise TypeError(f"expected an object of tracker.schema.proxies.Proxy, not {extension!r}")
     if _RESERVED_NAMES.fullmatch(extension.name):
         raise ValueError(f"the name {extension.name!r} is taken")
     if not callable(extension.observe) or extension.component != "layer":
@@ -326,8 +326,8 @@ def _guard(
         if isinstance(observed, Exception):
             problem = f"{type(observed).__name__}: {observed}"
         elif shape != undefined.shape:
-            shapes = f"the shape {tuple(shape)}, not {tuple(undefined.shape)}"
-            problem = f"ValueError: the values of `observe` have {shapes}"
+            expected = tuple(undefined.shape)
+            problem = f"ValueError: `observe` returned the shape {tuple(shape)}, not {expected}"
         else:
             return to_double(observed)
         _warn(f"the proxy {name!r} is undefined: {problem}")

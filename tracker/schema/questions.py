@@ -108,8 +108,10 @@ def parse_question(text: str) -> Question:
         count = int(number)
     match = _QUALIFIERS.fullmatch(f" {rest}" if rest else "")
     if match is None:
-        order = f"After {word!r}, 'within 1 pp' and 'at 99 %' are allowed, in this order"
-        raise ValueError(f"{quoted} has the invalid ending {short_text(rest)}. {order}")
+        raise ValueError(
+            f"{quoted} has the invalid ending {short_text(rest)}. A question can end with "
+            "'within 1 pp' and 'at 99 %', in this order"
+        )
     within, level = (float(Decimal(number) / 100) if number else None for number in match.groups())
     if kind == "sign" and within is not None:
         drop_example = QUESTION_EXAMPLES["drop"]

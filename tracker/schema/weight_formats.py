@@ -112,12 +112,14 @@ def _check_format(extension: object) -> WeightFormat:
     TypeError or ValueError is raised if the format is invalid.
     """
     if not isinstance(extension, WeightFormat):
-        raise TypeError(f"{extension!r} is not a tracker.schema.weight_formats.WeightFormat")
+        raise TypeError(
+            f"expected an object of tracker.schema.weight_formats.WeightFormat, not {extension!r}"
+        )
     if not callable(extension.round):
         raise ValueError("it has no function `round`")
     if extension.instead and extension.instead not in _OWN_FORMATS:
         names = ", ".join(_OWN_FORMATS)
-        raise ValueError(f"`instead` names {extension.instead!r}; use one of: {names}")
+        raise ValueError(f"the field `instead` is {extension.instead!r}; expected one of {names}")
     return extension
 
 

@@ -20,7 +20,7 @@ from tracker.report.wording import WORDS
 from tracker.schema import formats
 from tracker.schema.changes import WHOLE_LAYER, Change
 from tracker.schema.estimates import Estimate
-from tracker.schema.formats import count_text, two_digits
+from tracker.schema.formats import two_digits
 from tracker.schema.grouping import group_by
 from tracker.schema.kinds import KIND_STYLES
 from tracker.schema.proxies import PROXIES
@@ -305,8 +305,8 @@ def lost_document_map(cell: CellRecord, decisions: DecisionsRecord) -> style.Cha
     title = f"{cell.title}: correlation of the errors that the removals of two layers cause"
     if n_left_out:
         title += (
-            f"; not shown: {count_text(n_left_out, 'layer')} whose removal makes all "
-            "answers wrong, or no answer"
+            f"; layers not shown: {n_left_out} (the removal of such a layer makes all answers "
+            "wrong, or none)"
         )
     axis = {"type": "category", "showgrid": False, "ticks": "", "tickangle": 0}
     axis |= {"tickfont": {"size": 9}}

@@ -124,8 +124,8 @@ def _describe_rows(kinds: Sequence[Change]) -> tuple[str, str]:
         times = "again" if kind.repeats == 2 else f"{kind.repeats} times"
         title = f"first repeated layer and number of layers computed {times}"
         return title, f"layers computed {times}"
-    removed = "layers" if kind.component == "layer" else f"layers’ {kind.component}"
-    return f"first removed layer and number of removed {removed}", "layers"
+    parts = "layers" if kind.component == "layer" else f"layers’ {kind.component}"
+    return f"first removed layer and number of removed {parts}", "layers"
 
 
 def map_caption(kinds: Sequence[Change]) -> str:
