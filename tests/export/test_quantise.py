@@ -261,7 +261,7 @@ def test_a_repeated_command_measures_nothing(quantised, tmp_path):
     for words, message in (
         (
             ("--budget=2bpw", "--format=q4_0,q8_0"),
-            "2bpw is too small: with q4_0 in every linear map",
+            "2bpw is too small. If every linear map has the format q4_0",
         ),
         (("--budget=much",), "invalid budget 'much'; expected e.g. 4.5bpw"),
         (("--budget=5bpw", "--format=q4_0"), "name at least two formats"),

@@ -108,7 +108,7 @@ def test_the_lightest_set_within_the_budget_is_saved(write, prune, ask, tmp_path
         r"not saved: .*is shown to lose at most 6pp; .* too few .*-drop", result.output
     )
     assert re.search(
-        r"To save the model nevertheless: tracker export .* --remove [\d,]+ ", result.output
+        r"To save the model nevertheless, type: tracker export .* --remove [\d,]+ ", result.output
     )
     # The table shows how each search ends, and not the last step that it tried.
     columns, rows = Ledger(tmp_path / "results").contents().findings[0].tables[0].plain()

@@ -16,7 +16,12 @@ from tests.helpers.own_tasks import write_pair
 from tracker import api
 from tracker.cli.studying import export as exporting
 from tracker.export import checkpoint
-from tracker.export.changes import count_choosing, find_removal, removal, removal_by_search
+from tracker.export.changes import (
+    count_reused,
+    find_removal,
+    removal,
+    removal_by_search,
+)
 from tracker.ledger.store import Ledger, read_records, write_search
 from tracker.measuring.progress import Silent
 from tracker.models import checkpoint as models
@@ -188,9 +193,9 @@ def test_shared_documents_are_refused(write, prune, tmp_path, settings, words) -
     [
         (
             {"strategy": "cosine", "rescoring": "race"},
-            "'rescoring: race' is only for accuracy and gold_",
+            "'rescoring' is only for the strategy accuracy or gold_",
         ),
-        ({"strategy": "accuracy", "draws": 9}, "'draws' is only for random, not for"),
+        ({"strategy": "accuracy", "draws": 9}, "'draws' is only for the strategy random, not for"),
     ],
 )
 def test_unused_settings_are_refused(prune, model, monkeypatch, settings, words):
@@ -332,13 +337,22 @@ def test_output_saves_the_recommended_set(write, prune, truth, tmp_path: Path) -
     own_removal = removal_by_search(ledger, records["accuracy"], records["accuracy"].steps[-1])
     stores = {store.identity.key: store for store in ledger.cells()}
     (calibration,) = own_removal.documents
-    assert count_choosing(ledger, own_removal, stores[calibration.key], Extent(sample=8)) == 8
-    assert count_choosing(ledger, own_removal, stores[winner.rests_on[0][0]], ALL_DOCUMENTS) == 0
+    assert (
+        count_reused(ledger, own_removal, stores[calibration.key], Extent(sample=8))
+        == 8
+    )
+    assert (
+        count_reused(ledger, own_removal, stores[winner.rests_on[0][0]], ALL_DOCUMENTS)
+        == 0
+    )
     # So are those that decided for a set which looked at no document.
     blind_removal = removal_by_search(
         ledger, records["last"], records["last"].steps[-1], calibration
     )
-    assert count_choosing(ledger, blind_removal, stores[calibration.key], Extent(sample=8)) == 8
+    assert (
+        count_reused(ledger, blind_removal, stores[calibration.key], Extent(sample=8))
+        == 8
+    )
 
     refused(prune(path, "--output", lighter), "that is not empty")
 

@@ -120,7 +120,7 @@ def test_the_best_stretch_of_those_that_may_go_goes(cell, truth: Truth, case: st
 
     if not list(allowed_spans(N_REMOVED)):
         with pytest.raises(
-            ExperimentError, match="removable layers, so the search cannot remove enough"
+            ExperimentError, match="cannot remove enough, because the strategy 'angular'"
         ):
             removed_sets(cell, case, "angular")
         return

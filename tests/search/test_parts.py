@@ -193,7 +193,7 @@ def test_a_uniform_choice_is_saved(write, prune, tmp_path) -> None:
         ("--strategy=accuracy", "accuracy removes one part at a time"),
         ("--uniform=false", "only if each layer loses the same number"),
         ("--protect=0", "leave 'protect' and 'among' out"),
-        ("--unit=mlp", "not unit mlp"),
+        ("--unit=mlp", "if 'unit' is mlp"),
     ):
         refused(prune(path, option, "--output", tmp_path / "saved"), problem)
     result = prune(path, "--output", tmp_path / "saved")

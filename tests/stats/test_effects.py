@@ -184,7 +184,7 @@ def test_undefined_growth_has_a_reason(bad: float) -> None:
     for pair in ((usable, unusable), (unusable, usable)):
         estimate = estimate_growth(*pair)
         assert (estimate.value, estimate.low, estimate.p_value) == (None, None, None)
-        assert estimate.reason == "a value is not positive and finite in 1 of 3 documents"
+        assert estimate.reason == "the values are not positive and finite in 1 of 3 documents"
     assert (
         estimate_growth(usable[:1], usable[:1]).reason
         == "growth needs at least two documents, not 1"

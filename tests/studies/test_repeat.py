@@ -12,7 +12,7 @@ import pytest
 
 from tracker import api
 from tracker.cli.studying import export as exporting
-from tracker.export.changes import count_choosing, find_repetition
+from tracker.export.changes import count_reused, find_repetition
 from tracker.ledger.outcomes import METRIC_PREFIX
 from tracker.ledger.store import Ledger
 from tracker.schema.changes import Change
@@ -104,7 +104,7 @@ def test_documents_that_may_have_chosen_a_stretch_are_known_when_it_is_saved(stu
     assert repetition.calibration == "24 documents of copa (calibration)"
     extent = Extent(sample=24)
     for part, n in {"calibration": 24, "test": 0}.items():
-        assert count_choosing(ledger, repetition, stores[part], extent) == n
+        assert count_reused(ledger, repetition, stores[part], extent) == n
     assert find_repetition(ledger, model, Change.parse("repeat3:1-2")).documents == (), "nobody"
 
 

@@ -23,7 +23,7 @@ from tracker.stats.accuracy import (
     cluster_means,
     drop_sd,
     mean_interval,
-    missing_reason,
+    undefined_mean_reason,
 )
 from tracker.stats.arrays import Array, IntArray
 
@@ -132,7 +132,7 @@ class PairedOutcomes:
         undefined, and its reason names the missing outcome with the text `noun`.
         """
         drops = self.drops[:, 0]
-        if reason := missing_reason(drops, noun):
+        if reason := undefined_mean_reason(drops, noun):
             return Estimate(None, reason=reason)
         interval = mean_interval(*cluster_means(drops, self.weights, self.clusters))
         return Estimate(float(self.mean_drops[0]), *interval)

@@ -68,10 +68,10 @@ RECIPES: dict[str, Recipe] = {
     ),
     WINDOWS_RECIPE: Recipe(
         "llama.cpp infers from a layer's index whether the layer has a sliding window, but the "
-        "windows of this model do not repeat with the period of the base model. So the GGUF file "
-        "above computes a different model, as does any file of convert_hf_to_gguf.py from this "
-        "folder. A file must list the layers with a window (llama.cpp b11739 reads the list). This "
-        "program writes the list:",
+        "windows of this model do not repeat with the period of the base model. The GGUF file "
+        "above and any file that convert_hf_to_gguf.py writes are therefore wrong models. A right "
+        "file must list the layers with a window (llama.cpp b11739 reads the list). This program "
+        "writes the list:",
         "python",
     ),
     "llm-compressor": Recipe("llm-compressor, as its recipe:", "yaml"),
@@ -309,13 +309,13 @@ def recipe_problems(formats: FormatsByPath, architecture: str, layers: int) -> d
             "use --tie fused"
         )
     if not all(_LAYER_PATH.search(path) for path in formats):
-        problems["GPTQModel"] = "this tool does not quantise the embedding or the output head"
+        problems["GPTQModel"] = "GPTQModel does not quantise the embedding or the output head"
     if any(_EXPERTS_PATH.search(path) for path in formats):
         reason = "this tool quantises whole modules, but all experts of a layer are one module"
         problems |= dict.fromkeys(_TOOL_FORMATS.keys() - {"llama.cpp"}, reason)
     for tool, supported in _TOOL_FORMATS.items():
         if others := sorted({*formats.values()} - {*supported}):
-            problems[tool] = f"this tool does not support {join_words(others)}"
+            problems[tool] = f"{tool} does not support {join_words(others)} weights"
     return {tool: problems[tool] for tool in _TOOL_FORMATS if tool in problems}
 
 

@@ -119,7 +119,7 @@ def _refuse_sublayers(component: Component, layers: Sequence[int]) -> None:
     raise RequestError(
         f"plain transformers cannot load a checkpoint without some {sublayers}: its classes give "
         "every layer an attention and an MLP. Export whole layers (--remove), or use the model "
-        "classes of LLM-Drop (https://github.com/CASE-Lab-UMD/LLM-Drop). They read this from "
+        "classes of LLM-Drop (https://github.com/CASE-Lab-UMD/LLM-Drop). These classes read from "
         f"config.json:\n{card.skip_lists(component, layers)}\nvLLM loads such models as "
         "nemotron-nas, with no_op in a layer's block_configs."
     )
@@ -133,8 +133,8 @@ def refuse_unsavable_units(units: Collection[str]) -> None:
     other_units = sorted(set(units) - {"layer", *NUMBERED_COMPONENTS})
     if other_units:
         raise RequestError(
-            "--output can save a model only if layers, heads, experts or neurons are removed, not "
-            f"unit {other_units[0]}; leave --output out"
+            f"--output cannot save a model if 'unit' is {other_units[0]}; leave --output out, or set "
+            "'unit' to layer, head, kv_head, expert or neuron"
         )
 
 
@@ -314,24 +314,24 @@ def removal_by_search(
     ledger: Ledger,
     record: PruneRecord,
     step: PruneStep,
-    deciding: CalibrationSet | None = None,
+    compared_on: CalibrationSet | None = None,
     recommendation: str = "",
 ) -> ModelChange:
-    """Return the removal by a step of a search, with the measurements that chose it.
+    """Describe the removal that a search chose at one of its steps.
 
     Args:
         ledger: The results folder.
-        record: The record of the search.
+        record: The stored record of the search.
         step: The step.
-        deciding: The documents that were used to choose the best of several searches; None for a
-            single search.
+        compared_on: The documents on which several searches were compared; None for a single
+            search.
         recommendation: The paragraph that recommends the removal; empty if there is none.
 
     Returns:
-        The change.
+        The removed parts, with the documents and results on which they were chosen.
     """
     change = _build_removal(ledger.contents(), [(record, step)])
-    documents = (*change.documents, *filter(None, [deciding]))
+    documents = (*change.documents, *filter(None, [compared_on]))
     return replace(change, documents=documents, recommendation=recommendation)
 
 
@@ -350,7 +350,7 @@ def _build_removal(
         strategy=", ".join(dict.fromkeys(_strategy_text(*choice) for choice in choices)),
         calibration="; ".join(dict.fromkeys(filter(None, calibration))) or None,
         tested=tuple(_accuracy(*choice) for choice in choices if choice[1].test is not None),
-        chosen_by=_tracked_cells(contents, records),
+        chosen_by=_find_run_records(contents, records),
         documents=tuple(documents for record in records for documents in record.calibration),
     )
 
@@ -377,8 +377,8 @@ def _strategy_text(record: PruneRecord, step: PruneStep) -> str:
     return record.label if is_complete else f"{record.label}, step {number} of {len(record.steps)}"
 
 
-def _tracked_cells(contents: Contents, records: Sequence[PruneRecord]) -> tuple[CellRecord, ...]:
-    """Return the records of the results on benchmarks that the searches measured."""
+def _find_run_records(contents: Contents, records: Sequence[PruneRecord]) -> tuple[CellRecord, ...]:
+    """Return the records of the ablation runs that measured steps of the searches."""
     tracked = {cell for record in records for cell in record.rests_on}
     keys = {key for key, *_ in tracked}
     views = [view for view in contents.views if view[0].identity.key in keys]
@@ -400,17 +400,17 @@ def unused_documents(n: int) -> str:
     return f"{count_text(n, 'document')} that were not used to choose the change"
 
 
-def count_choosing(ledger: Ledger, change: ModelChange, store: CellStore, extent: Extent) -> int:
-    """Count the measured documents that were also used to choose the change.
+def count_reused(ledger: Ledger, change: ModelChange, store: CellStore, extent: Extent) -> int:
+    """Count the evaluated documents that were also used to choose a change.
 
     Args:
         ledger: The results folder.
         change: The change, with the documents that were used to choose it.
-        store: The measured results on a benchmark.
-        extent: The requested documents of this benchmark.
+        store: The results of the evaluation on a benchmark.
+        extent: The evaluated documents of this benchmark.
 
     Returns:
-        The number of requested documents that were used to choose the change.
+        The number of evaluated documents that were used to choose the change.
     """
     cells = {cell.identity.key: cell for cell in ledger.cells()}
     keys: set[tuple[str, str, int]] = set()

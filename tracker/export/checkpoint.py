@@ -26,7 +26,7 @@ from tracker.export.changes import (
     add_origin,
     build_changed_model,
     build_rounded_model,
-    count_choosing,
+    count_reused,
     unused_documents,
 )
 from tracker.export.facts import Accuracy, ExportedModel, ModelChange, Size
@@ -143,7 +143,7 @@ def export(request: ExportRequest, progress: Progress) -> ExportedModel:
         checkpoint.check_part_removal(source, ablation)
     else:
         checkpoint.check_layer_changes(source, ablation.removed(), ablation.repetitions)
-    record, cell = _measure_cost(request, progress) if request.has_benchmark else (None, None)
+    record, cell = _measure_change(request, progress) if request.has_benchmark else (None, None)
     gguf = request.gguf
     workplace = None if gguf is None else gguf.absolute().parent
     with TemporaryDirectory(dir=workplace) as name:
@@ -218,14 +218,13 @@ def publish(
     return replace(model, locations=locations, unpublished=failures)
 
 
-def _measure_cost(
+def _measure_change(
     request: ExportRequest, progress: Progress
 ) -> tuple[CellRecord | None, MeasuredCell | None]:
-    """Measure the changed model on the benchmark, and return the results.
+    """Measure the changed model on the benchmark, unless its results are stored.
 
-    Stored results are not measured again. The function returns the record of the model and
-    benchmark, and the results of the changed model. The record is None if the change removes parts
-    of layers or rounds weights.
+    The function returns the record of the model and benchmark, and the results of the changed
+    model. The record is None if the change removes parts of layers or rounds weights.
     """
     cell, record, ledger = request.request, None, request.ledger
     ablation = request.change.ablation
@@ -345,7 +344,7 @@ def _accuracy(
     """
     benchmark, metric = cell.store.identity.benchmark, cell.metric
     title, n = benchmark.title, cell.n
-    n_choosing = count_choosing(ledger, change, cell.store, cell.request.extent)
+    n_choosing = count_reused(ledger, change, cell.store, cell.request.extent)
     if record is not None:
         documents = record.documents_text + (f" of {title}" if title != benchmark.name else "")
     elif n_choosing or (change.ablation.parts and change.strategy is None):
@@ -354,9 +353,9 @@ def _accuracy(
         tested = {(row.benchmark, row.n): row.documents for row in change.tested}
         documents = tested.get((title, n), unused_documents(n))
     if n_choosing:
-        verb = "may have been used" if change.kind == "repeated" else "were used"
-        noun = "layers" if record is not None else "parts"
-        documents += f", {n_choosing:,} of which {verb} to choose the {noun}"
+        were_used = "may have been used" if change.kind == "repeated" else "were used"
+        parts = "layers" if record is not None else "parts"
+        documents = f"{documents}, {n_choosing:,} of which {were_used} to choose the {parts}"
     unit = cell.unit if record is None else metric_format(record).level_unit
     levels = cell.baseline, cell.level
     return Accuracy(title, benchmark.num_fewshot, metric, documents, n, *levels, unit)

@@ -181,7 +181,7 @@ def prove(
     if cell is None:
         return proof
     nats, ties = _compare_outcomes(answer, cell, expected.is_half)
-    figure = {} if question["benchmark"]["only"] else _lm_eval_metric(answer, cell, ties)
+    figure = {} if question["benchmark"]["only"] else _read_lm_eval_metric(answer, cell, ties)
     return replace(
         proof,
         tasks=tuple(cell.documents),
@@ -216,7 +216,7 @@ def _run_reference(question: Mapping[str, Any]) -> dict[str, Any]:
 def _refuse_other_model(answer: Answer, expected: ExpectedAnswers) -> None:
     """Raise WorkError if the saved model differs in its parameters or in its tokenizer."""
     if names := answer["not_as_saved"]:
-        raise WorkError(f"plain transformers does not load, or does not use, the weight {names[0]}")
+        raise WorkError(f"plain transformers ignores the saved weight {names[0]}")
     if answer["parameters"] != expected.n_parameters:
         raise WorkError(
             f"plain transformers loads {answer['parameters']:,} parameters, but the model in "
@@ -284,12 +284,12 @@ def _compare_outcomes(answer: Answer, cell: MeasuredCell, is_half: bool) -> tupl
     return largest, len(ties)
 
 
-def _lm_eval_metric(answer: Answer, cell: MeasuredCell, ties: int) -> dict[str, float]:
-    """Return the metric that lm-eval computed for the saved model, as a dict.
+def _read_lm_eval_metric(answer: Answer, cell: MeasuredCell, ties: int) -> dict[str, float]:
+    """Return {name: value} of the metric that lm-eval computed for the saved model.
 
-    The only key is the name of the metric. The dict is empty if lm-eval scored several tasks or did
-    not compute the metric. Raises WorkError if tracker measured a different value, unless `ties`
-    documents differ because of rounding.
+    The dict is empty if lm-eval scored several tasks or did not compute the metric. `ties` is the
+    number of documents whose metric differs only because of rounding. If `ties` is 0, the function
+    raises WorkError if tracker measured another value.
     """
     if len(answer["results"]) != 1:
         return {}

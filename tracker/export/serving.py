@@ -63,13 +63,13 @@ class ServingFigure:
         if self.base[1] == self.base[2]:
             return f"{self.title}: {self.model[0]:,.0f} (base model {self.base[0]:,.0f})"
         base, model = (_spread_text(values) for values in (self.base, self.model))
-        text = f"{self.title}: {model}, base model {base}"
+        speeds = f"{self.title}: {model}, base model {base}"
         if self.name.startswith("first_token"):
-            return text
+            return speeds
         if self.ratio is None:
-            return f"{text}; no ratio, because other work on the machine disturbed the timing"
+            return f"{speeds}; other work on the machine disturbed the comparison of the speeds"
         median, low, high = self.ratio
-        return f"{text}; {median:.2f} times as fast ({low:.2f} to {high:.2f})"
+        return f"{speeds}; {median:.2f} times as fast ({low:.2f} to {high:.2f})"
 
 
 def measure_serving(
@@ -123,7 +123,7 @@ def measure_serving(
     for name, title in _MEMORY_TITLES.items():
         values = [answer[name] for answer in memory]
         if None not in values:
-            text = f"{title} {n_cached:,} tokens"
+            text = title.format(n_cached)
             figures.append(ServingFigure(name, text, *((float(v),) * 3 for v in values)))
     return figures
 
@@ -161,8 +161,8 @@ def _timed_tasks(max_length: int | None = None) -> dict[str, tuple[int, int, int
 
 
 _MEMORY_TITLES = {
-    "cache_bytes": "bytes of the key-value cache for",
-    "peak_bytes": "peak memory in bytes of a process that reads",
+    "cache_bytes": "bytes of the key-value cache for {:,} tokens",
+    "peak_bytes": "peak memory in bytes of a process that reads {:,} tokens",
 }
 
 
@@ -249,7 +249,7 @@ def run_program(
         if process.returncode:
             error = (process.stdout.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
             if process.returncode < 0:
-                signal = f"signal {-process.returncode}"
-                error = f"{signal} ended the process, perhaps because the memory was full"
+                number = -process.returncode
+                error = f"signal {number} ended the process, perhaps because the memory was full"
             raise WorkError(f"{problem}: {error[:_MAX_ERROR_CHARACTERS]}")
         return json.loads(answer.read_text(encoding="utf-8"))

@@ -123,11 +123,11 @@ class AccuracyBudget:
             min(values.values(), default=None),
         )
 
-    def nearest_option(self, excess: float, paired: PairedOutcomes) -> str:
-        """Return the command-line option for a larger budget of accuracy.
+    def larger_option(self, excess: float, paired: PairedOutcomes) -> str:
+        """Return the command-line option for a budget that allows `excess` more loss.
 
-        The new budget is this budget plus `excess`, rounded up. The text is empty if the new budget
-        would allow the model to lose its whole accuracy.
+        The new budget is rounded up. The text is empty if the new budget would allow the model to
+        lose its whole accuracy.
         """
         if self.kept_share == 1:
             points = math.ceil(1000 * (self.max_drop + excess) - 1e-6) / 10

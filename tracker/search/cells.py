@@ -107,8 +107,8 @@ def _removal_shape(ablation: Ablation) -> _RemovalShape:
     return tuple(min(counts[component], _MANY_PARTS) for component in COMPONENTS)
 
 
-def _draw_sets(parts: SearchParts, draw: random.Random) -> Iterator[Ablation]:
-    """Draw random sets of removed parts, to test that sharing computation changes no result."""
+def _draw_removals(parts: SearchParts, draw: random.Random) -> Iterator[Ablation]:
+    """Draw random removals of parts, to test that sharing computation changes no result."""
     numbers = parts.numbers
     n = len(numbers)
     for size in sorted({min(size, n // 2) for size in (2, 3, n // 4, n // 2)} - {0, 1}):
@@ -263,11 +263,11 @@ class OpenCell:
         return observe_cell(self.request, self.store, kind, start, open_engine, self.progress)
 
     def open_meter(self, ablations: Sequence[Ablation], are_candidates: bool = False) -> Meter:
-        """Create a meter, the object that measures the intact model and some ablations.
+        """Load the model to measure ablations, and check that the measurement is exact.
 
-        The ablations share computation. The method therefore compares results with really pruned
-        models, once for each kind of removal (e.g. one layer, several layers, heads). If an
-        ablation removes several parts, random sets of parts are checked too.
+        The intact model and the ablations share computation. The method therefore compares results
+        with really pruned models, once for each kind of removal (e.g. one layer, several layers,
+        heads). If an ablation removes several parts, random sets of parts are compared too.
 
         Args:
             ablations: The ablations to measure.
@@ -275,7 +275,7 @@ class OpenCell:
                 rounding is not measured.
 
         Returns:
-            The meter.
+            The object that measures documents.
         """
         meter, say = self._meter, self.progress.say
         if not self._checked_shapes:
@@ -290,7 +290,7 @@ class OpenCell:
             draw = random.Random(0)
             sets_by_kind = list[list[Ablation]]()
             for parts in self._parts_removed_together(requested):
-                sets_by_kind.append(list(_draw_sets(parts, draw)))
+                sets_by_kind.append(list(_draw_removals(parts, draw)))
                 if parts.unit not in NUMBERED_COMPONENTS:
                     checked |= dict.fromkeys(parts.removal([part]) for part in parts.numbers)
             drawn_sets |= dict.fromkeys(chain.from_iterable(sets_by_kind))

@@ -79,20 +79,19 @@ def recommend_within(
 ) -> Recommendation:
     """Recommend the smallest model that is significantly within a budget of accuracy.
 
-    The steps of a search are tested on test documents in the order of `count_shown`, which begins
-    with the smallest removal. The intervals are simultaneous for all searches (Bonferroni). Random
-    draws are never recommended.
+    The steps of a search are tested on test documents, the smallest removal first (see
+    `count_shown`). The intervals are simultaneous for all searches (Bonferroni). Random draws are
+    never recommended.
 
     Args:
         budget: The budget.
         searches: The tested searches, all with this budget.
-        is_savable: Function that returns whether the model after a step can be saved. All other
-            steps are left out, whatever their results are.
+        is_savable: Function that returns whether the model after a step can be saved. Other steps
+            are ignored.
 
     Returns:
-        The recommendation. It contains the removed parts of the smallest model that is
-        significantly within the budget, and of the smallest model whose estimated loss is within
-        the budget. If no model is significantly within the budget, it contains the reason.
+        The removed parts of this model, or the reason why there is no such model. The result also
+        contains the removed parts of the smallest model whose estimated loss is within the budget.
     """
     informed = [search for search in searches if search.request.strategy != RANDOM_STRATEGY]
     if not informed:
@@ -111,7 +110,7 @@ def recommend_within(
         reason = "every tested removal either has no score or cannot be saved"
         return Recommendation(n_sets=n_sets, reason=reason)
     if not estimated:
-        return Recommendation(n_sets=n_sets, nearest=budget.nearest_option(min(excesses), paired))
+        return Recommendation(n_sets=n_sets, nearest=budget.larger_option(min(excesses), paired))
     step, needed = max(estimated, key=lambda pair: _lightness(pair[0]))
     lightest = max(shown, key=_lightness).removed if shown else ()
     return Recommendation(lightest, n_sets, estimated=step.removed, n_needed=needed)
@@ -217,14 +216,14 @@ def run_searches(
     outcome = run_cells(runs, ledger, publisher, cache.options, progress) if runs else RunOutcome()
     outcome.failed |= reasons
     outcome.models_loaded += cache.n_loaded
-    tracked_cells = _find_tracked_cells(runs, outcome.cells, ledger)
+    record_keys = _find_record_keys(runs, outcome.cells, ledger)
     rounded: dict[tuple[RecordKey | None, str], int | None] = {
         (cell.record_key, run.ablation): run.rounded for cell in outcome.cells for run in cell.runs
     }
     searches = []
     for draw, draw_runs in zip(draws, runs_of_draws, strict=True):
         request, cell = draw.request, cache.cell(draw.request.test())
-        keys = [None if run is None else tracked_cells.get(run) for run in draw_runs]
+        keys = [None if run is None else record_keys.get(run) for run in draw_runs]
         names = [(key, ablation.name) for key, ablation in zip(keys, draw.ablations, strict=True)]
         tracked = list(filter(None, keys))
         constraints = find_constraints(request, cache)
@@ -252,19 +251,18 @@ def run_searches(
     return SearchResults(searches, goals, failures, outcome)
 
 
-def _find_tracked_cells(
+def _find_record_keys(
     runs: Sequence[CellRequest], cells: Iterable[CellRecord], ledger: Ledger
 ) -> dict[CellRequest, RecordKey]:
-    """Match requests with measured cells.
+    """Find the records that contain the results of ablation runs.
 
     Args:
         runs: Requests for ablation runs.
-        cells: Records of the measured cells.
+        cells: Records of results, each of one model on one benchmark.
         ledger: The results folder.
 
     Returns:
-        A dict from requests to the keys of their cells. Requests without a measured cell are left
-        out.
+        A dict from requests to the keys of their records. Requests without a record are left out.
     """
     tracked = {cell.record_key[:2]: cell.record_key for cell in cells}
     stores = {run: find_cell(run, ledger).store for run in runs}

@@ -96,10 +96,10 @@ class FormatUnit:
         for outputs, inputs in self.shapes:
             stored_format = FORMATS[form].for_rows(inputs)
             if stored_format is None:
+                matrix = self.name if self.is_embedding else f"a linear map of {self.name}"
                 raise RequestError(
                     f"{form} rounds blocks of {FORMATS[form].block} weights, but each row of "
-                    f"{self.name if self.is_embedding else f'a linear map of {self.name}'} has "
-                    f"{inputs} weights; leave {form} out of --format"
+                    f"{matrix} has {inputs} weights; leave {form} out of --format"
                 )
             n_bits += outputs * inputs * stored_format.bits_per_weight(inputs)
         return n_bits
@@ -145,12 +145,15 @@ def find_units(
     model: PreTrainedModel,
     layers: Sequence[int],
     by_map: bool,
-    with_ends: bool,
+    with_embeddings: bool,
     is_tied: bool,
 ) -> list[FormatUnit]:
-    """List the units of a model, with its embedding and output head if `with_ends` is true."""
-    ends = embedding_shapes(model) if with_ends else {}
-    return list_units(linear_map_shapes(source), layers, by_map, ends, is_tied)
+    """List the units of a model: groups of weights that each get one format.
+
+    The arguments are explained at `list_units`. `with_embeddings` adds embedding and output head.
+    """
+    embeddings = embedding_shapes(model) if with_embeddings else {}
+    return list_units(linear_map_shapes(source), layers, by_map, embeddings, is_tied)
 
 
 def choice_changes(choice: FormatChoice) -> list[Change]:
@@ -229,9 +232,9 @@ def parse_budget(
         size, other_size = (f"{size / 1e6:,.1f} MB" for size in sizes)
         names = join_words(list(dict.fromkeys(smallest.values())), "or")
         raise RequestError(
-            f"--budget {text} is too small: with {names} in every linear map, the maps take "
-            f"{min_bits:.3g} bits per weight, and the model takes {size} (including {other_size} "
-            f"of other weights). Use at least --budget {math.ceil(1000 * min_bits) / 1000}bpw, or "
+            f"--budget {text} is too small. If every linear map has the format {names}, they take "
+            f"{min_bits:.3g} bits per weight. The model then takes {size}, including {other_size} "
+            f"of other weights. Use at least --budget {math.ceil(1000 * min_bits) / 1000}bpw, or "
             "add a format of fewer bits to --format"
         )
     return budget

@@ -70,7 +70,7 @@ class RandomScores(Scores):
 
     def proxy(self, name: str, removed: PartSet, spans: Sequence[range] | None = None) -> Losses:
         """Return random values of a proxy for the candidates of the next removal."""
-        return RandomScores.losses(self, name, self.extended_sets(removed, spans))
+        return RandomScores.losses(self, name, self.candidate_sets(removed, spans))
 
 
 def possible_results(request: SearchRequest, budget: Budget, n: int = TRIAL_DRAWS) -> list[PartSet]:
@@ -156,7 +156,8 @@ def refuse_unsavable(
         reasons = [refuse(part_set) for part_set in possible_results(request, budget)]
         if not any(reasons):
             return ""
-        message = f"{next(filter(None, reasons))}{_savable_spans(len(budget.sizes), refuse)}"
+        advice = _recommend_savable_length(len(budget.sizes), refuse)
+        message = ". ".join(filter(None, (next(filter(None, reasons)), advice)))
         if all(reasons):
             raise ModelError(f"{request.title}: {message}")
         return f"{request.title}: the result may not be savable as a checkpoint: {message}"
@@ -184,17 +185,17 @@ def _find_refusal(check: Callable[..., None], *arguments: object) -> str:
     return ""
 
 
-def _savable_spans(n_layers: int, refuse: Callable[[PartSet], str]) -> str:
-    """Return advice on how many adjacent layers to remove, or an empty text.
+def _recommend_savable_length(n_layers: int, refuse: Callable[[PartSet], str]) -> str:
+    """Recommend a number of adjacent layers to remove, so that the model can be saved.
 
-    The function looks for a number of adjacent layers without which the model can be saved. The
-    text is empty if there is no such number.
+    The function `refuse` returns why a model without some layers cannot be saved. The text is empty
+    if there is no suitable number.
     """
     for length in range(2, n_layers // 2 + 1):
         starts = (0, 1, (n_layers - length) // 2, n_layers - length)
         if not any(refuse(tuple(range(start, start + length))) for start in starts):
             return (
-                f". {length} adjacent layers, or a multiple of {length}, can be removed. To remove "
+                f"{length} adjacent layers, or a multiple of {length}, can be removed. To remove "
                 f"{length}, write strategy: {{value: angular}} and remove: {{value: {length}}}"
             )
     return ""

@@ -169,7 +169,7 @@ class GoalResult:
             chosen=choice(removed) if removed else None,
             estimate=choice(estimated) if estimated else None,
             budget=self.budget,
-            margin=-self._upper_excesses(removed)[-1] if self.budget and removed else None,
+            margin=-self._excess_bounds(removed)[-1] if self.budget and removed else None,
             rivals=[names[record.name] for record in rivals],
             reason=None if removed else recommendation.reason or self.unshown_reason,
             needed=self._needed_text if self.budget and removed and estimated else "",
@@ -187,9 +187,9 @@ class GoalResult:
 
     @property
     def _needed_text(self) -> str:
-        """Text with the number of test documents that the estimated recommendation needs.
+        """Text that says how many test documents would confirm the estimated recommendation.
 
-        With this number, the recommendation would probably be significantly within the budget.
+        With this number, the recommended model would probably be significantly within the budget.
         """
         recommendation, budget = self.recommendation, self.budget
         assert budget is not None
@@ -199,16 +199,15 @@ class GoalResult:
             return SEARCH_TEXTS.render("never_shown", excess > -TOLERANCE)
         benchmark, n = search.record.benchmark, search.record.baseline.n
         if max(recommendation.n_needed, n + 1) > benchmark.documents:
-            excess = max(self._upper_excesses(recommendation.estimated))
-            option = budget.nearest_option(excess, search.outcomes)
+            excess = max(self._excess_bounds(recommendation.estimated))
+            option = budget.larger_option(excess, search.outcomes)
             return SEARCH_TEXTS.render("too_few", benchmark.documents, n, option)
         return SEARCH_TEXTS.render("raise_sample", benchmark.sample_size(recommendation.n_needed))
 
-    def _upper_excesses(self, removed: Sequence[int]) -> list[float]:
-        """Compute upper bounds of the loss minus the budget, for the steps of a search.
+    def _excess_bounds(self, removed: Sequence[int]) -> list[float]:
+        """Compute an upper bound of loss minus budget for each step of a search.
 
-        The list has one upper bound for each step, from the first step to the step that removed the
-        set `removed`.
+        The last of these steps is the step after which exactly the parts in `removed` are removed.
         """
         assert self.budget is not None
         search, index = self.find_steps(removed)[0]
@@ -248,8 +247,11 @@ class StrategyResult:
         """The accuracy on the test documents after the last step."""
         return accuracy(self.outcomes, self.weights)
 
-    def level_after(self, n_removed: int) -> Estimate:
-        """Return the test accuracy after the removal of `n_removed` parts."""
+    def accuracy_after(self, n_removed: int) -> Estimate:
+        """Return the test accuracy after the removal of `n_removed` parts, averaged over draws.
+
+        The value is None if no step of a draw has removed exactly this number of parts.
+        """
         outcomes = []
         for record, paired in zip(self.records, self.paired_outcomes, strict=True):
             counts = [0, *(len(step.removed) for step in record.steps)]
@@ -334,7 +336,7 @@ def build_finding(
         experiment=name,
         command="tracker prune",
         question=PRUNE_QUESTION,
-        answers=tuple(text for group in groups for text in _write_answers(group)),
+        answers=tuple(text for group in groups for text in _answer_sentences(group)),
         tables=tuple(
             table
             for pair in zip(searches, records, strict=True)
@@ -381,8 +383,8 @@ SEARCH_TEXTS = TextTemplate(
 )
 
 
-def _write_answers(goals: Sequence[GoalResult]) -> Iterator[str]:
-    """Yield sentences that recommend models and compare strategies.
+def _answer_sentences(goals: Sequence[GoalResult]) -> Iterator[str]:
+    """Yield sentences that recommend a model for each goal and compare strategies.
 
     The searches of all goals have the same test documents.
     """
@@ -700,22 +702,22 @@ class SavableStep(NamedTuple):
         return save_command(["--remove", words, "--output", "lighter"], self.request, results)
 
 
-def find_savable(goals: Sequence[GoalResult], is_shown: bool = True) -> SavableStep | None:
-    """Find the first recommended set that can be saved as a checkpoint.
+def find_savable(goals: Sequence[GoalResult], is_significant: bool = True) -> SavableStep | None:
+    """Find the first recommended removal after which the model can be saved.
 
-    Only sets of whole layers, or of equally many parts from each layer, can be saved.
+    A model can be saved if whole layers, or equally many parts of each layer, are removed.
 
     Args:
         goals: The searches and the recommendation for each goal.
-        is_shown: True to require that the set is significantly within the budget of accuracy; False
-            if it is enough that the estimated loss is within the budget.
+        is_significant: Whether the loss must be significantly within the budget of accuracy. If
+            False, the estimated loss must be within the budget.
 
     Returns:
-        The step that removed the set; None if no set can be saved.
+        The search step with this removal; None if no recommended model can be saved.
     """
     for goal in goals:
         recommendation = goal.recommendation
-        removed = recommendation.removed if is_shown else recommendation.estimated
+        removed = recommendation.removed if is_significant else recommendation.estimated
         for search, index in goal.find_steps(removed):
             step, request = search.record.steps[index], search.run_requests[index]
             if search.request.is_uniform:
@@ -736,11 +738,11 @@ def unsaved_reason(goals: Sequence[GoalResult], results: Path) -> str:
 
     If a model's estimated loss is within the budget, the text includes the command that saves it.
     """
-    estimate = find_savable(goals, is_shown=False)
+    estimate = find_savable(goals, is_significant=False)
     if estimate is None:
         return "there is no recommended model to save"
     reason = estimate.goal.unshown_reason
-    return f"{reason}. To save the model nevertheless: {estimate.command(results)}"
+    return f"{reason}. To save the model nevertheless, type: {estimate.command(results)}"
 
 
 def save_command(change: Sequence[str], request: CellRequest, results: Path) -> str:

@@ -91,20 +91,20 @@ class SearchRequest(SearchSettings):
         set_keys = {key for key in AMOUNT_KEYS if getattr(self, key) is not None}
         if not set_keys or {"remove", "keep"} <= set_keys:
             yield (
-                "set either 'remove' or 'keep', the amount to remove or to keep: "
-                'remove: {value: 8}, or keep: {value: "100M parameters"}. Or set the loss of '
-                "accuracy: max_drop: {value: 2pp} or keep_accuracy: {value: 95%}"
+                "set either 'remove' or 'keep' to an amount, such as remove: {value: 8} or keep: "
+                '{value: "100M parameters"}. Or set the largest loss of accuracy: max_drop: '
+                "{value: 2pp} or keep_accuracy: {value: 95%}"
             )
         if {*ACCURACY_KEYS} <= set_keys:
             yield "set either 'max_drop' or 'keep_accuracy', not both"
-        yield from self._mixed_problems() if self.is_mixed else self._unit_problems()
+        yield from self._several_unit_problems() if self.is_mixed else self._single_unit_problems()
         if self.rescoring == "race" and len(self.calibrate) > 1:
             yield "'rescoring: race' needs a single calibration benchmark; use full or lazy"
         if self.rescoring == "race" and self.sample is not None:
             yield "'rescoring: race' chooses the number of documents itself; leave 'sample' out"
 
-    def _unit_problems(self) -> Iterator[str]:
-        """Yield a message for each setting that a search with one unit does not support."""
+    def _single_unit_problems(self) -> Iterator[str]:
+        """Yield a message for each wrong setting if one unit (e.g. heads) is removed."""
         unit, amount = self.unit, self.amount
         if unit != "layer" and self.strategy in LAYER_STRATEGIES:
             fitting = ", ".join(name for name in STRATEGIES if name not in LAYER_STRATEGIES)
@@ -132,11 +132,11 @@ class SearchRequest(SearchSettings):
         if self.uniform and (self.protect or self.among):
             yield "'uniform' removes parts from every layer; leave 'protect' and 'among' out"
 
-    def _mixed_problems(self) -> Iterator[str]:
-        """Yield a message for each setting that a search with several units does not support."""
+    def _several_unit_problems(self) -> Iterator[str]:
+        """Yield a message for each wrong setting if several units (e.g. heads) are removed."""
         if self.strategy not in MIXED_STRATEGIES:
             yield (
-                f"{self.strategy} removes one unit, but 'unit' is {self.unit}; use "
+                f"the strategy {self.strategy} cannot remove several units ({self.unit}); use "
                 f"{', '.join(MIXED_STRATEGIES)}"
             )
         if self.amount is not None and self.amount.measure == "parts":
@@ -145,13 +145,12 @@ class SearchRequest(SearchSettings):
                 f"seconds, such as 20 %, not {self.amount.text}"
             )
         if self.protect or self.among or self.at_least or self.used_rescoring != "full":
-            keys = "'protect', 'among', 'at_least' or 'rescoring'"
             yield (
-                "a search with several units removes parts from every layer and does not support "
-                f"{keys}; leave these settings out"
+                "a search with several units removes parts from every layer; leave 'protect', "
+                "'among', 'at_least' and 'rescoring' out"
             )
         if "uniform" in self.model_fields_set and not self.uniform:
-            yield "a search with several units is always uniform; leave 'uniform' out"
+            yield "a search with several units needs 'uniform' to be true; leave 'uniform' out"
 
     @property
     def is_mixed(self) -> bool:
@@ -265,14 +264,11 @@ class _Constraint(GridValues):
 
     @model_validator(mode="before")
     @classmethod
-    def _refuse_range(cls, content: object) -> object:
-        """Return the content unchanged; raise ValueError if it has no value.
-
-        The value of a mapping has the key `value` or `values`.
-        """
+    def _require_value(cls, content: object) -> object:
+        """Return the content; raise ValueError if a mapping lacks the key `value` or `values`."""
         if isinstance(content, dict) and not content.keys() & {"value", "values"}:
             entries = ", ".join(f"{key}: {value}" for key, value in content.items())
-            raise ValueError(f"write {{value: {{{entries}}}}}: a constraint has only one value")
+            raise ValueError(f"the key 'value' is missing; write {{value: {{{entries}}}}}")
         return content
 
 
@@ -349,9 +345,8 @@ def refuse_unused_settings(searches: Collection[SearchRequest]) -> None:
     for name, users in (("rescoring", RESCORED_STRATEGIES), ("draws", DRAWN_STRATEGIES)):
         values = {getattr(s, name) for s in searches if name in s.model_fields_set} - {"full"}
         if values and strategies.isdisjoint(users):
-            value = f": {', '.join(sorted(values))}" if name == "rescoring" else ""
             raise RequestError(
-                f"'{name}{value}' is only for {' and '.join(users)}, not for "
+                f"'{name}' is only for the strategy {' or '.join(users)}, not for "
                 f"{', '.join(sorted(strategies))}; leave '{name}' out"
             )
 
@@ -379,8 +374,10 @@ class PruneFile(Sweep):
         names, options = zip(*sorted(grid.items()), strict=True)
         count = math.prod(map(len, options))
         if count > MAX_CELLS:
-            limit = f"a file may have at most {MAX_CELLS:,} searches. Split the file into several"
-            raise ExperimentError(f"'parameters': the grid has {count:,} searches; {limit}")
+            raise ExperimentError(
+                f"'parameters': the grid has {count:,} searches; a file may have at most "
+                f"{MAX_CELLS:,} searches. Split the file into several"
+            )
         rows = (dict(zip(names, values, strict=True)) for values in itertools.product(*options))
         requests = list(dict.fromkeys(search_request(row, "parameters.") for row in rows))
         refuse_unused_settings(requests)

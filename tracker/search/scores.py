@@ -82,12 +82,11 @@ class Losses:
         keys = list(zip(self.means, ties, later_first, strict=True))
         return sorted(range(len(keys)), key=keys.__getitem__)
 
-    def per_size(self, sizes: Array) -> Losses:
-        """Divide the additional loss of each set by its additional size.
+    def per_added_size(self, sizes: Array) -> Losses:
+        """Divide the loss that each set adds to the first set by the size that it adds.
 
-        The additional loss of a set is its loss minus the loss of the first set; the additional
-        size is defined in the same way. `sizes` contains the total size of the parts in each set.
-        The result does not contain the first set.
+        `sizes` contains the total size of the parts in each set. The result does not contain the
+        first set.
         """
         prices = np.asarray(sizes[1:]) - sizes[0]
         values = (self.values[:, 1:] - self.values[:, :1]) / prices
@@ -192,15 +191,15 @@ class Scores:
         Returns:
             The proxy of each candidate for each document, as a loss.
         """
-        losses = [self._proxy(cell, name, removed, spans) for cell in self.cells]
-        sets = self.extended_sets(removed, spans)
+        losses = [self._measure_proxy(cell, name, removed, spans) for cell in self.cells]
+        sets = self.candidate_sets(removed, spans)
         return Losses(sets, *_stack_documents(losses), np.zeros(len(sets)))
 
-    def extended_sets(self, removed: PartSet, spans: Sequence[range] | None) -> list[PartSet]:
-        """Build the sets that the candidates of the next removal would give.
+    def candidate_sets(self, removed: PartSet, spans: Sequence[range] | None) -> list[PartSet]:
+        """List the sets of removed layers that the next removal can give.
 
-        Each set contains the layers in `removed` and one candidate. A candidate is a span of
-        remaining layers, or a single remaining layer if `spans` is None.
+        Each set contains the layers in `removed`, and one span of remaining layers. If `spans` is
+        None, each set contains one remaining layer instead of a span.
         """
         layers = [layer for layer in range(self.layers) if layer not in removed]
         if spans is None:
@@ -211,13 +210,13 @@ class Scores:
         """Add forward passes over the documents of one benchmark to the cost."""
         self._passes += n_passes * cell.n / self.documents
 
-    def _proxy(
+    def _measure_proxy(
         self, cell: OpenCell, name: str, removed: PartSet, spans: Sequence[range] | None
     ) -> tuple[Array, Array]:
-        """Measure a proxy of each candidate on each document of a benchmark.
+        """Measure a proxy on one benchmark, for each candidate of the next removal.
 
-        Returns the means over tokens `[documents, candidates]`, and weights `[documents]`. The
-        arguments are those of `proxy`.
+        The arguments are those of `proxy`. Returns the mean over tokens for each document and
+        candidate, `[documents, candidates]`, and the weights of the documents, `[documents]`.
         """
         observation = "turning" if name in _DIRECTION_PROXIES else name.replace("_", "-")
         suffix = f"-without-{'-'.join(map(str, removed))}" if removed else ""
@@ -240,14 +239,14 @@ class Scores:
         return means, n_tokens / n_tokens.sum()
 
     def record_race(
-        self, race: CandidateRace, candidates: Sequence[Ablation], start: Sequence[Ablation]
+        self, race: CandidateRace, candidates: Sequence[Ablation], references: Sequence[Ablation]
     ) -> None:
-        """Record the documents that a race (`rescoring: race`) measured, and add the race's cost.
+        """Record the documents that a race (`rescoring: race`) measured, and add its cost.
 
         Args:
             race: The finished race.
             candidates: Ablations that the race compared.
-            start: Further ablations that the race measured on each document.
+            references: Other ablations that the race measured on each document.
         """
         (cell,) = self.cells
         n_seen = race.rule.seen
@@ -255,10 +254,10 @@ class Scores:
         ends = sorted(set(n_measured.tolist()))
         for begin, end in zip([0, *ends], ends, strict=False):
             remaining = [c for c, n in zip(candidates, n_measured, strict=True) if n >= end]
-            n_passes = engine_passes([*start, *remaining], self.layers)
+            n_passes = engine_passes([*references, *remaining], self.layers)
             self._passes += n_passes * (end - begin) / cell.n
         self._evaluations += float(n_measured.sum()) / cell.n + (not self._evaluations)
-        n_documents = dict.fromkeys((INTACT, *start), int(n_seen.max()))
+        n_documents = dict.fromkeys((INTACT, *references), int(n_seen.max()))
         n_documents |= zip(candidates, n_seen.tolist(), strict=True)
         for ablation, n in n_documents.items():
             self._race_documents.setdefault(ablation.name, set()).update(race.order[:n])

@@ -264,7 +264,7 @@ def find_budget(request: SearchRequest, cache: ModelCache) -> Budget:
         parts = find_search_parts(source, request.unit)
         sizes, total = [1.0] * parts.total, float(len(parts.numbers))
         if request.uniform:
-            block = _uniform_block(source, parts)
+            block = _block_size(source, parts)
     elif amount.measure in TIMED:
         loaded, is_decoding = cache.model(cell.model).loaded, amount.measure == "latency"
         sizes, total = seconds_per_token(loaded, cache, is_decoding)
@@ -279,11 +279,10 @@ def find_budget(request: SearchRequest, cache: ModelCache) -> Budget:
     return build_budget(key, amount, sizes, total, title, constraints, parts, block, kinds)
 
 
-def _uniform_block(source: ModelSource, parts: SearchParts) -> int:
-    """Return the number of parts in each block for uniform removals.
+def _block_size(source: ModelSource, parts: SearchParts) -> int:
+    """Return the number of parts in each block; a uniform search removes equally many per block.
 
-    A uniform removal takes equally many parts from each block. A block is a layer, or for attention
-    heads a group of heads that share keys and values.
+    A block is a layer. For attention heads, a block is a group of heads that share keys and values.
     """
     counts, block = count_parts(source), parts.per_layer
     # Heads are removed evenly from the groups that share keys and values.
@@ -295,7 +294,7 @@ def _uniform_block(source: ModelSource, parts: SearchParts) -> int:
 def _assign_part_numbers(
     units: str, source: ModelSource, model: Any
 ) -> tuple[MixedParts, list[UniformKind], list[float]]:
-    """Assign numbers to the parts of several units, such as layers and heads.
+    """Assign numbers to the parts of several units together, such as layers and heads.
 
     Args:
         units: Names of the units, separated by commas.
@@ -303,8 +302,8 @@ def _assign_part_numbers(
         model: The model, without weights.
 
     Returns:
-        The numbering of all parts, the possible uniform removals for each unit other than whole
-        layers, and the number of parameters of each part.
+        The numbering of all parts, the blocks of each unit other than whole layers, and the number
+        of parameters of each part. A search removes equally many parts from each block.
     """
     parts = MixedParts.of([find_search_parts(source, unit) for unit in units.split(",")])
     assert isinstance(parts, MixedParts)
@@ -313,7 +312,7 @@ def _assign_part_numbers(
         if kind.unit == "layer":
             sizes += _count_parameters(model, "layer")
             continue
-        block = _uniform_block(source, kind)
+        block = _block_size(source, kind)
         counts, size = find_removable_counts(source, kind.unit, block)
         first_parts = range(start, start + kind.total, block)
         blocks = (tuple(range(first, first + block)) for first in first_parts)

@@ -112,8 +112,7 @@ def _parse_minimums(value: object) -> str:
         if match is None or int(match[1]) < 1:
             raise ValueError(f"{kind}: invalid number of layers {short_text(text)}; {expected}")
         if match[2] and int(match[2]) < int(match[1]):
-            problem = f"{match[1]} layers out of {match[2]} cannot stay"
-            raise ValueError(f"{kind}: {problem}; {expected}")
+            raise ValueError(f"{kind}: {match[1]} is more than {match[2]} layers; {expected}")
     return json.dumps(texts, sort_keys=True)
 
 
@@ -242,13 +241,14 @@ def _resolve_layers(
             f"'{key}': there is no layer {max(numbers)}; the model has layers 0 to {n_layers - 1}"
         )
     last_layer = {n_layers - 1} if LAST_LAYER in words else set()
-    return tuple(sorted({*numbers, *last_layer, *_layers_of_kinds(key, kinds, config)}))
+    return tuple(sorted({*numbers, *last_layer, *_find_layers(key, kinds, config)}))
 
 
-def _layers_of_kinds(key: str, kinds: Sequence[str], config: Callable[[], Any]) -> tuple[int, ...]:
-    """Return the numbers of all layers whose kind is in `kinds`.
+def _find_layers(key: str, kinds: Sequence[str], config: Callable[[], Any]) -> tuple[int, ...]:
+    """Return the numbers of all layers of the given kinds, such as `sliding_attention`.
 
-    Error messages contain `key`, the name of the setting that lists the kinds.
+    The function `config` reads the model's configuration. Raises ExperimentError for an unknown
+    kind; the message names the setting `key`.
     """
     try:
         return layers_of_kind(config(), kinds) if kinds else ()
@@ -261,17 +261,18 @@ def _parse_minimum(kind: str, text: str, n_layers: int, config: Callable[[], Any
 
     Raises ExperimentError if the intact model has fewer layers of this kind.
     """
-    layers = _layers_of_kinds("at_least", [kind], config)
+    layers = _find_layers("at_least", [kind], config)
     n, _, width = text.partition(" of ")
     minimum = LayerMinimum(kind, layers, int(n), int(width) if width else None)
-    prefix, window = f"'at_least': {kind}: {text}", minimum.window
-    if window is not None and window > n_layers:
-        raise ExperimentError(f"{prefix}: the model has {n_layers} layers; use {n} of {n_layers}")
-    for start, group in enumerate(minimum.groups(n_layers)):
+    setting, window = f"'at_least': {kind}: {text}", minimum.window or n_layers
+    if window > n_layers:
+        raise ExperimentError(f"{setting}: the model has {n_layers} layers; use {n} of {n_layers}")
+    for first, group in enumerate(minimum.groups(n_layers)):
         if len(group) < minimum.count:
-            among = f" among layers {start} to {start + window - 1}" if window else ""
-            has = f"the intact model has {len(group)} layers of this kind{among}"
-            raise ExperimentError(f"{prefix}: {has}; set a minimum of at most {len(group)}")
+            raise ExperimentError(
+                f"{setting}: among the layers {first} to {first + window - 1}, {len(group)} are of "
+                f"kind {kind}; set a minimum of at most {len(group)}"
+            )
     return minimum
 
 
@@ -545,15 +546,15 @@ class UniformKind:
     blocks: tuple[tuple[int, ...], ...]
     counts: tuple[int, ...]
 
-    def extend(self, removed: Collection[int], order: Sequence[int]) -> set[int]:
-        """Return the smallest uniform removal that is larger than the current removal.
+    def next_removal(self, removed: Collection[int], order: Sequence[int]) -> set[int]:
+        """Return the next larger removal with equally many parts from each block.
 
         Args:
             removed: The parts that are removed so far.
             order: All parts, in the order in which they are removed from each block.
 
         Returns:
-            The parts of the larger removal; empty if no larger removal is possible.
+            All parts of the larger removal; empty if no larger removal is possible.
         """
         n_removed = len({*self.blocks[0]}.intersection(removed))
         larger = [count for count in self.counts if count > n_removed]
@@ -605,7 +606,7 @@ class MixedBudget(Budget):
         return largest
 
     def candidates(self, removed: Collection[int], order: Sequence[int]) -> list[list[set[int]]]:
-        """Return the candidates of the next step, grouped by unit.
+        """List the sets of parts that the next step of a search can remove.
 
         Args:
             removed: The parts that are removed so far.
@@ -613,10 +614,11 @@ class MixedBudget(Budget):
                 each layer.
 
         Returns:
-            For each unit, a list of candidates. Each candidate is a set of parts.
+            For each unit, such as layers or heads, a list of sets. A set is a single layer, or it
+            contains equally many parts of each layer, including the parts that are removed so far.
         """
         layers = [{layer} for layer in range(self.n_layers) if layer not in removed]
-        extended = [kind.extend(removed, order) for kind in self.kinds]
+        extended = [kind.next_removal(removed, order) for kind in self.kinds]
         groups = [layers if layers[1:] else [], *([parts] for parts in extended if parts)]
         reachable = ([s for s in group if self.can_reach({*removed, *s})] for group in groups)
         return [group for group in reachable if group]
@@ -629,8 +631,8 @@ class MixedBudget(Budget):
 def unmet_budget_error(reason: str) -> ExperimentError:
     """Build the error of a strategy that cannot remove enough to meet the budget."""
     return ExperimentError(
-        f"{reason}, so the search cannot remove enough; remove less, or use another strategy, such "
-        "as accuracy"
+        f"the search cannot remove enough, because {reason}; remove less, or use another strategy, "
+        "such as accuracy"
     )
 
 

@@ -96,11 +96,11 @@ def _full_chooser(search: Search, outcome: str) -> StepChooser:
 
 
 def _mixed_chooser(search: Search, budget: MixedBudget, outcome: str) -> StepChooser:
-    """Return a function that chooses whole layers or parts of layers.
+    """Return a function that chooses the removal with the smallest loss per parameter or second.
 
-    The function chooses the candidate with the smallest loss per saved parameter or second.
-    Candidates are whole layers and parts of each layer. The parts of a layer are removed in a fixed
-    order. The first part is the part whose removal from the intact model causes the smallest loss.
+    The candidates are whole layers, and sets with the next parts (e.g. heads) of each layer. The
+    order of a layer's parts is fixed: it begins with the part whose removal from the intact model
+    causes the smallest loss.
     """
     scores = search.scores
     single_losses = scores.losses(outcome, [(part,) for part in budget.numbered_parts])
@@ -110,7 +110,7 @@ def _mixed_chooser(search: Search, budget: MixedBudget, outcome: str) -> StepCho
         candidates = chain.from_iterable(budget.candidates(removed, order))
         sets = [removed, *(add_parts(removed, *(c.difference(removed))) for c in candidates)]
         sizes = np.array([budget.size_of(part_set) for part_set in sets]) / budget.price_unit
-        return scores.losses(outcome, sets).per_size(sizes).choose_step(removed)
+        return scores.losses(outcome, sets).per_added_size(sizes).choose_step(removed)
 
     return choose
 

@@ -123,7 +123,7 @@ def accuracy(outcomes: Array, weights: Array | None = None) -> Estimate:
         (0.308, 0.2553, 0.3662)
     """
     array, shares = _weighted_arrays(outcomes, weights)
-    if reason := missing_reason(array):
+    if reason := undefined_mean_reason(array):
         return Estimate(None, reason=reason)
     if not _is_binary(array):
         low, high = mean_interval(array, shares)
@@ -172,7 +172,7 @@ def accuracy_drop(baseline: Array, ablated: Array, weights: Array | None = None)
     intact, shares = _weighted_arrays(baseline, weights)
     changed, _ = _weighted_arrays(ablated, None)
     drops = intact - changed
-    if reason := missing_reason(drops):
+    if reason := undefined_mean_reason(drops):
         return Estimate(None, reason=reason)
     value = _weighted_mean(drops, shares)
     if not (_is_binary(intact) and _is_binary(changed)):
@@ -227,16 +227,15 @@ def budget_excess(
     max_drop: float = 0.0,
     kept_share: float = 1.0,
 ) -> Estimate:
-    """Estimate the accuracy loss of an ablation minus the allowed loss.
+    """Estimate by how much the accuracy loss of an ablation exceeds the allowed loss.
 
-    This excess is `kept_share` · baseline − ablated − `max_drop`. An ablation is significantly
-    within the budget if the upper end of the interval is at most 0.
+    The estimate is `kept_share` · baseline − ablated − `max_drop`. The loss is significantly within
+    the budget if the upper end of the interval is at most 0.
 
-    The interval is Bonett & Price's interval with one additional lost document. If the additional
-    document is omitted and a removal only makes right answers wrong, the upper end is too low. The
-    largest probability of the wrong result "within the budget" is then 6.7 %. With the additional
-    document, this probability is at most 3.0 %. `python -m tests.tools.accuracy_budget` computes
-    these probabilities exactly.
+    The interval is Bonett & Price's interval with one additional lost document. This document
+    matters if a removal only makes right answers wrong. It reduces the largest probability of a
+    wrong result "within the budget" from 6.7 % to 3.0 % (computed by `python -m
+    tests.tools.accuracy_budget`).
 
     Args:
         baseline: `[documents]`, the intact model's outcomes, in [0, 1].
@@ -261,7 +260,7 @@ def budget_excess(
     """
     intact, shares = _weighted_arrays(baseline, weights)
     excesses = kept_share * intact - _weighted_arrays(ablated, None)[0] - max_drop
-    if reason := missing_reason(excesses):
+    if reason := undefined_mean_reason(excesses):
         return Estimate(None, reason=reason)
     lost, won = kept_share - max_drop, -1.0 - max_drop
     low, high = mean_interval(excesses, shares, (lost, lost, won))
@@ -354,7 +353,7 @@ def drop_sd(baseline: Array, ablated: Array, weights: Array | None = None) -> Es
     """
     intact, shares = _weighted_arrays(baseline, weights)
     drops = intact - _weighted_arrays(ablated, None)[0]
-    if reason := missing_reason(drops):
+    if reason := undefined_mean_reason(drops):
         return Estimate(None, reason=reason)
     variance = _error_variance(drops, shares)
     if variance is None:
@@ -479,17 +478,17 @@ def _weighted_mean(values: Array, shares: Array) -> float:
     return float(values.mean() if _has_equal_weights(shares) else values @ shares)
 
 
-def missing_reason(values: Array, noun: str = "finite score") -> str | None:
-    """Return the reason why the mean of the documents' values is undefined.
+def undefined_mean_reason(values: Array, missing: str = "finite score") -> str | None:
+    """Explain why the mean of the documents' values is undefined.
 
-    The argument `noun` is the name of the missing values in the reason. The function returns None
-    if the mean is defined.
+    The text counts the values that are not finite, and calls them `missing`. The function returns
+    None if the mean is defined.
     """
     if not len(values):
         return "no documents"
     n_missing = int((~np.isfinite(values)).sum())
-    verb = "has" if n_missing == 1 else "have"
-    return f"{n_missing} of {len(values)} documents {verb} no {noun}" if n_missing else None
+    have = "has" if n_missing == 1 else "have"
+    return f"{n_missing} of {len(values)} documents {have} no {missing}" if n_missing else None
 
 
 def _is_binary(values: Array) -> bool:

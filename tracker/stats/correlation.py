@@ -38,20 +38,18 @@ def correlate(
 ) -> Estimate:
     """Correlate a proxy with the accuracy drop over layers, or over parts such as experts.
 
-    The interval is a bootstrap interval over documents, with fixed layers. The interval shows the
-    effect of measurement noise (see `bias_corrected_interval`).
+    The interval is from a bootstrap over documents; the layers are fixed. It shows the effect of
+    measurement noise (see `bias_corrected_interval`).
 
-    The null hypothesis of the p-value is that the two series are unrelated. To compute a p-value,
-    one of the two series is replaced by random series with the same smoothness over depth
-    (`surrogate_series`). The function computes one p-value for the replacement of each series, and
-    returns the larger p-value.
+    The null hypothesis of the p-value is that the two series are unrelated. For layers, the test
+    replaces one of the two series by random series that are equally smooth over depth
+    (`surrogate_series`). The function does this for each series, and returns the larger p-value.
 
-    A permutation test with free shuffles of the layers has too many false positives, because
-    neighbouring layers have similar values. If the series are random walks, the false positive rate
-    of this function at the level 5 % is 6 to 10 %.
+    Shuffled layers would give too many false positives, because neighbouring layers have similar
+    values. For random walks, the false positive rate of this function at the level 5 % is 6 to 10
+    %.
 
-    If the observations are parts of layers, such as experts, the null hypothesis is that proxy and
-    drop are unrelated within each layer. The test then permutes the proxies among the parts of each
+    For parts of layers, such as experts, the test shuffles the proxies among the parts of each
     layer.
 
     Args:
@@ -83,7 +81,7 @@ def correlate(
     """
     x, y = rounded_values(proxy), rounded_values(drop)
     series = (("the proxy", x), ("the accuracy drop", y))
-    if reason := _undefined_reason(3, "a correlation", *series, noun=noun):
+    if reason := _undefined_reason(3, "a correlation", *series, item=noun):
         return Estimate(None, reason=reason)
     (value,) = row_coefficients(x[None], y[None], coefficient).tolist()
     low = high = None
@@ -215,22 +213,22 @@ def _residuals(rows: Array, control: Array) -> Array:
 
 
 def _undefined_reason(
-    min_layers: int, figure: str, *series: tuple[str, Array], noun: str = "layer"
+    min_items: int, statistic: str, *series: tuple[str, Array], item: str = "layer"
 ) -> str | None:
     """Return the reason why a statistic of several series is undefined.
 
-    The argument `figure` is the name of the statistic, and `noun` is the name of an observation.
-    The function returns None if the statistic is defined.
+    `statistic` is the name of the statistic, and `item` is the name of an observation. The function
+    returns None if the statistic is defined.
     """
     n = len(series[0][1])
-    if n < min_layers:
-        verb = "is" if n == 1 else "are"
-        return f"{figure} needs at least {min_layers} {noun}s, but {n} {verb} available"
-    for name, values in series:
-        if n_missing := int(np.isnan(values).sum()):
-            return f"{name} is undefined in {n_missing} of {n} {noun}s"
+    if n < min_items:
+        are = "is" if n == 1 else "are"
+        return f"{statistic} needs at least {min_items} {item}s, but {n} {are} available"
+    for series_name, values in series:
+        if n_undefined := int(np.isnan(values).sum()):
+            return f"{series_name} is undefined in {n_undefined} of {n} {item}s"
         if np.ptp(values) == 0:
-            return f"{name} is the same in all {n} {noun}s"
+            return f"{series_name} is the same in all {n} {item}s"
     return None
 
 
@@ -300,7 +298,7 @@ def resampled_spearman(x: Array, xs: Array, y: Array, ys: Array) -> Estimate:
         or contains a NaN.
     """
     series = (("a series", rounded_values(values)) for values in (x, y))
-    if reason := _undefined_reason(3, "a correlation", *series, noun="item"):
+    if reason := _undefined_reason(3, "a correlation", *series, item="item"):
         return Estimate(None, reason=reason)
     (value,) = row_coefficients(x[None], y[None], "spearman").tolist()
     return Estimate(

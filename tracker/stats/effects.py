@@ -17,7 +17,7 @@ import numpy as np
 from scipy import stats
 
 from tracker.schema.estimates import Estimate
-from tracker.stats.accuracy import LEVEL, mean_interval, missing_reason
+from tracker.stats.accuracy import LEVEL, mean_interval, undefined_mean_reason
 from tracker.stats.arrays import Array, Mask, Strata, safe_divide
 from tracker.stats.rank_agreement import rounded_values, row_coefficients
 from tracker.stats.resampling import (
@@ -72,7 +72,7 @@ def interactions(values: Array, weights: Array | None = None, seed: int = 0) -> 
         random_p[is_random] = _random_sign_p_values(values[:, is_random], seed)
     estimates = []
     for column, is_exact, p in zip(values.T, is_whole, random_p, strict=True):
-        if reason := missing_reason(column):
+        if reason := undefined_mean_reason(column):
             estimates.append(Estimate(None, reason=reason))
             continue
         value = float(column.mean()) if weights is None else float(column @ weights)
@@ -215,10 +215,10 @@ def growths(
     z = np.sqrt(n / (n - 1)) * stats.t.ppf((1 + LEVEL) / 2, n - 1)
     lows, highs = np.exp(np.quantile(means, stats.norm.cdf([-z, z]), axis=0)).tolist()
     estimates = []
-    counts = is_usable.sum(axis=0)
-    for column, low, high, n_usable in zip(logs.T, lows, highs, counts, strict=True):
-        if n_usable < n:
-            reason = f"a value is not positive and finite in {n - n_usable} of {n} documents"
+    counts = (~is_usable).sum(axis=0)
+    for column, low, high, n_unusable in zip(logs.T, lows, highs, counts, strict=True):
+        if n_unusable:
+            reason = f"the values are not positive and finite in {n_unusable} of {n} documents"
             estimates.append(Estimate(None, reason=reason))
             continue
         is_unchanged = np.allclose(column, 0, rtol=0, atol=1e-12)

@@ -165,7 +165,7 @@ class Prunings:
             return self.benchmarks[name].unpruned
         if (choices := self.choices.get((method, name))) is None:
             return Estimate(None, reason=self.failed.get((method, name), "not requested"))
-        return choices.level if removed is None else choices.level_after(removed)
+        return choices.level if removed is None else choices.accuracy_after(removed)
 
     def level_mean(self, method: Method | None, removed: int | None = None) -> Estimate:
         """Return the test accuracy after pruning by a method, averaged over benchmarks."""

@@ -482,7 +482,7 @@ class Quantise(Study[QuantiseSettings]):
         shown, estimated = (None if i is None else choices[i] for i in verdict[:2])
         nearest = ""
         if estimated is None and verdict.smallest_excess is not None:
-            nearest = budget.nearest_option(verdict.smallest_excess, paired)
+            nearest = budget.larger_option(verdict.smallest_excess, paired)
         rows = shown, estimated, verdict.needed, nearest, tests.n, benchmark, metric_format(record)
         return shown, [QUANTISE_TEXTS.render("within", budget, *rows)]
 
