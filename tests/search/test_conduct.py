@@ -337,22 +337,13 @@ def test_output_saves_the_recommended_set(write, prune, truth, tmp_path: Path) -
     own_removal = removal_by_search(ledger, records["accuracy"], records["accuracy"].steps[-1])
     stores = {store.identity.key: store for store in ledger.cells()}
     (calibration,) = own_removal.documents
-    assert (
-        count_reused(ledger, own_removal, stores[calibration.key], Extent(sample=8))
-        == 8
-    )
-    assert (
-        count_reused(ledger, own_removal, stores[winner.rests_on[0][0]], ALL_DOCUMENTS)
-        == 0
-    )
+    assert count_reused(ledger, own_removal, stores[calibration.key], Extent(sample=8)) == 8
+    assert count_reused(ledger, own_removal, stores[winner.rests_on[0][0]], ALL_DOCUMENTS) == 0
     # So are those that decided for a set which looked at no document.
     blind_removal = removal_by_search(
         ledger, records["last"], records["last"].steps[-1], calibration
     )
-    assert (
-        count_reused(ledger, blind_removal, stores[calibration.key], Extent(sample=8))
-        == 8
-    )
+    assert count_reused(ledger, blind_removal, stores[calibration.key], Extent(sample=8)) == 8
 
     refused(prune(path, "--output", lighter), "that is not empty")
 

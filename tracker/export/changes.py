@@ -133,8 +133,8 @@ def refuse_unsavable_units(units: Collection[str]) -> None:
     other_units = sorted(set(units) - {"layer", *NUMBERED_COMPONENTS})
     if other_units:
         raise RequestError(
-            f"--output cannot save a model if 'unit' is {other_units[0]}; leave --output out, or set "
-            "'unit' to layer, head, kv_head, expert or neuron"
+            f"--output cannot save a model if 'unit' is {other_units[0]}; leave --output out, or "
+            "set 'unit' to layer, head, kv_head, expert or neuron"
         )
 
 

@@ -187,7 +187,7 @@ class GoalResult:
 
     @property
     def _needed_text(self) -> str:
-        """Text that says how many test documents would confirm the estimated recommendation.
+        """Text that says how many test documents would confirm the recommendation.
 
         With this number, the recommended model would probably be significantly within the budget.
         """

@@ -133,7 +133,7 @@ class SearchRequest(SearchSettings):
             yield "'uniform' removes parts from every layer; leave 'protect' and 'among' out"
 
     def _several_unit_problems(self) -> Iterator[str]:
-        """Yield a message for each wrong setting if several units (e.g. heads) are removed."""
+        """Yield a message for each wrong setting if several units are removed."""
         if self.strategy not in MIXED_STRATEGIES:
             yield (
                 f"the strategy {self.strategy} cannot remove several units ({self.unit}); use "
@@ -150,7 +150,7 @@ class SearchRequest(SearchSettings):
                 "'among', 'at_least' and 'rescoring' out"
             )
         if "uniform" in self.model_fields_set and not self.uniform:
-            yield "a search with several units needs 'uniform' to be true; leave 'uniform' out"
+            yield "'uniform: false' is impossible for several units; leave 'uniform' out"
 
     @property
     def is_mixed(self) -> bool:

@@ -280,9 +280,10 @@ def find_budget(request: SearchRequest, cache: ModelCache) -> Budget:
 
 
 def _block_size(source: ModelSource, parts: SearchParts) -> int:
-    """Return the number of parts in each block; a uniform search removes equally many per block.
+    """Return the number of parts in a block, such as the heads of a layer.
 
-    A block is a layer. For attention heads, a block is a group of heads that share keys and values.
+    A uniform search removes equally many parts from each block. A block is a layer, or for
+    attention heads a group of heads that share keys and values.
     """
     counts, block = count_parts(source), parts.per_layer
     # Heads are removed evenly from the groups that share keys and values.

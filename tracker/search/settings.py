@@ -112,7 +112,7 @@ def _parse_minimums(value: object) -> str:
         if match is None or int(match[1]) < 1:
             raise ValueError(f"{kind}: invalid number of layers {short_text(text)}; {expected}")
         if match[2] and int(match[2]) < int(match[1]):
-            raise ValueError(f"{kind}: {match[1]} is more than {match[2]} layers; {expected}")
+            raise ValueError(f"{kind}: {match[1]} of {match[2]} layers cannot stay; {expected}")
     return json.dumps(texts, sort_keys=True)
 
 

@@ -46,8 +46,8 @@ def correlate(
     (`surrogate_series`). The function does this for each series, and returns the larger p-value.
 
     Shuffled layers would give too many false positives, because neighbouring layers have similar
-    values. For random walks, the false positive rate of this function at the level 5 % is 6 to 10
-    %.
+    values. At the level 5 %, the false positive rate of this function is 6 to 10 % for random
+    walks.
 
     For parts of layers, such as experts, the test shuffles the proxies among the parts of each
     layer.
