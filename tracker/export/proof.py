@@ -216,7 +216,9 @@ def _run_reference(question: Mapping[str, Any]) -> dict[str, Any]:
 def _refuse_other_model(answer: Answer, expected: ExpectedAnswers) -> None:
     """Raise WorkError if the saved model differs in its parameters or in its tokenizer."""
     if names := answer["not_as_saved"]:
-        raise WorkError(f"plain transformers ignores the saved weight {names[0]}")
+        raise WorkError(
+            f"the checkpoint or the model in plain transformers lacks the weight {names[0]}"
+        )
     if answer["parameters"] != expected.n_parameters:
         raise WorkError(
             f"plain transformers loads {answer['parameters']:,} parameters, but the model in "
