@@ -186,8 +186,8 @@ def make_llama(kind: type) -> Any:
 
 
 APART = (
-    "a saved checkpoint without the layer gives different logits than the model that skips the "
-    "layer, so ablations share no computation"
+    "a saved checkpoint without the layer gives different logits than skipping the layer, so "
+    "ablations share no computation"
 )
 
 
@@ -410,7 +410,7 @@ class TestCut:
         refuse(False, True)
         message = (
             f"^LlamaForCausalLM does not run without {layers} \\(no such model 0\\); "
-            "leave it out of 'layer'$"
+            "leave the layer out of 'layer'$"
         )
         with pytest.raises(CellError, match=message):
             self.checked("llama", (0,), removed)
@@ -432,14 +432,16 @@ class TestCut:
         pair = self.checked(model, (0, 1))
         assert (pair.in_place, pair.as_loaded, pair.sharing) == (True, False, FULL)
         message = (
-            "tracker measures the model in which the removed layers return their input, not a "
-            "saved checkpoint (the changed model cannot be described by a configuration)"
+            "(the changed model cannot be described by a configuration), so tracker uses the "
+            "model with skipped layers"
         )
-        assert pair.checkpoint_note == f"for all removals, {message}"
+        note = f"no usable checkpoint can be saved for any removal {message}"
+        assert pair.checkpoint_note == note
         # Beside a layer without which there is one, each is what it can be.
         verdict = self.checked(model, (0,), (0, 1))
         assert (verdict.in_place, verdict.as_loaded, verdict.sharing) == (True, True, PLAIN)
-        assert verdict.checkpoint_note == f"without layers 0, 1, {message}"
+        note = f"no usable checkpoint can be saved without layers 0, 1 {message}"
+        assert verdict.checkpoint_note == note
 
     def test_a_layer_that_is_passed_again_does_not_hand_on_its_input(self, watched) -> None:
         """It was said to, as a removed one does."""
@@ -448,11 +450,11 @@ class TestCut:
             verdict = verdict_on("jamba_eager", [INTACT, *ablations])
             clauses = verdict.checkpoint_note.split("; ")
             assert clauses[-1] == (
-                "for all repetitions, tracker measures the model that repeats the layers in memory,"
-                " not a saved checkpoint (the changed model cannot be described by a configuration)"
+                "no usable checkpoint can be saved for any repetition (the changed model cannot be "
+                "described by a configuration), so tracker uses the model changed in memory"
             )
             assert len(clauses) == len(ablations)
-            assert all("return their input" in clause for clause in clauses[:-1])
+            assert all("with skipped layers" in clause for clause in clauses[:-1])
 
     def test_a_model_that_is_another_when_it_is_loaded_has_no_checkpoint(self, watched) -> None:
         """A model built from a configuration alone is no proof."""

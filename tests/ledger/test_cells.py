@@ -218,7 +218,7 @@ class TestNoShard:
         assert not len(cell.read())
         assert path.exists()
         (warning,) = caplog.messages
-        assert warning.endswith("); the file is ignored; its outcomes are computed again")
+        assert warning.endswith(") and is ignored; its outcomes are computed again")
 
     def test_shards_under_another_blocks_name_are_set_aside(self, cell, path, caplog):
         renamed_path = path.rename(path.with_name(path.name.replace("00000", "00001")))

@@ -239,7 +239,7 @@ class TestLedger:
             (
                 LEDGER_FORMAT - 1,
                 "an older version",
-                "with that version, or choose another results folder with --results.",
+                "with that version, or choose another folder with --results.",
             ),
         ],
     )

@@ -109,7 +109,7 @@ class TestVerify:
         assert read_observations(cell.folder, "errors", blocks[1]) == {}
         assert list(read_observations(cell.folder, "errors", BLOCK)) == [0]
         other.write_bytes(first.read_bytes()[:-1])
-        assert "measured again" in verify_ledger(ledger).damaged[str(other)]
+        assert "creates it again" in verify_ledger(ledger).damaged[str(other)]
 
     def test_observations_of_earlier_versions_are_read(self, cell):
         """They do not say of which documents they are."""
@@ -157,7 +157,7 @@ class TestCompare:
             [
                 f"{names[0]}: only in {ledger.root}",
                 f"{names[1]}: only in {copied.root}",
-                f"{shared}: 4 outcomes are only in {ledger.root}",
+                f"{shared}: 4 outcomes are only in the results folder {ledger.root}",
             ]
         )
 

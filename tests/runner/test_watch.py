@@ -85,7 +85,7 @@ def test_a_number_that_is_wrong_stops_the_cell_before_it_is_published(
         "stopped, because computing ablations together gives a wrong result here: document"
         in reason
     )
-    assert "on the pruned model" in reason
+    assert "the changed model gives" in reason
     assert calls
     assert not publications
     (store,) = Ledger(results).cells()

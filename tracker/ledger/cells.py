@@ -343,12 +343,11 @@ class CellStore:
         self._unread.add(aside_path)
         try:
             path.replace(aside_path)
-            consequence = (
-                f"the file is renamed to {aside_path.name}; its outcomes are computed again"
-            )
+            fate = f"renamed to {aside_path.name}"
         except OSError:  # another process was first, or the folder is a colleague's
-            consequence = "the file is ignored; its outcomes are computed again"
-        log.warning("the shard %s is damaged (%s); %s", path, problem, consequence)
+            fate = "ignored"
+        message = "the shard %s is damaged (%s) and is %s; its outcomes are computed again"
+        log.warning(message, path, problem, fate)
         return None
 
     def damaged_shards(self) -> dict[str, str]:

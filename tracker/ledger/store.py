@@ -220,8 +220,10 @@ class Ledger:
             try:
                 contents.experiments[path.name] = _read_experiment(path)
             except (OSError, ValueError) as error:
-                reason = files.error_reason(error)
-                damaged[str(path)] = f"{reason}; run this experiment file again, or delete it"
+                damaged[str(path)] = (
+                    f"the experiment file is damaged ({files.error_reason(error)}); run the "
+                    "experiment again, or delete the file"
+                )
         return contents
 
     def _search_message(self, command: Sequence[str]) -> str:
@@ -316,7 +318,7 @@ class Ledger:
             raise ResultsError(message) from None
         if problem := format_version_problem(number):
             raise ResultsError(
-                f"{self.root} {problem}, or choose another results folder with --results."
+                f"the folder {self.root} {problem}, or choose another folder with --results."
             )
         return True
 

@@ -77,7 +77,7 @@ def verify_ledger(
         problems = {str(path): access_problem(path) for path in store.texts.files()}
         result.damaged |= {path: problem for path, problem in problems.items() if problem}
         for path in sorted(store.folder.glob("observed/*/*.parquet")):
-            result.damaged |= _check_file(path, read_observation_file, "measured")
+            result.damaged |= _check_file(path, read_observation_file)
         for paths, message in (
             (aside_paths, SHARD_SET_ASIDE),
             (lost_paths, _LOST),
@@ -88,21 +88,21 @@ def verify_ledger(
         progress(1)
     for pattern in _NOTES:
         for path in sorted(ledger.root.glob(pattern)):
-            result.damaged |= _check_file(path, _read_note, "created")
+            result.damaged |= _check_file(path, _read_note)
     return result
 
 
-def _check_file(path: Path, read: Callable[[Path], object], verb: str) -> dict[str, str]:
+def _check_file(path: Path, read: Callable[[Path], object]) -> dict[str, str]:
     """Verify a file that tracker can create again.
 
-    `read` raises an error if the file is damaged. The message contains the participle `verb`,
-    such as `created`. Returns {path: message} for a damaged file, and {} for an intact file.
+    `read` raises an error if the file is damaged. Returns {path: message} for a damaged file, and
+    {} for an intact file.
     """
     try:
         read(path)
     except (OSError, ValueError) as error:
         reason = error_reason(error)
-        message = f"{reason}; the file is ignored, and its content is {verb} again when needed"
+        message = f"the file is ignored ({reason}); tracker creates it again when it is needed"
         return {str(path): message}
     return {}
 
@@ -144,7 +144,7 @@ def _cell_differences(*stores: CellStore) -> Iterator[str]:
     lone_keys = (outcomes.keys() - other_outcomes, other_outcomes.keys() - outcomes)
     for store, keys in zip(stores, lone_keys, strict=True):
         if keys:
-            yield f"{len(keys)} outcomes are only in {store.folder.parents[1]}"
+            yield f"{len(keys)} outcomes are only in the results folder {store.folder.parents[1]}"
     texts, other_texts = (store.texts.read() for store in stores)
     if documents := [key for key in texts.keys() & other_texts if texts[key] != other_texts[key]]:
         task, doc = min(documents)

@@ -291,8 +291,10 @@ class Views:
             try:
                 requested = self.read(path.read_bytes(), path.name)
             except (OSError, ValueError) as error:
-                again = "delete the file and run the experiment again; no outcome is lost"
-                damage = f"the file is damaged ({error_reason(error)}); {again}"
+                damage = (
+                    f"the file is damaged ({error_reason(error)}); delete the file and run the "
+                    "experiment again; no outcome is lost"
+                )
                 problem = access_problem(path) or damage
                 if damaged is None:
                     raise ResultsError(f"{path}: {problem}") from None

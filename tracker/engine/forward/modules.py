@@ -125,14 +125,16 @@ class ModuleFork(ABC):
         return hooks.replaced_forward(self.module, call)
 
 
-def view_streams(batch: Tensor, n_streams: int, owner: str = "a batch") -> Tensor:
+def view_streams(batch: Tensor, n_streams: int, tensor_name: str = "a tensor") -> Tensor:
     """Reshape a batch [streams × n, …] to [streams, n, …].
 
-    Raises RefusalError if the number of rows is not a multiple of `n_streams`. `owner` is the
-    subject of the error message.
+    Raises RefusalError if the number of rows is not a multiple of `n_streams`. `tensor_name` is the
+    name of the tensor in the error message.
     """
     if len(batch) % n_streams:
-        raise RefusalError(f"{owner} cannot be divided among the ablations")
+        raise RefusalError(
+            f"{tensor_name} has {len(batch)} rows, which cannot be divided evenly among ablations"
+        )
     return batch.reshape(n_streams, -1, *batch.shape[1:])
 
 
@@ -217,7 +219,7 @@ class SublayerFork(ModuleFork):
         output = self.original(*args, **kwargs)
         # There is always a stream: the baseline passes everything.
         states, n_outputs = hooks.first_output(output), len({*self.sources} - {None})
-        outputs = view_streams(states, n_outputs, "the output of the attention")
+        outputs = view_streams(states, n_outputs, "the attention's output")
         n_rows = len(states) * n_entering // n_outputs
         fill = hooks.neutral_output(self.module, *arguments, states, n_rows)
         fills = view_streams(fill, n_entering)
@@ -280,7 +282,7 @@ class ProjectionFork(ModuleFork):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Compute the projection's outputs without the removed heads or neurons."""
         (inputs,) = (*args, *kwargs.values())
-        computed = view_streams(inputs, max(self.sources) + 1, "the input of an output projection")
+        computed = view_streams(inputs, max(self.sources) + 1, "the output projection's input")
         states = take_entries(computed, self.sources)
         for state, removed_columns in zip(states, self.columns, strict=True):
             for columns in removed_columns:
@@ -317,7 +319,7 @@ class RouterFork(ModuleFork):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the experts that the router chooses for each token, and their routing weights."""
         arguments, hidden = (args, kwargs), hooks.input_state(args, kwargs)
-        states = view_streams(hidden, len(self.remaining), "the input of the experts' router")
+        states = view_streams(hidden, len(self.remaining), "the router's input")
         intact = [stream for stream, experts in enumerate(self.remaining) if experts is None]
         # There is always a stream: the baseline lacks none.
         intact_states = take_entries(states, intact).flatten(0, 1)
@@ -357,9 +359,7 @@ class SharedExpertFork(ModuleFork):
         """Return the expert's output, with zeros for the streams that lack the expert."""
         output = self.original(*args, **kwargs)
         states: Tensor = hooks.first_output(output)
-        outputs = view_streams(
-            states, len(self.is_removed), "the output of a shared expert"
-        ).clone()
+        outputs = view_streams(states, len(self.is_removed), "the shared expert's output").clone()
         # Slices, because an index tensor would have to be copied to an accelerator.
         for part in consecutive_slices([i for i, lacks in enumerate(self.is_removed) if lacks]):
             outputs[part] = 0
@@ -422,7 +422,7 @@ class LinearFork(RoundedFork):
         """Return the output of the linear map, with each stream's own weights."""
         (inputs,) = (*args, *kwargs.values())
         output: Tensor = self.original(inputs)
-        stream_inputs = view_streams(inputs, len(self.formats), "the input of a linear map")
+        stream_inputs = view_streams(inputs, len(self.formats), "the linear map's input")
         stream_outputs = view_streams(output, len(self.formats))
         for formats, streams in self.streams_by_formats.items():
             for path, form in formats:

@@ -287,8 +287,8 @@ def measure_state_changes(engine: Engine, document: Document) -> dict[str, Tenso
             engine.run_text(tokens)
         if [len(state) for pair in layer_states for state in pair] != [len(tokens)] * 2 * n_layers:
             raise RefusalError(
-                "a layer does not run exactly once per forward pass, or does not return one hidden "
-                "state per token"
+                "this measurement needs layers that run once per forward pass and return one "
+                "hidden state per token"
             )
         states = [[state[start:] for state in pair] for pair in layer_states]
         sums["tokens"] += len(tokens) - start

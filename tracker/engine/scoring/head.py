@@ -220,7 +220,7 @@ def use_row_formats(
     def by_format(inputs: Tensor) -> Tensor:
         output = forward(inputs)
         if len(inputs) != len(formats):
-            raise RefusalError(f"the module {name} is not called with one batch row per text")
+            raise RefusalError(f"{name} is called with {len(inputs)} rows for {len(formats)} texts")
         for form, rows in rows_by_format.items():
             if form is not None:
                 with embeddings.temporary_format(name, form):

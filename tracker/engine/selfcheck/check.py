@@ -311,8 +311,8 @@ def _describe_unsteady(comparison: Comparison, dtype: torch.dtype, is_half: bool
         name = str(dtype).removeprefix("torch.")
         return f"in {name}, rounding errors alone change {share}; lm-eval has the same errors"
     return (
-        "the model is discontinuous: two scores in a router or a top-k selection are nearly equal, "
-        f"so rounding changes {share} by more than the tolerance; lm-eval has the same errors"
+        "the model is discontinuous: two scores in a router or a top-k selection are nearly equal. "
+        f"Rounding errors change {share} by more than the tolerance; lm-eval has the same errors"
     )
 
 

@@ -306,9 +306,11 @@ def find_removed_model(
             outputs = _compute_outputs(truth, original, layer_ablation, loading)
             results[layer_ablation] = outputs
             if outputs.copy is None and outputs.skip is None and outputs.saved is None:
-                description = _describe_ablation(layer_ablation)
-                reason = f"does not run {description} ({outputs.refusal})"
-                raise CellError(f"{name} {reason}; leave it out of 'layer'")
+                ablation_name = _describe_ablation(layer_ablation)
+                raise CellError(
+                    f"{name} does not run {ablation_name} ({outputs.refusal}); leave the layer out "
+                    "of 'layer'"
+                )
     for _ in range(2):
         in_place = any(outputs.must_stay for outputs in results.values())
         differs = any(outputs.differs_from_skip for outputs in results.values())
@@ -324,17 +326,17 @@ def find_removed_model(
         for ablation in mismatches:
             results[ablation] = replace(results[ablation], saved=None, unsaved=_COMPUTED)
     else:
-        description, outputs = _describe_ablation(mismatches[0]), results[mismatches[0]]
+        ablation_name, outputs = _describe_ablation(mismatches[0]), results[mismatches[0]]
+        reason = outputs.refusal or outputs.unsaved
         raise CellError(
-            f"{name} cannot be measured {description} ({outputs.refusal or outputs.unsaved}); "
-            "leave the layer out of 'layer'"
+            f"{name} cannot be measured {ablation_name} ({reason}); leave the layer out of 'layer'"
         )
     note = _describe_unsaved(results)
     verdict = replace(verdict, in_place=in_place, as_loaded=as_loaded, checkpoint_note=note)
     if differs:
         note = (
-            "a saved checkpoint without the layer gives different logits than the model that skips "
-            "the layer, so ablations share no computation"
+            "a saved checkpoint without the layer gives different logits than skipping the layer, "
+            "so ablations share no computation"
         )
         return replace(verdict, sharing=PLAIN, sharing_note=note)
     return verdict
@@ -384,7 +386,7 @@ def _test_loading(engine: Engine, original: Engine) -> _Loading:
     logits, reason = _probe_logits(loaded_engine)
     if logits_alike(logits, _probe_logits(original)[0]):
         return replace(loading, full_model=full_model)
-    log.debug("%s changes or fails after saving and loading: %s", engine.class_name, reason)
+    log.debug("when reloaded, %s fails or gives other logits: %s", engine.class_name, reason)
     return loading
 
 
@@ -435,8 +437,8 @@ def _describe_unsaved(results: Mapping[Ablation, _Outputs]) -> str | None:
     """Describe ablations that cannot be saved as a checkpoint; None if there are none."""
     clauses = []
     for repeats, all_phrase, model in (
-        (False, "for all removals", "the model in which the removed layers return their input"),
-        (True, "for all repetitions", "the model that repeats the layers in memory"),
+        (False, "for any removal", "the model with skipped layers"),
+        (True, "for any repetition", "the model changed in memory"),
     ):
         group = [ablation for ablation in results if bool(ablation.repetitions) == repeats]
         unsaved = [ablation for ablation in group if results[ablation].saved is None]
@@ -445,10 +447,10 @@ def _describe_unsaved(results: Mapping[Ablation, _Outputs]) -> str | None:
         names = [_describe_ablation(ablation) for ablation in unsaved[:MAX_LAYERS_NAMED]]
         if len(unsaved) > MAX_LAYERS_NAMED:
             names.append(f"{len(unsaved) - MAX_LAYERS_NAMED} more")
-        subject = " or ".join(names) if len(unsaved) < len(group) else all_phrase
+        description = " or ".join(names) if len(unsaved) < len(group) else all_phrase
+        reason = results[unsaved[0]].unsaved
         clauses.append(
-            f"{subject}, tracker measures {model}, not a saved checkpoint "
-            f"({results[unsaved[0]].unsaved})"
+            f"no usable checkpoint can be saved {description} ({reason}), so tracker uses {model}"
         )
     return "; ".join(clauses) or None
 

@@ -183,7 +183,7 @@ class Reference:
             return Comparison(1, difference)
         if self.is_unsteady(ablation, request, difference / MAX_ROUNDING_FACTOR):
             return Comparison(1, difference, 1)
-        message = f"{value:.6g} nats with sharing, but {expected:.6g} nats on the pruned model"
+        message = f"sharing gives {value:.6g} nats, but the changed model gives {expected:.6g} nats"
         return Comparison(1, difference, wrong=message)
 
 
@@ -321,7 +321,7 @@ def describe_difference(way: Sharing, comparison: Comparison) -> str:
     sentence = f"{cause} changes a log-likelihood by {comparison.difference:.3g} nats"
     if not comparison.unsteady:
         return sentence
-    return f"{sentence}, mostly because of rounding errors ({comparison.unsteady} answers)"
+    return f"{sentence}. Rounding errors explain {comparison.unsteady} of these changes"
 
 
 @torch.inference_mode()
