@@ -213,15 +213,15 @@ class _Finisher:
             )
         self._publishing.append((title, self._publisher.begin(outcome, shown_record, live_runs)))
         while self._publishing and self._publishing[0][1].done():
-            self._report_next()
+            self._report_oldest_upload()
 
     def wait(self) -> None:
         """Wait until all measured results have been published."""
         while self._publishing:
-            self._report_next()
+            self._report_oldest_upload()
 
-    def _report_next(self) -> None:
-        """Wait until the next upload has ended, and report its result."""
+    def _report_oldest_upload(self) -> None:
+        """Wait until the oldest upload has ended, and report its result."""
         title, future = self._publishing.popleft()
         outcome = future.result()
         self.report.locations.update(outcome.locations)
@@ -250,10 +250,10 @@ def find_smaller_requests(requests: Collection[CellRequest]) -> set[CellRequest]
 
 
 def _view_note(view: View, shown_view: View, related_views: Sequence[View]) -> str:
-    """Return a message if reports show more documents or runs than requested; else "".
+    """Return a note if reports show more documents or runs than requested; else "".
 
-    `view` is the requested selection of documents and runs, and `shown_view` is the selection that
-    reports show. `related_views` are similar selections that were requested earlier.
+    `view` is the requested selection, and `shown_view` is the selection that reports show.
+    `related_views` are similar selections that were requested earlier.
     """
     if view.until is None and shown_view.size > view.size:
         key, count = ("limit", view.limit) if view.seed is None else ("sample", view.sample)

@@ -128,7 +128,7 @@ class ErrorBoundary(GroupedCommands):
         if sys.platform == "win32":
             raise click.UsageError(UNSUPPORTED_SYSTEM, ctx)
         try:
-            with _infrequent_collection():
+            with _infrequent_garbage_collection():
                 return super().invoke(ctx)
         except (click.exceptions.Exit, click.ClickException, click.Abort, BrokenPipeError):
             raise
@@ -150,8 +150,8 @@ class ErrorBoundary(GroupedCommands):
 
 
 @contextmanager
-def _infrequent_collection() -> Iterator[None]:
-    """Collect garbage less often in a `with` block."""
+def _infrequent_garbage_collection() -> Iterator[None]:
+    """Make Python's garbage collector run less often until the context exits."""
     old_threshold = gc.get_threshold()
     gc.set_threshold(COLLECTION_THRESHOLD, *old_threshold[1:])
     try:

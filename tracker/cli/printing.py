@@ -377,8 +377,8 @@ def print_plan(cells: Sequence[PlannedCell], gflops: float | None) -> None:
         Column("statistics", "count", partial(share_text, "statistics_layer_passes")),
         Column("memory", "count", lambda cell: f"{cell.cost.peak_bytes / 2**30:.1f} GiB"),
         Column("time at least", "count", time_at_least),
-        Column("smallest detectable drop", "count", lambda cell: _detectable_drop(cell)[0]),
-        Column(documents_label, "count", lambda cell: _detectable_drop(cell)[1]),
+        Column("smallest detectable drop", "count", lambda cell: _detectability(cell)[0]),
+        Column(documents_label, "count", lambda cell: _detectability(cell)[1]),
     )
     total = sum(map(seconds, cells))
     echo(f"{TEXTS.render('plan', cells, rates, total)}\n")
@@ -492,8 +492,8 @@ def _describe_stopping(cell: PlannedCell) -> str:
     return TEXTS.render("stopping", cell, PILOT_DOCUMENTS)
 
 
-def _detectable_drop(cell: PlannedCell) -> tuple[str, str]:
-    """Return the smallest detectable drop, and a number of documents, both as texts.
+def _detectability(cell: PlannedCell) -> tuple[str, str]:
+    """Return two table entries: the smallest detectable drop, and a number of documents.
 
     With this number of documents, a drop of `REPORTED_DROP` can be detected.
     """

@@ -85,7 +85,7 @@ def savable_copy(
         if index in indices[:position]:
             layers[position] = copy.deepcopy(layers[position])
     with suppress(ModelError):  # the check below reports the reason
-        pruned.apply_reload(model, clone, indices)
+        pruned.set_reloaded_values(model, clone, indices)
     _refuse_other_shapes(model, clone, f"that {_describe_changes(removed, repeated)}")
     return clone
 
@@ -119,11 +119,10 @@ def _plurals(ablation: Ablation) -> str:
 
 
 def _refuse_other_shapes(model: PreTrainedModel, clone: PreTrainedModel, subject: str) -> None:
-    """Raise ModelError if a copy's configuration implies other tensor shapes than the copy has.
+    """Raise ModelError if a copy's configuration describes other tensor shapes than the copy has.
 
-    If transformers itself has the model's class, the function first removes references to
-    downloaded code from the copy's configuration. `subject` is the part of the message that
-    describes the changes.
+    If the model's class is part of transformers, references to downloaded code are first deleted
+    from the copy's configuration. `subject` names the copy's changes in the message.
     """
     model_class = type(model) if _has_remote_code(model) else None
     if model_class is None:
@@ -194,8 +193,8 @@ def check_layer_changes(
     model, small_model = _hollow_and_miniature(source, content_hash(source.stamp()))
     n_layers = len(find_layers(model))
     for layers in [[0], [n_layers // 2]] if removed is None else [removed]:
-        named_layers = [*layers, *(layer for span in repeated for layer in span.layers)]
-        _refuse_missing_layers(source, n_layers, layers, named_layers)
+        changed_layers = [*layers, *(layer for span in repeated for layer in span.layers)]
+        _refuse_missing_layers(source, n_layers, layers, changed_layers)
         if small_model is None:
             savable_copy(model, layers, repeated)
         else:
@@ -204,24 +203,24 @@ def check_layer_changes(
 
 
 def _refuse_missing_layers(
-    source: ModelSource, n_layers: int, removed: Collection[int], named: Collection[int]
+    source: ModelSource, n_layers: int, removed: Collection[int], changed: Collection[int]
 ) -> None:
-    """Raise ModelError if a layer does not exist, or if no layer remains.
-
-    `removed` are the removed layers, and `named` are all layers whose existence is checked.
-    """
-    invalid = [layer for layer in named if not 0 <= layer < n_layers]
-    if invalid or len(set(removed)) >= n_layers:
-        problem = f"layer {invalid[0]} is out of range" if invalid else "no layer would be left"
-        has = f"{source.source} has {n_layers} layers, 0 to {n_layers - 1}"
-        raise ModelError(f"{problem}: {has}")
+    """Raise ModelError if a layer in `changed` does not exist, or if all layers are removed."""
+    invalid = [layer for layer in changed if not 0 <= layer < n_layers]
+    if invalid:
+        raise ModelError(
+            f"layer {invalid[0]} is out of range: {source.source} has {n_layers} layers, "
+            f"numbered 0 to {n_layers - 1}"
+        )
+    if len(set(removed)) >= n_layers:
+        raise ModelError(f"no layer would be left: {source.source} has only {n_layers} layers")
 
 
 def check_part_removal(source: ModelSource, ablation: Ablation) -> None:
-    """Raise ModelError if plain transformers could not load the model without some parts.
+    """Raise ModelError if plain transformers could not load the model after a removal.
 
-    The ablation can also remove whole layers. The function tests a small random model with the same
-    architecture.
+    The ablation removes parts such as heads, and possibly also whole layers. The function tests a
+    small random model with the same architecture.
     """
     if not ablation.parts:
         check_layer_changes(source, ablation.removed())
@@ -240,7 +239,7 @@ def check_part_removal(source: ModelSource, ablation: Ablation) -> None:
     plan_narrowing(ablation.renumbered_parts, find_parts, type(model).__name__).build(model)
     if small_model is not None:
         small_copy = copy.deepcopy(small_model)
-        small_ablation = _uniform_removal(small_copy, ablation)
+        small_ablation = _smallest_removal(small_copy, ablation)
         _check_reload(small_copy, Ablation.from_changes(*small_ablation.changes, removed=removed))
 
 
@@ -306,13 +305,11 @@ def _choose_test_parts(counts: PartNumbers) -> tuple[Component, int]:
     return single[0] if single and count == 1 else (unit, count)
 
 
-def _uniform_removal(model: PreTrainedModel, ablation: Ablation) -> Ablation:
-    """Find the smallest removal of parts that the model's class accepts.
+def _smallest_removal(model: PreTrainedModel, ablation: Ablation) -> Ablation:
+    """Find the smallest number of parts per layer that can be removed.
 
-    The removal takes the same number of parts from each layer.
-
-    The removal has the same kinds of parts as `ablation`. Raises ModelError if the class accepts no
-    removal.
+    Returns an ablation that removes these parts from each layer. The kinds of parts are those in
+    `ablation`. Raises ModelError if the model's class accepts no removal.
     """
     anatomy = LayerAnatomy.of(model)
     kinds = dict.fromkeys(PART_CLASSES[change.component] for change in ablation.parts)

@@ -137,15 +137,16 @@ def plan_narrowing(
 
     Args:
         ablation: The parts to remove.
-        find_parts: Function that returns the parts of one kind, by the number of their layer.
+        find_parts: Function that takes a kind of parts, such as `Heads`, and returns the parts of
+            each layer by the layer's index.
         owner: Name of the model in messages.
 
     Returns:
         The numbers of parts after the removal, and the remaining entries of tensors.
 
     Raises:
-        ModelError: A layer does not have one of the parts, or the numbers of removed parts differ
-            between layers.
+        ModelError: A part does not exist, or the layers have different numbers of parts before or
+            after the removal.
     """
     plan = Narrowing()
     for kind, changes in group_by(ablation.parts, lambda c: PART_CLASSES[c.component]).items():
@@ -245,12 +246,11 @@ def narrowed_copies(model: PreTrainedModel, ablation: Ablation) -> tuple[Any, An
 def _cut_tensor(
     value: Tensor | None, expected: Tensor | None, entries: Mapping[int, Sequence[int]], name: str
 ) -> Tensor | None:
-    """Cut a tensor to the shape of the tensor `expected`.
+    """Shorten a tensor to the shape of the tensor `expected`.
 
-    `entries` maps the length of an axis to the indices of its remaining entries.
-
-    Raises ModelError if `entries` does not contain the entries of an axis. A tensor that already
-    has the expected shape is returned unchanged, so that tied weights stay tied.
+    `entries` contains the remaining indices on an axis, by the length of the axis. A tensor with
+    the expected shape is returned unchanged, so that tied weights stay tied. Raises ModelError if
+    `entries` lacks an axis.
     """
     if value is None or expected is None or value.shape == expected.shape:
         return value

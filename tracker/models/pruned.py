@@ -71,7 +71,7 @@ def prune_model(
         The changed copy.
     """
     layers = find_layers(model)
-    memo = _shared_memo(model)
+    memo = _sharing_memo(model)
     new_values = new_values or {}
     for (path, name), value in new_values.items():
         parameter = model.get_submodule(path)._parameters.get(name)
@@ -116,8 +116,8 @@ def remaining_layers(
     return indices
 
 
-def _shared_memo(model: nn.Module) -> dict[int, Any]:
-    """Return a `memo` argument for `deepcopy`, to share weights and large buffers."""
+def _sharing_memo(model: nn.Module) -> dict[int, Any]:
+    """Build a `memo` for `deepcopy`, so that a copy shares weights and large buffers."""
     shared_objects: list[Any] = []
     for module in model.modules():
         buffers = (buffer for buffer in module._buffers.values() if buffer is not None)
@@ -137,7 +137,7 @@ def _keep_layers(clone: PreTrainedModel, layers: nn.ModuleList, indices: Sequenc
     new_layers = [layers[index] for index in indices]
     for position, (index, layer) in enumerate(zip(indices, new_layers, strict=True)):
         if index in indices[:position]:
-            layer = new_layers[position] = copy.deepcopy(layer, _shared_memo(layer))
+            layer = new_layers[position] = copy.deepcopy(layer, _sharing_memo(layer))
         for (path, attribute), holders in index_attributes.items():
             if index in holders:
                 setattr(layer.get_submodule(path), attribute, position)
@@ -168,11 +168,10 @@ def _own_attributes(module: nn.Module, types: tuple[type, ...]) -> list[tuple[st
 
 
 def _find_index_attributes(layers: nn.ModuleList) -> dict[tuple[str, str], set[int]]:
-    """Find the module attributes that contain the index of their layer.
+    """Find the module attributes that hold the index of their layer, such as `layer_idx`.
 
-    Returns a dictionary from (module path, attribute) to the set of layers with this attribute.
-
-    The value of the attribute must equal the layer's index in every layer that has the attribute.
+    Returns a dictionary. A key is a pair: the path of a module in its layer, and the attribute's
+    name. The value is the set of layers that have this attribute.
     """
     values: defaultdict[tuple[str, str], dict[int, int]] = defaultdict(dict)
     for index, layer in enumerate(layers):
@@ -212,7 +211,7 @@ def cut_config(config: PreTrainedConfig, indices: Sequence[int]) -> None:
     for name, value in list(vars(config).items()):
         if name.startswith("_") or name == _LABELS_KEY:
             continue
-        new_value = _cut_entry(value, indices, total)
+        new_value = _cut_nested_value(value, indices, total)
         if name == FIRST_LAYERS_KEY and type(value) is int:
             new_value = sum(layer < value for layer in indices)
         elif "layer" in name and isinstance(value, list) and _are_layer_indices(value, total):
@@ -233,15 +232,15 @@ def original_class(config: PreTrainedConfig) -> type[Any]:
     return getattr(type(config), _ORIGINAL_CLASS, type(config))
 
 
-def _cut_entry(value: Any, indices: Sequence[int], n_layers: int) -> Any:
-    """Keep only the entries of the layers in `indices` in a value of a configuration.
+def _cut_nested_value(value: Any, indices: Sequence[int], n_layers: int) -> Any:
+    """Shorten the per-layer lists and tables in a configuration value to the layers `indices`.
 
-    In a dictionary, the function does this for each of its values.
+    Lists and tables in nested dictionaries are shortened too.
     """
     if isinstance(value, dict) and not any(type(key) is int for key in value):
         if "rope_type" in value:
             return value
-        return {name: _cut_entry(item, indices, n_layers) for name, item in value.items()}
+        return {name: _cut_nested_value(item, indices, n_layers) for name, item in value.items()}
     return _cut_value(value, indices, n_layers)
 
 
@@ -396,8 +395,10 @@ def simulate_reload(
     return loaded_model.to(clone.device)
 
 
-def apply_reload(model: PreTrainedModel, clone: PreTrainedModel, indices: Sequence[int]) -> None:
-    """Set the attributes of a pruned copy to the values that loading would compute.
+def set_reloaded_values(
+    model: PreTrainedModel, clone: PreTrainedModel, indices: Sequence[int]
+) -> None:
+    """Give a pruned copy the attribute values that it would have after saving and loading.
 
     Configuration values such as `first_k_dense_replace` are adapted to the remaining layers.
 
@@ -429,7 +430,7 @@ def find_stale_attributes(
     cut_model: PreTrainedModel,
     indices: Sequence[int],
 ) -> list[StaleAttribute]:
-    """List the module attributes of a copy that saving and loading would change.
+    """List the attributes of a copy's modules that would change if the copy was saved and loaded.
 
     Args:
         model: The original model.
@@ -439,7 +440,7 @@ def find_stale_attributes(
         indices: The indices of the copy's layers in the original model.
 
     Returns:
-        The attributes and non-persistent buffers that differ, with their values after loading.
+        The attributes (including non-persistent buffers), with their values after loading.
     """
     prefix, clone_modules = _layers_prefix(model), dict(clone.named_modules())
     old_modules = _renumber(dict(model.named_modules()), prefix, indices)
@@ -457,7 +458,9 @@ def find_stale_attributes(
         # Another class means a packed weight, or one with an adapter.
         clone_module = clone_modules.get(path)
         if path in old_modules and clone_module is not None and type(clone_module) is type(module):
-            stale += _stale_attributes(clone_module, old_modules[path], full_modules[path], module)
+            stale += _module_stale_attributes(
+                clone_module, old_modules[path], full_modules[path], module
+            )
     return stale
 
 
@@ -481,14 +484,14 @@ def _renumber(items: Mapping[str, Any], prefix: str, indices: Sequence[int]) -> 
     return new_items
 
 
-def _stale_attributes(
+def _module_stale_attributes(
     clone: nn.Module, old_module: nn.Module, full_module: nn.Module, cut_module: nn.Module
 ) -> Iterator[StaleAttribute]:
-    """Yield attributes of a copied module that saving and loading would change.
+    """Yield the attributes of a copied module that would change if the copy was saved and loaded.
 
-    `clone` is a module of the copy, and `old_module` is the same module of the original model.
-    `full_module` and `cut_module` are the same modules of two models that are built from the
-    original configuration and from the copy's configuration.
+    Each argument is the same module of another model: the copy (`clone`), the original model
+    (`old_module`), a model built from the original configuration (`full_module`), and a model built
+    from the copy's configuration (`cut_module`).
     """
     for name, value in vars(cut_module).items():
         if name in _TORCH_ATTRIBUTES or not _is_plain(value):

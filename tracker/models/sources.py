@@ -364,11 +364,9 @@ def _find_in_package(source: str) -> ModelSource:
 
 
 def _create_shape(source: str) -> ModelSource:
-    """Create a cache folder for a `shape:` model, without weights.
+    """Create a cache folder with the configuration and the tokenizer of a `shape:` model.
 
-    The folder contains the configuration of a real model, and a tokenizer.
-
-    `write_weights` writes random weights when the model is loaded. Raises ModelError if there is no
+    When the model is loaded, `write_weights` adds random weights. Raises ModelError if there is no
     model shape with this name.
     """
     from transformers import AutoConfig

@@ -267,12 +267,12 @@ def find_configured_parts(source: ModelSource, unit: Component) -> dict[int, Num
     return dict.fromkeys(parts.used_layers or (), part)
 
 
-def _layers_with_parts(small: PreTrainedModel, unit: Component) -> tuple[int, ...]:
-    """List the layers that have the configured number of heads, experts or neurons.
+def _layers_with_parts(small_model: PreTrainedModel, unit: Component) -> tuple[int, ...]:
+    """List the layers with as many heads, experts or neurons as the configuration states.
 
-    `small` is a miniature of the model, and `unit` is the kind of parts.
+    `small_model` is a small random model with the same architecture. `unit` is the kind of parts.
     """
-    config, anatomy = small.config.get_text_config(), LayerAnatomy.of(small)
+    config, anatomy = small_model.config.get_text_config(), LayerAnatomy.of(small_model)
     count, n_chosen = parts_of_config(config).count_of(unit), experts_per_token(config)
 
     def is_configured(part: LayerPart | None) -> bool:

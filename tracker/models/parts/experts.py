@@ -64,25 +64,26 @@ class Experts:
 
     @classmethod
     def find(cls, finder: PartFinder) -> list[Experts | None]:
-        """Find the routed experts of every layer.
+        """Find the routed experts of every layer; the entry of a layer without experts is None.
 
-        The module of the routed experts is the module whose own tensors all have one entry per
-        expert. The router is the innermost module that returned the indices of each token's
-        experts. To test whether experts can be removed, the method calls the router again without
-        its last expert. The entry of a layer without routed experts is None.
+        The module of the experts is a module whose own tensors all have one entry per expert. The
+        router is the innermost module that returned the indices of each token's experts. The method
+        calls the router without its last expert to test whether experts can be removed.
         """
 
         def find(layer: nn.Module, calls: Sequence[ModuleCall]) -> Experts | None:
             paths, experts = module_paths(layer), None
             for index, call in enumerate(calls):
                 count = count_experts(call.module)
-                choice = next(_find_choices(calls[:index], call, count), None) if count else None
+                choice = (
+                    next(_find_router_calls(calls[:index], call, count), None) if count else None
+                )
                 if choice is None:
                     continue
                 router, table = choice
                 router_path, holder = paths[router.module], paths[call.module]
                 if router_path.rpartition(".")[0] == holder.rpartition(".")[0]:
-                    removable = _works_without_one(router, table, count)
+                    removable = _works_without_last_expert(router, table, count)
                     experts = cls(router_path, holder, count, table.shape[-1], removable)
             return experts
 
@@ -171,13 +172,10 @@ class SharedExperts:
 
     @classmethod
     def find(cls, finder: PartFinder) -> list[SharedExperts | None]:
-        """Find the shared experts of every layer's MLP.
+        """Find the shared experts of every layer's MLP; the entry of other layers is None.
 
-        A shared expert is a module beside the routed experts that is called with the MLP's own
-        input, and whose output the MLP adds to other outputs. To test the addition, the method
-        multiplies the output of the shared expert by 0, 1 and 2. The output of the MLP must change
-        equally from factor 0 to factor 1 and from factor 1 to factor 2. The entry of a layer
-        without shared experts is None.
+        A shared expert is a module beside the routed experts. It reads the input of the MLP, and
+        the MLP adds its output to other outputs.
         """
         mlps = {sublayers.mlp for sublayers in finder.find(Sublayers) if sublayers}
 
@@ -190,7 +188,7 @@ class SharedExperts:
             for module in _unrouted_modules(mlp.module):
                 path = path_of[module]
                 is_nested = any(path.startswith(f"{outer}.") for outer in paths)
-                if module in readers and not is_nested and _is_added(module, mlp):
+                if module in readers and not is_nested and _mlp_adds_output(module, mlp):
                     paths.append(path)
             return cls(tuple(paths)) if paths else None
 
@@ -202,13 +200,13 @@ class SharedExperts:
             layer.get_submodule(path).register_forward_hook(hooks.silence_output, with_kwargs=True)
 
 
-def _find_choices(
+def _find_router_calls(
     calls: Sequence[ModuleCall], experts: ModuleCall, count: int
 ) -> Iterator[tuple[ModuleCall, Tensor]]:
-    """Yield module calls that returned the indices of each token's experts.
+    """Yield the module calls that returned the indices of each token's experts.
 
-    Each call is yielded as a pair: the call, and the returned indices. One of the called modules
-    can be the router. `experts` is the call of the module that contains the `count` experts.
+    Each entry is a pair: one of `calls`, which could be the call of the router, and the returned
+    indices. `experts` is the call of the module with the `count` experts.
     """
     for choice in integer_tables(experts.arguments):
         for call in calls:
@@ -228,8 +226,11 @@ def count_experts(module: nn.Module) -> int:
     return count if (count := counts.pop()) > 1 else 0
 
 
-def _works_without_one(router: ModuleCall, choice: Tensor, count: int) -> bool:
-    """Return whether a router still returns valid indices without its last expert."""
+def _works_without_last_expert(router: ModuleCall, choice: Tensor, count: int) -> bool:
+    """Test whether a router still chooses valid experts after its last expert is removed.
+
+    `router` is the router's recorded call, which chose the experts `choice` out of `count` experts.
+    """
     if choice.shape[-1] >= count:
         return True  # all are chosen, so none may be removed anyway
     remaining = range(count - 1)
@@ -424,8 +425,12 @@ def _unrouted_modules(mlp: nn.Module) -> list[nn.Module]:
     return [module for module in mlp.modules() if module not in around]
 
 
-def _is_added(module: nn.Module, mlp: ModuleCall) -> bool:
-    """Return whether an MLP adds the output of the module `module` to other outputs."""
+def _mlp_adds_output(module: nn.Module, mlp: ModuleCall) -> bool:
+    """Test whether an MLP adds the output of the module `module` to other outputs.
+
+    The output of `module` is multiplied by 0, 1 and 2. The output of the MLP must then change by
+    equal steps. `mlp` is the recorded call of the MLP.
+    """
 
     def scaled_result(factor: int) -> Tensor:
         def scale(_: nn.Module, __: Any, output: Any) -> Any:

@@ -55,12 +55,11 @@ class Heads(ProjectionColumns):
 
     @classmethod
     def find(cls, finder: PartFinder) -> list[Heads | None]:
-        """Find the heads of every layer's attention.
+        """Find the heads of every layer's attention; the entry of a layer without heads is None.
 
-        The method runs the model on a short text, with a replaced attention function: every second
+        The method runs the model on a short text, and replaces the attention function: every second
         head returns ones, and all other heads return zeros. The output projection is the linear map
-        whose input contains exactly these ones and zeros. The entry of a layer is None if this
-        method finds no heads.
+        that reads exactly these values.
         """
         shapes: list[tuple[int, int, int]] = []
         holders = count_holders(finder.layers)
@@ -87,7 +86,7 @@ class Heads(ProjectionColumns):
                 return None
             projection = module_paths(layer)[modules.pop()]
             # A map of queries and gates can be as long as one of queries, keys and values.
-            is_packed = groups * width not in _other_output_sizes(layer, projection)
+            is_packed = groups * width not in _sizes_except_projection(layer, projection)
             return cls(projection, heads, groups, width, is_packed)
 
         with _replaced_attention(finder.model, mark_alternate_heads):
@@ -104,11 +103,11 @@ class Heads(ProjectionColumns):
         return {"head": self.heads, "kv_head": self.groups}
 
     def narrow(self, parts: Sequence[Change], name: str) -> tuple[Heads, dict[int, list[int]]]:
-        """Describe the heads that remain after the heads in `parts` are removed.
+        """Return a description of the heads that remain, and the tensor entries to keep.
 
-        Returns the remaining heads, and a dictionary that states how to shorten tensors. The
-        dictionary maps the original length of a tensor's axis to the indices that remain on this
-        axis. Raises CellError if the remaining groups would have different numbers of heads.
+        The heads in `parts` are removed. The returned dictionary maps the length of a tensor's axis
+        to the indices that remain on this axis. Raises CellError if the remaining groups of heads
+        would differ in size, or if no head remains.
         """
         width, per_group = self.width, self.heads // self.groups
         columns = torch.arange(self.heads * width)
@@ -135,10 +134,10 @@ class Heads(ProjectionColumns):
         return replace(self, heads=len(heads), groups=len(groups)), entries
 
 
-def _other_output_sizes(layer: nn.Module, projection: str) -> set[int]:
-    """Return the output sizes of an attention's linear maps.
+def _sizes_except_projection(layer: nn.Module, projection: str) -> set[int]:
+    """List the output sizes of an attention's linear maps, except for the output projection.
 
-    The output projection is not included.
+    `projection` is the path of the output projection in the layer.
     """
     attention, _, name = projection.rpartition(".")
     modules = layer.get_submodule(attention).named_modules()

@@ -53,14 +53,12 @@ class Neurons(ProjectionColumns):
 
     @classmethod
     def find(cls, finder: PartFinder) -> list[Neurons | None]:
-        """Find the neurons of every layer's MLP.
+        """Find the neurons of every layer's MLP; the entry of a layer without neurons is None.
 
-        The output projection is the last linear map that the MLP calls. The inputs of this map are
-        the neurons. To find the maps that compute the neurons, the method replaces random outputs
-        of each earlier map by ones. The map computes the neurons if exactly the neurons with the
-        same indices change. Every matrix of the MLP must belong to the output projection or to a
-        map that computes neurons. A mixture of experts therefore has no neurons, and the entry of
-        such a layer is None. Raises ModelError if weights are offloaded.
+        The output projection is the last linear map that the MLP calls. The neurons are the inputs
+        of this projection. An earlier map computes the neurons if a change of its outputs changes
+        exactly the neurons with the same indices. An MLP with other matrices, such as a mixture of
+        experts, has no neurons. Raises ModelError if weights are offloaded.
         """
         if any(map(is_absent, finder.layers.parameters())):
             raise ModelError(f"{type(finder.model).__name__}: {_UNREADABLE.format('offloaded')}")
@@ -96,10 +94,10 @@ class Neurons(ProjectionColumns):
 
     @cached_property
     def order(self) -> Tensor:
-        """The input columns of the projection, from the largest norm to the smallest.
+        """The indices of the neurons, from the largest norm to the smallest.
 
-        The norm of a neuron is the product of the Euclidean norms of its column in the output
-        projection and its rows in the other maps, without biases.
+        A neuron has one weight vector in each map: a column of the output projection, or a row of
+        another map. The norm of the neuron is the product of the vectors' Euclidean norms.
         """
         width = self.size * self.groups
         norms = torch.ones(width, dtype=torch.float64)
@@ -119,11 +117,10 @@ class Neurons(ProjectionColumns):
         return self.order[number * self.size : (number + 1) * self.size]
 
     def narrow(self, parts: Sequence[Change], name: str) -> tuple[Neurons, dict[int, list[int]]]:
-        """Remove the groups in `parts`; return the remaining neurons and tensor indices.
+        """Return a description of the neurons that remain, and the tensor entries to keep.
 
-        The indices tell how to shorten the tensors of the MLP: an axis of the length in a key of
-        the dictionary keeps only the indices in the value. Raises CellError if no group of neurons
-        remains.
+        The groups in `parts` are removed. The returned dictionary maps the length of a tensor's
+        axis to the indices that remain on this axis. Raises CellError if no group remains.
         """
         width = self.size * self.groups
         is_kept = torch.ones(width, dtype=torch.bool, device=self.order.device)

@@ -43,7 +43,7 @@ class ProjectionColumns(ABC):
         """Return the input columns of one of `n_parts` equal parts."""
 
     def columns(self, part: Change, name: str) -> Columns:
-        """Return the input columns of a part; raise CellError if it does not exist."""
+        """Return the input columns of a part; raise CellError if the part does not exist."""
         n_parts = self.counts[part.component]
         assert part.number is not None
         if part.number >= n_parts:
