@@ -355,10 +355,10 @@ WRONG_ARGUMENTS = [
     (["A", f"B/{REPORT}"], "--log_samples"),
     (["A", "."], "2 models"),
     (["A", "other"], "no benchmark in common: parity against sums"),
-    (["A", "B", "--metric", "ac"], "no 'ac'.*Did you mean 'acc'"),
+    (["A", "B", "--metric", "ac"], "'ac' is not one of.*Did you mean 'acc'"),
     (["A", "B", "--within", "1%"], "1pp"),
     (["A", "B", "--within", "2"], "1pp"),
-    (["A", "B", "--within", "party=1pp"], "no 'party'.*Did you mean 'parity'"),
+    (["A", "B", "--within", "party=1pp"], "'party' is not one of.*Did you mean 'parity'"),
     (["A", "B", "--allow-different", "num_fewshotz"], "Did you mean 'num_fewshot'"),
     (["--plan"], "--within"),
     (["A", "B", "--track", "mlfow"], "mlfow"),
@@ -590,4 +590,4 @@ def test_records_of_every_eval_ever_give_the_figures_of_their_source(models, tmp
     samples.write_text(samples.read_text() * 2)
     refused(cli("compare", samples, logs[2]), "occurs twice")
     samples.with_name(samples.name.replace("_samples.jsonl", ".json")).unlink()
-    refused(cli("compare", samples, logs[2]), "no record")
+    refused(cli("compare", samples, logs[2]), "into the same folder")

@@ -16,7 +16,7 @@ from tracker.ledger.blocks import Block
 from tracker.ledger.cells import CellStore
 from tracker.ledger.outcomes import outcome_table
 from tracker.ledger.shards import read_shard, shard_file
-from tracker.schema.distribution import LEDGER_FORMAT, format_version_problem
+from tracker.schema.distribution import LEDGER_FORMAT, version_problem
 from tracker.schema.errors import WorkError
 from tracker.schema.extent import Extent
 from tracker.schema.provenance import content_hash
@@ -80,11 +80,7 @@ class TestAdopt:
         ("metadata", "tasks_and_documents", "message"),
         [
             ({"key": "0" * 64}, [("arc_easy", 0)], "it belongs to another benchmark"),
-            (
-                {"format": NEXT_FORMAT},
-                [("arc_easy", 0)],
-                f"it {format_version_problem(NEXT_FORMAT)}",
-            ),
+            ({"format": NEXT_FORMAT}, [("arc_easy", 0)], f"it {version_problem(NEXT_FORMAT)}"),
             ({}, [("arc_easy", 0), ("b", 0)], NO_BLOCK),
             ({}, [("arc_easy", 31), ("arc_easy", 32)], NO_BLOCK),
             ({}, [], NO_BLOCK),

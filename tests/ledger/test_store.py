@@ -235,18 +235,18 @@ class TestLedger:
     @pytest.mark.parametrize(
         ("number", "message", "advice"),
         [
-            (LEDGER_FORMAT + 1, "a newer version of tracker", upgrade_command()),
+            (LEDGER_FORMAT + 1, "Upgrade tracker", upgrade_command()),
             (
                 LEDGER_FORMAT - 1,
-                "an older version",
-                "with that version, or choose another folder with --results.",
+                "Read it with the older version of tracker",
+                "that wrote it, or choose another results folder with --results.",
             ),
         ],
     )
     def test_another_format_is_refused(self, ledger, number, message, advice):
         (ledger.root / "tracker.json").write_text(json.dumps({"format": number}))
         for open_ledger in (Ledger, Ledger.open_existing):
-            with pytest.raises(ResultsError, match=f"written by {message}") as caught:
+            with pytest.raises(ResultsError, match=f"has format {number}, .*{message}") as caught:
                 open_ledger(ledger.root)
             assert advice in str(caught.value)
             assert caught.value.exit_code == 2

@@ -145,8 +145,8 @@ def test_a_view_that_the_cell_cannot_have_is_refused(project, change):
 def test_a_newer_trackers_cell_asks_for_an_upgrade(project):
     new = LEDGER_FORMAT + 1
     project.change_file("intact.json", lambda content: content.update(format=new, more="fields"))
-    formats = f"(format {new}, but this version reads format {LEDGER_FORMAT})"
-    assert f"newer version of tracker {formats}. Upgrade" in pull()[1]
+    formats = f"format {new}, but this version of tracker reads format {LEDGER_FORMAT}"
+    assert f"it has {formats}. Upgrade" in pull()[1]
 
 
 def test_a_note_that_is_none_is_refused(project):

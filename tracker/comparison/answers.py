@@ -129,7 +129,5 @@ def pair_documents(
 
 
 def _different(benchmark: str, name: str, values: str) -> RequestError:
-    return RequestError(
-        f"{benchmark}: {name} differs, {values}; evaluate both models in the same way, or add "
-        f"--allow-different {name}"
-    )
+    advice = f"evaluate both models with the same {name}, or add --allow-different {name}"
+    return RequestError(f"{benchmark}: {name} differs, {values}; {advice}")

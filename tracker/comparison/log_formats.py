@@ -219,9 +219,7 @@ class SharedRecord:
         """
         path = samples.with_name(f"{samples.stem.removesuffix(SHARED_SUFFIX)}.json")
         if not path.is_file():
-            raise RequestError(
-                f"{samples} needs the file {path.name}; copy it into the same folder"
-            )
+            raise RequestError(f"{samples} needs {path.name}; copy it into the same folder")
         with explain_damage(path, EVERY_EVAL_EVER):
             return cls._convert(json.loads(path.read_bytes()))
 

@@ -161,10 +161,8 @@ def build_answers(
     table["gold"], table["choice"] = table["gold"].astype(np.float64), np.nan
     expected = sum(report.results.get(task, {}).get("sample_len", 1) for task in tasks)
     if len(table) < expected:
-        names = ", ".join(tasks)
-        raise ValueError(
-            f"the samples of {names} contain only {len(table)} of {expected} documents"
-        )
+        names, n = ", ".join(tasks), len(table)
+        raise ValueError(f"the samples of {names} contain only {n} of {expected} documents")
     for task, doc in rows.loc[rows.duplicated([*_DOCUMENT, "filter"]), _DOCUMENT].to_numpy():
         raise ValueError(f"document {doc} of {task} occurs twice; give the files of one run")
     copies = table.groupby(["task", "key"]).cumcount().astype(str)

@@ -23,7 +23,7 @@ from tracker.ledger.outcomes import DIGEST_COLUMN, PROVENANCE_COLUMN, outcome_ta
 from tracker.ledger.shards import ASIDE_SUFFIX, Shard, read_shard, read_shard_metadata, shard_file
 from tracker.ledger.texts import Texts
 from tracker.ledger.views import CellIdentity, Views, view_file_name
-from tracker.schema.distribution import LEDGER_FORMAT, format_version_problem
+from tracker.schema.distribution import LEDGER_FORMAT, version_problem
 from tracker.schema.errors import WorkError
 from tracker.schema.extent import ALL_DOCUMENTS, Extent
 from tracker.schema.grouping import group_by
@@ -208,7 +208,7 @@ class CellStore:
         The shard must have the columns task and doc. ValueError is raised if there is no such
         block.
         """
-        if problem := format_version_problem(shard.metadata.get("format")):
+        if problem := version_problem(shard.metadata.get("format")):
             raise ValueError(f"it {problem}")
         if shard.metadata.get("key") != self.identity.key:
             raise ValueError("it belongs to another benchmark")

@@ -41,7 +41,7 @@ from urllib.parse import quote, unquote
 from tracker.ledger import files
 from tracker.ledger.cells import CellStore
 from tracker.ledger.views import CellIdentity, RequestedView, cell_key, folder_name
-from tracker.schema.distribution import LEDGER_FORMAT, format_version_problem
+from tracker.schema.distribution import LEDGER_FORMAT, version_problem
 from tracker.schema.errors import ResultsError
 from tracker.schema.findings import FindingRecord
 from tracker.schema.identities import BenchmarkIdentity, ModelIdentity, Record
@@ -316,7 +316,7 @@ class Ledger:
         except (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError):
             message = f"{path} is damaged; it should hold {{'format': {LEDGER_FORMAT}}}"
             raise ResultsError(message) from None
-        if problem := format_version_problem(number):
+        if problem := version_problem(number):
             raise ResultsError(
                 f"the folder {self.root} {problem}, or choose another folder with --results."
             )

@@ -27,7 +27,7 @@ from tracker.ledger.files import (
     write_note,
 )
 from tracker.schema.config import CellRequest
-from tracker.schema.distribution import LEDGER_FORMAT, format_version_problem
+from tracker.schema.distribution import LEDGER_FORMAT, version_problem
 from tracker.schema.errors import ResultsError
 from tracker.schema.formats import count_text
 from tracker.schema.identities import BenchmarkIdentity, ModelIdentity, Record
@@ -248,7 +248,7 @@ class Views:
         ValueError is raised if the file is damaged or does not belong to the cell.
         """
         content = parse_note(text, name)
-        if problem := format_version_problem(content.get("format")):
+        if problem := version_problem(content.get("format")):
             raise ValueError(f"it {problem}")
         requested = RequestedView.model_validate_json(json.dumps(content))
         layers = {*requested.view.removed}.union(*(run.layers for run in requested.view.runs))

@@ -59,19 +59,18 @@ def upgrade_command() -> str:
     return pip_command("--upgrade", DISTRIBUTION_NAME)
 
 
-def format_version_problem(version: object) -> str:
+def version_problem(version: object) -> str:
     """Return an error message if this version of tracker cannot read a results folder.
 
     `version` is the format version of the folder. The message is empty if the folder can be read.
     """
     if version == LEDGER_FORMAT:
         return ""
-    age, advice = "an older", "Read it with that version"
+    advice = "Read it with the older version of tracker that wrote it"
     if isinstance(version, int) and version > LEDGER_FORMAT:
-        age, advice = "a newer", f"Upgrade ({upgrade_command()})"
+        advice = f"Upgrade tracker ({upgrade_command()})"
     return (
-        f"was written by {age} version of tracker (format {version}, but this version reads format "
-        f"{LEDGER_FORMAT}). {advice}"
+        f"has format {version}, but this version of tracker reads format {LEDGER_FORMAT}. {advice}"
     )
 
 

@@ -245,17 +245,15 @@ def check_parts(request: CellRequest, parts: ModelParts) -> None:
     changes = request.changes
     for layer in (*changes.layers, *request.removed):
         if layer >= parts.layers:
-            raise ExperimentError(
-                f"layer {layer} is out of range: {request.model} has layers 0 to {parts.layers - 1}"
-            )
+            model, last = request.model, parts.layers - 1
+            raise ExperimentError(f"layer {layer} is out of range: {model} has layers 0 to {last}")
     names = {*MAP_GROUPS, *OUTER_MATRICES, *chain.from_iterable(parts.maps or ())}
     maps = changes.maps if parts.maps is not None and "linear" in changes.components else ()
     for name in maps:
         if name not in names and (split_expert_map(name) or (name,))[0] not in names:
             suggestion, map_names = did_you_mean(name, names), ", ".join(sorted(names))
-            raise ExperimentError(
-                f"{request.model} has no linear map {name!r}.{suggestion} It has {map_names}"
-            )
+            message = f"{request.model} has no linear map {name!r}.{suggestion} It has {map_names}"
+            raise ExperimentError(message)
     for component in changes.numbered:
         count, last = parts.count_of(component), max(changes.numbers(component), default=0)
         if count is not None and last >= count:

@@ -299,7 +299,7 @@ def _check_proxy(extension: object) -> Proxy:
     TypeError or ValueError is raised if the proxy is invalid.
     """
     if not isinstance(extension, Proxy):
-        raise TypeError(f"expected an object of tracker.schema.proxies.Proxy, not {extension!r}")
+        raise TypeError(f"expected a tracker.schema.proxies.Proxy, not {extension!r}")
     if _RESERVED_NAMES.fullmatch(extension.name):
         raise ValueError(f"the name {extension.name!r} is taken")
     if not callable(extension.observe) or extension.component != "layer":

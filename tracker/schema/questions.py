@@ -108,10 +108,8 @@ def parse_question(text: str) -> Question:
         count = int(number)
     match = _QUALIFIERS.fullmatch(f" {rest}" if rest else "")
     if match is None:
-        raise ValueError(
-            f"{quoted} has the invalid ending {short_text(rest)}. A question can end with "
-            "'within 1 pp' and 'at 99 %', in this order"
-        )
+        endings = "A question can end with 'within 1 pp' and 'at 99 %', in this order"
+        raise ValueError(f"{quoted} has the invalid ending {short_text(rest)}. {endings}")
     within, level = (float(Decimal(number) / 100) if number else None for number in match.groups())
     if kind == "sign" and within is not None:
         drop_example = QUESTION_EXAMPLES["drop"]

@@ -101,10 +101,7 @@ def _count_values(node: yaml.Node, sizes: dict[int, int]) -> int:
     """
     if id(node) in sizes:
         if not sizes[id(node)]:
-            raise _yaml_error(
-                "the value contains itself through an anchor (&x) and its alias (*x)",
-                node.start_mark,
-            )
+            raise _yaml_error("the value contains itself through an anchor (&x)", node.start_mark)
         return sizes[id(node)]
     sizes[id(node)] = 0  # until it is counted
     inner_nodes: list[yaml.Node] = []

@@ -112,9 +112,7 @@ def _check_format(extension: object) -> WeightFormat:
     TypeError or ValueError is raised if the format is invalid.
     """
     if not isinstance(extension, WeightFormat):
-        raise TypeError(
-            f"expected an object of tracker.schema.weight_formats.WeightFormat, not {extension!r}"
-        )
+        raise TypeError(f"expected a tracker.schema.weight_formats.WeightFormat, not {extension!r}")
     if not callable(extension.round):
         raise ValueError("it has no function `round`")
     if extension.instead and extension.instead not in _OWN_FORMATS:

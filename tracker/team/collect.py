@@ -27,7 +27,7 @@ from tracker.ledger.views import CellIdentity, folder_name
 from tracker.measuring.derive import derive_record, read_decisions
 from tracker.measuring.progress import Progress
 from tracker.report.dataset import RECORDS_FILE, read_dataset
-from tracker.schema.distribution import format_version_problem
+from tracker.schema.distribution import version_problem
 from tracker.schema.errors import TrackerError, TrackingError
 from tracker.schema.findings import FindingRecord
 from tracker.schema.grouping import group_by
@@ -128,7 +128,7 @@ def _download_cell(backend: Backend, cell: RemoteCell, root: Path) -> None:
         try:
             (view_path,) = (path for path in folder.glob("*.json") if path.name != "cell.json")
             view_text = view_path.read_text(encoding="utf-8")
-            if reason := format_version_problem(json.loads(view_text).get("format")):
+            if reason := version_problem(json.loads(view_text).get("format")):
                 raise TrackingError(f"it {reason}")
             identity = CellIdentity.read((folder / "cell.json").read_bytes())
             if identity.key != cell.key.partition("/")[0]:

@@ -88,10 +88,7 @@ def _is_search_step(cell: CellRecord, steps: Collection[RecordKey]) -> bool:
 
 
 def document_count_note(finding: FindingRecord, cells: Sequence[CellRecord]) -> str:
-    """Return a note if measurements of a study have other numbers of documents now.
-
-    The text is empty if all numbers are the same.
-    """
+    """Return a note if the numbers of documents have changed since a study; otherwise ""."""
     sizes = {(c.key, view): c.n for c in cells for view in (*c.supersedes, c.view)}
     grown = [sizes.get((key, view), n) != n for key, view, n in finding.rests_on]
     if not any(grown):
