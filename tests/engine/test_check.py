@@ -157,7 +157,7 @@ def test_it_does_not_hold_of_other_weights_or_what_computes_them(times_asked, mo
     monkeypatch.setattr(module, "hardware_name", lambda device: "another processor")
     assert times_asked(make_engine())
     verdict = SharingVerdict(FULL, in_place=True)
-    monkeypatch.setattr(module, "_judge_architecture", lambda *_: verdict)
+    monkeypatch.setattr(module, "_check_architecture", lambda *_: verdict)
     assert times_asked(make_engine())
 
 

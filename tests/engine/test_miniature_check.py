@@ -290,7 +290,7 @@ class FakeComparison:
 @pytest.fixture
 def watched(monkeypatch) -> FakeComparison:
     watched = FakeComparison()
-    monkeypatch.setattr(miniature_check, "compare_both_ways", watched)
+    monkeypatch.setattr(miniature_check, "compare_orders", watched)
     return watched
 
 
@@ -534,6 +534,6 @@ def test_a_full_memory_is_no_verdict(monkeypatch) -> None:
     def compared(*_: Any) -> Comparison:
         raise torch.OutOfMemoryError("full")
 
-    monkeypatch.setattr(miniature_check, "compare_both_ways", compared)
+    monkeypatch.setattr(miniature_check, "compare_orders", compared)
     with pytest.raises(torch.OutOfMemoryError):
         verdict_on("llama")

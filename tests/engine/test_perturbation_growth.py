@@ -18,7 +18,7 @@ from tests.helpers.engines import (
 )
 from tests.helpers.families import tiny_model
 from tracker.engine.observers import perturbation_growth as module
-from tracker.engine.observers.perturbation_growth import perturbation_growth, verify_growth
+from tracker.engine.observers.perturbation_growth import perturbation_growth, verify_batching
 from tracker.engine.refusal import RefusalError
 from tracker.engine.scoring.rows import measured_texts
 from tracker.models.layers import find_layers
@@ -85,7 +85,7 @@ def test_every_perturbation_is_that_of_a_plain_pass(family):
             share = (size / layer_outputs[later].norm(dim=-1)).numpy()
             assert growth["carried"][0, layer, later] == pytest.approx(share.mean(), rel=1e-4)
             assert growth["carried"][1, layer, later] == pytest.approx(share[1:].mean(), rel=1e-4)
-    verify_growth(engine, document, DRAWS)
+    verify_batching(engine, document, DRAWS)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_mixed", "mixtral"])
@@ -172,12 +172,12 @@ def test_the_tokens_are_those_of_the_proxies():
 
 def test_layers_that_look_at_the_batch_are_refused():
     engine, document = engine_of("llama"), make_documents(1)[0]
-    verify_growth(engine, document, DRAWS)
+    verify_batching(engine, document, DRAWS)
     with (
         engine.loaded.layers[3].mlp.register_forward_pre_hook(
             lambda mlp, args: (args[0] + args[0].mean(0, keepdim=True),)
         ),
         pytest.raises(RefusalError, match="for a batch of states than for a single state"),
     ):
-        verify_growth(engine, document, DRAWS)
-    verify_growth(engine, document, DRAWS)
+        verify_batching(engine, document, DRAWS)
+    verify_batching(engine, document, DRAWS)

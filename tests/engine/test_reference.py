@@ -81,8 +81,10 @@ def test_a_difference_is_allowed_up_to_a_share_and_told_beyond(engine):
         comparison = truth.compare(loglikelihood, INTACT, REQUEST, 0.5, 0.01)
         assert (comparison.compared, comparison.unsteady) == (1, 0)
         assert comparison.difference == pytest.approx(abs(share) * allowed)
-        other = f"the changed model gives {expected:.6g} nats"
-        message = f"sharing gives {loglikelihood:.6g} nats, but {other}"
+        message = (
+            f"sharing gives {loglikelihood:.6g} nats, "
+            f"but the changed model gives {expected:.6g} nats"
+        )
         assert comparison.wrong == (message if abs(share) > 1 else None)
 
 

@@ -222,7 +222,7 @@ def test_layers_that_grow_alike_are_not_put_in_order():
 
 def test_a_model_that_refuses_is_lacking(conduct, monkeypatch):
     refuse = Mock(side_effect=[RefusalError("its layers see the batch"), ZeroDivisionError])
-    monkeypatch.setattr(module, "verify_growth", refuse)
+    monkeypatch.setattr(module, "verify_batching", refuse)
     finding = conduct()
     assert (finding.answers, finding.tables, finding.charts) == ((), (), ())
     (note,) = finding.lacking

@@ -119,14 +119,14 @@ class CellStore:
         `extent` selects the requested documents. The result is a data frame like that of `read`.
         """
         documents = self.documents(block, extent)
-        frame = self.read([block, *self._other_blocks(block, documents)], columns)
+        frame = self.read([block, *self._blocks_in_other_orders(block, documents)], columns)
         return frame[frame["doc"].isin(documents)]
 
-    def _other_blocks(self, block: Block, documents: Iterable[int]) -> Iterator[Block]:
-        """Yield blocks of other document orders that contain given documents.
+    def _blocks_in_other_orders(self, block: Block, documents: Iterable[int]) -> Iterator[Block]:
+        """Yield the blocks of other document orders that contain some documents of a block.
 
-        `documents` are document numbers of the block's task. Only orders in which documents of this
-        cell were measured are searched; the order of `block` is left out.
+        `documents` are the numbers of these documents. Only orders in which this cell was measured
+        are searched.
         """
         task_documents = self.task_documents(ALL_DOCUMENTS)[block.task]
         for seed in self._seeds() - {block.seed}:

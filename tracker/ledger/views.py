@@ -172,7 +172,7 @@ class Views:
             ResultsError: The view's file belongs to another user and is not readable.
         """
         with lock_file(self.folder / "locks" / "requests.lock"):
-            view, former_views = self._place_view(self.view_of(request), named, explicit)
+            view, former_views = self._find_view_to_store(self.view_of(request), named, explicit)
             former_paths = {self.path(self.view_name(v)) for v in (view, *former_views)}
             self.write(RequestedView(project=project, view=view))
             for path in former_paths - {self.path(self.view_name(view))}:
@@ -187,7 +187,7 @@ class Views:
         returned, unless `named` is true. Otherwise the view of `request` is returned. If this view
         is stored, it can replace stored views with fewer documents.
         """
-        return self._place_view(self.view_of(request), named)[0]
+        return self._find_view_to_store(self.view_of(request), named)[0]
 
     def related_views(self, new: View) -> list[View]:
         """List the stored views that are similar to the view `new`.
@@ -201,10 +201,10 @@ class Views:
         views = (requested.view for requested in chain.from_iterable(files))
         return [view for view in views if view.order == new.order]
 
-    def _place_view(
+    def _find_view_to_store(
         self, new: View, named: bool, explicit: bool = False
     ) -> tuple[View, list[View]]:
-        """Find the view to store for the requested view `new`.
+        """Merge a requested view with the similar views that are stored.
 
         Args:
             new: The requested view.
@@ -213,7 +213,7 @@ class Views:
                 does.
 
         Returns:
-            The view to store, and the list of stored views that it replaces.
+            The view to store, and the stored views that this view replaces.
 
         Raises:
             ResultsError: The view's file exists but is not readable.

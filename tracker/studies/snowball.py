@@ -12,7 +12,7 @@ import numpy as np
 
 from tracker.analysis.aligned import AlignedOutcomes, TaskNames
 from tracker.analysis.claims import cell_ranks
-from tracker.engine.observers.perturbation_growth import perturbation_growth, verify_growth
+from tracker.engine.observers.perturbation_growth import perturbation_growth, verify_batching
 from tracker.engine.refusal import try_model
 from tracker.engine.scoring.sweep import Engine
 from tracker.ledger.shards import DocumentArrays
@@ -430,7 +430,7 @@ class Snowball(Study[SnowballSettings]):
         def observe_document(document: Document) -> DocumentArrays:
             nonlocal is_verified
             if not is_verified:
-                verify_growth(engine, document, self.settings.draws)
+                verify_batching(engine, document, self.settings.draws)
                 is_verified = True
             return perturbation_growth(engine, document, self.settings.draws)
 

@@ -205,7 +205,7 @@ class LayerFork:
         The hidden state in the output has the shape [streams × rows, tokens, hidden].
         """
         inputs = self._extract_hidden_states(args, kwargs)
-        output, outputs = self._run_entering(inputs)
+        output, outputs = self._run_streams(inputs)
         repeat_spans(self, outputs)
         replace_layers(self, inputs, outputs)
         if self.parent.observe is not None:
@@ -247,11 +247,11 @@ class LayerFork:
             self.arguments = select_streams(self.arguments, step.n_streams, list(step.entrants))
         return view_streams(hidden, step.n_streams)
 
-    def _run_entering(self, inputs: Tensor) -> tuple[Any, Tensor]:
-        """Run the layer for the streams that need it.
+    def _run_streams(self, inputs: Tensor) -> tuple[Any, Tensor]:
+        """Run the layer for the streams (ablations) that compute it.
 
-        Returns the complete output of the layer's first call, and the new hidden states of all
-        streams. The hidden states of streams that do not run the layer are filled in later.
+        Returns the output of the layer's first call, and the new hidden states [streams, rows,
+        tokens, …]. The states of the other streams are uninitialised.
         """
         step, shape = self.step, tuple(inputs.shape[1:])
         output: Any = None

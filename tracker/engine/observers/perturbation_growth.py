@@ -90,13 +90,11 @@ def perturbation_growth(
 
 
 @torch.inference_mode()
-def verify_growth(engine: Engine, document: Document, draws: int, seed: int = 0) -> None:
-    """Check that perturbations in one batch give the same results as separate passes.
+def verify_batching(engine: Engine, document: Document, draws: int, seed: int = 0) -> None:
+    """Check that perturbations computed in one batch give the same results as separate passes.
 
-    The check perturbs only the middle layer of the model.
-
-    The function takes the same arguments as `perturbation_growth`. Raises RefusalError if the
-    results differ by more than rounding errors.
+    Only the model's middle layer is perturbed, with `draws` random directions. Raises RefusalError
+    if the results differ by more than rounding errors.
     """
     loaded, layer = engine.loaded, len(engine.loaded.layers) // 2
     if layer == 0:

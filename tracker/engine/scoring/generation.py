@@ -68,7 +68,7 @@ def fork_decoding(
     n_streams, divided = len(rows), plan.steps[0].divided
     steps = tuple(LayerStep(n_streams, (), layer_changes, divided) for layer_changes in changes)
     decoding_plan = StreamPlan(steps, (tuple(range(n_streams)),) * len(layers))
-    row_cache = _spread_cache(cache, plan, len(prompt) - 1, rows)
+    row_cache = _copy_prompt_cache(cache, plan, len(prompt) - 1, rows)
     with ExitStack() as stack:
         if plan.has_rounded_embeddings:
             formats = [ablations[row].outer_formats.get("embedding") for row in rows]
@@ -81,13 +81,12 @@ def fork_decoding(
         yield row_cache
 
 
-def _spread_cache(cache: Cache, plan: StreamPlan, tokens: int, rows: Sequence[int]) -> Cache:
-    """Copy the prompt's cache, with a separate batch row for each text.
+def _copy_prompt_cache(cache: Cache, plan: StreamPlan, tokens: int, rows: Sequence[int]) -> Cache:
+    """Copy the prompt's cached keys and values for each text that continues the prompt.
 
-    The copy contains the first `tokens` tokens. `rows` contains the index of each text's ablation.
-    In a layer of `cache`, ablations with the same attention share one row, and
-    `plan.attention_indices` contains the index of this row for each ablation. If an ablation
-    removes the attention of a layer, the copied layer has no rows for the texts of this ablation.
+    In `cache`, ablations with the same attention share a row, as in `plan`. In the copy, each text
+    has its own row, except in layers whose attention the text's ablation removes. The first
+    `tokens` tokens are copied. `rows` contains the index of each text's ablation.
     """
     if not cache.layers:
         return new_cache()

@@ -107,7 +107,7 @@ class Head:
             score = self._score_in_blocks
         else:
             size = max(1, LOGITS_BYTES // (self._vocabulary * hidden.element_size() * n_kept))
-            score = self._score_whole
+            score = self._score_whole_vocabulary
         parts = [
             score(replace(output, last_hidden_state=chunk), predictor, predicted)
             for chunk in torch.split(hidden, size)
@@ -122,10 +122,14 @@ class Head:
         """
         return self._logits(replace(output, last_hidden_state=states))
 
-    def _score_whole(
+    def _score_whole_vocabulary(
         self, output: ModelOutput, predictor: Tensor, predicted: Tensor
     ) -> Predictions:
-        """Score predicted tokens by a log-softmax in the logits' dtype, as lm-eval does."""
+        """Score target tokens by a log-softmax over the whole vocabulary, as lm-eval does.
+
+        The arguments and the result are those of `predictions`. The hidden states are those in
+        `output`.
+        """
         logprobs = functional.log_softmax(self._logits(output), dim=-1)
         argmax = logprobs.max(-1).indices  # the first of equals, as argmax, in half its time
         return Predictions(logprobs[:, predictor, predicted], argmax[:, predictor] == predicted)

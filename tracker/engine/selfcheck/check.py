@@ -135,7 +135,7 @@ def check_sharing(
     fit: Fit = lambda engine: {},
     typical_ablations: Ablations = (),
 ) -> Check:
-    """Run the self-check and return its result.
+    """Find which computation ablations can share without changing results.
 
     Args:
         engine: The engine, with all shared computation enabled. The model must not have been called
@@ -143,8 +143,7 @@ def check_sharing(
         documents: The documents to measure.
         ablations: All ablations to measure, with the baseline.
         store: Storage of earlier results of the self-check; None = no storage.
-        fit: Function that computes the replacements of layers. It is called with the engine after
-            the check on the miniature.
+        fit: Function that computes the replacement of each layer, by layer number.
         typical_ablations: Ablations for the check on the miniature, with the baseline; empty = use
             `ablations`.
 
@@ -157,7 +156,7 @@ def check_sharing(
     model = engine.loaded.model
     blank = has_blank_token(model, documents)
     reach = measure_reach(engine, documents)
-    verdict = _judge_architecture(engine, typical_ablations or ablations, reach, blank, store)
+    verdict = _check_architecture(engine, typical_ablations or ablations, reach, blank, store)
     engine = replace(engine, quirks=verdict.make_quirks(model))
     engine = replace(engine, replacements=fit(engine))
     truth = Reference(engine)
@@ -187,12 +186,13 @@ def check_sharing(
     )
 
 
-def _judge_architecture(
+def _check_architecture(
     engine: Engine, ablations: Ablations, reach: Reach, blank: bool, store: VerdictStore | None
 ) -> SharingVerdict:
-    """Check the architecture on a miniature model, or load the stored result.
+    """Test the model's architecture on a tiny random copy, or load the stored result.
 
-    `blank` is true if any token of the measured texts has a zero embedding.
+    `reach` contains the maximum numbers of tokens in the measurement. `blank` is true if any token
+    of the measured texts has a zero embedding.
     """
     model = engine.loaded.model
     # Rounded up to just below a power of two, where many thresholds lie: such rows share a verdict.

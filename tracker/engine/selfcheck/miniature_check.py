@@ -300,7 +300,7 @@ def check_miniature(
     for tested_model in models:
         if tested_model is not mini or verdict.in_place or verdict.as_loaded:
             truth = make_reference(tested_model, verdict)
-        verdict = _lower_verdict(truth, verdict, probe)
+        verdict = _limit_sharing(truth, verdict, probe)
     return verdict
 
 
@@ -338,7 +338,7 @@ def check_longer_texts(
 
     def check(calls: Sequence[Documents], n_tokens: int) -> SharingVerdict:
         truth = Reference(_build_engine(engine, mini, verdict, n_tokens, nodes), is_miniature=True)
-        return _lower_verdict(truth, verdict, _make_probe(calls, tested_ablations, MIN_ANSWERS))
+        return _limit_sharing(truth, verdict, _make_probe(calls, tested_ablations, MIN_ANSWERS))
 
     switches, all_differ = _find_switch_lengths(engine, mini, verdict, max(longest, widest))
     if switches:
@@ -468,7 +468,7 @@ def _random_replacements(layers: torch.nn.ModuleList) -> dict[int, RandomReplace
 
 
 def _check_model_itself(engine: Engine, ablations: Ablations) -> SharingVerdict:
-    """Run the check on the model itself, for a model without a miniature."""
+    """Test on the model itself what ablations can share, if no miniature can be built."""
     verdict = SharingVerdict(
         DEPTH_ONLY,
         "no tiny copy of the model can be built to test computation sharing between tokens",
@@ -479,13 +479,13 @@ def _check_model_itself(engine: Engine, ablations: Ablations) -> SharingVerdict:
     quirks = verdict.make_quirks(engine.loaded.model)
     engine = replace(engine, quirks=quirks, replacements=_random_replacements(engine.loaded.layers))
     calls = [draw_short_documents(_vocabulary(engine.loaded.model), engine.max_length)[0][:4]]
-    return _lower_verdict(Reference(engine), verdict, _make_probe(calls, ablations, 1))
+    return _limit_sharing(Reference(engine), verdict, _make_probe(calls, ablations, 1))
 
 
-def _lower_verdict(truth: Reference, verdict: SharingVerdict, probe: _Probe) -> SharingVerdict:
-    """Test the scores in `probe`, and disable the kinds of sharing that change a score.
+def _limit_sharing(truth: Reference, verdict: SharingVerdict, probe: _Probe) -> SharingVerdict:
+    """Disable the kinds of sharing that change a score in `probe`; return the updated verdict.
 
-    `truth` computes the reference results. Returns the updated verdict.
+    `truth` computes the correct scores on really changed models.
     """
     engine = truth.engine
     if not truth.is_half:  # the order of summation on an accelerator may vary
@@ -493,7 +493,7 @@ def _lower_verdict(truth: Reference, verdict: SharingVerdict, probe: _Probe) -> 
             _refuse_stateful_model(engine, probe.calls)
 
     def compare(sharing: Sharing) -> Comparison:
-        comparison = compare_both_ways(engine.with_sharing(sharing), truth, probe)
+        comparison = compare_orders(engine.with_sharing(sharing), truth, probe)
         if sharing.calls and comparison.unsteady > MAX_UNSTEADY_SHARE * comparison.compared:
             return replace(comparison, wrong="too often discontinuous")
         return comparison
@@ -600,8 +600,8 @@ def _make_probe(calls: Sequence[Documents], ablations: Ablations, n_answers: int
     return _Probe(calls, ablations, keys)
 
 
-def compare_both_ways(engine: Engine, truth: Reference, probe: _Probe) -> Comparison:
-    """Score documents in two opposite orders, and compare with the reference results.
+def compare_orders(engine: Engine, truth: Reference, probe: _Probe) -> Comparison:
+    """Score documents in two opposite orders, and compare the scores with those of `truth`.
 
     If there are many ablations, each ablation except the baseline is scored in only one of the two
     orders. The comparison stops at the first wrong log-likelihood.

@@ -372,8 +372,8 @@ class _Loading:
 def _test_loading(engine: Engine, original: Engine) -> _Loading:
     """Test whether saving and loading leaves the intact model's logits unchanged.
 
-    `original` is the engine of an unchanged copy of the model. If the logits change, the attribute
-    `full_model` of the result is None.
+    `original` is the engine of an unchanged copy of the model. If the logits change, or if loading
+    fails, the `full_model` of the result is None.
     """
     model, quirks = engine.loaded.model, engine.quirks
     loading = _Loading(None, None if quirks.first or quirks.leftovers else {})
