@@ -195,8 +195,8 @@ def test_a_model_object_is_measured_as_its_folder(settings, loaded, tmp_path):
     by_folder = tracker.run(model=folder, **others, **destination, progress=progress)
     assert by_folder.cells == first.cells == tracker.load(destination["results"]).cells
     assert progress.lines[-1] == (
-        f"saved has the same weights as {copied.name}, which this results folder already contains; "
-        f"the results of both are shown as {copied.name}"
+        f"saved and {copied.name} have the same weights; the results of both models are shown as "
+        f"{copied.name}"
     )
     with torch.no_grad():
         model.lm_head.weight[0] += 1

@@ -208,8 +208,8 @@ class _Finisher:
         if own_name != first_name and own_name not in self._shared_names:
             self._shared_names.add(own_name)
             self._progress.say(
-                f"{own_name} has the same weights as {first_name}, which this results folder "
-                f"already contains; the results of both are shown as {first_name}"
+                f"{own_name} and {first_name} have the same weights; the results of both models "
+                f"are shown as {first_name}"
             )
         self._publishing.append((title, self._publisher.begin(outcome, shown_record, live_runs)))
         while self._publishing and self._publishing[0][1].done():
@@ -259,15 +259,15 @@ def _view_note(view: View, shown_view: View, related_views: Sequence[View]) -> s
         key, count = ("limit", view.limit) if view.seed is None else ("sample", view.sample)
         size = shown_view.limit or shown_view.sample
         return (
-            f"reports show only the earlier results on {size or 'all'} documents. To show the "
-            f"results on {count} documents too, list both numbers: {key}: {{values: [{count}, "
+            f"reports show earlier results on {size or 'all'} documents instead of these results "
+            f"on {count} documents. To show both, set {key}: {{values: [{count}, "
             f"{size or 'null'}]}}"
         )
     others = [other for other in related_views if other.until is None and not shown_view.until]
     texts = [other.request_text for other in others if other.beside != shown_view.beside]
     if not texts:
         return ""
-    return f"reports show these results together with earlier requests: {'; '.join(texts)}"
+    return f"reports also show the results of earlier requests: {'; '.join(texts)}"
 
 
 def _build_jobs(cells: Sequence[prepare.CellLookup]) -> list[Job]:

@@ -127,6 +127,6 @@ def test_one_token_far_back_makes_another_text() -> None:
 
 def test_texts_that_no_width_tells_apart_are_refused(monkeypatch) -> None:
     monkeypatch.setattr("tracker.models.counterexample.MIN_GAP", 2.0)
-    message = "2 of 2 prefixes .* cannot be distinguished by a model with hidden states of 1040"
+    message = "hidden states of 1040 dimensions cannot distinguish 2 of 2 beginnings of texts"
     with pytest.raises(CellError, match=message):
         build_model({(1, 2): Continuations({3: 1}), (2, 1): Continuations({3: 1})})

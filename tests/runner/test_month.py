@@ -147,8 +147,8 @@ def test_a_smaller_question_takes_nothing_away(month):
         "what the file asked"
     )
     assert (
-        f"{name}: reports show only the earlier results on 40 documents. To show the results on 10 "
-        "documents too, list both numbers: sample: {values: [10, 40]}"
+        f"{name}: reports show earlier results on 40 documents instead of these results on 10 "
+        "documents. To show both, set sample: {values: [10, 40]}"
     ) in lines
     (shown,) = month.records()
     assert shown.model_copy(update={"supersedes": ()}) == large
@@ -160,7 +160,7 @@ def test_a_smaller_question_takes_nothing_away(month):
     # What is more of some runs alone stands beside, until it is known of all.
     _, lines = month.run("more", sample=48, layer=[1, 2])
     assert (
-        f"{name}: reports show these results together with earlier requests: 2 runs on 10 "
+        f"{name}: reports also show the results of earlier requests: 2 runs on 10 "
         "documents; 4 runs on 40 documents"
     ) in lines
     assert [(len(run.runs), run.n) for run in month.records()] == [(2, 10), (4, 40), (2, 48)]

@@ -262,8 +262,8 @@ def open_vllm(
     if device != loaded.device.type or loaded.device.index or offloaded:
         state = "offloaded" if offloaded else f"on {loaded.device}"
         raise RequestError(
-            f"--against vllm: vLLM only runs on the first device of type {device or 'none'}, but "
-            f"the model is {state}; leave --against out"
+            f"--against vllm: vLLM needs a model on the first device of type {device or 'none'}, "
+            f"but this model is {state}; leave --against out"
         )
     empty_cache()
     memory_share = VLLM_MEMORY_SHARE * free_memory(loaded.device) / total_memory(loaded.device)

@@ -339,7 +339,7 @@ def _find_experiment(experiment: str | None, settings: dict[str, Any]) -> Path |
     example = f"tracker {command} {model} --benchmark arc_easy {amount}"
     if "benchmark" not in settings and experiment is not None:
         raise click.UsageError(
-            f"{_describe_missing(experiment)} add a benchmark, for example: {example}"
+            _explain_missing_benchmark(experiment, f"add a benchmark, for example: {example}")
         )
     if missing_keys := [key for key in ("model", "benchmark") if key not in settings]:
         raise click.UsageError(
@@ -361,16 +361,17 @@ def _read_path(text: str) -> Path:
         raise click.BadParameter(str(error)) from None
 
 
-def _describe_missing(name: str) -> str:
-    """Return the start of the error message for a name that is not an experiment file."""
+def _explain_missing_benchmark(name: str, advice: str) -> str:
+    """Build the message for a name that is not an experiment file, if no benchmark is given."""
     path = Path(name)
     if path.is_dir() and not (path / "config.json").exists():
         raise click.UsageError(
-            f"{name} is neither a model nor an experiment file, but a folder without config.json"
+            f"{name} is neither a model nor an experiment file: the folder has no config.json"
         )
     if path.exists() or name.startswith("package:"):
-        return f"{name} is a model;"
-    return f"there is no experiment file {name}.{suggest_file(path)} If {name} is a model,"
+        return f"{name} is a model; {advice}"
+    suggestion = suggest_file(path)
+    return f"there is no experiment file {name}.{suggestion} If {name} is a model, {advice}"
 
 
 def _click_type(hint: Any) -> dict[str, Any]:

@@ -427,7 +427,7 @@ def print_search_plan(
 ) -> None:
     """Print the estimated cost of searches and tests."""
     rates = _ComputeRates(gflops)
-    no_search = "a test does not search; it only measures the removals that the searches chose"
+    no_search = "tests have no search steps; they only measure the removals that the searches chose"
     requests = [row.request for row in searches if not isinstance(row.request, CellRequest)]
     all_constraints = {request.constraints_text for request in requests}
 
@@ -444,13 +444,17 @@ def print_search_plan(
         if isinstance(row.request, CellRequest):
             return Estimate(None, reason=no_search)
         benchmarks = ", ".join(str(cell.benchmark) for cell in row.request.calibration())
-        return benchmarks or Estimate(None, reason="the strategy uses no calibration documents")
+        return benchmarks or Estimate(
+            None, reason="this search strategy uses no calibration documents"
+        )
 
     def work_saved(row: PlannedSearch) -> str | Estimate:
         if row.naive_flops is None:
             return Estimate(None, reason="lm-eval computes no proxies")
         if not row.flops:
-            return Estimate(None, reason="the rows above include all measurements of this row")
+            return Estimate(
+                None, reason="all measurements of this row are included in the rows above"
+            )
         return f"{row.naive_flops / row.flops:.1f} × less work than one lm-eval run per layer"
 
     def seconds(row: PlannedSearch) -> float:

@@ -210,8 +210,8 @@ def _sync_sweep(sweep: str, results: Path) -> NoReturn:
     print_failures("not measured", result.wanting)
     if result.wanting:
         echo(
-            "to measure the missing trials, type tracker run FILE with this results folder, or "
-            "tracker evaluate with the settings of a trial; then type the same command again",
+            "some trials of the sweep are not measured. Measure them with 'tracker run FILE' or "
+            "'tracker evaluate' in this results folder. Then type the same command again",
             error=True,
         )
     print_failures("not filled", result.failed)
@@ -479,6 +479,7 @@ def _print_plan(margins: dict[str, float], agreement: float, comparisons: int) -
     variance = OutcomeVariance(1 - agreement, binary=True)
     for benchmark, margin in margins.items():
         count = variance.count_equivalence_documents(margin, comparisons)
-        documents = f"{count:,} documents of {benchmark or 'each benchmark'} are needed"
-        purpose = f"to show that equal models are equivalent within {100 * margin:g} pp"
-        echo(f"{documents} {purpose} (power {TEST_POWER:.0%})")
+        echo(
+            f"{count:,} documents of {benchmark or 'each benchmark'} are needed to show that equal "
+            f"models are equivalent within {100 * margin:g} pp (power {TEST_POWER:.0%})"
+        )

@@ -131,7 +131,7 @@ def _refuse_other_shapes(model: PreTrainedModel, clone: PreTrainedModel, subject
             vars(part).pop("auto_map", None)
     if problem := _config_mismatch(clone, model_class):
         owner = type(model).__name__
-        raise ModelError(f"{owner}: its configuration cannot express {subject}: {problem}")
+        raise ModelError(f"the configuration of {owner} cannot express {subject}: {problem}")
 
 
 def config_changes(model: PreTrainedModel, clone: PreTrainedModel) -> tuple[str, ...]:
@@ -376,11 +376,11 @@ def _check_reload(small_model: PreTrainedModel, ablation: Ablation) -> None:
     reason *= bool(ablation.parts)
 
     def problem(text: str) -> AbstractContextManager[None]:
-        return translate_errors(lambda e: ModelError(f"{name} {text}: {reason or first_line(e)}"))
+        return translate_errors(lambda e: ModelError(f"{text}: {reason or first_line(e)}"))
 
-    with problem(f"does not run {changes_text}"):
+    with problem(f"{name} does not run {changes_text}"):
         logits = _compute_logits(measured, ids)
-    reloading = problem(f"{changes_text} cannot be saved and loaded")
+    reloading = problem(f"{name} {changes_text} cannot be saved and loaded")
     with TemporaryDirectory() as folder, _hidden_progress_bars(), reloading:
         clone.save_pretrained(folder)
         trust = {"trust_remote_code": _has_remote_code(small_model)}
@@ -394,8 +394,8 @@ def _check_reload(small_model: PreTrainedModel, ablation: Ablation) -> None:
     if stray_keys or not distance <= RELOAD_TOLERANCE * max(1.0, float(logits.abs().max())):
         reason = reason or _describe_difference(clone, loaded_model)
         raise ModelError(
-            f"{name} {changes_text}: after plain transformers has loaded the saved checkpoint, the "
-            f"logits differ by up to {distance:.3g}: {reason}"
+            f"{name} {changes_text} cannot be saved, because the logits differ by up to "
+            f"{distance:.3g} after the checkpoint is loaded: {reason}"
         )
 
 
@@ -567,9 +567,8 @@ def _check_saved_logits(
     gc.collect()
     if difference := _logit_difference(logits, copy_logits, model):
         raise ModelError(
-            f"the logits differ from the logits of the saved copy by {difference}: a changed "
-            "forward method or activation is not saved; use a model that its configuration "
-            "describes fully"
+            f"{difference}. A changed forward method or activation is not saved; use a model that "
+            "its configuration describes fully"
         )
     write_bytes(folder / _LOGITS_FILE, copy_logits.tobytes())
 
@@ -589,7 +588,7 @@ def _last_logits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
 
 
 def _logit_difference(logits: Logits, copy_logits: Logits, model: PreTrainedModel) -> str:
-    """Describe the largest difference between two arrays of logits.
+    """Describe the largest difference between a model's logits and those of its saved copy.
 
     Returns an empty string if rounding errors explain the difference.
     """
@@ -599,7 +598,11 @@ def _logit_difference(logits: Logits, copy_logits: Logits, model: PreTrainedMode
     tolerance = largest * (_FLOAT32_TOLERANCE if is_exact else _ROUNDED_TOLERANCE)
     if np.allclose(logits, copy_logits, rtol=0, atol=tolerance, equal_nan=True):
         return ""
-    return f"up to {np.abs(logits - copy_logits).max():.3g} (the largest logit is {largest:.3g})"
+    distance = np.abs(logits - copy_logits).max()
+    return (
+        f"the model's logits differ from those of its saved copy by up to {distance:.3g} (the "
+        f"largest logit is {largest:.3g})"
+    )
 
 
 def _fingerprint(model: PreTrainedModel, files_folder: Path) -> str:
@@ -622,7 +625,9 @@ def _check_savable(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise ModelError("a model object needs its tokenizer: tokenizer=AutoTokenizer.from_…")
     if any(tensor.is_meta for tensor in model.state_dict().values()):
-        raise ModelError("some weights are not in memory; load all, or pass the model's folder")
+        raise ModelError(
+            "some weights of the model are not in memory; load them, or pass the model's folder"
+        )
     quantiser = getattr(model, "hf_quantizer", None)
     if quantiser is not None and not quantiser.is_serializable():
         method = quantiser.quantization_config.quant_method

@@ -178,8 +178,8 @@ class Counterexample:
             if not n_ambiguous:
                 return
         raise CellError(
-            f"{n_ambiguous} of {self.n_prefixes} prefixes of the texts cannot be distinguished by "
-            f"a model with hidden states of {self.width} dimensions"
+            f"a model with hidden states of {self.width} dimensions cannot distinguish "
+            f"{n_ambiguous} of {self.n_prefixes} beginnings of texts"
         )
 
     @torch.inference_mode()

@@ -45,7 +45,7 @@ class Reader(gguf.GGUFReader):  # type: ignore[misc]
             if kind in self.gguf_scalar_to_np:
                 values = self._get(start, self.gguf_scalar_to_np[kind], n_values)
                 if len(values) < n_values:
-                    raise ValueError("an array reaches beyond the end of the file")
+                    raise ValueError("the GGUF file ends inside an array")
                 size = start + values.nbytes - orig_offs
                 return size, [*header, *values.reshape(-1, 1)], [*range(2, 2 + n_values)], types
         library_parts: FieldParts = super()._get_field_parts(orig_offs, raw_type)
@@ -62,7 +62,7 @@ class Reader(gguf.GGUFReader):  # type: ignore[misc]
             length = data[offset : offset + 8]
             end = offset + 8 + int.from_bytes(length, byte_order)
             if end > len(data):
-                raise ValueError("a string reaches beyond the end of the file")
+                raise ValueError("the GGUF file ends inside a string")
             strings += [length, data[offset + 8 : end]]
             offset = end
         return strings, offset

@@ -216,7 +216,7 @@ def _check_loadable(source: ModelSource, config: PreTrainedConfig, quantiser: st
             f"({config.model_type}); tracker measures decoder-only language models"
         )
     if quantiser is not None:
-        require_package(_QUANTISERS[quantiser], f"{source.source} is a {quantiser} checkpoint and")
+        require_package(_QUANTISERS[quantiser], f"the {quantiser} checkpoint {source.source}")
 
 
 def _load_tokenizer_and_model(
@@ -248,8 +248,8 @@ def _load_tokenizer_and_model(
         total = len(find_layers(model))
         raise ModelError(
             f"{source.source} holds weights of layer {max(extra)}, but its configuration has "
-            f"{total} layers, 0 to {total - 1}; correct num_hidden_layers in its config.json. To "
-            "measure fewer layers, set 'removed'; to save that model, use tracker export"
+            f"{total} layers, numbered 0 to {total - 1}; correct num_hidden_layers in config.json. "
+            "To measure a model without some layers, use the key 'removed' or tracker export"
         )
     return tokenizer, model
 
@@ -351,9 +351,9 @@ def _add_adapter(
     config = PeftConfig.from_pretrained(location)
     if config.is_prompt_learning or config.peft_type == PeftType.ADAPTION_PROMPT:
         raise ModelError(
-            f"model_args: {source.adapter.source} is an adapter of the kind "
-            f"{config.peft_type.value}, which puts tokens into the prompt; tracker supports "
-            "adapters of weights only, such as LoRA"
+            f"model_args: the adapter {source.adapter.source} of the kind "
+            f"{config.peft_type.value} adds tokens to the prompt; use an adapter that changes "
+            "only weights, such as LoRA"
         )
     if model.get_input_embeddings().num_embeddings != len(tokenizer):
         model.resize_token_embeddings(len(tokenizer))

@@ -105,7 +105,7 @@ class Narrowing:
         )
         accepted = [str(numbers[unit]) for numbers in scaled if not find_problem(numbers)]
         raise ModelError(
-            f"{type(model.config).__name__} does not accept {self.numbers[unit]} of {old} "
+            f"{type(model.config).__name__} does not accept {self.numbers[unit]} instead of {old} "
             f"{KIND_STYLES[unit].plural} in each layer; it accepts "
             f"{join_words(accepted, 'or') or 'no smaller number'} ({problem})"
         )
@@ -153,7 +153,9 @@ def plan_narrowing(
         assert issubclass(kind, NumberedParts)
         parts, by_layer = find_parts(kind), group_by(changes, lambda change: change.layer)
         if strange_layers := by_layer.keys() - parts.keys():
-            raise ModelError(f"layer {min(strange_layers)} of {owner} has no {kind.KIND}")
+            raise ModelError(
+                f"layer {min(strange_layers)} of {owner} has no {kind.KIND} that can be removed"
+            )
         narrowed = dict(parts)
         for layer, removed in by_layer.items():
             try:
@@ -179,15 +181,15 @@ def plan_narrowing(
 def _refuse_uneven(numbers: Mapping[int, tuple[PartNumbers, PartNumbers]], unit: Component) -> None:
     """Raise ModelError if layers have different numbers of parts before or after a removal."""
     counts = {layer: (old[unit], new[unit]) for layer, (old, new) in numbers.items()}
-    layers = min(counts, key=counts.__getitem__), max(counts, key=counts.__getitem__)
-    if counts[layers[0]] == counts[layers[1]]:
+    first, last = min(counts, key=counts.__getitem__), max(counts, key=counts.__getitem__)
+    if counts[first] == counts[last]:
         return
     plural = KIND_STYLES[unit].plural
-    texts = [f"layer {n} keeps {counts[n][1]} of {counts[n][0]} {plural}" for n in layers]
     raise ModelError(
-        f"{join_words(texts)}, but plain transformers requires the same number of {plural} in all "
-        f"layers: remove equally many {plural} from each layer, as 'tracker prune' does with "
-        "'uniform: true'"
+        f"layer {first} keeps {counts[first][1]} of {counts[first][0]} {plural}, and layer {last} "
+        f"keeps {counts[last][1]} of {counts[last][0]} {plural}, but plain transformers requires "
+        "the same number in all layers. Remove equally many from each layer, as 'tracker prune' "
+        "does with 'uniform: true'"
     )
 
 
@@ -258,8 +260,8 @@ def _cut_tensor(
     for axis, (length, new_length) in enumerate(zip(value.shape, expected.shape, strict=True)):
         if length != new_length and len(entries.get(length, ())) != new_length:
             raise ModelError(
-                f"{name} is too long, and it is not known which of its entries belong to the "
-                "removed parts, so these parts cannot be removed"
+                f"the parts cannot be removed, because it is not known which entries of {name} "
+                "belong to them"
             )
         cut = take_entries(cut, entries[length], axis) if length != new_length else cut
     return nn.Parameter(cut.contiguous(), requires_grad=False)

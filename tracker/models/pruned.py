@@ -90,8 +90,8 @@ def prune_model(
         for span in repeated:
             if len(span.layers) > 1:
                 raise ModelError(
-                    f"{type(model).__name__} does not run with a different number of layers, so "
-                    f"its layers {span.layer} to {span.stop - 1} cannot be repeated together"
+                    f"{type(model).__name__} runs only with its original number of layers, so its "
+                    f"layers {span.layer} to {span.stop - 1} cannot be repeated as a group"
                 )
             hook = partial(_repeat_layer, span.repeats)
             clone_layers[span.layer].register_forward_hook(hook, with_kwargs=True)
@@ -384,7 +384,7 @@ def simulate_reload(
     if not modules.keys() <= clone_modules.keys():
         # Added by a call, as in BigBird.
         raise ModelError(
-            "the model has modules that its class does not build from the configuration"
+            "the model's modules differ from those that its class builds from the configuration"
         )
     for path, module in modules.items():
         for table in ("_parameters", "_buffers"):

@@ -291,16 +291,16 @@ def _check_arguments(arguments: dict[str, Any]) -> None:
         if name not in _ARGUMENTS:
             suggestion = did_you_mean(name, _ARGUMENTS)
             raise ModelError(
-                f"model_args: unknown argument {name!r}, whose effect on results is not known."
-                f"{suggestion} Known: {', '.join(_ARGUMENTS)}."
+                f"model_args: unknown argument {name!r}.{suggestion} tracker supports these "
+                f"arguments: {', '.join(_ARGUMENTS)}"
             )
         if not isinstance(value, bool if _ARGUMENTS[name] == "yes or no" else str):
             raise ModelError(f"model_args: {name} is {_ARGUMENTS[name]}, not {short_text(value)}")
     if any(name.startswith(BITSANDBYTES_ARGUMENTS) for name in arguments):
-        require_package("bitsandbytes", "model_args:")
+        require_package("bitsandbytes", "the setting model_args")
     if (location := arguments.get("peft")) is None:
         return
-    require_package("peft", "model_args:")
+    require_package("peft", "the setting model_args")
     folder = expand_home(location)
     if not folder.is_dir():
         _check_hub_id(location, "model_args: peft: ")
@@ -380,9 +380,9 @@ def _create_shape(source: str) -> ModelSource:
         config = AutoConfig.from_pretrained(shapes[name])
     elif not name or ("/" not in name and not Path(name).is_dir()):
         raise ModelError(
-            f"{source}: there is no model shape {name!r}.{did_you_mean(name, shapes)} Known: "
-            f"{', '.join(sorted(shapes))}; or write shape:FOLDER or shape:HUB/ID. shape:{name}@4 "
-            "has four layers"
+            f"{source}: there is no model shape {name!r}.{did_you_mean(name, shapes)} Known "
+            f"shapes: {', '.join(sorted(shapes))}. For another model's shape, write shape:FOLDER "
+            "or shape:HUB/ID. The suffix @4 limits a model to four layers"
         )
     else:
         model = find_model(name)

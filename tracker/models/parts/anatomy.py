@@ -234,14 +234,13 @@ def find_search_parts(source: ModelSource, unit: str) -> SearchParts:
     # Without a miniature, the engine finds the layers before it measures.
     layers = tuple(range(counts.layers)) if small is None else _layers_with_parts(small, unit)
     if not layers or n_staying >= count:
-        reason = f": each layer has {count} {plural}, and {n_staying} of them must stay"
+        reason = f"Each layer has {count} {plural}, and at least {n_staying} must stay."
         if not layers:
-            router = ", and a router that uses neither groups of experts nor a fixed table"
-            router *= unit == "expert"
-            reason = f" (needed: {PART_CLASSES[unit].NEEDS}{router})"
+            router = " The router must use neither groups of experts nor a fixed table."
+            reason = f"{PART_CLASSES[unit].NEEDS}{router if unit == 'expert' else ''}"
         raise ModelError(
-            f"{source.source} has no {plural} that can be removed one by one{reason}; use another "
-            "'unit'"
+            f"{source.source} has no {plural} that can be removed one by one; use another 'unit'. "
+            f"{reason}"
         )
     return SearchParts(unit, counts.layers, count, layers, n_staying)
 

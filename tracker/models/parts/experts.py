@@ -53,7 +53,8 @@ class Experts:
     KIND: ClassVar[str] = "routed experts"
     COMPONENTS: ClassVar[str] = "expert"
     NEEDS: ClassVar[str] = (
-        "tensors with one entry per expert, chosen by a router with one row per expert"
+        "Experts can be removed if the tensors of the experts have one entry per expert, and the "
+        "router has one row per expert."
     )
 
     router: str
@@ -116,14 +117,14 @@ class Experts:
         removed = {part.number for part in parts if part.number is not None}
         if max(removed) >= self.count:
             raise CellError(
-                f"{name} has {self.count} experts, 0 to {self.count - 1}; leave {max(removed)} out "
-                "of 'expert'"
+                f"{name} has {self.count} experts, numbered 0 to {self.count - 1}; leave "
+                f"{max(removed)} out of 'expert'"
             )
         if self.count - len(removed) < self.n_chosen:
             raise CellError(
-                f"{name} sends each token to {self.n_chosen} of {self.count} experts, and "
-                f"removing {len(removed)} of them leaves too few; leave this layer out of 'layer', "
-                "or expert out of 'component'"
+                f"{name} sends each token to {self.n_chosen} of {self.count} experts, but only "
+                f"{self.count - len(removed)} would remain; leave this layer out of 'layer', or "
+                "expert out of 'component'"
             )
         if not self.removable:
             raise CellError(

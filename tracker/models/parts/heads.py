@@ -44,7 +44,8 @@ class Heads(ProjectionColumns):
     KIND: ClassVar[str] = "attention heads"
     COMPONENTS: ClassVar[str] = "head and kv_head"
     NEEDS: ClassVar[str] = (
-        "one call of transformers' AttentionInterface and one output projection for all heads"
+        "Heads can be removed from an attention module that calls transformers' "
+        "AttentionInterface once, and has one output projection for all heads."
     )
 
     projection: str
@@ -115,12 +116,13 @@ class Heads(ProjectionColumns):
         heads = [head for head in range(self.heads) if head not in removed]
         groups = Counter(head // per_group for head in heads)
         if not heads:
-            raise CellError(f"no head of {name} would remain; at least one must stay")
+            raise CellError(f"no head of {name} would remain; remove fewer heads")
         if len({*groups.values()}) != 1:
             numbers = join_words([str(groups[group]) for group in range(self.groups)])
             raise CellError(
-                f"the groups of {name} would keep {numbers} heads. Plain transformers loads equal "
-                "groups: remove as many heads from each group, or whole groups (kv_head)"
+                f"the groups of heads in {name} would keep {numbers} heads, but transformers "
+                "requires groups of equal size. Remove equally many heads from each group, or "
+                "remove whole groups (kv_head)"
             )
         queries, keys = (
             [n * width + i for n in ns for i in range(width)] for ns in (heads, groups)

@@ -123,11 +123,12 @@ def find_linear_maps(layer: nn.Module, name: str) -> dict[str, LinearMap]:
     # A matrix that is neither a map nor a router would stay unrounded without notice.
     known_ids = {id(linear.parameter) for linear in maps.values()} | router_ids
     for path, parameter in layer.named_parameters():
-        problem = "" if parameter.is_floating_point() else "is quantised already"
+        problem = ""
         if parameter.ndim > 1 and id(parameter) not in known_ids:
-            problem = "is not a linear map, so it cannot be rounded to a format"
+            problem = f"{path} of {name} is not a linear map, so it cannot be quantised"
+        elif not parameter.is_floating_point():
+            problem = f"{path} of {name} is quantised already"
         if problem:
-            problem = f"{path} of {name} {problem}"
             raise CellError(f"{problem}; leave weight formats out of 'intervention'")
     return {
         path: linear

@@ -22,8 +22,8 @@ from tracker.schema.kinds import Component
 from tracker.schema.model_parts import neuron_group_size
 
 _UNREADABLE = (
-    "the weights of the MLP are {}, so neurons cannot be sorted by their norms; leave neuron out "
-    "of 'component'"
+    "the weights of the MLP are {state}, so neurons cannot be sorted by their norms; leave neuron "
+    "out of 'component'"
 )
 
 
@@ -42,8 +42,8 @@ class Neurons(ProjectionColumns):
     KIND: ClassVar[str] = "groups of neurons"
     COMPONENTS: ClassVar[str] = "neuron"
     NEEDS: ClassVar[str] = (
-        "an MLP without experts, with one output projection whose number of inputs is a multiple "
-        "of 64"
+        "Neurons can be removed from an MLP without experts. The MLP must have one output "
+        "projection, whose number of inputs is a multiple of 64."
     )
 
     projection: str
@@ -61,7 +61,9 @@ class Neurons(ProjectionColumns):
         experts, has no neurons. Raises ModelError if weights are offloaded.
         """
         if any(map(is_absent, finder.layers.parameters())):
-            raise ModelError(f"{type(finder.model).__name__}: {_UNREADABLE.format('offloaded')}")
+            raise ModelError(
+                f"{type(finder.model).__name__}: {_UNREADABLE.format(state='offloaded')}"
+            )
         sublayers = dict(zip(finder.layers, finder.find(Sublayers), strict=True))
         holders = count_holders(finder.layers)
 
@@ -104,7 +106,7 @@ class Neurons(ProjectionColumns):
         for path, linear in self.maps.items():
             weight = linear.weight.detach()
             if not weight.is_floating_point():
-                raise CellError(f"{path}: {_UNREADABLE.format('quantised')}")
+                raise CellError(f"{path}: {_UNREADABLE.format(state='quantised')}")
             # A packed map has rows of gates, then rows of values.
             vectors = weight.cpu().double().norm(dim=0 if path == self.projection else 1)
             norms *= vectors.view(-1, width).prod(0)
@@ -128,7 +130,7 @@ class Neurons(ProjectionColumns):
             is_kept[self.columns(part, name)] = False
         remaining = is_kept.nonzero().flatten().tolist()
         if not remaining:
-            raise CellError(f"no neuron of {name} would remain; at least one group must stay")
+            raise CellError(f"no neuron of {name} would remain; remove fewer groups of neurons")
         entries = {width: remaining}
         if any(linear.shape[0] == 2 * width for linear in self.maps.values()):
             entries[2 * width] = [*remaining, *(width + column for column in remaining)]

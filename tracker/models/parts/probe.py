@@ -117,15 +117,11 @@ class PartFinder:
         if part is not None:
             return part
         layers = [str(index) for index, entry in enumerate(parts) if entry is None]
-        needed = f" (needed: {kind.NEEDS})" if kind.NEEDS else ""
-        problem = f"has no {kind.KIND} that can be removed one by one{needed}"
+        owner, advice = self.layer_name(layer), f"layers {', '.join(layers)} out of 'layer'"
         if len(layers) == len(parts):
-            model = type(self.model).__name__
-            raise CellError(f"{model} {problem}; leave {kind.COMPONENTS} out of 'component'")
-        raise CellError(
-            f"{self.layer_name(layer)} {problem}; leave such layers out of 'layer': "
-            f"{', '.join(layers)}"
-        )
+            owner, advice = type(self.model).__name__, f"{kind.COMPONENTS} out of 'component'"
+        message = f"{owner} has no {kind.KIND} that can be removed one by one; leave {advice}"
+        raise CellError(f"{message}. {kind.NEEDS}" if kind.NEEDS else message)
 
     def layer_name(self, layer: int) -> str:
         """Return the name of a layer for messages."""
@@ -170,8 +166,9 @@ class PartFinder:
                 stack.enter_context(layer.register_forward_hook(partial(finish, index)))
             with translate_errors(
                 lambda error: ModelError(
-                    f"{type(self.model).__name__}: its {kind.KIND} cannot be distinguished "
-                    f"({error}); leave {kind.COMPONENTS} out of 'component'"
+                    f"the {kind.KIND} of {type(self.model).__name__} cannot be found, because the "
+                    f"model fails on a test text ({error}); leave {kind.COMPONENTS} out of "
+                    "'component'"
                 )
             ):
                 self.model(probe_text(n_tokens, self.device), use_cache=False)
