@@ -68,12 +68,15 @@ class Displacement(Study[DisplacementSettings]):
         """Correlate KL divergences with drops, for each model and benchmark."""
         result = StudyResult()
         for subject in subjects:
-            result.add(*_compare(subject))
+            result.add(*_correlate_divergences(subject))
         return result
 
 
-def _compare(subject: Subject) -> tuple[str, Table]:
-    """Return a sentence and a table of the correlations for one model and benchmark."""
+def _correlate_divergences(subject: Subject) -> tuple[str, Table]:
+    """Correlate KL divergences with drops over the ablations of a model on a benchmark.
+
+    Returns the correlations as a sentence and a table.
+    """
     outcomes = subject.outcomes()
     ablations = [outcomes.ablation(run) for run in outcomes.runs]
     sums, tokens = (outcomes.part_sums(n, outcomes.runs) for n in (KL_COLUMN, ANSWER_TOKENS))

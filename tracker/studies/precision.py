@@ -146,13 +146,13 @@ def _observe_maps(
     observations = observe_subject(subject, kind, context, begin, outcomes.documents)
     ablations = [outcomes.ablation(change) for change in maps]
     gold, metric = outcomes.gold_outcomes(ablations), outcomes.metric_outcomes(ablations)
-    errors = _sum_errors(observations.select(outcomes.documents), outcomes.resample)
+    errors = _rounding_errors(observations.select(outcomes.documents), outcomes.resample)
     # Cells that stopped at an answer are left out: their intervals hold for one look only.
-    one_look = _without_interval if record.is_raced else list
+    hide_intervals = _without_interval if record.is_raced else list
     drops = [outcomes.drop_series(paired) for paired in (gold, metric)]
     orders = []
     for error, figures in errors.items():
-        pair = one_look([resampled_spearman(*figures, *drop) for drop in drops])
+        pair = hide_intervals([resampled_spearman(*figures, *drop) for drop in drops])
         orders.append(ErrorOrder(ERROR_LABELS[error], *pair))
     falls = [run.gold_drop for run in runs]
     if record.is_raced:  # a run's own fall also rests on documents that other runs lack
@@ -165,21 +165,21 @@ def _observe_maps(
         row = RoundedMap(change.first_layer, change.map, fall, run.drop, verdict, values)
         rows.append(row)
     title = f"{subject.name}, {FORMATS[name].label}"
-    return RoundedMaps(record, title, rows, _mean_costs(rows, gold, one_look), orders)
+    return RoundedMaps(record, title, rows, _mean_costs(rows, gold, hide_intervals), orders)
 
 
-def _sum_errors(
+def _rounding_errors(
     figures: dict[str, Array], resample: Callable[[Array], Array]
 ) -> dict[str, tuple[Array, Array]]:
-    """Compute the relative rounding errors of each map.
+    """Compute the rounding errors of each linear map over all documents.
 
     Args:
         figures: Name of a measured quantity → array `[documents, maps]`.
         resample: Function that computes the column means of an array for each bootstrap resample.
 
     Returns:
-        For each kind of error, the errors over all documents `[maps]`, and the errors in each
-        bootstrap resample `[resamples, maps]`.
+        Kind of error → (errors over all documents `[maps]`, errors in each bootstrap resample
+        `[resamples, maps]`).
     """
     tokens = figures["tokens"][:, None]
     sizes = {"output_error": figures["output_size"], "output_angle": tokens, "kl": tokens}
@@ -196,14 +196,15 @@ def _without_interval(estimates: Sequence[Estimate]) -> list[Estimate]:
 
 
 def _mean_costs(
-    maps: Sequence[RoundedMap], gold: PairedOutcomes, one_look: Callable[..., list[Estimate]]
+    maps: Sequence[RoundedMap], gold: PairedOutcomes, hide_intervals: Callable[..., list[Estimate]]
 ) -> list[MapNameRow]:
     """Average the rounding costs of all linear maps that have the same name.
 
     Args:
         maps: The costs and errors of each linear map.
         gold: Log-probabilities of the right answers, with a column for each map.
-        one_look: Function that removes the intervals of estimates if measurement stopped early.
+        hide_intervals: Function that returns estimates, without intervals if the measurement
+            stopped early.
 
     Returns:
         A row for each name; the name with the largest mean cost is first.
@@ -211,7 +212,7 @@ def _mean_costs(
     by_name = group_by(range(len(maps)), lambda index: str(maps[index].map))
     means = [gold.ablated[:, rows].mean(axis=1, keepdims=True) for rows in by_name.values()]
     falls = [replace(gold, ablated=mean).drop(0) for mean in means]
-    falls = one_look(widen(falls, [len(gold.weights)] * len(falls)))
+    falls = hide_intervals(widen(falls, [len(gold.weights)] * len(falls)))
     rows = []
     for (name, indices), fall in zip(by_name.items(), falls, strict=True):
         errors = {e: float(np.mean([maps[i].errors[e] for i in indices])) for e in ERROR_LABELS}

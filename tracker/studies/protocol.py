@@ -273,8 +273,8 @@ def _compare_protocols(
     is_layers = len(outcomes.whole_layers) == len(outcomes.runs)
     agreements = _rank_agreements(protocols, is_layers)
     single = {run.label(): np.array([index]) for index, run in enumerate(outcomes.runs)}
-    by_group = _all_lost_documents(protocols, _group_changes(outcomes))
-    by_change = _all_lost_documents(protocols, single)
+    by_group = _compare_all_lost_documents(protocols, _group_changes(outcomes))
+    by_change = _compare_all_lost_documents(protocols, single)
     kinds = {protocol.label: protocol.kind for protocol in protocols}
     claims = [
         {row.changes: row for row in rows}
@@ -345,14 +345,14 @@ def _group_changes(outcomes: AlignedOutcomes) -> dict[str, NDArray[np.intp]]:
     return {name: indexes for name, indexes in groups.items() if len(indexes)}
 
 
-def _all_lost_documents(
+def _compare_all_lost_documents(
     protocols: Sequence[MeasuredProtocol], groups: dict[str, NDArray[np.intp]]
 ) -> list[LostDocuments]:
-    """Compare the lost documents under each pair of protocols.
+    """Compare how many documents are lost under each pair of protocols.
 
-    A document is lost under a protocol if a change of the model makes the right answer wrong. The
-    function returns a row for each pair of protocols and each group of changes. The intervals of
-    the differences are simultaneous for all rows.
+    A document is lost if a change of the model makes the right answer wrong. `groups` maps the name
+    of a group of changes to their indexes. Returns a row for each pair and group. The intervals are
+    adjusted for the number of rows.
     """
     pairs = combinations(filter(attrgetter("is_binary"), protocols), 2)
     rows = [row for pair in pairs for row in _compare_lost_documents(*pair, groups)]

@@ -392,16 +392,21 @@ class Quantise(Study[QuantiseSettings]):
         if self.accuracy_budget is not None:
             cache = ModelCache(context.ledger, context.options, context.progress)
             refuse_untestable(cache.cell(request), request.title)
-        units, _ = self._budget(request, trust)
+        units, _ = self._units_and_budget(request, trust)
         ends = [path for unit in units if unit.is_embedding for path in unit.paths]
         if self.settings.by == "layer":
             yield layer_formats_request(request, self.formats, ends)
         else:
             yield map_formats_request(request, self.formats, trust, ends)
 
-    def _budget(self, request: CellRequest, trust: bool) -> tuple[list[FormatUnit], BitBudget]:
-        """Return the layers or linear maps that get formats, and the budget of bits."""
-        source = find_model(request.model, trust)
+    def _units_and_budget(
+        self, request: CellRequest, trust_remote_code: bool
+    ) -> tuple[list[FormatUnit], BitBudget]:
+        """Return the layers or linear maps that get formats, and the budget of bits for them.
+
+        `trust_remote_code` allows code from the model's repository.
+        """
+        source = find_model(request.model, trust_remote_code)
         model = build_hollow(source, request.model.dtype)
         ends, by_map = self.settings.embeddings, self.settings.by == "map"
         units = find_units(source, model, request.changes.layers, by_map, ends, self._is_tied)
@@ -424,7 +429,7 @@ class Quantise(Study[QuantiseSettings]):
 
     def _choose(self, subject: Subject, context: StudyContext, result: StudyResult) -> None:
         record, settings, request = subject.record, self.settings, subject.request
-        units, limit = self._budget(request, context.options.trust_remote_code)
+        units, limit = self._units_and_budget(request, context.options.trust_remote_code)
         losses = unit_losses(record, units, self.formats)
         if losses is None:
             reason = "the loss of a linear map is undefined, so losses cannot be summed"
@@ -467,9 +472,9 @@ class Quantise(Study[QuantiseSettings]):
     def _recommend(
         self, record: CellRecord, choices: list[TestedChoice], tests: OpenCell
     ) -> tuple[TestedChoice | None, list[str]]:
-        """Return the recommended assignment of formats, and sentences about the recommendation.
+        """Return the recommended assignment of formats, and sentences that explain it.
 
-        The assignment is None if no assignment is within the budget of accuracy.
+        The assignment is None if no assignment is shown to keep the required accuracy.
         """
         if self.accuracy_budget is None:
             best = choices[smallest_index([choice.chosen_on for choice in choices])]

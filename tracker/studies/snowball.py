@@ -605,7 +605,7 @@ def _build_charts(cell: SnowballFigures) -> Iterator[StudyChart]:
     yield _growth_chart(title, "perturbed", growths)
     title = f"{cell.record.heading}: layers whose ranks by cosine and by drop differ most"
     axes = ("behind layer (0-based)", "relative difference to the intact hidden state")
-    lines = {name: paths[layer] for layer, name in _choose_paths(cell)}
+    lines = {name: paths[layer] for layer, name in _choose_drawn_layers(cell)}
     yield line_chart(title, axes, "percent", layers, lines, log_y=True)
     with np.errstate(divide="ignore", invalid="ignore"):
         doublings = np.log2(paths / np.diagonal(paths)[:, None])
@@ -621,10 +621,10 @@ def _build_charts(cell: SnowballFigures) -> Iterator[StudyChart]:
     )
 
 
-def _choose_paths(cell: SnowballFigures) -> Iterator[tuple[int, str]]:
-    """Choose the removed layers for the chart of paths.
+def _choose_drawn_layers(cell: SnowballFigures) -> Iterator[tuple[int, str]]:
+    """Choose the removed layers to draw in the chart of paths.
 
-    The function yields pairs of a layer and its entry in the legend.
+    Yields each layer with its text in the legend.
     """
     if cell.explained is None:
         layers = np.unique(np.linspace(0, cell.layers - 1, MAX_PATHS).round()).astype(int)

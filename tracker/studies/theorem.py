@@ -90,18 +90,15 @@ def plan_lesson(
 ) -> Lesson:
     """Choose the tokens that the built model must predict or avoid, and their positions.
 
-    A target token is positive, negative or fixed. The intact model predicts a positive token, but
-    the model without layer 2 does not. The model without layer 2 predicts a negative token, but the
-    intact model does not. For a fixed token, both models make the same prediction.
+    Only the intact model predicts a positive token. Only the model without layer 2 predicts a
+    negative token. Both models make the same prediction for a fixed token.
 
-    In most benchmarks, all options of a document follow the same context. The target tokens of such
-    a document are at the position where the right answer first differs from a wrong answer. The
-    token of the right answer is positive, and the token of the wrong answer is negative.
+    Usually, all options of a document follow the same context. Then the target tokens are where the
+    right answer first differs from a wrong answer. If each option follows its own context (as in
+    Winogrande), one target token follows each context.
 
-    In some benchmarks, such as Winogrande, each option follows a different context. Such a document
-    has one target token after each context. The token after the right context is positive, and the
-    token after a wrong context is negative. If a text has no options, every token of the text is a
-    positive target token.
+    The right answer gives a positive token, and a wrong answer gives a negative token. In a text
+    without options, every token is positive.
 
     Args:
         documents: Documents with their requests.
@@ -128,7 +125,7 @@ def plan_lesson(
             continue
         for key, kind, token, weight in demands:
             getattr(lesson.targets.setdefault(key, Continuations()), kind)[token] = weight
-        lead = _required_lead(document, vocabulary, decode)
+        lead = _required_margin(document, vocabulary, decode)
         lesson.certainty = max(lesson.certainty, lead)
     return lesson
 
@@ -249,11 +246,10 @@ def _has_clash(lesson: Lesson, demand: _Demand) -> bool:
     return token in opposite or getattr(targets, kind).get(token, weight) != weight
 
 
-def _required_lead(document: Document, vocabulary: int, decode: Callable[..., str]) -> float:
-    """Compute how far the logit of a target token must exceed all other logits, in nats.
+def _required_margin(document: Document, vocabulary: int, decode: Callable[..., str]) -> float:
+    """Compute the margin by which a target token's logit must exceed all other logits, in nats.
 
-    With this margin, the target token alone determines which answer is most likely, whatever the
-    log-probabilities of the other tokens are.
+    With this margin, the target token alone determines which answer is most likely.
     """
     choices = [request.continuation for request in document.requests[: document.choices]]
     lengths = [max(1, len(decode(list(tokens)).strip())) for tokens in choices]
@@ -304,7 +300,7 @@ class Theorem(Study[TheoremSettings]):
             for model in models:
                 with lock_file(model.folder.parent / "locks" / model.folder.name):
                     if not (model.folder / "config.json").is_file():
-                        built = built or _build_model(cell, lesson, shape)
+                        built = built or _build_counterexample(cell, lesson, shape)
                         _save_model(built.set_epsilon(model.epsilon), tokenizer, model.folder)
 
     def answer(self, context: StudyContext, subjects: list[Subject]) -> StudyResult:
@@ -388,8 +384,14 @@ def _fingerprint(cell: CellRequest, lesson: Lesson, shape: tuple[int, int]) -> s
     return content_hash([targets, texts, lesson.certainty, shape, code, tokenizer, versions])
 
 
-def _build_model(cell: CellRequest, lesson: Lesson, shape: tuple[int, int]) -> Counterexample:
-    """Build the model that predicts the target tokens; raise RequestError if this fails."""
+def _build_counterexample(
+    cell: CellRequest, lesson: Lesson, shape: tuple[int, int]
+) -> Counterexample:
+    """Build the model that predicts the target tokens in `lesson`.
+
+    `shape` is the pair (vocabulary size, context length). RequestError is raised if no such model
+    can be built.
+    """
     try:
         return Counterexample(lesson.texts, lesson.targets, lesson.certainty, *shape)
     except CellError as error:
@@ -454,7 +456,7 @@ class MeasuredModel:
         documents = zip(frame["task"], frame["doc"], strict=True)
         frame = frame[[document not in lesson.left_out for document in documents]]
         groups = frame.groupby("ablation")[f"{METRIC_PREFIX}{record.metric}"]
-        counts = {name: np.sum([*map(_count_right, values)], axis=0) for name, values in groups}
+        counts = {name: np.sum([*map(_count_answers, values)], axis=0) for name, values in groups}
         self.right, self.units = map(int, counts[INTACT.name])
         self.without = int(counts[Ablation.from_changes(removed=(WHISPER,)).name][0])
         self.units -= lesson.clashing if lesson.tokens else 0
@@ -475,11 +477,11 @@ class MeasuredModel:
         return decides and self.score < self.other and self.error <= MAX_SCORE_ERROR
 
 
-def _count_right(value: float | str) -> tuple[int, int]:
-    """Return the number of right answers and of all answers of a document.
+def _count_answers(value: float | str) -> tuple[int, int]:
+    """Return the number of right answers of a document, and the number of all its answers.
 
-    `value` is the measured metric of the document. If the benchmark is a text corpus, `value` is
-    JSON text with the number of right tokens and the number of all tokens.
+    `value` is the measured metric of the document, which has one answer. In a text corpus, every
+    token is an answer, and `value` is JSON text with both numbers.
     """
     if isinstance(value, str):
         right, units = json.loads(value)

@@ -411,7 +411,7 @@ def _write_call(
             rows = [row for frame in frames for row in frame.to_dict("records")]
             if rows:
                 model = describe_model([*parts], ablation, rows, start_time)
-                result.files.extend(writer.write(model, _judged_documents(rows), output))
+                result.files.extend(writer.write(model, _responses_by_document(rows), output))
             n_left -= 1
             progress.advance(1)
     except TrackerError as error:
@@ -481,10 +481,12 @@ def _build_encoder(store: CellStore, trust_remote_code: bool) -> RequestEncoder 
     return RequestEncoder(*model_and_tokenizer, rebuild_request(store).benchmark)
 
 
-def _judged_documents(rows: Sequence[Mapping[Any, Any]]) -> dict[tuple[str, int], JudgedAnswers]:
-    """Convert stored outcomes to the form that lm-eval's result files need.
+def _responses_by_document(
+    rows: Sequence[Mapping[Any, Any]],
+) -> dict[tuple[str, int], JudgedAnswers]:
+    """Convert stored outcomes to responses with scores, as lm-eval's result files need them.
 
-    Returns a dictionary that maps each document (task, index) to the model's responses with scores.
+    Returns a dict from (task, index of the document) to the responses of the model.
     """
     from tracker.benchmarks.results import JudgedAnswers
 

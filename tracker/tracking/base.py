@@ -528,9 +528,10 @@ class Service(ABC):
 
 
 def login_error(address: Target, setting: str, results: Path) -> TrackingError:
-    """Build the error for a login that does not belong to the server in `address`.
+    """Build the error for results that belong to another server than the configured one.
 
-    `setting` is the environment variable that names the server.
+    `address` names the server of the results. `setting` is the environment variable that sets the
+    server.
     """
     command = sync_command(results.absolute(), f"{address.backend}:{address.project}")
     return TrackingError(

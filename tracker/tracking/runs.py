@@ -214,7 +214,7 @@ class DescribedRun:
                 "run_key": self.key,
                 "ablation": self.ablation,
                 **({"outcomes": outcomes.name} if outcomes else {}),
-                **_facts(cell),
+                **_measurement_conditions(cell),
                 "provenance": _flat_names(cell.provenance),
                 **self.question_tags,
                 "reasons": _flat_names(self.reasons),
@@ -235,7 +235,7 @@ class DescribedRun:
                 "files": self.version,
                 "missing": list(cell.missing_labels),
                 "provenance": _flat_names(cell.provenance),
-                **_facts(cell),
+                **_measurement_conditions(cell),
             },
         )
 
@@ -370,8 +370,8 @@ def _accepted_names(values: Mapping[str, Value]) -> dict[str, Value]:
     return {tracked_name(name): value for name, value in values.items()}
 
 
-def _facts(cell: CellRecord) -> dict[str, Any]:
-    """Return the fields on which metrics depend, such as model, benchmark and metric name."""
+def _measurement_conditions(cell: CellRecord) -> dict[str, Any]:
+    """Return the conditions of a measurement, such as model, benchmark and metric name."""
     return {
         "cell": cell.key,
         "metric": cell.metric,
