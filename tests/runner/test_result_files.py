@@ -332,8 +332,8 @@ def test_what_is_not_measured_yet_is_said_and_the_rest_is_written(study):
         (folder / "away").rename(lab)
     assert code == 0
     assert (
-        "tiny · words · 0-shot: 3 of 4 documents are measured for baseline, layer:1; their files "
-        "contain only these documents" in output
+        "tiny · words · 0-shot: 3 of 4 documents are measured for baseline, layer:1; the written "
+        "files contain only these documents" in output
     )
     assert "0 of 4 documents are measured for layer:2; they have no files" in output
     assert file_names(folder / "ours-part") == {"lab__tiny", "lab__tiny,removed_layers=1"}
@@ -348,8 +348,8 @@ def test_what_lies_beneath_and_which_component_is_in_the_name(study):
     measured = run(folder, ["words", "corpus:text.txt"], "deep", **options)
     log = tracker.log_samples(folder / "ours-deep", results=measured, layer=[2])
     assert log.notes == [
-        "tiny · corpus:text.txt · 0-shot: no files are written, because a corpus is not a task of "
-        "lm-eval"
+        "tiny · corpus:text.txt · 0-shot: no files are written, because lm-eval has no task for a "
+        "corpus"
     ]
     deepest = "lab__tiny,removed_layers=0,removed_attention=2"
     assert file_names(folder / "ours-deep") == {"lab__tiny", "lab__tiny,removed_layers=0", deepest}

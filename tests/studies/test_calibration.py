@@ -172,6 +172,7 @@ def test_a_drop_that_is_the_same_everywhere_ranks_nothing(tiny_llama, experiment
     path = experiment(model, layer=[0, 1, 2], limit=6)
     finding = conduct_study("calibration", path, tmp_path / "results")
     assert any(
-        "drop: the measure has the same mean in all 3 layers" in note for note in finding.lacking
+        "drop: all 3 layers have the same mean value, so they have no ranking" in note
+        for note in finding.lacking
     )
     assert finding.answers == ("Nothing could be ranked.",)

@@ -245,7 +245,7 @@ def layer_rankings(subject: Subject) -> list[LayerRanking]:
     reason = ""
     if len(strata) < 2 or len(layers) < MIN_LAYERS_RANKED:
         counts = f"{count_text(len(strata), 'document')} and {count_text(len(layers), 'layer')}"
-        reason = f"{counts} are measured: too few to rank layers"
+        reason = f"too little is measured to rank layers: {counts}"
     ablations = [cell.ablation(run) for run in cell.whole_layers]
     metric, gold = cell.metric_outcomes(ablations), cell.gold_outcomes(ablations)
     names = metric_format(subject.record).change, PROXIES["gold_logprob_drop"].label
@@ -266,7 +266,7 @@ def _unusable_reason(ranking: LayerRanking) -> str:
     if not len(values):
         return "no document counts"
     if np.ptp(rounded_values(ranking.means())) == 0:
-        return f"the measure has the same mean in all {values.shape[1]} layers"
+        return f"all {values.shape[1]} layers have the same mean value, so they have no ranking"
     return ""
 
 

@@ -141,7 +141,7 @@ class PairInteractions:
         def mean_over(indices: NDArray[np.int64]) -> Estimate:
             if not len(indices):
                 return Estimate(
-                    None, reason="for every pair, the accuracy without both layers is at chance"
+                    None, reason="chance accuracy limits the drops of every pair of layers"
                 )
             per_document = values[:, indices].mean(axis=1)
             return Estimate(float(weights @ per_document), *mean_interval(per_document, weights))
@@ -204,10 +204,10 @@ def measure_pairs(subject: Subject) -> tuple[list[PairInteractions], list[str]]:
     pairs = list(combinations([run.layer for run in outcomes.runs], 2))
     pairs = [p for p in pairs if outcomes.is_measured(Ablation.from_changes(removed=p))]
     if not pairs or len(outcomes.tasks) < 2:
-        return [], [f"{len(pairs)} pairs on {len(outcomes.tasks)} documents are measured"]
+        return [], [f"too few measured pairs ({len(pairs)}) or documents ({len(outcomes.tasks)})"]
     reasons, absent = [], len(requested) - len(pairs)
     if absent:
-        reasons.append(f"{absent} of {len(requested)} pairs are not measured")
+        reasons.append(f"of {len(requested)} pairs of layers, {absent} lack their joint drop")
     layers = sorted({*chain.from_iterable(pairs)})
     sets = [*((layer,) for layer in layers), *pairs]
     ablations = [Ablation.from_changes(removed=removed) for removed in sets]

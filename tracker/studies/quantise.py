@@ -251,8 +251,8 @@ class FormatChooser:
 
         def measure(choices: Sequence[FormatChoice]) -> PairedOutcomes:
             swaps = f"{count_text(len(choices) - 1, 'swap')} of formats"
-            turn = f"round {next(numbers)} of at most {rounds}"
-            self.say(f"measuring {swaps}, starting from the choice by {start.by}, {turn}")
+            turn = f"round {next(numbers)} (limit: {rounds})"
+            self.say(f"{turn}: measuring {swaps}, starting from the choice by {start.by}")
             ablations = [choice_ablation(choice) for choice in choices]
             self.cell.measure(ablations, are_candidates=True)
             return self.cell.outcomes(ablations, "gold_logprob")
@@ -365,8 +365,8 @@ class Quantise(Study[QuantiseSettings]):
         self.formats = tuple(dict.fromkeys(map(str.strip, settings.format.split(","))))
         for name in self.formats:
             if name not in FORMATS:
-                hint = f"{did_you_mean(name, FORMATS)} Known: {', '.join(FORMATS)}"
-                raise RequestError(f"there is no format {name!r}.{hint}")
+                guess, formats = did_you_mean(name, FORMATS), ", ".join(FORMATS)
+                raise RequestError(f"there is no format {name!r}.{guess} Use one of: {formats}")
         if settings.max_drop is not None and settings.keep_accuracy is not None:
             raise RequestError("set either --max-drop or --keep-accuracy, not both")
         self.accuracy_budget = AccuracyBudget.parse(settings.max_drop, settings.keep_accuracy)
@@ -379,7 +379,7 @@ class Quantise(Study[QuantiseSettings]):
             raise RequestError("--format: one format leaves no choice; name at least two formats")
         if (settings.by, settings.tie) == ("layer", "none"):
             raise RequestError(
-                "--tie none has no effect with --by layer, which gives all maps of a layer one "
+                "--tie none has no effect, because --by layer gives all maps of a layer one "
                 "format; leave --tie or --by out"
             )
         self._is_tied = (settings.by, settings.tie) == ("map", "fused")
@@ -432,7 +432,7 @@ class Quantise(Study[QuantiseSettings]):
         units, limit = self._units_and_budget(request, context.options.trust_remote_code)
         losses = unit_losses(record, units, self.formats)
         if losses is None:
-            reason = "the loss of a linear map is undefined, so losses cannot be summed"
+            reason = "formats cannot be chosen: a layer or linear map has an undefined loss"
             result.lack(record.title, reason)
             return
         lender = ModelCache(context.ledger, context.options, context.progress)

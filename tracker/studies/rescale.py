@@ -39,8 +39,8 @@ STAND_INS: dict[Intervention, str] = {
 """Replacement of a layer → its name in texts, from the least to the most powerful."""
 REPLACEMENTS = (*STAND_INS,)[1:]
 RESCALE_TEXTS = study_texts("rescale", resamples=RESAMPLES)
-_NOT_FINITE = "a drop is not a finite number"
-_NO_TEST = "McNemar's test needs outcomes that are right or wrong, which this metric does not have"
+_NOT_FINITE = "the drop of a layer is not a finite number"
+_NO_TEST = "McNemar's test is undefined, because outcomes are not only right or wrong"
 _NOT_MEASURED = "not measured; the list of missing results gives the reason"
 
 

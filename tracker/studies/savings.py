@@ -142,8 +142,7 @@ def read_documents(subject: Subject) -> MeasuredDocuments | str:
     try:
         check_bounded(subject.store.identity.benchmark, metric)
     except ExperimentError:
-        problem = f"{metric} is not a mean of outcomes between 0 and 1"
-        return f"{problem}; name another 'metric', such as acc"
+        return f"{metric} is not a mean of outcomes between 0 and 1; set 'metric', e.g. to acc"
     outcomes = subject.outcomes()
     runs, tasks = tuple(outcomes.runs), tuple(outcomes.tasks)
     if not tasks or not runs:
@@ -323,7 +322,7 @@ def question_bound(cell: MeasuredDocuments, question: Question) -> CostBound:
         distance, sd = abs(float(means[hardest])), float(sds[hardest])
     if distance <= MEAN_TOLERANCE:
         tie = "two runs tie" if question.count else "the drop is 0"
-        reason = f"{tie}, and only a measurement of all documents can show this"
+        reason = f"only a measurement of all documents can show that {tie}"
         return CostBound(distance, sd, Estimate(None, reason=reason))
     width = float(stats.norm.ppf(1 - (1 - question.level) / comparisons)) + power
     n = (width * sd / distance) ** 2
@@ -403,7 +402,7 @@ def _bounds_table(cell: MeasuredDocuments, replays: Sequence[QuestionReplay]) ->
         return cost_quantile(race.documents) * cell.population
 
     return build_table(
-        f"{cell.title}: decision of each question that needs the largest number of documents",
+        f"{cell.title}: the part of each question that needs the most documents",
         [
             Column("question", "text", lambda race: str(race.question)),
             Column("the hardest to know", "text", lambda race: race.hardest),

@@ -252,13 +252,13 @@ class DropExplanation:
             pair = (resamples, drop[1])
             spearman = correlate(values, drop[0], coefficient="spearman", resamples=pair)
             better = Estimate(
-                None, reason="this row is the cosine score, with which the other rows are compared"
+                None, reason="the other rows are compared with the cosine score in this row"
             )
             if name != COSINE_SCORE:
                 better = correlation_difference((values, resamples), cosine, drop, "spearman")
             add(name, "drop", spearman, better, len(layers))
         inner = following > 0
-        reason = "not compared, because this row is a partial correlation"
+        reason = "the partial correlation in this row is not compared with other correlations"
         none = Estimate(None, reason=reason)
         for name, figure in {
             REMOVAL_GROWTH: series(end - start),

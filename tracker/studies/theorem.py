@@ -42,9 +42,9 @@ from tracker.studies.registry import TheoremSettings
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-SAME_ANSWER = "a wrong answer is a prefix of the right answer, so it is never less likely"
+SAME_ANSWER = "the right answer begins with a wrong answer, which is therefore at least as likely"
 LONGER_ANSWERS = (
-    "the right answer is a prefix of every wrong answer, so no wrong answer is ever more likely"
+    "every wrong answer begins with the right answer, which is therefore at least as likely"
 )
 CLASHING_ANSWERS = "another document has the same text but a different right answer"
 NO_GOLD_ANSWER = "the task gives no right answer, or several right answers"
@@ -395,8 +395,7 @@ def _build_counterexample(
     try:
         return Counterexample(lesson.texts, lesson.targets, lesson.certainty, *shape)
     except CellError as error:
-        problem = f"{cell.title}: {error}"
-        raise RequestError(f"{problem}; use fewer documents (limit, sample)") from None
+        raise RequestError(f"{cell.title}: {error}; set a smaller 'limit' or 'sample'") from None
 
 
 def _save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

@@ -46,7 +46,7 @@ _LIVE_TIMEOUT = 60.0
 """Maximum number of seconds that publishing waits for the end of a cell's live run."""
 log = logging.getLogger(__name__)
 PUBLIC_TEXTS_NOTE = "document texts are published too, since they come from the hub or a package"
-REQUESTED_TEXTS_NOTE = "document texts are published too (--publish-documents)"
+REQUESTED_TEXTS_NOTE = "document texts are published too, because --publish-documents is set"
 
 
 @dataclass
@@ -232,9 +232,9 @@ class Publisher:
         outcome, errors = Publication(), []
         n_joined = len(record.runs) - len(individual_runs(record, self._run_selection))
         if self._targets and not tracking.in_sweep() and n_joined:
-            runs = count_text(n_joined, "run")
-            note = f"{runs} are published together, as one run with a table"
-            outcome.notes.append(f"{note}; to publish separate runs, add --runs all")
+            ablations = count_text(n_joined, "ablation")
+            note = f"one run lists {ablations} in a table; for separate runs, add --runs all"
+            outcome.notes.append(note)
         targets = {
             tracking.service(target.backend).full_address(target, self.project): target
             for target in self._targets

@@ -205,7 +205,7 @@ class CellPart:
             names_text = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
             remark = "they have no files"
             if n_measured:
-                remark = "their files contain only these documents"
+                remark = "the written files contain only these documents"
             measured = f"{n_measured} of {n_documents} documents are measured for {names_text}"
             yield f"{self.title}: {measured}; {remark}"
 
@@ -266,10 +266,10 @@ def write_result_files(
         cell_parts = list(_cell_parts(store, views, layers))
         name = store.identity.benchmark.name
         if cell_parts and (names_corpus(name) or names_traces(name)):
-            noun = "corpus" if names_corpus(name) else "text that another model wrote"
+            kind = "corpus" if names_corpus(name) else "text that another model wrote"
             result.notes.append(
-                f"{cell_parts[0].title}: no files are written, because a {noun} is not a task of "
-                "lm-eval"
+                f"{cell_parts[0].title}: no files are written, because lm-eval has no task for a "
+                f"{kind}"
             )
         else:
             parts += cell_parts
@@ -411,7 +411,7 @@ def _write_call(
             rows = [row for frame in frames for row in frame.to_dict("records")]
             if rows:
                 model = describe_model([*parts], ablation, rows, start_time)
-                result.files.extend(writer.write(model, _responses_by_document(rows), output))
+                result.files.extend(writer.write(model, _judged_responses(rows), output))
             n_left -= 1
             progress.advance(1)
     except TrackerError as error:
@@ -481,9 +481,7 @@ def _build_encoder(store: CellStore, trust_remote_code: bool) -> RequestEncoder 
     return RequestEncoder(*model_and_tokenizer, rebuild_request(store).benchmark)
 
 
-def _responses_by_document(
-    rows: Sequence[Mapping[Any, Any]],
-) -> dict[tuple[str, int], JudgedAnswers]:
+def _judged_responses(rows: Sequence[Mapping[Any, Any]]) -> dict[tuple[str, int], JudgedAnswers]:
     """Convert stored outcomes to responses with scores, as lm-eval's result files need them.
 
     Returns a dict from (task, index of the document) to the responses of the model.

@@ -535,9 +535,9 @@ def login_error(address: Target, setting: str, results: Path) -> TrackingError:
     """
     command = sync_command(results.absolute(), f"{address.backend}:{address.project}")
     return TrackingError(
-        "these results were published to a different server than the configured server, and "
-        "tracker sends a login only to the server to which it belongs. If you have a login for "
-        f"the other server, configure it, and type: {setting}={address.server or ''} {command}"
+        "these results were published to a different server than the configured server. tracker "
+        "sends a login only to the server to which it belongs. To use the other server, configure "
+        f"a login for that server, and type: {setting}={address.server or ''} {command}"
     )
 
 
@@ -596,6 +596,6 @@ def _check_size(name: str, size: int) -> None:
     """Raise TrackingError if a file is larger than any file that tracker writes."""
     if size > LARGEST_FILE:
         raise TrackingError(
-            f"the server's file {name!r} has {size} bytes; tracker writes at most "
+            f"the file {name!r} is too large: {size} bytes; tracker writes at most "
             f"{LARGEST_FILE // 2**20} MiB per file"
         )

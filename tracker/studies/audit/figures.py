@@ -48,7 +48,7 @@ OBSERVATION_KIND = "output-proxies-1"
 DROP = "accuracy drop"
 _UNDEFINED = {
     "gate_gradient": "autograd cannot differentiate this model, or its loss is not finite",
-    "gold_logprob_drop": "a document has no gold answer with a finite score",
+    "gold_logprob_drop": "the right answer of a document is missing or has no finite score",
 }
 TOP_LAYERS = 5
 """Number of layers that are called the most, or the least, relevant layers."""

@@ -330,7 +330,8 @@ def _confirm_written(
             return
         for run, difference in zip(runs, differences, strict=True):
             if difference and is_rewritten:
-                raise TrackingError(f"the run {run.source.name!r} is incorrect: {difference}")
+                problem = f"MLflow stored the run {run.source.name!r} incorrectly twice"
+                raise TrackingError(f"{problem}: {difference}")
             if difference:
                 writer.write(run)
 

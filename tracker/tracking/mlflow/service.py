@@ -48,8 +48,9 @@ class MlflowService(Service):
                     f"{typed!r} does not name an experiment; write mlflow:URI/EXPERIMENT"
                 )
         if is_source and not (server or self.server()):
-            forms = "mlflow:URI/EXPERIMENT, or set MLFLOW_TRACKING_URI"
-            raise RequestError(f"{typed!r} does not name a server; write {forms}")
+            raise RequestError(
+                f"{typed!r} names no server; write mlflow:URI/EXPERIMENT or set MLFLOW_TRACKING_URI"
+            )
         return Target(self.name, experiment or None, server)
 
     @override
