@@ -332,11 +332,8 @@ class Results:
                 frame = text_frame(layer_board_table(board, name))
                 parts.append(table(frame.head(_MAX_ROWS)))
                 if len(frame) > _MAX_ROWS:
-                    note = (
-                        f"The table shows {_MAX_ROWS} of {len(frame)} layers; the attribute "
-                        "`layers` contains all layers."
-                    )
-                    parts.append(line(note))
+                    shown = f"The table shows {_MAX_ROWS} of {len(frame)} layers"
+                    parts.append(line(f"{shown}; the attribute `layers` contains all layers."))
         problems = {**self.outcome.failed, **self.outcome.damaged}
         return "".join([*parts, *(line(f"{name}: {reason}") for name, reason in problems.items())])
 

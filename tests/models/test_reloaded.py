@@ -14,8 +14,8 @@ from tracker.models.pruned import (
     build_from_config,
     find_stale_attributes,
     prune_model,
+    reload_values,
     remaining_layers,
-    set_reloaded_values,
     simulate_reload,
 )
 from tracker.schema.changes import Change
@@ -78,7 +78,7 @@ def test_simulated_reload_equals_save_and_load(family, name, tmp_path) -> None:
         with pytest.raises(Exception):  # noqa: B017, PT011  the same
             logits(save_and_load(clone, tmp_path))
         return
-    set_reloaded_values(model, clone, indices)
+    reload_values(model, clone, indices)
     assert torch.allclose(logits(clone), reload_logits, atol=1e-4)
     assert stale_attributes(model, clone, indices) == []
     assert torch.allclose(reload_logits, logits(save_and_load(clone, tmp_path)), atol=1e-4)
@@ -92,7 +92,7 @@ def test_copy_gets_values_that_its_class_computes(family, name) -> None:
     assert not torch.allclose(logits(clone), reload_logits, atol=1e-3), "nothing is computed"
     assert stale_attributes(model, clone, indices)
     old_logits = logits(model)
-    set_reloaded_values(model, clone, indices)
+    reload_values(model, clone, indices)
     assert torch.allclose(logits(clone), reload_logits, atol=1e-6)
     assert torch.equal(logits(model), old_logits)
     weights = {value.data_ptr() for value in model.parameters()}
@@ -104,7 +104,7 @@ def test_repeated_layers_are_counted(family) -> None:
     model = make_registered(family)
     clone, indices = prune(model, repeated=(Change.parse("repeat:1"),))
     reload_logits = logits(simulate_reload(clone, indices))
-    set_reloaded_values(model, clone, indices)
+    reload_values(model, clone, indices)
     assert torch.allclose(logits(clone), reload_logits, atol=1e-6)
 
 
@@ -113,7 +113,7 @@ def test_half_precision_keeps_wider_tables() -> None:
     rotary = model.model.rotary_emb
     rotary.inv_freq = torch.arange(rotary.inv_freq.numel(), dtype=torch.float32)
     clone = prune_model(model, (0,))
-    set_reloaded_values(model, clone, (1, 2, 3))
+    reload_values(model, clone, (1, 2, 3))
     assert torch.equal(clone.model.rotary_emb.inv_freq, rotary.inv_freq)
     assert clone.model.layers[0].self_attn.lambda_init == pytest.approx(0.2)
 
@@ -123,7 +123,7 @@ def test_copy_is_unchanged_if_it_cannot_be_loaded() -> None:
     clone = prune_model(model, (0,))
     old_logits = logits(clone)
     with pytest.raises(ModelError, match=r"the rebuilt model needs model\.layers\.0"):
-        set_reloaded_values(model, clone, (1, 2, 3))
+        reload_values(model, clone, (1, 2, 3))
     assert torch.equal(logits(clone), old_logits)
 
 
@@ -133,6 +133,6 @@ def test_lists_of_another_length_are_not_read_by_index() -> None:
     for removed in range(4):
         clone, indices = prune(model, (removed,))
         old_logits = logits(clone)
-        set_reloaded_values(model, clone, indices)
+        reload_values(model, clone, indices)
         assert torch.equal(logits(clone), old_logits)
         assert torch.allclose(old_logits, logits(simulate_reload(clone, indices)), atol=1e-4)

@@ -226,9 +226,7 @@ def test_a_budget_recommends_what_can_be_saved(write, prune, tmp_path, monkeypat
     settings = {"model": str(model), "unit": "kv_head", "strategy": "gold_logprob_oneshot"}
     settings |= {"sample": 4, "test_sample": 16}
     output = tmp_path / "saved"
-    refused(
-        prune(write(remove=1, **settings), "--output", output), "does not accept 5 instead of 6"
-    )
+    refused(prune(write(remove=1, **settings), "--output", output), "does not accept 5 ")
     # The later steps can be saved too, so a test refuses them here.
     monkeypatch.setattr(conduct, "find_part_refusal", lambda _, r: "no" * (len(r.parts) != 4))
     result = prune(write(remove=None, max_drop="60pp", **settings), "--output", output)

@@ -370,8 +370,7 @@ def _explain_missing_benchmark(name: str, advice: str) -> str:
         )
     if path.exists() or name.startswith("package:"):
         return f"{name} is a model; {advice}"
-    suggestion = suggest_file(path)
-    return f"there is no experiment file {name}.{suggestion} If {name} is a model, {advice}"
+    return f"there is no experiment file {name}.{suggest_file(path)} If {name} is a model, {advice}"
 
 
 def _click_type(hint: Any) -> dict[str, Any]:

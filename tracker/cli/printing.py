@@ -444,17 +444,13 @@ def print_search_plan(
         if isinstance(row.request, CellRequest):
             return Estimate(None, reason=no_search)
         benchmarks = ", ".join(str(cell.benchmark) for cell in row.request.calibration())
-        return benchmarks or Estimate(
-            None, reason="this search strategy uses no calibration documents"
-        )
+        return benchmarks or Estimate(None, reason="the strategy uses no calibration documents")
 
     def work_saved(row: PlannedSearch) -> str | Estimate:
         if row.naive_flops is None:
             return Estimate(None, reason="lm-eval computes no proxies")
         if not row.flops:
-            return Estimate(
-                None, reason="all measurements of this row are included in the rows above"
-            )
+            return Estimate(None, reason="the rows above include all measurements of this row")
         return f"{row.naive_flops / row.flops:.1f} × less work than one lm-eval run per layer"
 
     def seconds(row: PlannedSearch) -> float:

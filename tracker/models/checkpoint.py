@@ -85,7 +85,7 @@ def savable_copy(
         if index in indices[:position]:
             layers[position] = copy.deepcopy(layers[position])
     with suppress(ModelError):  # the check below reports the reason
-        pruned.set_reloaded_values(model, clone, indices)
+        pruned.reload_values(model, clone, indices)
     _refuse_other_shapes(model, clone, f"that {_describe_changes(removed, repeated)}")
     return clone
 
@@ -208,10 +208,8 @@ def _refuse_missing_layers(
     """Raise ModelError if a layer in `changed` does not exist, or if all layers are removed."""
     invalid = [layer for layer in changed if not 0 <= layer < n_layers]
     if invalid:
-        raise ModelError(
-            f"layer {invalid[0]} is out of range: {source.source} has {n_layers} layers, "
-            f"numbered 0 to {n_layers - 1}"
-        )
+        name, last = source.source, n_layers - 1
+        raise ModelError(f"layer {invalid[0]} is out of range: {name} has layers 0 to {last}")
     if len(set(removed)) >= n_layers:
         raise ModelError(f"no layer would be left: {source.source} has only {n_layers} layers")
 
@@ -599,10 +597,7 @@ def _logit_difference(logits: Logits, copy_logits: Logits, model: PreTrainedMode
     if np.allclose(logits, copy_logits, rtol=0, atol=tolerance, equal_nan=True):
         return ""
     distance = np.abs(logits - copy_logits).max()
-    return (
-        f"the model's logits differ from those of its saved copy by up to {distance:.3g} (the "
-        f"largest logit is {largest:.3g})"
-    )
+    return f"the saved copy's logits differ by up to {distance:.3g} (largest logit: {largest:.3g})"
 
 
 def _fingerprint(model: PreTrainedModel, files_folder: Path) -> str:

@@ -153,9 +153,7 @@ def plan_narrowing(
         assert issubclass(kind, NumberedParts)
         parts, by_layer = find_parts(kind), group_by(changes, lambda change: change.layer)
         if strange_layers := by_layer.keys() - parts.keys():
-            raise ModelError(
-                f"layer {min(strange_layers)} of {owner} has no {kind.KIND} that can be removed"
-            )
+            raise ModelError(f"layer {min(strange_layers)} of {owner} has no {kind.KIND}")
         narrowed = dict(parts)
         for layer, removed in by_layer.items():
             try:
@@ -260,8 +258,8 @@ def _cut_tensor(
     for axis, (length, new_length) in enumerate(zip(value.shape, expected.shape, strict=True)):
         if length != new_length and len(entries.get(length, ())) != new_length:
             raise ModelError(
-                f"the parts cannot be removed, because it is not known which entries of {name} "
-                "belong to them"
+                f"parts cannot be removed from {name}, because it is not known which of its "
+                "entries belong to them"
             )
         cut = take_entries(cut, entries[length], axis) if length != new_length else cut
     return nn.Parameter(cut.contiguous(), requires_grad=False)

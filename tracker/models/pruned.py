@@ -395,9 +395,7 @@ def simulate_reload(
     return loaded_model.to(clone.device)
 
 
-def set_reloaded_values(
-    model: PreTrainedModel, clone: PreTrainedModel, indices: Sequence[int]
-) -> None:
+def reload_values(model: PreTrainedModel, clone: PreTrainedModel, indices: Sequence[int]) -> None:
     """Give a pruned copy the attribute values that it would have after saving and loading.
 
     Configuration values such as `first_k_dense_replace` are adapted to the remaining layers.
@@ -458,9 +456,7 @@ def find_stale_attributes(
         # Another class means a packed weight, or one with an adapter.
         clone_module = clone_modules.get(path)
         if path in old_modules and clone_module is not None and type(clone_module) is type(module):
-            stale += _module_stale_attributes(
-                clone_module, old_modules[path], full_modules[path], module
-            )
+            stale += _stale_attributes(clone_module, old_modules[path], full_modules[path], module)
     return stale
 
 
@@ -484,7 +480,7 @@ def _renumber(items: Mapping[str, Any], prefix: str, indices: Sequence[int]) -> 
     return new_items
 
 
-def _module_stale_attributes(
+def _stale_attributes(
     clone: nn.Module, old_module: nn.Module, full_module: nn.Module, cut_module: nn.Module
 ) -> Iterator[StaleAttribute]:
     """Yield the attributes of a copied module that would change if the copy was saved and loaded.

@@ -38,9 +38,9 @@ from tracker.models.parts.sublayers import Sublayers
 from tracker.models.pruned import (
     ModuleState,
     prune_model,
+    reload_values,
     remaining_layers,
     restore_state,
-    set_reloaded_values,
 )
 from tracker.schema.changes import Ablation
 from tracker.schema.documents import Request, Response
@@ -384,7 +384,7 @@ def make_changed_copy(model: EngineModel, ablation: Ablation, brief: bool = Fals
     model_copy = make_copy(in_place=quirks.in_place and not quirks.as_loaded)
     if quirks.as_loaded:
         try:
-            set_reloaded_values(loaded.model, model_copy, model.layers_left(ablation))
+            reload_values(loaded.model, model_copy, model.layers_left(ablation))
         except ModelError:  # no checkpoint can hold such layers
             model_copy = make_copy(in_place=quirks.in_place)
     round_embeddings(model_copy, ablation.outer_formats)

@@ -53,8 +53,7 @@ class Experts:
     KIND: ClassVar[str] = "routed experts"
     COMPONENTS: ClassVar[str] = "expert"
     NEEDS: ClassVar[str] = (
-        "Experts can be removed if the tensors of the experts have one entry per expert, and the "
-        "router has one row per expert."
+        "Removal needs tensors with one entry per expert, and a router with one row per expert."
     )
 
     router: str
@@ -117,8 +116,8 @@ class Experts:
         removed = {part.number for part in parts if part.number is not None}
         if max(removed) >= self.count:
             raise CellError(
-                f"{name} has {self.count} experts, numbered 0 to {self.count - 1}; leave "
-                f"{max(removed)} out of 'expert'"
+                f"{name} has {self.count} experts, 0 to {self.count - 1}; leave {max(removed)} out "
+                "of 'expert'"
             )
         if self.count - len(removed) < self.n_chosen:
             raise CellError(

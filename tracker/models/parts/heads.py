@@ -44,8 +44,7 @@ class Heads(ProjectionColumns):
     KIND: ClassVar[str] = "attention heads"
     COMPONENTS: ClassVar[str] = "head and kv_head"
     NEEDS: ClassVar[str] = (
-        "Heads can be removed from an attention module that calls transformers' "
-        "AttentionInterface once, and has one output projection for all heads."
+        "Removal needs one call of transformers' AttentionInterface and one output projection."
     )
 
     projection: str
@@ -120,9 +119,8 @@ class Heads(ProjectionColumns):
         if len({*groups.values()}) != 1:
             numbers = join_words([str(groups[group]) for group in range(self.groups)])
             raise CellError(
-                f"the groups of heads in {name} would keep {numbers} heads, but transformers "
-                "requires groups of equal size. Remove equally many heads from each group, or "
-                "remove whole groups (kv_head)"
+                f"the groups of {name} would keep {numbers} heads, but must have equal sizes. "
+                "Remove equally many heads from each group, or whole groups (kv_head)"
             )
         queries, keys = (
             [n * width + i for n in ns for i in range(width)] for ns in (heads, groups)

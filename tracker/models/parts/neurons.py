@@ -42,8 +42,8 @@ class Neurons(ProjectionColumns):
     KIND: ClassVar[str] = "groups of neurons"
     COMPONENTS: ClassVar[str] = "neuron"
     NEEDS: ClassVar[str] = (
-        "Neurons can be removed from an MLP without experts. The MLP must have one output "
-        "projection, whose number of inputs is a multiple of 64."
+        "Removal needs an MLP without experts, with one output projection. The number of the "
+        "projection's inputs must be a multiple of 64."
     )
 
     projection: str

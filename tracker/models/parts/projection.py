@@ -48,9 +48,8 @@ class ProjectionColumns(ABC):
         assert part.number is not None
         if part.number >= n_parts:
             raise CellError(
-                f"{name} has {n_parts} {KIND_STYLES[part.component].plural}, numbered 0 to "
-                f"{n_parts - 1}; leave {part.number} out of "
-                f"'{FILE_KEYS[number_field(part.component)]}'"
+                f"{name} has {n_parts} {KIND_STYLES[part.component].plural}, 0 to {n_parts - 1}; "
+                f"leave {part.number} out of '{FILE_KEYS[number_field(part.component)]}'"
             )
         return self.select_columns(part.number, n_parts)
 

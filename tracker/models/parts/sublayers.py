@@ -140,6 +140,5 @@ def _division_error(model: PreTrainedModel, layer: nn.Module, problem: str) -> M
     parts = ", ".join(f"{name} ({type(child).__name__})" for name, child in layer.named_children())
     return ModelError(
         f"{type(model).__name__}: attention and MLP of {type(layer).__name__} cannot be "
-        f"distinguished, because {problem}. Its modules are {parts}. Measure whole layers instead: "
-        "component: {value: layer}"
+        f"distinguished, because {problem}. Modules: {parts}. Use component: {{value: layer}}"
     )
