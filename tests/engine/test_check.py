@@ -244,7 +244,7 @@ def off(monkeypatch):
 
 def test_a_model_that_contradicts_itself_is_not_measured(off):
     off(*SHARING_LEVELS, ONE_BY_ONE)
-    message = r"^LlamaForCausalLM contradicts itself: document \d of task, request 0, .* nats with"
+    message = r"^LlamaForCausalLM contradicts itself: document \d of task, request 0, .* nats, but"
     with pytest.raises(CellError, match=message):
         checked("llama")
 

@@ -321,7 +321,7 @@ def describe_difference(way: Sharing, comparison: Comparison) -> str:
     sentence = f"{cause} changes a log-likelihood by {comparison.difference:.3g} nats"
     if not comparison.unsteady:
         return sentence
-    return f"{sentence}. Rounding errors explain {comparison.unsteady} of these changes"
+    return f"{sentence}. Rounding errors explain the changes of {comparison.unsteady} answers"
 
 
 @torch.inference_mode()
