@@ -268,7 +268,7 @@ def test_a_repeated_command_measures_nothing(quantised, tmp_path):
         (("--budget=5bpw", "--format=q4_0,q8"), "there is no format 'q8'"),
         (("--budget=6bpw", "--format=q4_0,int4_g128"), "blocks of 128 weights, but each row"),
         (("--budget=6bpw", "--tie=fuse"), "'fuse' is not one of 'fused', 'none'"),
-        (("--budget=6bpw", "--tie=none", "--by=layer"), "no effect with --by layer"),
+        (("--budget=6bpw", "--tie=none", "--by=layer"), "--tie none has no effect"),
         (("--budget=5bpw", "--output", model), "is a folder that is not empty"),
     ):
         result = cli(*command, *words)

@@ -130,4 +130,4 @@ def test_a_test_that_was_not_made_shows_nothing_and_costs_nothing():
     assert [entry.value for entry in row[1:]] == [3, 3, 0]
     row = significance_table([cell_costs(BITS, p=None)]).rows[0]
     assert [entry.value for entry in row[1:]] == [0, None, None]
-    assert "outcomes that are right or wrong" in row[2].reason
+    assert "outcomes are not only right or wrong" in row[2].reason

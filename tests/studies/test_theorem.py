@@ -154,7 +154,7 @@ def test_a_task_of_ones_own_with_what_cannot_be_taught(tiny_llama, experiment, t
     assert "answers all 2 documents of mine that can be taught" in finding.answers[0]
     assert "the model answers no document correctly" in finding.answers[0]
     notes = "\n".join(finding.lacking)
-    assert "mine: 1 document (1) cannot be taught: a wrong answer is a prefix of the" in notes
+    assert "mine: 1 document (1) cannot be taught: the right answer begins" in notes
     assert "mine: 1 document (2) cannot be taught: another document has the same text" in notes
 
 

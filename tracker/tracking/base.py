@@ -596,6 +596,6 @@ def _check_size(name: str, size: int) -> None:
     """Raise TrackingError if a file is larger than any file that tracker writes."""
     if size > LARGEST_FILE:
         raise TrackingError(
-            f"the file {name!r} is too large: {size} bytes; tracker writes at most "
+            f"the server's file {name!r} has {size} bytes, but tracker writes at most "
             f"{LARGEST_FILE // 2**20} MiB per file"
         )
