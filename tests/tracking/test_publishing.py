@@ -114,7 +114,7 @@ def test_the_run_selection_is_reported(study, results):
     for track, times in (([], 0), (["mlflow"], 2)):
         listener = Listener(lambda: None)
         api.run(study, results=results, track=track, runs="cells", progress=listener)
-        lines = [line for line in listener.messages if "one run with a table" in line]
+        lines = [line for line in listener.messages if "in a table; for separate runs" in line]
         assert len(lines) == times, listener.messages
 
 
