@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from tracker.measuring.prepare import check_range
+from tracker.measuring.prepare import check_possible
 from tracker.schema.changes import CHANGE_COLUMNS, INTACT, MAX_NAMED_MAPS, Ablation, Change
 from tracker.schema.config import CellRequest, cell_request
 from tracker.schema.errors import ExperimentError
@@ -134,10 +134,10 @@ def test_ablations_of_a_cell_are_unique():
 def test_replaced_sublayers_are_refused_with_the_reason():
     mean_request = request(layers=(3,), components=("attention",), interventions=("mean",))
     with pytest.raises(ExperimentError, match=r"is possible \(mean applies to single whole"):
-        check_range(mean_request, ModelParts(30))
+        check_possible(mean_request, ModelParts(30))
     mixed = request(layers=(3,), components=("attention",), interventions=("remove", "mean"))
     assert [run.intervention for run in mixed.valid_changes(30)] == ["remove"]
-    check_range(mixed, ModelParts(30))
+    check_possible(mixed, ModelParts(30))
 
 
 def test_spans_of_a_kind_and_random_controls():

@@ -809,7 +809,7 @@ def report(
     """
     # These also show documents from the outcomes themselves, besides derived records.
     reads_outcomes = bool(publish) or form in ("csv", "parquet", "every_eval_ever", "dataset")
-    collected = _collect(sources, results, progress, reads_outcomes=reads_outcomes)
+    collected = _read_measurements(sources, results, progress, reads_outcomes=reads_outcomes)
     output = _default_output(sources, results, form) if output is None else output
     reported = replace(collected, files=collected.save(output, form, publish_documents))
     return _publish_report(reported, publish, results, publish_documents)
@@ -840,7 +840,7 @@ def leaderboard(
     Example:
         >>> tracker.leaderboard("results", "wandb:my-team/layers").table("layer_leaderboard")
     """
-    collected_results = _collect(sources, results, progress, reads_outcomes=bool(publish))
+    collected_results = _read_measurements(sources, results, progress, reads_outcomes=bool(publish))
     return _publish_report(collected_results, publish, results)
 
 
@@ -904,7 +904,7 @@ def profile(
     """
     from tracker.report.evaluations import model_id
 
-    collected = _collect(sources, results, progress, reads_outcomes=False)
+    collected = _read_measurements(sources, results, progress, reads_outcomes=False)
     names = {id(c): {c.model.name, c.model.source, model_id(c.model)} for c in collected.cells}
     cells = [cell for cell in collected.cells if model in names[id(cell)]]
     if not cells:
@@ -915,13 +915,12 @@ def profile(
     return replace(collected, outcome=replace(collected.outcome, cells=cells), sources=shown)
 
 
-def _collect(
+def _read_measurements(
     sources: Sequence[Where], results: Where, progress: Progress | None, reads_outcomes: bool
 ) -> Results:
     """Read all measurements of the sources; raise an error if there are none.
 
-    `reads_outcomes` is true if the output shows outcomes of documents. In this case, all outcomes
-    are verified again.
+    If `reads_outcomes` is true, outcomes that were verified earlier are verified again.
     """
     names = [os.fspath(source) for source in sources] or [os.fspath(results)]
     collected = collect_cells(names, progress or Silent(), reads_outcomes)

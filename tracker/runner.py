@@ -111,7 +111,7 @@ def run_cells(
     for cell in lookups:
         if cell.store is not None:
             choose_metric(cell.store.identity.benchmark, cell.request.metric)
-            prepare.check_range(cell.request, ModelParts(cell.store.identity.model.layers))
+            prepare.check_possible(cell.request, ModelParts(cell.store.identity.model.layers))
             cell.store.views.display_view(cell.request)  # raises if it is not readable
     finisher = _Finisher(publisher, progress, [*requests], explicit)
     if unfinished_cells:

@@ -38,10 +38,10 @@ class MisjudgedLayer:
 
 
 def cosine_ranks(board: LayerBoard) -> dict[int, int]:
-    """Return the rank of each layer by cosine score; rank 1 has the largest score.
+    """Rank layers by cosine score; rank 1 has the largest score.
 
-    Layers with equal scores share the better rank. Layers without a measured rank are left out. The
-    result is empty if any layer with a measured rank lacks a cosine score.
+    Returns a dict: layer → rank. Only layers with a measured rank are ranked. The dict is empty if
+    one of them lacks a cosine score. Equal scores share the better rank.
     """
     scores = {standing.layer: standing.cosine_score for standing in board.ranked}
     if not scores or not all(map(is_finite, scores.values())):
@@ -176,10 +176,9 @@ class ModelPair:
 def pair_models(cells: Sequence[CellRecord]) -> tuple[list[ModelPair], int]:
     """List pairs of models that can be compared layer by layer.
 
-    The models of a pair have equally many layers, and both have results on a benchmark with equal
-    settings. If both have results for accuracies and for losses, the models form one pair for the
-    accuracies and another pair for the losses. Returns at most `MAX_PAIRS` pairs, and the total
-    number of pairs.
+    Both models have equally many layers, and results on the same benchmark with equal settings.
+    Accuracies and losses are compared in separate pairs. Returns at most `MAX_PAIRS` pairs, and the
+    total number of pairs.
     """
     models = {
         label: {comparison_key(cell): cell for cell in group if cell.whole_layers}
@@ -218,7 +217,7 @@ def _compare_benchmarks(shared: Sequence[_SharedCells]) -> tuple[BenchmarkCompar
 
 
 def drop_differences(
-    cell: CellRecord, other_cell: CellRecord, family: int = 1
+    cell: CellRecord, other_cell: CellRecord, n_tests: int = 1
 ) -> dict[int, Estimate]:
     """Subtract the accuracy drops of another model, layer by layer.
 
@@ -228,7 +227,7 @@ def drop_differences(
     Args:
         cell: Record of the first model.
         other_cell: Record of the other model, whose drops are subtracted.
-        family: Number of comparisons for which the confidence intervals are corrected.
+        n_tests: Number of comparisons for which the confidence intervals are corrected.
 
     Returns:
         Layer number → drop of the first model minus drop of the other model.
@@ -237,6 +236,6 @@ def drop_differences(
     differences = {}
     for run in cell.whole_layers:
         if other_run := other_runs.get(run.change.layer):
-            drops = widen([run.drop, other_run.drop], [run.units, other_run.units], family)
+            drops = widen([run.drop, other_run.drop], [run.units, other_run.units], n_tests)
             differences[run.change.layer] = subtract(*drops)
     return differences

@@ -85,11 +85,11 @@ class AlignedOutcomes:
         runs: Sequence[Change],
         extra_ablations: Sequence[Ablation] = (),
     ) -> None:
-        """Restrict the outcomes to the documents that are measured in all given runs.
+        """Keep only the outcomes of documents that all given runs and the intact model share.
 
-        The documents must also be measured in the intact model and under the `extra_ablations`. If
-        `documents` is given, all other documents are excluded. Runs without any outcome are listed
-        in `missing`.
+        The documents must also be measured under the `extra_ablations`. If `documents` is given,
+        all other documents are excluded. Runs without any outcome are ignored, and listed in
+        `missing`.
         """
         removed = Ablation.from_changes(removed=self._removed)
         ablations = [INTACT, removed, *map(self.ablation, runs), *extra_ablations]
@@ -237,11 +237,12 @@ class AlignedOutcomes:
         """Return the mean drop under each ablation, and bootstrap samples of these means."""
         return paired.mean_drops, self.resample(paired.drops, paired.weights)
 
-    def check_summary(self) -> dict[str, Any]:
-        """Summarise the comparison of responses with responses of pruned models.
+    def comparison_summary(self) -> dict[str, Any]:
+        """Summarise how responses differ from the responses of pruned models.
 
-        Returns the number of compared responses, the largest difference, and the number of large
-        differences that rounding explains. The result is empty if no response was compared.
+        The keys of the dict are `compared` (number of compared responses), `compared_difference`
+        (the largest difference) and `compared_unsteady` (number of large differences that rounding
+        explains). The dict is empty if no response was compared.
         """
         if not self._rows:
             return {}

@@ -59,17 +59,16 @@ def relative_depth(layer: int, layers: int) -> float:
     return layer / (layers - 1) if layers > 1 else 0.0
 
 
-def relevance_estimate(cell: CellRecord, run: RunRecord, family: int = 1) -> Estimate:
-    """Compute a run's accuracy relevance, with a confidence interval.
+def relevance_estimate(cell: CellRecord, run: RunRecord, n_tests: int = 1) -> Estimate:
+    """Compute a run's accuracy drop as a share of the accuracy above chance (accuracy relevance).
 
-    The relevance is the accuracy drop divided by the difference between the baseline's accuracy and
-    chance accuracy. The interval is corrected for comparing `family` runs. There is no interval if
-    the confidence interval of the baseline's accuracy includes chance accuracy.
+    The confidence interval is corrected for `n_tests` compared runs. The relevance has no
+    interval if the interval of the baseline's accuracy includes chance accuracy.
     """
     value, chance = run.accuracy_relevance, cell.chance_accuracy
     if value is None:
         return Estimate(None, reason=run.reasons.get("accuracy_relevance", "not recorded"))
-    drop, baseline = widen([run.drop, cell.baseline], [run.units, run.clusters or cell.n], family)
+    drop, baseline = widen([run.drop, cell.baseline], [run.units, run.clusters or cell.n], n_tests)
     if chance is None or baseline.value is None or baseline.bounds is None:
         return Estimate(value)
     low, high = baseline.bounds
@@ -171,14 +170,14 @@ class LayerBoard(PartBoard):
 
 def layer_board(cells: Sequence[CellRecord]) -> LayerBoard:
     """Rank the layers of one model."""
-    counted_cells, left_out = comparable.select_countable(cells)
+    counted_cells, left_out = comparable.select_ranked_cells(cells)
     rows = _group_runs(counted_cells, lambda cell: cell.whole_layers)
     statements = decide_claims(cells)
     drops = {change: statements.drops.get(change.layer) for change in rows}
     open_: Verdict = "open"
     verdicts = {change: statements.verdicts.get(change.layer, open_) for change in rows}
     words = {change: statements.word(change.layer) for change in rows}
-    standings = _standings(counted_cells, rows, drops, verdicts, words)
+    standings = _build_standings(counted_cells, rows, drops, verdicts, words)
     model = cells[0].model
     return LayerBoard(model, WHOLE_LAYER, tuple(counted_cells), standings, left_out, statements)
 
@@ -201,7 +200,7 @@ def _part_board(cells: Sequence[CellRecord], kind: Change) -> PartBoard:
     def runs_of(cell: CellRecord) -> list[RunRecord]:
         return [run for run in cell.runs if run.change.kind.family == kind]
 
-    counted_cells, left_out = comparable.select_countable(
+    counted_cells, left_out = comparable.select_ranked_cells(
         [cell for cell in cells if runs_of(cell)], runs_of
     )
     groups = _group_runs(counted_cells, runs_of).items()
@@ -213,7 +212,7 @@ def _part_board(cells: Sequence[CellRecord], kind: Change) -> PartBoard:
         change: "undefined" if drop.value is None else verdict_word(verdicts[change], drop)
         for change, drop in drops.items()
     }
-    standings = _standings(counted_cells, rows, drops, verdicts, words)
+    standings = _build_standings(counted_cells, rows, drops, verdicts, words)
     return PartBoard(cells[0].model, kind, tuple(counted_cells), standings, left_out)
 
 
@@ -226,24 +225,24 @@ def _group_runs(cells: Sequence[CellRecord], select_runs: comparable.RunSelector
     return group_by(pairs, lambda pair: pair[1].change)
 
 
-def _standings(
+def _build_standings(
     cells: Sequence[CellRecord],
     rows: _RunsByChange,
     drops: Mapping[Change, Estimate | None],
     verdicts: Mapping[Change, Verdict],
     words: Mapping[Change, str],
 ) -> tuple[PartStanding, ...]:
-    """Build the leaderboard entries of all parts of one kind.
+    """Build the leaderboard entries of all parts of one kind, e.g. of all layers.
 
     Args:
         cells: Cells of one model, one for each benchmark.
-        rows: Change of each part → its runs, each paired with the cell of the run.
-        drops: Change of each part → its mean drop; None if a benchmark lacks the part's run.
-        verdicts: Change of each part → verdict on its drop.
-        words: Change of each part → verdict as text.
+        rows: Part → pairs (cell, run of the part in this cell), one for each benchmark.
+        drops: Part → mean accuracy drop; None if a benchmark lacks the part's run.
+        verdicts: Part → verdict on its drop.
+        words: Part → verdict as displayed.
 
     Returns:
-        One entry for each part, sorted by the lower bound of the drop.
+        One entry for each part. The part with the largest lower bound of the drop comes first.
     """
     relevances = {change: [relevance_estimate(*pair) for pair in rows[change]] for change in rows}
     counts = {c: sum(r.value is not None for r in relevances[c]) for c in rows}
@@ -288,13 +287,15 @@ def rank_parts(cells: Sequence[CellRecord], parts: Sequence[Sequence[RunRecord]]
     return [Estimate(rank, *ends) for rank, ends in zip(ranks, intervals, strict=True)]
 
 
-def mean_relevance(cells: Sequence[CellRecord], runs: Sequence[RunRecord], family: int) -> Estimate:
+def mean_relevance(
+    cells: Sequence[CellRecord], runs: Sequence[RunRecord], n_tests: int
+) -> Estimate:
     """Average the accuracy relevance of one ablation over benchmarks.
 
-    The confidence interval is corrected for the comparison of `family` ablations.
+    The confidence interval is corrected for the comparison of `n_tests` ablations.
     """
     pairs = zip(cells, runs, strict=True)
-    return average([relevance_estimate(cell, run, family) for cell, run in pairs])
+    return average([relevance_estimate(cell, run, n_tests) for cell, run in pairs])
 
 
 MODEL_GAP = 0.1
@@ -384,7 +385,7 @@ def model_board(cells: Sequence[CellRecord]) -> ModelBoard:
         if key not in keys:
             groups_of_reasons = (names.items() for (_, k), names in unused.items() if k == key)
             reasons = dict(chain.from_iterable(groups_of_reasons))
-            left_out[label] = _unshared_reason(key, usable, ranked, reasons)
+            left_out[label] = _unused_settings_reason(key, usable, ranked, reasons)
     for (label, key), names in unused.items():
         if key in keys or key not in by_key:
             left_out |= {f"{label} of {name}": reason for name, reason in names.items()}
@@ -452,22 +453,22 @@ def _shared_settings(
     return shared_keys(names), names
 
 
-def _unshared_reason(
+def _unused_settings_reason(
     key: str,
     usable: Mapping[str, Mapping[str, CellRecord]],
     ranked: Sequence[str],
     unused: Mapping[str, str],
 ) -> str:
-    """Return the reason why cells with a given key are not used for ranking.
+    """Explain why a model ranking ignores the results with given benchmark settings.
 
     Args:
-        key: Key of a benchmark and its settings.
-        usable: Name of a model → key → the model's usable cell with this key.
+        key: Key of the benchmark and its settings.
+        usable: Model → key of any settings → cell that the ranking could use.
         ranked: Names of the ranked models; if empty, all models in `usable` are considered.
-        unused: Name of a model → reason why its cell with the key `key` is not usable.
+        unused: Model → reason why its cell with the given settings is not usable.
 
     Returns:
-        The reason, as one or more clauses.
+        The reason.
     """
     missing = [name for name in ranked or usable if key not in usable[name]]
     if missing:
@@ -493,10 +494,10 @@ def _missing_layers_reason(cell: CellRecord) -> str | None:
 
 
 def _needed_documents(models: list[list[CellRecord]], relevances: list[Estimate]) -> int | None:
-    """Estimate how many documents are needed to tell models apart.
+    """Estimate how many documents are needed to find a difference of `MODEL_GAP` between models.
 
-    With these documents, half of all pairs of models would differ significantly if the relevances
-    of the two models differed by `MODEL_GAP`. Returns None if the measured documents are enough.
+    With these documents, a relevance difference of `MODEL_GAP` would be significant for half of the
+    pairs of models. Returns None if the measured documents are enough.
     """
     half_widths = [(ends[1] - ends[0]) / 2 for estimate in relevances if (ends := estimate.bounds)]
     documents = max(cell.n for cells in models for cell in cells)
@@ -509,15 +510,15 @@ def _needed_documents(models: list[list[CellRecord]], relevances: list[Estimate]
     return needed if needed > documents else None
 
 
-def _mean_relevance(cells: Sequence[CellRecord], family: int = 1) -> Estimate:
+def _mean_relevance(cells: Sequence[CellRecord], n_tests: int = 1) -> Estimate:
     """Average the accuracy relevance over all layers of a model.
 
     `cells` contains one cell of the model for each benchmark. The confidence interval is corrected
-    for `family` comparisons.
+    for `n_tests` comparisons.
     """
     by_cell = [cell.runs_of_kind() for cell in cells]
     layers = [
-        mean_relevance(cells, [runs[layer] for runs in by_cell], family)
+        mean_relevance(cells, [runs[layer] for runs in by_cell], n_tests)
         for layer in range(cells[0].model.layers)
     ]
     return average(layers, independent=False)  # all are measured on the same documents

@@ -12,7 +12,7 @@ from itertools import chain
 from operator import attrgetter
 from typing import NamedTuple
 
-from tracker.analysis.comparable import benchmark_labels, select_countable
+from tracker.analysis.comparable import benchmark_labels, select_ranked_cells
 from tracker.analysis.paired import choice_variance, outcome_variance
 from tracker.schema.changes import WHOLE_LAYER, Change
 from tracker.schema.estimates import Estimate
@@ -127,9 +127,9 @@ class Claims:
 
     @property
     def small_by_choice(self) -> list[int]:
-        """List of the layers whose choice probability drops by less than `SMALL_DROP`.
+        """List of the layers whose choice probability drops significantly less than `SMALL_DROP`.
 
-        Layers in `costly`, `helpful`, `small`, `less_probable` or `more_probable` are left out.
+        Layers that already have another verdict are left out.
         """
         others = {*self.costly, *self.helpful, *self.small, *self.less_probable}
         others |= {*self.more_probable}
@@ -160,10 +160,10 @@ class Claims:
 
     @property
     def missed(self) -> list[int]:
-        """List of the costly layers that a choice by cosine score leaves out.
+        """List of the costly layers that a choice of layers by cosine score misses.
 
-        Such a layer is not in `by_cosine`, but its removal costs significantly more accuracy than
-        the removal of some layer in `by_cosine`.
+        A missed layer is not in `by_cosine`, but its removal costs significantly more accuracy than
+        the removal of a layer in `by_cosine`.
         """
         costly, chosen_layers = self.costly, self.by_cosine
         ends = (self.drops[layer].high for layer in chosen_layers if layer not in costly)
@@ -175,8 +175,8 @@ class Claims:
     def broken(self) -> list[int]:
         """List of the layers whose removal makes all answer options unlikely.
 
-        Only layers in `costly` or `less_probable` are listed. On at least one benchmark, the
-        removal of the layer divides the total probability of the answer options by at least 10.
+        On at least one benchmark, the removal divides the total probability of the options by at
+        least 10. Only layers in `costly` or `less_probable` are listed.
         """
 
         def is_broken(cell: CellRecord, layer: int) -> bool:
@@ -216,11 +216,10 @@ class Claims:
         return {1: "less probable", -1: "more probable"}.get(side, small)
 
     def next_steps(self) -> list[NextStep]:
-        """Suggest larger samples of documents with which more layers may get a verdict.
+        """Suggest larger numbers of documents, with which more layers may get a verdict.
 
-        With each sample, half of the layers in `open` would probably get a verdict. The list has at
-        most two samples: one for the metric, and one for the choice probability. The list is
-        empty if no layer is undecided, if the metric is a loss, or if no outcome changed.
+        With a suggested number, about half of the layers in `open` would get a verdict. There is at
+        most one suggestion for the accuracy, and one for the choice probability.
         """
         open_layers = {*self.open} if self.is_accuracy else set()
         runs = chain.from_iterable(cell.whole_layers for cell in self.cells)
@@ -267,11 +266,11 @@ def decide_claims(cells: Sequence[CellRecord]) -> Claims:
         The supported statements and the undecided layers.
     """
     fallback = [c for c in cells if c.whole_layers and not c.is_raced and not c.removed]
-    counted_cells = select_countable(cells)[0] or fallback[:1]
+    counted_cells = select_ranked_cells(cells)[0] or fallback[:1]
     runs = [cell.runs_of_kind() for cell in counted_cells]
     layers = tuple(sorted(set.intersection(*map(set, runs)))) if runs else ()
     by_layer = {layer: [runs_by_layer[layer] for runs_by_layer in runs] for layer in layers}
-    alpha, family = _layer_error_share(counted_cells, len(layers))
+    alpha, family = _accuracy_test_level(counted_cells, len(layers))
     drops = {layer: mean_drop(group, family) for layer, group in by_layer.items()}
     verdicts = decide_verdicts([*drops.values()], alpha)
     choices = {
@@ -285,7 +284,7 @@ def decide_claims(cells: Sequence[CellRecord]) -> Claims:
         drops=drops,
         verdicts=dict(zip(layers, verdicts, strict=True)),
         choices=choices,
-        options=_widen_options(counted_cells, layers),
+        options=_options_drops(counted_cells, layers),
         family=family,
     )
 
@@ -299,12 +298,12 @@ def _has_choices(cells: Sequence[CellRecord]) -> bool:
     )
 
 
-def _layer_error_share(cells: Sequence[CellRecord], n_layers: int) -> tuple[float, int]:
-    """Return the error rate and the number of comparisons for tests of accuracy drops.
+def _accuracy_test_level(cells: Sequence[CellRecord], n_layers: int) -> tuple[float, int]:
+    """Return the significance level and the number of comparisons for tests of accuracy drops.
 
-    The error rate `ALPHA` is divided among the tests of the accuracy, of the choice probability
-    and of the options' log-probability. The returned error rate is the part for the accuracy. The
-    returned number of comparisons is `n_layers` × `ALPHA` / this part, rounded up.
+    The level is a part of `ALPHA`. The other parts are for tests of the choice probability and of
+    the options' log-probability. The number of comparisons is `n_layers` × `ALPHA` / level, rounded
+    up.
     """
     runs = chain.from_iterable(cell.whole_layers for cell in cells)
     has_options = any(run.options_drop.bounds for run in runs)
@@ -314,22 +313,20 @@ def _layer_error_share(cells: Sequence[CellRecord], n_layers: int) -> tuple[floa
 
 def mean_drop(
     runs: Sequence[RunRecord],
-    family: int,
+    n_tests: int,
     figure: Callable[[RunRecord], Estimate] = attrgetter("drop"),
 ) -> Estimate:
-    """Average the accuracy drop (or another drop) of one ablation over benchmarks.
-
-    The interval is corrected for comparing `family` ablations.
+    """Average one ablation's drop (by default the accuracy drop) over benchmarks.
 
     Args:
         runs: Runs of the ablation, one for each benchmark.
-        family: Number of ablations that are compared.
-        figure: Function that returns the drop of a run; by default, the accuracy drop is averaged.
+        n_tests: Number of ablations for whose comparison the interval is corrected.
+        figure: Function that returns the drop of a run.
 
     Returns:
         The mean drop, with its confidence interval.
     """
-    drops = widen([figure(run) for run in runs], [run.units for run in runs], family)
+    drops = widen([figure(run) for run in runs], [run.units for run in runs], n_tests)
     return average(drops) if len(drops) > 1 else drops[0]  # with its exact test
 
 
@@ -373,7 +370,7 @@ def error_share(cell: CellRecord, runs: Sequence[RunRecord]) -> tuple[float, int
     tests of other drops, e.g. of the choice probability.
     """
     if all(run.change.kind == WHOLE_LAYER for run in runs) and not cell.is_raced:
-        return _layer_error_share([cell], len(runs))
+        return _accuracy_test_level([cell], len(runs))
     return ALPHA, len(runs)
 
 
@@ -414,10 +411,10 @@ def cell_ranks(cell: CellRecord, runs: Sequence[RunRecord]) -> list[tuple[int, i
     return possible_ranks(_widened_drops(cell, runs, count_pairs(len(runs))))
 
 
-def _widen_options(cells: Sequence[CellRecord], layers: Collection[int]) -> _ByCell:
-    """Return each layer's drop in the log-probability of all answer options.
+def _options_drops(cells: Sequence[CellRecord], layers: Collection[int]) -> _ByCell:
+    """Return each layer's drop in the total log-probability of the answer options.
 
-    The confidence intervals are widened to correct for comparing all of these drops.
+    The confidence intervals are corrected for comparing all layers on all benchmarks.
 
     Args:
         cells: Cells of one model, one for each benchmark.

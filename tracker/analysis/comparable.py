@@ -60,9 +60,9 @@ def edition_labels(cells: Sequence[CellRecord]) -> list[str]:
 
 
 def find_outdated(cells: Iterable[CellRecord]) -> dict[int, CellRecord]:
-    """Find cells with an outdated task version.
+    """Find cells that were measured before their task was edited.
 
-    Returns a dict that maps `id(cell)` of an outdated cell to a cell with the latest task version.
+    Returns a dict: `id` of such a cell → a cell that was measured with the latest task version.
     """
     return {
         id(cell): editions[-1][0]
@@ -161,10 +161,9 @@ def _details(cell: CellRecord) -> tuple[str, ...]:
 
 
 def _distinct_labels(rows: Iterable[tuple[str, ...]]) -> list[str]:
-    """Build a label for each row of strings, so that the labels are distinct.
+    """Build a distinct label from each row of texts.
 
-    A label is the first string of the row. As long as labels of different rows are equal, the next
-    strings of these rows are appended.
+    A label starts with the first text. The next texts are appended only where labels are equal.
     """
     if not (columns := list(zip(*rows, strict=True))):
         return []
@@ -206,13 +205,13 @@ def comparison_key(cell: CellRecord) -> str:
     return content_hash([benchmark, cell.metric, cell.n, cell.sample_seed, cell.removed, growing])
 
 
-def select_countable(
+def select_ranked_cells(
     cells: Sequence[CellRecord], select: RunSelector = _WHOLE_LAYERS
 ) -> tuple[list[CellRecord], dict[str, str]]:
-    """Choose the cells of one model that rankings use, one cell for each benchmark.
+    """Choose one cell of each benchmark for the rankings of one model.
 
-    `select` returns the runs of a cell that are ranked. Returns the chosen cells, and a dict that
-    maps the label of each excluded cell to the reason.
+    `select` is a function that returns the ranked runs of a cell. Returns the chosen cells, and a
+    dict: label of an excluded cell → reason.
     """
     labels = dict(zip(map(id, cells), benchmark_labels(cells), strict=True))
     outdated = find_outdated(cell for cell in cells if not unusable_reason(cell, select))

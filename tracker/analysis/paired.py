@@ -51,10 +51,10 @@ def choice_variance(run: RunRecord) -> OutcomeVariance | None:
     return OutcomeVariance(error**2 * run.n, binary=False)
 
 
-def variance_range(runs: Iterable[RunRecord]) -> tuple[OutcomeVariance, OutcomeVariance] | None:
-    """Return the median and the maximum of `outcome_variance` over all runs.
+def variance_summary(runs: Iterable[RunRecord]) -> tuple[OutcomeVariance, OutcomeVariance] | None:
+    """Return the median and the largest of the runs' outcome variances.
 
-    Returns None if no outcome changes in any run, or if all variances are undefined.
+    Returns None if no run has a defined variance above 0.
     """
     spreads = [spread for run in runs if (spread := outcome_variance(run))]
     if not spreads:
@@ -117,19 +117,19 @@ class PairedOutcomes:
     def drop_sd(self, index: int) -> Estimate:
         """Estimate the standard deviation of the drops under the ablation in column `index`.
 
-        If documents form clusters, the standard deviation is rescaled. With the rescaled value,
-        equally many independent documents would give a mean drop of the same uncertainty.
+        If documents form clusters, the value is rescaled: equally many independent documents with
+        this standard deviation would give an equally uncertain mean.
         """
         terms = self._drop_terms(index)
         spread, ratio = drop_sd(*terms), len(self.weights) / max(len(terms[-1]), 1)
         scaled = None if spread.value is None else spread.value * math.sqrt(ratio)
         return replace(spread, value=scaled)
 
-    def mean_drop(self, noun: str) -> Estimate:
-        """Estimate the mean drop in the outcomes under the first ablation.
+    def mean_drop(self, outcome_name: str) -> Estimate:
+        """Estimate the mean drop of probabilities or log-probabilities under the first ablation.
 
-        The outcomes are probabilities or log-probabilities. If an outcome is missing, the mean is
-        undefined, and its reason names the missing outcome with the text `noun`.
+        If an outcome is missing, the mean is undefined. The reason then contains the text
+        `outcome_name`.
         """
         drops = self.drops[:, 0]
         if reason := undefined_mean_reason(drops, noun):
@@ -140,9 +140,9 @@ class PairedOutcomes:
     def _drop_terms(self, index: int) -> tuple[Array, Array, Array]:
         """Return two arrays whose difference is the drop, and the weights of their items.
 
-        An item belongs to a document or to a cluster of documents. The first array contains the
-        outcomes of the intact model, and the second array contains the outcomes under the ablation.
-        For a loss, the two arrays are swapped.
+        The first array contains the outcomes of the intact model, and the second array those under
+        the ablation. For a loss, the arrays are swapped. If documents form clusters, an item is the
+        mean of a cluster.
         """
         intact, ablated = self.baseline, self.ablated[:, index]
         terms = (intact, ablated) if self.higher_is_better else (ablated, intact)

@@ -60,7 +60,7 @@ def cell_record(
         (`until`), each run's statistics cover the documents up to its decision.
     """
     aligned = AlignedOutcomes(store, view)
-    outcomes, order = _answered_outcomes(aligned, store, view, answer)
+    outcomes, order = _select_outcomes(aligned, store, view, answer)
     n, shards = len(outcomes.tasks), store.all_metadata()
     versions = list_differences(outcomes.stacks)
     unsaved = sorted({shard[CHECKPOINT_KEY] for shard in shards if CHECKPOINT_KEY in shard})
@@ -73,7 +73,7 @@ def cell_record(
         "missing": tuple(outcomes.missing),
         "answer": answer,
         "fitted_on": _calibration_text(store, view, shards),
-        **outcomes.check_summary(),
+        **outcomes.comparison_summary(),
         **_measuring_costs(shards),
         "provenance": merge_provenances(outcomes.stacks),
     }
@@ -85,7 +85,7 @@ def cell_record(
         return unmeasured_record(store, view, **fields)
     texts = cache(store.texts.read)
     intact = IntactFigures(outcomes, texts)
-    baseline, remaining = intact.baseline, _remaining_estimate(outcomes, view)
+    baseline, remaining = intact.baseline, _reduced_model_metric(outcomes, view)
     reasons = {
         "baseline_rounded": intact.risk.reason,
         "chance_accuracy": None if outcomes.higher_is_better else f"{view.metric} is no accuracy",
@@ -173,32 +173,31 @@ def _measuring_costs(shards: Sequence[Mapping[str, Any]]) -> dict[str, float | i
     }
 
 
-def _answered_outcomes(
+def _select_outcomes(
     aligned: AlignedOutcomes, store: CellStore, view: View, answer: AnswerRecord | None
 ) -> tuple[AlignedOutcomes, list[tuple[str, int]]]:
-    """Return the outcomes that a record uses, and the order of the documents.
+    """Return the outcomes from which a record is computed, and the order of the documents.
 
-    If a stopping rule ended the measurement early, the outcomes are those that the rule evaluated,
-    and the order contains all documents of the benchmark. Otherwise the
-    outcomes of all measured documents and an empty order are returned.
+    Usually all measured outcomes and an empty order are returned. If a stopping rule ended the
+    measurement early, only the outcomes that the rule evaluated are returned. The order then
+    contains all documents of the benchmark, in the order of the rule.
     """
     if answer is None or len(aligned.tasks) >= aligned.n_requested:
         return aligned, []
     order = shuffle_documents(answer.seed, store.task_documents(ALL_DOCUMENTS))
-    outcomes = _first_outcomes(aligned, view, answer, order)
+    outcomes = _keep_documents(aligned, view, answer, order)
     if len(outcomes.tasks) >= outcomes.n_requested:
         return outcomes, []
-    return _first_outcomes(aligned, view, answer, order[: min(r.n for r in answer.runs)]), order
+    return _keep_documents(aligned, view, answer, order[: min(r.n for r in answer.runs)]), order
 
 
-def _first_outcomes(
+def _keep_documents(
     outcomes: AlignedOutcomes, view: View, answer: AnswerRecord, order: Sequence[tuple[str, int]]
 ) -> AlignedOutcomes:
     """Return the outcomes on the documents in `order`.
 
-    The result contains the runs in `answer`, the stopping rule's result. It contains another run
-    of the view only if the run is measured on all documents in `order`. The runs of the view that
-    are left out are listed in `missing`.
+    All runs in `answer`, the stopping rule's result, are kept. Any other run is kept if it is
+    measured on all these documents. Other runs of the view are listed in `missing`.
     """
     documents = {*order}
     answered_runs = {run.change for run in answer.runs}
@@ -249,8 +248,11 @@ def _calibration_text(store: CellStore, view: View, shards: list[dict[str, Any]]
     return "; ".join(sentences) or None
 
 
-def _remaining_estimate(outcomes: AlignedOutcomes, view: View) -> Estimate:
-    """Estimate the metric of the model without the layers in `view.removed`."""
+def _reduced_model_metric(outcomes: AlignedOutcomes, view: View) -> Estimate:
+    """Estimate the metric of the model without the layers in `view.removed`.
+
+    The estimate is undefined if no layer is removed, or if this model is not measured yet.
+    """
     if not view.removed:
         return Estimate(None)
     ablation = Ablation.from_changes(removed=view.removed)
@@ -276,10 +278,10 @@ def _layer_columns(outcomes: AlignedOutcomes, proxies: LayerProxies) -> Iterator
 def _part_columns(
     outcomes: AlignedOutcomes, parts: PartProxies, records: Sequence[RunRecord]
 ) -> Iterator[tuple[list[Change], list[_ProxyColumn]]]:
-    """Yield the runs of each kind of part, with one column for each proxy.
+    """Yield the runs of each kind of part, with one column of values for each proxy.
 
-    A column contains the proxy's values in these runs. Its mask selects the runs whose proxy value
-    and accuracy drop are both defined; only these runs are used for correlations.
+    The mask of a column selects the runs that correlations use: runs whose proxy value and accuracy
+    drop are both defined.
     """
     has_drop = {record.change for record in records if record.drop.value is not None}
     parts_and_layers = [run for run in parts.runs if run.has_taylor or run.kind == WHOLE_LAYER]

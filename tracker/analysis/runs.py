@@ -122,10 +122,10 @@ class PartProxies:
         }
 
     def list_proxies(self, runs: Sequence[Change]) -> list[Proxy]:
-        """List the proxies that are available for runs of one kind.
+        """List the proxies for runs of one kind, such as runs that change an expert.
 
-        The list contains the proxies of the component that the runs change. It also contains the
-        proxies that are defined for parts of all components, if at least one run has a value.
+        These are the proxies of the changed component. Proxies that exist for all components are
+        added if at least one run has a value.
         """
         indexes = [self.indexes[run] for run in runs]
         return [
@@ -234,14 +234,15 @@ def run_record(
 
 
 def accuracy_rounding(weights: Array, *risks: RoundingRisk) -> float | None:
-    """Estimate how far rounding shifts an accuracy, or the difference of two accuracies.
+    """Estimate the error that rounding causes in an accuracy, or in a difference of two accuracies.
 
     Args:
         weights: Weight of each document in an accuracy; the weights sum to 1.
-        *risks: The rounding risk of the accuracy, or of each of the two accuracies.
+        *risks: For each accuracy, the probability for each answer that rounding makes it right or
+            wrong.
 
     Returns:
-        Half the width of a 95 % interval of the shift; None if a rounding risk is unknown.
+        Half the width of a 95 % interval of the error; None if a probability is unknown.
     """
     probabilities = [risk.chances for risk in risks if risk.chances is not None]
     if len(probabilities) < len(risks):
@@ -250,10 +251,10 @@ def accuracy_rounding(weights: Array, *risks: RoundingRisk) -> float | None:
 
 
 def apply_bounds(run: RunRecord, bounds: RunAnswer | None) -> RunRecord:
-    """Replace the interval of a run's drop by bounds that are valid under early stopping.
+    """Replace the confidence interval of a run's drop by bounds that allow early stopping.
 
-    If `bounds` is None, the interval is removed. The intervals of the other drops and all p-values
-    are removed too, because they are not valid under early stopping.
+    If `bounds` is None, the interval is removed. All p-values and the intervals of other drops are
+    always removed, because they assume a fixed number of documents.
     """
     reasons = run.reasons | {"mcnemar_p": ONE_LOOK_REASON}
     if bounds is None:

@@ -79,7 +79,7 @@ def interim_estimates(store: CellStore, view: View) -> InterimEstimates:
     columns += DocumentMetric(store, view.metric).columns
     outcomes = AlignedOutcomes(store, view, columns)
     if view.until is not None:
-        return _interim_raced(outcomes, view)
+        return _interim_stopping_estimates(outcomes, view)
     n = len(outcomes.tasks)
     if not n or outcomes.missing:
         return InterimEstimates(0, outcomes.n_requested, 0, {})
@@ -88,11 +88,10 @@ def interim_estimates(store: CellStore, view: View) -> InterimEstimates:
     return InterimEstimates(n, outcomes.n_requested, int(outcomes.tokens.sum()), drops)
 
 
-def _interim_raced(outcomes: AlignedOutcomes, view: View) -> InterimEstimates:
-    """Estimate each run's drop during a measurement with a stopping rule.
+def _interim_stopping_estimates(outcomes: AlignedOutcomes, view: View) -> InterimEstimates:
+    """Estimate the drop of each run so far, in a measurement with a stopping rule.
 
-    The estimate of a run covers all documents that are measured in this run. The estimates have no
-    confidence intervals.
+    Each estimate covers all documents that are measured in the run. It has no confidence interval.
     """
     intact = outcomes.restrict(None, [])
     if not intact.tasks:
@@ -136,19 +135,19 @@ class RacedFigure(NamedTuple):
     failure_reason: Callable[[Array], str]
 
 
-def bounded_figure(store: CellStore, metric: str, key: str = "until") -> RacedFigure:
-    """Return a metric as the statistic that a stopping rule compares.
+def bounded_metric(store: CellStore, metric: str, key: str = "until") -> RacedFigure:
+    """Prepare a metric for a stopping rule, which needs values between 0 and 1.
 
     Args:
         store: Stored outcomes of one model on one benchmark.
         metric: Metric of the cell's benchmark.
-        key: Name of the setting that requires the stopping rule; error messages contain the name.
+        key: Name of the setting that needs the stopping rule, for error messages.
 
     Returns:
-        The statistic, with the function that computes the metric of each document.
+        Functions that compute the metric of each document and check its values.
 
     Raises:
-        ExperimentError: Outcomes of the metric are not between 0 and 1.
+        ExperimentError: The metric is not a mean of values between 0 and 1.
     """
     check_bounded(store.identity.benchmark, metric, key)
 
@@ -240,9 +239,10 @@ class BlockRace:
         return self.rule.open
 
     def advance(self) -> None:
-        """Evaluate newly measured blocks in order, up to the first incomplete block.
+        """Apply the stopping rule to newly measured blocks of documents, in order.
 
-        Raises WorkError if a document has no usable score.
+        The first incomplete block ends the evaluation. Raises WorkError if a document's score is
+        not usable.
         """
         while self.open.any() and self.n_blocks < len(self._turns):
             (block, n_documents, end), names = self._turns[self.n_blocks], self.needed_ablations
@@ -313,7 +313,7 @@ class CellRace(BlockRace):
         self._until = view.until
         ablations = [Ablation.from_changes(run, removed=view.removed) for run in view.until.runs]
         extra_ablations = [Ablation.from_changes(removed=view.removed)] if view.removed else []
-        figure = bounded_figure(store, view.metric)
+        figure = bounded_metric(store, view.metric)
         super().__init__(store, view.until.seed, ablations, extra_ablations, figure)
         try:
             # Two drops of a document share the intact outcome, which is between 0 and 1.
@@ -330,7 +330,7 @@ class CellRace(BlockRace):
         return open_runs_text(self.record())
 
     def record(self) -> AnswerRecord:
-        """Build the record of the stopping rule's current result for each run."""
+        """Return the current result of the stopping rule, with the bounds of each run's drop."""
         bounds, race = self.race.bounds, self.race
         # A drop is between -1 and 1, regardless of its documents' weights.
         low, high = bounds.low.clip(-1, 1), bounds.high.clip(-1, 1)
@@ -441,7 +441,7 @@ class CandidateRace(BlockRace):
         """
         by_accuracy, count = criterion == "accuracy", len(ablations)
         if by_accuracy:
-            figure = bounded_figure(store, view.metric, "rescoring: race")
+            figure = bounded_metric(store, view.metric, "rescoring: race")
         else:
             columns = ["gold", "rolling", "loglikelihoods"]
             figure = RacedFigure(columns, gold_logprobs, _missing_gold_reason)
@@ -477,12 +477,11 @@ def _missing_gold_reason(outcomes: Array) -> str:
 
 
 def count_passes(ablation: Ablation, layers: int) -> int:
-    """Count the passes through layers that an ablation requires for each token.
+    """Count how many layers an ablation computes for each token.
 
-    Layers before the first changed layer are not counted, because their hidden states are those of
-    the intact model. Removed layers and layers replaced by fitted functions are not counted.
-    Repeated layers are counted once for each computation. `layers` is the number of layers of the
-    model.
+    The layers before the first changed layer are shared with the intact model, and not counted.
+    Layers that are removed or replaced by fitted functions are not counted either. A repeated layer
+    counts once for each repetition. `layers` is the number of layers of the model.
     """
     actions = [ablation.at_layer(layer).action for layer in range(layers)]
     changed_layers = (layer for layer, action in enumerate(actions) if action is not Action.PASS)

@@ -164,14 +164,14 @@ class SourcedFactory(TaskFactory):  # type: ignore[misc]
         splits = self._source.load(config["dataset_path"], config.get("dataset_name"))
         config["custom_dataset"] = SourceSplits(splits)
         config["dataset_kwargs"] = None
-        self._fit_splits(config, splits)
+        self._remove_missing_splits(config, splits)
         self.given_splits[config["task"]] = splits
         return config
 
-    def _fit_splits(self, config: dict[str, Any], splits: Mapping[str, Any]) -> None:
-        """Delete missing splits from the configuration of a task.
+    def _remove_missing_splits(self, config: dict[str, Any], splits: Mapping[str, Any]) -> None:
+        """Remove splits that do not exist from the configuration of a task.
 
-        Raises BenchmarkError if a missing split is needed.
+        Raises BenchmarkError if the task needs a split that does not exist.
         """
         task = config["task"]
         split = config.get("test_split") or config.get("validation_split")

@@ -94,10 +94,9 @@ class TextGenerator(HFLM):  # type: ignore[misc]
     def _model_generate(
         self, context: Tensor, max_length: int, stop: list[str], **settings: Any
     ) -> Any:
-        """Generate the texts of the current batch, and return their token ids.
+        """Return the token ids of the current batch, shortened to its token budget.
 
-        The first call generates whole texts. Later calls return the beginnings of these texts, up
-        to the token budget of the batch.
+        The first call generates the texts. Later calls return beginnings of the same texts.
         """
         batch, n_prompt = self._batch, context.shape[1]
         if batch.rows is None:

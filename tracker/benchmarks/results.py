@@ -169,7 +169,7 @@ class ResultFileWriter:
         if not hasattr(writer, "date_id"):
             raise WorkError(f"{output}: lm-eval failed to write the results of {model.name}")
         path = folder / f"results_{writer.date_id}.json"
-        writer.date_id = _later_date(writer.date_id, folder)
+        writer.date_id = _newest_date(writer.date_id, folder)
         files = {folder / f"results_{writer.date_id}.json": 0}
         with suppress(OSError):  # a missing file is reported below
             path.rename(*files)
@@ -187,12 +187,11 @@ class ResultFileWriter:
         return list(files)
 
 
-def _later_date(date: str, folder: Path) -> str:
-    """Return `date`, or a later date if a folder contains a newer results file.
+def _newest_date(date: str, folder: Path) -> str:
+    """Return a date that makes a new results file the newest file of its folder.
 
-    The later date is one second after the date of the newest results file.
-
-    Programs that read a folder of lm-eval use the results file with the latest date.
+    The result is `date`. If the folder contains a later results file, the result is the date of
+    that file plus one second. Programs that read the folder use only its newest results file.
     """
     names = {path.stem.removeprefix("results_") for path in folder.glob("results_*.json")}
     last_date = max(names - {date}, default="")
@@ -223,7 +222,10 @@ class _PreparedTask:
         return getattr(self._task, name)
 
     def build_all_requests(self, **settings: object) -> None:
-        """Give the task copies of the prepared requests, with documents numbered from 0."""
+        """Give copies of the prepared requests to the task, instead of building new requests.
+
+        The documents of the requests are numbered from 0.
+        """
         self._task._instances = [
             replace(i, metadata=(i.task_name, position, i.repeats), resps=[], filtered_resps={})
             for position, instances in enumerate(self._requests)

@@ -94,11 +94,11 @@ def write_tasks(
     factory.build(find_task(spec), overrides=None, registry=task_entries(spec))
     folder.mkdir(parents=True)
     built_tasks = {name: task for name, task in factory.built.items() if name in documents}
-    in_turn = False
+    from_first = False
     for _, _, task in built_tasks.values():
         num_fewshot = resolve_num_fewshot(task.config.num_fewshot, spec.num_fewshot)
         choose_part(task, request.documents, num_fewshot)
-        in_turn = in_turn or draws_in_turn(task, num_fewshot)
+        from_first = from_first or draws_in_turn(task, num_fewshot)
     for number, name in enumerate(documents):
         if name not in built_tasks or built_tasks[name][0].yaml_path is None:
             raise BenchmarkError(
@@ -127,7 +127,7 @@ def write_tasks(
         "model": {name: value for name, value in model_settings.items() if value is not None},
         "data_sets": [task.config.dataset_path for _, _, task in built_tasks.values()],
         "evaluate": {"tasks": list(built_tasks), **_prompt_settings(request)},
-        **_selection_settings(documents, in_turn),
+        **_selection_settings(documents, from_first),
     }
 
 
@@ -171,18 +171,17 @@ def _prompt_settings(request: CellRequest) -> dict[str, Any]:
     }
 
 
-def _selection_settings(documents: Mapping[str, Sequence[int]], in_turn: bool) -> dict[str, Any]:
-    """Return lm-eval's settings that select the documents to score.
+def _selection_settings(documents: Mapping[str, Sequence[int]], from_first: bool) -> dict[str, Any]:
+    """Return settings with which lm-eval scores only the given documents.
 
-    If `in_turn` is true, lm-eval also builds the requests of all documents before the selected
-    documents, because random few-shot examples depend on them. lm-eval does not score the documents
-    that are not selected.
+    Set `from_first` if random few-shot examples depend on earlier documents. lm-eval then also
+    builds the requests of earlier documents, but does not score them.
     """
     numbers_by_task = {name: sorted(numbers) for name, numbers in documents.items()}
     limit = max(map(len, numbers_by_task.values()))
     if all(numbers == list(range(len(numbers))) for numbers in numbers_by_task.values()):
         return {"limit": limit, "samples": None, "only": None}
-    if in_turn:
+    if from_first:
         limit = max(numbers[-1] for numbers in numbers_by_task.values()) + 1
         return {"limit": limit, "samples": None, "only": numbers_by_task}
     return {"limit": None, "samples": numbers_by_task, "only": None}

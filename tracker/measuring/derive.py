@@ -20,7 +20,10 @@ from tracker.schema.views import View
 
 
 def derive_record(store: CellStore, view: View) -> CellRecord:
-    """Return the record of a view; compute the record if no valid one is stored."""
+    """Read the stored record of a view, or compute the record if no valid one is stored.
+
+    A view is a selection of the cell's runs and documents.
+    """
     extra = (*store.texts.file_names(), file_hash(divergence_files(store.folder)))
     state, name = _state_hash(store, view, *extra), store.views.view_name(view)
     record = store.read_derived(state, name, CellRecord)
@@ -38,10 +41,10 @@ _NOT_DERIVED = ("beside", "explicit", "supersedes")
 
 
 def derive_answer(store: CellStore, view: View) -> AnswerRecord | None:
-    """Return the result of a view's `until` setting; compute it if no valid record is stored.
+    """Read the stored result of a stopping rule, or compute the result if no valid one is stored.
 
-    Returns None if the view has no `until` setting. Raises ExperimentError or WorkError if no
-    result can be computed.
+    Returns None if the view has no stopping rule (setting `until`). Raises ExperimentError or
+    WorkError if the result cannot be computed.
     """
     if view.until is None:
         return None

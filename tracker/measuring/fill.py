@@ -46,20 +46,20 @@ The mapping contains the texts that the intact model wrote before for documents 
 """
 
 
-def refuse_other_tokens(store: CellStore, facts: CellFacts, progress: Progress) -> None:
-    """Raise CellError if measured documents of a cell were tokenised differently than now.
+def refuse_changed_tokens(store: CellStore, facts: CellFacts, progress: Progress) -> None:
+    """Raise CellError if the stored outcomes of a document belong to other tokens than now.
 
-    `facts` contains the documents' current tokens and package versions. If old outcomes contain no
-    information on tokens, `progress` may receive a warning.
+    `facts` contains the current tokens and package versions. `progress` receives a warning if the
+    stored tokens are unknown and the package versions differ.
     """
     provenance = facts.provenance
     frame = store.read(columns=["task", "doc", DIGEST_COLUMN, PROVENANCE_COLUMN]).drop_duplicates()
     for task, doc, digest, provenance_text in frame.itertuples(index=False):
         if isinstance(digest, str) and facts.digests.get((task, doc), digest) != digest:
             subject = f"document {doc} of {task}"
-            raise _mixing_error(subject, json.loads(provenance_text), provenance)
+            raise _tokens_error(subject, json.loads(provenance_text), provenance)
     if has_other_tokens(store.identity.provenance, provenance):
-        raise _mixing_error("the benchmark", store.identity.provenance, provenance)
+        raise _tokens_error("the benchmark", store.identity.provenance, provenance)
     undigested = map(json.loads, frame[PROVENANCE_COLUMN][frame[DIGEST_COLUMN].isna()].unique())
     versions = {tokeniser_differences(stored, provenance) for stored in undigested}
     if versions := versions - {SAME_VERSIONS}:
@@ -71,10 +71,10 @@ def refuse_other_tokens(store: CellStore, facts: CellFacts, progress: Progress) 
         )
 
 
-def _mixing_error(subject: str, stored: Mapping[str, str], current: Mapping[str, str]) -> CellError:
-    """Build the error about a document or benchmark that is now tokenised differently.
+def _tokens_error(subject: str, stored: Mapping[str, str], current: Mapping[str, str]) -> CellError:
+    """Build the error about a document or benchmark whose tokens have changed.
 
-    `stored` and `current` are the provenances of the stored and of the new results.
+    `stored` and `current` contain the software versions of the stored and of the new results.
     """
     old, new = tokeniser_differences(stored, current), tokeniser_differences(current, stored)
     advice = (
@@ -147,7 +147,7 @@ class CellWork:
         self._busy_blocks: set[Block] = set()
         self._complete_blocks: set[Block] = set()
         self._retry_time = 0.0
-        self.missing_responses = self._find_missing()
+        self.missing_responses = self._count_missing()
 
     @property
     def total(self) -> int:
@@ -169,7 +169,7 @@ class CellWork:
         """Lock and yield a block with missing outcomes; yield None if all blocks are locked."""
         with ExitStack() as locks:
             with self._condition:
-                self._update_race()
+                self._apply_stopping_rule()
                 work = self._lock_block(locks)
             yield work
 
@@ -193,9 +193,9 @@ class CellWork:
             # Texts first: a block with outcomes is not measured again, so a kill would lose them.
             self.store.texts.add(block.name, shard.texts)
             self.store.write(block, shard.rows, shard.metadata)
-            self._report_done(block, n_pending)
+            self._set_missing(block, n_pending)
         with self._condition:
-            self._update_race()
+            self._apply_stopping_rule()
 
     def _read_traces(self, block: Block) -> dict[int, list[str]]:
         """Return the intact model's stored texts for the documents of a block.
@@ -222,12 +222,12 @@ class CellWork:
                 lock.enter_context(self.store.lock(block).acquire(timeout=0))
                 names = self._names if self._race is None else self._race.needed_ablations
                 missing = self.store.missing_outcomes(block, self._extent, names)
-                self._report_done(block, self._count_responses(block, missing))
+                self._set_missing(block, self._count_responses(block, missing))
                 if missing:
                     self._busy_blocks.add(block)
                     locks.enter_context(lock.pop_all())
                     return BlockWork(block, missing)
-                self._update_race()
+                self._apply_stopping_rule()
                 continue
             skipped.append(block)
         if skipped:
@@ -254,8 +254,11 @@ class CellWork:
             blocks = blocks[: 1 + is_next_busy * (self._race.n_blocks // AHEAD_RATIO)]
         return [b for b in blocks if b in self.missing_responses and b not in self._busy_blocks]
 
-    def _update_race(self) -> None:
-        """Apply the stopping rule to all outcomes so far, and update the blocks to measure."""
+    def _apply_stopping_rule(self) -> None:
+        """Apply the stopping rule to all outcomes so far, and count the missing responses again.
+
+        Nothing is done if the cell has no stopping rule.
+        """
         if self._race is None:
             return
         n_open = self._race.open.sum()
@@ -263,13 +266,13 @@ class CellWork:
         if 0 < self._race.open.sum() < n_open:
             self._progress.say(f"{self._race.contenders}; {self._race.looked:,} documents")
         n_missing = self.total
-        self.missing_responses = self._find_missing()
+        self.missing_responses = self._count_missing()
         self._progress.expect(self.total - n_missing)
 
-    def _find_missing(self) -> dict[Block, int]:
-        """Count the missing responses of each block of documents with missing outcomes.
+    def _count_missing(self) -> dict[Block, int]:
+        """Count the missing responses of each incomplete block of documents.
 
-        The counts are upper limits: a stopping rule may need fewer responses.
+        With a stopping rule, fewer responses may be needed.
         """
         extent, race = self._extent, self._race
         if race is None and not self.store.is_complete(extent, self._names):
@@ -299,10 +302,10 @@ class CellWork:
         `n_pending` is the minimum number of responses of the block that remain to be computed.
         """
         # The baseline is always computed with missing ablations; it is not counted again.
-        self._report_done(block, max(n_pending, self.missing_responses.get(block, 0) - n_responses))
+        self._set_missing(block, max(n_pending, self.missing_responses.get(block, 0) - n_responses))
 
-    def _report_done(self, block: Block, n_left: int) -> None:
-        """Report that only `n_left` responses of the block are still missing."""
+    def _set_missing(self, block: Block, n_left: int) -> None:
+        """Store that a block of documents lacks only `n_left` responses; report the progress."""
         with self._condition:
             if (n_done := self.missing_responses.get(block, 0) - n_left) > 0:
                 self._progress.advance(n_done)
@@ -315,19 +318,19 @@ class CellWork:
 def open_work(
     job: Job, facts: CellFacts, report: Reporting, condition: Condition | None = None
 ) -> CellWork:
-    """Open or create the cell of a job, and find the blocks with missing outcomes.
+    """Open the stored outcomes of a job, and find the documents that are still to be measured.
 
     Args:
         job: The job.
         facts: Facts about the model and documents of the job.
         report: The results folder, and the receiver of counts and messages.
-        condition: The lock of the workers that share the cell.
+        condition: The lock of the workers that share the job; None if there is one worker.
 
     Returns:
-        The blocks that are still to be measured.
+        The documents that are still to be measured, in blocks.
 
     Raises:
-        CellError: The cell has outcomes of documents that were tokenised differently.
+        CellError: A stored outcome belongs to a document that was tokenised differently.
     """
     store, request = open_store(job, facts, report.ledger), job.cells[0].request
     race = None if request.until is None else CellRace(store, store.views.view_of(request))
@@ -339,7 +342,7 @@ def open_work(
         condition=condition,
     )
     if work.missing_responses:
-        refuse_other_tokens(store, facts, report.progress)
+        refuse_changed_tokens(store, facts, report.progress)
     return work
 
 

@@ -15,7 +15,7 @@ from tracker.benchmarks.base import Benchmark
 from tracker.ledger.outcomes import CHECKPOINT_KEY, DIGEST_COLUMN, outcome_row
 from tracker.ledger.texts import text_row
 from tracker.measuring.calibrate import CalibrationTexts, choose_calibration, repeated_documents
-from tracker.measuring.prepare import check_range
+from tracker.measuring.prepare import check_possible
 from tracker.models.devices import describe_device
 from tracker.models.sources import find_model, parts_of_config, stored_format
 from tracker.schema.changes import INTACT, Ablation, Change
@@ -124,7 +124,7 @@ class Meter:
         loaded, spec = model.loaded, requests[0].benchmark
         config, extent = loaded.model.config.get_text_config(), requests[0].extent
         for request in requests:
-            check_range(request, parts_of_config(config))
+            check_possible(request, parts_of_config(config))
         self.ablations = all_ablations(requests, loaded.identity.layers)
         LayerAnatomy(loaded.model, loaded.layers, loaded.device).check_formats(self.ablations)
         self._benchmark, self._model, self._memory = benchmark, model, options.memory
@@ -184,9 +184,9 @@ class Meter:
 
         engine = set_row_size(Engine(loaded, self._encoder.max_length, memory=self._memory))
         documents = list(self.documents.values())
-        writers = [INTACT] if isinstance(self._benchmark, Traces) else None
+        generating = [INTACT] if isinstance(self._benchmark, Traces) else None
         self._scorer, notes = checked_scorer(
-            engine, loaded.tokenizer, documents, self.ablations, verdicts, fit, typical, writers
+            engine, loaded.tokenizer, documents, self.ablations, verdicts, fit, typical, generating
         )
         return [f"{loaded.identity.name}: {line}" for line in notes]
 
@@ -230,22 +230,22 @@ class Meter:
         repeated = [document for document in documents if document.key in self.repeated_keys]
         # Only outcomes whose rows are written are compared: the rows contain the comparison.
         checked = [document for document in documents if document.key in self._checked_keys]
-        seed, first_index = self.facts.model.fingerprint, int(INTACT.name not in names)
+        seed, first_ablation = self.facts.model.fingerprint, int(INTACT.name not in names)
         reference = Reference(scorer.engine)
         passes: list[Callable[[], Any]] = [
             partial(scorer.score, documents, scored, advance),
             partial(scorer.score_again, repeated, scored),
             partial(
-                reference.answer_all, list_watched_requests(checked, scored, seed, first_index)
+                reference.answer_all, list_watched_requests(checked, scored, seed, first_ablation)
             ),
         ]
         # Two ablations have the same part if layers are removed in all runs of one of them.
         if parts := [*dict.fromkeys(a.part for a in scored if a.part is not None)]:
-            passes.append(partial(self._observe_parts, documents, parts))
+            passes.append(partial(self._compute_part_proxies, documents, parts))
         results, repeated_results, _, *part_sums = scorer.engine.run_lockstep(passes)
         self._note_cut_texts([t for result in results for t in result.responses[0][0].texts])
         compared = [result for result in results if result.document.key in self._checked_keys]
-        comparisons = scorer.compare_results(reference, compared, scored, seed, first_index)
+        comparisons = scorer.compare_results(reference, compared, scored, seed, first_ablation)
         repeated_responses = {r.document.index: r.responses for r in repeated_results}
         rows: list[dict[str, object]] = []
         for number, result in enumerate(results):
@@ -309,12 +309,12 @@ class Meter:
         self._n_notes += len(notes)
         return [f"{name}: {line}" for line in notes]
 
-    def _observe_parts(
+    def _compute_part_proxies(
         self, documents: Sequence[Document], parts: Sequence[Change]
     ) -> list[dict[Change, dict[str, float]]]:
-        """Measure statistics (proxies) of the given parts on each document.
+        """Compute cheap importance scores (proxies) of model parts on each document.
 
-        The result contains a dict for each document, which maps each part to its statistics.
+        Returns one dict for each document: part → column name of a proxy → value for the document.
         """
         from tracker.engine.observers.layer_proxies import measure_expert_load
         from tracker.engine.observers.taylor import measure_kl_gradients, measure_taylor
@@ -352,16 +352,15 @@ class Meter:
         repeated: Sequence[Sequence[Response] | None],
         parts: Mapping[Change, Mapping[str, float]],
     ) -> Iterator[dict[str, object]]:
-        """Yield one row of outcomes for a document under each ablation in `names`.
+        """Yield one row of outcomes of a document for each ablation in `names`.
 
         Args:
             result: The scores of the document under all ablations in `scored`.
             names: Names of the ablations for which rows are built.
             scored: The ablations, in the order of the responses in `result`.
             comparisons: (Document number, ablation) → comparison with a pruned model.
-            repeated: Responses of a second computation under each ablation in `scored`; None where
-                there was none.
-            parts: Changed part of an ablation → sums of its proxies for the document.
+            repeated: For each ablation in `scored`, the responses of a second computation, if any.
+            parts: Part of the model → column name of a proxy → value for the document.
 
         Yields:
             The row, as column name → value.

@@ -22,7 +22,7 @@ from tracker.ledger.cache import Checks
 from tracker.ledger.cells import CellStore
 from tracker.ledger.shards import DocumentArrays, read_observations, write_observations
 from tracker.ledger.store import Ledger
-from tracker.measuring.fill import refuse_other_tokens
+from tracker.measuring.fill import refuse_changed_tokens
 from tracker.measuring.job import Options
 from tracker.measuring.meter import Meter, open_model
 from tracker.measuring.progress import Progress, report_work
@@ -122,7 +122,7 @@ def open_observed_cell(
     """Load a model and run the self-check; return the engine and the documents."""
     model = open_model(request.model, options)
     meter = Meter([request], open_benchmark(request), model, options)
-    refuse_other_tokens(store, meter.facts, progress)
+    refuse_changed_tokens(store, meter.facts, progress)
     progress.say(f"{request.benchmark}: checking results against pruned models")
     meter.check(Checks(ledger.root))
     return meter.engine, meter.documents

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from tracker.analysis.paired import variance_range
+from tracker.analysis.paired import variance_summary
 from tracker.analysis.stopping import AnswerForecast, check_bounded, forecast_answer
 from tracker.ledger.blocks import BLOCK_SIZE
 from tracker.ledger.store import Ledger
@@ -185,7 +185,7 @@ def plan_cells(
         cell_cost = estimate_cost(*parts, observe=request.observe, has_gradients=reading is None)
         if texts.dtype in HALF_PRECISION:
             cell_cost = _add_repeated_cost(cell_cost, texts, request.extent.seed)
-        observed_spread = _observed_spread(cell, metric)
+        observed_spread = _median_variance(cell, metric)
         is_loss = benchmark.tasks[0].higher_is_better.get(metric, True) is False
         spread = observed_spread or (None if is_loss else UNRELATED_VARIANCE)
         answer = forecast = None
@@ -209,7 +209,10 @@ def plan_cells(
 
 
 def _plan_reading(source: ModelSource, texts: PlannedTexts) -> PlannedReading | None:
-    """Estimate how often offloaded layers are read; None if no weights must be offloaded."""
+    """Estimate how often, and how fast, weights are read that do not fit on the device.
+
+    Returns None if all weights fit.
+    """
     from tracker.models.load import choose_placement, find_device
     from tracker.models.offloaded import measure_read_rate
 
@@ -235,15 +238,15 @@ def _add_repeated_cost(cell_cost: Cost, texts: PlannedTexts, seed: int) -> Cost:
     return replace(cell_cost, check_layer_passes=cell_cost.check_layer_passes + passes)
 
 
-def _observed_spread(cell: CellLookup, metric: str) -> OutcomeVariance | None:
-    """Return the median of the runs' outcome variances in the stored results.
+def _median_variance(cell: CellLookup, metric: str) -> OutcomeVariance | None:
+    """Return the median of the variances that are stored for the runs of a cell.
 
-    The record with the most documents is used. Returns None if no variance is stored.
+    The variances are read from the record with the most documents. Returns None if there are none.
     """
     if cell.store is None:
         return None
     views = [requested_view.view for requested_view in cell.store.views.read_requested({})]
     records = [derive_record(cell.store, view) for view in views if view.metric == metric]
     largest_record = max(records, key=lambda record: record.n, default=None)
-    spreads = variance_range(largest_record.runs) if largest_record else None
+    spreads = variance_summary(largest_record.runs) if largest_record else None
     return spreads[0] if spreads else None

@@ -81,18 +81,18 @@ def make_counter(ledger: Ledger, trust_remote_code: bool) -> PartsCounter:
         cell = find_cell(replace(request, until=None), ledger, trust_remote_code)
         if cell.store is not None and not kinds and not request.changes.has_parts:
             return ModelParts(cell.store.identity.model.layers)
-        return _count_requested(request, cell.source, kinds)
+        return _count_requested_parts(request, cell.source, kinds)
 
     return count
 
 
-def _count_requested(
+def _count_requested_parts(
     request: CellRequest, source: ModelSource, kinds: Collection[str]
 ) -> ModelParts:
     """Count the layers, heads and experts of a model.
 
-    The result also lists the linear maps of the model if the request includes linear maps but does
-    not list their names.
+    The result also lists the model's linear maps if the request asks for linear maps without
+    names.
     """
     parts = count_parts(source, kinds)
     if not request.changes.lacks_maps:
@@ -116,15 +116,11 @@ def widen_request(
     trust_remote_code: bool,
     read_sweep: Callable[[], CellRequest | None],
 ) -> tuple[CellRequest, str | None]:
-    """Extend the request of one sweep trial to all ablations of the same model and benchmark.
+    """Extend the request of one sweep trial to all ablations of its sweep.
 
-    Measuring all ablations together costs little more than measuring one ablation. The request is
-    extended to the ablations of the trial's sweep, or to all layers of the model if the sweep is
-    unknown. If the trial's ablation is already measured, the returned request contains only
-    ablations with stored results.
-
-    A sweep can contain invalid combinations, such as a layer that is already removed. Invalid
-    combinations raise no error.
+    Measuring all ablations together costs little more than measuring one. If the sweep is unknown,
+    all layers of the model are requested. If the trial's ablation is already measured, only
+    ablations with stored results are requested.
 
     Args:
         request: The trial's request, which names one ablation.
@@ -134,7 +130,8 @@ def widen_request(
             is called only if a run must be measured, because a call can take seconds.
 
     Returns:
-        The extended request, and an error message if the trial's ablation is invalid (else None).
+        The extended request, and the reason why the trial's ablation is invalid (None if valid).
+        Other invalid ablations of the sweep raise no error.
 
     Raises:
         ExperimentError: A layer is out of range, or the request has an `until` setting but the
@@ -168,11 +165,10 @@ def widen_request(
 
 
 def find_earlier_request(request: CellRequest, store: CellStore | None) -> CellRequest | None:
-    """Return the request with the runs of a suitable earlier request.
+    """Find an earlier request with the same `until` setting that contains all runs of a request.
 
-    An earlier request is suitable if it has the same `until` setting and contains all runs of
-    `request`. Returns None if there is no such earlier request, or if `request` has no `until`
-    setting.
+    Returns `request` with the runs of the earlier request. Returns None if there is no such
+    earlier request, or if `request` has no `until` setting.
     """
     view = store.views.view_of(request) if store else None
     question = view.until if view else None
@@ -189,15 +185,14 @@ def find_earlier_request(request: CellRequest, store: CellStore | None) -> CellR
 def check_layers(cells: Sequence[CellLookup]) -> None:
     """Raise ExperimentError if a request names a layer that its model does not have."""
     for cell in cells:
-        check_range(cell.request, count_parts(cell.source))
+        check_possible(cell.request, count_parts(cell.source))
 
 
-def check_range(request: CellRequest, parts: ModelParts) -> None:
-    """Raise ExperimentError if a request does not fit the model's layers.
+def check_possible(request: CellRequest, parts: ModelParts) -> None:
+    """Raise ExperimentError if a model does not allow the requested ablations.
 
-    The error is raised if the model lacks a requested layer or part, or if none of the requested
-    ablations is possible. It is also raised if the `until` setting needs more runs than the request
-    has. For example, `until: top 5` needs more than 5 runs.
+    Each requested layer and part must exist, and at least one ablation must be possible. If the
+    request has an `until` setting, it must contain enough runs, e.g. more than 5 for `top 5`.
     """
     check_parts(request, parts)
     layers = parts.layers
@@ -267,13 +262,13 @@ def validate_requests(
         source = find_model(request.model, trust_remote_code)
         check_benchmark(request.benchmark)
         try:
-            parts = _count_requested(request, source, kinds)
+            parts = _count_requested_parts(request, source, kinds)
         except UnreachableError as error:
             notes[request.model.model] = str(error)
             layers = max(request.changes.layers, default=0) + max(request.changes.spans)
         else:
             request, layers = fill_parts(request, parts), parts.layers
-            check_range(request, parts)
+            check_possible(request, parts)
             ablations = request.ablations(layers)
             if any(ablation.roundings for ablation in ablations):
                 from tracker.models.load import build_hollow

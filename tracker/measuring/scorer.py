@@ -100,27 +100,27 @@ class Scorer:
         results: Sequence[DocumentScores],
         ablations: Sequence[Ablation],
         seed: str,
-        first_index: int,
+        first_ablation: int,
     ) -> dict[tuple[int, Ablation], Comparison]:
-        """Compare responses under random ablations with responses of pruned models.
+        """Compare responses under one random ablation per document with responses of pruned models.
 
         Args:
             reference: Object that computes the responses of a pruned copy of the model.
             results: The results of `score` for one task.
             ablations: The ablations under which the documents were scored.
-            seed: Seed for drawing one ablation per document.
-            first_index: Number of entries at the start of `ablations` that are not compared.
+            seed: Seed for drawing the ablations.
+            first_ablation: Index of the first ablation that can be drawn.
 
         Returns:
-            The results of the comparison, keyed by (index of the document, ablation). Generated
-            texts are compared for equality only.
+            (Index of the document, ablation) → result of the comparison. Generated texts are
+            compared for equality only.
 
         Raises:
             CellError: A response differs from the pruned model's response by more than rounding.
         """
         comparisons = {}
         for result, number, comparison in compare_watched_documents(
-            reference, results, ablations, seed, first_index
+            reference, results, ablations, seed, first_ablation
         ):
             ablation, prompt = ablations[number], result.document.prompt
             if prompt is not None and self.generation is not None:
@@ -170,9 +170,9 @@ def checked_scorer(
     verdicts: VerdictStore | None = None,
     fit: Fit = lambda engine: {},
     typical: Sequence[Ablation] = (),
-    writers: Sequence[Ablation] | None = None,
+    generating: Sequence[Ablation] | None = None,
 ) -> tuple[Scorer, list[str]]:
-    """Build a scorer; test whether sharing computation among ablations keeps results exact.
+    """Test whether ablations can share computation without changing results, and build a scorer.
 
     Args:
         engine: The engine with an unchanged model.
@@ -182,7 +182,7 @@ def checked_scorer(
         verdicts: Cache of earlier test results; None = no cache.
         fit: Function that fits the replacements (e.g. linear maps) of ablated layers.
         typical: Ablations for the test on a small random model; if empty, `ablations` are tested.
-        writers: Ablations under which texts are generated; None = `ablations`.
+        generating: Ablations under which texts are generated; None = `ablations`.
 
     Returns:
         The scorer, and notes for the user, e.g. about disabled sharing or numerical noise.
@@ -198,7 +198,7 @@ def checked_scorer(
     if not prompts:
         return scorer, notes
     generation = Generation(result.engine, tokenizer, think_end_token=prompts[0].think_end_token)
-    generation, reason = generation.choose_mode(prompts[0], writers or ablations)
+    generation, reason = generation.choose_mode(prompts[0], generating or ablations)
     scorer = replace(scorer, generation=replace(generation, drafts=Drafts()))
     return scorer, [*notes, _LESS_SHARING + reason] if reason else notes
 
@@ -235,7 +235,7 @@ class Generation:
         if not self.together or lengths.side(tokens) != lengths.side(1):
             separate, numbers = partial(self.generate_separately, prompt), range(prompt.samples)
             return [
-                self._generate_once(prompt, [(a, n) for n in numbers], partial(separate, a))
+                self._recall_or_generate(prompt, [(a, n) for n in numbers], partial(separate, a))
                 for a in ablations
             ]
         texts: dict[tuple[Ablation, int], GeneratedText] = {}
@@ -245,10 +245,10 @@ class Generation:
             decoding = partial(prepare_generation, self.engine, group, n_samples=len(samples))
             row_samples = [sample for _, sample in rows]
             generate = partial(self._generator.generate_texts, prompt, row_samples, decoding)
-            texts |= zip(rows, self._generate_once(prompt, rows, generate), strict=True)
+            texts |= zip(rows, self._recall_or_generate(prompt, rows, generate), strict=True)
         return [tuple(texts[a, sample] for sample in range(prompt.samples)) for a in ablations]
 
-    def _generate_once(
+    def _recall_or_generate(
         self,
         prompt: Prompt,
         rows: Sequence[tuple[Ablation, int]],
@@ -256,8 +256,8 @@ class Generation:
     ) -> SampledTexts:
         """Return the cached texts of an interrupted run, or generate new texts.
 
-        `rows` contains one pair for each text: the ablation, and the number of the sample.
-        `generate` is called if the texts are not cached.
+        `rows` contains the ablation and the sample number of each text. `generate` generates all
+        these texts.
         """
         # A fitted replacement also depends on the texts that it was fitted to.
         if self.drafts is None or any(ablation.has_replacements for ablation, _ in rows):
@@ -290,12 +290,11 @@ class Generation:
     ) -> tuple[Generation, str | None]:
         """Choose whether texts are generated in one batch or separately for each ablation.
 
-        To choose, the method generates a few tokens in one batch and separately. One batch is used
-        if the texts are equal; in half precision, up to half of the texts may differ because of
-        rounding.
+        The method generates a few tokens in both ways, and chooses one batch if the texts are
+        equal. In half precision, rounding may change up to half of the texts.
 
-        Returns the generator to use, and a reason or None. A reason is returned if generation in
-        one batch fails or changes too many texts.
+        Returns the generator to use. If one batch fails or changes too many texts, a reason is
+        returned too, else None.
         """
         if not self.engine.sharing.depth:  # each ablation is another model; the check reported it
             return replace(self, together=False), None

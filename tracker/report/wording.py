@@ -15,7 +15,7 @@ from tracker.analysis.claims import (
     name_benchmarks,
     run_verdicts,
 )
-from tracker.analysis.paired import variance_range
+from tracker.analysis.paired import variance_summary
 from tracker.schema.answers import interval_name, statement
 from tracker.schema.changes import WHOLE_LAYER, Change
 from tracker.schema.estimates import Estimate
@@ -214,7 +214,7 @@ def power_sentence(cell: CellRecord, runs: Sequence[RunRecord]) -> str:
     """
     if not runs or cell.is_raced:  # the power assumes a fixed number of documents
         return ""
-    spreads = variance_range(runs)
+    spreads = variance_summary(runs)
     if spreads is None:
         reason = next((r.reasons["drop_sd"] for r in runs if "drop_sd" in r.reasons), "")
         return f"Power is undefined: {reason or 'no ablation changes an outcome'}."

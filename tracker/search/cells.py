@@ -23,7 +23,7 @@ from tracker.engine.scoring.sweep import Engine
 from tracker.ledger.cache import Checks
 from tracker.ledger.cells import CellStore
 from tracker.ledger.store import Ledger
-from tracker.measuring.fill import CellWork, fill_cell, open_store, refuse_other_tokens
+from tracker.measuring.fill import CellWork, fill_cell, open_store, refuse_changed_tokens
 from tracker.measuring.job import Job, Options
 from tracker.measuring.meter import DocumentKey, Meter, Model, open_model
 from tracker.measuring.observing import DocumentMap, Observations, ObserveDocument, observe_cell
@@ -279,7 +279,7 @@ class OpenCell:
         """
         meter, say = self._meter, self.progress.say
         if not self._checked_shapes:
-            refuse_other_tokens(self.store, meter.facts, self.progress)
+            refuse_changed_tokens(self.store, meter.facts, self.progress)
         if are_candidates:
             meter.repeated_keys = set()
         requested = dict.fromkeys((INTACT, *ablations))

@@ -19,7 +19,7 @@ from tracker.ledger.blocks import Block
 from tracker.ledger.cache import Checks
 from tracker.ledger.cells import CellStore
 from tracker.ledger.views import cell_key
-from tracker.measuring.fill import RETRY_SECONDS, CellWork, open_work, refuse_other_tokens
+from tracker.measuring.fill import RETRY_SECONDS, CellWork, open_work, refuse_changed_tokens
 from tracker.measuring.job import Job, Options, Reporting
 from tracker.measuring.progress import report_work
 from tracker.measuring.worker import DeviceLostError
@@ -178,7 +178,7 @@ class WorkerPool:
         return True
 
     def _open(self, worker: Remote, cell: _PoolCell) -> CellWork:
-        """Load a cell's model on a worker; return the blocks that are still to be measured."""
+        """Load a cell's model on a worker, and return the work that is left in the cell."""
         progress = self._report.progress
         with self._condition:
             self._open_cells[worker] = cell
@@ -196,7 +196,7 @@ class WorkerPool:
             elif cell_key(facts.model, facts.benchmark) != cell.work.store.identity.key:
                 raise CellError("the workers read different versions of the model or of the data")
             else:
-                refuse_other_tokens(cell.work.store, facts, progress)
+                refuse_changed_tokens(cell.work.store, facts, progress)
         for line in worker.check(self._checks) if cell.work.missing_responses else ():
             self._say_once(line)
         return cell.work
