@@ -132,7 +132,7 @@ class PairedOutcomes:
         `outcome_name`.
         """
         drops = self.drops[:, 0]
-        if reason := undefined_mean_reason(drops, noun):
+        if reason := undefined_mean_reason(drops, outcome_name):
             return Estimate(None, reason=reason)
         interval = mean_interval(*cluster_means(drops, self.weights, self.clusters))
         return Estimate(float(self.mean_drops[0]), *interval)
