@@ -40,8 +40,10 @@ search layers-neurons layer,neuron gold_logprob "$share"
 search - layer,neuron random "$share" --draws 2
 search all-units "layer,$head,neuron" gold_logprob "$share"
 search - "layer,$head,neuron" random "$share" --draws 2
-search - layer gold_logprob "$latency"
+search layers-latency layer gold_logprob "$latency"
+search layers-neurons-latency layer,neuron gold_logprob "$latency"
 search - layer cosine_oneshot "$latency"
 search - layer random "$latency" --draws 2
+search - layer,neuron random "$latency" --draws 2
 quantise formats "$model"
 quantise layers-neurons-formats "$top/layers-neurons"
