@@ -238,7 +238,7 @@ def _build_tables(rounded: RoundedMaps) -> Iterator[Table]:
     record, title, n_maps = rounded.record, rounded.title, len(rounded.maps)
     costliest = sorted(rounded.maps, key=lambda row: -(row.fall.value or 0.0))[:MAX_MAPS_LISTED]
     names = f"{title}: mean cost, over layers, of rounding one linear map, by name of the map."
-    maps = f"{title}: the {len(costliest)} linear maps (of {n_maps}) that cost most when rounded."
+    maps = f"{title}: the {len(costliest)} of {n_maps} maps that cost most log-probability."
     orders = f"{title}: rank correlation of rounding errors and costs over {n_maps} linear maps."
     for kind, heading, rows, macro in (
         (MapNameRow, names, rounded.names, "name_notes"),
