@@ -239,7 +239,7 @@ class TestLedger:
             (
                 LEDGER_FORMAT - 1,
                 "Read it with the older version of tracker",
-                "that wrote it, or choose another results folder with --results.",
+                "that wrote it, or choose another folder with --results.",
             ),
         ],
     )
