@@ -19,9 +19,9 @@ from tracker.studies.calibration import (
     SAMPLE_PAIRS,
     AgreementCurve,
     LayerRanking,
+    adjust_curves,
     agreement_curve,
     agreement_table,
-    judge_curves,
     needed_table,
 )
 
@@ -161,8 +161,8 @@ def test_of_many_rankings_a_number_is_named_where_all_tests_together_allow_it(mo
     monkeypatch.setattr("tracker.studies.calibration.SAMPLE_SIZES", (10, 20, 50))
     curve = _drawn_curve(np.linspace(0.02, 0.3, 30), 0)
     lucky = replace(curve, p_value=0.03)
-    assert judge_curves([lucky])[0].needed == curve.needed
-    reason = judge_curves([lucky, lucky])[0].needed.reason
+    assert adjust_curves([lucky])[0].needed == curve.needed
+    reason = adjust_curves([lucky, lucky])[0].needed.reason
     assert reason == HALVES_DISAGREE
 
 

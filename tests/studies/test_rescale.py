@@ -76,7 +76,7 @@ def test_a_linear_map_that_cannot_be_fitted(tiny_llama, experiment, tmp_path, mo
     assert "a linear map of 32 dimensions needs 32,000,000" in result.output
     assert "leave 'linear' out of 'intervention'" in result.output
     assert module.Rescale.question in result.stdout
-    assert "not measured; the list of missing results" in (results / "report.html").read_text()
+    assert "not measured; for the reason, see the list" in (results / "report.html").read_text()
 
 
 def test_a_corpus_has_no_outcomes_to_test(tiny_llama, experiment, tmp_path):
@@ -130,4 +130,4 @@ def test_a_test_that_was_not_made_shows_nothing_and_costs_nothing():
     assert [entry.value for entry in row[1:]] == [3, 3, 0]
     row = significance_table([cell_costs(BITS, p=None)]).rows[0]
     assert [entry.value for entry in row[1:]] == [0, None, None]
-    assert "outcomes are not only right or wrong" in row[2].reason
+    assert "needs outcomes that are right or wrong" in row[2].reason

@@ -66,10 +66,7 @@ def is_local(spec: BenchmarkSpec) -> bool:
 
 @cache
 def _is_defined(name: str) -> bool:
-    """Return whether a YAML file of lm-eval defines a task.
-
-    The function first searches the files whose name is the task's name.
-    """
+    """Return whether a YAML file of lm-eval defines a task, group or tag."""
     key, value = "[\"']?(task|group|tag)[\"']?", f"[\"']?{re.escape(name)}[\"']?"
     pattern = re.compile(f"^{key}: *{value} *$".encode(), re.M)
     folder = package_folder("lm_eval")
@@ -91,10 +88,10 @@ def data_stamp(spec: BenchmarkSpec) -> object:
 
 
 def choose_metric(benchmark: BenchmarkIdentity, requested: str | None) -> str:
-    """Choose the metric whose values the results report as `accuracy`.
+    """Return the name of the metric that the results report as `accuracy`.
 
     Args:
-        benchmark: Benchmark, all of whose tasks must define the metric.
+        benchmark: Benchmark whose tasks must all define the metric.
         requested: Name of the metric; None for the benchmark's primary metric.
 
     Returns:

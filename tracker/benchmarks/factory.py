@@ -52,10 +52,10 @@ _INDEX_FORMAT = 2
 def list_tasks() -> dict[str, Any]:
     """List lm-eval's tasks, groups and tags.
 
-    Building the list takes seconds. The list is stored and used again until a task file changes.
+    The list is stored and used again until a task file changes.
 
     Returns:
-        lm-eval's entry of each task, group and tag, by name. The entries lack most settings.
+        lm-eval's entry of each task, group and tag, by name. Most settings are left out.
     """
     folder = Path(lm_eval.tasks.__file__).parent
     stamp = file_stamp(_find_task_files(folder))
@@ -92,10 +92,7 @@ def _index_row(entry: Entry, folder: Path) -> list[Any]:
 
 
 def _is_inside(path: str | None) -> bool:
-    """Return whether a path is relative and contains no `..`.
-
-    Returns True if the path is None.
-    """
+    """Return whether a path is None, or is relative and contains no `..`."""
     return path is None or not (Path(path).is_absolute() or ".." in Path(path).parts)
 
 
@@ -111,10 +108,7 @@ _INSTALLED = (
 
 @dataclass(frozen=True)
 class SourceSplits:
-    """Replacement for the data loader of an lm-eval task.
-
-    The loader returns splits that were read before.
-    """
+    """Data loader for an lm-eval task that returns splits which were read before."""
 
     splits: Mapping[str, Any]
 
@@ -132,8 +126,7 @@ class SourcedFactory(TaskFactory):  # type: ignore[misc]
     """Factory that builds lm-eval's tasks on data from the hub, a folder or a package.
 
     The attribute `given_splits` maps the name of a task to its splits, if they were read from a
-    folder or package. The attribute `files` lists the document files of the task that was built
-    last.
+    folder or package. `files` lists the document files of the task that was built last.
     """
 
     def __init__(
@@ -217,7 +210,7 @@ def resolve_num_fewshot(own_count: int | None, requested: int | None) -> int:
 def draws_in_turn(task: Task, num_fewshot: int) -> bool:
     """Return whether a task draws new random few-shot examples for each document.
 
-    If a task draws random examples, a prompt depends on the prompts that were built before it.
+    The prompt of a document then depends on the prompts of all earlier documents.
     """
     return bool(num_fewshot) and not isinstance(task.sampler, FirstNSampler)
 
@@ -233,7 +226,7 @@ def _has_own_data(config: Mapping[str, Any]) -> bool:
 def task_entries(spec: BenchmarkSpec) -> dict[str, Entry]:
     """Return a dictionary from the name of each task to its entry in lm-eval.
 
-    The dictionary includes the user's own tasks.
+    Tasks that the user wrote are included.
     """
     return {**list_tasks(), **TaskIndex.build(include_folders(spec))}
 
@@ -241,8 +234,7 @@ def task_entries(spec: BenchmarkSpec) -> dict[str, Entry]:
 def find_task(spec: BenchmarkSpec) -> Entry:
     """Find the task, group or tag of lm-eval that a benchmark names.
 
-    The returned entry is lm-eval's description of the task, group or tag. Raises BenchmarkError if
-    lm-eval does not know the name. The message suggests similar names.
+    Raises BenchmarkError if lm-eval does not know the name; the message suggests similar names.
     """
     name, file = spec.benchmark, task_file(spec.benchmark)
     if file is not None:
@@ -308,10 +300,7 @@ def unreadable_error(task: str, source: str, error: Exception) -> BenchmarkError
 
 
 def _failing_line(error: BaseException) -> str:
-    """Return the file and line of a task's own code that raised an error.
-
-    Returns an empty string if no code of a task is involved.
-    """
+    """Return the file and line of a task's code that raised an error; empty if there is none."""
     if isinstance(error, SyntaxError) and error.filename:
         return f"{error.filename}, line {error.lineno}"
     tracebacks = [e.__traceback__ for e in (error.__cause__, error) if e is not None]

@@ -69,10 +69,7 @@ def metric_names(task: ConfigurableTask) -> dict[str, str]:
 
 
 def _stable_value(value: object) -> Any:
-    """Replace functions in a nested value by data that identifies their code.
-
-    The data is the function's name and the content of its files.
-    """
+    """Replace each function in a nested value by its name and the text of its source files."""
     if isinstance(value, dict):
         return {name: _stable_value(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
@@ -98,7 +95,7 @@ def _defining_file(value: object) -> Path | None:
 
 
 def _source_files(function: Any) -> list[Path]:
-    """Return the file of a function and imported files from the same folder."""
+    """Return the file that defines a function, and the imported files of the same folder."""
     file = _defining_file(function)
     if file is None or not file.is_file():
         return []

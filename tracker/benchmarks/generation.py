@@ -65,7 +65,7 @@ class TextGenerator(HFLM):  # type: ignore[misc]
 
         Args:
             prompt: The prompt.
-            samples: For each text, the index of its sample. Texts with the same sample index are
+            samples: For each text, the index of its sample. Two texts with one sample index are
                 drawn with the same random numbers.
             decoding: Function that prepares the model for one row per text; None if the model needs
                 no preparation.
@@ -96,7 +96,8 @@ class TextGenerator(HFLM):  # type: ignore[misc]
     ) -> Any:
         """Return the token ids of the current batch, shortened to its token budget.
 
-        The first call generates the texts. Later calls return beginnings of the same texts.
+        The first call for a batch generates the texts. Later calls return beginnings of the
+        generated texts.
         """
         batch, n_prompt = self._batch, context.shape[1]
         if batch.rows is None:
@@ -132,7 +133,7 @@ class TextGenerator(HFLM):  # type: ignore[misc]
             )
 
     def _find_end(self, tokens: list[int], room: int, stop: list[str]) -> tuple[int, bool]:
-        """Count the tokens of a text, and check whether the token limit ended the text.
+        """Count the tokens of a generated text, and check whether the token limit ended the text.
 
         Args:
             tokens: The generated tokens, padded after the end of the text.
@@ -140,8 +141,8 @@ class TextGenerator(HFLM):  # type: ignore[misc]
             stop: Strings that end a text.
 
         Returns:
-            The number of tokens before the end of the text, and a flag. The flag is True if the
-            token limit ended the text, instead of a stop string or an end token.
+            The number of tokens before the end of the text, and True if the token limit ended the
+            text (False if a stop string or an end token did).
         """
         end_ids = self.model.generation_config.eos_token_id
         end_ids = [*(end_ids if isinstance(end_ids, list) else [end_ids]), self.eot_token_id]

@@ -135,7 +135,7 @@ def find_data_files(kwargs: dict[str, Any]) -> Iterator[Path]:
 
 
 def resolve_dataset_kwargs(content: dict[str, Any], task: Path) -> dict[str, Any]:
-    """Return a task's `dataset_kwargs` with full paths instead of relative ones.
+    """Return a task's `dataset_kwargs` with full paths instead of relative paths.
 
     A relative path is searched first in the working folder, and then in the task file's folder.
     """

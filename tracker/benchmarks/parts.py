@@ -60,10 +60,7 @@ def choose_part(task: ConfigurableTask, documents: DocumentSpec, num_fewshot: in
 
 
 def _example_split(task: ConfigurableTask) -> str | None:
-    """Return the split from which a task draws few-shot examples.
-
-    Returns None if the task itself lists its examples.
-    """
+    """Return the split from which a task draws few-shot examples; None for listed examples."""
     config, fewshot = task.config, task.fewshot_cfg
     split: str | None = fewshot.split
     if split is None and fewshot.samples is None:
@@ -83,10 +80,7 @@ def requested_half(documents: DocumentSpec, task: str, total: int) -> Half:
 
 
 def part_setting(documents: DocumentSpec, halves: Collection[Half | None]) -> dict[str, str]:
-    """Return the setting `part` as a dictionary.
-
-    The dictionary is empty if the scored documents are those that lm-eval scores by default.
-    """
+    """Return the setting `part` as a dictionary; empty if lm-eval scores the part by default."""
     if documents.part is None or (documents.part == "test" and not any(halves)):
         return {}
     return {"part": documents.part}

@@ -104,7 +104,7 @@ def _score_tasks(
 def _limit_documents(lm: LM, documents_by_task: dict[str, list[int]]) -> None:
     """Make a model of lm-eval score only the documents in `documents_by_task`.
 
-    For other documents, the model returns dummy answers.
+    The model returns dummy answers for all documents that are not in `documents_by_task`.
     """
     scored = {task: set(documents) for task, documents in documents_by_task.items()}
     blanks = {"loglikelihood": (0.0, False), "loglikelihood_rolling": 0.0, "generate_until": ""}
@@ -123,7 +123,7 @@ def _limit_documents(lm: LM, documents_by_task: dict[str, list[int]]) -> None:
 def _storable_value(value: Any) -> Any:
     """Convert a document's metric to a value that JSON can store.
 
-    A pair of numbers becomes a list. A single number becomes a float.
+    A pair becomes a list, and a number becomes a float.
     """
     if isinstance(value, tuple | list):
         return [item.tolist() if hasattr(item, "tolist") else item for item in value]

@@ -188,10 +188,10 @@ class ResultFileWriter:
 
 
 def _newest_date(date: str, folder: Path) -> str:
-    """Return a date that makes a new results file the newest file of its folder.
+    """Return a date that makes a new results file the newest results file in `folder`.
 
-    The result is `date`. If the folder contains a later results file, the result is the date of
-    that file plus one second. Programs that read the folder use only its newest results file.
+    The result is `date`, or one second more than the date of a later results file in `folder`.
+    Programs that read the folder use only the newest results file.
     """
     names = {path.stem.removeprefix("results_") for path in folder.glob("results_*.json")}
     last_date = max(names - {date}, default="")
@@ -273,8 +273,8 @@ def _refuse_contradictions(
 ) -> None:
     """Raise CellError if lm-eval's metrics of an answer differ from the stored metrics.
 
-    If a document has several sampled texts, its metrics are not compared: lm-eval judges only the
-    first text, but the stored metrics are means over all texts.
+    Documents with several sampled texts are not compared: lm-eval judges only the first text, but
+    the stored metrics are means over all texts.
     """
     for task, rows in samples.items():
         for row in rows:

@@ -31,8 +31,8 @@ class TextMetrics:
 
     Attributes:
         samples: Number of texts per document.
-        budgets: Additional token limits, which are smaller than the task's own limit. The task also
-            judges the beginning of each text up to each of these limits.
+        budgets: Additional token limits, smaller than the task's own limit. The task also judges
+            each text cut to each of the additional limits.
         joint: Names of the filters that use all samples at once, such as a majority vote.
     """
 
@@ -44,7 +44,7 @@ class TextMetrics:
     def _draws(self) -> list[int]:
         """The values of k for which pass@k is computed.
 
-        The values are the powers of two below the number of samples, and the number of samples.
+        The powers of two up to the number of samples, and the number of samples.
         """
         powers = (2**n for n in range(1, self.samples.bit_length()))
         return sorted({*powers, self.samples} - {1})
@@ -52,8 +52,8 @@ class TextMetrics:
     def extend_task(self, task: TaskIdentity) -> TaskIdentity:
         """Add the derived metrics to the metrics of a task.
 
-        Raises BenchmarkError if derived metrics are requested, but no metric of the task allows
-        them.
+        Raises BenchmarkError if `samples` or `budgets` is set, but no metric of the task is a mean
+        over documents.
         """
         means = [name for name, kind in task.metrics.items() if kind == "mean"]
         kinds = dict.fromkeys(means, "mean") if self.samples > 1 else task.metrics
@@ -73,7 +73,7 @@ class TextMetrics:
         return task.model_copy(update=update)
 
     def _variants(self, metric: str) -> list[str]:
-        """Return the names of the metrics that are derived from a metric."""
+        """Return the names of a metric's derived metrics, such as pass@k and majority vote."""
         suffixes = [f"@{budget}tok" for budget in self.budgets]
         if self.samples > 1 and filter_name(metric) not in self.joint:
             passes = [f"_pass@{draws}" for draws in self._draws]
@@ -85,7 +85,7 @@ class TextMetrics:
     ) -> dict[str, MetricValue]:
         """Compute the metrics of a document's sampled texts.
 
-        `budget` is the token limit to which the texts were shortened; None if they are whole.
+        `budget` is the token limit to which the texts were shortened; None for whole texts.
         """
         suffix = "" if budget is None else f"@{budget}tok"
         if self.samples == 1 and not suffix:
@@ -113,7 +113,7 @@ def _variant(metric: str, suffix: str) -> str:
 
 
 def count_joint_samples(ensemble: Any) -> int:
-    """Count the samples that an ensemble of lm-eval's filters needs at once.
+    """Count how many samples of a document the filters in `ensemble` need at once.
 
     Returns 0 if the filters process each sample separately.
     """

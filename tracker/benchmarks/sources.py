@@ -136,9 +136,8 @@ def data_error(path: str, name: str | None, source: str, error: Exception) -> Be
 def _load_from_hub(path: str, name: str | None, split: str | None) -> Any:
     """Load the splits of a data set from the hub.
 
-    `name` is the name of the data set's configuration. If `split` is not None, only this split is
-    loaded: the function selects the split's files, because `load_dataset` would download the files
-    of all splits.
+    `name` is the name of the data set's configuration. If `split` is given, only the files of
+    `split` are downloaded; None loads all splits.
     """
     import datasets
 
@@ -232,7 +231,7 @@ def _check_source(extension: object) -> Callable[[str], str | Path]:
 
 
 def _open_extension(name: str, source: Callable[[str], str | Path]) -> DataSource:
-    """Open a data source by calling `source`, a function of another package."""
+    """Open the folder that `source`, a function of another package, returns for a data source."""
 
     def wrap_error(error: Exception) -> BenchmarkError:
         reason = f"{type(error).__name__}: {first_line(error)}"

@@ -54,10 +54,7 @@ class _RecordingFactory(SourcedFactory):
 
 
 def refuse_corpus(spec: BenchmarkSpec) -> None:
-    """Raise BenchmarkError if the benchmark is a corpus or traces.
-
-    Plain lm-eval cannot read such benchmarks.
-    """
+    """Raise BenchmarkError for a text corpus or traces, which plain lm-eval cannot read."""
     if names_traces(spec.benchmark):
         task = generation_spec(spec)
         raise BenchmarkError(
@@ -74,7 +71,7 @@ def refuse_corpus(spec: BenchmarkSpec) -> None:
 def write_tasks(
     request: CellRequest, documents: Mapping[str, Sequence[int]], folder: Path
 ) -> dict[str, Any]:
-    """Write the task files of a benchmark, and return a request to score them.
+    """Write a benchmark as task files, and return a request to score them with lm-eval.
 
     Args:
         request: Request with the benchmark and its settings.
@@ -136,8 +133,8 @@ def _build_task_content(
 ) -> dict[str, Any]:
     """Build the content of a task file, and write the task's documents to `folder`.
 
-    The documents are written only if they come from a folder or a package. `has_part` is true if
-    only the calibration documents or only the test documents of the task are scored.
+    Documents from the hub are not written. `has_part` is true if only the calibration documents or
+    only the test documents of the task are scored.
     """
     entry, overrides, task = factory.built[name]
     content = {"include": str(Path(entry.yaml_path).absolute()), **overrides, "task": name}
@@ -174,8 +171,8 @@ def _prompt_settings(request: CellRequest) -> dict[str, Any]:
 def _selection_settings(documents: Mapping[str, Sequence[int]], from_first: bool) -> dict[str, Any]:
     """Return settings with which lm-eval scores only the given documents.
 
-    Set `from_first` if random few-shot examples depend on earlier documents. lm-eval then also
-    builds the requests of earlier documents, but does not score them.
+    If `from_first` is true, lm-eval also builds the requests of all earlier documents, without
+    scoring them. Random few-shot examples can depend on earlier documents.
     """
     numbers_by_task = {name: sorted(numbers) for name, numbers in documents.items()}
     limit = max(map(len, numbers_by_task.values()))

@@ -117,7 +117,7 @@ class LmEvalBenchmark:
         self._generated = {n: t for n, t in self._tasks.items() if t.OUTPUT_TYPE == _GENERATED}
         settings = [task.get_config("generation_kwargs") or {} for task in self._generated.values()]
         self._is_sampled = any(map(samples_texts, settings))
-        self._text_metrics = self._find_text_metrics()
+        self._text_metrics = self._build_text_metrics()
         self.identity = self._build_identity(group)
         self._task_identities = {task.name: task for task in self.identity.tasks}
         self._numbers = {task.name: task.numbers for task in self.identity.tasks}
@@ -262,7 +262,7 @@ class LmEvalBenchmark:
     def _judge_texts(
         self, document: Document, texts: Sequence[GeneratedText]
     ) -> dict[str, MetricValue]:
-        """Compute the metrics of the texts that are generated for one document."""
+        """Compute a document's metrics from generated texts, for each token budget."""
         task = self._task_identities[document.task]
 
         values: dict[str, MetricValue] = {}
@@ -277,8 +277,7 @@ class LmEvalBenchmark:
     ) -> JudgedText:
         """Compute a document's metrics from a model's answers, with the task's own code.
 
-        `samples` are all sampled texts of the document. Some filters, such as a majority vote, need
-        all these texts.
+        `samples` are all sampled texts of the document, for filters such as a majority vote.
         """
         task, values, filtered = self._tasks[document.task], dict[str, MetricValue](), {}
         doc, instances = self._documents[document.task, document.index]
@@ -356,9 +355,9 @@ class LmEvalBenchmark:
         task.set_config(key="num_fewshot", value=num_fewshot)
 
     def _check_generation(self, task: ConfigurableTask) -> None:
-        """Check how a task generates texts, and set its number of samples.
+        """Refuse unsupported settings of text generation, and set the number of samples.
 
-        Raises BenchmarkError for unsupported settings.
+        Raises BenchmarkError if a setting is refused.
         """
         settings = task.get_config("generation_kwargs") or {}
         if (settings.get("num_beams") or 1) > 1:
@@ -394,9 +393,9 @@ class LmEvalBenchmark:
             task.set_config(key="repeats", value=samples)
 
     def _common_setting(self, name: str, values: Collection[int]) -> int:
-        """Return the common value of a setting.
+        """Return the value of a setting that all tasks share.
 
-        Raises BenchmarkError if the tasks have different values.
+        Raises BenchmarkError if the tasks have different values of the setting `name`.
         """
         if len(values) > 1:
             raise BenchmarkError(
@@ -404,10 +403,10 @@ class LmEvalBenchmark:
             )
         return next(iter(values), 1)
 
-    def _find_text_metrics(self) -> TextMetrics:
-        """Return the rules that derive further metrics from the metrics of tasks.
+    def _build_text_metrics(self) -> TextMetrics:
+        """Build the rules for metrics of sampled texts and of token budgets.
 
-        Only tasks that generate texts have derived metrics.
+        Raises BenchmarkError if the tasks have different numbers of samples.
         """
         tasks = self._generated.values()
         samples = self._common_setting("samples", {t.get_config("repeats") or 1 for t in tasks})
@@ -416,10 +415,7 @@ class LmEvalBenchmark:
         return TextMetrics(samples, self._spec.budgets, joint)
 
     def _outcome_settings(self, num_fewshot: int) -> dict[str, str]:
-        """Return all benchmark settings that affect outcomes.
-
-        The keys are lm-eval's names of the settings.
-        """
+        """Return all benchmark settings that affect outcomes, by lm-eval's names."""
         spec, chat = self._spec, bool(self._spec.apply_chat_template)
         is_single_turn = chat and num_fewshot and spec.fewshot_as_multiturn is False
         enable_thinking = spec.enable_thinking if chat else None
@@ -521,10 +517,7 @@ def _rename_limit(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _first_answer(task: ConfigurableTask, doc: Mapping[str, Any]) -> str:
-    """Return the first right answer to a document.
-
-    The answer begins with the task's delimiter between question and answer.
-    """
+    """Return the first right answer to a document, preceded by the task's delimiter."""
     target = task.doc_to_target(doc)
     if isinstance(target, int) and task.get_config("doc_to_choice") is not None:
         target = task.doc_to_choice(doc)[target]
@@ -541,8 +534,7 @@ def first_text(value: object) -> str:
 def answer_request(encoder: RequestEncoder, prompt: Prompt, answer: str) -> Request:
     """Build the request that scores a right answer as the continuation of a prompt.
 
-    An answer that is longer than the model's context is cut. An empty answer is replaced by the
-    end-of-text token.
+    An answer is cut to the model's context length. The end-of-text token replaces an empty answer.
     """
     instance = Instance("loglikelihood", doc={}, arguments=(prompt.text, answer), idx=0)
     (request,) = encoder.encode([instance])

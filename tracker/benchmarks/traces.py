@@ -51,8 +51,7 @@ class _Trace(NamedTuple):
     Attributes:
         text: The text.
         request: Index of the request that scores the whole text.
-        answers: The final answer that each filter extracts, by the filter's name. The answer of the
-            first filter is the gold answer.
+        answers: The final answer that each filter extracts, by the filter's name.
     """
 
     text: str
@@ -61,10 +60,7 @@ class _Trace(NamedTuple):
 
     @property
     def gold(self) -> int | None:
-        """Index of the request that scores the answer of the first filter.
-
-        The index is None if the filter finds no answer in the trace.
-        """
+        """Index of the request that scores the first filter's answer; None without an answer."""
         return next(iter(self.answers.values())).request
 
 
@@ -75,7 +71,7 @@ _NO_ANSWER = Response(-math.inf, greedy=False, hits=0)
 class Traces(LmEvalBenchmark):
     """Benchmark of the texts that the intact model writes for a generation task.
 
-    The changed models read these texts, but do not generate any texts.
+    Changed models score the texts, but generate no texts.
 
     Raises BenchmarkError if the task or its data cannot be read, or if the task generates no texts.
     """
@@ -120,10 +116,7 @@ class Traces(LmEvalBenchmark):
         )
 
     def assume_longest_traces(self, documents: Sequence[Document]) -> list[Document]:
-        """Return copies of documents, with traces of the maximum length.
-
-        The copies are used to estimate the cost before the traces exist.
-        """
+        """Return copies of documents with traces of the maximum length, to estimate the cost."""
         readings = []
         for document in documents:
             request, prompt = document.requests[0], document.prompt
@@ -143,8 +136,8 @@ class Traces(LmEvalBenchmark):
             encoder: Encoder that tokenises requests for the model as lm-eval does.
 
         Returns:
-            The document. Its gold request scores the final answer that the primary metric's filter
-            extracts. If there are several traces, the document has no gold request.
+            The document. With one trace, the gold request scores the final answer that the first
+            filter extracts. With several traces, the document has no gold request.
         """
         requests: list[Request] = []
         traces = [self._read_trace(document, text, encoder, requests) for text in texts]
@@ -157,9 +150,9 @@ class Traces(LmEvalBenchmark):
     def _read_trace(
         self, document: Document, text: str, encoder: RequestEncoder, requests: list[Request]
     ) -> _Trace:
-        """Read one trace, and append its requests to `requests`.
+        """Find the final answers in a trace, and append the requests that score them to `requests`.
 
-        The requests score the whole trace and the final answers in it.
+        The first appended request scores the whole trace.
         """
         prompt = document.prompt
         assert prompt is not None
@@ -180,7 +173,7 @@ class Traces(LmEvalBenchmark):
     def check_traces(self, documents: Sequence[Document]) -> None:
         """Raise BenchmarkError if no trace of the first documents has a final answer.
 
-        `documents` are the results of `read_traces` for the first documents.
+        `documents` are documents that `read_traces` returned.
         """
         traces = [*chain.from_iterable(self._traces[document.key] for document in documents)]
         if all(trace.gold is None for trace in traces):
@@ -196,8 +189,7 @@ class Traces(LmEvalBenchmark):
     ) -> dict[str, MetricValue | None]:
         """Compute the metrics of a document's traces for one model.
 
-        If a trace contains no final answer, its `answer_kept` metrics and `answer_probability` are
-        0.
+        Metrics of the final answer are 0 for a trace without a final answer.
         """
         traces = self._traces[document.key]
         by_trace = [_trace_values(document, trace, responses) for trace in traces]
@@ -213,8 +205,7 @@ def find_tokens(encoder: RequestEncoder, tokens: Sequence[int], answer: str) -> 
 
     Returns None if the text does not contain the answer.
 
-    If the exact answer does not occur, the search ignores case, because a filter can change the
-    case of letters.
+    The search ignores case if the exact answer does not occur: a filter can change the case.
     """
     *beginnings, text = (encoder.tok_decode(tokens[:n]) for n in range(len(tokens) + 1))
     answer = answer.strip()
@@ -250,10 +241,7 @@ def _trace_values(
 
 
 def _find_first_metrics(task: TaskIdentity) -> dict[str, str]:
-    """Find the first metric of each filter of a task.
-
-    Returns a dictionary from the filter's name to the metric's name.
-    """
+    """Return the name of each filter's first metric, by name of the filter."""
     judges: dict[str, str] = {}
     for metric in (name for name in task.metrics if name != CUT_OFF):
         judges.setdefault(filter_name(metric), metric)

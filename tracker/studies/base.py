@@ -213,7 +213,8 @@ class Study(Generic[Settings]):
         intact: Whether the experiment file must start from the intact model.
         layers: Minimum number of single layers that the experiment file must remove.
         chooses: Whether the study selects something, such as layers, by results on calibration
-            documents. These documents must then be a random sample.
+            documents. A study that selects needs a random sample of documents, not the first
+            documents.
     """
 
     name: ClassVar[str]
@@ -264,7 +265,7 @@ class Study(Generic[Settings]):
     def _check(self, cell: CellRequest, context: StudyContext) -> None:
         """Raise RequestError if a request does not meet the requirements of the study.
 
-        `cell` is the experiment file's request for one model and one benchmark.
+        `cell` is the request for one model and one benchmark of the experiment file.
         """
         named, problem = (cell, self, context.input.source), ""
         if cell.until is not None and not self.races:
@@ -302,9 +303,9 @@ def conduct_study(
 ) -> tuple[FindingRecord, RunOutcome, StudyResult]:
     """Run a study: measure and publish its requests, compute its results, and store them.
 
-    Returns the stored record, the outcome of all measurements, and the complete results of the
-    study. Raises RequestError if the experiment file lacks required runs, and CellError if every
-    measurement failed.
+    Returns the stored record, the outcome of all measurements, and the study's results. Raises
+    RequestError if the experiment file lacks required runs, and CellError if every measurement
+    failed.
     """
     requests = study.requests(context)
     study.prepare(context)

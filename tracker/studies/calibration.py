@@ -47,7 +47,7 @@ SIZES_SHOWN = (5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
 SAMPLE_SIZES = sorted({math.ceil(s * 10**p) for p in range(6) for s in (1, 1.5, 2, 3, 5, 7)})
 """Sizes of the samples that are drawn, up to the number of documents."""
 HALVES_DISAGREE = "the rankings by two halves of the documents do not agree significantly"
-SAMPLES_TOO_LARGE = "two samples of this size would share documents"
+SAMPLES_TOO_LARGE = "too few documents for two disjoint samples of this size"
 _ALL_TIED = "in most samples of this size, all layers have the same mean"
 
 
@@ -83,7 +83,7 @@ class Calibration(Study[CalibrationSettings]):
                     result.lack(title, f"by {ranking.name}: {ranking.reason}")
                 else:
                     curves.append((index, agreement_curve(ranking, reliability)))
-        judged = judge_curves([curve for _, curve in curves])
+        judged = adjust_curves([curve for _, curve in curves])
         pairs = [*zip([index for index, _ in curves], judged, strict=True)]
         for index, group_pairs in group_by(pairs, lambda pair: pair[0]).items():
             (title, members), (drop, *others) = groups[index], [curve for _, curve in group_pairs]
@@ -101,9 +101,9 @@ class Calibration(Study[CalibrationSettings]):
 
 
 def _benchmark_groups(subjects: Sequence[Subject]) -> Iterator[tuple[str, list[int]]]:
-    """Find groups of benchmarks with the same model and layers.
+    """Group the benchmarks that were measured with the same model and the same layers.
 
-    For each group, the function yields a title and the indices of the benchmarks in `subjects`.
+    Yields the title of each group, and the indices of its benchmarks in `subjects`.
     """
 
     def key(n: int) -> object:
@@ -159,8 +159,8 @@ class AgreementCurve:
             two disjoint samples. A value is NaN if a sample has more than half of the documents.
         within: Name of an agreement statistic → values `[draws, sizes]` that compare the ranking by
             a sample with the ranking by all documents.
-        needed: Number of documents with which the layer ranking reaches the target reliability. The
-            number is undefined if the rankings by two halves of the documents do not agree.
+        needed: Number of documents with which the layer ranking reaches the target reliability.
+            Undefined if the rankings by two halves of the documents do not agree.
         p_value: p-value of the hypothesis that all layers have the same mean.
         extrapolated: Whether `needed` exceeds half of the documents.
     """
@@ -184,13 +184,13 @@ class AgreementCurve:
     def tops(self) -> list[tuple[str, str, int]]:
         """Overlap statistics of the k highest-ranked or lowest-ranked layers.
 
-        Each statistic is a tuple of its name, the word "top" or "bottom", and k.
+        An overlap statistic is a tuple of its name, "top" or "bottom", and k.
         """
         parts = ((name, *name.split()) for name in self.apart if " " in name)
         return [(name, end, int(k)) for name, end, k in parts]
 
     def agreement(self, n: int, statistic: str = "spearman", disjoint: bool = True) -> Estimate:
-        """Return the agreement of rankings by random samples of `n` documents.
+        """Return how well layer rankings by random samples of `n` documents agree.
 
         Args:
             n: Number of documents in a sample.
@@ -230,15 +230,14 @@ class AgreementCurve:
     def with_p_value(self, p_value: float) -> AgreementCurve:
         """Return a copy of the curve with another p-value.
 
-        If the rankings by two halves of the documents do not agree, `needed` is undefined in the
-        copy.
+        `needed` becomes undefined if the new curve has a reason for `doubt`.
         """
         curve = replace(self, p_value=p_value)
         return replace(curve, needed=Estimate(None, reason=curve.doubt)) if curve.doubt else curve
 
 
 def layer_rankings(subject: Subject) -> list[LayerRanking]:
-    """Return one `LayerRanking` for the accuracy drop, and one for each proxy."""
+    """Rank the layers by the accuracy drop, and by each proxy."""
     cell = subject.outcomes()
     layers = [run.layer for run in cell.whole_layers]
     strata = np.array(cell.tasks)
@@ -310,11 +309,10 @@ def agreement_curve(ranking: LayerRanking, reliability: float) -> AgreementCurve
     return AgreementCurve(ranking.name, documents, layers, *figures).with_p_value(p_value)
 
 
-def judge_curves(curves: Sequence[AgreementCurve]) -> list[AgreementCurve]:
+def adjust_curves(curves: Sequence[AgreementCurve]) -> list[AgreementCurve]:
     """Adjust the p-values of all curves by Holm's method.
 
-    If the rankings by two halves of the documents do not agree, `needed` is undefined in the
-    returned curve.
+    `needed` becomes undefined in a curve with a reason for `doubt`.
     """
     adjusted = holm([curve.p_value for curve in curves])
     rows = zip(curves, adjusted, strict=True)
@@ -322,15 +320,15 @@ def judge_curves(curves: Sequence[AgreementCurve]) -> list[AgreementCurve]:
 
 
 def _sample_statistic(name: str, first: Array, second: Array) -> Array:
-    """Compute how well two rankings of layers agree, for each draw and sample size.
+    """Compute how well two rankings of layers agree, for each random draw and sample size.
 
     Args:
         name: Name of the agreement statistic.
-        first: Means `[draws, sizes, layers]` that define the first ranking.
-        second: Means `[draws, sizes, layers]` that define the second ranking.
+        first: Means `[draws, sizes, layers]` by which the first ranking orders the layers.
+        second: Means `[draws, sizes, layers]` by which the second ranking orders the layers.
 
     Returns:
-        The statistic `[draws, sizes]`.
+        The agreement statistic, as an array `[draws, sizes]`.
     """
     a, b = (means.reshape(-1, means.shape[2]) for means in (first, second))
     end, _, k = name.partition(" ")
@@ -424,10 +422,9 @@ def agreement_table(title: str, drop: AgreementCurve) -> Table:
 
 
 def _agreement_chart(title: str, drop: AgreementCurve, others: list[AgreementCurve]) -> LineChart:
-    """Build the chart of the correlation between rankings by two samples.
+    """Build the chart of rank correlation between two samples, against the sample size.
 
-    The horizontal axis is the number of documents in a sample. There is a line for each measure
-    that ranks the layers.
+    The chart has a line for each measure that ranks the layers.
     """
     end = max(drop.documents, drop.needed.value or 0)
     positions = sorted({*drop.sizes, *(n for n in SAMPLE_SIZES if n <= 2 * end)})
@@ -457,10 +454,9 @@ def _agreement_chart(title: str, drop: AgreementCurve, others: list[AgreementCur
 
 
 def _overlap_chart(title: str, drop: AgreementCurve) -> LineChart:
-    """Build the chart of the overlap of rankings by two disjoint samples.
+    """Build the chart of how many top and bottom layers two rankings have in common.
 
-    The overlap is the share of the top layers, or of the bottom layers, that are the same in both
-    rankings.
+    The two rankings use disjoint samples of the documents.
     """
     positions = [n for n in drop.sizes if n <= drop.half]
     lines = {}

@@ -62,7 +62,7 @@ class Joint(Study[JointSettings]):
                 result.lack(subject.record.title, *reasons)
                 measured += interactions
         if not measured:
-            result.add("Every pair of layers lacks its joint drop or one of its single drops.")
+            result.add("Each pair of layers lacks its joint drop or a single drop.")
             return result
         adjust_interactions(measured)
         result.add(_summary_table(measured))
@@ -97,7 +97,7 @@ class PairInteractions:
         interactions: For each pair, the joint drop minus the sum of the two single drops.
         q: `[pairs]`, p-values adjusted by Benjamini and Hochberg. NaN for pairs with `floor`.
         floor: `[pairs]`, True if a single drop, or the sum of both single drops, exceeds the
-            largest possible loss. Means leave out such pairs, which are called "at the floor".
+            largest possible loss. Means leave out pairs with `floor`.
         indices: Indices of the pairs whose `floor` is false.
         mean: Mean interaction over the pairs in `indices`.
         by_distance: Distance of the two layers → mean interaction of the pairs with this distance.
@@ -165,7 +165,7 @@ class PairInteractions:
     def _simultaneous(self, n_statements: int) -> list[Estimate]:
         """Return the interactions of the pairs in `indices`, with simultaneous intervals.
 
-        The intervals are simultaneous for `n_statements` statements.
+        `n_statements` is the number of statements for which the intervals hold at once.
         """
         estimates = [replace(self.interactions[n], p_value=None) for n in self.indices]
         return widen(estimates, [self.documents] * len(estimates), n_statements)
@@ -207,7 +207,7 @@ def measure_pairs(subject: Subject) -> tuple[list[PairInteractions], list[str]]:
         return [], [f"too few measured pairs ({len(pairs)}) or documents ({len(outcomes.tasks)})"]
     reasons, absent = [], len(requested) - len(pairs)
     if absent:
-        reasons.append(f"of {len(requested)} pairs of layers, {absent} lack their joint drop")
+        reasons.append(f"{absent} of {len(requested)} pairs of layers have no measured joint drop")
     layers = sorted({*chain.from_iterable(pairs)})
     sets = [*((layer,) for layer in layers), *pairs]
     ablations = [Ablation.from_changes(removed=removed) for removed in sets]
@@ -229,10 +229,7 @@ def measure_pairs(subject: Subject) -> tuple[list[PairInteractions], list[str]]:
 
 
 def adjust_interactions(measured: Sequence[PairInteractions]) -> None:
-    """Set the attribute `q` of all results to adjusted p-values.
-
-    The p-values of all pairs are adjusted by Benjamini and Hochberg's method.
-    """
+    """Adjust the p-values of all pairs by Benjamini and Hochberg's method; store them in `q`."""
     p_values = [pairs.interactions[n].p_value for pairs in measured for n in pairs.indices]
     q_values = iter(stats.false_discovery_control(p_values) if p_values else [])
     for pairs in measured:
@@ -280,7 +277,7 @@ def _summary_table(rows: Sequence[PairInteractions]) -> Table:
 def strongest_table(pairs: PairInteractions, sign: int) -> Table:
     """Build the table of pairs with the strongest interactions of one sign.
 
-    `sign` is 1 for positive interactions, and −1 for negative interactions.
+    `sign` selects positive (1) or negative (−1) interactions.
     """
     values = [(sign * (pairs.value(n) or 0), n) for n in range(len(pairs.pairs))]
     rows = [n for value, n in sorted(values, reverse=True)[:MAX_PAIRS_LISTED] if value > 0]
@@ -310,7 +307,7 @@ def strongest_table(pairs: PairInteractions, sign: int) -> Table:
 def _interaction_map(pairs: PairInteractions) -> MapChart:
     """Build the heat map of the interactions of all pairs of layers (layer × layer).
 
-    The field of a pair is blank if its drops are limited by chance (`pairs.floor`).
+    The map leaves out pairs whose drops are limited by chance accuracy (`pairs.floor`).
     """
     layers = sorted(pairs.alone)
     indices = {pair: n for n, pair in enumerate(pairs.pairs)}

@@ -203,8 +203,8 @@ def _mean_costs(
     Args:
         maps: The costs and errors of each linear map.
         gold: Log-probabilities of the right answers, with a column for each map.
-        hide_intervals: Function that returns estimates, without intervals if the measurement
-            stopped early.
+        hide_intervals: Function that removes the intervals from estimates if the measurement
+            stopped early; otherwise it returns the estimates unchanged.
 
     Returns:
         A row for each name; the name with the largest mean cost is first.
@@ -222,10 +222,7 @@ def _mean_costs(
 
 
 def _write_answer(rounded: RoundedMaps) -> str:
-    """Describe which linear maps have the largest rounding costs.
-
-    The text also states how well the rounding errors predict the order of the costs.
-    """
+    """Write which linear maps cost most, and how well rounding errors predict the costs."""
     first, *others = rounded.names
     is_first = all(row.fall.side(first.fall.low or 0.0) < 0 for row in others)
     orders = [order for order in rounded.orders if order.fall.value is not None]

@@ -1,8 +1,8 @@
 """Study: compare what the same changes of a model cost under several evaluation protocols.
 
 A protocol is a method to score a model's answers to a benchmark's documents: by the likelihood of
-given options, by reading the intact model's texts, or by generation. Benchmarks are compared if
-they score the same rows.
+given options, by reading the intact model's texts, or by generation. Two benchmarks are compared if
+their documents are the same rows of a data set.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class ScoredDocuments(NamedTuple):
 
 
 def find_scored_documents(request: CellRequest) -> ScoredDocuments:
-    """Return the identity of a request's documents, and the protocols that score them.
+    """Identify a request's documents by hashes, and list the protocols that score the documents.
 
     A protocol is a way to score an answer, such as by likelihood or by generated text.
     """
@@ -92,9 +92,9 @@ class MeasuredProtocol:
         kind: Kind of the protocol, such as `generation`.
         label: Name of the protocol, unique among the compared protocols.
         outcomes: Outcomes of the common documents under the common changes.
-        paired: The protocol's score of each document.
+        paired: Score of each document under the protocol, with the intact and the changed models.
         drops: Drop under each change; the intervals are simultaneous for all changes and protocols.
-        verdicts: Verdict on each change.
+        verdicts: For each change: `costs`, `helps`, or `open` (not significant).
     """
 
     kind: str
@@ -106,7 +106,7 @@ class MeasuredProtocol:
 
     @property
     def intact(self) -> Estimate:
-        """The intact model's mean score."""
+        """Mean score of the intact model under the protocol."""
         level = replace(self.paired, ablated=self.paired.baseline[:, None]).level(0)
         return level.clip(0.0, 1.0) if self.is_share else level
 
@@ -154,10 +154,9 @@ class RankAgreement:
 class LostDocuments:
     """Comparison of the documents that are lost under two protocols.
 
-    The intact model answers all compared documents correctly under both protocols. A document is
-    lost under a protocol if a change of the model makes the answer wrong. `difference` is the share
-    of documents that are lost under the protocol `first`, minus the share of documents that are
-    lost under the protocol `second`.
+    Only documents that the intact model answers correctly under both protocols are compared. A
+    document is lost if a change of the model makes the answer wrong. `difference` is the share of
+    lost documents under `first`, minus the share under `second`.
     """
 
     first: str = labelled("protocol")
@@ -209,7 +208,7 @@ class Protocols(Study[ProtocolSettings]):
             if reason := _incomparable_reason(protocols):
                 result.lack(title, reason)
             else:
-                result.add(*_compare_protocols(title, _add_verdicts(protocols)))
+                result.add(*_compare_protocols(title, _compute_drops(protocols)))
         if not result.answers:
             raise CellError("\n".join(result.lacking))
         return result
@@ -220,7 +219,7 @@ class Protocols(Study[ProtocolSettings]):
         return [*by_rows.values()]
 
     def _measure_protocols(self, subjects: Sequence[Subject]) -> list[MeasuredProtocol]:
-        """Return the protocols of subjects with the same documents, in the order of `KINDS`."""
+        """Score the common documents of subjects under each protocol, in the order of `KINDS`."""
         protocols = []
         counts = Counter(kind for s in subjects for kind in self._documents(s.request).kinds)
         for subject in subjects:
@@ -245,10 +244,10 @@ def _incomparable_reason(protocols: Sequence[MeasuredProtocol]) -> str:
     return PROTOCOL_TEXTS.render("incomparable", losses, differ)
 
 
-def _add_verdicts(protocols: Sequence[MeasuredProtocol]) -> list[MeasuredProtocol]:
-    """Return copies of the protocols that also contain drops, and which drops are significant.
+def _compute_drops(protocols: Sequence[MeasuredProtocol]) -> list[MeasuredProtocol]:
+    """Compute each protocol's drops, and decide which drops are significant.
 
-    The intervals are adjusted for the number of all drops (all changes under all protocols).
+    The intervals are adjusted for the number of drops, over all changes and protocols.
     """
     all_drops, units = list[Estimate](), list[float]()
     n_changes = len(protocols[0].outcomes.runs)
@@ -334,8 +333,8 @@ def _rank_agreements(protocols: Sequence[MeasuredProtocol], is_layers: bool) -> 
 def _group_changes(outcomes: AlignedOutcomes) -> dict[str, NDArray[np.intp]]:
     """Group the changes: all changes, removals of early layers, and removals of other layers.
 
-    Returns a dict from the names of the groups to the indexes of changes. If some changes are not
-    removals of single layers, the dict contains only the group of all changes.
+    Returns the indexes of the changes in each group, by group name. The groups of layers are left
+    out unless every change removes one layer.
     """
     groups = {"all": np.arange(len(outcomes.runs))}
     if len(outcomes.whole_layers) == len(outcomes.runs):
@@ -348,11 +347,11 @@ def _group_changes(outcomes: AlignedOutcomes) -> dict[str, NDArray[np.intp]]:
 def _compare_all_lost_documents(
     protocols: Sequence[MeasuredProtocol], groups: dict[str, NDArray[np.intp]]
 ) -> list[LostDocuments]:
-    """Compare how many documents are lost under each pair of protocols.
+    """Compare the documents lost under each pair of protocols, for each group of changes.
 
     A document is lost if a change of the model makes the right answer wrong. `groups` maps the name
-    of a group of changes to their indexes. Returns a row for each pair and group. The intervals are
-    adjusted for the number of rows.
+    of a group to the indexes of its changes. The intervals are adjusted for the number of returned
+    rows.
     """
     pairs = combinations(filter(attrgetter("is_binary"), protocols), 2)
     rows = [row for pair in pairs for row in _compare_lost_documents(*pair, groups)]
@@ -368,11 +367,10 @@ def _compare_all_lost_documents(
 def _compare_lost_documents(
     first: MeasuredProtocol, second: MeasuredProtocol, groups: dict[str, NDArray[np.intp]]
 ) -> Iterator[LostDocuments]:
-    """Compare the documents that are lost under two protocols.
+    """Compare the documents lost under two protocols, with a row for each group of changes.
 
-    A document is lost under a protocol if a change of the model makes the right answer wrong.
-    `groups` is a dict from the name of a group of changes to the indexes of these changes. The
-    function yields a row for each group.
+    A document is lost if a change of the model makes the right answer wrong. `groups` maps the name
+    of a group to the indexes of its changes.
     """
     is_right = (first.paired.baseline == 1) & (second.paired.baseline == 1)
     tables = [protocol.paired.ablated[is_right] == 1 for protocol in (first, second)]

@@ -72,8 +72,8 @@ class PrunedBenchmark:
         unpruned: Test accuracy of the intact model.
         n: Number of test documents.
         metric: Name of the accuracy metric, for labels of tables.
-        at_chance: Text that states that the accuracy of the intact model is not above chance. The
-            benchmark is then left out of means. The text is empty for all other benchmarks.
+        at_chance: Text for benchmarks on which the intact model's accuracy is not above chance;
+            otherwise empty. Means leave out benchmarks with this text.
         available: Number of documents in the benchmark's split; 0 if unknown.
     """
 
@@ -104,7 +104,7 @@ class Prunings:
 
     @cached_property
     def methods(self) -> list[Method]:
-        """All methods, in the order in which they were run; methods that failed are last."""
+        """All methods, in the order of their runs; failed methods are last."""
         return list(dict.fromkeys(method for method, _ in (*self.choices, *self.failed)))
 
     @property
@@ -129,18 +129,17 @@ class Prunings:
         return ", ".join(names) if len(names) < 2 else f"the mean of {len(names)} benchmarks"
 
     def select(self, amount: str, calibration: str = OWN_TASK) -> dict[str, Method]:
-        """Return the methods with this amount and these calibration documents, by strategy."""
+        """Return the methods with the given amount and calibration documents, by strategy."""
         return {m.strategy: m for m in self.methods if m[1:] == (amount, calibration)}
 
     def mean(self, figure_of: Callable[[str], Estimate]) -> Estimate:
-        """Average an estimate, such as the test accuracy, over benchmarks.
+        """Average a quantity, such as the test accuracy, over benchmarks.
 
         Args:
-            figure_of: Function that returns the estimate for the name of a benchmark.
+            figure_of: Function that takes the name of a benchmark and returns the quantity.
 
         Returns:
-            The mean over the benchmarks in `counted`. It is undefined if the estimate is undefined
-            for any of these benchmarks.
+            The mean over the benchmarks in `counted`; undefined if any value is undefined.
         """
         figures = {name: figure_of(name) for name in self.counted}
         for name, figure in figures.items():
@@ -156,7 +155,7 @@ class Prunings:
         Args:
             method: The method; None for the intact model.
             name: Name of the benchmark.
-            removed: Number of layers that are removed; None for all layers that the method removes.
+            removed: Number of layers to remove; None for all layers that the method chose.
 
         Returns:
             The accuracy, undefined if the search of the method failed.
@@ -172,10 +171,7 @@ class Prunings:
         return self.mean(lambda name: self.level(method, name, removed))
 
     def compare(self, method: Method, reference: Method, name: str) -> Estimate:
-        """Estimate the test accuracy of `method` minus the test accuracy of `reference`.
-
-        `name` is the name of the benchmark.
-        """
+        """Estimate the test accuracy of `method` minus that of `reference`, on benchmark `name`."""
         if reason := self.benchmarks[name].at_chance:
             return Estimate(None, reason=reason)
         for level in (self.level(method, name), self.level(reference, name)):
@@ -202,10 +198,10 @@ class Prunings:
         return self._contrasts([(measured, m) for m in methods.values()] if measured else [])
 
     def calibration_contrasts(self, amount: str) -> list[Contrast]:
-        """Compare pruning by accuracy with pruning by cosine score.
+        """Compare pruning by accuracy and by cosine score, for each kind of calibration documents.
 
-        `amount` is the removed share, such as `25 %`. There is one comparison for each kind of
-        calibration documents, such as plain text.
+        Plain text is one kind of calibration documents. `amount` is the share of layers to remove,
+        such as `25 %`.
         """
         pairs = []
         for calibration in (OWN_TASK, ALL_TASKS, PLAIN_TEXT):
@@ -224,10 +220,10 @@ class Prunings:
         return [Contrast(*pair, estimate, p) for pair, estimate, p in rows]
 
     def strategy_ranks(self, amount: str) -> dict[str, tuple[int, int]]:
-        """Return the best and the worst possible rank of each strategy, by name of the strategy.
+        """Rank the strategies by mean test accuracy; the highest accuracy has rank 1.
 
-        Rank 1 is the highest mean test accuracy. Only searches that were calibrated on the tested
-        benchmark are compared. The random strategy is left out.
+        Returns the best and the worst possible rank of each strategy, by the strategy's name. The
+        random strategy is left out, and searches calibrated on other documents are left out.
         """
         methods = [m for m in self.select(amount).values() if m.strategy != RANDOM_STRATEGY]
         methods = [m for m in methods if self.level_mean(m).value is not None]
@@ -240,11 +236,10 @@ class Prunings:
         return dict(zip([m.strategy for m in methods], ranks_by_comparison(better), strict=True))
 
     @property
-    def growth(self) -> float:
+    def max_factor(self) -> float:
         """Largest factor by which the number of test documents can be increased.
 
-        The factor is limited by the benchmark with the smallest ratio of available to measured
-        documents.
+        The benchmark with the smallest ratio of available to measured documents limits the factor.
         """
         benchmarks = [self.benchmarks[name] for name in self.counted]
         return min((b.available / b.n for b in benchmarks if b.available), default=math.inf)
@@ -252,7 +247,7 @@ class Prunings:
     def searches(self, method: Method) -> list[PruneRecord]:
         """Return the records of a method's searches on all benchmarks, without duplicates.
 
-        If several benchmarks use the same search, the list contains its record once.
+        A search that several benchmarks use is listed once.
         """
         unique: dict[object, PruneRecord] = {}
         for name in self.benchmarks:
@@ -263,10 +258,7 @@ class Prunings:
         return list(unique.values())
 
     def removed_counts(self, amount: str) -> list[int]:
-        """List the numbers of layers that searches with this amount removed.
-
-        The list is ascending and has no duplicates.
-        """
+        """List how many layers the searches with the given amount removed, ascending."""
         choices = [c for (method, _), c in self.choices.items() if method.amount == amount]
         return sorted({len(record.removed) for c in choices for record in c.records})
 
@@ -282,10 +274,10 @@ class Contrast:
     """Mean difference in test accuracy between two methods of pruning.
 
     Attributes:
-        method: The first method.
-        reference: The second method; its accuracy is subtracted.
-        difference: Mean accuracy difference over benchmarks. The intervals of all comparisons are
-            simultaneous, but the p-value in `difference` is not adjusted.
+        method: The method from whose accuracy the reference's accuracy is subtracted.
+        reference: The method with which `method` is compared.
+        difference: Mean accuracy difference over benchmarks. Its interval is adjusted for the
+            number of comparisons, but its p-value is not.
         p: p-value of the difference, adjusted by Holm's method; None if there is no p-value.
     """
 
@@ -298,14 +290,13 @@ class Contrast:
     def sign(self) -> int:
         """Sign of the difference: 1 = positive, −1 = negative, 0 = not significant.
 
-        A difference is significant if its interval excludes 0 and its adjusted p-value is below
-        0.05.
+        Significant: the interval excludes 0, and the adjusted p-value is below 0.05.
         """
         return 0 if self.p is None or self.p >= SIGNIFICANT else self.difference.side()
 
 
 def group_searches(outcome: SearchResults, text: str | None) -> list[Prunings]:
-    """Group the results of searches by model.
+    """Collect the results of searches for each model.
 
     Args:
         outcome: The results of the searches.
@@ -353,10 +344,7 @@ def _method(request: SearchRequest, text: str | None) -> Method:
 
 
 def _chance_reason(cell: CellRecord) -> str:
-    """Explain why a benchmark is left out of means.
-
-    The text is empty if the accuracy of the intact model is above chance.
-    """
+    """State that the intact model's accuracy is not above chance; empty otherwise."""
     level, chance = cell.baseline.value, cell.chance_accuracy
     if level is None or chance is None or not math.isfinite(chance) or level > chance + 1e-9:
         return ""
@@ -382,8 +370,8 @@ class Prune(Study[PruneSettings]):
     def requests(self, context: StudyContext) -> list[CellRequest]:
         """Return requests that measure the removal of each single layer.
 
-        Every greedy search begins with these removals. The method raises RequestError if the
-        settings of a later search are invalid.
+        Every greedy search begins with these removals. RequestError is raised if the settings of a
+        search are invalid.
         """
         requests = super().requests(context)
         lender = ModelCache(context.ledger, context.options, context.progress)
@@ -427,8 +415,8 @@ class Prune(Study[PruneSettings]):
 
         Args:
             cell: The model and the benchmark.
-            cells: All models and benchmarks of the experiment file. Some searches calibrate on all
-                benchmarks of the same model.
+            cells: All models and benchmarks of the experiment file. Some searches are calibrated on
+                all benchmarks of the model.
 
         Returns:
             The searches.
@@ -467,7 +455,7 @@ def write_answers(group: Prunings) -> Iterator[str]:
         yield best_sentence(group, amount)
         for pair in _cosine_contrasts(group, amount) if group.counted else []:
             paper = paper_sentence(pair) if amount == paper_amount else ""
-            verdict = write_verdict(pair, group.growth)
+            verdict = write_verdict(pair, group.max_factor)
             yield PRUNE_TEXTS.render("against_cosine", amount, pair, verdict, paper)
         # Where the calibration documents were too few to choose by accuracy.
         if searches := group.searches(Method("accuracy", amount)):
@@ -476,10 +464,7 @@ def write_answers(group: Prunings) -> Iterator[str]:
 
 
 def _cosine_contrasts(group: Prunings, amount: str) -> list[Contrast]:
-    """Compare pruning by accuracy with pruning by cosine score.
-
-    There is one comparison for each kind of calibration documents that was used.
-    """
+    """Compare pruning by accuracy and by cosine score, for each used calibration set."""
     contrasts = {pair.reference.strategy: pair for pair in group.accuracy_contrasts(amount)}
     by_cosine = [contrasts[name] for name in COSINE_STRATEGIES if name in contrasts]
     others = group.calibration_contrasts(amount)
@@ -487,10 +472,9 @@ def _cosine_contrasts(group: Prunings, amount: str) -> list[Contrast]:
 
 
 def best_sentence(group: Prunings, amount: str) -> str:
-    """Return a sentence about the best strategy for an amount of removed layers.
+    """Write which strategy is best, or that no strategy is clearly best.
 
-    `amount` is this amount, such as `25 %`. The sentence can state that no strategy is clearly the
-    best.
+    `amount` is the share of removed layers, such as `25 %`.
     """
     ranks = group.strategy_ranks(amount)
     levels = {name: group.level_mean(method) for name, method in group.select(amount).items()}
@@ -501,12 +485,12 @@ def best_sentence(group: Prunings, amount: str) -> str:
     return PRUNE_TEXTS.render("best", group, amount, levels, best, contrasts, reason)
 
 
-def write_verdict(pair: Contrast, growth: float) -> str:
+def write_verdict(pair: Contrast, max_factor: float) -> str:
     """Return text that names the better method, such as `accuracy beats cosine by 3.1 pp`.
 
     Args:
         pair: The two compared methods, with the difference of their accuracies.
-        growth: Ratio of available to measured test documents.
+        max_factor: Ratio of all available test documents to the measured test documents.
 
     Returns:
         The text.
@@ -518,7 +502,7 @@ def write_verdict(pair: Contrast, growth: float) -> str:
     value, ends = pair.difference.value, pair.difference.bounds
     factor = ((ends[1] - ends[0]) / 2 / value) ** 2 if value and ends else 0.0
     factor = factor if 1 < factor < MAX_FACTOR else 0.0
-    return PRUNE_TEXTS.render("verdict", *names, difference, pair, factor, growth)
+    return PRUNE_TEXTS.render("verdict", *names, difference, pair, factor, max_factor)
 
 
 def paper_sentence(pair: Contrast) -> str:
@@ -530,7 +514,7 @@ def paper_sentence(pair: Contrast) -> str:
 
 
 def build_tables(group: Prunings) -> Iterator[Table]:
-    """Yield all tables about the pruning of one model."""
+    """Yield the tables of accuracies, differences and search costs for one pruned model."""
     for amount in group.amounts:
         yield _accuracy_table(group, amount)
         if group.counted:
@@ -635,7 +619,7 @@ def _cost_table(group: Prunings) -> Table:
     def calibration(method: Method) -> str:
         return method.calibration if documents(method) else "no documents"
 
-    none = "no step scored two candidates on the same documents"
+    none = "no search step scored two layers on the same documents"
     columns: list[Column[Method]] = [
         Column("strategy", "text", lambda method: method.strategy),
         Column("amount", "text", lambda method: method.amount),

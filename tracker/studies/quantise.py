@@ -79,7 +79,8 @@ MEASURED_CHOICE, UNIFORM_CHOICE = "measured log-probability", "all alike"
 SWAPPED_CHOICE = "measured sets"
 """Name of the choice improved by swaps that are measured as a whole."""
 QUANTISE_TEXTS = study_texts("quantise", measured=MEASURED_CHOICE)
-_GAIN, _IS_REFERENCE = "gain over one format for all", "this row has one format for all units"
+_GAIN = "gain over a single format"
+_IS_REFERENCE = "this row is the model with one format for all layers or linear maps"
 
 
 class Candidate(NamedTuple):
@@ -100,8 +101,8 @@ class TestedChoice:
         size: Size of the whole model in megabytes.
         chosen_on: Decrease of the gold log-probability on the calibration documents when all units
             are rounded.
-        gain: Test accuracy minus the test accuracy with one format for all units. The gain is None
-            if this assignment uses one format for all units.
+        gain: Test accuracy minus the test accuracy with one format for all units. None for the
+            assignment with one format for all units.
         gold_gain: Same as `gain`, but for the gold log-probability, in nats.
     """
 
@@ -128,8 +129,8 @@ class SumComparison:
         expected: Sum of the costs of rounding each unit alone.
         whole: Measured cost of rounding all units together.
         more: Measured cost minus the sum of the single costs, with a confidence interval.
-        pairs: The same comparison for sampled pairs of layers or linear maps; None if no pairs were
-            requested.
+        pairs: Joint costs of random pairs of units, compared with sums of single costs; None if no
+            pairs were requested.
     """
 
     units: int
@@ -146,8 +147,7 @@ class FormatChooser:
     Attributes:
         context: Context of the study.
         subject: Measured results of rounding each unit alone to each format.
-        cell: The loaded model with the calibration documents; further assignments are measured on
-            these documents.
+        cell: The loaded model with the calibration documents.
         problem: Units, formats, budget and losses. A loss is the decrease of the gold
             log-probability, in nats, when one unit is rounded to one format.
     """
@@ -160,8 +160,8 @@ class FormatChooser:
     def candidates(self, by_map: bool) -> list[Candidate]:
         """Choose formats within the budget by each criterion, such as errors of weights.
 
-        Errors of weights and outputs are used only if `by_map` is true, i.e. if the units are
-        linear maps.
+        `by_map` is true if formats are chosen for linear maps instead of layers. Errors of weights
+        and outputs are criteria for linear maps only.
         """
         problem = self.problem
         choices = {MEASURED_CHOICE: problem.minimize_loss()}
@@ -177,7 +177,7 @@ class FormatChooser:
     def candidates_by_size(self) -> list[Candidate]:
         """Choose formats for several sizes of the model.
 
-        The first choice has the largest format for all units.
+        The first candidate uses the largest format everywhere.
         """
         uniform, *others = self.problem.ladder()
         names = [f"{MEASURED_CHOICE}, {bits_per_weight(choice):.3g} bits" for choice in others]
@@ -185,9 +185,9 @@ class FormatChooser:
         return [self.candidate(name, choice) for name, choice in choices.items()]
 
     def candidate(self, by: str, choice: FormatChoice) -> Candidate:
-        """Build a candidate from a choice of formats and its criterion `by`.
+        """Build a candidate: formats that the criterion `by` chose, with their predicted cost.
 
-        The predicted cost of the candidate is the sum of the costs of rounding each unit alone.
+        The predicted cost is the sum of the costs of rounding each unit alone.
         """
         units, formats = self.problem.units, self.problem.formats
         columns = [formats.index(choice[unit]) for unit in units]
@@ -195,24 +195,24 @@ class FormatChooser:
         return Candidate(by, choice, float(expected))
 
     def best(self, choices: Sequence[FormatChoice]) -> int:
-        """Measure the model with each assignment of formats; return the index of the best."""
+        """Measure the model with each assignment of formats; return the index of the cheapest."""
         ablations = [choice_ablation(choice) for choice in choices]
         return smallest_index(self.cell.outcomes(ablations, "gold_logprob").mean_drops)
 
     def improve(self, candidates: Sequence[Candidate], rounds: int) -> dict[str, Refinement]:
-        """Swap formats in two assignments, as long as a swap significantly lowers the loss.
+        """Improve two assignments by swaps of formats that significantly lower the loss.
 
-        The two assignments are the candidate with the lowest loss, and the first candidate.
+        The method improves the candidate with the lowest loss, and the first candidate.
 
         Args:
-            candidates: Assignments of formats.
+            candidates: Assignments of formats to units.
             rounds: Maximum number of rounds of swaps.
 
         Returns:
-            Name of the criterion that chose a candidate → the improved assignment, with the number
+            Criterion by which the candidate was chosen → the improved assignment, with the number
             of tried swaps.
         """
-        self.say(f"measuring the whole model with {count_text(len(candidates), 'choice')}")
+        self.say(f"measuring the model with {count_text(len(candidates), 'choice')} of formats")
         best = candidates[self.best([candidate.choice for candidate in candidates])]
         if not rounds:
             return {}
@@ -246,7 +246,7 @@ class FormatChooser:
         }
 
     def _swap(self, start: Candidate, rounds: int) -> Refinement:
-        """Swap formats between units as long as a swap significantly reduces the cost."""
+        """Improve an assignment of formats by swaps that significantly reduce the cost."""
         numbers = count(1)
 
         def measure(choices: Sequence[FormatChoice]) -> PairedOutcomes:
@@ -260,10 +260,10 @@ class FormatChooser:
         return self.problem.refine(start.choice, rounds, measure)
 
     def compare_sums(self, candidate: Candidate, max_pairs: int) -> SumComparison:
-        """Compare the joint cost of rounding units with the sum of single costs.
+        """Compare the cost of rounding units together with the sum of their single costs.
 
-        A single cost is the cost of rounding one unit alone. The method compares the costs of all
-        units, and of at most `max_pairs` random pairs of linear maps or layers.
+        The method rounds all units together, and at most `max_pairs` random pairs of units. A unit
+        is a layer or a linear map, and its single cost is the cost of rounding only this unit.
         """
         changes = choice_changes(candidate.choice)
         n_units = len(changes)
@@ -327,8 +327,9 @@ def measure_choices(
     """Measure the model with each assignment of formats, on calibration and test documents.
 
     Args:
-        candidates: Assignments of formats. All are compared with the assignment that has one format
-            for all units; its name starts with `UNIFORM_CHOICE`.
+        candidates: Assignments of formats. One candidate uses one format for all units, and its
+            name starts with `UNIFORM_CHOICE`; the other candidates are compared with this
+            candidate.
         calibration: The model with the calibration documents.
         tests: The model with the test documents.
         limit: Budget of bits.
@@ -338,7 +339,7 @@ def measure_choices(
     """
     ablations = [choice_ablation(candidate.choice) for candidate in candidates]
     n_choices = count_text(len(ablations), "choice")
-    tests.progress.say(f"{tests.request.title}: measuring the whole model with {n_choices}")
+    tests.progress.say(f"{tests.request.title}: measuring the model with {n_choices} of formats")
     losses = calibration.outcomes(ablations, "gold_logprob").mean_drops
     metric, gold = (tests.outcomes(ablations, name) for name in ("accuracy", "gold_logprob"))
     reference = [c.by.startswith(UNIFORM_CHOICE) for c in candidates].index(True)
@@ -474,7 +475,7 @@ class Quantise(Study[QuantiseSettings]):
     ) -> tuple[TestedChoice | None, list[str]]:
         """Return the recommended assignment of formats, and sentences that explain it.
 
-        The assignment is None if no assignment is shown to keep the required accuracy.
+        The assignment is None if the tests show for no assignment that the accuracy is kept.
         """
         if self.accuracy_budget is None:
             best = choices[smallest_index([choice.chosen_on for choice in choices])]
@@ -509,10 +510,7 @@ def _write_choice(
 
 
 def _write_answer(record: CellRecord, choices: Sequence[TestedChoice], best: TestedChoice) -> str:
-    """Describe the cost of the best assignment in a sentence.
-
-    The sentence also compares the assignment with one format for all units.
-    """
+    """Write what the best assignment costs, and compare it with one format for all units."""
     uniform = next(choice for choice in choices if choice.gain is None)
     measure, won, lost = metric_format(record), [], []
     if best.gain is not None and best.gold_gain is not None:
@@ -524,10 +522,7 @@ def _write_answer(record: CellRecord, choices: Sequence[TestedChoice], best: Tes
 
 
 def _write_set_answers(swapped: dict[str, Refinement], sums: SumComparison) -> list[str]:
-    """Describe how well sums of single costs predict joint costs.
-
-    The sentences also describe how much swaps of formats improve an assignment.
-    """
+    """Write how much swaps of formats helped, and how well single costs predict joint costs."""
     interactions = sums.pairs.at_once.values() if sums.pairs else ()
     signs = Counter(interaction.side() for interaction in interactions)
     return QUANTISE_TEXTS.render_all("sets", swapped, sums, sums.pairs, signs)

@@ -66,7 +66,7 @@ class Repeat(Study[RepeatSettings]):
         yield replace(cell, changes=changes).on_part("calibration")
 
     def answer(self, context: StudyContext, subjects: list[Subject]) -> StudyResult:
-        """Choose the best spans, test them, and compare the best gain with the gain by chance."""
+        """Choose the best spans of layers, and measure their gains on test documents."""
         result = StudyResult()
         chosen = [choose_runs(subject.record) for subject in subjects]
         pairs = [*zip(subjects, chosen, strict=True)]
@@ -74,7 +74,7 @@ class Repeat(Study[RepeatSettings]):
         result.ran = context.run([*tests.values()])
         for subject, runs in pairs:
             if not runs:
-                result.lack(subject.record.title, "the gain of every span is undefined")
+                result.lack(subject.record.title, "no span of layers has a defined gain")
                 continue
             request = tests[subject.request]
             test = context.subject(request)
@@ -132,10 +132,9 @@ def _span_name(run: RunRecord) -> str:
 
 
 def _write_answer(subject: Subject, spans: Sequence[TestedSpan]) -> str:
-    """Describe the gains of the best span in sentences.
+    """Write the gains of the best span on calibration and on test documents.
 
-    The sentences state the gains on calibration and on test documents, and the largest gain that
-    chance alone would produce.
+    The text also states the largest gain that chance alone would produce.
     """
     best = min((run for run in subject.record.runs if run.drop.value is not None), key=_loss_key)
     tested = [span for span in spans if span.run.change == best.change] or spans
@@ -145,7 +144,7 @@ def _write_answer(subject: Subject, spans: Sequence[TestedSpan]) -> str:
 
 
 def _best_by_chance(subject: Subject) -> BestByChance | None:
-    """Estimate the largest gain that chance alone would produce among all spans.
+    """Estimate the largest gain among all spans if no span had a real effect.
 
     Returns None if the measurement used a stopping rule, or if no span has a finite gain.
     """

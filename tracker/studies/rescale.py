@@ -40,8 +40,8 @@ STAND_INS: dict[Intervention, str] = {
 REPLACEMENTS = (*STAND_INS,)[1:]
 RESCALE_TEXTS = study_texts("rescale", resamples=RESAMPLES)
 _NOT_FINITE = "the drop of a layer is not a finite number"
-_NO_TEST = "McNemar's test is undefined, because outcomes are not only right or wrong"
-_NOT_MEASURED = "not measured; the list of missing results gives the reason"
+_NO_TEST = "McNemar's test needs outcomes that are right or wrong; this metric has other values"
+_NOT_MEASURED = "not measured; for the reason, see the list of missing results"
 
 
 class Rescale(Study[RescaleSettings]):
@@ -53,10 +53,9 @@ class Rescale(Study[RescaleSettings]):
     texts = RESCALE_TEXTS
 
     def expand(self, cell: CellRequest, context: StudyContext) -> Iterator[CellRequest]:
-        """Yield two requests for the removals and replacements of a benchmark.
+        """Yield two requests that remove and replace each layer.
 
-        The second request contains only the replacements by linear maps, because fitting a linear
-        map can fail.
+        Replacements by linear maps have their own request, because fitting a linear map can fail.
         """
         groups: tuple[tuple[Intervention, ...], ...] = (("remove", "scale", "mean"), ("linear",))
         for interventions in groups:
@@ -107,8 +106,7 @@ class CellCosts:
         drops: Intervention → drop of the metric for each layer.
         nats: Intervention → decrease of the gold answer's log-probability for each layer.
         p_values: Intervention → p-value for each layer; the test compares the accuracy of
-            replacement and removal. A p-value is None if the metric does not judge each document as
-            right or wrong.
+            replacement and removal. None if documents are not simply right or wrong.
     """
 
     name: str
@@ -126,7 +124,7 @@ class CellCosts:
         return "" if self.measure.form == "points" else f", {self.measure.unit}"
 
     def estimates(self, name: Intervention) -> list[Estimate]:
-        """Return each layer's drop under one intervention, with bootstrap intervals."""
+        """Return the drop of each layer under the intervention `name`, with bootstrap intervals."""
         mean, drawn = self.drops[name]
         return [
             Estimate(float(value), *_middle(drawn[:, n]))
@@ -192,10 +190,7 @@ def estimate_reduction(cells: Sequence[CellCosts], name: Intervention, nats: boo
 
 
 def _write_answers(cells: Sequence[CellCosts]) -> list[str]:
-    """Return sentences about the mean effect of each replacement over benchmarks.
-
-    All benchmarks in `cells` have the same metric.
-    """
+    """Write the mean effect of each replacement over benchmarks with a common metric."""
     names = [name for name in REPLACEMENTS if all(name in cell.drops for cell in cells)]
     costs = {name: _write_mean_cost(cells, name) for name in ("remove", *names)}
     documents = sum(cell.n for cell in cells)

@@ -56,7 +56,7 @@ class Savings(Study[SavingsSettings]):
     def expand(self, cell: CellRequest, context: StudyContext) -> Iterable[CellRequest]:
         """Return the unchanged request of the experiment file.
 
-        Raises RequestError if a condition such as `top 3` needs more runs than the request has.
+        RequestError is raised if a condition such as `top 3` needs more runs than the request has.
         """
         default = SavingsSettings.model_fields["questions"].default
         if self.settings.questions != default:
@@ -132,12 +132,12 @@ class MeasuredDocuments:
 
     @property
     def still_open(self) -> str:
-        """Text to show instead of a value if the condition was not decided."""
+        """Text in place of a number of documents if the `until` condition was not decided."""
         return f"undecided after all {len(self.drops):,} measured documents"
 
 
 def read_documents(subject: Subject) -> MeasuredDocuments | str:
-    """Read the drops of one model and benchmark, or return why `until` cannot apply to them."""
+    """Read the measured drops; return a reason as text if `until` cannot stop the measurement."""
     metric = subject.view.metric
     try:
         check_bounded(subject.store.identity.benchmark, metric)
@@ -146,7 +146,7 @@ def read_documents(subject: Subject) -> MeasuredDocuments | str:
     outcomes = subject.outcomes()
     runs, tasks = tuple(outcomes.runs), tuple(outcomes.tasks)
     if not tasks or not runs:
-        return "no document is measured in all runs"
+        return "no document was measured with every change of the model"
     ablations = [outcomes.ablation(run) for run in runs]
     scale = outcomes.weights * len(tasks)
     drops, reach = outcomes.metric_outcomes(ablations).drops * scale[:, None], float(scale.max())
@@ -161,10 +161,10 @@ def read_documents(subject: Subject) -> MeasuredDocuments | str:
 
 
 def layers_counter(ablations: Sequence[Ablation], layers: int) -> Callable[[Mask], float]:
-    """Return a function that counts the layers to compute per token for selected ablations.
+    """Build a function that counts the layers computed per token.
 
-    The function takes a mask that selects from `ablations`. The count includes the layers of the
-    intact model.
+    The function takes a mask that selects from `ablations`. The count is for the intact model and
+    the selected ablations together.
     """
 
     def count(open_ablations: Iterable[Ablation]) -> float:
@@ -184,13 +184,13 @@ class CostBound:
     """Minimum number of documents that are needed to decide an `until` condition.
 
     Attributes:
-        distance: Required precision of the means. For the conditions `top` and `prune`, this is the
-            difference between the drop of the last chosen run and the drop of the first run that is
-            not chosen, plus the tolerance. For the condition `sign`, the distance is the size of
+        distance: Required precision of the means. For the conditions `top` and `prune`, the
+            distance is the tolerance plus a difference of two drops: of the last chosen run and of
+            the first run that is not chosen. For the condition `sign`, the distance is the size of
             the drop that is hardest to distinguish from 0. For the condition `drop`, the distance
             is the requested precision.
         sd: Standard deviation, over documents, of the drop or of the difference of two drops that
-            must be known with this precision.
+            must be known with the precision `distance`.
         documents: Sample size that a test with a fixed number of documents needs for the same
             confidence.
     """
@@ -228,10 +228,7 @@ class QuestionReplay:
 
     @property
     def hardest(self) -> str:
-        """Text that names the quantity for which the condition needs the most documents.
-
-        The quantity is a drop, or the difference of two drops.
-        """
+        """Text that names the drop or difference of drops that needs the most documents."""
         # Write a distance, which may be a small part of a point.
         distance = f"{100 * self.bound.distance:.2g} pp"
         if self.question.count is not None:
@@ -270,10 +267,9 @@ def replay_question(
 
 
 def _is_contradicted(cell: MeasuredDocuments, question: Question, race: Race) -> bool:
-    """Return whether a decision of the stopping rule is wrong according to all documents.
+    """Return whether the mean drops over all documents contradict a decision in `race`.
 
-    `race` contains the decisions, which are based on some of the documents. A decision is wrong if
-    the mean drops over all documents contradict it.
+    The stopping rule made its decisions on some of the documents.
     """
     means = cell.drops.mean(axis=0)
     if question.count is not None:
@@ -322,7 +318,7 @@ def question_bound(cell: MeasuredDocuments, question: Question) -> CostBound:
         distance, sd = abs(float(means[hardest])), float(sds[hardest])
     if distance <= MEAN_TOLERANCE:
         tie = "two runs tie" if question.count else "the drop is 0"
-        reason = f"only a measurement of all documents can show that {tie}"
+        reason = f"{tie}, which only a measurement of all documents can show"
         return CostBound(distance, sd, Estimate(None, reason=reason))
     width = float(stats.norm.ppf(1 - (1 - question.level) / comparisons)) + power
     n = (width * sd / distance) ** 2
@@ -427,7 +423,7 @@ def _passes_chart(cell: MeasuredDocuments, replays: Sequence[QuestionReplay]) ->
         passes = 100 * np.where(race.answered, race.passes, np.inf)
         shares = [float((passes <= position + 1e-9).mean()) for position in positions]
         lines[str(race.question)] = shares
-    x = "computed layer passes (100 %: all runs are measured on all documents)"
+    x = "computed layer passes (100 %: every run is measured on every document)"
     axes = (x, f"answered, of {RANDOM_ORDERS} orders")
     title = f"{cell.title}: share of document orders in which 'until' has stopped the measurement"
     return line_chart(title, axes, "percent", positions, lines)

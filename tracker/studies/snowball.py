@@ -78,8 +78,8 @@ class Growth:
     def signs(self) -> list[int | None]:
         """Direction of growth after each layer: 1 for growth, −1 for shrinkage, 0 if undecided.
 
-        The direction is decided if the interval of the growth factor excludes 1, and the p-value is
-        below 0.05 (adjusted by Holm's method). None stands for an undefined factor.
+        A direction is decided if the growth factor's interval excludes 1, and its Holm-adjusted
+        p-value is below 0.05. None stands for an undefined growth factor.
         """
         p_values = holm([factor.p_value for factor in self.factors])
         return [
@@ -106,12 +106,12 @@ class Growth:
         """Find the layers with the largest and the smallest growth factors.
 
         Args:
-            documents: Number of documents.
+            documents: Number of documents with which the factors were computed.
 
         Returns:
-            A number n, and two lists. The first list contains the layers whose factors are
-            significantly among the n largest, in descending order. The second list contains the
-            layer whose factor is significantly the smallest. Each list can be empty.
+            A number n, the layers whose factors are significantly among the n largest (in
+            descending order), and the layer whose factor is significantly the smallest. The lists
+            of layers can be empty.
         """
         layers = [layer for layer, value in enumerate(self.values) if value is not None]
         n = len(layers)
@@ -166,10 +166,7 @@ class TokenGrowth:
 
     @property
     def factors_per_layer(self) -> list[float | None]:
-        """For each removed layer, the mean growth factor of the layers after it.
-
-        The mean is geometric.
-        """
+        """For each removed layer, the geometric mean growth factor over all later layers."""
         last = len(self.paths) - 1
         return [
             None if value is None else float(value ** (1 / (last - layer)))
@@ -178,10 +175,7 @@ class TokenGrowth:
 
     @property
     def amplifying_layers(self) -> list[str | None]:
-        """For each removed layer, the number of amplifying layers as text.
-
-        The text `2 of 3` means that two of the three later layers amplify the change.
-        """
+        """For each removed layer, how many later layers amplify the change, such as `2 of 3`."""
         steps = [np.diff(np.log(path[layer:])) > 0 for layer, path in enumerate(self.paths)]
         return [
             None if value is None else f"{int(grows.sum())} of {len(grows)}"
@@ -212,8 +206,9 @@ class DropExplanation:
         layers: Layers with a measured drop.
         drops: Accuracy drop of each layer in `layers`.
         cosine: Cosine score of each layer in `layers`.
-        predictors: Name of a quantity → rank correlation of the quantity with the drops. For
-            growth, this is the partial correlation given the cosine score, without the last layer.
+        predictors: Name of a quantity → rank correlation of the quantity with the drops. For growth
+            factors, the correlation is partial (given the cosine score) and leaves out the last
+            layer.
     """
 
     def __init__(self, cell: AlignedOutcomes, arrays: Mapping[str, Array]) -> None:
@@ -252,13 +247,13 @@ class DropExplanation:
             pair = (resamples, drop[1])
             spearman = correlate(values, drop[0], coefficient="spearman", resamples=pair)
             better = Estimate(
-                None, reason="the other rows are compared with the cosine score in this row"
+                None, reason="this row is the cosine score, with which all other rows are compared"
             )
             if name != COSINE_SCORE:
                 better = correlation_difference((values, resamples), cosine, drop, "spearman")
             add(name, "drop", spearman, better, len(layers))
         inner = following > 0
-        reason = "the partial correlation in this row is not compared with other correlations"
+        reason = "partial correlations are not compared with the cosine score"
         none = Estimate(None, reason=reason)
         for name, figure in {
             REMOVAL_GROWTH: series(end - start),
@@ -272,9 +267,9 @@ class DropExplanation:
 
     @property
     def is_ordered(self) -> bool:
-        """True if two quantities have a defined rank correlation with the drops.
+        """True if two rank correlations with the drops are defined.
 
-        The two quantities are the cosine score, and the relative difference before the output head.
+        The correlated quantities are the cosine score and the difference before the output head.
         """
         names = (COSINE_SCORE, END_DIFFERENCE)
         return all(self.predictors[name].spearman.value is not None for name in names)
@@ -283,7 +278,7 @@ class DropExplanation:
     def by_cosine(self) -> dict[int, int]:
         """Rank of each layer by cosine score; the largest score has rank 1.
 
-        Layers with equal scores all have the best of their ranks.
+        Layers with equal scores share the best rank.
         """
         return dict(zip(self.layers, min_ranks(self.cosine), strict=True))
 
@@ -291,15 +286,15 @@ class DropExplanation:
     def by_drop(self) -> dict[int, int]:
         """Rank of each layer by accuracy drop; the largest drop has rank 1.
 
-        Layers with equal drops all have the best of their ranks.
+        Layers with equal drops share the best rank.
         """
         return dict(zip(self.layers, min_ranks(self.drops), strict=True))
 
     def misjudged(self, n: int) -> list[int]:
         """List the layers whose ranks by cosine score and by drop differ most.
 
-        The list has at most `n` layers. It begins with the layer that the cosine score underrates
-        most, and ends with the layer that the cosine score overrates most.
+        The list has at most `n` layers. The first layer is underrated most by the cosine score, and
+        the last layer is overrated most.
         """
         by_cosine, by_drop = self.by_cosine, self.by_drop
         order = sorted(self.layers, key=lambda layer: by_drop[layer] - by_cosine[layer])
@@ -345,9 +340,9 @@ class SnowballFigures:
 
 
 def compute_figures(subject: Subject, observations: Observations) -> SnowballFigures | None:
-    """Compute growth factors, and their correlations with the drops.
+    """Compute growth factors, and the correlations of growth factors with drops.
 
-    The result is None if fewer than two documents have finite hidden states.
+    Returns None if fewer than two documents have finite hidden states.
     """
     outcomes = subject.outcomes()
     arrays = observations.select(outcomes.documents)
@@ -368,16 +363,15 @@ def compute_figures(subject: Subject, observations: Observations) -> SnowballFig
 
 
 def _split(arrays: Mapping[str, Array], tokens: int) -> tuple[dict[str, Array], dict[str, Array]]:
-    """Return the relative differences at two positions of the residual stream.
+    """Read the relative differences after the changed layer and before the output head.
 
     Args:
         arrays: Kind of change, such as `removed` → differences at all positions.
         tokens: `ALL_TOKENS`, or `LATER_TOKENS` to leave out the first token of each text.
 
     Returns:
-        Two dicts from the kind of change to differences `[documents, layers]`. The first dict has
-        the differences right after the changed layer. The second dict has the differences before
-        the output head.
+        Differences right after the changed layer, and differences before the output head. Both are
+        dicts from the kind of change to arrays `[documents, layers]`.
     """
     means = {name: array[:, tokens] for name, array in arrays.items()}
     starts = {name: np.diagonal(array, axis1=1, axis2=2) for name, array in means.items()}
@@ -448,7 +442,7 @@ def _describe_missing_results(cell: SnowballFigures | None, file: str) -> list[s
         file: Name of the experiment file.
 
     Returns:
-        One sentence for each missing result. It names the command or setting that gives the result.
+        One sentence for each missing result, with the command or setting that gives the result.
     """
     if cell is None:
         return SNOWBALL_TEXTS.render_all("lacking", None, 0, 0, file)
@@ -460,7 +454,7 @@ def _describe_missing_results(cell: SnowballFigures | None, file: str) -> list[s
 def _write_answers(cells: Sequence[SnowballFigures], draws: int) -> Iterator[str]:
     """Yield sentences about the growth factors of one model.
 
-    The sentences describe each benchmark, and how well the growth predicts the drops.
+    The sentences state the growth on each benchmark, and how well growth predicts the drops.
     """
     yield _write_verdict(cells)
     for cell in cells:
@@ -482,7 +476,7 @@ def _write_verdict(cells: Sequence[SnowballFigures]) -> str:
 
 
 def _write_benchmark_test(cells: Sequence[SnowballFigures]) -> str:
-    """Describe in how many layers the growth differs significantly between benchmarks."""
+    """Write for how many layers the growth differs significantly from benchmark to benchmark."""
     benchmarks = [cell.record.benchmark for cell in cells]
     tasks = Counter(task.name for benchmark in benchmarks for task in benchmark.tasks)
     repeated = [name for name, count in tasks.items() if count > 1]
@@ -497,10 +491,7 @@ def _write_benchmark_test(cells: Sequence[SnowballFigures]) -> str:
 
 
 def _layer_table(cell: SnowballFigures) -> Table:
-    """Build the table of differences, growth factors and drops of the layers.
-
-    The differences are relative differences of the residual stream.
-    """
+    """Build the table with a row for each layer: differences, growth factors and drops."""
     tokens, growth, runs = cell.tokens, cell.tokens.removed, cell.record.runs_of_kind()
     by_cosine = cell.explained.by_cosine if cell.explained else {}
     verdicts = [_VERDICT_WORDS[sign] for sign in growth.signs]
@@ -604,7 +595,7 @@ def _build_charts(cell: SnowballFigures) -> Iterator[StudyChart]:
     )
     yield _growth_chart(title, "perturbed", growths)
     title = f"{cell.record.heading}: layers whose ranks by cosine and by drop differ most"
-    axes = ("behind layer (0-based)", "relative difference to the intact hidden state")
+    axes = ("behind layer (0-based)", "relative difference from the intact model's hidden state")
     lines = {name: paths[layer] for layer, name in _choose_drawn_layers(cell)}
     yield line_chart(title, axes, "percent", layers, lines, log_y=True)
     with np.errstate(divide="ignore", invalid="ignore"):

@@ -42,12 +42,14 @@ from tracker.studies.registry import TheoremSettings
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-SAME_ANSWER = "the right answer begins with a wrong answer, which is therefore at least as likely"
+SAME_ANSWER = (
+    "the right answer begins with a wrong answer, so the wrong answer is at least as likely"
+)
 LONGER_ANSWERS = (
-    "every wrong answer begins with the right answer, which is therefore at least as likely"
+    "every wrong answer begins with the right answer, so the right answer is at least as likely"
 )
 CLASHING_ANSWERS = "another document has the same text but a different right answer"
-NO_GOLD_ANSWER = "the task gives no right answer, or several right answers"
+NO_GOLD_ANSWER = "the task does not give exactly one right answer"
 MAX_POSITIONS = 4096
 """Maximum number of positions of a model; every MLP has two units for each position."""
 MAX_SCORE_ERROR = 1e-6
@@ -68,7 +70,7 @@ class Lesson:
     Attributes:
         texts: Token sequences of all documents that the model will read.
         targets: Digest of the preceding tokens → next tokens that the model must predict or avoid.
-        certainty: Margin of a predicted token's logit over all other tokens, in nats.
+        certainty: Margin by which a predicted token's logit exceeds all other logits, in nats.
         left_out: (task, index) of a document → reason why no model can answer the document
             correctly, e.g. two equal answers.
         clashing: Number of tokens that the model cannot predict, because an earlier text has
@@ -88,14 +90,15 @@ class Lesson:
 def plan_lesson(
     documents: Sequence[Document], length: int, vocabulary: int, decode: Callable[..., str]
 ) -> Lesson:
-    """Choose the tokens that the built model must predict or avoid, and their positions.
+    """Choose the tokens that the built model must predict or avoid in each document.
 
-    Only the intact model predicts a positive token. Only the model without layer 2 predicts a
-    negative token. Both models make the same prediction for a fixed token.
+    The targets have three kinds. Only the intact model predicts a positive token. Only the model
+    without layer 2 predicts a negative token. Layer 2 does not change the prediction of a fixed
+    token.
 
-    Usually, all options of a document follow the same context. Then the target tokens are where the
-    right answer first differs from a wrong answer. If each option follows its own context (as in
-    Winogrande), one target token follows each context.
+    If all options of a document follow one context, the target tokens are where the right answer
+    first differs from a wrong answer. If each option has its own context (as in Winogrande), each
+    option has one target token.
 
     The right answer gives a positive token, and a wrong answer gives a negative token. In a text
     without options, every token is positive.
@@ -107,7 +110,7 @@ def plan_lesson(
         decode: Function that turns a list of tokens into text.
 
     Returns:
-        The target tokens with their positions, and the documents that no model can answer.
+        The target tokens, and the documents that no model can answer correctly.
     """
     lesson = Lesson()
     occurrences = _count_occurrences(documents, length)
@@ -135,7 +138,7 @@ def _read_tokens(request: Request, length: int) -> tuple[int, ...]:
     return (*request.context, *request.continuation)[-(length + 1) :][:-1]
 
 
-def _positions(request: Request, length: int) -> list[_Position]:
+def _token_positions(request: Request, length: int) -> list[_Position]:
     """Return (digest of the preceding tokens, token) for each token of a continuation."""
     tokens = _read_tokens(request, length)
     digests = list(counterexample.prefix_digests(tokens))
@@ -145,12 +148,12 @@ def _positions(request: Request, length: int) -> list[_Position]:
 def _add_all_targets(lesson: Lesson, document: Document, length: int) -> None:
     """Add every token of a document without answer options to the targets in `lesson`.
 
-    A token clashes if an earlier text continues differently after the same tokens. The model cannot
-    predict a clashing token. `lesson.clashing` counts these tokens.
+    `lesson.clashing` counts the tokens that the model cannot predict, because an earlier text has
+    another token after the same preceding tokens.
     """
     clashing = lesson.clashing
     for request in document.requests:
-        for key, token in _positions(request, length):
+        for key, token in _token_positions(request, length):
             targets = lesson.targets.setdefault(key, Continuations())
             lesson.tokens += document.rolling
             if not targets.signed:
@@ -165,14 +168,14 @@ def _add_all_targets(lesson: Lesson, document: Document, length: int) -> None:
 def _count_occurrences(documents: Sequence[Document], length: int) -> Counter[_Position]:
     """Count in how many documents each pair of a position and a token occurs.
 
-    Only documents like those of Winogrande are counted, where each option has its own context.
+    Documents whose options all follow one context are not counted.
     """
     occurrences: Counter[_Position] = Counter()
     for document in documents:
         choices = document.requests[: document.choices]
         if len({request.context for request in choices}) > 1:
             occurrences.update(
-                {pair for request in choices for pair in _positions(request, length)}
+                {pair for request in choices for pair in _token_positions(request, length)}
             )
     return occurrences
 
@@ -180,7 +183,7 @@ def _count_occurrences(documents: Sequence[Document], length: int) -> Counter[_P
 def _list_targets(
     document: Document, length: int, occurrences: Mapping[_Position, int]
 ) -> list[_Demand] | str:
-    """Return the tokens that a model must predict or avoid to answer a document correctly.
+    """List the tokens that a model must predict or avoid to answer a document correctly.
 
     Args:
         document: A multiple-choice document.
@@ -188,7 +191,7 @@ def _list_targets(
         occurrences: (position, token) → number of documents in which this pair occurs.
 
     Returns:
-        The target tokens. If no model can answer the document correctly, the reason as text.
+        The target tokens, or a text with the reason why no model can answer the document correctly.
     """
     if document.gold is None:
         return NO_GOLD_ANSWER
@@ -196,11 +199,11 @@ def _list_targets(
     gold = choices[document.gold]
     demands: list[_Demand] = []
     partings: list[tuple[int, int]] = []
-    right = _positions(gold, length)
+    right = _token_positions(gold, length)
     for index, choice in enumerate(choices):
         if index == document.gold:
             continue
-        wrong = _positions(choice, length)
+        wrong = _token_positions(choice, length)
         if right[0][0] != wrong[0][0]:  # contexts of their own
             for pairs, weight in ((right, 1), (wrong, -1)):
                 unique = [pair for pair in pairs if occurrences[pair] == 1]
@@ -233,10 +236,10 @@ def _count_shared(tokens: Sequence[int], others: Sequence[int]) -> int:
 
 
 def _has_clash(lesson: Lesson, demand: _Demand) -> bool:
-    """Return whether a target token contradicts a target of an earlier document.
+    """Return whether a new target contradicts the targets of earlier documents in `lesson`.
 
-    `lesson` contains the earlier targets. A contradiction is a different prediction of the same
-    token at the same position.
+    Two targets contradict each other if they require different predictions of one token at one
+    position.
     """
     key, kind, token, weight = demand
     targets = lesson.targets.get(key)
@@ -249,7 +252,7 @@ def _has_clash(lesson: Lesson, demand: _Demand) -> bool:
 def _required_margin(document: Document, vocabulary: int, decode: Callable[..., str]) -> float:
     """Compute the margin by which a target token's logit must exceed all other logits, in nats.
 
-    With this margin, the target token alone determines which answer is most likely.
+    With the returned margin, the target token alone determines which answer is most likely.
     """
     choices = [request.continuation for request in document.requests[: document.choices]]
     lengths = [max(1, len(decode(list(tokens)).strip())) for tokens in choices]
@@ -332,10 +335,7 @@ class Theorem(Study[TheoremSettings]):
 
 
 def _documents_request(cell: CellRequest) -> CellRequest:
-    """Return a copy of a request with default values for settings that do not affect tokens.
-
-    These settings are the dtype and the ablations.
-    """
+    """Return a copy of a request with default values for the dtype and the ablations."""
     model = cell.model.model_copy(update={"dtype": "auto"})
     return replace(cell, model=model, removed=(), changes=Changes(layers=(0,)))
 
@@ -346,7 +346,7 @@ def _documents_request(cell: CellRequest) -> CellRequest:
 def load_lesson(cell: CellRequest, trust_remote_code: bool) -> tuple[Lesson, tuple[int, int], Any]:
     """Read a benchmark, and choose the tokens that the built model must predict or avoid.
 
-    Returns these target tokens, the pair (vocabulary size, context length), and the tokenizer.
+    Returns the chosen tokens, the pair (vocabulary size, context length), and the tokenizer.
     RequestError is raised if the study does not support the benchmark.
     """
     benchmark = open_benchmark(cell)
@@ -389,8 +389,8 @@ def _build_counterexample(
 ) -> Counterexample:
     """Build the model that predicts the target tokens in `lesson`.
 
-    `shape` is the pair (vocabulary size, context length). RequestError is raised if no such model
-    can be built.
+    `shape` is the pair (vocabulary size, context length). RequestError is raised if the model
+    cannot be built.
     """
     try:
         return Counterexample(lesson.texts, lesson.targets, lesson.certainty, *shape)
@@ -436,10 +436,10 @@ class BuiltModel:
 class MeasuredModel:
     """Measured accuracy and cosine scores of a built model.
 
-    `units` is the number of documents that the model was built to answer; for a text corpus it is
-    the number of tokens. `right` is the number of units that the intact model answers correctly.
-    `without` is the number of units that the model without layer 2 answers correctly. `score` is
-    the cosine score of layer 2, and `other` is the lowest cosine score of the other layers.
+    `units` is the number of documents (in a text corpus: tokens) that the model was built to
+    answer. `right` is the number of correct answers of the intact model. `without` is the number of
+    correct answers without layer 2. `score` is the cosine score of layer 2, and `other` is the
+    lowest cosine score of the other layers.
     """
 
     built: BuiltModel
@@ -469,18 +469,18 @@ class MeasuredModel:
     def holds(self) -> bool:
         """True if the measurements confirm the theorem.
 
-        Layer 2 must have the lowest cosine score, which must be about ε. Every answer must depend
-        on layer 2.
+        The theorem: layer 2 has the lowest cosine score, about ε, and every answer depends on layer
+        2.
         """
         decides = self.right == self.units > 0 == self.without
         return decides and self.score < self.other and self.error <= MAX_SCORE_ERROR
 
 
 def _count_answers(value: float | str) -> tuple[int, int]:
-    """Return the number of right answers of a document, and the number of all its answers.
+    """Return how many answers of a document are right, and how many answers the document has.
 
-    `value` is the measured metric of the document, which has one answer. In a text corpus, every
-    token is an answer, and `value` is JSON text with both numbers.
+    A multiple-choice document has one answer, and `value` is its accuracy (0 or 1). In a text
+    corpus, every token is an answer, and `value` is JSON text with the two numbers.
     """
     if isinstance(value, str):
         right, units = json.loads(value)

@@ -79,7 +79,7 @@ def target(text: str, *needs: Ability, is_source: bool = False) -> Target:
         text: `BACKEND` or `BACKEND:PROJECT`, e.g. `mlflow`, `wandb:ENTITY/PROJECT` or
             `mlflow:http://mlflow.lab:5000/EXPERIMENT`.
         *needs: Abilities that the backend must have, such as `reports`.
-        is_source: True if results are read from the target. The text must then name a project.
+        is_source: True if results are read from the target; `text` must then name a project.
 
     Returns:
         The target: backend, project and server.
@@ -189,8 +189,8 @@ def destination_hash(name: str, project: str, results: Path, server: str | None 
         server: The server or folder, as in `Target.server`.
 
     Returns:
-        The hash. It changes if the project or server changes, or if a local store is replaced or
-        moved. The hash reveals neither the address nor a password.
+        The hash, which changes if the project or the server changes, or if a local store is
+        replaced or moved. The hash reveals neither the address nor a password.
     """
     store_setting, local_path = service(name).store(results, server)
     local_identity = None
@@ -223,9 +223,9 @@ def write_address(address: Target, results: Path) -> str:
 def published_targets(store: CellStore, record: CellRecord, results: Path) -> dict[str, Target]:
     """Return the projects to which results were published, by name of the address file.
 
-    The dict includes projects of smaller measurements that `record` replaces, and projects to which
-    publishing failed. If a backend is offline, only its offline projects are included. Otherwise,
-    only its online projects are included.
+    The dict includes projects to which publishing failed, and projects of smaller measurements that
+    `record` replaces. Only offline projects of an offline backend, and only online projects of an
+    online backend, are included.
     """
     targets = {}
     for name in store.published_places(record.view, *record.supersedes):

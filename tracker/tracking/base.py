@@ -88,7 +88,7 @@ class Target:
         project: Name of the project, in the form that the backend expects. If None, the experiment
             file names the project.
         server: Address of the server, or a folder. None means the server that an environment
-            variable names. If the variable is not set, the default server is used.
+            variable names, or else the default server.
     """
 
     backend: str
@@ -272,21 +272,19 @@ class Backend(ABC):
     ) -> Published:
         """Publish the runs of a model and benchmark (a cell).
 
-        One run is the summary run of the cell, and another run shows the intact model. Each
-        ablation is a row of a table in the summary run. `selection` determines which ablations also
-        get separate runs. By default, kinds with very many ablations (e.g. attention heads) get no
-        separate runs.
+        The method publishes a summary run, a run of the intact model, and separate runs of the
+        ablations that `selection` selects. The summary run contains a table of all ablations.
 
-        Publishing the same results again creates no second run and logs no value twice. Publishing
-        changed results updates the existing runs. After a failure, publishing again adds the
-        missing runs and values.
+        A second call with the same results changes nothing, with changed results it updates the
+        runs, and after a failure it adds what is missing.
 
         Args:
             cell: The record of the cell; some runs or documents may not be measured yet.
             artifacts: Files to attach to the summary run under their file names.
             charts: Name → Plotly figure of the summary run.
             tables: Name → additional table of the summary run, derived from the artifacts.
-            selection: Rule that selects the ablations to publish as separate runs.
+            selection: Ablations with separate runs: `all`, `cells` (none), or `auto` (all except
+                kinds with very many ablations, e.g. attention heads).
             answer: Sentence with the benchmark's conclusion, for the note of the summary run.
 
         Returns:
@@ -535,7 +533,7 @@ def login_error(address: Target, setting: str, results: Path) -> TrackingError:
     """
     command = sync_command(results.absolute(), f"{address.backend}:{address.project}")
     return TrackingError(
-        "these results were published to a different server than the configured server. tracker "
+        "these results were published to another server than the configured server. tracker "
         "sends a login only to the server to which it belongs. To use the other server, configure "
         f"a login for that server, and type: {setting}={address.server or ''} {command}"
     )

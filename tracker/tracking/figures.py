@@ -59,9 +59,9 @@ def tracked_name(name: str) -> str:
 def curve_name(run: Change, figure: str) -> str:
     """Return the name of the curve that shows a metric of an ablation.
 
-    A curve shows one metric of one kind of ablation by layer. For removals of single whole layers,
-    the curve has the name of the metric, such as `accuracy_drop`. For all other kinds, a prefix
-    names the kind, as in `head/3/accuracy_drop` or `span4/accuracy_drop`.
+    A curve shows a metric against the layer. For removals of whole layers, the curve has the name
+    of the metric, such as `accuracy_drop`. For other ablations, the name has a prefix, as in
+    `head/3/accuracy_drop` (head 3) or `span4/accuracy_drop` (four layers).
     """
     component = "" if run.kind.word == "layer" else f"{run.kind.word}/"
     number = "" if run.kind.part is None else f"{run.kind.part}/"
@@ -95,8 +95,8 @@ def run_metrics(layer: RunRecord) -> dict[str, float]:
 def intact_metrics(cell: CellRecord) -> dict[str, float]:
     """Return the metrics of the model without ablations, with the names of `run_metrics`.
 
-    The accuracy drop of the intact model is 0. If all runs of the benchmark lack certain layers,
-    the model lacks them too. Undefined metrics are left out.
+    Without ablations, the model still lacks the layers in `cell.removed`. If `cell.removed` is
+    empty, the accuracy drop is 0. Undefined metrics are left out.
     """
     baseline, chance = cell.baseline.value, cell.chance_accuracy
     values: dict[str, float | None] = {"n": float(cell.n)}
@@ -119,7 +119,7 @@ def intact_metrics(cell: CellRecord) -> dict[str, float]:
 def cell_figures(cell: CellRecord) -> dict[str, float | None]:
     """Return the summary metrics of a model and benchmark; undefined metrics are None.
 
-    Accuracies are fractions, and a loss has the unit of the metric.
+    Accuracies are fractions.
     """
     names = [
         *("n", "tokens", "seconds", "peak_bytes", "compared", "compared_difference"),
@@ -144,10 +144,10 @@ def correlation_name(record: CorrelationRecord) -> str:
 
 
 def answer_figures(answer: AnswerRecord) -> dict[str, float | None]:
-    """Return metrics about the progress of the stopping rule `until`.
+    """Return metrics that show how far the stopping rule `until` has come.
 
-    One metric states whether the question is answered. Two metrics count the documents and the
-    layer passes that were used so far, and two metrics give the total numbers.
+    The metrics are: whether the question is answered; the used and the available documents; the
+    computed and the total layer passes.
     """
     return {
         "answer/answered": float(answer.answered),
@@ -159,7 +159,7 @@ def answer_figures(answer: AnswerRecord) -> dict[str, float | None]:
 
 
 def question_tags(cell: CellRecord, run: Change | None = None) -> dict[str, str]:
-    """Return tags that describe the stopping rule `until` and its result.
+    """Describe the stopping rule `until` and its answer as tags.
 
     Args:
         cell: The record of the cell.
@@ -223,10 +223,10 @@ def logged_correlations(cell: CellRecord) -> LoggedTable:
 
 
 def logged_documents(decisions: DecisionsRecord) -> LoggedTable:
-    """Build the table of the documents that ablations make wrong or right.
+    """Build the table of documents whose answer an ablation makes wrong or right.
 
-    For each ablation, only the documents whose margins change most are included. The columns
-    `choice` and `gold` are numbers of answer options (0-based), and `margin` is in nats.
+    Only the documents with the largest change of the margin are included. `choice` and `gold` are
+    numbers of answer options (0-based); `margin` is in nats.
     """
     question_columns = ("task", "document", "question", "choices", "gold", "answer")
     change_columns = ("layer", "component", "span", "intervention")

@@ -18,15 +18,13 @@ DIGITS = 10
 def run_key(cell: CellRecord, ablation: str, view_name: str | None = None) -> str:
     """Return the key that identifies a run, independently of the machine and the time.
 
-    The key contains the selected documents, the metric, and the layers that all runs remove
-    (together called the view). If an ablation is measured with two views, its two runs have
-    different keys.
+    The key includes the view: the selected documents, the metric, and the layers that all runs
+    lack. An ablation therefore has one run for each view.
 
     Args:
         cell: The record of the cell (model and benchmark) to which the run belongs.
         ablation: Name of an ablation, or `cell` for the summary run of the cell.
-        view_name: Name of an earlier view that the current view has replaced; None for the current
-            view.
+        view_name: Name of a replaced view; None for the current view.
 
     Returns:
         Cell key, view name (left out for `INTACT_VIEW`) and ablation, separated by `/`.
@@ -53,8 +51,7 @@ def start_label(cell: CellRecord) -> str:
 def intact_name(cell: CellRecord) -> str:
     """Return the display name of the unablated model's run: `intact · arc_easy`.
 
-    The unablated model is intact, or it lacks the layers that are removed in every run of the
-    benchmark.
+    The unablated model can lack layers: those that every run of the benchmark removes.
     """
     return _join_name(start_label(cell), cell)
 
@@ -94,8 +91,8 @@ def baseline_record(cell: CellRecord) -> CellRecord:
 def content_digest(record: Record, *additions: str) -> str:
     """Compute a digest of a run's content.
 
-    If the digest changes, the published run needs an update. Numbers are rounded to `DIGITS`
-    digits, because the last digits depend on the processor.
+    A published run with another digest needs an update. Numbers are rounded to `DIGITS` digits,
+    because the last digits depend on the processor.
 
     Args:
         record: The record.

@@ -86,10 +86,7 @@ def layer_note(cell: CellRecord, run: RunRecord) -> str:
 
 
 def _is_significant(cell: CellRecord, run: RunRecord) -> bool:
-    """Return whether an ablation's drop is significant.
-
-    The correction for multiple tests includes all ablations of the model on the benchmark.
-    """
+    """Return whether a drop is significant, corrected for the number of ablations in `cell`."""
     drops = [cell_run.drop for cell_run in cell.runs]
     if not cell.is_raced:
         drops = widen(drops, [cell_run.units for cell_run in cell.runs], len(drops))
@@ -197,9 +194,9 @@ class DescribedRun:
 
     @property
     def config(self) -> dict[str, Any]:
-        """Nested dictionary of all settings that identify the run; names contain no periods.
+        """Settings that identify the run, as a nested dictionary, for the run's config.
 
-        Settings have the same names as in the trials of a sweep.
+        The trials of a sweep use the same names of settings. No name contains a period.
         """
         cell, outcomes = self.cell, self.outcomes
         return {
@@ -243,9 +240,8 @@ class DescribedRun:
 def individual_runs(cell: CellRecord, selection: RunSelection) -> list[RunRecord]:
     """List the ablations that get a separate run in the tracking backend.
 
-    The selection `all` contains every ablation, and `cells` contains no ablation. The default
-    `auto` leaves out each kind (e.g. attention heads) with more than `MAX_OWN_RUNS` ablations.
-    Other ablations appear only in the summary run.
+    `selection` is `all` (every ablation), `cells` (none) or `auto`. With `auto`, a kind of ablation
+    with more than `MAX_OWN_RUNS` ablations (e.g. attention heads) gets no separate runs.
     """
     # Whole layers are counted separately from spans.
     count = Counter(map(_run_family, cell.runs))
@@ -254,10 +250,7 @@ def individual_runs(cell: CellRecord, selection: RunSelection) -> list[RunRecord
 
 
 def _run_family(run: RunRecord) -> tuple[bool, Change]:
-    """Return the kind of an ablation, such as the removal of a head.
-
-    `individual_runs` counts the ablations of each kind.
-    """
+    """Return the kind of an ablation, such as the removal of a head."""
     return run.change.kind == WHOLE_LAYER, run.change.kind.family
 
 
@@ -271,24 +264,23 @@ def describe_runs(
 ) -> list[DescribedRun]:
     """Describe all runs to publish for a model and benchmark, in the order of writing.
 
-    Backends list the newest run first. Therefore, the ablations are written first, in reverse
-    order, and the summary run is written last.
+    The summary run is last, because backends list the newest run first.
     """
     runs = [describe_run(cell, run) for run in reversed(individual_runs(cell, selection))]
     return [*runs, describe_intact(cell), describe_cell(cell, files, charts, tables, answer)]
 
 
 def move_runs(by_key: dict[str, Run], cell: CellRecord, runs: Iterable[DescribedRun]) -> list[Run]:
-    """Give new keys to published runs that a larger measurement has replaced.
+    """Rename published runs to the keys of a larger measurement that replaces their measurement.
 
     Args:
-        by_key: Key of each published run → the run. The function changes this dictionary.
+        by_key: Key of each published run → the run; changed in place.
         cell: Record of the larger measurement, with the views (selections of runs and documents)
             that it replaces.
         runs: Descriptions of the runs of the larger measurement.
 
     Returns:
-        The published runs to delete. Another run already has their new key, or the larger
+        The published runs to delete, because their new key is already in use, or because the larger
         measurement lacks their ablation.
     """
     keys, obsolete_runs = {run.key for run in runs}, []
@@ -336,7 +328,7 @@ def describe_cell(
 ) -> DescribedRun:
     """Describe the summary run to publish for a model and benchmark (a cell).
 
-    The run has curves that show metrics of the ablations by layer.
+    The description includes curves of the ablations' metrics by layer.
     """
     figures = cell_figures(cell)
     reasons = {**non_finite_reasons(figures), **cell.all_reasons}
@@ -366,12 +358,12 @@ def describe_cell(
 
 
 def _accepted_names(values: Mapping[str, Value]) -> dict[str, Value]:
-    """Convert the names of values to names that every backend accepts."""
+    """Replace characters in the names of values that a backend does not accept."""
     return {tracked_name(name): value for name, value in values.items()}
 
 
 def _measurement_conditions(cell: CellRecord) -> dict[str, Any]:
-    """Return the conditions of a measurement, such as model, benchmark and metric name."""
+    """Return what was measured: model, benchmark, metric and number of documents."""
     return {
         "cell": cell.key,
         "metric": cell.metric,
@@ -403,7 +395,7 @@ def artifact_name(cell: CellRecord) -> str:
 def cut_text(text: str, limit: int) -> str:
     """Cut a text to at most `limit` bytes.
 
-    A text that is cut ends with a hash of the whole text.
+    A cut text ends with a hash of the whole text.
     """
     encoded = text.encode()
     if len(encoded) <= limit:

@@ -185,7 +185,7 @@ def _proxy_table(audit: ModelAudit) -> Table:
 def _inner_reason(cells: Sequence[AuditedCell]) -> str:
     if all(len(cell.inner) < MIN_LAYERS_RANKED for cell in cells):
         return "fewer than three inner layers"
-    return "the inner layers are tied, because all have the same drop or the same proxy score"
+    return "all inner layers have the same drop or the same proxy score"
 
 
 @dataclass(frozen=True)
@@ -246,7 +246,7 @@ def _variance_table(audit: ModelAudit) -> Table:
     tests = [spread.test for spread in spreads.values()]
     p_values = holm([None if test is None else test.p_value for test in tests])
     adjusted = dict(zip(spreads, p_values, strict=True))
-    reference = "the proxies are compared with the accuracy drop in this row"
+    reference = "this row is the accuracy drop, with which all proxies are compared"
 
     def larger(name: str) -> str | None:
         test = spreads[name].test

@@ -63,8 +63,8 @@ class ProxyAgreement:
     """Correlations of one proxy with the accuracy drop over the layers, on one benchmark.
 
     Attributes:
-        spearman: Spearman correlation with interval and p-value. If this correlation is undefined,
-            the other coefficients are None, and `resampled` contains NaN.
+        spearman: Spearman correlation with interval and p-value. If the Spearman correlation is
+            undefined, `inner`, `kendall` and `pearson` are None, and `resampled` contains NaN.
         inner: Spearman correlation over the inner layers, without the first and last layers of the
             model.
         kendall: Kendall's tau-b.
@@ -83,7 +83,7 @@ class AuditedCell:
     """Accuracy drops and proxies of removed layers, for one model and benchmark."""
 
     def __init__(self, context: StudyContext, subject: Subject, label: str) -> None:
-        """Compute missing proxies, and match drops and proxies by document."""
+        """Compute the missing proxies, and join drops and proxies of the same documents."""
         self.record = subject.record
         self.label = label
         cell = subject.outcomes()
@@ -115,7 +115,7 @@ class AuditedCell:
         return np.array([run.accuracy_relevance for run in self.record.whole_layers], float)
 
     def resample(self, name: str) -> Array:
-        """Return a measure's means in bootstrap resamples `[resamples, layers]`."""
+        """Return each layer's mean of a measure, by bootstrap resample: `[resamples, layers]`."""
         measure = self.measures[name]
         return resampled_means(measure.values, RESAMPLES, SEED, self.strata, measure.weights)
 
@@ -144,7 +144,7 @@ class AuditedCell:
 def _proxy_figures(
     cell: AlignedOutcomes, observations: Observations
 ) -> Iterator[tuple[str, Array, Array]]:
-    """Yield (name, values [documents, layers], document weights) for each proxy."""
+    """Yield each proxy's name, its values [documents, layers], and the weights of the documents."""
     for proxy in OBSERVED:
         means = token_means(cell.proxy_sums(proxy), cell.tokens)
         yield proxy.name, proxy.from_observed(means), cell.tokens
@@ -202,11 +202,10 @@ class ProxySummary:
 
     @cached_property
     def overlaps(self) -> tuple[float, float, float]:
-        """Mean overlaps of two rankings of the layers: by the proxy and by the drop.
+        """Overlap of the ranking of layers by proxy with the ranking of layers by drop.
 
-        The first value is the share of the top layers that are the same in both rankings. The
-        second value is this share for the bottom layers. The third value is the expected share for
-        random rankings.
+        The tuple contains three shares: of the top layers that both rankings have in common, of the
+        bottom layers that both have in common, and the share expected by chance.
         """
         rows = []
         for cell in self.cells:
@@ -226,7 +225,7 @@ class RelevanceVariance:
         raw: Variance over benchmarks of a layer's z-score, averaged over layers.
         test: Result of testing whether the accuracy drop varies more over benchmarks than this
             measure.
-        noisy: Same as `raw`, but limited to the benchmarks that are reliable enough for `clean`.
+        noisy: Same as `raw`, but only over the benchmarks with reliable drops.
         clean: The variance `noisy` without the part that is due to sampling noise.
         excess: Variance `clean` of the accuracy drop minus the variance `clean` of this measure.
         reason: Reason why `clean` is None, e.g. too few reliable benchmarks.
@@ -266,9 +265,9 @@ class ModelAudit:
 
     @cached_property
     def comparable(self) -> list[AuditedCell]:
-        """Benchmarks over which means are computed; the same layers were removed on all of them.
+        """Benchmarks over which means are computed, all with the same set of removed layers.
 
-        If the sets of removed layers differ between benchmarks, the most frequent set is used.
+        The set is the most frequent one among all benchmarks of the model.
         """
         cells = distinct_cells(self.cells)
         sets = [tuple(cell.layers) for cell in cells]
@@ -277,7 +276,7 @@ class ModelAudit:
 
     @property
     def left_out(self) -> list[str]:
-        """For each benchmark that is left out of means, a text with the reason."""
+        """Reasons why benchmarks are left out of means; one text for each benchmark."""
         distinct, reasons = distinct_cells(self.cells), []
         reference = self.comparable[0]
         for cell in self.cells:
@@ -310,7 +309,7 @@ class ModelAudit:
         """
         a, b = summary.spearman.value, other.spearman.value
         if summary.cells != other.cells or a is None or b is None:
-            return Estimate(None, reason="the two proxies are defined on different benchmarks")
+            return Estimate(None, reason="one of the two proxies is undefined on some benchmarks")
         ends = bias_corrected_interval(a - b, summary.resampled - other.resampled)
         documents = sum(cell.record.n for cell in summary.cells)
         n_pairs = count_pairs(len(self.summaries))
@@ -321,7 +320,7 @@ class ModelAudit:
     def ranks(self) -> dict[str, tuple[int, int]]:
         """Name of each proxy → best and worst rank that the proxy can have among all proxies.
 
-        Rank 1 is the highest correlation with the accuracy drop.
+        The proxy with the highest correlation with the accuracy drop has rank 1.
         """
         summaries = list(self.summaries.values())
         lows = [[self.compare_proxies(a, b).low or 0.0 for b in summaries] for a in summaries]
@@ -336,10 +335,10 @@ class ModelAudit:
 
     @cached_property
     def disagreements(self) -> dict[str, tuple[Disagreement, Disagreement]]:
-        """Name of each proxy → comparisons of the layers' ranks by proxy and by accuracy drop.
+        """Name of each proxy → how many layers have another rank by proxy than by accuracy drop.
 
-        The first comparison counts all layers whose two ranks differ. The second counts only layers
-        whose ranks differ by more than `MAJOR_SHARE` of the number of layers.
+        The first comparison of a proxy counts every difference in rank. The second counts only
+        differences larger than `MAJOR_SHARE` of the number of layers.
         """
         disagreements = {}
         for name, summary in self.summaries.items():
@@ -350,9 +349,9 @@ class ModelAudit:
 
     @cached_property
     def above_chance(self) -> list[AuditedCell]:
-        """Benchmarks with unequal drops on which the model is better than chance.
+        """Benchmarks where the model is better than chance and the layers' drops are not all equal.
 
-        The list is empty if only one benchmark meets these conditions.
+        The list is empty if only one benchmark meets the two conditions.
         """
         finite = [cell for cell in self.comparable if np.isfinite(cell.relevance).all()]
         cells = [cell for cell in finite if np.ptp(cell.drop.means()) > 0]
@@ -362,7 +361,7 @@ class ModelAudit:
     def reliabilities(self) -> dict[str, float]:
         """Name of each benchmark → reliability of the measured drops.
 
-        The reliability is the share of the variance over layers that is not sampling noise.
+        Reliability: share of the variance of the layers' drops that is not sampling noise.
         """
         drops = {c.label: (c.drop.values, c.drop.weights, c.strata) for c in self.cells}
         return {name: profile_reliability(*estimate_profile(*d)) for name, d in drops.items()}
@@ -374,9 +373,9 @@ class ModelAudit:
 
     @cached_property
     def spreads(self) -> dict[str, RelevanceVariance]:
-        """Name of a measure → how much a layer's relevance varies between benchmarks.
+        """Name of a measure → how much the measured relevance of a layer varies between benchmarks.
 
-        The dict is empty if fewer than two benchmarks are suitable.
+        The dict is empty if `above_chance` is empty.
         """
         cells = self.above_chance
         if not cells:
@@ -385,7 +384,9 @@ class ModelAudit:
         relevance = np.array([cell.relevance for cell in cells])
         if (np.ptp(relevance, axis=1) > 0).all():
             mean = float(benchmark_variance(relevance).mean())
-            reason = "the accuracy relevance and the accuracy drop have the same sampling noise"
+            reason = (
+                "sampling noise is computed for the accuracy drop, but not for accuracy relevance"
+            )
             spreads["accuracy relevance"] = RelevanceVariance(mean, reason=reason)
         drop = benchmark_variance(mean_profiles(DROP, cells))
         spreads[DROP] = self._spread(DROP, drop, None)
@@ -405,7 +406,7 @@ class ModelAudit:
         estimates = [estimate_profile(*sample) for sample in samples]
         for cell, estimate in zip(cells, estimates, strict=True):
             if not profile_reliability(*estimate) >= MIN_RELIABILITY:
-                reason = f"on {cell.label}, more than half of the variance over layers is noise"
+                reason = f"on {cell.label}, over half of the variance of layers is sampling noise"
                 return RelevanceVariance(mean, test, reason=reason)
         profiles, noise = map(np.array, zip(*estimates, strict=True))
         drops = [_benchmark_sample(DROP, cell) for cell in cells]
@@ -420,9 +421,9 @@ class ModelAudit:
     ) -> tuple[list[float], dict[str, tuple[float | None, ...]], float | None]:
         """Correlation of each measure with the drops on other documents, by computing budget.
 
-        The first value lists the budgets, in forward passes for one benchmark. The second value
-        maps each measure to its mean Spearman correlation at each budget. The third value is the
-        mean correlation between the drops on two halves of the documents.
+        The tuple contains the budgets (in forward passes for one benchmark), the mean Spearman
+        correlations of each measure at the budgets, and the mean correlation between the drops on
+        two halves of the documents.
         """
         passes = proxy_cost(DROP, self.total, is_shared=True)
         most = max(len(cell.tasks) for cell in self.comparable) // 2 * passes
@@ -461,10 +462,10 @@ class ModelAudit:
 
 
 def distinct_cells(cells: Sequence[AuditedCell]) -> list[AuditedCell]:
-    """Leave out benchmarks, so that no task belongs to two of the returned benchmarks.
+    """Keep only one of several benchmarks that contain the same task.
 
-    Of benchmarks with a common task, the function keeps one. It prefers an accuracy to a loss, then
-    the largest number of removed layers, and then the most documents.
+    The kept benchmark has an accuracy rather than a loss, then the most removed layers, then the
+    most documents.
     """
     best = sorted(cells, key=lambda c: (-c.record.higher_is_better, -len(c.layers), -c.record.n))
     distinct: list[AuditedCell] = []
@@ -475,7 +476,7 @@ def distinct_cells(cells: Sequence[AuditedCell]) -> list[AuditedCell]:
 
 
 def mean_profiles(name: str, cells: Sequence[AuditedCell]) -> Array:
-    """Return a measure's means over documents `[benchmarks, layers]`."""
+    """Return each layer's mean of a measure, by benchmark: `[benchmarks, layers]`."""
     return np.array([cell.measures[name].means() for cell in cells])
 
 

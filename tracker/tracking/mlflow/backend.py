@@ -274,8 +274,8 @@ class MlflowBackend(Backend):
     def _one_writer(self, problem: str, advice: str = "") -> Iterator[None]:
         """Lock the project in a `with` block, so that only one process writes to it.
 
-        New files get the write permissions of the database's folder. Errors in the block are
-        converted to a TrackingError with the message `problem` and with `advice`.
+        Errors in the `with` block become a TrackingError that states `problem` and `advice`. New
+        files get the write permissions of the database's folder.
         """
         # The lock guards the first use of a SQLite file too, whose migrations break when two
         # processes run them at once.
@@ -287,12 +287,12 @@ class MlflowBackend(Backend):
     def _describe_error(self, error: Exception, problem: str, advice: str) -> TrackingError:
         if getattr(error, "error_code", None) in _LOGIN_ERRORS:
             advice = f"{_ADVICE}\n{advice}"
-        title, secrets = f"MLflow at {mask_secrets(self._uri)} {problem}", _secrets(self._uri)
+        title, secrets = f"MLflow at {mask_secrets(self._uri)} {problem}", _passwords(self._uri)
         return build_error(title, _shorten_error(error), advice, secrets, _MAX_CAUSE_CHARACTERS)
 
 
 def _shorten_error(error: Exception) -> Exception:
-    """Replace a long connection error by a short one; return other errors unchanged."""
+    """Replace a long connection error by its cause; return other errors unchanged."""
     if "ConnectionPool(" not in str(error):
         return error
     cause: BaseException = error
@@ -347,11 +347,10 @@ def _open_cell_run(
     return str(existing[key].info.run_id)
 
 
-def _secrets(uri: str) -> list[str | None]:
-    """Return the passwords that must be masked in messages.
+def _passwords(uri: str) -> list[str | None]:
+    """Return passwords to mask in messages, from environment variables and from the URI.
 
-    They come from environment variables and from the URI. An entry is None if the variable is not
-    set or the URI contains no password.
+    An entry is None if a variable is not set or the URI contains no password.
     """
     passwords = [os.environ.get(name) for name in _SECRET_SETTINGS]
     with suppress(ValueError):

@@ -72,8 +72,8 @@ def mlflow_run(run: DescribedRun, parent_id: str | None = None, links: str = "")
 def child_links(cell: CellRecord, experiment: str, ids: Mapping[str, str]) -> str:
     """Return Markdown links to the nested runs.
 
-    `ids` maps the key of each nested run to its MLflow id. The text ends early if the links exceed
-    the maximum length of a note.
+    `ids` maps the key of each nested run to its MLflow id. Links that do not fit into a note are
+    left out.
     """
     digits = max(2, len(str(cell.model.layers - 1)))
     labels = {run.ablation: run.change.label(digits) for run in cell.runs}
@@ -91,10 +91,10 @@ def child_links(cell: CellRecord, experiment: str, ids: Mapping[str, str]) -> st
 
 
 def source_tags(kind: str, cells: Iterable[CellRecord], user: str, note: str) -> dict[str, str]:
-    """Return the MLflow tags of a report or a pruned model.
+    """Return the MLflow tags of the run that holds a report or a pruned model.
 
-    The report or model is based on the results in `cells`. `kind` is the value of the tag
-    `tracker.kind`, and `note` is the note of the run.
+    `kind` is `report` or `pruned model`, `cells` are the results behind the report or model, and
+    `note` is the note of the run.
     """
     return {
         KIND_TAG: kind,
@@ -115,7 +115,7 @@ def _data_identity(cell: CellRecord) -> tuple[str, str]:
 def _task_digest(task: TaskIdentity) -> str:
     """Return the digest of a task's documents.
 
-    If only one half of the documents is used, the digest identifies this half.
+    If only one half of the documents is used, the digest covers only the used half.
     """
     if task.half is None:
         return task.fingerprint
@@ -150,7 +150,7 @@ def _run_params(cell: CellRecord) -> dict[str, object]:
 
 
 def _data_set(task: TaskIdentity, data: str) -> dict[str, str]:
-    """Describe a task as an MLflow data set."""
+    """Return the fields of MLflow's `Dataset` for a task's documents."""
     source = {"data": data, "task": task.name, "version": task.version, "split": task.split}
     return {
         "name": task.name,

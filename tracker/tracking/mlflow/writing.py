@@ -200,7 +200,7 @@ class CellWriter:
         return outcome
 
     def find_difference(self, run: MlflowRun) -> str:
-        """Describe how a stored run differs from its description `run`.
+        """Describe how the run stored in MLflow differs from `run`, the run to be stored.
 
         The text is empty if the stored run is complete and correct.
         """
@@ -222,7 +222,7 @@ class CellWriter:
         models = self.models.get(info.run_id, [])
         for model in models:
             if len(models) > 1 or not model.can_become(run) or model.differing_figures(run):
-                return "the logged model has different metric values"
+                return "the logged model's metrics differ from the metrics of its run"
         return ""
 
 
@@ -254,8 +254,8 @@ def _newest_metrics(shown_run: Run) -> Iterator[Any]:
 def _metrics(run: MlflowRun, points: Points, model: ShownModel | None, time: int) -> list[Metric]:
     """Build the MLflow metrics to log for a run.
 
-    `points` contains the values to log, and `time` is their timestamp. If `model` is given, the
-    metrics also belong to this logged model.
+    `points` contains the values to log, and `time` is their timestamp. The metrics are also logged
+    for `model`, unless `model` is None.
     """
     model_fields = (model.id, *run.data_identity) if model and run.data_identity else ()
     return [
@@ -322,7 +322,7 @@ def _read_points(client: MlflowClient, shown_run: Run, run: MlflowRun) -> tuple[
 
 
 def _changed_points(old_points: Points, points: Points) -> Points:
-    """Return the metric values that differ from the values stored in MLflow.
+    """Return the metric values to log: those that differ from the stored values `old_points`.
 
     MLflow cannot remove a metric, so a value that becomes undefined is logged as NaN.
     """

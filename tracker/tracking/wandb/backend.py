@@ -68,9 +68,9 @@ class _ExistingRun:
 class WandbBackend(Backend):
     """Backend that updates a W&B project with the results of a results folder.
 
-    In a sweep, each trial measures one ablation, and W&B already has a run for each trial.
-    Therefore, only the summary run and the run of the intact model are published. A report is
-    published as a W&B Report, a saved view, and a run with the HTML page, tables and charts.
+    In a sweep, W&B itself creates the runs of ablations, one for each trial. The backend then
+    publishes only the summary run and the run of the intact model. A report is published as a W&B
+    Report, a saved view, and a run with the HTML page, tables and charts.
 
     Args:
         project: Name of the project, as `PROJECT` or `ENTITY/PROJECT`.
@@ -218,8 +218,8 @@ class WandbBackend(Backend):
     def _delete_offline_files(self, old_run: _ExistingRun | None, new_folder: str) -> None:
         """Delete the local files of a replaced offline run, unless they were uploaded already.
 
-        The new run in `new_folder` contains all data of the old run. If the old files remained,
-        `wandb sync` could upload the old run last and overwrite the new run.
+        `new_folder` contains the run that replaces the old run. If both remained, `wandb sync`
+        could overwrite the new run with the old run.
         """
         if old_run is None or old_run.folder in ("", new_folder):
             return
@@ -346,10 +346,10 @@ def _import_views() -> ModuleType:
 def _find_runs(
     path: str, filters: dict[str, Any], must_exist: bool = False
 ) -> Iterator[tuple[Any, Mapping[str, Any]]]:
-    """Yield each run that tracker wrote and that matches the filters.
+    """Yield the runs written by tracker that match the filters, each with its `tracker` config.
 
-    The second value is the field `tracker` of the run's config. If the project does not exist,
-    nothing is yielded. If `must_exist` is true, ValueError is raised instead.
+    If the project does not exist, ValueError is raised if `must_exist` is true; otherwise nothing
+    is yielded.
     """
     try:
         runs = list(wandb.Api().runs(path, filters=filters, lazy=False, per_page=100))

@@ -111,10 +111,9 @@ class WandbSweep:
             return [SweepTrial(run.id, run.name, run.state, dict(run.config)) for run in runs]
 
     def fill(self, trial_id: str, cell: CellRecord, layer: RunRecord) -> None:
-        """Write an ablation's results to the run of an unfinished trial.
+        """Write the results of the ablation `layer` to the run of an unfinished trial.
 
-        `layer` is the record of the ablation. TrackingError is raised if W&B refuses the results or
-        cannot be reached.
+        TrackingError is raised if W&B refuses the results or cannot be reached.
         """
         run = describe_run(cell, layer)
         ids: dict[str, Any] = {"entity": self._entity, "project": self._project, "id": trial_id}
@@ -142,7 +141,7 @@ class WandbTrial:
         self._handle: Any = None
 
     def begin(self, cell: CellRecord, layer: Change) -> None:
-        """Open the run when the measurement of the trial starts."""
+        """Open the run of the trial, before the ablation `layer` is measured."""
         with self._session():
             log_in()
             labels = run_labels(cell, run_name(cell, layer), "layer")
@@ -167,16 +166,16 @@ class WandbTrial:
             handle.config.update({"tracker": {"note": mask_secrets(note)}})
 
     def close(self) -> None:
-        """Mark the run as killed if it is still open."""
+        """Mark the trial's run as killed if the run is still open."""
         handle, self._handle = self._handle, None
         if handle is not None:
             handle.finish(exit_code=EXIT_CODES["killed"])
 
     @contextmanager
     def _open_run(self, status: RunStatus, **names: Any) -> Iterator[Any]:
-        """Yield the run of the trial, and end it with `status` after the `with` block.
+        """Yield the run of the trial, and end the run with `status` after the `with` block.
 
-        If the run is not open yet, `wandb.init` opens it with the arguments `names`.
+        `names` are arguments of `wandb.init` for a run that is not open yet.
         """
         with self._session():
             handle, self._handle = self._handle, None

@@ -57,7 +57,7 @@ def save_report(entity: str, project: str, text: str, report_id: str | None) -> 
 
 
 def save_view(entity: str, project: str) -> None:
-    """Save a workspace that groups the project's runs by benchmark; replace the previous one."""
+    """Save a workspace that groups the project's runs by benchmark, or replace the saved one."""
     try:
         view_id = get_view_dict(entity, project, _VIEW_ID)["id"]
     except ValueError:  # there is none yet
