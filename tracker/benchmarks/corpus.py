@@ -223,8 +223,8 @@ class Corpus:
         """Compute the accuracy and the loss of predicting a document's tokens.
 
         `acc` is the pair [number of correctly predicted tokens, number of tokens]. `loss` is the
-        pair [sum of the losses in nats, number of tokens]. Both pairs are JSON text. The values are
-        None if a log-likelihood is not finite.
+        pair [sum of the losses in nats, number of tokens]. `acc` and `loss` are JSON text, or None
+        if a log-likelihood is not finite.
         """
         loss = -math.fsum(response.loglikelihood for response in responses)
         if not math.isfinite(loss):

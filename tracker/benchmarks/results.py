@@ -222,10 +222,7 @@ class _PreparedTask:
         return getattr(self._task, name)
 
     def build_all_requests(self, **settings: object) -> None:
-        """Give copies of the prepared requests to the task, instead of building new requests.
-
-        The documents of the requests are numbered from 0.
-        """
+        """Give copies of the prepared requests to the task, with documents numbered from 0."""
         self._task._instances = [
             replace(i, metadata=(i.task_name, position, i.repeats), resps=[], filtered_resps={})
             for position, instances in enumerate(self._requests)

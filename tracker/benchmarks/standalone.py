@@ -133,8 +133,8 @@ def _build_task_content(
 ) -> dict[str, Any]:
     """Build the content of a task file, and write the task's documents to `folder`.
 
-    Documents from the hub are not written. `has_part` is true if only the calibration documents or
-    only the test documents of the task are scored.
+    Documents from the hub are not written. `has_part` is true if only calibration documents or only
+    test documents are scored.
     """
     entry, overrides, task = factory.built[name]
     content = {"include": str(Path(entry.yaml_path).absolute()), **overrides, "task": name}

@@ -97,7 +97,8 @@ class PairInteractions:
         interactions: For each pair, the joint drop minus the sum of the two single drops.
         q: `[pairs]`, p-values adjusted by Benjamini and Hochberg. NaN for pairs with `floor`.
         floor: `[pairs]`, True if a single drop, or the sum of both single drops, exceeds the
-            largest possible loss. Means leave out pairs with `floor`.
+            largest possible loss. Means leave out pairs with `floor`, which tables call "at the
+            floor".
         indices: Indices of the pairs whose `floor` is false.
         mean: Mean interaction over the pairs in `indices`.
         by_distance: Distance of the two layers → mean interaction of the pairs with this distance.

@@ -27,7 +27,7 @@ class ColumnLabel:
     def columns(self, value: Callable[[Any], Any], measure: MetricFormat) -> Iterator[Column[Any]]:
         """Yield the table column of a dataclass field.
 
-        If the label is a dictionary, the method yields one column for each key.
+        A label that is a dictionary gives one column for each key.
         """
         unit = measure.form if self.unit == "change" else self.unit
         unit = measure.level_form if unit == "level" else unit

@@ -2,7 +2,7 @@
 
 The study rounds one linear map at a time to a low-bit format. The study compares the lost accuracy
 with errors of the weights, of the map's outputs, and of the model's predictions. Quantisation tools
-use such errors to choose the number of bits of each map.
+choose the number of bits of each map by rounding errors.
 """
 
 from __future__ import annotations

@@ -415,7 +415,7 @@ def _passes_chart(cell: MeasuredDocuments, replays: Sequence[QuestionReplay]) ->
     """Build the chart of the share of document orders with a decision.
 
     The horizontal axis is the amount of computation. The chart has a line for each `until`
-    condition, and shows in how many of the orders the condition is decided.
+    condition.
     """
     positions = range(0, 101, 2)
     lines = {}

@@ -582,10 +582,7 @@ def _growth_chart(title: str, layer: str, growths: Mapping[str, Growth]) -> Line
 
 
 def _build_charts(cell: SnowballFigures) -> Iterator[StudyChart]:
-    """Yield charts of growth factors and of relative differences.
-
-    Removed layers cause these differences in the residual stream.
-    """
+    """Yield charts of growth factors, and of the differences that removed layers cause."""
     tokens, paths, layers = cell.tokens, cell.tokens.paths, range(cell.layers)
     growths = {"removed": tokens.removed, "random directions": tokens.random}
     growths |= {"other tokens' updates": tokens.shuffled}

@@ -1,7 +1,7 @@
 """Study: build a model in which every answer depends on the layer with the lowest cosine score.
 
 `tracker.models.counterexample` builds the model for the benchmark documents of the experiment file.
-The model that the file names provides only the tokenizer. The built model is saved as a
+The model in the experiment file provides only the tokenizer. The built model is saved as a
 transformers checkpoint and measured like any other model.
 """
 

@@ -391,7 +391,7 @@ class Backend(ABC):
     def _download(self, cell: RemoteCell, folder: Path) -> None:
         """Download and verify the files of published results.
 
-        Each backend calls `check_sizes` before the download, and `check_files` after it.
+        Each backend calls `check_sizes` before the download, and `check_files` afterwards.
         """
         raise TrackingError("it cannot be read back")
 
@@ -406,7 +406,7 @@ class Backend(ABC):
     def _full_project(self) -> str:
         """Return the full name of the project, such as `ENTITY/PROJECT`.
 
-        The result is empty if the full name is unknown, or if users type the full name.
+        Empty if the full name is unknown, or if users always type the full name.
         """
         return ""
 
@@ -515,8 +515,7 @@ class Service(ABC):
         """Return the target for publishing to a stored address.
 
         The target depends on the environment variables of this process. TrackingError is raised if
-        the configured login belongs to another server, because a login must only be sent to its own
-        server.
+        the configured login belongs to another server than the address.
         """
         return address
 

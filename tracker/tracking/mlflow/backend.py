@@ -4,8 +4,8 @@ One summary run shows one model on one benchmark (a cell). Each summary run has 
 shows the intact model. Without `MLFLOW_TRACKING_URI`, all data is written to the results folder
 (`mlflow.db` and `mlartifacts/`), and no server is needed.
 
-The tag `tracker.run_key` identifies a run. The tag `tracker.digest` is written last. If the tag is
-missing or outdated, the run is incomplete, and the next call of `publish` completes it.
+The tag `tracker.run_key` identifies a run. The tag `tracker.digest` is written last. A run with a
+missing or outdated digest is incomplete, and the next call of `publish` completes the run.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ logged models by their metrics. MLflow cannot remove a metric of a logged model,
 zero. If a metric becomes undefined, the writer therefore creates a new logged model.
 
 MLflow params cannot be changed, so they only identify the run; values that can change are metrics
-or tags. MLflow shows the metric value with the latest timestamp. Each new value therefore gets a
-later timestamp than all existing values.
+or tags. MLflow shows the metric value with the latest timestamp. A new metric value therefore gets
+a later timestamp than all stored metric values.
 """
 
 from __future__ import annotations

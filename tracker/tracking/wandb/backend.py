@@ -2,9 +2,9 @@
 
 One summary run shows one model on one benchmark (a cell). A separate run shows the intact model.
 The module `isolated` runs this code in a separate process. The field `tracker.run_key` of a run's
-config identifies the run. The field `tracker.digest` is written last. If the field is missing or
-outdated, the run is incomplete, and the next call of `publish` completes it. The offline runs of a
-project are listed in a file in the results folder.
+config identifies the run. The field `tracker.digest` is written last. A run with a missing or
+outdated digest is incomplete, and the next call of `publish` completes the run. The offline runs of
+a project are listed in a file in the results folder.
 """
 
 from __future__ import annotations
