@@ -48,18 +48,18 @@ COLUMNS = ("family", "variant", "verdict", "shared", "difference", "idle", "why"
 PAGE_HEAD = """\
 # All model families
 
-This page shows the shared computation and the exactness for each model family of transformers.
-`make families` measures all variants and writes this page, the table of [Supported
-models](models.md), and [families.csv](families.csv) with each variant.
+This page shows how much computation is shared for each model family of transformers, and whether
+results are exact. `make families` measures all variants and writes this page and
+[families.csv](families.csv).
 
-The CSV file lists {held:,} of {every:,} variants, measured with {versions} of the code, torch and
+The CSV file lists {held:,} of {every:,} variants, measured with {versions} of tracker, torch and
 transformers (now {version}). Variants are tiny random models with different windows, chunks, layer
-kinds, rotary positions and other settings. For each variant, `tracker` scores documents of many
-lengths, in two different document orders. The reference is one plain forward pass per request
-through a checkpoint without the layer, written by `tracker export`. If no such checkpoint is
-possible ([families.csv](families.csv) lists these variants), the reference skips the layer in
-memory.
+kinds, rotary positions and other settings. Each tiny model scores documents of many lengths, in two
+document orders. The reference is one plain forward pass per request through a checkpoint without
+the layer, written by `tracker export`. Where `tracker export` cannot remove the layer
+([families.csv](families.csv)), the reference skips the layer in memory.
 
+Number of variants by result:
 **{counts}.** Another {others} variants
 have settings that the model class rejects. The results of exact variants differ from the reference
 by at most {largest:.1g} nats.
@@ -70,9 +70,9 @@ by at most {largest:.1g} nats.
 | `tokens` | prefixes common to a document's requests, and `depth` |
 | `depth` | layers below the removed one |
 
-The table lists only families in which variants share different computation or are refused. Variants
-are *discontinuous* if float32 rounding changes the choice of a router or a top-k, but float64
-results are exact.
+The table lists only families whose variants are not all exact, or do not all share the same
+computation. Variants are *discontinuous* if float32 rounding changes the choice of a router or a
+top-k, but float64 results are exact.
 
 """
 SHARING_WORDS = {
