@@ -145,10 +145,10 @@ class Results:
         `better without`, `below 5 pp`, or `open` (undecided).
 
         `correlations` has one row per model, benchmark, proxy, coefficient and subset of layers.
-        Proxies include the cosine score, and coefficients include Spearman's. One subset contains
-        all layers, and the other subset excludes the first two and the last two layers. `low` and
-        `high` are the ends of the interval of `value`. The interval accounts for the sampling of
-        documents, but not for the sampling of layers. For layers, `p_value` comes from a
+        A proxy is, for example, the cosine score; a coefficient is, for example, Spearman's. One
+        subset contains all layers, and the other subset excludes the first two and the last two.
+        `low` and `high` are the confidence bounds of `value`. The bounds account for the sampling
+        of documents, but not for the sampling of layers. For layers, `p_value` comes from a
         permutation test that preserves how smoothly the values vary over depth.
 
         `documents` has one row per model, benchmark, run and document, with the responses of the
@@ -158,8 +158,8 @@ class Results:
 
         `layer_leaderboard` and `model_leaderboard` contain means over the benchmarks. There is also
         a table `part_leaderboard` if heads, experts or ranges of layers are ranked. Rows are sorted
-        by the lower bound of the drop, in descending order. The intervals of the drops are
-        simultaneous over all layers. The interval of the rank is from `best_rank` to `worst_rank`.
+        by the lower bound of the accuracy drop, in descending order. The intervals of the drops are
+        simultaneous over all layers. `best_rank` and `worst_rank` are the bounds of the rank.
 
         Args:
             name: Name of a table listed above, or of a table of the study, such as
@@ -306,7 +306,7 @@ class Results:
         return "\n".join(answer for _, answer, _ in self._models()) or "Nothing is measured."
 
     def _models(self) -> Iterator[tuple[str, str, LayerBoard]]:
-        """Yield each model's name, the sentences about its layers, and its layer leaderboard."""
+        """Yield each model's name, a text that names the important layers, and the leaderboard."""
         from tracker.analysis.boards import layer_board, part_boards
         from tracker.analysis.comparable import named_models
         from tracker.report.wording import model_answer
@@ -333,7 +333,7 @@ class Results:
                 parts.append(table(frame.head(_MAX_ROWS)))
                 if len(frame) > _MAX_ROWS:
                     shown = f"The table shows {_MAX_ROWS} of {len(frame)} layers"
-                    parts.append(line(f"{shown}; the attribute `layers` contains all layers."))
+                    parts.append(line(f"{shown}; for all layers, use the attribute `layers`."))
         problems = {**self.outcome.failed, **self.outcome.damaged}
         return "".join([*parts, *(line(f"{name}: {reason}") for name, reason in problems.items())])
 

@@ -94,8 +94,8 @@ def run_cells(
         The records, errors and locations of the published runs.
 
     Raises:
-        RequestError: A requested model, layer, metric, etc. does not exist. Nothing was computed or
-            written.
+        RequestError: A requested model, layer, metric, etc. does not exist. The error is raised
+            before anything is computed or written.
     """
     ledger.refuse_unwritable()
     if not explicit and any(request.clusters for request in requests):
@@ -233,9 +233,9 @@ class _Finisher:
 
 
 def find_smaller_requests(requests: Collection[CellRequest]) -> set[CellRequest]:
-    """Find the requests that another request repeats with more documents.
+    """Find requests for fewer documents than another request for the same model and benchmark.
 
-    The two requests can have different layers. Reports show the results of both requests.
+    Reports show the results for both numbers of documents.
     """
     candidates = [request for request in requests if not request.until]
 
@@ -252,16 +252,15 @@ def find_smaller_requests(requests: Collection[CellRequest]) -> set[CellRequest]
 def _view_note(view: View, shown_view: View, related_views: Sequence[View]) -> str:
     """Return a note if reports show more documents or runs than requested; else "".
 
-    `view` is the requested selection, and `shown_view` is the selection that reports show.
-    `related_views` are similar selections that were requested earlier.
+    A view is a selection of runs and documents. `view` is requested, `shown_view` is shown in
+    reports, and `related_views` were requested earlier for the same model and benchmark.
     """
     if view.until is None and shown_view.size > view.size:
         key, count = ("limit", view.limit) if view.seed is None else ("sample", view.sample)
         size = shown_view.limit or shown_view.sample
         return (
-            f"reports show earlier results on {size or 'all'} documents instead of these results "
-            f"on {count} documents. To show both, set {key}: {{values: [{count}, "
-            f"{size or 'null'}]}}"
+            f"reports show earlier results on {size or 'all'} documents, not the results on "
+            f"{count} documents. To show both, set {key}: {{values: [{count}, {size or 'null'}]}}"
         )
     others = [other for other in related_views if other.until is None and not shown_view.until]
     texts = [other.request_text for other in others if other.beside != shown_view.beside]
@@ -273,8 +272,8 @@ def _view_note(view: View, shown_view: View, related_views: Sequence[View]) -> s
 def _build_jobs(cells: Sequence[prepare.CellLookup]) -> list[Job]:
     """Open the benchmarks of all requests, and group the requests into jobs.
 
-    Requests that differ only in their changed layers form one job. A request with a stopping rule
-    is a job of its own.
+    A job is a group of requests that are measured together. Requests form one job if only their
+    changed layers are different and no request has a stopping rule.
     """
 
     def group_key(pair: tuple[prepare.CellLookup, Benchmark]) -> object:

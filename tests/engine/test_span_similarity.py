@@ -44,7 +44,7 @@ def test_that_a_layer_adds_what_its_parts_say_is_seen(kind, refused: bool) -> No
         layer.__class__ = kind
     if refused:
         with pytest.raises(
-            ModelError, match="changes its input even if its first and its last module are removed"
+            ModelError, match="changes its input even if attention and MLP are removed"
         ):
             LayerAnatomy.of(model).find(Sublayers)
     else:

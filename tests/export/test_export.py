@@ -300,7 +300,7 @@ class TestFailedExport:
     def test_a_model_that_cannot_shrink(self, refused, tmp_path):
         make_registered("jamba").save_pretrained(tmp_path / "jamba")
         message = refused(RequestError, tmp_path / "jamba", [0])
-        assert "cannot express that layer 0 is removed" in message
+        assert "cannot describe that layer 0 is removed" in message
 
 
 class TestProof:

@@ -43,10 +43,10 @@ NOT_SAVED = {
     **dict.fromkeys(("glm_moe_dsa", "hy_v4"), "does not run without layers 0, 2: Shared DSA"),
     **dict.fromkeys(("hrm_text", "longcat_flash"), "cannot tell which modules"),
     **dict.fromkeys(("inkling2_loop_text", "inkling2_text", "zaya"), "model has no tensor"),
-    "jamba": "cannot express that layers 0, 2 are removed: the rebuilt model needs",
-    "modernbert-decoder": r"the rebuilt model has no tensor model\.layers\.0\.attn_norm",
+    "jamba": "cannot describe that layers 0, 2 are removed: a model with this configuration needs",
+    "modernbert-decoder": r"this configuration has no tensor model\.layers\.0\.attn_norm",
     "olmo_hybrid": "validate_architecture",
-    **dict.fromkeys(("recurrent_gemma", "rwkv"), "the rebuilt model needs"),
+    **dict.fromkeys(("recurrent_gemma", "rwkv"), "a model with this configuration needs"),
 }
 """Family whose configuration cannot describe a model without these layers → message."""
 
@@ -142,7 +142,12 @@ def test_repeated_layers_are_saved_as_a_deeper_model(family, repetition, tmp_pat
     ("family", "refused", "accepted", "message"),
     [
         # Accepted: the period stays, and no first layer is repeated.
-        ("jamba", "repeat:1", "repeat:0-1", "that layer 1 is passed twice: the rebuilt model"),
+        (
+            "jamba",
+            "repeat:1",
+            "repeat:0-1",
+            "that layer 1 is passed twice: a model with this configuration",
+        ),
         ("deepseek_v3", "repeat:0-1", "repeat:1-2", "that layers 0 to 1 are passed twice: "),
         ("llama", "repeat:3-4", "repeat:3", "layer 4 is out of range: .* has layers 0 to 3"),
     ],

@@ -127,6 +127,8 @@ def test_one_token_far_back_makes_another_text() -> None:
 
 def test_texts_that_no_width_tells_apart_are_refused(monkeypatch) -> None:
     monkeypatch.setattr("tracker.models.counterexample.MIN_GAP", 2.0)
-    message = "hidden states of 1040 dimensions cannot distinguish 2 of 2 beginnings of texts"
+    message = (
+        "hidden size 1040 is too small: the model cannot distinguish 2 of 2 beginnings of texts"
+    )
     with pytest.raises(CellError, match=message):
         build_model({(1, 2): Continuations({3: 1}), (2, 1): Continuations({3: 1})})

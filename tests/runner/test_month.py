@@ -147,7 +147,7 @@ def test_a_smaller_question_takes_nothing_away(month):
         "what the file asked"
     )
     assert (
-        f"{name}: reports show earlier results on 40 documents instead of these results on 10 "
+        f"{name}: reports show earlier results on 40 documents, not the results on 10 "
         "documents. To show both, set sample: {values: [10, 40]}"
     ) in lines
     (shown,) = month.records()

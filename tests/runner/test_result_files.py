@@ -333,7 +333,7 @@ def test_what_is_not_measured_yet_is_said_and_the_rest_is_written(study):
     assert code == 0
     assert (
         "tiny · words · 0-shot: 3 of 4 documents are measured for baseline, layer:1; the written "
-        "files contain only these documents" in output
+        "files contain only the measured documents" in output
     )
     assert "0 of 4 documents are measured for layer:2; they have no files" in output
     assert file_names(folder / "ours-part") == {"lab__tiny", "lab__tiny,removed_layers=1"}

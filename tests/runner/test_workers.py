@@ -45,7 +45,7 @@ def test_a_failure_stays_in_its_cell(tiny_llama, experiment, tmp_path):
     code, output = type_command("run", file, "--results", tmp_path / "results", "--track", "none")
     assert code == 1, output
     assert "continuation" in output
-    assert "to repeat only failed ones, type the same command again" in output
+    assert "type the same command again to repeat the failed ones" in output
     assert "arc_challenge · 0-shot" in output
 
 

@@ -75,7 +75,7 @@ def test_unsavable_sets_are_refused_early(ask, make_cache, jamba, settings):
         assert "not be savable as a checkpoint: the configuration of JambaForCausalLM" in note
         assert suggestion in note
     else:
-        with pytest.raises(ModelError, match="cannot express that layer") as refusal:
+        with pytest.raises(ModelError, match="cannot describe that layer") as refusal:
             refuse_unsavable([request], [budget], cache)
         assert suggestion in str(refusal.value)
 

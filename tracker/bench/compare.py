@@ -93,7 +93,7 @@ class BenchResult:
 def prepare_engine(
     request: CellRequest, options: Options, progress: Progress
 ) -> tuple[Engine, Sequence[Document], str]:
-    """Return an engine with the loaded model, the documents, and the benchmark's title.
+    """Load the model and the documents; return the engine, the documents and a title.
 
     Raises RequestError if the model, data or device does not exist.
     """
@@ -253,10 +253,7 @@ def huggingface_loop(engine: Engine, batch_size: int) -> Loop:
 
 @contextmanager
 def _timed_model(engine: Engine) -> Iterator[list[float]]:
-    """Measure the duration of each call of a layer or of the output head.
-
-    Yields a list. Each call inside the `with` block appends its duration in seconds to the list.
-    """
+    """Yield a list of the seconds of each call of a layer or output head inside the context."""
     spent: list[float] = []
 
     def call_timed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -132,9 +132,8 @@ FEATURES: Mapping[str, EngineFeature] = {
 def largest_difference(first: Any, second: Any) -> float:
     """Return the largest difference between corresponding numbers of two results.
 
-    If one of two numbers exceeds 1 in absolute value, their difference is divided by the larger
-    absolute value. The result is infinite if the shapes or keys differ, or if only one of two
-    numbers is NaN.
+    If an absolute value exceeds 1, the difference is relative to the larger number. The result is
+    infinite if shapes or keys are unequal, or if only one of two numbers is NaN.
     """
     if isinstance(first, Mapping):
         if first.keys() != second.keys():
@@ -217,10 +216,10 @@ def diagnose(device: str, progress: Progress) -> Diagnosis:
 
 
 def _list_checks(folder: str, torch_device: torch.device) -> Mapping[str, Callable[[], float]]:
-    """Build the checks of a device, keyed by name.
+    """Return the checks of a device: name → function.
 
-    Each check is a function that computes a result twice, usually on the device and on the CPU. It
-    returns the largest difference. `folder` contains the tiny model.
+    A check computes a result twice, usually on the device and on the CPU, and returns the largest
+    difference. `folder` contains the tiny model.
     """
     source = find_model(folder)
 

@@ -93,7 +93,7 @@ class Loop:
     def evaluate(self, ablation: Ablation, documents: Sequence[Document]) -> Evaluation:
         """Score documents, or generate their texts, under an ablation.
 
-        The seconds and results are stored and returned.
+        The method stores the seconds and the results in `evaluations`, and returns both.
         """
         model = self.model_without(ablation)
         self.evaluations[ablation.name] = time_call(lambda: _run_lm_eval(model, documents))
@@ -121,7 +121,7 @@ class Loop:
         """Compare the speed and the results of this loop with the engine's.
 
         `engine_answers` and `engine_seconds` are the results and the run time of the engine for all
-        `ablations`. The loop has evaluated only some ablations. Its total time is extrapolated.
+        `ablations`. The time of the loop is extrapolated from the ablations that `run` evaluated.
         """
         timings = {name: seconds for name, (seconds, _) in self.evaluations.items()}
         baseline, *changed = timings.values()

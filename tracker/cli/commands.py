@@ -232,7 +232,7 @@ def bench(
     """Compare the engine's speed with lm-eval's.
 
     The engine and lm-eval score the same documents, and their results are compared. The lm-eval
-    loop evaluates one pruned copy of the model after another. It uses the fastest of several batch
+    loop evaluates one pruned copy of the model after another, with the fastest of several batch
     sizes. The loop is timed for the baseline and four removals of each component. The time for all
     removals is extrapolated. The loop is not timed if layers are offloaded. One model and one
     benchmark are timed. Each ablation removes one layer, and every layer is removed once. With
@@ -279,7 +279,7 @@ def doctor(device: str, as_json: bool) -> None:
     """Check that this installation computes the right numbers on a device.
 
     The checks take about half a minute. The engine computes ablations of a tiny random model on the
-    device. Its results are compared with those of modified copies of the model on the CPU. All
+    device. The results are compared with those of modified copies of the model on the CPU. All
     checks run even if one fails. The exit code is 1 if any check fails.
 
     \b

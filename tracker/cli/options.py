@@ -325,8 +325,8 @@ def _check_key(setting: tuple[str, Any]) -> tuple[str, Any]:
 def _find_experiment(experiment: str | None, settings: dict[str, Any]) -> Path | None:
     """Return the experiment file, or None if a model is given instead of a file.
 
-    If `experiment` is a model, the model is added to `settings`. The function raises UsageError if
-    `experiment` is neither a file nor a model, or if a setting is missing.
+    If `experiment` is a model, the model is added to `settings`. UsageError is raised if the model
+    or the benchmark is missing.
     """
     path = None if experiment is None else _read_path(experiment)
     if path is not None and not names_model(path):
@@ -362,7 +362,7 @@ def _read_path(text: str) -> Path:
 
 
 def _explain_missing_benchmark(name: str, advice: str) -> str:
-    """Build the message for a name that is not an experiment file, if no benchmark is given."""
+    """Explain that `name` is not an experiment file, and that a model needs a benchmark."""
     path = Path(name)
     if path.is_dir() and not (path / "config.json").exists():
         raise click.UsageError(
@@ -421,10 +421,7 @@ def _click_arguments(hint: object, field: FieldInfo) -> dict[str, Any]:
 
 
 def _click_range(field: FieldInfo) -> dict[str, Any]:
-    """Return the click arguments for the bounds of a number field.
-
-    The dictionary is empty if the field has no bounds.
-    """
+    """Return the click arguments for the bounds of a number field, or {} without bounds."""
     limits = {
         name: getattr(bound, name)
         for bound in field.metadata
@@ -503,8 +500,7 @@ folder_argument = click.argument("folder", required=False, type=PathType())
 def choose_folder(folder: Path | None, results: Path) -> Path:
     """Return the results folder that the user named by an argument or by an option.
 
-    `folder` is the argument FOLDER, or None. `results` is the value of the option --results.
-    UsageError is raised if the user gave two different folders.
+    UsageError is raised if the argument `folder` and the option --results name different folders.
     """
     if folder is None:
         return results
@@ -537,7 +533,7 @@ def check_finite(ctx: click.Context, param: click.Parameter, value: float | None
 def publish_option(subject: str) -> Callable[[F], F]:
     """Build a decorator that adds the option --publish.
 
-    `subject` names the content that is published, for the help text.
+    `subject` is a noun for the help text, such as "the page".
     """
     return click.option(
         "--publish",

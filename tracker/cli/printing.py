@@ -64,8 +64,8 @@ def print_cell(
     """Print a table of the results of one model on one benchmark; each row is an ablation.
 
     If `only_change` is given, the table shows only this ablation. If `brief` is true, the table
-    shows only significant results. `average` states whether an average over benchmarks was printed
-    before this table.
+    shows only significant results. `average` is true if the terminal already shows an average over
+    benchmarks.
     """
     from tracker.analysis.claims import run_verdicts
     from tracker.report import wording
@@ -104,7 +104,7 @@ def print_cell(
 
 
 def _cell_notes(cell: CellRecord) -> tuple[str, ...]:
-    """Return notes on early stopping and rounding; a note that does not apply is ""."""
+    """Return notes on early stopping and rounding, and "" for notes that are not needed."""
     from tracker.report.wording import looks_note, rounding_note, second_rounding_note
 
     return looks_note(cell), rounding_note(cell), second_rounding_note(cell)
@@ -177,9 +177,9 @@ def print_results(cells: Sequence[CellRecord]) -> None:
 
 
 def _unlisted_note(cell: CellRecord, average: bool) -> str:
-    """Explain why some runs of a cell are not listed in the table.
+    """Explain why the table of a model and benchmark does not list some ablations.
 
-    `average` is true if an average over benchmarks was printed before the table.
+    `average` is true if the terminal already shows an average over benchmarks.
     """
     from tracker.report.wording import insignificant_sentence
 
@@ -297,7 +297,7 @@ def print_end(result: Results, is_new: bool = False) -> None:
     print_failures("failed", outcome.failed)
     if outcome.failed:
         echo(
-            "all measurements are kept; to repeat only failed ones, type the same command again",
+            "finished measurements are kept; type the same command again to repeat the failed ones",
             error=True,
         )
     print_failures("not published", outcome.unpublished)
@@ -322,10 +322,9 @@ _COMMAND_PATTERN = re.compile(r"((?:\w+=(?:'[^']*'|\S*) )*)(\S*)(.*)", re.DOTALL
 
 
 def runnable_command(location: str) -> str:
-    """Return a command in a form that the user can run.
+    """Add the path of the program to a command if the program is not in PATH.
 
-    If PATH does not contain the program of the command, the path of the program is added. If
-    `location` is an address instead of a command, it is returned unchanged.
+    `location` is a command or an address. An address is returned unchanged.
     """
     settings, program, arguments = _COMMAND_PATTERN.fullmatch(location).groups()  # type: ignore[union-attr]
     program_path = Path(sys.executable).parent / program
@@ -396,7 +395,7 @@ def print_plan(cells: Sequence[PlannedCell], gflops: float | None) -> None:
 
 
 class _ComputeRates:
-    """Compute rates in FLOP/s: the rate given by the user, or a measured rate for each dtype."""
+    """Compute rate of this machine: as given by the user, or measured for each dtype."""
 
     def __init__(self, gflops: float | None) -> None:
         self._gflops = gflops
@@ -450,7 +449,9 @@ def print_search_plan(
         if row.naive_flops is None:
             return Estimate(None, reason="lm-eval computes no proxies")
         if not row.flops:
-            return Estimate(None, reason="the rows above include all measurements of this row")
+            return Estimate(
+                None, reason="no measurements are needed beyond those in the rows above"
+            )
         return f"{row.naive_flops / row.flops:.1f} × less work than one lm-eval run per layer"
 
     def seconds(row: PlannedSearch) -> float:
@@ -493,9 +494,9 @@ def _describe_stopping(cell: PlannedCell) -> str:
 
 
 def _detectability(cell: PlannedCell) -> tuple[str, str]:
-    """Return two table entries: the smallest detectable drop, and a number of documents.
+    """Return the smallest accuracy drop that can be detected, and a number of documents, as text.
 
-    With this number of documents, a drop of `REPORTED_DROP` can be detected.
+    A drop of `REPORTED_DROP` can be detected with the returned number of documents.
     """
     from tracker.stats.accuracy import documents_needed
 

@@ -114,8 +114,8 @@ def quantise(experiment: Path | None, settings: dict[str, Any], **options: Any) 
     documents. Next, the command measures several choices of formats on the whole model. Each choice
     fits into the budget. The command recommends the choice with the best result on the calibration
     documents. All choices are tested on separate test documents. With --max-drop, the command tests
-    choices of several sizes. It recommends the smallest choice whose loss of accuracy is
-    significantly below this limit. The same command resumes a stopped run.
+    choices of several sizes. The command recommends the smallest choice whose loss of accuracy is
+    significantly below --max-drop. The same command resumes a stopped run.
 
     \b
     Examples:
@@ -237,8 +237,8 @@ def prune(
 ) -> None:
     """Choose layers or other parts to prune, and test the choice.
 
-    EXPERIMENT is a YAML file that lists the search strategies. It also sets the amount to remove
-    ('remove' or 'keep') or the largest loss of accuracy ('max_drop' or 'keep_accuracy'). Options
+    EXPERIMENT is a YAML file with the search strategies, and with the amount to remove ('remove' or
+    'keep') or the largest loss of accuracy ('max_drop' or 'keep_accuracy'). Options
     override the keys of the file, or define the search without a file. Each strategy chooses a set
     of layers or parts on calibration documents, and the best set is recommended. The result of each
     search step is tested on separate test documents. The chosen sets, their accuracy and the cost

@@ -94,7 +94,7 @@ def report(sources: tuple[str, ...], **settings: Any) -> None:
 def leaderboard(sources: tuple[str, ...], **settings: Any) -> None:
     """Rank the layers of each model, and the models.
 
-    Models are ranked by how much accuracy the removal of a layer costs.
+    A model has a better rank if the removal of one layer costs less accuracy.
 
     Each of the SOURCES is a results folder, mlflow:URI/EXPERIMENT or wandb:ENTITY/PROJECT (default:
     the folder of --results).
@@ -470,7 +470,7 @@ def _print_plan(margins: dict[str, float], agreement: float, comparisons: int) -
 
     `margins` contains the largest acceptable difference for each benchmark. `agreement` is the
     expected share of documents that both models answer equally well. `comparisons` is the number of
-    comparisons that are decided together.
+    comparisons that share the confidence level of 95 %.
     """
     from tracker.stats.accuracy import TEST_POWER, OutcomeVariance
 
@@ -480,6 +480,7 @@ def _print_plan(margins: dict[str, float], agreement: float, comparisons: int) -
     for benchmark, margin in margins.items():
         count = variance.count_equivalence_documents(margin, comparisons)
         echo(
-            f"{count:,} documents of {benchmark or 'each benchmark'} are needed to show that equal "
-            f"models are equivalent within {100 * margin:g} pp (power {TEST_POWER:.0%})"
+            f"{count:,} documents of {benchmark or 'each benchmark'} are needed to show with a "
+            f"probability of {TEST_POWER:.0%} that two equally accurate models differ by less than "
+            f"{100 * margin:g} pp"
         )

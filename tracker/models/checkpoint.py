@@ -3,8 +3,7 @@
 Plain transformers can load the checkpoint. A copy is saved only if transformers can rebuild the
 same model from its configuration.
 
-If a notebook passes a model object, the module saves it once, in a folder named by a hash of the
-model.
+A model object from a notebook is saved once, in a folder named by a hash of the model.
 """
 
 from __future__ import annotations
@@ -98,7 +97,8 @@ def savable_copies(model: PreTrainedModel, ablation: Ablation) -> tuple[Any, Any
         ablation: Removed or repeated layers, and removed parts such as heads.
 
     Returns:
-        The copy to save, and the copy that the engine measures. Both can be the same model.
+        The copy to save, and the copy that the engine measures. The second copy is different only
+        if parts are removed.
 
     Raises:
         ModelError: The configuration cannot describe the copy; the message gives the reason.
@@ -113,7 +113,7 @@ def savable_copies(model: PreTrainedModel, ablation: Ablation) -> tuple[Any, Any
 
 
 def _plurals(ablation: Ablation) -> str:
-    """Return the names of the removed kinds of parts, joined by `and`."""
+    """List the kinds of parts that `ablation` removes, for messages."""
     kinds = dict.fromkeys(PART_CLASSES[change.component] for change in ablation.parts)
     return join_words([kind.KIND for kind in kinds])
 
@@ -122,7 +122,7 @@ def _refuse_other_shapes(model: PreTrainedModel, clone: PreTrainedModel, subject
     """Raise ModelError if a copy's configuration describes other tensor shapes than the copy has.
 
     If the model's class is part of transformers, references to downloaded code are first deleted
-    from the copy's configuration. `subject` names the copy's changes in the message.
+    from the copy's configuration. `subject` states in the message what the copy changes.
     """
     model_class = type(model) if _has_remote_code(model) else None
     if model_class is None:
@@ -131,14 +131,11 @@ def _refuse_other_shapes(model: PreTrainedModel, clone: PreTrainedModel, subject
             vars(part).pop("auto_map", None)
     if problem := _config_mismatch(clone, model_class):
         owner = type(model).__name__
-        raise ModelError(f"the configuration of {owner} cannot express {subject}: {problem}")
+        raise ModelError(f"the configuration of {owner} cannot describe {subject}: {problem}")
 
 
 def config_changes(model: PreTrainedModel, clone: PreTrainedModel) -> tuple[str, ...]:
-    """List the configuration keys whose values differ in a copy of a model.
-
-    The number of layers is not compared.
-    """
+    """List the configuration keys that a copy changes, except for the number of layers."""
     old, new = (m.config.get_text_config().to_dict() for m in (model, clone))
     ignored_keys = ("num_hidden_layers", "auto_map", "_name_or_path")
     return tuple(sorted(n for n in new if n not in ignored_keys and new[n] != old.get(n)))
@@ -151,10 +148,9 @@ def _has_remote_code(model: PreTrainedModel) -> bool:
 
 
 def _config_mismatch(model: PreTrainedModel, model_class: type | None) -> str | None:
-    """Rebuild a model from its configuration, and compare the tensor shapes.
+    """Describe the first tensor whose shape changes if a model is rebuilt from its configuration.
 
-    Returns a description of the first tensor whose shape differs; None if all shapes are equal. If
-    `model_class` is None, transformers chooses the class.
+    Returns None if no shape changes. If `model_class` is None, transformers chooses the class.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -177,12 +173,12 @@ def check_layer_changes(
 ) -> None:
     """Raise ModelError if plain transformers could not load the model with the changed layers.
 
-    The function tests a small random model with the same architecture. This takes about one second.
+    The function tests a small random model with the same architecture, in about one second.
 
     Args:
         source: The model.
-        removed: The layers to remove. If None, the function tests removing the first and the middle
-            layer.
+        removed: The layers to remove. If None, two removals are tested: the first layer, and the
+            middle layer.
         repeated: Ranges of layers that the changed model runs several times, e.g. layers 3 to 6.
 
     Raises:
@@ -215,10 +211,10 @@ def _refuse_missing_layers(
 
 
 def check_part_removal(source: ModelSource, ablation: Ablation) -> None:
-    """Raise ModelError if plain transformers could not load the model after a removal.
+    """Raise ModelError if plain transformers could not load the model without some parts.
 
-    The ablation removes parts such as heads, and possibly also whole layers. The function tests a
-    small random model with the same architecture.
+    `ablation` removes parts such as heads, and possibly also layers. The function tests a small
+    random model with the same architecture.
     """
     if not ablation.parts:
         check_layer_changes(source, ablation.removed())
@@ -251,11 +247,11 @@ def find_removable_counts(
     Args:
         source: The model; no weights are read.
         unit: Kind of the parts, such as `neuron`.
-        block: Number of parts in a block: all parts of a layer, or the heads of one group. The same
-            number of parts is removed from each block.
+        block: Number of parts in a block: all parts of a layer, or the heads of one group. Every
+            block of a layer loses equally many parts.
 
     Returns:
-        The numbers of parts that can be removed from a block, in ascending order, and the number of
+        First, the numbers of parts that a block can lose, in ascending order. Second, the number of
         parameters of one part.
 
     Raises:
@@ -278,8 +274,8 @@ def find_removable_counts(
         try:
             plan.check_config(model)
             if not counts:
-                n_removed = _count_layers(model) - _count_layers(plan.build(model))
-                size = n_removed / (len(parts) * len(numbers))
+                old, new = map(_count_layer_parameters, (model, plan.build(model)))
+                size = (old - new) / (len(parts) * len(numbers))
             counts.append(count)
         except ModelError as error:
             problem = problem or str(error)
@@ -288,26 +284,25 @@ def find_removable_counts(
     return tuple(counts), size
 
 
-def _count_layers(model: PreTrainedModel) -> int:
+def _count_layer_parameters(model: PreTrainedModel) -> int:
     """Count the parameters of all layers."""
     return sum(parameter.numel() for parameter in find_layers(model).parameters())
 
 
 def _choose_test_parts(counts: PartNumbers) -> tuple[Component, int]:
-    """Choose the kind of parts to remove in a test, given the counts of a layer's parts.
+    """Choose one kind of parts from the counts of a layer's parts; return the kind and its count.
 
-    For attention heads, a test removes groups of heads, or single heads if the layer has only one
-    group. Returns the kind, and the number of such parts in the layer.
+    Groups of heads are preferred to single heads if the layer has more than one group.
     """
     *single, (unit, count) = counts.items()
     return single[0] if single and count == 1 else (unit, count)
 
 
 def _smallest_removal(model: PreTrainedModel, ablation: Ablation) -> Ablation:
-    """Find the smallest number of parts per layer that can be removed.
+    """Return an ablation that removes as few parts as possible from each layer.
 
-    Returns an ablation that removes these parts from each layer. The kinds of parts are those in
-    `ablation`. Raises ModelError if the model's class accepts no removal.
+    The kinds of parts are those in `ablation`. Raises ModelError if the model's class cannot be
+    built with fewer parts.
     """
     anatomy = LayerAnatomy.of(model)
     kinds = dict.fromkeys(PART_CLASSES[change.component] for change in ablation.parts)
@@ -328,7 +323,7 @@ def _smallest_removal(model: PreTrainedModel, ablation: Ablation) -> Ablation:
 def _hollow_and_miniature(source: ModelSource, stamp: str) -> tuple[Any, Any | None]:
     """Build a model without weights, and a small model with random weights.
 
-    Both models are cached until the function is called for another source or stamp.
+    The function caches the models of its last call. `stamp` changes if the model's files change.
     """
     model = build_hollow(source, "auto")
     return model, build_miniature(model)
@@ -370,7 +365,7 @@ def _check_reload(small_model: PreTrainedModel, ablation: Ablation) -> None:
         changes_text = f"with fewer {_plurals(ablation)}"
 
     # Errors of a miniature with fewer parts state numbers that the user's model does not have.
-    reason = "the model's class computes different outputs for the remaining parts"
+    reason = "the remaining parts compute other outputs after loading"
     reason *= bool(ablation.parts)
 
     def problem(text: str) -> AbstractContextManager[None]:
@@ -418,7 +413,7 @@ def _compute_logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
 
 
 def _describe_difference(saved_model: PreTrainedModel, loaded_model: PreTrainedModel) -> str:
-    """Describe the first module attribute that differs between a saved and a loaded model."""
+    """Describe the first module attribute whose value changes when a model is saved and loaded."""
     loaded_modules = dict(loaded_model.named_modules())
     for path, module in saved_model.named_modules():
         loaded_values = vars(loaded_modules[path]) if path in loaded_modules else {}
@@ -426,12 +421,12 @@ def _describe_difference(saved_model: PreTrainedModel, loaded_model: PreTrainedM
             computed = loaded_values.get(name)
             is_plain = isinstance(value, (bool, int, float, str))
             if is_plain and computed != value and name not in _IGNORED_ATTRIBUTES:
-                return f"{path}.{name} was {value}, but its class computes {computed} on loading"
-    return "the class of the model computes a value from the index of a layer"
+                return f"the attribute {path}.{name} changes on loading, from {value} to {computed}"
+    return "a value in the model depends on the index of a layer"
 
 
 def _describe_changes(removed: Collection[int], repeated: Sequence[Change]) -> str:
-    """Return a clause for error messages about removed and repeated layers."""
+    """Return a clause for messages, such as `layers 3, 17 are removed`."""
     removal_text = f"{_layers_text(removed)} {'is' if len(removed) == 1 else 'are'} removed"
     return " and ".join([removal_text] * bool(removed) + [span.clause for span in repeated])
 
@@ -493,7 +488,7 @@ def save_once(
     """Save a model object and its tokenizer, unless the same model is saved already.
 
     Args:
-        model: A `PreTrainedModel` of transformers. The function does not change it.
+        model: A `PreTrainedModel` of transformers, which is not changed.
         tokenizer: The model's tokenizer.
         folder: Folder that holds one subfolder for each saved model.
         trust_remote_code: Whether Python code that is saved with the model may run.
@@ -539,8 +534,8 @@ def _check_saved_logits(
 ) -> None:
     """Raise ModelError if a model and its saved copy compute different logits.
 
-    The function first compares the logits with those stored in the copy's folder. If the folder
-    contains no logits, or if they differ, the function loads and runs the copy.
+    The folder of the copy can contain the logits of the copy. The copy is loaded and run only if
+    the stored logits are missing or different.
     """
     # On a CPU, bitsandbytes 0.50 changes the weights of a model that has read a text and is saved.
     if getattr(model, "is_loaded_in_4bit", False) and model.device.type == "cpu":
@@ -588,7 +583,7 @@ def _last_logits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
 def _logit_difference(logits: Logits, copy_logits: Logits, model: PreTrainedModel) -> str:
     """Describe the largest difference between a model's logits and those of its saved copy.
 
-    Returns an empty string if rounding errors explain the difference.
+    Returns an empty string if the difference is within rounding errors.
     """
     is_quantised = getattr(model, "hf_quantizer", None) is not None
     is_exact = model.dtype in (torch.float32, torch.float64) and not is_quantised

@@ -1,13 +1,12 @@
 """Build a transformer whose layer with the lowest cosine score determines every prediction.
 
-The transformer is a Llama with five layers. It can be built for any texts with intended
-continuations, and for any ε. Layer 2 has the cosine score ε, the lowest of all layers. The model
+The transformer is a Llama with five layers. The texts, their intended continuations and the cosine
+score ε of layer 2 can be chosen. Layer 2 has the lowest cosine score of all layers. The model
 continues each text as intended, but predicts the opposite if layer 2 is removed. The code computes
 all weights; the model is not trained.
 
 Every hidden state contains two large fixed values: a constant (1), and a junk value (8) that no
-prediction uses. All other values in a hidden state are about a thousand times smaller. Therefore
-all hidden states have nearly the same Euclidean norm.
+prediction uses. All other values in a hidden state are about a thousand times smaller.
 
 | layer | function | cosine score |
 |---|---|---|
@@ -18,8 +17,8 @@ all hidden states have nearly the same Euclidean norm.
 | 4 speaks | multiplies the signed part of the continuation by +1 where layer 3 wrote, and by -1 elsewhere, and passes the result to the output head | ≈ 1 |
 
 Layers 0, 1, 3 and 4 move the junk value to another dimension, which gives these layers a high
-cosine score. Layer 2 makes only a tiny change. Layers 3 and 4 amplify this change until it inverts
-the prediction.
+cosine score. Layer 2 changes the hidden state very little. Layers 3 and 4 amplify the change that
+layer 2 makes, until the change inverts the prediction.
 """  # noqa: E501
 
 from __future__ import annotations
@@ -42,11 +41,11 @@ if TYPE_CHECKING:
 LAYER_COUNT = 5
 READ, RECALL, WHISPER, AMPLIFY, SPEAK = range(LAYER_COUNT)
 LAYER_ROLES = (
-    "computes a vector that identifies the text up to each token",
-    "looks up the code of the next token; layer 4 sets the sign of the code",
-    "adds the same tiny number to the hidden state of every token",
-    "amplifies the tiny number that layer 2 adds",
-    "predicts the next token, or its opposite if layer 2 is missing",
+    "computes, at each token, a vector that identifies the text so far",
+    "looks up a vector for the next token; layer 4 sets the sign of this vector",
+    "adds a tiny number, needed by layers 3 and 4, to every hidden state",
+    "detects and amplifies the tiny number that layer 2 adds",
+    "predicts the next token; without layer 2, predicts the opposite",
 )
 MIN_EPSILON, MAX_EPSILON = 1e-9, 0.3
 """Bounds of ε. Below, 1 - ε in float64 is not exact to 1e-6; above, ε is not the lowest score."""
@@ -105,7 +104,7 @@ class Continuations:
 def build_empty_llama(
     vocabulary: int, length: int, code_size: int = CODE_SIZES[0], width: int = 16, n_units: int = 1
 ) -> Any:
-    """Build a Llama of the counterexample's shape on the meta device, without weights.
+    """Build a Llama with five layers on the meta device, without weights.
 
     Args:
         vocabulary: Number of tokens in the vocabulary.
@@ -138,7 +137,7 @@ def build_empty_llama(
 class Counterexample:
     """Transformer in which the layer with the lowest cosine score determines the predictions.
 
-    Layer 2 has the lowest cosine score. The method `set_epsilon` sets this score.
+    Layer 2 has the lowest cosine score. Call `set_epsilon` to set the cosine score of layer 2.
 
     Args:
         texts: All texts that the model will have to continue.
@@ -178,7 +177,7 @@ class Counterexample:
             if not n_ambiguous:
                 return
         raise CellError(
-            f"a model with hidden states of {self.width} dimensions cannot distinguish "
+            f"the hidden size {self.width} is too small: the model cannot distinguish "
             f"{n_ambiguous} of {self.n_prefixes} beginnings of texts"
         )
 
@@ -190,7 +189,7 @@ class Counterexample:
             epsilon: The cosine score of layer 2, between `MIN_EPSILON` and `MAX_EPSILON`.
 
         Returns:
-            The attribute `model`. The next call changes the weights of the same object.
+            The attribute `model`. Later calls of `set_epsilon` change the returned model.
         """
         for layer in range(WHISPER, LAYER_COUNT):
             for weight in self._mlp(layer).parameters():
@@ -218,7 +217,7 @@ class Counterexample:
     def _build_model(self, vocabulary: int, length: int) -> None:
         """Build a Llama with a random embedding (code) for each token.
 
-        The layers do not change hidden states until other methods write their weights.
+        All weights of the layers are 0, except those of norms.
         """
         n_units = max(2 * self.n_prefixes, 3 * self._code_size)
         model = build_empty_llama(vocabulary, length, self._code_size, self.width, n_units + 1)
@@ -239,8 +238,8 @@ class Counterexample:
     def _write_reading_layer(self) -> None:
         """Write the weights of layer 0, which computes a signature of the text up to each token.
 
-        The attention weights depend only on the distances between tokens. The MLP adds the squared
-        length of the signature to the hidden state, since silu(x)·x + silu(-x)·(-x) = x².
+        The attention computes the signature, a weighted sum of the tokens' random vectors (codes).
+        The MLP computes the squared length of the signature: silu(x)·x + silu(-x)·(-x) = x².
         """
         attention = self.model.model.layers[READ].self_attn
         generator = torch.Generator().manual_seed(1)
@@ -263,10 +262,10 @@ class Counterexample:
     def _write_recall_layer(
         self, texts: Sequence[Text], targets: Mapping[PrefixDigest, Continuations]
     ) -> int:
-        """Write the weights of layer 1's MLP, which recalls how each text continues.
+        """Write the weights of layer 1's MLP, which stores the continuation of each text.
 
-        Returns the number of text prefixes that the MLP cannot distinguish. The weights are written
-        only if this number is 0.
+        Returns the number of text prefixes that the MLP cannot distinguish. The weights
+        are written only if the MLP can distinguish all prefixes.
         """
         rows, signatures = self._read_signatures(texts)
         own_rows = torch.tensor([rows[digest] for digest in targets])
@@ -298,8 +297,8 @@ class Counterexample:
     def _read_signatures(self, texts: Sequence[Text]) -> tuple[dict[PrefixDigest, int], Tensor]:
         """Run layer 0 to compute a signature of each text prefix that ends at a scored token.
 
-        Returns a dictionary and a matrix. The dictionary maps the digest of a prefix to a row of
-        the matrix. The row contains the signature, then the signature's squared length.
+        Returns the row number of each prefix by digest, and a matrix. A row of the matrix contains
+        the signature of a prefix, then the signature's squared length.
         """
         layer = self.model.model.layers[RECALL]
         rows: dict[PrefixDigest, int] = {}
@@ -318,10 +317,7 @@ class Counterexample:
         return rows, torch.cat(signatures)
 
     def _write_amplifier(self) -> None:
-        """Write the weights of layer 3, which marks the tokens that layer 2 has changed.
-
-        One unit of its MLP is active only at these tokens.
-        """
+        """Write the weights of layer 3, which marks the tokens that layer 2 has changed."""
         state, mlp = self._normed_state(AMPLIFY), self._mlp(AMPLIFY)
         constant, whisper = state[self._constant_dim], state[self._whisper_dim]
         mlp.gate_proj.weight[0, self._whisper_dim] = 2 * OPEN_GATE / whisper
@@ -333,9 +329,8 @@ class Counterexample:
     def _write_speaking_layer(self) -> None:
         """Write the weights of layer 4, which computes the prediction.
 
-        Layer 1 has stored two parts of the continuation: a fixed part and a signed part. Layer 4
-        copies both parts to the output. At tokens where layer 3 has not written 1, layer 4 inverts
-        the signed part.
+        Layer 1 computes two vectors for the next token: a fixed vector and a signed vector. Layer 4
+        copies both vectors to the output. If layer 2 is missing, layer 4 inverts the signed vector.
         """
         state, mlp = self._normed_state(SPEAK), self._mlp(SPEAK)
         by_sign = 2 * OPEN_GATE / state[self._sign_dim]
@@ -361,20 +356,14 @@ class Counterexample:
         self.model.model.norm.weight[self._code_dims] = volume
 
     def _move_junk_value(self, layer: int) -> None:
-        """Write the MLP weights that move the junk value to another dimension of hidden states.
-
-        The junk value is a large fixed number that no prediction uses.
-        """
+        """Make a layer's MLP move the junk value to another dimension of the hidden state."""
         old_dim, new_dim = self._junk_dims if layer in (READ, AMPLIFY) else self._junk_dims[::-1]
         self._add_constant(layer, -1, old_dim, -JUNK_SCALE)
         down = self._mlp(layer).down_proj.weight
         down[new_dim, -1] = -down[old_dim, -1]
 
     def _add_constant(self, layer: int, unit: int, dim: int, value: Tensor | float) -> None:
-        """Write the weights of an MLP unit that adds a constant to every hidden state.
-
-        The unit adds `value` to the dimension `dim`.
-        """
+        """Make unit `unit` of an MLP add `value` to dimension `dim` of every hidden state."""
         mlp, constant = self._mlp(layer), self._normed_state(layer)[self._constant_dim]
         mlp.gate_proj.weight[unit, self._constant_dim] = OPEN_GATE / constant
         mlp.up_proj.weight[unit, self._constant_dim] = 1 / constant
@@ -405,16 +394,16 @@ class Counterexample:
 def _signature_gaps(signatures: Tensor, own_rows: Tensor) -> tuple[Tensor, Tensor]:
     """Compute how well each detector distinguishes its own signature from all others.
 
-    The detector of a signature u responds to a signature v with the value 2 u·v - ‖v‖². The value
-    is largest for v = u.
+    A detector computes a number, its response, for a signature. The detector of the signature u
+    responds to a signature v with 2 u·v - ‖v‖². The response is largest for v = u.
 
     Args:
         signatures: One row per text prefix: the signature, then the signature's squared length.
         own_rows: For each detector, the row of its own signature.
 
     Returns:
-        Two tensors with one entry per detector: the response to its own signature, and the gap to
-        the largest response to another signature. A gap within rounding errors is replaced by -1.
+        Two tensors with one entry per detector: the response to its own signature, and the gap
+        between this response and the largest other response (-1 if within rounding errors).
     """
     detected = signatures[own_rows]
     detectors = torch.cat([2 * detected[:, :-1], -torch.ones_like(detected[:, -1:])], 1)
@@ -432,8 +421,8 @@ def _signature_gaps(signatures: Tensor, own_rows: Tensor) -> tuple[Tensor, Tenso
 def _solve_code(targets: Mapping[int, int], zeros: Iterable[int], codes: Tensor) -> Tensor:
     """Compute the shortest vector that has given inner products with the codes of some tokens.
 
-    `targets` maps a token to the inner product with its code. For each token in `zeros`, the inner
-    product is 0. `codes` contains one code per row.
+    A code is a random vector that represents a token; `codes` contains one code per row. `targets`
+    maps a token to the inner product with its code. Tokens in `zeros` have the inner product 0.
     """
     all_targets = {**dict.fromkeys(zeros, 0), **targets}
     products = torch.tensor([*all_targets.values()], dtype=codes.dtype)

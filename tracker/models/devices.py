@@ -6,8 +6,8 @@ torch has one module for each type of device (`torch.cuda`, `torch.xpu`, `torch.
 same functions. Apple's MPS is different: it has no streams, and its memory functions have other
 names.
 
-The functions `take_entries` and `put_entries` use only slices as indices. If an index were a list,
-torch would first copy the list to the accelerator.
+The functions `take_entries` and `put_entries` index tensors with slices. torch would first copy a
+list of indices to the accelerator.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def visible_accelerators() -> list[str]:
 def describe_device(device: torch.device) -> dict[str, str]:
     """Return a dictionary with the torch name and the hardware name of a device.
 
-    The keys are `device` and `accelerator`. For the CPU, the only key is `device`.
+    The keys are `device` and `accelerator`; a CPU has only the key `device`.
     """
     if device.type == "cpu":
         return {"device": str(device)}
@@ -120,7 +120,7 @@ def runtime_versions() -> dict[str, str]:
 def share_memory(n_processes: int) -> None:
     """Set the number of processes that share the host's memory.
 
-    On a CPU, `free_memory` divides the free memory by this number.
+    For a CPU, `free_memory` divides the free memory by `n_processes`.
     """
     global _host_shares
     _host_shares = n_processes
@@ -191,10 +191,8 @@ def stream_module(device: torch.device) -> Any:
 def allocate_pinned(size: int) -> list[Tensor]:
     """Allocate pinned memory for asynchronous copies.
 
-    The returned uint8 tensors have at least `size` bytes in total.
-
-    The number of bytes of each tensor is a power of two, because torch rounds allocations of pinned
-    memory up to powers of two.
+    Returns uint8 tensors with at least `size` bytes in total. The size of each tensor is a power of
+    two, because torch rounds up pinned memory to powers of two.
     """
     blocks = -(-size // PINNED_BLOCK)
     powers = [1 << bit for bit in reversed(range(blocks.bit_length())) if blocks >> bit & 1]

@@ -52,9 +52,9 @@ class Reader(gguf.GGUFReader):  # type: ignore[misc]
         return library_parts
 
     def _read_strings(self, start: int, n_strings: int) -> tuple[list[Any], int]:
-        """Read an array of strings from the file.
+        """Read an array of strings from the file, as [length, string, length, string, …].
 
-        Returns the list [length, string, length, …] and the offset of the array's end.
+        The method also returns the offset at which the array ends.
         """
         data, strings, offset = self.data, [], start
         byte_order = self.endianess.name.lower()

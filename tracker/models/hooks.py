@@ -113,10 +113,7 @@ def silenced_sublayers(modules: Sequence[nn.Module]) -> AbstractContextManager[N
 
 
 def silence_output(module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
-    """Replace a sublayer's output so that it adds nothing to the residual stream.
-
-    The function is a forward hook of the sublayer.
-    """
+    """Make a sublayer add nothing to the residual stream; a forward hook of the sublayer."""
     added = first_output(output)
     return replace_first_output(output, neutral_output(module, args, kwargs, added, len(added)))
 
@@ -134,8 +131,8 @@ def neutral_output(
         n_rows: Number of rows of the whole batch.
 
     Returns:
-        Zeros with the dtype and width of `example`. If the sublayer itself adds its output to the
-        residual stream (as in Bloom), the residual stream.
+        Zeros with the dtype and width of `example`, or the residual stream if the sublayer itself
+        adds its output to the residual stream (as in Bloom).
     """
     names = _parameter_names(type(module).forward)
     if "residual" in names:
@@ -172,18 +169,14 @@ def replace_output(layer: nn.Module, make: Callable[[Tensor], Tensor]) -> list[R
 
 
 def protect_input(layer: nn.Module, state: Tensor) -> Tensor:
-    """Copy a layer's input before the layer is called.
-
-    If the layer is known not to change its input, the function returns the input itself.
-    """
+    """Copy a layer's input, unless `record_read_only` found that the layer does not change it."""
     return state if layer in _READ_ONLY_LAYERS else state.clone()
 
 
 def record_read_only(layer: nn.Module, passed_state: Tensor, state: Tensor) -> None:
-    """Record whether a layer leaves its input unchanged.
+    """Record that a layer does not change its input, if the call has not changed `passed_state`.
 
-    The layer was called with the tensor `passed_state`, a copy of `state`. If the two tensors are
-    still equal after the call, the layer leaves its input unchanged.
+    `passed_state` is the input of the call that has just ended: a copy of `state`, or `state`.
     """
     if passed_state is not state and torch.equal(passed_state, state):
         _READ_ONLY_LAYERS.add(layer)
@@ -192,10 +185,7 @@ def record_read_only(layer: nn.Module, passed_state: Tensor, state: Tensor) -> N
 def call_protected(
     layer: nn.Module, forward: Callable[..., Any], args: Args, kwargs: Kwargs
 ) -> tuple[Tensor, Any]:
-    """Call a layer without letting it change its input.
-
-    Returns the hidden state that is the layer's input, and the layer's output.
-    """
+    """Call a layer on a copy of its input; return the unchanged input, and the output."""
     state: Tensor = input_state(args, kwargs)
     passed_state = protect_input(layer, state)
     output = call_with(forward, passed_state, args, kwargs)

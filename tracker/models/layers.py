@@ -14,7 +14,7 @@ from tracker.schema.errors import ModelError
 def find_layers(model: nn.Module) -> nn.ModuleList:
     """Find a model's decoder layers: the module list with `num_hidden_layers` entries.
 
-    Raises ModelError if no module list, or more than one, has this number of entries.
+    Raises ModelError if no module list has this length, or if several lists have this length.
     """
     config = model.config.get_text_config()  # type: ignore[union-attr, operator]
     n_layers = getattr(config, "num_hidden_layers", None)
@@ -75,7 +75,7 @@ def find_base(model: nn.Module) -> nn.Module:
 def find_layers_parent(model: nn.Module, layers: nn.ModuleList) -> tuple[nn.Module, str]:
     """Find the module that contains a list of layers.
 
-    Returns this module, and the name of the attribute that contains the list.
+    Returns the module, and the name of the attribute that contains the list.
     """
     parent, _, name = _layers_path(model, layers).rpartition(".")
     return model.get_submodule(parent), name

@@ -1,7 +1,7 @@
 """Load a causal language model and its tokenizer with transformers.
 
-The module can also create random weights with the shapes of a real model. Such weights allow
-measuring run times without a download.
+For measuring run times without a download, the module can create random weights with the shapes of
+a real model.
 """
 
 from __future__ import annotations
@@ -90,10 +90,7 @@ def write_weights(source: ModelSource, model: nn.Module) -> None:
 
 
 def _draw_weight(parameter: Tensor, generator: torch.Generator) -> Tensor:
-    """Draw normally distributed values for a weight.
-
-    One-dimensional weights are filled with ones.
-    """
+    """Draw normally distributed values for a weight; return ones if it is one-dimensional."""
     if parameter.ndim < 2:
         return torch.ones(parameter.shape, dtype=parameter.dtype)
     weight = torch.empty(parameter.shape, dtype=parameter.dtype)
@@ -329,9 +326,9 @@ def _weight_settings(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _quantisation_method(source: ModelSource, config: PreTrainedConfig) -> str | None:
-    """Return the method by which a model's weights are quantised.
+    """Return the method by which a model's weights are quantised, a key of `_QUANTISERS`.
 
-    Returns None if the weights are not quantised, or if the method needs no additional package.
+    Returns None if no additional package is needed to read the weights.
     """
     if _weight_settings(source.arguments).keys() & {"quantization_config"}:
         return "bitsandbytes"
@@ -373,7 +370,7 @@ def build_for_planning(source: ModelSource, dtype: str) -> tuple[Any, Any]:
 def bytes_to_load(source: ModelSource, dtype: str) -> int | None:
     """Return the bytes that a model's weights will take in memory.
 
-    Returns None if the weights are quantised.
+    Returns None for a checkpoint with quantised weights.
 
     Raises ModelError if the configuration cannot be read.
     """

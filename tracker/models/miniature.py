@@ -1,10 +1,7 @@
 """Build a miniature of a model, which has the same class but small random weights.
 
-The tests of shared computation run on a miniature, because their results depend on the architecture
-and not on the weights.
-
-The miniature's configuration has the model's number and pattern of layers, but smaller sizes and
-fewer heads and experts.
+A miniature has as many layers as the model, but smaller sizes and fewer heads and experts. Tests
+whose results depend only on the architecture run on a miniature.
 """
 
 from __future__ import annotations
@@ -87,9 +84,9 @@ VOCABULARY_KEYS = (
 
 
 def _sizes(config: PreTrainedConfig, name: str) -> list[int]:
-    """Return the positive integers that are values of a configuration key.
+    """Return all positive integers that a configuration contains under the key `name`.
 
-    The values are a single number, the entries of a list, or the settings of single layers.
+    These are a single number, the entries of a list, or values of single layers.
     """
     name = config.attribute_map.get(name, name)
     values = [settings.get(name) for settings in (vars(config), *_layer_sizes(config).values())]
@@ -118,10 +115,7 @@ def _resize(config: PreTrainedConfig, names: Iterable[str], shrink: Callable[[in
 
 
 def _layer_sizes(config: PreTrainedConfig) -> dict[str, dict[str, Any]]:
-    """Return the configuration values of single layers, by the layer's index.
-
-    The dictionary is empty if all layers have the same values.
-    """
+    """Return layer → configuration values of the layer; {} if no layer has values of its own."""
     if not getattr(config, "is_heterogeneous", False):
         return {}
     by_layer: dict[str, dict[str, Any]] = config.to_dict()["per_layer_config"]
@@ -247,7 +241,7 @@ def shrink_config(
 ) -> Any | None:
     """Return a copy of a configuration with reduced sizes.
 
-    Returns None if the configuration's class rejects the reduced sizes.
+    Returns None if the class of the configuration refuses a reduced size.
     """
     reduced = copy.deepcopy(config)
     vars(reduced).pop("quantization_config", None)
@@ -268,7 +262,7 @@ def shrink_config(
 
 
 def find_numbers(config: PreTrainedConfig) -> Iterator[tuple[NumberPath, float]]:
-    """Yield each whole number ≥ 4 in a configuration, with its path."""
+    """Yield the path and the value of each whole number ≥ 4 in a configuration."""
 
     def walk(path: NumberPath, value: Any) -> Iterator[tuple[NumberPath, float]]:
         if isinstance(value, dict):
@@ -283,10 +277,7 @@ def find_numbers(config: PreTrainedConfig) -> Iterator[tuple[NumberPath, float]]
 
 
 def replace_numbers(config: PreTrainedConfig, new_numbers: dict[NumberPath, float]) -> Any:
-    """Copy a model's configuration and replace some of its numbers.
-
-    `new_numbers` maps the path of a number to the new number.
-    """
+    """Return a copy of a configuration with the numbers `new_numbers` at the given paths."""
     new_config = copy.deepcopy(config)
     for (*parents, name), value in new_numbers.items():
         text_config = new_config.get_text_config()
@@ -306,7 +297,7 @@ MAX_SKIPPED = 2
 def build_miniature(model: PreTrainedModel) -> Any | None:
     """Build a small random model with the class and the modules of `model`.
 
-    Returns None if no such model can be built.
+    Returns None if a smaller configuration cannot be built, or gives other modules.
     """
     pattern = _module_pattern(model)
     for n_skipped in range(MAX_SKIPPED + 1):
@@ -324,8 +315,9 @@ def build_random_model(
 ) -> Any | None:
     """Build a transformers model with random weights, in float64 if possible, else in float32.
 
-    Models with equal tensor shapes get equal weights. The function returns None if the model cannot
-    be built, is too large, has other shapes than `shapes`, or computes logits that are not finite.
+    Models with equal tensor shapes get equal weights. If `shapes` is given, the tensors must have
+    these shapes. The function returns None if it cannot build a model, if the model is too large,
+    or if logits are not finite.
     """
     model = attempt(partial(_build_random_model, model_class, config, shapes))
     return None if isinstance(model, Exception) else model  # the configuration of another class
@@ -375,8 +367,7 @@ def _has_finite_logits(model: nn.Module) -> bool:
 def _draw_weights(model: nn.Module, positive: bool) -> None:
     """Draw random weights that give every layer an effect without overflows.
 
-    If `positive` is true, matrices that the class initialises with only positive values stay
-    positive.
+    If `positive` is true, matrices with only positive initial values get positive weights.
     """
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():

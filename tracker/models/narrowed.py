@@ -1,8 +1,7 @@
 """Make smaller copies of a model with fewer heads, experts or neurons in each layer.
 
-A configuration of transformers states one number of heads, experts or neurons for all layers. Plain
-transformers can therefore load such a copy only if the same number of parts was removed from each
-layer.
+A configuration of transformers states one number of heads, experts or neurons for all layers.
+Therefore, equally many parts must be removed from each layer.
 """
 
 from __future__ import annotations
@@ -51,9 +50,8 @@ class Narrowing:
         numbers: Numbers of parts per layer in the narrowed model.
         head_width: Width of a head; None if no heads are removed.
         group_size: Number of neurons in each group of neurons.
-        entries: The remaining entries of tensors. Keys are pairs of a layer and the path of a
-            module. An empty path stands for all modules of the layer that have no key of their own.
-            Values map the length of an axis to the indices of its remaining entries.
+        entries: The indices that remain on the axes of tensors, as (layer, path of a module) →
+            length of an axis → indices. An empty path stands for all other modules of the layer.
     """
 
     old_numbers: dict[Component, int] = field(default_factory=dict)
@@ -67,8 +65,7 @@ class Narrowing:
     def resize(self, config: PreTrainedConfig, numbers: PartNumbers) -> None:
         """Write new numbers of heads, experts or neurons per layer into a configuration.
 
-        If heads are removed and the configuration lacks the width of a head, the method also writes
-        the width.
+        The method also writes the width of a head if heads are removed and the width is missing.
         """
         for component, number in numbers.items():
             size = self.group_size if component == "neuron" else 1
@@ -82,9 +79,9 @@ class Narrowing:
             config.head_dim = self.head_width
 
     def check_config(self, model: PreTrainedModel) -> None:
-        """Raise ModelError if the configuration's class does not accept the numbers of parts.
+        """Raise ModelError if the configuration's class refuses the reduced numbers of parts.
 
-        The message lists the numbers of parts that the class accepts.
+        The message lists the numbers that the class accepts.
         """
 
         def find_problem(numbers: PartNumbers) -> str:
@@ -113,8 +110,8 @@ class Narrowing:
     def build(self, model: PreTrainedModel) -> Any:
         """Build the narrowed model with uninitialised weights.
 
-        Raises ModelError if the configuration or the model's class does not accept the numbers of
-        parts. If `model` is on the meta device, the narrowed model is on the meta device too.
+        Raises ModelError if the configuration or the model's class does not accept the reduced
+        numbers of parts. The narrowed model is on the meta device if `model` is, else on the CPU.
         """
         self.check_config(model)
         shell = prune_model(model)
@@ -142,11 +139,10 @@ def plan_narrowing(
         owner: Name of the model in messages.
 
     Returns:
-        The numbers of parts after the removal, and the remaining entries of tensors.
+        The plan.
 
     Raises:
-        ModelError: A part does not exist, or the layers have different numbers of parts before or
-            after the removal.
+        ModelError: A part does not exist, or layers do not have and lose equally many parts.
     """
     plan = Narrowing()
     for kind, changes in group_by(ablation.parts, lambda c: PART_CLASSES[c.component]).items():
@@ -177,7 +173,10 @@ def plan_narrowing(
 
 
 def _refuse_uneven(numbers: Mapping[int, tuple[PartNumbers, PartNumbers]], unit: Component) -> None:
-    """Raise ModelError if layers have different numbers of parts before or after a removal."""
+    """Raise ModelError unless all layers have equally many parts, and lose equally many parts.
+
+    `numbers` contains the numbers of parts before and after the removal, by layer.
+    """
     counts = {layer: (old[unit], new[unit]) for layer, (old, new) in numbers.items()}
     first, last = min(counts, key=counts.__getitem__), max(counts, key=counts.__getitem__)
     if counts[first] == counts[last]:
@@ -211,9 +210,8 @@ def narrowed_copies(model: PreTrainedModel, ablation: Ablation) -> tuple[Any, An
         ablation: The heads, experts or neurons to remove, the same number in each layer.
 
     Returns:
-        The copy to save, and the copy to measure. The first copy has smaller tensors and smaller
-        numbers in its configuration. In the second copy, output projections ignore the removed
-        heads and neurons.
+        The copy to save, with smaller tensors, and the copy to measure. In the copy to measure,
+        output projections ignore the removed heads and neurons.
 
     Raises:
         ModelError: Plain transformers could not load the copy; the message gives the reason.
@@ -248,9 +246,8 @@ def _cut_tensor(
 ) -> Tensor | None:
     """Shorten a tensor to the shape of the tensor `expected`.
 
-    `entries` contains the remaining indices on an axis, by the length of the axis. A tensor with
-    the expected shape is returned unchanged, so that tied weights stay tied. Raises ModelError if
-    `entries` lacks an axis.
+    `entries` contains the indices that remain on an axis, by the length of the axis. Raises
+    ModelError if `entries` has no indices for an axis to shorten.
     """
     if value is None or expected is None or value.shape == expected.shape:
         return value
@@ -258,8 +255,8 @@ def _cut_tensor(
     for axis, (length, new_length) in enumerate(zip(value.shape, expected.shape, strict=True)):
         if length != new_length and len(entries.get(length, ())) != new_length:
             raise ModelError(
-                f"parts cannot be removed from {name}, because it is not known which of its "
-                "entries belong to them"
+                f"parts cannot be removed from {name}, because it is not known which entries of "
+                "this tensor belong to which part"
             )
         cut = take_entries(cut, entries[length], axis) if length != new_length else cut
     return nn.Parameter(cut.contiguous(), requires_grad=False)

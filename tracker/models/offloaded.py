@@ -1,7 +1,6 @@
 """Load the offloaded weights of each layer to the device when the layer is needed.
 
-The function `place_layers` chooses the layers to offload. The module `engine.lockstep` runs many
-forward passes together. While a layer is loaded, all these forward passes use it.
+The function `place_layers` chooses the layers to offload.
 """
 
 from __future__ import annotations
@@ -111,8 +110,8 @@ WeightSource = FileSlice | Tensor
 class _Weight:
     """An offloaded parameter of a layer, and the file or tensor that holds its values.
 
-    `placeholder` has the parameter's shape and dtype but no values. `start` is the offset of the
-    parameter in the layer's buffer.
+    `placeholder` has the shape and dtype of the parameter. The offset of the parameter in the
+    layer's buffer is `start`.
     """
 
     parameter: nn.Parameter
@@ -122,7 +121,7 @@ class _Weight:
 
     @property
     def stop(self) -> int:
-        """The offset of the weight's end in the layer's buffer."""
+        """Offset in the layer's buffer where the weight ends."""
         return self.start + self.placeholder.numel() * self.placeholder.itemsize
 
     def view(self, buffer: Tensor) -> Tensor:
@@ -133,12 +132,11 @@ class _Weight:
 
 @dataclass(frozen=True)
 class _LayerWeights:
-    """The offloaded weights of one layer, and their layout in a buffer.
+    """The offloaded weights of one layer, and their positions in a buffer.
 
     Attributes:
-        weights: Offloaded parameters of the layer, in their order in the buffer.
-        pinned_parts: All bytes of the layer in pinned host memory. The list is empty if the weights
-            are read one by one from `weights`.
+        weights: Offloaded parameters of the layer, in the order of the buffer.
+        pinned_parts: All weights in pinned host memory; empty if the weights are not pinned.
     """
 
     weights: Sequence[_Weight]
@@ -150,10 +148,9 @@ class _LayerWeights:
         return max(self.weights[-1].stop, sum(map(len, self.pinned_parts)))
 
     def list_copies(self, buffer: Tensor) -> Iterable[tuple[WeightSource, Tensor]]:
-        """List the copies that fill a buffer with the layer's weights.
+        """List what to copy into a buffer, so that the buffer contains the layer's weights.
 
-        Each copy is a pair (source, target). The source is a tensor or a part of a file. The target
-        is a part of `buffer`.
+        Returns pairs: a tensor or a part of a file, and the part of `buffer` to overwrite.
         """
         if not self.pinned_parts:
             return [(weight.source, weight.view(buffer)) for weight in self.weights]
@@ -161,10 +158,7 @@ class _LayerWeights:
         return zip(self.pinned_parts, views, strict=True)
 
     def with_pinned_memory(self) -> _LayerWeights:
-        """Copy the weights to pinned memory.
-
-        Returns the object itself if some of the weights are on disk.
-        """
+        """Copy the weights to pinned memory; return `self` if some weights are on disk."""
         if not all(isinstance(weight.source, Tensor) for weight in self.weights):
             return self
         pinned_parts = allocate_pinned(self.size)
@@ -190,8 +184,8 @@ class _Slot:
 class OffloadedWeights:
     """Layers that are stored in host memory or on disk, and loaded to the device when needed.
 
-    The device has room for two offloaded layers: while one layer is used, the next layer is read.
-    If a layer is not loaded, all values of its parameters are NaN.
+    While one offloaded layer is used, the next one is read. The parameters of a layer contain NaN
+    as long as the layer is not loaded.
 
     Attributes:
         device: The device that computes with the weights.
@@ -202,8 +196,8 @@ class OffloadedWeights:
 
     Args:
         device: The device that computes with the weights.
-        sources: For each layer, pairs of a parameter and the file or tensor with its values. The
-            constructor empties this dictionary.
+        sources: Layer → (parameter, file or tensor with the parameter's values). The constructor
+            empties the dictionary `sources`.
         folder: Temporary folder with some of the weights, deleted together with this object.
     """
 
@@ -284,20 +278,14 @@ class OffloadedWeights:
             callback()
 
     def sequential_passes(self) -> AbstractContextManager[None]:
-        """Make each forward pass load the layers that it needs.
-
-        The effect ends when the context exits.
-        """
+        """Make each forward pass load the layers that it needs until the context exits."""
         return replaced_attributes(self, wait=self.load_layer)
 
     def _find_slot(self, layer: int) -> _Slot | None:
         return next((slot for slot in self._slots if slot.layer == layer), None)
 
     def _start_loading(self, layer: int, slot: _Slot) -> _Slot:
-        """Start reading a layer into a slot of device memory; unload the slot's old layer.
-
-        Returns the same slot.
-        """
+        """Start to replace the layer in `slot` by another layer; return `slot`."""
         if slot.arrival is not None:
             wait([slot.arrival])
         if slot.layer is not None:
@@ -311,10 +299,7 @@ class OffloadedWeights:
         return slot
 
     def _read_layer(self, layer: int, buffer: Tensor) -> Any:
-        """Read a layer into a buffer.
-
-        Returns the device event that marks the end of the copy.
-        """
+        """Read a layer into a buffer; return a device event that occurs after the copy."""
         with self._stream_module.stream(self._stream):
             for source, view in self._layers[layer].list_copies(buffer):
                 _copy_values(source, view)
@@ -356,7 +341,7 @@ def take_over_loading(
         The offloaded weights; None if no weights are offloaded.
 
     Raises:
-        ModelError: A weight outside the decoder layers is offloaded.
+        ModelError: A weight that belongs to no decoder layer is offloaded.
     """
     index = _disk_index(model)
     remove_hook_from_submodules(model)
@@ -412,14 +397,14 @@ def replace_attributes(
 ) -> None:
     """Replace parameters or submodules of a layer.
 
-    Parameters that are not loaded are replaced only while the layer is called. All other attributes
-    are replaced permanently by default.
+    If one of the parameters is not loaded, all attributes are replaced only during calls of the
+    layer. Otherwise, attributes are replaced permanently by default.
 
     Args:
         layer: The layer.
         attributes: The parameters or submodules to replace.
         make_values: Function that returns the new value of each attribute.
-        during_calls: Whether to replace all attributes only while the layer is called.
+        during_calls: Whether to replace the attributes only during calls of the layer.
     """
     old_values = {attribute: getattr(*attribute) for attribute in attributes}
 
@@ -445,8 +430,8 @@ def replace_attributes(
 def _disk_index(model: nn.Module) -> Mapping[str, Any]:
     """Return accelerate's index of the model's weights on disk.
 
-    The index maps the name of a weight to the file of the weight, and to the tensor's name in this
-    file. The index is empty if no weights are on disk.
+    For each weight, the index contains the file and the name of the tensor in the file. The index
+    is empty if no weights are on disk.
     """
     for module in model.modules():
         weights = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
@@ -457,10 +442,7 @@ def _disk_index(model: nn.Module) -> Mapping[str, Any]:
 
 
 def _wait_for_layer(weights: OffloadedWeights, layer: int, module: nn.Module, args: Args) -> None:
-    """Wait until a layer's weights are loaded.
-
-    The function is a forward pre-hook of the layer.
-    """
+    """Wait until a layer's weights are loaded; a forward pre-hook of the layer."""
     if not getattr(module.forward, "is_weightless", False):  # such a forward needs no weights
         weights.wait(layer)
 
@@ -509,7 +491,7 @@ def place_layers(
         The offloaded layers and their sizes; None if all weights fit on the device.
 
     Raises:
-        ModelError: The device has no room for the embeddings, the head and two layers.
+        ModelError: The embeddings, the output head and two layers do not fit on the device.
     """
     layers = find_layers(model)
     sizes = [weight_bytes(layer) for layer in layers]
@@ -561,8 +543,8 @@ def devices_needed(n_bytes: int, free_bytes: int, n_devices: int) -> int:
         n_devices: Number of available devices.
 
     Returns:
-        The smallest sufficient number of devices. The number is 1 if the weights are too large for
-        all devices together, because layers are then offloaded.
+        The smallest sufficient number of devices; 1 if all devices together are too small, because
+        the model is then not spread but offloaded.
     """
     if n_bytes <= FITTING_SHARE * free_bytes:
         return 1
@@ -571,10 +553,10 @@ def devices_needed(n_bytes: int, free_bytes: int, n_devices: int) -> int:
 
 
 def min_weight_bytes(model: nn.Module, n_staying: int = 0) -> int:
-    """Compute the bytes of a model's weights if only some layers are loaded.
+    """Compute the device memory that a model's weights need if layers are offloaded.
 
-    The number of loaded layers is `n_staying` plus 2. The result assumes that each loaded layer is
-    as large as the model's largest layer.
+    The device holds `n_staying` layers permanently, and two offloaded layers at a time. All layers
+    count as much as the largest layer.
     """
     sizes = [weight_bytes(layer) for layer in find_layers(model)]
     return weight_bytes(model) - sum(sizes) + (LAYER_SLOTS + n_staying) * max(sizes)
@@ -591,7 +573,7 @@ def _placed_parts(
     """Yield each part of a model as a pair: its path, and whether the part is offloaded.
 
     Parts are the layers, and the modules and tensors outside the layers. `path` is the path of
-    `module` in the model, with a final dot. `offloaded` contains the indices of offloaded layers.
+    `module` in the model. `offloaded` contains the indices of offloaded layers.
     """
     for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
         if tensor is not None:

@@ -3,9 +3,9 @@
 A copy shares the weights with the original model, but has its own modules, so both models can be
 called.
 
-Some model classes compute values (e.g. scaling factors) from the position of a layer. If layers are
-removed, a copy in memory keeps the values of the original model. If the copy is saved and loaded,
-the class computes new values from the new positions of the layers.
+Some model classes compute values (e.g. scaling factors) from the position of a layer. A copy
+without some layers keeps the values of the original model. After the copy is saved and loaded, the
+values depend on the new positions of the layers.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def remaining_layers(
 ) -> list[int]:
     """List the layers that a copy with removed and repeated layers runs, in order.
 
-    Layers have the same indices as in the original model.
+    The indices are those of the original model.
     """
     indices: list[int] = []
     for index in range(n_layers):
@@ -159,10 +159,7 @@ def _keep_layers(clone: PreTrainedModel, layers: nn.ModuleList, indices: Sequenc
 
 
 def _own_attributes(module: nn.Module, types: tuple[type, ...]) -> list[tuple[str, Any]]:
-    """List the public attributes of a module that have one of the given types.
-
-    Each attribute is a pair (name, value).
-    """
+    """List the public attributes of a module that have one of the given types, with values."""
     public = [(name, value) for name, value in vars(module).items() if not name.startswith("_")]
     return [(name, value) for name, value in public if isinstance(value, types)]
 
@@ -170,8 +167,7 @@ def _own_attributes(module: nn.Module, types: tuple[type, ...]) -> list[tuple[st
 def _find_index_attributes(layers: nn.ModuleList) -> dict[tuple[str, str], set[int]]:
     """Find the module attributes that hold the index of their layer, such as `layer_idx`.
 
-    Returns a dictionary. A key is a pair: the path of a module in its layer, and the attribute's
-    name. The value is the set of layers that have this attribute.
+    Returns (path of a module in its layer, name of the attribute) → layers with the attribute.
     """
     values: defaultdict[tuple[str, str], dict[int, int]] = defaultdict(dict)
     for index, layer in enumerate(layers):
@@ -188,10 +184,9 @@ def _find_index_attributes(layers: nn.ModuleList) -> dict[tuple[str, str], set[i
 
 
 def _cut_value(value: Any, indices: Sequence[int], n_layers: int) -> Any:
-    """Select the entries of the layers `indices` from a list or dictionary.
+    """Select the layers `indices` from a list with one entry per layer, or a dictionary by layer.
 
-    The list has one entry per layer, or the dictionary's keys are layer indices. Any other value is
-    returned unchanged.
+    A value that is no such list or dictionary is returned unchanged.
     """
     if isinstance(value, (list, tuple)) and len(value) == n_layers:
         return type(value)(value[index] for index in indices)
@@ -227,16 +222,13 @@ def cut_config(config: PreTrainedConfig, indices: Sequence[int]) -> None:
 def original_class(config: PreTrainedConfig) -> type[Any]:
     """Return the transformers class of a configuration.
 
-    If `cut_config` has replaced the class, the function returns the original class.
+    If `cut_config` has replaced the class of the configuration, the original class is returned.
     """
     return getattr(type(config), _ORIGINAL_CLASS, type(config))
 
 
 def _cut_nested_value(value: Any, indices: Sequence[int], n_layers: int) -> Any:
-    """Shorten the per-layer lists and tables in a configuration value to the layers `indices`.
-
-    Lists and tables in nested dictionaries are shortened too.
-    """
+    """Apply `_cut_value` to a configuration value, or to each value of nested dictionaries."""
     if isinstance(value, dict) and not any(type(key) is int for key in value):
         if "rope_type" in value:
             return value
@@ -266,10 +258,7 @@ def _config_properties(config: PreTrainedConfig) -> Iterator[tuple[str, Any]]:
 def _repeat_layer(
     n_passes: int, module: nn.Module, args: hooks.Args, kwargs: hooks.Kwargs, output: Any
 ) -> Any:
-    """Run a layer again on its output until it has run `n_passes` times.
-
-    The function is a forward hook of the layer.
-    """
+    """Run a layer on its own output, so that it runs `n_passes` times; a forward hook."""
     for _ in range(n_passes - 1):
         output = hooks.call_with(module.forward, hooks.first_output(output), args, kwargs)
     return output
@@ -279,9 +268,7 @@ def _repeat_layer(
 def record_state(model: nn.Module, attributes: Collection[str] | None = None) -> ModuleState:
     """Record the attributes of a model's modules: tensors, numbers and strings.
 
-    A forward pass can change these attributes. The keys of the returned dictionary are pairs of a
-    module's path and an attribute's name. If `attributes` is given, only attributes with these
-    names are recorded.
+    If `attributes` is given, only attributes with these names are recorded.
     """
     state: ModuleState = {}
     for path, module in model.named_modules():
@@ -299,14 +286,14 @@ def record_state(model: nn.Module, attributes: Collection[str] | None = None) ->
 
 
 def changed_keys(old_state: ModuleState, new_state: ModuleState) -> set[tuple[str, str]]:
-    """Return the keys whose values differ between two model states."""
+    """Return the keys of attributes with different values in two results of `record_state`."""
     common = old_state.keys() & new_state.keys()
     equal = {key for key in common if are_equal(old_state[key], new_state[key])}
     return (old_state.keys() | new_state.keys()) - equal
 
 
 def are_equal(value: object, other: object) -> bool:
-    """Return whether two attribute values are equal.
+    """Return whether two values of module attributes are equal.
 
     For tensors on the meta device, the function compares only the shapes.
     """
@@ -353,9 +340,7 @@ StaleAttribute = tuple[nn.Module, str, Any]
 
 
 def build_from_config(model: PreTrainedModel) -> Any:
-    """Build a model with the class and the configuration of `model`, without initial weights.
-
-    Transformers builds such a model before it loads a checkpoint.
+    """Build a model with the class and the configuration of `model`, with uninitialised weights.
 
     Raises ModelError if the model's class cannot be built from the configuration.
     """
@@ -368,10 +353,9 @@ def simulate_reload(
     """Build the model that results from saving and loading a copy without some layers.
 
     Args:
-        clone: The copy, as `prune_model` returns it. The function can change its configuration.
+        clone: The copy, as `prune_model` returns it. The function can change the configuration.
         indices: The indices of the copy's layers in the original model.
-        cache: Cache of models that earlier calls built. Forward passes must not change these
-            models.
+        cache: Cache of built models, which forward passes must not change.
 
     Returns:
         The model that the class builds from the saved configuration, with the weights of `clone`.
@@ -384,7 +368,7 @@ def simulate_reload(
     if not modules.keys() <= clone_modules.keys():
         # Added by a call, as in BigBird.
         raise ModelError(
-            "the model's modules differ from those that its class builds from the configuration"
+            "a new model with the same configuration has modules that this model lacks"
         )
     for path, module in modules.items():
         for table in ("_parameters", "_buffers"):
@@ -407,7 +391,7 @@ def reload_values(model: PreTrainedModel, clone: PreTrainedModel, indices: Seque
 
     Raises:
         ModelError: The class cannot build the copy from its configuration; the message gives the
-            reason. The copy is then unchanged.
+            reason. The function has not changed the copy.
     """
     if list(indices) == list(range(len(find_layers(model)))):
         return
@@ -432,9 +416,9 @@ def find_stale_attributes(
 
     Args:
         model: The original model.
-        full_model: Model built from the original configuration.
+        full_model: New model, built from the configuration of `model`.
         clone: The copy without some layers.
-        cut_model: Model built from the copy's configuration.
+        cut_model: New model, built from the configuration of `clone`.
         indices: The indices of the copy's layers in the original model.
 
     Returns:
@@ -461,14 +445,17 @@ def find_stale_attributes(
 
 
 def _layers_prefix(model: PreTrainedModel) -> str:
-    """Return the common prefix of the names of the layers' tensors and modules."""
+    """Return the prefix of all names of tensors and modules in layers, such as `model.layers.`."""
     parent, name = find_layers_parent(model, find_layers(model))
     path = next(path for path, module in model.named_modules() if module is parent)
     return f"{path}.{name}." if path else f"{name}."
 
 
 def _renumber(items: Mapping[str, Any], prefix: str, indices: Sequence[int]) -> dict[str, Any]:
-    """Replace the layer numbers in names of modules or tensors by those of a copy."""
+    """Replace the layer numbers in names of modules or tensors by the numbers in a copy.
+
+    The copy contains the layers `indices`; entries of all other layers are left out.
+    """
     new_items: dict[str, Any] = {}
     for name, value in items.items():
         names = [name]
@@ -485,9 +472,8 @@ def _stale_attributes(
 ) -> Iterator[StaleAttribute]:
     """Yield the attributes of a copied module that would change if the copy was saved and loaded.
 
-    Each argument is the same module of another model: the copy (`clone`), the original model
-    (`old_module`), a model built from the original configuration (`full_module`), and a model built
-    from the copy's configuration (`cut_module`).
+    The arguments are the same module in the models `clone`, `model` (`old_module`), `full_model`
+    and `cut_model` of `find_stale_attributes`.
     """
     for name, value in vars(cut_module).items():
         if name in _TORCH_ATTRIBUTES or not _is_plain(value):
@@ -520,10 +506,9 @@ def _build_matching(
 ) -> Any:
     """Build a model with the class and configuration of `model`, and with given tensor shapes.
 
-    If the shapes differ from `shapes`, the function tries other values of configuration keys such
-    as `first_k_dense_replace`, which fit a model with only the layers `indices`. If `shapes` is
-    None, any shapes are accepted. `cache` contains models that earlier calls built. Raises
-    ModelError if no attempt succeeds.
+    If the built model has other tensor shapes than `shapes`, the function tries the configuration
+    values of `propose_layer_counts`. If `shapes` is None, any shapes are accepted. `cache` contains
+    models built earlier. ModelError is raised if no model has the given shapes.
     """
     config = model.config.get_text_config()
     first_problem = None
@@ -543,10 +528,7 @@ def _build_matching(
 
 
 def _build_cached(model: PreTrainedModel, cache: dict[str, Any] | None) -> Any:
-    """Build a model with uninitialised weights, or return it from `cache`.
-
-    The model has the class and the configuration of `model`.
-    """
+    """Return the result of `build_uninitialised`, from `cache` if possible."""
     if cache is None:
         return build_uninitialised(model)
     key = model.config.to_json_string()
@@ -558,11 +540,11 @@ def _build_cached(model: PreTrainedModel, cache: dict[str, Any] | None) -> Any:
 def propose_layer_counts(
     config: PreTrainedConfig, indices: Sequence[int]
 ) -> Iterator[dict[str, int]]:
-    """Yield values to try for configuration keys that count the first layers of some kind.
+    """Yield new values for configuration keys such as `first_k_dense_replace`.
 
-    An example is `first_k_dense_replace`, the number of first layers without experts. The new value
-    counts how many of these layers are among `indices`. The function yields one dictionary per key,
-    and then one dictionary for all keys together.
+    The value of such a key is the number of first layers of some kind, e.g. without experts. The
+    new value counts only layers in `indices`. The function yields a dictionary for each key, then
+    a dictionary with all keys.
     """
     counts = {
         name: value
@@ -581,10 +563,7 @@ def propose_layer_counts(
 
 
 def build_uninitialised(model: PreTrainedModel, device: str = "cpu") -> Any:
-    """Build a model with uninitialised weights, of the class of `model`.
-
-    The configuration is that of `model`.
-    """
+    """Build a model with the class and configuration of `model`, and uninitialised weights."""
     from transformers.initialization import no_init_weights
     from transformers.modeling_utils import local_torch_dtype
 
@@ -607,7 +586,7 @@ def build_uninitialised(model: PreTrainedModel, device: str = "cpu") -> Any:
 
 
 def reload_config(model: PreTrainedModel) -> Any:
-    """Save a model's configuration, and return the loaded configuration."""
+    """Save a model's configuration to a temporary file, and load the file."""
     with TemporaryDirectory() as folder:
         model.config.to_json_file(Path(folder) / "config.json")
         return original_class(model.config).from_pretrained(folder)
@@ -633,10 +612,13 @@ def shape_mismatch(shapes: TensorShapes, expected: TensorShapes) -> str | None:
     """
     for name in sorted(shapes.keys() | expected.keys()):
         if name not in expected:
-            return f"the rebuilt model needs {name}, which is removed"
+            return f"a model with this configuration needs {name}, which is removed"
         if name not in shapes:
-            return f"the rebuilt model has no tensor {name}"
+            return f"a model with this configuration has no tensor {name}"
         if shapes[name] != expected[name]:
             expected_shape, shape = list(expected[name]), list(shapes[name])
-            return f"{name} has the shape {expected_shape}, but {shape} in the rebuilt model"
+            return (
+                f"a model with this configuration has the shape {shape} for {name} instead of "
+                f"{expected_shape}"
+            )
     return None

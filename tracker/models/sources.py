@@ -168,7 +168,7 @@ class ModelSource:
     def files(self) -> list[Path]:
         """List the local files that determine the weights and the tokenizer.
 
-        The list is empty for a model on the hub. For a `shape:` model, it contains only the JSON
+        For a model on the hub, the list is empty. For a `shape:` model, the list contains only JSON
         files.
         """
         if not self.is_local:
@@ -220,7 +220,7 @@ class ModelSource:
 
 
 def _cached_file_hash(files: Sequence[Path]) -> str:
-    """Return a hash of files; for unchanged files, return the stored hash."""
+    """Return a hash of files, computed once and stored until a file changes."""
     stamp = file_stamp(files)
     key = content_hash(stamp)
     stored_digest = recall("fingerprints", key).get("sha256")
@@ -239,8 +239,8 @@ def find_model(spec: ModelSpec | str, trust_remote_code: bool = False) -> ModelS
     """Locate a model by its name and check its arguments, without loading the model.
 
     Args:
-        spec: The specification of the model, or only its name: `package:NAME`, `shape:NAME`, a GGUF
-            file, a folder, or a hub id.
+        spec: The model's name (`package:NAME`, `shape:NAME`, a GGUF file, a folder, or a hub id),
+            or the name with arguments.
         trust_remote_code: Whether downloaded code may run. If False, only safetensors and GGUF
             files are read.
 
@@ -486,7 +486,7 @@ def read_config(model: ModelSource) -> Any:
 def count_layers(model: ModelSource) -> int:
     """Count the layers of a model.
 
-    If the model's files are unchanged, the function returns the stored count.
+    The count is stored until the model's files change.
     """
     return count_parts(model).layers
 
@@ -496,8 +496,7 @@ def count_parts(model: ModelSource, layer_kinds: Collection[str] = ()) -> ModelP
 
     Args:
         model: The model.
-        layer_kinds: Kinds of layers, such as `mamba`. The result also lists the layers of these
-            kinds.
+        layer_kinds: Kinds of layers, such as `mamba`, whose indices are also returned.
 
     Returns:
         The counts, and the indices of the layers of the requested kinds.
@@ -542,7 +541,7 @@ def parts_of_config(config: PreTrainedConfig) -> ModelParts:
 def _count_neuron_groups(width: int | None) -> int | None:
     """Count the groups of neurons of an MLP.
 
-    Returns None if the width of the MLP is unknown or cannot be divided into groups.
+    Returns None if the width of the MLP is unknown, or cannot be divided into equal groups.
     """
     size = neuron_group_size(width) if width else None
     return width // size if width and size else None
@@ -551,7 +550,7 @@ def _count_neuron_groups(width: int | None) -> int | None:
 def _parts_of_gguf(model: ModelSource) -> ModelParts | None:
     """Count the layers, heads and experts in a GGUF file.
 
-    Returns None if the file's fields are not sufficient.
+    Returns None if the file lacks a count, or lists a separate count for each layer.
     """
     from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 
@@ -613,7 +612,7 @@ def stored_format(model: ModelSource) -> str:
 def _read_cached_config(model: ModelSource) -> Any:
     """Read a model's configuration once per process.
 
-    If reading fails, the function returns the error, so that the error is cached too.
+    If the configuration cannot be read, the error is cached and returned.
     """
     config = attempt(partial(_read_configuration, model))
     if isinstance(config, Exception):  # libraries raise anything for a damaged file
@@ -656,7 +655,7 @@ def read_tokenizer(source: ModelSource, stamp: str) -> Any:
 
 
 def reading_error(model: ModelSource, error: Exception) -> ModelError:
-    """Convert an error of transformers into a ModelError with a clear message."""
+    """Convert an error from loading a model with transformers to a ModelError."""
     detail = first_line(error)
     if "trust_remote_code" in str(error):
         return ModelError(

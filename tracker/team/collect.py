@@ -50,8 +50,8 @@ def pull_project(
         progress: Receives the progress of the download.
 
     Returns:
-        First, the cells of the project, each with its selection of runs. Second, the failed
-        downloads, as cell name → reason.
+        First, pairs of a cell (model and benchmark) and a selection of its runs. Second, the failed
+        downloads, as name of a cell → reason.
 
     Raises:
         TrackingError: The project does not exist, or the backend could not be reached.
@@ -101,8 +101,8 @@ def _read_note(root: Path, cell: RemoteCell) -> dict[str, Any]:
 def _is_cached(root: Path, cell: RemoteCell, stores: Mapping[str, CellStore]) -> bool:
     """Return whether the local cache has a complete, current copy of published results.
 
-    `cell` describes the published results, and `root` is the cache folder. `stores` contains the
-    cached results by key of the model and benchmark.
+    `cell` describes the published results, `root` is the cache folder, and `stores` contains the
+    cached results by key.
     """
     note = _read_note(root, cell)
     store = stores.get(note.get("cell", ""))
@@ -180,10 +180,10 @@ class CollectedCells:
         return derive_decisions(*origin) if origin else None
 
     def derive_decisions(self) -> dict[RecordKey, DecisionsRecord]:
-        """Find the documents that each ablation makes wrong or right.
+        """List the documents whose answer changes from right to wrong (or vice versa) by ablation.
 
-        Returns a dict from the key of each record to these documents. If the outcomes in a folder
-        cannot be read, the method adds the folder and the reason to `failed`.
+        Returns key of a record → lists of documents. Folders that cannot be read are added to
+        `failed`, with the reason.
         """
         decisions = {}
         for key in [cell.record_key for cell in self.cells if cell.record_key in self.origins]:
@@ -206,11 +206,11 @@ def collect_cells(
             `mlflow:EXPERIMENT` (at `MLFLOW_TRACKING_URI`), `wandb:ENTITY/PROJECT` or
             `trackio:PROJECT`.
         progress: Receives the progress of downloads.
-        verify_all: Whether to verify all outcomes again, even if they were verified earlier. Set it
-            if the output shows outcomes of documents.
+        verify_all: Whether to verify all outcomes again, even if they were verified earlier. Use
+            `verify_all` if the output shows outcomes of documents.
 
     Returns:
-        The collected cells. Their attribute `failed` lists sources and cells that cannot be read.
+        The collected results. The attribute `failed` lists sources and cells that cannot be read.
 
     Raises:
         RequestError: A source is invalid.
@@ -263,16 +263,16 @@ def collect_cells(
 
 
 def _view_key(stored_view: tuple[CellStore, View]) -> Hashable:
-    """Return a key that is equal in all folders for the same model, benchmark and runs."""
+    """Return a key for a model, a benchmark and runs, which does not depend on the folder."""
     store, view = stored_view
     return store.identity.key, store.views.view_name(view)
 
 
 def _join_views(same_views: Sequence[tuple[CellStore, View]]) -> tuple[CellStore, View]:
-    """Merge results of the same model, benchmark and runs from several folders.
+    """Merge results with equal keys (see `_view_key`) from several folders.
 
-    Returns a store that reads the outcomes in all folders, and a view that selects the runs and
-    documents of all views.
+    Returns a store that reads the outcomes of all folders, and the union of the selected runs and
+    documents.
     """
     (store, view), *other_views = same_views
     if other_views:
@@ -291,7 +291,7 @@ def _join_views(same_views: Sequence[tuple[CellStore, View]]) -> tuple[CellStore
 def remove_contained(cells: Iterable[CellRecord]) -> list[CellRecord]:
     """Remove records whose runs and documents are contained in another record.
 
-    Only records of the same model and benchmark are compared.
+    A record can only contain a record of the same model and benchmark.
     """
     groups: dict[object, list[CellRecord]] = {}
     for cell in cells:

@@ -1,8 +1,7 @@
 """Show progress, speed and interim results in tracking backends while a measurement runs.
 
-The measurement never waits for a backend. It only informs a thread when a cell (one model on one
-benchmark) starts and when the cell ends. The thread reads the interim results and updates the
-backends.
+A thread reads the interim results and updates the backends, so the measurement never waits for a
+backend.
 """
 
 from __future__ import annotations
@@ -64,7 +63,7 @@ class _LiveCell:
 class LiveUpdater:
     """Thread that shows interim results of measurements in tracking backends.
 
-    If a backend fails, it gets no further updates about the measurement.
+    A backend that fails gets no further updates about the measurement.
     """
 
     def __init__(self, live_runs: tuple[LiveRun, ...]) -> None:
@@ -76,10 +75,7 @@ class LiveUpdater:
         self._thread: Thread | None = None
 
     def begin(self, name: Hashable, store: CellStore, view: View) -> None:
-        """Start showing the progress of a measurement in the tracking backends.
-
-        A call of `end` with the same `name` stops the updates.
-        """
+        """Start to show the progress of a measurement, until `end` is called with `name`."""
         if not self._live_runs:
             return
         record = unmeasured_record(

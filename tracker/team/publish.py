@@ -45,7 +45,9 @@ from tracker.tracking.runs import RunSelection, individual_runs
 _LIVE_TIMEOUT = 60.0
 """Maximum number of seconds that publishing waits for the end of a cell's live run."""
 log = logging.getLogger(__name__)
-PUBLIC_TEXTS_NOTE = "document texts are published too, since they come from the hub or a package"
+PUBLIC_TEXTS_NOTE = (
+    "document texts are published too, because they are public (from the hub or a package)"
+)
 REQUESTED_TEXTS_NOTE = "document texts are published too, because --publish-documents is set"
 
 
@@ -113,8 +115,8 @@ class Publisher:
 
     `track` lists backends as `BACKEND` or `BACKEND:PROJECT`; `project` is the default project. If
     `update_others` is true, the projects to which the same results were published earlier are also
-    updated. By default, `update_others` is true unless `track` is empty. In a sweep, the setting
-    `update_others` has no effect, and `trial` is the W&B run of the trial. Document texts from
+    updated. By default, `update_others` is true unless `track` is empty. In a sweep, `trial` is the
+    W&B run of the trial, and other projects are not updated. Document texts from
     public sources are always published. Other document texts are published only if `publish_texts`
     is true. `run_selection` selects the ablations that become separate runs in the backend.
     RequestError is raised for an unknown backend.
@@ -156,8 +158,7 @@ class Publisher:
         """Publish results in a background thread, after the results of earlier calls.
 
         The thread first waits for the event `ended`, at most 60 seconds. In a trial of a W&B sweep,
-        the method uses no thread, and publishes before it returns. The returned future contains the
-        result, and never raises an exception.
+        the results are published before the method returns. The future never raises an exception.
         """
         # The record's files, listed before more of the cell is measured.
         files = _record_files(store, record)
@@ -190,10 +191,7 @@ class Publisher:
     def _build_attachments(
         self, store: CellStore, record: CellRecord, files: Sequence[Path]
     ) -> _Attachments:
-        """Return the files and tables to publish with results.
-
-        A note states whether document texts are among them.
-        """
+        """Choose the files and tables to publish with results, and write a note about texts."""
         decisions = None
         with suppress(OSError, ValueError):  # a view that was never requested
             view = store.views.read(store.views.path(record.view).read_bytes()).view
@@ -214,9 +212,9 @@ class Publisher:
     ) -> Publication:
         """Publish the results in `record` to all projects.
 
-        With `trust_receipts`, the method skips projects that already have the results, according to
-        a stored receipt. If a larger measurement has replaced these results, its results are
-        published too.
+        With `trust_receipts`, a project is skipped if a stored receipt states that the project has
+        the results. If a larger measurement has replaced `record` in reports, the results of the
+        larger measurement are published too.
         """
         publication = self._publish_record(store, record, files, trust_receipts)
         if (view := store.views.superseding_view(record.view)) is None:
@@ -295,10 +293,9 @@ class Publisher:
     def _earlier_targets(
         self, store: CellStore, record: CellRecord, targets: Mapping[Target, Target]
     ) -> list[Target]:
-        """List the other projects that have an earlier version of the results.
+        """List the projects to update: with earlier versions of the results, and not in `targets`.
 
-        The projects in `targets` are left out. The list is empty if the publisher does not update
-        earlier projects.
+        The list is empty if `update_others` is false.
         """
         if not self._update_others:
             return []
@@ -312,9 +309,9 @@ class Publisher:
     def _record_pending(
         self, store: CellStore, record: CellRecord, target: Target, address: Target
     ) -> None:
-        """Note in the results folder that results were not published to a project yet.
+        """Write a note in the results folder that results must still be published to a project.
 
-        `target` is the project as requested. `address` also contains the server of the project.
+        `target` is the project as the user typed it, and `address` is the full address.
         """
         with suppress(OSError, WorkError):
             name = self._receipt_name(target, record.view)
@@ -336,10 +333,7 @@ class Publisher:
         return target.backend, target.project or self.project, self._results, target.server
 
     def _receipt_name(self, target: Target, view: str) -> str:
-        """Return the name of the receipt for the publication of a view to a target.
-
-        The receipt contains a digest of the published results.
-        """
+        """Return the name of the file that records which results of a view a target has."""
         name = tracking.destination_hash(*self._backend_arguments(target))
         return name if view == INTACT_VIEW else content_hash([name, view])
 
@@ -357,9 +351,8 @@ class Publisher:
 class Trial(LiveRun):
     """The W&B run of a sweep's trial.
 
-    Outside a sweep, or if `track` does not contain W&B, no run is written. W&B is contacted only
-    when there are results to show. `run` is the change of the model, e.g. a removed layer, that the
-    trial measures.
+    No run is written outside a sweep, or if `track` does not contain W&B. W&B is contacted only
+    when there are results to show. The trial measures the change `run`, e.g. a removed layer.
     """
 
     def __init__(self, track: Sequence[str], results: Path, run: Change) -> None:
@@ -425,8 +418,8 @@ class Trial(LiveRun):
 def _distinguish_record(store: CellStore, record: CellRecord) -> CellRecord:
     """Return a copy of the record with a suffix that makes its display name unique.
 
-    The field `apart` contains the suffix. The suffix is empty if no other model or benchmark in the
-    results folder has the same name.
+    The suffix is in the field `apart`, and is empty if the name without a suffix is unique in the
+    results folder.
     """
     records = [record]
     for sibling in store.siblings():

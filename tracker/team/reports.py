@@ -101,7 +101,7 @@ def _write_page(
 def _document_frames(
     collected: CollectedCells, with_private: bool = True
 ) -> Iterator[pd.DataFrame]:
-    """Yield data frames that list the documents that ablations make wrong or right."""
+    """Yield data frames of documents whose answer an ablation changes to wrong or to right."""
     cell_decisions = ((cell, collected.read_answers(cell)) for cell in collected.cells)
     return document_frames(
         ((cell, decisions) for cell, decisions in cell_decisions if decisions), with_private
@@ -137,9 +137,9 @@ def publish_page(
 ) -> tuple[dict[str, str], dict[str, str]]:
     """Publish a page to each target, as a separate run.
 
-    `build` writes the files of the page into a folder. A target without a project means the only
-    project in `projects`. Returns addresses by target, and error messages by target. RequestError
-    is raised for an invalid target.
+    `build` writes the files of the page into a folder. A target without a project requires that
+    `projects` contains one project. Returns addresses by target, and error messages by target.
+    RequestError is raised for an invalid target.
     """
     locations: dict[str, str] = {}
     errors: dict[str, str] = {}
@@ -182,7 +182,7 @@ def _build_page(
 
 
 def board_text(cells: Sequence[CellRecord]) -> str:
-    """Return Markdown: the main result for each model, and how to read the leaderboards."""
+    """Write the main result of each model and the rules of the leaderboards as Markdown."""
     answers = (
         f"**{escape_markdown(model)}**: "
         + escape_markdown(
@@ -194,10 +194,9 @@ def board_text(cells: Sequence[CellRecord]) -> str:
 
 
 def _read_target(text: str, projects: Collection[str]) -> Target:
-    """Parse a target; if it names no project, add the project of the results.
+    """Parse a target; without a project in `text`, use the only project in `projects`.
 
-    If the target names no project, `projects` must contain exactly one project; otherwise,
-    RequestError is raised.
+    RequestError is raised if a project is needed and `projects` does not contain exactly one.
     """
     report_target = target(text, "reports")
     if report_target.project is None and len(projects) != 1:

@@ -158,10 +158,7 @@ class CellPart:
 
     @property
     def call_key(self) -> str:
-        """Text that identifies the model, settings and documents of an lm-eval call.
-
-        Outcomes that one call could have produced have equal texts.
-        """
+        """Model, settings and documents of the lm-eval call that could compute the outcomes."""
         identity = self.store.identity
         own_fields = {
             "name",
@@ -192,9 +189,9 @@ class CellPart:
         }
 
     def missing_notes(self, outcomes: Mapping[Ablation, pd.DataFrame]) -> Iterator[str]:
-        """Yield messages about ablations that were not measured on all documents.
+        """Yield a message for each group of ablations that were not measured on all documents.
 
-        Ablations with the same number of measured documents share a message.
+        A group contains the ablations with equally many measured documents.
         """
         n_documents = sum(self.store.counts(self.extent).values())
         names_by_count: dict[int, list[str]] = {}
@@ -205,7 +202,7 @@ class CellPart:
             names_text = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
             remark = "they have no files"
             if n_measured:
-                remark = "the written files contain only these documents"
+                remark = "the written files contain only the measured documents"
             measured = f"{n_measured} of {n_documents} documents are measured for {names_text}"
             yield f"{self.title}: {measured}; {remark}"
 
@@ -295,8 +292,7 @@ def _select_stores(
 ) -> list[CellStore]:
     """Return the stored results of the given models and benchmarks.
 
-    RequestError is raised if a name is unknown, or if none of the models was measured on any of the
-    benchmarks.
+    RequestError is raised for an unknown name, and if no results match.
     """
     if not stores:
         raise RequestError("there is no finished benchmark yet; type: tracker run EXPERIMENT.yaml")
@@ -334,10 +330,10 @@ def _model_names(store: CellStore) -> set[str]:
 def _cell_parts(
     store: CellStore, views: Sequence[View], layers: Collection[int]
 ) -> Iterator[CellPart]:
-    """Group the ablations in `views` by their documents; yield a `CellPart` for each group.
+    """Yield a `CellPart` for each set of documents in `views`, with the requested ablations.
 
-    A view is a requested selection of runs and documents. If `layers` is not empty, it selects the
-    ablations by their first changed layer.
+    A view is a requested selection of runs and documents. If `layers` is not empty, only ablations
+    that first change one of these layers are included.
     """
     for extent in dict.fromkeys(view.extent for view in views):
         ablations = [INTACT]
@@ -349,9 +345,9 @@ def _cell_parts(
 
 
 def _group_calls(parts: Sequence[CellPart]) -> list[list[CellPart]]:
-    """Divide outcomes into groups, so that one lm-eval call could have produced each group.
+    """Group outcomes that one lm-eval call could compute.
 
-    Outcomes in a group have the same model and settings, and different tasks.
+    A group has one model, one set of settings and documents, and no task twice.
     """
     calls: dict[str, list[list[CellPart]]] = {}
     for part in parts:
@@ -378,10 +374,7 @@ def _write_call(
     progress: Progress,
     result: ResultFiles,
 ) -> None:
-    """Write the result files that one lm-eval call would write.
-
-    `call` contains the outcomes that this lm-eval call would compute.
-    """
+    """Write the result files of the outcomes `call`, as one lm-eval call would write them."""
     from tracker.benchmarks.results import ResultFileWriter
 
     parts: dict[CellPart, LmEvalBenchmark] = {}
@@ -482,9 +475,9 @@ def _build_encoder(store: CellStore, trust_remote_code: bool) -> RequestEncoder 
 
 
 def _judged_responses(rows: Sequence[Mapping[Any, Any]]) -> dict[tuple[str, int], JudgedAnswers]:
-    """Convert stored outcomes to responses with scores, as lm-eval's result files need them.
+    """Convert stored outcomes to the format of `ResultFileWriter`.
 
-    Returns a dict from (task, index of the document) to the responses of the model.
+    Returns (task, index of the document) → responses of the model with scores.
     """
     from tracker.benchmarks.results import JudgedAnswers
 

@@ -33,7 +33,7 @@ class SweepResult:
     Attributes:
         unfinished: Number of killed and failed trials before the completion.
         filled: Titles of the trials that were completed.
-        wanting: Title of a trial → reason why the results folder cannot complete the trial.
+        wanting: Title of a trial → reason why the results folder has no results of the trial.
         failed: Title of a trial → reason why W&B did not accept the results.
     """
 
@@ -52,10 +52,10 @@ def trial_request(settings: dict[str, Any]) -> CellRequest:
 
 
 def find_sweep_request(request: CellRequest, results: Path) -> CellRequest | None:
-    """Return the request for all ablations of a trial's model and benchmark in its sweep.
+    """Return a request for all ablations of a sweep on the model and benchmark of a trial.
 
-    `request` is the request of the trial, which measures one of these ablations. The result is None
-    outside a sweep, or if the sweep cannot be read or does not contain the trial.
+    `request` is the request of the trial, for one ablation. The result is None outside a sweep, and
+    if the sweep cannot be read or does not contain the trial.
     """
     if not in_sweep():
         return None
@@ -102,9 +102,8 @@ def fill_sweep(path: str, ledger: Ledger) -> SweepResult:
 
 
 def _find_measured_run(request: CellRequest, ledger: Ledger) -> tuple[CellRecord, RunRecord]:
-    """Find the stored results of a trial.
+    """Read the stored results of a trial: those of the benchmark, and those of the ablation.
 
-    Returns the record of the model and benchmark, and the record of the trial's ablation.
     ResultsError is raised if the trial is not fully measured.
     """
     full_request = replace(request, until=None)

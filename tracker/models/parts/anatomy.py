@@ -1,7 +1,6 @@
 """Find and cache the parts of a model's layers, such as sublayers and heads.
 
-If a model's configuration states the number of parts, the module can list the parts without reading
-weights.
+Parts whose number is in the model's configuration can be listed without reading weights.
 """
 
 from __future__ import annotations
@@ -93,10 +92,10 @@ class LayerAnatomy(PartFinder):
         return find_map(self.linear_maps(layer), path, self.layer_name(layer))
 
     def expand_formats(self, layer: int, rounding_changes: Sequence[Change]) -> dict[str, str]:
-        """Return the format of each linear map of a layer that is quantised, by the map's path.
+        """Return the linear maps of a layer that `rounding_changes` quantises: path → format.
 
-        If several entries of `rounding_changes` quantise the same map, the last entry is used.
-        Raises CellError if a map does not exist in the layer, or if the layer is already quantised.
+        For a map with several formats, the last format is returned. Raises CellError if a map does
+        not exist in the layer, or if the layer is already quantised.
         """
         maps = self.linear_maps(layer)
         formats: dict[str, str] = {}
@@ -113,14 +112,15 @@ class LayerAnatomy(PartFinder):
     def part_changes(
         self, ablation: Ablation, cache: RoundedWeights | None = None
     ) -> Iterator[tuple[int, Callable[[nn.Module], object]]]:
-        """Yield functions that remove or quantise parts of layers in a copy of the model.
+        """Yield the changes that make an ablation of parts of layers, as functions.
 
         Args:
-            ablation: The ablation. Its changes of whole layers are ignored.
+            ablation: The ablation. The method ignores changes of whole layers in the ablation.
             cache: Cache of quantised weights, as for `round_layer`.
 
         Yields:
-            Pairs of a layer's index and a function. The function changes this layer of the copy.
+            The index of a layer, and a function that removes or quantises parts of this layer in a
+            copy of the model.
         """
         for layer, layer_changes in ablation.by_layer.items():
             if layer_changes.roundings:
@@ -234,9 +234,9 @@ def find_search_parts(source: ModelSource, unit: str) -> SearchParts:
     # Without a miniature, the engine finds the layers before it measures.
     layers = tuple(range(counts.layers)) if small is None else _layers_with_parts(small, unit)
     if not layers or n_staying >= count:
-        reason = f"Each layer has {count} {plural}, and at least {n_staying} must stay."
+        reason = f"Each layer has {count} {plural}; at least {n_staying} cannot be removed."
         if not layers:
-            router = " The router must use neither groups of experts nor a fixed table."
+            router = " The router must not choose experts by groups or by a fixed table."
             reason = f"{PART_CLASSES[unit].NEEDS}{router if unit == 'expert' else ''}"
         raise ModelError(
             f"{source.source} has no {plural} that can be removed one by one; use another 'unit'. "
@@ -246,11 +246,11 @@ def find_search_parts(source: ModelSource, unit: str) -> SearchParts:
 
 
 def find_configured_parts(source: ModelSource, unit: Component) -> dict[int, NumberedParts]:
-    """Describe the heads, experts or neurons of each layer, based only on the configuration.
+    """Return the heads, experts or neurons of each layer, according to the configuration.
 
-    Returns the descriptions by the index of the layer. Layers without such parts are left out.
-    Module paths in the descriptions are empty. Raises ModelError if the model has no such parts, or
-    if the configuration does not state their number.
+    `unit` is the kind of parts. The result has no entries for layers without parts of this kind.
+    Paths of modules are empty. Raises ModelError if no layer has parts of this kind, or if the
+    configuration does not state the number of parts.
     """
     parts, config = find_search_parts(source, unit), read_config(source)
     counts, number = parts_of_config(config), parts.per_layer
@@ -267,9 +267,9 @@ def find_configured_parts(source: ModelSource, unit: Component) -> dict[int, Num
 
 
 def _layers_with_parts(small_model: PreTrainedModel, unit: Component) -> tuple[int, ...]:
-    """List the layers with as many heads, experts or neurons as the configuration states.
+    """List the layers from which parts of the kind `unit`, e.g. heads, can be removed.
 
-    `small_model` is a small random model with the same architecture. `unit` is the kind of parts.
+    `small_model` is a small random model with the architecture of the user's model.
     """
     config, anatomy = small_model.config.get_text_config(), LayerAnatomy.of(small_model)
     count, n_chosen = parts_of_config(config).count_of(unit), experts_per_token(config)

@@ -2,11 +2,11 @@
 
 A mixture of experts consists of a router and a module with the weights of all experts. The router
 chooses the experts of each token. The tensors with the weights of the experts have one entry per
-expert. To remove an expert, its row is deleted from the weight of the router, and its entries are
-deleted from the tensors of all experts.
+expert. To remove an expert, the expert's entries are deleted from these tensors and from the
+router's weight.
 
-Shared experts process every token, in addition to the routed experts of the token. The module
-identifies shared experts by their effect, because their names differ between model families.
+Shared experts process every token, in addition to the routed experts of the token. Names of shared
+experts differ between model families, so shared experts are identified by their effect.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ class Experts:
     KIND: ClassVar[str] = "routed experts"
     COMPONENTS: ClassVar[str] = "expert"
     NEEDS: ClassVar[str] = (
-        "Removal needs tensors with one entry per expert, and a router with one row per expert."
+        "Experts can be removed if all their tensors have one entry per expert, and the router has "
+        "one row per expert."
     )
 
     router: str
@@ -66,9 +67,9 @@ class Experts:
     def find(cls, finder: PartFinder) -> list[Experts | None]:
         """Find the routed experts of every layer; the entry of a layer without experts is None.
 
-        The module of the experts is a module whose own tensors all have one entry per expert. The
-        router is the innermost module that returned the indices of each token's experts. The method
-        calls the router without its last expert to test whether experts can be removed.
+        The method runs the model on a short text. The router is the module that returns the indices
+        of each token's experts. The experts are in the module that receives these indices. A call
+        of the router without its last expert tests whether experts can be removed.
         """
 
         def find(layer: nn.Module, calls: Sequence[ModuleCall]) -> Experts | None:
@@ -91,7 +92,7 @@ class Experts:
 
     @property
     def mixture_path(self) -> str:
-        """Path of the module with the router and the experts; empty for the layer itself."""
+        """Path in the layer of the module around router and experts; empty = the layer."""
         return self.holder.rpartition(".")[0]
 
     @property
@@ -100,18 +101,13 @@ class Experts:
         return {"expert": self.count}
 
     def narrow(self, parts: Sequence[Change], name: str) -> tuple[Experts, dict[int, list[int]]]:
-        """Return a description of the experts that remain after a removal.
-
-        The returned dictionary of remaining tensor entries is always empty, because `remove`
-        already shortens all tensors.
-        """
+        """Return the `Experts` object of the layer after a removal, and an empty dictionary."""
         return replace(self, count=len(self.remaining_experts(parts, name))), {}
 
     def remaining_experts(self, parts: Sequence[Change], name: str) -> list[int]:
-        """List the experts that remain after the removal of the experts in `parts`.
+        """Return the indices of the experts that remain if the experts in `parts` are removed.
 
-        `name` is the name of the layer in error messages. Raises CellError if the experts cannot be
-        removed.
+        `name` is the layer's name in error messages. Raises CellError if removal is impossible.
         """
         removed = {part.number for part in parts if part.number is not None}
         if max(removed) >= self.count:
@@ -174,8 +170,8 @@ class SharedExperts:
     def find(cls, finder: PartFinder) -> list[SharedExperts | None]:
         """Find the shared experts of every layer's MLP; the entry of other layers is None.
 
-        A shared expert is a module beside the routed experts. It reads the input of the MLP, and
-        the MLP adds its output to other outputs.
+        A shared expert reads the input of the MLP. The MLP adds the output of the shared expert to
+        the output of the routed experts.
         """
         mlps = {sublayers.mlp for sublayers in finder.find(Sublayers) if sublayers}
 
@@ -205,8 +201,8 @@ def _find_router_calls(
 ) -> Iterator[tuple[ModuleCall, Tensor]]:
     """Yield the module calls that returned the indices of each token's experts.
 
-    Each entry is a pair: one of `calls`, which could be the call of the router, and the returned
-    indices. `experts` is the call of the module with the `count` experts.
+    `calls` contains recorded calls, and `experts` is the call of the module with the `count`
+    experts. Each yielded pair contains a call, which can be the router's, and the indices.
     """
     for choice in integer_tables(experts.arguments):
         for call in calls:
@@ -229,7 +225,8 @@ def count_experts(module: nn.Module) -> int:
 def _works_without_last_expert(router: ModuleCall, choice: Tensor, count: int) -> bool:
     """Test whether a router still chooses valid experts after its last expert is removed.
 
-    `router` is the router's recorded call, which chose the experts `choice` out of `count` experts.
+    `router` is a recorded call. `choice` contains the indices of the experts that the router chose
+    in this call, out of `count` experts.
     """
     if choice.shape[-1] >= count:
         return True  # all are chosen, so none may be removed anyway
@@ -253,9 +250,9 @@ def keep_experts(
     Args:
         module: A router, the module that holds the experts, or the module around router and
             experts.
-        remaining: The experts whose entries are kept.
+        remaining: Indices of the experts to keep.
         count: Number of experts in the original module.
-        modules: Submodules that are also reduced; empty = all submodules.
+        modules: Submodules from which experts are also removed; empty = all submodules.
 
     Returns:
         The copy, which shares all other tensors with the original module.
@@ -286,7 +283,7 @@ def keep_experts(
 def _keep_entries(value: Tensor, remaining: Sequence[int], count: int) -> Tensor:
     """Select the rows or columns of the remaining experts from a tensor.
 
-    A tensor without one row or column per expert is returned unchanged.
+    The function returns other tensors, without a row or column per expert, unchanged.
     """
     axis = 1 if value.ndim == 2 and len(value) == 1 else 0
     if not value.ndim or value.shape[axis] != count:
@@ -349,9 +346,7 @@ def call_reduced_router(
 def single_expert_outputs(
     forward: Callable[..., Tensor], args: Args, kwargs: Kwargs
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield the outputs of each token's first expert, then of each token's second expert, etc.
-
-    The function calls the module of the experts once per step, with a routing weight of 1.
+    """Yield the unweighted outputs of each token's first expert, then second expert, etc.
 
     Args:
         forward: The forward pass of the module that holds the experts.
@@ -359,8 +354,8 @@ def single_expert_outputs(
         kwargs: Keyword arguments of the module's call.
 
     Yields:
-        Three tensors with one expert per token: the indices of the experts [tokens], the routing
-        weights of the experts [tokens], and the outputs of the experts [tokens, width].
+        Three tensors about one expert of each token: the expert's index [tokens], the routing
+        weight [tokens], and the expert's output [tokens, width].
     """
     arguments, state = (*args, *kwargs.values()), hooks.input_state(args, kwargs)
     choice = integer_tables(arguments)[0]
@@ -387,11 +382,10 @@ def single_expert_outputs(
 def weighted_expert_outputs(
     forward: Callable[..., Tensor], args: Args, kwargs: Kwargs, output: Tensor
 ) -> tuple[list[tuple[Tensor, Tensor, Tensor]], bool]:
-    """Compute the output of every expert of each token, and check their weighted sum.
+    """Compute the outputs of each token's experts, and compare their weighted sum with `output`.
 
-    Returns a list and a flag. The list contains the results for each token's first expert, for each
-    token's second expert, and so on: expert indices, routing weights and outputs. The flag is True
-    if the weighted sum of the outputs equals `output` up to rounding.
+    Returns the results of `single_expert_outputs` as a list, and whether the sum of the outputs,
+    weighted by the routing weights, equals `output` up to rounding.
     """
     outputs = [*single_expert_outputs(forward, args, kwargs)]
     total = sum(gates[:, None].float() * states.float() for _, gates, states in outputs)
@@ -401,9 +395,9 @@ def weighted_expert_outputs(
 
 
 def _reads_mlp_input(call: ModuleCall, mlp: ModuleCall) -> bool:
-    """Return whether a module reads the input of an MLP, and returns an output of the same size.
+    """Return whether a module reads the input of an MLP and returns an output of the same size.
 
-    `call` and `mlp` are the recorded calls of the module and of the MLP.
+    The arguments are a recorded call of the module, and a recorded call of the MLP.
     """
     state = hooks.input_state(mlp.args, mlp.kwargs)
     call_input, call_output = next(iter(call.arguments), None), hooks.first_output(call.output)
@@ -415,10 +409,7 @@ def _reads_mlp_input(call: ModuleCall, mlp: ModuleCall) -> bool:
 
 
 def _unrouted_modules(mlp: nn.Module) -> list[nn.Module]:
-    """List the modules of an MLP that neither belong to nor contain routed experts.
-
-    Outer modules come before the modules inside them.
-    """
+    """List the modules of an MLP without routed experts, outer modules first."""
     holders = [module for module in mlp.modules() if count_experts(module)]
     routed_modules = {module for holder in holders for module in holder.modules()}
     around = {module for module in mlp.modules() if not routed_modules.isdisjoint(module.modules())}
@@ -426,10 +417,10 @@ def _unrouted_modules(mlp: nn.Module) -> list[nn.Module]:
 
 
 def _mlp_adds_output(module: nn.Module, mlp: ModuleCall) -> bool:
-    """Test whether an MLP adds the output of the module `module` to other outputs.
+    """Test whether an MLP adds the output of `module` to the outputs of other modules.
 
-    The output of `module` is multiplied by 0, 1 and 2. The output of the MLP must then change by
-    equal steps. `mlp` is the recorded call of the MLP.
+    The function multiplies the output of `module` by 0, 1 and 2. The three outputs of the MLP must
+    have equal differences. `mlp` is a recorded call of the MLP.
     """
 
     def scaled_result(factor: int) -> Tensor:

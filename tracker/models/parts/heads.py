@@ -44,7 +44,8 @@ class Heads(ProjectionColumns):
     KIND: ClassVar[str] = "attention heads"
     COMPONENTS: ClassVar[str] = "head and kv_head"
     NEEDS: ClassVar[str] = (
-        "Removal needs one call of transformers' AttentionInterface and one output projection."
+        "Heads can be removed if the attention uses transformers' AttentionInterface once and has "
+        "one output projection."
     )
 
     projection: str
@@ -57,9 +58,9 @@ class Heads(ProjectionColumns):
     def find(cls, finder: PartFinder) -> list[Heads | None]:
         """Find the heads of every layer's attention; the entry of a layer without heads is None.
 
-        The method runs the model on a short text, and replaces the attention function: every second
-        head returns ones, and all other heads return zeros. The output projection is the linear map
-        that reads exactly these values.
+        The method runs the model on a short text. During this test, every second head returns ones,
+        and the other heads return zeros. The output projection is the linear map with exactly these
+        ones and zeros as inputs.
         """
         shapes: list[tuple[int, int, int]] = []
         holders = count_holders(finder.layers)
@@ -103,11 +104,10 @@ class Heads(ProjectionColumns):
         return {"head": self.heads, "kv_head": self.groups}
 
     def narrow(self, parts: Sequence[Change], name: str) -> tuple[Heads, dict[int, list[int]]]:
-        """Return a description of the heads that remain, and the tensor entries to keep.
+        """Return the layer's `Heads` without those in `parts`, and the tensor entries to keep.
 
-        The heads in `parts` are removed. The returned dictionary maps the length of a tensor's axis
-        to the indices that remain on this axis. Raises CellError if the remaining groups of heads
-        would differ in size, or if no head remains.
+        The dictionary contains the indices that remain on an axis, by the length of the axis.
+        Raises CellError if no head remains, or if the groups of heads would have unequal sizes.
         """
         width, per_group = self.width, self.heads // self.groups
         columns = torch.arange(self.heads * width)
@@ -135,7 +135,7 @@ class Heads(ProjectionColumns):
 
 
 def _sizes_except_projection(layer: nn.Module, projection: str) -> set[int]:
-    """List the output sizes of an attention's linear maps, except for the output projection.
+    """List the output sizes of all linear maps of an attention except the output projection.
 
     `projection` is the path of the output projection in the layer.
     """
@@ -146,10 +146,7 @@ def _sizes_except_projection(layer: nn.Module, projection: str) -> set[int]:
 
 
 def _reads_columns(states: Tensor, columns: Tensor) -> bool:
-    """Return whether states are non-zero in exactly the given columns.
-
-    `columns` is a boolean tensor with one entry per column.
-    """
+    """Return whether exactly the columns where `columns` is true contain non-zero values."""
     return torch.equal((states.flatten(0, -2) != 0).any(0).cpu(), columns)
 
 

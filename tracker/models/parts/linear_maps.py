@@ -1,8 +1,8 @@
 """Find the linear maps of a layer, in linear modules and in modules of experts.
 
-The corresponding matrices of all experts together form one linear map, as in files of llama.cpp
-(`ffn_down_exps`). The matrix of a single expert can also be used as a linear map. The embedding and
-the output head are linear maps too.
+One linear map can contain the matrices of all experts, as in files of llama.cpp
+(`ffn_down_exps`). The matrix of one expert, the embedding and the output head can also be used as
+linear maps.
 """
 
 from __future__ import annotations
@@ -28,9 +28,7 @@ from tracker.schema.model_parts import split_expert_map
 
 @dataclass(frozen=True)
 class LinearMap:
-    """A linear map of a layer.
-
-    The corresponding matrices of several experts can form one linear map.
+    """A weight matrix of a layer, or the stacked weight matrices of all experts of a layer.
 
     Attributes:
         module: The module that holds the weight.
@@ -49,37 +47,27 @@ class LinearMap:
 
     @property
     def weight(self) -> Tensor:
-        """The weight with the shape [outputs, inputs].
-
-        If the map consists of the matrices of all experts, the shape is [experts, outputs, inputs].
-        """
+        """The weight [outputs, inputs]; for all experts [experts, outputs, inputs]."""
         matrix = self.parameter if self.expert is None else self.parameter[self.expert]
         return matrix.mT if self.inputs_first else matrix
 
     @property
     def shape(self) -> tuple[int, int]:
-        """The number of outputs, and the number of inputs.
-
-        If the map consists of the matrices of all experts, the first number is the total of all
-        experts.
-        """
+        """The number of outputs (for all experts: the sum over the experts), and of inputs."""
         weight = self.weight
         return weight.numel() // weight.shape[-1], weight.shape[-1]
 
     @property
     def parameter(self) -> Tensor:
-        """The module's parameter that contains the weight.
-
-        The parameter of a map that belongs to one expert contains the weights of all experts.
-        """
+        """The module's parameter: the weight, or the weights of all experts."""
         tensor: Tensor = getattr(self.module, self.name)
         return tensor
 
     def to_module_layout(self, weight: Tensor, all_weights: Tensor) -> Tensor:
         """Convert a weight to the shape of the module's parameter.
 
-        If the map belongs to one expert, the parameter contains the weights of all experts. The
-        weights of the other experts are copied from `all_weights`.
+        If `weight` belongs to one expert, the weights of the other experts are copied from
+        `all_weights`.
         """
         rows = weight.mT.contiguous() if self.inputs_first else weight
         if self.expert is None:
@@ -138,10 +126,10 @@ def find_linear_maps(layer: nn.Module, name: str) -> dict[str, LinearMap]:
 
 
 def _find_expert_matrices(module: nn.Module) -> Iterator[LinearMap]:
-    """Yield the two linear maps of a module's experts.
+    """Yield the input map and the output map of a module's experts.
 
-    For one expert, the shapes must be [2 width, hidden] and [hidden, width], or both transposed. If
-    not, the function yields nothing.
+    The function yields nothing if the weights of an expert do not have the shapes
+    [2 width, hidden] and [hidden, width], or both transposed.
     """
     count, tensors = count_experts(module), module._parameters.items()
     matrices = {name: t.shape[1:] for name, t in tensors if t is not None and t.ndim == 3}
@@ -155,9 +143,10 @@ def _find_expert_matrices(module: nn.Module) -> Iterator[LinearMap]:
 
 
 def _find_router_weights(block: nn.Module, count: int) -> Iterator[Tensor]:
-    """Yield the matrices of `block` that have one row or column for each of `count` experts.
+    """Yield the weights of an MLP `block` that can belong to a router of `count` experts.
 
-    If a child module contains several linear modules, the weights of these modules are skipped.
+    The weights are matrices with one row or column per expert. Linear modules are skipped if a
+    child module of `block` contains several.
     """
     for child in block.children():
         linears = [module for module in child.modules() if isinstance(module, nn.Linear)]
@@ -183,8 +172,8 @@ class RoundedWeights:
     """Cache of quantised weights, which many ablations share.
 
     Args:
-        max_bytes: Maximum bytes of cached weights. The least recently used weights are dropped
-            first.
+        max_bytes: Maximum bytes of cached weights. If the cache is full, it drops the least
+            recently used weights.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -216,8 +205,7 @@ def rounded_parameters(
         maps: Linear maps of a layer by their paths.
         formats: Format of each linear map to quantise, by path. The format of a single expert
             overrides the format of all experts.
-        round_map: Function that quantises a weight. Its arguments are the path, the linear map and
-            the format.
+        round_map: Function that quantises a weight, given the path, the linear map and the format.
 
     Returns:
         The quantised parameters by module and parameter name.
@@ -251,8 +239,7 @@ def round_layer(
         formats: Format of each linear map to quantise, by path.
         number: Number of the layer.
         cache: Cache of quantised weights. With a cache, the layer has the quantised weights only
-            while it is called. If `cache` is None, the layer keeps the quantised weights
-            permanently.
+            during calls of the layer. Without a cache, the quantised weights are permanent.
     """
     name = f"layer {number}"
     layer_maps = find_linear_maps(layer, name)
@@ -299,8 +286,8 @@ class Embeddings:
     def temporary_format(self, name: str, form: str | None) -> AbstractContextManager[None]:
         """Quantise the weights of the embedding or the output head until the context exits.
 
-        If `form` is None, the weights stay unchanged. Other forward passes must not run until the
-        context exits, because they would use the quantised weights.
+        If `form` is None, nothing is quantised. Until the context exits, all forward passes use the
+        quantised weights.
         """
         if form is None:
             return nullcontext()
@@ -353,7 +340,7 @@ def embedding_shapes(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
 def round_embeddings(model: PreTrainedModel, formats: Mapping[str, str]) -> None:
     """Quantise the embedding, the output head, or both, in a copied model.
 
-    `formats` contains the format of each matrix to quantise, by its name: `embedding` or `lm_head`.
+    `formats` contains the format of each matrix to quantise, by name (`embedding`, `lm_head`).
     """
     if not formats:
         return

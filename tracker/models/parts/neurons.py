@@ -35,15 +35,15 @@ class Neurons(ProjectionColumns):
         projection: Path of the output projection, the linear map that reads all neurons.
         size: Number of neurons of each group.
         groups: Number of groups.
-        maps: The output projection and the linear maps that compute the neurons, by path. If the
-            weights are unknown, `maps` is empty and the groups consist of consecutive columns.
+        maps: The output projection and the linear maps that compute the neurons, by path. Without
+            known weights, `maps` is empty; a group then contains consecutive neurons.
     """
 
     KIND: ClassVar[str] = "groups of neurons"
     COMPONENTS: ClassVar[str] = "neuron"
     NEEDS: ClassVar[str] = (
-        "Removal needs an MLP without experts, with one output projection. The number of the "
-        "projection's inputs must be a multiple of 64."
+        "Neurons can be removed if the MLP has no experts, one output projection and a multiple of "
+        "64 neurons."
     )
 
     projection: str
@@ -56,9 +56,8 @@ class Neurons(ProjectionColumns):
         """Find the neurons of every layer's MLP; the entry of a layer without neurons is None.
 
         The output projection is the last linear map that the MLP calls. The neurons are the inputs
-        of this projection. An earlier map computes the neurons if a change of its outputs changes
-        exactly the neurons with the same indices. An MLP with other matrices, such as a mixture of
-        experts, has no neurons. Raises ModelError if weights are offloaded.
+        of the output projection. An MLP with other matrices, such as a mixture of experts, has no
+        neurons. Raises ModelError if weights are offloaded.
         """
         if any(map(is_absent, finder.layers.parameters())):
             raise ModelError(
@@ -77,7 +76,7 @@ class Neurons(ProjectionColumns):
             *others, last = maps
             width = last.args[0].shape[-1]
             size = neuron_group_size(width)
-            modules = [c.module for c in others if _computes_inputs(c.module, last, calls[-1])]
+            modules = [c.module for c in others if _computes_neurons(c.module, last, calls[-1])]
             matrices = {m for m in mlp for p in m.parameters(recurse=False) if p.ndim > 1}
             if not size or not modules or matrices - {*modules, last.module}:
                 return None
@@ -96,10 +95,10 @@ class Neurons(ProjectionColumns):
 
     @cached_property
     def order(self) -> Tensor:
-        """The indices of the neurons, from the largest norm to the smallest.
+        """The indices of the neurons, sorted by the norm of the neuron's weights, largest first.
 
-        A neuron has one weight vector in each map: a column of the output projection, or a row of
-        another map. The norm of the neuron is the product of the vectors' Euclidean norms.
+        A neuron has one weight vector in each linear map of the MLP: a column of the output
+        projection, or a row of another map. The vectors' Euclidean norms are multiplied.
         """
         width = self.size * self.groups
         norms = torch.ones(width, dtype=torch.float64)
@@ -115,14 +114,14 @@ class Neurons(ProjectionColumns):
         return order.to(self.maps[self.projection].weight.device) if self.maps else order
 
     def select_columns(self, number: int, n_parts: int) -> Tensor:
-        """Return the input columns of a group of neurons."""
+        """Return the indices of the neurons in group `number`."""
         return self.order[number * self.size : (number + 1) * self.size]
 
     def narrow(self, parts: Sequence[Change], name: str) -> tuple[Neurons, dict[int, list[int]]]:
-        """Return a description of the neurons that remain, and the tensor entries to keep.
+        """Return the MLP's `Neurons` without the groups in `parts`, and the tensor entries to keep.
 
-        The groups in `parts` are removed. The returned dictionary maps the length of a tensor's
-        axis to the indices that remain on this axis. Raises CellError if no group remains.
+        The dictionary contains the indices that remain on an axis, by the length of the axis.
+        Raises CellError if no group remains.
         """
         width = self.size * self.groups
         is_kept = torch.ones(width, dtype=torch.bool, device=self.order.device)
@@ -137,12 +136,11 @@ class Neurons(ProjectionColumns):
         return replace(self, groups=len(remaining) // self.size), entries
 
 
-def _computes_inputs(module: nn.Module, projection: ModuleCall, layer: ModuleCall) -> bool:
-    """Return whether a linear map computes the neurons of an MLP.
+def _computes_neurons(module: nn.Module, projection: ModuleCall, layer: ModuleCall) -> bool:
+    """Return whether the linear map `module` computes the neurons of an MLP.
 
-    The function changes some outputs of the map `module`. Exactly the neurons with the same indices
-    must change. `projection` is the recorded call of the output projection, whose inputs are the
-    neurons. `layer` is the recorded call of the layer.
+    Test: if some outputs of the map are changed, exactly the neurons with the same indices change.
+    `projection` and `layer` are recorded calls of the output projection and of the layer.
     """
     inputs = projection.args[0]
     width = inputs.shape[-1]

@@ -40,7 +40,7 @@ class LayerPart(Protocol):
     def find(cls, finder: PartFinder) -> Sequence[Any]:
         """Find the parts of every layer.
 
-        The entry of a layer without parts of this kind is None.
+        For a layer without such parts, the list contains None.
         """
 
     def remove(self, layer: nn.Module, parts: Sequence[Change], name: str) -> None:
@@ -48,7 +48,7 @@ class LayerPart(Protocol):
 
         `name` is the name of the layer in error messages.
 
-        Raises CellError if the layer does not have all these parts, or cannot run without them.
+        Raises CellError if a part does not exist, or if the layer cannot run without the parts.
         """
 
 
@@ -83,7 +83,7 @@ class PartFinder:
         layers: The model's decoder layers.
         device: The device on which the model expects its inputs.
         exclusive_use: Function that returns a context manager, e.g. a lock, for calling the model.
-        parts: Parts found so far, by kind; each value has one entry per layer.
+        parts: Parts found so far: kind → one entry per layer.
     """
 
     model: PreTrainedModel
@@ -139,8 +139,8 @@ class PartFinder:
         Args:
             kind: The kind of parts.
             n_tokens: Number of tokens of the text.
-            find_part: Function that returns the parts of a layer, or None. Its arguments are the
-                layer and the recorded calls of its modules.
+            find_part: Function that returns the parts of a layer, or None. The arguments of the
+                function are the layer and the recorded calls of the layer's modules.
 
         Returns:
             The result of `find_part` for each layer.

@@ -36,11 +36,11 @@ class ProjectionColumns(ABC):
     @property
     @abstractmethod
     def counts(self) -> Mapping[Component, int]:
-        """The number of parts of each kind, such as heads or groups of heads."""
+        """Kind of parts (e.g. `head`) → number of parts in the layer."""
 
     @abstractmethod
     def select_columns(self, number: int, n_parts: int) -> Columns:
-        """Return the input columns of one of `n_parts` equal parts."""
+        """Return the input columns of part `number`, if the layer has `n_parts` equal parts."""
 
     def columns(self, part: Change, name: str) -> Columns:
         """Return the input columns of a part; raise CellError if the part does not exist."""

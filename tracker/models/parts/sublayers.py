@@ -47,9 +47,9 @@ class Sublayers:
         """Find the attention and the MLP of every layer.
 
         The attention is the layer's first child module that holds a matrix, and the MLP is the
-        last. The method tests this assumption on a short text: without attention and MLP, every
-        layer must return its input. Without attention, the logits of a token must not depend on
-        other tokens.
+        last. The method verifies two properties on a short text. Without attention and MLP, every
+        layer returns its input. Without attention, the logits of a token do not depend on other
+        tokens.
 
         Args:
             finder: The model and its layers.
@@ -65,7 +65,7 @@ class Sublayers:
         for layer in finder.layers:
             if (pair := cls.first_and_last(layer)) is None:
                 raise _division_error(
-                    finder.model, layer, "the layer has fewer than two modules with matrices"
+                    finder.model, layer, "the layer has fewer than two modules with weight matrices"
                 )
             sublayers.append(pair)
         _verify_sublayers(finder, sublayers)
@@ -73,10 +73,7 @@ class Sublayers:
 
     @classmethod
     def first_and_last(cls, layer: nn.Module) -> Sublayers | None:
-        """Return the first and the last child module that contain a matrix.
-
-        Returns None if fewer than two child modules contain a matrix.
-        """
+        """Return the first and last child module with a matrix; None if fewer than two exist."""
         parts = [part for part in layer.children() if any(p.ndim > 1 for p in part.parameters())]
         return cls(parts[0], parts[-1]) if len(parts) > 1 else None
 
@@ -113,7 +110,7 @@ def _verify_sublayers(finder: PartFinder, sublayers: Sequence[Sublayers]) -> Non
     with hooks.silenced_sublayers([*attentions, *mlps]), hooks.enter_all(wrapped):
         model(ids, use_cache=False)
     if not all(is_unchanged):
-        problem = "the layer changes its input even if its first and its last module are removed"
+        problem = "the layer changes its input even if attention and MLP are removed"
         raise _division_error(model, layers[is_unchanged.index(False)], problem)
 
     def measure_effect() -> Tensor:
@@ -127,12 +124,12 @@ def _verify_sublayers(finder: PartFinder, sublayers: Sequence[Sublayers]) -> Non
 
     with hooks.silenced_sublayers(attentions):
         if measure_effect() > tolerance:
-            problem = "a module of the layer other than the first mixes tokens"
+            problem = "tokens affect each other even without the attention"
             raise _division_error(model, layers[0], problem)
     with hooks.silenced_sublayers(mlps):
         if not measure_effect() > tolerance:
             raise _division_error(
-                model, layers[0], "the first module of the layer does not mix tokens"
+                model, layers[0], "tokens do not affect each other if the MLP is removed"
             )
 
 
