@@ -156,10 +156,11 @@ class Results:
         `score_intact` and `score` contain the metric of the two models; higher is better. The table
         includes the texts if the results folder has them.
 
-        `layer_leaderboard` and `model_leaderboard` contain means over the benchmarks. There is also
-        a table `part_leaderboard` if heads, experts or ranges of layers are ranked. Rows are sorted
-        by the lower bound of the accuracy drop, in descending order. The intervals of the drops are
-        simultaneous over all layers. `best_rank` and `worst_rank` are the bounds of the rank.
+        `layer_leaderboard` and `model_leaderboard` rank layers and models by means over the
+        benchmarks. `part_leaderboard` ranks heads, experts or ranges of layers, if any. Rows are
+        sorted by the lower bound of the accuracy drop, in descending order. The intervals of the
+        drops are simultaneous over all layers. `best_rank` and `worst_rank` are the bounds of the
+        rank.
 
         Args:
             name: Name of a table listed above, or of a table of the study, such as

@@ -42,7 +42,7 @@ NOT_SAVED = {
     **dict.fromkeys(("gemma3n_text", "gemma4", "gemma4_text"), "embed_tokens_per_layer"),
     **dict.fromkeys(("glm_moe_dsa", "hy_v4"), "does not run without layers 0, 2: Shared DSA"),
     **dict.fromkeys(("hrm_text", "longcat_flash"), "cannot tell which modules"),
-    **dict.fromkeys(("inkling2_loop_text", "inkling2_text", "zaya"), "model has no tensor"),
+    **dict.fromkeys(("inkling2_loop_text", "inkling2_text", "zaya"), "has no tensor"),
     "jamba": "cannot describe that layers 0, 2 are removed: a model with this configuration needs",
     "modernbert-decoder": r"this configuration has no tensor model\.layers\.0\.attn_norm",
     "olmo_hybrid": "validate_architecture",

@@ -217,7 +217,7 @@ def _run_engine(
 ) -> EngineAnswers:
     """Score all documents, or generate their texts, under all ablations.
 
-    `advance` is called with the number of new answers.
+    The function calls `advance` with the number of new answers.
     """
     prompts = [document.prompt for document in documents if document.prompt is not None]
     if not prompts:

@@ -485,7 +485,7 @@ def print_search_plan(
 
 
 def _describe_stopping(cell: PlannedCell) -> str:
-    """Describe how many documents the rule `until` needs, or how to get an estimate."""
+    """Describe how many documents will be measured before the experiment's `until` rule stops."""
     from tracker.analysis.stopping import PILOT_DOCUMENTS
 
     if cell.answer is not None and cell.measured:

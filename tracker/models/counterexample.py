@@ -327,7 +327,7 @@ class Counterexample:
         self._move_junk_value(AMPLIFY)
 
     def _write_speaking_layer(self) -> None:
-        """Write the weights of layer 4, which computes the prediction.
+        """Write the weights of layer 4, which predicts the next token.
 
         Layer 1 computes two vectors for the next token: a fixed vector and a signed vector. Layer 4
         copies both vectors to the output. If layer 2 is missing, layer 4 inverts the signed vector.

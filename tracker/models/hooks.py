@@ -128,7 +128,7 @@ def neutral_output(
         args: Positional arguments of the sublayer's call.
         kwargs: Keyword arguments of the sublayer's call.
         example: Output of the sublayer for some rows of the batch.
-        n_rows: Number of rows of the whole batch.
+        n_rows: Number of rows in the batch.
 
     Returns:
         Zeros with the dtype and width of `example`, or the residual stream if the sublayer itself

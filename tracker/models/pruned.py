@@ -382,7 +382,7 @@ def simulate_reload(
 def reload_values(model: PreTrainedModel, clone: PreTrainedModel, indices: Sequence[int]) -> None:
     """Give a pruned copy the attribute values that it would have after saving and loading.
 
-    Configuration values such as `first_k_dense_replace` are adapted to the remaining layers.
+    The function also adapts counts of layers in the configuration, e.g. `first_k_dense_replace`.
 
     Args:
         model: The original model.

@@ -366,8 +366,8 @@ def _find_in_package(source: str) -> ModelSource:
 def _create_shape(source: str) -> ModelSource:
     """Create a cache folder with the configuration and the tokenizer of a `shape:` model.
 
-    When the model is loaded, `write_weights` adds random weights. Raises ModelError if there is no
-    model shape with this name.
+    When the model is loaded, `write_weights` adds random weights. ModelError is raised if no shape
+    has the name in `source`.
     """
     from transformers import AutoConfig
 

@@ -114,7 +114,7 @@ class Publisher:
     """Publisher of results to tracking backends, which opens each backend on first use.
 
     `track` lists backends as `BACKEND` or `BACKEND:PROJECT`; `project` is the default project. If
-    `update_others` is true, the projects to which the same results were published earlier are also
+    `update_others` is true, other projects with earlier versions of the results are also
     updated. By default, `update_others` is true unless `track` is empty. In a sweep, `trial` is the
     W&B run of the trial, and other projects are not updated. Document texts from
     public sources are always published. Other document texts are published only if `publish_texts`
@@ -447,11 +447,11 @@ def sync_ledger(
 ) -> SyncResult:
     """Publish those results of a results folder that the tracking backends lack.
 
-    Each entry of `addresses` is `BACKEND` or `BACKEND:PROJECT`; without a project, the project of
-    the experiment file is used. If `addresses` is None, all results are published to the projects
-    to which they were published earlier, or to the default backend if they were never published. If
-    the environment names a server of the default backend, all results are also published there.
-    `publish_texts` and `run_selection` have the same meaning as in `Publisher`.
+    Each entry of `addresses` is `BACKEND` or `BACKEND:PROJECT`; the default project is that of the
+    experiment file. If `addresses` is None, published results are updated in the projects that have
+    them. Other results are published to the default backend. If the environment names a server of
+    the default backend, all results are published to this server too. `publish_texts` and
+    `run_selection` have the same meaning as in `Publisher`.
     """
     ledger.create()
     contents = ledger.contents()

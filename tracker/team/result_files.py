@@ -117,7 +117,7 @@ def model_args(model: ModelIdentity) -> dict[str, str]:
 def ablation_args(ablation: Ablation) -> dict[str, str]:
     """Encode an ablation as model arguments, such as `removed_layers=3+17`, for lm-eval's files.
 
-    The arguments never contain a comma. Two different ablations always have different arguments.
+    The arguments contain no comma, and identify the ablation.
     """
     changes: list[tuple[str, object]] = [
         *(("removed_layers", layer) for layer in ablation.removed()),

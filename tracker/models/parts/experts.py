@@ -223,7 +223,7 @@ def count_experts(module: nn.Module) -> int:
 
 
 def _works_without_last_expert(router: ModuleCall, choice: Tensor, count: int) -> bool:
-    """Test whether a router still chooses valid experts after its last expert is removed.
+    """Test whether a router chooses only existing experts if the last expert is removed.
 
     `router` is a recorded call. `choice` contains the indices of the experts that the router chose
     in this call, out of `count` experts.
@@ -314,15 +314,15 @@ def call_reduced_router(
     Args:
         router: The original router, which has all experts.
         experts: The routed experts of the layer.
-        remaining: Indices of the experts that the router keeps.
-        full_outputs: Outputs of the original router, which give the shapes.
+        remaining: Indices of the experts that the copy keeps.
+        full_outputs: Outputs of the original router; the returned outputs have the same shapes.
         state: The hidden states of the tokens to route.
         arguments: Positional and keyword arguments of the router's call. `state` replaces the
             hidden states in these arguments.
 
     Returns:
-        One output for each entry of `full_outputs`. Experts keep their original indices. The score
-        of a removed expert is −∞.
+        The outputs of the copy, with the original indices of experts. Removed experts have the
+        score −∞.
     """
     count = experts.count
     reduced_router = keep_experts(router, remaining, count)

@@ -298,8 +298,8 @@ class Embeddings:
 def find_embeddings(model: PreTrainedModel, max_bytes: int = 0) -> Embeddings:
     """Find the embedding and the output head of a model.
 
-    `max_bytes` limits the cache of quantised weights. Raises CellError if the embedding or the head
-    cannot be quantised.
+    `max_bytes` is the size of the cache of quantised weights. Raises CellError if the embedding or
+    the head cannot be quantised.
     """
     maps = []
     class_name = type(model).__name__
