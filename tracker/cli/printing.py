@@ -426,7 +426,7 @@ def print_search_plan(
 ) -> None:
     """Print the estimated cost of searches and tests."""
     rates = _ComputeRates(gflops)
-    no_search = "tests have no search steps; they only measure the removals that the searches chose"
+    no_search = "tests have no search steps; tests only measure removals that a search chose"
     requests = [row.request for row in searches if not isinstance(row.request, CellRequest)]
     all_constraints = {request.constraints_text for request in requests}
 
