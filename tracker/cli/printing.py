@@ -449,9 +449,7 @@ def print_search_plan(
         if row.naive_flops is None:
             return Estimate(None, reason="lm-eval computes no proxies")
         if not row.flops:
-            return Estimate(
-                None, reason="no measurements are needed beyond those in the rows above"
-            )
+            return Estimate(None, reason="all measurements are part of the rows above")
         return f"{row.naive_flops / row.flops:.1f} × less work than one lm-eval run per layer"
 
     def seconds(row: PlannedSearch) -> float:

@@ -617,8 +617,5 @@ def shape_mismatch(shapes: TensorShapes, expected: TensorShapes) -> str | None:
             return f"a model with this configuration has no tensor {name}"
         if shapes[name] != expected[name]:
             expected_shape, shape = list(expected[name]), list(shapes[name])
-            return (
-                f"a model with this configuration has the shape {shape} for {name} instead of "
-                f"{expected_shape}"
-            )
+            return f"{name} has the shape {expected_shape}, but {shape} with this configuration"
     return None

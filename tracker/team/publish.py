@@ -45,9 +45,7 @@ from tracker.tracking.runs import RunSelection, individual_runs
 _LIVE_TIMEOUT = 60.0
 """Maximum number of seconds that publishing waits for the end of a cell's live run."""
 log = logging.getLogger(__name__)
-PUBLIC_TEXTS_NOTE = (
-    "document texts are published too, because they are public (from the hub or a package)"
-)
+PUBLIC_TEXTS_NOTE = "document texts from the hub or from a package are published too"
 REQUESTED_TEXTS_NOTE = "document texts are published too, because --publish-documents is set"
 
 
