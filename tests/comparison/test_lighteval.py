@@ -97,7 +97,7 @@ def test_wrong_input(folders):
     changed = read_results(folders[1])
     changed["config_tasks"]["colours|0"]["num_fewshots"] = 5
     results.write_text(json.dumps(changed))
-    refused(cli("compare", first, second), "colours: num_fewshot differs, 0 against 5")
+    refused(cli("compare", first, second), "colours: the models differ in num_fewshot, 0 against 5")
     refused(cli("compare", str(folders[0].parent), first), "has the answers of 2 models")
     path = next(folders[1].rglob("details_colours*"))
     shutil.copy(path, path.with_name(path.name.replace("|0_", "|3_")))

@@ -22,14 +22,15 @@ class BenchmarkAnswers:
     Attributes:
         table: Table with one row per document and one column per metric; undefined metrics are NaN.
             The columns `task` and `doc` identify the document. The column `key` is a unique hash of
-            the document and its right answer. The column `prompt` is a hash of the prompt. An
-            unknown hash is an empty string. The column `question` is the prompt. The column
+            the document and its right answer. The column `prompt` is a hash of the prompt. Unknown
+            hashes are empty strings. The column `question` is the prompt. The column
             `choices` is the list of options. The columns `gold` and `choice` are the numbers of the
             right option and the chosen option. The column `answer` is the right answer. The column
             `text` is the generated answer. The column `CLUSTER` is the number of the document's
             cluster; the column is absent if the user named no clusters.
         higher_is_better: Name of each metric in the table → whether higher values are better.
-        settings: Setting that changes the answers → its value as text; unknown settings are absent.
+        settings: Name of a setting that changes answers (e.g. `num_fewshot`) → value as text.
+            Unknown settings are absent.
         by_size: True if each metric is a mean over all documents; False if each metric is a mean
             over tasks.
         left_out: Name of each metric that cannot be compared → reason.
@@ -90,20 +91,19 @@ def pair_documents(
     """Match the documents that two models answered on a benchmark.
 
     Documents are matched by a hash of the document and its right answer. If any hash is missing,
-    documents are matched by their numbers. Documents with the same number but different texts are
-    not matched.
+    documents are matched by their number and their text.
 
     Args:
         benchmark: Name of the benchmark.
         first: Answers of the first model.
         second: Answers of the second model.
-        allowed: Settings that may differ.
+        allowed: Names of settings in which the two models may differ.
 
     Returns:
         The rows of both tables for the common documents, and the names of unmatched documents.
 
     Raises:
-        RequestError: A setting differs that may not differ, or no document is common.
+        RequestError: The models have no common document, or differ in another setting.
     """
     for name in first.settings.keys() & second.settings.keys() - {*allowed}:
         if first.settings[name] != second.settings[name]:
@@ -130,4 +130,4 @@ def pair_documents(
 
 def _different(benchmark: str, name: str, values: str) -> RequestError:
     advice = f"evaluate both models with the same {name}, or add --allow-different {name}"
-    return RequestError(f"{benchmark}: {name} differs, {values}; {advice}")
+    return RequestError(f"{benchmark}: the models differ in {name}, {values}; {advice}")

@@ -25,9 +25,9 @@ from tracker.tracking.figures import logged_table
 MAX_LOST = 30
 """Maximum number of lost documents of a model and metric on a page."""
 COLUMN_NOTE = (
-    "Each difference compares another model with {first} on the same documents; a positive "
-    "difference means that the other model is better. With 95 % confidence, all {count} intervals "
-    "are correct together (Bonferroni). p is the p-value of McNemar's exact test for a single row."
+    "Each row compares another model with {first} on the same documents. A positive difference "
+    "means that the other model is better than {first}. All {count} intervals are simultaneous "
+    "(95 %, Bonferroni). p is from McNemar's exact test, not corrected for several tests."
 )
 
 
@@ -40,7 +40,7 @@ def verdict_text(row: Difference) -> str:
 
 
 def comparison_table(comparison: ModelComparison) -> Table:
-    """Build the table of all differences."""
+    """Build the table of all differences between models, with verdicts."""
     rows, first = comparison.differences, comparison.models[0].name
     has_models = len(comparison.models) > 2
     second = "other model" if has_models else comparison.models[1].name
@@ -64,10 +64,9 @@ def comparison_table(comparison: ModelComparison) -> Table:
 
 
 def sentences(comparison: ModelComparison) -> list[str]:
-    """Return a sentence with the verdicts on each model, and a sentence about the margins.
+    """Return a sentence with the verdicts on each model.
 
-    The last sentence states whether all models are within the user's margins. It is left out if the
-    user gave no margin.
+    If the user gave a margin, a last sentence states whether all models are within the margins.
     """
     lines = []
     for model, rows in group_by(comparison.differences, lambda row: row.model).items():
@@ -129,12 +128,12 @@ def _lost_table(comparison: ModelComparison, row: Difference) -> Table:
 
 
 def _option_text(document: Mapping[Hashable, Any], number: str, text: str) -> str:
-    """Return the text of one answer option of a document.
+    """Return the text of the right or the chosen answer option of a document.
 
     Args:
         document: The document's row in a model's table of answers.
         number: Name of the column with the number of the option.
-        text: Name of the column with the text to return if there is no such option.
+        text: Name of the column with the answer, for documents without options.
 
     Returns:
         The text.

@@ -181,16 +181,10 @@ SHARED_SUFFIX = "_samples"
 
 
 class _SharedReport(Report):
-    """Results of a model that were read from a record of every_eval_ever.
-
-    Such a record has at most one setting that changes the answers: the number of examples.
-    """
+    """Results of a model that were read from a record of every_eval_ever."""
 
     def settings(self, tasks: Sequence[str]) -> dict[str, str]:
-        """Return a dict with the number of few-shot examples.
-
-        The dict is empty if this number is unknown.
-        """
+        """Return a dict with the number of few-shot examples; empty if unknown."""
         (config,) = map(self.configs.__getitem__, tasks)
         return {key: config[key] for key in ("num_fewshot",) if key in config}
 
@@ -213,9 +207,9 @@ class SharedRecord:
 
     @classmethod
     def read(cls, samples: Path) -> SharedRecord:
-        """Read the record that belongs to a samples file.
+        """Read the record (`ID.json`) of a samples file (`ID_samples.jsonl`).
 
-        Results of changed models in the record are left out.
+        The record's results of changed models are left out.
         """
         path = samples.with_name(f"{samples.stem.removesuffix(SHARED_SUFFIX)}.json")
         if not path.is_file():
@@ -252,11 +246,11 @@ class SharedRecord:
 
     @property
     def format(self) -> LogFormat:
-        """Format of the record's samples file, which can only be read with the record."""
+        """Format of the samples file, with functions that use this record."""
         return LogFormat(EVERY_EVAL_EVER, lambda path, date: self.report, self._read_samples)
 
     def _read_samples(self, task: str, path: Path) -> Iterator[Sample]:
-        """Read the model's answers to a task.
+        """Read the model's answers to a task from the samples file.
 
         The samples file has one line for each document, metric and filter.
         """
@@ -276,18 +270,15 @@ class SharedRecord:
 
 
 def _result_key(entry: Mapping[str, Any]) -> str:
-    """Return the identifier of the result to which an entry belongs.
-
-    The entry is the result itself, or one of its samples.
-    """
+    """Return the identifier of the result in a parsed result or sample."""
     return str(entry.get("evaluation_result_id") or entry["evaluation_name"])
 
 
 def _parse_shared_sample(task: str, part: str, row: Mapping[str, Any], number: int) -> Sample:
-    """Convert one line of a samples file of every_eval_ever; the metrics are left empty.
+    """Convert a line of a samples file of every_eval_ever to a sample without metrics.
 
-    `row` is the parsed line, and `part` is the name of its filter. `number` is the number of the
-    document if the line does not give one.
+    `row` is the parsed line, and `part` is the name of the filter. `number` is the number of the
+    document if the line does not contain the number.
     """
     text, hashes = row["input"], row.get("metadata") or {}
     choices, answer = text.get("choices") or [], "".join(text["reference"][:1])

@@ -1,4 +1,4 @@
-"""Build a model's answers to a benchmark from samples, as evaluation programs log them."""
+"""Build a model's answers to a benchmark from logged samples, e.g. of lm-eval."""
 
 from __future__ import annotations
 
@@ -76,10 +76,10 @@ class Report(BaseModel):
     system_instruction: Any = Field(None, alias="system_instruction_sha")
 
     def benchmarks(self, logged_tasks: Iterable[str]) -> dict[str, list[str]]:
-        """Find the benchmarks of the logged tasks; return the tasks of each benchmark by its name.
+        """Group the logged tasks into benchmarks; return benchmark name → task names.
 
         A group of tasks is one benchmark if all its tasks were logged. Every other task is a
-        benchmark by itself. Groups within other groups are ignored.
+        benchmark by itself. Groups inside other groups are not benchmarks.
         """
         inner_names = {child for children in self.group_subtasks.values() for child in children}
         others, benchmarks = dict.fromkeys(logged_tasks), {}
@@ -106,9 +106,9 @@ class Report(BaseModel):
         return self.higher_is_better.get(task, {}).get(name, default)
 
     def settings(self, tasks: Sequence[str]) -> dict[str, str]:
-        """Return the settings that change the answers, as texts.
+        """Return the settings that change answers, such as `num_fewshot`, as texts.
 
-        The dict is empty if the report has no results of these tasks.
+        The dict is empty if the report has no results of `tasks`.
         """
         if not any(task in self.results for task in tasks):
             return {}
@@ -126,12 +126,12 @@ class Report(BaseModel):
 
 
 class LogFormat(NamedTuple):
-    """Files that an evaluation program writes for each task.
+    """Format of the files in which an evaluation program logs a model's answers.
 
     Attributes:
         program: Name of the program.
-        read_report: Function that reads the model's results from the path and date of a file.
-        read_samples: Function that reads the answers to a task from the path of a file.
+        read_report: Function (path, date) that reads the model's results.
+        read_samples: Function (task, path) that reads the model's answers to a task.
     """
 
     program: str
@@ -145,10 +145,10 @@ def build_answers(
     """Build the answers to a benchmark from the samples of its tasks.
 
     Args:
-        samples: Samples of all tasks.
-        report: Results of the model.
-        benchmark: Name of the task or group.
-        tasks: Tasks of the group.
+        samples: Logged answers to the documents of `tasks`.
+        report: Reported settings and mean metrics of the model.
+        benchmark: Name of the benchmark.
+        tasks: Names of the benchmark's tasks.
 
     Returns:
         The answers, with all metrics that are means over documents.
@@ -173,7 +173,7 @@ def build_answers(
     by_size, is_better, left_out = True, {}, {}
     for name in map(str, values):
         mean = reported.get(name if "," in name else f"{name},none")
-        higher, weightings = report.is_better(tasks[0], name), _weightings(values[name], mean)
+        higher, weightings = report.is_better(tasks[0], name), _find_weights(values[name], mean)
         if name in table:
             left_out[name] = "tracker uses the name of this metric for another column"
         elif values[name].dtype == object:
@@ -196,9 +196,9 @@ def build_answers(
 
 
 def _add_choices(table: pd.DataFrame) -> None:
-    """Add a column with the number of the option that has the highest score.
+    """Add the column `choice`: the number of the option with the highest score.
 
-    If the metric `acc` agrees with these choices, the function also adds the choice probability.
+    If the metric `acc` agrees with `choice`, add the probability of the right option too.
     """
     scores = pd.DataFrame(table["scores"].tolist()).to_numpy(dtype=np.float64)
     is_option = (table["gold"] >= 0) & (table["gold"] < (~np.isnan(scores)).sum(axis=1))
@@ -211,23 +211,23 @@ def _add_choices(table: pd.DataFrame) -> None:
 def _metric_columns(filtered: tuple[Any, pd.DataFrame]) -> pd.DataFrame:
     """Build a table with a row per document and a column per metric.
 
-    `filtered` is the name of an lm-eval filter and the samples after this filter.
+    `filtered` is a pair: the name of an lm-eval filter, and the samples with this filter.
     """
     name, rows = filtered
     metrics = pd.DataFrame(rows["metrics"].tolist(), pd.MultiIndex.from_frame(rows[_DOCUMENT]))
     return metrics if name == "none" else metrics.add_suffix(f",{name}")
 
 
-def _weightings(values: pd.Series[Any], mean: object) -> list[bool]:
-    """Find the weights of the documents in a reported mean.
+def _find_weights(values: pd.Series[Any], mean: object) -> list[bool]:
+    """Find the weights of the documents with which their mean is the reported mean.
 
     Args:
         values: Metric of each document.
         mean: The reported mean; None if it is unknown.
 
     Returns:
-        The weights that give this mean. True stands for equal weights of all documents, and False
-        for equal weights of all tasks. The result is [True] if the mean is unknown.
+        A list of True (all documents have equal weights) and False (all tasks have equal weights).
+        The result is [True] if the mean is unknown.
     """
     if values.dtype == object or not isinstance(mean, float | int):
         return [True]
@@ -239,10 +239,9 @@ def _weightings(values: pd.Series[Any], mean: object) -> list[bool]:
 def explain_damage(
     source: object | Callable[[], object], program: str
 ) -> AbstractContextManager[None]:
-    """Return a context manager that converts errors about a damaged file.
+    """Return a context manager that reports a damaged file as RequestError.
 
-    If unexpected content of the file causes an error in the `with` block, the error is converted to
-    RequestError.
+    An OSError in the `with` block is not converted.
 
     Args:
         source: Name of the file in the message, or a function that returns this name.

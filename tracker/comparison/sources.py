@@ -55,13 +55,13 @@ def find_files(path: Path) -> list[LoggedFile]:
     """Find the newest file with answers to each task.
 
     Args:
-        path: Folder of one model, a folder with one such folder, or a file.
+        path: Folder of one model's files, its parent folder, or a file.
 
     Returns:
         A file for each task.
 
     Raises:
-        RequestError: There are no answers, or the answers of several models.
+        RequestError: The folder has no answers, or the answers of several models.
     """
     if not path.exists():
         raise RequestError(
@@ -93,7 +93,7 @@ def read_models(sources: Sequence[str], progress: Progress) -> list[ModelAnswers
     """Read the answers of two or more models.
 
     Args:
-        sources: The arguments that name the answers.
+        sources: Arguments of `tracker compare`: paths of logged answers, or names of stored runs.
         progress: Receiver of the number of megabytes that have been read.
 
     Returns:
@@ -126,7 +126,7 @@ def read_models(sources: Sequence[str], progress: Progress) -> list[ModelAnswers
 
 
 def _identity(answers: RunName | list[LoggedFile]) -> set[object]:
-    """Return a key of a source (its files or its run) to detect sources that are given twice."""
+    """Return a source's files or run, to detect a source that is given twice."""
     return {answers} if isinstance(answers, RunName) else {f.path.resolve() for f in answers}
 
 

@@ -53,13 +53,14 @@ def parse_run_name(source: str) -> RunName | None:
 
 
 class StoredCell(NamedTuple):
-    """One model on one benchmark in a results folder or data set.
+    """Stored results of one model on one benchmark.
 
     Attributes:
         name: Name of the cell's folder in a results folder.
         model: Name of the model.
         benchmark: Name of the benchmark.
-        read: Function that reads the answers under an ablation; its first argument is the source.
+        read: Function (source, ablation) that reads the model's answers under the ablation.
+            `source` is the user's argument, for error messages.
     """
 
     name: str
@@ -83,13 +84,13 @@ def _list_cells(folder: Path) -> list[StoredCell]:
 
 
 def read_run(source: str, name: RunName) -> ModelAnswers:
-    """Read the answers of a model under one change.
+    """Read the answers of a model with one change, such as the removal of a layer.
 
     Args:
-        source: The argument FOLDER:CELL:CHANGE as typed, for messages.
-        name: The parts of this argument. CELL is the name of a cell's folder, with or without the
-            key, or the name of a model, for all its cells. CHANGE is `intact` for the unchanged
-            model.
+        source: The argument FOLDER:CELL:CHANGE as typed, for error messages.
+        name: The parts of `source`. CELL is the name of a cell's folder, with or without the key.
+            The name of a model stands for all cells of the model. CHANGE is `intact` for the
+            unchanged model.
 
     Returns:
         The answers to the benchmarks of the cells.
@@ -135,11 +136,13 @@ def _read_cell(store: CellStore, source: str, ablation: Ablation) -> BenchmarkAn
             table[metric] = DocumentMetric(store, metric).values(rows)
             higher[metric] = task.higher_is_better.get(metric, True)
         else:
-            left_out[metric] = f"the metric is not a mean over documents, but their {aggregation}"
+            left_out[metric] = (
+                f"the metric is not a mean over documents; its aggregation is {aggregation}"
+            )
     views = (requested.view for requested in store.views.read_requested({}))
     if clusters := next((view.clusters for view in views if view.clusters), None):
         table[CLUSTER] = documents.map(clusters.by_document(benchmark.numbers))
-    settings = _settings(benchmark)
+    settings = _answer_settings(benchmark)
     return BenchmarkAnswers(table, higher, settings, benchmark.weight_by_size, left_out)
 
 
@@ -175,7 +178,7 @@ def _read_records(
     higher = {metric: higher[metric] for metric in map(str, scores)}
     for metric, is_better in higher.items():  # the score of a loss is negative
         scores[metric] *= 1 if is_better else -1
-    table, settings = table.join(scores, on=_DOCUMENT), _settings(benchmark)
+    table, settings = table.join(scores, on=_DOCUMENT), _answer_settings(benchmark)
     return BenchmarkAnswers(table, higher, settings, benchmark.weight_by_size)
 
 
@@ -184,8 +187,8 @@ def _no_such_run(source: str, cell: str, frame: pd.DataFrame) -> RequestError:
     return RequestError(f"{source}: {cell} has no such run; write e.g. {', '.join(names)}")
 
 
-def _settings(benchmark: BenchmarkIdentity) -> dict[str, str]:
-    """Return the settings of a benchmark that change answers, as text."""
+def _answer_settings(benchmark: BenchmarkIdentity) -> dict[str, str]:
+    """Return the settings that change a model's answers, such as `num_fewshot`, as texts."""
     settings = {
         "version": ", ".join(dict.fromkeys(task.version for task in benchmark.tasks)),
         "num_fewshot": setting_text(benchmark.num_fewshot),

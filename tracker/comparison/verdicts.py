@@ -1,7 +1,7 @@
-"""Compute the differences between models on the same documents, with a verdict on each.
+"""Compare models on the same documents: differences in metrics, and verdicts such as `worse`.
 
-One call of `compare_models` compares all metrics and benchmarks of all models with the first model.
-The 95 % confidence intervals of all these differences are simultaneous (Bonferroni).
+The function `compare_models` compares each model with the first model. The 95 % confidence
+intervals of all differences between the models are simultaneous (Bonferroni).
 """
 
 from __future__ import annotations
@@ -94,11 +94,11 @@ class Difference:
 
 @dataclass(frozen=True)
 class ModelComparison:
-    """Differences and verdicts of several models, each compared with the first model.
+    """Results of a comparison of models with the first model.
 
     Attributes:
         models: The models' answers.
-        differences: Differences of each metric, benchmark and model.
+        differences: Difference from the first model for each model, benchmark and metric.
         notes: Messages about results that are left out, with reasons.
         unmatched: Benchmark and models → the documents that only one model answered.
         has_gaps: True if some results of the first model are not compared.
@@ -117,11 +117,10 @@ class ModelComparison:
 
     @property
     def exit_code(self) -> int:
-        """Exit code of `tracker compare`.
+        """Exit code of `tracker compare`: 0 (passed), 3 (a model is worse) or 4 (undecided).
 
-        The code is 0 if no margin was given, or if no model is worse by more than the margin. The
-        code is 3 if a model is worse than the first model. The code is 4 if the results do not show
-        whether a model is worse, or if some results of the first model are not compared.
+        The code is 0 if the user gave no margin. The code is 4 if the results do not show whether a
+        model is worse, or if some results of the first model are not compared.
         """
         if not self.is_gate:
             return 0
@@ -137,20 +136,21 @@ def compare_models(
     margins: Mapping[str, float] = {},
     allowed: Collection[str] = (),
 ) -> ModelComparison:
-    """Compare all models with the first one.
+    """Compare the answers of each model with the answers of the first model.
 
     Args:
         models: The models' answers; two or more.
-        metrics: Metrics to compare; empty for all logged ones.
+        metrics: Names of the metrics to compare; empty for all logged metrics.
         margins: Benchmark → largest acceptable difference. The key `ALL_BENCHMARKS` stands for all
             benchmarks without their own margin.
-        allowed: Settings that may differ.
+        allowed: Names of settings in which the models may differ.
 
     Returns:
         The differences with simultaneous intervals and verdicts.
 
     Raises:
-        RequestError: Settings differ, or there is nothing in common.
+        RequestError: The models differ in other settings, or have no benchmark, metric or document
+            in common.
     """
     for name, margin in margins.items():
         if not 0 < margin < 1:
@@ -183,38 +183,38 @@ def compare_models(
     _refuse_unknown("--within", {*margins} - {ALL_BENCHMARKS}, {r.benchmark for r in differences})
     differences = [*_decide(differences, margins)]
     unmatched = {case: docs for case, docs in unmatched.items() if docs}
-    gaps = [*_gaps(models, differences, unmatched, metrics)]
+    gaps = [*_gap_notes(models, differences, unmatched, metrics)]
     notes = dict.fromkeys([*gaps, *_notes(models, differences)])
     return ModelComparison(models, differences, [*notes], unmatched, bool(gaps))
 
 
-def _refuse_unknown(option: str, names: Iterable[str], compared: Collection[str]) -> None:
-    """Raise RequestError if an option contains an unknown name.
+def _refuse_unknown(option: str, names: Iterable[str], valid_names: Collection[str]) -> None:
+    """Raise RequestError if the user gave an unknown name for an option.
 
     Args:
-        option: The option, for the message.
-        names: Names in the option, such as names of metrics.
-        compared: Known names, which the results of all compared models contain.
+        option: Name of the option, for the error message.
+        names: Names that the user gave, such as names of metrics.
+        valid_names: Names that the user may give.
 
     Raises:
-        RequestError: A name is not in `compared`.
+        RequestError: A name is not in `valid_names`.
     """
     for name in names:
-        if name not in compared:
-            known_names, suggestion = ", ".join(sorted(compared)), did_you_mean(name, compared)
+        if name not in valid_names:
+            known_names = ", ".join(sorted(valid_names))
+            suggestion = did_you_mean(name, valid_names)
             raise RequestError(f"{option}: {name!r} is not one of {known_names}.{suggestion}")
 
 
-def _gaps(
+def _gap_notes(
     models: Sequence[ModelAnswers],
     differences: Sequence[Difference],
     unmatched: Mapping[str, Sequence[str]],
     metrics: Collection[str],
 ) -> Iterator[str]:
-    """Yield a note for each gap in the comparison.
+    """Yield notes on results of the first model that another model lacks.
 
-    A gap is a benchmark for which another model lacks results of the first model, or a group of
-    documents that only one model answered.
+    Further notes name the documents that only one of two models answered.
     """
     compared = {(row.model, row.benchmark, row.metric) for row in differences}
     for other in models[1:]:
@@ -234,7 +234,7 @@ def _gaps(
 
 
 def _notes(models: Sequence[ModelAnswers], differences: Sequence[Difference]) -> Iterator[str]:
-    """Yield notes about results that are left out, and about the statistical methods."""
+    """Yield notes on results and tests that are left out, and on intervals with clusters."""
     for model in models[1:]:
         if names := [name for name in model.benchmarks if name not in models[0].benchmarks]:
             yield f"{model.name} has results of {', '.join(names)}, but {models[0].name} has none"
@@ -309,22 +309,22 @@ def _decide(
 def _is_below(
     drop: Estimate, margin: float | None, lost: int, won: int, row: Difference, family: int
 ) -> bool:
-    """Return whether the results show that a drop is smaller than the margin.
+    """Return whether a drop is significantly smaller than the margin.
 
-    The interval must lie below the margin, and a second test must agree. If few outcomes differ
-    between the models, the interval alone finds equivalence too often. The second test is Tango's
-    test for outcomes of 0 or 1, and Bernstein's bound for other outcomes.
+    The interval of the drop must lie below the margin, and a second test must be significant. The
+    second test is Tango's test for outcomes of 0 or 1, and Bernstein's bound for other outcomes.
+    The interval alone finds equivalence too often if the models disagree on few documents.
 
     Args:
         drop: The drop, with its simultaneous interval.
         margin: Largest acceptable drop; None if the user gave no margin.
         lost: Number of documents with a positive drop.
         won: Number of documents with a negative drop.
-        row: Difference of the two models.
-        family: Number of differences that share the error probability.
+        row: Number of documents and spread of the drop.
+        family: Number of simultaneous comparisons (Bonferroni).
 
     Returns:
-        True if the drop is significantly smaller than the margin.
+        True if both tests are significant.
     """
     if margin is None or row.spread is None or drop.value is None:
         return False
@@ -341,9 +341,8 @@ def _documents_needed(
 ) -> int | None:
     """Estimate how many documents would settle a comparison with the verdict `open`.
 
-    The estimate assumes that the true difference equals the observed difference. It is None if no
-    number of documents would suffice. `family` is the number of differences that share the error
-    probability.
+    The estimate assumes that the true difference equals the observed difference. The result is None
+    if no number of documents would suffice. `family` is the number of simultaneous comparisons.
     """
     if drop.value is None or drop.low is None or drop.high is None:
         return None

@@ -1,4 +1,4 @@
-"""Write and read data sets of layer profiles: Parquet files with a card, for `datasets`."""
+"""Write and read results as a Hugging Face data set: Parquet files and a card."""
 
 from __future__ import annotations
 
@@ -36,8 +36,9 @@ def write_dataset(
     Args:
         cells: Results of each model and benchmark.
         path: The folder.
-        decide: Function that reads the outcomes of a record's documents.
-        with_private: Whether to write texts that do not come from the hub or a package.
+        decide: Function that reads the outcomes of the documents of a benchmark.
+        with_private: Whether to write the texts of documents that are not from the hub or a
+            package.
 
     Returns:
         The paths of the files.
@@ -66,7 +67,7 @@ def write_dataset(
 def _change_frame(cells: Sequence[CellRecord]) -> pd.DataFrame:
     """Return a data frame with one row for each measured run.
 
-    It has the columns of `layer_frame`, and columns for the name of the change, the date of the
+    To the columns of `layer_frame`, this data frame adds the name of the change, the date of the
     measurement and the package versions.
     """
     frame, pairs = layer_frame(cells), [(cell, run) for cell in cells for run in cell.runs]
@@ -77,10 +78,7 @@ def _change_frame(cells: Sequence[CellRecord]) -> pd.DataFrame:
 
 
 def _record_frame(cells: Sequence[CellRecord]) -> pd.DataFrame:
-    """Build a data frame with one row per record: its title, and the record as JSON.
-
-    `read_dataset` reads the records from this data frame.
-    """
+    """Build a data frame with one row per record: its title, and the record as JSON."""
     records = [json.dumps(cell.model_dump(mode="json")) for cell in cells]
     return pd.DataFrame({"title": [cell.title for cell in cells], "record": records})
 
@@ -93,10 +91,10 @@ def read_dataset(folder: Path) -> list[CellRecord]:
 
 
 def read_document_frame(folder: Path) -> pd.DataFrame:
-    """Read the data frame of all documents of a data set.
+    """Read the data frame with all documents and runs of a data set.
 
-    The columns are the same as in the result of `document_frame` with `only_changed=False`.
-    Raises ResultsError if the file is missing, damaged or too large.
+    The columns are those of `document_frame` with `only_changed=False`. Raises ResultsError if the
+    file is missing, damaged or too large.
     """
     if not (folder / DOCUMENTS_FILE).is_file():
         raise ResultsError(
@@ -117,7 +115,7 @@ def read_parquet(
     Args:
         path: The file.
         columns: Columns to read; None for all.
-        repeated: Columns whose texts occur in many rows; each distinct text is stored once.
+        repeated: Columns with few distinct texts; each distinct text is stored once in memory.
 
     Returns:
         The table.
@@ -133,7 +131,7 @@ def read_parquet(
 def _explain_damage(path: Path) -> Iterator[Path]:
     """Raise a ResultsError about a damaged file if the `with` block fails.
 
-    The context manager yields `path`, the path of the file that the block reads.
+    The context manager yields `path`, and the block reads this file.
     """
     try:
         yield path

@@ -1,7 +1,7 @@
 """Write results in the format of every_eval_ever, a shared collection of evaluations.
 
-Every record names the intact model as its model. The accuracy drops of ablated models are stored
-under a separate metric, because readers of a record attribute each accuracy to the intact model.
+A record names only the intact model. The accuracy drops of ablated models are therefore stored as a
+separate metric, not as accuracies.
 
 References:
     eval.schema.json and instance_level_eval.schema.json of every_eval_ever 0.3.0 (PyPI).
@@ -50,15 +50,14 @@ _PAIRED_METHOD = (
 def write_evaluations(
     cells: Sequence[CellRecord], path: Path, decide: Decide, with_private: bool = False
 ) -> list[Path]:
-    """Write one record per model and benchmark, and the outcomes of its documents.
-
-    The outcomes are in a separate file in the same folder as the record.
+    """Write one record per model and benchmark, and a file with the documents' outcomes.
 
     Args:
         cells: Results of each model and benchmark.
-        path: Folder in which `data/BENCHMARK/OWNER/MODEL/` is made.
-        decide: Function that reads the outcomes of a record's documents.
-        with_private: Whether to write texts that do not come from the hub or a package.
+        path: Folder in which `data/BENCHMARK/OWNER/MODEL/` is created.
+        decide: Function that reads the outcomes of the documents of a benchmark.
+        with_private: Whether to write the texts of documents that are not from the hub or a
+            package.
 
     Returns:
         The paths of the files.
@@ -98,7 +97,7 @@ class _Evaluation:
 
     @property
     def id(self) -> str:
-        """The identifier `BENCHMARK/OWNER/MODEL/UUID`, which is the same in every report."""
+        """The identifier `BENCHMARK/OWNER/MODEL/UUID`; the same in every report."""
         unique = UUID(content_hash([*self.cell.record_key, self.cell.apart])[:32], version=4)
         return f"{_path_part(self.name)}/{model_id(self.cell.model)}/{unique}"
 
@@ -146,24 +145,21 @@ class _Evaluation:
         return self._build_entry(self.drop_name(run), run.ablation, metric, details)
 
     def drop_name(self, run: RunRecord) -> str:
-        """Return the name under which a run's drop is stored.
-
-        The accuracy is stored under the name of the benchmark, so the drop needs another name.
-        """
+        """Return the name of a run's drop, such as `piqa/accuracy drop by layer:3`."""
         return f"{self.name}/{metric_format(self.cell).change} by {run.ablation}"
 
     def _bounds(self, lowest: int) -> Json:
-        """Return the fields for the range of a metric.
+        """Return JSON fields with the smallest and the largest possible score.
 
-        If the metric is a fraction of 1, the range is from `lowest` to 1; otherwise it has no
-        limits.
+        If the metric is a fraction of 1, the scores range from `lowest` to 1. Otherwise, the scores
+        have no limits.
         """
         is_fraction = metric_format(self.cell).unit == "pp" and self.cell.baseline.side(1) <= 0
         low, high = (lowest, 1) if is_fraction else ("-Infinity", "Infinity")
         return {"score_type": "continuous", "min_score": low, "max_score": high}
 
     def _build_entry(self, name: str, key: str, metric: Json, score: Json) -> Json:
-        """Build the record's entry for one score, such as an accuracy or an accuracy drop.
+        """Build the JSON entry for one score, such as an accuracy or an accuracy drop.
 
         `name` is the displayed name of the entry, and `key` is its identifier. `metric` describes
         the metric, and `score` contains the value and its interval.
@@ -179,11 +175,7 @@ class _Evaluation:
         return result | {"generation_config": {"additional_details": settings}}
 
     def write_samples(self, decisions: Decisions, with_private: bool, path: Path) -> None:
-        """Write the outcomes of the documents as lines of JSON.
-
-        For each document, there is one line for each model (the intact model and all ablated
-        models).
-        """
+        """Write one line of JSON for each document and model (intact or ablated)."""
         answers, intact = dict(decisions.runs), decisions.baseline
         sign = 1.0 if self.cell.higher_is_better else -1.0
         groups = [(INTACT.name, self.name, intact, sign * intact.score)]
@@ -201,10 +193,10 @@ class _Evaluation:
 
 
 def _score_details(score: Estimate, n: int, level: float, interval: str, method: str) -> Json:
-    """Build the fields for a score and its confidence interval.
+    """Build the JSON fields for a score and its confidence interval.
 
     `n` is the number of documents, and `level` is the confidence level, such as 0.95. `interval`
-    and `method` are texts about the interval, such as `95 % interval` and `Wilson or t`.
+    and `method` describe the interval, such as `95 % interval` and `Wilson or t`.
     """
     uncertainty: Json = {"num_samples": n}
     if score.bounds:
@@ -220,10 +212,10 @@ def _outcome_rows(
     with_private: bool,
     is_intact: bool,
 ) -> Iterator[Json]:
-    """Yield the outcome of each document, in the form of every_eval_ever.
+    """Yield a model's outcome on each document, in the form of every_eval_ever.
 
-    Documents without a finite score are skipped. Only rows of the intact model contain the question
-    and its answer options.
+    Documents without a finite score are skipped. Only outcomes of the intact model contain the
+    question and the answer options.
     """
     right = answers.score > 0 if decisions.binary else answers.choice == decisions.gold
     for index in np.flatnonzero(np.isfinite(scores)).tolist():
@@ -254,8 +246,8 @@ def _option(text: DocumentText, choice: float) -> list[str]:
 def model_id(model: ModelIdentity) -> str:
     """Return a model's id on the Hugging Face hub, or `local/NAME` for other models.
 
-    A model with an adapter has a local id, which differs from the id of its base model. The parts
-    before and after the slash of an id are valid names of folders.
+    A model with an adapter has an id of the form `local/NAME`. Both parts of an id are valid names
+    of folders.
     """
     is_plain = model.is_on_hub and "peft" not in model.arguments
     name = Path(model.arguments.get("peft", model.name)).name

@@ -85,8 +85,7 @@ def export_report(
         cells: Results of each model and benchmark in the report.
         report_format: A key of `REPORT_FORMATS`.
         path: A file for `md` and `tex`, a folder otherwise.
-        extra: Further data frames by name, for `csv` and `parquet`. Each value is an iterable of
-            data frames that belong together.
+        extra: Further data for `csv` and `parquet`: name of a file → data frames of the file.
         findings: Results of studies: answers, tables and charts.
 
     Returns:

@@ -102,7 +102,7 @@ def document_frame(
     """Return a data frame that shows how ablations change the documents' scores.
 
     Args:
-        cell_decisions: Pairs of a model's results on a benchmark and its answers under each
+        cell_decisions: Pairs: a model's results on a benchmark, and the model's answers under each
             ablation.
         with_private: Whether to include private texts, which are not from the hub or a package.
         only_changed: Whether to include only documents with a changed score. If false, all
@@ -113,7 +113,7 @@ def document_frame(
         with the intact model: `lost` (worse), `won` (better), `same`, or `missing` if the document
         is not measured. `choices` is a JSON list of the answer options. `gold`, `choice_intact` and
         `choice` are 0-based numbers of options. Margins are in nats, or in nats per character or
-        byte if the metric divides by length. Without options, they are log-probabilities.
+        byte if the metric divides by length. Without options, margins are log-probabilities.
     """
     return pd.concat(document_frames(cell_decisions, with_private, only_changed), ignore_index=True)
 
@@ -123,9 +123,9 @@ def document_frames(
     with_private: bool = True,
     only_changed: bool = True,
 ) -> Iterator[pd.DataFrame]:
-    """Yield the data frame of `document_frame` in several parts.
+    """Yield the rows of `document_frame` as several data frames.
 
-    All parts have the same columns, and the first part has no rows.
+    All data frames have the same columns, and the first data frame has no rows.
     """
     scores = () if only_changed else _SCORE_COLUMNS
     names = () if only_changed else ("ablation",)
@@ -219,7 +219,7 @@ def pack_json(value: Mapping[str, Any]) -> str:
 
 
 def pack_run_frame(cells: Sequence[CellRecord]) -> tuple[str, str]:
-    """Encode the data frame of all runs twice in base64: as compressed CSV, and as Parquet."""
+    """Return all runs as compressed CSV and as Parquet, both encoded in base64."""
     frame = layer_frame(cells)
     parquet = frame.to_parquet(index=False, compression="zstd")
     text = io.StringIO()

@@ -38,7 +38,7 @@ _PARTS_PER_END = 10
 """Number of parts that a table shows from each end of a ranking of one kind of parts."""
 _NO_RANK = "not defined on every benchmark"
 _NO_OTHER_MODEL = "there is no other model to compare with"
-_NO_SCORE = "at least one cosine score that this value depends on is undefined"
+_NO_SCORE = "this value is computed from cosine scores, and one of them is undefined"
 _RELEVANCE_LABEL = "mean relevance (95 % interval of each row)"
 _DROP_LABEL = "mean accuracy drop with 95 % interval"
 _SCORE_LABEL = f"mean {PROXIES['cosine_score'].heading}"
@@ -46,7 +46,7 @@ Standing = TypeVar("Standing")
 
 
 class RankedRow(NamedTuple, Generic[Standing]):
-    """Row of a leaderboard: name of a model, standing, and number of benchmarks."""
+    """Row of a leaderboard: a model, its ranked figures (`standing`), and a benchmark count."""
 
     model: str
     standing: Standing
@@ -64,10 +64,10 @@ def _standing_column(
 
 
 def _relevance_and_drop_columns(relevance: str, drop: str, drop_field: str) -> list[Column[Any]]:
-    """Define the columns of the relevance and the drop, with columns of their 95 % intervals.
+    """Define the columns of the relevance, the drop, and the ends of their 95 % intervals.
 
-    `relevance` and `drop` are the column headings. `drop_field` is the name of the drop among the
-    attributes of `RankedRow.standing`.
+    `relevance` and `drop` are the column headings. `drop_field` is the attribute of
+    `RankedRow.standing` that contains the drop.
     """
     read = attrgetter(f"standing.{drop_field}")
     columns: tuple[Column[Any], ...] = (
@@ -84,7 +84,10 @@ def _deciding_label(cells: Sequence[CellRecord]) -> str:
 
 
 def _rank_columns(no_value: str) -> tuple[Column[Any], ...]:
-    """Define the columns `rank`, `best_rank`, `worst_rank`; `no_value` explains a missing rank."""
+    """Define the columns `rank`, `best_rank`, `worst_rank`.
+
+    `no_value` is the displayed reason for a missing rank.
+    """
 
     def column(name: str, attribute: str) -> Column[Any]:
         def value(row: Any) -> Estimate:
@@ -104,9 +107,9 @@ def _rank_interval(no_value: str = "", label: str = "rank") -> Column[Any]:
 def _choose_rank_column(
     rows: Sequence[RankedRow[Any]], no_value: str
 ) -> tuple[list[Column[Any]], list[str]]:
-    """Return the column of ranks, or a note if the ranks cannot be distinguished.
+    """Return the column of ranks, or a note that the ranks cannot be distinguished.
 
-    The function returns a list of columns and a list of notes. `no_value` explains a missing rank.
+    One of the two returned lists is empty. `no_value` is the reason for a missing rank.
     """
     ranks = [row.standing.rank for row in rows if row.standing.rank.value is not None]
     if any(rank.bounds != (1, len(ranks)) for rank in ranks):
@@ -118,7 +121,7 @@ def _choose_rank_column(
 def layer_board_columns(cells: Sequence[CellRecord] = ()) -> PartColumns:
     """Define all columns of a leaderboard of layers.
 
-    The metric of `cells` determines the heading of the drop.
+    The heading of the drop contains the name of the metric of `cells`.
     """
     return (
         Column("model", "text", lambda row: row.model, name="model"),
@@ -177,7 +180,7 @@ def layer_board_table(board: LayerBoard, label: str) -> Table:
 
 
 def _board_notes(board: LayerBoard) -> list[str]:
-    """Return notes on missing values and on drops that are not significant."""
+    """Return the notes below a leaderboard of layers, such as reasons for missing ranks."""
     has_no_ranks = bool(board.ranked) and not cosine_ranks(board)
     reasons: dict[str, Callable[[PartStanding], bool]] = {
         "no rank, because the relevance is not defined on every benchmark": lambda row: (
@@ -202,7 +205,7 @@ def _board_notes(board: LayerBoard) -> list[str]:
 def part_board_columns(cells: Sequence[CellRecord] = ()) -> PartColumns:
     """Define all columns of a leaderboard of parts, such as heads.
 
-    The metric of `cells` determines the heading of the drop.
+    The heading of the drop contains the name of the metric of `cells`.
     """
     return (
         Column("model", "text", lambda row: row.model, name="model"),
@@ -221,8 +224,8 @@ def part_board_columns(cells: Sequence[CellRecord] = ()) -> PartColumns:
 def part_board_data(boards: Sequence[tuple[str, PartBoard]]) -> Table:
     """Build an unrounded table with the leaderboards of heads, experts and ranges of layers.
 
-    There is one row for each part (e.g. head) of each model. Parts of one kind are sorted by the
-    lower bound of the drop, in descending order.
+    Each row is one part (e.g. a head) of a model. Parts of one kind are sorted by the lower bound
+    of the drop, in descending order.
     """
     rows = [row for label, board in boards for row in _board_rows(board, label)]
     return build_table("", part_board_columns(), rows)
@@ -384,7 +387,7 @@ def depth_table(boards: Sequence[LayerBoard], labels: Sequence[str]) -> Table:
 
 
 def difference_table(pair: ModelPair) -> Table:
-    """Build the table of differences between two models, with layers as rows."""
+    """Build the table of two models' differences in the drop of each layer."""
     measure = pair.measure
     columns = [
         Column(measure.column_head(comparison.benchmark), measure.form, comparison.difference)

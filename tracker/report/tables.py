@@ -172,8 +172,8 @@ def _group_by_reason(
 ) -> list[tuple[str, str]]:
     """Group runs by a reason, such as the reason for an undefined value.
 
-    `reasons` contains pairs (run, reason). Runs with the reason None are left out. The function
-    returns pairs (names of the runs, reason).
+    `reasons` contains pairs (run, reason). Runs without a reason are left out. The result contains
+    pairs (names of the runs, reason).
     """
     groups = group_by(reasons, lambda pair: pair[1])
     return [(run_list([run for run, _ in runs], cell), why) for why, runs in groups.items() if why]
@@ -260,9 +260,7 @@ def provenance_table(cell: CellRecord) -> Table:
         **({"measured last (UTC)": cell.measured} if cell.measured else {}),
         "tokens behind the proxies": f"{cell.tokens:,}",
         **({"replacements fitted on": cell.fitted_on} if cell.fitted_on else {}),
-        (
-            "number of answers compared with a model from which the layer is really removed"
-        ): _comparison_text(cell),
+        "answers compared with those of a pruned model": _comparison_text(cell),
     }
     if len(benchmark.tasks) > 1:
         weights = "tasks weighted by their documents", "every task weighs the same"
@@ -281,7 +279,9 @@ def _comparison_text(cell: CellRecord) -> str:
     """Format the number of answers checked against pruned models, and the largest difference."""
     if cell.compared_difference is None:
         return "nothing"
-    return f"{cell.compared:,} answers, which differ by at most {cell.compared_difference:.1e} nats"
+    return (
+        f"{cell.compared:,} answers; the largest difference is {cell.compared_difference:.1e} nats"
+    )
 
 
 def _split_text(task: TaskIdentity) -> str:

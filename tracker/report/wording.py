@@ -66,7 +66,7 @@ def kind_words(kind: Change) -> str:
     """Return the name of a kind of ablation for use in a sentence.
 
     Args:
-        kind: Component, span and intervention of the ablations.
+        kind: The kind of ablation, such as the removal of one attention sublayer.
 
     Returns:
         For example `layer`, `attention`, `mlp, 4 at a time`, `head 3` or `mean`.
@@ -209,7 +209,7 @@ def power_sentence(cell: CellRecord, runs: Sequence[RunRecord]) -> str:
         runs: The runs that are tested together.
 
     Returns:
-        A sentence. Empty if there are no runs, or if the setting `until` determines the number of
+        A sentence; empty without runs, or if a stopping rule (`until`) determines the number of
         documents.
     """
     if not runs or cell.is_raced:  # the power assumes a fixed number of documents
@@ -247,7 +247,7 @@ def summary(cells: Sequence[CellRecord]) -> str:
 
 
 def _changes_text(cells: Sequence[CellRecord]) -> str:
-    """Name the parts of the models that were changed, and how they were changed."""
+    """List what was changed in the models, e.g. `each layer was removed, one at a time`."""
     kinds = {kind for cell in cells for kind in cell.kinds} or {WHOLE_LAYER}
     removed_kinds = {kind for kind in kinds if kind.intervention == "remove"}
     span_components = {kind.component for kind in removed_kinds if kind.span > 1}
@@ -309,7 +309,7 @@ def provenance_notes(cells: Sequence[CellRecord]) -> list[str]:
 
 
 def looks_note(cell: CellRecord) -> str:
-    """Explain how the setting `until` affects the results of a measurement.
+    """Explain how early stopping (`until`) affects the results of a measurement.
 
     Args:
         cell: Results of one model on one benchmark.
@@ -379,7 +379,7 @@ def warnings(cell: CellRecord) -> tuple[str, ...]:
 
 
 def layers_answer(claims: Claims, with_steps: bool = True) -> str:
-    """Summarise the verdicts on a model's layers in a few short sentences.
+    """Write which layers of a model significantly change the accuracy when removed.
 
     Args:
         claims: Statistically supported statements about the layers.
@@ -415,7 +415,7 @@ def verdict_sentence(
 
     Args:
         noun: Plural noun for the ablations, such as heads.
-        verdicts: Verdict on each ablation by label; the largest drop comes first.
+        verdicts: Name of each ablation → verdict such as `costs`; the largest drop comes first.
         quantity: Name of the measured quantity, such as accuracy.
         higher_is_better: Whether higher values of the quantity are better.
 
@@ -465,7 +465,8 @@ def board_answer(board: PartBoard) -> str:
 def insignificant_sentence(cell: CellRecord, has_average: bool) -> str:
     """State how many runs lack a significant effect on one benchmark.
 
-    If `has_average` is true, the sentence adds that the average over benchmarks may have an effect.
+    If `has_average` is true, the sentence adds that effects may be significant on average over
+    several benchmarks.
     """
     verdicts = run_verdicts(cell, cell.runs)
     defined_runs = [run for run in cell.runs if run.drop.value is not None]
@@ -477,8 +478,8 @@ def insignificant_sentence(cell: CellRecord, has_average: bool) -> str:
 def random_sets_answer(cell: CellRecord) -> str:
     """Compare the drop of a chosen set of layers with the drops of random sets of equal size.
 
-    The text contains the two-sided p-value of the hypothesis that the chosen set is a random set.
-    The p-value is left out if several chosen sets of this size were measured.
+    The text contains a two-sided p-value (null hypothesis: the chosen set is a random set). The
+    p-value is left out if several chosen sets of equal size were measured.
 
     Args:
         cell: Results of one model on one benchmark.
@@ -504,8 +505,7 @@ def random_sets_answer(cell: CellRecord) -> str:
 def model_answer(claims: Claims, boards: Sequence[PartBoard], cells: Sequence[CellRecord]) -> str:
     """Write sentences on the significant effects of a model's layers and other parts.
 
-    If there is no average over benchmarks (e.g. for losses), the text describes each benchmark
-    separately.
+    Without an average over benchmarks (e.g. for losses), the text describes each benchmark.
     """
     answers = [*map(board_answer, boards)]
     if not claims.layers and not answers:
@@ -540,8 +540,8 @@ def agreement_sentence(agreement: Agreement) -> str:
         agreement: Agreement of the proxy with the accuracy drop.
 
     Returns:
-        A sentence with the median Spearman correlation, its range, and the share of ranks that
-        differ.
+        A sentence with the median and range of Spearman correlations, and the share of layers that
+        proxy and drop rank differently.
     """
     label, values = PROXIES[agreement.proxy].label, agreement.spearman
     median_value = median(values) if values else None

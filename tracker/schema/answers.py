@@ -72,9 +72,9 @@ def open_runs_text(answer: AnswerRecord) -> str:
 
 
 def _run_names(runs: Sequence[RunAnswer]) -> str:
-    """Return a text with the names of runs, such as `layers 3 and 5` or `layer 3 head 0`.
+    """Return the names of runs, such as `layers 3 and 5` or `layer 3 head 0`.
 
-    If there are many runs and some of them are undecided, the text only states their number.
+    If many runs are given and some are undecided, the text is a number, such as `12 layers`.
     """
     only_layers = all(run.change.kind == WHOLE_LAYER for run in runs)
     if not runs:

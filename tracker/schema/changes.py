@@ -85,7 +85,7 @@ class Change:
     def _from_parts(
         cls, word: str, layers: str | None, part: str | None, matrix: str | None
     ) -> Change | None:
-        """Build a change from the parts of its text; return None if they do not fit together.
+        """Build a change from the parsed parts of its text; return None if the text is invalid.
 
         The text `head:3.0` has the word `head`, the layers `3` and the part `0`. The text
         `int4:lm_head` has the word `int4` and the matrix `lm_head`.
@@ -226,7 +226,7 @@ class Change:
 
     @property
     def action(self) -> Action:
-        """The action that the engine takes at the changed layer."""
+        """The action that the engine takes at the changed layer, such as `Action.SKIP`."""
         if self.intervention == "remove":
             actions = {"layer": Action.SKIP, "attention": Action.NO_ATTENTION, "mlp": Action.NO_MLP}
             return actions.get(self.component, Action.NO_PARTS)
@@ -250,19 +250,18 @@ class Change:
 
     @property
     def kind(self) -> Change:
-        """The kind of the change, as a copy of the change that begins at layer 0.
+        """A copy of the change that begins at layer 0, to group changes by their kind.
 
-        Two changes of the same kind differ only in their layers. If the layers are not consecutive
-        or were drawn at random, the kind is the change itself.
+        Removals of single layers, for example, have the same kind. If the layers are not
+        consecutive or were drawn at random, the kind is the change itself.
         """
         return self if self.members or self.is_outer else replace(self, layers=(*range(self.span),))
 
     @property
     def family(self) -> Change:
-        """A copy of the change with layer 0 as its only layer.
+        """A copy of the change with layer 0 as its only layer, and without a part.
 
-        The field `part` of the copy is None. If several changes have equal copies, the same heat
-        map shows these changes.
+        Changes with equal copies are shown in one heat map.
         """
         return replace(self, layers=(0,), part=None, drawn=False)
 
@@ -275,8 +274,8 @@ class Change:
     def has_taylor(self) -> bool:
         """True if a Taylor proxy exists for the change.
 
-        A Taylor proxy exists if the change affects one layer, and removes a part of it or rounds
-        its weights.
+        A Taylor proxy exists for the removal of a part of a layer, and for rounding the weights of
+        a layer.
         """
         is_removed_part = self.component != "layer" and self.intervention == "remove"
         is_in_one_layer = self.span == 1 and not self.is_outer
@@ -345,10 +344,10 @@ class Change:
 
     @property
     def columns(self) -> dict[str, Any]:
-        """A dict from the names of data frame columns to the values of the change.
+        """The fields of the change as a dict from column names to values.
 
-        The columns `component`, `layer` and `span` are always included. Any other column is
-        included only if its value differs from the default value.
+        The columns `component`, `layer` and `span` are always included. Other columns are left out
+        if they have their default value.
         """
         usual = {name: getattr(WHOLE_LAYER, name) for name in CHANGE_COLUMNS[3:]}
         values = {name: getattr(self, name) for name in CHANGE_COLUMNS}
@@ -437,10 +436,10 @@ class Ablation:
 
     @property
     def renumbered_parts(self) -> Ablation:
-        """An ablation that removes the same heads or other parts, with new layer numbers.
+        """An ablation that removes the same heads and other parts from a pruned model.
 
-        The new numbers refer to a model from which the removed layers were deleted. In this model,
-        the remaining layers are numbered consecutively from 0.
+        The pruned model does not contain the whole layers that this ablation removes. The other
+        layers of the pruned model are numbered consecutively from 0.
         """
         removed = self.removed()
         return Ablation(frozenset(c.at_layer(-bisect_left(removed, c.layer)) for c in self.parts))
@@ -481,10 +480,9 @@ class Ablation:
 
     @property
     def part(self) -> Change | None:
-        """The only change of the ablation that is not the removal of a layer.
+        """The only change of the ablation besides removed layers; None if it has no Taylor proxy.
 
-        The value is None if there are no such changes or several such changes. It is also None if
-        the only such change has no Taylor proxy (`Change.has_taylor`).
+        The value is also None if no other change or several other changes exist.
         """
         changes = [change for change in self.changes if change.word != "layer"]
         return changes[0] if len(changes) == 1 and changes[0].has_taylor else None

@@ -76,10 +76,7 @@ class ModelSpec(StrictModel):
 
     @property
     def order(self) -> list[str]:
-        """The sort key of the settings.
-
-        This key places requests for the same model next to each other.
-        """
+        """The sort key that places requests for the same model next to each other."""
         return [str(value) for _, value in self]
 
 
@@ -126,10 +123,7 @@ class BenchmarkSpec(StrictModel):
 
     @property
     def generation_key(self) -> str | None:
-        """The name of a setting that is only valid for generation tasks.
-
-        The value is None if neither `samples` nor `budgets` is set.
-        """
+        """The setting that needs a generation task: `samples`, `budgets`, or None if not set."""
         return "samples" if self.samples else "budgets" if self.budgets else None
 
     def renamed(self, benchmark: str) -> BenchmarkSpec:
@@ -145,14 +139,14 @@ def names_corpus(benchmark: str) -> bool:
 def names_traces(benchmark: str) -> bool:
     """Return whether a benchmark's name begins with `traces:`.
 
-    For such a benchmark, the intact model generates texts, and the changed models score these
-    texts.
+    For the benchmark `traces:TASK`, the intact model generates texts, and changed models score the
+    generated texts.
     """
     return benchmark.startswith(TRACES_PREFIX)
 
 
 def generation_spec(spec: BenchmarkSpec) -> BenchmarkSpec:
-    """Replace the benchmark `traces:TASK` by TASK in the settings of a benchmark.
+    """Return the settings of TASK for the settings of the benchmark `traces:TASK`.
 
     The model generates the texts of `traces:TASK` from the documents of TASK. The settings of other
     benchmarks are returned unchanged. BenchmarkError is raised if TASK is empty or not a task of
@@ -264,8 +258,8 @@ class Changes(ChangeGrid):
     def first_change(self) -> Change:
         """The first requested change.
 
-        ExperimentError is raised if a request for heads, experts or neurons has no numbers, or if a
-        request for linear maps has no names.
+        ExperimentError is raised if the request lists no numbers of heads, experts or neurons, or
+        no names of linear maps.
         """
         if self.lacks_maps:
             raise ExperimentError(
@@ -316,10 +310,7 @@ class CellSettings(ChangeGrid, DocumentSpec, BenchmarkSpec, ModelSpec):
         return self
 
     def spec(self, kind: type[SpecType]) -> SpecType:
-        """Copy the fields of the class `kind` to an object of this class.
-
-        An example of `kind` is `ModelSpec`.
-        """
+        """Return the settings of one class, such as `ModelSpec`, as an object of this class."""
         return kind(**{name: value for name, value in self if name in kind.model_fields})
 
     @property
@@ -416,7 +407,7 @@ class CellRequest:
             layers: Number of layers of the intact model.
 
         Returns:
-            The reason as a clause; None if the change is valid.
+            The reason; None if the change is valid.
         """
         component, intervention = change.component, change.intervention
         if component not in (*UNITS, "linear") and (intervention, change.span) != ("remove", 1):
@@ -443,10 +434,7 @@ class CellRequest:
         return None
 
     def valid_changes(self, layers: int) -> list[Change]:
-        """List the requested changes that are valid for a model with `layers` layers.
-
-        Each change is listed only once.
-        """
+        """List the requested changes that are valid for a model with `layers` layers, once each."""
         changes = dict.fromkeys(self.changes.expand())
         return [change for change in changes if self.invalid_reason(change, layers) is None]
 
@@ -486,9 +474,9 @@ def stored_request(settings: Mapping[str, Any]) -> CellRequest:
 
 
 def run_request(settings: Mapping[str, Any]) -> CellRequest:
-    """Build a request for one run from settings with the key names of experiment files.
+    """Build a request for one run from settings with the keys of experiment files.
 
-    For example, the key name of the field `layers` is `layer`.
+    For example, an experiment file has the key `layer` for the field `layers`.
     """
     fields = {FIELDS_BY_KEY.get(k, k): value for k, value in settings.items() if value is not None}
     return cell_request(**{f: (v,) if f in FILE_KEYS else v for f, v in fields.items()})

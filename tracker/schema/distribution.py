@@ -81,9 +81,8 @@ def _is_checkout() -> bool:
 class ApiPackage(ModuleType):
     """Package that can be called like the API function with the same name.
 
-    Some packages have the same name as an API function. When a module of such a package is
-    imported, Python binds the name in `tracker` to the package. Calling the package then calls the
-    API function.
+    After an import of a module in the package `tracker.NAME`, Python binds `tracker.NAME` to the
+    package instead of the API function. Calling the package calls the API function.
     """
 
     @property

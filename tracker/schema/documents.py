@@ -38,8 +38,8 @@ class Prompt:
         think_end_token: Token that ends the thinking; None if the whole text is the answer.
         samples: Number of texts that are generated for the prompt.
         seed: Seed of the random numbers of sampled texts.
-        budgets: Smaller maximum numbers of tokens, ascending. For each of these limits, the
-            beginning of the text up to the limit is also evaluated.
+        budgets: Smaller maximum numbers of tokens, ascending. The beginning of the text up to each
+            smaller maximum is also evaluated.
     """
 
     text: str
@@ -104,8 +104,7 @@ class Document:
     def tokens_digest(self, max_length: int) -> str:
         """Return a hash of the tokens of all requests.
 
-        A request is truncated to the tokens that a model with the context length `max_length` can
-        use.
+        Requests are truncated to the tokens that fit into the context length `max_length`.
         """
         texts: list[Any] = []
         for request in self.requests:

@@ -77,7 +77,7 @@ def translate_errors(convert: Callable[[Exception], TrackerError | None]) -> Ite
     """Convert exceptions of other packages to tracker's errors within a `with` block.
 
     Tracker's own errors are not converted. If `convert` returns None, the exception is raised
-    unchanged. The original exception is logged but not chained.
+    unchanged. A converted exception is logged.
     """
     try:
         yield

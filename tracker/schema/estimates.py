@@ -46,7 +46,7 @@ class Estimate:
     def clip(self, low: float, high: float) -> Estimate:
         """Return a copy whose interval is cut off at `low` and `high`.
 
-        If the value is undefined or outside this range, the estimate is returned unchanged.
+        If the value is undefined or not between `low` and `high`, the estimate stays unchanged.
         """
         if self.value is None or not low <= self.value <= high:
             return self

@@ -177,7 +177,7 @@ def grid_class(
     """Define a class for the grid of an experiment file, with one field for each key.
 
     A field contains the values of its key: a single value, a list or a range. `kinds` maps a key to
-    the class that checks its values. The other keys have a default class.
+    the class that checks the values of the key. Keys that are not in `kinds` have a default class.
     """
     fields: dict[str, Any] = {}
     for key, field in keys.items():
@@ -267,9 +267,8 @@ class Experiment(Sweep):
         """Build one request for each combination of model, benchmark and settings.
 
         The requests are sorted by model. A request contains all changes of the model (e.g. all
-        removed layers). If the file requests all layers, the layers are counted by the function
-        that was passed to `load_experiment` as `count`. RequestError is raised if a value has the
-        wrong type.
+        removed layers). The argument `count` of `load_experiment` counts the layers if the file
+        requests all layers. RequestError is raised if a value has the wrong type.
         """
         if self.requests_all_layers and self.run_cap is not None:
             raise ExperimentError(
@@ -329,7 +328,6 @@ class Experiment(Sweep):
                 first, last = (f"until {r.until or 'null'}, seed {r.documents.seed}" for r in pair)
                 raise ExperimentError(
                     f"'parameters': {cell.title} is requested twice: with {first}, and with "
-                    f"{last}. Move one of the two requests to a separate file (nothing is measured "
-                    "twice)"
+                    f"{last}. Move one of the two requests to a separate file"
                 )
         return sorted(cells, key=lambda cell: cell.model.order)

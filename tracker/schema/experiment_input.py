@@ -52,15 +52,14 @@ class ExperimentInput(Generic[SweepType]):
 
 @dataclass(frozen=True)
 class FileKind(Generic[SweepType]):
-    """A kind of experiment file: for ablation runs, or for pruning searches (`tracker prune`).
+    """A kind of experiment file: for `tracker run`, or for `tracker prune`.
 
     Attributes:
         schema: The class of the file's contents.
         expand: Function that expands the file's grid; raises RequestError for an invalid value.
         defaults: Default contents of a file that is built from keywords.
-        is_other_kind: Function that returns whether a file's contents belong to the other kind of
-            file.
-        other_kind_message: Error text for a file of the other kind.
+        is_other_kind: Function that returns whether a file's contents need the other command.
+        other_kind_message: Error text for a file that needs the other command.
     """
 
     schema: type[SweepType]
@@ -117,9 +116,9 @@ def move_model(
 ) -> tuple[ExperimentSource, dict[str, Any]]:
     """Move a model's name from `source` to the settings, under the key `model`.
 
-    The function returns the new source (None) and the new settings. If `source` is not the name of
-    a model, both are returned unchanged. ExperimentError is raised if the settings already name
-    another model.
+    Returns the new source (None) and the new settings. If `source` is not the name of a model,
+    `source` and `settings` are returned unchanged. ExperimentError is raised if the settings
+    already name another model.
     """
     if source is None or isinstance(source, Mapping) or not names_model(source):
         return source, dict(settings)
@@ -132,10 +131,9 @@ def move_model(
 def read_input(
     experiment: ExperimentSource, settings: Mapping[str, Any], kind: FileKind[SweepType]
 ) -> ExperimentInput[SweepType]:
-    """Read and check an experiment of the given kind, and apply `settings`.
+    """Read and check an experiment, and apply `settings`.
 
-    The argument `kind` describes the expected kind of file: a file for ablation runs, or a file for
-    pruning searches.
+    The argument `kind` is the expected kind of file: for ablation runs or for pruning searches.
     """
     experiment, settings = move_model(experiment, settings)
     path = None if experiment is None or isinstance(experiment, Mapping) else Path(experiment)
@@ -148,7 +146,7 @@ def read_input(
             raise ExperimentError(f"{path} {kind.other_kind_message} {path}")
     name = file_name
     if settings and contents is not None:
-        name = f"{file_name} with {', '.join(_assignments(settings))}"
+        name = f"{file_name} with {', '.join(_set_options(settings))}"
     # Contents from keywords are written and read back, so that they mean what the file will mean.
     is_new = path is None or bool(settings)
     if is_new:
@@ -175,10 +173,9 @@ def _check_contents(raw: Any, name: str, kind: FileKind[SweepType]) -> SweepType
 
 
 def _check_structure(raw: object, name: str, kind: FileKind[SweepType]) -> None:
-    """Raise ExperimentError if an experiment file has the wrong structure.
+    """Raise ExperimentError if an experiment file is not a mapping with the key `parameters`.
 
-    The contents `raw` must be a mapping. The settings of the grid must be below the key
-    `parameters`.
+    The settings of the grid must be below the key `parameters`.
     """
     if not isinstance(raw, dict):
         raise ExperimentError(f"{name} contains no mapping; expected e.g. 'method: grid'")
@@ -195,8 +192,8 @@ def _check_structure(raw: object, name: str, kind: FileKind[SweepType]) -> None:
 def _convert_to_yaml(contents: Mapping[str, Any], name: str) -> tuple[Any, str]:
     """Convert the contents of a file to YAML text, and parse the text again.
 
-    The argument `name` is the name of the file in error messages. The function returns the parsed
-    contents and the text.
+    The argument `name` is the name of the file in error messages. Returns the parsed contents and
+    the text.
     """
     try:
         text = yaml.safe_dump(dict(contents), sort_keys=False, allow_unicode=True)
@@ -268,7 +265,7 @@ def _file_form(name: str, value: object) -> dict[str, Any]:
     return {"value": dict(value) if isinstance(value, Mapping) else value}
 
 
-def _assignments(settings: Mapping[str, Any]) -> Iterator[str]:
+def _set_options(settings: Mapping[str, Any]) -> Iterator[str]:
     """Yield each setting in the format KEY=VALUE of the option `--set`."""
     for name, value in settings.items():
         form = _file_form(name, value)
@@ -280,15 +277,15 @@ def _assignments(settings: Mapping[str, Any]) -> Iterator[str]:
 
 def _command_arguments(path: Path | None, settings: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the command-line arguments (a path and `--set` options) for a file and settings."""
-    words = (word for assignment in _assignments(settings) for word in ("--set", assignment))
+    words = (word for assignment in _set_options(settings) for word in ("--set", assignment))
     return (*([] if path is None else [str(path)]), *words)
 
 
 def _stored_name(file: Any, text: str) -> str:
     """Return a unique name for the file in which an experiment is stored.
 
-    The argument `file` contains the parsed contents, and `text` is the YAML text. The name contains
-    the name of the experiment, or its model and benchmark, and a hash of `text`.
+    `file` contains the parsed contents, and `text` is the YAML text. The file name consists of the
+    experiment's name (or model and benchmark) and a hash of `text`.
     """
     options: Mapping[str, Any] = file.parameters.options
     name = file.name or f"{options['model'][0]}-{options['benchmark'][0]}"

@@ -22,7 +22,7 @@ def load_extensions(
 
     Args:
         group: Entry-point group after `layer_tracker.`, such as `tracking`.
-        check: Function that converts a loaded object to an extension. It raises TypeError or
+        check: Function that converts a loaded object to an extension, and raises TypeError or
             ValueError if the object is invalid.
         reserved: Names of tracker's own objects, which extensions must not use.
 
@@ -51,10 +51,9 @@ def load_extensions(
 
 
 def list_extensions() -> list[tuple[str, str]]:
-    """List the installed extensions as pairs (kind, names).
+    """List the installed extensions as pairs (kind, names separated by commas).
 
-    The second item of a pair is a text with the names of all extensions of the kind, separated by
-    commas. Kinds without extensions are not listed.
+    Kinds without extensions are not listed.
     """
     points = entry_points()
     kinds_and_names = []

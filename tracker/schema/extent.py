@@ -47,7 +47,7 @@ class Extent(BaseModel):
     def select(self, task: str, documents: Sequence[int]) -> Sequence[int]:
         """Return the numbers of the documents to measure, in measuring order.
 
-        The argument `documents` lists the numbers of all documents of the task in ascending order.
+        `documents` are the numbers of all documents of the task in ascending order.
         """
         if self.sample is None:
             return documents[: self.limit]
@@ -114,7 +114,7 @@ def half_numbers(part: DocumentPart, seed: int, task: str, documents: int) -> tu
 def shuffle_documents(seed: int, documents: Mapping[str, Iterable[int]]) -> list[tuple[str, int]]:
     """Return the documents of all tasks in one random order, as (task, number) pairs.
 
-    The documents of a single task are in the same order as in the result of `random_order`.
+    The documents of each single task are in the order that `random_order` returns.
     """
     keys = [(task, number) for task, numbers in documents.items() for number in numbers]
     return sorted(keys, key=lambda key: _random_key(seed, *key))

@@ -34,7 +34,7 @@ ARGUMENTS_FORM = "write {key: value, …} or key=value,key=value, as on lm-eval'
 
 
 def _canonical_json(value: object) -> object:
-    """Return settings as JSON text with sorted keys.
+    """Convert settings to JSON text with sorted keys.
 
     The argument is a dict, or a text such as `key=value`. ValueError is raised if the settings are
     invalid.
@@ -172,7 +172,7 @@ SEVERAL_BENCHMARKS = re.compile(r"(traces:)?[\w-]+(\s*,\s*(traces:)?[\w-]+)+")
 
 
 class StrictModel(BaseModel):
-    """Base class of settings that refuses unknown fields and values of the wrong type.
+    """Base class of settings; unknown fields and values of the wrong type raise an error.
 
     The docstring of a field is also the help text of its command-line option.
     """
@@ -211,7 +211,8 @@ def first_problem(
     """Return a one-line message about the first invalid setting.
 
     The message names the setting as the user writes it: `prefix`, then the key of the setting.
-    `parameter_names` maps names of fields, such as `layers`, to these keys, such as `layer`.
+    `parameter_names` maps a field, such as `layers`, to the key in experiment files, such as
+    `layer`.
     """
     problems = error.errors(include_url=False)
     # A misspelt key often makes another one missing, so it is named first.

@@ -150,9 +150,6 @@ class FindingRecord(Record):
 
     @property
     def name(self) -> str:
-        """The unique name of this result in a results folder.
-
-        The name consists of the names of the study and the experiment, and of `beside`.
-        """
+        """The unique name of the result in a results folder: `STUDY--EXPERIMENT--BESIDE`."""
         suffix = f"--{self.beside}" if self.beside else ""
         return f"{self.study}--{self.experiment.removesuffix('.yaml')}{suffix}"

@@ -182,8 +182,8 @@ def ties_text(n_ties: int, n_documents: int, is_half: bool) -> str:
         is_half: Whether the model computes in half precision.
 
     Returns:
-        A clause with the number of ties. If the model computes in half precision and the fraction
-        of ties is above `MAX_TIES`, the clause is followed by a sentence of advice.
+        A clause with the number of ties. Advice follows if the model computes in half precision and
+        the fraction of ties is above `MAX_TIES`.
 
     Examples:
         >>> ties_text(1, 100, is_half=True)
@@ -197,8 +197,8 @@ def ties_text(n_ties: int, n_documents: int, is_half: bool) -> str:
     if n_ties <= MAX_TIES * n_documents:
         return clause
     return (
-        f"{clause}. Ties are {points(n_ties / n_documents)} % of {n_documents:,} documents, which "
-        "is too many for a decision: repeat the command with --dtype float32"
+        f"{clause}. Too many documents ({points(n_ties / n_documents)} % of {n_documents:,}) are "
+        "ties, so nothing can be decided. Repeat the command with --dtype float32"
     )
 
 
@@ -219,9 +219,9 @@ class MetricFormat:
         level: The name of the metric, such as `accuracy`.
         change: The name of a change of the metric, such as `accuracy drop`. A positive change means
             that the model is worse.
-        level_unit: The unit of the metric itself.
-        unit: The unit of a change of the metric.
-        level_form: The number format of the metric itself.
+        level_unit: The unit of the metric, such as `%`.
+        unit: The unit of a change of the metric, such as `pp`.
+        level_form: The number format of the metric.
         form: The number format of a change of the metric.
     """
 
@@ -284,7 +284,7 @@ class MetricRecord(Protocol):
 
 
 def level_estimate(record: MetricRecord, level: Estimate) -> Estimate:
-    """Return `level`, a value of the record's metric, with its unit.
+    """Return an estimate of a record's metric (accuracy or loss) with its unit.
 
     The interval of an accuracy is limited to 0 to 100 %.
     """

@@ -44,10 +44,10 @@ def unreachable_reason() -> str:
 def check_access(name: str, file: str, revision: str | None = None, kind: str = "model") -> None:
     """Raise an error if the hub does not give access to a repository.
 
-    The function sends a single request for the metadata of `file`, which does not have to exist.
-    `kind` is `model` or `dataset`. The exception of huggingface_hub is raised if the repository
-    does not exist or is not public. If the request fails with a temporary error, nothing is raised,
-    and this process uses only local files from now on.
+    The function requests the metadata of `file`, which does not have to exist. `kind` is `model` or
+    `dataset`. The exception of huggingface_hub is raised if the repository does not exist or is not
+    public. After a temporary error, no exception is raised, but this process uses only local files
+    from now on.
     """
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
     from huggingface_hub.errors import EntryNotFoundError
@@ -112,8 +112,8 @@ def _is_temporary(error: BaseException) -> bool:
 def explain_error(name: str, error: BaseException, page: str = "") -> str:
     """Return a message that explains an error of the hub and suggests a solution.
 
-    The message is empty if the hub did not cause the error. `page` is the repository's path on the
-    hub; the default is `name`.
+    The message is empty if the hub did not cause the error. `name` is the repository in the
+    message. `page` is the path of the repository on the hub; the default is `name`.
     """
     from huggingface_hub import constants
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RevisionNotFoundError

@@ -94,9 +94,9 @@ def mlp_width(config: Any) -> int | None:
 def neuron_group_size(width: int) -> int | None:
     """Return the number of neurons per group in an MLP with `width` neurons.
 
-    A group has 128 neurons if `width` is at least 1,024 and a multiple of 128. Otherwise, a group
-    has 64 neurons. If this gives fewer than four groups, a group has a quarter of the neurons
-    instead. The function returns None if the neurons cannot be divided into groups of equal size.
+    A group has 128 neurons if `width` is at least 1,024 and a multiple of 128. A group has a
+    quarter of the neurons if `width` is below 256. In other MLPs, a group has 64 neurons. The
+    result is None if the neurons cannot be divided into groups of equal size.
     """
     size = 128 if width >= 1024 and width % 128 == 0 else 64
     size = width // 4 if width < 4 * size else size
@@ -118,7 +118,7 @@ def fused_map(path: str) -> str:
 
     Inference engines fuse several linear maps into one. For example, the path for
     `self_attn.k_proj` is `self_attn.q_proj+k_proj+v_proj`. The path for all maps of experts is
-    `mlp.experts`. For a map that is not fused, the function returns `path`.
+    `mlp.experts`. Paths of other linear maps are returned unchanged.
     """
     if experts := _EXPERTS.match(path):
         return experts[0]
@@ -134,7 +134,7 @@ def fill_parts(request: CellRequest, parts: ModelParts) -> CellRequest:
     """Return a copy of a request with explicit lists of layers and parts.
 
     An empty list in the request means all layers, heads, other parts or linear maps of the model.
-    ExperimentError is raised if the model's number of such parts is unknown.
+    ExperimentError is raised if the model's number of layers or parts is unknown.
     """
     numbers: dict[str, tuple[int, ...]] = {}
     if not request.changes.layers:
@@ -170,7 +170,8 @@ def _list_changes_with_sets(
 ) -> list[Change] | None:
     """List all changes of a request that removes sets of layers; None for other requests.
 
-    A set is drawn at random as a control, or it contains neighbours among the layers of one kind.
+    A set of layers is drawn at random as a control, or contains neighbours among the layers of one
+    kind (e.g. `mamba`).
     """
     spans = [span for span in changes.spans if span > 1]
     is_removal = "remove" in changes.interventions and "layer" in changes.components
@@ -180,8 +181,8 @@ def _list_changes_with_sets(
     if parts.kind_layers is not None:
         if (changes.components, changes.interventions) != (("layer",), ("remove",)):
             raise ExperimentError(
-                "'kind' with a span of several layers needs the component layer and the "
-                "intervention remove. Leave 'kind' out, or request the others in a separate file"
+                "'kind' with spans of several layers can only remove whole layers. Leave 'kind' "
+                "out, or request other components and interventions in a separate file"
             )
         # Neighbours among the layers of the kind, whatever lies between them.
         exact = [change for change in exact if change.span == 1] + [
@@ -223,9 +224,9 @@ def _fill_linear_maps(changes: Changes, parts: ModelParts) -> Changes:
 def _draw_layer_sets(
     layers: Sequence[int], sizes: Sequence[int], excluded: Collection[tuple[int, ...]], seed: int
 ) -> Iterator[tuple[int, ...]]:
-    """Draw random sets of layers: at most `N_CONTROLS` different sets of each size in `sizes`.
+    """Draw random sets of `layers`: at most `N_CONTROLS` different sets of each size.
 
-    The sets consist of layers in `layers`. Sets in `excluded` are skipped.
+    Sets in `excluded` are skipped.
     """
     for size in sizes:
         generator = random.Random(f"control/{seed}/{size}")

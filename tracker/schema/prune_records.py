@@ -158,8 +158,7 @@ class PruneRecord(Record):
     def order(self) -> tuple[int, ...]:
         """The removed parts in the order of removal.
 
-        If any step did not remove exactly one part, all parts are listed in ascending order
-        instead.
+        The parts are in ascending order if any step did not remove exactly one part.
         """
         order = tuple(step.layer for step in self.steps if step.layer is not None)
         return order if sorted(order) == list(self.removed) else self.removed
@@ -174,8 +173,8 @@ class PruneRecord(Record):
     def label(self) -> str:
         """The display name of the strategy, such as `random 2` or `accuracy (lazy)`.
 
-        The name contains the number of the random draw, if there is one. It also contains the
-        rescoring method, except for the method `full`.
+        The name contains the number of the random draw and the rescoring method, except for the
+        method `full`.
         """
         draw = self.draw if self.draw is not None else ""
         rescoring = "" if self.rescoring == "full" else f"({self.rescoring})"

@@ -39,10 +39,8 @@ class Question:
             to a `sign` question is the list of the runs whose drop is not 0.
         count: Number of runs to find for `top` and `prune`; None for `drop` and `sign`.
         within: Tolerance as a fraction; None for no tolerance. In a `drop` question, the tolerance
-            is the maximum half width of an interval. In a `top` question, the drop of a chosen run
-            may be smaller than the drop of another run by at most the tolerance. In a `prune`
-            question, the drop of a chosen run may be larger than the drop of another run by at most
-            the tolerance.
+            is the maximum half width of an interval. If the drops of two runs differ by at most the
+            tolerance, the answer to a `top` or `prune` question may contain either run.
         level: Confidence level, the probability that the answer is right.
     """
 

@@ -33,10 +33,9 @@ RUN_NOT_MEASURED = "not measured yet"
 
 
 def flat_names(field: str, *names: str) -> dict[str, tuple[str, str]]:
-    """Return a dict from column names to pairs (field, part).
+    """Return a dict from column names to pairs (field, part of the field's estimate).
 
-    The field contains an estimate, and the part is `value`, `low` or `high`. The arguments `names`
-    are the column names of these three parts, in this order.
+    `names` are the column names of the parts `value`, `low` and `high`, in this order.
     """
     return {name: (field, part) for name, part in zip(names, ("value", "low", "high"), strict=True)}
 
@@ -44,7 +43,7 @@ def flat_names(field: str, *names: str) -> dict[str, tuple[str, str]]:
 class EstimatesRecord(Record):
     """Base class of records with estimates.
 
-    The class variable `FLAT` maps the names of table columns to parts of these estimates.
+    The class variable `FLAT` maps each table column to a field and a part of the field's estimate.
     """
 
     FLAT: ClassVar[Mapping[str, tuple[str, str]]] = {}
@@ -54,7 +53,7 @@ class EstimatesRecord(Record):
     @model_validator(mode="before")
     @classmethod
     def _read_former_estimates(cls, fields: object) -> object:
-        """Build the estimates of a record that a former version wrote.
+        """Convert the separate fields of an estimate in records of former versions.
 
         Former versions stored the value and the bounds of an estimate in separate fields.
         """
@@ -96,7 +95,7 @@ class FiguresRecord(EstimatesRecord):
     @model_validator(mode="before")
     @classmethod
     def _move_former_notes(cls, fields: object) -> object:
-        """Move notes from `reasons` to fields such as `mismatch`, in records of former versions."""
+        """Move notes of former versions from `reasons` to fields such as `mismatch`."""
         if not isinstance(fields, dict) or not isinstance(reasons := fields.get("reasons"), dict):
             return fields
         notes = {cls.NOTES[name]: reason for name, reason in reasons.items() if name in cls.NOTES}
@@ -130,7 +129,7 @@ class ChangeRecord(Record):
     @model_validator(mode="before")
     @classmethod
     def _read_former_fields(cls, fields: object) -> object:
-        """Build the field `change` from the separate fields of former versions."""
+        """Build the field `change` from the fields that former versions stored instead."""
         if not isinstance(fields, dict) or "change" in fields:
             return fields
         change = {name: fields[name] for name in CHANGE_COLUMNS if name in fields}
@@ -197,10 +196,7 @@ class RunRecord(FiguresRecord, ChangeRecord):
 
     @property
     def units(self) -> float:
-        """Number of independent units from which the intervals are computed.
-
-        The units are clusters if `clusters` is set, and documents otherwise.
-        """
+        """Number of independent units (clusters or documents) behind the intervals."""
         return self.clusters or self.n
 
     @property
@@ -284,7 +280,7 @@ class CorrelationRecord(EstimatesRecord):
     @model_validator(mode="before")
     @classmethod
     def _add_sample(cls, fields: Any) -> Any:
-        """Add the field `sample` to a record of a former version."""
+        """Add the field `sample` to a correlation that a former version stored."""
         if isinstance(fields, dict) and fields.get("proxy") in ("expert_saliency", "routed_share"):
             return {"sample": "expert", "within_layers": True, **fields}
         return fields
@@ -410,7 +406,7 @@ class CellRecord(FiguresRecord):
         """A text such as `drawn at random (seed 1234)` that describes the documents.
 
         The text mentions a random selection of the documents, an early end of the measurement, and
-        clusters of documents. The text is empty if there is nothing to mention.
+        clusters of documents.
         """
         seed = self.answer.seed if self.answer and self.is_raced else self.sample_seed
         text = "" if seed is None else f"drawn at random (seed {seed})"
@@ -446,7 +442,7 @@ class CellRecord(FiguresRecord):
     def removed_text(self) -> str:
         """A text such as `without layers 3, 17` with the layers that every run removes.
 
-        The text is empty if there are no such layers.
+        The text is empty if no layer is removed in every run.
         """
         if not self.removed:
             return ""
@@ -461,8 +457,7 @@ class CellRecord(FiguresRecord):
     def contains(self, other: CellRecord) -> bool:
         """Return whether the record contains all documents and runs of another record.
 
-        If the measurement of the other record is unfinished, only the numbers of documents are
-        compared.
+        If the other record is unfinished, this record needs at least as many documents.
         """
         fields = attrgetter("key", "removed", "metric", "sample_seed", "answer")
         if other.unfinished is None:
@@ -513,10 +508,7 @@ class CellRecord(FiguresRecord):
         return list(dict.fromkeys(change.kind for change in self.changes))
 
     def runs_of_kind(self, kind: Change = WHOLE_LAYER) -> dict[int, RunRecord]:
-        """Return the measured runs of one kind of change.
-
-        The result is a dict from the first changed layer of a run to the record of the run.
-        """
+        """Return the measured runs of one kind of change, by the first changed layer."""
         return {run.change.layer: run for run in self.runs if run.change.kind == kind}
 
     def absence_reason(self, change: Change) -> str:
@@ -526,10 +518,10 @@ class CellRecord(FiguresRecord):
         return RUN_NOT_MEASURED if change in self.missing else "not asked for"
 
     def reason_of(self, field: str, run: RunRecord | None = None) -> str:
-        """Return the reason why a value is undefined.
+        """Return the reason why the value of a field is undefined.
 
-        The value is a field of `run`, or of the whole record if `run` is None. The function returns
-        `NO_REASON` if no reason is known.
+        `field` is a field of `run`, or of this record if `run` is None. The result is `NO_REASON`
+        if no reason is known.
         """
         for reasons in (run.all_reasons if run else {}, self.all_reasons):
             if reason := reasons.get(field) or reasons.get(f"metrics.{field}"):

@@ -40,7 +40,7 @@ class RemoteError(WorkError):
 
 
 class Remote:
-    """Base class of proxies that forward method calls to an object in another process.
+    """Base class of objects that forward method calls to an object in another process.
 
     Args:
         name: The object's name in messages.
@@ -157,10 +157,9 @@ class RemoteObject(Remote):
 
 
 def serve(finishes_calls: bool) -> None:
-    """Execute the calls of a `RemoteObject`, and close the object when the calling process ends.
+    """Execute the calls of a `RemoteObject` until the calling process ends.
 
-    If the calling process ends during a call, `finishes_calls` decides whether the call is finished
-    first.
+    The object is then closed. `finishes_calls` decides whether a running call is finished first.
     """
     # Output of the object must not mix with the answers; signals are for the other process.
     answers = os.fdopen(os.dup(1), "wb")
@@ -193,8 +192,8 @@ def serve(finishes_calls: bool) -> None:
 def _read_calls(calls: SimpleQueue[Any], finishes_calls: bool) -> None:
     """Read calls from standard input, and append them to the queue `calls`.
 
-    The input ends when the calling process ends. The function then appends None. If
-    `finishes_calls` is false, it also ends its own process, after `_GRACE` seconds.
+    The input ends when the calling process ends. Then None is appended. If `finishes_calls` is
+    false, the own process also ends after `_GRACE` seconds.
     """
     # Not the interpreter's own stream: that would be locked by this thread when it ends.
     stream = os.fdopen(os.dup(0), "rb")

@@ -50,7 +50,7 @@ def by_name(*columns: Column[RowType]) -> dict[str, Column[RowType]]:
 def cell_columns(find: Callable[[RowType], CellRecord]) -> dict[str, Column[RowType]]:
     """Define the columns for the model, the benchmark and the settings, by column name.
 
-    The entries are read from a record. `find` returns the record of a table row.
+    `find` returns the record that contains the model and the benchmark of a table row.
     """
 
     values: dict[str, Callable[[CellRecord], ColumnValue]] = {
@@ -89,9 +89,10 @@ def unobserved_columns(cells: Iterable[CellRecord]) -> set[str]:
 
 
 def distinguishing_columns(cell: CellRecord) -> list[str]:
-    """Return the names of the columns that distinguish the runs of a record.
+    """Return the names of the columns that are needed to distinguish the runs of a record.
 
-    The column `layer` is always included.
+    The column `layer` is always included. The column `component`, for example, is included if not
+    all runs change whole layers.
     """
     return [
         name
@@ -240,10 +241,7 @@ def _run_column(
     value: Callable[[CellRecord, RunRecord], ColumnValue],
     interval: bool = False,
 ) -> Column[CellRun]:
-    """Build a column with one value per run.
-
-    If a run is not measured, its entry in the column contains the reason.
-    """
+    """Build a column with one value per run, or with the reason why a run is not measured."""
 
     def entry(row: CellRun) -> ColumnValue:
         if row.run is None:

@@ -44,7 +44,7 @@ def read_yaml(path: Path) -> tuple[Any, str]:
 def suggest_file(path: Path) -> str:
     """Return a sentence that suggests an experiment file with a similar name.
 
-    The text is empty if there is no such file.
+    The text is empty if no file has a similar name.
     """
     paths = [p for f in (path.parent, path.parent / "experiments") for p in f.glob("*.yaml")]
     paths_by_name = {candidate.name: str(candidate) for candidate in reversed(paths)}
@@ -95,9 +95,8 @@ def _parse(text: str) -> Any:
 def _count_values(node: yaml.Node, sizes: dict[int, int]) -> int:
     r"""Count the values of a parsed YAML node, including repetitions by anchors.
 
-    The dict `sizes` stores the results for nodes that were counted before, by the `id` of the node.
-    YAMLError is raised for too many values, for duplicate keys and for texts with invalid
-    characters.
+    The dict `sizes` caches the counts of nodes by their `id`. YAMLError is raised for too many
+    values, for duplicate keys and for texts with invalid characters.
     """
     if id(node) in sizes:
         if not sizes[id(node)]:

@@ -23,10 +23,10 @@ SAVED_UNITS: tuple[Component, ...] = ("layer", *NUMBERED_COMPONENTS)
 
 
 def parse_units(value: Any) -> str:
-    """Parse the setting for one or several units that a search removes.
+    """Parse the setting for the units (e.g. layers, heads) that a search removes.
 
     Args:
-        value: A unit, a list of units, or units separated by commas.
+        value: A unit such as `layer`, a list of units, or units separated by commas.
 
     Returns:
         The units in the order of `SearchUnit`, separated by commas.
@@ -132,10 +132,9 @@ class SearchParts:
         return Ablation.from_changes(*(Change(component, (m,), part=n) for m, n in pairs))
 
     def filter_allowed(self, parts: Iterable[int]) -> list[int]:
-        """Return those of `parts` that can be removed together, in the given order.
+        """Return the first of `parts` that can be removed together.
 
         A part is left out if its removal would leave fewer than `min_kept` parts in its layer.
-        Parts at the beginning of `parts` are preferred.
         """
         counts: Counter[int] = Counter()
         allowed = []
@@ -188,17 +187,11 @@ class MixedParts(SearchParts):
 
     @property
     def total(self) -> int:
-        """The total number of parts of all kinds.
-
-        Layers without parts of a kind are counted as if they had such parts.
-        """
+        """The total number of parts of all kinds, as if every layer had parts of each kind."""
         return self.starts[-1]
 
     def split(self, parts: Iterable[int]) -> list[list[int]]:
-        """Divide the numbers of parts into one list for each kind of part.
-
-        Each list contains the numbers of the parts in the separate numbering of their kind.
-        """
+        """Convert part numbers to one list of numbers for each kind, numbered separately."""
         parts, starts = sorted(parts), self.starts
         spans = pairwise(starts)
         return [[part - start for part in parts if start <= part < end] for start, end in spans]
@@ -211,7 +204,8 @@ class MixedParts(SearchParts):
     def names(self, parts: Iterable[int]) -> str:
         """Describe several parts, such as `layer 16 and 2 of 9 heads of each layer`.
 
-        Layers are listed by number. Other parts are counted in the layer with the most of them.
+        Layers are listed by number. Other parts are counted in the layer that has most of the
+        parts.
         """
         texts = []
         for kind, numbers in zip(self.kinds, self.split(parts), strict=True):

@@ -54,9 +54,8 @@ class Table(Record):
     def plain(self) -> tuple[tuple[str, ...], list[tuple[str | float | None, ...]]]:
         """Return the column names and the rows with unrounded values, for use in code.
 
-        Undefined values are None. A column without a `name` is named by its label. After such a
-        column, the function adds columns with the interval ends and with the reasons for undefined
-        values, if there are any.
+        Undefined values are None. A column without a `name` is named by its label. Columns of
+        interval ends and of reasons for undefined values follow each column without a `name`.
         """
         names: list[str] = []
         columns: list[Sequence[str | float | None]] = []
@@ -180,7 +179,7 @@ class EntryText:
         text: The displayed text; a dash for an undefined value.
         reason: Reason for an undefined value; else empty.
         figures: The unrounded value and interval ends in the column's unit, separated by spaces.
-            This field is empty if the displayed text is not rounded.
+            The text is empty if the displayed number is not rounded.
     """
 
     text: str

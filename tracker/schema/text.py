@@ -67,10 +67,7 @@ _SECRET = re.compile(
 
 
 def mask_secrets(text: str, secrets: Sequence[str | None] = ()) -> str:
-    """Replace passwords in a text by `***`.
-
-    The function masks the texts in `secrets`, and every part of a URL that looks like a password.
-    """
+    """Replace the texts in `secrets`, and passwords in URLs, by `***`."""
     for secret in filter(None, secrets):
         for variant in (secret, unquote(secret), quote(secret, safe="")):
             text = text.replace(variant, "***")

@@ -89,7 +89,7 @@ class View(Record):
         return self.extent.size
 
     def name(self, primary_metric: str) -> str:
-        """Return the view's name, made of the removed layers, the documents and the metric.
+        """Return a name with the view's removed layers, documents and metric.
 
         Examples are `intact`, `without-3-17`, `intact-sample-100-seed-1234`, `intact-limit-64` and
         `intact--acc_norm`.
@@ -115,11 +115,11 @@ class View(Record):
 
     @property
     def order(self) -> tuple[object, ...]:
-        """The sort key of a view."""
+        """The sort key of a view: metric, removed layers, seed."""
         return self.metric, self.removed, self.seed
 
     def shows(self, other_view: View) -> bool:
-        """Return whether this view has all runs of another view and more documents per task."""
+        """Return whether this view has all runs of another view, and more documents per task."""
         if self.until is not None or other_view.until is not None:
             return False
         return self.size > other_view.size and self.merge(other_view).runs == self.runs

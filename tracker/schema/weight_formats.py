@@ -53,20 +53,17 @@ class WeightFormat:
         return self.source in (_GGUF, _LLAMA)
 
     def for_rows(self, inputs: int) -> WeightFormat | None:
-        """Return the format for a matrix whose rows have `inputs` weights each.
+        """Return the format for a matrix with `inputs` weights in each row.
 
-        The function returns this format if a row can be divided into whole blocks. Otherwise, the
-        function returns the format `instead`, or None if there is no suitable format.
+        The result is this format if the blocks of the format fit exactly into a row. Otherwise, the
+        result is the format `instead`, or None if no format is suitable.
         """
         if not self.block or inputs % self.block == 0:
             return self
         return FORMATS[self.instead].for_rows(inputs) if self.instead else None
 
     def bits_per_weight(self, inputs: int) -> float:
-        """Return the bits per weight of a matrix, including scales.
-
-        Each row of the matrix has `inputs` weights.
-        """
+        """Return the bits per weight, with scales, of a matrix with `inputs` weights in a row."""
         return self.bits if self.block else self.bits + SCALE_BITS / inputs
 
 

@@ -60,8 +60,8 @@ def heat_map(cells: Sequence[CellRecord]) -> style.Chart:
     """Draw the accuracy relevance of every whole layer on every benchmark of one model.
 
     Each benchmark has one row. Values that are not significant are drawn in a pale colour. A cross
-    marks undefined and missing values; its hover box gives the reason. The function raises
-    ValueError unless `cells` belong to exactly one model.
+    marks undefined and missing values; its hover box gives the reason. ValueError is raised if the
+    cells belong to several models.
     """
     if len({cell.model.key for cell in cells}) != 1:
         raise ValueError("heat_map takes benchmarks of exactly one model")
@@ -94,9 +94,9 @@ def row_height(labels: Sequence[str]) -> int:
 
 
 def find_heat_map_rows(cell: CellRecord) -> dict[str, list[Change]]:
-    """Find the rows of each heat map of drops; return them by the name of the heat map.
+    """Group the kinds of ablations into heat maps; return name of a heat map → kinds.
 
-    Each row is a kind of ablation, such as the removal of head 3, or of two adjacent layers.
+    Each kind is a row, such as the removal of head 3, or of two adjacent layers.
     """
     # Several sets of layers begin at the same layer, so sets have no position on a map.
     kinds = [kind for kind in cell.kinds if not kind.members]
@@ -114,7 +114,7 @@ def _family_name(family: Change) -> str:
 
 
 def _describe_rows(kinds: Sequence[Change]) -> tuple[str, str]:
-    """Describe what the rows of a heat map are: once for its title, and once for its axis."""
+    """Describe the rows of a heat map in two texts: for the title, and for the axis."""
     kind = kinds[0]
     if kind.map is not None:
         return f"layer and linear map, with weights in {kind.intervention}", "linear map"
@@ -134,7 +134,7 @@ def map_caption(kinds: Sequence[Change]) -> str:
 
 
 def map_title(cell: CellRecord, kinds: Sequence[Change]) -> str:
-    """Return the title of a heat map of ablation kinds as plain text."""
+    """Return the title of the heat map that `kind_map` draws, as plain text."""
     return f"{cell.title}: {formats.metric_format(cell).change} by {_describe_rows(kinds)[0]}"
 
 
@@ -142,7 +142,7 @@ def kind_map(cell: CellRecord, kinds: Sequence[Change]) -> style.Chart:
     """Draw a heat map of drops; each column is a layer, and each row is a kind of ablation.
 
     Values that are not significant are drawn in a pale colour. A cross marks undefined and missing
-    values; its hover box gives the reason. Fields without a requested run are blank.
+    values; its hover box gives the reason. A field is blank if its ablation was not requested.
     """
     measure = formats.metric_format(cell)
     has_parts = kinds[0].part is not None
@@ -179,10 +179,10 @@ def kind_map(cell: CellRecord, kinds: Sequence[Change]) -> style.Chart:
 
 
 def _stored_layers(kind: Change, layers: Sequence[int]) -> Sequence[int]:
-    """Return the layer number under which the run in each column of a heat map is stored.
+    """Return the layer number of the run that each column of a heat map shows.
 
-    Normally these are `layers`. The embedding and the output head have one run each, which is
-    stored as layer 0. The first column shows the embedding, and the last one shows the output head.
+    Normally, the numbers are `layers`. The first column shows the run of the embedding, and the
+    last column shows the run of the output head. Both runs are stored as layer 0.
     """
     if not kind.is_outer:
         return layers
@@ -193,10 +193,10 @@ def _stored_layers(kind: Change, layers: Sequence[int]) -> Sequence[int]:
 def _significance_mask(
     cell: CellRecord, kinds: Sequence[Change], layers: Sequence[int]
 ) -> list[list[bool]]:
-    """Return a mask that marks the significant values of a heat map.
+    """Return a mask that is true for the significant drops of a heat map.
 
-    The mask has one row for each kind of ablation, and one column for each layer. The correction
-    for multiple tests includes all runs of the map.
+    The mask has one row for each kind of ablation, and one column for each layer. The drops of all
+    runs in the heat map are tested together.
     """
     verdicts = run_verdicts(cell, [run for run in cell.runs if run.change.kind in kinds])
     return [

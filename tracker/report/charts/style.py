@@ -1,7 +1,7 @@
-"""Define the style of all charts, and build traces, axes and hover boxes that charts share.
+"""Define the style of all charts, and build their traces, axes and hover boxes.
 
-A chart is plotly's JSON and not a `go.Figure`, because plotly spends much time on checking every
-property of a `go.Figure`. Charts are legible on light and dark pages.
+Charts are stored as plotly's JSON, because creating a `go.Figure` is slow. Charts are legible on
+light and dark pages.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def build_trace(
 ) -> dict[str, Any]:
     """Build a plotly trace with hover boxes.
 
-    `kind` is the value of plotly's property `type`, and `more` sets further properties.
+    `kind` is plotly's trace type, such as `scatter`, and `more` sets further properties.
     """
     content = {"type": kind, "name": name, "x": x, "y": y, "hovertext": hovers}
     return content | {"hoverinfo": "text"} | more
@@ -269,10 +269,7 @@ def sign_colours(values: Iterable[float | None]) -> list[str]:
 
 
 def opacities(flags: Iterable[bool]) -> list[float]:
-    """Return the opacity of each value: 1 if it is significant, else `OPEN_OPACITY`.
-
-    `flags` states for each value whether it is significant.
-    """
+    """Return 1 for each true flag (a significant value), and `OPEN_OPACITY` for others."""
     return [1.0 if is_shown else OPEN_OPACITY for is_shown in flags]
 
 
@@ -335,8 +332,8 @@ def estimate_hover(
 ) -> str:
     """Return the text of a hover box for a value and its interval.
 
-    `heading` is the first line of the box, and `sample` is the last line. `name` is the name of the
-    value, and `write` formats a number as text.
+    `heading` is the first line of the box. `sample` is the last line, such as the number of
+    documents. `name` is the name of the value, and `write` formats a number as text.
     """
     if not is_finite(estimate.value):
         text = f"undefined: {wrap_text(estimate.reason or 'not measured')}"
@@ -348,10 +345,9 @@ def estimate_hover(
 def align_runs(
     cell: CellRecord, kind: Change, layers: Sequence[int]
 ) -> tuple[list[RunRecord | None], list[str]]:
-    """Return the runs of one kind of ablation at each of `layers`, for a chart.
+    """Return the records and hover boxes of one kind of ablation, for each of `layers`.
 
-    The function returns a list of records and a list of hover boxes. The record of a run that is
-    not measured is None.
+    The record of a run that is not measured is None.
     """
     by_layer = cell.runs_of_kind(kind)
     records = [by_layer.get(layer) for layer in layers]

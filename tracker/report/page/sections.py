@@ -72,10 +72,10 @@ def option_letter(option: int) -> str:
 
 
 def decision_table(cell: CellRecord, decisions: DecisionsRecord) -> Table:
-    """Build a table of the answers in each run.
+    """Build a table that summarises the model's answers under each ablation.
 
-    It contains the numbers of documents that the ablation makes wrong (lost) or right (won), the
-    median margin, and how often each answer option is chosen.
+    The table contains the numbers of lost documents (made wrong) and won documents (made right),
+    the median margin, and how often each answer option is chosen.
     """
     options = len(decisions.options)
     n_columns = min(options, _MAX_OPTION_COLUMNS)
@@ -124,8 +124,7 @@ def decision_table(cell: CellRecord, decisions: DecisionsRecord) -> Table:
     if decisions.cut is not None:
         notes.append(
             "Texts cut off: share of generated texts that the token limit ended. Lost by cutting: "
-            "number of lost documents for which more texts were cut off than with the intact "
-            "model. The other lost documents have wrong answers."
+            "number of lost documents with more texts cut off than the intact model has."
         )
     if "margin" in decisions.reasons:
         notes.append(f"Margins: {reason}.")
@@ -144,12 +143,12 @@ def pack_documents(
     """Compress the documents with changed scores, for the HTML page.
 
     Args:
-        cell_decisions: Name of a section → pair of a model's results on a benchmark and its answers
-            under each ablation.
+        cell_decisions: Name of a section → pair: a model's results on a benchmark, and the model's
+            answers under each ablation.
 
     Returns:
-        Name of a section → compressed JSON. Documents are left out if necessary, so that all JSON
-        texts together have at most `DOCUMENT_BUDGET` characters.
+        Name of a section → compressed JSON. All JSON texts together have at most `DOCUMENT_BUDGET`
+        characters; further documents are left out.
     """
     budget = DOCUMENT_BUDGET // max(1, len(cell_decisions))
     packed = {}

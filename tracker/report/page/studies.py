@@ -64,11 +64,10 @@ def exclude_search_cells(
     findings: Sequence[FindingRecord],
     search_keys: Collection[RecordKey] = (),
 ) -> list[CellRecord]:
-    """Return the cells that get their own sections on the page.
+    """Leave out cells that were measured only for searches or layer pairs.
 
-    A cell holds the results of one model on one benchmark. Cells that were measured only for
-    searches or layer pairs are left out, because the sections of studies show their results.
-    `findings` and `search_keys` contain the keys of these cells.
+    A cell holds the results of one model on one benchmark. `findings` and `search_keys` contain the
+    keys of the cells that searches and studies of layer pairs have measured.
     """
     shown = [finding for finding in findings if finding.study in _SHOWN_STUDIES]
     steps = {key for finding in shown for key in finding.rests_on}.union(search_keys)
@@ -102,8 +101,8 @@ def document_count_note(finding: FindingRecord, cells: Sequence[CellRecord]) -> 
 def study_frames(findings: Sequence[FindingRecord]) -> dict[str, pd.DataFrame]:
     """Convert the tables of studies to data frames; return them by file name.
 
-    Intervals are in columns `… low` and `… high`. The field of an undefined number is empty, and
-    the column `… reason` gives the reason.
+    The columns `NAME low` and `NAME high` contain the interval of NAME. Undefined numbers are
+    missing, with the reason in the column `NAME reason`.
     """
     return {
         f"{stem}-{number}": table_frame(table)
