@@ -319,13 +319,13 @@ WRONG_FILES = [
     (
         SAMPLES,
         lambda text: text.replace('prompt_hash": "', 'prompt_hash": "0'),
-        "the models differ in prompt",
+        "differ in prompt",
     ),
     (SAMPLES, lambda text: text.replace('"acc"', '"f1"'), "no metric in common"),
     (REPORT, lambda text: text[:-5], REPORT),
-    (REPORT, lambda text: text.replace('"parity": 1.0', '"parity": 2.0'), "the models differ in version"),
-    (REPORT, lambda text: text.replace('"parity": 0}', '"parity": 5}'), "the models differ in num_fewshot"),
-    (REPORT, lambda text: text.replace('_sha": null', '_sha": "ab"'), "the models differ in chat_template"),
+    (REPORT, lambda text: text.replace('"parity": 1.0', '"parity": 2.0'), "differ in version"),
+    (REPORT, lambda text: text.replace('"parity": 0}', '"parity": 5}'), "differ in num_fewshot"),
+    (REPORT, lambda text: text.replace('_sha": null', '_sha": "ab"'), "differ in chat_template"),
     (REPORT, lambda text: '{"results": [], "configs": {}}', "not written by lm-eval .'results': "),
     (
         REPORT,

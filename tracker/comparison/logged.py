@@ -175,7 +175,7 @@ def build_answers(
         mean = reported.get(name if "," in name else f"{name},none")
         higher, weightings = report.is_better(tasks[0], name), _find_weights(values[name], mean)
         if name in table:
-            left_out[name] = "tracker uses the name of this metric for another column"
+            left_out[name] = "the metric has the name of another column of tracker"
         elif values[name].dtype == object:
             left_out[name] = "the metric's value for a document is not a number"
         elif not weightings:

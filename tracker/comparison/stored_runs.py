@@ -33,7 +33,7 @@ INTACT_WORD = "intact"
 
 
 class RunName(NamedTuple):
-    """Name of a run, typed as `FOLDER:CELL:CHANGE`."""
+    """Name of one stored ablation run, typed as `FOLDER:CELL:CHANGE`."""
 
     folder: Path
     cell: str

@@ -253,7 +253,7 @@ def _notes(models: Sequence[ModelAnswers], differences: Sequence[Difference]) ->
 def _compare_benchmark(
     model: str, benchmark: str, answers: BenchmarkAnswers, pairs: PairedTables
 ) -> Iterator[Difference]:
-    """Yield the difference of two models in each common metric of a benchmark."""
+    """Yield the difference between two models on a benchmark for each common metric."""
     first, second = pairs.first, pairs.second
     weights = weights_by_task(first["task"].tolist(), answers.by_size)
     clusters = next((t[CLUSTER].to_numpy() for t in (first, second) if CLUSTER in t), None)
@@ -291,7 +291,7 @@ def _compare_benchmark(
 def _decide(
     differences: Sequence[Difference], margins: Mapping[str, float]
 ) -> Iterator[Difference]:
-    """Add simultaneous intervals and verdicts to the differences, and yield them."""
+    """Yield the differences with simultaneous intervals and with verdicts."""
     family = max(sum(row.difference.low is not None for row in differences), 1)
     counts = [row.n_clusters or row.n for row in differences]
     drops = widen([-row.difference for row in differences], counts, family)

@@ -59,7 +59,7 @@ def table_frame(data_table: Table) -> pd.DataFrame:
 def layer_frame(cells: Sequence[CellRecord]) -> pd.DataFrame:
     """Return a data frame with one row for each measured run.
 
-    Accuracies and drops are fractions. Undefined values are NaN, and `reasons` gives the reason.
+    Accuracies and drops are fractions. The column `reasons` explains undefined values (NaN).
 
     - `layer`, `span`: first changed layer (0-based), and number of changed layers.
     - `component`, `intervention`: changed part of each layer, and kind of change.

@@ -99,7 +99,7 @@ def _rank_columns(no_value: str) -> tuple[Column[Any], ...]:
 
 
 def _rank_interval(no_value: str = "", label: str = "rank") -> Column[Any]:
-    """Define a rank column that shows the best and the worst possible rank."""
+    """Define a column that shows the confidence interval of each rank."""
     label = f"{label}, 95 % confidence for all"
     return Column(label, "count", lambda row: row.standing.rank, no_value, interval=True)
 

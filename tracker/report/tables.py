@@ -238,7 +238,7 @@ def is_corpus(cell: CellRecord) -> bool:
 
 
 def provenance_table(cell: CellRecord) -> Table:
-    """Build a table of the model, data, settings and versions behind the results."""
+    """Build a table of the model, data, settings and versions of a measurement."""
     model, benchmark = cell.model, cell.benchmark
     facts = {
         "model source": model.source,

@@ -84,7 +84,7 @@ def run_list(runs: Sequence[Change], cell: CellRecord) -> str:
 
     Args:
         runs: The ablations to name.
-        cell: Results of one model on one benchmark, which contain these runs.
+        cell: Results of one model on one benchmark, with these ablations.
 
     Returns:
         For example `layers 3, 5`, or `layer 3; attention: layers 3, 5` for several kinds of runs.
@@ -188,7 +188,7 @@ def correlation_sentences(cell: CellRecord) -> str:
 
 
 def beneath(cell: CellRecord) -> str:
-    """Describe the accuracy of the model without the layers that are removed in all runs.
+    """Describe the accuracy without the layers that every run removes.
 
     Args:
         cell: Results of one model on one benchmark.
@@ -430,7 +430,7 @@ def verdict_sentence(
 
 
 def parts_answer(cell: CellRecord) -> str:
-    """Name the heads, experts and ranges of layers with significant effects.
+    """Write which heads, experts and ranges of layers have significant effects.
 
     Args:
         cell: Results of one model on one benchmark.

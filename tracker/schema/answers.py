@@ -32,7 +32,7 @@ def statement(answer: AnswerRecord) -> str:
 
 
 def answer_cost(answer: AnswerRecord) -> str:
-    """Format the cost of a measurement with a stopping rule.
+    """Format how many documents and layer passes were needed until the stopping rule ended.
 
     Args:
         answer: Current result of the stopping rule (`until`) for one model and benchmark.

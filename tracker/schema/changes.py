@@ -267,7 +267,7 @@ class Change:
 
     @property
     def is_single(self) -> bool:
-        """True if the change affects one whole layer or one whole sublayer."""
+        """True if the change affects one whole layer, attention sublayer or MLP."""
         return self.span == 1 and self.part is None
 
     @property

@@ -446,7 +446,7 @@ class CellRequest:
 
 
 def number_field(component: Component) -> Literal["heads", "experts", "neurons"]:
-    """Return the field of `ChangeGrid` that lists the numbers of a component."""
+    """Return the field of `ChangeGrid` for a component's numbers, such as `heads`."""
     if component == "neuron":
         return "neurons"
     return "experts" if component == "expert" else "heads"

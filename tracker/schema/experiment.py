@@ -48,7 +48,7 @@ EVALUATE_COMMAND = ["tracker", "evaluate", "${args}"]
 
 
 class GridValues(StrictModel):
-    """The values of one key of a grid: a single value, a list, or a range of numbers."""
+    """The values of one key under `parameters`: a single value, a list, or a number range."""
 
     value: Any = None
     values: list[Any] | None = None

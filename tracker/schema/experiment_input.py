@@ -276,7 +276,7 @@ def _set_options(settings: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _command_arguments(path: Path | None, settings: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the command-line arguments (a path and `--set` options) for a file and settings."""
+    """Return the command-line arguments for a file and settings, with `--set` options."""
     words = (word for assignment in _set_options(settings) for word in ("--set", assignment))
     return (*([] if path is None else [str(path)]), *words)
 

@@ -238,7 +238,7 @@ def first_problem(
 
 
 def _fields_at(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
-    """List the allowed keys of the mapping at a location in an experiment file."""
+    """List the keys that are allowed at a location, such as `("parameters", "layer")`."""
     for part in location:
         annotation = model.model_fields[str(part)].annotation
         kinds = getattr(annotation, "__args__", (annotation,))

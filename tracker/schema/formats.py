@@ -172,7 +172,7 @@ MAX_TIES = 0.02
 
 
 def ties_text(n_ties: int, n_documents: int, is_half: bool) -> str:
-    """Return a text about the number of ties within rounding.
+    """Format the number of ties (documents that rounding errors can decide).
 
     A document is a tie if rounding errors can change whether the answer is right.
 
@@ -268,7 +268,7 @@ ACCURACY_FORMAT = MetricFormat("accuracy", "accuracy drop", "%", "pp", "percent"
 
 
 class MetricRecord(Protocol):
-    """Protocol of result records that have a metric, for ablation runs and for searches."""
+    """Protocol of records of ablation runs or searches that have a metric."""
 
     @property
     def metric(self) -> str:

@@ -184,10 +184,9 @@ class BenchmarkIdentity(Record):
         return {task.name: task.numbers for task in self.tasks}
 
     def sample_size(self, documents: int) -> int:
-        """Return the sample size per task with which all tasks together have enough documents.
+        """Return the smallest sample size per task that gives `documents` documents in total.
 
-        This is the smallest size that gives at least `documents` documents in total. A task with
-        fewer documents than this size contributes all its documents.
+        A task with fewer documents than the sample size contributes all its documents.
         """
         sizes = [task.documents for task in self.tasks]
         samples = range(1, max(sizes))

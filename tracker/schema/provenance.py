@@ -51,7 +51,7 @@ def describe_machine() -> dict[str, str]:
 
 
 def merge_provenances(stacks: Sequence[Mapping[str, str]]) -> dict[str, str]:
-    """Merge several provenance records; list all values of a key if they differ."""
+    """Merge provenance records; several values of a key are listed with commas."""
     names = dict.fromkeys(name for stack in stacks for name in stack)
     return {n: ", ".join(sorted({stack[n] for stack in stacks if n in stack})) for n in names}
 

@@ -4,7 +4,7 @@ A proxy with an `observe` function is measured during the intact model's forward
 computes a value for each token from the residual stream before and after a layer. The relative
 update is computed in float32. The cosine is computed in float64 if the device supports it.
 
-The calling code averages the values over the tokens of each document, without padding. The value is
+The values are then averaged over the tokens of each document, without padding tokens. The value is
 NaN if the hidden state of a token is all zeros.
 
 The proxies of an expert are computed only from the tokens that the router sends to the expert.
@@ -171,15 +171,15 @@ class Proxy:
 
     @property
     def column(self) -> str:
-        """Name of the stored column with the sum over tokens for each document."""
+        """Name of the stored column with a document's sum of the observed values over tokens."""
         return f"{self.complement_of or self.name}_sum"
 
     def from_observed(self, observed: Array) -> Array:
-        """Convert an averaged value v to the proxy: 1 − v if `complement_of` is set, else v."""
+        """Convert a value v to the proxy: 1 − v if `complement_of` is set, else v."""
         return 1 - observed if self.complement_of else observed
 
     def token_figure(self, observed: Tensor) -> Tensor:
-        """Apply `per_token` to the results of `observe`, before they are averaged over tokens."""
+        """Apply `per_token` (e.g. arccos) to the values that `observe` returned for tokens."""
         return observed if self.per_token is None else self.per_token(observed)
 
     def observe_tokens(self, before: Tensor, after: Tensor) -> Tensor:

@@ -81,7 +81,7 @@ class CalibrationSet(Record):
 
 
 class PruneCost(Record):
-    """Cost of a pruning search if no stored results are reused."""
+    """Cost of a pruning search that reuses no stored results."""
 
     evaluations: float
     """Number of sets of removed parts that were scored on all calibration documents, including the

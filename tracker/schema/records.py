@@ -106,7 +106,7 @@ class FiguresRecord(EstimatesRecord):
     def all_reasons(self) -> dict[str, str]:
         """The reasons for undefined values, by the name of the value.
 
-        The dict also contains the notes in the fields of `NOTES`.
+        Notes on this record, such as `mismatch`, are also included.
         """
         notes = {name: getattr(self, field) for name, field in self.NOTES.items()}
         values = {field: name for name, (field, part) in self.FLAT.items() if part == "value"}
@@ -471,7 +471,7 @@ class CellRecord(FiguresRecord):
     def is_raced(self) -> bool:
         """True if the stopping rule (`until`) determined the number of documents of each run.
 
-        If True, the intervals of the drops are confidence sequences.
+        The intervals of the drops are then confidence sequences.
         """
         return self.answer is not None and self.unfinished is not None
 
@@ -498,7 +498,7 @@ class CellRecord(FiguresRecord):
 
     @property
     def changes(self) -> list[Change]:
-        """The changes of all requested runs, including runs that are not measured, sorted."""
+        """The sorted changes of all requested runs, measured or not."""
         changes = (*(run.change for run in self.runs), *self.missing)
         return sorted(changes)
 
@@ -512,7 +512,7 @@ class CellRecord(FiguresRecord):
         return {run.change.layer: run for run in self.runs if run.change.kind == kind}
 
     def absence_reason(self, change: Change) -> str:
-        """Return the reason why the record does not contain a run with this change."""
+        """Return the reason why the record has no run with a change, e.g. `not asked for`."""
         if {*self.removed} & {*change.layers}:
             return "removed already, beneath every run"
         return RUN_NOT_MEASURED if change in self.missing else "not asked for"

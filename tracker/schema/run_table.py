@@ -1,6 +1,6 @@
 """Define the columns of the tables of ablation runs and of proxy correlations.
 
-HTML pages, terminal output, data frames and tracking backends select columns by name.
+Pages, terminal output, data frames and tracking backends show different selections of the columns.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def has_only_layers(cell: CellRecord) -> bool:
 
 
 def cell_proxies(cell: CellRecord) -> list[Proxy]:
-    """List the proxies that tables show for the runs of a record."""
+    """List the proxies (e.g. cosine score) that tables show for the runs of a record."""
     figures = {name for run in cell.runs for name in run.proxies}
     parts = [proxy for proxy in PART_PROXIES if proxy.name in figures]
     return [*(OBSERVED if cell.whole_layers or not parts else ()), *parts]
@@ -259,7 +259,7 @@ def _figure_column(name: str, label: str, unit: FigureUnit) -> Column[CellRun]:
 
 
 def _estimate(cell: CellRecord, run: RunRecord, name: str, value: float | None) -> Estimate:
-    """Convert a run's value to an Estimate, with a reason if the value is None."""
+    """Convert a figure of a run to an Estimate, with a reason if the figure is None."""
     return Estimate(value, reason=cell.reason_of(name, run) if value is None else None)
 
 

@@ -64,9 +64,8 @@ SearchUnits = Annotated[str, BeforeValidator(parse_units)]
 class SearchParts:
     """Numbering of the parts that a search can remove, such as layers or heads.
 
-    A whole layer, an attention sublayer and an MLP have the same number as the layer. For a unit
-    with several parts per layer, such as heads, the number of part n of layer m is m × `per_layer`
-    + n.
+    A whole layer, an attention sublayer and an MLP have the number of the layer. If layers have
+    several parts, such as heads, the number of part n of layer m is m × `per_layer` + n.
 
     Attributes:
         unit: The kind of the parts, such as `layer` or `head`. Several kinds are separated by
@@ -154,7 +153,7 @@ class MixedParts(SearchParts):
     number of the first kind.
 
     Attributes:
-        kinds: The separate numbering of the parts of each kind.
+        kinds: One separate numbering for each kind of part.
 
     Examples:
         >>> parts = MixedParts.of([SearchParts("layer", 3), SearchParts("neuron", 3, per_layer=4)])
@@ -168,7 +167,7 @@ class MixedParts(SearchParts):
     def of(cls, kinds: Sequence[SearchParts]) -> SearchParts:
         """Combine the numberings of several kinds of parts into one numbering.
 
-        If `kinds` has only one item, the function returns this item.
+        A single numbering is returned unchanged.
         """
         if len(kinds) == 1:
             return kinds[0]

@@ -173,7 +173,7 @@ def heading_text(heading: Heading) -> str:
 
 @dataclass(frozen=True)
 class EntryText:
-    """Displayed text of a table entry, with its unrounded numbers.
+    """Text that a table displays for an entry, with the unrounded numbers.
 
     Attributes:
         text: The displayed text; a dash for an undefined value.

@@ -30,7 +30,7 @@ SortedRuns = Annotated[tuple[Change, ...], AfterValidator(sort_runs)]
 
 
 class Until(Record):
-    """Setting that stops a measurement when a statistical question is answered."""
+    """Stopping rule: a measurement stops when a question, such as `top 5`, is answered."""
 
     question: QuestionText
     seed: int
@@ -51,7 +51,7 @@ class Until(Record):
 
 
 class View(Record):
-    """Definition of a view: the selected runs, documents and metric of a model's results."""
+    """The runs, documents and metric of a model's results that a report shows."""
 
     metric: str
     removed: Layers = ()

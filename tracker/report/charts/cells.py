@@ -295,7 +295,7 @@ def lost_document_correlations(decisions: DecisionsRecord) -> tuple[list[int], A
 def lost_document_map(cell: CellRecord, decisions: DecisionsRecord) -> style.Chart | None:
     """Draw a heat map of the correlations of lost documents between layers.
 
-    Returns None if fewer than two layers were removed.
+    Returns None if fewer than two layers have defined correlations.
     """
     layers, coefficients = lost_document_correlations(decisions)
     if len(layers) < 2:

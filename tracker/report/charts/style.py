@@ -152,7 +152,7 @@ def estimate_trace(
     bars: Mapping[str, Any] | None = MappingProxyType({}),
     **more: Any,
 ) -> dict[str, Any]:
-    """Build a trace of scaled estimates with their intervals.
+    """Build a plotly trace of estimates, multiplied by `scale`, with error bars.
 
     `bars` overrides properties of the error bars, which are thin and grey by default. If `bars` is
     None, no intervals are drawn.

@@ -342,10 +342,7 @@ def _model_section(
 
 
 def _has_whole_layers(cell: CellRecord) -> bool:
-    """Return whether a cell has runs that each remove one whole layer.
-
-    The result is also true for a cell without runs.
-    """
+    """Return whether a cell has runs that remove one whole layer, or has no runs at all."""
     return WHOLE_LAYER in cell.kinds or not cell.kinds
 
 
