@@ -479,7 +479,10 @@ def test_validate_refuses_what_run_and_plan_refuse(
 
 def test_validate_lists_unchecked_data_on_the_hub(model):
     output = printed("validate", str(model), "--benchmark=arc_easy", "--layer=0")
-    assert "not checked: the documents and metrics of arc_easy are read from the hub" in output
+    assert (
+        "not checked: the documents and metrics of arc_easy, which tracker plan reads from the hub"
+        in output
+    )
 
 
 @pytest.mark.parametrize("is_terminal", [True, False])

@@ -133,7 +133,9 @@ def test_different_quantities_have_no_mean():
     choice = choice.model_copy(update={"metric": "choice_probability"})
     board = layer_board([accuracy, choice])
     assert board.cells == (accuracy,)
-    assert [*board.left_out.values()] == ["choice_probability cannot be averaged with accuracy"]
+    assert [*board.left_out.values()] == [
+        "choice_probability cannot be averaged with the accuracy of other benchmarks"
+    ]
     assert "on arc_easy falls" in layers_answer(board.claims)
 
 

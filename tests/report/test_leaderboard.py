@@ -325,7 +325,7 @@ def test_a_few_layers_on_more_documents_do_not_stand_for_all():
     assert board.cells == (own_cell,)
     assert board.left_out == {
         "arc_easy · 0-shot · acc_norm": (
-            "another measurement of this benchmark is used: arc_easy · 0-shot · acc"
+            "the ranking uses another measurement of this benchmark: arc_easy · 0-shot · acc"
         )
     }
 
@@ -354,7 +354,8 @@ def test_as_many_drawn_documents_are_others_and_count_first():
     assert board.cells == (sampled_cells[0],)
     label = "arc_easy · 0-shot · 160 documents"
     assert board.left_out == {
-        label: f"another measurement of this benchmark is used: {label} drawn at random (seed 1234)"
+        label: "the ranking uses another measurement of this benchmark: "
+        f"{label} drawn at random (seed 1234)"
     }
     models = [build_cell(model=name).model for name in "ab"]
     model_cells = [

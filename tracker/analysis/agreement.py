@@ -27,9 +27,10 @@ from tracker.stats.support import subtract, widen
 class MisjudgedLayer:
     """Layer that the cosine score ranks clearly too high or too low.
 
-    `standing` is the layer's leaderboard entry. `cosine_rank` is the layer's rank by mean cosine
-    score. `off` is the number of ranks between `cosine_rank` and the confidence interval of the
-    measured rank.
+    Attributes:
+        standing: Leaderboard entry of the layer.
+        cosine_rank: Rank of the layer by mean cosine score.
+        off: Number of ranks from `cosine_rank` to the confidence interval of the rank by relevance.
     """
 
     standing: PartStanding
@@ -38,10 +39,10 @@ class MisjudgedLayer:
 
 
 def cosine_ranks(board: LayerBoard) -> dict[int, int]:
-    """Rank layers by cosine score; rank 1 has the largest score.
+    """Rank layers by cosine score; return layer → rank, where rank 1 is the largest score.
 
-    Returns a dict: layer → rank. Only layers with a measured rank are ranked. The dict is empty if
-    one of them lacks a cosine score. Equal scores share the better rank.
+    Only layers with a rank by relevance are ranked. If one of these layers has no cosine score, the
+    dict is empty. Equal scores get the better rank.
     """
     scores = {standing.layer: standing.cosine_score for standing in board.ranked}
     if not scores or not all(map(is_finite, scores.values())):
@@ -52,8 +53,8 @@ def cosine_ranks(board: LayerBoard) -> dict[int, int]:
 def find_misjudged(board: LayerBoard) -> list[MisjudgedLayer]:
     """Find layers that the cosine score ranks significantly too high or too low.
 
-    The list starts with the layer whose cosine rank is furthest outside the confidence interval of
-    its measured rank.
+    The cosine rank of a misjudged layer is outside the confidence interval of its rank by
+    relevance. The most misjudged layer comes first.
     """
     layers, ranks = [], cosine_ranks(board)
     for standing in board.ranked if ranks else ():
@@ -101,10 +102,9 @@ class Agreement:
         proxy: Name of the proxy's field.
         spearman: Spearman correlation between proxy and accuracy drop, for each model and
             benchmark.
-        differ: Share of layers that have different ranks in the two rankings, averaged over the
-            cells.
-        chance: Expected share of layers that have different ranks in two random rankings, averaged
+        differ: Share of layers whose rank by the proxy is not the rank by accuracy drop, averaged
             over the cells.
+        chance: Expected value of `differ` for random rankings.
     """
 
     proxy: str
@@ -176,9 +176,9 @@ class ModelPair:
 def pair_models(cells: Sequence[CellRecord]) -> tuple[list[ModelPair], int]:
     """List pairs of models that can be compared layer by layer.
 
-    Both models have equally many layers, and results on the same benchmark with equal settings.
-    Accuracies and losses are compared in separate pairs. Returns at most `MAX_PAIRS` pairs, and the
-    total number of pairs.
+    The models of a pair have equally many layers, and results on a common benchmark with equal
+    settings. A pair compares either accuracies or losses. Returns at most `MAX_PAIRS` pairs, and
+    the total number of pairs.
     """
     models = {
         label: {comparison_key(cell): cell for cell in group if cell.whole_layers}
@@ -205,7 +205,7 @@ _SharedCells = tuple[str, CellRecord, CellRecord]
 
 
 def _compare_benchmarks(shared: Sequence[_SharedCells]) -> tuple[BenchmarkComparison, ...]:
-    """Compare the layers of two models on each benchmark."""
+    """Compare two models' accuracy drops of each layer, on each common benchmark."""
     differences = [drop_differences(cell, other_cell) for _, cell, other_cell in shared]
     family = sum(map(len, differences))
     comparisons = []
@@ -219,10 +219,10 @@ def _compare_benchmarks(shared: Sequence[_SharedCells]) -> tuple[BenchmarkCompar
 def drop_differences(
     cell: CellRecord, other_cell: CellRecord, n_tests: int = 1
 ) -> dict[int, Estimate]:
-    """Subtract the accuracy drops of another model, layer by layer.
+    """Return each layer's accuracy drop in one model minus the drop in another model.
 
-    The two models must have equally many layers. Only whole layers that are measured in both models
-    are compared.
+    The two models must have equally many layers. Layers that are not measured in both models are
+    left out.
 
     Args:
         cell: Record of the first model.

@@ -38,8 +38,8 @@ LOGPROB_TOLERANCES = 1e-6, 1e-4
 class AlignedOutcomes:
     """Outcomes of one model on one benchmark, for the documents on which all runs are measured.
 
-    `columns` lists the columns to read from the stored outcomes; None reads all columns. Only
-    documents with an outcome under each of the `extra_ablations` are included.
+    `columns` lists the columns to read from the stored outcomes; None reads all columns. Documents
+    must also be measured under all `extra_ablations`.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class AlignedOutcomes:
     ) -> AlignedOutcomes:
         """Return a copy that contains only the given documents and runs.
 
-        If `documents` is None, all documents that are measured in all given runs are kept.
+        If `documents` is None, all documents that every given run measured are kept.
         """
         restricted = copy(self)
         restricted._align(documents, runs)
@@ -85,10 +85,10 @@ class AlignedOutcomes:
         runs: Sequence[Change],
         extra_ablations: Sequence[Ablation] = (),
     ) -> None:
-        """Keep only the outcomes of documents that all given runs and the intact model share.
+        """Select runs, and the documents on which all these runs are measured.
 
-        The documents must also be measured under the `extra_ablations`. If `documents` is given,
-        all other documents are excluded. Runs without any outcome are ignored, and listed in
+        The intact model and the `extra_ablations` must be measured on the documents too. If
+        `documents` is given, other documents are excluded. Runs without any outcome are listed in
         `missing`.
         """
         removed = Ablation.from_changes(removed=self._removed)
@@ -146,7 +146,7 @@ class AlignedOutcomes:
     def n_clusters(self) -> float | None:
         """Effective number of clusters; None if all documents are independent.
 
-        The effective number is lower than the actual number if the clusters have different weights.
+        The effective number is below the actual number if the clusters' weights are unequal.
         """
         return None if self._clusters is None else effective_number(self.weights, self.clusters)
 
@@ -162,7 +162,7 @@ class AlignedOutcomes:
 
     @property
     def plain_weights(self) -> Array:
-        """Document weights that do not depend on the length of documents."""
+        """Weight of each document, regardless of its length."""
         return self._cached(self._document_weights)
 
     def metric_outcomes(self, ablations: Sequence[Ablation]) -> PairedOutcomes:
@@ -182,7 +182,7 @@ class AlignedOutcomes:
         return self._pair(self.choice_probabilities, ablations, self.plain_weights)
 
     def options_outcomes(self, ablations: Sequence[Ablation]) -> PairedOutcomes:
-        """Return the log-probability of all options together, for intact and ablated models."""
+        """Return the log of the options' total probability, for intact and ablated models."""
         return self._pair(self.options_logprobs, ablations, self.plain_weights)
 
     def _pair(
@@ -238,11 +238,11 @@ class AlignedOutcomes:
         return paired.mean_drops, self.resample(paired.drops, paired.weights)
 
     def comparison_summary(self) -> dict[str, Any]:
-        """Summarise how responses differ from the responses of pruned models.
+        """Summarise the comparison of responses with those of really pruned models.
 
-        The keys of the dict are `compared` (number of compared responses), `compared_difference`
-        (the largest difference) and `compared_unsteady` (number of large differences that rounding
-        explains). The dict is empty if no response was compared.
+        The dict contains the number of compared responses (`compared`), the largest difference
+        (`compared_difference`) and the number of large differences that rounding explains
+        (`compared_unsteady`). Without compared responses, the dict is empty.
         """
         if not self._rows:
             return {}
@@ -283,9 +283,9 @@ class AlignedOutcomes:
         return self._measure.reason
 
     def describe_mismatch(self, ablation: Ablation) -> str | None:
-        """Compare software and devices of an ablation's outcomes with those of the baseline.
+        """Describe how an ablation's software or devices differ from the baseline's.
 
-        Returns a description of the differences; None if there are none.
+        Returns None without differences.
         """
         columns = (self.rows(side)[PROVENANCE_COLUMN] for side in (INTACT, ablation))
         counts = {
@@ -318,9 +318,9 @@ class AlignedOutcomes:
         return self._cached(_options_logprobs, ablation)
 
     def has_no_effect(self, ablation: Ablation) -> bool:
-        """Return whether an ablation changes no generated text and no score.
+        """Return whether an ablation leaves all generated texts and scores unchanged.
 
-        Changes of scores within the rounding tolerance are ignored.
+        Score changes within the rounding tolerance are ignored.
         """
         tables = self.rows(INTACT), self.rows(ablation)
         texts, changed_texts = ([*rows.get("text", ())] for rows in tables)
@@ -333,19 +333,18 @@ class AlignedOutcomes:
         return bool(is_comparable and np.allclose(intact, ablated, *LOGPROB_TOLERANCES))
 
     def proxy_sums(self, proxy: Proxy) -> Array:
-        """Return the sum of a proxy over the tokens of each document.
+        """Return a proxy's sums over each document's tokens, as `[documents, layers]`.
 
-        The result is an array `[documents, layers]`. The sum is NaN for documents that were
-        measured without observing the proxy.
+        A sum is NaN if the proxy was not observed on the document.
         """
         unobserved = np.full(self.identity.model.layers, np.nan)
         return np.stack([unobserved if sums is None else sums for sums in self._stored_sums(proxy)])
 
     def part_sums(self, column: str, runs: Sequence[Change]) -> Array:
-        """Return a proxy of each run's changed part, summed over the tokens of each document.
+        """Return a proxy column, such as `taylor_sum`, as an array `[documents, runs]`.
 
-        The result is an array `[documents, runs]` of the values in a column such as `taylor_sum`. A
-        sum is NaN if the document was measured without observing the proxy.
+        A value is the proxy of the run's changed part, summed over the document's tokens. The value
+        is NaN if the proxy was not observed on the document.
         """
         unobserved = np.full(len(self.tasks), np.nan)
         tables = (self.rows(self.ablation(run)) for run in runs)
@@ -357,10 +356,9 @@ class AlignedOutcomes:
         return count_unobserved([sums is None for sums in self._stored_sums(proxy)])
 
     def _stored_sums(self, proxy: Proxy) -> list[Array | None]:
-        """List the stored sums of a proxy for each document.
+        """List a proxy's stored sums for each document, as arrays `[layers]`.
 
-        The item of a document is an array `[layers]`. The item is None if the document was measured
-        without observing the proxy.
+        The item is None if the proxy was not observed on the document.
         """
         rows = self.rows(INTACT)
         column = rows.get(proxy.column, [None] * len(rows))
@@ -372,7 +370,7 @@ class AlignedOutcomes:
         return weights_by_task(self.tasks, self.identity.benchmark.weight_by_size, units)
 
     def _document_weights(self, _: pd.DataFrame) -> Array:
-        """Compute document weights that do not depend on the length of documents."""
+        """Compute the weight of each document, regardless of its length."""
         return weights_by_task(self.tasks, self.identity.benchmark.weight_by_size)
 
     def _cluster_numbers(self, _: pd.DataFrame) -> Array:
@@ -381,10 +379,7 @@ class AlignedOutcomes:
         return np.array([clusters[key] for key in self.documents], dtype=np.float64)
 
     def _cached(self, read: Callable[[pd.DataFrame], Array], ablation: Ablation = INTACT) -> Array:
-        """Return the result of `read` for the outcome rows of an ablation.
-
-        The result is cached, so that `read` is called only once for each ablation.
-        """
+        """Apply `read` to the outcome rows of an ablation, and cache the result."""
         key = read, ablation.name
         if key not in self._cache:
             self._cache[key] = read(self.rows(ablation))
@@ -398,10 +393,7 @@ def count_unobserved(is_unobserved: Sequence[bool] | NDArray[np.bool_]) -> str:
 
 
 def _options_logprobs(rows: pd.DataFrame) -> Array:
-    """Return the log of the total probability of each document's answer options.
-
-    The value is NaN for a document without answer options.
-    """
+    """Return the log of each document's total option probability; NaN without options."""
     documents = zip(rows["loglikelihoods"], rows["choices"], strict=True)
     scores = [logprobs[: int(count)] if count else [math.nan] for logprobs, count in documents]
     starts = np.cumsum([0, *map(len, scores)])[:-1]
@@ -414,7 +406,7 @@ def _options_logprobs(rows: pd.DataFrame) -> Array:
 def gold_logprobs(rows: pd.DataFrame) -> Array:
     """Return the log-probability of each document's gold answer.
 
-    For a document that is scored in rolling windows, the log-probability of its text is returned.
+    If a document's whole text is scored, the log-probability of the text is returned.
     """
 
     def gold_logprob(logprobs: Sequence[float], gold: float | None, rolling: object) -> float:

@@ -31,9 +31,9 @@ from tracker.stats.support import (
 
 
 def layer_relevance(cell: CellRecord, layer: int) -> Estimate:
-    """Return the accuracy relevance of a layer, as `relevance_estimate` computes it.
+    """Return the accuracy relevance of a layer, with a confidence interval.
 
-    The estimate is undefined if the removal of the layer is not measured.
+    The relevance is undefined if the removal of the layer is not measured.
     """
     run = cell.runs_of_kind().get(layer)
     relevance = relevance_estimate(cell, run) if run else Estimate(None)
@@ -43,9 +43,9 @@ def layer_relevance(cell: CellRecord, layer: int) -> Estimate:
 
 
 def undefined_reason(cell: CellRecord, layer: int, field: str) -> str:
-    """Return the reason why a field of a layer's run is undefined.
+    """Explain why a result of a layer's removal is undefined.
 
-    `field` is the name of the field, such as `accuracy_relevance`.
+    `field` is the name of the result, such as `accuracy_relevance`.
     """
     run = cell.runs_of_kind().get(layer)
     return cell.reason_of(field, run) if run else cell.absence_reason(Change(layers=(layer,)))
@@ -54,7 +54,7 @@ def undefined_reason(cell: CellRecord, layer: int, field: str) -> str:
 def relative_depth(layer: int, layers: int) -> float:
     """Compute a layer's depth, from 0 (first layer) to 1 (last layer).
 
-    The depth is 0 in a model with one layer.
+    In a model with one layer, the depth is 0.
     """
     return layer / (layers - 1) if layers > 1 else 0.0
 
@@ -62,8 +62,8 @@ def relative_depth(layer: int, layers: int) -> float:
 def relevance_estimate(cell: CellRecord, run: RunRecord, n_tests: int = 1) -> Estimate:
     """Compute a run's accuracy drop as a share of the accuracy above chance (accuracy relevance).
 
-    The confidence interval is corrected for `n_tests` compared runs. The relevance has no
-    interval if the interval of the baseline's accuracy includes chance accuracy.
+    The confidence interval is corrected for `n_tests` compared runs. The relevance has no interval
+    if the intact model is not significantly better than chance.
     """
     value, chance = run.accuracy_relevance, cell.chance_accuracy
     if value is None:
@@ -133,10 +133,10 @@ class PartBoard:
 
     Attributes:
         kind: Kind of the parts, e.g. whole layers or attention heads.
-        cells: The averaged results, one for each benchmark.
+        cells: Results that are averaged, one for each benchmark.
         parts: Entries of the leaderboard. Layers are always listed. A smaller part (e.g. a head) is
             listed only if its removal is measured on all benchmarks.
-        left_out: Benchmark → reason why the leaderboard does not include it.
+        left_out: Unused benchmark → reason.
     """
 
     model: ModelIdentity
@@ -169,7 +169,7 @@ class LayerBoard(PartBoard):
 
 
 def layer_board(cells: Sequence[CellRecord]) -> LayerBoard:
-    """Rank the layers of one model."""
+    """Build the leaderboard of a model's layers."""
     counted_cells, left_out = comparable.select_ranked_cells(cells)
     rows = _group_runs(counted_cells, lambda cell: cell.whole_layers)
     statements = decide_claims(cells)
@@ -183,9 +183,9 @@ def layer_board(cells: Sequence[CellRecord]) -> LayerBoard:
 
 
 def part_boards(cells: Sequence[CellRecord]) -> list[PartBoard]:
-    """Return one leaderboard for each kind of part (e.g. heads) of a model.
+    """Build one leaderboard for each kind of part of a model, e.g. for its heads.
 
-    Empty leaderboards are not returned.
+    A kind is left out if none of its parts is measured on all benchmarks.
     """
     families = dict.fromkeys(
         run.change.kind.family for cell in cells for run in cell.runs if run.change.kind.plural
@@ -195,7 +195,7 @@ def part_boards(cells: Sequence[CellRecord]) -> list[PartBoard]:
 
 
 def _part_board(cells: Sequence[CellRecord], kind: Change) -> PartBoard:
-    """Rank all parts of one kind in a model, e.g. all attention heads."""
+    """Build the leaderboard of all parts of one kind, e.g. of all attention heads."""
 
     def runs_of(cell: CellRecord) -> list[RunRecord]:
         return [run for run in cell.runs if run.change.kind.family == kind]
@@ -269,7 +269,7 @@ def lower_end_key(drop: Estimate) -> tuple[bool, float]:
 def rank_parts(cells: Sequence[CellRecord], parts: Sequence[Sequence[RunRecord]]) -> list[Estimate]:
     """Rank parts by their mean relevance over all benchmarks; rank 1 is the largest relevance.
 
-    The rank intervals treat the baseline's accuracy as exactly known.
+    The rank intervals ignore the uncertainty of the intact model's accuracy.
 
     Args:
         cells: Cells of one model, one for each benchmark.
@@ -339,7 +339,7 @@ class ModelBoard:
 
     Attributes:
         benchmarks: Benchmarks on which all ranked models are measured.
-        left_out: Name of a benchmark or model → reason why the ranking does not include it.
+        left_out: Benchmark or model that is not ranked → reason.
         needed: Documents per benchmark that are needed to distinguish the models; None if unknown,
             or if enough documents are measured.
         available: Number of documents in the smallest benchmark.
@@ -363,7 +363,7 @@ class ModelBoard:
 def model_board(cells: Sequence[CellRecord]) -> ModelBoard:
     """Rank models by the mean accuracy relevance of their layers.
 
-    Models get no rank if no benchmark was measured on two models, or if there is only one model.
+    Models get no rank if no two models were measured on a common benchmark.
     """
     groups = comparable.named_models(cells)
     usable: dict[str, dict[str, CellRecord]] = {}
@@ -395,7 +395,7 @@ def model_board(cells: Sequence[CellRecord]) -> ModelBoard:
         if len(counted) < len(keys):
             missing = [label for key, label in zip(keys, labels, strict=True) if key not in table]
             left_out[name] = f"not all layers of the model are measured on {', '.join(missing)}"
-            counted, reason = [], "the model has no results on a benchmark of the ranking"
+            counted, reason = [], "the model is not measured on all benchmarks of the ranking"
         standings[name] = _model_standing(groups[name][0].model, counted, reason)
     needed, available = None, 0
     if len(ranked) > 1:
@@ -415,16 +415,15 @@ def model_board(cells: Sequence[CellRecord]) -> ModelBoard:
 def _shared_settings(
     usable: Mapping[str, Mapping[str, CellRecord]], by_key: Mapping[str, CellRecord]
 ) -> tuple[list[str], list[str]]:
-    """Choose the benchmarks and settings that most models share.
+    """Choose the benchmarks and settings on which most models were measured.
 
     Args:
-        usable: Name of a model → key of a benchmark and its settings → the model's cell with this
-            key.
-        by_key: Key of a benchmark and its settings → any cell with this key.
+        usable: Model name → benchmark key → cell. A key stands for a benchmark and its settings.
+        by_key: Benchmark key → any cell with this key.
 
     Returns:
-        The chosen keys, at most one for each benchmark, and the models that have cells for all
-        these keys.
+        The chosen benchmark keys, at most one for each benchmark, and the models that have cells
+        for all chosen keys.
     """
     holders = {key: [name for name, table in usable.items() if key in table] for key in by_key}
     if len(usable) > 1:  # a single model is shown on all of its benchmarks
@@ -459,13 +458,13 @@ def _unused_settings_reason(
     ranked: Sequence[str],
     unused: Mapping[str, str],
 ) -> str:
-    """Explain why a model ranking ignores the results with given benchmark settings.
+    """Explain why the ranking of models does not use a benchmark with given settings.
 
     Args:
         key: Key of the benchmark and its settings.
-        usable: Model → key of any settings → cell that the ranking could use.
+        usable: Model name → benchmark key → cell that the ranking could use.
         ranked: Names of the ranked models; if empty, all models in `usable` are considered.
-        unused: Model → reason why its cell with the given settings is not usable.
+        unused: Model name → reason why the model's cell with `key` is not usable.
 
     Returns:
         The reason.
@@ -483,21 +482,21 @@ def _unused_settings_reason(
 
 
 def _missing_layers_reason(cell: CellRecord) -> str | None:
-    """Describe how many layers have a defined relevance; return None if all layers have one."""
+    """Report that layers have no relevance; return None if all layers have one."""
     layers = {run.change.layer for run in cell.whole_layers if run.accuracy_relevance is not None}
     if layers.issuperset(range(cell.model.layers)):
         return None
     return (
-        f"the relevance of only {len(layers)} of {cell.model.layers} layers is known; a model is "
-        "ranked only if the relevance of all layers is known"
+        f"only {len(layers)} of {cell.model.layers} layers have a relevance value; a model is "
+        "ranked only if all its layers have one"
     )
 
 
 def _needed_documents(models: list[list[CellRecord]], relevances: list[Estimate]) -> int | None:
-    """Estimate how many documents are needed to find a difference of `MODEL_GAP` between models.
+    """Estimate how many documents are needed to detect a relevance difference of `MODEL_GAP`.
 
-    With these documents, a relevance difference of `MODEL_GAP` would be significant for half of the
-    pairs of models. Returns None if the measured documents are enough.
+    With the returned number of documents, this difference between two models would be significant
+    for half of the pairs of models. Returns None if enough documents are measured already.
     """
     half_widths = [(ends[1] - ends[0]) / 2 for estimate in relevances if (ends := estimate.bounds)]
     documents = max(cell.n for cells in models for cell in cells)
@@ -527,8 +526,7 @@ def _mean_relevance(cells: Sequence[CellRecord], n_tests: int = 1) -> Estimate:
 def _model_standing(model: ModelIdentity, cells: list[CellRecord], reason: str) -> ModelStanding:
     """Build the leaderboard entry of a model from its cells.
 
-    If `cells` is empty, all estimates are undefined for the given `reason`. Otherwise `reason` is
-    not used.
+    If `cells` is empty, all estimates are undefined, and `reason` explains why.
     """
     if not cells:
         undefined = Estimate(None, reason=reason)

@@ -43,7 +43,7 @@ _ByCell = dict[str, dict[int, Estimate]]
 
 
 class NextStep(NamedTuple):
-    """Suggested number of documents with which more layers may get a verdict.
+    """Suggested number of documents, with which fewer layers stay undecided.
 
     Attributes:
         measure: The measure to test: `choice_probability`, or "" for the metric of the cells.
@@ -62,19 +62,19 @@ class NextStep(NamedTuple):
 class Claims:
     """Statistically supported statements about the layers of one model.
 
-    The statements concern means over benchmarks. With at least 95 % confidence, all statements are
-    true. Layers are 0-based numbers.
+    The statements are about means over benchmarks. With at least 95 % confidence, all statements
+    about the model are true. Layers are 0-based numbers.
 
     Attributes:
         cells: Results on which the statements are based, one for each benchmark.
-        layers: Layers that are measured on all these benchmarks.
+        layers: Layers that are measured on the benchmarks of all `cells`.
         drops: Layer → mean accuracy drop (or loss increase), with a corrected confidence interval.
-        verdicts: Layer → `costs` (removal significantly reduces accuracy), `helps` or `open`
-            (undecided).
+        verdicts: Layer → `costs` (removal significantly reduces accuracy), `helps` (increases
+            accuracy) or `open` (undecided).
         choices: Layer → mean drop of the choice probability, with a corrected confidence interval.
-            The dict is empty if a benchmark has no options, or if `drops` already contains drops of
-            the choice probability.
-        options: Key of a cell → layer → drop in the log-probability of all answer options together.
+            The dict is empty if a benchmark has no answer options, or if `drops` already contains
+            drops of the choice probability.
+        options: Key of a cell → layer → drop in the log of the options' total probability.
         family: Number of comparisons for which the confidence intervals are corrected.
     """
 
@@ -98,26 +98,24 @@ class Claims:
 
     @property
     def small(self) -> list[int]:
-        """List of the layers whose removal costs significantly less accuracy than `SMALL_DROP`."""
+        """List of the layers whose accuracy drop is significantly below `SMALL_DROP`."""
         if not self.is_accuracy:
             return []
         return [layer for layer in self.layers if self.drops[layer].side(SMALL_DROP) < 0]
 
     @property
     def less_probable(self) -> dict[int, Estimate]:
-        """Layers whose removal significantly reduces the choice probability.
+        """Layer → drop of the choice probability, if significantly above 0.
 
-        The dict maps each of these layers to the drop of the choice probability. It contains only
-        layers whose verdict on accuracy is `open`.
+        Layers whose removal significantly changes accuracy are left out.
         """
         return self._choices_of_open_layers(1)
 
     @property
     def more_probable(self) -> dict[int, Estimate]:
-        """Layers whose removal significantly increases the choice probability.
+        """Layer → drop of the choice probability, if significantly below 0.
 
-        The dict maps each of these layers to the drop of the choice probability, which is negative.
-        It contains only layers whose verdict on accuracy is `open`.
+        Layers whose removal significantly changes accuracy are left out.
         """
         return self._choices_of_open_layers(-1)
 
@@ -127,9 +125,10 @@ class Claims:
 
     @property
     def small_by_choice(self) -> list[int]:
-        """List of the layers whose choice probability drops significantly less than `SMALL_DROP`.
+        """List of the layers whose removal hardly reduces the choice probability.
 
-        Layers that already have another verdict are left out.
+        The drop is significantly below `SMALL_DROP`. Layers in `costly`, `helpful`, `small`,
+        `less_probable` or `more_probable` are left out.
         """
         others = {*self.costly, *self.helpful, *self.small, *self.less_probable}
         others |= {*self.more_probable}
@@ -138,16 +137,16 @@ class Claims:
 
     @property
     def open(self) -> list[int]:
-        """List of the layers for which neither accuracy nor choice probability gives a verdict."""
+        """List of the layers about which no statement is statistically supported."""
         settled = {*self.costly, *self.helpful, *self.small}
         settled |= {*self.less_probable, *self.more_probable, *self.small_by_choice}
         return [layer for layer in self.layers if layer not in settled]
 
     @property
     def by_cosine(self) -> list[int]:
-        """List of the layers with the highest cosine scores, as many as there are costly layers.
+        """List of the `len(costly)` layers with the highest cosine scores.
 
-        The list is empty if a cosine score is undefined.
+        The list is empty if the cosine score of any layer is undefined.
         """
         runs = [cell.runs_of_kind() for cell in self.cells]
         scores = {
@@ -160,10 +159,10 @@ class Claims:
 
     @property
     def missed(self) -> list[int]:
-        """List of the costly layers that a choice of layers by cosine score misses.
+        """List of the costly layers that a choice by cosine score wrongly leaves out.
 
-        A missed layer is not in `by_cosine`, but its removal costs significantly more accuracy than
-        the removal of a layer in `by_cosine`.
+        A layer is wrongly left out if its removal costs significantly more accuracy than the
+        removal of a layer in `by_cosine`.
         """
         costly, chosen_layers = self.costly, self.by_cosine
         ends = (self.drops[layer].high for layer in chosen_layers if layer not in costly)
@@ -202,10 +201,7 @@ class Claims:
         return all(cell.higher_is_better for cell in self.cells)
 
     def word(self, layer: int) -> str:
-        """Return the verdict on a layer as text, such as `matters`.
-
-        The text is `open` if the layer is undecided.
-        """
+        """Return a short text about a layer, such as `matters` or `open` (undecided)."""
         if layer not in self.layers:
             return "not measured on all benchmarks"
         word = verdict_word(self.verdicts[layer], self.drops[layer], self.is_accuracy)
@@ -216,10 +212,10 @@ class Claims:
         return {1: "less probable", -1: "more probable"}.get(side, small)
 
     def next_steps(self) -> list[NextStep]:
-        """Suggest larger numbers of documents, with which more layers may get a verdict.
+        """Suggest how many documents to measure, so that fewer layers stay undecided.
 
-        With a suggested number, about half of the layers in `open` would get a verdict. There is at
-        most one suggestion for the accuracy, and one for the choice probability.
+        With a suggested number, about half of the layers in `open` would be decided. There is at
+        most one suggestion for accuracy, and one for the choice probability.
         """
         open_layers = {*self.open} if self.is_accuracy else set()
         runs = chain.from_iterable(cell.whole_layers for cell in self.cells)
@@ -259,8 +255,8 @@ def decide_claims(cells: Sequence[CellRecord]) -> Claims:
     """Decide which statements about one model's layers are statistically supported.
 
     Args:
-        cells: Cells of one model. One cell of each benchmark is used. Cells that the option `until`
-            stopped early are not used.
+        cells: Cells of one model. Only one cell of each benchmark is used. Measurements that the
+            option `until` stopped early are ignored.
 
     Returns:
         The supported statements and the undecided layers.
@@ -299,11 +295,11 @@ def _has_choices(cells: Sequence[CellRecord]) -> bool:
 
 
 def _accuracy_test_level(cells: Sequence[CellRecord], n_layers: int) -> tuple[float, int]:
-    """Return the significance level and the number of comparisons for tests of accuracy drops.
+    """Return the significance level, and the number of comparisons, for accuracy drops.
 
-    The level is a part of `ALPHA`. The other parts are for tests of the choice probability and of
-    the options' log-probability. The number of comparisons is `n_layers` × `ALPHA` / level, rounded
-    up.
+    The tests of accuracy, choice probability and options' log-probability divide the error rate
+    `ALPHA`. The level is the share for accuracy. The number of comparisons is `n_layers` × `ALPHA`
+    / level, rounded up.
     """
     runs = chain.from_iterable(cell.whole_layers for cell in cells)
     has_options = any(run.options_drop.bounds for run in runs)
@@ -320,7 +316,7 @@ def mean_drop(
 
     Args:
         runs: Runs of the ablation, one for each benchmark.
-        n_tests: Number of ablations for whose comparison the interval is corrected.
+        n_tests: Number of compared ablations, for which the interval is corrected.
         figure: Function that returns the drop of a run.
 
     Returns:
@@ -331,10 +327,9 @@ def mean_drop(
 
 
 def verdict_word(verdict: Verdict, drop: Estimate, is_accuracy: bool = True) -> str:
-    """Return the verdict on a removal as text, such as `matters`.
+    """Return a short text about the effect of a removal, such as `matters` or `open`.
 
-    The text is `open` if the removal is undecided. `drop` is an accuracy drop, or a loss increase
-    if `is_accuracy` is false.
+    `drop` is an accuracy drop, or a loss increase if `is_accuracy` is false.
     """
     if verdict == "costs":
         return "matters"
@@ -358,16 +353,16 @@ def run_verdicts(cell: CellRecord, runs: Sequence[RunRecord]) -> dict[Change, Ve
 
 
 def _corrected_drops(cell: CellRecord, runs: Sequence[RunRecord]) -> tuple[list[Estimate], float]:
-    """Return the drops with corrected confidence intervals, and the error rate of the tests."""
+    """Return each run's drop with a corrected confidence interval, and the error rate."""
     alpha, family = error_share(cell, runs)
     return _widened_drops(cell, runs, family), alpha
 
 
 def error_share(cell: CellRecord, runs: Sequence[RunRecord]) -> tuple[float, int]:
-    """Return the error rate and the number of comparisons for tests of drops.
+    """Return the error rate, and the number of comparisons, for tests of the runs' drops.
 
-    For whole layers, the error rate `ALPHA` is divided between the tests of accuracy drops and the
-    tests of other drops, e.g. of the choice probability.
+    For whole layers, accuracy drops get a share of the error rate `ALPHA`. The rest is for other
+    drops, e.g. of the choice probability.
     """
     if all(run.change.kind == WHOLE_LAYER for run in runs) and not cell.is_raced:
         return _accuracy_test_level([cell], len(runs))
@@ -375,15 +370,15 @@ def error_share(cell: CellRecord, runs: Sequence[RunRecord]) -> tuple[float, int
 
 
 def verdict_words(cell: CellRecord) -> dict[Change, str]:
-    """Return the verdict on each run of a cell as text.
+    """Return a short text about each run, such as `matters`.
 
-    The verdicts are corrected for comparing all runs of the same kind, e.g. all attention heads.
+    Significance is corrected for comparing all runs of one kind, e.g. all attention heads.
 
     Args:
         cell: Record of one model on one benchmark.
 
     Returns:
-        Change → text of the verdict. Runs without a drop are left out.
+        Change made by the run → text. Runs without a drop are left out.
     """
 
     def family(run: RunRecord) -> tuple[bool, Change]:
@@ -412,7 +407,7 @@ def cell_ranks(cell: CellRecord, runs: Sequence[RunRecord]) -> list[tuple[int, i
 
 
 def _options_drops(cells: Sequence[CellRecord], layers: Collection[int]) -> _ByCell:
-    """Return each layer's drop in the total log-probability of the answer options.
+    """Return each layer's drop in the log of the options' total probability.
 
     The confidence intervals are corrected for comparing all layers on all benchmarks.
 

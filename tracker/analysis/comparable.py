@@ -19,10 +19,10 @@ from tracker.schema.records import CellRecord, RunRecord
 
 
 def group_editions(cells: Iterable[CellRecord]) -> list[list[list[CellRecord]]]:
-    """Group cells by model, benchmark and settings, and each group by task version.
+    """Group cells by model, benchmark and settings; split each group by task version.
 
-    The task versions (editions) of a group are sorted by their latest measurement date. Editions
-    without a date come first.
+    The task versions (editions) of a group are sorted by measurement date. Editions without a date
+    come first.
     """
     requests: dict[str, dict[str, list[CellRecord]]] = {}
     for cell in cells:
@@ -62,7 +62,7 @@ def edition_labels(cells: Sequence[CellRecord]) -> list[str]:
 def find_outdated(cells: Iterable[CellRecord]) -> dict[int, CellRecord]:
     """Find cells that were measured before their task was edited.
 
-    Returns a dict: `id` of such a cell → a cell that was measured with the latest task version.
+    Returns a dict: `id` of an outdated cell → a cell with the latest task version.
     """
     return {
         id(cell): editions[-1][0]
@@ -74,7 +74,7 @@ def find_outdated(cells: Iterable[CellRecord]) -> dict[int, CellRecord]:
 
 
 def model_labels(models: Sequence[ModelIdentity]) -> list[str]:
-    """Name models so that all names are distinct.
+    """Return a distinct name for each model.
 
     Args:
         models: Models to name.
@@ -96,15 +96,14 @@ def model_labels(models: Sequence[ModelIdentity]) -> list[str]:
 
 
 def benchmark_labels(cells: Sequence[CellRecord]) -> list[str]:
-    """Name the benchmark of each cell of one model so that all names are distinct.
+    """Return a distinct benchmark name for each cell of one model.
 
     Args:
         cells: Cells of one model.
 
     Returns:
-        Name of each cell's benchmark, e.g. `arc_easy · 0-shot`. To distinguish equal names, further
-        settings are appended, e.g. the metric, task edition, documents, data, seed or number of
-        runs.
+        Name of each cell's benchmark, e.g. `arc_easy · 0-shot`. Equal names are distinguished by
+        further settings, e.g. the metric or the seed.
     """
     rows = []
     for cell, edition in zip(cells, edition_labels(cells), strict=True):
@@ -120,7 +119,7 @@ def benchmark_labels(cells: Sequence[CellRecord]) -> list[str]:
 
 
 def row_labels(cells: Sequence[CellRecord], documents: bool = True) -> list[tuple[str, str]]:
-    """Label the rows of a table of cells so that all labels are distinct.
+    """Return a distinct label for each row of a table of cells.
 
     Args:
         cells: Cells of the table, one for each row.
@@ -147,10 +146,7 @@ def row_labels(cells: Sequence[CellRecord], documents: bool = True) -> list[tupl
 
 
 def _details(cell: CellRecord) -> tuple[str, ...]:
-    """Return texts that distinguish cells of a model with equal labels.
-
-    The texts describe the data, the seed, other settings, the key and the number of runs.
-    """
+    """Return texts that distinguish cells with equal labels, such as the seed."""
     return (
         cell.benchmark.data,
         "" if cell.benchmark.seed is None else f"seed {cell.benchmark.seed}",
@@ -163,7 +159,7 @@ def _details(cell: CellRecord) -> tuple[str, ...]:
 def _distinct_labels(rows: Iterable[tuple[str, ...]]) -> list[str]:
     """Build a distinct label from each row of texts.
 
-    A label starts with the first text. The next texts are appended only where labels are equal.
+    A label is the row's first text. Further texts are appended only to distinguish equal labels.
     """
     if not (columns := list(zip(*rows, strict=True))):
         return []
@@ -193,7 +189,7 @@ def named_models(cells: Iterable[CellRecord]) -> dict[str, list[CellRecord]]:
 
 
 def comparison_key(cell: CellRecord) -> str:
-    """Return a hash of the settings that two comparable cells must share.
+    """Return a hash that is equal for cells with comparable results.
 
     The hash covers the prompt format, the metric, and the number and selection of documents.
     """
@@ -235,7 +231,7 @@ def select_ranked_cells(
     for cell in usable:
         if (counted := best[cell.benchmark.name]) is not cell:
             left_out[labels[id(cell)]] = (
-                f"another measurement of this benchmark is used: {labels[id(counted)]}"
+                f"the ranking uses another measurement of this benchmark: {labels[id(counted)]}"
             )
     counted_cells = [cell for cell in usable if best[cell.benchmark.name] is cell]
     # Different quantities have no mean; accuracy comes first if both are as frequent.
@@ -243,15 +239,17 @@ def select_ranked_cells(
     level = max(levels, key=lambda name: (levels[name], name == "accuracy"), default="")
     for cell in counted_cells:
         if metric_format(cell).level != level:
-            left_out[labels[id(cell)]] = f"{cell.metric} cannot be averaged with {level}"
+            left_out[labels[id(cell)]] = (
+                f"{cell.metric} cannot be averaged with the {level} of other benchmarks"
+            )
     return [cell for cell in counted_cells if metric_format(cell).level == level], left_out
 
 
 def cell_preference(cell: CellRecord, select: RunSelector = _WHOLE_LAYERS) -> tuple[int, ...]:
     """Return a sort key of a cell; rankings use the cell with the largest key.
 
-    The key consists of the number of runs, the number of documents, whether the metric is the
-    benchmark's own metric, and whether the documents are randomly drawn or form clusters.
+    The key prefers more runs, then more documents, then the benchmark's own metric, then documents
+    that are randomly drawn or clustered.
     """
     return len(select(cell)), cell.n, not cell.other_metric, bool(cell.sampling_text)
 
@@ -266,7 +264,7 @@ def unusable_reason(cell: CellRecord, select: RunSelector = _WHOLE_LAYERS) -> st
     if cell.is_raced:
         return cell.unfinished
     if not (runs := select(cell)):
-        return "no run removed exactly one whole layer"
+        return "the removal of a single layer is not measured"
     if all(run.accuracy_relevance is None for run in runs):
         return cell.reason_of("accuracy_relevance", runs[0])
     return None

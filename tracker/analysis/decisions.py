@@ -35,9 +35,9 @@ from tracker.stats.decisions import (
 
 
 class RoundingRisk(NamedTuple):
-    """Probability, for each document, that rounding turns a right answer wrong or vice versa.
+    """Probability, for each document, that rounding makes a right answer wrong or vice versa.
 
-    No probabilities are computed for a model in single precision.
+    If `chances` is None, `reason` says why, except for models in single precision.
     """
 
     chances: Array | None
@@ -45,10 +45,7 @@ class RoundingRisk(NamedTuple):
 
     @property
     def n_undecided(self) -> int | None:
-        """Number of answers that rounding could change from right to wrong or vice versa.
-
-        The number is None if the probabilities are unknown.
-        """
+        """Number of answers that rounding errors could make right or wrong; None if unknown."""
         return None if self.chances is None else count_undecided(self.chances)
 
 
@@ -215,8 +212,8 @@ def decisions_record(decisions: Decisions, max_shown: int = MAX_SHOWN_DOCUMENTS)
 
     Args:
         decisions: Answers chosen by the intact model and in each run.
-        max_shown: Maximum number of worse and of better documents to list for each run. Documents
-            with the largest changes are listed.
+        max_shown: Maximum number of documents with a lower score, and with a higher score, to list
+            for each run. Documents with the largest changes are listed.
 
     Returns:
         The record that report pages show.
@@ -271,9 +268,9 @@ def decisions_record(decisions: Decisions, max_shown: int = MAX_SHOWN_DOCUMENTS)
 
 
 def _lowest(values: Array, mask: np.ndarray, count: int) -> list[int]:
-    """Return the indexes of the lowest values that a mask selects.
+    """Return the indexes of the `count` lowest values that a mask selects.
 
-    At most `count` indexes are returned; the index of the lowest value is the first.
+    The index of the lowest value comes first.
     """
     indexes = np.flatnonzero(mask)
     lowest: list[int] = indexes[np.argsort(values[indexes], kind="stable")][:count].tolist()

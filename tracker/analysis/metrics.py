@@ -129,10 +129,7 @@ class DocumentMetric:
         return document_ratios(self.aggregation, *read_pairs(column).T)
 
     def _read_options(self, rows: pd.DataFrame) -> OptionScores:
-        """Return the answer options of the documents in `rows`.
-
-        The options are cached until the method is called with other documents.
-        """
+        """Return the answer options of the documents in `rows`, from a cache if possible."""
         documents = tuple(zip(rows["task"], rows["doc"], strict=True))
         if documents not in self._options:
             if self.name in _LENGTH_FUNCTIONS and not self._texts.keys() >= {*documents}:
@@ -142,7 +139,7 @@ class DocumentMetric:
         return self._options[documents]
 
     def units(self, rows: pd.DataFrame) -> Array | None:
-        """Return the denominators of a metric that is a ratio of sums; None for a plain mean."""
+        """Return the denominators of a metric that is a ratio of sums, else None."""
         is_ratio = self.aggregation in RATIO_SCALES
         return read_pairs(rows[self.columns[0]])[:, 1] if is_ratio else None
 
@@ -150,8 +147,7 @@ class DocumentMetric:
 def read_pairs(column: pd.Series[Any]) -> Array:
     """Parse a column of JSON pairs into an array `[documents, 2]`.
 
-    A pair consists of a sum and the number of units over which the sum was computed. The row of a
-    document without a stored pair contains NaN.
+    A pair is a sum, and the number of units in the sum. A document without a pair gets NaN.
     """
     missing = (math.nan, math.nan)
     pairs = [json.loads(value) if isinstance(value, str) else missing for value in column]

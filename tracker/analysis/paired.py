@@ -29,7 +29,7 @@ from tracker.stats.arrays import Array, IntArray
 
 
 def outcome_variance(run: RunRecord) -> OutcomeVariance | None:
-    """Compute the variance of a run's outcomes; return None if it is undefined or 0."""
+    """Compute the variance of a run's drop over documents; None if undefined or 0."""
     if run.drop_sd is None or run.drop.value is None:
         return None
     is_binary = run.drop.p_value is not None and run.clusters is None
@@ -52,7 +52,7 @@ def choice_variance(run: RunRecord) -> OutcomeVariance | None:
 
 
 def variance_summary(runs: Iterable[RunRecord]) -> tuple[OutcomeVariance, OutcomeVariance] | None:
-    """Return the median and the largest of the runs' outcome variances.
+    """Return the median and the largest variance of the runs' drops over documents.
 
     Returns None if no run has a defined variance above 0.
     """
@@ -117,8 +117,8 @@ class PairedOutcomes:
     def drop_sd(self, index: int) -> Estimate:
         """Estimate the standard deviation of the drops under the ablation in column `index`.
 
-        If documents form clusters, the value is rescaled: equally many independent documents with
-        this standard deviation would give an equally uncertain mean.
+        If documents form clusters, the value is that of equally many independent documents with an
+        equally uncertain mean.
         """
         terms = self._drop_terms(index)
         spread, ratio = drop_sd(*terms), len(self.weights) / max(len(terms[-1]), 1)
@@ -128,8 +128,7 @@ class PairedOutcomes:
     def mean_drop(self, outcome_name: str) -> Estimate:
         """Estimate the mean drop of probabilities or log-probabilities under the first ablation.
 
-        If an outcome is missing, the mean is undefined. The reason then contains the text
-        `outcome_name`.
+        If an outcome is missing, the mean is undefined, and the reason contains `outcome_name`.
         """
         drops = self.drops[:, 0]
         if reason := undefined_mean_reason(drops, outcome_name):
@@ -138,11 +137,10 @@ class PairedOutcomes:
         return Estimate(float(self.mean_drops[0]), *interval)
 
     def _drop_terms(self, index: int) -> tuple[Array, Array, Array]:
-        """Return two arrays whose difference is the drop, and the weights of their items.
+        """Return two arrays of outcomes whose difference is the drop, and their weights.
 
-        The first array contains the outcomes of the intact model, and the second array those under
-        the ablation. For a loss, the arrays are swapped. If documents form clusters, an item is the
-        mean of a cluster.
+        The first array belongs to the intact model, the second to the ablated model. For a loss,
+        the arrays are swapped. If documents form clusters, the arrays contain cluster means.
         """
         intact, ablated = self.baseline, self.ablated[:, index]
         terms = (intact, ablated) if self.higher_is_better else (ablated, intact)

@@ -57,7 +57,7 @@ def cell_record(
 
     Returns:
         The record, computed on the documents that all runs measured. After early stopping
-        (`until`), each run's statistics cover the documents up to its decision.
+        (`until`), each run's statistics cover the documents evaluated before the run was decided.
     """
     aligned = AlignedOutcomes(store, view)
     outcomes, order = _select_outcomes(aligned, store, view, answer)
@@ -135,7 +135,7 @@ def cell_record(
 def unmeasured_record(store: CellStore, view: View, /, **fields: Any) -> CellRecord:
     """Build the record of a view without measured documents.
 
-    `fields` contains further fields of the record, which override the default values.
+    `fields` overrides default values of the record.
     """
     empty = {"n": 0, "tokens": 0, "baseline_metrics": {}, "runs": (), "correlations": ()}
     empty["chance_accuracy"] = None
@@ -143,7 +143,7 @@ def unmeasured_record(store: CellStore, view: View, /, **fields: Any) -> CellRec
 
 
 def _identity_fields(store: CellStore, view: View) -> dict[str, Any]:
-    """Return the record's fields that identify model, benchmark and settings."""
+    """Return the fields of a record that identify model, benchmark and settings."""
     return {
         "key": store.identity.key,
         "model": store.identity.model,
@@ -159,8 +159,8 @@ def _identity_fields(store: CellStore, view: View) -> dict[str, Any]:
 def _measuring_costs(shards: Sequence[Mapping[str, Any]]) -> dict[str, float | int | str | None]:
     """Return the duration, the peak memory and the date of the measurements.
 
-    The keys of the dict are `seconds` (the total), `outcome_seconds` (the mean per outcome),
-    `peak_bytes` (the largest value) and `measured` (the latest date). An unknown value is None.
+    The dict contains the total `seconds`, the mean `outcome_seconds` per outcome, the largest
+    `peak_bytes`, and the latest date (`measured`). An unknown value is None.
     """
     seconds = [float(shard["seconds"]) for shard in shards if shard.get("seconds")]
     peak_bytes = [int(shard["peak_bytes"]) for shard in shards if shard.get("peak_bytes")]
@@ -176,11 +176,11 @@ def _measuring_costs(shards: Sequence[Mapping[str, Any]]) -> dict[str, float | i
 def _select_outcomes(
     aligned: AlignedOutcomes, store: CellStore, view: View, answer: AnswerRecord | None
 ) -> tuple[AlignedOutcomes, list[tuple[str, int]]]:
-    """Return the outcomes from which a record is computed, and the order of the documents.
+    """Select the outcomes from which a record is computed; also return the documents' order.
 
-    Usually all measured outcomes and an empty order are returned. If a stopping rule ended the
-    measurement early, only the outcomes that the rule evaluated are returned. The order then
-    contains all documents of the benchmark, in the order of the rule.
+    Without early stopping, all outcomes are selected, and the returned order is empty. After early
+    stopping, only outcomes that the stopping rule evaluated are selected, and the order contains
+    all documents.
     """
     if answer is None or len(aligned.tasks) >= aligned.n_requested:
         return aligned, []
@@ -196,8 +196,8 @@ def _keep_documents(
 ) -> AlignedOutcomes:
     """Return the outcomes on the documents in `order`.
 
-    All runs in `answer`, the stopping rule's result, are kept. Any other run is kept if it is
-    measured on all these documents. Other runs of the view are listed in `missing`.
+    Runs that the stopping rule compared are kept. Another run is kept only if measured on all
+    documents in `order`. Runs that are not kept are listed in `missing`.
     """
     documents = {*order}
     answered_runs = {run.change for run in answer.runs}
@@ -226,9 +226,9 @@ def _incomplete_reason(n: int, n_requested: int, answer: AnswerRecord | None) ->
 
 
 def _calibration_text(store: CellStore, view: View, shards: list[dict[str, Any]]) -> str | None:
-    """Describe the calibration texts on which layer replacements were fitted.
+    """Describe the texts on which replacements of layers (e.g. linear maps) were fitted.
 
-    The description counts the calibration texts that are also benchmark documents.
+    The description counts the texts whose documents are also measured.
     """
     ablations = (Ablation.from_changes(run, removed=view.removed) for run in view.runs)
     if not any(ablation.has_replacements for ablation in ablations):
@@ -251,7 +251,7 @@ def _calibration_text(store: CellStore, view: View, shards: list[dict[str, Any]]
 def _reduced_model_metric(outcomes: AlignedOutcomes, view: View) -> Estimate:
     """Estimate the metric of the model without the layers in `view.removed`.
 
-    The estimate is undefined if no layer is removed, or if this model is not measured yet.
+    The estimate is undefined if no layer is removed, or if the reduced model is not measured yet.
     """
     if not view.removed:
         return Estimate(None)
@@ -280,8 +280,7 @@ def _part_columns(
 ) -> Iterator[tuple[list[Change], list[_ProxyColumn]]]:
     """Yield the runs of each kind of part, with one column of values for each proxy.
 
-    The mask of a column selects the runs that correlations use: runs whose proxy value and accuracy
-    drop are both defined.
+    The mask of a column selects runs whose proxy value and accuracy drop are both defined.
     """
     has_drop = {record.change for record in records if record.drop.value is not None}
     parts_and_layers = [run for run in parts.runs if run.has_taylor or run.kind == WHOLE_LAYER]

@@ -28,7 +28,9 @@ from tracker.stats.arrays import Array, proxy_means, safe_divide
 from tracker.stats.decisions import rounding_shift
 
 Aggregate = Callable[[str, Sequence[float | str]], float | None]
-ONE_LOOK_REASON = "the formula assumes a fixed sample size, but sampling stopped early"
+ONE_LOOK_REASON = (
+    "the formula assumes a fixed number of documents, but the measurement stopped early"
+)
 """Reason why a cell with a stopping rule lacks an interval or a p-value."""
 
 _NOT_FINITE = "in the intact model, a token's hidden state is zero or not finite"
@@ -92,7 +94,7 @@ class LayerProxies:
 
 
 class PartProxies:
-    """Proxies of the parts that are changed by the runs, observed in the intact model.
+    """Proxies of each run's changed part, observed in the intact model.
 
     Args:
         outcomes: Outcomes of the documents.
@@ -124,8 +126,7 @@ class PartProxies:
     def list_proxies(self, runs: Sequence[Change]) -> list[Proxy]:
         """List the proxies for runs of one kind, such as runs that change an expert.
 
-        These are the proxies of the changed component. Proxies that exist for all components are
-        added if at least one run has a value.
+        A proxy that exists for all kinds is listed only if at least one run has a value.
         """
         indexes = [self.indexes[run] for run in runs]
         return [
@@ -141,17 +142,13 @@ class PartProxies:
         return count_unobserved(np.isnan(self.sums[name][:, indexes].sum(axis=1)))
 
     def counts(self, proxy: Proxy) -> Array:
-        """Return the number of tokens over which a proxy is summed.
-
-        The result is an array `[documents, runs]`.
-        """
+        """Return the number of tokens over which a proxy is summed, as `[documents, runs]`."""
         return self.sums[proxy.over] if proxy.over else self._tokens
 
     def estimates(self, run: Change) -> dict[str, Estimate]:
         """Map the name of each proxy to its estimate for the part that a run changes.
 
-        The result contains the proxies of all runs. Proxies that do not apply to this run are
-        undefined.
+        Proxies that apply only to other runs are undefined.
         """
         names = self._names.get((run.sample, run.has_taylor), ())
         undefined = dict.fromkeys(chain(*self._names.values()), Estimate(None, reason=_OTHER_KIND))
@@ -173,7 +170,7 @@ def _finite_estimate(value: float, reason: str) -> Estimate:
 
 
 def _explain(estimate: Estimate, reason: str) -> Estimate:
-    """Replace an undefined estimate's reason by `reason`, unless `reason` is empty."""
+    """Set the reason of an undefined estimate, unless `reason` is empty."""
     return replace(estimate, reason=reason) if estimate.value is None and reason else estimate
 
 
@@ -238,8 +235,7 @@ def accuracy_rounding(weights: Array, *risks: RoundingRisk) -> float | None:
 
     Args:
         weights: Weight of each document in an accuracy; the weights sum to 1.
-        *risks: For each accuracy, the probability for each answer that rounding makes it right or
-            wrong.
+        *risks: Rounding risk of each accuracy.
 
     Returns:
         Half the width of a 95 % interval of the error; None if a probability is unknown.
@@ -251,10 +247,10 @@ def accuracy_rounding(weights: Array, *risks: RoundingRisk) -> float | None:
 
 
 def apply_bounds(run: RunRecord, bounds: RunAnswer | None) -> RunRecord:
-    """Replace the confidence interval of a run's drop by bounds that allow early stopping.
+    """Replace the interval of a run's drop by `bounds`, which allow early stopping.
 
-    If `bounds` is None, the interval is removed. All p-values and the intervals of other drops are
-    always removed, because they assume a fixed number of documents.
+    If `bounds` is None, the drop has no interval. p-values and the intervals of other drops are
+    removed, because they assume a fixed number of documents.
     """
     reasons = run.reasons | {"mcnemar_p": ONE_LOOK_REASON}
     if bounds is None:
@@ -294,9 +290,9 @@ def metric_values(
 def _aggregate_metric(
     rows: pd.DataFrame, column: str, aggregation: str | None, aggregate: Aggregate
 ) -> float | None:
-    """Aggregate one metric of one task; return None if this is not possible.
+    """Aggregate one metric over the documents of one task, as lm-eval does.
 
-    A metric cannot be aggregated if a value is missing, or if only lm-eval can aggregate it.
+    Returns None if a value is missing, or if only lm-eval can aggregate the metric.
     """
     if aggregation is None or column not in rows or rows[column].isna().any():
         return None

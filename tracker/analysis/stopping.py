@@ -54,7 +54,7 @@ class InterimEstimates:
             `until` setting, number of documents that are measured in the intact model.
         requested: Number of requested documents; None if a stopping rule (`until`) decides when to
             stop.
-        tokens: Number of tokens of these documents, counted like `CellRecord.tokens`.
+        tokens: Number of tokens of the measured documents, as in `CellRecord.tokens`.
         drops: Change that a run makes → interim estimate of the run's drop.
     """
 
@@ -72,8 +72,8 @@ def interim_estimates(store: CellStore, view: View) -> InterimEstimates:
         view: View that selects the documents, runs and metric.
 
     Returns:
-        The interim estimates. As long as a requested run has no measured documents, the estimates
-        contain no drops.
+        The interim estimates. Without a stopping rule, drops are estimated once all runs have
+        outcomes.
     """
     columns = ["task", "doc", "ablation", "proxy_tokens"]
     columns += DocumentMetric(store, view.metric).columns
@@ -89,9 +89,9 @@ def interim_estimates(store: CellStore, view: View) -> InterimEstimates:
 
 
 def _interim_stopping_estimates(outcomes: AlignedOutcomes, view: View) -> InterimEstimates:
-    """Estimate the drop of each run so far, in a measurement with a stopping rule.
+    """Estimate each run's drop so far, in a measurement with a stopping rule.
 
-    Each estimate covers all documents that are measured in the run. It has no confidence interval.
+    The estimate covers all documents that the run measured, and has no confidence interval.
     """
     intact = outcomes.restrict(None, [])
     if not intact.tasks:
@@ -106,9 +106,9 @@ def _interim_stopping_estimates(outcomes: AlignedOutcomes, view: View) -> Interi
 
 
 def check_bounded(benchmark: BenchmarkIdentity, metric: str, key: str = "until") -> None:
-    """Raise ExperimentError if a metric's outcomes are not bounded by 0 and 1.
+    """Raise ExperimentError unless a metric is a mean of values between 0 and 1.
 
-    The error message names `key`, the setting that requires bounded outcomes.
+    The error message names `key`, the setting that needs the metric.
     """
     task = benchmark.tasks[0]
     if task.all_metrics.get(metric) != "mean" or not task.higher_is_better.get(metric, True):
@@ -125,9 +125,8 @@ class RacedFigure(NamedTuple):
     Attributes:
         columns: Names of the outcome columns to read.
         compute: Function that computes the statistic from outcome rows.
-        failure_reason: Function that returns the reason why a statistic is not usable; "" if all
-            are usable. The function takes an array with one row per document and one column per
-            model. The first column is the intact model.
+        failure_reason: Function that explains why a statistic is not usable; "" if all are usable.
+            Its argument is an array `[documents, models]`, with the intact model first.
     """
 
     columns: Sequence[str]
@@ -144,7 +143,7 @@ def bounded_metric(store: CellStore, metric: str, key: str = "until") -> RacedFi
         key: Name of the setting that needs the stopping rule, for error messages.
 
     Returns:
-        Functions that compute the metric of each document and check its values.
+        Functions that compute the metric of each document and check the values.
 
     Raises:
         ExperimentError: The metric is not a mean of values between 0 and 1.
@@ -169,9 +168,9 @@ def bounded_metric(store: CellStore, metric: str, key: str = "until") -> RacedFi
 class BlockRace:
     """Sequential comparison (race) of ablations on blocks of documents.
 
-    The documents of the benchmark are evaluated in one random order. The stopping rule is evaluated
-    after every block, up to the first block that is not measured completely. Outcomes of later
-    blocks are ignored, because they may not be a random sample.
+    The stopping rule is evaluated on documents in one random order, block by block. Evaluation ends
+    at the first block with missing outcomes. Later blocks are ignored, because their documents may
+    not be a random sample.
 
     Attributes:
         rule: Stopping rule of the comparison.
@@ -230,7 +229,7 @@ class BlockRace:
 
     @property
     def max_weight(self) -> float:
-        """The largest weight of a document; all weights are 1 in an unweighted mean."""
+        """Largest weight of a document, relative to the mean weight."""
         return float(self._scale.max())
 
     @property
@@ -241,8 +240,8 @@ class BlockRace:
     def advance(self) -> None:
         """Apply the stopping rule to newly measured blocks of documents, in order.
 
-        The first incomplete block ends the evaluation. Raises WorkError if a document's score is
-        not usable.
+        Evaluation ends at the first block with missing outcomes. Raises WorkError if a document's
+        score is not usable.
         """
         while self.open.any() and self.n_blocks < len(self._turns):
             (block, n_documents, end), names = self._turns[self.n_blocks], self.needed_ablations
@@ -281,9 +280,9 @@ class BlockRace:
         return (*names, *compress(self._names, self.open))
 
     def measured_documents(self, n_looked: np.ndarray) -> np.ndarray:
-        """Count the documents to measure so that `n_looked` documents can be evaluated.
+        """Count the documents that must be measured to evaluate `n_looked` documents.
 
-        Each block is measured completely, so the result can exceed `n_looked`.
+        Blocks are measured completely, so the count can exceed `n_looked`.
         """
         starts = [0, *(turn.end for turn in self._turns[:-1])]
         totals = np.cumsum([0, *(turn.size for turn in self._turns)])
@@ -377,7 +376,7 @@ class AnswerForecast:
 
 
 def forecast_answer(store: CellStore, view: View) -> AnswerForecast | None:
-    """Forecast the number of documents and the cost of a stopping rule.
+    """Forecast how many documents a stopping rule needs, and the cost.
 
     Returns None if too few documents are measured for a forecast.
     """
@@ -412,7 +411,7 @@ def forecast_answer(store: CellStore, view: View) -> AnswerForecast | None:
 class CandidateRace(BlockRace):
     """Sequential comparison that finds the ablation with the smallest loss.
 
-    The loss of the chosen ablation may exceed the smallest loss by a tolerance.
+    The loss of the chosen ablation may exceed the smallest loss by 1 pp or 0.01 nats.
     """
 
     def __init__(
@@ -456,7 +455,7 @@ class CandidateRace(BlockRace):
     @property
     def contenders(self) -> str:
         """Number of candidates that are not excluded yet, as text for progress messages."""
-        return f"{self.open.sum()} of {len(self._names)} candidates are left"
+        return f"{self.open.sum()} of {len(self._names)} candidate ablations are left"
 
     @property
     def winners(self) -> list[int]:
@@ -477,11 +476,11 @@ def _missing_gold_reason(outcomes: Array) -> str:
 
 
 def count_passes(ablation: Ablation, layers: int) -> int:
-    """Count how many layers an ablation computes for each token.
+    """Count the layers that are computed for each token under an ablation.
 
-    The layers before the first changed layer are shared with the intact model, and not counted.
+    Layers before the first changed layer are not counted, because the intact model computes them.
     Layers that are removed or replaced by fitted functions are not counted either. A repeated layer
-    counts once for each repetition. `layers` is the number of layers of the model.
+    counts once per repetition. `layers` is the number of layers of the model.
     """
     actions = [ablation.at_layer(layer).action for layer in range(layers)]
     changed_layers = (layer for layer, action in enumerate(actions) if action is not Action.PASS)

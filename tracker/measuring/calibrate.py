@@ -1,11 +1,9 @@
 """Choose calibration texts for fitting the functions that replace layers.
 
-Calibration texts are taken from the end of a benchmark's random order. Measured samples are taken
-from the beginning of this order. A calibration text is the context and gold continuation of a
-document.
+A calibration text is the context and gold continuation of a document. Calibration texts come from
+the end of a benchmark's random order, and measured samples from the beginning.
 
-This module also chooses documents to compute twice in half precision, to measure the effect of
-rounding.
+This module also chooses documents to score twice, to measure rounding errors in half precision.
 """
 
 from __future__ import annotations
@@ -40,7 +38,7 @@ order, because a question that is answered early has measured only these."""
 
 
 def repeated_documents(documents: Sequence[Document], seed: int) -> set[tuple[str, int]]:
-    """Choose documents to compute twice in half precision, to measure the effect of rounding.
+    """Choose documents to score twice, to measure rounding errors in half precision.
 
     Args:
         documents: The cell's documents. Only documents with two or more options are chosen.
@@ -88,7 +86,7 @@ class CalibrationTexts:
 
     @property
     def metadata(self) -> dict[str, object]:
-        """Description of the texts for the metadata of a file of outcomes."""
+        """Description of the texts that is stored with the outcomes."""
         digest = content_hash([list(text) for text in self.texts])
         return {"documents": self.documents, "tokens": self.tokens, "sha256": digest}
 
@@ -125,10 +123,10 @@ class CalibrationTexts:
 def choose_calibration(
     benchmark: Benchmark, encoder: RequestEncoder, width: int
 ) -> CalibrationTexts:
-    """Choose the texts of documents on which layer replacements are fitted.
+    """Choose texts for fitting the functions that replace layers.
 
-    The texts have at least `TOKENS_PER_DIM` × `width` tokens in total, unless half of the documents
-    have fewer tokens. Raises CellError if there are no tokens.
+    Documents are added until there are `TOKENS_PER_DIM` × `width` tokens, or until half of the
+    documents are used. Raises CellError if there are no tokens.
     """
     from tracker.engine.fitting import first_fitted_tokens
 

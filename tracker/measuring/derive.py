@@ -59,10 +59,7 @@ def derive_answer(store: CellStore, view: View) -> AnswerRecord | None:
 
 
 def read_decisions(store: CellStore, view: View) -> DecisionsRecord | None:
-    """Return the record of the answers that change under each ablation of a view.
-
-    Returns None if no document is measured yet.
-    """
+    """Return which answers change under each ablation; None without measured documents."""
     state, name = _state_hash(store, view, *store.texts.file_names()), store.views.view_name(view)
     record = store.read_derived(state, name, DecisionsRecord)
     if record is None and (view_decisions := derive_decisions(store, view)) is not None:
@@ -72,7 +69,7 @@ def read_decisions(store: CellStore, view: View) -> DecisionsRecord | None:
 
 
 def _state_hash(store: CellStore, view: View, *extra: str) -> str:
-    """Return a hash of all data and code that determine the stored records of a view."""
+    """Return a hash of all data and code from which a view's records are computed."""
     view_content = view.model_dump(mode="json", exclude={*_NOT_DERIVED, "named"})
     cell = store.identity.model_dump(mode="json")
     return content_hash([_code_hash(), view_content, cell, store.shard_digests(), *extra])
@@ -80,7 +77,7 @@ def _state_hash(store: CellStore, view: View, *extra: str) -> str:
 
 @cache
 def _code_hash() -> str:
-    """Return a hash of the code that computes records."""
+    """Return a hash of the source code that computes records."""
     package = Path(__file__).parents[1]
     return file_hash(path for name in DERIVED_BY for path in (package / name).rglob("*.py"))
 

@@ -1,7 +1,7 @@
 """Measure the missing outcomes of a cell, block by block; several processes can share a cell.
 
-A process locks a block before measuring it. Processes that share a cell can belong to different
-commands.
+A process locks a block of documents while it measures the block. The processes can belong to
+different commands.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ The mapping contains the texts that the intact model wrote before for documents 
 
 
 def refuse_changed_tokens(store: CellStore, facts: CellFacts, progress: Progress) -> None:
-    """Raise CellError if the stored outcomes of a document belong to other tokens than now.
+    """Raise CellError if a document is tokenised differently than in the stored results.
 
     `facts` contains the current tokens and package versions. `progress` receives a warning if the
-    stored tokens are unknown and the package versions differ.
+    stored tokens are unknown and the package versions have changed.
     """
     provenance = facts.provenance
     frame = store.read(columns=["task", "doc", DIGEST_COLUMN, PROVENANCE_COLUMN]).drop_duplicates()
@@ -65,16 +65,16 @@ def refuse_changed_tokens(store: CellStore, facts: CellFacts, progress: Progress
     if versions := versions - {SAME_VERSIONS}:
         progress.say(
             f"{store.identity.benchmark.title}: the stored results "
-            f"({'; '.join(sorted(versions))}) contain no digests of their tokens. If "
+            f"({'; '.join(sorted(versions))}) do not record how texts were tokenised. If "
             f"{tokeniser_differences(provenance, {})} tokenise texts differently, the new results "
-            "do not match the stored ones; to avoid this, choose another folder with --results"
+            "do not match the stored results. To be safe, choose another folder with --results"
         )
 
 
 def _tokens_error(subject: str, stored: Mapping[str, str], current: Mapping[str, str]) -> CellError:
     """Build the error about a document or benchmark whose tokens have changed.
 
-    `stored` and `current` contain the software versions of the stored and of the new results.
+    `stored` and `current` are the software versions of the stored and of the new results.
     """
     old, new = tokeniser_differences(stored, current), tokeniser_differences(current, stored)
     advice = (
@@ -161,7 +161,7 @@ class CellWork:
 
     @property
     def has_free_block(self) -> bool:
-        """True if a block with missing outcomes may be available for measurement."""
+        """True if a worker may try to lock a block with missing outcomes."""
         return time.monotonic() >= self._retry_time and bool(self._free_blocks())
 
     @contextmanager
@@ -200,8 +200,7 @@ class CellWork:
     def _read_traces(self, block: Block) -> dict[int, list[str]]:
         """Return the intact model's stored texts for the documents of a block.
 
-        In benchmarks named `traces:TASK`, these texts are scored under each ablation. For other
-        benchmarks, the result is empty.
+        The dict is empty unless the benchmark is named `traces:TASK` and scores the texts.
         """
         if not names_traces(self.store.identity.benchmark.name):
             return {}
@@ -210,9 +209,9 @@ class CellWork:
         return {int(row["doc"]): texts for row in rows if (texts := stored_texts(row))}
 
     def _lock_block(self, locks: ExitStack) -> BlockWork | None:
-        """Lock and return the first unlocked block with missing outcomes.
+        """Lock the first free block with missing outcomes; return the work on the block.
 
-        Returns None if there is no such block. The lock is added to `locks`.
+        Returns None if there is no free block. Closing `locks` releases the lock.
         """
         skipped: list[Block] = []
         while blocks := [block for block in self._free_blocks() if block not in skipped]:
@@ -232,8 +231,10 @@ class CellWork:
             skipped.append(block)
         if skipped:
             if not self._retry_time:
-                noun = "blocks are" if len(skipped) > 1 else "block is"
-                self._progress.say(f"{len(skipped)} {noun} being measured by another process")
+                noun = "blocks" if len(skipped) > 1 else "block"
+                self._progress.say(
+                    f"another process is measuring {len(skipped)} {noun} of documents"
+                )
             self._retry_time = time.monotonic() + RETRY_SECONDS
         return None
 
@@ -255,10 +256,7 @@ class CellWork:
         return [b for b in blocks if b in self.missing_responses and b not in self._busy_blocks]
 
     def _apply_stopping_rule(self) -> None:
-        """Apply the stopping rule to all outcomes so far, and count the missing responses again.
-
-        Nothing is done if the cell has no stopping rule.
-        """
+        """Apply the stopping rule, if the cell has one, and count the missing responses again."""
         if self._race is None:
             return
         n_open = self._race.open.sum()
@@ -272,7 +270,7 @@ class CellWork:
     def _count_missing(self) -> dict[Block, int]:
         """Count the missing responses of each incomplete block of documents.
 
-        With a stopping rule, fewer responses may be needed.
+        With a stopping rule, the counts are upper limits.
         """
         extent, race = self._extent, self._race
         if race is None and not self.store.is_complete(extent, self._names):
@@ -299,13 +297,13 @@ class CellWork:
     def _report_responses(self, block: Block, n_pending: int, n_responses: int) -> None:
         """Report `n_responses` new responses of a block to the progress receiver.
 
-        `n_pending` is the minimum number of responses of the block that remain to be computed.
+        At least `n_pending` responses of the block remain to be computed.
         """
         # The baseline is always computed with missing ablations; it is not counted again.
         self._set_missing(block, max(n_pending, self.missing_responses.get(block, 0) - n_responses))
 
     def _set_missing(self, block: Block, n_left: int) -> None:
-        """Store that a block of documents lacks only `n_left` responses; report the progress."""
+        """Set the number of missing responses of a block, and report the progress."""
         with self._condition:
             if (n_done := self.missing_responses.get(block, 0) - n_left) > 0:
                 self._progress.advance(n_done)
@@ -347,7 +345,7 @@ def open_work(
 
 
 def open_store(job: Job, facts: CellFacts, ledger: Ledger) -> CellStore:
-    """Open or create the cell of a job, and store which requests belong to the cell."""
+    """Open or create the cell of a job, and store the key by which requests find the cell."""
     store = ledger.open_cell(facts.model, facts.benchmark, facts.provenance)
     # The commit of a hub model is known only now that the model is in the cache. All requests of a
     # job have the same key, because the key does not contain the changes.
@@ -365,7 +363,7 @@ def ablation_names(job: Job, store: CellStore) -> list[str]:
 def fill_cell(work: CellWork, measure: MeasureDocuments, progress: Progress) -> None:
     """Measure a cell's missing outcomes, and wait for outcomes that other processes measure.
 
-    If another process dies, this process measures its block.
+    If another process dies, this process measures the block of the dead process.
     """
     with report_work(progress, work.store.identity.benchmark.title, work.total):
         while True:

@@ -159,7 +159,7 @@ class Meter:
     def engine(self) -> Engine:
         """Engine that scores documents; it is available after `check` was called.
 
-        The engine shares computation among ablations only as far as the self-check allows it.
+        The engine computes ablations together only if the self-check allows it.
         """
         assert self._scorer is not None, "check() comes first"
         return self._scorer.engine
@@ -170,8 +170,8 @@ class Meter:
         """Run the self-check, and return messages for the user.
 
         This method must be called before `measure`. `verdicts` stores results of the self-check for
-        later runs. `typical` lists the ablations that are tested on a miniature model; if it is
-        empty, the cell's ablations are tested.
+        later runs. `typical` lists the ablations that are tested on a miniature model; if the list
+        is empty, the cell's ablations are tested.
         """
         from tracker.benchmarks.traces import Traces
         from tracker.engine.scoring.sweep import Engine
@@ -204,7 +204,7 @@ class Meter:
             task: Name of the task.
             names: Names of the ablations under which the documents are measured.
             indices: Positions of the documents in the task's split.
-            traces: Position of a document → texts that the intact model wrote for it before.
+            traces: Position of a document → stored texts of the intact model.
             advance: Function that is called with the number of new responses.
 
         Returns:
@@ -226,7 +226,7 @@ class Meter:
         scored = [INTACT, *(by_name[name] for name in names if name != INTACT.name)]
         documents = [self.documents[task, index] for index in indices]
         if isinstance(self._benchmark, Traces):
-            documents = self._read_traces(self._benchmark, documents, traces)
+            documents = self._build_trace_documents(self._benchmark, documents, traces)
         repeated = [document for document in documents if document.key in self.repeated_keys]
         # Only outcomes whose rows are written are compared: the rows contain the comparison.
         checked = [document for document in documents if document.key in self._checked_keys]
@@ -268,7 +268,7 @@ class Meter:
         scorer.clear_drafts()
         return Measurement(rows, metadata, texts, self._notes())
 
-    def _read_traces(
+    def _build_trace_documents(
         self, benchmark: Traces, documents: Sequence[Document], traces: Mapping[int, Sequence[str]]
     ) -> list[Document]:
         """Build documents in which the intact model's texts are scored.
@@ -290,10 +290,7 @@ class Meter:
         return [benchmark.read_traces(d, texts[d.index], self._encoder) for d in documents]
 
     def _note_cut_texts(self, texts: Sequence[GeneratedText]) -> None:
-        """Add a message if most texts of the intact model were cut off at the token limit.
-
-        The message is added only once.
-        """
+        """Add one message if most texts of the intact model were cut off at the token limit."""
         n_cut = sum(bool(text.is_cut) for text in texts)
         if 2 * n_cut > len(texts) and not self._has_noted_cut_texts:
             self._has_noted_cut_texts = True
@@ -352,7 +349,7 @@ class Meter:
         repeated: Sequence[Sequence[Response] | None],
         parts: Mapping[Change, Mapping[str, float]],
     ) -> Iterator[dict[str, object]]:
-        """Yield one row of outcomes of a document for each ablation in `names`.
+        """Yield a document's outcome rows to store, one for each ablation in `names`.
 
         Args:
             result: The scores of the document under all ablations in `scored`.

@@ -80,8 +80,8 @@ def observe_cell(
         kind: Name under which the values are stored. If the method changes, the name must change
             too.
         make_observer: Function that takes an engine and returns a function for one document.
-        open_engine: Function that returns an engine and the documents. It is called only if some
-            values are not stored yet.
+        open_engine: Function that returns an engine and the documents. Not called if all values are
+            stored.
         progress: Receives counts and messages.
         selection: Documents to observe, as (task, number in the task's split); None for all.
 

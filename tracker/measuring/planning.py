@@ -209,9 +209,9 @@ def plan_cells(
 
 
 def _plan_reading(source: ModelSource, texts: PlannedTexts) -> PlannedReading | None:
-    """Estimate how often, and how fast, weights are read that do not fit on the device.
+    """Estimate the time to read weights that do not fit on the device.
 
-    Returns None if all weights fit.
+    Returns None if all weights fit on the device.
     """
     from tracker.models.load import choose_placement, find_device
     from tracker.models.offloaded import measure_read_rate
@@ -239,9 +239,9 @@ def _add_repeated_cost(cell_cost: Cost, texts: PlannedTexts, seed: int) -> Cost:
 
 
 def _median_variance(cell: CellLookup, metric: str) -> OutcomeVariance | None:
-    """Return the median of the variances that are stored for the runs of a cell.
+    """Return the median variance (over documents) of the stored drops.
 
-    The variances are read from the record with the most documents. Returns None if there are none.
+    The record with the most documents is used. Returns None if no variance is stored.
     """
     if cell.store is None:
         return None

@@ -57,10 +57,10 @@ def find_cell(request: CellRequest, ledger: Ledger, trust_remote_code: bool = Fa
 
 
 def with_clusters(requests: Sequence[CellRequest]) -> list[CellRequest]:
-    """Return requests with the cluster of each document added.
+    """Add the cluster of each document to requests with the setting `cluster`.
 
-    The clusters are read from a column of the benchmarks' data. BenchmarkError is raised if the
-    data lacks the column. Requests without the setting `cluster` are returned unchanged.
+    The clusters are read from a column of the benchmark's data. BenchmarkError is raised if the
+    data lacks the column.
     """
     benchmarks = open_benchmarks(request for request in requests if request.clusters)
     return [
@@ -74,7 +74,7 @@ def with_clusters(requests: Sequence[CellRequest]) -> list[CellRequest]:
 def make_counter(ledger: Ledger, trust_remote_code: bool) -> PartsCounter:
     """Return a function that counts the layers, heads and other parts of a request's model.
 
-    The number of layers comes from the ledger if the model was measured before.
+    If the model was measured before, the ledger contains the number of layers.
     """
 
     def count(request: CellRequest, kinds: Collection[str] = ()) -> ModelParts:
@@ -91,8 +91,7 @@ def _count_requested_parts(
 ) -> ModelParts:
     """Count the layers, heads and experts of a model.
 
-    The result also lists the model's linear maps if the request asks for linear maps without
-    names.
+    If the request asks for all linear maps, the result also lists the model's linear maps.
     """
     parts = count_parts(source, kinds)
     if not request.changes.lacks_maps:
@@ -165,10 +164,10 @@ def widen_request(
 
 
 def find_earlier_request(request: CellRequest, store: CellStore | None) -> CellRequest | None:
-    """Find an earlier request with the same `until` setting that contains all runs of a request.
+    """Find an earlier request with an equal `until` setting, and take over its runs.
 
-    Returns `request` with the runs of the earlier request. Returns None if there is no such
-    earlier request, or if `request` has no `until` setting.
+    The earlier request must contain all runs of `request`. Returns None without an earlier request,
+    or if `request` has no `until` setting.
     """
     view = store.views.view_of(request) if store else None
     question = view.until if view else None
@@ -212,9 +211,10 @@ def check_possible(request: CellRequest, parts: ModelParts) -> None:
 def open_benchmarks(
     requests: Iterable[CellRequest], progress: Progress | None = None
 ) -> Iterator[Benchmark]:
-    """Yield the benchmark of each request; requests for the same documents share one benchmark.
+    """Open and yield the benchmark of each request.
 
-    Raises RequestError if a benchmark cannot be read or lacks the requested metric.
+    Requests for the same documents get the same object. Raises RequestError if a benchmark cannot
+    be read or lacks the requested metric.
     """
     benchmarks: dict[object, Benchmark] = {}
     for request in requests:
@@ -290,7 +290,7 @@ def validate_requests(
 def check_documents(requests: Sequence[CellRequest], progress: Progress) -> list[str]:
     """Check the local benchmarks; return notes about hub benchmarks, which are not checked.
 
-    Raises RequestError in the same cases as `open_benchmarks`.
+    Raises RequestError if a benchmark cannot be read or lacks the requested metric.
     """
     specs = dict.fromkeys(request.benchmark for request in requests)
     hub_specs = {spec: str(spec) for spec in specs if not is_local(spec)}
@@ -301,5 +301,5 @@ def check_documents(requests: Sequence[CellRequest], progress: Progress) -> list
     if not names:
         return []
     return [
-        f"the documents and metrics of {', '.join(names)} are read from the hub by tracker plan"
+        f"the documents and metrics of {', '.join(names)}, which tracker plan reads from the hub"
     ]

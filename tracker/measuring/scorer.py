@@ -1,4 +1,4 @@
-"""Score documents and generate texts under many ablations; tune the batch shape for speed."""
+"""Score documents and generate texts under many ablations."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ class Scorer:
         return self.generation.generate(document.prompt, ablations)
 
     def clear_drafts(self) -> None:
-        """Delete the cached texts that would be used after an interruption of the run."""
+        """Delete the texts that are cached in case the run is interrupted."""
         if self.generation is not None and self.generation.drafts is not None:
             self.generation.drafts.clear()
 
@@ -102,7 +102,7 @@ class Scorer:
         seed: str,
         first_ablation: int,
     ) -> dict[tuple[int, Ablation], Comparison]:
-        """Compare responses under one random ablation per document with responses of pruned models.
+        """Compare each document's responses with a really pruned model's, for a random ablation.
 
         Args:
             reference: Object that computes the responses of a pruned copy of the model.
@@ -138,17 +138,17 @@ class Scorer:
     def score_again(
         self, documents: Sequence[Document], ablations: Sequence[Ablation]
     ) -> list[DocumentScores]:
-        """Score documents again with less shared computation.
+        """Score documents a second time, to measure rounding errors.
 
-        The differences from the first scores measure rounding errors.
+        The second time, ablations and requests share less computation.
 
         Args:
             documents: The documents to score. No texts are generated.
             ablations: The ablations, including the baseline.
 
         Returns:
-            One result per document. The list is empty if the engine already computes everything
-            separately.
+            One result per document. The list is empty if ablations and requests shared no
+            computation the first time.
         """
         sharing = self.engine.sharing
         reduced = DEPTH_ONLY if sharing.tokens else PLAIN if sharing.depth else ONE_BY_ONE
@@ -172,7 +172,7 @@ def checked_scorer(
     typical: Sequence[Ablation] = (),
     generating: Sequence[Ablation] | None = None,
 ) -> tuple[Scorer, list[str]]:
-    """Test whether ablations can share computation without changing results, and build a scorer.
+    """Test whether computing ablations together changes results, and build a scorer.
 
     Args:
         engine: The engine with an unchanged model.
@@ -185,7 +185,7 @@ def checked_scorer(
         generating: Ablations under which texts are generated; None = `ablations`.
 
     Returns:
-        The scorer, and notes for the user, e.g. about disabled sharing or numerical noise.
+        The scorer, and notes for the user, e.g. that ablations are computed separately.
     """
     result = check_sharing(engine, documents, ablations, verdicts, fit, typical)
     notes = [_LESS_SHARING + result.sharing_note] if result.sharing_note else []
@@ -256,8 +256,8 @@ class Generation:
     ) -> SampledTexts:
         """Return the cached texts of an interrupted run, or generate new texts.
 
-        `rows` contains the ablation and the sample number of each text. `generate` generates all
-        these texts.
+        `rows` contains the ablation and the sample number of each text. `generate` is called if the
+        cache lacks the texts.
         """
         # A fitted replacement also depends on the texts that it was fitted to.
         if self.drafts is None or any(ablation.has_replacements for ablation, _ in rows):
@@ -290,11 +290,10 @@ class Generation:
     ) -> tuple[Generation, str | None]:
         """Choose whether texts are generated in one batch or separately for each ablation.
 
-        The method generates a few tokens in both ways, and chooses one batch if the texts are
-        equal. In half precision, rounding may change up to half of the texts.
+        A few tokens are generated in both modes. One batch is chosen if the texts are equal. In
+        half precision, up to half of the texts may change.
 
-        Returns the generator to use. If one batch fails or changes too many texts, a reason is
-        returned too, else None.
+        Returns the generator to use, and the reason if one batch fails or changes too many texts.
         """
         if not self.engine.sharing.depth:  # each ablation is another model; the check reported it
             return replace(self, together=False), None

@@ -77,7 +77,7 @@ class Worker:
 
     @translate_errors(_device_lost_error)
     def check(self, checks: Checks | None) -> list[str]:
-        """Test whether ablations can share computation exactly; return notes for the user."""
+        """Run the self-check of the opened cell, and return notes for the user."""
         assert self._meter is not None, "open() comes first"
         return self._meter.check(checks)
 

@@ -96,7 +96,7 @@ def _chance_estimate(row: _LabelledCell) -> Estimate:
 def _costly_layers(row: _LabelledCell) -> Estimate | str:
     cell, measure = row[0], metric_format(row[0])
     if cell.runs and not cell.whole_layers:
-        return Estimate(None, reason="no run removed exactly one whole layer")
+        return Estimate(None, reason="the removal of a single layer is not measured")
     verdicts = run_verdicts(cell, cell.whole_layers)
     drop_in_pp = [run for run in cell.whole_layers if verdicts[run.change] == "costs"]
     drops = sorted(((run.drop.value or 0.0, run.change.layer) for run in drop_in_pp), reverse=True)

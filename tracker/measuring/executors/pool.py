@@ -1,7 +1,7 @@
 """Measure cells with several workers, each of which has one thread of this process.
 
-A thread calls its worker and writes the outcomes of this worker. Each block of documents is locked
-while it is measured. This module also divides the devices among the workers.
+Each thread calls one worker and writes the worker's outcomes. A block of documents is locked while
+a worker measures the block. This module also divides the devices among the workers.
 """
 
 from __future__ import annotations
@@ -127,8 +127,8 @@ class WorkerPool:
     def _next_cell(self, worker: Remote) -> _PoolCell | None:
         """Wait for a cell that a worker can measure, and return this cell.
 
-        The worker continues its current cell if possible. Cells of the model that the worker has
-        loaded are preferred to other cells. Returns None if all cells are done.
+        The worker continues its current cell if possible. Otherwise, cells of the loaded model are
+        preferred. Returns None if all cells are done.
         """
         open_cell = self._open_cells.get(worker)
         loaded_model = open_cell and open_cell.request.model
@@ -281,8 +281,7 @@ def count_devices(
         jobs: The jobs, which name the models.
         options: The options of the run.
         max_devices: Maximum number of devices of a worker.
-        least_free: Function that returns the lowest free memory of any device, in bytes. It is
-            called only if needed.
+        least_free: Function that returns the lowest free memory of any device, in bytes.
 
     Returns:
         The number of devices per worker; 1 if layers are offloaded.

@@ -134,10 +134,10 @@ def _on_node(node: str) -> NodeAffinitySchedulingStrategy:
 
 
 def _make_actors(options: Options, size: int) -> Iterator[_Actor]:
-    """Yield the workers of a run on the cluster.
+    """Yield the Ray actors that run the workers.
 
-    Each worker gets `size` GPUs. If the run uses no GPUs and `size` is 1, there is one worker for
-    each node with a CPU.
+    Each actor gets `size` GPUs. If the run uses no GPUs and `size` is 1, each node with a CPU gets
+    one actor.
     """
     gpus, numbers = _count_gpus(options), count(1)
     device = SPREAD if size > 1 else options.device

@@ -55,9 +55,9 @@ log = logging.getLogger(__name__)
 class SlurmExecutor:
     """Executor that submits an array of SLURM jobs, one per cell, and waits for the jobs.
 
-    `options.slurm` contains sbatch options and other parameters of submitit. The key `cluster` is
-    `slurm`, or `local` to test without a cluster. RequestError is raised if SLURM is missing, or a
-    parameter is wrong.
+    `options.slurm` contains sbatch options and other parameters of submitit. The parameter
+    `cluster` is `slurm`, or `local` to test without a cluster. RequestError is raised if SLURM is
+    missing, or a parameter is wrong.
     """
 
     def __init__(self, options: Options) -> None:
@@ -136,10 +136,9 @@ class _SubmittedJob:
         return is_over
 
     def report(self, say: Callable[[str], None]) -> int:
-        """Report the results of a job that has ended.
+        """Pass the messages and results of the ended job to the callbacks.
 
-        `say` receives the messages of the job. Returns the number of times that the job loaded a
-        model.
+        `say` receives the messages. Returns the number of times that the job loaded a model.
         """
         outcomes = self._read_results()
         for line in (line for outcome in outcomes for line in outcome.notes):
