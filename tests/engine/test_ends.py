@@ -22,7 +22,7 @@ from tests.helpers.engines import (
 )
 from tests.helpers.families import tiny_model
 from tests.helpers.truth import model_logits
-from tracker.analysis.stopping import count_passes
+from tracker.analysis.stopping import count_computed_layers
 from tracker.engine.forward.streams import plan_streams
 from tracker.engine.observers.layer_proxies import divergences
 from tracker.engine.observers.rounding_error import rounding_errors, weight_errors
@@ -182,7 +182,7 @@ def test_what_they_cost_is_all_layers_or_none():
     ):
         plan = plan_streams([INTACT, *ablations], 4, tied)
         assert (plan.layer_passes, plan.n_answers) == (layers, heads)
-    assert (count_passes(embedding, 4), count_passes(head, 4)) == (4, 0)
+    assert (count_computed_layers(embedding, 4), count_computed_layers(head, 4)) == (4, 0)
     model, documents = _model("llama"), make_documents(2)
     intact, rounded = (estimate_cost(model, documents, c, 96) for c in ([INTACT], [INTACT, head]))
     assert rounded.layer_passes == intact.layer_passes

@@ -114,7 +114,7 @@ class Agreement:
 
 
 def agreements(cells: Sequence[CellRecord]) -> list[Agreement]:
-    """Compute how well each proxy's layer ranking agrees with the measured ranking."""
+    """Compute how well each proxy's layer ranking agrees with the ranking by accuracy drop."""
     # Skip cells whose layers were measured on different documents: their layers have no order.
     ordered_cells = [cell for cell in cells if not cell.is_raced]
     rows = []

@@ -285,7 +285,7 @@ class AlignedOutcomes:
     def describe_mismatch(self, ablation: Ablation) -> str | None:
         """Describe how an ablation's software or devices differ from the baseline's.
 
-        Returns None without differences.
+        Returns None if the software and the devices are equal.
         """
         columns = (self.rows(side)[PROVENANCE_COLUMN] for side in (INTACT, ablation))
         counts = {

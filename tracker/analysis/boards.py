@@ -92,7 +92,7 @@ class PartStanding:
             The rank is undefined if the part is not measured on all benchmarks.
         verdict: `costs` if the removal of the part significantly reduces accuracy, `helps` if the
             removal significantly increases accuracy, else `open`.
-        shown: The verdict as displayed, such as `matters` or `better without`.
+        shown: Displayed text about the part, such as `matters` or `better without`.
     """
 
     runs: tuple[RunRecord, ...]
@@ -238,8 +238,8 @@ def _build_standings(
         cells: Cells of one model, one for each benchmark.
         rows: Part → pairs (cell, run of the part in this cell), one for each benchmark.
         drops: Part → mean accuracy drop; None if a benchmark lacks the part's run.
-        verdicts: Part → verdict on its drop.
-        words: Part → verdict as displayed.
+        verdicts: Part → `costs`, `helps` or `open`.
+        words: Part → displayed text about the part, such as `matters`.
 
     Returns:
         One entry for each part. The part with the largest lower bound of the drop comes first.
@@ -311,9 +311,8 @@ class ModelStanding:
     Attributes:
         model: Identity of the model.
         relevance: Mean accuracy relevance over layers and common benchmarks.
-        drop: Mean accuracy drop over the same layers and benchmarks, as a fraction.
-        worst_layer: Layer that is significantly more relevant than all others; None if there is
-            none.
+        drop: Mean accuracy drop over layers and common benchmarks, as a fraction.
+        worst_layer: Layer that is significantly more relevant than all others; None if no layer is.
         costly: Number of layers whose removal significantly reduces accuracy; None without common
             benchmarks.
         layers: Number of layers over which relevance and drop are averaged.

@@ -46,9 +46,10 @@ class NextStep(NamedTuple):
     """Suggested number of documents, with which fewer layers stay undecided.
 
     Attributes:
-        measure: The measure to test: `choice_probability`, or "" for the metric of the cells.
+        measure: Measure whose drop is tested: `choice_probability`, or "" for the benchmark's
+            metric.
         loss: Size of the loss to detect, as a fraction, e.g. 0.02 for 2 percentage points.
-        documents: Number of documents of each benchmark in the larger sample.
+        documents: Suggested number of documents of each benchmark.
         seconds: Estimated seconds to measure the missing documents; None if unknown.
     """
 

@@ -115,7 +115,9 @@ class PairedOutcomes:
         return accuracy_drop(*self._drop_terms(index))
 
     def drop_sd(self, index: int) -> Estimate:
-        """Estimate the standard deviation of the drops under the ablation in column `index`.
+        """Estimate the standard deviation (over documents) of the drop under one ablation.
+
+        `index` is the ablation's column.
 
         If documents form clusters, the value is that of equally many independent documents with an
         equally uncertain mean.

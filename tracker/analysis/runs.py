@@ -70,8 +70,8 @@ class LayerProxies:
     Attributes:
         tokens: Number of tokens over which the proxies are summed in each document.
         sums: Name of the proxy → array `[documents, layers]` of sums over tokens.
-        reasons: Name of the proxy → reason why the proxy is undefined for all layers; "" if there
-            is none.
+        reasons: Name of the proxy → reason why the proxy is undefined for all layers; "" if
+            defined.
     """
 
     def __init__(self, outcomes: AlignedOutcomes) -> None:
@@ -126,7 +126,7 @@ class PartProxies:
     def list_proxies(self, runs: Sequence[Change]) -> list[Proxy]:
         """List the proxies for runs of one kind, such as runs that change an expert.
 
-        A proxy that exists for all kinds is listed only if at least one run has a value.
+        A proxy for all kinds of parts is listed only if at least one run has a value.
         """
         indexes = [self.indexes[run] for run in runs]
         return [
@@ -247,7 +247,7 @@ def accuracy_rounding(weights: Array, *risks: RoundingRisk) -> float | None:
 
 
 def apply_bounds(run: RunRecord, bounds: RunAnswer | None) -> RunRecord:
-    """Replace the interval of a run's drop by `bounds`, which allow early stopping.
+    """Replace the interval of a run's drop by bounds that are valid after early stopping.
 
     If `bounds` is None, the drop has no interval. p-values and the intervals of other drops are
     removed, because they assume a fixed number of documents.

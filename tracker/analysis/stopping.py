@@ -212,8 +212,10 @@ class BlockRace:
         self._store, self._extra_ablations, self._figure = store, extra_ablations, figure
         self._names = [ablation.name for ablation in ablations]
         layers = store.identity.model.layers
-        self.costs = np.array([count_passes(ablation, layers) for ablation in ablations])
-        self.base = layers + sum(count_passes(ablation, layers) for ablation in extra_ablations)
+        self.costs = np.array([count_computed_layers(ablation, layers) for ablation in ablations])
+        self.base = layers + sum(
+            count_computed_layers(ablation, layers) for ablation in extra_ablations
+        )
         self.order = shuffle_documents(seed, documents)
         tasks = [task for task, _ in self.order]
         self._turns = schedule_blocks(tasks, store.counts(), seed)
@@ -411,7 +413,8 @@ def forecast_answer(store: CellStore, view: View) -> AnswerForecast | None:
 class CandidateRace(BlockRace):
     """Sequential comparison that finds the ablation with the smallest loss.
 
-    The loss of the chosen ablation may exceed the smallest loss by 1 pp or 0.01 nats.
+    The loss of the chosen ablation may exceed the smallest loss by 1 pp of accuracy, or by 0.01
+    nats of log-probability.
     """
 
     def __init__(
@@ -475,7 +478,7 @@ def _missing_gold_reason(outcomes: Array) -> str:
     )
 
 
-def count_passes(ablation: Ablation, layers: int) -> int:
+def count_computed_layers(ablation: Ablation, layers: int) -> int:
     """Count the layers that are computed for each token under an ablation.
 
     Layers before the first changed layer are not counted, because the intact model computes them.

@@ -1,4 +1,4 @@
-"""Compute and store figures of a cell and results of `until` settings."""
+"""Compute and store records of cells, and results of stopping rules (`until`)."""
 
 from __future__ import annotations
 

@@ -108,7 +108,7 @@ class BlockWork(NamedTuple):
 
 
 class CellWork:
-    """Blocks of a cell that are still to be measured; the threads of all workers share them.
+    """Blocks of a cell that are still to be measured, shared by the threads of all workers.
 
     Attributes:
         store: The cell on disk.

@@ -211,7 +211,7 @@ class Meter:
             The outcomes of the documents.
 
         Raises:
-            CellError: A spot check finds that shared computation gives wrong results.
+            CellError: A spot check finds a result that differs from the pruned model's result.
             BenchmarkError: The task finds no answer in any of the intact model's first texts.
         """
         from tracker.benchmarks.traces import Traces

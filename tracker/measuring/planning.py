@@ -82,7 +82,7 @@ class PlannedCell:
         reading: Time for reading offloaded weights; None if all weights fit on the device.
         stored_format: The quantised format of the checkpoint's weights; empty if they are not
             quantised.
-        answer: The current result of the `until` setting; None without such a setting or without
+        answer: The current result of the `until` setting; None without the setting or without
             outcomes.
         forecast: Expected number of documents until the `until` setting stops the measurement; None
             if the measurement has stopped, or if no forecast is possible yet.

@@ -74,7 +74,7 @@ def with_clusters(requests: Sequence[CellRequest]) -> list[CellRequest]:
 def make_counter(ledger: Ledger, trust_remote_code: bool) -> PartsCounter:
     """Return a function that counts the layers, heads and other parts of a request's model.
 
-    If the model was measured before, the ledger contains the number of layers.
+    If the model was measured before, the number of layers is read from the ledger.
     """
 
     def count(request: CellRequest, kinds: Collection[str] = ()) -> ModelParts:

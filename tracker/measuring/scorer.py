@@ -102,7 +102,7 @@ class Scorer:
         seed: str,
         first_ablation: int,
     ) -> dict[tuple[int, Ablation], Comparison]:
-        """Compare each document's responses with a really pruned model's, for a random ablation.
+        """Compare responses with a pruned model's responses, for one random ablation per document.
 
         Args:
             reference: Object that computes the responses of a pruned copy of the model.
@@ -291,7 +291,7 @@ class Generation:
         """Choose whether texts are generated in one batch or separately for each ablation.
 
         A few tokens are generated in both modes. One batch is chosen if the texts are equal. In
-        half precision, up to half of the texts may change.
+        half precision, one batch is also chosen if at most half of the texts change.
 
         Returns the generator to use, and the reason if one batch fails or changes too many texts.
         """
