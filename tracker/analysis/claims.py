@@ -46,8 +46,8 @@ class NextStep(NamedTuple):
     """Suggested number of documents, with which fewer layers stay undecided.
 
     Attributes:
-        measure: Measure whose drop is tested: `choice_probability`, or "" for the benchmark's
-            metric.
+        measure: Measure whose drop is tested: `choice_probability`, or "" for the metric of
+            `cells`.
         loss: Size of the loss to detect, as a fraction, e.g. 0.02 for 2 percentage points.
         documents: Suggested number of documents of each benchmark.
         seconds: Estimated seconds to measure the missing documents; None if unknown.
