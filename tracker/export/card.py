@@ -124,8 +124,8 @@ def layer_recipes(
     """Write recipes for mergekit and llama.cpp to make a model with removed or repeated layers.
 
     For a GGUF base model, there is also a program that converts the file for mergekit. For other
-    base models, the recipe for llama.cpp has a placeholder file name. There are no recipes for
-    models with other changed configuration entries (`resized`), except for attention windows.
+    base models, the recipe for llama.cpp has a placeholder file name. If other configuration
+    entries than attention windows are changed (`resized`), there are no recipes.
 
     Args:
         source: The base model's source.
@@ -188,7 +188,7 @@ def _gguf_path(source: ModelSource) -> str:
 def _safetensors_path(source: ModelSource, base: ModelIdentity) -> str:
     """Return the base model's safetensors checkpoint in mergekit's notation.
 
-    This is the path of a folder, or the name of a hub model with its commit.
+    The notation is the path of a folder, or the name of a hub model with its commit.
     """
     if source.gguf_file:
         return f"./{source.name}"
@@ -276,7 +276,7 @@ def format_recipes(
         tied_path: The path of the embedding if it is quantised and tied to the output head.
 
     Returns:
-        Tool → text of its recipe. Tools that `recipe_problems` returns are left out.
+        Tool → text of its recipe, without the tools that cannot make the model (`recipe_problems`).
     """
 
     def write_command(formats: FormatsByPath) -> str:
@@ -295,8 +295,7 @@ def format_recipes(
 def recipe_problems(formats: FormatsByPath, architecture: str, layers: int) -> dict[str, str]:
     """Find the tools that cannot make a model with weights in these formats.
 
-    The arguments are those of `format_recipes`. The function returns a dict from each such tool to
-    the reason.
+    The arguments are those of `format_recipes`. The function returns a dict from tools to reasons.
     """
     problems = {}
     if not _gguf_names(formats, architecture, layers):
@@ -342,7 +341,7 @@ def gguf_tensors(formats: FormatsByPath, architecture: str, layers: int) -> dict
 def _gguf_names(formats: FormatsByPath, architecture: str, layers: int) -> dict[str, list[str]]:
     """Return a dict from the path of each weight to the names of its tensors in llama.cpp.
 
-    The dict is empty if any name is unknown.
+    The dict is empty if llama.cpp's name of any weight is unknown.
     """
     import gguf
 
@@ -378,7 +377,8 @@ def tensor_types(formats: Mapping[str, str]) -> list[tuple[str, str]]:
             `blk.3.ffn_down.weight`.
 
     Returns:
-        One entry per format and kind of tensor (e.g. `ffn_down`), for all layers with this format.
+        One pair for each format and kind of tensor (e.g. `ffn_down`), which matches all layers with
+        the format.
     """
     types, blocks = [], dict[tuple[str, str], list[int]]()
     for tensor, form in formats.items():
@@ -419,7 +419,7 @@ def quantise_command(formats: Mapping[str, str], file: str, is_tied: bool = Fals
 def llm_compressor(formats: FormatsByPath, tied: str = "") -> str:
     """Write a recipe for llm-compressor, with one configuration group per weight format.
 
-    `tied` is the path of an embedding that is tied to the head. This embedding is not quantised.
+    The embedding at the path `tied`, which is tied to the output head, is not quantised.
     """
     groups = {}
     by_format = group_by((path for path in formats if path != tied), lambda path: formats[path])
@@ -444,7 +444,7 @@ def llm_compressor(formats: FormatsByPath, tied: str = "") -> str:
 def mlx_lm(formats: FormatsByPath) -> str:
     """Write the entry `quantization` of `config.json` for mlx-lm, with settings per module.
 
-    The global group size is the smallest group size of all modules.
+    The entry also has a default group size: the smallest group size of all modules.
 
     References:
         mlx_lm/utils.py (`quantize_model`, `load_model`) of github.com/ml-explore/mlx-lm at d78bf58.
@@ -460,8 +460,8 @@ def mlx_lm(formats: FormatsByPath) -> str:
 def gptqmodel(formats: FormatsByPath) -> str:
     """Write the arguments of GPTQModel's `QuantizeConfig`, with one rule per linear map.
 
-    A rule is a regular expression for the module's path. A rule that begins with `-:` leaves a
-    module unchanged.
+    Each rule has a regular expression for the path of a linear map. The prefix `-:` means that the
+    linear map stays unchanged.
 
     References:
         gptqmodel/quantization/config.py (`_resolve_dynamic_override`) of
@@ -495,8 +495,8 @@ def write_card(model: ExportedModel, folder: Path) -> None:
 def write_eval_results(model: ExportedModel, folder: Path) -> None:
     """Write the metric that lm-eval computed for the saved model to the folder `.eval_results`.
 
-    The Hugging Face hub shows this metric. The function writes no file if the benchmark's data set
-    is not on the hub, or if the installed version of huggingface_hub does not support the format.
+    The Hugging Face hub shows the metric on the model's page. No file is written if the benchmark's
+    data set is not on the hub, or if the installed huggingface_hub does not support such files.
     """
     import huggingface_hub as hub
 

@@ -69,7 +69,7 @@ def rounding(formats: Mapping[str, str]) -> ModelChange:
 def layer_change(
     remove: Sequence[int | str], repeat: Sequence[int], repeats: int | None, component: Component
 ) -> ModelChange:
-    """Return the change that the options of `tracker export` describe.
+    """Check the options of `tracker export`, and return the change that they describe.
 
     Args:
         remove: Value of `--remove`: layers, or names of smaller parts.
@@ -112,7 +112,7 @@ def layer_change(
 
 
 def _refuse_sublayers(component: Component, layers: Sequence[int]) -> None:
-    """Raise RequestError unless `component` is `layer`."""
+    """Raise RequestError for attentions and MLPs; a model without them cannot be saved."""
     if component == "layer":
         return
     sublayers = "attentions" if component == "attention" else "MLPs"
@@ -126,9 +126,9 @@ def _refuse_sublayers(component: Component, layers: Sequence[int]) -> None:
 
 
 def refuse_unsavable_units(units: Collection[str]) -> None:
-    """Raise RequestError for units whose removal cannot be saved.
+    """Raise RequestError unless all units are layers, heads, experts or neurons.
 
-    A model can be saved after the removal of whole layers, heads, experts or neurons.
+    Models without other units, such as attentions, cannot be saved.
     """
     other_units = sorted(set(units) - {"layer", *NUMBERED_COMPONENTS})
     if other_units:
@@ -167,7 +167,7 @@ def build_changed_model(
 ) -> ChangedModel:
     """Make a copy of a loaded model, and remove or repeat parts of the copy.
 
-    These parts are layers, heads, experts or neurons. Only layers can be repeated.
+    The removed parts are layers, heads, experts or neurons. Only layers can be repeated.
     """
     from tracker.models import checkpoint
     from tracker.models.offloaded import weight_bytes
@@ -230,7 +230,7 @@ def build_rounded_model(
 def _stored_format(form: str, inputs: int) -> WeightFormat:
     """Return the format in which rows of `inputs` weights are stored.
 
-    This is `form`, or its replacement if a row's length is not a multiple of the block size.
+    If the block size does not divide `inputs`, the format `form` is replaced by another format.
     """
     stored_format = FORMATS[form].for_rows(inputs)
     assert stored_format is not None  # it has been measured
@@ -238,11 +238,10 @@ def _stored_format(form: str, inputs: int) -> WeightFormat:
 
 
 def add_origin(change: ModelChange, ledger: Ledger, model: ModelIdentity) -> ModelChange:
-    """Add to a change how it was chosen.
+    """Add to a change the searches or calibration documents by which the change was chosen.
 
-    For a removal, the function adds the searches that chose the removal. For a repetition, it adds
-    the calibration documents on which the repetition was measured. Other changes are returned
-    unchanged.
+    A removal gets the searches that chose the removal. A repetition gets the calibration documents
+    on which the repetition was measured. Other changes are returned unchanged.
     """
     if change.stretch is not None:
         return find_repetition(ledger, model, change.stretch)
@@ -252,7 +251,7 @@ def add_origin(change: ModelChange, ledger: Ledger, model: ModelIdentity) -> Mod
 
 
 def find_removal(ledger: Ledger, model: ModelIdentity, change: ModelChange) -> ModelChange:
-    """Add to a removal of parts the searches that chose these parts.
+    """Add to a removal the searches in the results folder that chose the same removal.
 
     Args:
         ledger: The results folder.
@@ -260,9 +259,9 @@ def find_removal(ledger: Ledger, model: ModelIdentity, change: ModelChange) -> M
         change: The removal.
 
     Returns:
-        The removal, with the searches that removed exactly these parts. Searches that ended with
-        these parts are preferred to searches that continued. Searches that used calibration
-        documents are preferred to others.
+        The removal with the searches that removed exactly the same parts. Searches that ended with
+        these parts are preferred to searches that continued; then, searches with calibration
+        documents are preferred.
     """
     contents = ledger.contents()
     choices = [
@@ -280,9 +279,9 @@ def find_removal(ledger: Ledger, model: ModelIdentity, change: ModelChange) -> M
 
 
 def find_repetition(ledger: Ledger, model: ModelIdentity, repetition: Change) -> ModelChange:
-    """Describe a repetition of layers, and the documents on which it was measured.
+    """Return a repetition of layers with the calibration documents on which it was measured.
 
-    Only the calibration documents in the results folder are listed.
+    The documents are found in the results folder.
     """
     calibration = []
     for store in ledger.cells():
@@ -317,7 +316,7 @@ def removal_by_search(
     compared_on: CalibrationSet | None = None,
     recommendation: str = "",
 ) -> ModelChange:
-    """Describe the removal that a search chose at one of its steps.
+    """Return the removal after one step of a search, with facts about the search.
 
     Args:
         ledger: The results folder.
@@ -338,7 +337,7 @@ def removal_by_search(
 def _build_removal(
     contents: Contents, choices: Sequence[tuple[PruneRecord, PruneStep]]
 ) -> ModelChange:
-    """Build a removal of layers or parts of layers from the search steps that chose them."""
+    """Build a removal from the search steps (of one or several searches) that chose the removal."""
     records = [record for record, _ in choices]
     record, step = choices[0]
     order = record.order[: len(step.removed)]
@@ -356,7 +355,7 @@ def _build_removal(
 
 
 def _accuracy(record: PruneRecord, step: PruneStep) -> Accuracy:
-    """Return the metric before and after a removal, on the test documents of a search."""
+    """Return the metric on a search's test documents, before and after the removal."""
     benchmark, test = record.benchmark, step.test
     assert test is not None  # guaranteed by the callers
     unit, baseline = "%" if record.higher_is_better else "", record.baseline.level
@@ -368,17 +367,14 @@ def _accuracy(record: PruneRecord, step: PruneStep) -> Accuracy:
 
 
 def _strategy_text(record: PruneRecord, step: PruneStep) -> str:
-    """Return the name of a search's strategy.
-
-    If `step` is not the last step, the text includes the number of the step.
-    """
+    """Return the name of a search's strategy, with the number of the step if it is not the last."""
     number = record.steps.index(step) + 1
     is_complete = number == len(record.steps)
     return record.label if is_complete else f"{record.label}, step {number} of {len(record.steps)}"
 
 
 def _find_run_records(contents: Contents, records: Sequence[PruneRecord]) -> tuple[CellRecord, ...]:
-    """Return the records of the ablation runs that measured steps of the searches."""
+    """Return the records of the ablation runs in which the steps of the searches were measured."""
     tracked = {cell for record in records for cell in record.rests_on}
     keys = {key for key, *_ in tracked}
     views = [view for view in contents.views if view[0].identity.key in keys]
@@ -401,7 +397,7 @@ def unused_documents(n: int) -> str:
 
 
 def count_reused(ledger: Ledger, change: ModelChange, store: CellStore, extent: Extent) -> int:
-    """Count the evaluated documents that were also used to choose a change.
+    """Count the documents of an evaluation that were also used to choose the change.
 
     Args:
         ledger: The results folder.
@@ -410,7 +406,7 @@ def count_reused(ledger: Ledger, change: ModelChange, store: CellStore, extent: 
         extent: The evaluated documents of this benchmark.
 
     Returns:
-        The number of evaluated documents that were used to choose the change.
+        The number of documents.
     """
     cells = {cell.identity.key: cell for cell in ledger.cells()}
     keys: set[tuple[str, str, int]] = set()
@@ -421,6 +417,6 @@ def count_reused(ledger: Ledger, change: ModelChange, store: CellStore, extent: 
 
 
 def _doc_keys(store: CellStore, docs: Mapping[str, Sequence[int]]) -> set[tuple[str, str, int]]:
-    """Return (task, split, number) of each document."""
+    """Return a set with (task, split, number) of each document."""
     splits = {task.name: task.split for task in store.identity.benchmark.tasks}
     return {(task, splits[task], n) for task, numbers in docs.items() for n in numbers}

@@ -191,7 +191,7 @@ def publish(
     results: Path,
     register: str | None = None,
 ) -> ExportedModel:
-    """Publish a model to all tracking backends; an error in one does not stop the others.
+    """Publish a model to all tracking backends; after an error in one, go on with the next.
 
     Args:
         model: The saved model.
@@ -202,7 +202,8 @@ def publish(
         register: The name under which MLflow's registry gets the model; None to register no model.
 
     Returns:
-        `model` with `locations` (by backend) and `unpublished` (error of each failed backend) set.
+        `model` with new values of `locations` (by backend) and `unpublished` (error by failed
+        backend).
     """
     folder, facts, figures = model.folder.absolute(), model.as_json(), model.figures()
     saved = SavedModel(folder, model.name, facts, figures, tuple(source_cells), register)
@@ -221,10 +222,10 @@ def publish(
 def _measure_change(
     request: ExportRequest, progress: Progress
 ) -> tuple[CellRecord | None, MeasuredCell | None]:
-    """Measure the changed model on the benchmark, unless its results are stored.
+    """Measure the changed model on the benchmark, or read the stored results.
 
-    The function returns the record of the model and benchmark, and the results of the changed
-    model. The record is None if the change removes parts of layers or rounds weights.
+    The function returns the published record, and the results of the changed model. The record is
+    None if the change removes parts of layers or rounds weights.
     """
     cell, record, ledger = request.request, None, request.ledger
     ablation = request.change.ablation
@@ -248,8 +249,8 @@ def _write_checkpoint(
     """Make the changed copy of the model, and write it as a checkpoint to `folder`.
 
     The base model's configuration is written to `base_folder`. No model stays in memory after the
-    call. The function returns facts about the saved model, and the tokens and logits that the saved
-    files must reproduce.
+    call. The function returns facts about the saved model, and the tokens and logits for checking
+    the saved files.
     """
     from tracker.models import checkpoint
     from tracker.models.load import load_model
@@ -287,9 +288,9 @@ def _write_checkpoint(
 
 
 def _write_formats(model: ExportedModel, folder: Path) -> None:
-    """Write a file with the format of each weight, and one file per recipe.
+    """Write a JSON file with the format of each weight, and one file per recipe.
 
-    A recipe quantises the base model in the same way with another tool, such as llama.cpp.
+    A recipe makes the same quantised model with another tool, such as llama.cpp.
     """
     facts = {"tracker": __version__, "base": model.base.source, "formats": model.formats}
     (folder / FORMATS_FILE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
@@ -300,7 +301,7 @@ def _write_formats(model: ExportedModel, folder: Path) -> None:
 def _add_gguf(
     model: ExportedModel, source: ModelSource, folder: Path, answers: ExpectedAnswers, file: Path
 ) -> ExportedModel:
-    """Write a saved model as a GGUF file, and return the model's facts with this file."""
+    """Write a saved model as a GGUF file too, and add the file to the facts about the model."""
     from tracker.export.gguf_model import write_gguf
 
     # Beside the file, there is a copy with float32 weights for a while.
@@ -311,11 +312,11 @@ def _add_gguf(
 def _add_speed(
     model: ExportedModel, base: Path, folder: Path, answers: ExpectedAnswers, source: ModelSource
 ) -> ExportedModel:
-    """Measure speed and memory of a saved model and its base model; add them to the facts.
+    """Measure speed and memory of a saved model and its base model; add both to the facts.
 
-    If the saved model has a GGUF file, only the speed of this file is measured. Rounded weights
-    without a GGUF file are not timed, because the folder stores them at full size. `base` is a
-    folder with the base model's configuration.
+    If the saved model has a GGUF file, only the speed of the GGUF file is measured. Rounded weights
+    without a GGUF file are not timed, because the folder stores the weights at full size. The
+    folder `base` contains the base model's configuration.
     """
     machine, threads, dtype = describe_machine(), answers.n_threads, model.base.dtype
     cores = f"{count_text(threads, 'thread')} of {count_text(int(machine['cores']), 'core')}"
@@ -338,10 +339,7 @@ def _add_speed(
 def _accuracy(
     record: CellRecord | None, cell: MeasuredCell, change: ModelChange, ledger: Ledger
 ) -> Accuracy:
-    """Return the benchmark's metric before and after the change.
-
-    The result also contains a text that describes the measured documents.
-    """
+    """Build the row of the model card with the benchmark's metric before and after the change."""
     benchmark, metric = cell.store.identity.benchmark, cell.metric
     title, n = benchmark.title, cell.n
     n_choosing = count_reused(ledger, change, cell.store, cell.request.extent)

@@ -187,7 +187,7 @@ class ModelChange:
     def parts_text(self) -> str:
         """Numbers of removed parts, such as `2 layers and 30 groups of heads`.
 
-        The text is empty if no parts of layers are removed.
+        Empty if only whole layers or nothing is removed.
         """
         counts = Counter(change.plural for change in self.ablation.parts)
         texts = [f"{n} {plural}" for plural, n in counts.items()]
@@ -197,7 +197,7 @@ class ModelChange:
 
     @property
     def clause(self) -> str:
-        """A description of the change for use within a sentence, e.g. on the model card."""
+        """The change in words, as part of a sentence on the model card."""
         if self.stretch is not None:
             return self.stretch.clause
         if formats := Counter(unit.intervention for unit in self.ablation.roundings):
@@ -281,7 +281,7 @@ class ExportedModel:
 
     @property
     def size(self) -> str:
-        """A line that compares the sizes of the saved model and the original model."""
+        """One line with the sizes of the original model and the saved model."""
         base_size, size = asdict(self.before), asdict(self.after)
         if size["layers"] > base_size["layers"]:
             return "; ".join(f"{size[n]:,} {n} instead of {base_size[n]:,}" for n in base_size)
@@ -291,7 +291,7 @@ class ExportedModel:
     def speed_title(self) -> str:
         """Heading of the lines about speed and memory on the model card.
 
-        If speed and memory are not known, the heading states the reason.
+        Without known figures, the heading states the reason.
         """
         if not self.serving:
             return f"Speed and memory are not known: {self.speed_on}"

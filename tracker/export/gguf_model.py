@@ -32,7 +32,7 @@ _UNROUNDED_TYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
 def refuse_gguf(file: Path, formats: Collection[str], models: Iterable[ModelSpec]) -> None:
-    """Raise RequestError if no GGUF file can be written.
+    """Raise RequestError if a GGUF file with these formats cannot be written.
 
     Args:
         file: The file to create.
@@ -69,8 +69,8 @@ def write_gguf(
 ) -> GgufFile:
     """Write a GGUF file with llama.cpp, and compare it with a checkpoint.
 
-    The function compares weights and logits. If a weight is not in `model.formats`, the weight has
-    the same type as in the base model's file.
+    Weights and logits are compared. If a weight is not in `model.formats`, the weight has the same
+    type as in the base model's file.
 
     Args:
         target: The file to write, in a folder for temporary files.
@@ -83,7 +83,8 @@ def write_gguf(
         The path and size of the file, and the results of the comparison.
 
     Raises:
-        WorkError: llama.cpp cannot write or read the file, or its weights or logits differ.
+        WorkError: llama.cpp cannot write or read the file, or weights or logits differ from the
+            checkpoint.
     """
     reader = Reader(base)
     architecture = reader.get_field(gguf.Keys.General.ARCHITECTURE).contents()
@@ -111,7 +112,7 @@ def write_gguf(
 def _copy_with_unrounded(
     reader: Reader, target: Path, architecture: str, names: Collection[str], kind: str
 ) -> None:
-    """Write a copy of a GGUF file, with some tensors in an unrounded type.
+    """Write a copy of a GGUF file in which some tensors are converted to an unrounded type.
 
     Args:
         reader: Reader of the original file.
@@ -139,7 +140,7 @@ def _copy_with_unrounded(
 
 
 def _quantize(source: Path, target: Path, types: Mapping[str, str]) -> None:
-    """Write a copy of a GGUF file in which tensors have the given types.
+    """Write a copy of a GGUF file with other types of tensors.
 
     Args:
         source: The file to read.
@@ -172,10 +173,7 @@ def _compare_weights(file: Path, checkpoint: Path, dtype: str) -> None:
 
 
 def _read_logits(file: Path, expected: ExpectedAnswers, exact: bool) -> list[torch.Tensor]:
-    """Return llama.cpp's logits of `PROOF_TEXTS`, computed in a fresh process.
-
-    If `exact` is true, llama.cpp computes attention in float32.
-    """
+    """Return llama.cpp's logits of `PROOF_TEXTS`; if `exact`, with attention in float32."""
     with TemporaryDirectory() as folder:
         output = f"{folder}/logits.npz"
         request = {"function": "save_logits", "output": output, "file": str(file), "exact": exact}

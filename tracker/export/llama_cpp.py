@@ -62,8 +62,8 @@ def type_number(kind: str) -> int:
 def load_file(file: str | Path, length: int, threads: int = 1, exact: bool = False) -> Any:
     """Load a GGUF file into main memory, with memory for `length` tokens.
 
-    By default, attention rounds to float16, as in llama.cpp's programs. If `exact` is true,
-    attention is computed in float32.
+    By default, attention rounds to float16, as in llama.cpp's programs. With `exact`, attention is
+    computed in float32.
     """
     from llama_cpp_py_sync import Llama
 
@@ -76,7 +76,7 @@ def load_file(file: str | Path, length: int, threads: int = 1, exact: bool = Fal
 
 
 def read_tokens(model: Any, tokens: Sequence[int], start: int = 0, n_logits: int = 1) -> np.ndarray:
-    """Run a forward pass on tokens, and return logits.
+    """Return the logits after the last tokens, computed in one forward pass.
 
     Args:
         model: The loaded model.
@@ -107,10 +107,7 @@ def read_tokens(model: Any, tokens: Sequence[int], start: int = 0, n_logits: int
 def read_logits(
     file: str | Path, texts: Sequence[Sequence[int]], exact: bool = False
 ) -> list[np.ndarray]:
-    """Return the logits after each token of each text.
-
-    If `exact` is true, attention is computed in float32.
-    """
+    """Return the logits after each token of each text; if `exact`, with attention in float32."""
     with load_file(file, max(map(len, texts)), exact=exact) as model:
         return [read_tokens(model, tokens, n_logits=len(tokens)) for tokens in texts]
 
@@ -130,7 +127,7 @@ def time_tokens(model: Any, batch: int, length: int, new_tokens: int) -> float:
         new_tokens: Number of tokens to write after the prompt; 0 to measure reading the prompt.
 
     Returns:
-        The seconds. If `new_tokens` is not 0, the time to read the prompt is not included.
+        The seconds. The seconds for writing do not include reading the prompt.
     """
     assert batch == 1
     tokens, position = [token % model.n_vocab for token in range(length)], 0
@@ -144,7 +141,7 @@ def time_tokens(model: Any, batch: int, length: int, new_tokens: int) -> float:
 
 
 def time_files(files: Sequence[str], threads: int, **timing: Any) -> dict[str, Any]:
-    """Time several tasks with each file, and return the seconds.
+    """Measure the seconds that each GGUF file needs for several tasks.
 
     Args:
         files: The GGUF files.

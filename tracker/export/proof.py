@@ -111,7 +111,7 @@ class MeasuredCell:
 
     @cached_property
     def documents(self) -> Mapping[str, Sequence[int]]:
-        """Task → numbers that identify its measured documents."""
+        """Task → numbers of the task's measured documents."""
         return self.store.task_documents(self.request.extent)
 
     @property
@@ -198,10 +198,10 @@ def prove(
 
 
 def _run_reference(question: Mapping[str, Any]) -> dict[str, Any]:
-    """Load and score a checkpoint in a fresh process, and return the results.
+    """Load a checkpoint in a fresh process, and return its logits and lm-eval's results.
 
-    `question` is the request that the process reads; it names the folder of the checkpoint. Raises
-    WorkError if the process imports code of tracker.
+    The process reads the request `question`. Raises WorkError if the process imports code of
+    tracker.
     """
     problem = "the saved checkpoint does not load in a fresh process, or lm-eval cannot score it"
     answer: dict[str, Any] = run_program(question, [str(_REFERENCE_PROGRAM)], problem)
@@ -214,7 +214,7 @@ def _run_reference(question: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _refuse_other_model(answer: Answer, expected: ExpectedAnswers) -> None:
-    """Raise WorkError if the saved model differs in its parameters or in its tokenizer."""
+    """Raise WorkError unless the saved model has the expected weights and tokenizer."""
     if names := answer["not_as_saved"]:
         raise WorkError(
             f"the checkpoint or the model in plain transformers lacks the weight {names[0]}"
@@ -233,10 +233,10 @@ def _refuse_other_model(answer: Answer, expected: ExpectedAnswers) -> None:
 def compare_logits(
     logits: Sequence[torch.Tensor], expected: ExpectedAnswers, tool: str = "plain transformers"
 ) -> float:
-    """Return the largest difference between given logits and the expected logits.
+    """Compare logits of a tool with the expected logits, and return the largest difference.
 
-    `tool` is the name of the program that computed the logits. Raises WorkError if the difference
-    is larger than rounding errors.
+    Raises WorkError if the difference is larger than rounding errors; `tool` is the program's name
+    in the message.
     """
     max_nats, max_share = HALF_TOLERANCE if expected.is_half else SINGLE_TOLERANCE
     largest = 0.0
@@ -251,10 +251,10 @@ def compare_logits(
 
 
 def _compare_outcomes(answer: Answer, cell: MeasuredCell, is_half: bool) -> tuple[float, int]:
-    """Compare lm-eval's results with the measured results.
+    """Compare lm-eval's results for each document with the measured results.
 
-    Returns the largest difference of log-likelihoods in nats, and the number of documents whose
-    metric differs only because of rounding. Raises WorkError if a metric differs for another
+    Returns the largest difference of log-likelihoods in nats, and the number of documents on which
+    rounding changed the metric. Raises WorkError if the metric of a document differs for another
     reason.
     """
     frame = cell.store.read()
@@ -290,8 +290,8 @@ def _read_lm_eval_metric(answer: Answer, cell: MeasuredCell, ties: int) -> dict[
     """Return {name: value} of the metric that lm-eval computed for the saved model.
 
     The dict is empty if lm-eval scored several tasks or did not compute the metric. `ties` is the
-    number of documents whose metric differs only because of rounding. If `ties` is 0, the function
-    raises WorkError if tracker measured another value.
+    number of documents on which rounding changed the metric. If `ties` is 0 and tracker measured
+    another value, the function raises WorkError.
     """
     if len(answer["results"]) != 1:
         return {}
@@ -306,10 +306,9 @@ def _read_lm_eval_metric(answer: Answer, cell: MeasuredCell, ties: int) -> dict[
 
 
 def _answer_difference(row: Mapping[str, Any], answers: Sequence[Any]) -> float:
-    """Return the largest difference between log-likelihoods of a document.
+    """Return the largest difference between lm-eval's and tracker's log-likelihoods of a document.
 
-    `row` contains the log-likelihoods of a document that tracker measured. `answers` contains the
-    log-likelihoods of the same document that lm-eval measured.
+    `row` contains tracker's log-likelihoods, and `answers` contains lm-eval's log-likelihoods.
     """
     if answers and isinstance(answers[0], str):
         return 0.0

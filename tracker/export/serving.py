@@ -150,10 +150,7 @@ def measure_llama_cpp(base: Path, saved: Path, threads: int) -> list[ServingFigu
 
 
 def _timed_tasks(max_length: int | None = None) -> dict[str, tuple[int, int, int]]:
-    """Return the tasks that are timed, as a dict from names to three numbers.
-
-    The numbers are the number of texts, the tokens in each prompt, and the new tokens per text.
-    """
+    """Return the timed tasks: name → (texts, tokens in each prompt, new tokens per text)."""
     lengths = dict.fromkeys(min(length, max_length or length) for length in READ_LENGTHS)
     tasks = {f"prefill_{length}": (1, length, 0) for length in lengths}
     writing = {f"decode_{batch}": (batch, PROMPT_TOKENS, NEW_TOKENS) for batch in WRITE_BATCHES}

@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 
 def main(request: dict[str, Any]) -> dict[str, Any]:
-    """Time several tasks with several models, and measure memory.
+    """Measure the time of several tasks with several models, and the memory.
 
     Args:
         request: The settings, including the models' folders (`folders`) and the tasks (`tasks`).
@@ -48,7 +48,7 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
 def time_by_turns(
     models: Sequence[Any], request: Mapping[str, Any], time_answer: Callable[..., float]
 ) -> dict[str, list[list[float]]]:
-    """Time several tasks; in each turn, every model runs every task once.
+    """Measure the seconds of several tasks; in each turn, every model runs every task once.
 
     Args:
         models: The models.
@@ -99,8 +99,8 @@ def time_answer(
         new_tokens: Number of tokens to write after each prompt; 0 to measure reading the prompt.
 
     Returns:
-        The seconds, and the key-value cache. If `new_tokens` is not 0, the time to read the prompt
-        is not included.
+        The seconds, and the key-value cache. The seconds for writing do not include reading the
+        prompt.
     """
     vocabulary = model.config.get_text_config().vocab_size
     ids = torch.randint(vocabulary, (batch, length), device=model.device)

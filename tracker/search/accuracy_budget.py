@@ -36,8 +36,8 @@ class BudgetVerdict(NamedTuple):
         shown: Column of the smallest model that is significantly within the budget. All larger
             models must be significantly within the budget too. The value is None if there is no
             such model.
-        estimated: Column of the smallest model whose estimated loss is within the budget. The value
-            is None if there is no such model.
+        estimated: Column of the smallest model whose estimated loss is within the budget; None if
+            no model's is.
         needed: Number of test documents with which the model in column `estimated` would probably
             be significantly within the budget; None if unknown.
         smallest_excess: The smallest estimate of a model's loss minus the budget; None if no loss
@@ -76,20 +76,19 @@ class AccuracyBudget:
         return None
 
     def is_clearly_exceeded(self, paired: PairedOutcomes) -> bool:
-        """Return whether the loss exceeds `WALK_FACTOR` times the budget.
+        """Return whether the accuracy loss exceeds `WALK_FACTOR` times the budget.
 
-        A search ends if its loss exceeds this limit. A loss that is not a number exceeds every
-        budget.
+        A loss that is not a number exceeds every budget.
         """
         intact = float(paired.weights @ paired.baseline)
         allowed = self.max_drop + (1 - self.kept_share) * intact
         return not paired.mean_drops[0] <= WALK_FACTOR * allowed + TOLERANCE
 
     def excess(self, paired: PairedOutcomes, index: int) -> Estimate:
-        """Estimate by how much the loss in column `index` exceeds the budget.
+        """Estimate the accuracy loss minus the budget, for the model in column `index`.
 
-        The model in this column is significantly within the budget if the upper end of the
-        estimate's interval is at most 0.
+        The model is significantly within the budget if the upper end of the estimate's interval is
+        at most 0.
         """
         outcomes = paired.baseline, paired.ablated[:, index], paired.weights
         return budget_excess(*outcomes, self.max_drop, self.kept_share)
@@ -124,10 +123,10 @@ class AccuracyBudget:
         )
 
     def larger_option(self, excess: float, paired: PairedOutcomes) -> str:
-        """Return the command-line option for a budget that allows `excess` more loss.
+        """Return the command-line option for a budget whose allowed loss is larger by `excess`.
 
-        The new budget is rounded up. The text is empty if the new budget would allow the model to
-        lose its whole accuracy.
+        The larger budget is rounded up. The text is empty if the larger budget would allow the loss
+        of the whole accuracy.
         """
         if self.kept_share == 1:
             points = math.ceil(1000 * (self.max_drop + excess) - 1e-6) / 10
@@ -138,13 +137,13 @@ class AccuracyBudget:
 
 
 def count_shown(excesses: Sequence[Estimate]) -> int:
-    """Count the steps of a search that are significantly within a budget.
+    """Count the first steps of a search that are all significantly within a budget.
 
-    The steps are tested in a fixed order, which starts with the smallest removal. The test stops at
-    the first step that is not significantly within the budget. Because the order is fixed, the
-    p-values need no correction for the number of steps. An error occurs only if the test rejects
-    the first true null hypothesis in this order, and the level of one test limits the probability
-    of this error.
+    The steps are tested in a fixed order, from the smallest to the largest removal. The test stops
+    at the first step that is not significantly within the budget. Because the order is fixed, no
+    correction for the number of steps is necessary: an error occurs only if the first step that is
+    really outside the budget is called within the budget. The probability of this error is at most
+    the level of one test.
 
     Args:
         excesses: Loss minus the budget after each step, with intervals that are simultaneous for
@@ -166,7 +165,7 @@ def count_shown(excesses: Sequence[Estimate]) -> int:
 
 
 def refuse_untestable(cell: OpenCell, title: str) -> None:
-    """Raise ExperimentError if the metric of a benchmark does not allow a budget of accuracy.
+    """Raise ExperimentError if lower values of the metric are better, as for a loss.
 
     Args:
         cell: The model and benchmark of the test documents.
@@ -185,10 +184,11 @@ def refuse_untestable(cell: OpenCell, title: str) -> None:
 
 
 def count_needed(excesses: Sequence[Estimate], n_documents: int, n_searches: int) -> int | None:
-    """Estimate how many test documents would show that a step is within the budget.
+    """Estimate how many test documents would show that a model is within the budget.
 
     Args:
-        excesses: Loss minus budget, with a 95 % interval, for this step and all earlier steps.
+        excesses: Loss minus budget, with a 95 % interval, for the model's search step and all
+            earlier steps.
         n_documents: Number of measured test documents.
         n_searches: Number of searches whose results are compared.
 

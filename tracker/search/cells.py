@@ -48,7 +48,7 @@ def plan_with_baseline(ablations: Iterable[Ablation], n_layers: int) -> StreamPl
 
 
 def engine_passes(ablations: Iterable[Ablation], n_layers: int) -> float:
-    """Return the cost of a forward pass that the intact model and ablations share.
+    """Return the cost of one shared forward pass for the intact model and its ablations.
 
     The unit of the cost is one forward pass of the intact model alone.
     """
@@ -59,9 +59,9 @@ def engine_passes(ablations: Iterable[Ablation], n_layers: int) -> float:
 class ModelCache:
     """Cache of loaded models and of opened (model, benchmark) pairs, shared by searches.
 
-    `command` is the command that continues an interrupted search; it is empty for a sweep trial.
-    `n_loaded` counts how often a model was loaded. `timings` contains measured layer times. `cells`
-    maps each request to its opened model and benchmark.
+    The command `command` continues an interrupted search; empty for a sweep trial. `n_loaded`
+    counts how often a model was loaded. `timings` contains layer times that are not stored yet.
+    `cells` maps each request to its model and benchmark.
     """
 
     ledger: Ledger
@@ -91,7 +91,7 @@ class ModelCache:
         return self.cells.setdefault(request, OpenCell(request, self))
 
     def keep_timings(self) -> None:
-        """Move the measured times of layers from `timings` to the results folder."""
+        """Store the layer times in `timings` in the results folder, and clear `timings`."""
         self.ledger.write_notes(self.timings)
         self.timings.clear()
 
@@ -102,13 +102,13 @@ _MANY_PARTS = 2
 
 
 def _removal_shape(ablation: Ablation) -> _RemovalShape:
-    """Count the changed parts of each kind in `COMPONENTS`, but at most two."""
+    """Return 0, 1 or 2 for each kind of parts: none, one or several changed parts."""
     counts = Counter(change.component for change in ablation.changes)
     return tuple(min(counts[component], _MANY_PARTS) for component in COMPONENTS)
 
 
 def _draw_removals(parts: SearchParts, draw: random.Random) -> Iterator[Ablation]:
-    """Draw random removals of parts, to test that sharing computation changes no result."""
+    """Draw random sets of removed parts, on which the engine is compared with pruned models."""
     numbers = parts.numbers
     n = len(numbers)
     for size in sorted({min(size, n // 2) for size in (2, 3, n // 4, n // 2)} - {0, 1}):
@@ -187,11 +187,11 @@ class OpenCell:
         return task.higher_is_better.get(self.view.metric, True)
 
     def measure(self, ablations: Sequence[Ablation], are_candidates: bool = False) -> None:
-        """Measure all documents with the intact model and with each ablation.
+        """Measure the outcomes of all documents with the intact model and with each ablation.
 
         Args:
             ablations: The ablations.
-            are_candidates: Whether most ablations will be discarded. If True, the effect of
+            are_candidates: Whether a search will choose among the ablations. If True, the effect of
                 rounding is not measured.
         """
         outcomes = self._outcomes["accuracy"]
@@ -221,7 +221,7 @@ class OpenCell:
             self.store.end_search(self._cache.command)
 
     def outcomes(self, ablations: Sequence[Ablation], outcome: str = "accuracy") -> PairedOutcomes:
-        """Return the documents' outcomes under ablations; measure missing outcomes first.
+        """Return the outcomes of documents under ablations, after measuring missing outcomes.
 
         Args:
             ablations: The ablations.
@@ -237,7 +237,7 @@ class OpenCell:
 
     @property
     def documents(self) -> dict[str, tuple[int, ...]]:
-        """Task → numbers that identify its measured documents, ascending."""
+        """Task → numbers of the task's documents that are measured, ascending."""
         documents = self.store.task_documents(self.request.extent)
         return {task: tuple(sorted(numbers)) for task, numbers in documents.items()}
 
@@ -253,7 +253,7 @@ class OpenCell:
         return sum(len(extent.select(task.name, task.numbers)) for task in tasks)
 
     def observe(self, kind: str, start: Callable[[Engine], ObserveDocument]) -> Observations:
-        """Measure quantities such as proxies on each document, and store them under `kind`."""
+        """Measure quantities such as proxies on each document; store and return the values."""
 
         def open_engine() -> tuple[Engine, DocumentMap]:
             layers = [Ablation.from_changes(removed=[layer]) for layer in range(self.layers)]
@@ -263,19 +263,19 @@ class OpenCell:
         return observe_cell(self.request, self.store, kind, start, open_engine, self.progress)
 
     def open_meter(self, ablations: Sequence[Ablation], are_candidates: bool = False) -> Meter:
-        """Load the model to measure ablations, and check that the measurement is exact.
+        """Load the model, compare its fast results with really pruned models, and return a meter.
 
-        The intact model and the ablations share computation. The method therefore compares results
-        with really pruned models, once for each kind of removal (e.g. one layer, several layers,
-        heads). If an ablation removes several parts, random sets of parts are compared too.
+        The intact model and the ablations share computation, which could change results. The
+        results are therefore compared once for each kind of removal (e.g. one layer, several
+        layers, heads). For ablations of several parts, random sets of parts are compared too.
 
         Args:
             ablations: The ablations to measure.
-            are_candidates: Whether most ablations will be discarded. If True, the effect of
+            are_candidates: Whether a search will choose among the ablations. If True, the effect of
                 rounding is not measured.
 
         Returns:
-            The object that measures documents.
+            The meter, which measures documents under the ablations.
         """
         meter, say = self._meter, self.progress.say
         if not self._checked_shapes:
@@ -307,10 +307,9 @@ class OpenCell:
         return meter
 
     def _parts_removed_together(self, ablations: Iterable[Ablation]) -> Iterator[SearchParts]:
-        """Yield each kind of parts, such as heads, of which an ablation removes several.
+        """Yield each kind of parts, such as heads, of which some ablation removes several.
 
-        A kind is returned as the numbering of all its parts in the model. Parts that an ablation
-        only rounds to a format are not counted.
+        Parts that an ablation only rounds to a format are not counted as removed.
         """
         source = self._cache.source(self.request.model)
         shapes = (_removal_shape(Ablation(a.changes.difference(a.roundings))) for a in ablations)

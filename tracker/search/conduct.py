@@ -51,21 +51,20 @@ IsSavable = Callable[[TestedSearch, PruneStep], bool]
 def judge_steps(
     budget: AccuracyBudget, search: TestedSearch, n_searches: int, is_savable: IsSavable
 ) -> BudgetVerdict:
-    """Find the steps of a search after which the loss is within a budget of accuracy.
+    """Find the smallest models of one search that are within a budget of accuracy.
 
-    The columns in the result are indices of steps. Steps after which the model cannot be saved are
-    ignored. The intervals are simultaneous for `n_searches` searches.
+    A column in the result is the index of a search step. Models that cannot be saved are ignored.
+    The intervals are simultaneous for `n_searches` searches.
     """
     indices = [i for i, step in enumerate(search.record.steps) if is_savable(search, step)]
     return budget.judge(search.outcomes, indices, search.record.baseline.n, n_searches)
 
 
 def end_within_budget(search: TestedSearch, n_searches: int, is_savable: IsSavable) -> TestedSearch:
-    """Return a copy of a search that ends within its budget of accuracy.
+    """Mark the last step of a search that is significantly within its budget of accuracy.
 
-    In the copy, the field `shown` is the index of the last step that is significantly within the
-    budget, or −1 if there is no such step. A search without a budget of accuracy is returned
-    unchanged.
+    The function returns a copy whose field `shown` is the index of this step, or −1 if no step is
+    significantly within the budget. A search without a budget of accuracy is returned unchanged.
     """
     budget = search.request.accuracy_budget
     if budget is None:
@@ -80,18 +79,19 @@ def recommend_within(
     """Recommend the smallest model that is significantly within a budget of accuracy.
 
     The steps of a search are tested on test documents, the smallest removal first (see
-    `count_shown`). The intervals are simultaneous for all searches (Bonferroni). Random draws are
-    never recommended.
+    `count_shown`). The intervals are simultaneous for all searches (Bonferroni). Searches of the
+    strategy `random` are ignored.
 
     Args:
         budget: The budget.
         searches: The tested searches, all with this budget.
-        is_savable: Function that returns whether the model after a step can be saved. Other steps
-            are ignored.
+        is_savable: Function that returns whether the model after a step can be saved. If not, the
+            step is ignored.
 
     Returns:
-        The removed parts of this model, or the reason why there is no such model. The result also
-        contains the removed parts of the smallest model whose estimated loss is within the budget.
+        The removed parts of the recommended model, or the reason why no model is recommended. The
+        result also contains the removed parts of the smallest model whose estimated loss is within
+        the budget.
     """
     informed = [search for search in searches if search.request.strategy != RANDOM_STRATEGY]
     if not informed:
@@ -117,7 +117,7 @@ def recommend_within(
 
 
 def _lightness(step: PruneStep) -> tuple[float, ...]:
-    """Return a sort key of steps: first the removed size, then the loss."""
+    """Return a sort key of steps: the smaller the model or its loss, the larger the key."""
     loss = test_outcome(step).lost.value or 0.0
     return -(step.parameters or 0), len(step.removed), -loss
 
@@ -254,7 +254,7 @@ def run_searches(
 def _find_record_keys(
     runs: Sequence[CellRequest], cells: Iterable[CellRecord], ledger: Ledger
 ) -> dict[CellRequest, RecordKey]:
-    """Find the records that contain the results of ablation runs.
+    """Find the stored record of each ablation run.
 
     Args:
         runs: Requests for ablation runs.
@@ -262,7 +262,8 @@ def _find_record_keys(
         ledger: The results folder.
 
     Returns:
-        A dict from requests to the keys of their records. Requests without a record are left out.
+        A dict from the request of a run to the key of its record. Runs without a record are left
+        out.
     """
     tracked = {cell.record_key[:2]: cell.record_key for cell in cells}
     stores = {run: find_cell(run, ledger).store for run in runs}
@@ -354,11 +355,10 @@ def search_figures(search: TestedSearch) -> dict[str, float]:
 
 
 def _log_trial(targets: Sequence[str], folder: Path, results: SearchResults) -> None:
-    """Log the final step of a search to the trial of a W&B sweep, and end the trial.
+    """Log the result of a search to the trial of a W&B sweep, and end the trial.
 
-    If the search has a budget of accuracy, the final step is the last step that is significantly
-    within the budget. If the search has several random draws, only the first draw is logged. Errors
-    of W&B are added to `results.outcome`.
+    For a search with several random draws, only the first draw is logged. Errors of W&B are added
+    to `results.outcome`.
     """
     search = results.searches[0]
     record, request = search.record, search.run_request
@@ -382,7 +382,7 @@ def _log_trial(targets: Sequence[str], folder: Path, results: SearchResults) -> 
 
 @contextmanager
 def join_trial(targets: Sequence[str], folder: Path) -> Iterator[Callable[[SearchResults], None]]:
-    """Run the `with` block as a trial of a W&B sweep; yield a function that logs results.
+    """Run a search as a trial of a W&B sweep; yield a function that logs the search's result.
 
     `targets` contains the tracking backends, and `folder` is the results folder. An error in the
     `with` block marks the trial as failed.

@@ -62,24 +62,24 @@ class FormatUnit:
 
     @property
     def name(self) -> str:
-        """The name of these weights in messages, such as `layer 3 mlp.down_proj` or `embedding`."""
+        """The unit's name in messages, such as `layer 3 mlp.down_proj` or `embedding`."""
         names = ", ".join(self.paths)
         return names if self.is_embedding else f"layer {self.layer} {names}".strip()
 
     @property
     def keys(self) -> list[str]:
-        """The names of these weights in files, such as `3.mlp.down_proj`, `3` or `embedding`."""
+        """The unit's names in files, such as `3.mlp.down_proj`, `3` or `embedding`."""
         if self.is_embedding:
             return [*self.paths]
         return [f"{self.layer}.{path}".rstrip(".") for path in self.paths]
 
     def changes(self, form: str) -> list[Change]:
-        """Return one change for each path; the change rounds the path's weights."""
+        """Return the changes that round the unit's weights to a format."""
         return [Change.parse(f"{form}:{key}") for key in self.keys]
 
     @property
     def is_embedding(self) -> bool:
-        """True if these weights are the embedding or the output head."""
+        """True if the unit is the embedding or the output head."""
         return self.paths[0] in OUTER_MATRICES
 
     @property
@@ -88,7 +88,7 @@ class FormatUnit:
         return sum(outputs * inputs for outputs, inputs in self.shapes)
 
     def bits(self, form: str) -> float:
-        """Return the total number of bits of these weights in a format.
+        """Return the total number of bits of the unit's weights in a format.
 
         Raises RequestError if the format does not fit the row length of a matrix.
         """
@@ -150,7 +150,8 @@ def find_units(
 ) -> list[FormatUnit]:
     """List the units of a model: groups of weights that each get one format.
 
-    The arguments are explained at `list_units`. `with_embeddings` adds embedding and output head.
+    If `with_embeddings` is true, the embedding and the output head are units too. The other
+    arguments are explained at `list_units`.
     """
     embeddings = embedding_shapes(model) if with_embeddings else {}
     return list_units(linear_map_shapes(source), layers, by_map, embeddings, is_tied)
@@ -241,10 +242,7 @@ def parse_budget(
 
 
 def smallest_choice(units: Units, formats: Collection[str]) -> FormatChoice:
-    """Choose the format with the fewest bits for each unit.
-
-    The number of bits of a format can depend on the row lengths of the unit's matrices.
-    """
+    """Choose the format with the fewest bits for each unit."""
     return {unit: min(formats, key=unit.bits) for unit in units}
 
 
@@ -269,7 +267,7 @@ class _Move(NamedTuple):
 
 @dataclass(frozen=True)
 class Refinement:
-    """Result of `FormatProblem.refine`: the formats after several rounds of swaps.
+    """Improved choice of formats: the result of `FormatProblem.refine`.
 
     Attributes:
         choice: The final format of each unit.
@@ -291,8 +289,8 @@ class FormatProblem:
         units: The groups of weights that get one format each.
         formats: The formats.
         budget: The budget, which must be large enough for `smallest_choice`.
-        losses: Array `[units, formats]` of finite losses. Each entry is the loss of the model when
-            a single unit is rounded to one format.
+        losses: Array `[units, formats]`, finite: loss of the model if only this unit is rounded to
+            this format.
     """
 
     units: Units
@@ -304,7 +302,7 @@ class FormatProblem:
         """Choose formats with the smallest sum of losses within the budget.
 
         This is the multiple-choice knapsack problem, solved exactly by scipy's `milp`. The method
-        assumes that the losses of several units add up.
+        assumes that the loss of a model is the sum of its units' losses.
 
         Args:
             losses: Losses to use instead of the attribute `losses`, such as errors of weights.
@@ -343,15 +341,15 @@ class FormatProblem:
     def uniform_choice(self) -> FormatChoice:
         """Choose one format for all weights: the largest format within the budget.
 
-        If every format exceeds the budget, each unit gets its format with the fewest bits.
+        If every format exceeds the budget, each unit gets the format with the fewest bits.
         """
         return self._largest_choice({}) or smallest_choice(self.units, self.formats)
 
     def edge_choice(self) -> FormatChoice | None:
-        """Choose the largest format for the outer layers, and one format for all other layers.
+        """Choose the largest format for the first and last layers; one format for the others.
 
-        The outer layers are the first two and the last two layers of `units`. The embedding and the
-        output head get the largest format too. The result is None if the budget is too small.
+        The first two layers, the last two layers, the embedding and the output head get the largest
+        format. The result is None if the budget is too small for these formats.
         """
         layers = sorted({unit.layer for unit in self.units if not unit.is_embedding})
         edges = {*layers[:EDGE_LAYERS], *layers[-EDGE_LAYERS:]}
@@ -360,11 +358,10 @@ class FormatProblem:
         return self._largest_choice(dict.fromkeys(outer_units, largest))
 
     def ladder(self) -> list[FormatChoice]:
-        """Choose formats for `BUDGET_SIZES` model sizes.
+        """Choose the best formats for each of `BUDGET_SIZES` model sizes.
 
-        The first choice has the largest format for all units. Each later choice has a smaller size,
-        and the last choice has the size of the budget. Each choice has the smallest sum of losses
-        that is possible for its size.
+        The sizes descend from the size with the largest format for all units to the size of the
+        budget. For each size, the chosen formats have the smallest possible sum of losses.
         """
         unlimited = replace(self, budget=replace(self.budget, bits=math.inf))
         largest = unlimited.uniform_choice()
@@ -375,28 +372,27 @@ class FormatProblem:
         return sorted(distinct, key=bits_per_weight, reverse=True)
 
     def _largest_choice(self, given: FormatChoice) -> FormatChoice | None:
-        """Choose one format for all units without a format in `given`.
+        """Choose the largest common format within the budget for all units that are not in `given`.
 
-        The result also contains the formats in `given`. All other units have the largest format
-        with which the whole model is within the budget. The result is None if there is no such
-        format.
+        The result contains the formats of all units, including `given`. The result is None if every
+        format exceeds the budget.
         """
         choices = [{**dict.fromkeys(self.units, form), **given} for form in self.formats]
         return max(filter(self.budget.holds, choices), key=bits_per_weight, default=None)
 
     def find_swaps(self, choice: FormatChoice, max_swaps: int = MAX_SWAPS) -> list[FormatChoice]:
-        """List swaps of formats: one unit gets more bits, and other units get fewer bits.
+        """List changed choices in which one unit gets more bits and other units get fewer bits.
 
-        All swaps stay within the budget. The list begins with the swaps in which the additional
-        bits lower the loss most. If possible, only one other unit gets fewer bits: the unit whose
-        loss increases least. Otherwise, several units get fewer bits.
+        All listed choices are within the budget. The list begins with the choices in which the
+        additional bits lower the loss most. If possible, only one unit gets fewer bits: the unit
+        whose loss increases least.
 
         Args:
             choice: The current format of each unit, in the order of `losses`.
-            max_swaps: Maximum number of swaps.
+            max_swaps: Maximum number of changed choices.
 
         Returns:
-            The formats of all units after each swap.
+            The changed choices, each with the formats of all units.
 
         Examples:
             >>> units = [FormatUnit(layer, ("a",), ((32, 32),)) for layer in range(3)]
@@ -436,7 +432,7 @@ class FormatProblem:
         return choices
 
     def refine(self, start: FormatChoice, rounds: int, measure: MeasureChoices) -> Refinement:
-        """Swap formats as long as a swap significantly lowers the measured loss of the model.
+        """Improve a choice of formats by swaps that significantly lower the model's loss.
 
         Args:
             start: The initial format of each unit, in the order of `losses`.
@@ -470,15 +466,15 @@ class FormatProblem:
 def _choose_reductions(
     raised: _Move, reductions: Sequence[_Move], missing: float
 ) -> list[_Move] | None:
-    """Choose units that get fewer bits, so that another unit can get `missing` more bits.
+    """Choose format changes that free at least `missing` bits for the unit in `raised`.
 
     Args:
-        raised: The unit that gets more bits, with its new format.
-        reductions: Possible changes of units to formats with fewer bits.
+        raised: The format change of the unit that gets more bits.
+        reductions: Possible changes of other units to formats with fewer bits.
         missing: Number of bits to free.
 
     Returns:
-        The chosen reductions; None if all reductions together free too few bits.
+        The chosen changes; None if all changes together free too few bits.
     """
     payers: list[_Move] = []
     while missing > 0:
@@ -548,10 +544,10 @@ def map_formats_request(
 def build_error_observer(
     engine: Engine, maps: Sequence[Change], kl: bool = False
 ) -> ObserveDocument:
-    """Build a function that measures the `rounding_errors` of each map on one document.
+    """Build a function that measures the `rounding_errors` of linear maps on one document.
 
-    The measured values also include `weight_error`, which is the same for all documents. If `kl` is
-    true, they also include the KL divergence of the model's output.
+    The function also returns `weight_error`, which is equal for all documents. If `kl` is true, the
+    function also returns the KL divergence of the model's output.
     """
     weights = weight_errors(engine, maps)
     ablations = [Ablation.from_changes(change) for change in maps]

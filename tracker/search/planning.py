@@ -1,9 +1,9 @@
 """Simulate searches with random scores to predict their cost and their possible results.
 
-A search is refused if it cannot remove enough, or if no possible result could be saved as a
-checkpoint. In some models, such as Jamba, a layer's type depends on its position, and the types
-repeat with a period. A checkpoint without some layers of such a model can be loaded only if the
-number of adjacent removed layers is a multiple of the period.
+A search is refused if the search cannot remove enough, or if no possible result could be saved as a
+checkpoint. In models such as Jamba, the types of layers repeat with a period. A checkpoint without
+some layers can then be loaded only if the number of adjacent removed layers is a multiple of the
+period.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ TRIAL_DRAWS = 4
 class RandomScores(Scores):
     """Random scores for simulations of a search.
 
-    Each value of `variant` gives different random costs.
+    Different values of `variant` give different random scores.
     """
 
     def __init__(self, parts: SearchParts, variant: str = "") -> None:
@@ -69,15 +69,15 @@ class RandomScores(Scores):
         return Losses(sets, values, np.ones(1), np.zeros(len(sets)))
 
     def proxy(self, name: str, removed: PartSet, spans: Sequence[range] | None = None) -> Losses:
-        """Return random values of a proxy for the candidates of the next removal."""
+        """Return a random value of a proxy for each set of layers that could be removed."""
         return RandomScores.losses(self, name, self.candidate_sets(removed, spans))
 
 
 def possible_results(request: SearchRequest, budget: Budget, n: int = TRIAL_DRAWS) -> list[PartSet]:
-    """List sets of parts that a search could remove in the end.
+    """List possible final results of a search, as sets of removed parts.
 
-    A search that uses documents is simulated `n` times with random scores. The list is complete for
-    the strategies `last` and `random`. Raises ExperimentError if the search cannot remove enough.
+    For a strategy that uses documents, the list contains only the results of `n` simulations with
+    random scores. Raises ExperimentError if the search cannot remove enough.
     """
     draws = [(draw or 1, "") for draw in request.draw_numbers]
     if request.strategy not in BLIND_STRATEGIES:
@@ -99,10 +99,10 @@ def possible_results(request: SearchRequest, budget: Budget, n: int = TRIAL_DRAW
 def prepare_searches(
     requests: Sequence[SearchRequest], cache: ModelCache
 ) -> tuple[list[Budget], list[str]]:
-    """Check all searches before anything is measured.
+    """Check the requests of all searches, and return the budget of each search.
 
-    Returns the budget of each search, and a remark for each search. The remark is empty if all
-    possible results of the search can be saved. Raises RequestError for an invalid request.
+    Also returns a remark for each search; empty if all possible results of the search can be saved.
+    Raises RequestError for an invalid request.
     """
     refuse_unknown(requests, cache)
     refuse_mixed(requests, cache)
@@ -166,17 +166,14 @@ def refuse_unsavable(
 
 
 def find_part_refusal(source: ModelSource, removal: Ablation) -> str:
-    """Return why a model without these parts of layers cannot be saved.
-
-    The text is empty if the model can be saved.
-    """
+    """Return why a model without these parts of layers cannot be saved; empty if it can."""
     return _find_refusal(check_part_removal, source, removal)
 
 
 def _find_refusal(check: Callable[..., None], *arguments: object) -> str:
-    """Call a check, and return the message of the ModelError that it raises.
+    """Call the function `check`, and return the message if the call raises ModelError.
 
-    The text is empty if the check raises no ModelError.
+    The text is empty if the call raises no ModelError.
     """
     try:
         check(*arguments)
@@ -186,10 +183,10 @@ def _find_refusal(check: Callable[..., None], *arguments: object) -> str:
 
 
 def _recommend_savable_length(n_layers: int, refuse: Callable[[PartSet], str]) -> str:
-    """Recommend a number of adjacent layers to remove, so that the model can be saved.
+    """Write advice: a number of adjacent layers whose removal leaves a model that can be saved.
 
-    The function `refuse` returns why a model without some layers cannot be saved. The text is empty
-    if there is no suitable number.
+    The function `refuse` returns why a model without the given layers cannot be saved. The advice
+    is empty if there is no suitable number.
     """
     for length in range(2, n_layers // 2 + 1):
         starts = (0, 1, (n_layers - length) // 2, n_layers - length)
@@ -203,7 +200,7 @@ def _recommend_savable_length(n_layers: int, refuse: Callable[[PartSet], str]) -
 
 @dataclass(frozen=True)
 class PlannedSearch:
-    """Predicted cost of a search, or of a measurement of its results.
+    """Predicted cost of a search, or of the measurement of search results.
 
     Attributes:
         request: The search, or the request that measures the results of searches.
@@ -239,8 +236,8 @@ def plan_searches(
 ) -> tuple[list[PlannedSearch], list[PlannedSearch]]:
     """Predict the cost of searches, and the cost of testing their results.
 
-    The function runs the searches with random scores. Stored results are ignored, so the real cost
-    can be lower. For a budget in seconds, the model is loaded to time its layers.
+    The function runs the searches with random scores. The real cost is lower if some results are
+    already stored. For a budget in seconds, the model is loaded to time its layers.
 
     Args:
         requests: The searches.
@@ -369,7 +366,7 @@ class _CountingScores(RandomScores):
         return len(self.evaluated) + len(self._observed)
 
     def losses(self, outcome: str, sets: Sequence[PartSet]) -> Losses:
-        """Return random losses, and count the cost of measuring the real losses."""
+        """Return random losses, and add the cost of real losses to the prediction."""
         ablations = (INTACT, *(self.ablation(part_set) for part_set in sets))
         ablations = tuple(a for a in ablations if a not in self.evaluated)
         self.evaluated |= set(ablations)
@@ -387,7 +384,7 @@ class _CountingScores(RandomScores):
         return super().losses(outcome, sets)
 
     def proxy(self, name: str, removed: PartSet, spans: Sequence[range] | None = None) -> Losses:
-        """Return random values of a proxy, and count the cost of measuring the real values."""
+        """Return random values of a proxy, and add the cost of real values to the prediction."""
         n_layers = self.layers - len(removed)
         self.naive_flops = None
         if (key := f"{name}/{removed}") not in self._observed:

@@ -60,7 +60,8 @@ class TestedSearch:
         run_requests: For each step, the request that measures the step as an ablation run; None if
             no ablation run can measure the step.
         shown: Index of the last step that is significantly within the budget of accuracy. The index
-            is −1 if there is no such step, and None if the search has no budget of accuracy.
+            is −1 if no step is significantly within the budget, and None without a budget of
+            accuracy.
     """
 
     request: SearchRequest
@@ -73,15 +74,14 @@ class TestedSearch:
     def final_index(self) -> int:
         """The index of the step that gives the search's result.
 
-        If the search has no budget of accuracy, this is the index of the last step. Otherwise, this
-        is the index of the last step that is significantly within the budget, or −1 if there is no
-        such step.
+        Without a budget of accuracy, the last step gives the result. Otherwise, the result is the
+        last step that is significantly within the budget; −1 if no step is.
         """
         return len(self.record.steps) - 1 if self.shown is None else self.shown
 
     @property
     def final_step(self) -> PruneStep:
-        """The step with the index `final_index`; for −1, a step without removed parts."""
+        """The step that gives the search's result; for the index −1, a step without removals."""
         index = self.final_index
         intact = PruneStep(removed=(), test=self.record.baseline)
         return intact if index < 0 else self.record.steps[index]
@@ -90,15 +90,15 @@ class TestedSearch:
     def run_request(self) -> CellRequest | None:
         """The request that measures the search's result as an ablation run.
 
-        If no ablation run can measure the step at `final_index`, this is the request of the last
-        earlier step that an ablation run can measure; None if there is none.
+        If no ablation run can measure the step at `final_index`, the request measures the last
+        earlier step for which an ablation run exists; None if there is no earlier step.
         """
         return next(filter(None, reversed(self.run_requests[: self.final_index + 1])), None)
 
     def find_step(self, removed: Sequence[int]) -> int | None:
-        """Return the index of the step that has removed exactly these parts; None if there is none.
+        """Return the index of the step after which exactly these parts are removed; else None.
 
-        Searches of the strategy `random` are never recommended, so the result is None.
+        The result is also None for searches of the strategy `random`, which are never recommended.
         """
         steps = self.record.steps if self.request.strategy != RANDOM_STRATEGY else ()
         return next((n for n, step in enumerate(steps) if step.removed == removed), None)
@@ -110,7 +110,7 @@ Labels = Mapping[str, str]
 
 @dataclass(frozen=True)
 class GoalResult:
-    """Searches with the same goal, and the recommendation that follows from their results.
+    """Searches with the same goal (e.g. removing 8 layers), and their recommendation.
 
     Attributes:
         searches: The tested searches.
@@ -131,10 +131,10 @@ class GoalResult:
         return self.searches[0].request.accuracy_budget
 
     def find_steps(self, removed: Sequence[int]) -> list[tuple[TestedSearch, int]]:
-        """Find the searches that removed exactly a given set of parts at one of their steps.
+        """Find the search steps after which exactly the given parts are removed.
 
-        The method returns pairs of a search and the index of the step that removed these parts.
-        Random searches are excluded.
+        The method returns pairs of a search and the index of its step. Random searches are
+        excluded.
         """
         indices = [(search, search.find_step(removed)) for search in self.searches]
         return [(search, index) for search, index in indices if index is not None]
@@ -177,7 +177,7 @@ class GoalResult:
 
     @property
     def unshown_reason(self) -> str:
-        """Reason why no removal is significantly within the budget, with advice."""
+        """Explanation why no model is recommended, with advice."""
         budget, n, recommendation = self.budget, self.record.baseline.n, self.recommendation
         if budget is not None and recommendation.nearest is not None:
             return SEARCH_TEXTS.render("unreached", recommendation.nearest, budget, n)
@@ -187,9 +187,9 @@ class GoalResult:
 
     @property
     def _needed_text(self) -> str:
-        """Text that says how many test documents would confirm the recommendation.
+        """Advice on how many test documents could show that a model is within the budget.
 
-        With this number, the recommended model would probably be significantly within the budget.
+        The model is the smallest model whose estimated loss is within the budget.
         """
         recommendation, budget = self.recommendation, self.budget
         assert budget is not None
@@ -205,9 +205,9 @@ class GoalResult:
         return SEARCH_TEXTS.render("raise_sample", benchmark.sample_size(recommendation.n_needed))
 
     def _excess_bounds(self, removed: Sequence[int]) -> list[float]:
-        """Compute an upper bound of loss minus budget for each step of a search.
+        """Compute the upper bound of loss minus budget for each step until `removed`.
 
-        The last of these steps is the step after which exactly the parts in `removed` are removed.
+        After the last of these steps, exactly the parts in `removed` are removed.
         """
         assert self.budget is not None
         search, index = self.find_steps(removed)[0]
@@ -248,9 +248,9 @@ class StrategyResult:
         return accuracy(self.outcomes, self.weights)
 
     def accuracy_after(self, n_removed: int) -> Estimate:
-        """Return the test accuracy after the removal of `n_removed` parts, averaged over draws.
+        """Return the mean test accuracy over random draws, after the removal of `n_removed` parts.
 
-        The value is None if no step of a draw has removed exactly this number of parts.
+        The value is None if a draw has no step after which exactly `n_removed` parts are removed.
         """
         outcomes = []
         for record, paired in zip(self.records, self.paired_outcomes, strict=True):
@@ -262,7 +262,7 @@ class StrategyResult:
         return accuracy(np.mean(outcomes, axis=0), self.weights)
 
     def difference_from(self, reference: StrategyResult) -> Estimate:
-        """Estimate the test accuracy of this strategy minus that of `reference`.
+        """Estimate the test accuracy of this strategy minus the test accuracy of `reference`.
 
         Both strategies are tested on the same documents.
         """
@@ -271,12 +271,12 @@ class StrategyResult:
 
 @dataclass(frozen=True)
 class StepSeparation:
-    """Counts of search steps without a significantly best candidate.
+    """Counts of search steps with an unsure choice between the best and the second-best part.
 
     Attributes:
-        n_compared: Number of steps that have a second-best candidate.
-        unsure_steps: Steps without a significant difference between the best and the second-best
-            candidate.
+        n_compared: Number of steps with a second-best part.
+        unsure_steps: Steps in which the best part is not significantly better than the second-best
+            part.
     """
 
     n_compared: int
@@ -284,22 +284,21 @@ class StepSeparation:
 
     @property
     def n_level(self) -> int:
-        """The number of steps in which the two best candidates have equal scores."""
+        """The number of steps in which the two best parts have equal scores."""
         return sum(step.margin.value == 0 for step in self.unsure_steps)
 
     @property
     def needed_documents(self) -> int | None:
-        """Estimated number of documents that would make half of the unsure steps significant.
+        """Estimated number of calibration documents that would make half of the unsure steps sure.
 
-        This number is the median of the estimates of single steps. It is None if no step has an
-        estimate.
+        The number is the median over the steps; None if no step has an estimate.
         """
         needed = [step.separates for step in self.unsure_steps if step.separates is not None]
         return statistics.median_high(needed) if needed else None
 
 
 def separate_steps(searches: Sequence[PruneRecord]) -> StepSeparation:
-    """Find search steps without a significantly best candidate."""
+    """Find search steps in which the best part is not significantly better than the second-best."""
     compared_steps = [s for search in searches for s in search.steps if s.margin.value is not None]
     unsure_steps = [s for s in compared_steps if s.margin.low is None or s.margin.low <= 0]
     return StepSeparation(len(compared_steps), tuple(unsure_steps))
@@ -353,7 +352,7 @@ NO_SIZE = "parameters of heads, experts and neurons are not counted"
 
 
 def _metric_name(record: PruneRecord) -> str:
-    """Return the name of a search's metric for sentences, such as `accuracy` or `loss`."""
+    """Return the name of a search's metric in sentences, such as `accuracy` or `loss`."""
     level = metric_format(record).level
     is_named = level != "accuracy" or record.metric == record.benchmark.primary_metric
     return level if is_named else record.metric
@@ -384,10 +383,7 @@ SEARCH_TEXTS = TextTemplate(
 
 
 def _answer_sentences(goals: Sequence[GoalResult]) -> Iterator[str]:
-    """Yield sentences that recommend a model for each goal and compare strategies.
-
-    The searches of all goals have the same test documents.
-    """
+    """Yield sentences that recommend a model for each goal and compare strategies."""
     labels = _search_labels([search.record for goal in goals for search in goal.searches])
     for goal in goals:
         yield f"{goal.text(labels)} {SEARCH_TEXTS.render('constraints', goal.record)}".strip()
@@ -400,10 +396,10 @@ def _answer_sentences(goals: Sequence[GoalResult]) -> Iterator[str]:
 
 
 def _compare_strategies(searches: Searches, best: Searches) -> Iterator[str]:
-    """Yield sentences that compare the recommended model with usual strategies.
+    """Yield sentences that compare the recommended model with results of usual strategies.
 
-    The usual strategies remove layers by the cosine score or at random. `best` contains the
-    searches that chose the recommended model.
+    The usual strategies remove layers by the cosine score or at random. The argument `best`
+    contains the searches that chose the recommended model.
     """
     by_strategy = group_by((s for s in searches if s not in best), lambda s: s.request.strategy)
     names = ("cosine_oneshot", "cosine", RANDOM_STRATEGY)
@@ -423,7 +419,7 @@ def _strategy_result(searches: Searches) -> StrategyResult:
 
 
 def _describe_strategy(searches: Searches, difference: Estimate) -> str:
-    """Compare a strategy with the recommended model in a sentence.
+    """Write a sentence that compares one strategy's results with the recommended model.
 
     Args:
         searches: The searches of the strategy.
@@ -439,28 +435,27 @@ def _describe_strategy(searches: Searches, difference: Estimate) -> str:
 
 
 def unsure_sentences(records: Sequence[PruneRecord], choice: str, suffix: str = "") -> list[str]:
-    """Return a sentence about search steps with too few calibration documents, if there are any.
+    """Write a sentence that counts the search steps with too few calibration documents.
 
-    A step has too few calibration documents if the chosen candidate is not significantly better
-    than the second-best candidate.
+    A step has too few calibration documents if the chosen part is not significantly better than the
+    second-best part.
 
     Args:
         records: Records of the searches.
-        choice: Name of the chosen candidate in the sentence.
+        choice: Name of the chosen part in the sentence.
         suffix: Words after the number of documents in the sentence.
 
     Returns:
-        A list with one sentence, or an empty list.
+        A list with the sentence, or an empty list if no step has too few documents.
     """
     documents = round(calibration_documents(records))
     return SEARCH_TEXTS.render_all("unsure", separate_steps(records), documents, choice, suffix)
 
 
 def cost_columns(select: Callable[[RowType], Sequence[PruneRecord]]) -> tuple[Column[RowType], ...]:
-    """Build the table columns with the mean cost of the searches in each row.
+    """Build three table columns: mean evaluations, forward passes and seconds of searches.
 
-    The function `select` returns the searches of a table row. The columns contain the numbers of
-    evaluations, forward passes and seconds.
+    The function `select` returns the searches over which a table row is averaged.
     """
     reason = "nothing is removed"
 
@@ -533,7 +528,7 @@ def _searches_table(searches: Searches) -> Table:
 
 
 def _calibration_text(record: PruneRecord) -> str:
-    """Describe the number and source of the calibration documents.
+    """Describe the calibration documents, e.g. `100 documents of arc_easy (calibration)`.
 
     The text is empty if the search used no documents.
     """
@@ -545,10 +540,11 @@ def _calibration_text(record: PruneRecord) -> str:
 
 
 def _search_labels(records: Sequence[PruneRecord]) -> dict[str, str]:
-    """Return a dict from the names of searches to labels.
+    """Return a short label for each search, by the search's name.
 
-    A label names the strategy. If searches with the same strategy and amount differ in their
-    calibration documents or constraints, the label also contains these.
+    A label is the name of the strategy. If several searches have the same strategy and amount, but
+    different calibration documents or constraints, the label also names the documents or
+    constraints.
     """
     labels = {}
     for group in group_by(records, lambda record: (record.label, record.amount)).values():
@@ -561,7 +557,7 @@ def _search_labels(records: Sequence[PruneRecord]) -> dict[str, str]:
 
 
 def _constraints_text(record: PruneRecord) -> str:
-    """Describe a search's constraints for its label, such as `among 8 to 24`."""
+    """Describe the constraints of a search in a few words, such as `among 8 to 24`."""
     among = "" if record.among is None else f"among {join_words(format_layers(record.among))}"
     protected = f"without {join_words(format_layers(record.protected))}" if record.protected else ""
     minimums = (f"{minimum} {kind} left" for kind, minimum in record.at_least.items())
@@ -578,7 +574,7 @@ _TIME_NOTE = (
 class _StepRow(NamedTuple):
     """Row of the table of steps; the first step of a search has number 1.
 
-    `former` contains the parts that earlier steps removed.
+    The field `former` contains the parts that earlier steps removed.
     """
 
     search: str
@@ -650,8 +646,8 @@ def _frontier_charts(records: Sequence[PruneRecord]) -> Iterator[LineChart]:
     """Yield charts of each strategy's test accuracy or loss after each step.
 
     The horizontal axis of the first chart is the number of parameters, or the number of removed
-    parts if parameters are not counted. The horizontal axis of the second chart is the measured
-    time per token. Without measured times, there is no second chart.
+    parts if parameters are not counted. If times were measured, a second chart has the time per
+    token as its horizontal axis.
     """
     record, labels = records[0], _search_labels(records)
     ascending = sorted(records, key=lambda search: len(search.removed))
@@ -703,17 +699,17 @@ class SavableStep(NamedTuple):
 
 
 def find_savable(goals: Sequence[GoalResult], is_significant: bool = True) -> SavableStep | None:
-    """Find the first recommended removal after which the model can be saved.
+    """Find the first recommended model that can be saved.
 
     A model can be saved if whole layers, or equally many parts of each layer, are removed.
 
     Args:
         goals: The searches and the recommendation for each goal.
         is_significant: Whether the loss must be significantly within the budget of accuracy. If
-            False, the estimated loss must be within the budget.
+            False, an estimated loss within the budget is enough.
 
     Returns:
-        The search step with this removal; None if no recommended model can be saved.
+        The search step that gives this model; None if no recommended model can be saved.
     """
     for goal in goals:
         recommendation = goal.recommendation
@@ -736,7 +732,8 @@ def refuse_unreached(goals: Sequence[GoalResult]) -> None:
 def unsaved_reason(goals: Sequence[GoalResult], results: Path) -> str:
     """Explain why no recommended model is saved.
 
-    If a model's estimated loss is within the budget, the text includes the command that saves it.
+    If a model's estimated loss is within the budget, the text includes the command that saves the
+    model.
     """
     estimate = find_savable(goals, is_significant=False)
     if estimate is None:

@@ -87,7 +87,7 @@ class SearchRequest(SearchSettings):
         return self
 
     def _problems(self) -> Iterator[str]:
-        """Yield an error message for each contradiction between settings."""
+        """Yield an error message for each pair of settings that contradict each other."""
         set_keys = {key for key in AMOUNT_KEYS if getattr(self, key) is not None}
         if not set_keys or {"remove", "keep"} <= set_keys:
             yield (
@@ -104,7 +104,7 @@ class SearchRequest(SearchSettings):
             yield "'rescoring: race' chooses the number of documents itself; leave 'sample' out"
 
     def _single_unit_problems(self) -> Iterator[str]:
-        """Yield a message for each wrong setting if one unit (e.g. heads) is removed."""
+        """Yield an error message for each setting that does not fit the unit, such as heads."""
         unit, amount = self.unit, self.amount
         if unit != "layer" and self.strategy in LAYER_STRATEGIES:
             fitting = ", ".join(name for name in STRATEGIES if name not in LAYER_STRATEGIES)
@@ -133,7 +133,7 @@ class SearchRequest(SearchSettings):
             yield "'uniform' removes parts from every layer; leave 'protect' and 'among' out"
 
     def _several_unit_problems(self) -> Iterator[str]:
-        """Yield a message for each wrong setting if several units are removed."""
+        """Yield an error message for each setting that does not fit a search of several units."""
         if self.strategy not in MIXED_STRATEGIES:
             yield (
                 f"the strategy {self.strategy} cannot remove several units ({self.unit}); use "
@@ -164,9 +164,9 @@ class SearchRequest(SearchSettings):
 
     @property
     def amount(self) -> Amount | None:
-        """The amount to remove or to keep; None if only a budget of accuracy ends the search.
+        """The amount to remove or to keep; None if only `max_drop` or `keep_accuracy` is set.
 
-        If the search removes several units, a percentage is a share of the model's parameters.
+        For several kinds of parts, such as layers and heads, a percentage means parameters.
         """
         text = self.remove or self.keep
         amount = None if text is None else parse_amount(text)
@@ -199,7 +199,7 @@ class SearchRequest(SearchSettings):
 
     @property
     def title(self) -> str:
-        """The search's name in messages."""
+        """The name of the search in messages, such as progress messages."""
         texts = [self.cell.title, self.strategy, self.amount_text, self.constraints_text]
         if self.calibrate:
             texts.append(f"calibrated on {', '.join(self.calibrate)}")
@@ -216,7 +216,7 @@ class SearchRequest(SearchSettings):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The settings that determine the search's name."""
+        """The settings whose hash is part of the search's name in the results folder."""
         settings = self.model_dump(mode="json", exclude={"cell"})
         cell = self.cell.settings.model_dump(mode="json", exclude=_NEW_CELL_KEYS)
         cell["only"] = None  # kept so that existing names stay valid
@@ -240,7 +240,7 @@ class SearchRequest(SearchSettings):
         return tuple(map(self._calibration_on, self.calibrate or (self.cell.benchmark.benchmark,)))
 
     def _calibration_on(self, benchmark: str) -> CellRequest:
-        """Return the request of a benchmark's calibration documents."""
+        """Return the request that measures the calibration documents of a benchmark."""
         cell = self.cell.on_part("calibration", sample=self.sample)
         if benchmark == self.cell.benchmark.benchmark:
             return cell
@@ -324,9 +324,9 @@ def build_search(cell: CellRequest, settings: dict[str, Any], prefix: str = "--"
 def as_uniform(search: SearchRequest) -> SearchRequest:
     """Return a copy of a search of heads, experts or neurons with `uniform` set to true.
 
-    A model without heads, experts or neurons can be saved only if the search is uniform. Other
-    searches are returned unchanged. Raises RequestError if the user set `uniform` to false, or if
-    another setting contradicts `uniform`.
+    Only a uniform search removes equally many parts of each layer, so that the model can be saved.
+    Searches of other units are returned unchanged. Raises RequestError if the user set `uniform` to
+    false, or if another setting contradicts `uniform`.
     """
     if search.unit not in NUMBERED_COMPONENTS or search.uniform:
         return search
@@ -352,7 +352,7 @@ def refuse_unused_settings(searches: Collection[SearchRequest]) -> None:
 
 
 def refuse_draws(searches: Collection[SearchRequest]) -> None:
-    """Raise RequestError if all searches are random, so that no model would be saved."""
+    """Raise RequestError if all searches are random; random sets are never saved."""
     if {search.strategy for search in searches} == {RANDOM_STRATEGY}:
         raise RequestError(
             "--output saves the recommended set, but random draws are never recommended; add "

@@ -44,7 +44,7 @@ _DIRECTION_PROXIES = ("cosine_score", "relative_update", "angular_distance")
 
 
 def add_parts(removed: PartSet, *parts: int) -> PartSet:
-    """Return a set that contains the parts in `removed` and also `parts`."""
+    """Return the sorted numbers in `removed` together with the numbers `parts`."""
     return tuple(sorted((*removed, *parts)))
 
 
@@ -73,9 +73,10 @@ class Losses:
 
     @property
     def order(self) -> list[int]:
-        """The indices of sets in ascending order of loss.
+        """The indices of the sets of removed parts, by ascending loss.
 
-        Sets of equal loss are ordered by `tie_breakers`, then by position in the model.
+        Sets with equal losses are ordered by `tie_breakers`; then, sets with later parts come
+        first.
         """
         ties = np.nan_to_num(rounded_values(self.tie_breakers), nan=np.inf)
         later_first = ([-part for part in reversed(part_set)] for part_set in self.sets)
@@ -83,10 +84,10 @@ class Losses:
         return sorted(range(len(keys)), key=keys.__getitem__)
 
     def per_added_size(self, sizes: Array) -> Losses:
-        """Divide the loss that each set adds to the first set by the size that it adds.
+        """Return the added loss per added size of each set, relative to the first set.
 
-        `sizes` contains the total size of the parts in each set. The result does not contain the
-        first set.
+        `sizes` contains the total size of the parts in each set. The first set is the present
+        removal, and the result does not contain it.
         """
         prices = np.asarray(sizes[1:]) - sizes[0]
         values = (self.values[:, 1:] - self.values[:, :1]) / prices
@@ -94,15 +95,15 @@ class Losses:
         return Losses(self.sets[1:], values, self.weights, tie_breakers)
 
     def choose_step(self, removed: PartSet | None, order: Sequence[int] | None = None) -> PruneStep:
-        """Build the search step that removes the set with the smallest loss.
+        """Choose the set with the smallest loss, and compare this set with the second-best set.
 
         Args:
             removed: The parts that earlier steps removed, which every set contains; None if there
                 are no such parts.
-            order: Indices of the sets to consider, in ascending order of loss; None for all sets.
+            order: Indices of the sets to compare, in ascending order of loss; None for all sets.
 
         Returns:
-            The step, with a comparison of the two best sets.
+            The search step that removes the best set, with the result of the comparison.
 
         Raises:
             CellError: No loss is finite.
@@ -134,7 +135,7 @@ class Losses:
 class Scores:
     """Scorer of sets of removed parts on calibration benchmarks.
 
-    All benchmarks have equal weight. `parts` is the numbering of the parts that can be removed.
+    All benchmarks have equal weight. The parts that can be removed are numbered by `parts`.
     """
 
     def __init__(self, cells: Sequence[OpenCell], parts: SearchParts) -> None:
@@ -180,7 +181,7 @@ class Scores:
         return Losses(sets, values, weights, other_weights @ other_values, is_binary)
 
     def proxy(self, name: str, removed: PartSet, spans: Sequence[range] | None = None) -> Losses:
-        """Score candidates for the next removal by a proxy, in the model without `removed`.
+        """Score each layer or span of layers by a proxy, in the model without the layers `removed`.
 
         Args:
             name: Name of the proxy, such as `angular_distance`.
@@ -196,10 +197,10 @@ class Scores:
         return Losses(sets, *_stack_documents(losses), np.zeros(len(sets)))
 
     def candidate_sets(self, removed: PartSet, spans: Sequence[range] | None) -> list[PartSet]:
-        """List the sets of removed layers that the next removal can give.
+        """List the possible sets of removed layers after the next step of a search.
 
-        Each set contains the layers in `removed`, and one span of remaining layers. If `spans` is
-        None, each set contains one remaining layer instead of a span.
+        A set contains the layers in `removed` and one remaining layer. If `spans` is given, a set
+        contains `removed` and the remaining layers at the positions of one span.
         """
         layers = [layer for layer in range(self.layers) if layer not in removed]
         if spans is None:
@@ -213,10 +214,11 @@ class Scores:
     def _measure_proxy(
         self, cell: OpenCell, name: str, removed: PartSet, spans: Sequence[range] | None
     ) -> tuple[Array, Array]:
-        """Measure a proxy on one benchmark, for each candidate of the next removal.
+        """Measure a proxy of each layer or span of layers on one benchmark.
 
-        The arguments are those of `proxy`. Returns the mean over tokens for each document and
-        candidate, `[documents, candidates]`, and the weights of the documents, `[documents]`.
+        Returns the mean over each document's tokens, `[documents, candidates]`, and the documents'
+        weights, `[documents]`. A candidate is a layer or a span; the arguments are those of
+        `proxy`.
         """
         observation = "turning" if name in _DIRECTION_PROXIES else name.replace("_", "-")
         suffix = f"-without-{'-'.join(map(str, removed))}" if removed else ""
@@ -241,7 +243,7 @@ class Scores:
     def record_race(
         self, race: CandidateRace, candidates: Sequence[Ablation], references: Sequence[Ablation]
     ) -> None:
-        """Record the documents that a race (`rescoring: race`) measured, and add its cost.
+        """Add the documents and the cost of a race (`rescoring: race`) to those of the search.
 
         Args:
             race: The finished race.
@@ -263,9 +265,9 @@ class Scores:
             self._race_documents.setdefault(ablation.name, set()).update(race.order[:n])
 
     def choosing_documents(self, cell: OpenCell) -> dict[str, tuple[int, ...]]:
-        """Return the documents of each task that influenced the search.
+        """Return the numbers of the documents that the search used, for each task.
 
-        The numbers are ascending. A search with `rescoring: race` uses only some of the documents.
+        The numbers are ascending. With `rescoring: race`, a search uses only some of the documents.
         """
         if not self._race_documents:
             return cell.documents
@@ -275,7 +277,7 @@ class Scores:
         return {task: tuple(numbers) for task, numbers in chosen.items()}
 
     def cost(self) -> PruneCost:
-        """Return the cost of all measurements so far."""
+        """Return the cost so far: numbers of evaluations, forward passes and seconds."""
         n_observed = len(self._observed) / max(1, len(self.cells))
         seconds = self._seconds
         if self.evaluated or self._race_documents:

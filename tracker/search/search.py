@@ -1,7 +1,7 @@
 """Run one search: choose parts to remove by measurements on calibration documents.
 
-The module also recommends one of the sets that several searches chose. If the amount to remove is
-given in seconds, the module times each layer.
+If several searches chose different sets of parts, the module can recommend one set. If the amount
+to remove is given in seconds, the module times each layer.
 """
 
 from __future__ import annotations
@@ -59,11 +59,11 @@ TIMING_PASSES = 15
 def seconds_per_token(
     loaded: LoadedModel, cache: ModelCache, is_decoding: bool = False, removed: Ablation = INTACT
 ) -> tuple[list[float], float]:
-    """Return the seconds per token of each layer and of the whole model.
+    """Return each layer's and the whole model's computing time per token, in seconds.
 
-    By default, the model reads all tokens in one forward pass. If `is_decoding` is true, the model
-    writes one token after a prompt. If `removed` names parts, a model without them is timed. Each
-    model is timed once per machine and device.
+    By default, the timed forward pass reads a prompt; if `is_decoding` is true, it writes one token
+    after a prompt. If parts are named in `removed`, the model without these parts is timed. The
+    times are stored for each model, machine and device, and used again.
     """
     identity = loaded.identity
     hardware = {**describe_machine(), **describe_device(loaded.device)}
@@ -87,10 +87,7 @@ def seconds_per_token(
 
 @torch.inference_mode()
 def _time_layers(loaded: LoadedModel, is_decoding: bool) -> tuple[list[float], float]:
-    """Measure the seconds per token of each layer and of the whole model.
-
-    The arguments are those of `seconds_per_token`.
-    """
+    """Measure the seconds per token of each layer and of the whole model."""
     ids = torch.zeros(1, TIMING_TOKENS, dtype=torch.long, device=loaded.device)
     settings: dict[str, Any] = {"use_cache": is_decoding}
     if is_decoding:
@@ -166,8 +163,8 @@ class SearchDraw:
     def run_request(self, step: PruneStep) -> CellRequest | None:
         """Build the request that measures the model after a step as an ablation run.
 
-        An ablation run can remove several layers, but only one head or other part of a layer. The
-        result is None if the step removes several such parts.
+        An ablation run can remove several layers, but only one head, expert or neuron. The result
+        is None for a step after which several heads, experts or neurons are removed.
         """
         part = step.layer if step.layer is not None else max(step.removed)
         removed = tuple(layer for layer in step.removed if layer != part)
@@ -207,8 +204,9 @@ def refuse_unknown(searches: Sequence[SearchRequest], cache: ModelCache) -> None
 def refuse_mixed(searches: Sequence[SearchRequest], cache: ModelCache) -> None:
     """Raise an error if a search calibrates and tests on some of the same documents.
 
-    If two tasks contain the same documents, the calibration half of one task can overlap with the
-    test half of the other task.
+    Each task is split into a calibration half and a test half separately. If two tasks contain the
+    same documents, the calibration half of one task can therefore overlap with the test half of the
+    other task.
 
     Args:
         searches: The searches.
@@ -241,7 +239,7 @@ def refuse_mixed(searches: Sequence[SearchRequest], cache: ModelCache) -> None:
 
 
 def find_budget(request: SearchRequest, cache: ModelCache) -> Budget:
-    """Return the budget of a search.
+    """Build the budget of a search: size to remove, sizes of the parts, and constraints.
 
     Raises ExperimentError if the requested amount is impossible.
     """
@@ -280,10 +278,9 @@ def find_budget(request: SearchRequest, cache: ModelCache) -> Budget:
 
 
 def _block_size(source: ModelSource, parts: SearchParts) -> int:
-    """Return the number of parts in a block, such as the heads of a layer.
+    """Return the number of parts of a block: a layer, or heads that share keys and values.
 
-    A uniform search removes equally many parts from each block. A block is a layer, or for
-    attention heads a group of heads that share keys and values.
+    A uniform search removes equally many parts from each block.
     """
     counts, block = count_parts(source), parts.per_layer
     # Heads are removed evenly from the groups that share keys and values.
@@ -295,15 +292,15 @@ def _block_size(source: ModelSource, parts: SearchParts) -> int:
 def _assign_part_numbers(
     units: str, source: ModelSource, model: Any
 ) -> tuple[MixedParts, list[UniformKind], list[float]]:
-    """Assign numbers to the parts of several units together, such as layers and heads.
+    """Assign numbers to the removable parts of several kinds, such as layers and heads.
 
     Args:
-        units: Names of the units, separated by commas.
+        units: Kinds of parts, separated by commas, such as `layer,head`.
         source: Source of the model.
         model: The model, without weights.
 
     Returns:
-        The numbering of all parts, the blocks of each unit other than whole layers, and the number
+        The numbering of all parts, the blocks of each kind other than whole layers, and the number
         of parameters of each part. A search removes equally many parts from each block.
     """
     parts = MixedParts.of([find_search_parts(source, unit) for unit in units.split(",")])
@@ -327,22 +324,21 @@ def _assign_part_numbers(
 def _time_parts(
     request: SearchRequest, parts: MixedParts, kinds: Sequence[UniformKind], cache: ModelCache
 ) -> tuple[list[float], float]:
-    """Measure the seconds per token that the removal of each part saves.
+    """Measure how many seconds per token are saved by the removal of each part.
 
-    The time of a part such as a neuron is measured with a model that lacks as many of these parts
-    as possible. The saved time is divided by their number.
+    For heads, experts or neurons, as many as possible are removed together. The saved time is
+    divided by the number of removed parts.
 
     Args:
         request: The request of the search, with an amount in seconds or latency.
         parts: The numbering of all parts.
-        kinds: The possible removals for each unit other than whole layers.
+        kinds: The removable parts of each kind other than whole layers.
         cache: Cache that opens the model and stores the times.
 
     Returns:
         The seconds of each part, and the seconds of the whole model.
 
-    Raises:
-        ExperimentError: The removal of a unit saves no time.
+    Raises: ExperimentError: The removal of parts of one kind saves no time.
     """
     loaded = cache.model(request.cell.model).loaded
     is_decoding = request.amount is not None and request.amount.measure == "latency"
@@ -367,9 +363,9 @@ def _time_parts(
 
 
 def _count_parameters(model: Any, unit: str) -> list[float]:
-    """Count the parameters of each layer, each attention or each MLP.
+    """Count the parameters of every layer, of every attention or of every MLP.
 
-    The argument `unit` is the kind of these parts. The list is empty for other units.
+    The argument `unit` is `layer`, `attention` or `mlp`; for other units, the list is empty.
     """
     modules: list[nn.Module] = [*find_layers(model)]
     if unit not in UNITS:
@@ -381,7 +377,7 @@ def _count_parameters(model: Any, unit: str) -> list[float]:
 
 
 def find_constraints(request: SearchRequest, cache: ModelCache) -> Constraints:
-    """Find the layers that must stay; raise ExperimentError for a layer that does not exist."""
+    """Return which layers must stay; raise ExperimentError for a layer that does not exist."""
     if not request.constraints_text:
         return Constraints()
     source = cache.source(request.cell.model)
@@ -449,10 +445,9 @@ def run_search(request: SearchRequest, budget: Budget, cache: ModelCache) -> Ite
 
 
 def _is_over(budget: AccuracyBudget, scores: Scores, removed: PartSet) -> bool:
-    """Return whether the loss of a removal clearly exceeds the budget.
+    """Return whether the accuracy loss without these parts clearly exceeds the budget.
 
-    A search ends if its loss clearly exceeds the budget. If the loss is not measured yet, the
-    function measures it.
+    The function measures the loss on calibration documents if the loss is not stored yet.
     """
     scores.losses("accuracy", [removed])
     (cell,) = scores.cells
@@ -500,7 +495,7 @@ def calibration_record(cell: OpenCell, documents: dict[str, tuple[int, ...]]) ->
 
 
 def _step_message(request: SearchRequest, scores: Scores, draw: int | None, step: PruneStep) -> str:
-    """Describe the removal of a search step in one line, as a progress message."""
+    """Write a progress message about the parts that a search step removed."""
     name = request.strategy if draw is None else f"{request.strategy} {draw}"
     if request.calibrate:
         name += f" calibrated on {', '.join(request.calibrate)}"
@@ -522,24 +517,23 @@ RANDOM_REASON = "random draws are the baseline for chance, so they are never rec
 
 @dataclass(frozen=True)
 class Recommendation:
-    """One recommended set of parts from the results of several searches.
+    """Recommended set of parts to remove, from the results of several searches.
 
     Attributes:
         removed: The recommended set of removed parts; empty if nothing is recommended. With a
-            budget of accuracy, the model without these parts is the smallest model that is
-            significantly within the budget.
-        n_sets: Number of different sets that the searches chose. With a budget of accuracy, this is
-            the number of searches for which intervals are simultaneous.
+            budget of accuracy, no smaller model is significantly within the budget.
+        n_sets: Number of different sets that the searches chose. With a budget of accuracy,
+            `n_sets` is the number of searches.
         step: Comparison of the recommended and the second-best set; None if no sets were compared.
         decided_on: The documents on which sets were compared; None if no sets were compared.
         reason: Reason why nothing is recommended; empty otherwise.
-        estimated: Set of removed parts of the smallest model whose estimated loss is within the
-            budget of accuracy; empty without such a budget.
+        estimated: Removed parts of the smallest model whose estimated loss is within the budget of
+            accuracy; empty without a budget of accuracy.
         n_needed: Number of test documents with which the model without `estimated` would probably
             be significantly within the budget; None if unknown.
-        nearest: Command-line option for the smallest budget of accuracy that a tested set meets.
-            The value is None if a tested set meets the requested budget. It is empty if every
-            tested set reduces the accuracy to 0.
+        nearest: Command-line option for the smallest budget of accuracy that a tested set meets;
+            None if a tested set meets the requested budget; empty if every tested set reduces the
+            accuracy to 0.
     """
 
     removed: PartSet = ()
@@ -553,10 +547,10 @@ class Recommendation:
 
 
 def recommend_set(draws: Sequence[SearchDraw], cache: ModelCache) -> Recommendation:
-    """Recommend the set with the smallest loss among the sets that searches chose.
+    """Compare the sets of removed parts of several searches, and recommend the best set.
 
-    All searches must have the same goal, such as removing 8 layers. The loss is measured on
-    calibration documents. Random draws are never recommended.
+    All searches must have the same goal, such as removing 8 layers. The best set has the smallest
+    loss on calibration documents. Sets of the strategy `random` are never recommended.
 
     Args:
         draws: The results of the searches.

@@ -83,7 +83,7 @@ def _parse_mapping(mapping: dict[Any, Any]) -> Any:
 
 
 def _parse_layer(value: object) -> Iterator[int | str]:
-    """Yield the layers of one entry of the setting, such as `3`, `3-7` or `last`."""
+    """Yield the layer numbers or the word of one list entry, such as `3`, `3-7` or `last`."""
     text = str(value).strip()
     layers = fields.parse_layer_range(text)
     if isinstance(value, bool) or (layers is None and not _KIND.fullmatch(text)):
@@ -94,10 +94,9 @@ def _parse_layer(value: object) -> Iterator[int | str]:
 
 
 def _parse_minimums(value: object) -> str:
-    """Parse the minimum number of layers of each kind.
+    """Parse the setting `at_least`, the minimum number of layers of each kind.
 
-    An example of the value is `{full_attention: 1 of 4}`. The function returns JSON text with
-    sorted keys.
+    For example, `{full_attention: 1 of 4}` becomes JSON text with sorted keys.
     """
     expected = f"expected e.g. {MINIMUM_FORMS}"
     try:
@@ -144,7 +143,7 @@ class LayerMinimum:
         return f"{self.count}" if self.window is None else f"{self.count} of {self.window}"
 
     def groups(self, n_layers: int) -> Iterator[tuple[int, ...]]:
-        """Yield the groups of layers; at least `count` layers of each group must stay."""
+        """Yield the groups of layers of which at least `count` layers each must stay."""
         width = n_layers if self.window is None else self.window
         for start in range(n_layers - width + 1):
             yield tuple(layer for layer in self.layers if start <= layer < start + width)
@@ -157,7 +156,7 @@ class Constraints:
     Attributes:
         protected: Layers that must stay.
         among: Layers that the search can remove; None for all layers.
-        minimums: Minimum numbers of layers of some kinds.
+        minimums: Minimum number of remaining layers for some kinds of layers.
     """
 
     protected: tuple[int, ...] = ()
@@ -187,7 +186,7 @@ def resolve_constraints(
     n_layers: int,
     config: Callable[[], Any],
 ) -> Constraints:
-    """Convert constraints with words, such as `last` or `odd`, to numbers of layers.
+    """Convert words in constraints, such as `last` or `odd`, to numbers of layers.
 
     Args:
         protect: Value of the setting `protect`: layer numbers and words such as `last`.
@@ -220,11 +219,11 @@ def resolve_constraints(
 def _resolve_layers(
     key: str, words: Sequence[int | str], n_layers: int, config: Callable[[], Any]
 ) -> tuple[int, ...]:
-    """Return the numbers of the layers that the value of a constraint names.
+    """Convert layer numbers and words such as `last` to layer numbers.
 
     Args:
-        key: The constraint, for error messages.
-        words: The value: layer numbers, kinds of layers, and words such as `last`.
+        key: Name of the setting, for error messages.
+        words: Layer numbers, kinds of layers, and words such as `last`.
         n_layers: Number of layers of the model.
         config: Function that reads the model's text configuration.
 
@@ -248,7 +247,7 @@ def _find_layers(key: str, kinds: Sequence[str], config: Callable[[], Any]) -> t
     """Return the numbers of all layers of the given kinds, such as `sliding_attention`.
 
     The function `config` reads the model's configuration. Raises ExperimentError for an unknown
-    kind; the message names the setting `key`.
+    kind of layers; the message contains the setting `key`.
     """
     try:
         return layers_of_kind(config(), kinds) if kinds else ()
@@ -259,7 +258,7 @@ def _find_layers(key: str, kinds: Sequence[str], config: Callable[[], Any]) -> t
 def _parse_minimum(kind: str, text: str, n_layers: int, config: Callable[[], Any]) -> LayerMinimum:
     """Parse a minimum number of layers of one kind, written as `N` or `N of M`.
 
-    Raises ExperimentError if the intact model has fewer layers of this kind.
+    Raises ExperimentError if the intact model has too few layers of this kind.
     """
     layers = _find_layers("at_least", [kind], config)
     n, _, width = text.partition(" of ")
@@ -405,7 +404,7 @@ class Budget:
         return False
 
     def block_of(self, part: int) -> int:
-        """Return the block of a part; a uniform removal takes one part from each block."""
+        """Return the number of the block that contains a part; here, each part is a block."""
         return part
 
     @property
@@ -414,7 +413,7 @@ class Budget:
         return [part for part in range(len(self.sizes)) if part not in self.fixed]
 
     def allows(self, removed: Collection[int]) -> bool:
-        """Return whether all these parts can be removed together."""
+        """Return whether the constraints allow the removal of all these parts together."""
         return self.fixed.isdisjoint(removed) and all(
             len(set(parts).difference(removed)) >= count for parts, count in self.minimums
         )
@@ -424,27 +423,27 @@ class Budget:
         return sum(self.sizes[part] for part in removed)
 
     def is_met(self, removed: Collection[int]) -> bool:
-        """Return whether the removed parts have at least the minimum total size."""
+        """Return whether the removed parts together have at least the size `min_removed`."""
         return self.size_of(removed) >= self.min_removed * (1 - 1e-9)
 
     def is_finished(self, removed: Collection[int]) -> bool:
-        """Return whether a search ends after it removed these parts.
+        """Return whether a search is finished when these parts are removed.
 
-        If there is a minimum total size, the search ends when it has removed this size. Otherwise,
-        the search ends when no further part can be removed.
+        A search is finished when parts of the size `min_removed` are removed. If this size is 0,
+        the search is finished when no further part can be removed.
         """
         return self.is_met(removed) if self.min_removed else self.is_exhausted(removed)
 
     def is_exhausted(self, removed: Collection[int]) -> bool:
-        """Return whether nothing else can be removed."""
+        """Return whether the constraints allow no further removal."""
         return len(removed) >= len(self.largest_removal(removed))
 
     def can_reach(self, removed: Collection[int]) -> bool:
-        """Return whether a search that removed these parts can still meet the budget."""
+        """Return whether these parts, with further parts, can reach the size `min_removed`."""
         return self.allows(removed) and self.is_met(self.largest_removal(removed))
 
     def largest_removal(self, removed: Collection[int] = ()) -> set[int]:
-        """Return the largest removable set of parts that includes `removed`."""
+        """Return the largest set of parts that contains `removed` and can be removed."""
         if self.minimums:
             return _largest_removal(self, frozenset(removed))
         free_parts = set(self.free_parts)
@@ -454,11 +453,11 @@ class Budget:
 
     @property
     def largest_size(self) -> float:
-        """The largest total size that can be removed under the constraints."""
+        """Total size of the largest set of parts that can be removed."""
         return self.size_of(self.largest_removal())
 
     def next_parts(self, removed: Collection[int]) -> list[int]:
-        """Return the parts that the next step can remove."""
+        """Return the parts that a next step can remove without making the budget unreachable."""
         largest = self.largest_removal(removed)
         certain = largest if self.is_met(largest) else set()
         parts = [part for part in self.free_parts if part not in removed]
@@ -470,9 +469,8 @@ class PartsBudget(Budget):
     """Budget for the removal of heads, experts or neurons; each part has the size 1.
 
     Attributes:
-        uniform_block: Number of consecutive parts that form a block, such as the parts of a layer.
-            A search must then remove equally many parts from each block. The value is None if a
-            search can remove different numbers of parts from the layers.
+        uniform_block: Number of consecutive parts that form a block, such as the parts of a layer,
+            if a search must remove equally many parts from each block; otherwise None.
     """
 
     uniform_block: int | None = None
@@ -492,7 +490,7 @@ class PartsBudget(Budget):
     def block_of(self, part: int) -> int:
         """Return the number of the block that contains a part.
 
-        Each block has `uniform_block` parts. If `uniform_block` is None, each layer is a block.
+        A block is `uniform_block` consecutive parts, or a layer if `uniform_block` is None.
         """
         return part // (self.uniform_block or self.parts.per_layer)
 
@@ -502,27 +500,27 @@ class PartsBudget(Budget):
 
     @property
     def largest_size(self) -> float:
-        """The largest number of parts that can be removed under the constraints."""
+        """Number of parts in the largest set of parts that can be removed."""
         counts = self._max_removals.values()
         total = sum(counts) if self.uniform_block is None else min(counts) * len(counts)
         return float(total)
 
     def is_exhausted(self, removed: Collection[int]) -> bool:
-        """Return whether nothing else can be removed."""
+        """Return whether the constraints allow no further removal."""
         return len(removed) >= self.largest_size
 
     def allows(self, removed: Collection[int]) -> bool:
-        """Return whether all these parts can be removed together."""
+        """Return whether the constraints allow the removal of all these parts together."""
         counts = self._count_by_block(removed).items()
         fits_blocks = all(count <= self._max_removals.get(block, 0) for block, count in counts)
         return fits_blocks and self.fixed.isdisjoint(removed)
 
     def can_reach(self, removed: Collection[int]) -> bool:
-        """Return whether a search that removed these parts can still meet the budget."""
+        """Return whether these parts, with further parts, can reach the size `min_removed`."""
         return self.allows(removed) and self.largest_size >= self.min_removed * (1 - 1e-9)
 
     def next_parts(self, removed: Collection[int]) -> list[int]:
-        """Return the parts that the next step can remove."""
+        """Return the parts that a next step can remove without making the budget unreachable."""
         if not self.can_reach(removed):
             return []
         counts = self._count_by_block(removed)
@@ -547,14 +545,15 @@ class UniformKind:
     counts: tuple[int, ...]
 
     def next_removal(self, removed: Collection[int], order: Sequence[int]) -> set[int]:
-        """Return the next larger removal with equally many parts from each block.
+        """Return the smallest larger set of removed parts with equally many parts of each block.
 
         Args:
             removed: The parts that are removed so far.
-            order: All parts, in the order in which they are removed from each block.
+            order: All parts; within a block, a part that comes earlier in `order` is removed
+                earlier.
 
         Returns:
-            All parts of the larger removal; empty if no larger removal is possible.
+            All removed parts of this kind; empty if no larger set is possible.
         """
         n_removed = len({*self.blocks[0]}.intersection(removed))
         larger = [count for count in self.counts if count > n_removed]
@@ -563,7 +562,7 @@ class UniformKind:
         return {part for block in blocks for part in block[: larger[0] if larger else 0]}
 
     def largest_extension(self, removed: Collection[int]) -> set[int]:
-        """Return the largest set of further parts that can be removed."""
+        """Return a largest set of parts of this kind that can be removed in addition."""
         n_left = self.counts[-1] - len({*self.blocks[0]}.intersection(removed))
         remaining = ([part for part in block if part not in removed] for block in self.blocks)
         return {part for block in remaining for part in block[:n_left]}
@@ -571,16 +570,16 @@ class UniformKind:
 
 @dataclass(frozen=True)
 class MixedBudget(Budget):
-    """Budget for searches that remove several units, such as whole layers and heads.
+    """Budget for searches that remove several kinds of parts, such as whole layers and heads.
 
-    A search removes equally many heads, experts or neurons from each layer. If a whole layer is
-    removed, the size of its parts is not counted again.
+    A search removes equally many heads, experts or neurons from each layer. The size of a removed
+    layer includes its heads, experts and neurons.
 
     Attributes:
         n_layers: Number of layers, or 0 if the search removes no whole layers. One layer always
             stays.
-        kinds: Units other than whole layers, such as heads and neurons.
-        price_unit: Size for which losses are compared: a million parameters or a millisecond.
+        kinds: Removable parts of each kind other than whole layers, such as heads and neurons.
+        price_unit: Losses are compared per this size: a million parameters or a millisecond.
     """
 
     n_layers: int = 0
@@ -599,23 +598,24 @@ class MixedBudget(Budget):
         return sum(self.sizes[p] for p in removed if p in layers or layer_of(p) not in layers)
 
     def largest_removal(self, removed: Collection[int] = ()) -> set[int]:
-        """Return the largest removable set of parts that includes `removed`."""
+        """Return the largest set of parts that contains `removed` and can be removed."""
         largest = set(removed).union(*(kind.largest_extension(removed) for kind in self.kinds))
         if remaining := {*range(self.n_layers)}.difference(removed):
             largest |= remaining - {min(remaining, key=lambda layer: self.sizes[layer])}
         return largest
 
     def candidates(self, removed: Collection[int], order: Sequence[int]) -> list[list[set[int]]]:
-        """List the sets of parts that the next step of a search can remove.
+        """List the sets of parts of which the next step of a search can remove one.
 
         Args:
             removed: The parts that are removed so far.
-            order: All parts other than whole layers, in the order in which they are removed from
-                each layer.
+            order: All parts other than whole layers; earlier parts are removed first from each
+                layer.
 
         Returns:
-            For each unit, such as layers or heads, a list of sets. A set is a single layer, or it
-            contains equally many parts of each layer, including the parts that are removed so far.
+            One list of sets for each kind of parts, such as layers or heads. A set of the first
+            kind is a single layer. A set of heads has equally many heads of each layer, including
+            removed heads.
         """
         layers = [{layer} for layer in range(self.n_layers) if layer not in removed]
         extended = [kind.next_removal(removed, order) for kind in self.kinds]
@@ -624,12 +624,12 @@ class MixedBudget(Budget):
         return [group for group in reachable if group]
 
     def is_exhausted(self, removed: Collection[int]) -> bool:
-        """Return whether nothing else can be removed."""
+        """Return whether the constraints allow no further removal."""
         return not self.candidates(removed, self.numbered_parts)
 
 
 def unmet_budget_error(reason: str) -> ExperimentError:
-    """Build the error of a strategy that cannot remove enough to meet the budget."""
+    """Build the error for a strategy that cannot remove the requested amount."""
     return ExperimentError(
         f"the search cannot remove enough, because {reason}; remove less, or use another strategy, "
         "such as accuracy"
@@ -711,9 +711,10 @@ def build_budget(
 
 @lru_cache(maxsize=4096)
 def _largest_removal(budget: Budget, removed: frozenset[int]) -> set[int]:
-    """Return the largest removable set of parts that includes `removed`.
+    """Return the largest set of parts that contains `removed` and can be removed.
 
-    The set is computed by integer programming.
+    The function uses integer programming, because a layer can belong to several groups of
+    `minimums`.
     """
     # Imported here, since most commands do not need it.
     import numpy as np

@@ -6,7 +6,7 @@ losses of `accuracy`, the strategy chooses the set with the smaller loss of `gol
 sets have equal losses of `gold_logprob`, the strategy chooses the set with the smaller loss of
 `accuracy`.
 
-Some settings of `rescoring` skip candidates or documents to save time.
+The setting `rescoring` can save time: a search then measures fewer candidates or fewer documents.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ StepChooser = Callable[[PartSet], PruneStep]
 
 
 def _yield_steps(budget: Budget, choose: StepChooser) -> Iterator[PruneStep]:
-    """Yield the steps of a search until it meets its budget.
+    """Yield the steps of a search, until enough parts are removed.
 
     The function `choose` takes the parts that are removed so far, and returns the next step.
     """
@@ -86,7 +86,7 @@ def remove_by_outcome(search: Search, outcome: str) -> Iterator[PruneStep]:
 
 
 def _full_chooser(search: Search, outcome: str) -> StepChooser:
-    """Return a function that scores all candidates and chooses the best."""
+    """Return a function that removes the remaining part with the smallest loss."""
 
     def choose(removed: PartSet) -> PruneStep:
         sets = [add_parts(removed, part) for part in search.budget.next_parts(removed)]
@@ -96,11 +96,11 @@ def _full_chooser(search: Search, outcome: str) -> StepChooser:
 
 
 def _mixed_chooser(search: Search, budget: MixedBudget, outcome: str) -> StepChooser:
-    """Return a function that chooses the removal with the smallest loss per parameter or second.
+    """Return a function that removes what costs the least loss per parameter or millisecond.
 
-    The candidates are whole layers, and sets with the next parts (e.g. heads) of each layer. The
-    order of a layer's parts is fixed: it begins with the part whose removal from the intact model
-    causes the smallest loss.
+    A step removes one whole layer, or equally many parts (e.g. heads) of every layer. In each
+    layer, the parts are removed in a fixed order: by their loss if removed alone, the smallest
+    first.
     """
     scores = search.scores
     single_losses = scores.losses(outcome, [(part,) for part in budget.numbered_parts])
@@ -116,10 +116,10 @@ def _mixed_chooser(search: Search, budget: MixedBudget, outcome: str) -> StepCho
 
 
 def _lazy_chooser(search: Search, outcome: str) -> StepChooser:
-    """Return a function that scores only candidates that can still be the best.
+    """Return a function that removes the best part without scoring hopeless parts again.
 
-    The method assumes that the loss of removing a part never decreases from step to step. If the
-    loss of a part decreases, the search can miss this part.
+    A part is hopeless if its added loss in an earlier step exceeds the best added loss of this
+    step. The method assumes that the added loss of a part never decreases.
     """
     scores, total_loss = search.scores, 0.0
     costs = dict.fromkeys(range(scores.parts.total), -np.inf)
@@ -148,11 +148,11 @@ def _lazy_chooser(search: Search, outcome: str) -> StepChooser:
 
 
 def _race_chooser(search: Search, outcome: str) -> StepChooser:
-    """Return a function that chooses the next step with fewer documents for bad candidates.
+    """Return a function that removes the best part, found with fewer documents for bad parts.
 
-    The function stops measuring a candidate that is significantly worse than others. With 95 %
+    The measurement of a part ends when the part is significantly worse than another part. With 95 %
     confidence, the loss of the removed part exceeds the smallest loss by at most one percentage
-    point of accuracy (or 0.01 nats). This is the stopping rule of `until: prune 1 within 1 pp`.
+    point of accuracy (or 0.01 nats).
     """
     scores = search.scores
     (cell,) = scores.cells
@@ -197,9 +197,9 @@ def remove_by_proxy(search: Search, name: str) -> Iterator[PruneStep]:
 
 
 def remove_one_shot(search: Search, outcome: str = "", proxy: str = "") -> Iterator[PruneStep]:
-    """Yield steps that remove the part with the smallest initial score first.
+    """Yield steps that remove parts in the order of their scores, the smallest first.
 
-    Scores are not measured again after a removal.
+    All scores are measured once, in the intact model.
 
     Args:
         search: Input of the strategy.
@@ -230,8 +230,8 @@ def remove_one_shot(search: Search, outcome: str = "", proxy: str = "") -> Itera
 def remove_span(search: Search) -> Iterator[PruneStep]:
     """Yield steps that remove consecutive layers with the smallest angular distance.
 
-    This is the method of PruneMe. Step n removes the best n consecutive layers, which need not
-    contain the layers of the previous step.
+    Step n removes the best n consecutive layers (the method of PruneMe). The removed layers of step
+    n need not include the removed layers of step n - 1.
     """
     budget, n = search.budget, search.scores.layers
     spans = (range(start, end) for start in range(n) for end in range(start + 1, n + 1))
@@ -276,9 +276,9 @@ def remove_at_random(search: Search) -> Iterator[PruneStep]:
 
 
 def _random_chooser(search: Search, budget: MixedBudget) -> StepChooser:
-    """Return a function that chooses the next step at random.
+    """Return a function that removes a random layer, or random parts of every layer.
 
-    The function first draws a unit, such as layers or heads, and then a candidate of this unit.
+    The function first draws the kind of parts, such as layers or heads, and then the parts.
     """
     order, generator = list(budget.numbered_parts), search.random_generator("random")
     generator.shuffle(order)
@@ -291,7 +291,7 @@ def _random_chooser(search: Search, budget: MixedBudget) -> StepChooser:
 
 
 def _filter_removable(order: Iterable[int], budget: Budget) -> Iterator[int]:
-    """Yield parts in order; skip parts whose removal would make the budget unreachable."""
+    """Yield parts in order, without parts whose removal makes the budget unreachable."""
     removed: list[int] = []
     for part in order:
         if budget.can_reach((*removed, part)):
@@ -302,7 +302,7 @@ def _filter_removable(order: Iterable[int], budget: Budget) -> Iterator[int]:
 def _remove_in_order(search: Search, order: Iterable[int]) -> Iterator[PruneStep]:
     """Yield steps that remove parts in a given order, until the budget is met.
 
-    Each step removes one part. If the budget is uniform, each step removes one part of each block.
+    A step removes one part, or one part of each block if the budget is uniform.
     """
     budget = search.budget
     removed: PartSet = ()
