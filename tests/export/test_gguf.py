@@ -142,7 +142,7 @@ QUANTIZE = gguf_model._quantize
 @pytest.mark.parametrize(
     ("name", "fault", "reason"),
     [
-        ("gguf_model._UNROUNDED_TYPES", {"float32": "F16"}, "differs from the measured values"),
+        ("gguf_model._UNROUNDED_TYPES", {"float32": "F16"}, "GGUF file and the checkpoint differ"),
         ("gguf_model._quantize", refuse_writing, "iostream error|failed to"),
         ("proof.SINGLE_TOLERANCE", (0.0, 0.0), "llama.cpp loads a different model"),
     ],

@@ -304,7 +304,7 @@ def test_losses_have_no_budget(write, prune, tmp_path: Path) -> None:
 
 
 def test_all_layers_can_be_walked(ask, make_cache) -> None:
-    """Without an amount, a search ends only where nothing else may go."""
+    """Without an amount, a search ends only where no other removal is possible."""
     for strategy in ("accuracy", "cosine_oneshot", "angular", "random"):
         for stays, n_stay in (({}, 1), ({"at_least": "odd=1"}, 1), ({"protect": "0,1"}, 2)):
             request = ask(strategy=strategy, remove=None, max_drop="2pp", **stays)

@@ -72,7 +72,7 @@ def test_unsavable_sets_are_refused_early(ask, make_cache, jamba, settings):
         assert refuse_unsavable([request], [budget], cache) == [""]
     elif any(savable):
         (note,) = refuse_unsavable([request], [budget], cache)
-        assert "as a checkpoint: the configuration of JambaForCausalLM cannot describe" in note
+        assert "cannot be saved as a checkpoint: the configuration of JambaForCausalLM" in note
         assert suggestion in note
     else:
         with pytest.raises(ModelError, match="cannot describe that layer") as refusal:
@@ -82,7 +82,7 @@ def test_unsavable_sets_are_refused_early(ask, make_cache, jamba, settings):
 
 def test_commands_report_unsavable_sets(write, prune, jamba, tmp_path):
     partly_savable = write(model=str(jamba), strategy="random", remove=1, draws=9)
-    note = "copa, random, remove 1: the result may not be savable as a checkpoint"
+    note = "copa, random, remove 1: perhaps the pruned model cannot be saved as a checkpoint"
     assert note in " ".join(printed("validate", partly_savable).split())
     unsavable = write(model=str(jamba), strategy="gold_logprob_oneshot", remove=4)
     for result in (prune(unsavable), cli("validate", unsavable)):

@@ -190,7 +190,7 @@ def test_a_uniform_choice_is_saved(write, prune, tmp_path) -> None:
     settings = {"model": str(model), "unit": "kv_head", "remove": 2, "sample": 4, "test_sample": 4}
     path = write(strategy=["gold_logprob_oneshot", "random"], **settings)
     for option, problem in (
-        ("--strategy=accuracy", "accuracy removes one part at a time"),
+        ("--strategy=accuracy", "accuracy removes one part in each step"),
         ("--uniform=false", "only if each layer loses the same number"),
         ("--protect=0", "leave 'protect' and 'among' out"),
         ("--unit=mlp", "if 'unit' is mlp"),

@@ -127,7 +127,10 @@ def test_drops_that_add_up_are_predicted_by_their_sums() -> None:
 def test_what_cannot_be_predicted_has_a_reason() -> None:
     ascending, constant = np.arange(4.0), np.full(4, 0.1)
     for estimate in additivity(ascending, constant, (ascending[None], constant[None])):
-        assert estimate.reason == "the sums of drops or the joint drops are the same for all pairs"
+        assert (
+            estimate.reason
+            == "all pairs of layers have equal joint drops, or equal sums of single drops"
+        )
 
 
 def estimate_growth(start_values, end_values, strata=None) -> Estimate:
@@ -184,7 +187,7 @@ def test_undefined_growth_has_a_reason(bad: float) -> None:
     for pair in ((usable, unusable), (unusable, usable)):
         estimate = estimate_growth(*pair)
         assert (estimate.value, estimate.low, estimate.p_value) == (None, None, None)
-        assert estimate.reason == "the values are not positive and finite in 1 of 3 documents"
+        assert estimate.reason == "growth needs positive, finite values; 1 of 3 documents have none"
     assert (
         estimate_growth(usable[:1], usable[:1]).reason
         == "growth needs at least two documents, not 1"

@@ -208,7 +208,7 @@ def test_a_loss_that_may_be_nothing_cannot_be_won_back(lost):
     assert estimate.reason == "the sum of the drops is not significantly above 0"
 
     undefined = recovered_share(np.array([np.nan]), np.zeros(1), resamples, resamples)
-    assert undefined.reason == "a drop is not a finite number"
+    assert undefined.reason == "the accuracy drop of a layer is not a finite number"
 
 
 def test_the_interval_covers_what_more_documents_would_give():

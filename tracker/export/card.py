@@ -304,8 +304,7 @@ def recipe_problems(formats: FormatsByPath, architecture: str, layers: int) -> d
         )
     if split := _split_fused_maps(formats):
         problems["llm-compressor"] = (
-            f"vLLM fuses the linear maps {join_words(split)}, but these have different formats; "
-            "use --tie fused"
+            f"vLLM fuses {join_words(split)}, which therefore need equal formats; use --tie fused"
         )
     if not all(_LAYER_PATH.search(path) for path in formats):
         problems["GPTQModel"] = "GPTQModel does not quantise the embedding or the output head"

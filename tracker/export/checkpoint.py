@@ -135,7 +135,7 @@ def export(request: ExportRequest, progress: Progress) -> ExportedModel:
     if request.has_benchmark and not is_rounded:
         refuse_corpus(request.request.benchmark)
         check_benchmark(request.request.benchmark)
-    progress.say("checking that the configuration can describe the remaining layers")
+    progress.say("checking that the changed model can be saved")
     ablation = change.ablation
     if is_rounded:
         checkpoint.check_plain_weights(source)
@@ -157,7 +157,7 @@ def export(request: ExportRequest, progress: Progress) -> ExportedModel:
             except BenchmarkError as error:
                 if not is_rounded:
                     raise
-                progress.say(f"not scored by lm-eval: {error}")
+                progress.say(f"lm-eval cannot score the saved model: {error}")
                 proof = prove(folder, answers, None, trust_remote_code)
             if gguf is not None:
                 progress.say("writing the GGUF file with llama.cpp")

@@ -168,8 +168,7 @@ def _compare_weights(file: Path, checkpoint: Path, dtype: str) -> None:
         written = load(file.parent, gguf_file=path, dtype=dtype).state_dict()
     for name, weight in load(checkpoint, dtype=dtype).state_dict().items():
         if name not in written or not weight.equal(written[name]):
-            problem = "differs from the measured values"
-            raise WorkError(f"the weight {name} in the file that llama.cpp wrote {problem}")
+            raise WorkError(f"the GGUF file and the checkpoint differ in the weight {name}")
 
 
 def _read_logits(file: Path, expected: ExpectedAnswers, exact: bool) -> list[torch.Tensor]:

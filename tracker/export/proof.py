@@ -217,7 +217,7 @@ def _refuse_other_model(answer: Answer, expected: ExpectedAnswers) -> None:
     """Raise WorkError unless the saved model has the expected weights and tokenizer."""
     if names := answer["not_as_saved"]:
         raise WorkError(
-            f"the checkpoint or the model in plain transformers lacks the weight {names[0]}"
+            f"the saved checkpoint, or its model in plain transformers, lacks the weight {names[0]}"
         )
     if answer["parameters"] != expected.n_parameters:
         raise WorkError(
@@ -244,7 +244,8 @@ def compare_logits(
         difference = float((their_logits - our_logits).abs().max())
         if not difference <= max_nats + max_share * float(our_logits.abs().max()):
             raise WorkError(
-                f"{tool} loads a different model: logits of {text!r} differ by {difference:.3g}"
+                f"{tool} loads a different model: logits of {text!r} differ by {difference:.3g} "
+                "from the logits of the model in memory"
             )
         largest = max(largest, difference)
     return largest
@@ -282,7 +283,7 @@ def _compare_outcomes(answer: Answer, cell: MeasuredCell, is_half: bool) -> tupl
                 f"model, but {value} was measured (log-likelihoods differ by up to {nats:.3g} nats)"
             )
     if n_missing := cell.n - len(keys):
-        raise WorkError(f"lm-eval left out {n_missing} of the measured documents")
+        raise WorkError(f"lm-eval has no results for {n_missing} of the measured documents")
     return largest, len(ties)
 
 

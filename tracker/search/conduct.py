@@ -107,7 +107,7 @@ def recommend_within(
     estimated = [(steps[v.estimated], v.needed) for steps, v in verdicts if v.estimated is not None]
     excesses = [v.smallest_excess for _, v in verdicts if v.smallest_excess is not None]
     if not excesses:
-        reason = "every tested removal either has no score or cannot be saved"
+        reason = "every tested model either cannot be saved or has no finite score"
         return Recommendation(n_sets=n_sets, reason=reason)
     if not estimated:
         return Recommendation(n_sets=n_sets, nearest=budget.larger_option(min(excesses), paired))

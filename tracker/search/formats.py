@@ -233,9 +233,9 @@ def parse_budget(
         size, other_size = (f"{size / 1e6:,.1f} MB" for size in sizes)
         names = join_words(list(dict.fromkeys(smallest.values())), "or")
         raise RequestError(
-            f"--budget {text} is too small. If every linear map has the format {names}, they take "
-            f"{min_bits:.3g} bits per weight. The model then takes {size}, including {other_size} "
-            f"of other weights. Use at least --budget {math.ceil(1000 * min_bits) / 1000}bpw, or "
+            f"--budget {text} is too small. If every linear map has the format {names}, the linear "
+            f"maps take {min_bits:.3g} bits per weight, and the model takes {size} ({other_size} "
+            f"for other weights). Use at least --budget {math.ceil(1000 * min_bits) / 1000}bpw, or "
             "add a format of fewer bits to --format"
         )
     return budget

@@ -160,7 +160,9 @@ def refuse_unsavable(
         message = ". ".join(filter(None, (next(filter(None, reasons)), advice)))
         if all(reasons):
             raise ModelError(f"{request.title}: {message}")
-        return f"{request.title}: the result may not be savable as a checkpoint: {message}"
+        return (
+            f"{request.title}: perhaps the pruned model cannot be saved as a checkpoint: {message}"
+        )
 
     return list(map(describe_result, searches, budgets))
 

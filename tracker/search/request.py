@@ -126,7 +126,7 @@ class SearchRequest(SearchSettings):
             )
         elif self.uniform and self.strategy not in UNIFORM_STRATEGIES:
             yield (
-                f"{self.strategy} removes one part at a time, but 'uniform' removes one from each "
+                f"{self.strategy} removes one part in each step, but 'uniform' needs one from each "
                 f"layer; use {', '.join(UNIFORM_STRATEGIES)}"
             )
         if self.uniform and (self.protect or self.among):

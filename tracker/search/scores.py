@@ -117,7 +117,7 @@ class Losses:
         layer = added[0] if len(added) == 1 else None
         step = PruneStep(removed=chosen, layer=layer, score=float(means[best]))
         if not others or not math.isfinite(means[others[0]]):
-            return step.model_copy(update={"reasons": {"margin": "there was nothing else"}})
+            return step.model_copy(update={"reasons": {"margin": "no other removal was possible"}})
         second, n = others[0], len(self.values)
         differences = self.values[:, second] - self.values[:, best]
         extremes = (1.0, -1.0) if self.is_binary else ()

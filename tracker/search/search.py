@@ -232,9 +232,8 @@ def refuse_mixed(searches: Sequence[SearchRequest], cache: ModelCache) -> None:
             if shared:
                 raise ExperimentError(
                     f"{search.title}: the calibration task {task} and the test task {shared[0]} "
-                    "have the same documents. Each task is split into halves separately, so some "
-                    f"documents would be used for both; calibrate and test on {shared[0]} alone, "
-                    "or calibrate on other documents"
+                    "have the same documents. Calibration and test documents could overlap; "
+                    f"calibrate and test on {shared[0]} alone, or calibrate on other documents"
                 )
 
 
@@ -511,7 +510,7 @@ def _step_message(request: SearchRequest, scores: Scores, draw: int | None, step
     return f"{request.cell.benchmark}, {name}: {text}"
 
 
-RANDOM_REASON = "random draws are the baseline for chance, so they are never recommended"
+RANDOM_REASON = "the strategy 'random' is only a reference, so random sets are never recommended"
 """Reason why searches of the strategy `random` alone recommend nothing."""
 
 

@@ -161,7 +161,7 @@ def _race_chooser(search: Search, outcome: str) -> StepChooser:
         parts = search.budget.next_parts(removed)
         sets = [add_parts(removed, part) for part in parts]
         if len(parts) == 1:
-            reasons = dict.fromkeys(("score", "margin"), "nothing else may go")
+            reasons = dict.fromkeys(("score", "margin"), "no other removal is possible")
             return PruneStep(removed=sets[0], layer=parts[0], reasons=reasons)
         candidates = [scores.ablation(part_set) for part_set in sets]
         start = [scores.ablation(removed)] if removed else []

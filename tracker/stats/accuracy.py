@@ -5,8 +5,8 @@ outcomes of documents. An outcome is a number in [0, 1], or NaN if the model gav
 The functions also accept losses (e.g. bits per byte) as outcomes. An undefined value is returned as
 None with a reason, never as 0.
 
-Some metrics are ratios of two sums over all documents, such as log-likelihood by bytes. A ratio of
-sums is computed as a weighted mean of the documents' ratios.
+Some metrics are ratios of two sums over all documents, such as log-likelihood per byte. The
+functions compute a ratio of sums as the weighted mean of the documents' ratios.
 
 The module also computes the smallest change that a test can detect, and the number of documents
 that a test needs. A change is detectable if a two-sided test at the level `ALPHA` has at least the
@@ -36,9 +36,9 @@ RATIO_SCALES = {RATIO: 1.0, "bits_per_byte": -1 / math.log(2)}
 
 
 def document_ratios(aggregation: str, sums: Array, units: Array) -> Array:
-    """Divide each document's sum by the document's number of units.
+    """Compute each document's ratio, such as log-likelihood per byte.
 
-    For example, the sum is the log-likelihood of the document's text, and the units are its bytes.
+    For log-likelihood per byte, the sums are log-likelihoods of texts, and the units are bytes.
 
     Args:
         aggregation: Name of the metric's aggregation, a key of `RATIO_SCALES`.
@@ -189,9 +189,8 @@ def accuracy_drop(baseline: Array, ablated: Array, weights: Array | None = None)
 def cluster_means(values: Array, weights: Array, clusters: IntArray | None) -> tuple[Array, Array]:
     """Average the documents of each cluster, such as the questions on one passage.
 
-    The averaging does not change the weighted mean. The documents of a cluster can depend on each
-    other. An interval that is computed from the cluster averages is valid if the clusters are
-    independent of each other.
+    The documents of a cluster can depend on each other. An interval that is computed from the
+    cluster averages is valid if the clusters are independent of each other.
 
     Args:
         values: `[documents]` or `[documents, k]`.
@@ -227,15 +226,15 @@ def budget_excess(
     max_drop: float = 0.0,
     kept_share: float = 1.0,
 ) -> Estimate:
-    """Estimate by how much the accuracy loss of an ablation exceeds the allowed loss.
+    """Estimate the accuracy loss of an ablation minus the allowed loss.
 
-    The estimate is `kept_share` · baseline − ablated − `max_drop`. The loss is significantly within
-    the budget if the upper end of the interval is at most 0.
+    The estimate (the excess) is `kept_share` · baseline − ablated − `max_drop`. The loss is
+    significantly within the budget if the upper end of the excess's interval is at most 0.
 
-    The interval is Bonett & Price's interval with one additional lost document. This document
-    matters if a removal only makes right answers wrong. It reduces the largest probability of a
-    wrong result "within the budget" from 6.7 % to 3.0 % (computed by `python -m
-    tests.tools.accuracy_budget`).
+    The interval is Bonett & Price's interval with one additional lost document. Without the
+    additional document, the interval is too narrow if a removal only makes right answers wrong. The
+    additional document reduces the largest probability of a wrong result "within the budget" from
+    6.7 % to 3.0 % (computed by `python -m tests.tools.accuracy_budget`).
 
     Args:
         baseline: `[documents]`, the intact model's outcomes, in [0, 1].
@@ -268,10 +267,10 @@ def budget_excess(
 
 
 def drop_below_p(lost: int, won: int, n_documents: int, margin: float) -> float:
-    """Compute the p-value of Tango's score test for a drop below a margin.
+    """Test whether an accuracy drop is below a margin; return the p-value of Tango's score test.
 
-    The null hypothesis is that the accuracy drop is at least the margin. The score test is valid
-    even if almost no outcome changes, whereas Wald intervals are then too narrow.
+    The null hypothesis is that the accuracy drop is at least the margin. Unlike Wald intervals, the
+    score test is valid even if almost no outcome changes.
 
     Args:
         lost: Number of documents that only the first model answers right.
@@ -302,7 +301,7 @@ def drop_below_p(lost: int, won: int, n_documents: int, margin: float) -> float:
 
 
 def bernstein_half_width(sd: float, n: int, alpha: float) -> float:
-    """Return the distance from the observed mean to an upper bound of the mean.
+    """Compute an upper bound of a mean difference; return the bound minus the observed mean.
 
     The bound is valid with the probability 1 - `alpha` for any distribution of differences in [-1,
     1], even if large differences are rare.
@@ -364,16 +363,15 @@ def drop_sd(baseline: Array, ablated: Array, weights: Array | None = None) -> Es
 def mean_interval(
     values: Array, weights: Array | None = None, extra: tuple[float, ...] = ()
 ) -> tuple[float | None, float | None]:
-    """Return a 95 % confidence interval of the mean value of the documents.
+    """Return the 95 % confidence interval of a weighted mean over documents.
 
-    By default, this is a t interval. If `extra` is given, the function adds artificial documents
-    with these values, and returns a Wald interval (normal approximation) of all documents.
+    By default, the interval is a t interval. If `extra` is given, artificial documents with the
+    values `extra` are added, and the interval is a Wald interval (normal approximation).
 
     Args:
         values: `[documents]`, finite value of each document.
         weights: `[documents]`, summing to 1; None for equal weights.
-        extra: Values of the artificial documents. Each of them has the mean weight of the real
-            documents.
+        extra: Values of the artificial documents, which have the mean weight of the real documents.
 
     Returns:
         The lower and the upper bound. Both are None for a single document without `extra`.
@@ -395,7 +393,7 @@ def mean_interval(
 
 
 def chance_accuracy(choices: IntArray | Array, weights: Array | None = None) -> float:
-    """Return the expected accuracy if answer options are chosen at random.
+    """Return the expected accuracy of answers that are chosen at random.
 
     Args:
         choices: `[documents]`, number of answer options of each document; 0 if there are no
@@ -417,7 +415,7 @@ def chance_accuracy(choices: IntArray | Array, weights: Array | None = None) -> 
 
 
 def accuracy_relevance(baseline: float | None, ablated: float | None, chance: float) -> Estimate:
-    """Compute the relative loss of the accuracy above chance.
+    """Compute which share of the accuracy above chance is lost.
 
     The formula is 1 - max(ablated - chance, 0) / max(baseline - chance, 0). The value is 1 if the
     accuracy falls to chance, 0 if the accuracy does not change, and negative if the accuracy
@@ -452,11 +450,9 @@ def accuracy_relevance(baseline: float | None, ablated: float | None, chance: fl
 
 
 def _weighted_arrays(values: ArrayLike, weights: Array | None) -> tuple[Array, Array]:
-    """Return the values and the weights as arrays.
+    """Convert values and weights to arrays; weights of None become equal weights.
 
-    If `weights` is None, all weights are equal.
-
-    ValueError is raised if a weight is negative, or if the weights do not sum to 1.
+    Raises ValueError if a weight is negative, or if the weights do not sum to 1.
     """
     array = np.asarray(values, dtype=np.float64)
     n = len(array)
@@ -481,8 +477,8 @@ def _weighted_mean(values: Array, shares: Array) -> float:
 def undefined_mean_reason(values: Array, missing: str = "finite score") -> str | None:
     """Explain why the mean of the documents' values is undefined.
 
-    The text counts the values that are not finite, and calls them `missing`. The function returns
-    None if the mean is defined.
+    The text counts the values that are not finite; `missing` is the word for such values. The
+    function returns None if the mean is defined.
     """
     if not len(values):
         return "no documents"
@@ -497,9 +493,9 @@ def _is_binary(values: Array) -> bool:
 
 
 def _error_variance(values: Array, weights: Array) -> float | None:
-    """Estimate the variance of the weighted mean of the documents' values.
+    """Estimate the variance of the documents' weighted mean.
 
-    The function returns None if the sum of the squared weights is above `MAX_CONCENTRATION`.
+    The function returns None if one document has almost all weight (`MAX_CONCENTRATION`).
     """
     concentration = float(weights @ weights)
     if concentration > MAX_CONCENTRATION:
@@ -515,11 +511,11 @@ REPORTED_DROP = 0.05
 
 @dataclass(frozen=True)
 class OutcomeVariance:
-    """Variance of the change of one document's outcome when a layer is removed.
+    """Variance of the outcome changes over documents, from which sample sizes are computed.
 
     For 0/1 outcomes, power is computed by the normal approximation of McNemar's test. The exact
     McNemar test needs slightly more documents. For other outcomes, the variance is assumed to be
-    the same for every drop.
+    equal for drops of any size.
 
     Attributes:
         variance: For 0/1 outcomes, the share of documents with a changed outcome; else the variance
@@ -541,7 +537,7 @@ class OutcomeVariance:
     binary: bool
 
     def count_documents(self, change: float, n_tests: int = 1) -> int:
-        """Compute how many documents are needed to detect a change of a given size.
+        """Compute how many documents a test needs to detect a mean change of a given size.
 
         Args:
             change: A drop or an increase, above 0.
@@ -553,12 +549,12 @@ class OutcomeVariance:
         return math.ceil(self._scaled_documents(change, n_tests) / change**2)
 
     def count_equivalence_documents(self, margin: float, n_tests: int = 1) -> int:
-        """Compute how many documents are needed to show equivalence of equal models.
+        """Compute how many documents a test needs to show that two equal models are equivalent.
 
         Two models are significantly equivalent if the interval of the difference lies inside
-        ±margin. The number of documents is chosen so that equal models pass this test with the
-        probability `TEST_POWER`, by the normal approximation. For 0/1 outcomes, z² / (2 · margin)
-        documents are added, so that Tango's score test has the power `TEST_POWER`.
+        ±margin. With the returned number of documents, equal models pass this test with the
+        probability `TEST_POWER` (normal approximation). For 0/1 outcomes, z² / (2 · margin)
+        documents are added for Tango's score test.
 
         Args:
             margin: Largest acceptable difference, above 0.
@@ -591,8 +587,7 @@ class OutcomeVariance:
             n_tests: Number of simultaneous tests, each at the level `ALPHA` / `n_tests`.
 
         Returns:
-            The smallest detectable change; None if there are too few documents to detect any
-            change.
+            The smallest detectable change; None if even the largest change cannot be detected.
         """
         if not self.binary:
             return math.sqrt(self._scaled_documents(0, n_tests) / n_documents)
@@ -606,9 +601,9 @@ class OutcomeVariance:
         return float(scipy.optimize.brentq(excess, 1e-9, 1, xtol=1e-12))
 
     def _scaled_documents(self, change: float, n_tests: int) -> float:
-        """Return n · change², where n is the number of documents needed to detect the change.
+        """Return n · change², where n is the number of documents that a test of the change needs.
 
-        If outcomes are not 0 or 1, this product does not depend on the change.
+        If outcomes are not 0 or 1, n · change² does not depend on the change.
         """
         level_z, power_z = map(float, scipy.special.ndtri([1 - ALPHA / (2 * n_tests), TEST_POWER]))
         if not self.binary:
@@ -623,10 +618,10 @@ def documents_needed(
     n_benchmarks: int = 1,
     change: float = REPORTED_DROP,
 ) -> int:
-    """Compute how many documents are needed to detect a change for half of the removals.
+    """Compute how many documents tests need to detect a change for half of the removals.
 
     Args:
-        variances: Variance of the outcome change for each removal; at least one.
+        variances: Variance of the outcome changes for each removal; at least one.
         n_tests: Number of removals that are tested together.
         n_benchmarks: Number of benchmarks of equal size over which the change is averaged.
         change: Mean change that the test should detect.

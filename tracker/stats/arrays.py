@@ -17,10 +17,7 @@ Strata = Sequence[str] | NDArray[np.generic]
 
 
 def safe_divide(over: Array | float, under: Array, fallback: Array | float = math.nan) -> Array:
-    """Return the quotients `over` / `under` of the elements of two arrays.
-
-    Where an element of `under` is not positive, the result is `fallback` instead of the quotient.
-    """
+    """Divide two arrays; where the divisor is not positive, the result is `fallback`."""
     shape = np.broadcast_shapes(np.shape(over), under.shape)
     quotients = np.full(shape, fallback, dtype=np.float64)
     return np.divide(over, under, out=quotients, where=under > 0)
@@ -42,7 +39,7 @@ def token_means(sums: Array, tokens: Array) -> Array:
 
 
 def proxy_means(sums: Array, tokens: IntArray | Array) -> Array:
-    """Average a proxy over all tokens of all documents.
+    """Return the mean of a proxy over all tokens of all documents.
 
     Each document is weighted by its number of tokens.
 

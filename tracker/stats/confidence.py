@@ -14,11 +14,11 @@ Let S be the sum of the first t of N values. If m is the true mean, the remainin
 mean m' = (N·m − S) / (N − t). Let x in [0, 1] be the next value. If a player bets that x is above
 m', the stake is multiplied by 1 + λ·(x − m'). If a player bets that x is below m', the stake is
 multiplied by 1 − λ·(x − m'). Ville's inequality requires that λ does not depend on x, and that a
-stake is never negative. The inequality remains valid if the capital is divided among several bets,
-and if a stake is underestimated.
+stake is never negative. Ville's inequality remains valid if the capital is divided among several
+bets, or if a stake is underestimated.
 
 The effective sample size is τ = t·N / (N − t). The optimal λ for one τ is √(2 log(1/α) / (σ² τ)) ·
-N / (N − t). Here σ² is the variance of the previous values. The capital of a game is divided
+N / (N − t), where σ² is the variance of the previous values. The capital of a game is divided
 equally among several bets. Each bet is optimal for a different τ, and each τ is four times the
 previous τ.
 
@@ -34,8 +34,8 @@ candidates that are not rejected. The polynomials are based on a lower bound of 
 this lower bound over all documents is a polynomial of degree six in m. The polynomial is never
 larger than the logarithm of the stake.
 
-The first game rejects only the smallest candidates, and the second game rejects only the largest
-candidates. The remaining candidates are therefore an interval.
+The first game rejects only the smallest candidates, and the second game only the largest. The
+remaining candidates are therefore an interval.
 """
 
 from __future__ import annotations
@@ -84,9 +84,7 @@ _SIDES = np.array([[1.0], [-1.0]])
 
 
 def horizons(population: int) -> Array:
-    """Return an array with the effective sample size τ of each bet.
-
-    Each bet is optimal for its own value of τ.
+    """Return the effective sample sizes τ for which the bets are optimal, one τ per bet.
 
     Args:
         population: Number of documents in the population.
@@ -106,7 +104,7 @@ class MeanSequences:
     """Confidence sequences for the means of several series over the same finite population.
 
     The documents must be added in random order, and in the same order for every series. A series
-    does not have to contain all documents.
+    can end before all documents are added.
 
     Attributes:
         low: `[series]`, the current lower bounds; further documents never lower them.
@@ -154,8 +152,8 @@ class MeanSequences:
                 `n_series`.
             min_value: Lowest value that a document can have.
             max_value: Highest value that a document can have.
-            half_width: Half width that the intervals should reach with as few documents as
-                possible; None for no target.
+            half_width: Target half width of the intervals, for which the bets are optimised; None
+                for no target.
         """
         family = n_series if family is None else family
         self.population = population
@@ -203,7 +201,7 @@ class MeanSequences:
         self._narrow_bounds(indexes)
 
     def scale_values(self, values: Array) -> Array:
-        """Scale values from the allowed range to [0, 1]; raise ValueError if out of range."""
+        """Map [`min_value`, `max_value`] to [0, 1]; raise ValueError for values out of range."""
         shares = (np.asarray(values, dtype=np.float64) - self._lowest) / self._range
         if not ((shares >= 0) & (shares <= 1)).all():
             highest = self._lowest + self._range
@@ -211,10 +209,10 @@ class MeanSequences:
         return shares
 
     def _update_stakes(self, values: Array, indexes: IntArray) -> None:
-        """Update the stakes of all bets on the means, given the values of further documents.
+        """Add further documents to the data from which the stakes of all bets are computed.
 
-        The array `values` is `[documents, series]`, in [0, 1]. The array `indexes` contains the
-        number of the series in each column.
+        The array `values` is `[documents, columns]`, in [0, 1]; column i contains the values of the
+        series `indexes[i]`.
         """
         n_before = self.seen[indexes] + np.arange(len(values))[:, None]
         sums = np.cumsum(values, axis=0) - values + self._sums[indexes]
@@ -253,11 +251,10 @@ class MeanSequences:
         self.seen[indexes] += len(values)
 
     def _move_centres(self, indexes: IntArray, centres: Array) -> None:
-        """Rewrite the polynomials of the cautious bets as polynomials around new centres.
+        """Rewrite each polynomial of the cautious bets around a new centre.
 
-        Let m be a possible mean. Each polynomial in m − (old centre) is replaced by the equal
-        polynomial in m − (new centre). The array `centres` contains the new centre of each series
-        in `indexes`.
+        Let m be a possible mean. A polynomial in m − (old centre) becomes the equal polynomial in m
+        − (new centre). The new centre of the series `indexes[i]` is `centres[i]`.
         """
         distances = centres - self._centres[indexes]
         for lowest_degree in range(_DEGREE):
@@ -267,13 +264,13 @@ class MeanSequences:
         self._centres[indexes] = centres
 
     def _scale_bounds(self, bounds: Array) -> Array:
-        """Scale bounds of means from the allowed range of values to [0, 1]."""
+        """Map bounds of means from [`min_value`, `max_value`] to [0, 1]."""
         return np.clip((bounds - self._lowest) / self._range, 0.0, 1.0)
 
     def _narrow_bounds(self, indexes: IntArray) -> None:
-        """Narrow the bounds of the means, so that they exclude the values that the bets reject.
+        """Move the bounds of the means inwards, past the values that the bets reject.
 
-        The array `indexes` contains the numbers of the series to update.
+        The array `indexes` contains the numbers of the series whose bounds are updated.
         """
         sums = self._sums[indexes]
         # Certain bounds: all remaining documents may be 0, or all may be 1.
@@ -297,11 +294,11 @@ class MeanSequences:
         self.high[indexes] = self._lowest + self._range * rejected_means.max(axis=0)
 
     def _bold_stakes(self, indexes: IntArray) -> Callable[[Array], Array]:
-        """Return a function that computes the logarithm of the stake of each bold bet.
+        """Return a function that computes the log stake of each bold bet for possible means.
 
-        The returned function takes an array `[2, series]`. The first row contains possible lower
-        bounds of the means, and the second row contains possible upper bounds. The result is an
-        array `[bets, 2, series]`.
+        The returned function takes an array `[2, series]` of possible means: candidates for the
+        lower bounds, and candidates for the upper bounds. The result is an array `[bets, 2,
+        series]`.
         """
         (active,) = np.nonzero(self.seen[indexes] <= self._bold_rows.shape[1])
         n_bold = len(self._bold_taus)
@@ -325,11 +322,11 @@ class MeanSequences:
         return log_stakes
 
     def _cautious_stakes(self, indexes: IntArray) -> Callable[[Array], Array]:
-        """Return a function that computes a lower bound of each cautious bet's log stake.
+        """Return a function that bounds the log stake of each cautious bet from below.
 
-        The returned function takes an array `[2, series]`. The first row contains possible lower
-        bounds of the means, and the second row contains possible upper bounds. The result is an
-        array `[bets, 2, series]`.
+        The returned function takes an array `[2, series]` of possible means: candidates for the
+        lower bounds, and candidates for the upper bounds. The result is an array `[bets, 2,
+        series]`.
         """
         centres = self._centres[indexes]
         coefficients = self._terms[:, :, :, None, indexes]

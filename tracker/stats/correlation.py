@@ -38,12 +38,13 @@ def correlate(
 ) -> Estimate:
     """Correlate a proxy with the accuracy drop over layers, or over parts such as experts.
 
-    The interval is from a bootstrap over documents; the layers are fixed. It shows the effect of
-    measurement noise (see `bias_corrected_interval`).
+    The interval is from a bootstrap over documents, and not over layers. The interval shows the
+    effect of measurement noise (see `bias_corrected_interval`).
 
-    The null hypothesis of the p-value is that the two series are unrelated. For layers, the test
+    The null hypothesis of the p-value is that proxy and drop are unrelated. For layers, the test
     replaces one of the two series by random series that are equally smooth over depth
-    (`surrogate_series`). The function does this for each series, and returns the larger p-value.
+    (`surrogate_series`). Of the two p-values (one for each replaced series), the function returns
+    the larger one.
 
     Shuffled layers would give too many false positives, because neighbouring layers have similar
     values. At the level 5 %, the false positive rate of this function is 6 to 10 % for random
@@ -66,7 +67,7 @@ def correlate(
 
     Returns:
         The coefficient with its interval, clipped to [-1, 1], and its p-value. The value is None
-        with a reason for fewer than three layers, a NaN or a constant input.
+        with a reason for fewer than three layers, a NaN or a constant series.
 
     References:
         M. G. Kendall, Biometrika 33 (1945) 239-251 (tau-b). B. Phipson, G. K. Smyth, Statistical
@@ -107,8 +108,7 @@ def correlation_difference(
 ) -> Estimate:
     """Estimate the difference between the correlations of two proxies with the accuracy drop.
 
-    The two coefficients are computed from the same resampled documents, so that noise common to
-    both coefficients cancels.
+    Both coefficients are computed from the same resampled documents, so common noise cancels.
 
     Args:
         first_proxy: Values of the first proxy `[layers]`, and values for resampled documents
@@ -154,9 +154,8 @@ def partial_correlate(
     """Compute Spearman's partial coefficient of two series over layers.
 
     The effect of the series `control` on the ranks of the two series is removed by linear
-    regression. Nonlinear effects of `control` are removed only in part. The interval and the
-    p-value are computed as in `correlate`, except that the test uses residuals of the random
-    series.
+    regression, nonlinear effects only in part. The interval and the p-value are computed as in
+    `correlate`, but the test uses residuals.
 
     Args:
         first_series: `[layers]`, values of one series; NaN if undefined.
@@ -169,8 +168,8 @@ def partial_correlate(
 
     Returns:
         The coefficient with its interval and p-value. The value is None with a reason for fewer
-        than four layers, a NaN or a constant series. The value is also None if a series has the
-        ranks or the reversed ranks of `control`.
+        than four layers, a NaN or a constant series. The value is also None if the ranks of a
+        series are those of `control`, or the reverse.
 
     References:
         M. G. Kendall, Biometrika 32 (1942) 277-283 (partial rank correlation). D. Freedman, D.
@@ -188,7 +187,7 @@ def partial_correlate(
         return Estimate(None, reason=reason)
     (value,) = _partial_coefficients(x[None], y[None], z[None]).tolist()
     if not np.isfinite(value):
-        return Estimate(None, reason="a variable has the same ranks as the control variable")
+        return Estimate(None, reason="a variable has the ranks of the control variable")
     low = high = None
     if resamples is not None:
         low, high = bias_corrected_interval(value, _partial_coefficients(*resamples), -1, 1)
@@ -206,7 +205,7 @@ def _partial_coefficients(x: Array, y: Array, z: Array) -> Array:
 
 
 def _residuals(rows: Array, control: Array) -> Array:
-    """Return the residuals of rows after a linear regression on the control series."""
+    """Return the residuals of each row after a linear regression on the series `control`."""
     centred = control - control.mean()
     rows = rows - rows.mean(axis=1, keepdims=True)
     return np.asarray(rows - np.outer(rows @ centred, centred) / (centred @ centred))
@@ -215,10 +214,10 @@ def _residuals(rows: Array, control: Array) -> Array:
 def _undefined_reason(
     min_items: int, statistic: str, *series: tuple[str, Array], item: str = "layer"
 ) -> str | None:
-    """Return the reason why a statistic of several series is undefined.
+    """Write a message if a statistic is undefined for too few, missing or constant values.
 
-    `statistic` is the name of the statistic, and `item` is the name of an observation. The function
-    returns None if the statistic is defined.
+    The message contains the names `statistic` and `item` (an observation, such as `layer`). The
+    function returns None if the statistic is defined.
     """
     n = len(series[0][1])
     if n < min_items:
@@ -241,10 +240,7 @@ def _permutation_p(
     n_draws: int,
     seed: int,
 ) -> float:
-    """Return the p-value of a coefficient by permuting `x` within each group.
-
-    The permutation test is two-sided. `value` is the observed coefficient of `x` and `y`.
-    """
+    """Return the two-sided p-value of a permutation test that shuffles `x` within each group."""
     rng = np.random.default_rng(seed)
     group_order = np.argsort(groups, kind="stable")
     n_higher = n_lower = 0
@@ -268,11 +264,11 @@ def _surrogate_p(
     seed: int,
     control: Array | None = None,
 ) -> float:
-    """Return the p-value of the correlation of two series, by comparison with random series.
+    """Return the p-value of a correlation, by comparison with equally smooth random series.
 
-    One series is replaced by random series that are equally smooth (`surrogate_series`). `strength`
-    is the absolute value of the observed coefficient. If `control` is given, its linear effect on
-    the random series is removed.
+    The random series (`surrogate_series`) replace first `y`, then `x`; the result is the larger
+    p-value. `strength` is the absolute value of the observed coefficient. If `control` is given,
+    its linear effect on the random series is removed.
     """
     n_as_strong = 0
     for fixed_series, redrawn_series in ((x, y), (y, x)):

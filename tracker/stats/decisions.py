@@ -30,10 +30,10 @@ from tracker.stats.arrays import Array, safe_divide
 def phi(joint_losses: Array, losses: Array, n_documents: int) -> Array:
     """Compute the phi coefficient of each pair of ablations.
 
-    A document is lost by an ablation if only the intact model answers it right. The coefficient is
-    1 if both ablations lose the same documents, and 0 if the overlap of their lost documents is as
-    large as expected by chance. The phi coefficient is Pearson's correlation of two binary
-    variables (Yule 1912).
+    An ablation loses a document if the intact model answers the document right, and the ablated
+    model answers it wrong. The coefficient of two ablations is 1 if both lose the same documents,
+    and 0 if the overlap of the lost documents is as large as expected by chance. The phi
+    coefficient is Pearson's correlation of two binary variables (Yule 1912).
 
     Args:
         joint_losses: `[ablations, ablations]`, number of documents that both ablations lose.
@@ -51,7 +51,7 @@ def phi(joint_losses: Array, losses: Array, n_documents: int) -> Array:
 
 
 def cluster_order(agreement: Array) -> list[int]:
-    """Return an order of the ablations in which similar ablations are neighbours.
+    """Return an order of the ablations that puts similar ablations side by side.
 
     The function clusters the ablations by average linkage (UPGMA, Sokal and Michener 1958) and
     orders the leaves by the method of Bar-Joseph (2001).
@@ -170,7 +170,7 @@ MIN_FLIP_CHANCE = NormalDist().cdf(-ROUNDING_SDS)
 
 
 def relative_rounding_error(scores: Array, repeats: Array) -> float | None:
-    """Estimate the relative size of rounding errors of score differences.
+    """Estimate the relative rounding error of score differences from repeated scores.
 
     Args:
         scores: `[documents, options]`, the scores of the options.
@@ -178,10 +178,10 @@ def relative_rounding_error(scores: Array, repeats: Array) -> float | None:
             differently.
 
     Returns:
-        The root mean square of the relative changes over the pairs of options of all documents. The
-        relative change of a pair with the scores a and b is the change of a - b, divided by √(a² +
-        b²). The function returns None if no document has two options, or if no score difference has
-        changed.
+        The root mean square of the relative changes of score differences, over all pairs of
+        options. For the scores a and b of a pair, the relative change is the change of a - b,
+        divided by √(a² + b²). The function returns None if no document has two options, or if no
+        score difference has changed.
 
     Examples:
         The first of the scores -3 and -4 changes by 0.1, so the relative change is 0.1 / 5.
@@ -199,9 +199,7 @@ def relative_rounding_error(scores: Array, repeats: Array) -> float | None:
 
 
 def flip_probabilities(scores: Array, gold: Array, movement: float) -> Array:
-    """Return the probability that rounding reverses each document's outcome.
-
-    The outcome is whether the answer is right.
+    """Return the probability that rounding makes a right answer wrong or a wrong answer right.
 
     Args:
         scores: `[documents, options]`, the scores of the options.

@@ -33,13 +33,13 @@ SIGN_FLIPS = 19_999
 def interactions(values: Array, weights: Array | None = None, seed: int = 0) -> list[Estimate]:
     """Estimate the mean interaction of each pair of layers, and test whether it is 0.
 
-    The two-sided sign-flip test has the null hypothesis that the distribution of the interactions
+    The null hypothesis of the two-sided sign-flip test is that the distribution of the interactions
     is symmetric about 0. The p-value is the fraction of sign combinations for which the sum is at
-    least as far from 0 as the observed sum. The sign-flip test does not use `weights`.
+    least as far from 0 as the observed sum. The test ignores `weights`.
 
-    For 0/1 outcomes, all interactions are whole numbers in {−2, …, 2}. For whole numbers, the
-    p-value is exact, and the interval is Bonett and Price's adjusted Wald interval (2012). For
-    other values, the p-value is computed from random signs, and the interval is the t interval.
+    For 0/1 outcomes, all values are whole numbers in {−2, …, 2}. The p-value is then exact, and the
+    interval is Bonett and Price's adjusted Wald interval (2012). For other outcomes, the p-value is
+    computed from random signs, and the interval is the t interval.
 
     Args:
         values: `[documents, pairs]`, drop(both) − drop(first) − drop(second) of every document; NaN
@@ -83,7 +83,7 @@ def interactions(values: Array, weights: Array | None = None, seed: int = 0) -> 
 
 
 def sign_flip_p(values: Array) -> float:
-    """Compute the exact p-value of the sign-flip test for values in {−2, …, 2}.
+    """Test whether values are symmetric about 0; return the exact p-value (sign-flip test).
 
     Args:
         values: `[documents]`, whole numbers in {−2, …, 2}.
@@ -106,10 +106,10 @@ def sign_flip_p(values: Array) -> float:
 
 
 def _random_sign_p_values(values: Array, seed: int) -> Array:
-    """Return the p-value of a sign-flip test for each pair of layers.
+    """Test for each pair of layers whether the interaction is 0; return the p-values.
 
-    The argument `values` is an array `[documents, pairs]`, and the result is an array `[pairs]`.
-    The test uses the same random signs for all pairs.
+    The array `values` is `[documents, pairs]`. The sign-flip tests of all pairs use the same random
+    signs.
     """
     # Equal sums may differ by rounding.
     thresholds = np.abs(values.sum(axis=0)) - 1e-9 * np.abs(values).sum(axis=0)
@@ -126,11 +126,10 @@ def additivity(
 ) -> tuple[Estimate, Estimate]:
     """Estimate how well drops of single layers predict drops of layer pairs.
 
-    The joint drop is the drop if both layers of a pair are removed. It is predicted as the sum of
-    the two single drops. The function computes R² = 1 − Σ (joint − sum)² / Σ (joint − mean)²,
-    without fitting a line. R² is 1 if the joint drop of each pair equals the sum of its two single
-    drops. Sums and joint drops are measured on the same documents, so that their noise is
-    correlated. Because of the correlated noise, Spearman's coefficient and R² are too large.
+    The joint drop of a pair (both layers removed) is predicted as the sum of the two single drops.
+    The quality of the predictions is R² = 1 − Σ (joint − sum)² / Σ (joint − mean)², without fitting
+    a line. Spearman's coefficient and R² are too large, because sums and joint drops are measured
+    on the same documents and have correlated noise.
 
     Args:
         single_sums: `[pairs]`, drop(first) + drop(second) for each pair of layers.
@@ -156,7 +155,7 @@ def additivity(
     def estimate(measure: Callable[[Array, Array], Array]) -> Estimate:
         (value,) = measure(sums[None], joint[None]).tolist()
         if not math.isfinite(value):
-            reason = "the sums of drops or the joint drops are the same for all pairs"
+            reason = "all pairs of layers have equal joint drops, or equal sums of single drops"
             return Estimate(None, reason=reason)
         return Estimate(value, *bias_corrected_interval(value, measure(*resamples), max_value=1))
 
@@ -164,7 +163,7 @@ def additivity(
 
 
 def _explained_share(sums: Array, joint: Array) -> Array:
-    """Return R² of the predictions `sums` of the joint drops, for each row.
+    """Return R² for each row, if the joint drops are predicted as `sums`.
 
     Both arguments are arrays `[rows, pairs]`, and the result is an array `[rows]`.
     """
@@ -177,11 +176,11 @@ def _explained_share(sums: Array, joint: Array) -> Array:
 def growths(
     start_values: Array, end_values: Array, strata: Strata | None = None, seed: int = 0
 ) -> list[Estimate]:
-    """Estimate the geometric mean growth factor (end / start value) of each column.
+    """Estimate the mean growth factor (end / start value) of each column, as a geometric mean.
 
     The interval is a bootstrap interval of the mean log ratio (Hesterberg's expanded percentiles).
     The bootstrap resamples documents within each stratum. The p-value is from Wilcoxon's signed
-    rank test of the log ratios. The null hypothesis of this test is that there is no growth.
+    rank test of the log ratios. The null hypothesis of Wilcoxon's test is no growth.
 
     Args:
         start_values: `[documents, k]`, the values before growth; positive.
@@ -218,7 +217,9 @@ def growths(
     counts = (~is_usable).sum(axis=0)
     for column, low, high, n_unusable in zip(logs.T, lows, highs, counts, strict=True):
         if n_unusable:
-            reason = f"the values are not positive and finite in {n_unusable} of {n} documents"
+            reason = (
+                f"growth needs positive, finite values; {n_unusable} of {n} documents have none"
+            )
             estimates.append(Estimate(None, reason=reason))
             continue
         is_unchanged = np.allclose(column, 0, rtol=0, atol=1e-12)
@@ -228,10 +229,10 @@ def growths(
 
 
 def min_growth_documents(n_tests: int, level: float) -> int:
-    """Compute the minimum number of documents for significance in Wilcoxon's test.
+    """Compute how many documents Wilcoxon's test needs for any significant result.
 
-    The smallest possible p-value for n documents is 2^(1 - n). Holm's method multiplies the
-    smallest of several p-values by the number of tests.
+    For n documents, no p-value is below 2^(1 - n). Holm's method multiplies the smallest p-value by
+    the number of tests.
 
     Args:
         n_tests: Number of columns that are tested together.
@@ -248,7 +249,7 @@ def min_growth_documents(n_tests: int, level: float) -> int:
 
 
 def growth_difference_p(groups: Sequence[Array]) -> float | None:
-    """Return the p-value of a test for differences in growth between groups of documents.
+    """Test whether the growth differs between groups of documents; return the p-value.
 
     The test is Kruskal and Wallis's rank test, which assumes independent documents.
 
@@ -294,11 +295,11 @@ class BestByChance(NamedTuple):
 
 
 def best_by_chance(gains: Array, weights: Array | None = None, seed: int = 0) -> BestByChance:
-    """Estimate the distribution of the largest mean gain by chance alone.
+    """Estimate how large the largest of several mean gains is by chance alone.
 
-    The null hypothesis is that no candidate has an effect. Under this hypothesis, documents are
-    assumed to be independent, and gains are assumed to be symmetric about 0. Each random draw
-    reverses the signs of all gains of randomly chosen documents.
+    The null hypothesis is that no candidate has an effect: documents are independent, and gains are
+    symmetric about 0. Each random draw therefore reverses the signs of all gains of randomly chosen
+    documents.
 
     Args:
         gains: `[documents, candidates]`, the finite gain that each candidate has on each document.

@@ -28,14 +28,13 @@ AUTOCORRELATIONS = np.append(np.arange(-19, 20) / 20, 0.98)
 
 
 def surrogate_series(values: Array, n_draws: int, seed: int) -> Array:
-    """Draw random reorderings of a series with the same smoothness over depth.
+    """Reorder a series over layers at random, so that the series stays equally smooth.
 
     The values are modelled as a monotonic function of a stationary Gaussian AR(1) series. For each
     draw, the function samples an autocorrelation from its posterior distribution, and simulates a
-    Gaussian AR(1) series. The values are then reordered so that they have the same ranks as the
-    simulated series. If the values have no autocorrelation, the reorderings are almost uniformly
-    random permutations. The posterior distribution is computed from the restricted likelihood of
-    the values' normal scores.
+    Gaussian AR(1) series. The values are then reordered to the ranks of the simulated series. For
+    values without autocorrelation, the reorderings are almost uniformly random permutations. The
+    posterior distribution is computed from the restricted likelihood of the values' normal scores.
 
     Args:
         values: `[layers]` in the order of depth, finite and not all equal.
@@ -58,10 +57,7 @@ def surrogate_series(values: Array, n_draws: int, seed: int) -> Array:
 
 @lru_cache(maxsize=16)  # by every proxy, coefficient and subset the same drops are redrawn
 def _draw_ranks(ranks: tuple[float, ...], n_draws: int, seed: int) -> NDArray[np.int32]:
-    """Draw random series of ranks that are as smooth over depth as `ranks`.
-
-    The function returns an array `[draws, layers]`; the lowest rank is 0.
-    """
+    """Draw random orders, `[draws, layers]`, of ranks from 0 that are as smooth as `ranks`."""
     rng = np.random.default_rng(seed)
     scores = scipy.special.ndtri(np.array(ranks) / (len(ranks) + 1))
     rho = rng.choice(AUTOCORRELATIONS, size=n_draws, p=smoothness_likelihood(scores))
@@ -72,10 +68,10 @@ def _draw_ranks(ranks: tuple[float, ...], n_draws: int, seed: int) -> NDArray[np
 
 
 def smoothness_likelihood(scores: Array) -> Array:
-    """Return how well each of `AUTOCORRELATIONS` explains the smoothness of the scores.
+    """Return the likelihood of each of `AUTOCORRELATIONS`, given scores in the order of layers.
 
-    The result is the restricted likelihood of an AR(1) series with unknown mean and variance. The
-    likelihoods sum to 1.
+    The function uses the restricted likelihood of an AR(1) series with unknown mean and variance,
+    and scales the likelihoods so that their sum is 1.
     """
     n, rho = len(scores), AUTOCORRELATIONS[:, None]
     # The inverse of an AR(1) covariance has three diagonals, so none has to be inverted.
@@ -170,7 +166,7 @@ def _kendall_rows(x: Array, y: Array) -> Array:
 def top_overlap(x: Array, y: Array, k: int) -> Array:
     """Return the fraction of the `k` top layers that two rankings have in common.
 
-    If there are ties, the function returns the expected fraction for ties broken at random.
+    Ties are broken at random; the result is the expected fraction.
 
     Args:
         x: `[rows, layers]`, the values of one ranking; a larger value has a better rank.
@@ -191,10 +187,7 @@ def top_overlap(x: Array, y: Array, k: int) -> Array:
 
 
 def _top_probabilities(rows: Array, k: int) -> Array:
-    """Return the probability that each value is among the `k` largest values of its row.
-
-    Ties are broken at random. Without ties, each probability is 0 or 1.
-    """
+    """Return each value's probability to be among its row's `k` largest, with random tie-breaks."""
     figures = rounded_values(rows)
     thresholds = np.sort(figures, axis=1)[:, -k][:, None]
     is_above, is_tied = figures > thresholds, figures == thresholds
@@ -204,10 +197,11 @@ def _top_probabilities(rows: Array, k: int) -> Array:
 
 
 def differing_rank_share(proxy: Array, drop: Array, tolerance: float = 0) -> tuple[float, float]:
-    """Return the fraction of layers with different ranks, and its chance level.
+    """Return the fraction of layers whose rank by the proxy differs from the rank by the drop.
 
-    The chance level is the exact mean of the fraction over random orders of the layers. If there
-    are no ties and `tolerance` is 0, the chance level is 1 - 1 / (number of layers).
+    The function also returns the chance level, the exact mean of the fraction over random orders of
+    the layers. If there are no ties and `tolerance` is 0, the chance level is 1 - 1 / (number of
+    layers).
 
     Args:
         proxy: `[benchmarks, layers]`, values of the proxy, which are ranked within each benchmark.
@@ -235,7 +229,7 @@ class Disagreement:
     """Result of a comparison of layer ranks by two measures.
 
     Attributes:
-        share: Fraction of layers with different ranks, averaged over benchmarks.
+        share: Fraction of layers whose two ranks differ, averaged over benchmarks.
         chance: The exact mean of this fraction over random orders of the layers.
         shuffled_p: p-value from uniformly random orders of the layers.
         smooth_p: p-value from random orders that are as smooth over depth as the measured values.
@@ -250,9 +244,8 @@ class Disagreement:
 def compare_ranks(proxy: Array, drop: Array, tolerance: float, seed: int = 0) -> Disagreement:
     """Test whether layer ranks by proxy and by drop agree better than by chance.
 
-    `differing_rank_share` computes the fraction of layers with different ranks, and its chance
-    level. The p-values are computed from random orders of the layers in one of the two measures.
-    Each random order is the same for all benchmarks.
+    The p-values are computed from random orders of the layers in one of the two measures, with the
+    same random order on all benchmarks.
 
     Args:
         proxy: `[benchmarks, layers]`, finite values of the proxy.
@@ -261,9 +254,10 @@ def compare_ranks(proxy: Array, drop: Array, tolerance: float, seed: int = 0) ->
         seed: Seed of the shuffles.
 
     Returns:
-        The fraction of layers with different ranks, its chance level, and two one-sided p-values.
-        One p-value is from uniformly random orders. The other p-value is from random orders that
-        are as smooth over depth as the measured values.
+        The fraction of layers whose two ranks differ and its chance level (see
+        `differing_rank_share`), and two one-sided p-values. One p-value is from uniformly random
+        orders. The other p-value is from random orders that are as smooth over depth as the
+        measured values.
 
     Examples:
         On average, 96.7 % of 30 layers have different ranks in two random orders.
@@ -290,7 +284,7 @@ def compare_ranks(proxy: Array, drop: Array, tolerance: float, seed: int = 0) ->
 
 
 def mean_spearman_p(proxy: Array, drop: Array, seed: int = 0) -> float:
-    """Return the p-value of the mean Spearman coefficient over benchmarks.
+    """Test whether proxy and drop correlate on average over benchmarks; return the p-value.
 
     The null hypothesis is that proxy and drop are unrelated in every benchmark. The two-sided test
     uses the same random series as `correlation.correlate`.
@@ -314,7 +308,7 @@ def mean_spearman_p(proxy: Array, drop: Array, seed: int = 0) -> float:
 
 
 def smooth_orders(values: Array, n_draws: int, seed: int) -> IntArray:
-    """Draw random orders of layers that do not change a series' smoothness.
+    """Draw random orders of layers in which the reordered series stays equally smooth.
 
     Args:
         values: `[layers]`, the series in the order of depth, finite.

@@ -29,7 +29,7 @@ _GROUPS = 10
 
 
 def stratified_orders(strata: Strata, n_draws: int, seed: int) -> Iterator[IntArray]:
-    """Yield random orders of documents in which each stratum is spread evenly.
+    """Yield random orders of documents that spread the documents of each stratum evenly.
 
     All orders of the documents of a stratum are equally likely. If there is only one stratum, each
     order is a uniformly random permutation.
@@ -57,7 +57,7 @@ def stratified_orders(strata: Strata, n_draws: int, seed: int) -> Iterator[IntAr
 def disjoint_means(
     values: Array, weights: Array, strata: Strata, sizes: Sequence[int], n_draws: int, seed: int
 ) -> tuple[Array, Array]:
-    """Compute the mean value of each layer in two disjoint samples of documents.
+    """Compute the mean values of layers in pairs of disjoint random samples of documents.
 
     Args:
         values: `[documents, layers]`, the value of each document for each layer.
@@ -68,8 +68,9 @@ def disjoint_means(
         seed: Seed of the generator; equal seeds draw the same documents.
 
     Returns:
-        The weighted means of the two samples, each `[draws, sizes, layers]`. The means are NaN if
-        there are too few documents for a second sample, or if all weights are 0.
+        The weighted means of the first samples and of the second samples, each `[draws, sizes,
+        layers]`. Means of second samples are NaN if the documents are too few for two samples.
+        Means are also NaN if all weights of a sample are 0.
     """
     weighted = np.where(weights[:, None] > 0, values * weights[:, None], 0)
     table = np.column_stack([weighted, weights])
@@ -86,7 +87,7 @@ def disjoint_means(
 
 
 def spearman_brown(reliability: float, factor: float) -> float:
-    """Predict the reliability of a sample that is `factor` times as large.
+    """Predict the reliability (correlation of two samples) for `factor` times as many documents.
 
     The formula is r' = f · r / (1 + (f - 1) · r). The formula is an approximation if the
     reliability is a rank correlation.
@@ -110,7 +111,7 @@ def spearman_brown(reliability: float, factor: float) -> float:
 
 
 def extrapolate_documents(target: float, n_documents: float, reliability: float) -> float:
-    """Compute the required number of documents by the Spearman-Brown formula.
+    """Extrapolate from one reliability how many documents reach a target reliability.
 
     Args:
         target: Target reliability, between 0 and 1.
@@ -118,7 +119,8 @@ def extrapolate_documents(target: float, n_documents: float, reliability: float)
         reliability: Reliability at this number of documents.
 
     Returns:
-        The number of documents, not rounded; NaN if the reliability is not between 0 and 1.
+        The number of documents by the Spearman-Brown formula, not rounded; NaN if the reliability
+        is not between 0 and 1.
 
     Examples:
         >>> round(extrapolate_documents(0.9, 100, 0.6))
@@ -142,7 +144,8 @@ def documents_to_reach(
     Returns:
         The number of documents, and whether this number is extrapolated. Between two measured
         sizes, the number is interpolated on a logarithmic scale. Beyond the largest size, the
-        number is extrapolated by the Spearman-Brown formula. NaN means that there is no solution.
+        number is extrapolated by the Spearman-Brown formula. The number is NaN if the last
+        reliability is not between 0 and 1.
 
     Examples:
         >>> n_documents, extrapolated = documents_to_reach([10, 100, 1000], [0.5, 0.8, 0.9], 0.85)
@@ -161,10 +164,11 @@ def documents_to_reach(
 
 
 def layer_difference_p(values: Array, weights: Array, seed: int) -> float:
-    """Compute the p-value of the null hypothesis that all layers have equal means.
+    """Test whether layers have different means; return the p-value.
 
-    The statistic is the sum of the squared deviations of the layer means from the mean of all
-    layers. Each random draw reverses the signs of the deviations of randomly chosen documents.
+    The test statistic is the sum of the squared deviations of the layer means from the mean of all
+    layers. Under the null hypothesis, the signs of a document's deviations are random, so the test
+    reverses the signs for randomly chosen documents.
 
     Args:
         values: `[documents, layers]`, the value of each document for each layer.
@@ -194,11 +198,10 @@ def layer_difference_p(values: Array, weights: Array, seed: int) -> float:
 
 
 def positive_estimate(figure: Callable[[IntArray], float], strata: Strata, seed: int) -> Estimate:
-    """Estimate a positive statistic with an interval from the grouped jackknife.
+    """Compute a positive statistic, and its interval by a jackknife over documents.
 
     The jackknife omits one tenth of the documents at a time. The interval is symmetric on the
-    logarithmic scale. The interval shows how much the statistic varies between random samples of
-    the benchmark's documents.
+    logarithmic scale.
 
     Args:
         figure: Function that computes the statistic from the indexes of some documents; NaN if
@@ -208,12 +211,12 @@ def positive_estimate(figure: Callable[[IntArray], float], strata: Strata, seed:
 
     Returns:
         The statistic with its 95 % interval. The value is None with a reason if the statistic is
-        undefined for all documents, or if it is undefined without one tenth of the documents.
+        undefined for all documents, or for nine tenths of the documents.
     """
     value = figure(np.arange(len(strata)))
     error = jackknife_error(lambda indexes: float(np.log(figure(indexes))), strata, _GROUPS, seed)
     if not (math.isfinite(value) and math.isfinite(error)):
-        reason = "the statistic is undefined for all documents, or for nine tenths of them"
+        reason = "the statistic is undefined for all or for nine tenths of the documents"
         return Estimate(None, reason=reason)
     df = min(_GROUPS, len(strata)) - 1
     factor = math.exp(float(stats.t.ppf((1 + LEVEL) / 2, df)) * error)
@@ -247,12 +250,11 @@ class LayerMeasure:
 def prediction_by_budget(
     measures: Mapping[str, LayerMeasure], truth: LayerMeasure, budgets: Sequence[float]
 ) -> dict[str, list[float]]:
-    """Estimate how well each measure predicts the true ranking of layers at each budget.
+    """Estimate how well measures of equal cost predict the true ranking of layers.
 
-    The documents are split at random into two halves, `HALF_SPLITS` times. The measure `truth` is
-    computed on one half and gives the true ranking of the layers. Each of `measures` is computed on
-    documents of the other half. The number of these documents is the budget divided by the
-    measure's price.
+    The documents are split at random into two halves, `HALF_SPLITS` times. On one half, the measure
+    `truth` gives the true ranking of the layers. On the other half, a measure uses as many
+    documents as its price allows: budget divided by price.
 
     Args:
         measures: The measures by name, all with the same documents.

@@ -1,26 +1,26 @@
 """Define stopping rules, which end a measurement when enough documents are measured.
 
 A run is one change of the model, such as the removal of a layer. The rules estimate the mean
-accuracy drop of every run. Confidence bounds of the mean show how large the drop is, and whether
-the drop differs from 0. `SequentialTopK` compares pairs of runs to find the largest drops. After a
-run is decided, further documents do not change its result. `forecast_race` estimates how many
-documents the measurement needs.
+accuracy drop of every run. Confidence bounds of a run's mean show how large the drop is, and
+whether the drop is different from 0. `SequentialTopK` compares pairs of runs to find the largest
+drops. After a run is decided, further documents do not change its result. `forecast_race` estimates
+how many documents the measurement needs.
 
 `SequentialTopK` finds the largest of several means by pairwise differences:
 
-The difference of two runs on the same document varies less than single values, because common noise
-cancels. The rule tests the null hypothesis "the mean of run b is not above the mean of run a" for
-each pair of runs. The test is a betting game, as in the module `confidence`. The game uses all
-documents on which both runs were measured.
+The difference of two runs on a document varies less than the values of single runs, because common
+noise cancels. For each pair of runs, the rule tests the null hypothesis "the mean of run b is not
+above the mean of run a". The test is a betting game, as in the module `confidence`, on all
+documents with values of both runs.
 
-One of the `count` best runs and one of the other runs form a pair. There are count · (runs − count)
-pairs. The error probability is divided equally among the pairs.
+The error probability is divided equally among the count · (runs − count) pairs of a best run and
+another run.
 
 `SmallestMean` finds the smallest of several means of unbounded values:
 
 Log-probabilities are unbounded, so the rule uses an asymptotic confidence sequence, which is valid
-for many documents. The confidence sequence assumes finite variances. The sequence can be wrong if
-large values are so rare that the sample contains none.
+for many documents. The confidence sequence assumes finite variances. The bounds can be wrong if the
+sample contains none of the rare large values.
 
 After t of N documents, the interval is the mean ± σ̂ · √(2 (τρ² + 1) / (τρ)² · log(√(τρ² + 1) /
 α)). Here σ̂ is the standard deviation of the t values. The parameter ρ sets the number of documents
@@ -44,7 +44,7 @@ from tracker.stats.resampling import SEED
 BET_FRACTIONS = 0.8 / 2.0 ** np.arange(4)
 """Fractions of the capital that the bets risk while few documents have been evaluated.
 
-The optimal fraction is about range · difference / (variance of the difference).
+The optimal fraction is about range · mean difference / (variance of the difference).
 """
 
 MAX_BET_FRACTION = 0.9
@@ -60,10 +60,10 @@ _MIN_ROOM = 1e-6
 class SequentialTopK:
     """Stopping rule that finds the `count` runs with the largest means over all documents.
 
-    The documents must be evaluated in random order. A run is decided when the evaluated documents
-    show, with the confidence `level`, whether the run is one of the `count` largest runs. Later
-    values of a decided run are ignored. If a tolerance is given, the chosen means can be smaller
-    than the largest means by up to the tolerance.
+    The documents must be evaluated in random order. A run is decided when the documents show, with
+    the confidence `level`, whether its mean is one of the `count` largest means. Later values of a
+    decided run are ignored. With a tolerance, the means of the chosen runs can be smaller than the
+    largest means by up to the tolerance.
 
     Attributes:
         open: `[runs]`, mask of the runs that are not decided yet.
@@ -103,7 +103,7 @@ class SequentialTopK:
             population: Number of documents in the population.
             n_runs: Number of runs; each run has one mean.
             count: Number of runs to choose; at least 1 and less than `n_runs`.
-            tolerance: Difference between means that does not matter; None for no tolerance.
+            tolerance: Difference of means that may be ignored; None for no tolerance.
             level: Minimum probability that the right runs are chosen.
             max_difference: Largest possible difference between two runs on a document.
         """
@@ -138,7 +138,7 @@ class SequentialTopK:
         values = np.asarray(values, dtype=np.float64)
         if not (np.ptp(values[:, runs], axis=1) <= self._max_difference + MEAN_TOLERANCE).all():
             limit = f"{self._max_difference:g}"
-            raise ValueError(f"two values of a document differ by more than {limit}")
+            raise ValueError(f"the values of two runs on a document differ by more than {limit}")
         a, b = (runs[indexes] for indexes in np.nonzero(~np.eye(runs.size, dtype=bool)))
         # Stop betting on b once a is known to be better.
         is_open = ~self._claims[a, b].all(axis=1) & ~self._claims[b, a, 0]
@@ -155,10 +155,10 @@ class SequentialTopK:
         self._decide_runs()
 
     def _update_capital(self, values: Array, a: IntArray, b: IntArray) -> None:
-        """Update the evidence that run b has a larger mean than run a, for many pairs of runs.
+        """Update the evidence, for many pairs of runs, that run b has a larger mean than run a.
 
-        The evidence is the capital of a player who bets on run b at every document. The arrays `a`
-        and `b` contain the run numbers of the pairs, and `values` is `[documents, runs]`.
+        The evidence is the capital of a player who bets on run b at every document. Pair i consists
+        of the runs `a[i]` and `b[i]`; `values` is `[documents, runs]`.
         """
         differences = values[:, a] - values[:, b]
         sums = np.cumsum(differences, axis=0) - differences
@@ -174,10 +174,7 @@ class SequentialTopK:
                 capital[a, b] += np.log(np.prod(1 + risks * odds, axis=0))
 
     def _decide_runs(self) -> None:
-        """Decide the runs for which the evidence is sufficient.
-
-        A decided run is either chosen or excluded.
-        """
+        """Choose or exclude each run for which the evidence is sufficient."""
         while True:
             runs = np.flatnonzero(self.open)
             n_free = self._count - int(self.chosen.sum())
@@ -209,13 +206,13 @@ class SmallestMean:
     """Stopping rule that finds the run with the smallest mean over all documents.
 
     The documents must be evaluated in random order. A run is excluded when its mean is
-    significantly larger than the smallest mean so far. The level of the tests is corrected for the
-    number of runs by a union bound.
+    significantly larger than the smallest mean so far. The tests are corrected for the number of
+    runs by a union bound.
 
     Attributes:
         open: `[runs]`, mask of the runs that can still have the smallest mean.
-        chosen: `[runs]`, mask of the chosen run. Several runs are chosen only if they have equal
-            means over all documents.
+        chosen: `[runs]`, mask of the chosen run. Several runs are chosen only if their means over
+            all documents are equal.
         seen: `[runs]`, number of documents that were evaluated for each run.
         means: `[runs]`, mean of each run on its evaluated documents; infinite if a value is not
             finite.
@@ -243,8 +240,8 @@ class SmallestMean:
         Args:
             population: Number of documents in the population.
             n_runs: Number of runs; each run has one mean.
-            tolerance: Largest acceptable difference between the mean of the chosen run and the
-                smallest mean. This limit holds with a probability of 95 %.
+            tolerance: With a probability of 95 %, the mean of the chosen run exceeds the smallest
+                mean by at most this value.
         """
         self.open: Mask = np.ones(n_runs, dtype=bool)
         self.chosen: Mask = np.zeros(n_runs, dtype=bool)
@@ -262,12 +259,10 @@ class SmallestMean:
     def update(self, values: Array) -> None:
         """Add the values of further documents, and update the masks `open` and `chosen`.
 
-        Runs whose means are significantly larger than the smallest mean are excluded. The rule ends
-        when one run is chosen.
-
         Args:
-            values: `[documents, runs]`, the values. Values of excluded runs are ignored and can be
-                NaN. A run with a value that is not finite is excluded.
+            values: `[documents, runs]`, values of the further documents. Values of excluded runs
+                are ignored and can be NaN. Any other run with a value that is not finite is
+                excluded.
 
         Raises:
             ValueError: The total number of documents exceeds the population.
@@ -287,10 +282,10 @@ class SmallestMean:
             self._decide_runs(open_values[:, is_usable], runs[is_usable])
 
     def _decide_runs(self, values: Array, runs: IntArray) -> None:
-        """Exclude runs with large means, and choose the best run if possible.
+        """Exclude runs with too large means, and choose the best run if the evidence is sufficient.
 
-        A run is excluded if its mean is significantly larger than the smallest mean. The argument
-        `values` is an array `[documents, runs]`, whose columns belong to the run numbers in `runs`.
+        The array `values` is `[documents, columns]`; column i contains the values of the run
+        `runs[i]`.
         """
         n_looked, means = len(values), values.mean(axis=0)
         self.means[runs] = means
@@ -310,16 +305,15 @@ class SmallestMean:
 
 
 def half_width(n_looked: int, n_documents: int, error_rate: float) -> float:
-    """Return the half width of a confidence interval, as a multiple of the standard deviation.
+    """Return the half width of the asymptotic confidence sequence, in standard deviations.
 
     Args:
         n_looked: Number of documents that were evaluated so far.
         n_documents: Number of documents in the population, above `n_looked`.
-        error_rate: Probability that at least one interval of the sequence does not contain the
-            mean.
+        error_rate: Probability that any interval of the sequence does not contain the mean.
 
     Returns:
-        The half width, divided by the standard deviation of the documents' values.
+        The half width for a standard deviation of 1.
 
     Examples:
         An interval for only this number of documents would be narrower: 1.96 / √512 = 0.087.
@@ -335,11 +329,11 @@ def half_width(n_looked: int, n_documents: int, error_rate: float) -> float:
 
 
 def race_state(low: Array, high: Array, tolerance: float | None) -> tuple[Mask, Mask]:
-    """Decide from confidence bounds which runs are undecided, and which runs are chosen.
+    """Read from confidence bounds which runs are undecided, and which means are not 0.
 
     With a tolerance, a run is undecided while its interval is too wide, and no run is chosen.
-    Without a tolerance, a run is chosen when its bounds exclude 0. All other runs are then
-    undecided, except for runs whose two bounds are equal.
+    Without a tolerance, a run is chosen if its bounds exclude 0; any other run is undecided, unless
+    its two bounds are equal.
 
     Args:
         low: `[runs]`, lower bounds of the means; the bounds of all runs hold simultaneously.
@@ -363,10 +357,10 @@ def race_state(low: Array, high: Array, tolerance: float | None) -> tuple[Mask, 
 
 
 class Race:
-    """Stopping rule that evaluates several runs, document by document, until every run is decided.
+    """Stopping rule for several runs: documents are evaluated until every run is decided.
 
-    The documents must be evaluated in random order. A run is decided when the stopping condition is
-    met for this run, for example when the run is known to be among the best runs.
+    The documents must be evaluated in random order. A run is decided when the question is answered
+    for the run, for example when the run is known to be among the best runs.
 
     Attributes:
         open: `[runs]`, mask of the runs that are not decided yet.
@@ -432,8 +426,8 @@ class Race:
     def bounds(self) -> MeanSequences:
         """Simultaneous confidence bounds of the runs' means.
 
-        The questions `top` and `prune` do not use these bounds to choose runs. For these questions,
-        runs are chosen by comparing pairs of runs.
+        The bounds do not decide the questions `top` and `prune`, for which pairs of runs are
+        compared.
         """
         while self._pending:
             self._bounds.add(*self._pending.pop(0))
@@ -474,13 +468,12 @@ LOOK_SIZE = 32
 
 @dataclass(frozen=True)
 class RaceForecast:
-    """Simulated numbers of documents that a stopping rule evaluates before it stops.
+    """Numbers of documents that a stopping rule evaluates in simulations.
 
     Attributes:
-        looked: `[draws]`, number of documents that were evaluated in each simulated population.
-        seen: `[draws, runs]`, number of documents that were evaluated for each run of a simulated
-            population.
-        answered: `[draws]`, True if all runs were decided in the simulated measurement.
+        looked: `[draws]`, number of documents that were evaluated in each simulation.
+        seen: `[draws, runs]`, number of documents that were evaluated for each run.
+        answered: `[draws]`, True if all runs were decided in the simulation.
     """
 
     looked: IntArray
@@ -497,10 +490,10 @@ def forecast_race(
     chances: Array | None = None,
     n_draws: int = FORECAST_DRAWS,
 ) -> RaceForecast:
-    """Simulate how many documents the stopping rule `Race` evaluates.
+    """Simulate how many documents the stopping rule `Race` needs.
 
-    The simulated populations are drawn from the measured documents. The estimated number is too low
-    if only few documents are measured.
+    The documents of a simulated population are drawn from the measured documents. The simulated
+    numbers are too low if only few documents are measured.
 
     Args:
         question: Condition that ends the measurement, such as `top 3`: the three largest means are
@@ -513,8 +506,7 @@ def forecast_race(
         n_draws: Number of simulated populations.
 
     Returns:
-        The numbers of evaluated documents in each simulated population, and whether all runs were
-        decided.
+        The numbers of evaluated documents in each simulation, and whether all runs were decided.
 
     Raises:
         ValueError: The condition is impossible for this number of runs.

@@ -30,13 +30,12 @@ from tracker.stats.arrays import Array
 def recovered_share(
     losses: Array, remainders: Array, loss_resamples: Array, remainder_resamples: Array
 ) -> Estimate:
-    """Compute the fraction of the accuracy loss avoided by replacing layers.
+    """Compute how much accuracy loss is avoided if layers are replaced instead of removed.
 
-    The accuracy loss is the mean drop if a layer is removed. Replacing the layer by a fitted
-    function can avoid a part of this loss. The fraction is 1 − Σ `remainders` / Σ `losses`, with
-    sums over layers. The interval of the fraction is a percentile interval over resamples of the
-    documents. The fraction is undefined if the sum of the losses is positive in less than 97.5 % of
-    the resamples.
+    A layer can be removed, or replaced by a fitted function. The avoided fraction of the loss is 1
+    − Σ `remainders` / Σ `losses`, with sums over layers. The fraction's interval is a percentile
+    interval over resamples of the documents. The fraction is undefined if the sum of the losses is
+    positive in less than 97.5 % of the resamples.
 
     Args:
         losses: `[layers]`, mean drop if the layer is removed.
@@ -47,8 +46,8 @@ def recovered_share(
             resamples.
 
     Returns:
-        The fraction with its 95 % interval. The fraction is 1 if the loss is avoided completely.
-        The value is None with a reason if the fraction is undefined.
+        The avoided fraction with its 95 % interval; None with a reason if the fraction is
+        undefined.
 
     References:
         B. Efron, R. J. Tibshirani, An Introduction to the Bootstrap (1993), chapter 13.
@@ -59,7 +58,7 @@ def recovered_share(
         0.75
     """
     if not np.isfinite([*losses, *remainders]).all():
-        return Estimate(None, reason="a drop is not a finite number")
+        return Estimate(None, reason="the accuracy drop of a layer is not a finite number")
     loss_sums, remainder_sums = loss_resamples.sum(axis=1), remainder_resamples.sum(axis=1)
     is_positive = loss_sums > 0
     if losses.sum() <= 0 or is_positive.mean() < (1 + LEVEL) / 2:
@@ -70,10 +69,10 @@ def recovered_share(
 
 
 def divide(numerator: Estimate, denominator: Estimate) -> Estimate:
-    """Divide an estimate by another estimate, and combine their intervals.
+    """Compute the ratio of two estimates, and the interval of the ratio.
 
-    The interval assumes that the two estimates are independent. If the estimates are measured on
-    the same documents, the interval is usually too wide.
+    The interval assumes that the two estimates are independent. For estimates from the same
+    documents, the interval is usually too wide.
 
     Args:
         numerator: The numerator, with its interval.
@@ -107,10 +106,10 @@ def divide(numerator: Estimate, denominator: Estimate) -> Estimate:
 
 
 def subtract(minuend: Estimate, subtrahend: Estimate) -> Estimate:
-    """Subtract one estimate from another estimate, and combine their intervals.
+    """Compute the difference of two estimates, and the interval of the difference.
 
-    The interval assumes that the two estimates are independent. If the estimates are measured on
-    the same documents, the interval is usually too wide.
+    The interval assumes that the two estimates are independent. For estimates from the same
+    documents, the interval is usually too wide.
 
     Args:
         minuend: Estimate from which `subtrahend` is subtracted, with its interval.
@@ -136,15 +135,14 @@ def subtract(minuend: Estimate, subtrahend: Estimate) -> Estimate:
 
 
 def average(estimates: Sequence[Estimate], independent: bool = True) -> Estimate:
-    """Average estimates, and combine their intervals.
+    """Compute the mean of several estimates, and the interval of the mean.
 
-    The interval is valid only for the mean of the given estimates. For example, an interval for the
-    mean over benchmarks is not valid for other benchmarks.
+    The interval says nothing about other estimates, such as those on further benchmarks.
 
     Args:
         estimates: Estimates to average; estimates without a value are ignored.
         independent: Whether the estimates are measured on different documents. If False, the half
-            widths of the intervals are averaged, which is the worst case.
+            widths of the intervals are averaged, as for completely dependent estimates.
 
     Returns:
         The unweighted mean, with an interval if every estimate has an interval. The value is None
@@ -205,13 +203,12 @@ Verdict = Literal["costs", "helps", "open"]
 def widen(
     estimates: Sequence[Estimate], counts: Sequence[float], family: int | None = None
 ) -> list[Estimate]:
-    """Widen 95 % intervals to simultaneous intervals of all estimates.
+    """Widen 95 % intervals to simultaneous 95 % intervals of all estimates.
 
     Each interval of m estimates is widened to the level 1 - 0.05 / m (Bonferroni's inequality). The
-    midpoint of the interval does not change. The half width is multiplied by the ratio of two
-    quantiles: the quantile for the new level, and the quantile for 95 %. For an estimate with a
-    p-value, the function uses quantiles of the normal distribution. For other estimates, it uses
-    quantiles of the t distribution.
+    midpoint stays, and the half width is multiplied by a ratio of quantiles: the quantile for the
+    new level, divided by the quantile for 95 %. The quantiles are those of the normal distribution
+    for an estimate with a p-value, and of the t distribution for other estimates.
 
     Args:
         estimates: Estimates with 95 % intervals; estimates without an interval are returned
@@ -254,14 +251,14 @@ def widen(
 
 
 def decide_verdicts(drops: Sequence[Estimate], alpha: float = ALPHA) -> list[Verdict]:
-    """Classify each removal by its significant effect on accuracy.
+    """Decide for each removal whether the accuracy is significantly lower, higher, or neither.
 
     Args:
         drops: Accuracy drop of each removal, with simultaneous intervals from `widen` or a
             confidence sequence. A drop is significant if its interval excludes 0. If the drop has a
             p-value, the p-value must also be significant after Holm's adjustment.
-        alpha: Largest acceptable probability that any verdict is wrong; the intervals must have the
-            same error probability.
+        alpha: Largest acceptable probability of any wrong verdict; also the error probability of
+            the intervals.
 
     Returns:
         One verdict for each removal: `costs` for a significant loss of accuracy, `helps` for a
@@ -280,12 +277,12 @@ def decide_verdicts(drops: Sequence[Estimate], alpha: float = ALPHA) -> list[Ver
 
 
 def count_pairs(n_figures: int) -> int:
-    """Return the number of pairs of `n_figures` values, but at least 1."""
+    """Return the number of pairs of `n_figures` values; 1 for a single value."""
     return max(n_figures * (n_figures - 1) // 2, 1)
 
 
 def possible_ranks(estimates: Sequence[Estimate]) -> list[tuple[int, int]]:
-    """Compute the best and the worst possible rank of each estimate.
+    """Compute the best and the worst rank that each estimate could have, given the intervals.
 
     The largest estimate has rank 1.
 
@@ -318,7 +315,7 @@ def possible_ranks(estimates: Sequence[Estimate]) -> list[tuple[int, int]]:
 
 
 def ranks_by_comparison(is_larger: NDArray[np.bool_]) -> list[tuple[int, int]]:
-    """Compute the best and the worst possible rank from pairwise comparisons.
+    """Compute each item's best and worst possible rank from comparisons of all pairs.
 
     The largest item has rank 1.
 

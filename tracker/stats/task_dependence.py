@@ -1,15 +1,15 @@
 """Estimate how much a layer's relevance varies between benchmarks.
 
 The relevance of a layer is its accuracy drop or the value of a proxy. Relevance is converted to
-z-scores within each benchmark, so that benchmarks with different metrics are comparable. The result
-is the variance of a layer's z-score over benchmarks, averaged over layers. This mean variance is 0
-if each layer has the same z-score on all benchmarks. The mean variance is 1 if the relevance on
-different benchmarks is uncorrelated.
+z-scores within each benchmark, so that benchmarks with different metrics are comparable. The
+result, called the variation, is the variance of a layer's z-score over benchmarks, averaged over
+layers. The variation is 0 if each layer has equal z-scores on all benchmarks. The variation is 1 if
+the relevance on different benchmarks is uncorrelated.
 
 An accuracy drop is measured on a sample of documents. Because of sampling noise, the measured drops
 of a layer differ between benchmarks even if the true drops are equal. The variance of the noise is
-therefore subtracted from the variance over benchmarks. The mean over layers has a jackknife
-interval over documents.
+therefore subtracted from the variance over benchmarks. The interval of the variation is computed by
+a jackknife over documents.
 """
 
 from __future__ import annotations
@@ -42,8 +42,7 @@ def estimate_profile(
 ) -> tuple[Array, Array]:
     """Estimate the mean value of each layer, and the variance of each mean.
 
-    The array of the layers' mean values is called the profile. The profile is centred: the average
-    over all layers is subtracted from the mean of each layer.
+    The profile is the array of the layers' mean values, minus their average over layers.
 
     Args:
         values: `[documents, layers]`, the value of each document for each layer, e.g. the drop.
@@ -77,7 +76,7 @@ def estimate_profile(
 
 
 def profile_reliability(profile: Array, noise: Array) -> float:
-    """Return the fraction of a profile's variance that is not sampling noise.
+    """Return the reliability of a profile: the fraction of its variance that is not sampling noise.
 
     The fraction can be negative, because the variance of the noise is only an estimate.
 
@@ -99,7 +98,7 @@ def benchmark_variance(profiles: Array, noise: Array | None = None) -> Array:
         profiles: `[benchmarks, layers]`, the value of each layer; two benchmarks or more, and no
             constant row.
         noise: `[benchmarks, layers]`, the sampling variance of each value; None = no noise. The
-            noise is subtracted, so that a returned variance can be negative.
+            noise is subtracted, so a returned variance can be negative.
 
     Returns:
         `[layers]`, the variance over benchmarks, with the divisor (number of benchmarks - 1).
@@ -132,12 +131,10 @@ def benchmark_variance(profiles: Array, noise: Array | None = None) -> Array:
 def variance_difference(
     first_samples: Sequence[BenchmarkSample], second_samples: Sequence[BenchmarkSample]
 ) -> Estimate:
-    """Estimate the difference between the variations of two measures over benchmarks.
+    """Estimate how much more one measure varies over benchmarks than another measure.
 
     The variation of a measure of relevance is the mean of `benchmark_variance` over layers. The
-    returned value is the variation of the first measure minus the variation of the second measure.
-    The interval of this value is a normal interval, with a standard error from the jackknife over
-    documents.
+    interval is a normal interval, with a standard error from the jackknife over documents.
 
     Args:
         first_samples: For each benchmark, the values of one measure for its documents; two
@@ -145,8 +142,8 @@ def variance_difference(
         second_samples: For each benchmark, the values of the other measure for the same documents.
 
     Returns:
-        The difference and its interval. The difference has no interval if it is undefined without
-        some of the documents.
+        The first measure's variation minus the second measure's variation, with an interval; no
+        interval if the difference is undefined without some of the documents.
 
     Raises:
         ValueError: There are fewer than two benchmarks, or a benchmark has more noise than variance
@@ -160,10 +157,7 @@ def variance_difference(
         return first - second
 
     def leave_out(index: int, kept_documents: IntArray) -> float:
-        """Return the difference for a subset of the documents of one benchmark.
-
-        The benchmark has the number `index`. All documents of the other benchmarks are used.
-        """
+        """Return the difference if only `kept_documents` of the benchmark `index` are used."""
         pair = []
         for values, weights, strata in samples[index]:
             labels = None if strata is None else np.asarray(strata)[kept_documents]
@@ -191,7 +185,7 @@ def _mean_variance(estimates: Sequence[tuple[Array, Array]]) -> float:
 
 @dataclass(frozen=True)
 class VarianceComparison:
-    """Result of the comparison of how much two measures vary over benchmarks.
+    """Result of `compare_variances`: how much two measures vary over benchmarks.
 
     Attributes:
         larger: Number of layers for which the first measure varies more over benchmarks than the
@@ -210,10 +204,10 @@ class VarianceComparison:
 
 
 def compare_variances(first_variances: Array, second_variances: Array) -> VarianceComparison:
-    """Test whether one measure varies more over benchmarks than another measure.
+    """Test whether two measures vary differently over benchmarks, with one p-value per test.
 
-    The first p-value is from Wilcoxon's signed-rank test, which assumes independent layers.
-    Neighbouring layers have similar values, however. The second p-value is therefore from a
+    The first p-value is from Wilcoxon's signed-rank test, which assumes independent layers. In
+    fact, neighbouring layers have similar values. The second p-value is therefore from a
     permutation test that reverses the signs of `SIGN_BLOCK` neighbouring layers together.
 
     Args:
