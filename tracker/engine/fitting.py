@@ -1,7 +1,7 @@
 """Fit functions that replace layers, by least squares over tokens of calibration text.
 
-The fit ignores the first token of a text, because its hidden state is often unusually large. If a
-text begins with the same tokens as the previous text, the fit ignores these tokens too.
+The fit ignores the first token of a text, because the token's hidden state is often unusually
+large. Tokens that are also the beginning of the previous text are ignored too.
 """
 
 from __future__ import annotations
@@ -35,10 +35,9 @@ class _Sums:
         self.cross_products = torch.zeros(size, self.width, dtype=torch.float64)
 
     def add(self, inputs: Tensor, outputs: Tensor) -> None:
-        """Add the tokens of a text to the sums.
+        """Add a text's hidden states before and after the layer to the sums.
 
-        `inputs` and `outputs` [tokens, width] are the layer's hidden states before and after the
-        layer.
+        `inputs` and `outputs` have the shape [tokens, width].
         """
         inputs, outputs = inputs.cpu().double(), outputs.cpu().double()
         self.tokens += len(inputs)
@@ -51,11 +50,10 @@ class _Sums:
             self.cross_products += augmented.T @ outputs
 
     def fit_replacement(self) -> FittedReplacement:
-        """Compute the functions that approximate the layer best.
+        """Fit functions that approximate the layer, by least squares.
 
-        The first function adds the mean update to its input. The second function multiplies its
-        input by a factor. The third function applies a linear map, and is computed only if `linear`
-        is true.
+        The functions add the mean update, multiply by a factor, or apply a linear map (only if
+        `linear` is true).
         """
         linear = None
         if self.linear:
@@ -70,7 +68,7 @@ class _Sums:
 def fit_replacements(
     model: EngineModel, texts: Sequence[Sequence[int]], layers: Collection[int], linear: bool
 ) -> dict[int, FittedReplacement]:
-    """Fit functions that can replace layers, by least squares.
+    """Fit functions that approximate layers on calibration texts, by least squares.
 
     Args:
         model: The intact model.
@@ -97,7 +95,7 @@ def fit_replacements(
 
 
 def first_fitted_tokens(texts: Sequence[Sequence[int]]) -> list[int]:
-    """Return, for each text, the index of the first token that is used for fitting."""
+    """Return for each text the index of the first token that the fit uses."""
     pairs = pairwise([(), *texts])
     # The last token of a text is never left out.
     return [max(1, count_common_tokens(previous, text[:-1])) for previous, text in pairs]

@@ -1,8 +1,8 @@
-"""Run several forward passes in lockstep, so that they share each loaded layer.
+"""Run several forward passes in lockstep, so that each offloaded layer is loaded once.
 
-Each pass is a function that calls the model once or several times, and runs in its own greenlet. A
-pass pauses before a layer whose weights are offloaded. When all passes have paused, one layer is
-loaded, and all passes that wait for this layer continue.
+Each pass is a function that calls the model, in its own greenlet. A pass pauses before a layer
+whose weights are offloaded. When all passes have paused, one layer is loaded, and all passes that
+wait for the layer continue.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ T = TypeVar("T")
 def run_lockstep(
     weights: OffloadedWeights | None, model: nn.Module, functions: Iterable[Callable[[], T]]
 ) -> Iterator[T]:
-    """Run several functions that call a model, so that they share each loaded layer.
+    """Run functions that call a model, loading each offloaded layer once for all functions.
 
-    The functions wait for each other, so that offloaded layers are loaded less often. If no weights
-    are offloaded, the functions run one after the other.
+    The functions wait for each other at offloaded layers. Without offloaded weights, one function
+    runs after the other.
 
     Args:
         weights: The offloaded weights; None if no weights are offloaded.
@@ -56,7 +56,7 @@ def run_lockstep(
 def report_progress(
     weights: OffloadedWeights | None, n_due: int, progress: Callable[[int], None]
 ) -> Iterator[Callable[[int], None]]:
-    """Yield a function that reports finished work to the callback `progress`.
+    """Count finished work and loaded layers as progress in a `with` block.
 
     Args:
         weights: The offloaded weights, whose loading counts as work; None if no weights are
@@ -65,7 +65,7 @@ def report_progress(
         progress: Function that is called with the amount of work done since the last call.
 
     Yields:
-        A function that the caller must call with each amount of finished work.
+        A function to call with each amount of finished work.
     """
     n_reported = n_done = n_loaded = 0
 
@@ -98,7 +98,7 @@ def report_progress(
 
 
 class _Scheduler:
-    """Scheduler that switches between several passes until all passes have ended."""
+    """Scheduler that switches between functions (passes) which wait for offloaded layers."""
 
     def __init__(self, weights: OffloadedWeights) -> None:
         self._weights = weights
@@ -111,9 +111,9 @@ class _Scheduler:
     # On exit, inference mode restores the mode at entry, so it must be on for all passes.
     @torch.inference_mode()
     def run(self, passes: Sequence[_Pass[T]]) -> list[T]:
-        """Run several functions that call the model, and return their results in order.
+        """Run functions that call the model, and return their results in order.
 
-        All functions that wait for a layer share one loading of this layer.
+        A layer is loaded once for all functions that wait for the layer.
         """
         previous_wait, self._weights.wait = self._weights.wait, self.wait
         self._ready, layer = [*passes], -1
@@ -134,7 +134,7 @@ class _Scheduler:
         return [task.result() for task in passes]
 
     def join(self, passes: Sequence[_Pass[T]]) -> list[T]:
-        """Pause the current function, run more functions, and return their results in order."""
+        """Run more functions while the current function waits; return their results in order."""
         assert self._current is not None
         self._joins.append((self._current, passes))
         self._ready += passes
@@ -142,7 +142,7 @@ class _Scheduler:
         return [task.result() for task in passes]
 
     def wait(self, layer: int) -> None:
-        """Pause the current pass until the layer `layer` is loaded."""
+        """Pause the current function until the layer `layer` is loaded."""
         assert self._current is not None
         self._waiting.setdefault(layer, []).append(self._current)
         self._main_greenlet.switch()
@@ -175,7 +175,7 @@ class _Pass(Generic[T]):
         return self._outcome.result()
 
     def resume(self) -> None:
-        """Run this pass's function until the function waits for a layer or ends."""
+        """Continue the paused function until the function waits for a layer or ends."""
         self._install_forwards(self._forwards)
         if not self._greenlet:  # the pass ends in the greenlet that first resumes it
             self._greenlet.parent = getcurrent()

@@ -55,8 +55,8 @@ class Cost:
         check_layer_passes: Number of (token, layer) computations in the self-check, without the
             check on a miniature model.
         statistics_layer_passes: Number of (token, layer) computations for proxies of parts and for
-            the statistics in `observe`. The attributes `layer_passes` and `flops` do not include
-            these computations.
+            the statistics in `observe`. `layer_passes` and `flops` do not include these
+            computations.
         peak_bytes: Estimated peak memory: bytes of the weights, the largest activations and one
             chunk of logits.
     """
@@ -75,16 +75,14 @@ class Cost:
 
     @property
     def times_the_passes(self) -> dict[str, float]:
-        """The layer passes of lm-eval and vLLM, divided by the engine's layer passes."""
+        """Ratio of (token, layer) computations of lm-eval and vLLM to those of the engine."""
         plain = self.plain_layer_passes
         return {name: passes / self.layer_passes for name, passes in plain.items()}
 
 
 @dataclass(frozen=True)
 class Workload:
-    """The numbers of tokens and operations that are needed to score documents.
-
-    `engine_operations` assumes that ablations share as much computation as possible.
+    """Counts of tokens and floating-point operations for scoring documents.
 
     Attributes:
         documents: Number of documents.
@@ -94,7 +92,7 @@ class Workload:
         widest_row: Largest number of tokens that are computed together in one forward pass.
         naive_tokens: Number of tokens that lm-eval reads in one evaluation.
         engine_operations: Floating-point operations in the engine for one attention, one MLP, and
-            the output head.
+            the output head, with full sharing of computation.
         plain_operations: Floating-point operations of lm-eval for one attention, one MLP, and the
             output head.
     """
@@ -109,7 +107,7 @@ class Workload:
     plain_operations: tuple[float, float, float]
 
     def flops(self, plan: StreamPlan) -> float:
-        """Count the floating-point operations that the engine needs for a plan."""
+        """Count the engine's floating-point operations for planned ablations."""
         passes = (plan.attention_passes, plan.mlp_passes, plan.n_answers)
         return float(sum(map(mul, self.engine_operations, passes)))
 
@@ -175,7 +173,7 @@ def estimate_cost(
     observe: Collection[str] = (),
     has_gradients: bool = True,
 ) -> Cost:
-    """Estimate the cost of measuring ablations that share as much computation as possible.
+    """Estimate the cost of measuring ablations on a benchmark before the measurement.
 
     Args:
         model: The model; its weights may be on the meta device.
@@ -224,10 +222,10 @@ def estimate_cost(
 
 
 def _weights_per_token(model: PreTrainedModel) -> tuple[float, float]:
-    """Count the weights that a token uses in a layer's attention and in its other modules.
+    """Count the weights that a token uses in the attention and the MLP, per layer.
 
-    Each of the two returned numbers is a mean over the layers. In a mixture of experts, only the
-    experts that a token uses are counted.
+    The two numbers are means over all layers. In a mixture of experts, only the experts that a
+    token uses are counted.
     """
     layers, n_chosen = find_layers(model), experts_per_token(model.config.get_text_config())
 

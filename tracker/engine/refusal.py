@@ -27,7 +27,7 @@ OUT_OF_MEMORY = re.compile(
 
 
 def is_device_lost(error: Exception) -> bool:
-    """Return whether an error means that this process can no longer use the device."""
+    """Return whether an error leaves the GPU unusable for the rest of this process."""
     if is_out_of_memory(error):
         return False
     error_class = getattr(torch, "AcceleratorError", None)  # since torch 2.8
@@ -59,9 +59,9 @@ def refusal_reason(error: Exception) -> str | None:
 
 
 def try_model(compute: Callable[[], _Made]) -> tuple[_Made | None, str | None]:
-    """Call a function that runs a model; return (result, None), or (None, reason) if it fails.
+    """Call `compute`; return (result, None), or (None, reason) if the model causes an error.
 
-    The function does not catch exceptions that the model did not cause.
+    Other exceptions are not caught.
     """
     try:
         return compute(), None
@@ -75,7 +75,7 @@ def try_model(compute: Callable[[], _Made]) -> tuple[_Made | None, str | None]:
 def _is_raised_by_tracker(traceback: TracebackType | None) -> bool:
     """Return whether an error was raised by code of this package.
 
-    Returns False if a module of the model raised the error, even if this package called the module.
+    An error in a module of the model gives False.
     """
     is_ours = True
     for frame, _ in walk_tb(traceback):

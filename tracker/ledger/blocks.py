@@ -42,8 +42,7 @@ class Block:
 class ScheduledBlock(NamedTuple):
     """Block to measure, with its size and its position in the order of documents.
 
-    After this block and all earlier blocks are measured, the first `end` documents in the order are
-    measured.
+    The block and all earlier blocks together contain the first `end` documents in the order.
     """
 
     block: Block
@@ -54,7 +53,7 @@ class ScheduledBlock(NamedTuple):
 def schedule_blocks(
     order: Sequence[str], counts: Mapping[str, int], seed: int | None = None
 ) -> list[ScheduledBlock]:
-    """List the blocks that contain given documents, in the order of their first documents.
+    """Divide documents into blocks, in the order of measurement.
 
     Args:
         order: The task of each document, in the order of the documents.
@@ -63,7 +62,7 @@ def schedule_blocks(
         seed: The seed of the order; None for the tasks' own order.
 
     Returns:
-        The blocks, which are measured in this order. Each block is measured as a whole.
+        The blocks. Each block is measured as a whole.
     """
     n_seen: Counter[str] = Counter()
     blocks: dict[int, Block] = {}  # by the position of their first document
@@ -79,14 +78,13 @@ def schedule_blocks(
 def split_missing(
     missing: Mapping[tuple[str, ...], Sequence[int]],
 ) -> Iterator[tuple[tuple[str, ...], Sequence[int]]]:
-    """Split the missing outcomes of a block into small portions.
+    """Split missing outcomes into portions of at most `MAX_OUTCOMES` outcomes.
 
     Args:
-        missing: Names of ablations → numbers of the documents without outcomes under these
-            ablations.
+        missing: Names of ablations → numbers of documents that lack outcomes under the ablations.
 
     Yields:
-        Names of ablations, and numbers of documents to measure under these ablations.
+        Names of ablations, and numbers of documents to measure under the ablations.
     """
     for names, documents in missing.items():
         size = max(1, MAX_OUTCOMES // len(names))
@@ -96,9 +94,6 @@ def split_missing(
 
 @lru_cache(maxsize=256)
 def document_positions(task: str, documents: Sequence[int], seed: int | None) -> Mapping[int, int]:
-    """Map each document to its position in the random order of `seed`.
-
-    If `seed` is None, the order of `documents` is used.
-    """
+    """Map each document to its position in the random order of `seed`, or in `documents`."""
     order = documents if seed is None else random_order(seed, task, documents)
     return {number: position for position, number in enumerate(order)}

@@ -4,9 +4,8 @@ An entry is trusted only if its owner and permissions show that no user except t
 can have written it. An entry that is not trusted is computed again. On systems other than POSIX,
 every entry is trusted.
 
-Results of self-checks are stored in the results folder and in the cache, so that each check runs
-once per user. If other users can write a results folder, its check results are not trusted, and
-the cache is used instead.
+Results of self-checks are stored in the results folder and in the cache. If other users can write
+to a results folder, only the cache is trusted.
 """
 
 from __future__ import annotations
@@ -37,8 +36,8 @@ log = logging.getLogger(__name__)
 def cache_folder() -> Path:
     """Return the folder of the cache.
 
-    This is the folder in the environment variable TRACKER_CACHE. If the variable is not set, it is
-    the user's cache folder. If the user has no home folder, it is a temporary folder.
+    The environment variable TRACKER_CACHE names the folder. The default is the user's cache folder,
+    or a temporary folder if there is no home folder.
     """
     if setting := os.environ.get("TRACKER_CACHE"):
         return Path(setting)
@@ -58,9 +57,8 @@ def cache_folder() -> Path:
 def is_private(path: Path, root: Path) -> bool:
     """Return whether only this user and the administrator can have written a file or folder.
 
-    The function checks the owner and the permissions of `path` and of its parent folders up to the
-    folder `root`. It returns False if one of them, except `root`, is a link. OSError is raised if
-    `path` is missing.
+    Owner and permissions of `path` and of all folders up to `root` are checked. Links, except
+    `root` itself, are not private. OSError is raised if `path` is missing.
     """
     is_exposed = False
     for checked in (path, *path.parents):
@@ -83,9 +81,10 @@ def recall(kind: str, key: str) -> dict[str, Any]:
 
 
 def keep(kind: str, key: str, content: Mapping[str, Any]) -> None:
-    """Write an entry to the user's cache under a kind and a key, for `recall`.
+    """Write an entry to the user's cache, unless other users can write to the cache.
 
-    Nothing is written if the cache is not writable, or if other users can write to it.
+    The function `recall` returns `content` for the same `kind` and `key`. A cache that is not
+    writable is ignored.
     """
     root = cache_folder()
     with suppress(OSError, WorkError):
@@ -95,7 +94,7 @@ def keep(kind: str, key: str, content: Mapping[str, Any]) -> None:
 
 
 def read_trusted(root: Path, kind: str, key: str) -> dict[str, Any]:
-    """Return an entry's content; {} if the entry is missing or not trusted."""
+    """Return an entry's content; {} if the entry is missing, damaged or not trusted."""
     path = note_path(root, kind, key)
     with suppress(OSError):
         path.lstat()
@@ -110,9 +109,9 @@ def note_path(root: Path, kind: str, key: str) -> Path:
 
 
 def private_folder(name: str) -> Path:
-    """Create or open a folder in the cache that only this user and root can write.
+    """Return a folder in the cache that only this user and root can write to.
 
-    If the folder cannot be created or is not trusted, a temporary folder is returned instead.
+    The folder is created if needed. If the folder is not trusted, a temporary folder is returned.
     """
     root = cache_folder()
     folder = root / name
@@ -168,7 +167,7 @@ class Drafts:
         self._keys: set[str] = set()
 
     def recall(self, key: str) -> list[Any] | None:
-        """Return the texts with a given key, which is a hash; None if there are none."""
+        """Return the texts that are cached under a key; None if there are none."""
         self._keys.add(key)
         texts = recall(_DRAFTS_KIND, key).get("texts")
         return texts if isinstance(texts, list) else None
@@ -178,7 +177,7 @@ class Drafts:
         keep(_DRAFTS_KIND, key, {"texts": texts})
 
     def clear(self) -> None:
-        """Delete the cached texts of all keys that `recall` was called with."""
+        """Delete the cached texts of all keys passed to `recall`."""
         for key in self._keys:
             with suppress(OSError):
                 note_path(cache_folder(), _DRAFTS_KIND, key).unlink()
@@ -189,16 +188,13 @@ _CHECKS_KIND = "checks"
 
 
 class Checks:
-    """Storage of self-check results (verdicts); a key is a hash of the check's inputs."""
+    """Storage of self-check results (verdicts) in the results folder and in the cache."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
 
     def recall(self, key: str) -> str | None:
-        """Return the stored verdict for a key; None if there is none.
-
-        The verdict is read from the results folder, or else from the cache.
-        """
+        """Return a stored self-check result (verdict); None if there is none for the key."""
         for root in (self._root, cache_folder()):
             verdict = read_trusted(root, _CHECKS_KIND, key).get("verdict")
             if verdict is not None:
@@ -208,10 +204,7 @@ class Checks:
         return None
 
     def keep(self, key: str, verdict: str) -> None:
-        """Write a verdict to the results folder and to the cache.
-
-        No error is raised if one of these folders is not writable.
-        """
+        """Write a self-check result to the results folder and the cache, ignoring write errors."""
         self._write_note(key, verdict)
         keep(_CHECKS_KIND, key, {"verdict": verdict})
 

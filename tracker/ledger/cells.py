@@ -50,7 +50,7 @@ class CellStore:
     """Files of one cell: the results of one model on one benchmark.
 
     An outcome is the result of one document under one ablation; a shard is a file of outcomes.
-    Outcomes are also read from `copies`, which are the same cell in other results folders.
+    Outcomes are also read from `copies`: copies of the cell in other results folders.
     """
 
     def __init__(
@@ -67,12 +67,12 @@ class CellStore:
         """Shard read so far that must not be mixed with the other shards → what to do."""
 
     def task_documents(self, extent: Extent) -> dict[str, Sequence[int]]:
-        """Map each task to the numbers of its requested documents, in the order of measurement."""
+        """List the requested documents of each task, in the order of measurement."""
         tasks = self.identity.benchmark.tasks
         return {task.name: extent.select(task.name, task.numbers) for task in tasks}
 
     def counts(self, extent: Extent = ALL_DOCUMENTS) -> dict[str, int]:
-        """Map each task to its number of requested documents (`extent`)."""
+        """Count the requested documents (`extent`) of each task."""
         return {task: len(documents) for task, documents in self.task_documents(extent).items()}
 
     def blocks(self, extent: Extent) -> list[Block]:
@@ -85,16 +85,16 @@ class CellStore:
         ]
 
     def lock(self, block: Block) -> FileLock:
-        """Return the lock that a process must hold while it measures a block."""
+        """Return the lock that a process must hold while measuring a block."""
         return lock_file(self.folder / "locks" / f"{block.name}.lock")
 
     def missing_outcomes(
         self, block: Block, extent: Extent, ablations: Collection[str]
     ) -> dict[tuple[str, ...], list[int]]:
-        """Find which requested documents of a block must still be measured, and how.
+        """List the requested documents of a block that lack outcomes, grouped by ablations.
 
-        Returns a dict that maps tuples of ablation names to the numbers of the documents without
-        outcomes under these ablations. Outcomes from other orders of the documents count too.
+        Returns a dict from ablation names to the numbers of documents that lack outcomes under
+        exactly these ablations. Outcomes that were measured in another document order count too.
         """
         frame = self.read_block(block, extent, ["doc", "ablation"])
         measured = set(zip(frame["doc"], frame["ablation"], strict=True))
@@ -116,17 +116,17 @@ class CellStore:
     ) -> pd.DataFrame:
         """Read the outcomes of the requested documents in a block.
 
-        `extent` selects the requested documents. The result is a data frame like that of `read`.
+        `extent` selects the requested documents. See `read` for the data frame.
         """
         documents = self.documents(block, extent)
         frame = self.read([block, *self._blocks_in_other_orders(block, documents)], columns)
         return frame[frame["doc"].isin(documents)]
 
     def _blocks_in_other_orders(self, block: Block, documents: Iterable[int]) -> Iterator[Block]:
-        """Yield the blocks of other document orders that contain some documents of a block.
+        """Yield blocks that contain the same documents in other document orders.
 
-        `documents` are the numbers of these documents. Only orders in which this cell was measured
-        are searched.
+        `documents` are document numbers of the task of `block`. Only orders in which the cell was
+        measured are searched.
         """
         task_documents = self.task_documents(ALL_DOCUMENTS)[block.task]
         for seed in self._seeds() - {block.seed}:
@@ -137,7 +137,7 @@ class CellStore:
     def _seeds(self) -> set[int | None]:
         """Return the seeds of all document orders in which documents were measured.
 
-        The seed None represents the task's own order.
+        None stands for the task's own order.
         """
         names = (_block_name(path).partition("+") for path in self.shards())
         seeds = {int(seed.split(".")[0]) if plus else None for _, plus, seed in names}
@@ -203,10 +203,10 @@ class CellStore:
         return target.name
 
     def _find_block(self, shard: Shard) -> Block:
-        """Return the block that contains all documents of a shard.
+        """Find the block that contains all documents of a shard, and verify the shard's cell key.
 
-        The shard must have the columns task and doc. ValueError is raised if there is no such
-        block.
+        The shard must have the columns task and doc. ValueError is raised if the shard belongs to
+        another cell, or if no block contains all documents.
         """
         if problem := version_problem(shard.metadata.get("format")):
             raise ValueError(f"it {problem}")
@@ -228,9 +228,9 @@ class CellStore:
         return Block(task, numbers.pop(), seed)
 
     def _shard_path(self, block: Block, rows: Iterable[Mapping[str, object]]) -> Path:
-        """Return the path for a new shard, which is a file with the outcomes `rows`.
+        """Return the path for a new shard (file of outcomes) with the outcomes `rows`.
 
-        The file name contains a hash of the outcomes' documents, ablations and tokens.
+        The file name contains a hash of documents, ablations and tokens.
         """
         keys = ((row["doc"], row["ablation"], row.get(DIGEST_COLUMN)) for row in rows)
         texts = {tuple(str(value) for value in key if value is not None) for key in keys}
@@ -242,9 +242,8 @@ class CellStore:
     ) -> pd.DataFrame:
         """Read the outcomes of the given blocks as a data frame.
 
-        A damaged shard is renamed with a warning. Outcomes are left out if their texts were
-        tokenised differently than the other texts of the cell. The files of these outcomes are
-        listed in `mixed`.
+        A damaged shard is renamed with a warning. Outcomes of differently
+        tokenised texts are left out, and their shards are listed in `mixed`.
 
         Args:
             blocks: The blocks to read; None = all blocks.
@@ -274,7 +273,7 @@ class CellStore:
     ) -> Iterator[tuple[Path, Shard]]:
         """Yield the path and the content of each undamaged shard.
 
-        The shards of this folder come first, followed by the shards of the cell's copies.
+        The shards in this folder come before the shards in copies of the cell.
         """
         if blocks is None:
             paths = self.shards()
@@ -290,11 +289,7 @@ class CellStore:
             yield from copy._intact_shards(blocks, columns)
 
     def _join_shards(self, shards: Mapping[Path, pd.DataFrame]) -> pd.DataFrame:
-        """Join shards into one data frame.
-
-        If a document was tokenised in several ways, only the outcomes with the most frequent
-        tokenisation of this document are kept.
-        """
+        """Join shards, without outcomes that use a rarer tokenisation of a document."""
         frame, key = pd.concat(shards.values()), ["task", "doc", DIGEST_COLUMN]
         if DIGEST_COLUMN not in frame:
             return frame.assign(**{DIGEST_COLUMN: None})
@@ -309,10 +304,7 @@ class CellStore:
         return frame[~pd.MultiIndex.from_frame(frame[key]).isin(rare_digests)]
 
     def _exclude_shard(self, path: Path, stack: Mapping[str, str]) -> None:
-        """Add a shard with differently tokenised texts to `mixed`.
-
-        The value in `mixed` is a message for the user.
-        """
+        """Add a shard with differently tokenised texts, and a message for the user, to `mixed`."""
         base = self.identity.provenance
         versions = tokeniser_differences(stack, base), tokeniser_differences(base, stack)
         self.mixed[str(path)] = _OTHER_TOKENS.format(*versions)
@@ -320,8 +312,9 @@ class CellStore:
     def load_shard(self, path: Path, columns: list[str] | None = None) -> Shard | None:
         """Read and verify a shard, with all columns or only the given columns.
 
-        A damaged shard is renamed, so that its outcomes are measured again. None is returned for a
-        damaged or missing shard. WorkError is raised if the system fails to read the file.
+        A damaged shard is renamed, so that the shard's outcomes are measured again. None is
+        returned for a damaged or missing shard. WorkError is raised if the system fails to read the
+        file.
         """
         try:
             shard = read_shard(path.read_bytes(), columns)
@@ -351,10 +344,7 @@ class CellStore:
         return None
 
     def damaged_shards(self) -> dict[str, str]:
-        """Map the path of each unusable shard to a message for the user.
-
-        Damaged shards are included until their outcomes are measured again.
-        """
+        """List damaged and ignored shards, with a message for the user about each path."""
         stems = {path.stem for path in self.shards()}
         paths = {p for p in self._shards.glob(f"*{ASIDE_SUFFIX}") if p.stem not in stems}
         messages = dict.fromkeys(map(str, sorted(paths | self._unread)), SHARD_SET_ASIDE)
@@ -366,9 +356,8 @@ class CellStore:
     def shard_digests(self, verify_all: bool = False) -> list[tuple[str, str]]:
         """List the file name and SHA-256 of each undamaged shard.
 
-        The shards in copies of the cell are included.
-
-        A shard is verified again only if its file has changed, or if `verify_all` is true.
+        Shards in copies of the cell are included. Unless `verify_all` is true, only new and
+        changed files are verified.
         """
         note, former, verified = self._verified_path, read_note(self._verified_path), {}
         for path in self.shards():
@@ -387,7 +376,7 @@ class CellStore:
         return digests + [pair for copy in self._copies for pair in copy.shard_digests(verify_all)]
 
     def lost_shards(self) -> list[str]:
-        """List shards that were verified earlier and are now missing."""
+        """List the file names of shards that were verified earlier and are now missing."""
         paths = map(self._shards.joinpath, read_note(self._verified_path))
         pairs = ((path, path.with_suffix(ASIDE_SUFFIX)) for path in paths)
         return [path.name for path, aside in pairs if not any(map(os.path.lexists, (path, aside)))]
@@ -399,7 +388,7 @@ class CellStore:
     def all_metadata(self) -> list[dict[str, Any]]:
         """List the metadata of all shards, including shards in copies of the cell.
 
-        Shards with the same name have the same outcomes, so only one of them is listed.
+        Copies of a shard have the same name and are listed once.
         """
         metadata = {}
         paths = (path for store in (self, *self._copies) for path in store.shards())
@@ -421,9 +410,9 @@ class CellStore:
 
     @cached_property
     def _earliest_date(self) -> str:
-        """One second after the latest measurement in the cells of `siblings`, as ISO text.
+        """Earliest date for new outcomes, as ISO text; empty if there is no limit.
 
-        New outcomes get no earlier date. The text is empty if these cells have no measurements.
+        The date is one second after the latest measurement in the cells of `siblings`.
         """
         dates = (last_measured(sibling.all_metadata()) for sibling in self.siblings())
         if not (last_date := max(dates, default="")):
@@ -442,10 +431,10 @@ class CellStore:
         return sorted(self._shards.glob("*.parquet"))
 
     def seconds(self, documents: Mapping[str, Collection[tuple[str, int]]]) -> float:
-        """Return the number of seconds that the given outcomes took to measure.
+        """Return the seconds that the measurement of given outcomes took.
 
-        `documents` maps the name of each ablation to documents, each given as (task, number). If
-        only a fraction of a shard's outcomes is given, this fraction of the shard's time counts.
+        `documents` maps the name of each ablation to (task, document number) pairs. If half of a
+        shard's outcomes are given, half of the shard's time counts.
         """
         total = 0.0
         for path in self.shards():
@@ -459,10 +448,9 @@ class CellStore:
         return total
 
     def read_derived(self, state: str, name: str, kind: type[Derived]) -> Derived | None:
-        """Return the stored record of the view `name`; None if it is missing or outdated.
+        """Return the stored record of the view `name`; None if the record is missing or outdated.
 
-        `state` is a hash of the record's current inputs. A record that was stored with another hash
-        is outdated.
+        A record is outdated if stored with another `state`, a hash of the record's inputs.
         """
         note = read_note(self._derived_path(name, kind))
         if note.get("state") != state:
@@ -490,10 +478,7 @@ class CellStore:
         return self.folder / "derived" / f"{view_file_name(name)}{suffix}.json"
 
     def receipt(self, destination: str) -> dict[str, str]:
-        """Return the receipt that `add_receipt` stored for a destination.
-
-        The result is {} if there is no receipt.
-        """
+        """Return the receipt that `add_receipt` stored for a destination; {} if there is none."""
         note = read_note(self._receipt_path(destination))
         return note if {"record", "location"} <= set(note) else {}
 
@@ -516,7 +501,7 @@ class CellStore:
         write_note(self._search_path(command), {"command": list(command)})
 
     def end_search(self, command: Sequence[str]) -> None:
-        """Record that the search that was started with `command` has ended."""
+        """Record that the search with this `command` has ended."""
         self._search_path(command).unlink(missing_ok=True)
         with suppress(OSError):  # another search is at it, or none ever was
             self._search_path(command).parent.rmdir()

@@ -29,7 +29,7 @@ from tracker.schema.provenance import content_hash
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file under a temporary name, flush it to disk, and rename it to `path`.
 
-    If `path` is a standard stream, a device or a pipe, the content is written to it directly.
+    A standard stream, device or pipe at `path` is written to directly.
 
     Args:
         path: The path of the file.
@@ -99,7 +99,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def lock_file(path: Path, timeout: float = -1) -> FileLock:
-    """Return a file lock that is not acquired yet.
+    """Build a file lock, which the caller must still acquire.
 
     The folder of the lock file is created if needed. Raises WorkError if the lock file cannot be
     created or written. `timeout` is the maximum waiting time in seconds; a negative number means no
@@ -131,7 +131,7 @@ def make_folder(path: Path) -> None:
 def new_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder that is renamed to `path` at the end, or deleted on failure.
 
-    Remaining temporary folders of processes that were killed are deleted first.
+    Temporary folders of killed processes are deleted first.
     """
     for lock_path in path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 16}.lock"):
         with suppress(OSError, WorkError), lock_file(lock_path, timeout=0):
@@ -157,7 +157,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 def share_with_group(path: Path) -> None:
     """Give a new file the write permissions of its folder, ignoring the umask.
 
-    Without these permissions, other users of a shared folder could not write the file.
+    In a shared folder, other users can then write the file.
     """
     with suppress(OSError):  # another user's
         status, parent = path.stat(), path.parent.stat()
@@ -194,8 +194,8 @@ def _shared_mode(folder: os.stat_result) -> int:
 def owner_name(path: Path) -> str:
     """Return the user name of the owner of a file or folder.
 
-    If the path does not exist, the owner of its nearest existing parent is returned. An owner
-    without a name is returned as `user` and the user's number.
+    For a missing path, the owner of the nearest existing parent is returned. A user without a name
+    is returned as `user NUMBER`.
     """
     existing = next(p for p in (path, *path.absolute().parents) if os.path.lexists(p))
     try:
@@ -210,7 +210,7 @@ def write_problem(path: Path) -> str:
 
 
 def access_problem(folder: Path) -> str:
-    """Return an error message if a file or folder exists but is not readable; otherwise ""."""
+    """Return an error message if a file or folder exists but is not readable, else ""."""
     if not os.path.lexists(folder):
         return ""
     if os.access(folder, os.R_OK | (os.X_OK if folder.is_dir() else 0)):
@@ -221,7 +221,7 @@ def access_problem(folder: Path) -> str:
 
 
 def _flush(folders: Iterable[Path]) -> None:
-    """Flush folder entries to disk if possible, so that a crash cannot undo a rename."""
+    """Flush folders to disk if possible, so that a crash cannot undo the renaming of a file."""
     for folder in folders:
         with suppress(OSError):
             entries = os.open(folder, os.O_RDONLY)
@@ -239,7 +239,7 @@ _FILE = "file"
 def seal_note(content: Mapping[str, Any]) -> str:
     """Return a note as JSON text.
 
-    The text contains all items of `content`, and the digest of `content` under the key `digest`.
+    A digest of `content` is added under the key `digest`.
     """
     return json.dumps({**content, _DIGEST: content_hash(content)}, indent=2)
 

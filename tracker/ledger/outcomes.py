@@ -54,9 +54,9 @@ def outcome_row(
         metrics: Name of each task metric → the metric's value for the responses.
         proxies: Number of measured tokens, and sums of layer statistics [statistic][layer] for the
             columns `PROXY_SUMS`; None unless the ablation is the baseline.
-        comparison: Result of the check against a changed copy of the model: number of responses,
-            largest difference in nats, and number of large differences due to rounding. None if no
-            response was checked.
+        comparison: Comparison of the responses with a really changed model: number of responses,
+            largest difference in nats, and number of large differences due to rounding. None
+            without comparison.
         repeated: The responses of a second computation, if there was one.
         part_sums: Column of `PART_SUMS` → sum of a layer statistic; None or empty if nothing was
             measured.
@@ -94,7 +94,7 @@ def outcome_row(
 
 
 def stored_texts(row: Mapping[Any, Any]) -> list[str]:
-    """Return all generated texts of a row of a shard; an empty list if there are none."""
+    """Return all generated texts in a row of a shard, i.e. of one document."""
     first, others = row.get("text"), row.get(SAMPLES_COLUMN)
     if not isinstance(first, str):
         return []

@@ -9,8 +9,8 @@ The metadata of a shard contains a JSON object under the key `tracker`. Its fiel
     …           further details of the measurement, such as date, seconds and sharing
 
 Statistics for studies and for the setting `observe` are stored in the cell's folder, in files named
-`observed/KIND/TASK.NUMBER.parquet`. Each of these files contains one block of documents. KIND is a
-name for the measured quantity and the method.
+`observed/KIND/TASK.NUMBER.parquet`. A file contains one block of documents. KIND is a name for the
+measured quantity and the method.
 """
 
 from __future__ import annotations
@@ -42,10 +42,7 @@ _DIGEST = re.compile(rb'"digest": "([0-9a-f]{64})"')
 
 
 def shard_file(table: pa.Table, fields: Mapping[str, object]) -> bytes:
-    """Build the content of a shard from a table and metadata fields.
-
-    A digest of the content is added to the metadata.
-    """
+    """Build the bytes of a shard from a table and metadata, with a digest of the content."""
     file_metadata = {"tracker": json.dumps({**fields, "digest": _EMPTY_DIGEST})}
     sink = pa.BufferOutputStream()
     with pq.ParquetWriter(sink, table.schema, compression="zstd") as writer:
@@ -59,7 +56,7 @@ def shard_file(table: pa.Table, fields: Mapping[str, object]) -> bytes:
 def shard_digest(content: bytes) -> str:
     """Compute the digest of a shard's file.
 
-    The result is an empty string if the file's metadata has no field for a digest.
+    The result is empty if the file's metadata has no digest.
     """
     blank_content = _with_digest(content, _EMPTY_DIGEST)
     return hashlib.sha256(blank_content).hexdigest() if blank_content else ""
@@ -80,10 +77,7 @@ class Shard:
 
 
 def read_shard_metadata(path: Path) -> dict[str, Any]:
-    """Read a shard's metadata, including the number of rows, without verifying the shard.
-
-    Raises ValueError or OSError on failure.
-    """
+    """Read a shard's metadata and number of rows, without verifying the content."""
     try:
         metadata = pq.read_metadata(path)
         return {**json.loads((metadata.metadata or {})[b"tracker"]), "rows": metadata.num_rows}
@@ -163,7 +157,7 @@ def read_observations(folder: Path, kind: str, block: Block) -> dict[int, Docume
 
 
 def read_observation_file(path: Path) -> Shard:
-    """Read a file written by `write_observations`; raise OSError or ValueError if it is damaged."""
+    """Read a file that `write_observations` wrote; raise OSError or ValueError on damage."""
     shard = read_shard(path.read_bytes())
     # Files of former versions do not have their own name.
     if (original := shard.metadata.get("file", _file_identity(path))) != _file_identity(path):
@@ -190,7 +184,7 @@ def read_divergences(folder: Path) -> pd.DataFrame:
 
 
 def _file_identity(path: Path) -> str:
-    """Return one string with the cell key, kind and block of an observation file."""
+    """Return the cell key, kind and block of an observation file as one text."""
     cell, _, kind, block = path.parts[-4:]
     return f"{cell[-12:]}/{kind}/{block}"
 

@@ -21,7 +21,7 @@ RESULTS/
   slurm/                    the logs of SLURM jobs
 
 All files whose contents appear in reports have digests. If a file does not match its digest,
-tracker measures the content again or reports the file as damaged.
+tracker measures again or reports the file as damaged.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def write_search(root: Path, record: PruneRecord) -> Path:
 def read_records(folder: Path, kind: type[RecordType], damaged: dict[str, str]) -> list[RecordType]:
     """Read all JSON files in a folder as records of the type `kind`, sorted by file name.
 
-    For each unusable file, an entry path → error message is added to `damaged`.
+    Unusable files are added to `damaged` as path → error message.
     """
     records = []
     for path in sorted(folder.glob("*.json")):
@@ -82,9 +82,9 @@ def read_records(folder: Path, kind: type[RecordType], damaged: dict[str, str]) 
 
 
 def _repeat_command(path: Path) -> str:
-    """Return the instruction to create a damaged results file again.
+    """Return an instruction for the user to create a damaged file again.
 
-    The instruction names a command, such as "type `tracker prune FILE.yaml`".
+    An example is "type `tracker prune FILE.yaml`".
     """
     if path.parent.name == "searches":
         return "type its `tracker prune` again"
@@ -110,8 +110,8 @@ class Contents:
     Attributes:
         views: Pairs of a cell and a request (runs, metric and documents), sorted by model and
             benchmark.
-        unfinished: Pairs of an unfinished cell and a message, for example if a search that measures
-            the cell is running or was stopped.
+        unfinished: Pairs of an unfinished cell and a message. For example, a search of the cell was
+            stopped.
         experiments: The stored experiment files: name → exact text.
         findings: The results of studies, sorted by name.
         searches: The results of searches, sorted by name.
@@ -183,7 +183,7 @@ class Ledger:
     def cells(self, damaged: dict[str, str] | None = None) -> list[CellStore]:
         """List the usable cells, sorted by model and benchmark.
 
-        `damaged` receives, for each unusable cell, the folder and a message that says what to do.
+        Unusable cells are added to `damaged` as folder → message that says what to do.
         """
         stores = []
         for folder in sorted(self.root.glob("cells/*")):
@@ -237,7 +237,7 @@ class Ledger:
     ) -> CellStore:
         """Open the cell of a model and a benchmark, or create it.
 
-        Models with the same weights but different names share a cell.
+        Models with equal weights have one common cell, even if their names differ.
         """
         self.create()
         digest = cell_key(model, benchmark)
@@ -259,7 +259,7 @@ class Ledger:
         return self._read_cell(folder)
 
     def find(self, request_key: str) -> CellStore | None:
-        """Return the cell that `index_cell` stored for a request; None if there is none."""
+        """Return the cell that `index_cell` stored for a request; None if no cell is stored."""
         name = files.read_note(self._index_path(request_key)).get("cell")
         if name is None or Path(name).name != name:
             return None
@@ -305,7 +305,7 @@ class Ledger:
         return CellStore(folder, identity)
 
     def _is_initialised(self) -> bool:
-        """Return whether the folder is a results folder; raise ResultsError if it is unusable."""
+        """Return whether the folder is a results folder; raise ResultsError on damage."""
         path = self.root / "tracker.json"
         if not path.is_file():
             return False
@@ -324,10 +324,7 @@ class Ledger:
 
 
 def _read_experiment(path: Path) -> str:
-    """Return the text of a stored experiment file.
-
-    Raises ValueError if the file was edited or damaged.
-    """
+    """Return the text of a stored experiment file; raise ValueError if the text was changed."""
     content, digest_path = path.read_bytes(), _digest_path(path)
     if digest_path.exists() and digest_path.read_text().split()[:1] != [_hash_content(content)]:
         raise ValueError(

@@ -1,6 +1,6 @@
 """Store the texts of a cell's documents.
 
-Results do not depend on the texts, except for the margins of length-normalised accuracies.
+No result depends on a stored text, except the margins of length-normalised accuracies.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ class StoredText:
 
 
 def text_row(document: Document, text: DocumentText, public: bool) -> dict[str, object]:
-    """Build the row of a document for a file of texts.
+    """Build a document's row for a file of texts, and shorten a long question.
 
-    A long question is shortened. `public` states whether the benchmark's texts are public.
+    `public` states whether the benchmark's texts are public.
     """
     question, half = text.question, MAX_QUESTION_LENGTH // 2
     if len(question) > MAX_QUESTION_LENGTH:
@@ -86,7 +86,7 @@ class Texts:
         return sorted(self._folder.glob(f"{_NAME}*.parquet"))
 
     def file_names(self) -> list[str]:
-        """List the names of all files that `read` reads."""
+        """List the names of the cell's files of texts, including copies of the cell."""
         return [path.name for texts in (self, *self._copies) for path in texts.files()]
 
     def add(self, block: str, rows: Iterable[Mapping[str, object]]) -> None:
@@ -129,7 +129,7 @@ class Texts:
         return stored_texts
 
     def read_file(self, path: Path) -> dict[tuple[str, int], StoredText]:
-        """Read one file of texts; if it is damaged, rename it and return an empty dict."""
+        """Read one file of texts; rename a damaged file, and return an empty dict."""
         try:
             table, _ = self._read_table(path)
         except OSError as error:  # the system has failed, not the file

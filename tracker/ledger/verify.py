@@ -58,8 +58,7 @@ def verify_ledger(
 ) -> Verification:
     """Read and verify all files of a results folder.
 
-    A damaged shard is renamed, so that its outcomes are measured again. `progress` is called with
-    the number of newly verified cells.
+    Damaged shards are renamed. `progress` is called with the number of newly verified cells.
     """
     result = Verification(damaged=dict(ledger.contents().damaged))
     for store in ledger.cells():
@@ -93,10 +92,10 @@ def verify_ledger(
 
 
 def _check_file(path: Path, read: Callable[[Path], object]) -> dict[str, str]:
-    """Verify a file that tracker can create again.
+    """Verify a file, and return a message for the user if the file is damaged.
 
-    `read` raises an error if the file is damaged. Returns {path: message} for a damaged file, and
-    {} for an intact file.
+    `read` raises OSError or ValueError on damage. Returns {path: message}, or {} for an intact
+    file. The message says that tracker creates the file again.
     """
     try:
         read(path)
@@ -117,7 +116,7 @@ def _outcome_keys(shard: Shard) -> Iterator[tuple[str, int, str]]:
 
 
 def compare_ledgers(ledger: Ledger, other_ledger: Ledger) -> Iterator[str]:
-    """Compare the cells in two copies of a results folder; yield each difference as a sentence."""
+    """Yield sentences that describe how two copies of a results folder differ."""
     ledgers = (ledger, other_ledger)
     own_cells, other_cells = ({c.identity.key: c for c in copy.cells()} for copy in ledgers)
     for key in sorted(own_cells.keys() | other_cells.keys()):
@@ -131,7 +130,7 @@ def compare_ledgers(ledger: Ledger, other_ledger: Ledger) -> Iterator[str]:
 
 
 def _cell_differences(*stores: CellStore) -> Iterator[str]:
-    """Yield each difference between two copies of a cell as a sentence."""
+    """Yield sentences that describe how two copies of a cell differ from each other."""
     if stores[0].identity != stores[1].identity:
         yield "the two cell.json differ"
     views, other_views = (
@@ -159,9 +158,9 @@ def _cell_differences(*stores: CellStore) -> Iterator[str]:
 
 
 def _outcomes(store: CellStore) -> dict[tuple[str, int, str], str]:
-    """Read a cell's outcomes as text, so that NaN equals NaN.
+    """Read a cell's outcomes as text, to compare outcomes even if values are NaN.
 
-    Returns (task, document number, ablation name) → text of all values of the outcome.
+    Returns (task, document number, ablation name) → text of all values.
     """
     outcomes = {}
     for row in store.read().to_dict("records"):

@@ -1,4 +1,4 @@
-"""Compute the keys of cells, and store views: requests for runs, a metric and documents.
+"""Compute the keys of cells, and store which results of a cell were requested (views).
 
 A cell's key is a hash of all inputs that affect a document's outcome, such as weights, task and
 number of few-shot examples.
@@ -65,11 +65,10 @@ def cell_key(model: ModelIdentity, benchmark: BenchmarkIdentity) -> str:
 def request_key(
     request: CellRequest, model_stamp: object, data_stamp: object, versions: Mapping[str, str]
 ) -> str:
-    """Return a hash to find a request's cell without loading the model or the data.
+    """Compute a hash of a request, to find its cell without loading the model or the data.
 
-    `model_stamp` and `data_stamp` are values that change when the model or the data changes.
-    Requests with equal keys belong to the same cell. The key does not depend on the ablations, the
-    number of documents or the metric.
+    `model_stamp` and `data_stamp` are values that change when the model or the data changes. The
+    hash does not depend on the ablations, the number of documents or the metric.
     """
     documents = {"part": request.documents.part, "seed": request.documents.seed}
     settings = {**dict(request.model), **dict(request.benchmark), **documents}
@@ -101,7 +100,7 @@ class CellIdentity(Record):
 
     @classmethod
     def read(cls, text: str | bytes) -> CellIdentity:
-        """Parse the text of a `cell.json`; raise ValueError if it is damaged or has a wrong key."""
+        """Parse the text of a `cell.json`; raise ValueError if the text is damaged."""
         identity = cls.model_validate(parse_note(text))
         if cell_key(identity.model, identity.benchmark) != identity.key:
             raise ValueError("the key does not match the model and benchmark in the file")
@@ -122,16 +121,13 @@ class RequestedView(Record):
 
 @dataclass(frozen=True)
 class Views:
-    """Storage of a cell's views; a view is a request for some runs, a metric and some documents."""
+    """Storage of a cell's views; a view is a request to show some runs, a metric and documents."""
 
     folder: Path
     identity: CellIdentity
 
     def view_of(self, request: CellRequest) -> View:
-        """Build the view of a request: its runs, metric and documents.
-
-        Stored views are ignored.
-        """
+        """Build the view of a request: the runs, the metric and the documents."""
         benchmark = self.identity.benchmark
         # A limit or sample of all documents is the whole benchmark, whatever its seed.
         n_documents = max(task.documents for task in benchmark.tasks)
@@ -182,18 +178,14 @@ class Views:
     def display_view(self, request: CellRequest, named: bool = False) -> View:
         """Return the view that shows the results of a request.
 
-        Requests with the same metric, documents, removed layers and `until` setting share one view.
-        If a stored view has more documents and contains all runs of `request`, this view is
-        returned, unless `named` is true. Otherwise the view of `request` is returned. If this view
-        is stored, it can replace stored views with fewer documents.
+        Requests with the same metric, documents, removed layers and `until` setting have one common
+        view. If a stored view has more documents and contains all runs of `request`, the stored
+        view is returned, unless `named` is true. Otherwise the view of `request` is returned.
         """
         return self._find_view_to_store(self.view_of(request), named)[0]
 
     def related_views(self, new: View) -> list[View]:
-        """List the stored views that are similar to the view `new`.
-
-        Such views have the same metric, removed layers and seed of the document order as `new`.
-        """
+        """List stored views with the same metric, removed layers and document order as `new`."""
         # A search has thousands of views, each without other layers.
         start = glob.escape(quote(view_name(new.removed, "", "", ""))[:_MAX_READABLE_NAME])
         patterns = (f"{start}[-.][!0-9]*", f"{start}-*-doc*") if new.removed else (f"{start}*",)
@@ -204,7 +196,7 @@ class Views:
     def _find_view_to_store(
         self, new: View, named: bool, explicit: bool = False
     ) -> tuple[View, list[View]]:
-        """Merge a requested view with the similar views that are stored.
+        """Choose the view to store for a request: a larger stored view, or a merged new view.
 
         Args:
             new: The requested view.
@@ -213,7 +205,7 @@ class Views:
                 does.
 
         Returns:
-            The view to store, and the stored views that this view replaces.
+            The view to store, and the stored views that the view to store replaces.
 
         Raises:
             ResultsError: The view's file exists but is not readable.
@@ -313,7 +305,7 @@ class Views:
         return [RequestedView(project=projects[name], view=views[name]) for name in names]
 
     def _complete_names(self, path: Path, view: View) -> View:
-        """Return a copy of a view with an updated list `supersedes` of replaced views."""
+        """Update the names of replaced views (`supersedes`) in a copy of a view."""
         gone = (n for n in view.supersedes if self._path(n) == path or not self._path(n).exists())
         return view.model_copy(update={"supersedes": tuple(sorted(gone)), "beside": ""})
 
@@ -336,10 +328,7 @@ class Views:
         return view.name(self.identity.benchmark.primary_metric)
 
     def path(self, name: str) -> Path:
-        """Return the path of a view's file.
-
-        The function also finds files that earlier versions of tracker wrote under other names.
-        """
+        """Return the path of a view's file, also of a file that was named by an earlier version."""
         if (path := self._path(name)).exists():
             return path
         for former_path in self.files():

@@ -58,7 +58,7 @@ class FittedReplacement:
     linear: tuple[Tensor, Tensor] | None = None
 
     def apply(self, action: Action, state: Tensor) -> Tensor:
-        """Return state + mean, scale · state or linear(state), depending on `action`."""
+        """Compute state + mean, scale · state or linear(state); `action` selects the formula."""
         flat_state = state.flatten(2).float()
         if action is Action.MEAN:
             result = flat_state + self.mean.to(state.device)
@@ -78,16 +78,12 @@ class FittedReplacement:
 
 @dataclass(frozen=True)
 class RandomReplacement:
-    """A random function that replaces a layer, for self-checks on a miniature model."""
+    """Random functions that replace a layer, for self-checks on a miniature model."""
 
     layer: int
 
     def apply(self, action: Action, state: Tensor) -> Tensor:
-        """Return a random substitute for the layer's output.
-
-        `state` is the layer's input. `action` selects the kind of substitute, as for
-        `FittedReplacement`.
-        """
+        """Apply a random function to the layer's input `state`; `action` selects its form."""
         width = state.flatten(2).shape[-1]
         rng = torch.Generator().manual_seed(self.layer)
         weight = torch.eye(width) + 0.3 * torch.randn(width, width, generator=rng) / width**0.5
@@ -108,11 +104,10 @@ class ForwardPass:
     """A forward pass of a model that computes several ablations as streams in one batch.
 
     The model is called with `rows` texts, so the first layer gets hidden states of the shape [rows,
-    tokens, hidden]. The batch grows whenever a layer starts a new stream. The output of the last
-    layer has the shape [streams × rows, tokens, hidden] and is ordered by stream. In this output,
-    the rows of a stream equal the output of a model that is changed by the stream's ablation. This
-    requires that a layer treats the rows of a batch separately, and that layers pass only the
-    hidden state to each other.
+    tokens, hidden]. The batch grows whenever a new stream starts. The output of the last layer has
+    the shape [streams × rows, tokens, hidden] and is ordered by stream. A stream's rows equal the
+    output of a model that is really changed by the ablation. Two conditions must hold: a layer
+    treats the rows of a batch separately, and layers pass only the hidden state to each other.
 
     The other inputs of a layer (e.g. masks and positions) must broadcast over the rows of all
     streams.
@@ -170,13 +165,13 @@ class ForwardPass:
 class LayerFork:
     """Replacement of a layer's `forward` method that runs the layer for all streams.
 
-    The input is [streams × rows, tokens, hidden]. A new stream gets the state of its parent stream.
-    The layer first computes the `divided_streams` as one batch, and then the remaining streams in
-    groups of at most `max_streams`. For streams that skip or replace the layer, the function
+    The input is [streams × rows, tokens, hidden]. A new stream copies the input of its parent
+    stream. The layer first computes the `divided_streams` as one batch, and then the remaining
+    streams in groups of at most `max_streams`. For streams that skip or replace the layer,
     `replace_layers` writes the outputs.
 
-    RefusalError is raised if there are several streams and the arguments of this layer include an
-    extra output of an earlier layer.
+    With several streams, RefusalError is raised if an earlier layer passes other tensors than the
+    hidden state to this layer.
 
     Attributes:
         index: The number of the layer.
@@ -225,9 +220,9 @@ class LayerFork:
         return states
 
     def _extract_hidden_states(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """Return the hidden states [streams, rows, tokens, …] from the arguments of a call.
+        """Return the layer's input [streams, rows, tokens, …] from the arguments of a call.
 
-        The other arguments are stored in `arguments`.
+        All other arguments are stored in the attribute `arguments`.
         """
         step, parent = self.step, self.parent
         if self.index == 0:
@@ -248,10 +243,10 @@ class LayerFork:
         return view_streams(hidden, step.n_streams)
 
     def _run_streams(self, inputs: Tensor) -> tuple[Any, Tensor]:
-        """Run the layer for the streams (ablations) that compute it.
+        """Run the layer for the streams in `step.entrants`.
 
-        Returns the output of the layer's first call, and the new hidden states [streams, rows,
-        tokens, …]. The states of the other streams are uninitialised.
+        Returns the output of the layer's first call, and new hidden states [streams, rows, tokens,
+        …]. All other streams have uninitialised states.
         """
         step, shape = self.step, tuple(inputs.shape[1:])
         output: Any = None
@@ -305,10 +300,10 @@ def split_evenly(streams: Sequence[int], max_size: int | None) -> Iterator[Seque
 
 
 def replace_layers(fork: LayerFork, inputs: Tensor, outputs: Tensor) -> None:
-    """Overwrite the layer's outputs in the streams of ablations that remove the layer.
+    """Overwrite a layer's outputs in streams that skip or replace the layer.
 
-    The new output is the layer's input, or the result of a fitted replacement of the layer.
-    `inputs` and `outputs` have the shape [streams, rows, tokens, …]; `outputs` is changed in place.
+    The new output is the layer's input, or a replacement function of this input. `inputs` and
+    `outputs` have the shape [streams, rows, tokens, …]; `outputs` is changed in place.
     """
     for stream, action in enumerate(fork.step.actions):
         if action is Action.SKIP:
@@ -319,9 +314,9 @@ def replace_layers(fork: LayerFork, inputs: Tensor, outputs: Tensor) -> None:
 
 
 def repeat_spans(fork: LayerFork, outputs: Tensor) -> None:
-    """Run the repeated layers again in streams whose repeated range ends at this layer.
+    """Run a range of layers again, in streams that repeat a range that ends at this layer.
 
-    In each repetition, only the hidden state changes; masks and positions stay the same.
+    Masks and positions stay the same in each repetition.
     """
     repeats = fork.step.repeated_spans
     if not repeats:

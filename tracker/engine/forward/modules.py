@@ -1,7 +1,7 @@
-"""Run the modules of a layer whose computation differs between streams (ablations).
+"""Run a layer's modules (e.g. the MLP) for several ablations in one batch.
 
-There is a class for each intervention, such as removing sublayers, removing their parts, or
-quantising weights.
+There is a class for each kind of change, e.g. removing sublayers or quantising weights. The part of
+the batch that computes one ablation is called a stream.
 """
 
 from __future__ import annotations
@@ -59,10 +59,9 @@ class LayerSite:
         return self.anatomy.layer_name(self.index)
 
     def list_streams(self, module: nn.Module) -> Sequence[int]:
-        """List the streams (ablations) for which a module of the layer computes an output.
+        """List the streams for which a module computes an output, as indices into `step.entrants`.
 
-        Streams that share an output appear once. A stream is given as an index into
-        `step.entrants`.
+        Of several streams with the same output, only one is listed.
         """
         step = self.step
         if not step.components.isdisjoint(HEAD_COMPONENTS):
@@ -78,7 +77,7 @@ class LayerSite:
 
 
 class LayerState(Protocol):
-    """Interface of an object that states which streams a layer is computing.
+    """Interface for the state of a layer during a forward pass.
 
     Attributes:
         is_whole: True while the layer computes only streams without changes inside the layer.
@@ -91,8 +90,7 @@ class LayerState(Protocol):
 class ModuleFork(ABC):
     """Replacement of a module's `forward` method that computes some streams differently.
 
-    There is a subclass for each kind of change within a layer. For example, `ProjectionFork`
-    removes heads.
+    For example, the subclass `ProjectionFork` removes heads.
 
     Attributes:
         module: The module.
@@ -105,16 +103,16 @@ class ModuleFork(ABC):
     @classmethod
     @abstractmethod
     def make_forks(cls, site: LayerSite) -> Iterator[ModuleFork]:
-        """Yield a replacement for each module of the layer that the subclass changes."""
+        """Yield replacements for the modules of a layer that need this kind of change."""
 
     @abstractmethod
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Compute the module's output for all streams, ordered by stream."""
 
     def install(self, layer_state: LayerState) -> AbstractContextManager[None]:
-        """Replace the module's `forward` method until the context exits.
+        """Replace the module's `forward` method in a `with` block.
 
-        The original method is still used while `layer_state.is_whole` is true.
+        The original method runs while `layer_state.is_whole` is true.
         """
         self.original = self.module.forward
 
@@ -128,8 +126,8 @@ class ModuleFork(ABC):
 def view_streams(batch: Tensor, n_streams: int, tensor_name: str = "a tensor") -> Tensor:
     """Reshape a batch [streams × n, …] to [streams, n, …].
 
-    Raises RefusalError if the number of rows is not a multiple of `n_streams`. `tensor_name` is the
-    name of the tensor in the error message.
+    Raises RefusalError if the number of rows is not a multiple of `n_streams`. `tensor_name` is
+    used in the error message.
     """
     if len(batch) % n_streams:
         raise RefusalError(
@@ -139,10 +137,10 @@ def view_streams(batch: Tensor, n_streams: int, tensor_name: str = "a tensor") -
 
 
 def select_streams(value: Any, n_streams: int, entrants: list[int]) -> Any:
-    """Select the rows of some streams from each tensor that has one row per stream.
+    """Select the entries of some streams from tensors with one entry per stream.
 
-    `entrants` contains the indices of the streams. Tensors that do not have `n_streams` rows, and
-    values that are not tensors, are returned unchanged.
+    `value` is a tensor, or a tuple or dictionary of values. `entrants` contains the indices of the
+    streams. Tensors with another length than `n_streams` are returned unchanged.
     """
     if isinstance(value, Tensor):
         return take_entries(value, entrants) if value.ndim and len(value) == n_streams else value
@@ -174,10 +172,9 @@ def map_tensors(
 class SublayerFork(ModuleFork):
     """Replacement for an attention or MLP that some streams skip.
 
-    Streams that first differ within this layer have the same input, so their attention is computed
-    once. For example, the ablation that removes the MLP uses the attention output of the intact
-    model. Each computed output of the sublayer is then copied to all streams that use it. A stream
-    without the sublayer gets an output that leaves the residual stream unchanged.
+    Streams with the same input and the same attention use one attention output. For example, an
+    ablation that removes the MLP uses the attention output of the intact model. A stream without
+    the sublayer gets an output that leaves the residual stream unchanged.
 
     Attributes:
         computed_streams: Indices of the streams for which the sublayer is computed.
@@ -191,7 +188,7 @@ class SublayerFork(ModuleFork):
 
     @classmethod
     def make_forks(cls, site: LayerSite) -> Iterator[ModuleFork]:
-        """Yield replacements of attention and MLP, if any stream removes parts of the layer."""
+        """Yield replacements of attention and MLP, if a stream removes a part of the layer."""
         step = site.step
         if step.has_sublayers:
             parts = site.anatomy.get_part(Sublayers, site.index)
@@ -199,7 +196,7 @@ class SublayerFork(ModuleFork):
             yield cls(parts.mlp, step.mlps, step.mlp_sources, site.batched)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Compute the sublayer's output for all streams."""
+        """Compute the attention's or MLP's output for all streams."""
         n_entering, streams = len(self.sources), list(self.computed_streams)
         if self.sources == tuple(range(n_entering)) == tuple(streams):
             return self.original(*args, **kwargs)
@@ -232,12 +229,12 @@ class SublayerFork(ModuleFork):
 class ProjectionFork(ModuleFork):
     """Replacement for an output projection if some streams lack heads or neurons.
 
-    The projection's input has the shape [computed sublayers × rows, tokens, columns]. Each head or
-    neuron has its own columns of this input. The columns of removed heads and neurons are set to
-    zero.
+    The projection's input has the shape [computed sublayers × rows, tokens, columns]. The input
+    columns of removed heads and neurons are set to zero.
 
     Attributes:
-        sources: For each output, the index of the computed sublayer that it belongs to.
+        sources: For each output of the projection, the index of its input among the computed
+            sublayers.
         columns: For each output of the projection, the input columns of the removed heads or
             neurons.
     """
@@ -247,7 +244,7 @@ class ProjectionFork(ModuleFork):
 
     @classmethod
     def make_forks(cls, site: LayerSite) -> Iterator[ModuleFork]:
-        """Yield replacements of output projections if streams lack heads or neurons."""
+        """Yield replacements of output projections, if a stream removes heads or neurons."""
         step, projections = site.step, site.step.projections
         if not step.components.isdisjoint(HEAD_COMPONENTS):
             sources = [step.attentions.index(source) for source, _ in projections]
@@ -264,13 +261,13 @@ class ProjectionFork(ModuleFork):
         sources: Sequence[int],
         removed: Sequence[Sequence[Change]],
     ) -> ModuleFork:
-        """Build the replacement of the attention's or the MLP's output projection.
+        """Build a replacement of an output projection that leaves out heads or neurons.
 
         Args:
             site: The layer.
             kind: `Heads` for the attention, `Neurons` for the MLP.
-            sources: For each output, the index of its input.
-            removed: For each output, the heads or neurons to remove.
+            sources: For each output of the projection, the index of its input.
+            removed: For each output of the projection, the heads or neurons to remove.
 
         Returns:
             The replacement.
@@ -294,8 +291,7 @@ class ProjectionFork(ModuleFork):
 class RouterFork(ModuleFork):
     """Replacement for the router of a mixture of experts if some streams lack experts.
 
-    For each stream, the router chooses only among the experts that the stream keeps. The output
-    refers to experts by their numbers in the original model.
+    In each stream, the router chooses only among the remaining experts. Experts keep their numbers.
 
     Attributes:
         experts: Paths of the router and the experts' module, and the number of experts.
@@ -317,7 +313,7 @@ class RouterFork(ModuleFork):
             yield cls(site.layer.get_submodule(experts.router), experts, remaining)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the experts that the router chooses for each token, and their routing weights."""
+        """Choose experts and routing weights for each token, without the removed experts."""
         arguments, hidden = (args, kwargs), hooks.input_state(args, kwargs)
         states = view_streams(hidden, len(self.remaining), "the router's input")
         intact = [stream for stream, experts in enumerate(self.remaining) if experts is None]
@@ -339,24 +335,24 @@ class RouterFork(ModuleFork):
 class SharedExpertFork(ModuleFork):
     """Replacement for a shared expert that some streams lack.
 
-    The expert's output is set to zero in these streams.
+    In streams without the expert, the expert's output is zero.
 
     Attributes:
-        is_removed: Whether each computed MLP lacks the shared expert.
+        is_removed: For each computed MLP, whether the shared expert is removed.
     """
 
     is_removed: Sequence[bool]
 
     @classmethod
     def make_forks(cls, site: LayerSite) -> Iterator[ModuleFork]:
-        """Yield a replacement for each shared expert of a layer if an ablation removes them."""
+        """Yield a replacement for each shared expert of a layer, if an ablation removes any."""
         if "shared_expert" in site.step.components:
             is_removed = [bool(a.removed("shared_expert")) for a in site.step.mlp_ablations]
             for path in site.anatomy.get_part(SharedExperts, site.index).paths:
                 yield cls(site.layer.get_submodule(path), is_removed)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the expert's output, with zeros for the streams that lack the expert."""
+        """Compute the expert's output, and set the output to zero in streams without the expert."""
         output = self.original(*args, **kwargs)
         states: Tensor = hooks.first_output(output)
         outputs = view_streams(states, len(self.is_removed), "the shared expert's output").clone()
@@ -376,7 +372,7 @@ class RoundedFork(ModuleFork):
 
     Attributes:
         maps: All quantised linear maps of the layer, by path.
-        formats: Pairs of a linear map's path and its weight format, for each computed stream.
+        formats: For each computed stream, pairs of a linear map's path and its weight format.
         make_weight: Function that returns the quantised weights of a linear map.
     """
 
@@ -404,22 +400,19 @@ class RoundedFork(ModuleFork):
 
     @property
     def streams_by_formats(self) -> dict[_Formats, list[int]]:
-        """A dictionary from each combination of formats to the streams that use it.
-
-        A combination contains the format of each quantised linear map of the module.
-        """
+        """Streams grouped by the formats of the module's quantised linear maps."""
         return group_by(range(len(self.formats)), lambda stream: self.formats[stream])
 
 
 class LinearFork(RoundedFork):
     """Replacement for a linear map that has quantised weights in some streams.
 
-    The module first runs once for all streams. The outputs of streams with quantised weights are
-    then overwritten.
+    The module runs once for all streams. Then the outputs of streams with quantised weights are
+    overwritten.
     """
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the output of the linear map, with each stream's own weights."""
+        """Compute the linear map's output, with exact or quantised weights in each stream."""
         (inputs,) = (*args, *kwargs.values())
         output: Tensor = self.original(inputs)
         stream_inputs = view_streams(inputs, len(self.formats), "the linear map's input")
@@ -434,13 +427,10 @@ class LinearFork(RoundedFork):
 
 
 class ExpertsFork(RoundedFork):
-    """Replacement for the module of all experts, if some streams quantise its weights.
-
-    Streams with the same weight formats are computed in one call.
-    """
+    """Replacement for the module of all experts, if some streams quantise its weights."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the output of the experts, with each stream's own weights."""
+        """Compute the experts' output, with exact or quantised weights in each stream."""
         n_streams, state = len(self.formats), hooks.input_state(args, kwargs)
         choices = integer_tables((*args, *kwargs.values()))
         if not choices or len(choices[0]) % n_streams or len(state) % n_streams:

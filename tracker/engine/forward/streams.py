@@ -3,9 +3,8 @@
 If layer l is removed, layers 0 to l−1 compute the same as in the baseline. Therefore all ablations
 run in one batch. The part of the batch that computes one ablation is called a stream. At the first
 layer that an ablation changes, a new stream starts from the *input* of this layer. Measuring the
-removal of each single layer of L layers takes L(L+1)/2 layer passes instead of L². Streams also
-share work inside a layer. For example, removing only the MLP does not change the output of the
-layer's attention.
+removal of each single layer of L layers takes L(L+1)/2 layer passes instead of L². Inside a layer,
+streams also share sublayers: removing only the MLP does not change the attention's output.
 """
 
 from __future__ import annotations
@@ -29,9 +28,9 @@ class LayerStep:
 
     Attributes:
         n_streams: Number of streams before the layer.
-        parents: For each new stream, the index of the stream from which the new stream starts.
+        parents: For each new stream, the index of the stream whose input the new stream copies.
         ablations: Changes of this layer (e.g. removed heads) in each stream, including new streams.
-        divided: Whether the MLP can be computed for other streams than the attention.
+        divided: Whether attention and MLP can each be computed for different streams.
     """
 
     n_streams: int
@@ -41,24 +40,24 @@ class LayerStep:
 
     @cached_property
     def actions(self) -> tuple[Action, ...]:
-        """Action of each stream at the layer, e.g. to skip it."""
+        """For each stream, the action at the layer, e.g. to skip the layer."""
         return tuple(ablation.action for ablation in self.ablations)
 
     @cached_property
     def entrants(self) -> tuple[int, ...]:
-        """The streams for which the layer must run.
+        """Indices of the streams that run the layer's modules.
 
-        Streams that copy the result of another stream are not included.
+        Streams that only copy another stream's states are left out.
         """
         copies = {stream for stream, source, _ in self.repeated_spans if source != stream}
         return tuple(i for i, a in enumerate(self.actions) if a.runs_modules and i not in copies)
 
     @cached_property
     def repeated_spans(self) -> tuple[tuple[int, int, Change], ...]:
-        """The repetitions of layer ranges that end with this layer.
+        """Repeated layer ranges that end at this layer, as (stream, source, change).
 
-        Each entry is a tuple (stream, source, change). The stream takes over the hidden states of
-        the stream `source`, and then repeats the layers as the change describes.
+        `stream` copies the hidden states of the stream `source`, and then runs the range again as
+        the change describes.
         """
         first_streams: dict[int, int] = {}
         for stream, action in enumerate(self.actions):
@@ -72,10 +71,11 @@ class LayerStep:
 
     @cached_property
     def divided_step(self) -> tuple[LayerStep, tuple[int, ...]]:
-        """A smaller plan of this layer, and the indices of the streams that it computes.
+        """A plan for only the streams that change parts inside this layer.
 
-        The smaller plan covers the streams with changes inside the layer, the baseline, and the
-        streams with the same inputs. It is empty if no stream has changes inside the layer.
+        The plan also covers the baseline, and streams that have the same input as a covered stream.
+        Returns the plan, and the indices of the streams that the plan computes. Both are empty if
+        no stream changes parts.
         """
         origins = {self.origin(i) for i in self.entrants if self.actions[i] in _DIVIDING_ACTIONS}
         origins |= {0} if origins else set()
@@ -99,21 +99,21 @@ class LayerStep:
     def components(self) -> set[str]:
         """Kinds of parts that streams change in the layer, such as `head` or `expert`.
 
-        The set also contains `rounded` if a stream has quantised weights.
+        The set contains `rounded` if a stream has quantised weights.
         """
         changes = {change for ablation in self.ablations for change in ablation.changes}
         return {c.component if c.action is not Action.ROUNDED else c.action.value for c in changes}
 
     def origin(self, stream: int) -> int:
-        """Return the stream that provides the input of `stream`: itself or its parent."""
+        """Return the stream whose hidden states are the input of `stream` at this layer."""
         return stream if stream < self.n_streams else self.parents[stream - self.n_streams]
 
     @cached_property
     def attention_sources(self) -> tuple[int | None, ...]:
-        """For each stream that runs the layer, the stream that computes its attention.
+        """For each stream in `entrants`, the stream that computes the stream's attention.
 
-        Streams with equal attention share the computation. Each entry is an index into `entrants`,
-        or None if the attention is removed.
+        Two streams with equal attention have the same entry. An entry is an index into `entrants`,
+        or None if the stream removes the attention.
         """
         index_of: dict[tuple[int, Ablation | None], int] = {}
         sources: list[int | None] = []
@@ -128,10 +128,9 @@ class LayerStep:
 
     @cached_property
     def _projection_pairs(self) -> tuple[tuple[int, tuple[Change, ...]] | None, ...]:
-        """For each stream that runs the layer, the pair (attention source, removed heads).
+        """For each stream in `entrants`, the pair (attention source, removed heads).
 
-        The attention source is the stream's entry in `attention_sources`. The pair is None if the
-        stream removes the attention.
+        The source comes from `attention_sources`. The pair is None if the attention is removed.
         """
         return tuple(
             None if source is None else (source, self.ablations[stream].heads)
@@ -140,18 +139,15 @@ class LayerStep:
 
     @cached_property
     def projections(self) -> tuple[tuple[int, tuple[Change, ...]], ...]:
-        """The distinct pairs (attention source, removed heads) of all streams.
+        """The different pairs (attention source, removed heads) of all streams.
 
-        The attention's output projection is computed once for each of these pairs.
+        The attention's output projection is computed once for each pair.
         """
         return tuple(sorted({pair for pair in self._projection_pairs if pair}))
 
     @cached_property
     def head_sources(self) -> tuple[int | None, ...]:
-        """For each stream in `entrants`, the index of its pair in `projections`.
-
-        The entry is None if the stream removes the attention.
-        """
+        """For each stream in `entrants`, the index of its pair in `projections`, or None."""
         index_of = {pair: index for index, pair in enumerate(self.projections)}
         return tuple(pair and index_of[pair] for pair in self._projection_pairs)
 
@@ -173,10 +169,7 @@ class LayerStep:
 
     @cached_property
     def mlp_sources(self) -> tuple[int | None, ...]:
-        """For each stream in `entrants`, its index in `mlps`.
-
-        The entry is None if the stream removes the MLP.
-        """
+        """For each stream in `entrants`, its index in `mlps`; None if the MLP is removed."""
         index_of = {entrant: number for number, entrant in enumerate(self.mlps)}
         return tuple(map(index_of.get, range(len(self.entrants))))
 
@@ -187,7 +180,7 @@ class StreamPlan:
 
     Attributes:
         steps: The plan of each layer.
-        paths: Index of the stream of each ablation, after each layer.
+        paths: For each layer and ablation, the index of the stream that computes the ablation.
         embedding_formats: Embedding format of each stream before the first layer; None if
             unchanged.
         head_formats: Format of the output head for each ablation; empty without output head.
@@ -200,14 +193,14 @@ class StreamPlan:
 
     @property
     def final_streams(self) -> tuple[int, ...]:
-        """Index of the stream of each ablation after the last layer."""
+        """For each ablation, the index of the ablation's stream after the last layer."""
         return self.paths[-1]
 
     @cached_property
     def head_streams(self) -> dict[str | None, list[int]]:
-        """A dictionary from each format of the output head to the streams with this format.
+        """Weight formats of the output head, with the streams that use each format.
 
-        The key None stands for the unchanged output head.
+        The format None is the unchanged output head.
         """
         pairs = sorted((head or "", stream) for stream, head in set(self._answers))
         by_head = group_by(pairs, lambda pair: pair[0] or None)
@@ -220,17 +213,14 @@ class StreamPlan:
 
     @cached_property
     def answer_indices(self) -> tuple[int, ...]:
-        """The position of each ablation's result among the results of the output head.
-
-        The output head computes the results in the order of `head_streams`.
-        """
+        """For each ablation, the index of the ablation's result in the output head's results."""
         answers = ((s, head) for head, streams in self.head_streams.items() for s in streams)
         index_of = {answer: index for index, answer in enumerate(answers)}
         return tuple(index_of[answer] for answer in self._answers)
 
     @property
     def n_answers(self) -> int:
-        """The number of output-head computations per predicted token."""
+        """Number of results that the output head computes for each predicted token."""
         return sum(map(len, self.head_streams.values()))
 
     @property
@@ -240,10 +230,9 @@ class StreamPlan:
 
     @property
     def attention_indices(self) -> Iterator[tuple[int | None, ...]]:
-        """Yield for each layer the index of each ablation's attention output.
+        """Yield for each layer the index of each ablation's attention output; None if removed.
 
-        In a layer, ablations with the same attention share one output. The index is None if the
-        ablation removes the attention.
+        Ablations with the same attention have the same index.
         """
         for step, path in zip(self.steps, self.paths, strict=True):
             index_of = {
@@ -265,7 +254,7 @@ class StreamPlan:
 
     @property
     def layer_passes(self) -> float:
-        """The number of layer passes per token; an attention or MLP counts as half a pass."""
+        """Number of layers that run per token, for all streams; an attention or MLP counts half."""
         return (self.attention_passes + self.mlp_passes) / 2
 
     @property
@@ -275,7 +264,7 @@ class StreamPlan:
 
     @property
     def n_repeats(self) -> int:
-        """The number of additional layer passes per token due to repeated layers."""
+        """Number of layers that run per token in addition because of repeated layers."""
         return sum(span.extra for step in self.steps for _, _, span in step.repeated_spans)
 
     @property
@@ -287,11 +276,11 @@ class StreamPlan:
 def plan_streams(
     ablations: Ablations, n_layers: int, is_tied: bool = False, divided: bool = True
 ) -> StreamPlan:
-    """Plan which stream computes each ablation, and at which layer each stream starts.
+    """Plan for each layer which parts of the batch (streams) compute which ablations.
 
-    The baseline must be among the ablations and becomes stream 0. If embedding and output head
-    share their weights (`is_tied`), both have the same format. If `divided` is False, streams share
-    no work inside a layer that some stream changes.
+    The baseline must be among the ablations and becomes stream 0. `is_tied` states that embedding
+    and output head have the same weights. If `divided` is False, streams with different changes
+    share no attention.
     """
     baseline_index = ablations.index(INTACT)
     order = [baseline_index, *(i for i in range(len(ablations)) if i != baseline_index)]
@@ -318,10 +307,9 @@ def plan_streams(
 
 
 def count_unshared_computations(ablations: Ablations, n_layers: int) -> tuple[int, int]:
-    """Count the attention and MLP computations per token if nothing is shared.
+    """Count attention and MLP computations per token if each ablation runs alone.
 
-    Returns the number of attention computations and the number of MLP computations. Both numbers
-    are sums over all layers and ablations.
+    Returns both numbers, summed over all layers and ablations.
     """
     actions = [a.at_layer(layer).action for a in ablations for layer in range(n_layers)]
     n_repeated = sum(span.extra for ablation in ablations for span in ablation.repetitions)

@@ -1,9 +1,8 @@
 """Measure proxies of layers and experts on the tokens of one document.
 
-Divergences, losses, logit lenses and first-order Taylor terms are computed from the model's output.
-Angles are measured between the residual stream before and after one or several layers. The load of
-an expert consists of its number of tokens and the sum of its weighted output norms over these
-tokens.
+Divergences, losses, logit lenses and Taylor terms are computed from the model's output. Angles
+compare the residual stream before and after one or several layers. The load of an expert is its
+number of tokens, and the sum of the expert's weighted output norms.
 """
 
 from __future__ import annotations
@@ -41,9 +40,6 @@ def output_proxies(
 ) -> dict[str, Tensor]:
     """Measure the effect of each layer on the model's output in one document.
 
-    The intact model and the models without one layer run in one batch if the engine can share
-    layers between them.
-
     Args:
         engine: The engine of the model.
         document: The document that the model reads.
@@ -52,9 +48,9 @@ def output_proxies(
 
     Returns:
         Sums over the document's tokens, float64. `tokens` []: the number of tokens on which the
-        proxies are measured. `predicted` []: the same number without the first token of the text.
-        All other entries have one value per layer. `kl` and `js`: divergence between the next-token
-        distributions of the intact model and the model without the layer, in nats.
+        proxies are measured. `predicted` []: the number of tokens without the first token of the
+        text. The following proxies have one value per layer. `kl` and `js`: divergence between the
+        next-token distributions of the intact model and the model without the layer, in nats.
         `loss_increase`: decrease of the log-likelihood of the predicted tokens if the layer is
         removed, in nats. `lens_changes`: number of tokens at which the layer changes the most
         likely next token of the logit lens. `gate_gradient`: derivative of the negative
@@ -111,9 +107,9 @@ def divergences(engine: Engine, document: Document, ablations: Ablations) -> dic
 def answer_divergences(
     engine: Engine, document: Document, ablations: Ablations
 ) -> dict[str, Tensor]:
-    """Measure how much each ablation changes the predictions of the right answer's tokens.
+    """Measure how much each ablation changes the predictions while reading the right answer.
 
-    The values are those of `divergences`. Without a right answer, all tokens are measured.
+    See `divergences` for the result. Without a right answer, all tokens are measured.
     """
     if document.gold is None:
         return divergences(engine, document, ablations)
@@ -133,10 +129,10 @@ def _divergences(
     single_proxy: str | None,
     ablations: Ablations,
 ) -> dict[str, Tensor]:
-    """Compare the next-token predictions of each ablation with the intact model's.
+    """Compare each ablated model's next-token predictions with the intact model's.
 
-    Returns the proxies `kl`, `js` and `loss_increase` [ablations], or only `single_proxy`. Each
-    value is a sum over the text's tokens from the index `start` on.
+    Returns `kl`, `js` and `loss_increase` [ablations], or only `single_proxy`, as sums over the
+    text's tokens from the index `start` on.
     """
     names = ("kl", "js", "loss_increase") if single_proxy is None else (single_proxy,)
     sums = {name: torch.zeros(len(ablations), dtype=torch.float64) for name in names}
@@ -185,7 +181,7 @@ def _kl_and_js(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.inference_mode()
 def _lens_changes(engine: Engine, tokens: Sequence[int], start: int) -> Tensor:
-    """Count the positions at which each layer changes the logit lens's most likely token.
+    """Count for each layer the positions at which the logit lens changes its top token.
 
     Positions before `start` are not counted. Returns the counts [layers].
     """
@@ -203,10 +199,10 @@ def _lens_changes(engine: Engine, tokens: Sequence[int], start: int) -> Tensor:
 def _logits(
     engine: Engine, ablations: Ablations, tokens: Sequence[int], first_position: int
 ) -> Iterator[tuple[list[Ablation], range, Tensor]]:
-    """Yield the logits of ablations in chunks, from `first_position` on.
+    """Compute a text's logits under all ablations, in chunks that fit into memory.
 
-    Each chunk is a tuple: a list of ablations that begins with the baseline, a range of positions,
-    and the logits [ablations, positions, vocabulary].
+    Yields a list of ablations that begins with the baseline, a range of positions from
+    `first_position` on, and the logits [ablations, positions, vocabulary].
     """
     for group, output, states in _compute_states(engine, ablations, tokens):
         plan = engine.plan(group)
@@ -223,8 +219,8 @@ def _compute_states(
 ) -> Iterator[tuple[list[Ablation], Any, Tensor]]:
     """Compute the last hidden states of a text under all ablations.
 
-    The ablations run in groups that fit into memory. For each group, the function yields a list of
-    ablations, the model's output, and the last hidden states [ablations, tokens, hidden].
+    For each group of ablations that fits into memory, the function yields the ablations, the
+    model's output, and the hidden states [ablations, tokens, hidden].
     """
     # One sequence, whose mask the model builds itself.
     row = replace(reading_row(tokens), spans=None)
@@ -259,10 +255,10 @@ def measure_state_changes(engine: Engine, document: Document) -> dict[str, Tenso
             rolling text.
 
     Returns:
-        Sums over the document's tokens, float64. `tokens` []: the number of tokens. Each proxy of
-        single layers, e.g. `cosine_score` [layers]: the value for each layer. `angular_distance`
-        [layers, layers]: the angle between the input of a first layer and the output of a last
-        layer; 0 if the last layer comes before the first layer.
+        Sums over the document's tokens, float64. `tokens` []: the number of tokens. Proxies of
+        single layers, e.g. `cosine_score` [layers]: one value per layer. `angular_distance`
+        [layers, layers]: the angle between the input of layer i and the output of layer j; 0 for j
+        < i.
 
     Raises:
         RefusalError: The model's layers do not return one hidden state per token.
@@ -305,7 +301,7 @@ def measure_state_changes(engine: Engine, document: Document) -> dict[str, Tenso
 def measure_expert_load(
     engine: Engine, document: Document, parts: Collection[Change]
 ) -> dict[Change, tuple[float, ...]]:
-    """Measure how much the intact model uses some experts for a document.
+    """Measure how often and how strongly the intact model uses experts in a document.
 
     Args:
         engine: The engine, whose model reads the document.
@@ -337,7 +333,7 @@ def measure_expert_load(
 def _record_load(
     forward: Callable[..., Tensor], sums: Tensor, start: int, *args: Any, **kwargs: Any
 ) -> Tensor:
-    """Run the experts' module, add the load of each expert to `sums`, and return the output."""
+    """Call `forward` of the experts' module, and add each expert's load to `sums`."""
     output = forward(*args, **kwargs)
     expert_outputs, is_separable = weighted_expert_outputs(forward, args, kwargs, output)
     for numbers, gates, expert_output in expert_outputs:

@@ -1,7 +1,7 @@
 """Measure how a perturbation of one layer's output changes the states after later layers.
 
-All perturbations are computed in one batch, like ablations. After the perturbed layer, the
-perturbed hidden state is added to the batch as a new stream.
+All perturbations are computed in one batch. Each perturbation adds the perturbed hidden state to
+the batch after its layer.
 """
 
 from __future__ import annotations
@@ -40,17 +40,16 @@ def perturbation_growth(
     """Measure how perturbing each layer's output changes the states after later layers.
 
     For one layer, let h be the residual stream of the intact model after the layer, and f the
-    update that the layer adds. The perturbed stream h′ differs from h at each token by a vector
-    with the norm of f. There are three kinds of perturbations:
+    update that the layer adds. The perturbation is a vector with the norm of f at each token. There
+    are three kinds of perturbations:
 
     - `removed`: h′ = h − f, which is the input of the layer.
     - `random`: h′ = h + r, where r has a random direction that is drawn for each token.
     - `shuffled`: h′ = h − g, where g is the update of another token, scaled to the norm of f.
 
-    Let hₘ and h′ₘ be the intact and the perturbed stream after layer m. The function computes the
-    relative difference ‖h′ₘ − hₘ‖ / ‖hₘ‖ at each token, and averages over the tokens. It also
-    averages ‖f‖ / ‖hₘ‖ (`carried`). This would be the relative difference if later layers did not
-    change the perturbation.
+    Let hₘ and h′ₘ be the intact and the perturbed stream after layer m. The function averages the
+    relative difference ‖h′ₘ − hₘ‖ / ‖hₘ‖ over the tokens. The mean of ‖f‖ / ‖hₘ‖ (`carried`) is
+    what the relative difference would be if later layers did not change the perturbation.
 
     Args:
         engine: The engine of the model.
@@ -63,7 +62,7 @@ def perturbation_growth(
         Means: `removed`, `shuffled` and `carried` [2, layers, layers], and `random` [2, draws,
         layers, layers]. The first axis has two entries: the mean over all tokens, and the mean
         without the text's first token. The last two axes are the perturbed layer and the measured
-        layer. Entries are NaN if the measured layer comes first. A mean is NaN if there are no
+        layer; if the measured layer comes first, the mean is NaN. A mean is NaN if there are no
         tokens, or if a hidden state is not finite or all zeros.
 
     Raises:
@@ -91,7 +90,7 @@ def perturbation_growth(
 
 @torch.inference_mode()
 def verify_batching(engine: Engine, document: Document, draws: int, seed: int = 0) -> None:
-    """Check that perturbations computed in one batch give the same results as separate passes.
+    """Test whether perturbations in one batch give the same results as separate passes.
 
     Only the model's middle layer is perturbed, with `draws` random directions. Raises RefusalError
     if the results differ by more than rounding errors.
@@ -123,12 +122,11 @@ def verify_batching(engine: Engine, document: Document, draws: int, seed: int = 
 def _follow_perturbations(
     engine: Engine, tokens: Sequence[int], directions: _Directions, layers: range
 ) -> Tensor:
-    """Perturb each layer in `layers` and measure the effect on all later layers.
+    """Measure for each token how perturbations of `layers` change the states after later layers.
 
-    Returns the relative differences of `perturbation_growth` for each token, as a tensor
-    [perturbations + 1, perturbed layer, later layer, tokens]. The first axis has an entry for each
-    perturbation, and a last entry for the value that `perturbation_growth` calls `carried`. Entries
-    that are not measured are zero.
+    Returns relative differences [perturbations + 1, perturbed layer, later layer, tokens]. The last
+    entry of the first axis is `carried`, as defined in `perturbation_growth`. Entries for layers
+    before the perturbed layer are zero.
     """
     n_layers, n_perturbations = len(engine.loaded.layers), directions.n_per_layer
     size = max(1, (engine.count_streams(len(tokens)) - 1) // n_perturbations)
@@ -140,18 +138,18 @@ def _follow_perturbations(
 
 @dataclass(frozen=True)
 class _Directions:
-    """Generator of perturbed layer outputs for one text; `name` is the random seed."""
+    """Generator of perturbed layer outputs for one text, with `name` as random seed."""
 
     name: str
     draws: int
 
     @property
     def n_per_layer(self) -> int:
-        """The number of perturbations of each layer: two, and one for each random direction."""
+        """Number of perturbations of a layer: `removed`, `shuffled` and the random directions."""
         return RANDOM + self.draws
 
     def perturb(self, layer: int, inputs: Tensor, outputs: Tensor) -> list[Tensor]:
-        """Return the perturbed states [tokens, …] after a layer, one for each perturbation."""
+        """Return the layer's output [tokens, …] after each kind of perturbation."""
         wide = _widen(outputs)
         update = wide - _widen(inputs)
         size, other_tokens = _token_norms(update), self._shuffle(layer, len(outputs))
@@ -162,7 +160,7 @@ class _Directions:
         return [state.to(outputs.dtype) for state in states]
 
     def _shuffle(self, layer: int, tokens: int) -> Tensor:
-        """Return a random permutation of the token positions without a fixed point."""
+        """Shuffle the token positions so that no token keeps its position."""
         token_order = torch.randperm(tokens, generator=self._make_generator(f"{layer}/shuffled"))
         source_tokens = torch.empty_like(token_order)
         source_tokens[token_order] = token_order.roll(1)
@@ -175,10 +173,10 @@ class _Directions:
 
 @dataclass
 class _PerturbedPass:
-    """A forward pass that perturbs the layers in `group` and measures the effects.
+    """A forward pass that perturbs layers, and measures the effects on later layers.
 
-    During the forward pass, the hidden state after a layer has the shape [streams, tokens, …].
-    Stream 0 is the intact model. Each perturbation of a layer adds a stream.
+    The hidden state after a layer has the shape [streams, tokens, …]. Stream 0 is the intact model,
+    and each perturbation of a layer in `group` adds a stream.
     """
 
     engine: Engine
@@ -189,7 +187,7 @@ class _PerturbedPass:
     _n_seen: int = 0
 
     def run(self, tokens: Sequence[int]) -> None:
-        """Run the forward pass on the token ids of a text."""
+        """Read a text, and store the effects of all perturbations in `differences`."""
         loaded = self.engine.loaded
         with (
             torch.inference_mode(),
@@ -203,7 +201,7 @@ class _PerturbedPass:
             )
 
     def _plan(self) -> StreamPlan:
-        """Plan a batch with the intact model and, from its layer on, each perturbation."""
+        """Plan a batch in which each perturbation starts a new stream at its layer."""
         steps, n_streams = [], 1
         for layer in range(len(self.engine.loaded.layers)):
             n_new = self.directions.n_per_layer if layer in self.group else 0
@@ -213,7 +211,7 @@ class _PerturbedPass:
         return StreamPlan(tuple(steps), ())
 
     def _perturb_states(self, layer: int, states: Tensor) -> None:
-        """Perturb the layer's output and measure each stream's distance from the intact model."""
+        """Perturb a layer's output `states`, and store all distances from the intact model."""
         self._n_seen += 1
         if states.shape[1] != self.differences.shape[-1]:
             shape = tuple(states.shape)
@@ -234,7 +232,7 @@ class _PerturbedPass:
 def _hook_outputs(
     layers: nn.ModuleList, visit: Callable[[int, Tensor], None]
 ) -> AbstractContextManager[None]:
-    """Call `visit` with each layer's number and output.
+    """Call `visit` with each layer's number and output in a `with` block.
 
     `visit` can change the output in place.
     """
@@ -249,10 +247,7 @@ def _hook_outputs(
 def _plain_states(
     engine: Engine, ids: Tensor, layer: int | None = None, state: Tensor | None = None
 ) -> list[Tensor]:
-    """Return the output of each layer, computed without streams.
-
-    If `state` is not None, it replaces the output of the layer `layer`.
-    """
+    """Return each layer's output in a plain forward pass; `state` replaces that of `layer`."""
     layer_states: list[Tensor] = []
 
     def visit(layer_index: int, states: Tensor) -> None:

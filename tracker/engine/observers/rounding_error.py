@@ -31,7 +31,7 @@ from tracker.schema.proxies import to_double
 def compare_embeddings(
     engine: Engine, tokens: Sequence[int], start: int, maps: Sequence[Change]
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Yield exact and quantised outputs of the embedding and the output head for a text.
+    """Compute outputs of the embedding and the output head, with exact and quantised weights.
 
     Args:
         engine: The engine of the model that reads the tokens.
@@ -41,8 +41,8 @@ def compare_embeddings(
             output head are used.
 
     Yields:
-        (Index of a map in `maps`, exact output [tokens, …], output with quantised weights). The
-        output head's logits are compared before scaling or soft-capping.
+        (Index in `maps`, exact output [tokens, …], output with quantised weights). The output
+        head's logits are those before scaling or soft-capping.
     """
     numbers = [number for number, change in enumerate(maps) if change.is_outer]
     if not numbers:
@@ -120,11 +120,11 @@ def rounding_errors(
         maps: Changes that round a single linear map to a format.
 
     Returns:
-        Sums over the document's tokens, in float64. `tokens` is the number of tokens. The other
-        tensors contain one sum per map. `output_error`: squared distance of the exact and the
-        quantised output. `output_size`: squared norm of the exact output. `output_angle`: 1 minus
-        the cosine similarity of the exact and the quantised output. In a mixture of experts, each
-        expert's output is compared before the router's weight is applied.
+        Sums over the document's tokens, in float64. `tokens` is the number of tokens. The following
+        tensors contain one sum per linear map. `output_error`: squared distance of the exact and
+        the quantised output. `output_size`: squared norm of the exact output. `output_angle`: 1
+        minus the cosine similarity of the exact and the quantised output. In a mixture of experts,
+        each expert's output is compared before the router's weight is applied.
 
     Raises:
         CellError: The model's code does not allow computing the output of a single expert.
@@ -170,9 +170,9 @@ def _map_outputs(linear: LinearMap, weight: Tensor, start: int, *call: Any) -> _
 
 
 def _expert_outputs(linear: LinearMap, weight: Tensor, start: int, *call: Any) -> _Pairs:
-    """Yield the exact and quantised outputs of the experts that the router selects.
+    """Compute the selected experts' outputs, with exact and quantised weights.
 
-    `call` contains the arguments, the keyword arguments and the output of the experts' module.
+    `call` contains the arguments, keyword arguments and output of the experts' module.
     """
     args, kwargs, _ = call
     if not integer_tables((*args, *kwargs.values())):
@@ -194,7 +194,7 @@ def _expert_outputs(linear: LinearMap, weight: Tensor, start: int, *call: Any) -
 def _hook_maps(
     engine: Engine, map_paths: _MapIndices, visit: Callable[..., None]
 ) -> Iterator[None]:
-    """Install hooks that call `visit` with the input and output of each linear map's module."""
+    """Call `visit` with the input and output of linear maps in a `with` block."""
     with ExitStack() as stack:
         for layer, path in map_paths:
             linear = engine.anatomy.get_map(layer, path)

@@ -48,8 +48,8 @@ def measure_taylor(
     """Measure the first-order Taylor term of each change in a document.
 
     The term estimates how much the change increases the loss (negative log-likelihood). For each
-    module that the change affects directly, the gradient of the loss with respect to the module's
-    output is multiplied by the change of this output. The products are summed over the tokens.
+    changed module, the gradient of the loss with respect to the module's output is multiplied by
+    the change of the output. The products are summed over the tokens.
 
     Args:
         engine: The engine with the intact model. Its weights must not be offloaded.
@@ -88,7 +88,7 @@ class _Call:
 
     @cached_property
     def expert_terms(self) -> dict[Any, float]:
-        """The Taylor term of removing each expert, by the expert's number."""
+        """The Taylor term for the removal of each expert, by the expert's number."""
         terms: dict[Any, float] = defaultdict(float)
         gradient = self.gradient.float().flatten(0, -2)
         expert_outputs, is_separable = weighted_expert_outputs(
@@ -110,12 +110,12 @@ _Term = Callable[[_Call], float]
 def measure_kl_gradients(
     engine: Engine, documents: Sequence[Document], changes: Sequence[Change]
 ) -> list[dict[Change, float]]:
-    """Estimate how much each rounded linear map adds to the KL divergence of a rounded model.
+    """Estimate how much of a rounded model's KL divergence each linear map causes.
 
     In a copy of the model, the linear maps of all layers are rounded to the change's format. The KL
-    divergence between the intact model and this copy is summed over the measured tokens of the
-    document. For each linear map, the gradient of this sum with respect to the weights is
-    multiplied by the rounding errors of the weights.
+    divergence between the intact model and the copy is summed over the document's tokens. For each
+    linear map, the gradient of the divergence with respect to the weights is multiplied by the
+    rounding errors of the weights.
 
     Args:
         engine: The engine with the intact model, whose weights are not offloaded.
@@ -156,19 +156,19 @@ def _sum_terms(
     find_terms: Callable[[Change], Iterable[tuple[nn.Module, _Term]]],
     compute_loss: Callable[[Sequence[int], int], Tensor],
 ) -> dict[Change, float]:
-    """Estimate to first order by how much each change increases the loss of a document.
+    """Sum the first-order Taylor terms of each change over the texts of a document.
 
     Args:
         engine: The engine of the intact model.
         document: The document, whose texts are read in turn.
         changes: The changes.
-        find_terms: Function that yields (module, term) pairs for a change. The change affects the
-            module, and `term` computes the estimate from a call of the module.
+        find_terms: Function that yields (module, term) pairs for a change. `term` computes the
+            Taylor term from a call of the module.
         compute_loss: Function that computes the loss from the token ids of a text and the index of
             the first measured token.
 
     Returns:
-        The sum of the estimates over all texts, by change; NaN if a forward or backward pass fails.
+        The sum for each change; NaN if a forward or backward pass fails.
     """
     sums = dict.fromkeys(changes, 0.0)
     for tokens, start in measured_texts(document, engine.max_length):
@@ -188,11 +188,7 @@ def _sum_terms(
 def _find_kl_terms(
     engine: Engine, copied: Engine, change: Change
 ) -> Iterator[tuple[nn.Module, _Term]]:
-    """Yield pairs of a linear map that a change rounds, and a function for its Taylor term.
-
-    The linear maps are modules of `copied`, a copy of the model with rounded weights. Each function
-    computes the term from a call of its module.
-    """
+    """Yield the rounded linear maps of `copied`, each with a function for its Taylor term."""
     for path in engine.anatomy.expand_formats(change.layer, [change]):
         exact, rounded = (e.anatomy.get_map(change.layer, path) for e in (engine, copied))
         # The change from the exact weight to the rounded weight, at the rounded weight.
@@ -200,7 +196,7 @@ def _find_kl_terms(
 
 
 def _kl_divergence(engine: Engine, copied: Engine, tokens: Sequence[int], start: int) -> Tensor:
-    """Compute the KL divergence of a copy from the intact model, summed over a text's tokens."""
+    """Sum the KL divergence between the intact model and a changed copy over a text."""
     with torch.no_grad():
         log_p = _text_logits(engine, tokens, start).float().log_softmax(-1)
     log_q = _text_logits(copied, tokens, start).float().log_softmax(-1)
@@ -258,10 +254,7 @@ def _compute_terms(
 
 
 def _find_terms(engine: Engine, change: Change) -> Iterator[tuple[nn.Module, _Term]]:
-    """Yield each module that a change affects directly.
-
-    Each module comes with a function that computes the Taylor term of the change in this module.
-    """
+    """Yield the modules that a change modifies, each with a function for its Taylor term."""
     anatomy, number = engine.anatomy, change.layer
     layer, component = engine.loaded.layers[number], change.component
     if change.intervention != "remove":
@@ -284,11 +277,9 @@ def _find_terms(engine: Engine, change: Change) -> Iterator[tuple[nn.Module, _Te
 
 
 def _added_modules(anatomy: LayerAnatomy) -> Sequence[dict[str, nn.Module]]:
-    """Find the modules whose outputs are added to the residual stream.
+    """Find for each layer the `attention` and `mlp` modules that update the residual stream.
 
-    Returns a dictionary for each layer: the keys are `attention` and `mlp`.
-
-    The module is the sublayer itself, or a norm that reads the sublayer's output, as in Gemma.
+    A module is the sublayer itself, or a norm that reads the sublayer's output, as in Gemma.
     """
     numbers = {layer: number for number, layer in enumerate(anatomy.layers)}
 
@@ -336,11 +327,7 @@ def _removal_term(call: _Call) -> float:
 
 
 def gate_gradient(engine: Engine, tokens: Sequence[int], start: int) -> Tensor:
-    """Compute the gradient of a text's loss with respect to a gate for each layer.
-
-    The update that a layer adds to the residual stream is multiplied by the layer's gate. All gates
-    have the value 1.
-    """
+    """Compute the gradient of a text's loss for a factor (gate) on each layer's update."""
     layers = engine.loaded.layers
     with torch.inference_mode(False), torch.enable_grad(), ExitStack() as stack:
         gates = torch.ones(len(layers), device=engine.loaded.device, requires_grad=True)
@@ -354,7 +341,7 @@ def gate_gradient(engine: Engine, tokens: Sequence[int], start: int) -> Tensor:
 def _apply_gate(
     layer: nn.Module, forward: Callable[..., Any], gate: Tensor, *args: Any, **kwargs: Any
 ) -> Any:
-    """Run a layer and multiply the update of the residual stream by a gate."""
+    """Run a layer, and multiply the layer's update of the residual stream by `gate`."""
     inputs, output = call_protected(layer, forward, args, kwargs)
     outputs = first_output(output)
     update = (outputs - inputs.to(outputs.device)).detach()
@@ -364,7 +351,7 @@ def _apply_gate(
 def _text_logits(engine: Engine, tokens: Sequence[int], start: int) -> Tensor:
     """Compute the logits [positions, vocabulary] that predict the tokens of a text.
 
-    The predicted tokens begin with the token at `start`.
+    The first predicted token is the token at `start`.
     """
     engine.restore_state()
     ids = torch.tensor([tokens], device=engine.loaded.device)

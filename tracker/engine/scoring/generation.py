@@ -1,8 +1,8 @@
 """Generate texts for all ablations at once, in a batch with one row per ablation and sample.
 
-The model reads the prompt once for all ablations, as in scoring. The prompt's keys and values are
-then copied for each row of the batch, and the model's own code generates the texts. Ablations and
-samples are processed in groups that fit into memory.
+The model reads the prompt once for all ablations. The prompt's keys and values are copied for each
+row of the batch, and the model's own code generates the texts. Ablations and samples are processed
+in groups that fit into memory.
 """
 
 from __future__ import annotations
@@ -42,20 +42,19 @@ def fork_decoding(
 ) -> Iterator[Cache]:
     """Read a prompt, and yield a cache to continue the prompt under all ablations.
 
-    The context manager changes the model, and restores the model on exit. Ablations share
-    computation while the model reads the prompt, as in scoring. After the prompt, each sample of
-    each ablation is a separate row.
+    The model is changed in the `with` block, and restored on exit. The prompt is read once for all
+    ablations. Then each sample of each ablation is a separate row of the batch.
 
     Args:
         engine: The engine of the model that generates.
         ablations: The ablations, including the baseline.
         prompt: The prompt's token ids.
-        prefix: A beginning of the prompt that the model has already read, or None.
+        prefix: A cached beginning of the prompt, or None.
         n_samples: Number of texts that each ablation generates.
 
     Yields:
-        A cache with the keys and values of the prompt without its last token. Forward passes with
-        this cache must have `n_samples` rows per ablation, in the order of `ablations`.
+        A cache with the keys and values of the prompt without its last token. A batch that uses the
+        cache must have `n_samples` rows per ablation, in the order of `ablations`.
     """
     layers, plan = engine.loaded.layers, engine.plan(ablations)
     n_prefix = 0 if prefix is None else len(prefix.tokens)
@@ -82,11 +81,11 @@ def fork_decoding(
 
 
 def _copy_prompt_cache(cache: Cache, plan: StreamPlan, tokens: int, rows: Sequence[int]) -> Cache:
-    """Copy the prompt's cached keys and values for each text that continues the prompt.
+    """Copy a prompt's keys and values, with one row for each text to generate.
 
-    In `cache`, ablations with the same attention share a row, as in `plan`. In the copy, each text
-    has its own row, except in layers whose attention the text's ablation removes. The first
-    `tokens` tokens are copied. `rows` contains the index of each text's ablation.
+    In `cache`, ablations with the same attention have one common row. A layer's copy has no row for
+    texts whose ablation removes the attention. The first `tokens` tokens are copied. `rows`
+    contains the index of each text's ablation.
     """
     if not cache.layers:
         return new_cache()
@@ -103,9 +102,9 @@ def _copy_prompt_cache(cache: Cache, plan: StreamPlan, tokens: int, rows: Sequen
 def generation_groups(
     engine: Engine, ablations: Ablations, tokens: int, n_samples: int = 1
 ) -> Iterator[tuple[list[Ablation], range]]:
-    """Split the texts to generate into groups that fit into memory.
+    """Split ablations and samples into groups whose key-value caches fit into memory.
 
-    The key-value caches of a group take at most half of the memory budget.
+    The caches of a group take at most half of the memory budget.
 
     Args:
         engine: The engine of the model that generates.
@@ -114,8 +113,8 @@ def generation_groups(
         n_samples: Number of texts that each ablation generates.
 
     Yields:
-        The ablations of a group, which include the baseline, and the range of sample indices for
-        which each of these ablations generates a text.
+        The ablations of a group, with the baseline, and the range of sample indices. Each ablation
+        of the group generates one text for each sample index.
 
     Raises:
         RefusalError: The model accepts no cache, or an ablation repeats layers.
@@ -138,11 +137,11 @@ def generation_groups(
 def prepare_generation(
     engine: Engine, ablations: Ablations, prompt: Sequence[int], n_samples: int = 1
 ) -> Iterator[dict[str, Any]]:
-    """Prepare a model to continue a prompt under all ablations in one batch.
+    """Prepare a model so that `generate` continues a prompt under all ablations in one batch.
 
-    Yields the keyword arguments for transformers' `generate`. They contain the cache of the prompt,
-    with `n_samples` rows per ablation. The dictionary of arguments is empty if the model accepts no
-    cache. The context manager changes the model, and restores the model on exit.
+    Yields the keyword arguments for transformers' `generate`: the prompt's cache with `n_samples`
+    rows per ablation, or nothing if the model accepts no cache. The model is changed in the `with`
+    block, and restored on exit.
     """
     prefix = engine.find_read_prefix(engine.plan(ablations), prompt)
     engine.restore_state()

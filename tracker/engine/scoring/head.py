@@ -1,7 +1,4 @@
-"""Run the embedding and the output head, with exact or quantised weights.
-
-Quantised weights replace the weights in the model's own modules.
-"""
+"""Run the model's embedding and output head, with exact or quantised weights."""
 
 from __future__ import annotations
 
@@ -35,7 +32,7 @@ LOGITS_BYTES = 64 * 2**20
 
 
 class Predictions(NamedTuple):
-    """The results that the output head computes for predicted tokens.
+    """Log-probabilities of target tokens, and whether each token has the highest logit.
 
     Attributes:
         logprobs: Log-probability of each predicted token [streams, predicted], in the model's
@@ -48,7 +45,7 @@ class Predictions(NamedTuple):
 
 
 class _States(BaseModelOutputWithPast):  # type: ignore[misc]
-    """A model output that contains only hidden states; all other fields are None."""
+    """Output of a model that contains only hidden states."""
 
     def __getattr__(self, name: str) -> None:
         """Return None for missing outputs, such as cross-attentions or router logits."""
@@ -59,11 +56,8 @@ class Head:
 
     All logits together can take gigabytes, so the head processes the hidden states in chunks. On a
     CPU in full precision, the vocabulary is also cut into blocks of `VOCABULARY_BLOCK` tokens. For
-    each block, the head stores only the maximum, the log-sum-exp, and the logits of predicted
-    tokens. The log-softmax over the whole vocabulary is computed from these numbers.
-
-    Blocks give exact results if no step of the head mixes logits of different tokens, which
-    `_is_separable` tests.
+    each block, the head stores only the maximum, the log-sum-exp, and the logits of target tokens.
+    These numbers give the log-softmax over the whole vocabulary.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -117,8 +111,8 @@ class Head:
     def logits(self, output: ModelOutput, states: Tensor) -> Tensor:
         """Compute logits [streams, tokens, vocabulary] from states [streams, tokens, hidden].
 
-        `output` is the output of the model without the head. The function keeps all logits in
-        memory at the same time.
+        `output` is the output of the model without the head. All logits are in memory at the
+        same time.
         """
         return self._logits(replace(output, last_hidden_state=states))
 
@@ -127,8 +121,8 @@ class Head:
     ) -> Predictions:
         """Score target tokens by a log-softmax over the whole vocabulary, as lm-eval does.
 
-        The arguments and the result are those of `predictions`. The hidden states are those in
-        `output`.
+        The hidden states are taken from `output`. See `predictions` for the arguments and the
+        result.
         """
         logprobs = functional.log_softmax(self._logits(output), dim=-1)
         argmax = logprobs.max(-1).indices  # the first of equals, as argmax, in half its time
@@ -137,10 +131,7 @@ class Head:
     def _score_in_blocks(
         self, output: ModelOutput, predictor: Tensor, predicted: Tensor
     ) -> Predictions:
-        """Score predicted tokens, with one block of the vocabulary at a time.
-
-        If several tokens have the highest logit, the first one counts as the argmax.
-        """
+        """Score target tokens, computing the logits of one block of the vocabulary at a time."""
         states = output.last_hidden_state
         maximum = states.new_full(states.shape[:2], -torch.inf)
         normalisers = []
@@ -173,9 +164,9 @@ class Head:
     def _logits(self, output: ModelOutput) -> Tensor:
         """Compute logits [streams, tokens, vocabulary] with the model's own output head.
 
-        The head is part of the model's `forward` method and cannot be called separately. Therefore
-        the method calls the whole model, but replaces the layers by a function that returns
-        `output`. Raises RefusalError if the head does not use `output`.
+        The head is part of the model's `forward` method. Therefore the whole model is called, but
+        its layers are replaced by a function that returns `output`. Raises RefusalError if the head
+        does not use `output`.
         """
         calls = []
 
@@ -194,10 +185,9 @@ class Head:
 
     @torch.inference_mode()
     def _is_separable(self, blocks: list[tuple[int, int]]) -> bool:
-        """Return whether the logit of a token is independent of other tokens' logits.
+        """Test whether logits can be computed in blocks of the vocabulary.
 
-        The test compares logits computed at once with logits computed in blocks of the vocabulary.
-        The two results differ, for example, if the head normalises logits over the vocabulary.
+        The result is False, for example, if the head normalises logits over the vocabulary.
         """
         weight = self._projection.weight
         states = weight[torch.linspace(0, len(weight) - 1, 4).long()][None]
@@ -213,7 +203,7 @@ class Head:
 def use_row_formats(
     embeddings: Embeddings, name: str, formats: Sequence[str | None]
 ) -> AbstractContextManager[None]:
-    """Use a separate weight format for each batch row until the context exits.
+    """Use a separate weight format for each row of the batch in a `with` block.
 
     `name` selects the embedding or the output head. `formats` has one entry per row of the batch.
     """
@@ -245,9 +235,7 @@ def compute_first_states(
     formats: Sequence[str],
     inputs: dict[str, Any],
 ) -> list[Tensor]:
-    """Compute the first layer's input for each of several formats of the embedding.
-
-    The function does not run any layer.
+    """Compute the first layer's input once for each format of the quantised embedding.
 
     Args:
         base: The module that runs the layers.

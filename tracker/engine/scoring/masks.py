@@ -1,7 +1,7 @@
 """Build attention masks for a row of requests that share tokens in a prefix tree.
 
 A token of the tree attends only to itself and to its ancestors within the layer's attention window.
-The windows are derived from the masks that the model passes to its layers for a plain text.
+The windows are read from the model's own masks for a plain text.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class AttentionWindows:
     Attributes:
         tokens: The maximum length of texts for which the windows are valid.
         starts: For each layer, a tensor [tokens] with the first position that each token attends
-            to. Layers with equal windows share one tensor. The entry of a layer is None if the
-            layer has no window, or has no mask of shape [1, 1, tokens, tokens].
+            to. The entry is None for a layer without a window, or without a mask of shape [1, 1,
+            tokens, tokens].
     """
 
     tokens: int
@@ -42,10 +42,10 @@ class AttentionWindows:
 def find_attention_windows(
     base: PreTrainedModel, layers: nn.ModuleList, tokens: int, device: torch.device
 ) -> AttentionWindows:
-    """Find the attention windows of all layers from the model's attention masks.
+    """Find each layer's attention window from the masks that the model builds for a text.
 
-    First the layers run once, on two tokens. Then each layer is replaced by a function that only
-    records the attention mask, and the model reads a text of `tokens` tokens.
+    The model reads a text of `tokens` tokens, while functions that only record the attention mask
+    replace the layers. `base` is the module that runs the layers.
     """
     layer_outputs: dict[int, Any] = {}
     masks: list[Any] = [None] * len(layers)
@@ -94,7 +94,7 @@ def mask_position(layer: nn.Module) -> int | None:
 
 
 def find_first_visible(mask: object, tokens: int) -> Tensor | None:
-    """Read from an attention mask the first position that each token attends to.
+    """Find the first position that each token attends to in an attention mask.
 
     The mask has the shape [1, 1, tokens, tokens], and the returned tensor has the shape [tokens].
     Returns None if every token attends to all earlier tokens, or if the mask has another shape.
@@ -119,15 +119,14 @@ def find_first_visible(mask: object, tokens: int) -> Tensor | None:
 class Masks:
     """The attention masks of one row; layers with equal attention windows share one mask.
 
-    A row contains a prefix tree of requests, and each node of the tree is a token. The masks
-    replace the model's causal masks. A mask has the shape [1, 1, tokens, prefix + tokens]. A node
-    attends to the cached prefix, its ancestors and itself, but not to its siblings. In a layer with
-    an attention window, a node attends only to the last tokens of its text. The position of a node
-    is its depth in the tree. Masked entries contain the lowest number of the dtype, as in
+    A row contains a prefix tree of requests, and each node of the tree is a token. A mask has the
+    shape [1, 1, tokens, prefix + tokens]. A node attends to the cached prefix, its ancestors and
+    itself, but not to its siblings. In a layer with an attention window, a node attends only to the
+    last tokens of its text. Masked entries contain the lowest number of the dtype, as in
     transformers.
 
-    `windows` must cover the longest text of the row, and `row.spans` must be set. A row without
-    `spans` needs no mask. `layer_masks` contains the mask of each layer.
+    `windows` must cover the longest text of the row, and `row.spans` must be set. `layer_masks`
+    contains the mask of each layer.
     """
 
     def __init__(

@@ -52,14 +52,14 @@ from tracker.schema.model_parts import experts_per_token
 
 @dataclass(frozen=True)
 class Sharing:
-    """The computations that ablations of a model can share without changing any result.
+    """Kinds of computation that are done once for several ablations or requests.
 
     Attributes:
         depth: Whether layers below a removed layer are computed once for all ablations.
         tokens: Whether common beginnings of requests in one forward pass are computed once.
         prefix: Whether the common beginning of all documents is computed once for all rows.
-        calls: Whether texts of equal length are computed in one call of the model. If False, the
-            model is called separately for each request, without any change for sharing.
+        calls: Whether texts of equal length are computed in one call of the model. If False, each
+            request is read in a separate call.
     """
 
     depth: bool = True
@@ -140,7 +140,7 @@ def score_continuation(logits: Tensor, continuation: Sequence[int]) -> Response:
     """Score a continuation as lm-eval does.
 
     `logits` contains the logits at each token of context and continuation except the last token of
-    the continuation. The returned log-likelihood is in nats.
+    the continuation. The log-likelihood is in nats.
     """
     logits = logits[-len(continuation) :]
     tokens = torch.tensor(continuation, device=logits.device)
@@ -233,7 +233,7 @@ class EngineModel:
         return self.budget // (tokens * stream_bytes(self.loaded.model))
 
     def plan(self, ablations: Ablations) -> StreamPlan:
-        """Return the plan for computing several ablations in one forward pass."""
+        """Plan how to compute several ablations in one forward pass."""
         is_tied = any(ablation.outer_formats for ablation in ablations) and self.embeddings.is_tied
         # Parts of attentions and MLPs can be removed from layers that are not divided into the two.
         has_parts = any(ablation.parts for ablation in ablations)
@@ -242,7 +242,7 @@ class EngineModel:
         return plan_streams(ablations, len(self.loaded.layers), is_tied, divided)
 
     def find_anatomy(self, plan: StreamPlan) -> LayerAnatomy:
-        """Find the modules that a plan changes, and return them as a `LayerAnatomy`."""
+        """Return a `LayerAnatomy` that has located all modules that a plan changes."""
         anatomy, components = self.anatomy, {c for step in plan.steps for c in step.components}
         kinds = [PART_CLASSES[name] for name in NUMBERED_COMPONENTS if name in components]
         if "shared_expert" in components:
@@ -262,7 +262,7 @@ class EngineModel:
 
     @property
     def row_size_multiple(self) -> int:
-        """The padding multiple: rows are padded to a multiple of this number of tokens."""
+        """Rows are padded to a multiple of this number of tokens."""
         default = 1 if self.loaded.device.type == "cpu" else ROW_MULTIPLE_ACCELERATOR
         return self.row_multiple or default
 
@@ -282,11 +282,11 @@ class EngineModel:
         return replacements
 
     def logits(self, plan: StreamPlan, output: Any, states: Tensor) -> Tensor:
-        """Compute logits [ablations, tokens, vocabulary] with the output head of each ablation.
+        """Compute logits [ablations, tokens, vocabulary], with exact or quantised output heads.
 
-        `output` is the output of the model without the head. `states` [ablations, tokens, hidden]
-        are the last hidden states of the ablations. The function keeps all logits in memory at the
-        same time.
+        `plan` gives each ablation's head format. `output` is the output of the model without the
+        head, and `states` [ablations, tokens, hidden] are the last hidden states. All
+        logits are in memory at the same time.
         """
         if not plan.has_rounded_embeddings:
             return self.head.logits(output, states)
@@ -315,15 +315,12 @@ class EngineModel:
         return Head(self.loaded.model)
 
     def use_head_format(self, form: str | None) -> AbstractContextManager[None]:
-        """Quantise the weights of the output head until the context exits.
-
-        If `form` is None, the weights stay unchanged.
-        """
+        """Quantise the weights of the output head in a `with` block, unless `form` is None."""
         return self.embeddings.temporary_format("lm_head", form) if form else nullcontext()
 
     @property
     def anatomy(self) -> LayerAnatomy:
-        """An object that finds the modules of each component (e.g. attention) of a layer."""
+        """An object that finds the modules (e.g. the attention) of each layer."""
         facts, loaded = self.facts, self.loaded
         facts.weights = facts.weights or RoundedWeights(self.weight_cache_bytes)
         # Not cached: it holds this engine, whose quirks apply to every call of the model.
@@ -333,7 +330,7 @@ class EngineModel:
 
     @contextmanager
     def _isolate(self) -> Iterator[None]:
-        """Undo the side effects of model calls on entry to the context and on exit."""
+        """Undo side effects of model calls before and after a `with` block."""
         self.restore_state()
         offloaded = self.loaded.offloaded
         with nullcontext() if offloaded is None else offloaded.sequential_passes():
@@ -355,16 +352,16 @@ class EngineModel:
 
 
 def make_changed_copy(model: EngineModel, ablation: Ablation, brief: bool = False) -> LoadedModel:
-    """Copy a model, and change the layers and weights of the copy as an ablation describes.
+    """Apply an ablation to a copy of a model.
 
-    The copy shares unchanged weights with the model. Removed sublayers stay in the copy, but add
-    nothing to the residual stream.
+    Unchanged weights are not copied. Removed sublayers stay in the copy, but add nothing to the
+    residual stream.
 
     Args:
         model: The model.
         ablation: The changes to apply to the copy.
-        brief: Whether the copy is only used for a few calls. If so, a layer's weights may be
-            quantised only while the layer runs, which saves memory.
+        brief: Whether the copy is only used for a few calls. A brief copy can quantise a layer's
+            weights only while the layer runs, to save memory.
 
     Returns:
         The changed copy.
@@ -394,11 +391,7 @@ def make_changed_copy(model: EngineModel, ablation: Ablation, brief: bool = Fals
 def _layer_changes(
     model: EngineModel, ablation: Ablation, cache: RoundedWeights | None
 ) -> Iterator[tuple[int, Callable[[nn.Module], object]]]:
-    """Yield pairs of a layer number and a function that changes the layer.
-
-    The pairs do not include removals and repetitions of whole layers. `cache` is the cache of
-    quantised weights for `round_layer`.
-    """
+    """Yield (layer number, function that changes the layer) for changes inside layers."""
     for change in ablation.replacements:
         # The layer still runs; its output is dropped.
         make = partial(model.replacements[change.layer].apply, change.action)
@@ -408,10 +401,7 @@ def _layer_changes(
 
 
 def stream_bytes(model: PreTrainedModel) -> int:
-    """Estimate the peak bytes that a layer needs per token and ablation.
-
-    In a mixture of experts, each expert that a token uses needs memory for this token.
-    """
+    """Estimate the peak memory of a layer, in bytes per token and ablation."""
     config = model.config.get_text_config()
 
     def width(name: str, default: int) -> int:

@@ -34,10 +34,10 @@ MAX_CPU_WIDTH = 2048
 
 
 def is_worth_timing(engine: Engine) -> bool:
-    """Return whether row sizes (tokens per forward pass) should be timed for this model.
+    """Return whether timing can find a better number of tokens per forward pass (row size).
 
-    Timing is worthwhile on an accelerator, and on a CPU for small half-precision models. Row sizes
-    are not timed if weights are offloaded, or if the row size is already set.
+    Row sizes are timed on an accelerator, and on a CPU for small half-precision models. The result
+    is False if weights are offloaded, or if the row size is already set.
     """
     loaded = engine.loaded
     if loaded.offloaded is not None or engine.row_tokens is not None:
@@ -52,23 +52,20 @@ def row_sizes(engine: Engine) -> tuple[int, ...]:
 
 
 def find_row_size(engine: Engine) -> int:
-    """Return the fastest number of tokens per row.
+    """Measure the fastest number of tokens per forward pass (row).
 
     Args:
         engine: The engine; its model is not changed.
 
     Returns:
-        One of `row_sizes`; the default size if the model fails on rows that share tokens.
+        One of `row_sizes`; the default size if the timing fails.
     """
     seconds, _ = try_model(lambda: time_sizes(engine))  # the self-check reports why it cannot
     return row_sizes(engine)[0] if seconds is None else choose_row_size(seconds)
 
 
 def time_sizes(engine: Engine) -> dict[int, float]:
-    """Time each row size on random documents.
-
-    Returns a dictionary from row size to seconds; the default size is its first key.
-    """
+    """Measure the seconds that each row size needs for random documents, the default first."""
     n_layers = len(engine.loaded.layers)
     engine_copy = engine.ablate(Ablation.from_changes(removed=range(TIMED_LAYERS, n_layers)))
     layers = range(min(TIMED_LAYERS, n_layers))
@@ -88,10 +85,9 @@ def time_sizes(engine: Engine) -> dict[int, float]:
 
 
 def choose_row_size(seconds: Mapping[int, float]) -> int:
-    """Choose a row size from the measured seconds.
+    """Choose the fastest row size, or the first size if nearly as fast.
 
-    Returns the first row size if it is nearly as fast as the fastest row size, else the fastest row
-    size.
+    `seconds` maps row sizes to measured times.
     """
     default, best = next(iter(seconds)), min(seconds, key=lambda size: seconds[size])
     return best if seconds[best] < MAX_TIME_SHARE * seconds[default] else default

@@ -34,7 +34,7 @@ def count_common_tokens(text: Sequence[int], other_text: Sequence[int]) -> int:
 class Tree:
     """Prefix tree of token sequences, in which each node is a token.
 
-    The number of a node is greater than the number of its parent.
+    Nodes are numbered in the order of insertion, so parents come before children.
     """
 
     def __init__(self) -> None:
@@ -69,11 +69,11 @@ class Tree:
         return len(new_paths)
 
     def compute_spans(self) -> Tensor:
-        """Return the range of depth-first numbers of the nodes in each node's subtree.
+        """Compute depth-first numbers of the nodes, and the range of numbers in each subtree.
 
         Returns:
-            Tensor [2, nodes]: for each node, its own number, which begins the range, and the
-            exclusive end of the range.
+            Tensor [2, nodes]: for each node, the node's own number and the exclusive end of the
+            range.
         """
         # The last entry belongs to the parent of all roots, which is -1.
         nodes = len(self.parents)
@@ -89,23 +89,20 @@ class Tree:
 
 @dataclass(frozen=True)
 class Lengths:
-    """Text lengths at which a model's computation changes.
-
-    Two requests can share a forward pass only if no threshold lies between their lengths.
+    """Text lengths (thresholds) at which a model's computation changes.
 
     Attributes:
         thresholds: Numbers of tokens at which the computation changes.
-        all_differ: True if the computation is different for every length from the first threshold
-            on.
+        all_differ: True if every length from the first threshold on has its own computation.
     """
 
     thresholds: tuple[int, ...] = ()
     all_differ: bool = False
 
     def side(self, tokens: int) -> int:
-        """Return the number of the interval between thresholds that contains a text length.
+        """Return the number of the interval between thresholds that contains `tokens`.
 
-        A text length that equals a threshold is an interval of its own.
+        Each threshold is an interval of its own.
         """
         if self.all_differ and tokens >= min(self.thresholds, default=0):
             return tokens
@@ -119,7 +116,7 @@ ANY_LENGTH = Lengths()
 class Row:
     """Requests that one forward pass scores together.
 
-    N is the number of tokens that the model reads in this forward pass.
+    N is the number of tokens in the forward pass.
 
     Attributes:
         prefix: Number of tokens of the common prefix, which the model reads in an earlier forward
@@ -171,10 +168,9 @@ class Row:
         return visible
 
     def pad_nodes(self, multiple: int) -> Row:
-        """Pad the row so that its tokens and its prefix are a multiple of `multiple`.
+        """Pad the row to a multiple of `multiple` tokens, including the cached prefix.
 
-        A padding token attends only to the prefix and itself. The output of padding tokens is not
-        used.
+        Only a prefix tree is padded. The output of padding tokens is not used.
         """
         n_missing = -(self.prefix + self.tokens) % multiple
         if self.spans is None or not n_missing:
@@ -190,7 +186,7 @@ class Row:
     def to_device(self, device: torch.device) -> Row:
         """Return a copy of the row, with its tensors on a device.
 
-        The tensors are copied in one transfer. The tensors in `gold` stay on the host.
+        The tensors in `gold` stay on the host.
         """
         if self.input_ids.device.type == device.type:
             return self
@@ -216,8 +212,8 @@ class _Sequence:
 
     The model reads the first `n_read` tokens, usually all except the last. If `start` is not None,
     layer statistics (proxies) are measured from this token on, and the model also reads the last
-    token. `side` is the result of `Lengths.side` for the text; only sequences with equal `side` can
-    share a forward pass.
+    token. Only sequences with equal `side`, the result of `Lengths.side`, can be in one forward
+    pass.
     """
 
     document: int
@@ -234,10 +230,10 @@ class _Sequence:
 
 
 def _list_sequences(documents: Documents, max_length: int, lengths: Lengths) -> Iterator[_Sequence]:
-    """Yield each request as a token sequence, truncated from the left exactly as lm-eval does.
+    """Yield the token sequence of each request, truncated from the left as in lm-eval.
 
-    Layer statistics (proxies) also need the last token, which scoring does not read. If `lengths`
-    separates the texts with and without this token, both texts are yielded.
+    Layer statistics (proxies) also need the last token, which scoring does not read. A second
+    sequence with the last token is yielded if `lengths` has a threshold between both lengths.
     """
     for number, document in enumerate(documents):
         for index, request in enumerate(document.requests):
@@ -262,10 +258,9 @@ def _list_sequences(documents: Documents, max_length: int, lengths: Lengths) -> 
 def _group_by_side(
     documents: Documents, max_length: int, lengths: Lengths
 ) -> list[list[list[_Sequence]]]:
-    """Group the requests by text length, so that no threshold of `lengths` divides a group.
+    """Group requests by text length, with a new group at each threshold of `lengths`.
 
-    Only requests of one group can share a forward pass. Each group contains one list of requests
-    for each document.
+    Each group contains one list of requests for each document.
     """
     sides = group_by(_list_sequences(documents, max_length, lengths), attrgetter("side")).values()
     return [list(group_by(side, attrgetter("document")).values()) for side in sides]
@@ -280,9 +275,9 @@ def pack_tree_rows(
 ) -> Iterator[Row]:
     """Pack documents into rows; each row is a prefix tree of requests.
 
-    Each node of a tree is a token. Requests with a common beginning share nodes, so the model reads
-    a context once for all its answers. `Masks` lets each node attend only to itself and its
-    ancestors, so sharing does not change the results.
+    Each node of a tree is a token. Requests with a common beginning have common nodes, so the model
+    reads a context once for all answers. With the attention masks of `Masks`, results are the same
+    as for separate requests.
 
     Args:
         documents: The documents to score.
@@ -291,8 +286,8 @@ def pack_tree_rows(
         row_tokens: Maximum number of nodes of a tree; a larger document gets a larger tree.
         prefix: Number of tokens of the common prefix that the model reads in a separate forward
             pass.
-        lengths: Text lengths at which the model's computation changes; requests on different sides
-            of such a length do not share a row.
+        lengths: Text lengths at which the model's computation changes. A row contains no requests
+            from different sides of a length.
 
     Yields:
         Rows, which together contain every request of every document exactly once.
@@ -322,12 +317,10 @@ def count_tree_nodes(document: Document, max_length: int) -> int:
 
 
 def common_beginning(documents: Documents, max_length: int) -> tuple[int, ...]:
-    """Return the longest beginning that the contexts of all requests share.
+    """Return the longest token sequence with which the contexts of all requests begin.
 
-    The beginning never includes the last token of a context.
-
-    `max_length` is the maximum number of tokens that the model reads. Longer requests are truncated
-    from the left.
+    The last token of a context is never included. Requests longer than `max_length` tokens are
+    truncated from the left.
     """
     sequences = list(_list_sequences(documents, max_length, ANY_LENGTH))
     if not sequences:
@@ -372,14 +365,14 @@ def pack_flat_rows(
 ) -> Iterator[Row]:
     """Pack distinct sequences of equal length into rows [sequences, length] without masks.
 
-    A sequence that is the beginning of a longer sequence is not read separately.
+    If a sequence is the beginning of a longer sequence, only the longer sequence is read.
 
     Args:
         documents: The documents to score.
         max_length: Maximum number of tokens that the model reads, as in `pack_tree_rows`.
         row_tokens: Maximum number of tokens of a row; a longer sequence gets a longer row.
-        lengths: Text lengths at which the model's computation changes; requests on different sides
-            of such a length do not share a row.
+        lengths: Text lengths at which the model's computation changes. A row contains no requests
+            from different sides of a length.
 
     Yields:
         Rows, which together contain every request of every document exactly once.
@@ -412,10 +405,9 @@ def _build_row(
     sequences: list[_Sequence],
     nodes: list[list[int]],
 ) -> Row:
-    """Build a row, and find the tokens that predict each continuation.
+    """Build a row, with the indices of the tokens that predict each continuation.
 
-    `nodes` contains the indices of each sequence's tokens in the row. The other arguments are
-    attributes of `Row`.
+    `nodes` contains, for each sequence, the indices of its tokens in the row.
     """
     index_of: dict[int, int] = {}
     predictor, predicted, owner = [], [], []

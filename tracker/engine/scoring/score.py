@@ -1,8 +1,7 @@
 """Compute lm-eval's log-likelihoods of one row with the model's own forward pass and head.
 
 If all documents begin with the same tokens (e.g. few-shot examples), this prefix is read once and
-cached. If an ablation removes only experts that no token of a row uses, the row's result is copied
-from the intact model.
+cached. An ablation that removes only unused experts gets the intact model's result.
 """
 
 from __future__ import annotations
@@ -44,11 +43,10 @@ MIN_REUSED_SHARE = 0.9
 class GrowingLayer(DynamicLayer):  # type: ignore[misc]
     """Key-value cache of one layer [streams, heads, tokens, size], with spare space for tokens.
 
-    A buffer that is too short is replaced by a buffer with `CACHE_MARGIN` spare tokens.
+    A buffer that is too short is replaced by a longer buffer with `CACHE_MARGIN` spare tokens.
 
-    If `is_kept` is true, the buffer begins with the common prefix of all documents, which is never
-    overwritten. The method `update` then writes the keys and values of a row after this prefix, and
-    overwrites those of the previous row.
+    If `is_kept` is true, the buffer begins with the common prefix of all documents. Then `update`
+    writes a row's keys and values after the prefix, over those of the previous row.
     """
 
     is_kept = False
@@ -92,8 +90,8 @@ class Prefix:
     Attributes:
         plan: The plan of the streams (ablations) for which the prefix is cached.
         tokens: Token ids of the prefix.
-        cache: Keys and values of the prefix, in each layer [streams, heads, tokens, size]. A layer
-            of the cache contains only the streams for which the layer's attention is computed.
+        cache: Keys and values of the prefix, in each layer [streams, heads, tokens, size]. Only
+            streams whose attention is computed are included.
         proxies: Statistics of the intact model's layers for each token of the prefix [`OBSERVED`,
             tokens, layers].
     """
@@ -108,11 +106,11 @@ class Prefix:
         self._truncate(self._n_read)
 
     def shorten(self, beginning: tuple[int, ...], lengths: Lengths) -> bool:
-        """Shorten this prefix in place to the tokens that it shares with `beginning`.
+        """Try to reuse this cached prefix for documents that begin with `beginning`.
 
-        The prefix is shortened, and True is returned, if the shared tokens are nearly all tokens of
-        `beginning`, and if no threshold of `lengths` lies between the old and the new length.
-        Otherwise the prefix is unchanged, and False is returned.
+        If the prefix contains nearly all tokens of `beginning`, the prefix is shortened in place to
+        the common tokens, and True is returned. The prefix is not shortened across a threshold of
+        `lengths`.
         """
         n_shared = count_common_tokens(self.tokens, beginning)
         if n_shared < max(MIN_PREFIX, MIN_REUSED_SHARE * len(beginning)):
@@ -135,10 +133,7 @@ class Prefix:
 
 
 def new_cache() -> Cache:
-    """Create an empty cache that keeps all tokens, also in layers with a sliding window.
-
-    The attention masks apply the sliding window.
-    """
+    """Create an empty cache that keeps all tokens, also in layers with a sliding window."""
     return Cache(layer_class_to_replicate=GrowingLayer)
 
 
@@ -159,7 +154,7 @@ class RowScores:
 
     Attributes:
         loglikelihoods: Log-likelihood of each continuation in nats [answers, requests]. There is
-            one answer for each pair of a stream and a weight format of the output head.
+            one answer for each stream and weight format of the output head.
         hits: Two numbers for each continuation [answers, requests, 2]: the number of tokens that
             the model ranks first, and the number of tokens before the first token that the model
             does not rank first.
@@ -176,13 +171,12 @@ class RowScores:
 def launch_row(
     model: EngineModel, plan: StreamPlan, row: Row, prefix: Prefix | None = None
 ) -> Callable[[], RowScores]:
-    """Start scoring a row for every stream.
+    """Start a forward pass for a row, and return a function that waits for the scores.
 
-    The returned function waits for the scores and returns them. On an accelerator, callers can
-    launch the next row before they call the returned function.
+    On an accelerator, callers can launch the next row before they call the returned function.
 
-    `prefix` is the cached prefix that the row continues. The prefix must have been computed with
-    the same `plan`.
+    The row is scored for all streams of `plan`. `prefix` is the cached prefix that the row
+    continues, computed with the same `plan`.
     """
     host = row.pad_nodes(model.row_size_multiple)
     row, prefix_sums = host.to_device(model.loaded.device), prefix.proxies.sum(1) if prefix else 0
@@ -213,11 +207,12 @@ def launch_row(
 
 
 def _count_leading(owner: Tensor, greedy: Tensor) -> Tensor:
-    """Count the tokens of each request before its first token that is not greedy.
+    """Count for each request the correctly predicted tokens before the first wrong one.
 
     Args:
         owner: Index of the request of each predicted token, in ascending order.
-        greedy: Flag of each predicted token, 1 if it is the most likely token [answers, tokens].
+        greedy: Flag of each token of a continuation, 1 if the model ranks the token first [answers,
+            tokens].
 
     Returns:
         The counts [answers, requests].
@@ -252,10 +247,7 @@ def _score_tokens(
 
 @torch.inference_mode()
 def read_prefix(model: EngineModel, plan: StreamPlan, tokens: tuple[int, ...]) -> Prefix:
-    """Run the model on a common prefix, for all ablations.
-
-    Returns the prefix with its cached keys and values.
-    """
+    """Read a common prefix under all ablations, and cache its keys and values."""
     cache = new_cache()
     _, figures = run_base(model, plan, reading_row(tokens), cache)
     return Prefix(plan, tokens, cache, figures.cpu().double())
@@ -356,7 +348,7 @@ def find_expert_ablations(ablations: Ablations) -> list[Ablation]:
 
 @torch.inference_mode()
 def find_idle_ablations(model: EngineModel, row: Row, ablations: Ablations) -> set[Ablation]:
-    """Find the ablations whose removed experts no token of the row uses.
+    """Find the ablations that remove only experts that no token of a row uses.
 
     Args:
         model: The model.
@@ -400,11 +392,11 @@ def find_idle_ablations(model: EngineModel, row: Row, ablations: Ablations) -> s
 def _routes_alike(
     router: nn.Module, experts: Experts, remaining: Sequence[int], tables: Sequence[Any], call: Any
 ) -> bool:
-    """Return whether removing experts leaves a router's choice and routing weights unchanged.
+    """Return whether a router's choices and weights stay the same without some experts.
 
-    Rounding errors in the weights are ignored. `remaining` are the experts that are not removed.
-    `call` contains the positional and the keyword arguments of the original router's call, and
-    `tables` contains its outputs.
+    Rounding errors in the weights are ignored. `remaining` are the numbers of the other experts.
+    `call` contains the router's positional and keyword arguments, and `tables` the router's outputs
+    with all experts.
     """
     new_tables = call_reduced_router(router, experts, remaining, tables, input_state(*call), call)
     for old_table, new_table in zip(tables, new_tables, strict=True):

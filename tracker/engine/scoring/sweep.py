@@ -75,8 +75,8 @@ class DocumentScores:
         responses: For each ablation, the responses to all requests of the document.
         proxy_tokens: Number of tokens on which the layer statistics (proxies) were measured:
             context and gold continuation, or the whole text of a rolling document.
-        proxy_sums: Statistics of the intact model's layers, summed over these tokens [`OBSERVED`,
-            layers].
+        proxy_sums: Statistics of the intact model's layers, summed over the `proxy_tokens` tokens
+            [`OBSERVED`, layers].
     """
 
     document: Document
@@ -93,8 +93,8 @@ class Engine(EngineModel):
     """Scorer of documents under many ablations of one model.
 
     Attributes:
-        sharing: The computations that ablations share. The function `check_sharing` disables each
-            kind of sharing that would change results.
+        sharing: The computations that are done once for several ablations or requests.
+            `check_sharing` disables each kind of sharing that would change results.
         row_tokens: Maximum number of tokens in one forward pass; None = the default of the device.
         notes: Messages about the measurement for the user.
     """
@@ -109,10 +109,7 @@ class Engine(EngineModel):
         return replace(self, sharing=sharing)
 
     def ablate(self, ablation: Ablation, brief: bool = False) -> Engine:
-        """Return an engine for a copy of the model that is changed by an ablation.
-
-        `brief` has the same meaning as for `make_changed_copy`.
-        """
+        """Return an engine for a really changed copy of the model, as in `make_changed_copy`."""
         loaded = make_changed_copy(self, ablation, brief)
         leftovers = record_state(loaded.model, {name for _, name in self.quirks.leftovers})
         quirks = replace(self.quirks, leftovers=leftovers, first={})
@@ -172,19 +169,17 @@ class Engine(EngineModel):
         ]
 
     def has_shared_prefix(self, documents: Documents) -> bool:
-        """Return whether the common prefix of some documents is long enough to be cached.
+        """Return whether the documents have a common beginning that can be cached.
 
-        The common beginning must have at least `MIN_PREFIX` tokens, and the model must support a
-        cache.
+        The beginning must have at least `MIN_PREFIX` tokens, and the model must support a cache.
         """
         is_long = len(common_beginning(documents, self.max_length)) >= MIN_PREFIX
         return is_long and find_cache_argument(self.head.base) is not None
 
     def group_ablations(self, ablations: Ablations, tokens: int) -> Iterator[list[Ablation]]:
-        """Split ablations into groups that can read `tokens` tokens within the memory limit.
+        """Split ablations into groups that fit into memory for a text of `tokens` tokens.
 
-        The baseline is the first ablation in each group. If `sharing.depth` is false, all ablations
-        form one group.
+        Each group begins with the baseline. If `sharing.depth` is false, there is only one group.
         """
         size = self.count_streams(tokens) if self.sharing.depth else len(ablations)
         return split_ablations(ablations, size)
@@ -195,9 +190,9 @@ class Engine(EngineModel):
         ablations: Ablations,
         progress: Callable[[int], None] = lambda responses: None,
     ) -> Iterator[_Scored]:
-        """Score many documents per forward pass.
+        """Score documents under ablations, with many documents per forward pass.
 
-        If a forward pass runs out of memory, its documents or ablations are split into two halves.
+        A forward pass that runs out of memory is repeated in two halves.
         """
         if not self.sharing.depth:
             for scored_row in self._score_separately(documents, ablations):
@@ -240,10 +235,9 @@ class Engine(EngineModel):
         return run_lockstep(weights, self.loaded.model, passes)
 
     def _group_rows(self, rows: Iterator[Row], plan: StreamPlan) -> Iterator[list[Row]]:
-        """Yield groups of rows that are scored together.
+        """Group the rows (batches) that are scored with the same loading of the weights.
 
-        If weights are offloaded, a group contains as many rows as fit into memory. Otherwise each
-        group contains one row.
+        With offloaded weights, a group contains as many rows as fit into memory, else one row.
         """
         if self.loaded.offloaded is None:
             yield from ([row] for row in rows)
@@ -260,7 +254,7 @@ class Engine(EngineModel):
         yield group
 
     def _score_separately(self, documents: Documents, ablations: Ablations) -> Iterator[_Scored]:
-        """Score documents under one ablation after another, each on a changed copy of the model."""
+        """Score documents on a really changed copy of the model for each ablation."""
         memory = self.memory
         if self.loaded.offloaded is not None:  # the rows of all ablations wait together
             memory = self.budget // len(ablations)
@@ -281,10 +275,7 @@ class Engine(EngineModel):
         yield from chain.from_iterable(self.run_lockstep(passes))
 
     def _score_one_by_one(self, documents: Documents, proxies: bool) -> Iterator[_Scored]:
-        """Score each request in a separate call of the model.
-
-        If `proxies` is true, the method also measures layer statistics.
-        """
+        """Score each request in a separate call; if `proxies`, also measure layer statistics."""
         if proxies:
             rows = ((row, s.proxies) for row, _, s in self._score_rows(documents, [INTACT]))
         else:
@@ -306,10 +297,10 @@ class Engine(EngineModel):
     def _score_halves(
         self, row: Row, documents: Documents, ablations: Ablations, message: str
     ) -> Iterator[_Scored]:
-        """Score the two halves of a row's documents in turn, to save memory.
+        """Score a row (batch) again in two halves, after the whole row ran out of memory.
 
-        If the row contains only one document, the ablations are divided instead. `message` is the
-        error message of the forward pass that ran out of memory.
+        The documents are halved, or the ablations if the row has only one document. `message` is
+        the first pass's error message.
         """
         if self.quirks.lengths != ANY_LENGTH:
             # Its rows may hold some requests of a document without the others.
@@ -357,10 +348,9 @@ class Engine(EngineModel):
         return self.row_tokens or (ROW_TOKENS if on_cpu else ROW_TOKENS_ACCELERATOR)
 
     def _find_prefix(self, documents: Documents, plan: StreamPlan) -> Prefix | None:
-        """Return the common beginning of all documents, with cached keys and values.
+        """Cache the keys and values of the common beginning of all documents.
 
-        Returns None if caching the beginning is impossible, not worthwhile, or takes too much
-        memory.
+        Returns None if caching is impossible, not worthwhile, or takes too much memory.
         """
         # A layer that is passed again would need a cache of its own.
         if plan.n_repeats or not self.has_shared_prefix(documents):
@@ -380,20 +370,14 @@ class Engine(EngineModel):
         return result
 
     def find_read_prefix(self, plan: StreamPlan, tokens: Sequence[int]) -> Prefix | None:
-        """Return the cached prefix of `tokens` that was computed for `plan`.
-
-        Returns None if there is no such prefix.
-        """
+        """Return the prefix of `tokens` that is cached for `plan`; None if there is none."""
         prefixes = (prefix for prefix in self._prefixes if prefix.plan == plan)
         return next((prefix for prefix in prefixes if prefix.is_prefix_of(tokens)), None)
 
     def _launch_row(
         self, row: Row, plan: StreamPlan, prefix: Prefix | None, ablations: Ablations
     ) -> Callable[[], RowScores]:
-        """Start scoring all requests in a row under all ablations, in one forward pass.
-
-        Returns a function that waits for the scores and returns them.
-        """
+        """Start a forward pass for a row, and return a function that waits for the scores."""
         prefix = prefix if row.prefix else None
         can_skip = prefix is None and self.loaded.offloaded is None
         candidates = find_expert_ablations(ablations) if can_skip else []
@@ -421,8 +405,8 @@ def _make_responses(
 ) -> list[list[Response]]:
     """Convert a document's scores to one list of responses for each ablation.
 
-    `loglikelihoods` [ablations, requests] are in nats. `hits` [ablations, requests, 2] contains the
-    two numbers of correctly predicted tokens that `RowScores` describes.
+    `loglikelihoods` [ablations, requests] are in nats. `hits` [ablations, requests, 2] contains two
+    numbers of correctly predicted tokens, as in `RowScores`.
     """
     lengths = [len(request.continuation) for request in document.requests]
     return [
@@ -458,7 +442,7 @@ def _drop_baseline(ablations: Ablations) -> list[Ablation]:
 def split_ablations(ablations: Ablations, size: int) -> Iterator[list[Ablation]]:
     """Split ablations into groups of `size` ablations; each group begins with the baseline.
 
-    A group contains at least one ablation besides the baseline, even if `size` is 1.
+    Even if `size` is 1, a group contains one ablation besides the baseline.
     """
     changed_ablations, n_others = _drop_baseline(ablations), max(1, size - 1)
     for start in range(0, max(1, len(changed_ablations)), n_others):

@@ -2,9 +2,8 @@
 
 The first step tests the architecture on a miniature model (module `miniature_check`). The second
 step scores a few requests of the benchmark on the model itself, with and without shared
-computation. In the third step, the function `compare_watched_documents` scores some of the measured
-documents again, without shared computation. The results of the first two steps are stored for later
-measurements of the same model.
+computation. Both results are stored for later measurements of the same model. In the third step,
+`compare_watched_documents` scores some measured documents again, without shared computation.
 """
 
 from __future__ import annotations
@@ -118,13 +117,13 @@ _Round = tuple[Documents, Ablations, Sequence[tuple[int, int, int]]]
 
 
 class VerdictStore(Protocol):
-    """Storage that keeps the results of self-checks (verdicts) for later checks."""
+    """Storage for the results of self-checks."""
 
     def recall(self, key: str) -> str | None:
-        """Return the verdict that is stored under a key; None if the key is unknown."""
+        """Return the stored result of a self-check; None if the key is unknown."""
 
     def keep(self, key: str, verdict: str) -> None:
-        """Store a verdict under a key."""
+        """Store the result of a self-check under a key."""
 
 
 def check_sharing(
@@ -135,7 +134,7 @@ def check_sharing(
     fit: Fit = lambda engine: {},
     typical_ablations: Ablations = (),
 ) -> Check:
-    """Find which computation ablations can share without changing results.
+    """Test which parts of the forward pass can be computed once for all ablations.
 
     Args:
         engine: The engine, with all shared computation enabled. The model must not have been called
@@ -189,10 +188,10 @@ def check_sharing(
 def _check_architecture(
     engine: Engine, ablations: Ablations, reach: Reach, blank: bool, store: VerdictStore | None
 ) -> SharingVerdict:
-    """Test the model's architecture on a tiny random copy, or load the stored result.
+    """Test shared computation on a tiny random model of the same architecture.
 
-    `reach` contains the maximum numbers of tokens in the measurement. `blank` is true if any token
-    of the measured texts has a zero embedding.
+    A result in `store` is returned without a new test. `blank` is true if any token of the measured
+    texts has a zero embedding.
     """
     model = engine.loaded.model
     # Rounded up to just below a power of two, where many thresholds lie: such rows share a verdict.
@@ -224,10 +223,10 @@ def _check_architecture(
 def _recall_verdict(
     store: VerdictStore, keys: Iterable[str], adapter: TypeAdapter[T], is_valid: Callable[[T], bool]
 ) -> T | None:
-    """Load a stored check result (verdict); None if no acceptable verdict is stored.
+    """Load a self-check's stored result (verdict); None if no usable verdict is stored.
 
-    The keys are tried in order. A verdict under the first key is always acceptable. A verdict under
-    another key is acceptable if `is_valid` returns True for the verdict.
+    The verdict under the first key is always usable. A verdict under a later key is usable if
+    `is_valid` returns True for this verdict.
     """
     for index, key in enumerate(keys):
         with suppress(ValidationError):
@@ -240,11 +239,11 @@ def _recall_verdict(
 def _confirmation_keys(
     engine: Engine, ablations: Ablations, verdict: SharingVerdict, n_tokens: int, blank: bool
 ) -> list[str]:
-    """List the storage keys for the result of the check on the model itself.
+    """List the keys under which the self-check of the model itself can be stored.
 
-    Each key is a SHA-256 hash of the model, the ablations, the hardware, a maximum text length, and
-    `verdict`, the result of the check on a miniature. The first key is for texts of up to
-    `n_tokens` tokens. The other keys are for longer texts.
+    Each key is a hash of the model, the ablations, the hardware, `verdict` (the miniature's result)
+    and a maximum text length. The first key is for texts of up to `n_tokens` tokens, and the later
+    keys are for longer texts.
     """
     loaded = engine.loaded
     devices = {loaded.device, *(p.device for p in loaded.model.parameters() if not p.is_meta)}
@@ -264,11 +263,7 @@ def _confirmation_keys(
 
 
 def measure_reach(engine: Engine, documents: Documents) -> Reach:
-    """Return the maximum numbers of tokens in the measurement of some documents.
-
-    These are the numbers of tokens in the longest text, in the largest prefix tree, and in the
-    largest forward pass.
-    """
+    """Count the tokens of the longest text, prefix tree and forward pass."""
     max_length = engine.max_length
     longest = max(request.length for document in documents for request in document.requests)
     widest = max(count_tree_nodes(document, max_length) for document in documents)
@@ -277,19 +272,13 @@ def measure_reach(engine: Engine, documents: Documents) -> Reach:
 
 
 def _text_lengths(n_tokens: int) -> list[int]:
-    """List the maximum text lengths for which the store can contain results.
-
-    The lengths are powers of two that are not smaller than `n_tokens`.
-    """
+    """List the maximum text lengths for which the store can contain results."""
     shortest = max(MIN_REACH, 1 << (n_tokens - 1).bit_length())
     return [shortest << n for n in range(max(1, (MAX_REACH // shortest).bit_length()))]
 
 
 def has_blank_token(model: PreTrainedModel, documents: Documents) -> bool:
-    """Return whether any token of the documents has a zero embedding.
-
-    For example, the embedding of a padding token can be zero.
-    """
+    """Return whether any token of the documents has a zero embedding."""
     try:
         weight = getattr(model.get_input_embeddings(), "weight", None)
     except NotImplementedError:  # a checkpoint's own code need not define its embeddings
@@ -317,7 +306,7 @@ def _describe_unsteady(comparison: Comparison, dtype: torch.dtype, is_half: bool
 
 
 def shortest_documents(documents: Documents) -> list[Document]:
-    """Choose short documents for the self-check."""
+    """Return the `CONFIRMED_DOCUMENTS` shortest documents, preferring several requests."""
 
     def size(document: Document) -> tuple[int, int]:
         return -min(len(document.requests), 4), sum(request.length for request in document.requests)
@@ -326,10 +315,10 @@ def shortest_documents(documents: Documents) -> list[Document]:
 
 
 def compare_rounds(engine: Engine, truth: Reference, rounds: Sequence[_Round]) -> Comparison:
-    """Compare log-likelihoods that the engine computes with those of really changed models.
+    """Compare log-likelihoods from `engine` with those of really changed models (`truth`).
 
-    Each round is a tuple: the documents and ablations to score, and the scores to compare, as
-    (ablation, document, request) indices.
+    A round is a tuple: the documents and ablations to score, and the (ablation, document, request)
+    indices of the log-likelihoods to compare.
     """
     comparison = Comparison()
     passes: list[Callable[[], Any]] = [
@@ -353,14 +342,11 @@ def compare_rounds(engine: Engine, truth: Reference, rounds: Sequence[_Round]) -
 
 
 def confirmation_rounds(documents: Documents, ablations: Ablations) -> Iterator[_Round]:
-    """Choose the scores that the check on the model itself compares, in one or two rounds.
+    """Choose documents, ablations and requests for the self-check of the model itself.
 
-    Each round is a tuple: the documents, the ablations, and the scores to compare, as (ablation,
-    document, request) indices.
-
-    The first round contains short documents and a sample of the ablations. The second round
-    contains the document with the longest text, a short document of the same task, the baseline,
-    and one random ablation. If the longest text is short, there is no second round.
+    The first round tests short documents under a sample of the ablations. The second round tests
+    the document with the longest text and a short document, under the baseline and one random
+    ablation. The second round is left out if the longest text is short.
     """
     ablations = sample_ablations(ablations)
     short_texts = [_shorten(document) for document in shortest_documents(documents)]
@@ -386,7 +372,7 @@ def _keep_requests(document: Document, requests: Iterable[Request]) -> Document:
 
 
 def _list_questions(rounds: Iterable[_Round]) -> list[tuple[Ablation, Request]]:
-    """List the (ablation, request) pairs to compare in all rounds."""
+    """List the (ablation, request) pairs of all rounds."""
     return [(abls[a], docs[d].requests[r]) for docs, abls, keys in rounds for a, d, r in keys]
 
 
@@ -407,7 +393,7 @@ def _shorten(document: Document) -> Document:
 
 
 def draw_scores(documents: Documents, ablations: Ablations) -> Iterator[tuple[int, int, int]]:
-    """Draw random scores to compare; yield their (ablation, document, request) indices.
+    """Draw random (ablation, document, request) indices of log-likelihoods to compare.
 
     Several requests are drawn for the baseline, and one request is drawn for each other ablation.
     """
@@ -421,10 +407,7 @@ def draw_scores(documents: Documents, ablations: Ablations) -> Iterator[tuple[in
 
 
 def count_unshared_tokens(documents: Documents, ablations: Ablations, max_length: int) -> int:
-    """Count the tokens that the self-check reads without shared computation.
-
-    For each counted token, nearly all layers of the model run.
-    """
+    """Count the tokens that really changed models read during the self-check."""
     watched = draw_watched_documents(documents)
     questions: list[Any] = _list_questions(confirmation_rounds(documents, ablations))
     questions += [
@@ -440,7 +423,7 @@ def count_unshared_tokens(documents: Documents, ablations: Ablations, max_length
 def _compare(
     truth: Reference, score: DocumentScores, index: int, ablation: Ablation, request: int
 ) -> Comparison:
-    """Compare one log-likelihood in `score` with that of a really changed model.
+    """Compare one log-likelihood in `score` with the result of a really changed model.
 
     `index` is the index of `ablation` in `score`, and `request` is the index of the request. In
     float32, the tolerance is 1e-3 nats plus 1e-4 of the log-likelihood. In half precision, the
@@ -456,13 +439,13 @@ def _compare(
 
 
 def draw_watched_documents(documents: Documents) -> set[tuple[str, int]]:
-    """Draw the documents that are scored again without shared computation.
+    """Draw documents for a second scoring without shared computation.
 
-    Each document is returned as a pair of its task and its index.
+    Returns the (task, index) pair of each drawn document.
 
     On average, one of `WATCH_RATE` documents is drawn. At least one document is drawn from each
-    task, or from each of some random tasks if there are many tasks. The document with the longest
-    text is always included.
+    task; with many tasks, from each of some random tasks. The document with the longest text is
+    always drawn.
     """
 
     def draw(document: Document) -> float:
@@ -486,8 +469,7 @@ def list_watched_requests(
 ) -> list[tuple[Ablation, Request]]:
     """List the (ablation, request) pairs that `compare_watched_documents` compares.
 
-    For each document, `seed` determines the ablation, which has at least the index
-    `first_ablation`.
+    For each document, `seed` determines one ablation at or after the index `first_ablation`.
     """
     return [
         (ablations[_draw_ablation(document, ablations, seed, first_ablation)], request)
@@ -512,20 +494,20 @@ def compare_watched_documents(
     seed: str,
     first_ablation: int = 0,
 ) -> Iterator[tuple[DocumentScores, int, Comparison]]:
-    """Compare scores of documents with those of really changed models.
+    """Score documents again on really changed models, and compare the log-likelihoods.
 
-    Each document is scored again, on a model that is changed by a random ablation.
+    Each document is scored again under one random ablation.
 
     Args:
         truth: The reference, which scores requests on really changed copies of the engine's model.
         scores: The engine's scores of the measured documents.
         ablations: The measured ablations.
         seed: Random seed for drawing each document's ablation.
-        first_ablation: Index of the first ablation that can be drawn.
+        first_ablation: Index of the first ablation that may be drawn.
 
     Yields:
-        For each document: its scores, the index of the drawn ablation, and the comparison of all
-        its requests.
+        For each document: the engine's scores, the index of the drawn ablation, and the comparison
+        of all requests.
     """
     for score in scores:
         index = _draw_ablation(score.document, ablations, seed, first_ablation)

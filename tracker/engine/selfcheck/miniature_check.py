@@ -1,4 +1,4 @@
-"""Test on a tiny model which computation the ablations of an architecture can share.
+"""Test shared computation between ablations on a tiny model of the same architecture.
 
 The tiny model (miniature) reads texts of random tokens, longer and shorter than each length in the
 model's configuration (e.g. the attention window). The log-likelihoods with shared computation are
@@ -66,8 +66,8 @@ _Content = tuple[tuple[int, ...], Sequence[tuple[int, ...]]]
 def draw_short_documents(vocabulary: int, longest: int) -> list[list[Document]]:
     """Draw short documents of random tokens for the self-check.
 
-    Each list in the result contains the documents of one call of `Engine.score`. `vocabulary` is
-    the number of token ids, and `longest` is about the maximum number of tokens of a text.
+    The engine scores each returned list of documents in one call. `vocabulary` is the number of
+    token ids, and `longest` is about the maximum number of tokens of a text.
     """
     tokens = _make_token_source(vocabulary, longest - 1)
     # Texts that end just before every second threshold, and continue beyond it.
@@ -84,17 +84,17 @@ def draw_long_documents(
 ) -> list[list[Document]]:
     """Draw documents of random tokens for the self-check, with up to `longest` tokens per text.
 
-    The texts' lengths double from one text to the next.
+    Each text is about twice as long as the previous text.
 
     Args:
         vocabulary: Number of token ids.
         longest: Number of tokens of the longest text.
         nodes: Approximate number of tokens in a prefix tree of several documents.
         widest: Approximate number of tokens in the prefix tree of the largest document.
-        sharing: The kinds of shared computation to test. Texts for other kinds are not drawn.
+        sharing: The kinds of shared computation to test.
 
     Returns:
-        A list for each call of `Engine.score`, with the documents of the call.
+        Lists of documents; the engine scores each list in one call.
     """
     tokens = _make_token_source(vocabulary)
 
@@ -121,11 +121,11 @@ def draw_long_documents(
 def draw_switch_documents(
     vocabulary: int, switches: Sequence[int], widest: int
 ) -> list[list[Document]]:
-    """Draw random documents that are shorter and longer than each length in `switches`.
+    """Draw random documents below and above each text length in `switches`.
 
-    `vocabulary` is the number of token ids. `switches` are text lengths at which the computation
-    changes. `widest` is the maximum number of tokens in the prefix tree of one document. The result
-    contains a single list, because one call of `Engine.score` scores all these documents.
+    At these text lengths, the model's computation changes. `vocabulary` is the number of token ids.
+    `widest` is the maximum number of tokens in the prefix tree of one document. The result is a
+    single list of documents, which the engine scores in one call.
     """
     tokens = _make_token_source(vocabulary)
     contents: list[_Content] = []
@@ -191,15 +191,13 @@ MAX_PART_ABLATIONS = 128
 
 
 class _Probe(NamedTuple):
-    """Documents and ablations of a check, and the scores to compare.
-
-    A score from shared computation must equal the score that a really changed model computes.
+    """Documents and ablations of a self-check, and the log-likelihoods to compare.
 
     Attributes:
         calls: The documents of each call of `Engine.score`.
         ablations: The ablations, with the baseline.
-        keys: The compared scores, each as (ablation, index of call, index of document, index of
-            request).
+        keys: The log-likelihoods to compare, each as (ablation, index of call, index of document,
+            index of request).
     """
 
     calls: Sequence[Documents]
@@ -214,16 +212,17 @@ def miniature_key(
     rows: tuple[int, int, int] | None,
     blank: bool,
 ) -> str:
-    """Return the key under which the result of a check on a miniature is stored.
+    """Compute the storage key for a self-check on a miniature model.
 
     The key is a SHA-256 hash of the arguments, package versions, the machine, and the code of this
-    package and of the model. The model's weights are not included.
+    package and of the model. The key does not depend on the model's weights.
 
     Args:
-        model: The model whose miniature is checked.
+        model: The full model.
         ablations: The ablations of the check.
-        paths: Paths of the configuration's numbers that the check varies.
-        rows: Row sizes, as for `check_longer_texts`; None for a check on short texts.
+        paths: Paths of the numbers in the configuration that the self-check replaces.
+        rows: Maximum numbers of tokens, as for `check_longer_texts`; None for a check on short
+            texts.
         blank: True if any token of the measured texts has a zero embedding.
 
     Returns:
@@ -246,7 +245,7 @@ def miniature_key(
 
 
 def reachable_numbers(model: PreTrainedModel, n_tokens: int) -> tuple[NumberPath, ...]:
-    """List the paths of the configuration's numbers that are at most `n_tokens`."""
+    """List the numbers in a model's configuration that are at most `n_tokens`, by path."""
     numbers = find_numbers(model.config.get_text_config())
     return tuple(path for path, value in numbers if value <= n_tokens)
 
@@ -254,18 +253,18 @@ def reachable_numbers(model: PreTrainedModel, n_tokens: int) -> tuple[NumberPath
 def check_miniature(
     engine: Engine, ablations: Ablations, paths: Sequence[NumberPath], blank: bool
 ) -> SharingVerdict:
-    """Test on a miniature model, with short texts, what ablations can share.
+    """Test with short texts on a miniature model which computation ablations can share.
 
     Args:
         engine: The engine. Its model must not have been called yet, since calls can change the
             model.
         ablations: All ablations to measure, with the baseline.
-        paths: Paths of the numbers in the model's configuration that can matter for the measured
-            texts.
+        paths: Paths of the numbers in the configuration that are small enough to affect the
+            measured texts.
         blank: True if a token of the measured texts has a zero embedding.
 
     Returns:
-        The result of the check, with the computation that can be shared exactly.
+        The result of the self-check, with the computation that can be shared exactly.
 
     Raises:
         CellError: The model is not causal, or does not run without one of the layers.
@@ -311,7 +310,7 @@ def check_longer_texts(
     rows: tuple[int, int, int],
     blank: bool,
 ) -> SharingVerdict:
-    """Test on a miniature model, with long texts, what ablations can share.
+    """Test with long texts on a miniature model which computation ablations can share.
 
     Args:
         engine: The engine. Its model must not have been called yet, since calls can change the
@@ -323,7 +322,7 @@ def check_longer_texts(
         blank: True if a token of the measured texts has a zero embedding, as for `check_miniature`.
 
     Returns:
-        `verdict`, updated with the result of this check.
+        The updated `verdict`.
 
     Raises:
         CellError: The model cannot be measured.
@@ -355,10 +354,10 @@ def check_longer_texts(
 def _find_switch_lengths(
     engine: Engine, mini: PreTrainedModel, verdict: SharingVerdict, longest: int
 ) -> tuple[tuple[int, ...], bool]:
-    """Find the lengths of long texts at which the computation of a miniature changes.
+    """Search lengths above `LONGEST_REACH` at which a miniature's computation changes.
 
-    Lengths from `LONGEST_REACH` to `longest` tokens are searched. Returns the lengths, and a flag.
-    The flag is True if the computation may change at every length from the first one on.
+    Lengths up to `longest` tokens are searched. Returns the new lengths, and a flag. The flag is
+    True if the computation may change at every length from the first threshold on.
     """
     if longest <= LONGEST_REACH:
         return (), False
@@ -370,10 +369,10 @@ def _find_switch_lengths(
 
 
 def sample_ablations(ablations: Ablations) -> list[Ablation]:
-    """Choose the ablations for the self-check.
+    """Choose the ablations for the self-check: all, or a random sample of similar ones.
 
-    If many ablations remove parts such as heads, repeat layers or quantise linear maps, only a
-    random sample of these ablations is chosen. All other ablations are chosen.
+    Only ablations that remove parts (e.g. heads), repeat layers or quantise linear maps are
+    sampled, if there are many.
     """
     many = [
         a for a in ablations if a.parts or a.repetitions or (a.roundings and not a.outer_formats)
@@ -384,10 +383,10 @@ def sample_ablations(ablations: Ablations) -> list[Ablation]:
 
 
 def _map_to_miniature(mini: PreTrainedModel, ablations: Ablations) -> list[Ablation]:
-    """Map ablations of a model to ablations of its miniature, which has fewer parts.
+    """Translate ablations of a model to its miniature, which has fewer heads and experts.
 
-    A mapped ablation removes at most half of a layer's parts. If several ablations map to the same
-    ablation, the result contains it once.
+    A translated ablation removes at most half of a layer's heads or experts. The result contains no
+    duplicates.
     """
     parts = parts_of_config(mini.config.get_text_config())
 
@@ -418,7 +417,7 @@ def _map_to_miniature(mini: PreTrainedModel, ablations: Ablations) -> list[Ablat
 
 @contextmanager
 def _limit_threads(is_miniature: bool) -> Iterator[None]:
-    """Limit PyTorch to one thread for a miniature, until the context exits."""
+    """Limit PyTorch to one thread in a `with` block if the model is a miniature."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1 if is_miniature else threads)
     try:
@@ -468,7 +467,7 @@ def _random_replacements(layers: torch.nn.ModuleList) -> dict[int, RandomReplace
 
 
 def _check_model_itself(engine: Engine, ablations: Ablations) -> SharingVerdict:
-    """Test on the model itself what ablations can share, if no miniature can be built."""
+    """Test shared computation on the model itself, if no miniature can be built."""
     verdict = SharingVerdict(
         DEPTH_ONLY,
         "no tiny copy of the model can be built to test computation sharing between tokens",
@@ -483,9 +482,10 @@ def _check_model_itself(engine: Engine, ablations: Ablations) -> SharingVerdict:
 
 
 def _limit_sharing(truth: Reference, verdict: SharingVerdict, probe: _Probe) -> SharingVerdict:
-    """Disable the kinds of sharing that change a score in `probe`; return the updated verdict.
+    """Reduce shared computation until no log-likelihood in `probe` changes.
 
-    `truth` computes the correct scores on really changed models.
+    Returns `verdict`, the self-check's result so far, with the new sharing. `truth` computes the
+    correct log-likelihoods on really changed models.
     """
     engine = truth.engine
     if not truth.is_half:  # the order of summation on an accelerator may vary
@@ -512,7 +512,7 @@ def _limit_sharing(truth: Reference, verdict: SharingVerdict, probe: _Probe) -> 
 def _refuse_stateful_model(engine: Engine, calls: Sequence[Documents]) -> None:
     """Raise CellError if a model's log-likelihoods depend on texts from earlier calls.
 
-    The function compares two copies of the model that read the same texts in opposite order.
+    Two copies of the model read the same texts in opposite order.
     """
     requests = sorted((d.requests[-1] for call in calls for d in call), key=lambda r: r.length)
     texts = [*requests[:: -(-len(requests) // MEMORY_TEXTS)], requests[-1]]
@@ -537,17 +537,17 @@ def _refuse_stateful_model(engine: Engine, calls: Sequence[Documents]) -> None:
 def find_most_sharing(
     most: Sharing, engine: Engine, compare: Callable[[Sharing], Comparison]
 ) -> tuple[Sharing, Comparison, str | None]:
-    """Find how much computation can be shared without changing results.
+    """Find the highest level of sharing computation that changes no results.
 
     Args:
-        most: The level that shares the most computation. Lower levels are tested only if `most`
-            fails.
+        most: The first level to test. Lower levels, which share less computation, are tested only
+            if `most` changes a result.
         engine: The engine of the model, for messages about failures.
         compare: Function that compares answers at a level of sharing with the reference.
 
     Returns:
-        The highest level that works, the comparison at this level, and the reason why higher levels
-        fail. The reason is None if `most` works.
+        The highest level that changes no result, the comparison at this level, and the reason why
+        higher levels fail. The reason is None if `most` changes no result.
 
     Raises:
         CellError: The model does not run, or does not reproduce its own results.
@@ -581,10 +581,10 @@ def find_most_sharing(
 
 
 def _make_probe(calls: Sequence[Documents], ablations: Ablations, n_answers: int) -> _Probe:
-    """Choose the scores that a check compares.
+    """Choose which log-likelihoods of the documents in `calls` are compared.
 
-    All scores of the baseline are compared. For each other ablation, the function draws `n_answers`
-    random scores, about the same number from each list in `calls`.
+    All requests are chosen for the baseline. For each other ablation, `n_answers` random requests
+    are drawn, about equally many from each list in `calls`.
     """
     answers_by_call = [
         [(c, d, r) for d, document in enumerate(call) for r in range(len(document.requests))]
@@ -601,10 +601,10 @@ def _make_probe(calls: Sequence[Documents], ablations: Ablations, n_answers: int
 
 
 def compare_orders(engine: Engine, truth: Reference, probe: _Probe) -> Comparison:
-    """Score documents in two opposite orders, and compare the scores with those of `truth`.
+    """Score documents in two opposite orders, and compare each result with `truth`.
 
-    If there are many ablations, each ablation except the baseline is scored in only one of the two
-    orders. The comparison stops at the first wrong log-likelihood.
+    If there are many ablations, half of the ablations are scored in each order. The comparison
+    stops at the first wrong log-likelihood.
     """
     comparison = Comparison()
     changes = [ablation for ablation in probe.ablations if ablation != INTACT]

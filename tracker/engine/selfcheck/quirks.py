@@ -1,7 +1,7 @@
-"""Find how a model reacts to text lengths and repeated calls, and how it runs without a layer.
+"""Find effects of text lengths and earlier calls on a model, and how to remove a layer.
 
-Each experiment replaces one number in the configuration of the model's miniature by a small number,
-and compares logits. If the logits stay the same, the model does not use this number.
+An experiment replaces one number in a miniature's configuration by a small number. If the logits
+stay the same, the model does not use this number.
 """
 
 from __future__ import annotations
@@ -59,10 +59,10 @@ class QuirkFindings:
 
     Attributes:
         relevant_numbers: Paths of the numbers in the configuration that affect the logits.
-        lengths: Pairs (path, flag). The path is the location of a number in the configuration, and
-            the computation changes when the text length reaches this number. If the flag is True,
-            the computation is different for every text length that exceeds this number. The path is
-            empty if the logits always depend on the text length.
+        lengths: Pairs (path, flag). The path locates a number in the configuration at which the
+            computation changes if a text becomes as long. If the flag is True, every text length
+            above this number has its own computation. The path is empty if the logits always depend
+            on the text length.
         leftovers: Names of model attributes that a call changes and that affect the next call.
         first: Module and name of each attribute that the first call changes permanently.
         causal: True if the logits of a token do not depend on later tokens.
@@ -76,7 +76,7 @@ class QuirkFindings:
 
 
 def find_quirks(mini: PreTrainedModel, paths: Collection[NumberPath]) -> QuirkFindings:
-    """Find whether the logits of a miniature depend on the text length or on earlier calls."""
+    """Test whether a miniature's logits depend on text length, earlier calls or later tokens."""
     logits = _text_logits(mini, LONG)
     leftovers, first = _find_call_effects(mini)
     any_length = not _is_equal(logits[:SHORT], _text_logits(mini, SHORT))
@@ -105,7 +105,7 @@ def find_quirks(mini: PreTrainedModel, paths: Collection[NumberPath]) -> QuirkFi
 def _find_effect(
     model: PreTrainedModel, usual_logits: Tensor, any_length: bool
 ) -> tuple[bool, bool, set[str], set[tuple[str, str]]] | None:
-    """Find how a changed number in the configuration affects the logits of a model.
+    """Compare a model's logits before and after a number in the configuration changes.
 
     Args:
         model: The model that is built from the changed configuration.
@@ -113,10 +113,10 @@ def _find_effect(
         any_length: True if the original logits of the first tokens depend on the text length.
 
     Returns:
-        None if the number has no effect. Otherwise a tuple of two flags and the two results of
+        None if the number has no effect. Otherwise two flags, and the two sets from
         `_find_call_effects`. The first flag is True if the number makes the logits of a text's
-        beginning depend on the text's length. The second flag is True if this also holds for texts
-        that are all longer than the number.
+        beginning depend on the text length. The second flag is True if these logits also depend on
+        the length among longer texts.
     """
     logits = _text_logits(model, LONG)
     if _is_equal(logits, usual_logits):
@@ -127,19 +127,18 @@ def _find_effect(
 
 
 def find_switches(mini: PreTrainedModel, old_lengths: Lengths, lengths: Iterable[int]) -> Lengths:
-    """Find the text lengths at which a model's computation changes.
+    """Search the text lengths at which a model's computation changes, by bisection.
 
-    The function uses bisection: it compares the logits of texts that have different lengths but the
-    same first tokens. If the model fails for a length, the function does not search greater
-    lengths.
+    The function compares the logits of texts with the same first tokens but different lengths. The
+    search stops at a length for which the model fails.
 
     Args:
         mini: A miniature that was never called, since calls can change it.
-        old_lengths: The lengths at which the computation is already known to change.
-        lengths: The lengths between which to search; the model must run at the smallest length.
+        old_lengths: Known lengths at which the computation changes.
+        lengths: Lengths between which to search; the model must run at the smallest length.
 
     Returns:
-        All known lengths at which the computation changes: `old_lengths` and new lengths.
+        `old_lengths` and the new lengths.
     """
 
     @cache
@@ -173,11 +172,10 @@ def find_switches(mini: PreTrainedModel, old_lengths: Lengths, lengths: Iterable
 
 
 def build_shortened(mini: PreTrainedModel, paths: Collection[NumberPath]) -> list[Any]:
-    """Build miniatures whose attention windows and other length limits are very small.
+    """Build copies of a miniature with very small attention windows and other length limits.
 
-    `paths` lists the paths of these limits in the configuration. The function builds one miniature
-    with small numbers at all paths. If this miniature cannot run, the function builds a miniature
-    for each path.
+    `paths` locates the limits in the configuration. One copy has small limits at all paths. If this
+    copy cannot run, the function builds one copy for each path instead.
     """
     values: Mapping[NumberPath, float] = dict(find_numbers(mini.config.get_text_config()))
     order = sorted((path for path in paths if path in values), key=lambda path: values[path])
@@ -200,9 +198,9 @@ def build_shortened(mini: PreTrainedModel, paths: Collection[NumberPath]) -> lis
 
 @torch.inference_mode()
 def _text_logits(model: PreTrainedModel, tokens: int, last_token: int | None = None) -> Tensor:
-    """Compute the logits of a text [tokens, vocabulary] with a new copy of a model.
+    """Compute logits [tokens, vocabulary] of a fixed text, with a new copy of a model.
 
-    The text has `tokens` tokens. If `last_token` is not None, it replaces the last token.
+    The text has `tokens` tokens. `last_token` replaces the last token if given.
     """
     ids = torch.arange(tokens)[None] * 7 % 31 + 3
     if last_token is not None:
@@ -221,11 +219,11 @@ def _is_close(x: Tensor, y: Tensor, tolerance: float) -> bool:
 
 @torch.inference_mode()
 def _find_call_effects(model: PreTrainedModel) -> tuple[set[str], set[tuple[str, str]]]:
-    """Find the attributes of a model's modules that calls of the model change.
+    """Call a model twice, and find which attributes of its modules change.
 
-    Returns two sets. The first set contains the name of each attribute that the second call
-    changes. The second set contains the (module, name) pair of each attribute that the first call
-    changes; it is empty if the first call changes no parameters.
+    Returns two sets: the names of attributes that the second call changes, and the (module, name)
+    pairs that the first call changes. The second set is empty if the first call changes no
+    parameters.
     """
     model = copy.deepcopy(model)
     states = [record_state(model)]
@@ -257,7 +255,8 @@ class _Outputs:
         skip: Logits of the model if the removed layers stay in the model and return their input.
         saved: Logits of the copy after saving and loading; None if the copy cannot be saved and
             loaded.
-        lacks: True if the copy in memory lacks attribute values that are computed during loading.
+        lacks: True if the model computes attribute values during loading that the copy in memory
+            lacks.
         refusal: Reason why the copy in memory does not run; None if the copy runs.
         unsaved: Reason why the copy cannot be saved and loaded.
     """
@@ -271,7 +270,7 @@ class _Outputs:
 
     @property
     def differs_from_skip(self) -> bool:
-        """True if skipping the layers gives other logits than the saved copy without the layers."""
+        """True if skipped layers give other logits than the saved copy without these layers."""
         return self.saved is not None and not logits_alike(self.saved, self.skip)
 
     @property
@@ -288,12 +287,12 @@ class _Outputs:
 def find_removed_model(
     truth: Reference, ablations: Ablations, verdict: SharingVerdict
 ) -> SharingVerdict:
-    """Find how a model must run without a layer, and return the updated verdict.
+    """Find how to remove layers so that the model acts like a saved checkpoint.
 
-    In most models, skipping the layer gives the same logits as a loaded checkpoint without the
-    layer. If the logits differ, ablations share no layers. If no usable copy without the layer can
-    be made, the layer stays in the model and returns its input. Raises CellError if the model does
-    not run without the layer.
+    In most models, skipping a layer gives the same logits as a checkpoint without the layer. If
+    not, ablations share no layers. If no copy without the layer works, the layer stays in the model
+    and returns its input. Returns `verdict`, the self-check's result so far, with these findings.
+    Raises CellError if the model does not run without a layer.
     """
     engine = truth.engine
     name = engine.class_name
@@ -344,24 +343,23 @@ def find_removed_model(
 
 @dataclass(frozen=True)
 class _Loading:
-    """Models that are needed to simulate saving and loading a copy of the model.
+    """Models that help to simulate saving a changed copy and loading the checkpoint.
 
     Attributes:
         full_model: Model that the class builds from the intact model's configuration; None if
             saving and loading changes the logits of the intact model.
-        cut_models: Cache of models that are built from configurations with fewer layers. If a call
-            of the model changes the model's attributes, the cache is disabled and the value is
-            None.
+        cut_models: Cache of models that are built from configurations with fewer layers; None if
+            models cannot be cached, because calls change their attributes.
     """
 
     full_model: PreTrainedModel | None
     cut_models: dict[str, Any] | None
 
     def reload_copy(self, engine: Engine, copied: Engine, ablation: Ablation) -> Engine:
-        """Simulate saving and loading a copy of the model.
+        """Build the model that loading a saved checkpoint of `copied` would give.
 
-        `copied` is the engine of the copy, and `ablation` states how the copy was changed. Returns
-        the engine of the loaded copy.
+        `copied` is the engine of a copy that was changed by `ablation`. Returns an engine of the
+        loaded model.
         """
         layers = engine.layers_left(ablation)
         model = simulate_reload(copied.loaded.model, layers, self.cut_models)
@@ -370,10 +368,10 @@ class _Loading:
 
 
 def _test_loading(engine: Engine, original: Engine) -> _Loading:
-    """Test whether saving and loading leaves the intact model's logits unchanged.
+    """Test whether the intact model has the same logits after saving and loading.
 
-    `original` is the engine of an unchanged copy of the model. If the logits change, or if loading
-    fails, the `full_model` of the result is None.
+    `original` is the engine of an unchanged copy of the model. If the logits change or loading
+    fails, the result's `full_model` is None.
     """
     model, quirks = engine.loaded.model, engine.quirks
     loading = _Loading(None, None if quirks.first or quirks.leftovers else {})
@@ -393,10 +391,10 @@ def _test_loading(engine: Engine, original: Engine) -> _Loading:
 def _compute_outputs(
     truth: Reference, original: Engine, ablation: Ablation, loading: _Loading
 ) -> _Outputs:
-    """Compute the logits of a changed model in three ways.
+    """Compute the logits of a model without some layers, for three ways of removing layers.
 
-    The layers are removed from a copy, skipped, or removed from a copy that is saved and loaded.
-    `original` is the engine of an unchanged copy of the model.
+    The ways are described by `_Outputs`. `original` is the engine of an unchanged copy of the
+    model.
     """
     engine, saved, lacks = truth.engine, None, False
     unsaved = _ITSELF if loading.full_model is None else _NOT
@@ -425,7 +423,7 @@ def _compute_outputs(
 
 
 def _is_mismatch(engine: Engine, ablation: Ablation, outputs: _Outputs) -> bool:
-    """Return whether a changed copy computes other logits than expected.
+    """Return whether a changed copy has other logits than `outputs` expects.
 
     The expected logits are `outputs.saved`, or `outputs.skip` if `outputs.saved` is None.
     """
@@ -434,7 +432,7 @@ def _is_mismatch(engine: Engine, ablation: Ablation, outputs: _Outputs) -> bool:
 
 
 def _describe_unsaved(results: Mapping[Ablation, _Outputs]) -> str | None:
-    """Describe ablations that cannot be saved as a checkpoint; None if there are none."""
+    """Describe for users which ablations cannot be saved as a checkpoint; None if none."""
     clauses = []
     for repeats, all_phrase, model in (
         (False, "for any removal", "the model with skipped layers"),

@@ -80,8 +80,7 @@ class Comparison:
 class Reference:
     """Scorer of single requests on really changed models, without shared computation.
 
-    If the model is a miniature, all its copies are kept in memory. For other models, two NaN values
-    count as equal.
+    The copies of a miniature stay in memory. For other models, two NaN values count as equal.
     """
 
     def __init__(self, engine: Engine, is_miniature: bool = False) -> None:
@@ -92,10 +91,7 @@ class Reference:
         self._answers: dict[tuple[Ablation, Request], Response] = {}
 
     def ablate(self, ablation: Ablation) -> Engine:
-        """Return an engine for a copy of the model that is changed by the ablation.
-
-        The copies are cached.
-        """
+        """Build an engine for a really changed copy of the model, or return the cached engine."""
         if ablation not in self._copies:
             if not self.is_miniature:  # requests are sorted by ablation
                 self._copies.clear()
@@ -103,9 +99,9 @@ class Reference:
         return self._copies[ablation]
 
     def answer_all(self, questions: Sequence[tuple[Ablation, Request]]) -> None:
-        """Score (ablation, request) pairs in advance if weights are offloaded.
+        """Score (ablation, request) pairs in advance, so that `answer` reads cached scores.
 
-        The scores are cached for `answer`. If no weights are offloaded, the method does nothing.
+        If no weights are offloaded, the method does nothing.
         """
         if self.engine.loaded.offloaded is None:
             return
@@ -120,10 +116,7 @@ class Reference:
         deque(self.engine.run_lockstep(partial(answer_text, *text) for text in texts), maxlen=0)
 
     def answer(self, ablation: Ablation, request: Request) -> Response:
-        """Score one request on a model that is really changed by the ablation.
-
-        The score is cached.
-        """
+        """Return the score of one request on a really changed model."""
         key = (ablation, request)
         if key not in self._answers:
             engine = self.ablate(ablation)
@@ -135,11 +128,10 @@ class Reference:
         return self._answers[key]
 
     def is_unsteady(self, ablation: Ablation, request: Request, nats: float) -> bool:
-        """Return whether rounding errors can change a log-likelihood by `nats`.
+        """Test whether rounding errors can change a request's log-likelihood by `nats`.
 
-        The method simulates rounding errors by noise in the token embeddings, with up to
-        `NOISE_DRAWS` random seeds. Rounding errors can have a large effect, for example if they
-        make a router select another expert.
+        Rounding errors are simulated by noise in the token embeddings, with up to `NOISE_DRAWS`
+        random seeds. For example, a rounding error can make a router select another expert.
         """
         engine = self.ablate(ablation)
         expected = self.answer(ablation, request).loglikelihood
@@ -157,10 +149,10 @@ class Reference:
     def compare(
         self, value: float, ablation: Ablation, request: Request, abs_tol: float, rel_tol: float
     ) -> Comparison:
-        """Compare a log-likelihood from shared computation with the reference result.
+        """Compare a log-likelihood from shared computation with that of a really changed model.
 
         If the difference exceeds the tolerance, `is_unsteady` tests whether rounding errors explain
-        it.
+        the difference.
 
         Args:
             value: The log-likelihood that was computed with sharing, in nats.
@@ -170,7 +162,7 @@ class Reference:
             rel_tol: Relative tolerance, which is added to the absolute tolerance.
 
         Returns:
-            The comparison of this one log-likelihood.
+            The comparison of a single log-likelihood.
         """
         expected = self.answer(ablation, request).loglikelihood
         both_nan = math.isnan(value) and math.isnan(expected)
@@ -217,10 +209,10 @@ class SharingVerdict:
         compared: Number of log-likelihoods compared.
         unsteady: Number of log-likelihoods that differ by more than the tolerance because of
             rounding errors.
-        lengths: Pairs (path, flag). The path is the location of a number in the configuration, and
-            the computation changes when the text length reaches this number. If the flag is True,
-            the computation is different for every text length that exceeds this number. The path is
-            empty if the computation differs for every text length.
+        lengths: Pairs (path, flag). The path locates a number in the configuration at which the
+            computation changes if a text becomes as long. If the flag is True, every text length
+            above this number has its own computation. The path is empty if every text length has
+            its own computation.
         leftovers: Names of model attributes that a call changes and that affect the next call.
         first: Module and name of each attribute that the first call changes permanently.
         in_place: True if removed layers stay in the model and return their input.
@@ -248,15 +240,14 @@ class SharingVerdict:
 
     @property
     def is_clean(self) -> bool:
-        """True if all sharing is exact, and if earlier calls and text lengths change no logits."""
+        """True if sharing is exact, and logits depend on no text length or earlier call."""
         special = (self.unsteady, self.lengths, self.switches, self.leftovers, self.first)
         return self.sharing == FULL and not any(special)
 
     def make_quirks(self, model: PreTrainedModel) -> Quirks:
-        """Return this verdict's findings about the effects of text lengths and earlier calls.
+        """Convert the self-check's result to the side effects that the engine must handle.
 
-        The result contains the attribute values of `model` before its first call, so `model` must
-        not have been called.
+        The result stores attribute values of `model`, which must not have been called yet.
         """
         values = dict(find_numbers(model.config.get_text_config()))
         thresholds = (
@@ -296,9 +287,10 @@ STATE = "the model keeps a recurrent state for each text"
 
 
 def extend_sharing_note(previous: str | None, sharing: Sharing, reason: str | None) -> str | None:
-    """Return a note that states which computation is still shared, and the reason.
+    """Extend the note for users about disabled sharing of computation.
 
-    The new note replaces or extends the note `previous`. Returns `previous` if `reason` is None.
+    The note states which computation ablations still share, and why the rest is disabled. `reason`
+    is None if nothing more is disabled.
     """
     if reason is None:
         return previous
@@ -316,7 +308,7 @@ def describe_error(error: Exception, way: Sharing, name: str) -> str:
 
 
 def describe_difference(way: Sharing, comparison: Comparison) -> str:
-    """Describe for users by how much shared computation changes a log-likelihood."""
+    """Describe for users how much a log-likelihood changes if computation is shared."""
     cause = "a call of several texts" if way == PLAIN else "sharing more computation"
     sentence = f"{cause} changes a log-likelihood by {comparison.difference:.3g} nats"
     if not comparison.unsteady:
@@ -326,10 +318,7 @@ def describe_difference(way: Sharing, comparison: Comparison) -> str:
 
 @torch.inference_mode()
 def keeps_state(model: PreTrainedModel) -> bool:
-    """Return whether a model has a recurrent state, i.e. a cache of constant size.
-
-    Several texts in one row would overwrite each other's recurrent state.
-    """
+    """Return whether a model has a recurrent state, by testing for a cache of constant size."""
 
     def read_shapes() -> list[list[torch.Size]]:
         texts = [torch.arange(tokens, device=model.device)[None] + 3 for tokens in (2, 3)]
@@ -347,7 +336,7 @@ def keeps_state(model: PreTrainedModel) -> bool:
 
 
 def _tensor_shapes(output: object) -> Iterator[torch.Size]:
-    """Yield the shape of each tensor in a model's output (e.g. in its cache), except the logits."""
+    """Yield the shape of each tensor in a model's output, except the logits."""
     if isinstance(output, Tensor):
         yield output.shape
     elif isinstance(output, dict):
