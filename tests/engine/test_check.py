@@ -254,7 +254,7 @@ def test_what_several_texts_in_a_call_change_is_asked_one_by_one(off):
     result = checked("llama")
     assert result.engine.sharing == ONE_BY_ONE
     assert result.sharing_note == (
-        "computation is not shared, and each request is computed separately, because a "
+        "each request and each ablation is computed separately, because a "
         "call of several texts changes a log-likelihood by 1 nats"
     )
     assert (result.difference, result.unsteady_note) == (0, None)

@@ -21,7 +21,7 @@ from tests.helpers.families import FAMILIES, tiny_model
 from tracker.engine.scoring.model import FULL, PLAIN
 from tracker.engine.scoring.score import MIN_PREFIX
 from tracker.engine.selfcheck.check import check_sharing
-from tracker.engine.selfcheck.reference import REMAINING_SHARING, STATE, keeps_state
+from tracker.engine.selfcheck.reference import SHARING_DESCRIPTIONS, STATE, keeps_state
 from tracker.models.hooks import silenced_sublayers
 from tracker.models.parts.anatomy import LayerAnatomy
 from tracker.models.parts.sublayers import Sublayers
@@ -50,7 +50,7 @@ def checked_engine(model, family, documents):
     if result.engine.sharing == FULL:
         assert result.sharing_note is None
     else:
-        assert f"{REMAINING_SHARING[result.engine.sharing]}, because " in result.sharing_note
+        assert f"{SHARING_DESCRIPTIONS[result.engine.sharing]}, because " in result.sharing_note
         assert (STATE in result.sharing_note) == keeps_state(tiny_model(family))
         assert_one_sentence(result.sharing_note)
     assert result.difference < 1e-4

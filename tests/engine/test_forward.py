@@ -288,7 +288,7 @@ class TestRefusals:
     def test_a_layer_that_returns_something_else(self, answer: Any, several: bool) -> None:
         layers = make_layers()
         layers[1].forward = lambda hidden: (answer(hidden), 1) if several else answer(hidden)
-        message = "^layer 1 returns no state with the shape of its input$"
+        message = "^layer 1 does not return a state shaped like its input$"
         with ForwardPass(layers, self.PLAN).install(), pytest.raises(RefusalError, match=message):
             run_layers(layers, hidden_states(), False)
 
@@ -296,7 +296,7 @@ class TestRefusals:
     def test_layers_that_hand_on_more_than_the_hidden_state(self, named: bool) -> None:
         layers = make_layers(tuple)
         layers[0].extra = torch.ones(1)
-        message = "^the layers pass tensors other than the hidden state to each other$"
+        message = "^a layer passes more than the hidden state to the next layer$"
         for plan in (self.PLAN, plan_streams([INTACT, Ablation.parse("layer:1")], 3)):
             with ForwardPass(layers, plan).install():
                 hidden, extra_output = layers[0](hidden_states())

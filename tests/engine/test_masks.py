@@ -68,7 +68,9 @@ def test_what_is_no_mask_of_the_whole_text_says_nothing(mask):
 def test_a_mask_that_weighs_is_refused(slope):
     mask = make_additive(CAUSAL)
     mask[0, 0, 4, 1] = slope
-    with pytest.raises(RefusalError, match=r"^the attention masks add a bias to visible tokens$"):
+    with pytest.raises(
+        RefusalError, match=r"^the attention masks add a bias to the attention scores$"
+    ):
         find_first_visible(mask, 5)
 
 

@@ -187,7 +187,7 @@ def make_llama(kind: type) -> Any:
 
 APART = (
     "a saved checkpoint without the layer gives different logits than skipping the layer, so "
-    "ablations share no computation"
+    "each ablation is computed separately"
 )
 
 
@@ -217,7 +217,8 @@ class TestCheck:
         assert verdict.compared == 2 * (4 * 2 + 4)
         assert verdict.lengths == (((), True),)
         assert verdict.sharing_note == (
-            "no tiny copy of the model can be built to test computation sharing between tokens"
+            "no tiny copy of the model can be built for the self-check, so common beginnings of "
+            "requests are computed separately"
         )
         # No length is believed of it anyway.
         assert check_longer_texts(engine, ABLATIONS, verdict, (256, 192, 256), False) is verdict
@@ -320,8 +321,8 @@ class TestMiniatures:
             miniature_check, "find_removed_model", lambda truth, of, verdict: verdict
         )
         message = (
-            f"the log-likelihood of the same text is {x:g} nats after shorter texts were "
-            f"computed, but {y:g} after longer texts"
+            f"a text's log-likelihood is {x:g} nats after shorter texts, but {y:g} nats after "
+            "longer texts"
         )
         with nullcontext() if agree else pytest.raises(CellError, match=message):
             assert verdict_on("llama").sharing == FULL
@@ -410,7 +411,7 @@ class TestCut:
         refuse(False, True)
         message = (
             f"^LlamaForCausalLM does not run without {layers} \\(no such model 0\\); "
-            "leave the layer out of 'layer'$"
+            "remove the layer from the setting 'layer'$"
         )
         with pytest.raises(CellError, match=message):
             self.checked("llama", (0,), removed)
@@ -432,15 +433,15 @@ class TestCut:
         pair = self.checked(model, (0, 1))
         assert (pair.in_place, pair.as_loaded, pair.sharing) == (True, False, FULL)
         message = (
-            "(the changed model cannot be described by a configuration), so tracker uses the "
-            "model with skipped layers"
+            "(the changed model cannot be described by a configuration), so tracker measures "
+            "the model with skipped layers"
         )
-        note = f"no usable checkpoint can be saved for any removal {message}"
+        note = f"a model with removed layers cannot be saved as a usable checkpoint {message}"
         assert pair.checkpoint_note == note
         # Beside a layer without which there is one, each is what it can be.
         verdict = self.checked(model, (0,), (0, 1))
         assert (verdict.in_place, verdict.as_loaded, verdict.sharing) == (True, True, PLAIN)
-        note = f"no usable checkpoint can be saved without layers 0, 1 {message}"
+        note = f"a model without layers 0, 1 cannot be saved as a usable checkpoint {message}"
         assert verdict.checkpoint_note == note
 
     def test_a_layer_that_is_passed_again_does_not_hand_on_its_input(self, watched) -> None:
@@ -450,8 +451,9 @@ class TestCut:
             verdict = verdict_on("jamba_eager", [INTACT, *ablations])
             clauses = verdict.checkpoint_note.split("; ")
             assert clauses[-1] == (
-                "no usable checkpoint can be saved for any repetition (the changed model cannot be "
-                "described by a configuration), so tracker uses the model changed in memory"
+                "a model with repeated layers cannot be saved as a usable checkpoint (the changed "
+                "model cannot be described by a configuration), so tracker measures the model "
+                "changed in memory"
             )
             assert len(clauses) == len(ablations)
             assert all("with skipped layers" in clause for clause in clauses[:-1])

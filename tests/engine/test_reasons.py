@@ -18,8 +18,11 @@ from tracker.engine.selfcheck.reference import keeps_state
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 STATE = "because the model keeps a recurrent state for each text"
-BATCH = "nothing is shared, because the layers refuse a batch of hidden states of several ablations"
-CACHE = "its cache cannot be rewound"
+BATCH = (
+    "each ablation is computed separately, because the layers refuse a batch of hidden states of "
+    "several ablations"
+)
+CACHE = "the key-value cache of the model cannot be reset to an earlier token"
 FAMILY = {"nemotron_h": STATE, "gpt_bigcode": BATCH, "xmod": BATCH, "dots3_note_text": CACHE}
 
 

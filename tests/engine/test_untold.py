@@ -335,7 +335,7 @@ class Tiring(ForGood):
         self.switch["turn"] = self.switch.get("turn", 1.0) * 0.99
 
 
-UNSTEADY = r"contradicts itself: the log-likelihood of the same text is \S+ nats after short"
+UNSTEADY = r"contradicts itself: a text's log-likelihood is \S+ nats after short"
 NO_LOGITS = ".*the model does not return 'logits' for every token"
 
 
@@ -373,6 +373,6 @@ def test_an_attention_that_a_short_text_switches_off_is_refused(contexts, positi
     engine, documents = Engine(wrap_model(model), positions), long_documents(contexts, (1, 3))
     with pytest.raises(
         CellError,
-        match="BigBirdForCausalLM contradicts itself: the log-likelihood of the same text is ",
+        match="BigBirdForCausalLM contradicts itself: a text's log-likelihood is ",
     ):
         check_sharing(engine, documents, single_layers((1,)))

@@ -102,4 +102,6 @@ def test_texts_of_copies_are_compared(ledger, cell, tmp_path):
     changed[1]["question"] = "What else?"
     other.texts.add(BLOCK, changed)
     (difference,) = compare_ledgers(ledger, copy)
-    assert difference.endswith("the texts of 1 documents differ, such as document 1 of arc_easy")
+    assert difference.endswith(
+        "the texts of 1 documents differ between the two folders, such as document 1 of arc_easy"
+    )

@@ -169,7 +169,7 @@ class TestCompare:
         assert other_cell.folder.name != cell.folder.name
         assert list(compare_ledgers(ledger, other)) == [
             f"{cell.folder.name}: the two cell.json differ",
-            f"{cell.folder.name}: the two folders contain requests for different runs",
+            f"{cell.folder.name}: different runs were requested in the two folders",
         ]
 
     def test_the_first_outcome_that_differs_is_named(self, ledger, copied, measured):
@@ -177,8 +177,8 @@ class TestCompare:
         changed += [make_row(1, acc=0.5), make_row(1, "layer:0")]
         self.replace(copied, changed)
         assert list(compare_ledgers(ledger, copied)) == [
-            f"{measured.folder.name}: 2 outcomes differ, such as the outcome of document 0 of "
-            "arc_easy with ablation layer:0"
+            f"{measured.folder.name}: 2 outcomes differ between the two folders, such as the "
+            "outcome of document 0 of arc_easy with ablation layer:0"
         ]
 
     def test_tasks_with_equal_document_numbers_are_distinguished(self, ledger, cell_of, tmp_path):
@@ -190,8 +190,8 @@ class TestCompare:
         copied.cells()[0].write(Block("a", 0), [make_row(0, task="a", acc=0.0)], {})
         (difference,) = compare_ledgers(ledger, copied)
         assert (
-            "1 outcomes differ, such as the outcome of document 0 of a with ablation baseline"
-            in difference
+            "1 outcomes differ between the two folders, such as the outcome of document 0 of a "
+            "with ablation baseline" in difference
         )
 
     def test_the_last_bit_and_the_middle_of_a_long_list_count(self, ledger, copied):

@@ -138,7 +138,7 @@ def _cell_differences(*stores: CellStore) -> Iterator[str]:
         for store in stores
     )
     if views != other_views:
-        yield "the two folders contain requests for different runs"
+        yield "different runs were requested in the two folders"
     outcomes, other_outcomes = map(_outcomes, stores)
     lone_keys = (outcomes.keys() - other_outcomes, other_outcomes.keys() - outcomes)
     for store, keys in zip(stores, lone_keys, strict=True):
@@ -147,13 +147,16 @@ def _cell_differences(*stores: CellStore) -> Iterator[str]:
     texts, other_texts = (store.texts.read() for store in stores)
     if documents := [key for key in texts.keys() & other_texts if texts[key] != other_texts[key]]:
         task, doc = min(documents)
-        yield f"the texts of {len(documents)} documents differ, such as document {doc} of {task}"
+        yield (
+            f"the texts of {len(documents)} documents differ between the two folders, such as "
+            f"document {doc} of {task}"
+        )
     shared_keys = outcomes.keys() & other_outcomes
     if differing := [key for key in shared_keys if outcomes[key] != other_outcomes[key]]:
         task, doc, ablation = min(differing)
         yield (
-            f"{len(differing)} outcomes differ, such as the outcome of document {doc} of {task} "
-            f"with ablation {ablation}"
+            f"{len(differing)} outcomes differ between the two folders, such as the outcome of "
+            f"document {doc} of {task} with ablation {ablation}"
         )
 
 

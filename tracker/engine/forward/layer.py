@@ -229,7 +229,7 @@ class LayerFork:
             parent.extra_outputs.clear()
         values = (*args, *kwargs.values())
         if len(step.actions) > 1 and any(a is b for a in values for b in parent.extra_outputs):
-            raise RefusalError("the layers pass tensors other than the hidden state to each other")
+            raise RefusalError("a layer passes more than the hidden state to the next layer")
         if parent.replace_mask is not None:
             args, kwargs = parent.replace_mask(self.index, self.module, args, kwargs)
         hidden: Tensor = hooks.input_state(args, kwargs)
@@ -288,7 +288,7 @@ class LayerFork:
         output = hooks.call_with(self.original, state, *arguments)
         states = hooks.first_output(output)
         if not isinstance(states, Tensor) or states.shape != state.shape:
-            raise RefusalError(f"layer {self.index} returns no state with the shape of its input")
+            raise RefusalError(f"layer {self.index} does not return a state shaped like its input")
         return output
 
 
@@ -332,7 +332,7 @@ def repeat_spans(fork: LayerFork, outputs: Tensor) -> None:
                 layer_fork = fork.parent.forks[layer]
                 if any(map(is_absent, layer_fork.module.parameters())):
                     raise RefusalError(
-                        "an offloaded layer cannot run twice for some ablations and once for others"
+                        "an offloaded layer cannot run twice for only some of the ablations"
                     )
                 put_entries(states, streams, layer_fork.run(take_entries(states, streams)))
     put_entries(outputs, [stream for stream, *_ in repeats], states)

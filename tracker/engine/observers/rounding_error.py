@@ -177,8 +177,8 @@ def _expert_outputs(linear: LinearMap, weight: Tensor, start: int, *call: Any) -
     args, kwargs, _ = call
     if not integer_tables((*args, *kwargs.values())):
         raise CellError(
-            f"{type(linear.module).__name__} is not told which experts each token uses, so outputs "
-            "of single experts cannot be computed; leave the rounding errors of these experts out"
+            f"the inputs of {type(linear.module).__name__} do not name the experts of each token, "
+            "so no output of a single expert can be computed; do not measure these rounding errors"
         )
     expert_weight = linear.to_module_layout(weight, linear.parameter)
     modules = linear.module, copy_with_weights(linear.module, {linear.name: expert_weight})

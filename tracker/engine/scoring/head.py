@@ -214,7 +214,7 @@ def use_row_formats(
     def by_format(inputs: Tensor) -> Tensor:
         output = forward(inputs)
         if len(inputs) != len(formats):
-            raise RefusalError(f"{name} is called with {len(inputs)} rows for {len(formats)} texts")
+            raise RefusalError(f"{name} gets {len(inputs)} input rows for {len(formats)} texts")
         for form, rows in rows_by_format.items():
             if form is not None:
                 with embeddings.temporary_format(name, form):

@@ -106,7 +106,7 @@ def find_first_visible(mask: object, tokens: int) -> Tensor | None:
     visible = mask[0, 0].cpu()
     if visible.dtype != torch.bool:
         if ((visible != 0) & (visible > -1e4)).any():
-            raise RefusalError("the attention masks add a bias to visible tokens")
+            raise RefusalError("the attention masks add a bias to the attention scores")
         visible = visible == 0
     starts = visible.int().argmax(-1)
     positions = torch.arange(tokens)

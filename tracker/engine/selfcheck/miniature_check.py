@@ -470,7 +470,8 @@ def _check_model_itself(engine: Engine, ablations: Ablations) -> SharingVerdict:
     """Test shared computation on the model itself, if no miniature can be built."""
     verdict = SharingVerdict(
         DEPTH_ONLY,
-        "no tiny copy of the model can be built to test computation sharing between tokens",
+        "no tiny copy of the model can be built for the self-check, so common beginnings of "
+        "requests are computed separately",
         lengths=(((), True),),
         tested_on="the model",
     )
@@ -529,8 +530,8 @@ def _refuse_stateful_model(engine: Engine, calls: Sequence[Documents]) -> None:
         both_nan = math.isnan(x) and math.isnan(y)
         if not both_nan and not math.isclose(x, y, rel_tol=rel_tol, abs_tol=abs_tol):
             raise CellError(
-                f"{engine.class_name} contradicts itself: the log-likelihood of the same text is "
-                f"{x:.6g} nats after shorter texts were computed, but {y:.6g} after longer texts"
+                f"{engine.class_name} contradicts itself: a text's log-likelihood is {x:.6g} nats "
+                f"after shorter texts, but {y:.6g} nats after longer texts"
             )
 
 

@@ -243,7 +243,7 @@ MAX_LAYERS_NAMED = 3
 _ITSELF = "the intact model computes different logits after it is saved and loaded"
 _OTHER = "the changed model cannot be described by a configuration"
 _NOT = "the model does not run without these layers"
-_COMPUTED = "the model's class computes values during loading that a copy in memory does not get"
+_COMPUTED = "loading the model computes values that a copy in memory lacks"
 
 
 @dataclass(frozen=True)
@@ -307,8 +307,8 @@ def find_removed_model(
             if outputs.copy is None and outputs.skip is None and outputs.saved is None:
                 ablation_name = _describe_ablation(layer_ablation)
                 raise CellError(
-                    f"{name} does not run {ablation_name} ({outputs.refusal}); leave the layer out "
-                    "of 'layer'"
+                    f"{name} does not run {ablation_name} ({outputs.refusal}); remove the layer "
+                    "from the setting 'layer'"
                 )
     for _ in range(2):
         in_place = any(outputs.must_stay for outputs in results.values())
@@ -328,14 +328,15 @@ def find_removed_model(
         ablation_name, outputs = _describe_ablation(mismatches[0]), results[mismatches[0]]
         reason = outputs.refusal or outputs.unsaved
         raise CellError(
-            f"{name} cannot be measured {ablation_name} ({reason}); leave the layer out of 'layer'"
+            f"{name} cannot be measured {ablation_name} ({reason}); remove the layer from the "
+            "setting 'layer'"
         )
     note = _describe_unsaved(results)
     verdict = replace(verdict, in_place=in_place, as_loaded=as_loaded, checkpoint_note=note)
     if differs:
         note = (
             "a saved checkpoint without the layer gives different logits than skipping the layer, "
-            "so ablations share no computation"
+            "so each ablation is computed separately"
         )
         return replace(verdict, sharing=PLAIN, sharing_note=note)
     return verdict
@@ -435,8 +436,8 @@ def _describe_unsaved(results: Mapping[Ablation, _Outputs]) -> str | None:
     """Describe for users which ablations cannot be saved as a checkpoint; None if none."""
     clauses = []
     for repeats, all_phrase, model in (
-        (False, "for any removal", "the model with skipped layers"),
-        (True, "for any repetition", "the model changed in memory"),
+        (False, "with removed layers", "the model with skipped layers"),
+        (True, "with repeated layers", "the model changed in memory"),
     ):
         group = [ablation for ablation in results if bool(ablation.repetitions) == repeats]
         unsaved = [ablation for ablation in group if results[ablation].saved is None]
@@ -448,7 +449,8 @@ def _describe_unsaved(results: Mapping[Ablation, _Outputs]) -> str | None:
         description = " or ".join(names) if len(unsaved) < len(group) else all_phrase
         reason = results[unsaved[0]].unsaved
         clauses.append(
-            f"no usable checkpoint can be saved {description} ({reason}), so tracker uses {model}"
+            f"a model {description} cannot be saved as a usable checkpoint ({reason}), so tracker "
+            f"measures {model}"
         )
     return "; ".join(clauses) or None
 

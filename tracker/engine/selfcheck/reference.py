@@ -175,7 +175,8 @@ class Reference:
             return Comparison(1, difference)
         if self.is_unsteady(ablation, request, difference / MAX_ROUNDING_FACTOR):
             return Comparison(1, difference, 1)
-        message = f"sharing gives {value:.6g} nats, but the changed model gives {expected:.6g} nats"
+        ours = f"shared computation gives {value:.6g} nats"
+        message = f"{ours}, but the changed model gives {expected:.6g} nats"
         return Comparison(1, difference, wrong=message)
 
 
@@ -266,21 +267,18 @@ class SharingVerdict:
 
 
 log = logging.getLogger(__name__)
-REMAINING_SHARING = {
-    NO_PREFIX: (
-        "ablations share layers and requests share tokens, but the common beginning of all "
-        "documents is not cached"
-    ),
-    DEPTH_ONLY: "ablations share layers, but requests share no tokens",
-    PLAIN: "nothing is shared",
-    ONE_BY_ONE: "computation is not shared, and each request is computed separately",
+SHARING_DESCRIPTIONS = {
+    NO_PREFIX: "the common beginning of all documents is not cached",
+    DEPTH_ONLY: "common beginnings of requests are computed separately",
+    PLAIN: "each ablation is computed separately",
+    ONE_BY_ONE: "each request and each ablation is computed separately",
 }
-"""Descriptions of the sharing that remains, and of the sharing that was disabled."""
+"""Descriptions of the levels of sharing, by what is not computed together."""
 REFUSAL_REASONS = {
-    FULL: "the model cannot continue a cached prefix: its cache cannot be rewound",
+    FULL: "the key-value cache of the model cannot be reset to an earlier token",
     NO_PREFIX: "the model does not support separate attention masks for several texts in one row",
     DEPTH_ONLY: "the layers refuse a batch of hidden states of several ablations",
-    PLAIN: "the model refuses several texts in one call",
+    PLAIN: "the model does not accept several texts in one call",
 }
 """Reasons why a model does not support a way of sharing."""
 STATE = "the model keeps a recurrent state for each text"
@@ -289,14 +287,14 @@ STATE = "the model keeps a recurrent state for each text"
 def extend_sharing_note(previous: str | None, sharing: Sharing, reason: str | None) -> str | None:
     """Extend the note for users about disabled sharing of computation.
 
-    The note states which computation ablations still share, and why the rest is disabled. `reason`
-    is None if nothing more is disabled.
+    The note states which computation is not shared, and why. `reason` is None if
+    nothing more is disabled.
     """
     if reason is None:
         return previous
-    sentence = f"{REMAINING_SHARING[sharing]}, because {reason}"
+    sentence = f"{SHARING_DESCRIPTIONS[sharing]}, because {reason}"
     # A later loss includes the earlier ones, and its reason applies to them.
-    if previous is None or previous.startswith(tuple(REMAINING_SHARING.values())):
+    if previous is None or previous.startswith(tuple(SHARING_DESCRIPTIONS.values())):
         return sentence
     return f"{previous}; {sentence}"
 
@@ -313,7 +311,7 @@ def describe_difference(way: Sharing, comparison: Comparison) -> str:
     sentence = f"{cause} changes a log-likelihood by {comparison.difference:.3g} nats"
     if not comparison.unsteady:
         return sentence
-    return f"{sentence}. Rounding errors explain the changes of {comparison.unsteady} answers"
+    return f"{sentence}. Rounding errors alone change {comparison.unsteady} answers"
 
 
 @torch.inference_mode()
