@@ -203,7 +203,7 @@ def skip_layers(layers: Iterable[nn.Module], removed: Collection[int]) -> None:
 
 
 def _identity_forward(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Build a `forward` method that returns the input of a layer unchanged."""
+    """Build a method that returns a layer's input unchanged, to replace the layer's `forward`."""
     signature = inspect.signature(forward)
 
     def identity(*args: object, **kwargs: object) -> Any:

@@ -1,7 +1,7 @@
 """Fit functions that replace layers, by least squares over tokens of calibration text.
 
 The fit ignores the first token of a text, because the token's hidden state is often unusually
-large. Tokens that are also the beginning of the previous text are ignored too.
+large. If a text begins with the same tokens as the previous text, these tokens are ignored too.
 """
 
 from __future__ import annotations

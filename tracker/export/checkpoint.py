@@ -312,11 +312,17 @@ def _add_gguf(
 def _add_speed(
     model: ExportedModel, base: Path, folder: Path, answers: ExpectedAnswers, source: ModelSource
 ) -> ExportedModel:
-    """Measure speed and memory of a saved model and its base model; add both to the facts.
+    """Measure speed and memory of a saved model and its base model; add both to the model's facts.
 
     If the saved model has a GGUF file, only the speed of the GGUF file is measured. Rounded weights
-    without a GGUF file are not timed, because the folder stores the weights at full size. The
-    folder `base` contains the base model's configuration.
+    without a GGUF file are not timed, because `folder` stores them at full size.
+
+    Args:
+        model: Facts about the saved model.
+        base: Folder with the base model's configuration.
+        folder: Folder with the saved model.
+        answers: Device, number of threads and text length of the measurement.
+        source: Files of the base model.
     """
     machine, threads, dtype = describe_machine(), answers.n_threads, model.base.dtype
     cores = f"{count_text(threads, 'thread')} of {count_text(int(machine['cores']), 'core')}"

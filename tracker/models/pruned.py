@@ -3,9 +3,9 @@
 A copy shares the weights with the original model, but has its own modules, so both models can be
 called.
 
-Some model classes compute values (e.g. scaling factors) from the position of a layer. A copy
-without some layers keeps the values of the original model. After the copy is saved and loaded, the
-values depend on the new positions of the layers.
+Some model classes compute scaling factors from the position of a layer. In a copy without some
+layers, the remaining layers keep their scaling factors. After the copy is saved and loaded, the
+scaling factors depend on the new positions of the layers.
 """
 
 from __future__ import annotations

@@ -214,8 +214,9 @@ def _outcome_rows(
 ) -> Iterator[Json]:
     """Yield a model's outcome on each document, in the form of every_eval_ever.
 
-    Documents without a finite score are skipped. Only outcomes of the intact model contain the
-    question and the answer options.
+    Documents whose entry of `scores` is not finite are skipped. Only outcomes of the intact model
+    contain the question and the answer options. Private texts are included if `with_private` is
+    true.
     """
     right = answers.score > 0 if decisions.binary else answers.choice == decisions.gold
     for index in np.flatnonzero(np.isfinite(scores)).tolist():

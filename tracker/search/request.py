@@ -166,7 +166,7 @@ class SearchRequest(SearchSettings):
     def amount(self) -> Amount | None:
         """The amount to remove or to keep; None if only `max_drop` or `keep_accuracy` is set.
 
-        For several kinds of parts, such as layers and heads, a percentage means parameters.
+        If several kinds of parts can be removed, a percentage is a share of the parameters.
         """
         text = self.remove or self.keep
         amount = None if text is None else parse_amount(text)

@@ -613,9 +613,8 @@ class MixedBudget(Budget):
                 layer.
 
         Returns:
-            One list of sets for each kind of parts, such as layers or heads. A set of the first
-            kind is a single layer. A set of heads has equally many heads of each layer, including
-            removed heads.
+            One list of sets for each kind of parts, such as layers or heads. Each set of layers is
+            a single layer. If a set of heads is removed, all layers have equally many heads left.
         """
         layers = [{layer} for layer in range(self.n_layers) if layer not in removed]
         extended = [kind.next_removal(removed, order) for kind in self.kinds]

@@ -13,9 +13,9 @@ with a capital of 1. If m is the true mean, the capital reaches 1/α with a prob
 Let S be the sum of the first t of N values. If m is the true mean, the remaining documents have the
 mean m' = (N·m − S) / (N − t). Let x in [0, 1] be the next value. If a player bets that x is above
 m', the stake is multiplied by 1 + λ·(x − m'). If a player bets that x is below m', the stake is
-multiplied by 1 − λ·(x − m'). Ville's inequality requires that λ does not depend on x, and that a
-stake is never negative. Ville's inequality remains valid if the capital is divided among several
-bets, or if a stake is underestimated.
+multiplied by 1 − λ·(x − m'). Ville's inequality requires that the factor λ does not depend on the
+next value x, and that a stake is never negative. Ville's inequality remains valid if the capital is
+divided among several bets, or if a stake is underestimated.
 
 The effective sample size is τ = t·N / (N − t). The optimal λ for one τ is √(2 log(1/α) / (σ² τ)) ·
 N / (N − t), where σ² is the variance of the previous values. The capital of a game is divided

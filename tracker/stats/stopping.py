@@ -364,10 +364,9 @@ class Race:
 
     Attributes:
         open: `[runs]`, mask of the runs that are not decided yet.
-        chosen: `[runs]`, mask of the chosen runs. The question `top` chooses the runs with the
-            largest means. The question `prune` chooses the runs with the smallest means. The
-            question `sign` chooses the runs whose mean differs from 0. The question `drop` chooses
-            no runs.
+        chosen: `[runs]`, mask of the chosen runs. The answer to `top` is the runs with the
+            largest means, and the answer to `prune` is the runs with the smallest means. For
+            `sign`, the runs whose mean differs from 0 are chosen. For `drop`, no runs are chosen.
         seen: `[runs]`, number of documents that were evaluated for each run.
     """
 

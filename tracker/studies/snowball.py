@@ -166,7 +166,7 @@ class TokenGrowth:
 
     @property
     def factors_per_layer(self) -> list[float | None]:
-        """For each removed layer, the geometric mean growth factor over all later layers."""
+        """For each removed layer, the mean growth of the change from one layer to the next."""
         last = len(self.paths) - 1
         return [
             None if value is None else float(value ** (1 / (last - layer)))
@@ -568,9 +568,9 @@ def _summary_table(cells: Sequence[SnowballFigures]) -> Table:
 
 
 def _growth_chart(title: str, layer: str, growths: Mapping[str, Growth]) -> LineChart:
-    """Build a chart of growth factors by layer.
+    """Build a chart of growth factors by layer, with one line per entry of `growths`.
 
-    The chart leaves out the last layer, which has no growth factor.
+    The last layer has no growth factor and is left out. The axis title is `layer` + " layer".
     """
     lines = {name: growth.factors[:-1] for name, growth in growths.items()}
     count = len(next(iter(lines.values())))

@@ -146,10 +146,10 @@ def _token_positions(request: Request, length: int) -> list[_Position]:
 
 
 def _add_all_targets(lesson: Lesson, document: Document, length: int) -> None:
-    """Add every token of a document without answer options to the targets in `lesson`.
+    """Let a model predict every token of a document that has no answer options.
 
-    `lesson.clashing` counts the tokens that the model cannot predict, because an earlier text has
-    another token after the same preceding tokens.
+    The tokens are added to `lesson.targets`. `lesson.clashing` counts the tokens that the model
+    cannot predict, because an earlier text has another token after the same preceding tokens.
     """
     clashing = lesson.clashing
     for request in document.requests:

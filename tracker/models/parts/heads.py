@@ -104,9 +104,9 @@ class Heads(ProjectionColumns):
         return {"head": self.heads, "kv_head": self.groups}
 
     def narrow(self, parts: Sequence[Change], name: str) -> tuple[Heads, dict[int, list[int]]]:
-        """Return the layer's `Heads` without those in `parts`, and the tensor entries to keep.
+        """Remove heads; return the remaining `Heads`, and the indices to keep in weight tensors.
 
-        The dictionary contains the indices that remain on an axis, by the length of the axis.
+        The dictionary's keys are axis lengths. Tensor axes of this length keep the listed indices.
         Raises CellError if no head remains, or if the groups of heads would have unequal sizes.
         """
         width, per_group = self.width, self.heads // self.groups
