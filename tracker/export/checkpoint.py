@@ -323,6 +323,9 @@ def _add_speed(
         folder: Folder with the saved model.
         answers: Device, number of threads and text length of the measurement.
         source: Files of the base model.
+
+    Returns:
+        The facts, with speed and memory.
     """
     machine, threads, dtype = describe_machine(), answers.n_threads, model.base.dtype
     cores = f"{count_text(threads, 'thread')} of {count_text(int(machine['cores']), 'core')}"

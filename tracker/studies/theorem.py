@@ -146,7 +146,7 @@ def _token_positions(request: Request, length: int) -> list[_Position]:
 
 
 def _add_all_targets(lesson: Lesson, document: Document, length: int) -> None:
-    """Let a model predict every token of a document that has no answer options.
+    """Make every token of a document without answer options a prediction task of a model.
 
     The tokens are added to `lesson.targets`. `lesson.clashing` counts the tokens that the model
     cannot predict, because an earlier text has another token after the same preceding tokens.
