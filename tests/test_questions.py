@@ -47,9 +47,9 @@ def test_questions_with_too_few_runs_are_refused():
     for text, runs in (("top 5", 6), ("sign", 1), ("drop within 2 pp", 1)):
         parse_question(text).check_runs(runs)
     for text, runs, message in (
-        ("top 40", 30, "'top 40' needs more than 40 runs, not 30; write at most 'top 29'"),
-        ("prune 6", 6, "'prune 6' needs more than 6 runs, not 6; write at most 'prune 5'"),
-        ("top 1", 1, "'top 1' needs more than 1 run, not 1$"),
+        ("top 40", 30, "'top 40' needs at least 41 runs, not 30; write at most 'top 29'"),
+        ("prune 6", 6, "'prune 6' needs at least 7 runs, not 6; write at most 'prune 5'"),
+        ("top 1", 1, "'top 1' needs at least 2 runs, not 1$"),
     ):
         with pytest.raises(ValueError, match=message):
             parse_question(text).check_runs(runs)

@@ -188,7 +188,7 @@ def test_of_a_group_blocks_of_each_task_are_measured_and_less_is_looked_at(cell_
 
 def test_what_no_outcomes_can_answer_is_refused(cell_of):
     store = cell_of({"arc_easy": 40})
-    with pytest.raises(ExperimentError, match="'until': 'top 4' needs more than 4 runs, not 4"):
+    with pytest.raises(ExperimentError, match="the question 'top 4' needs at least 5 runs"):
         race_of(store, "top 4")
     with pytest.raises(ExperimentError, match="such as acc; word of arc_easy is not such a metric"):
         race_of(cell_of(metrics={"acc": "mean", "word": "ratio"}), "top 1", "word")

@@ -238,8 +238,8 @@ class TestLedger:
             (LEDGER_FORMAT + 1, "Upgrade tracker", upgrade_command()),
             (
                 LEDGER_FORMAT - 1,
-                "Read it with the older version of tracker",
-                "that wrote it, or choose another folder with --results.",
+                "Read the results with the older version of tracker",
+                "that wrote the results, or choose another folder with --results.",
             ),
         ],
     )

@@ -254,7 +254,7 @@ def test_unrelated_partial_series_are_significant_as_often_as_said() -> None:
         ([1, 2, 3], [1, 3, 2], [2, 1, 3], "needs at least 4 layers, but 3 are available"),
         ([1, 2, 3, 4], [1, 3, 2, math.nan], [2, 1, 3, 4], "undefined in 1 of 4 layers"),
         ([1, 2, 3, 4], [1, 3, 2, 4], [2, 2, 2, 2], "a series is the same in all 4 layers"),
-        ([1, 2, 3, 4], [1, 3, 2, 4], [4, 3, 2, 1], "has the ranks of the control variable"),
+        ([1, 2, 3, 4], [1, 3, 2, 4], [4, 3, 2, 1], "has the order of the variable held fixed"),
     ],
 )
 def test_undefined_partial_correlations(x, y, z, reason: str) -> None:

@@ -187,14 +187,15 @@ def test_undefined_growth_has_a_reason(bad: float) -> None:
     for pair in ((usable, unusable), (unusable, usable)):
         estimate = estimate_growth(*pair)
         assert (estimate.value, estimate.low, estimate.p_value) == (None, None, None)
-        assert estimate.reason == "growth needs positive, finite values; 1 of 3 documents have none"
+        reason = "start or end values are not positive and finite in 1 of 3 documents"
+        assert estimate.reason == reason
     assert (
         estimate_growth(usable[:1], usable[:1]).reason
-        == "growth needs at least two documents, not 1"
+        == "a growth factor (end / start value) needs at least two documents, not 1"
     )
     assert (
         estimate_growth(usable[:0], usable[:0]).reason
-        == "growth needs at least two documents, not 0"
+        == "a growth factor (end / start value) needs at least two documents, not 0"
     )
 
 

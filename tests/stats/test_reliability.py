@@ -95,7 +95,7 @@ def test_leaving_out_covers_the_mean_of_other_documents() -> None:
 
 @pytest.mark.parametrize("whole", [np.nan, 3.0])
 def test_what_is_not_defined_has_no_interval(whole: float) -> None:
-    reason = "the statistic is undefined for all or for nine tenths of the documents"
+    reason = "the statistic is undefined for all documents or without a tenth of them"
     estimate = positive_estimate(
         lambda documents: whole if len(documents) == 20 else np.nan, ["a"] * 20, 0
     )

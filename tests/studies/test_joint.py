@@ -179,4 +179,4 @@ def test_pairs_at_the_floor_are_left_out():
     assert list(q) == pytest.approx(list(stats.false_discovery_control(p)))
     interactions, _ = _known_interactions(max_loss=0.0)
     assert interactions.mean.reason == "chance accuracy limits the drops of every pair of layers"
-    assert interactions.rank.reason == "at least three pairs are needed, not 0"
+    assert interactions.rank.reason == "at least three pairs of layers are needed, not 0"

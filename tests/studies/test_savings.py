@@ -145,7 +145,7 @@ def test_what_bounds_a_question(cell):
     set_bound = question_bound(cell, parse_question("sign"))
     assert (
         set_bound.documents.reason
-        == "the drop is 0, which only a measurement of all documents can show"
+        == "only a measurement of all documents can show that the drop is 0"
     )
     tied = make_cell(cell.drops[:, [0, 1, 1, 3, 4, 5]])
     assert "two runs tie" in question_bound(tied, parse_question("top 2")).documents.reason

@@ -411,7 +411,7 @@ class CellRequest:
         """
         component, intervention = change.component, change.intervention
         if component not in (*UNITS, "linear") and (intervention, change.span) != ("remove", 1):
-            return f"{component} can only be removed, and only from one layer at a time"
+            return f"component {component} allows only the removal from one layer at a time"
         if component == "linear" and (intervention not in FORMATS or change.span != 1):
             return "a linear map can only be quantised, e.g. to int4, and in one layer at a time"
         if change.is_outer:

@@ -66,7 +66,7 @@ def version_problem(version: object) -> str:
     """
     if version == LEDGER_FORMAT:
         return ""
-    advice = "Read it with the older version of tracker that wrote it"
+    advice = "Read the results with the older version of tracker that wrote the results"
     if isinstance(version, int) and version > LEDGER_FORMAT:
         advice = f"Upgrade tracker ({upgrade_command()})"
     return (

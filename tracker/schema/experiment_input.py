@@ -143,7 +143,7 @@ def read_input(
         contents, text = read_yaml(path)
         file_name = str(path)
         if kind.is_other_kind(contents):
-            raise ExperimentError(f"{path} {kind.other_kind_message} {path}")
+            raise ExperimentError(f"{path}: {kind.other_kind_message} {path}")
     name = file_name
     if settings and contents is not None:
         name = f"{file_name} with {', '.join(_set_options(settings))}"
@@ -346,6 +346,6 @@ REMOVAL_FILES = FileKind(
     Experiment.cells,
     {"method": "grid", "command": EVALUATE_COMMAND, "parameters": {"layer": {"value": ALL_PARTS}}},
     is_search_file,
-    "requests searches (it has 'remove', 'keep', 'max_drop', 'keep_accuracy' or 'strategy'); type: "
-    "tracker prune",
+    "the file requests searches (it has 'remove', 'keep', 'max_drop', 'keep_accuracy' or "
+    "'strategy'); type: tracker prune",
 )

@@ -181,8 +181,8 @@ def _list_changes_with_sets(
     if parts.kind_layers is not None:
         if (changes.components, changes.interventions) != (("layer",), ("remove",)):
             raise ExperimentError(
-                "'kind' with spans of several layers can only remove whole layers. Leave 'kind' "
-                "out, or request other components and interventions in a separate file"
+                "with 'kind', spans of several layers allow only the removal of whole layers. "
+                "Leave 'kind' out, or request other components and interventions in a separate file"
             )
         # Neighbours among the layers of the kind, whatever lies between them.
         exact = [change for change in exact if change.span == 1] + [

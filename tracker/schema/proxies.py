@@ -306,7 +306,7 @@ def _check_proxy(extension: object) -> Proxy:
         raise ValueError("a proxy needs component 'layer' and a function observe(input, output)")
     if extension.complement_of or extension.strategy or extension.per_token or extension.over:
         raise ValueError(
-            "only tracker's own proxies can set complement_of, strategy, per_token or over"
+            "an added proxy must leave out 'complement_of', 'strategy', 'per_token' and 'over'"
         )
     return replace(extension, observe=_guard(extension.name, extension.observe))
 

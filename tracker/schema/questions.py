@@ -65,11 +65,11 @@ class Question:
 
     def check_runs(self, runs: int) -> None:
         """Raise ValueError if the question is impossible for this number of runs."""
-        if not self.fits(runs):
+        if self.count is not None and not self.fits(runs):
+            question, min_runs = f"{self.kind} {self.count}", self.count + 1
             suggestion = f"; write at most '{self.kind} {runs - 1}'" if runs > 1 else ""
             raise ValueError(
-                f"'{self.kind} {self.count}' needs more than {self.count} "
-                f"run{'' if self.count == 1 else 's'}, not {runs}{suggestion}"
+                f"the question '{question}' needs at least {min_runs} runs, not {runs}{suggestion}"
             )
 
 
@@ -112,7 +112,8 @@ def parse_question(text: str) -> Question:
     if kind == "sign" and within is not None:
         drop_example = QUESTION_EXAMPLES["drop"]
         raise ValueError(
-            f"'sign' has no tolerance. Instead of {quoted}, write 'sign' or '{drop_example}'"
+            "the question 'sign' allows no tolerance such as 'within 1 pp'. "
+            f"Instead of {quoted}, write 'sign' or '{drop_example}'"
         )
     if kind == "drop" and within is None:
         raise ValueError(f"{quoted} does not give the tolerance; write e.g. '{example}'")

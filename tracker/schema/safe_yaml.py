@@ -135,7 +135,7 @@ def _repr(value: object) -> str:
     try:
         return repr(value)
     except ValueError:  # an integer of more digits than Python writes
-        return "a number with thousands of digits"
+        return "an integer with too many digits to show"
 
 
 class _Loader(yaml.SafeLoader):

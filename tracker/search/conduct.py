@@ -372,7 +372,7 @@ def _log_trial(targets: Sequence[str], folder: Path, results: SearchResults) -> 
         if cell is None:
             reason = "no step was measured on test documents"
             if search.shown == -1:
-                reason = f"no removal is known to {record.budget} with 95 % confidence"
+                reason = f"no removal meets the budget '{record.budget}' with 95 % confidence"
             trial.end_unmeasured(f"{record.label}: {reason}")
         else:
             trial.log(cell, search_figures(search))

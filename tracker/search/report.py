@@ -564,7 +564,7 @@ def _constraints_text(record: PruneRecord) -> str:
     return ", ".join(filter(None, (among, protected, *minimums)))
 
 
-NO_TIME = "the time is estimated only for an amount in seconds or latency"
+NO_TIME = "time is estimated only in searches whose amount is in seconds or latency"
 _TIME_NOTE = (
     "ms a token: estimated time per token in milliseconds, which is the measured time of the "
     "unpruned model minus the times of what is removed"

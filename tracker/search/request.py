@@ -407,7 +407,7 @@ _SEARCHES = experiment_input.FileKind(
     PruneFile.searches,
     {"method": "grid", "command": ["tracker", "prune", "${args}"]},
     experiment_input.is_removal_file,
-    "has the key 'layer', but a search chooses the layers itself. Replace 'layer' by 'remove', "
-    "'keep', 'max_drop' or 'keep_accuracy', such as remove: {value: 8}. To measure the listed "
-    "layers, use tracker run",
+    "the file has the key 'layer', but tracker prune chooses the layers itself. Replace 'layer' by "
+    "'remove', 'keep', 'max_drop' or 'keep_accuracy', such as remove: {value: 8}. To measure the "
+    "listed layers, use tracker run",
 )

@@ -265,12 +265,13 @@ def _parse_minimum(kind: str, text: str, n_layers: int, config: Callable[[], Any
     minimum = LayerMinimum(kind, layers, int(n), int(width) if width else None)
     setting, window = f"'at_least': {kind}: {text}", minimum.window or n_layers
     if window > n_layers:
-        raise ExperimentError(f"{setting}: the model has {n_layers} layers; use {n} of {n_layers}")
+        largest = f"{n} of {n_layers}"
+        raise ExperimentError(f"{setting}: the model has only {n_layers} layers; write '{largest}'")
     for first, group in enumerate(minimum.groups(n_layers)):
         if len(group) < minimum.count:
             raise ExperimentError(
-                f"{setting}: among the layers {first} to {first + window - 1}, {len(group)} are of "
-                f"kind {kind}; set a minimum of at most {len(group)}"
+                f"{setting}: only {len(group)} of the layers {first} to {first + window - 1} are "
+                f"of kind {kind}; lower the minimum to {len(group)}"
             )
     return minimum
 

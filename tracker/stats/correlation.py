@@ -187,7 +187,8 @@ def partial_correlate(
         return Estimate(None, reason=reason)
     (value,) = _partial_coefficients(x[None], y[None], z[None]).tolist()
     if not np.isfinite(value):
-        return Estimate(None, reason="a variable has the ranks of the control variable")
+        reason = "one of the two variables has the order of the variable held fixed, or its reverse"
+        return Estimate(None, reason=reason)
     low = high = None
     if resamples is not None:
         low, high = bias_corrected_interval(value, _partial_coefficients(*resamples), -1, 1)

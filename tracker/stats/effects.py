@@ -148,8 +148,8 @@ def additivity(
         (1.0, 0.786)
     """
     sums, joint = (np.asarray(values, dtype=np.float64) for values in (single_sums, joint_drops))
-    if len(sums) < 3:
-        reason = f"at least three pairs are needed, not {len(sums)}"
+    if (n_pairs := len(sums)) < 3:
+        reason = f"at least three pairs of layers are needed, not {n_pairs}"
         return Estimate(None, reason=reason), Estimate(None, reason=reason)
 
     def estimate(measure: Callable[[Array, Array], Array]) -> Estimate:
@@ -204,7 +204,7 @@ def growths(
     """
     n, n_columns = start_values.shape
     if n < 2:
-        reason = f"growth needs at least two documents, not {n}"
+        reason = f"a growth factor (end / start value) needs at least two documents, not {n}"
         return [Estimate(None, reason=reason)] * n_columns
     with np.errstate(all="ignore"):
         logs = np.log(end_values / start_values)
@@ -218,7 +218,7 @@ def growths(
     for column, low, high, n_unusable in zip(logs.T, lows, highs, counts, strict=True):
         if n_unusable:
             reason = (
-                f"growth needs positive, finite values; {n_unusable} of {n} documents have none"
+                f"start or end values are not positive and finite in {n_unusable} of {n} documents"
             )
             estimates.append(Estimate(None, reason=reason))
             continue

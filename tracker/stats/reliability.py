@@ -216,7 +216,7 @@ def positive_estimate(figure: Callable[[IntArray], float], strata: Strata, seed:
     value = figure(np.arange(len(strata)))
     error = jackknife_error(lambda indexes: float(np.log(figure(indexes))), strata, _GROUPS, seed)
     if not (math.isfinite(value) and math.isfinite(error)):
-        reason = "the statistic is undefined for all or for nine tenths of the documents"
+        reason = "the statistic is undefined for all documents or without a tenth of them"
         return Estimate(None, reason=reason)
     df = min(_GROUPS, len(strata)) - 1
     factor = math.exp(float(stats.t.ppf((1 + LEVEL) / 2, df)) * error)

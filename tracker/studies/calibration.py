@@ -47,7 +47,7 @@ SIZES_SHOWN = (5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
 SAMPLE_SIZES = sorted({math.ceil(s * 10**p) for p in range(6) for s in (1, 1.5, 2, 3, 5, 7)})
 """Sizes of the samples that are drawn, up to the number of documents."""
 HALVES_DISAGREE = "the rankings by two halves of the documents do not agree significantly"
-SAMPLES_TOO_LARGE = "too few documents for two disjoint samples of this size"
+SAMPLES_TOO_LARGE = "a sample of more than half of the documents leaves too few for a second sample"
 _ALL_TIED = "in most samples of this size, all layers have the same mean"
 
 
@@ -383,7 +383,7 @@ def needed_table(rows: Sequence[tuple[str, AgreementCurve]], reliability: float)
                 "agreement of two halves", "coefficient", lambda row: row[1].agreement(row[1].half)
             ),
             Column(
-                "expected agreement with a ranking by equally many new documents",
+                "expected agreement of the ranking with a ranking by as many new documents",
                 "coefficient",
                 full_agreement,
             ),
@@ -404,7 +404,7 @@ def agreement_table(title: str, drop: AgreementCurve) -> Table:
     def overlap(name: str) -> Column[int]:
         return Column(f"{name} shared", "percent", lambda n: drop.agreement(n, name))
 
-    with_all = f"a sample and all {drop.documents:,} documents"
+    with_all = f"rankings by one sample and by all {drop.documents:,} documents"
     return build_table(
         f"{title}: agreement of layer rankings by random samples of documents, ranked by "
         f"{drop.name}",
@@ -444,7 +444,7 @@ def _agreement_chart(title: str, drop: AgreementCurve, others: list[AgreementCur
         {
             f"{drop.name}, two samples": line(drop),
             f"{drop.name}, prediction by Spearman-Brown": map(drop.predicted, positions),
-            f"{drop.name}, sample and all {drop.documents:,} documents": values(
+            f"{drop.name}, one sample compared with all {drop.documents:,} documents": values(
                 drop, disjoint=False
             ),
             **{f"{curve.name}, two samples": values(curve) for curve in others},

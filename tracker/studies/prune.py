@@ -123,7 +123,7 @@ class Prunings:
         return sum(self.benchmarks[name].n for name in self.counted)
 
     @property
-    def over(self) -> str:
+    def benchmark_text(self) -> str:
         """Text that names the averaged benchmarks, such as "the mean of 3 benchmarks"."""
         names = self.counted
         return ", ".join(names) if len(names) < 2 else f"the mean of {len(names)} benchmarks"
@@ -262,7 +262,7 @@ class Prunings:
         choices = [c for (method, _), c in self.choices.items() if method.amount == amount]
         return sorted({len(record.removed) for c in choices for record in c.records})
 
-    def removal(self, amount: str) -> str:
+    def removed_share(self, amount: str) -> str:
         """Return the removed amount as text, such as `25 % removed (8 of 32 layers)`."""
         counts = self.removed_counts(amount)
         layers = "–".join(str(count) for count in dict.fromkeys((counts[0], counts[-1])))
@@ -557,8 +557,8 @@ def _accuracy_table(group: Prunings, amount: str) -> Table:
     draws = {m.strategy: n for m, n in counts.items() if m.amount == amount and n > 1}
     columns = _benchmark_columns(group, "percent", group.level, group.level_mean)
     return build_table(
-        f"{group.title}: test accuracy, {group.removal(amount)}, layers chosen on calibration "
-        "documents of the same benchmark",
+        f"{group.title}: test accuracy, {group.removed_share(amount)}, layers chosen on "
+        "calibration documents of the same benchmark",
         [Column("strategy", "text", strategy), *columns],
         [None, *group.select(amount).values()],
         *PRUNE_TEXTS.render_all("accuracy_notes", group.benchmarks, draws),
@@ -576,8 +576,8 @@ def _difference_tables(group: Prunings, amount: str) -> Iterator[Table]:
 
     if pairs := group.accuracy_contrasts(amount):
         yield build_table(
-            f"{group.title}: test accuracy of pruning by accuracy minus test accuracy of other "
-            f"strategies, {group.removal(amount)}",
+            f"{group.title}: gain in test accuracy from the strategy 'accuracy', compared with "
+            f"each other strategy, {group.removed_share(amount)}",
             [
                 Column("compared with", "text", lambda row: row.reference.strategy),
                 *_benchmark_columns(group, "points", difference, lambda row: row.difference),
@@ -594,8 +594,8 @@ def _calibration_tables(group: Prunings, amount: str) -> Iterator[Table]:
         return
     by_cosine = f"by {pairs[0].reference.strategy}"
     yield build_table(
-        f"{group.title}: test accuracy by calibration documents, {group.removal(amount)}, "
-        f"{group.over}",
+        f"{group.title}: test accuracy for each kind of calibration documents, "
+        f"{group.removed_share(amount)}, {group.benchmark_text}",
         [
             Column("calibrated on", "text", lambda row: row.method.calibration),
             Column("by accuracy", "percent", lambda row: group.level_mean(row.method)),
@@ -650,5 +650,5 @@ def build_charts(group: Prunings) -> Iterator[LineChart]:
     levels: dict[str, dict[float, Estimate]] = {
         name: {count: level(name, count) for count in counts} for name in names
     }
-    title = f"{group.title}: test accuracy by number of removed layers, {group.over}"
+    title = f"{group.title}: test accuracy by number of removed layers, {group.benchmark_text}"
     yield frontier_chart(title, "layers removed", "accuracy", levels)

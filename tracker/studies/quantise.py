@@ -247,12 +247,13 @@ class FormatChooser:
 
     def _swap(self, start: Candidate, rounds: int) -> Refinement:
         """Improve an assignment of formats by swaps that significantly reduce the cost."""
-        numbers = count(1)
+        numbers, criterion = count(1), start.by
 
         def measure(choices: Sequence[FormatChoice]) -> PairedOutcomes:
-            swaps = f"{count_text(len(choices) - 1, 'swap')} of formats"
-            turn = f"round {next(numbers)} (limit: {rounds})"
-            self.say(f"{turn}: measuring {swaps}, starting from the choice by {start.by}")
+            turn, swaps = next(numbers), count_text(len(choices) - 1, "swap")
+            self.say(
+                f"round {turn} (limit {rounds}): trying {swaps} of formats chosen by {criterion}"
+            )
             ablations = [choice_ablation(choice) for choice in choices]
             self.cell.measure(ablations, are_candidates=True)
             return self.cell.outcomes(ablations, "gold_logprob")
@@ -590,11 +591,11 @@ def _sums_table(record: CellRecord, sums: SumComparison) -> Table:
         label = f"two, the mean of {count_text(len(pairs.pairs), 'drawn pair')}"
         rows.append(SumRow(label, float(pairs.together.mean()), single, pairs.mean))
     title = (
-        f"{cell_label(record)}: loss of rounding all units together, compared with the sum of "
-        f"their single losses; formats chosen by {MEASURED_CHOICE}"
+        f"{cell_label(record)}: joint loss of rounded layers or linear maps, compared with the sum "
+        "of their single losses, on calibration documents."
     )
     note = (
-        "The 95 % intervals reflect the sampling of documents, not of layers or linear maps. They "
-        "are not adjusted for multiple comparisons."
+        f"The formats were chosen by {MEASURED_CHOICE}. The 95 % intervals reflect the sampling of "
+        "documents, not of layers or linear maps. They are not adjusted for multiple comparisons."
     )
-    return figure_table(SumRow, f"{title}, on calibration documents.", rows, note)
+    return figure_table(SumRow, title, rows, note)

@@ -323,7 +323,7 @@ class SnowballSettings(StudySettings):
 
 
 class TheoremSettings(StudySettings):
-    """Can every answer depend on the layer with the lowest cosine score?
+    """Can a model fail without the layer that has the lowest cosine score?
 
     The paper proves that a model with this property exists, and this study builds one. For each ε,
     the study constructs a transformer with five layers for the benchmark documents of EXPERIMENT,

@@ -125,7 +125,7 @@ class MeasuredDocuments:
         return sum(self.counts.values())
 
     @property
-    def extent(self) -> str:
+    def measured_documents(self) -> str:
         """Text with the number of measured documents, such as `320 of 10,042 documents`."""
         measured = f"{len(self.drops):,} of " if len(self.drops) < self.population else ""
         return f"{measured}{self.population:,} documents"
@@ -237,8 +237,8 @@ class QuestionReplay:
                 "is not chosen"
             )
         if self.question.kind == "drop":
-            return f"the drop with the largest variance, which must be known within {distance}"
-        return f"the drop of {distance}, which is hardest to distinguish from 0"
+            return f"the drop that varies most over documents and has to be known within {distance}"
+        return f"the drop of {distance} that is hardest to distinguish from 0"
 
 
 def replay_question(
@@ -317,8 +317,8 @@ def question_bound(cell: MeasuredDocuments, question: Question) -> CostBound:
         hardest = int(np.argmax(hardness))
         distance, sd = abs(float(means[hardest])), float(sds[hardest])
     if distance <= MEAN_TOLERANCE:
-        tie = "two runs tie" if question.count else "the drop is 0"
-        reason = f"{tie}, which only a measurement of all documents can show"
+        equality = "two drops are equal" if question.count else "the drop is 0"
+        reason = f"only a measurement of all documents can show that {equality}"
         return CostBound(distance, sd, Estimate(None, reason=reason))
     width = float(stats.norm.ppf(1 - (1 - question.level) / comparisons)) + power
     n = (width * sd / distance) ** 2
@@ -372,8 +372,8 @@ def savings_table(cell: MeasuredDocuments, replays: Sequence[QuestionReplay]) ->
         return float((race.answered & (race.documents < 1)).mean())
 
     return build_table(
-        f"{cell.title}: documents and layer passes that each question needs, estimated from "
-        f"{cell.extent}",
+        f"{cell.title}: documents and computation that an answer to each question needs, "
+        f"estimated from {cell.measured_documents}",
         [
             Column("question", "text", lambda race: str(race.question)),
             share("documents", "documents", 0.5),
@@ -398,7 +398,7 @@ def _bounds_table(cell: MeasuredDocuments, replays: Sequence[QuestionReplay]) ->
         return cost_quantile(race.documents) * cell.population
 
     return build_table(
-        f"{cell.title}: the part of each question that needs the most documents",
+        f"{cell.title}: the drop or difference of drops that is hardest to measure, by question",
         [
             Column("question", "text", lambda race: str(race.question)),
             Column("the hardest to know", "text", lambda race: race.hardest),
@@ -425,5 +425,5 @@ def _passes_chart(cell: MeasuredDocuments, replays: Sequence[QuestionReplay]) ->
         lines[str(race.question)] = shares
     x = "computed layer passes (100 %: every run is measured on every document)"
     axes = (x, f"answered, of {RANDOM_ORDERS} orders")
-    title = f"{cell.title}: share of document orders in which 'until' has stopped the measurement"
+    title = f"{cell.title}: share of random document orders with an answered question"
     return line_chart(title, axes, "percent", positions, lines)

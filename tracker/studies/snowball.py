@@ -409,7 +409,7 @@ class Snowball(Study[SnowballSettings]):
             result.add(*_write_answers(model_cells, self.settings.draws))
             if len(model_cells) > 1:
                 name = model_cells[0].record.model.name
-                title = f"{name}: growth of the difference that each removal causes, by benchmark"
+                title = f"{name}: growth of hidden-state changes after each removal, by benchmark"
                 growths = {cell.record.benchmark.title: cell.tokens.removed for cell in model_cells}
                 result.add(_growth_chart(title, "removed", growths))
         if cells:
@@ -576,7 +576,7 @@ def _growth_chart(title: str, layer: str, growths: Mapping[str, Growth]) -> Line
     count = len(next(iter(lines.values())))
     axes = (
         f"{layer} layer (0-based)",
-        "growth factor: difference before the output head / difference after the layer",
+        "growth factor: hidden-state change before the output head / just after the layer",
     )
     return line_chart(title, axes, "times", range(count), lines, log_y=True)
 
@@ -587,8 +587,8 @@ def _build_charts(cell: SnowballFigures) -> Iterator[StudyChart]:
     growths = {"removed": tokens.removed, "random directions": tokens.random}
     growths |= {"other tokens' updates": tokens.shuffled}
     title = (
-        f"{cell.record.heading}: growth factors of the differences that removals and random "
-        "perturbations cause"
+        f"{cell.record.heading}: growth factors of hidden-state changes after removals and "
+        "after random perturbations"
     )
     yield _growth_chart(title, "perturbed", growths)
     title = f"{cell.record.heading}: layers whose ranks by cosine and by drop differ most"
@@ -598,7 +598,7 @@ def _build_charts(cell: SnowballFigures) -> Iterator[StudyChart]:
     with np.errstate(divide="ignore", invalid="ignore"):
         doublings = np.log2(paths / np.diagonal(paths)[:, None])
     yield MapChart(
-        title=f"{cell.record.heading}: number of doublings of the relative difference",
+        title=f"{cell.record.heading}: number of doublings of the hidden-state change",
         x="behind layer (0-based)",
         y="removed layer (0-based)",
         name="doublings",
@@ -620,5 +620,5 @@ def _choose_drawn_layers(cell: SnowballFigures) -> Iterator[tuple[int, str]]:
         return
     by_cosine, by_drop = cell.explained.by_cosine, cell.drop_ranks
     for layer in cell.explained.misjudged(MAX_PATHS):
-        ends = interval_text(by_drop[layer].low, by_drop[layer].high, "{:.0f}".format)
-        yield layer, f"layer {layer}: rank {by_cosine[layer]} by cosine, {ends} by drop"
+        drop_rank = interval_text(by_drop[layer].low, by_drop[layer].high, "{:.0f}".format)
+        yield layer, f"layer {layer}: rank {by_cosine[layer]} by cosine, rank {drop_rank} by drop"

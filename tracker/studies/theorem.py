@@ -272,7 +272,7 @@ class Theorem(Study[TheoremSettings]):
     """Study that builds and measures the paper's counterexample model for each benchmark and ε."""
 
     name = "theorem"
-    question = "Can every answer depend on the layer with the lowest cosine score?"
+    question = "Can a model fail without the layer that has the lowest cosine score?"
     texts = THEOREM_TEXTS
 
     def __init__(self, settings: TheoremSettings) -> None:

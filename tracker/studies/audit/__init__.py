@@ -270,7 +270,7 @@ def _variance_table(audit: ModelAudit) -> Table:
         Column(f"p in blocks of {SIGN_BLOCK}", "p", block_p, reference),
         variance("variance on reliable benchmarks", "noisy"),
         variance("variance without noise", "clean"),
-        variance("variance of the drop minus that of this measure, without noise", "excess"),
+        variance("variance of the drop minus variance of the measure, without noise", "excess"),
     ]
     title = f"{audit.name}: variance over benchmarks of a layer's standardised relevance (z-score)"
     notes = AUDIT_TEXTS.render_all("variance_notes", audit, MIN_RELIABILITY)
