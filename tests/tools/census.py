@@ -49,20 +49,20 @@ PAGE_HEAD = """\
 # All model families
 
 This page shows how much computation is shared for each model family of transformers, and whether
-results are exact. `make families` measures all variants and writes this page and
+results are exact. `make families` measures all families, and writes this page and
 [families.csv](families.csv).
 
-The CSV file lists {held:,} of {every:,} variants, measured with {versions} of tracker, torch and
-transformers (now {version}). Variants are tiny random models with different windows, chunks, layer
-kinds, rotary positions and other settings. Each tiny model scores documents of many lengths, in two
-document orders. The reference is one plain forward pass per request through a checkpoint without
-the layer, written by `tracker export`. Where `tracker export` cannot remove the layer
-([families.csv](families.csv)), the reference skips the layer in memory.
+`families.csv` lists {held:,} of {every:,} model variants, measured with {versions} of tracker,
+torch and transformers (now {version}). Variants are tiny random models with different windows,
+chunks, layer kinds, rotary positions and other settings. Each tiny model scores documents of many
+lengths, in two document orders. The reference is one plain forward pass per request through a
+checkpoint without the layer, written by `tracker export`. If `tracker export` cannot remove the
+layer, the plain forward pass skips the layer in memory.
 
 Number of variants by result:
 **{counts}.** Another {others} variants
-have settings that the model class rejects. The results of exact variants differ from the reference
-by at most {largest:.1g} nats.
+have settings that the model class rejects. For *exact* model variants, log-likelihoods of `tracker`
+and of plain forward passes differ by at most {largest:.1g} nats.
 
 | shared | computed once |
 |---|---|
@@ -71,8 +71,8 @@ by at most {largest:.1g} nats.
 | `depth` | layers below the removed one |
 
 The table lists only families whose variants are not all exact, or do not all share the same
-computation. Variants are *discontinuous* if float32 rounding changes the choice of a router or a
-top-k, but float64 results are exact.
+computation. Model variants are *discontinuous* if float32 rounding changes the choice of a router
+or a top-k, but float64 results are exact.
 
 """
 SHARING_WORDS = {

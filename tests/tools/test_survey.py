@@ -121,7 +121,7 @@ def test_the_page_merges_variants():
         ],
         n_variants=2085,
     )
-    assert "The CSV file lists 5 of 2,085 variants, measured with one version" in text
+    assert "`families.csv` lists 5 of 2,085 model variants, measured with one version" in text
     assert "| llama | documents; depth: eager |  |" in text
     assert "by at most 3e-05 nats" in text
     assert "| hrm_text | – | refused (two lists): all |" in text
@@ -170,7 +170,7 @@ def test_the_pages_of_the_docs_are_those_of_the_verdicts() -> None:
     text = census.FAMILIES_PAGE.read_text()
     assert text.endswith(census.table(verdicts))
     n_held, n_variants = re.search(
-        r"The CSV file lists ([\d,]+) of ([\d,]+) variants", text
+        r"`families.csv` lists ([\d,]+) of ([\d,]+) model variants", text
     ).groups()
     assert n_held == f"{len(verdicts):,}"
     assert not [verdict for verdict in verdicts if verdict.verdict in survey.FAILURES]
