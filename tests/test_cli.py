@@ -480,8 +480,8 @@ def test_validate_refuses_what_run_and_plan_refuse(
 def test_validate_lists_unchecked_data_on_the_hub(model):
     output = printed("validate", str(model), "--benchmark=arc_easy", "--layer=0")
     assert (
-        "not checked: the documents and metrics of arc_easy, which tracker plan reads from the hub"
-        in output
+        "not checked: documents and metrics of arc_easy are on the hub; "
+        "type tracker plan to check them" in output
     )
 
 

@@ -142,7 +142,7 @@ class TestRefusals:
         ("benchmark", "include_path", "pattern"),
         [
             ("paint", "nowhere", "include_path: nowhere does not exist"),
-            ("paint", "{}/paint.yaml", "is a file; name its folder"),
+            ("paint", "{}/paint.yaml", "is a file; name the folder of the file"),
             ("{}/pain.yaml", None, "there is no task file"),
             ("{}/empty.yaml", None, "does not define a task"),
             ("{}/wrong.yaml", None, r"wrong\.yaml, line 3: not valid YAML"),

@@ -502,7 +502,7 @@ def test_a_run_is_compared_with_files_of_lm_eval(demo, tmp_path, monkeypatch):
     ("run", "message"),
     [
         ("SmolLM2-135M-Instruct--arc:intact", "fits no cell.*arc_easy"),
-        ("SmolLM2-135M-Instruct:layer:99", "no such run; write e.g. intact, layer"),
+        ("SmolLM2-135M-Instruct:layer:99", "no results for layer:99; write e.g. intact, layer"),
         ("SmolLM2-135M-Instruct:lair:3", "invalid change 'lair:3'"),
         ("SmolLM2-135M-Instruct:intact", "same answers"),
     ],

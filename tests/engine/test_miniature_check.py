@@ -434,7 +434,7 @@ class TestCut:
         assert (pair.in_place, pair.as_loaded, pair.sharing) == (True, False, FULL)
         message = (
             "(the changed model cannot be described by a configuration), so tracker measures "
-            "the model with skipped layers"
+            "the model with skipped layers instead of a checkpoint"
         )
         note = f"a model with removed layers cannot be saved as a usable checkpoint {message}"
         assert pair.checkpoint_note == note
@@ -453,7 +453,7 @@ class TestCut:
             assert clauses[-1] == (
                 "a model with repeated layers cannot be saved as a usable checkpoint (the changed "
                 "model cannot be described by a configuration), so tracker measures the model "
-                "changed in memory"
+                "changed in memory instead of a checkpoint"
             )
             assert len(clauses) == len(ablations)
             assert all("with skipped layers" in clause for clause in clauses[:-1])

@@ -82,7 +82,7 @@ def test_a_difference_is_allowed_up_to_a_share_and_told_beyond(engine):
         assert (comparison.compared, comparison.unsteady) == (1, 0)
         assert comparison.difference == pytest.approx(abs(share) * allowed)
         message = (
-            f"shared computation gives {loglikelihood:.6g} nats, "
+            f"shared computation gives a log-likelihood of {loglikelihood:.6g} nats, "
             f"but the changed model gives {expected:.6g} nats"
         )
         assert comparison.wrong == (message if abs(share) > 1 else None)
@@ -105,7 +105,7 @@ def test_what_is_not_finite_equals_only_its_like(engine, right, ours, miniature)
     else:
         assert (comparison.compared, comparison.difference, comparison.unsteady) == (1, math.inf, 0)
         assert comparison.wrong == (
-            f"shared computation gives {ours:.6g} nats, "
+            f"shared computation gives a log-likelihood of {ours:.6g} nats, "
             f"but the changed model gives {right:.6g} nats"
         )
 

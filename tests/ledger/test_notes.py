@@ -99,7 +99,9 @@ def test_files_with_a_wrong_digest_are_refused(metadata):
     schema = TABLE.schema.with_metadata({"tracker": json.dumps(metadata)})
     sink = pa.BufferOutputStream()
     pq.write_table(TABLE.cast(schema), sink)
-    with pytest.raises(ValueError, match=r"^the digest does not match the content$"):
+    with pytest.raises(
+        ValueError, match=r"^the digest in the shard does not match the content of the shard$"
+    ):
         read_shard(sink.getvalue().to_pybytes())
 
 

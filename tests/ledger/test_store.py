@@ -239,7 +239,7 @@ class TestLedger:
             (
                 LEDGER_FORMAT - 1,
                 "Read the results with the older version of tracker",
-                "that wrote the results, or choose another folder with --results.",
+                "that wrote the results. With --results you can choose another results folder.",
             ),
         ],
     )

@@ -38,7 +38,7 @@ def test_an_identity_under_the_key_of_another_is_refused(cell):
     other = cell.identity.model_copy(update={"key": "0" * 64})
     assert CellIdentity.read(cell.identity.to_note()) == cell.identity
     with pytest.raises(
-        ValueError, match=r"^the key does not match the model and benchmark in the file$"
+        ValueError, match=r"^the cell's key does not fit the model and benchmark in cell.json$"
     ):
         CellIdentity.read(other.to_note())
 

@@ -235,7 +235,7 @@ def test_the_csv_of_a_table_holds_exact_figures(drawn, board):
     for row, standing in zip(read_csv(drawn, BOARD), board.parts, strict=True):
         for end, rank in (("low", standing.rank.low), ("high", standing.rank.high)):
             assert row[f"rank, 95 % confidence for all: {end}"] == str(rank or "")
-        relevance = "mean relevance (95 % interval of each row)"
+        relevance = "mean accuracy relevance (95 % interval of each table row)"
         assert float(row[relevance]) == standing.relevance.value
         assert float(row[f"{relevance}: low"]) == standing.relevance.low
         assert float(row[f"{relevance}: high"]) == standing.relevance.high

@@ -134,7 +134,7 @@ def test_different_quantities_have_no_mean():
     board = layer_board([accuracy, choice])
     assert board.cells == (accuracy,)
     assert [*board.left_out.values()] == [
-        "choice_probability cannot be averaged with the accuracy of other benchmarks"
+        "the mean over benchmarks cannot combine accuracy with the metric choice_probability"
     ]
     assert "on arc_easy falls" in layers_answer(board.claims)
 

@@ -138,8 +138,8 @@ def test_documents_that_kill_their_threadsfail_their_cell_alone(shared, error):
     assert cells.measure(kill_worker) == 1 + MAX_DEATHS
     assert len(deaths) == MAX_DEATHS
     assert str(cells.outcomes["arc_easy"]) == (
-        f"{MAX_DEATHS} workers died while measuring the same documents of arc_easy; reason of the "
-        "last death: out of memory"
+        f"{MAX_DEATHS} workers died while measuring one block of documents of arc_easy; reason "
+        "of the last death: out of memory"
     )
     assert "worker 1 died; its unfinished work is done again (out of memory)" in cells.heard.lines
     assert len(cells.store("arc_challenge").read()) == DOCUMENTS * 5

@@ -20,7 +20,7 @@ from tracker.tracking.base import RemoteCell, Target
 
 (CELL,) = (Path(__file__).parents[1] / "ledger" / "kept" / "cells").iterdir()
 KEY = json.loads((CELL / "cell.json").read_text())["key"]
-OTHER_KEY = "the key does not match the model and benchmark in the file"
+OTHER_KEY = "the cell's key does not fit the model and benchmark in cell.json"
 
 
 class Project:

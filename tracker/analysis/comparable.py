@@ -236,13 +236,13 @@ def select_ranked_cells(
     counted_cells = [cell for cell in usable if best[cell.benchmark.name] is cell]
     # Different quantities have no mean; accuracy comes first if both are as frequent.
     levels = Counter(metric_format(cell).level for cell in counted_cells)
-    level = max(levels, key=lambda name: (levels[name], name == "accuracy"), default="")
+    quantity = max(levels, key=lambda name: (levels[name], name == "accuracy"), default="")
     for cell in counted_cells:
-        if metric_format(cell).level != level:
+        if metric_format(cell).level != quantity:
             left_out[labels[id(cell)]] = (
-                f"{cell.metric} cannot be averaged with the {level} of other benchmarks"
+                f"the mean over benchmarks cannot combine {quantity} with the metric {cell.metric}"
             )
-    return [cell for cell in counted_cells if metric_format(cell).level == level], left_out
+    return [cell for cell in counted_cells if metric_format(cell).level == quantity], left_out
 
 
 def cell_preference(cell: CellRecord, select: RunSelector = _WHOLE_LAYERS) -> tuple[int, ...]:

@@ -240,10 +240,9 @@ def _calibration_text(store: CellStore, view: View, shards: list[dict[str, Any]]
         documents = text["documents"]
         count = sum(map(len, documents.values()))
         n_common = sum(len({*docs} & {*requested[task]}) for task, docs in documents.items())
-        overlap = f"{n_common:,} of these" if n_common else "none of these"
         sentences.append(
-            f"{text['tokens']:,} tokens of the last {count:,} documents in the random order; the "
-            f"measurement includes {overlap} documents"
+            f"{text['tokens']:,} tokens of the last {count:,} documents in the random order; "
+            f"{n_common:,} of the last {count:,} documents are also measured"
         )
     return "; ".join(sentences) or None
 

@@ -29,14 +29,14 @@ from tracker.stats.decisions import rounding_shift
 
 Aggregate = Callable[[str, Sequence[float | str]], float | None]
 ONE_LOOK_REASON = (
-    "the formula assumes a fixed number of documents, but the measurement stopped early"
+    "intervals and p-values assume a fixed number of documents, but the measurement stopped early"
 )
 """Reason why a cell with a stopping rule lacks an interval or a p-value."""
 
 _NOT_FINITE = "in the intact model, a token's hidden state is zero or not finite"
 WHOLE_LAYERS_REASON = "this value is measured only for the removal of a single whole layer"
 _NO_GRADIENT = "a gradient is not finite"
-_OTHER_KIND = "this value is not measured for this kind of change"
+_OTHER_KIND = "the proxy is not defined for the measured kind of change to the model"
 _NEVER_ROUTED = "no token of these documents is routed to this expert"
 _NOT_SEPARABLE = "the expert's output is not finite, or not separable from other experts' outputs"
 _NO_EFFECT = (

@@ -102,13 +102,11 @@ def locate_corpus(spec: BenchmarkSpec) -> _CorpusLocation:
             f"{spec.benchmark!r} sets the maximum number of tokens to 0; write at least 1"
         )
     for setting, reason in (
-        ("num_fewshot", "has no few-shot examples"),
-        ("apply_chat_template", "is read without a chat template"),
+        ("num_fewshot", "plain text has no few-shot examples"),
+        ("apply_chat_template", "tracker reads plain text without a chat template"),
     ):
         if value := getattr(spec, setting):
-            raise BenchmarkError(
-                f"{spec.benchmark} is plain text, which {reason}; leave {setting} out (got {value})"
-            )
+            raise BenchmarkError(f"{spec.benchmark}: {reason}; leave {setting} out (got {value})")
     try:
         path = Path(name).expanduser()
         is_file = path.is_file()

@@ -40,9 +40,10 @@ def task_file(benchmark: str) -> Path | None:
 def check_own_tasks(spec: BenchmarkSpec) -> bool:
     """Check that the user's task files exist; return whether they define the benchmark."""
     for folder in include_folders(spec):
+        if folder.is_file():
+            raise BenchmarkError(f"include_path: {folder} is a file; name the folder of the file")
         if not folder.is_dir():
-            problem = "is a file; name its folder" if folder.is_file() else "does not exist"
-            raise BenchmarkError(f"include_path: {folder} {problem}")
+            raise BenchmarkError(f"include_path: {folder} does not exist")
     file = task_file(spec.benchmark)
     if file is not None:
         if not file.is_file():

@@ -530,15 +530,15 @@ def check_finite(ctx: click.Context, param: click.Parameter, value: float | None
     return value
 
 
-def publish_option(subject: str) -> Callable[[F], F]:
+def publish_option(purpose: str) -> Callable[[F], F]:
     """Build a decorator that adds the option --publish.
 
-    `subject` is a noun for the help text, such as "the page".
+    `purpose` is the first part of the help text.
     """
     return click.option(
         "--publish",
         multiple=True,
         metavar="TARGET",
-        help=f"Tracking project that receives {subject}: mlflow[:PROJECT] or "
+        help=f"{purpose}: mlflow[:PROJECT] or "
         "wandb[:ENTITY/PROJECT] (default: the experiment's project). May be given several times.",
     )

@@ -148,7 +148,7 @@ def print_results(cells: Sequence[CellRecord]) -> None:
         level = cell.chance_accuracy
         return formats.DASH if level is None else f"{formats.metric_format(cell).write(level)} %"
 
-    def rank_correlation(cell: CellRecord) -> str:
+    def spearman(cell: CellRecord) -> str:
         agreement = find_correlation(cell) if cell.whole_layers else None
         return formats.DASH if agreement is None else wording.short_correlation(agreement)
 
@@ -158,7 +158,7 @@ def print_results(cells: Sequence[CellRecord]) -> None:
         Column("documents", "count", lambda cell: cell.counted),
         Column("intact model (95 % interval)", "count", baseline),
         Column("guessing", "count", chance),
-        Column("Spearman, cosine score (95 % interval over documents)", "count", rank_correlation),
+        Column("Spearman, cosine score and drop (95 % interval over documents)", "count", spearman),
     )
     echo()
     print_table(build_table("", columns, cells))
@@ -449,7 +449,7 @@ def print_search_plan(
         if row.naive_flops is None:
             return Estimate(None, reason="lm-eval computes no proxies")
         if not row.flops:
-            return Estimate(None, reason="all measurements are part of the rows above")
+            return Estimate(None, reason="the search only reuses results of earlier table rows")
         return f"{row.naive_flops / row.flops:.1f} × less work than one lm-eval run per layer"
 
     def seconds(row: PlannedSearch) -> float:

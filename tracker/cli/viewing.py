@@ -58,7 +58,7 @@ class ReportOptions(CommandOptions):
 @main.command()
 @sources_argument
 @add_options(ReportOptions, "form", "output")
-@publish_option("the report (as a separate run)")
+@publish_option("Tracking project that receives the report as a run of its own")
 @documents_option
 @results_option
 def report(sources: tuple[str, ...], **settings: Any) -> None:
@@ -89,7 +89,7 @@ def report(sources: tuple[str, ...], **settings: Any) -> None:
 
 @main.command()
 @sources_argument
-@publish_option("the table and its page")
+@publish_option("Tracking project that receives the table and its page")
 @results_option
 def leaderboard(sources: tuple[str, ...], **settings: Any) -> None:
     """Rank the layers of each model, and the models.

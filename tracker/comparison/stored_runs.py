@@ -118,7 +118,7 @@ def _read_cell(store: CellStore, source: str, ablation: Ablation) -> BenchmarkAn
     frame = store.read_documents(ALL_DOCUMENTS)
     rows = frame[frame["ablation"] == ablation.name].sort_values(_DOCUMENT, ignore_index=True)
     if rows.empty:
-        raise _no_such_run(source, store.folder.name, frame)
+        raise _no_such_run(f"{source}: {store.folder.name}", ablation, frame)
     benchmark = store.identity.benchmark
     task = benchmark.tasks[0]
     documents = pd.MultiIndex.from_frame(rows[_DOCUMENT])
@@ -166,7 +166,8 @@ def _read_records(
     frame = frame[(frame["key"] == key) & (frame["change"] != "missing")]
     rows = frame if ablation == INTACT else frame[frame["ablation"] == ablation.name]
     if rows.empty:
-        raise _no_such_run(source, folder_name(records[0].model.name, benchmark.name, key), frame)
+        cell = folder_name(records[0].model.name, benchmark.name, key)
+        raise _no_such_run(f"{source}: {cell}", ablation, frame)
     if ablation == INTACT:
         rows = rows.assign(**{name: rows[f"{name}_intact"] for name in ("choice", "text", "score")})
     rows = rows.drop_duplicates([*_DOCUMENT, "metric"]).astype({"gold": float, "choice": float})
@@ -182,9 +183,9 @@ def _read_records(
     return BenchmarkAnswers(table, higher, settings, benchmark.weight_by_size)
 
 
-def _no_such_run(source: str, cell: str, frame: pd.DataFrame) -> RequestError:
-    names = [INTACT_WORD, *sorted({*frame["ablation"]} - {INTACT.name})[:5]]
-    return RequestError(f"{source}: {cell} has no such run; write e.g. {', '.join(names)}")
+def _no_such_run(cell: str, ablation: Ablation, frame: pd.DataFrame) -> RequestError:
+    ablations = ", ".join([INTACT_WORD, *sorted({*frame["ablation"]} - {INTACT.name})[:5]])
+    return RequestError(f"{cell} has no results for {ablation.name}; write e.g. {ablations}")
 
 
 def _answer_settings(benchmark: BenchmarkIdentity) -> dict[str, str]:

@@ -225,7 +225,7 @@ def _gap_notes(
             lacking = [n for n in names if (other.name, benchmark, n) not in compared]
             if lacking or not (names or metrics):
                 text = ", ".join(lacking) or (
-                    "the other model has no metric that is a mean over documents"
+                    f"{models[0].name} has no metric that is a mean over documents"
                 )
                 yield f"{benchmark} of {other.name} is not compared: {text}"
     for case, docs in unmatched.items():

@@ -67,11 +67,10 @@ RECIPES: dict[str, Recipe] = {
         "sh",
     ),
     WINDOWS_RECIPE: Recipe(
-        "llama.cpp infers from a layer's index whether the layer has a sliding window, but the "
-        "windows of this model do not repeat with the period of the base model. The GGUF file "
-        "above and any file that convert_hf_to_gguf.py writes are therefore wrong models. A right "
-        "file must list the layers with a window (llama.cpp b11739 reads the list). This program "
-        "writes the list:",
+        "llama.cpp infers from a layer's index whether the layer has a sliding window, and infers "
+        "wrongly for this model. Do not use a GGUF file of this model that llama-quantize or "
+        "convert_hf_to_gguf.py wrote. A right GGUF file lists the layers with a window, and "
+        "llama.cpp b11739 reads the list. This program adds the list to a GGUF file:",
         "python",
     ),
     "llm-compressor": Recipe("llm-compressor, as its recipe:", "yaml"),

@@ -116,12 +116,13 @@ def _refuse_sublayers(component: Component, layers: Sequence[int]) -> None:
     if component == "layer":
         return
     sublayers = "attentions" if component == "attention" else "MLPs"
+    lines = card.skip_lists(component, layers)
     raise RequestError(
-        f"plain transformers cannot load a checkpoint without some {sublayers}: its classes give "
-        "every layer an attention and an MLP. Export whole layers (--remove), or use the model "
-        "classes of LLM-Drop (https://github.com/CASE-Lab-UMD/LLM-Drop). These classes read from "
-        f"config.json:\n{card.skip_lists(component, layers)}\nvLLM loads such models as "
-        "nemotron-nas, with no_op in a layer's block_configs."
+        f"plain transformers cannot load a checkpoint without some {sublayers}. Export whole "
+        "layers (--remove), or use the model classes of LLM-Drop "
+        "(https://github.com/CASE-Lab-UMD/LLM-Drop). LLM-Drop reads these lines from config.json:"
+        f"\n{lines}\nvLLM loads a model without some {sublayers} as nemotron-nas, with no_op in a "
+        "layer's block_configs."
     )
 
 

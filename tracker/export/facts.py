@@ -204,8 +204,8 @@ class ModelChange:
             counts = join_words([f"{count} to {name}" for name, count in formats.most_common()])
             return f"the weights of {count_text(formats.total(), 'unit')} are rounded: {counts}"
         if self.ablation.parts:
-            remaining = "remaining layer" if self.ablation.removed() else "layer"
-            return f"{self.parts_text} are removed, equally many from each {remaining}"
+            layer = "remaining layer" if self.ablation.removed() else "layer"
+            return f"{self.parts_text} are removed, an equal number from each {layer}"
         layers = self.ablation.removed()
         subject = "layers {} are" if len(layers) > 1 else "layer {} is"
         return f"{subject.format(', '.join(map(str, layers)))} removed"
@@ -293,10 +293,11 @@ class ExportedModel:
 
         Without known figures, the heading states the reason.
         """
+        hardware = reason = self.speed_on
         if not self.serving:
-            return f"Speed and memory are not known: {self.speed_on}"
+            return f"Speed and memory are not known: {reason}"
         tool = "Speed and memory with plain transformers" if self.gguf is None else "Speed"
-        return f"{tool} ({self.speed_on}):"
+        return f"{tool} ({hardware}):"
 
     def figures(self) -> dict[str, float]:
         """Return sizes, speeds and metrics of both models by name, e.g. `base/parameters`."""

@@ -91,7 +91,7 @@ def write_gguf(
     names = gguf_tensors(model.formats, architecture, model.before.layers)
     types = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
     if not names or not names.keys() <= types.keys():
-        raise WorkError(f"{base} has no matching tensor for some of the weights")
+        raise WorkError(f"the file {base} lacks tensors for rounded weights of the saved model")
     rows = {tensor.name: int(tensor.shape[0]) for tensor in reader.tensors}
     for name, form in names.items():
         types[name] = getattr(FORMATS[form].for_rows(rows[name]), "label", form)

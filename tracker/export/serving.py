@@ -68,8 +68,8 @@ class ServingFigure:
             return speeds
         if self.ratio is None:
             return f"{speeds}; other work on the machine disturbed the comparison of the speeds"
-        median, low, high = self.ratio
-        return f"{speeds}; {median:.2f} times as fast ({low:.2f} to {high:.2f})"
+        ratio = "the saved model is {:.2f} times as fast as the base model ({:.2f} to {:.2f})"
+        return f"{speeds}; {ratio.format(*self.ratio)}"
 
 
 def measure_serving(

@@ -96,7 +96,7 @@ def read_shard(content: bytes, columns: Sequence[str] | None = None) -> Shard:
         file = pq.ParquetFile(pa.BufferReader(content))
         metadata = dict(json.loads((file.metadata.metadata or {})[b"tracker"]))
         if not digests or digests[-1].decode() != digest:
-            raise ValueError("the digest does not match the content")
+            raise ValueError("the digest in the shard does not match the content of the shard")
         table = file.read(columns=columns)
     except ValueError:
         raise

@@ -318,7 +318,8 @@ class Ledger:
             raise ResultsError(message) from None
         if problem := version_problem(number):
             raise ResultsError(
-                f"the folder {self.root} {problem}, or choose another folder with --results."
+                f"tracker cannot use the results folder {self.root}: it {problem}. "
+                "With --results you can choose another results folder."
             )
         return True
 

@@ -103,7 +103,7 @@ class CellIdentity(Record):
         """Parse the text of a `cell.json`; raise ValueError if the text is damaged."""
         identity = cls.model_validate(parse_note(text))
         if cell_key(identity.model, identity.benchmark) != identity.key:
-            raise ValueError("the key does not match the model and benchmark in the file")
+            raise ValueError("the cell's key does not fit the model and benchmark in cell.json")
         return identity
 
     def to_note(self) -> str:

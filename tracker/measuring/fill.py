@@ -63,11 +63,11 @@ def refuse_changed_tokens(store: CellStore, facts: CellFacts, progress: Progress
     undigested = map(json.loads, frame[PROVENANCE_COLUMN][frame[DIGEST_COLUMN].isna()].unique())
     versions = {tokeniser_differences(stored, provenance) for stored in undigested}
     if versions := versions - {SAME_VERSIONS}:
+        old, new = "; ".join(sorted(versions)), tokeniser_differences(provenance, {})
         progress.say(
-            f"{store.identity.benchmark.title}: the stored results "
-            f"({'; '.join(sorted(versions))}) do not record how texts were tokenised. If "
-            f"{tokeniser_differences(provenance, {})} tokenise texts differently, the new results "
-            "do not match the stored results. To be safe, choose another folder with --results"
+            f"{store.identity.benchmark.title}: the stored results (from {old}) do not record how "
+            f"texts were tokenised. The new results (from {new}) may come from other tokens than "
+            "the stored results. To be safe, choose another folder with --results"
         )
 
 
@@ -78,15 +78,14 @@ def _tokens_error(subject: str, stored: Mapping[str, str], current: Mapping[str,
     """
     old, new = tokeniser_differences(stored, current), tokeniser_differences(current, stored)
     advice = (
-        ". A possible cause is a chat template that inserts the current date; to fix this, set the "
-        "date in chat_template_args. Another possible cause is model code that was not run; to run "
-        "the code, add --trust-remote-code"
+        "Tokens can change with a chat template that inserts the current date; to keep the tokens, "
+        "set the date in chat_template_args. Tokens can also change with model code that was not "
+        "run; to run the code, add --trust-remote-code. "
     )
     return CellError(
         f"{subject} is now tokenised differently ({new}) than in the stored results ({old}), so no "
-        "results were added. "
-        "Restore the former versions and settings, or choose another results folder with "
-        f"--results{advice * (old == SAME_VERSIONS)}"
+        f"results were added. {advice * (old == SAME_VERSIONS)}"
+        "Restore the former versions and settings, or choose another results folder with --results"
     )
 
 

@@ -297,9 +297,9 @@ def check_documents(requests: Sequence[CellRequest], progress: Progress) -> list
     local_requests = (request for request in requests if request.benchmark not in hub_specs)
     for _ in open_benchmarks(local_requests, progress):
         pass
-    names = dict.fromkeys(hub_specs.values())
-    if not names:
+    benchmarks = ", ".join(dict.fromkeys(hub_specs.values()))
+    if not benchmarks:
         return []
     return [
-        f"the documents and metrics of {', '.join(names)}, which tracker plan reads from the hub"
+        f"documents and metrics of {benchmarks} are on the hub; type tracker plan to check them"
     ]

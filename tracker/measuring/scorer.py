@@ -46,7 +46,7 @@ SampledTexts = tuple[GeneratedText, ...]
 CHECKED_TOKENS = 16
 """Number of tokens that the check of generation generates under each ablation."""
 _LESS_SHARING = "measured with less sharing: "
-_ROUNDING_ADVICE = ". The report says how many documents this affects; --dtype float32 avoids it"
+_FLOAT32_ADVICE = "The report counts documents with rounding errors; --dtype float32 avoids errors"
 ROUNDING_DRAWS = 8
 """Number of times that a text is generated again with embeddings perturbed by rounding."""
 
@@ -191,7 +191,7 @@ def checked_scorer(
     notes = [_LESS_SHARING + result.sharing_note] if result.sharing_note else []
     notes += [result.checkpoint_note] if result.checkpoint_note else []
     if result.unsteady_note:
-        advice = _ROUNDING_ADVICE if result.engine.loaded.identity.is_half else ""
+        advice = f". {_FLOAT32_ADVICE}" if result.engine.loaded.identity.is_half else ""
         notes.append(f"{result.unsteady_note}{advice}")
     prompts = [document.prompt for document in documents if document.prompt is not None]
     scorer = Scorer(result.engine, checkpoint_note=result.checkpoint_note)

@@ -337,7 +337,7 @@ def _find_local(source: str) -> ModelSource | None:
     if path.is_dir() and source.strip():
         folder = path.resolve()
         if not (folder / "config.json").is_file():
-            hint = " Name one of its .gguf files." if list(folder.glob("*.gguf")) else ""
+            hint = f" Name a .gguf file in {source}." if list(folder.glob("*.gguf")) else ""
             raise ModelError(f"{source} is not a model: the folder has no config.json.{hint}")
         return ModelSource(source, str(folder))
     if source.startswith(("/", "./", "../", "~")) or source.count("/") > 1:

@@ -279,9 +279,8 @@ def _comparison_text(cell: CellRecord) -> str:
     """Format the number of answers checked against pruned models, and the largest difference."""
     if cell.compared_difference is None:
         return "nothing"
-    return (
-        f"{cell.compared:,} answers; the largest difference is {cell.compared_difference:.1e} nats"
-    )
+    n, largest = cell.compared, cell.compared_difference
+    return f"{n:,} answers; the largest difference from a pruned model is {largest:.1e} nats"
 
 
 def _split_text(task: TaskIdentity) -> str:

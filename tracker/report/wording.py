@@ -262,7 +262,7 @@ def _changes_text(cells: Sequence[CellRecord]) -> str:
         "each group of neurons": "neuron" in components,
         "each layer’s shared expert": "shared_expert" in components,
         "each span of layers": "layer" in span_components,
-        "the attention or MLP of each span of layers": bool(span_components - {"layer"}),
+        "each span of attentions or MLPs": bool(span_components - {"layer"}),
     }
     removed_text = join_words([words for words, is_present in phrases.items() if is_present])
     replacements = join_words(

@@ -132,7 +132,7 @@ def _download_cell(backend: Backend, cell: RemoteCell, root: Path) -> None:
                 raise TrackingError(f"it {reason}")
             identity = CellIdentity.read((folder / "cell.json").read_bytes())
             if identity.key != cell.key.partition("/")[0]:
-                raise ValueError("the key does not match the model and benchmark in the file")
+                raise ValueError("the cell's key does not fit the model and benchmark in cell.json")
             name = folder_name(identity.model.name, identity.benchmark.name, identity.key)
             store = CellStore(root / "cells" / name, identity)
             view_request = store.views.read(view_text)

@@ -178,7 +178,7 @@ def _expert_outputs(linear: LinearMap, weight: Tensor, start: int, *call: Any) -
     if not integer_tables((*args, *kwargs.values())):
         raise CellError(
             f"the inputs of {type(linear.module).__name__} do not name the experts of each token, "
-            "so no output of a single expert can be computed; do not measure these rounding errors"
+            "so no single expert's output can be computed; do not measure experts' rounding errors"
         )
     expert_weight = linear.to_module_layout(weight, linear.parameter)
     modules = linear.module, copy_with_weights(linear.module, {linear.name: expert_weight})

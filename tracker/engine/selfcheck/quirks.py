@@ -243,7 +243,7 @@ MAX_LAYERS_NAMED = 3
 _ITSELF = "the intact model computes different logits after it is saved and loaded"
 _OTHER = "the changed model cannot be described by a configuration"
 _NOT = "the model does not run without these layers"
-_COMPUTED = "loading the model computes values that a copy in memory lacks"
+_COMPUTED = "the model computes some values during loading, and a copy in memory lacks the values"
 
 
 @dataclass(frozen=True)
@@ -328,8 +328,8 @@ def find_removed_model(
         ablation_name, outputs = _describe_ablation(mismatches[0]), results[mismatches[0]]
         reason = outputs.refusal or outputs.unsaved
         raise CellError(
-            f"{name} cannot be measured {ablation_name} ({reason}); remove the layer from the "
-            "setting 'layer'"
+            f"the change '{ablation_name}' of the model {name} cannot be measured ({reason}); "
+            "remove the layer from the setting 'layer'"
         )
     note = _describe_unsaved(results)
     verdict = replace(verdict, in_place=in_place, as_loaded=as_loaded, checkpoint_note=note)
@@ -435,7 +435,7 @@ def _is_mismatch(engine: Engine, ablation: Ablation, outputs: _Outputs) -> bool:
 def _describe_unsaved(results: Mapping[Ablation, _Outputs]) -> str | None:
     """Describe for users which ablations cannot be saved as a checkpoint; None if none."""
     clauses = []
-    for repeats, all_phrase, model in (
+    for repeats, all_phrase, measured_model in (
         (False, "with removed layers", "the model with skipped layers"),
         (True, "with repeated layers", "the model changed in memory"),
     ):
@@ -450,7 +450,7 @@ def _describe_unsaved(results: Mapping[Ablation, _Outputs]) -> str | None:
         reason = results[unsaved[0]].unsaved
         clauses.append(
             f"a model {description} cannot be saved as a usable checkpoint ({reason}), so tracker "
-            f"measures {model}"
+            f"measures {measured_model} instead of a checkpoint"
         )
     return "; ".join(clauses) or None
 

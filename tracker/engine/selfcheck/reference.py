@@ -175,8 +175,10 @@ class Reference:
             return Comparison(1, difference)
         if self.is_unsteady(ablation, request, difference / MAX_ROUNDING_FACTOR):
             return Comparison(1, difference, 1)
-        ours = f"shared computation gives {value:.6g} nats"
-        message = f"{ours}, but the changed model gives {expected:.6g} nats"
+        message = (
+            f"shared computation gives a log-likelihood of {value:.6g} nats, "
+            f"but the changed model gives {expected:.6g} nats"
+        )
         return Comparison(1, difference, wrong=message)
 
 

@@ -219,7 +219,7 @@ class WorkerPool:
                 return
             activity = "opening the cell"
             if block is not None:
-                activity = f"measuring the same documents of {block.task}"
+                activity = f"measuring one block of documents of {block.task}"
             error = CellError(
                 f"{limit} workers died while {activity}; reason of the last death: {reason}"
             )

@@ -129,7 +129,7 @@ def _verify_sublayers(finder: PartFinder, sublayers: Sequence[Sublayers]) -> Non
     with hooks.silenced_sublayers(mlps):
         if not measure_effect() > tolerance:
             raise _division_error(
-                model, layers[0], "tokens do not affect each other if the MLP is removed"
+                model, layers[0], "tokens do not affect each other without the supposed MLP"
             )
 
 

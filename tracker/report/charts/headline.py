@@ -36,10 +36,10 @@ def headline_chart(board: LayerBoard, label: str) -> style.Chart:
     name = "accuracy relevance"
     cost_hovers = [
         estimate_hover(
-            f"layer {layer} · mean over {n_benchmarks} · {claims.word(layer)}",
+            f"layer {layer}: {verdict} (mean over {n_benchmarks})",
             *(name, cost, two_digits),
         )
-        for layer, cost in zip(layers, costs, strict=True)
+        for layer, verdict, cost in zip(layers, map(claims.word, layers), costs, strict=True)
     ]
     score_hovers = [
         f"layer {layer}<br>cosine score "

@@ -117,12 +117,12 @@ def _describe_rows(kinds: Sequence[Change]) -> tuple[str, str]:
     """Describe the rows of a heat map in two texts: for the title, and for the axis."""
     kind = kinds[0]
     if kind.map is not None:
-        return f"layer and linear map, with weights in {kind.intervention}", "linear map"
+        return f"layer and linear map (weights rounded to {kind.intervention})", "linear map"
     if kind.number is not None:
         return f"layer and {kind.component}", kind.component
     if kind.intervention == "repeat":
         times = "again" if kind.repeats == 2 else f"{kind.repeats} times"
-        title = f"first repeated layer and number of layers computed {times}"
+        title = f"first repeated layer and number of repeated layers ({kind.repeats} passes)"
         return title, f"layers computed {times}"
     parts = "layers" if kind.component == "layer" else f"layers’ {kind.component}"
     return f"first removed layer and number of removed {parts}", "layers"

@@ -124,7 +124,8 @@ def decision_table(cell: CellRecord, decisions: DecisionsRecord) -> Table:
     if decisions.cut is not None:
         notes.append(
             "Texts cut off: share of generated texts that the token limit ended. Lost by cutting: "
-            "number of lost documents with more texts cut off than the intact model has."
+            "number of documents that lose their right answer, and whose texts the token limit "
+            "ends more often than in the intact model."
         )
     if "margin" in decisions.reasons:
         notes.append(f"Margins: {reason}.")
