@@ -240,9 +240,10 @@ def _calibration_text(store: CellStore, view: View, shards: list[dict[str, Any]]
         documents = text["documents"]
         count = sum(map(len, documents.values()))
         n_common = sum(len({*docs} & {*requested[task]}) for task, docs in documents.items())
+        common = f"{n_common:,} of these documents" if n_common else "none of these documents"
         sentences.append(
             f"{text['tokens']:,} tokens of the last {count:,} documents in the random order; "
-            f"{n_common:,} of the last {count:,} documents are also measured"
+            f"{common} are also measured"
         )
     return "; ".join(sentences) or None
 

@@ -41,11 +41,11 @@ if TYPE_CHECKING:
 LAYER_COUNT = 5
 READ, RECALL, WHISPER, AMPLIFY, SPEAK = range(LAYER_COUNT)
 LAYER_ROLES = (
-    "layer 0 of the model computes, at each token, a vector that identifies the text so far",
-    "layer 1 looks up a vector for the next token; layer 4 of the model sets the vector's sign",
-    "layer 2 adds a tiny number to every hidden state; layers 3 and 4 of the model use the number",
-    "layer 3 detects and amplifies the tiny number that layer 2 of the model adds",
-    "layer 4 predicts the intended next token, or an unintended token if layer 2 is removed",
+    "the layer computes, at each token, a vector that identifies the text so far",
+    "the layer looks up a vector for the next token; layer 4 sets the vector's sign",
+    "the layer adds a tiny number to every hidden state; layers 3 and 4 use the number",
+    "the layer detects and amplifies the tiny number that layer 2 adds",
+    "the layer predicts the intended next token, or another token if layer 2 is removed",
 )
 MIN_EPSILON, MAX_EPSILON = 1e-9, 0.3
 """Bounds of ε. Below, 1 - ε in float64 is not exact to 1e-6; above, ε is not the lowest score."""

@@ -304,7 +304,7 @@ def lost_document_map(cell: CellRecord, decisions: DecisionsRecord) -> style.Cha
     n_left_out = len(decisions.compared) - len(layers)
     title = f"{cell.title}: correlation of the errors that the removals of two layers cause"
     if n_left_out:
-        title += f"; layers not shown: {n_left_out} (removal causes no errors, or only errors)"
+        title += f"; layers not shown: {n_left_out} (no answer becomes wrong, or every answer)"
     axis = {"type": "category", "showgrid": False, "ticks": "", "tickangle": 0}
     axis |= {"tickfont": {"size": 9}}
     chart = centred_map(

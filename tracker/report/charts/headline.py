@@ -36,7 +36,7 @@ def headline_chart(board: LayerBoard, label: str) -> style.Chart:
     name = "accuracy relevance"
     cost_hovers = [
         estimate_hover(
-            f"layer {layer}: {verdict} (mean over {n_benchmarks})",
+            f"layer {layer}, mean over {n_benchmarks}: {verdict}",
             *(name, cost, two_digits),
         )
         for layer, verdict, cost in zip(layers, map(claims.word, layers), costs, strict=True)

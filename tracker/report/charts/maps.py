@@ -122,7 +122,7 @@ def _describe_rows(kinds: Sequence[Change]) -> tuple[str, str]:
         return f"layer and {kind.component}", kind.component
     if kind.intervention == "repeat":
         times = "again" if kind.repeats == 2 else f"{kind.repeats} times"
-        title = f"first repeated layer and number of repeated layers ({kind.repeats} passes)"
+        title = f"first repeated layer and number of layers computed {times}"
         return title, f"layers computed {times}"
     parts = "layers" if kind.component == "layer" else f"layers’ {kind.component}"
     return f"first removed layer and number of removed {parts}", "layers"
