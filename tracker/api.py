@@ -235,7 +235,7 @@ def run(
         executor: Name of the executor: `local` (this machine), `ray` or `slurm`.
         slurm: Parameters of each SLURM job, named as in submitit, e.g. `{"partition": "gpu"}`.
         **settings: Options in `RunKeywords` (results folder, backends, device, …), and keys of the
-            experiment file (model, benchmark, sample, …). They override the same keys of a file or
+            experiment file (model, benchmark, sample, …). Keywords override equal keys of a file or
             dict.
 
     Returns:
@@ -354,10 +354,11 @@ def quantise(
 
     Args:
         experiment: YAML file, dict or model that defines the experiment, as for `run`.
-        budget: Limit on the bits of the weights, e.g. `4.5bpw`, `80 MB` or `25 % bytes`. Required
-            without `max_drop` or `keep_accuracy`; with them, the smallest size that is tried.
-        max_drop: Largest loss of accuracy, e.g. `2pp`. The smallest model that test documents show
-            to be within it is recommended.
+        budget: Limit on the bits of the weights, e.g. `4.5bpw`, `80 MB` or `25 % bytes`. If
+            `max_drop` or `keep_accuracy` is given, `budget` is optional: the smallest size that is
+            tried.
+        max_drop: Largest loss of accuracy, e.g. `2pp`. The smallest model is recommended whose loss
+            on test documents is significantly within this limit.
         keep_accuracy: Smallest share of the intact model's accuracy, e.g. `95%`, instead of
             `max_drop`.
         format: Allowed weight formats; None for the formats in llama.cpp's own mixtures.
@@ -371,7 +372,7 @@ def quantise(
         refine: Maximum number of rounds that improve the choice by swapping formats. Not used with
             `max_drop` or `keep_accuracy`.
         pairs: Number of random pairs of linear maps or layers that are quantised together, to test
-            whether their losses add up.
+            whether the losses of both add up.
         output: Folder in which the recommended model is saved; None to save no folder.
         gguf: GGUF file that llama.cpp writes of the recommended model; None to write no file.
         tokenizer: Tokenizer of a model object, as for `run`.
@@ -546,7 +547,7 @@ class Plan:
     Attributes:
         cells: Cost for each model and benchmark: documents, tokens, layer passes, FLOPs, memory.
         searches: Cost of each search; empty if the experiment requests no searches.
-        tests: Cost of evaluating the chosen layers, for each set of documents.
+        tests: Cost of testing the layers that searches choose, for each set of test documents.
     """
 
     cells: tuple[PlannedCell, ...] = ()
@@ -623,7 +624,7 @@ def plan(
 
     Args:
         experiment: YAML file, dict or model that defines the experiment, as for `run` and `prune`.
-        results: Results folder. Outcomes that are stored there reduce the cost.
+        results: Results folder. Outcomes in the results folder need no new measurement.
         trust_remote_code: Whether code that comes with a downloaded model is allowed to run.
         progress: Listener that receives a message about each step.
         **settings: Keys of the experiment file, as for `run` and `prune`.
@@ -789,7 +790,8 @@ def report(
         form: Format of the report: `html` for the page, one of
             `tracker.report.export.REPORT_FORMATS`, `every_eval_ever` or `dataset`.
         output: Path to write: a file for `html`, `md` and `tex`, and a folder for other formats.
-            The default is a path in the source folder or the working folder.
+            None writes to the source folder, or to the working folder if there is no single source
+            folder.
         publish: Tracking projects to which the page is published, as `BACKEND` or
             `BACKEND:PROJECT`.
         publish_documents: Whether document texts from a folder or a corpus are published too. Texts
@@ -801,7 +803,8 @@ def report(
         Results with the records of all measurements, the written files, and errors.
 
     Raises:
-        RequestError: A source or a target is invalid, or no source contains a measurement.
+        RequestError: A source or a project in `publish` is invalid, or no source contains a
+            measurement.
         TrackingError: No source could be read.
 
     Example:
@@ -834,7 +837,8 @@ def leaderboard(
         Results with the ranking (table `layer_leaderboard`) and all errors.
 
     Raises:
-        RequestError: A source or a target is invalid, or no source contains a measurement.
+        RequestError: A source or a project in `publish` is invalid, or no source contains a
+            measurement.
         TrackingError: No source could be read.
 
     Example:
@@ -893,7 +897,7 @@ def profile(
         progress: Listener that receives the progress of downloads.
 
     Returns:
-        Results of this model only.
+        The results of `model`.
 
     Raises:
         RequestError: A source is invalid, or no source contains the model.
@@ -920,7 +924,8 @@ def _read_measurements(
 ) -> Results:
     """Read all measurements of the sources; raise an error if there are none.
 
-    If `reads_outcomes` is true, outcomes that were verified earlier are verified again.
+    `reads_outcomes` is true if the caller shows outcomes of documents. All stored outcomes are then
+    verified again.
     """
     names = [os.fspath(source) for source in sources] or [os.fspath(results)]
     collected = collect_cells(names, progress or Silent(), reads_outcomes)
@@ -942,8 +947,8 @@ def _publish_report(
 ) -> Results:
     """Publish a report about `report_results` to tracking projects.
 
-    Private document texts are published only if `documents` is true. Returns the same results, with
-    the addresses of the published report, errors and notes.
+    Private document texts are published only if `documents` is true. Returns `report_results` with
+    added errors, notes, and addresses of the published report.
     """
     from tracker.team import reports
 
@@ -955,7 +960,7 @@ def _publish_report(
 
 
 def _default_output(sources: Sequence[Where], results: Where, form: str) -> Path:
-    """Return the default path of a report, in the source folder or the working folder."""
+    """Return a report's default path: in the only source folder, else in the working folder."""
     names = list(sources) or [results]
     folder = Path(names[0]) if len(names) == 1 and Path(names[0]).is_dir() else Path()
     return folder / ("report" if form in FOLDER_FORMS else f"report.{form}")

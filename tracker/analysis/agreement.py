@@ -41,8 +41,8 @@ class MisjudgedLayer:
 def cosine_ranks(board: LayerBoard) -> dict[int, int]:
     """Rank layers by cosine score; return layer → rank, where rank 1 is the largest score.
 
-    Only layers with a rank by relevance are ranked. If one of these layers has no cosine score, the
-    dict is empty. Equal scores get the better rank.
+    The dict contains the layers that have a rank by accuracy relevance. The dict is empty if any of
+    these layers has no cosine score. Layers with equal scores share the best of their ranks.
     """
     scores = {standing.layer: standing.cosine_score for standing in board.ranked}
     if not scores or not all(map(is_finite, scores.values())):

@@ -73,7 +73,8 @@ class AlignedOutcomes:
     ) -> AlignedOutcomes:
         """Return a copy that contains only the given documents and runs.
 
-        If `documents` is None, all documents that every given run measured are kept.
+        If `documents` is None, the copy contains all documents on which every given run is
+        measured.
         """
         restricted = copy(self)
         restricted._align(documents, runs)
@@ -146,7 +147,7 @@ class AlignedOutcomes:
     def n_clusters(self) -> float | None:
         """Effective number of clusters; None if all documents are independent.
 
-        The effective number is below the actual number if the clusters' weights are unequal.
+        Clusters with unequal weights count as fewer clusters.
         """
         return None if self._clusters is None else effective_number(self.weights, self.clusters)
 
@@ -162,7 +163,7 @@ class AlignedOutcomes:
 
     @property
     def plain_weights(self) -> Array:
-        """Weight of each document, regardless of its length."""
+        """Weight of each document in means that ignore the documents' lengths."""
         return self._cached(self._document_weights)
 
     def metric_outcomes(self, ablations: Sequence[Ablation]) -> PairedOutcomes:
@@ -238,11 +239,11 @@ class AlignedOutcomes:
         return paired.mean_drops, self.resample(paired.drops, paired.weights)
 
     def comparison_summary(self) -> dict[str, Any]:
-        """Summarise the comparison of responses with those of really pruned models.
+        """Summarise how the engine's responses differ from responses of really pruned models.
 
         The dict contains the number of compared responses (`compared`), the largest difference
         (`compared_difference`) and the number of large differences that rounding explains
-        (`compared_unsteady`). Without compared responses, the dict is empty.
+        (`compared_unsteady`). The dict is empty if no responses were compared.
         """
         if not self._rows:
             return {}
@@ -283,9 +284,9 @@ class AlignedOutcomes:
         return self._measure.reason
 
     def describe_mismatch(self, ablation: Ablation) -> str | None:
-        """Describe how an ablation's software or devices differ from the baseline's.
+        """Describe how software or devices differed between measuring the baseline and an ablation.
 
-        Returns None if the software and the devices are equal.
+        Returns None if software and devices were equal.
         """
         columns = (self.rows(side)[PROVENANCE_COLUMN] for side in (INTACT, ablation))
         counts = {
@@ -343,8 +344,8 @@ class AlignedOutcomes:
     def part_sums(self, column: str, runs: Sequence[Change]) -> Array:
         """Return a proxy column, such as `taylor_sum`, as an array `[documents, runs]`.
 
-        A value is the proxy of the run's changed part, summed over the document's tokens. The value
-        is NaN if the proxy was not observed on the document.
+        Each value is the proxy of the part that a run changes, summed over a document's tokens. The
+        value is NaN if the proxy was not observed on the document.
         """
         unobserved = np.full(len(self.tasks), np.nan)
         tables = (self.rows(self.ablation(run)) for run in runs)
@@ -358,7 +359,7 @@ class AlignedOutcomes:
     def _stored_sums(self, proxy: Proxy) -> list[Array | None]:
         """List a proxy's stored sums for each document, as arrays `[layers]`.
 
-        The item is None if the proxy was not observed on the document.
+        The list contains None for each document on which the proxy was not observed.
         """
         rows = self.rows(INTACT)
         column = rows.get(proxy.column, [None] * len(rows))
@@ -370,7 +371,7 @@ class AlignedOutcomes:
         return weights_by_task(self.tasks, self.identity.benchmark.weight_by_size, units)
 
     def _document_weights(self, _: pd.DataFrame) -> Array:
-        """Compute the weight of each document, regardless of its length."""
+        """Compute the weight of each document in means that ignore the documents' lengths."""
         return weights_by_task(self.tasks, self.identity.benchmark.weight_by_size)
 
     def _cluster_numbers(self, _: pd.DataFrame) -> Array:

@@ -481,7 +481,7 @@ def _unused_settings_reason(
 
 
 def _missing_layers_reason(cell: CellRecord) -> str | None:
-    """Report that layers have no relevance; return None if all layers have one."""
+    """Explain that some layers have no accuracy relevance; return None if all layers have one."""
     layers = {run.change.layer for run in cell.whole_layers if run.accuracy_relevance is not None}
     if layers.issuperset(range(cell.model.layers)):
         return None
@@ -492,10 +492,10 @@ def _missing_layers_reason(cell: CellRecord) -> str | None:
 
 
 def _needed_documents(models: list[list[CellRecord]], relevances: list[Estimate]) -> int | None:
-    """Estimate how many documents are needed to detect a relevance difference of `MODEL_GAP`.
+    """Estimate how many documents would distinguish models by their mean accuracy relevance.
 
-    With the returned number of documents, this difference between two models would be significant
-    for half of the pairs of models. Returns None if enough documents are measured already.
+    With the returned number, a difference of `MODEL_GAP` in relevance would be significant for half
+    of the pairs of models. Returns None if enough documents are measured already.
     """
     half_widths = [(ends[1] - ends[0]) / 2 for estimate in relevances if (ends := estimate.bounds)]
     documents = max(cell.n for cells in models for cell in cells)

@@ -128,8 +128,8 @@ class Claims:
     def small_by_choice(self) -> list[int]:
         """List of the layers whose removal hardly reduces the choice probability.
 
-        The drop is significantly below `SMALL_DROP`. Layers in `costly`, `helpful`, `small`,
-        `less_probable` or `more_probable` are left out.
+        The drop of the choice probability is significantly below `SMALL_DROP`. Layers in `costly`,
+        `helpful`, `small`, `less_probable` or `more_probable` are left out.
         """
         others = {*self.costly, *self.helpful, *self.small, *self.less_probable}
         others |= {*self.more_probable}
@@ -160,10 +160,10 @@ class Claims:
 
     @property
     def missed(self) -> list[int]:
-        """List of the costly layers that a choice by cosine score wrongly leaves out.
+        """List of the costly layers that a selection by highest cosine score wrongly omits.
 
-        A layer is wrongly left out if its removal costs significantly more accuracy than the
-        removal of a layer in `by_cosine`.
+        A layer is wrongly omitted if its removal costs significantly more accuracy than the removal
+        of a layer in `by_cosine`.
         """
         costly, chosen_layers = self.costly, self.by_cosine
         ends = (self.drops[layer].high for layer in chosen_layers if layer not in costly)
@@ -215,8 +215,8 @@ class Claims:
     def next_steps(self) -> list[NextStep]:
         """Suggest how many documents to measure, so that fewer layers stay undecided.
 
-        With a suggested number, about half of the layers in `open` would be decided. There is at
-        most one suggestion for accuracy, and one for the choice probability.
+        With the suggested number, about half of the undecided layers would be decided. The list has
+        at most one suggestion for accuracy, and one for the choice probability.
         """
         open_layers = {*self.open} if self.is_accuracy else set()
         runs = chain.from_iterable(cell.whole_layers for cell in self.cells)
@@ -296,11 +296,11 @@ def _has_choices(cells: Sequence[CellRecord]) -> bool:
 
 
 def _accuracy_test_level(cells: Sequence[CellRecord], n_layers: int) -> tuple[float, int]:
-    """Return the significance level, and the number of comparisons, for accuracy drops.
+    """Return the error rate of the tests of accuracy drops, and their number of comparisons.
 
-    The tests of accuracy, choice probability and options' log-probability divide the error rate
-    `ALPHA`. The level is the share for accuracy. The number of comparisons is `n_layers` × `ALPHA`
-    / level, rounded up.
+    The tests of accuracy, choice probability and options' log-probability share the error rate
+    `ALPHA`. The first result is the part of `ALPHA` for accuracy. The second is `n_layers` ×
+    `ALPHA` / first result, rounded up.
     """
     runs = chain.from_iterable(cell.whole_layers for cell in cells)
     has_options = any(run.options_drop.bounds for run in runs)
@@ -354,16 +354,16 @@ def run_verdicts(cell: CellRecord, runs: Sequence[RunRecord]) -> dict[Change, Ve
 
 
 def _corrected_drops(cell: CellRecord, runs: Sequence[RunRecord]) -> tuple[list[Estimate], float]:
-    """Return each run's drop with a corrected confidence interval, and the error rate."""
+    """Return each run's drop with a corrected confidence interval, and the tests' error rate."""
     alpha, family = error_share(cell, runs)
     return _widened_drops(cell, runs, family), alpha
 
 
 def error_share(cell: CellRecord, runs: Sequence[RunRecord]) -> tuple[float, int]:
-    """Return the error rate, and the number of comparisons, for tests of the runs' drops.
+    """Return the error rate of the tests of the runs' drops, and their number of comparisons.
 
-    For whole layers, accuracy drops get a share of the error rate `ALPHA`. The rest is for other
-    drops, e.g. of the choice probability.
+    For whole layers, tests of accuracy get only a part of the error rate `ALPHA`. Tests of other
+    drops, e.g. of the choice probability, get the other part.
     """
     if all(run.change.kind == WHOLE_LAYER for run in runs) and not cell.is_raced:
         return _accuracy_test_level([cell], len(runs))

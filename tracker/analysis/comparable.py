@@ -21,8 +21,8 @@ from tracker.schema.records import CellRecord, RunRecord
 def group_editions(cells: Iterable[CellRecord]) -> list[list[list[CellRecord]]]:
     """Group cells by model, benchmark and settings; split each group by task version.
 
-    The task versions (editions) of a group are sorted by measurement date. Editions without a date
-    come first.
+    The task versions (editions) of a group are sorted by measurement date. Task versions without a
+    measurement date come first.
     """
     requests: dict[str, dict[str, list[CellRecord]]] = {}
     for cell in cells:
@@ -34,15 +34,15 @@ def group_editions(cells: Iterable[CellRecord]) -> list[list[list[CellRecord]]]:
 
 
 def _last_measured(edition: Iterable[CellRecord]) -> str:
-    """Return the latest measurement date of the cells of one task edition."""
+    """Return the latest measurement date of the cells of one task version (edition)."""
     return max(cell.measured or "" for cell in edition)
 
 
 def edition_labels(cells: Sequence[CellRecord]) -> list[str]:
     """Label the task version (edition) of each cell; "" if the task has only one edition.
 
-    A label is, for example, `measured 2026-11-28 (1a2b3c4d)`. The time is added to the date if
-    several editions were measured on one day.
+    A label is, for example, `measured 2026-11-28 (1a2b3c4d)`. The time is added if several task
+    versions were measured on one day.
     """
     labels: dict[int, str] = {}
     for editions in group_editions(cells):
@@ -157,9 +157,10 @@ def _details(cell: CellRecord) -> tuple[str, ...]:
 
 
 def _distinct_labels(rows: Iterable[tuple[str, ...]]) -> list[str]:
-    """Build a distinct label from each row of texts.
+    """Build a label from each row of texts, and make equal labels distinct.
 
-    A label is the row's first text. Further texts are appended only to distinguish equal labels.
+    A label begins with the row's first text. The row's further texts are appended only to
+    distinguish equal labels.
     """
     if not (columns := list(zip(*rows, strict=True))):
         return []

@@ -37,7 +37,7 @@ from tracker.stats.decisions import (
 class RoundingRisk(NamedTuple):
     """Probability, for each document, that rounding makes a right answer wrong or vice versa.
 
-    If `chances` is None, `reason` says why, except for models in single precision.
+    If `chances` is None, `reason` explains why. For models in single precision, `reason` is empty.
     """
 
     chances: Array | None

@@ -147,7 +147,8 @@ class DocumentMetric:
 def read_pairs(column: pd.Series[Any]) -> Array:
     """Parse a column of JSON pairs into an array `[documents, 2]`.
 
-    A pair is a sum, and the number of units in the sum. A document without a pair gets NaN.
+    A pair contains a sum and the number of summed units (e.g. tokens). The row of a document
+    without a pair is NaN.
     """
     missing = (math.nan, math.nan)
     pairs = [json.loads(value) if isinstance(value, str) else missing for value in column]

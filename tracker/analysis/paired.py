@@ -115,11 +115,9 @@ class PairedOutcomes:
         return accuracy_drop(*self._drop_terms(index))
 
     def drop_sd(self, index: int) -> Estimate:
-        """Estimate the standard deviation (over documents) of the drop under one ablation.
+        """Estimate a drop's standard deviation over documents, for the ablation in column `index`.
 
-        `index` is the ablation's column.
-
-        If documents form clusters, the value is that of equally many independent documents with an
+        With clusters, independent documents with the returned standard deviation would have an
         equally uncertain mean.
         """
         terms = self._drop_terms(index)
@@ -128,7 +126,7 @@ class PairedOutcomes:
         return replace(spread, value=scaled)
 
     def mean_drop(self, outcome_name: str) -> Estimate:
-        """Estimate the mean drop of probabilities or log-probabilities under the first ablation.
+        """Estimate the mean drop of probabilities or log-probabilities in column 0 (one ablation).
 
         If an outcome is missing, the mean is undefined, and the reason contains `outcome_name`.
         """

@@ -133,7 +133,7 @@ def cell_record(
 
 
 def unmeasured_record(store: CellStore, view: View, /, **fields: Any) -> CellRecord:
-    """Build the record of a view without measured documents.
+    """Build the record of a cell in which no document is measured yet.
 
     `fields` overrides default values of the record.
     """
@@ -176,11 +176,11 @@ def _measuring_costs(shards: Sequence[Mapping[str, Any]]) -> dict[str, float | i
 def _select_outcomes(
     aligned: AlignedOutcomes, store: CellStore, view: View, answer: AnswerRecord | None
 ) -> tuple[AlignedOutcomes, list[tuple[str, int]]]:
-    """Select the outcomes from which a record is computed; also return the documents' order.
+    """Return the outcomes from which a record is computed, and the order of documents.
 
     Without early stopping, all outcomes are selected, and the returned order is empty. After early
-    stopping, only outcomes that the stopping rule evaluated are selected, and the order contains
-    all documents.
+    stopping, only outcomes that the stopping rule evaluated are selected, and the stopping rule's
+    order of all documents is returned.
     """
     if answer is None or len(aligned.tasks) >= aligned.n_requested:
         return aligned, []
@@ -194,10 +194,10 @@ def _select_outcomes(
 def _keep_documents(
     outcomes: AlignedOutcomes, view: View, answer: AnswerRecord, order: Sequence[tuple[str, int]]
 ) -> AlignedOutcomes:
-    """Return the outcomes on the documents in `order`.
+    """Return the outcomes on the documents in `order`, without runs that lack these documents.
 
-    Runs that the stopping rule compared are kept. Another run is kept only if measured on all
-    documents in `order`. Runs that are not kept are listed in `missing`.
+    Runs that the stopping rule compared are kept. Any other run is kept only if it is measured on
+    all documents in `order`. `missing` lists the runs that are not kept.
     """
     documents = {*order}
     answered_runs = {run.change for run in answer.runs}
@@ -228,7 +228,7 @@ def _incomplete_reason(n: int, n_requested: int, answer: AnswerRecord | None) ->
 def _calibration_text(store: CellStore, view: View, shards: list[dict[str, Any]]) -> str | None:
     """Describe the texts on which replacements of layers (e.g. linear maps) were fitted.
 
-    The description counts the texts whose documents are also measured.
+    The description also counts the documents that are used both for fitting and for measuring.
     """
     ablations = (Ablation.from_changes(run, removed=view.removed) for run in view.runs)
     if not any(ablation.has_replacements for ablation in ablations):
@@ -278,9 +278,9 @@ def _layer_columns(outcomes: AlignedOutcomes, proxies: LayerProxies) -> Iterator
 def _part_columns(
     outcomes: AlignedOutcomes, parts: PartProxies, records: Sequence[RunRecord]
 ) -> Iterator[tuple[list[Change], list[_ProxyColumn]]]:
-    """Yield the runs of each kind of part, with one column of values for each proxy.
+    """Yield the runs of each kind of part (e.g. heads), with one column of values per proxy.
 
-    The mask of a column selects runs whose proxy value and accuracy drop are both defined.
+    Each column has a mask of the runs whose proxy value and accuracy drop are both defined.
     """
     has_drop = {record.change for record in records if record.drop.value is not None}
     parts_and_layers = [run for run in parts.runs if run.has_taylor or run.kind == WHOLE_LAYER]

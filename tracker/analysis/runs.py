@@ -62,7 +62,7 @@ class IntactFigures:
 
 
 class LayerProxies:
-    """Proxies of the intact model's layers, observed on some documents.
+    """Proxies (cheap estimates of importance) of the intact model's layers on some documents.
 
     Args:
         outcomes: Outcomes of the documents.
@@ -94,7 +94,7 @@ class LayerProxies:
 
 
 class PartProxies:
-    """Proxies of each run's changed part, observed in the intact model.
+    """Proxies (cheap estimates of importance) of the part of the model that each run changes.
 
     Args:
         outcomes: Outcomes of the documents.
@@ -126,7 +126,7 @@ class PartProxies:
     def list_proxies(self, runs: Sequence[Change]) -> list[Proxy]:
         """List the proxies for runs of one kind, such as runs that change an expert.
 
-        A proxy for all kinds of parts is listed only if at least one run has a value.
+        A proxy that is defined for every kind of part is listed only if some run has a value.
         """
         indexes = [self.indexes[run] for run in runs]
         return [
@@ -148,7 +148,7 @@ class PartProxies:
     def estimates(self, run: Change) -> dict[str, Estimate]:
         """Map the name of each proxy to its estimate for the part that a run changes.
 
-        Proxies that apply only to other runs are undefined.
+        The estimate of a proxy that is defined only for other kinds of runs is undefined.
         """
         names = self._names.get((run.sample, run.has_taylor), ())
         undefined = dict.fromkeys(chain(*self._names.values()), Estimate(None, reason=_OTHER_KIND))
@@ -235,7 +235,7 @@ def accuracy_rounding(weights: Array, *risks: RoundingRisk) -> float | None:
 
     Args:
         weights: Weight of each document in an accuracy; the weights sum to 1.
-        *risks: Rounding risk of each accuracy.
+        *risks: Rounding risk of the accuracy, or of both accuracies of the difference.
 
     Returns:
         Half the width of a 95 % interval of the error; None if a probability is unknown.

@@ -50,8 +50,8 @@ class InterimEstimates:
     """Progress of a running measurement, with interim estimates of the drops.
 
     Attributes:
-        documents: Number of documents that are measured in all requested runs. If the view has an
-            `until` setting, number of documents that are measured in the intact model.
+        documents: Number of documents that are measured in all requested runs. With a stopping rule
+            (`until`), number of documents that are measured in the intact model.
         requested: Number of requested documents; None if a stopping rule (`until`) decides when to
             stop.
         tokens: Number of tokens of the measured documents, as in `CellRecord.tokens`.
@@ -91,7 +91,7 @@ def interim_estimates(store: CellStore, view: View) -> InterimEstimates:
 def _interim_stopping_estimates(outcomes: AlignedOutcomes, view: View) -> InterimEstimates:
     """Estimate each run's drop so far, in a measurement with a stopping rule.
 
-    The estimate covers all documents that the run measured, and has no confidence interval.
+    The estimate covers all documents on which the run is measured. It has no confidence interval.
     """
     intact = outcomes.restrict(None, [])
     if not intact.tasks:
@@ -282,9 +282,9 @@ class BlockRace:
         return (*names, *compress(self._names, self.open))
 
     def measured_documents(self, n_looked: np.ndarray) -> np.ndarray:
-        """Count the documents that must be measured to evaluate `n_looked` documents.
+        """Count the documents to measure until the stopping rule can use `n_looked` documents.
 
-        Blocks are measured completely, so the count can exceed `n_looked`.
+        The count can exceed `n_looked`, because documents are measured in whole blocks.
         """
         starts = [0, *(turn.end for turn in self._turns[:-1])]
         totals = np.cumsum([0, *(turn.size for turn in self._turns)])
@@ -378,7 +378,7 @@ class AnswerForecast:
 
 
 def forecast_answer(store: CellStore, view: View) -> AnswerForecast | None:
-    """Forecast how many documents a stopping rule needs, and the cost.
+    """Forecast how many documents a stopping rule needs, and what share of the full cost.
 
     Returns None if too few documents are measured for a forecast.
     """

@@ -253,7 +253,7 @@ def huggingface_loop(engine: Engine, batch_size: int) -> Loop:
 
 @contextmanager
 def _timed_model(engine: Engine) -> Iterator[list[float]]:
-    """Yield a list of the seconds of each call of a layer or output head inside the context."""
+    """Time each call of a layer or of the output head; yield the growing list of seconds."""
     spent: list[float] = []
 
     def call_timed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -65,8 +65,8 @@ def generate_documents(engine: Engine, common: int = 0) -> list[Document]:
 def score_ablations(engine: Engine, ablations: Sequence[Ablation], common: int = 0) -> Any:
     """Score three generated documents under each ablation.
 
-    Returns the scores, and the sums of the proxies. `common` is the number of tokens with which
-    all contexts start.
+    Returns the scores, and the sums of the proxies. All contexts start with the same `common`
+    tokens.
     """
     scores = engine.score(generate_documents(engine, common), [INTACT, *ablations])
     figures = [(r.loglikelihood, r.hits) for s in scores for row in s.responses for r in row]

@@ -127,7 +127,7 @@ class RequestEncoder(HFLM):  # type: ignore[misc]
             return str(super().apply_chat_template(*args, **kwargs))
 
     def tokenisation_digest(self, with_template: bool) -> str:
-        """Return a hash of the tokens of one test request."""
+        """Return a hash of one tokenised test request, to detect changes of the tokenisation."""
         turns = [{"role": "user", "content": _QUESTION}]
         context = self.apply_chat_template(turns) if with_template else _QUESTION
         instance = Instance("loglikelihood", doc={}, arguments=(context, " 42"), idx=0)

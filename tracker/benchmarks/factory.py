@@ -55,7 +55,7 @@ def list_tasks() -> dict[str, Any]:
     The list is stored and used again until a task file changes.
 
     Returns:
-        lm-eval's entry of each task, group and tag, by name. Most settings are left out.
+        lm-eval's entry of each task, group and tag, by name. The entries lack most task settings.
     """
     folder = Path(lm_eval.tasks.__file__).parent
     stamp = file_stamp(_find_task_files(folder))
@@ -210,7 +210,7 @@ def resolve_num_fewshot(own_count: int | None, requested: int | None) -> int:
 def draws_in_turn(task: Task, num_fewshot: int) -> bool:
     """Return whether a task draws new random few-shot examples for each document.
 
-    The prompt of a document then depends on the prompts of all earlier documents.
+    If so, a document's prompt depends on the prompts that were built before.
     """
     return bool(num_fewshot) and not isinstance(task.sampler, FirstNSampler)
 

@@ -26,7 +26,7 @@ _NOT_CONTENT = (
 
 
 def task_identity(task: ConfigurableTask, num_fewshot: int, half: Half | None) -> TaskIdentity:
-    """Build the identity of an lm-eval task, or of one half of its documents."""
+    """Build the identity (hash, metrics, size) of an lm-eval task, or of half of its documents."""
     config = {
         name: value
         for name, value in task.config.to_dict(keep_callable=True).items()

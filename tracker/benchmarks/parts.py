@@ -60,7 +60,7 @@ def choose_part(task: ConfigurableTask, documents: DocumentSpec, num_fewshot: in
 
 
 def _example_split(task: ConfigurableTask) -> str | None:
-    """Return the split from which a task draws few-shot examples; None for listed examples."""
+    """Return the split with a task's few-shot examples; None if the task lists its examples."""
     config, fewshot = task.config, task.fewshot_cfg
     split: str | None = fewshot.split
     if split is None and fewshot.samples is None:

@@ -123,7 +123,7 @@ def _limit_documents(lm: LM, documents_by_task: dict[str, list[int]]) -> None:
 def _storable_value(value: Any) -> Any:
     """Convert a document's metric to a value that JSON can store.
 
-    A pair becomes a list, and a number becomes a float.
+    A metric that is a tuple becomes a list; any other metric becomes a float.
     """
     if isinstance(value, tuple | list):
         return [item.tolist() if hasattr(item, "tolist") else item for item in value]

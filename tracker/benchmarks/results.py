@@ -222,7 +222,7 @@ class _PreparedTask:
         return getattr(self._task, name)
 
     def build_all_requests(self, **settings: object) -> None:
-        """Give copies of the prepared requests to the task, with documents numbered from 0."""
+        """Use copies of the prepared requests in the task, with documents numbered from 0."""
         self._task._instances = [
             replace(i, metadata=(i.task_name, position, i.repeats), resps=[], filtered_resps={})
             for position, instances in enumerate(self._requests)

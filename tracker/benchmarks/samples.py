@@ -32,7 +32,7 @@ class TextMetrics:
     Attributes:
         samples: Number of texts per document.
         budgets: Additional token limits, smaller than the task's own limit. The task also judges
-            each text cut to each of the additional limits.
+            the beginning of each text, once for each limit.
         joint: Names of the filters that use all samples at once, such as a majority vote.
     """
 
@@ -113,9 +113,9 @@ def _variant(metric: str, suffix: str) -> str:
 
 
 def count_joint_samples(ensemble: Any) -> int:
-    """Count how many samples of a document the filters in `ensemble` need at once.
+    """Count how many sampled texts of a document the filters in `ensemble` read together.
 
-    Returns 0 if the filters process each sample separately.
+    Returns 0 if the filters process each text separately.
     """
     joint = {get_filter("majority_vote"): 1, get_filter("take_first_k"): 0}
     counts = [0]

@@ -208,7 +208,7 @@ class LmEvalBenchmark:
         return {i: sorted(by_document[i], key=lambda instance: instance.idx) for i in indices}
 
     def rows_digest(self, task: str) -> str:
-        """Return a hash of the rows of a task's scored split."""
+        """Return a hash of all rows of the split on which a task is scored."""
         config, splits = self._tasks[task].config, self._tasks[task].dataset
         return content_hash(list(splits[config.test_split or config.validation_split]))
 
@@ -262,7 +262,7 @@ class LmEvalBenchmark:
     def _judge_texts(
         self, document: Document, texts: Sequence[GeneratedText]
     ) -> dict[str, MetricValue]:
-        """Compute a document's metrics from generated texts, for each token budget."""
+        """Compute a document's metrics from generated texts, whole and cut to each token budget."""
         task = self._task_identities[document.task]
 
         values: dict[str, MetricValue] = {}
@@ -404,7 +404,7 @@ class LmEvalBenchmark:
         return next(iter(values), 1)
 
     def _build_text_metrics(self) -> TextMetrics:
-        """Build the rules for metrics of sampled texts and of token budgets.
+        """Build the rules that compute metrics of several sampled texts and of shortened texts.
 
         Raises BenchmarkError if the tasks have different numbers of samples.
         """
@@ -509,7 +509,7 @@ def storable_value(value: Any) -> MetricValue:
 
 
 def _rename_limit(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Rename the token limit in lm-eval's generation settings to `max_gen_toks`."""
+    """Return lm-eval's generation settings with the token limit named `max_gen_toks`."""
     aliases = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
     lengths = [settings[name] for name in aliases if settings.get(name) is not None]
     limit = {"max_gen_toks": int(lengths[0])} if lengths else {}

@@ -46,7 +46,7 @@ class _Answer(NamedTuple):
 
 
 class _Trace(NamedTuple):
-    """Properties of a trace that are the same for all models that read it.
+    """A trace (text of the intact model), and the requests that score it in every model.
 
     Attributes:
         text: The text.
@@ -60,7 +60,7 @@ class _Trace(NamedTuple):
 
     @property
     def gold(self) -> int | None:
-        """Index of the request that scores the first filter's answer; None without an answer."""
+        """Index of the request that scores the first filter's final answer; None if missing."""
         return next(iter(self.answers.values())).request
 
 
@@ -116,7 +116,7 @@ class Traces(LmEvalBenchmark):
         )
 
     def assume_longest_traces(self, documents: Sequence[Document]) -> list[Document]:
-        """Return copies of documents with traces of the maximum length, to estimate the cost."""
+        """Return copies of documents as if each trace had the maximum length, to estimate costs."""
         readings = []
         for document in documents:
             request, prompt = document.requests[0], document.prompt
@@ -128,7 +128,7 @@ class Traces(LmEvalBenchmark):
     def read_traces(
         self, document: Document, texts: Sequence[str], encoder: RequestEncoder
     ) -> Document:
-        """Return a document whose requests score traces and their final answers.
+        """Return a copy of a document with requests that score its traces and their final answers.
 
         Args:
             document: Document that `documents()` returned.
@@ -136,8 +136,8 @@ class Traces(LmEvalBenchmark):
             encoder: Encoder that tokenises requests for the model as lm-eval does.
 
         Returns:
-            The document. With one trace, the gold request scores the final answer that the first
-            filter extracts. With several traces, the document has no gold request.
+            The copy. With one trace, `gold` is the index of the request that scores the first
+            filter's final answer. Without such an answer, or with several traces, `gold` is None.
         """
         requests: list[Request] = []
         traces = [self._read_trace(document, text, encoder, requests) for text in texts]
@@ -241,7 +241,7 @@ def _trace_values(
 
 
 def _find_first_metrics(task: TaskIdentity) -> dict[str, str]:
-    """Return the name of each filter's first metric, by name of the filter."""
+    """Map the name of each filter (answer extractor) to the name of the filter's first metric."""
     judges: dict[str, str] = {}
     for metric in (name for name in task.metrics if name != CUT_OFF):
         judges.setdefault(filter_name(metric), metric)
