@@ -159,7 +159,8 @@ class RemoteObject(Remote):
 def serve(finishes_calls: bool) -> None:
     """Execute the calls of a `RemoteObject` until the calling process ends.
 
-    The object is then closed. `finishes_calls` decides whether a running call is finished first.
+    If the calling process ends during a call, the call is finished only if `finishes_calls` is
+    true. Finally, the object is closed.
     """
     # Output of the object must not mix with the answers; signals are for the other process.
     answers = os.fdopen(os.dup(1), "wb")
@@ -192,8 +193,8 @@ def serve(finishes_calls: bool) -> None:
 def _read_calls(calls: SimpleQueue[Any], finishes_calls: bool) -> None:
     """Read calls from standard input, and append them to the queue `calls`.
 
-    The input ends when the calling process ends. Then None is appended. If `finishes_calls` is
-    false, the own process also ends after `_GRACE` seconds.
+    The input ends when the calling process ends; None in the queue marks this end. If
+    `finishes_calls` is false, this process exits `_GRACE` seconds later.
     """
     # Not the interpreter's own stream: that would be locked by this thread when it ends.
     stream = os.fdopen(os.dup(0), "rb")

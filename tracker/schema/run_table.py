@@ -191,7 +191,7 @@ CellCorrelation = tuple[CellRecord, CorrelationRecord]
 
 
 def correlation_columns() -> dict[str, Column[CellCorrelation]]:
-    """Build all columns of the table of correlations."""
+    """Build all columns of the table of correlations between proxies and accuracy drops."""
 
     def column(name: str, label: str, unit: FigureUnit) -> Column[CellCorrelation]:
         def entry(row: CellCorrelation) -> ColumnValue:
@@ -221,7 +221,7 @@ def correlation_columns() -> dict[str, Column[CellCorrelation]]:
 
 
 def run_reasons(run: RunRecord) -> dict[str, str]:
-    """Return the reasons for a run's undefined, infinite and NaN values, by name."""
+    """Return a dict from the names of a run's undefined or non-finite values to the reasons."""
     figures: dict[str, float | None] = {n: value for n, value in run if isinstance(value, float)}
     figures |= {name: run.figure(name) for name in run.FLAT}
     figures |= {f"metric/{name}": value for name, value in run.metrics.items()}
@@ -229,7 +229,7 @@ def run_reasons(run: RunRecord) -> dict[str, str]:
 
 
 def non_finite_reasons(values: Mapping[str, float | None]) -> dict[str, str]:
-    """Return the reasons for infinite and NaN values, by name."""
+    """Return a dict from the names of infinite and NaN values to the reasons."""
     undefined = ((n, v) for n, v in values.items() if v is not None and not math.isfinite(v))
     return {name: f"not a finite number: {value}" for name, value in undefined}
 
@@ -241,7 +241,7 @@ def _run_column(
     value: Callable[[CellRecord, RunRecord], ColumnValue],
     interval: bool = False,
 ) -> Column[CellRun]:
-    """Build a column with one value per run, or with the reason why a run is not measured."""
+    """Build a column of a run table; a run that is not measured gets a reason as its entry."""
 
     def entry(row: CellRun) -> ColumnValue:
         if row.run is None:

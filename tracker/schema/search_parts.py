@@ -131,7 +131,7 @@ class SearchParts:
         return Ablation.from_changes(*(Change(component, (m,), part=n) for m, n in pairs))
 
     def filter_allowed(self, parts: Iterable[int]) -> list[int]:
-        """Return the first of `parts` that can be removed together.
+        """Select parts that can be removed together, in the order of `parts`.
 
         A part is left out if its removal would leave fewer than `min_kept` parts in its layer.
         """
@@ -190,7 +190,7 @@ class MixedParts(SearchParts):
         return self.starts[-1]
 
     def split(self, parts: Iterable[int]) -> list[list[int]]:
-        """Convert part numbers to one list of numbers for each kind, numbered separately."""
+        """Split part numbers by kind, and convert them to each kind's own numbering."""
         parts, starts = sorted(parts), self.starts
         spans = pairwise(starts)
         return [[part - start for part in parts if start <= part < end] for start, end in spans]
@@ -203,8 +203,8 @@ class MixedParts(SearchParts):
     def names(self, parts: Iterable[int]) -> str:
         """Describe several parts, such as `layer 16 and 2 of 9 heads of each layer`.
 
-        Layers are listed by number. Other parts are counted in the layer that has most of the
-        parts.
+        Layers are listed by number. For heads, experts and neurons, the text gives the largest
+        number in one layer.
         """
         texts = []
         for kind, numbers in zip(self.kinds, self.split(parts), strict=True):

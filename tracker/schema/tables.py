@@ -54,8 +54,8 @@ class Table(Record):
     def plain(self) -> tuple[tuple[str, ...], list[tuple[str | float | None, ...]]]:
         """Return the column names and the rows with unrounded values, for use in code.
 
-        Undefined values are None. A column without a `name` is named by its label. Columns of
-        interval ends and of reasons for undefined values follow each column without a `name`.
+        Undefined values are None. A column without a `name` is named by its label. After this
+        column come columns of its interval ends and of its reasons for undefined values.
         """
         names: list[str] = []
         columns: list[Sequence[str | float | None]] = []
@@ -122,7 +122,7 @@ class Column(Generic[RowType]):
         return Estimate(None, reason=estimate.reason or reason or default)
 
     def bound_columns(self) -> tuple[Column[RowType], Column[RowType]]:
-        """Return a column of lower and a column of upper interval ends."""
+        """Build two columns: the lower and the upper ends of this column's intervals."""
 
         def end(bound: str) -> Column[RowType]:
             def value(row: RowType) -> Estimate | float | None:

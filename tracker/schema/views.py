@@ -51,7 +51,7 @@ class Until(Record):
 
 
 class View(Record):
-    """The runs, documents and metric of a model's results that a report shows."""
+    """Selection of a model's results for a report: runs, documents and metric."""
 
     metric: str
     removed: Layers = ()
@@ -89,7 +89,7 @@ class View(Record):
         return self.extent.size
 
     def name(self, primary_metric: str) -> str:
-        """Return a name with the view's removed layers, documents and metric.
+        """Return the view's name, built from the removed layers, documents and metric.
 
         Examples are `intact`, `without-3-17`, `intact-sample-100-seed-1234`, `intact-limit-64` and
         `intact--acc_norm`.

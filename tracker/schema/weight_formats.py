@@ -53,10 +53,10 @@ class WeightFormat:
         return self.source in (_GGUF, _LLAMA)
 
     def for_rows(self, inputs: int) -> WeightFormat | None:
-        """Return the format for a matrix with `inputs` weights in each row.
+        """Choose this format or its replacement, for a matrix with `inputs` weights in each row.
 
-        The result is this format if the blocks of the format fit exactly into a row. Otherwise, the
-        result is the format `instead`, or None if no format is suitable.
+        The result is this format if its blocks fill each row exactly. Otherwise, the format named
+        by `instead` is tried. The result is None if no format fits.
         """
         if not self.block or inputs % self.block == 0:
             return self

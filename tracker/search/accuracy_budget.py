@@ -30,7 +30,8 @@ TOLERANCE = 1e-9
 class BudgetVerdict(NamedTuple):
     """Result of testing which models of a search are within a budget of accuracy.
 
-    The models are ordered from the largest to the smallest.
+    A column is the number of a model in the array of outcomes. The models are ordered from the
+    largest to the smallest.
 
     Attributes:
         shown: Column of the smallest model that is significantly within the budget. All larger
@@ -85,7 +86,7 @@ class AccuracyBudget:
         return not paired.mean_drops[0] <= WALK_FACTOR * allowed + TOLERANCE
 
     def excess(self, paired: PairedOutcomes, index: int) -> Estimate:
-        """Estimate the accuracy loss minus the budget, for the model in column `index`.
+        """Estimate by how much the accuracy loss of the model in column `index` exceeds the budget.
 
         The model is significantly within the budget if the upper end of the estimate's interval is
         at most 0.
@@ -96,7 +97,7 @@ class AccuracyBudget:
     def judge(
         self, paired: PairedOutcomes, columns: Sequence[int], n_documents: int, n_searches: int = 1
     ) -> BudgetVerdict:
-        """Find the smallest models whose loss of accuracy is within the budget.
+        """Find the smallest model within the budget, by a significance test and by estimate.
 
         Args:
             paired: Outcomes of the test documents, with one column for each model.
@@ -140,10 +141,10 @@ def count_shown(excesses: Sequence[Estimate]) -> int:
     """Count the first steps of a search that are all significantly within a budget.
 
     The steps are tested in a fixed order, from the smallest to the largest removal. The test stops
-    at the first step that is not significantly within the budget. Because the order is fixed, no
-    correction for the number of steps is necessary: an error occurs only if the first step that is
-    really outside the budget is called within the budget. The probability of this error is at most
-    the level of one test.
+    at the first step that is not significantly within the budget. The fixed order makes a
+    correction for the number of steps unnecessary. The result is wrong only if the first step that
+    really exceeds the budget passes the test. The probability of this error is at most the level of
+    one test.
 
     Args:
         excesses: Loss minus the budget after each step, with intervals that are simultaneous for

@@ -108,7 +108,7 @@ def _removal_shape(ablation: Ablation) -> _RemovalShape:
 
 
 def _draw_removals(parts: SearchParts, draw: random.Random) -> Iterator[Ablation]:
-    """Draw random sets of removed parts, on which the engine is compared with pruned models."""
+    """Draw random sets of parts for comparing the fast evaluation with really pruned models."""
     numbers = parts.numbers
     n = len(numbers)
     for size in sorted({min(size, n // 2) for size in (2, 3, n // 4, n // 2)} - {0, 1}):
@@ -167,7 +167,7 @@ class OpenCell:
 
     @property
     def progress(self) -> Progress:
-        """The receiver of progress reports."""
+        """The object to which progress is reported."""
         return self._cache.progress
 
     @property
@@ -192,7 +192,7 @@ class OpenCell:
         Args:
             ablations: The ablations.
             are_candidates: Whether a search will choose among the ablations. If True, the effect of
-                rounding is not measured.
+                floating-point rounding is not measured.
         """
         outcomes = self._outcomes["accuracy"]
         ablations = [a for a in dict.fromkeys((INTACT, *ablations)) if a not in outcomes]
@@ -253,7 +253,11 @@ class OpenCell:
         return sum(len(extent.select(task.name, task.numbers)) for task in tasks)
 
     def observe(self, kind: str, start: Callable[[Engine], ObserveDocument]) -> Observations:
-        """Measure quantities such as proxies on each document; store and return the values."""
+        """Measure quantities such as proxies on each document; store and return the values.
+
+        The values are stored under the name `kind`. The function `start` builds the function that
+        measures one document.
+        """
 
         def open_engine() -> tuple[Engine, DocumentMap]:
             layers = [Ablation.from_changes(removed=[layer]) for layer in range(self.layers)]
@@ -263,19 +267,20 @@ class OpenCell:
         return observe_cell(self.request, self.store, kind, start, open_engine, self.progress)
 
     def open_meter(self, ablations: Sequence[Ablation], are_candidates: bool = False) -> Meter:
-        """Load the model, compare its fast results with really pruned models, and return a meter.
+        """Load the model, and return a meter: an object that evaluates ablations on documents.
 
-        The intact model and the ablations share computation, which could change results. The
-        results are therefore compared once for each kind of removal (e.g. one layer, several
-        layers, heads). For ablations of several parts, random sets of parts are compared too.
+        To save time, the meter shares computation between ablations, which could change results.
+        The results are therefore compared with really pruned models, once for each kind of removal
+        (e.g. one layer, several layers, heads). For ablations of several parts, random sets of
+        parts are compared too.
 
         Args:
             ablations: The ablations to measure.
             are_candidates: Whether a search will choose among the ablations. If True, the effect of
-                rounding is not measured.
+                floating-point rounding is not measured.
 
         Returns:
-            The meter, which measures documents under the ablations.
+            The meter for these ablations.
         """
         meter, say = self._meter, self.progress.say
         if not self._checked_shapes:
@@ -307,7 +312,7 @@ class OpenCell:
         return meter
 
     def _parts_removed_together(self, ablations: Iterable[Ablation]) -> Iterator[SearchParts]:
-        """Yield each kind of parts, such as heads, of which some ablation removes several.
+        """Yield each kind of parts (e.g. heads) of which at least one ablation removes several.
 
         Parts that an ablation only rounds to a format are not counted as removed.
         """

@@ -51,20 +51,21 @@ IsSavable = Callable[[TestedSearch, PruneStep], bool]
 def judge_steps(
     budget: AccuracyBudget, search: TestedSearch, n_searches: int, is_savable: IsSavable
 ) -> BudgetVerdict:
-    """Find the smallest models of one search that are within a budget of accuracy.
+    """Find a search's smallest model within a budget, by a significance test and by estimate.
 
-    A column in the result is the index of a search step. Models that cannot be saved are ignored.
-    The intervals are simultaneous for `n_searches` searches.
+    The result contains the indices of the search steps that give the models. Models that cannot be
+    saved are ignored. The intervals are simultaneous for `n_searches` searches.
     """
     indices = [i for i, step in enumerate(search.record.steps) if is_savable(search, step)]
     return budget.judge(search.outcomes, indices, search.record.baseline.n, n_searches)
 
 
 def end_within_budget(search: TestedSearch, n_searches: int, is_savable: IsSavable) -> TestedSearch:
-    """Mark the last step of a search that is significantly within its budget of accuracy.
+    """Set a search's result to its last step that is significantly within the accuracy budget.
 
-    The function returns a copy whose field `shown` is the index of this step, or −1 if no step is
-    significantly within the budget. A search without a budget of accuracy is returned unchanged.
+    The function returns a copy of the search whose field `shown` is the index of this step, or −1
+    if no step is significantly within the budget. A search without a budget of accuracy is returned
+    unchanged.
     """
     budget = search.request.accuracy_budget
     if budget is None:
@@ -85,8 +86,8 @@ def recommend_within(
     Args:
         budget: The budget.
         searches: The tested searches, all with this budget.
-        is_savable: Function that returns whether the model after a step can be saved. If not, the
-            step is ignored.
+        is_savable: Function that returns whether the model after a step can be saved; other steps
+            are ignored.
 
     Returns:
         The removed parts of the recommended model, or the reason why no model is recommended. The
@@ -117,7 +118,7 @@ def recommend_within(
 
 
 def _lightness(step: PruneStep) -> tuple[float, ...]:
-    """Return a sort key of steps: the smaller the model or its loss, the larger the key."""
+    """Return a sort key that puts smaller models last; then, models with smaller losses."""
     loss = test_outcome(step).lost.value or 0.0
     return -(step.parameters or 0), len(step.removed), -loss
 
@@ -289,8 +290,8 @@ def _build_record(
         cell: The model with the test documents.
         tracked: Keys of the records in which the steps were measured as ablation runs.
         constraints: Constraints of the search.
-        rounded: For each step, the number of documents whose outcome may depend on rounding; None
-            if unknown.
+        rounded: For each step, the number of documents whose outcome may depend on floating-point
+            rounding; None if unknown.
 
     Returns:
         The record.

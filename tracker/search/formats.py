@@ -360,7 +360,7 @@ class FormatProblem:
     def ladder(self) -> list[FormatChoice]:
         """Choose the best formats for each of `BUDGET_SIZES` model sizes.
 
-        The sizes descend from the size with the largest format for all units to the size of the
+        At the first and largest size, all units have the largest format. The last size is the
         budget. For each size, the chosen formats have the smallest possible sum of losses.
         """
         unlimited = replace(self, budget=replace(self.budget, bits=math.inf))
@@ -372,16 +372,16 @@ class FormatProblem:
         return sorted(distinct, key=bits_per_weight, reverse=True)
 
     def _largest_choice(self, given: FormatChoice) -> FormatChoice | None:
-        """Choose the largest common format within the budget for all units that are not in `given`.
+        """Choose one format for all units that are not in `given`: the largest within the budget.
 
-        The result contains the formats of all units, including `given`. The result is None if every
-        format exceeds the budget.
+        The result contains the formats of all units, including the units in `given`. The result is
+        None if every format exceeds the budget.
         """
         choices = [{**dict.fromkeys(self.units, form), **given} for form in self.formats]
         return max(filter(self.budget.holds, choices), key=bits_per_weight, default=None)
 
     def find_swaps(self, choice: FormatChoice, max_swaps: int = MAX_SWAPS) -> list[FormatChoice]:
-        """List changed choices in which one unit gets more bits and other units get fewer bits.
+        """List choices of formats that give one unit more bits and other units fewer bits.
 
         All listed choices are within the budget. The list begins with the choices in which the
         additional bits lower the loss most. If possible, only one unit gets fewer bits: the unit
@@ -498,7 +498,7 @@ def paired_gain(paired: PairedOutcomes, index: int, other_index: int) -> Estimat
 def layer_formats_request(
     cell: CellRequest, formats: Sequence[str], embeddings: Sequence[str] = ()
 ) -> CellRequest:
-    """Build a request of ablations that each round one layer or embedding to one format."""
+    """Build a request that measures the rounding of each layer or embedding to each format."""
     grid: dict[str, Any] = {"layers": cell.changes.layers, "interventions": tuple(formats)}
     if embeddings:
         grid |= {"components": ("layer", "linear"), "maps": tuple(embeddings)}
@@ -511,16 +511,16 @@ def map_formats_request(
     trust_remote_code: bool,
     embeddings: Sequence[str] = (),
 ) -> CellRequest:
-    """Build a request of ablations that each round one linear map to one format.
+    """Build a request that measures the rounding of each linear map to each format.
 
     Args:
         cell: Request that names the model, the benchmark, the layers and the linear maps.
         formats: The formats.
         trust_remote_code: Whether Python code that is downloaded with the model may run.
-        embeddings: Names from `kinds.OUTER_MATRICES` to round as well.
+        embeddings: Embedding or output head to round too; names from `kinds.OUTER_MATRICES`.
 
     Returns:
-        The request for all these ablations.
+        The request, with one ablation for each format of each matrix.
 
     Raises:
         ExperimentError: The model lacks a requested linear map.
@@ -544,10 +544,11 @@ def map_formats_request(
 def build_error_observer(
     engine: Engine, maps: Sequence[Change], kl: bool = False
 ) -> ObserveDocument:
-    """Build a function that measures the `rounding_errors` of linear maps on one document.
+    """Build a function that measures the errors of rounded linear maps on one document.
 
-    The function also returns `weight_error`, which is equal for all documents. If `kl` is true, the
-    function also returns the KL divergence of the model's output.
+    The built function returns the values of `rounding_errors`, and `weight_error`, which is equal
+    for all documents. If `kl` is true, the result contains the KL divergence of the model's output
+    too.
     """
     weights = weight_errors(engine, maps)
     ablations = [Ablation.from_changes(change) for change in maps]

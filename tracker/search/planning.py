@@ -185,7 +185,7 @@ def _find_refusal(check: Callable[..., None], *arguments: object) -> str:
 
 
 def _recommend_savable_length(n_layers: int, refuse: Callable[[PartSet], str]) -> str:
-    """Write advice: a number of adjacent layers whose removal leaves a model that can be saved.
+    """Recommend a number of adjacent layers whose removal leaves a model that can be saved.
 
     The function `refuse` returns why a model without the given layers cannot be saved. The advice
     is empty if there is no suitable number.
@@ -324,7 +324,7 @@ def plan_searches(
 def check_searches(
     searches: Sequence[SearchRequest], ledger: Ledger, trust_remote_code: bool, progress: Progress
 ) -> list[str]:
-    """Check searches without loading weights.
+    """Check that searches are possible, without loading weights.
 
     Returns remarks, for example about checks that were impossible. Raises RequestError if a request
     is invalid.
@@ -368,7 +368,7 @@ class _CountingScores(RandomScores):
         return len(self.evaluated) + len(self._observed)
 
     def losses(self, outcome: str, sets: Sequence[PartSet]) -> Losses:
-        """Return random losses, and add the cost of real losses to the prediction."""
+        """Return random losses, and add the cost of measuring real losses to the prediction."""
         ablations = (INTACT, *(self.ablation(part_set) for part_set in sets))
         ablations = tuple(a for a in ablations if a not in self.evaluated)
         self.evaluated |= set(ablations)
@@ -386,7 +386,7 @@ class _CountingScores(RandomScores):
         return super().losses(outcome, sets)
 
     def proxy(self, name: str, removed: PartSet, spans: Sequence[range] | None = None) -> Losses:
-        """Return random values of a proxy, and add the cost of real values to the prediction."""
+        """Return random values of a proxy, and add the cost of measuring it to the prediction."""
         n_layers = self.layers - len(removed)
         self.naive_flops = None
         if (key := f"{name}/{removed}") not in self._observed:

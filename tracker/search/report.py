@@ -88,10 +88,10 @@ class TestedSearch:
 
     @property
     def run_request(self) -> CellRequest | None:
-        """The request that measures the search's result as an ablation run.
+        """The request for an ablation run of the model that results from the search.
 
-        If no ablation run can measure the step at `final_index`, the request measures the last
-        earlier step for which an ablation run exists; None if there is no earlier step.
+        If no ablation run can measure this model, the request is for the last earlier step that an
+        ablation run can measure; None if there is no such step.
         """
         return next(filter(None, reversed(self.run_requests[: self.final_index + 1])), None)
 
@@ -127,7 +127,7 @@ class GoalResult:
 
     @property
     def budget(self) -> AccuracyBudget | None:
-        """The budget of accuracy; None if an amount ends the searches."""
+        """The largest acceptable loss of accuracy; None if an amount ends the searches."""
         return self.searches[0].request.accuracy_budget
 
     def find_steps(self, removed: Sequence[int]) -> list[tuple[TestedSearch, int]]:
@@ -143,7 +143,7 @@ class GoalResult:
         """Describe the recommended model in one paragraph.
 
         Args:
-            labels: Labels of the searches, by name; None for their strategies.
+            labels: Dict from the names of the searches to labels; None for default labels.
 
         Returns:
             A text that names the model, its size, and its loss with an interval, or the reason why
@@ -205,9 +205,9 @@ class GoalResult:
         return SEARCH_TEXTS.render("raise_sample", benchmark.sample_size(recommendation.n_needed))
 
     def _excess_bounds(self, removed: Sequence[int]) -> list[float]:
-        """Compute the upper bound of loss minus budget for each step until `removed`.
+        """Compute the upper interval end of loss minus budget for each step until `removed`.
 
-        After the last of these steps, exactly the parts in `removed` are removed.
+        The last of these steps is the step after which exactly the parts in `removed` are removed.
         """
         assert self.budget is not None
         search, index = self.find_steps(removed)[0]
@@ -442,7 +442,7 @@ def unsure_sentences(records: Sequence[PruneRecord], choice: str, suffix: str = 
 
     Args:
         records: Records of the searches.
-        choice: Name of the chosen part in the sentence.
+        choice: Words for the chosen part in the sentence, such as `the choice`.
         suffix: Words after the number of documents in the sentence.
 
     Returns:
@@ -540,7 +540,7 @@ def _calibration_text(record: PruneRecord) -> str:
 
 
 def _search_labels(records: Sequence[PruneRecord]) -> dict[str, str]:
-    """Return a short label for each search, by the search's name.
+    """Return a dict from the name of each search to a short label.
 
     A label is the name of the strategy. If several searches have the same strategy and amount, but
     different calibration documents or constraints, the label also names the documents or
@@ -743,7 +743,10 @@ def unsaved_reason(goals: Sequence[GoalResult], results: Path) -> str:
 
 
 def save_command(change: Sequence[str], request: CellRequest, results: Path) -> str:
-    """Return the command that saves a changed model and verifies it on documents."""
+    """Return the command that saves a changed model and verifies it on documents.
+
+    The argument `change` contains the options that change the model, such as `--remove`.
+    """
     settings = request.settings
     words = ["tracker", "export", settings.model, "--dtype", settings.dtype, *change]
     for name in FIELDS_BY_KEY.values():

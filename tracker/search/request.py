@@ -87,7 +87,7 @@ class SearchRequest(SearchSettings):
         return self
 
     def _problems(self) -> Iterator[str]:
-        """Yield an error message for each pair of settings that contradict each other."""
+        """Yield an error message for each missing or contradictory setting of the search."""
         set_keys = {key for key in AMOUNT_KEYS if getattr(self, key) is not None}
         if not set_keys or {"remove", "keep"} <= set_keys:
             yield (
@@ -104,7 +104,7 @@ class SearchRequest(SearchSettings):
             yield "'rescoring: race' chooses the number of documents itself; leave 'sample' out"
 
     def _single_unit_problems(self) -> Iterator[str]:
-        """Yield an error message for each setting that does not fit the unit, such as heads."""
+        """Yield an error message for each setting that does not fit the kind of removed parts."""
         unit, amount = self.unit, self.amount
         if unit != "layer" and self.strategy in LAYER_STRATEGIES:
             fitting = ", ".join(name for name in STRATEGIES if name not in LAYER_STRATEGIES)
@@ -255,7 +255,7 @@ class SearchRequest(SearchSettings):
 
     @property
     def goal(self) -> SearchGoal:
-        """Test documents, unit, amount and constraints of the search."""
+        """The goal of the search: its test documents, kind of parts, amount and constraints."""
         return self.test(), self.unit, self.amount_text, self.constraints_text
 
 
@@ -265,7 +265,7 @@ class _Constraint(GridValues):
     @model_validator(mode="before")
     @classmethod
     def _require_value(cls, content: object) -> object:
-        """Return the content; raise ValueError if a mapping lacks the key `value` or `values`."""
+        """Raise ValueError if a constraint is a mapping without the keys `value` and `values`."""
         if isinstance(content, dict) and not content.keys() & {"value", "values"}:
             entries = ", ".join(f"{key}: {value}" for key, value in content.items())
             raise ValueError(f"the key 'value' is missing; write {{value: {{{entries}}}}}")

@@ -50,7 +50,7 @@ def add_parts(removed: PartSet, *parts: int) -> PartSet:
 
 @dataclass(frozen=True)
 class Losses:
-    """Losses of documents for several sets of removed parts.
+    """Loss of each document after the removal of each of several sets of parts.
 
     Attributes:
         sets: The sets of removed parts.
@@ -86,8 +86,8 @@ class Losses:
     def per_added_size(self, sizes: Array) -> Losses:
         """Return the added loss per added size of each set, relative to the first set.
 
-        `sizes` contains the total size of the parts in each set. The first set is the present
-        removal, and the result does not contain it.
+        `sizes` contains the total size of the parts in each set. The first set contains the parts
+        that are removed already; the result omits this set.
         """
         prices = np.asarray(sizes[1:]) - sizes[0]
         values = (self.values[:, 1:] - self.values[:, :1]) / prices
@@ -190,7 +190,7 @@ class Scores:
                 each remaining layer is a candidate.
 
         Returns:
-            The proxy of each candidate for each document, as a loss.
+            The value of the proxy for each document and candidate; smaller values are better.
         """
         losses = [self._measure_proxy(cell, name, removed, spans) for cell in self.cells]
         sets = self.candidate_sets(removed, spans)
@@ -217,7 +217,7 @@ class Scores:
         """Measure a proxy of each layer or span of layers on one benchmark.
 
         Returns the mean over each document's tokens, `[documents, candidates]`, and the documents'
-        weights, `[documents]`. A candidate is a layer or a span; the arguments are those of
+        weights, `[documents]`. A candidate is a layer or a span. The arguments are explained at
         `proxy`.
         """
         observation = "turning" if name in _DIRECTION_PROXIES else name.replace("_", "-")

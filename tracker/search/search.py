@@ -291,7 +291,7 @@ def _block_size(source: ModelSource, parts: SearchParts) -> int:
 def _assign_part_numbers(
     units: str, source: ModelSource, model: Any
 ) -> tuple[MixedParts, list[UniformKind], list[float]]:
-    """Assign numbers to the removable parts of several kinds, such as layers and heads.
+    """Assign numbers and blocks to the parts of several kinds, and count their parameters.
 
     Args:
         units: Kinds of parts, separated by commas, such as `layer,head`.
@@ -362,7 +362,7 @@ def _time_parts(
 
 
 def _count_parameters(model: Any, unit: str) -> list[float]:
-    """Count the parameters of every layer, of every attention or of every MLP.
+    """Count the parameters of each layer, or of each layer's attention or MLP.
 
     The argument `unit` is `layer`, `attention` or `mlp`; for other units, the list is empty.
     """
@@ -463,7 +463,7 @@ def refuse_few(request: CellRequest, n_documents: int) -> None:
 
 
 def _refuse_mixtures(request: SearchRequest, cells: list[OpenCell]) -> None:
-    """Raise ExperimentError if a search calibrates on both accuracies and text losses."""
+    """Raise ExperimentError if calibration benchmarks mix accuracies with losses of texts."""
     directions = {cell.higher_is_better for cell in cells}
     if len(directions) > 1:
         names = ", ".join(str(cell.request.benchmark) for cell in cells)

@@ -143,7 +143,7 @@ class LayerMinimum:
         return f"{self.count}" if self.window is None else f"{self.count} of {self.window}"
 
     def groups(self, n_layers: int) -> Iterator[tuple[int, ...]]:
-        """Yield the groups of layers of which at least `count` layers each must stay."""
+        """Yield groups of layers; at least `count` layers of each group must stay."""
         width = n_layers if self.window is None else self.window
         for start in range(n_layers - width + 1):
             yield tuple(layer for layer in self.layers if start <= layer < start + width)
@@ -165,7 +165,7 @@ class Constraints:
 
     @property
     def names(self) -> str:
-        """The names of the constraints in use for messages, such as `'protect' and 'among'`."""
+        """The names of the constraints that are set, for messages: e.g. `'protect' and 'among'`."""
         values = {"protect": self.protected, "among": self.among, "at_least": self.minimums}
         return " and ".join(f"'{key}'" for key, value in values.items() if value)
 
@@ -195,7 +195,8 @@ def resolve_constraints(
         at_least: Value of the setting `at_least` as JSON, such as `{"mamba": "1 of 4"}`; None if
             there is no minimum.
         n_layers: Number of layers of the model.
-        config: Function that reads the model's text configuration, which names kinds of layers.
+        config: Function that reads the configuration of the model's text part, which names kinds of
+            layers.
 
     Returns:
         The constraints, with numbers of layers.
@@ -225,7 +226,7 @@ def _resolve_layers(
         key: Name of the setting, for error messages.
         words: Layer numbers, kinds of layers, and words such as `last`.
         n_layers: Number of layers of the model.
-        config: Function that reads the model's text configuration.
+        config: Function that reads the configuration of the model's text part.
 
     Returns:
         The numbers of the layers, ascending.
@@ -430,8 +431,8 @@ class Budget:
     def is_finished(self, removed: Collection[int]) -> bool:
         """Return whether a search is finished when these parts are removed.
 
-        A search is finished when parts of the size `min_removed` are removed. If this size is 0,
-        the search is finished when no further part can be removed.
+        A search is finished when the removed parts have at least the total size `min_removed`. If
+        `min_removed` is 0, the search is finished when no further part can be removed.
         """
         return self.is_met(removed) if self.min_removed else self.is_exhausted(removed)
 
@@ -440,7 +441,7 @@ class Budget:
         return len(removed) >= len(self.largest_removal(removed))
 
     def can_reach(self, removed: Collection[int]) -> bool:
-        """Return whether these parts, with further parts, can reach the size `min_removed`."""
+        """Return whether a search that removes these parts can reach the size `min_removed`."""
         return self.allows(removed) and self.is_met(self.largest_removal(removed))
 
     def largest_removal(self, removed: Collection[int] = ()) -> set[int]:
@@ -458,7 +459,7 @@ class Budget:
         return self.size_of(self.largest_removal())
 
     def next_parts(self, removed: Collection[int]) -> list[int]:
-        """Return the parts that a next step can remove without making the budget unreachable."""
+        """Return the parts that the next step can remove while `min_removed` stays reachable."""
         largest = self.largest_removal(removed)
         certain = largest if self.is_met(largest) else set()
         parts = [part for part in self.free_parts if part not in removed]
@@ -470,8 +471,8 @@ class PartsBudget(Budget):
     """Budget for the removal of heads, experts or neurons; each part has the size 1.
 
     Attributes:
-        uniform_block: Number of consecutive parts that form a block, such as the parts of a layer,
-            if a search must remove equally many parts from each block; otherwise None.
+        uniform_block: Number of consecutive parts in a block (e.g. a layer), if a search must
+            remove equally many parts from each block; otherwise None.
     """
 
     uniform_block: int | None = None
@@ -517,11 +518,11 @@ class PartsBudget(Budget):
         return fits_blocks and self.fixed.isdisjoint(removed)
 
     def can_reach(self, removed: Collection[int]) -> bool:
-        """Return whether these parts, with further parts, can reach the size `min_removed`."""
+        """Return whether a search that removes these parts can reach the size `min_removed`."""
         return self.allows(removed) and self.largest_size >= self.min_removed * (1 - 1e-9)
 
     def next_parts(self, removed: Collection[int]) -> list[int]:
-        """Return the parts that a next step can remove without making the budget unreachable."""
+        """Return the parts that the next step can remove while `min_removed` stays reachable."""
         if not self.can_reach(removed):
             return []
         counts = self._count_by_block(removed)
@@ -546,7 +547,7 @@ class UniformKind:
     counts: tuple[int, ...]
 
     def next_removal(self, removed: Collection[int], order: Sequence[int]) -> set[int]:
-        """Return the smallest larger set of removed parts with equally many parts of each block.
+        """Return the next larger set of parts to remove, with equally many parts of each block.
 
         Args:
             removed: The parts that are removed so far.
@@ -563,7 +564,7 @@ class UniformKind:
         return {part for block in blocks for part in block[: larger[0] if larger else 0]}
 
     def largest_extension(self, removed: Collection[int]) -> set[int]:
-        """Return a largest set of parts of this kind that can be removed in addition."""
+        """Return a largest set of parts of this kind that can be removed besides `removed`."""
         n_left = self.counts[-1] - len({*self.blocks[0]}.intersection(removed))
         remaining = ([part for part in block if part not in removed] for block in self.blocks)
         return {part for block in remaining for part in block[:n_left]}
@@ -580,7 +581,8 @@ class MixedBudget(Budget):
         n_layers: Number of layers, or 0 if the search removes no whole layers. One layer always
             stays.
         kinds: Removable parts of each kind other than whole layers, such as heads and neurons.
-        price_unit: Losses are compared per this size: a million parameters or a millisecond.
+        price_unit: Unit of size for comparing losses per size: a million parameters or a
+            millisecond.
     """
 
     n_layers: int = 0
@@ -589,7 +591,7 @@ class MixedBudget(Budget):
 
     @cached_property
     def numbered_parts(self) -> list[int]:
-        """The removable parts of layers."""
+        """The numbers of all removable heads, experts and neurons."""
         return [part for kind in self.kinds for block in kind.blocks for part in block]
 
     def size_of(self, removed: Collection[int]) -> float:
@@ -606,16 +608,16 @@ class MixedBudget(Budget):
         return largest
 
     def candidates(self, removed: Collection[int], order: Sequence[int]) -> list[list[set[int]]]:
-        """List the sets of parts of which the next step of a search can remove one.
+        """List the sets of parts among which the next step of a search can choose.
 
         Args:
             removed: The parts that are removed so far.
-            order: All parts other than whole layers; earlier parts are removed first from each
-                layer.
+            order: All parts other than whole layers, in the order in which each layer loses its
+                parts.
 
         Returns:
-            One list of sets for each kind of parts, such as layers or heads. Each set of layers is
-            a single layer. If a set of heads is removed, all layers have equally many heads left.
+            One list of sets for each kind of parts. For layers, each set is a single layer. For
+            other kinds (e.g. heads), the only set leaves equally many parts in each block.
         """
         layers = [{layer} for layer in range(self.n_layers) if layer not in removed]
         extended = [kind.next_removal(removed, order) for kind in self.kinds]

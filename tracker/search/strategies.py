@@ -96,7 +96,7 @@ def _full_chooser(search: Search, outcome: str) -> StepChooser:
 
 
 def _mixed_chooser(search: Search, budget: MixedBudget, outcome: str) -> StepChooser:
-    """Return a function that removes what costs the least loss per parameter or millisecond.
+    """Return a function that picks the removal of least added loss per parameter or millisecond.
 
     A step removes one whole layer, or equally many parts (e.g. heads) of every layer. In each
     layer, the parts are removed in a fixed order: by their loss if removed alone, the smallest
@@ -119,7 +119,7 @@ def _lazy_chooser(search: Search, outcome: str) -> StepChooser:
     """Return a function that removes the best part without scoring hopeless parts again.
 
     A part is hopeless if its added loss in an earlier step exceeds the best added loss of this
-    step. The method assumes that the added loss of a part never decreases.
+    step. The method assumes that the added loss of a part never decreases from step to step.
     """
     scores, total_loss = search.scores, 0.0
     costs = dict.fromkeys(range(scores.parts.total), -np.inf)
@@ -148,7 +148,7 @@ def _lazy_chooser(search: Search, outcome: str) -> StepChooser:
 
 
 def _race_chooser(search: Search, outcome: str) -> StepChooser:
-    """Return a function that removes the best part, found with fewer documents for bad parts.
+    """Return a function that removes the best part, and measures bad parts on fewer documents.
 
     The measurement of a part ends when the part is significantly worse than another part. With 95 %
     confidence, the loss of the removed part exceeds the smallest loss by at most one percentage
@@ -291,7 +291,7 @@ def _random_chooser(search: Search, budget: MixedBudget) -> StepChooser:
 
 
 def _filter_removable(order: Iterable[int], budget: Budget) -> Iterator[int]:
-    """Yield parts in order, without parts whose removal makes the budget unreachable."""
+    """Yield parts in order, but skip a part if the search could then not remove enough."""
     removed: list[int] = []
     for part in order:
         if budget.can_reach((*removed, part)):
@@ -300,9 +300,9 @@ def _filter_removable(order: Iterable[int], budget: Budget) -> Iterator[int]:
 
 
 def _remove_in_order(search: Search, order: Iterable[int]) -> Iterator[PruneStep]:
-    """Yield steps that remove parts in a given order, until the budget is met.
+    """Yield steps that remove parts in a given order, until enough parts are removed.
 
-    A step removes one part, or one part of each block if the budget is uniform.
+    A step removes one part, or one part of each block if blocks must lose equally many parts.
     """
     budget = search.budget
     removed: PartSet = ()

@@ -226,7 +226,7 @@ def budget_excess(
     max_drop: float = 0.0,
     kept_share: float = 1.0,
 ) -> Estimate:
-    """Estimate the accuracy loss of an ablation minus the allowed loss.
+    """Estimate by how much the accuracy loss of an ablation exceeds the allowed loss.
 
     The estimate (the excess) is `kept_share` · baseline − ablated − `max_drop`. The loss is
     significantly within the budget if the upper end of the excess's interval is at most 0.
@@ -301,10 +301,10 @@ def drop_below_p(lost: int, won: int, n_documents: int, margin: float) -> float:
 
 
 def bernstein_half_width(sd: float, n: int, alpha: float) -> float:
-    """Compute an upper bound of a mean difference; return the bound minus the observed mean.
+    """Compute how far the true mean of differences can lie above the observed mean.
 
-    The bound is valid with the probability 1 - `alpha` for any distribution of differences in [-1,
-    1], even if large differences are rare.
+    The upper bound of the true mean is valid with the probability 1 - `alpha`, for any distribution
+    of differences in [-1, 1], even if large differences are rare.
 
     Args:
         sd: Standard deviation of the observed differences.
@@ -374,7 +374,8 @@ def mean_interval(
         extra: Values of the artificial documents, which have the mean weight of the real documents.
 
     Returns:
-        The lower and the upper bound. Both are None for a single document without `extra`.
+        The lower and the upper bound. Both are None if `extra` is empty and one document has almost
+        all weight.
     """
     array, shares = _weighted_arrays(values, weights)
     if extra:
@@ -511,7 +512,7 @@ REPORTED_DROP = 0.05
 
 @dataclass(frozen=True)
 class OutcomeVariance:
-    """Variance of the outcome changes over documents, from which sample sizes are computed.
+    """Variance over documents of the change in outcome, used to compute sample sizes.
 
     For 0/1 outcomes, power is computed by the normal approximation of McNemar's test. The exact
     McNemar test needs slightly more documents. For other outcomes, the variance is assumed to be
@@ -540,7 +541,7 @@ class OutcomeVariance:
         """Compute how many documents a test needs to detect a mean change of a given size.
 
         Args:
-            change: A drop or an increase, above 0.
+            change: Size of the drop or increase to detect, above 0.
             n_tests: Number of simultaneous tests, each at the level `ALPHA` / `n_tests`.
 
         Returns:
@@ -618,7 +619,7 @@ def documents_needed(
     n_benchmarks: int = 1,
     change: float = REPORTED_DROP,
 ) -> int:
-    """Compute how many documents tests need to detect a change for half of the removals.
+    """Compute how many documents suffice to detect a change in half of the removals.
 
     Args:
         variances: Variance of the outcome changes for each removal; at least one.

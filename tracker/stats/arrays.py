@@ -31,7 +31,7 @@ def chunk_sizes(total: int, size: int) -> Iterator[int]:
 
 
 def token_means(sums: Array, tokens: Array) -> Array:
-    """Return the mean of a proxy over the tokens of each document `[documents, layers]`.
+    """Return each document's mean of a proxy over tokens, as an array `[documents, layers]`.
 
     The mean is 0 for a document without tokens.
     """

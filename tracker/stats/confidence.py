@@ -1,8 +1,8 @@
 """Compute confidence sequences for the mean of a finite population.
 
-A confidence sequence has a confidence interval of the mean for each number of documents. All
-intervals of the sequence contain the mean with the stated confidence. The confidence is therefore
-valid for any stopping time.
+A confidence sequence has one confidence interval of the mean after each document. With the stated
+confidence, all these intervals contain the mean. The confidence is therefore valid for any stopping
+time.
 
 The intervals are derived from betting games. For each candidate value m of the mean, two games are
 played. In the first game, a player bets that the values of the next documents are above m. In the
@@ -28,11 +28,11 @@ cautious bets. A single document can reduce a stake by at most the fraction MAX_
 The stakes of bold bets are computed exactly for each candidate. Bold bets use only the values of
 the first BOLD_DOCUMENTS documents.
 
-The logarithms of the stakes of cautious bets are approximated by polynomials in m, for the
-candidates that are not rejected. The polynomials are based on a lower bound of the logarithm. For y
-≥ −MAX_RISK, log(1 + y) ≥ y − y²/2 + y³/3 − y⁴/4 + y⁵/5 − C·y⁶. With y = ±λ·(x − m'), the sum of
-this lower bound over all documents is a polynomial of degree six in m. The polynomial is never
-larger than the logarithm of the stake.
+For cautious bets, polynomials in m approximate the logarithms of the stakes. The approximation
+holds for candidates that are not rejected. The polynomials are based on a lower bound of the
+logarithm. For y ≥ −MAX_RISK, log(1 + y) ≥ y − y²/2 + y³/3 − y⁴/4 + y⁵/5 − C·y⁶. With y = ±λ·(x −
+m'), the sum of this lower bound over all documents is a polynomial of degree six in m. The
+polynomial is never larger than the logarithm of the stake.
 
 The first game rejects only the smallest candidates, and the second game only the largest. The
 remaining candidates are therefore an interval.
@@ -84,13 +84,13 @@ _SIDES = np.array([[1.0], [-1.0]])
 
 
 def horizons(population: int) -> Array:
-    """Return the effective sample sizes τ for which the bets are optimal, one τ per bet.
+    """Return the sample sizes τ for which the bets of a confidence sequence are optimal.
 
     Args:
         population: Number of documents in the population.
 
     Returns:
-        `[bets]`, the effective sample sizes.
+        `[bets]`, the effective sample size τ of each bet.
 
     Examples:
         >>> horizons(570).astype(int).tolist()
@@ -185,7 +185,7 @@ class MeanSequences:
 
         Args:
             values: `[documents, series]`, the values of the documents.
-            series: Indexes of the series of the values; None for all series.
+            series: Index of the series of each column of `values`; None for all series.
 
         Raises:
             ValueError: A value is not finite or out of range, or there are more documents than
@@ -251,7 +251,7 @@ class MeanSequences:
         self.seen[indexes] += len(values)
 
     def _move_centres(self, indexes: IntArray, centres: Array) -> None:
-        """Rewrite each polynomial of the cautious bets around a new centre.
+        """Express the polynomials of cautious bets in the distance from a new centre.
 
         Let m be a possible mean. A polynomial in m − (old centre) becomes the equal polynomial in m
         − (new centre). The new centre of the series `indexes[i]` is `centres[i]`.
@@ -294,7 +294,7 @@ class MeanSequences:
         self.high[indexes] = self._lowest + self._range * rejected_means.max(axis=0)
 
     def _bold_stakes(self, indexes: IntArray) -> Callable[[Array], Array]:
-        """Return a function that computes the log stake of each bold bet for possible means.
+        """Return a function that computes the logarithm of each bold bet's stake.
 
         The returned function takes an array `[2, series]` of possible means: candidates for the
         lower bounds, and candidates for the upper bounds. The result is an array `[bets, 2,
@@ -322,7 +322,7 @@ class MeanSequences:
         return log_stakes
 
     def _cautious_stakes(self, indexes: IntArray) -> Callable[[Array], Array]:
-        """Return a function that bounds the log stake of each cautious bet from below.
+        """Return a function that computes a lower bound of the log stake of each cautious bet.
 
         The returned function takes an array `[2, series]` of possible means: candidates for the
         lower bounds, and candidates for the upper bounds. The result is an array `[bets, 2,
