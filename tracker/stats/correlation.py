@@ -42,9 +42,8 @@ def correlate(
     effect of measurement noise (see `bias_corrected_interval`).
 
     The null hypothesis of the p-value is that proxy and drop are unrelated. For layers, the test
-    replaces one of the two series by random series that are equally smooth over depth
-    (`surrogate_series`). Of the two p-values (one for each replaced series), the function returns
-    the larger one.
+    replaces one series by random series that are equally smooth over depth (`surrogate_series`).
+    Each of the two series is replaced in turn; the larger p-value is returned.
 
     Shuffled layers would give too many false positives, because neighbouring layers have similar
     values. At the level 5 %, the false positive rate of this function is 6 to 10 % for random
@@ -153,9 +152,9 @@ def partial_correlate(
 ) -> Estimate:
     """Compute Spearman's partial coefficient of two series over layers.
 
-    The effect of the series `control` on the ranks of the two series is removed by linear
-    regression, nonlinear effects only in part. The interval and the p-value are computed as in
-    `correlate`, but the test uses residuals.
+    Linear regression removes the linear effect of `control` from the ranks of the two series. A
+    nonlinear effect remains in part. The interval and the p-value are computed as in `correlate`,
+    but the test uses the residuals.
 
     Args:
         first_series: `[layers]`, values of one series; NaN if undefined.
@@ -168,8 +167,8 @@ def partial_correlate(
 
     Returns:
         The coefficient with its interval and p-value. The value is None with a reason for fewer
-        than four layers, a NaN or a constant series. The value is also None if the ranks of a
-        series are those of `control`, or the reverse.
+        than four layers, a NaN or a constant series. The value is also None if a series orders the
+        layers like `control`, or in reverse.
 
     References:
         M. G. Kendall, Biometrika 32 (1942) 277-283 (partial rank correlation). D. Freedman, D.
@@ -215,10 +214,10 @@ def _residuals(rows: Array, control: Array) -> Array:
 def _undefined_reason(
     min_items: int, statistic: str, *series: tuple[str, Array], item: str = "layer"
 ) -> str | None:
-    """Write a message if a statistic is undefined for too few, missing or constant values.
+    """Explain why a statistic is undefined: too few, missing or constant values.
 
-    The message contains the names `statistic` and `item` (an observation, such as `layer`). The
-    function returns None if the statistic is defined.
+    The message names the `statistic`, and the kind of observation (`item`). The function returns
+    None if the statistic is defined.
     """
     n = len(series[0][1])
     if n < min_items:
@@ -241,7 +240,10 @@ def _permutation_p(
     n_draws: int,
     seed: int,
 ) -> float:
-    """Return the two-sided p-value of a permutation test that shuffles `x` within each group."""
+    """Return the two-sided p-value of a permutation test that shuffles `x` within each group.
+
+    `value` is the observed coefficient of `x` and `y`.
+    """
     rng = np.random.default_rng(seed)
     group_order = np.argsort(groups, kind="stable")
     n_higher = n_lower = 0

@@ -1,7 +1,7 @@
 """Compute the options that a model chooses, their margins, and the effects of rounding.
 
 An option's score is its log-likelihood, possibly divided by its length. The scores are arrays
-[documents, options]. If a document has fewer options than others, its row is filled with NaN. A
+[documents, options]. If a document has fewer options than others, the rest of its row is NaN. A
 document is lost by an ablation if the intact model answers it right and the ablated model answers
 it wrong.
 

@@ -163,7 +163,7 @@ def additivity(
 
 
 def _explained_share(sums: Array, joint: Array) -> Array:
-    """Return R² for each row, if the joint drops are predicted as `sums`.
+    """Return R² of predicting joint drops by sums of single drops, for each row.
 
     Both arguments are arrays `[rows, pairs]`, and the result is an array `[rows]`.
     """
@@ -180,11 +180,11 @@ def growths(
 
     The interval is a bootstrap interval of the mean log ratio (Hesterberg's expanded percentiles).
     The bootstrap resamples documents within each stratum. The p-value is from Wilcoxon's signed
-    rank test of the log ratios. The null hypothesis of Wilcoxon's test is no growth.
+    rank test of the log ratios. The null hypothesis is that the growth factor is 1.
 
     Args:
-        start_values: `[documents, k]`, the values before growth; positive.
-        end_values: `[documents, k]`, the values after growth, of the same documents.
+        start_values: `[documents, k]`, the positive start values.
+        end_values: `[documents, k]`, the positive end values of the same documents.
         strata: `[documents]`, e.g. each document's task.
         seed: Seed of the resamples.
 
@@ -249,7 +249,7 @@ def min_growth_documents(n_tests: int, level: float) -> int:
 
 
 def growth_difference_p(groups: Sequence[Array]) -> float | None:
-    """Test whether the growth differs between groups of documents; return the p-value.
+    """Test whether growth factors differ between groups of documents; return the p-value.
 
     The test is Kruskal and Wallis's rank test, which assumes independent documents.
 

@@ -57,7 +57,10 @@ def surrogate_series(values: Array, n_draws: int, seed: int) -> Array:
 
 @lru_cache(maxsize=16)  # by every proxy, coefficient and subset the same drops are redrawn
 def _draw_ranks(ranks: tuple[float, ...], n_draws: int, seed: int) -> NDArray[np.int32]:
-    """Draw random orders, `[draws, layers]`, of ranks from 0 that are as smooth as `ranks`."""
+    """Draw random ranks of layers, `[draws, layers]`, that are as smooth over depth as `ranks`.
+
+    The returned ranks begin at 0.
+    """
     rng = np.random.default_rng(seed)
     scores = scipy.special.ndtri(np.array(ranks) / (len(ranks) + 1))
     rho = rng.choice(AUTOCORRELATIONS, size=n_draws, p=smoothness_likelihood(scores))
@@ -145,9 +148,9 @@ def row_coefficients(x: Array, y: Array, coefficient: str) -> Array:
 def _kendall_rows(x: Array, y: Array) -> Array:
     """Return Kendall's tau-b of each row of `x` with the same row of `y`.
 
-    Let c be the number of concordant pairs of layers, and d the number of discordant pairs. Tau-b
-    is c − d, divided by the geometric mean of the numbers of pairs that are not ties in `x` and in
-    `y`.
+    Let c be the number of concordant pairs of layers, and d the number of discordant pairs. Let m
+    be the number of pairs without a tie in `x`, and n the number without a tie in `y`. Tau-b is
+    (c−d)/√(m·n).
     """
     i, j = np.triu_indices(x.shape[1], k=1)
     values = []
@@ -166,7 +169,7 @@ def _kendall_rows(x: Array, y: Array) -> Array:
 def top_overlap(x: Array, y: Array, k: int) -> Array:
     """Return the fraction of the `k` top layers that two rankings have in common.
 
-    Ties are broken at random; the result is the expected fraction.
+    If values are tied, the result is the expected fraction when ties are broken at random.
 
     Args:
         x: `[rows, layers]`, the values of one ranking; a larger value has a better rank.
@@ -187,7 +190,10 @@ def top_overlap(x: Array, y: Array, k: int) -> Array:
 
 
 def _top_probabilities(rows: Array, k: int) -> Array:
-    """Return each value's probability to be among its row's `k` largest, with random tie-breaks."""
+    """Return the probability of each value to be one of the `k` largest in its row.
+
+    Ties are broken at random.
+    """
     figures = rounded_values(rows)
     thresholds = np.sort(figures, axis=1)[:, -k][:, None]
     is_above, is_tied = figures > thresholds, figures == thresholds
@@ -199,9 +205,8 @@ def _top_probabilities(rows: Array, k: int) -> Array:
 def differing_rank_share(proxy: Array, drop: Array, tolerance: float = 0) -> tuple[float, float]:
     """Return the fraction of layers whose rank by the proxy differs from the rank by the drop.
 
-    The function also returns the chance level, the exact mean of the fraction over random orders of
-    the layers. If there are no ties and `tolerance` is 0, the chance level is 1 - 1 / (number of
-    layers).
+    The function also returns the chance level: the mean fraction over all orders of the layers. If
+    there are no ties and `tolerance` is 0, the chance level is 1 - 1 / (number of layers).
 
     Args:
         proxy: `[benchmarks, layers]`, values of the proxy, which are ranked within each benchmark.
@@ -230,9 +235,10 @@ class Disagreement:
 
     Attributes:
         share: Fraction of layers whose two ranks differ, averaged over benchmarks.
-        chance: The exact mean of this fraction over random orders of the layers.
+        chance: The mean of this fraction over all orders of the layers.
         shuffled_p: p-value from uniformly random orders of the layers.
-        smooth_p: p-value from random orders that are as smooth over depth as the measured values.
+        smooth_p: p-value from random orders of the layers that keep the values equally smooth over
+            depth.
     """
 
     share: float
@@ -255,9 +261,9 @@ def compare_ranks(proxy: Array, drop: Array, tolerance: float, seed: int = 0) ->
 
     Returns:
         The fraction of layers whose two ranks differ and its chance level (see
-        `differing_rank_share`), and two one-sided p-values. One p-value is from uniformly random
-        orders. The other p-value is from random orders that are as smooth over depth as the
-        measured values.
+        `differing_rank_share`), and two one-sided p-values. The first p-value is from uniformly
+        random orders of the layers. The second is from random orders that keep the values equally
+        smooth over depth.
 
     Examples:
         On average, 96.7 % of 30 layers have different ranks in two random orders.
@@ -308,7 +314,7 @@ def mean_spearman_p(proxy: Array, drop: Array, seed: int = 0) -> float:
 
 
 def smooth_orders(values: Array, n_draws: int, seed: int) -> IntArray:
-    """Draw random orders of layers in which the reordered series stays equally smooth.
+    """Draw random orders of layers that keep the series `values` equally smooth.
 
     Args:
         values: `[layers]`, the series in the order of depth, finite.

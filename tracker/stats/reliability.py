@@ -69,8 +69,8 @@ def disjoint_means(
 
     Returns:
         The weighted means of the first samples and of the second samples, each `[draws, sizes,
-        layers]`. Means of second samples are NaN if the documents are too few for two samples.
-        Means are also NaN if all weights of a sample are 0.
+        layers]`. Means of second samples are NaN for sizes above half of the documents. Means are
+        also NaN if all weights of a sample are 0.
     """
     weighted = np.where(weights[:, None] > 0, values * weights[:, None], 0)
     table = np.column_stack([weighted, weights])
@@ -144,8 +144,8 @@ def documents_to_reach(
     Returns:
         The number of documents, and whether this number is extrapolated. Between two measured
         sizes, the number is interpolated on a logarithmic scale. Beyond the largest size, the
-        number is extrapolated by the Spearman-Brown formula. The number is NaN if the last
-        reliability is not between 0 and 1.
+        number is extrapolated by the Spearman-Brown formula. An extrapolated number is NaN if the
+        last defined reliability is not between 0 and 1.
 
     Examples:
         >>> n_documents, extrapolated = documents_to_reach([10, 100, 1000], [0.5, 0.8, 0.9], 0.85)
@@ -167,8 +167,8 @@ def layer_difference_p(values: Array, weights: Array, seed: int) -> float:
     """Test whether layers have different means; return the p-value.
 
     The test statistic is the sum of the squared deviations of the layer means from the mean of all
-    layers. Under the null hypothesis, the signs of a document's deviations are random, so the test
-    reverses the signs for randomly chosen documents.
+    layers. Under the null hypothesis, the deviations of a document are equally likely with reversed
+    signs. The test therefore reverses the signs for randomly chosen documents.
 
     Args:
         values: `[documents, layers]`, the value of each document for each layer.
@@ -211,7 +211,7 @@ def positive_estimate(figure: Callable[[IntArray], float], strata: Strata, seed:
 
     Returns:
         The statistic with its 95 % interval. The value is None with a reason if the statistic is
-        undefined for all documents, or for nine tenths of the documents.
+        undefined on all documents together, or in one step of the jackknife.
     """
     value = figure(np.arange(len(strata)))
     error = jackknife_error(lambda indexes: float(np.log(figure(indexes))), strata, _GROUPS, seed)
@@ -253,8 +253,8 @@ def prediction_by_budget(
     """Estimate how well measures of equal cost predict the true ranking of layers.
 
     The documents are split at random into two halves, `HALF_SPLITS` times. On one half, the measure
-    `truth` gives the true ranking of the layers. On the other half, a measure uses as many
-    documents as its price allows: budget divided by price.
+    `truth` gives the true ranking of the layers. On the other half, each measure ranks the layers
+    by (budget / price) documents.
 
     Args:
         measures: The measures by name, all with the same documents.
@@ -262,9 +262,9 @@ def prediction_by_budget(
         budgets: Budgets for computation, in forward passes.
 
     Returns:
-        The mean of Spearman's coefficient over the splits, for each measure and budget. The mean is
-        NaN if a budget is too small or too large, or if the coefficient is undefined in more than
-        half of the splits.
+        For each measure and budget, Spearman's coefficient with the true ranking, averaged over the
+        splits. The mean is NaN if the budget pays for no document or for more than half of the
+        documents, or if the coefficient is undefined in more than half of the splits.
     """
     n_documents = len(truth.values)
     half_size = n_documents // 2
@@ -289,9 +289,9 @@ def prediction_by_budget(
 
 
 def _running_means(measure: LayerMeasure, order: IntArray) -> Array:
-    """Return the weighted mean of the first k documents in `order`, for each k.
+    """Return each layer's weighted mean over the first k documents in `order`, for each k.
 
-    The result is an array `[documents, layers]`; its last row is the mean over all documents.
+    The result is an array `[documents, layers]`; the last row is the mean over all documents.
     """
     weights = measure.weights[order, None]
     values = np.where(weights > 0, measure.values[order], 0.0)

@@ -10,8 +10,8 @@ how many documents the measurement needs.
 
 The difference of two runs on a document varies less than the values of single runs, because common
 noise cancels. For each pair of runs, the rule tests the null hypothesis "the mean of run b is not
-above the mean of run a". The test is a betting game, as in the module `confidence`, on all
-documents with values of both runs.
+above the mean of run a". The test is a betting game, as in the module `confidence`. The game uses
+all documents on which both runs have values.
 
 The error probability is divided equally among the count · (runs − count) pairs of a best run and
 another run.
@@ -155,7 +155,7 @@ class SequentialTopK:
         self._decide_runs()
 
     def _update_capital(self, values: Array, a: IntArray, b: IntArray) -> None:
-        """Update the evidence, for many pairs of runs, that run b has a larger mean than run a.
+        """Update the evidence that run b has a larger mean than run a, for many pairs of runs.
 
         The evidence is the capital of a player who bets on run b at every document. Pair i consists
         of the runs `a[i]` and `b[i]`; `values` is `[documents, runs]`.
@@ -174,7 +174,7 @@ class SequentialTopK:
                 capital[a, b] += np.log(np.prod(1 + risks * odds, axis=0))
 
     def _decide_runs(self) -> None:
-        """Choose or exclude each run for which the evidence is sufficient."""
+        """Choose or exclude each run that enough comparisons with other runs decide."""
         while True:
             runs = np.flatnonzero(self.open)
             n_free = self._count - int(self.chosen.sum())
@@ -261,8 +261,7 @@ class SmallestMean:
 
         Args:
             values: `[documents, runs]`, values of the further documents. Values of excluded runs
-                are ignored and can be NaN. Any other run with a value that is not finite is
-                excluded.
+                are ignored and can be NaN. A NaN or an infinite value excludes a run.
 
         Raises:
             ValueError: The total number of documents exceeds the population.
@@ -282,7 +281,7 @@ class SmallestMean:
             self._decide_runs(open_values[:, is_usable], runs[is_usable])
 
     def _decide_runs(self, values: Array, runs: IntArray) -> None:
-        """Exclude runs with too large means, and choose the best run if the evidence is sufficient.
+        """Exclude runs with significantly larger means; choose the best run within the tolerance.
 
         The array `values` is `[documents, columns]`; column i contains the values of the run
         `runs[i]`.
@@ -310,13 +309,13 @@ def half_width(n_looked: int, n_documents: int, error_rate: float) -> float:
     Args:
         n_looked: Number of documents that were evaluated so far.
         n_documents: Number of documents in the population, above `n_looked`.
-        error_rate: Probability that any interval of the sequence does not contain the mean.
+        error_rate: Probability that at least one interval of the sequence misses the mean.
 
     Returns:
         The half width for a standard deviation of 1.
 
     Examples:
-        An interval for only this number of documents would be narrower: 1.96 / √512 = 0.087.
+        An interval that is valid only at 512 documents would be narrower: 1.96 / √512 = 0.087.
 
         >>> round(half_width(512, 10**9, 0.05), 3)
         0.134
@@ -329,11 +328,11 @@ def half_width(n_looked: int, n_documents: int, error_rate: float) -> float:
 
 
 def race_state(low: Array, high: Array, tolerance: float | None) -> tuple[Mask, Mask]:
-    """Read from confidence bounds which runs are undecided, and which means are not 0.
+    """Decide by confidence bounds which runs are undecided, and which means differ from 0.
 
     With a tolerance, a run is undecided while its interval is too wide, and no run is chosen.
-    Without a tolerance, a run is chosen if its bounds exclude 0; any other run is undecided, unless
-    its two bounds are equal.
+    Without a tolerance, a run is chosen if its bounds exclude 0. If the bounds contain 0, the run
+    is undecided until the two bounds are equal.
 
     Args:
         low: `[runs]`, lower bounds of the means; the bounds of all runs hold simultaneously.
@@ -364,9 +363,9 @@ class Race:
 
     Attributes:
         open: `[runs]`, mask of the runs that are not decided yet.
-        chosen: `[runs]`, mask of the chosen runs. The answer to `top` is the runs with the
-            largest means, and the answer to `prune` is the runs with the smallest means. For
-            `sign`, the runs whose mean differs from 0 are chosen. For `drop`, no runs are chosen.
+        chosen: `[runs]`, mask of the chosen runs. The question `top` chooses the runs with the
+            largest means, `prune` those with the smallest means. The question `sign` chooses the
+            runs whose means differ from 0, and `drop` chooses no run.
         seen: `[runs]`, number of documents that were evaluated for each run.
     """
 
@@ -380,8 +379,8 @@ class Race:
                 are found.
             population: Number of documents in the population.
             n_runs: Number of runs; each run has one mean.
-            max_value: Largest possible absolute value, and largest possible difference between the
-                values of two runs on a document.
+            max_value: Largest possible absolute value; also the largest possible difference between
+                two runs on a document.
 
         Raises:
             ValueError: The condition is impossible for this number of runs.
@@ -425,8 +424,8 @@ class Race:
     def bounds(self) -> MeanSequences:
         """Simultaneous confidence bounds of the runs' means.
 
-        The bounds do not decide the questions `top` and `prune`, for which pairs of runs are
-        compared.
+        The questions `top` and `prune` are decided by comparing pairs of runs, without these
+        bounds.
         """
         while self._pending:
             self._bounds.add(*self._pending.pop(0))
@@ -467,10 +466,10 @@ LOOK_SIZE = 32
 
 @dataclass(frozen=True)
 class RaceForecast:
-    """Numbers of documents that a stopping rule evaluates in simulations.
+    """Result of `forecast_race`: how many documents a stopping rule evaluates in simulations.
 
     Attributes:
-        looked: `[draws]`, number of documents that were evaluated in each simulation.
+        looked: `[draws]`, number of documents after which each simulation stopped.
         seen: `[draws, runs]`, number of documents that were evaluated for each run.
         answered: `[draws]`, True if all runs were decided in the simulation.
     """
@@ -491,8 +490,8 @@ def forecast_race(
 ) -> RaceForecast:
     """Simulate how many documents the stopping rule `Race` needs.
 
-    The documents of a simulated population are drawn from the measured documents. The simulated
-    numbers are too low if only few documents are measured.
+    The documents of a simulated population are drawn from the measured documents. If only few
+    documents are measured, the simulated numbers of documents are too low.
 
     Args:
         question: Condition that ends the measurement, such as `top 3`: the three largest means are

@@ -137,7 +137,7 @@ def subtract(minuend: Estimate, subtrahend: Estimate) -> Estimate:
 def average(estimates: Sequence[Estimate], independent: bool = True) -> Estimate:
     """Compute the mean of several estimates, and the interval of the mean.
 
-    The interval says nothing about other estimates, such as those on further benchmarks.
+    The interval holds for the mean of exactly these estimates, not for further benchmarks.
 
     Args:
         estimates: Estimates to average; estimates without a value are ignored.

@@ -142,8 +142,8 @@ def variance_difference(
         second_samples: For each benchmark, the values of the other measure for the same documents.
 
     Returns:
-        The first measure's variation minus the second measure's variation, with an interval; no
-        interval if the difference is undefined without some of the documents.
+        The first measure's variation minus the second measure's variation, with an interval. There
+        is no interval if the difference is undefined in one step of the jackknife.
 
     Raises:
         ValueError: There are fewer than two benchmarks, or a benchmark has more noise than variance
@@ -157,7 +157,7 @@ def variance_difference(
         return first - second
 
     def leave_out(index: int, kept_documents: IntArray) -> float:
-        """Return the difference if only `kept_documents` of the benchmark `index` are used."""
+        """Return the difference when the benchmark `index` has only `kept_documents`."""
         pair = []
         for values, weights, strata in samples[index]:
             labels = None if strata is None else np.asarray(strata)[kept_documents]

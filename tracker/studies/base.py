@@ -104,7 +104,7 @@ class Subject:
         return cell_label(self.record)
 
     def outcomes(self, extra_ablations: Sequence[Ablation] = ()) -> AlignedOutcomes:
-        """Read the outcomes of the documents that are measured for every requested ablation."""
+        """Read the outcomes of the documents measured under all requested and extra ablations."""
         return AlignedOutcomes(self.store, self.view, extra_ablations=extra_ablations)
 
 
@@ -120,17 +120,18 @@ def observe_subject(
     begin: Callable[[Engine], ObserveDocument],
     documents: Collection[tuple[str, int]] | None = None,
 ) -> Observations:
-    """Return the statistics of documents; compute only statistics that are not stored yet.
+    """Observe documents with a model, e.g. measure proxies; compute only what is not stored.
 
     Args:
         subject: The model and the benchmark.
         kind: Name under which the statistics are stored.
         context: Context of the study.
-        begin: Function that takes an engine, and returns a function that observes a document.
+        begin: Function that takes an engine (the running model). It returns a function that
+            computes the statistics of one document.
         documents: Documents to observe, as (task, number in the task's split); None for all.
 
     Returns:
-        The statistics of all these documents.
+        The statistics of the observed documents.
     """
     request, store, progress = subject.request, subject.store, context.progress
     machine = context.ledger, context.options, progress
@@ -145,7 +146,7 @@ def second_rounding_notes(subjects: Sequence[Subject]) -> list[str]:
 
 
 def study_texts(name: str, **names: Any) -> TextTemplate:
-    """Open the template of a built-in study; the template can use `names` as variables."""
+    """Open the text template of a built-in study, with `names` as variables of the template."""
     return TextTemplate("tracker.studies", name, significant=SIGNIFICANT, **names)
 
 
@@ -235,7 +236,7 @@ class Study(Generic[Settings]):
 
     @property
     def command(self) -> list[str]:
-        """The command that runs the study, without the name of the experiment and the options."""
+        """The command that runs the study, without the experiment file and the options."""
         return [*(self.settings.command or f"tracker study {self.name}").split()]
 
     def requests(self, context: StudyContext) -> list[CellRequest]:
@@ -263,9 +264,9 @@ class Study(Generic[Settings]):
         raise NotImplementedError
 
     def _check(self, cell: CellRequest, context: StudyContext) -> None:
-        """Raise RequestError if a request does not meet the requirements of the study.
+        """Raise RequestError if the request `cell` does not meet the requirements of the study.
 
-        `cell` is the request for one model and one benchmark of the experiment file.
+        `cell` is the experiment file's request for one model and one benchmark.
         """
         named, problem = (cell, self, context.input.source), ""
         if cell.until is not None and not self.races:

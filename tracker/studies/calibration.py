@@ -101,9 +101,9 @@ class Calibration(Study[CalibrationSettings]):
 
 
 def _benchmark_groups(subjects: Sequence[Subject]) -> Iterator[tuple[str, list[int]]]:
-    """Group the benchmarks that were measured with the same model and the same layers.
+    """Group the benchmarks on which the same layers of the same model were removed.
 
-    Yields the title of each group, and the indices of its benchmarks in `subjects`.
+    Yields the title of each group of two or more benchmarks, and their indices in `subjects`.
     """
 
     def key(n: int) -> object:
@@ -213,7 +213,7 @@ class AgreementCurve:
 
     @property
     def doubt(self) -> str:
-        """Reason why rankings by two halves of the documents do not agree; empty if they agree."""
+        """Text that says why rankings by two halves of the documents disagree, or an empty text."""
         halves = self.agreement(self.half)
         if halves.low is None:
             return halves.reason or ""
@@ -230,7 +230,7 @@ class AgreementCurve:
     def with_p_value(self, p_value: float) -> AgreementCurve:
         """Return a copy of the curve with another p-value.
 
-        `needed` becomes undefined if the new curve has a reason for `doubt`.
+        If the text `doubt` of the new curve is not empty, `needed` becomes undefined.
         """
         curve = replace(self, p_value=p_value)
         return replace(curve, needed=Estimate(None, reason=curve.doubt)) if curve.doubt else curve
@@ -270,7 +270,7 @@ def _unusable_reason(ranking: LayerRanking) -> str:
 
 
 def join_rankings(rankings: Sequence[LayerRanking]) -> LayerRanking:
-    """Average the rankings of layers on several benchmarks, all with equal weight."""
+    """Join the values of one measure on several benchmarks, all with equal weight."""
     reason = next((ranking.reason for ranking in rankings if ranking.reason), "")
     if len(rankings) == 1 or reason:
         return replace(rankings[0], reason=reason)
@@ -310,9 +310,9 @@ def agreement_curve(ranking: LayerRanking, reliability: float) -> AgreementCurve
 
 
 def adjust_curves(curves: Sequence[AgreementCurve]) -> list[AgreementCurve]:
-    """Adjust the p-values of all curves by Holm's method.
+    """Adjust the p-values of all agreement curves by Holm's method.
 
-    `needed` becomes undefined in a curve with a reason for `doubt`.
+    If the text `doubt` of a curve is not empty, `needed` becomes undefined.
     """
     adjusted = holm([curve.p_value for curve in curves])
     rows = zip(curves, adjusted, strict=True)
@@ -363,7 +363,7 @@ def _write_answer(
 
 
 def needed_table(rows: Sequence[tuple[str, AgreementCurve]], reliability: float) -> Table:
-    """Build the table of the number of documents that each measure needs to rank the layers."""
+    """Build the table of how many documents each measure needs to rank layers reliably."""
 
     def full_agreement(row: tuple[str, AgreementCurve]) -> Estimate:
         return Estimate(row[1].predicted(row[1].documents), reason=row[1].doubt)
@@ -396,9 +396,9 @@ def needed_table(rows: Sequence[tuple[str, AgreementCurve]], reliability: float)
 
 
 def agreement_table(title: str, drop: AgreementCurve) -> Table:
-    """Build the table of the agreement of rankings by two samples.
+    """Build the table of how well layer rankings by two samples agree.
 
-    The table has a row for each number of documents in a sample.
+    The table has a row for each sample size.
     """
 
     def overlap(name: str) -> Column[int]:
@@ -422,7 +422,7 @@ def agreement_table(title: str, drop: AgreementCurve) -> Table:
 
 
 def _agreement_chart(title: str, drop: AgreementCurve, others: list[AgreementCurve]) -> LineChart:
-    """Build the chart of rank correlation between two samples, against the sample size.
+    """Build the chart of the correlation of rankings by two samples, by sample size.
 
     The chart has a line for each measure that ranks the layers.
     """

@@ -2,8 +2,8 @@
 
 The KL divergence compares the next-token distributions of the intact and the changed model, at the
 tokens of the right answer. The study computes the rank correlation between divergence and drop over
-all changes, such as removed layers. Small and large divergences are also correlated separately with
-the drops.
+all changes, such as removed layers. The study also correlates the smaller and the larger half of
+the divergences separately.
 """
 
 from __future__ import annotations
@@ -56,9 +56,9 @@ class Displacement(Study[DisplacementSettings]):
     texts = DISPLACEMENT_TEXTS
 
     def expand(self, cell: CellRequest, context: StudyContext) -> Iterator[CellRequest]:
-        """Yield the file's request, with a measurement of KL divergences added.
+        """Yield the experiment file's request, and also request KL divergences.
 
-        Raises RequestError if the file has fewer than `MIN_CHANGES` changes.
+        Raises RequestError if the experiment file has fewer than `MIN_CHANGES` changes.
         """
         if (count := len([*cell.changes.expand()])) < MIN_CHANGES:
             raise RequestError(DISPLACEMENT_TEXTS.render("few", cell, count, MIN_CHANGES))

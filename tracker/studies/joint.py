@@ -46,7 +46,7 @@ class Joint(Study[JointSettings]):
     texts = JOINT_TEXTS
 
     def expand(self, cell: CellRequest, context: StudyContext) -> Iterator[CellRequest]:
-        """Yield one request for all single layers, then requests for all pairs of layers."""
+        """Yield one request to remove single layers, then requests to remove pairs of layers."""
         layers = cell.changes.whole_layers
         yield cell.with_changes(layers=layers)
         for n, layer in enumerate(layers[:-1], 1):
@@ -172,7 +172,10 @@ class PairInteractions:
         return widen(estimates, [self.documents] * len(estimates), n_statements)
 
     def strongest(self, sign: int) -> int | None:
-        """Return the pair with the significantly largest or smallest interaction, or else None."""
+        """Return the index of the significantly strongest pair, or None.
+
+        `sign` 1 selects the most positive interaction, and −1 the most negative interaction.
+        """
         end = 1 if sign > 0 else len(self.indices)
         firsts = [index for index, ranks in self.ranks.items() if ranks == (end, end)]
         return next((n for n in firsts if sign * self.at_once[n].side() > 0), None)
@@ -190,7 +193,7 @@ class PairInteractions:
         return [n for n in indices if sign * (self.value(n) or 0) > 0]
 
     def value(self, index: int) -> float | None:
-        """Return the interaction of a pair.
+        """Return the interaction of the pair with this index.
 
         The result is None if the interaction is undefined, or if `floor` is true for the pair.
         """
@@ -336,7 +339,7 @@ def _interaction_map(pairs: PairInteractions) -> MapChart:
 
 
 def _distance_chart(pairs: PairInteractions) -> LineChart:
-    """Build the chart of the mean interaction against the distance of the two layers."""
+    """Build the chart of the mean interaction by distance of the two layers."""
     name = "pairs whose drops are not limited by chance" if pairs.floor.any() else "all pairs"
     title = f"{pairs.record.title}: mean interaction by distance of the layers ({pairs.measure})"
     axes, lines = ("distance |i − j|", "interaction"), {name: pairs.by_distance.values()}

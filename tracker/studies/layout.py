@@ -25,9 +25,10 @@ class ColumnLabel:
     reason: str
 
     def columns(self, value: Callable[[Any], Any], measure: MetricFormat) -> Iterator[Column[Any]]:
-        """Yield the table column of a dataclass field.
+        """Yield the table columns of a dataclass field.
 
-        A label that is a dictionary gives one column for each key.
+        `value` reads the field of a row, and `measure` gives the names for `label`. If `label` is a
+        dictionary, each key gets a column.
         """
         unit = measure.form if self.unit == "change" else self.unit
         unit = measure.level_form if unit == "level" else unit
@@ -67,7 +68,7 @@ def figure_table(
     *notes: str,
     measure: MetricFormat = ACCURACY_FORMAT,
 ) -> Table:
-    """Build a table with a row for each dataclass instance, and a column for each labelled field.
+    """Build a table with a row for each dataclass instance, and columns for its `labelled` fields.
 
     Args:
         kind: The dataclass of the rows.

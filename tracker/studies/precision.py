@@ -114,7 +114,7 @@ class Precision(Study[PrecisionSettings]):
     texts = PRECISION_TEXTS
 
     def expand(self, cell: CellRequest, context: StudyContext) -> Iterator[CellRequest]:
-        """Yield a request in which each run rounds one linear map."""
+        """Yield the request that rounds each linear map alone."""
         if groups := [name for name in cell.changes.maps if name in MAP_GROUPS]:
             raise RequestError(PRECISION_TEXTS.render("several_maps", cell, groups[0]))
         formats = tuple(name for name in cell.changes.interventions if name in FORMATS)
@@ -139,7 +139,10 @@ class Precision(Study[PrecisionSettings]):
 def _observe_maps(
     context: StudyContext, subject: Subject, name: str, runs: Sequence[RunRecord]
 ) -> RoundedMaps:
-    """Compute the rounding errors of all maps in one format, and correlate them with the costs."""
+    """Correlate the rounding errors of all maps in one format with the costs of rounding.
+
+    `name` is the name of the format, and each of `runs` rounds one map.
+    """
     maps, record, outcomes = [run.change for run in runs], subject.record, subject.outcomes()
     kind = f"rounding-{name}-{content_hash([*map(str, maps)])[:8]}"
     begin = partial(build_error_observer, maps=maps, kl=True)
@@ -175,7 +178,7 @@ def _rounding_errors(
 
     Args:
         figures: Name of a measured quantity → array `[documents, maps]`.
-        resample: Function that computes the column means of an array for each bootstrap resample.
+        resample: Function that returns the column means of an array in each bootstrap resample.
 
     Returns:
         Kind of error → (errors over all documents `[maps]`, errors in each bootstrap resample
@@ -207,7 +210,7 @@ def _mean_costs(
             stopped early; otherwise it returns the estimates unchanged.
 
     Returns:
-        A row for each name; the name with the largest mean cost is first.
+        A row for each name of a map; the row with the largest mean cost is first.
     """
     by_name = group_by(range(len(maps)), lambda index: str(maps[index].map))
     means = [gold.ablated[:, rows].mean(axis=1, keepdims=True) for rows in by_name.values()]

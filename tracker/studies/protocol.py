@@ -91,9 +91,10 @@ class MeasuredProtocol:
     Attributes:
         kind: Kind of the protocol, such as `generation`.
         label: Name of the protocol, unique among the compared protocols.
-        outcomes: Outcomes of the common documents under the common changes.
+        outcomes: Outcomes of the documents and changes that the compared protocols share.
         paired: Score of each document under the protocol, with the intact and the changed models.
-        drops: Drop under each change; the intervals are simultaneous for all changes and protocols.
+        drops: Drop of the score by each change; the intervals hold simultaneously for all changes
+            and protocols.
         verdicts: For each change: `costs`, `helps`, or `open` (not significant).
     """
 
@@ -219,7 +220,7 @@ class Protocols(Study[ProtocolSettings]):
         return [*by_rows.values()]
 
     def _measure_protocols(self, subjects: Sequence[Subject]) -> list[MeasuredProtocol]:
-        """Score the common documents of subjects under each protocol, in the order of `KINDS`."""
+        """Collect the scores of the documents under each protocol; sort protocols as in `KINDS`."""
         protocols = []
         counts = Counter(kind for s in subjects for kind in self._documents(s.request).kinds)
         for subject in subjects:
@@ -235,7 +236,7 @@ class Protocols(Study[ProtocolSettings]):
 
 
 def _incomparable_reason(protocols: Sequence[MeasuredProtocol]) -> str:
-    """Return why protocols cannot be compared; the text is empty if they can be compared."""
+    """Return a text that says why protocols cannot be compared, or an empty text."""
     if len(protocols) < 2:
         return PROTOCOL_TEXTS.render("alone", protocols)
     losses = [p.label for p in protocols if not p.outcomes.higher_is_better]
@@ -313,7 +314,7 @@ def _drops_table(title: str, protocols: Sequence[MeasuredProtocol]) -> Table:
 
 
 def _rank_agreements(protocols: Sequence[MeasuredProtocol], is_layers: bool) -> list[RankAgreement]:
-    """Correlate the drops under each pair of protocols over all changes.
+    """Correlate, over all changes, the drops by two protocols, for each pair of protocols.
 
     Args:
         protocols: The protocols.
@@ -333,8 +334,8 @@ def _rank_agreements(protocols: Sequence[MeasuredProtocol], is_layers: bool) -> 
 def _group_changes(outcomes: AlignedOutcomes) -> dict[str, NDArray[np.intp]]:
     """Group the changes: all changes, removals of early layers, and removals of other layers.
 
-    Returns the indexes of the changes in each group, by group name. The groups of layers are left
-    out unless every change removes one layer.
+    Returns the indexes of the changes in each group, by group name. If some change is not the
+    removal of one layer, only the group of all changes is returned.
     """
     groups = {"all": np.arange(len(outcomes.runs))}
     if len(outcomes.whole_layers) == len(outcomes.runs):

@@ -104,7 +104,7 @@ class Prunings:
 
     @cached_property
     def methods(self) -> list[Method]:
-        """All methods, in the order of their runs; failed methods are last."""
+        """All methods, in the order of their searches; methods without a result are last."""
         return list(dict.fromkeys(method for method, _ in (*self.choices, *self.failed)))
 
     @property
@@ -180,7 +180,7 @@ class Prunings:
         return self.choices[method, name].difference_from(self.choices[reference, name])
 
     def compare_means(self, method: Method, reference: Method) -> Estimate:
-        """Estimate the mean accuracy difference of two methods, with a sign-flip p-value."""
+        """Estimate the difference of two methods in mean accuracy, with a sign-flip p-value."""
         difference = self.mean(lambda name: self.compare(method, reference, name))
         if difference.value is None:
             return difference
@@ -223,7 +223,7 @@ class Prunings:
         """Rank the strategies by mean test accuracy; the highest accuracy has rank 1.
 
         Returns the best and the worst possible rank of each strategy, by the strategy's name. The
-        random strategy is left out, and searches calibrated on other documents are left out.
+        random strategy is left out. Only searches calibrated on the tested benchmark count.
         """
         methods = [m for m in self.select(amount).values() if m.strategy != RANDOM_STRATEGY]
         methods = [m for m in methods if self.level_mean(m).value is not None]
@@ -239,7 +239,7 @@ class Prunings:
     def max_factor(self) -> float:
         """Largest factor by which the number of test documents can be increased.
 
-        The benchmark with the smallest ratio of available to measured documents limits the factor.
+        The factor is the smallest ratio of available to measured documents of a benchmark.
         """
         benchmarks = [self.benchmarks[name] for name in self.counted]
         return min((b.available / b.n for b in benchmarks if b.available), default=math.inf)
@@ -296,7 +296,7 @@ class Contrast:
 
 
 def group_searches(outcome: SearchResults, text: str | None) -> list[Prunings]:
-    """Collect the results of searches for each model.
+    """Group the results of searches by model.
 
     Args:
         outcome: The results of the searches.
@@ -344,7 +344,7 @@ def _method(request: SearchRequest, text: str | None) -> Method:
 
 
 def _chance_reason(cell: CellRecord) -> str:
-    """State that the intact model's accuracy is not above chance; empty otherwise."""
+    """Return a text if the intact model's accuracy is not above chance, else an empty text."""
     level, chance = cell.baseline.value, cell.chance_accuracy
     if level is None or chance is None or not math.isfinite(chance) or level > chance + 1e-9:
         return ""
@@ -370,8 +370,8 @@ class Prune(Study[PruneSettings]):
     def requests(self, context: StudyContext) -> list[CellRequest]:
         """Return requests that measure the removal of each single layer.
 
-        Every greedy search begins with these removals. RequestError is raised if the settings of a
-        search are invalid.
+        Every greedy search begins with these removals. Raises RequestError if a search has invalid
+        settings.
         """
         requests = super().requests(context)
         lender = ModelCache(context.ledger, context.options, context.progress)
@@ -384,7 +384,7 @@ class Prune(Study[PruneSettings]):
         return requests
 
     def expand(self, cell: CellRequest, context: StudyContext) -> Iterator[CellRequest]:
-        """Yield the request that removes each whole layer alone, on the calibration documents."""
+        """Yield the request to remove each layer alone, measured on the calibration documents."""
         yield cell.on_part("calibration").with_changes(layers=cell.changes.whole_layers)
 
     def answer(self, context: StudyContext, subjects: list[Subject]) -> StudyResult:
@@ -411,7 +411,7 @@ class Prune(Study[PruneSettings]):
         return result
 
     def _searches(self, cell: CellRequest, cells: Sequence[CellRequest]) -> list[SearchRequest]:
-        """List the searches for one benchmark.
+        """List the searches for layers to remove, tested on one benchmark.
 
         Args:
             cell: The model and the benchmark.
@@ -464,7 +464,7 @@ def write_answers(group: Prunings) -> Iterator[str]:
 
 
 def _cosine_contrasts(group: Prunings, amount: str) -> list[Contrast]:
-    """Compare pruning by accuracy and by cosine score, for each used calibration set."""
+    """Compare pruning by accuracy and by cosine, for each kind of calibration documents in use."""
     contrasts = {pair.reference.strategy: pair for pair in group.accuracy_contrasts(amount)}
     by_cosine = [contrasts[name] for name in COSINE_STRATEGIES if name in contrasts]
     others = group.calibration_contrasts(amount)
@@ -490,7 +490,7 @@ def write_verdict(pair: Contrast, max_factor: float) -> str:
 
     Args:
         pair: The two compared methods, with the difference of their accuracies.
-        max_factor: Ratio of all available test documents to the measured test documents.
+        max_factor: Largest factor by which the number of test documents can be increased.
 
     Returns:
         The text.
@@ -506,7 +506,7 @@ def write_verdict(pair: Contrast, max_factor: float) -> str:
 
 
 def paper_sentence(pair: Contrast) -> str:
-    """Describe whether an accuracy difference of two methods has the same sign as in the paper."""
+    """Describe whether a difference of two methods has the same sign as in `PRUNING_PAPER`."""
     return PRUNE_TEXTS.render("paper_sentence", pair.sign, *PAPER_LEVELS[pair.method.calibration])
 
 

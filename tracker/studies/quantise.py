@@ -2,11 +2,11 @@
 
 First, the study rounds each linear map alone to each format, and measures the cost on calibration
 documents. The study then builds several assignments of a format to every map, each within the
-budget. One assignment minimizes the sum of the measured costs. Another assignment results from
-swaps of formats between maps. Further assignments minimize the errors of weights or of outputs, use
-one format for all maps, or give more bits to the first and last layers. The study measures the
-model with each assignment on the calibration documents, and recommends the best. Finally, the study
-measures all assignments on disjoint test documents.
+budget. One assignment minimizes the sum of the measured costs. Another assignment is improved by
+swaps: one map gets more bits, and other maps get fewer. Further assignments minimize the errors of
+weights or of outputs, use one format for all maps, or give more bits to the first and last layers.
+The study measures the model with each assignment on the calibration documents, and recommends the
+best. Finally, the study measures all assignments on disjoint test documents.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ class FormatChooser:
     problem: FormatProblem
 
     def candidates(self, by_map: bool) -> list[Candidate]:
-        """Choose formats within the budget by each criterion, such as errors of weights.
+        """Build an assignment of formats for each criterion, such as errors of weights.
 
         `by_map` is true if formats are chosen for linear maps instead of layers. Errors of weights
         and outputs are criteria for linear maps only.
@@ -177,7 +177,7 @@ class FormatChooser:
     def candidates_by_size(self) -> list[Candidate]:
         """Choose formats for several sizes of the model.
 
-        The first candidate uses the largest format everywhere.
+        The first candidate gives the largest format to all units.
         """
         uniform, *others = self.problem.ladder()
         names = [f"{MEASURED_CHOICE}, {bits_per_weight(choice):.3g} bits" for choice in others]
@@ -195,22 +195,23 @@ class FormatChooser:
         return Candidate(by, choice, float(expected))
 
     def best(self, choices: Sequence[FormatChoice]) -> int:
-        """Measure the model with each assignment of formats; return the index of the cheapest."""
+        """Measure the model with each assignment of formats; return the index of the best."""
         ablations = [choice_ablation(choice) for choice in choices]
         return smallest_index(self.cell.outcomes(ablations, "gold_logprob").mean_drops)
 
     def improve(self, candidates: Sequence[Candidate], rounds: int) -> dict[str, Refinement]:
         """Improve two assignments by swaps of formats that significantly lower the loss.
 
-        The method improves the candidate with the lowest loss, and the first candidate.
+        The two start assignments are the candidate with the lowest measured loss, and the first
+        candidate.
 
         Args:
             candidates: Assignments of formats to units.
             rounds: Maximum number of rounds of swaps.
 
         Returns:
-            Criterion by which the candidate was chosen → the improved assignment, with the number
-            of tried swaps.
+            Criterion that chose the start assignment → the improved assignment, with the number of
+            tried swaps.
         """
         self.say(f"measuring the model with {count_text(len(candidates), 'choice')} of formats")
         best = candidates[self.best([candidate.choice for candidate in candidates])]
@@ -246,7 +247,7 @@ class FormatChooser:
         }
 
     def _swap(self, start: Candidate, rounds: int) -> Refinement:
-        """Improve an assignment of formats by swaps that significantly reduce the cost."""
+        """Improve an assignment by at most `rounds` swaps that significantly lower the loss."""
         numbers, criterion = count(1), start.by
 
         def measure(choices: Sequence[FormatChoice]) -> PairedOutcomes:
@@ -387,7 +388,7 @@ class Quantise(Study[QuantiseSettings]):
         self._is_tied = (settings.by, settings.tie) == ("map", "fused")
 
     def expand(self, cell: CellRequest, context: StudyContext) -> Iterator[CellRequest]:
-        """Yield the request that rounds each layer or map alone, on the calibration documents."""
+        """Yield the request to round each layer or linear map alone, on calibration documents."""
         trust = context.options.trust_remote_code
         request = replace(cell, until=None).on_part("calibration")
         request = request.with_changes(layers=cell.changes.layers)
@@ -476,7 +477,7 @@ class Quantise(Study[QuantiseSettings]):
     ) -> tuple[TestedChoice | None, list[str]]:
         """Return the recommended assignment of formats, and sentences that explain it.
 
-        The assignment is None if the tests show for no assignment that the accuracy is kept.
+        With an accuracy budget, the assignment is None if no assignment passes the test.
         """
         if self.accuracy_budget is None:
             best = choices[smallest_index([choice.chosen_on for choice in choices])]
@@ -584,7 +585,7 @@ class SumRow:
 
 
 def _sums_table(record: CellRecord, sums: SumComparison) -> Table:
-    """Build the table of joint rounding costs and of sums of single costs."""
+    """Build the table that compares joint rounding costs with sums of single costs."""
     rows = [SumRow(f"all {sums.units:,}", sums.whole, sums.expected, sums.more)]
     if (pairs := sums.pairs) is not None:
         single = float(np.mean([pairs.alone[i] + pairs.alone[j] for i, j in pairs.pairs]))

@@ -83,7 +83,7 @@ class AuditedCell:
     """Accuracy drops and proxies of removed layers, for one model and benchmark."""
 
     def __init__(self, context: StudyContext, subject: Subject, label: str) -> None:
-        """Compute the missing proxies, and join drops and proxies of the same documents."""
+        """Compute proxies that are not stored, and join drops and proxies of the same documents."""
         self.record = subject.record
         self.label = label
         cell = subject.outcomes()
@@ -177,7 +177,7 @@ class ProxySummary:
 
     Args:
         proxy: Name of the proxy, a key of `LAYER_PROXIES`.
-        cells: Data of the benchmarks on which the proxy is defined.
+        cells: Drops and proxies on each benchmark on which the proxy is defined.
 
     Attributes:
         spearman: Mean Spearman coefficient with a bootstrap interval over documents.
@@ -204,8 +204,8 @@ class ProxySummary:
     def overlaps(self) -> tuple[float, float, float]:
         """Overlap of the ranking of layers by proxy with the ranking of layers by drop.
 
-        The tuple contains three shares: of the top layers that both rankings have in common, of the
-        bottom layers that both have in common, and the share expected by chance.
+        The tuple contains the shared fraction of the top layers, the shared fraction of the bottom
+        layers, and the fraction that is expected by chance.
         """
         rows = []
         for cell in self.cells:
@@ -259,7 +259,7 @@ class ModelAudit:
 
     @property
     def drop(self) -> str:
-        """The name of the effect of a removal: accuracy drop, loss increase, or both names."""
+        """Name of what a removal causes: accuracy drop, loss increase, or both names."""
         kinds = sorted({cell.record.higher_is_better for cell in self.cells}, reverse=True)
         return " or ".join(DROP if accuracy else "loss increase" for accuracy in kinds)
 
@@ -267,7 +267,7 @@ class ModelAudit:
     def comparable(self) -> list[AuditedCell]:
         """Benchmarks over which means are computed, all with the same set of removed layers.
 
-        The set is the most frequent one among all benchmarks of the model.
+        This set of layers is the most frequent one among the benchmarks of the model.
         """
         cells = distinct_cells(self.cells)
         sets = [tuple(cell.layers) for cell in cells]
@@ -276,7 +276,7 @@ class ModelAudit:
 
     @property
     def left_out(self) -> list[str]:
-        """Reasons why benchmarks are left out of means; one text for each benchmark."""
+        """Reasons why `comparable` leaves out benchmarks; one text for each such benchmark."""
         distinct, reasons = distinct_cells(self.cells), []
         reference = self.comparable[0]
         for cell in self.cells:
@@ -304,8 +304,8 @@ class ModelAudit:
     def compare_proxies(self, summary: ProxySummary, other: ProxySummary) -> Estimate:
         """Estimate how much better one proxy correlates with the accuracy drop than another proxy.
 
-        The value is the difference of the two mean Spearman coefficients. The intervals of all
-        pairs of proxies are simultaneous.
+        The value is the difference of the two mean Spearman coefficients. The interval is widened,
+        so that the intervals of all pairs of proxies hold simultaneously.
         """
         a, b = summary.spearman.value, other.spearman.value
         if summary.cells != other.cells or a is None or b is None:
@@ -335,10 +335,10 @@ class ModelAudit:
 
     @cached_property
     def disagreements(self) -> dict[str, tuple[Disagreement, Disagreement]]:
-        """Name of each proxy → how many layers have another rank by proxy than by accuracy drop.
+        """Name of each proxy → two comparisons of the ranks by proxy and by accuracy drop.
 
-        The first comparison of a proxy counts every difference in rank. The second counts only
-        differences larger than `MAJOR_SHARE` of the number of layers.
+        The first comparison counts every layer whose two ranks differ. The second counts layers
+        whose ranks differ by more than `MAJOR_SHARE` of the number of layers.
         """
         disagreements = {}
         for name, summary in self.summaries.items():
@@ -373,7 +373,7 @@ class ModelAudit:
 
     @cached_property
     def spreads(self) -> dict[str, RelevanceVariance]:
-        """Name of a measure → how much the measured relevance of a layer varies between benchmarks.
+        """Name of a measure of relevance → how much a layer's relevance varies over benchmarks.
 
         The dict is empty if `above_chance` is empty.
         """
@@ -421,9 +421,9 @@ class ModelAudit:
     ) -> tuple[list[float], dict[str, tuple[float | None, ...]], float | None]:
         """Correlation of each measure with the drops on other documents, by computing budget.
 
-        The tuple contains the budgets (in forward passes for one benchmark), the mean Spearman
-        correlations of each measure at the budgets, and the mean correlation between the drops on
-        two halves of the documents.
+        The first item lists the budgets, in forward passes for one benchmark. The second gives the
+        mean Spearman correlations of each measure at these budgets. The third is the mean
+        correlation between the drops on two halves of the documents.
         """
         passes = proxy_cost(DROP, self.total, is_shared=True)
         most = max(len(cell.tasks) for cell in self.comparable) // 2 * passes
@@ -447,7 +447,7 @@ class ModelAudit:
 
     @property
     def noisy_text(self) -> str:
-        """Text that lists the benchmarks with too few documents.
+        """Text that lists the benchmarks with too few documents for reliable drops.
 
         An example is `copa needs about 400 documents, and has 48`.
         """
@@ -464,8 +464,8 @@ class ModelAudit:
 def distinct_cells(cells: Sequence[AuditedCell]) -> list[AuditedCell]:
     """Keep only one of several benchmarks that contain the same task.
 
-    The kept benchmark has an accuracy rather than a loss, then the most removed layers, then the
-    most documents.
+    A benchmark with an accuracy is preferred to a benchmark with a loss. The next criteria are the
+    number of removed layers and the number of documents.
     """
     best = sorted(cells, key=lambda c: (-c.record.higher_is_better, -len(c.layers), -c.record.n))
     distinct: list[AuditedCell] = []
