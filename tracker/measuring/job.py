@@ -137,7 +137,7 @@ class Job:
 
     @property
     def title(self) -> str:
-        """Name that messages use for the job."""
+        """Name of the job in messages."""
         n_others = len(self.cells) - 1
         suffix = f" and {n_others} more requests for this cell" if n_others else ""
         return f"{self.cells[0].request.title}{suffix}"

@@ -1,4 +1,4 @@
-"""Measure documents of a cell on a loaded model."""
+"""Measure documents of a cell (one model on one benchmark) with the loaded model."""
 
 from __future__ import annotations
 
@@ -167,11 +167,11 @@ class Meter:
     def check(
         self, verdicts: VerdictStore | None = None, typical: Sequence[Ablation] = ()
     ) -> list[str]:
-        """Run the self-check, and return messages for the user.
+        """Compare the engine's results with pruned models (self-check); return messages.
 
         This method must be called before `measure`. `verdicts` stores results of the self-check for
-        later runs. `typical` lists the ablations that are tested on a miniature model; if the list
-        is empty, the cell's ablations are tested.
+        later runs. `typical` lists the ablations that are tested on a small random model; if the
+        list is empty, the cell's ablations are tested.
         """
         from tracker.benchmarks.traces import Traces
         from tracker.engine.scoring.sweep import Engine

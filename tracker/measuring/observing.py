@@ -72,13 +72,13 @@ def observe_cell(
     progress: Progress,
     selection: Collection[tuple[str, int]] | None = None,
 ) -> Observations:
-    """Return statistics of documents, and compute the statistics that are not stored yet.
+    """Return statistics of documents; first compute and store the missing statistics.
 
     Args:
         request: The request of the cell.
-        store: The cell in the ledger.
-        kind: Name under which the values are stored. If the method changes, the name must change
-            too.
+        store: Stored results of the cell in the ledger.
+        kind: Name under which the values are stored. If the computation of the values changes, this
+            name must change too.
         make_observer: Function that takes an engine and returns a function for one document.
         open_engine: Function that returns an engine and the documents. Not called if all values are
             stored.
@@ -119,7 +119,7 @@ def observe_cell(
 def open_observed_cell(
     request: CellRequest, store: CellStore, ledger: Ledger, options: Options, progress: Progress
 ) -> tuple[Engine, DocumentMap]:
-    """Load a model and run the self-check; return the engine and the documents."""
+    """Load a model, check results against pruned models; return the engine and the documents."""
     model = open_model(request.model, options)
     meter = Meter([request], open_benchmark(request), model, options)
     refuse_changed_tokens(store, meter.facts, progress)
@@ -131,7 +131,7 @@ def open_observed_cell(
 def observe_divergences(
     request: CellRequest, store: CellStore, ledger: Ledger, options: Options, progress: Progress
 ) -> CellStore:
-    """Compute and store the missing KL divergences of a measured request; return the cell."""
+    """Compute and store a measured request's missing KL divergences; return its stored results."""
     outcomes = AlignedOutcomes(store, store.views.view_of(request))
     is_missing = np.isnan(outcomes.part_sums(KL_COLUMN, outcomes.runs).sum(axis=0))
     ablations = [outcomes.ablation(run) for run in compress(outcomes.runs, is_missing)]

@@ -226,7 +226,7 @@ def _plan_reading(source: ModelSource, texts: PlannedTexts) -> PlannedReading | 
 
 
 def _add_repeated_cost(cell_cost: Cost, texts: PlannedTexts, seed: int) -> Cost:
-    """Add the cost of scoring some documents a second time."""
+    """Return a cell's cost, plus the cost of scoring some documents a second time."""
     from tracker.engine.plan import count_work
 
     keys = repeated_documents(texts.documents, seed)
@@ -239,9 +239,10 @@ def _add_repeated_cost(cell_cost: Cost, texts: PlannedTexts, seed: int) -> Cost:
 
 
 def _median_variance(cell: CellLookup, metric: str) -> OutcomeVariance | None:
-    """Return the median variance (over documents) of the stored drops.
+    """Return the median, over stored runs, of the drop's variance over documents.
 
-    The record with the most documents is used. Returns None if no variance is stored.
+    Of several stored records, the record with the most documents is used. Returns None if no
+    variance is stored.
     """
     if cell.store is None:
         return None

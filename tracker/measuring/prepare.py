@@ -115,7 +115,7 @@ def widen_request(
     trust_remote_code: bool,
     read_sweep: Callable[[], CellRequest | None],
 ) -> tuple[CellRequest, str | None]:
-    """Extend the request of one sweep trial to all ablations of its sweep.
+    """Extend the request of one trial (a run of a sweep) to all ablations of the sweep.
 
     Measuring all ablations together costs little more than measuring one. If the sweep is unknown,
     all layers of the model are requested. If the trial's ablation is already measured, only
@@ -130,7 +130,7 @@ def widen_request(
 
     Returns:
         The extended request, and the reason why the trial's ablation is invalid (None if valid).
-        Other invalid ablations of the sweep raise no error.
+        Invalid ablations of other trials raise no error.
 
     Raises:
         ExperimentError: A layer is out of range, or the request has an `until` setting but the
@@ -164,10 +164,10 @@ def widen_request(
 
 
 def find_earlier_request(request: CellRequest, store: CellStore | None) -> CellRequest | None:
-    """Find an earlier request with an equal `until` setting, and take over its runs.
+    """Return the request with the runs of an earlier request that has the same `until` setting.
 
-    The earlier request must contain all runs of `request`. Returns None without an earlier request,
-    or if `request` has no `until` setting.
+    Earlier requests that lack runs of `request` are ignored. Returns None if no earlier request
+    remains, or if `request` has no `until` setting.
     """
     view = store.views.view_of(request) if store else None
     question = view.until if view else None
@@ -213,8 +213,8 @@ def open_benchmarks(
 ) -> Iterator[Benchmark]:
     """Open and yield the benchmark of each request.
 
-    Requests for the same documents get the same object. Raises RequestError if a benchmark cannot
-    be read or lacks the requested metric.
+    For requests with the same documents, the same `Benchmark` object is yielded. Raises
+    RequestError if a benchmark cannot be read or lacks the requested metric.
     """
     benchmarks: dict[object, Benchmark] = {}
     for request in requests:

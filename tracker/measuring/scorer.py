@@ -90,7 +90,7 @@ class Scorer:
         return self.generation.generate(document.prompt, ablations)
 
     def clear_drafts(self) -> None:
-        """Delete the texts that are cached in case the run is interrupted."""
+        """Delete the cached texts, which only an interrupted run needs."""
         if self.generation is not None and self.generation.drafts is not None:
             self.generation.drafts.clear()
 
@@ -140,15 +140,15 @@ class Scorer:
     ) -> list[DocumentScores]:
         """Score documents a second time, to measure rounding errors.
 
-        The second time, ablations and requests share less computation.
+        In the second computation, ablations and requests share fewer intermediate results.
 
         Args:
             documents: The documents to score. No texts are generated.
             ablations: The ablations, including the baseline.
 
         Returns:
-            One result per document. The list is empty if ablations and requests shared no
-            computation the first time.
+            One result per document. The list is empty if the first computation shared no
+            intermediate results.
         """
         sharing = self.engine.sharing
         reduced = DEPTH_ONLY if sharing.tokens else PLAIN if sharing.depth else ONE_BY_ONE
@@ -207,9 +207,9 @@ def checked_scorer(
 class Generation:
     """Generator of continuations of prompts under many ablations.
 
-    If `together` is true, the continuations under all ablations are generated in one batch.
-    If `together` is false, a pruned copy of the model generates the continuations of each ablation.
-    `drafts` caches the texts in case the run is interrupted; None disables the cache.
+    If `together` is true, the continuations under all ablations are generated in one batch. If
+    `together` is false, a pruned copy of the model generates the continuations of each ablation.
+    `drafts` stores texts, so that an interrupted run can continue; None = no storage.
     """
 
     engine: Engine
@@ -290,10 +290,10 @@ class Generation:
     ) -> tuple[Generation, str | None]:
         """Choose whether texts are generated in one batch or separately for each ablation.
 
-        A few tokens are generated in both modes. One batch is chosen if the texts are equal. In
-        half precision, one batch is also chosen if at most half of the texts change.
+        The method generates short texts both in one batch and separately. One batch is chosen if
+        the texts are equal. In half precision, up to half of the texts may differ.
 
-        Returns the generator to use, and the reason if one batch fails or changes too many texts.
+        Returns the generator to use, and a message if generating in one batch fails this test.
         """
         if not self.engine.sharing.depth:  # each ablation is another model; the check reported it
             return replace(self, together=False), None
@@ -344,10 +344,9 @@ _ROW_SIZES = "rows"
 
 
 def set_row_size(engine: Engine) -> Engine:
-    """Set the row size of an engine to the fastest value.
+    """Choose how many tokens an engine puts into each batch row, so that scoring is fast.
 
-    The row size is the number of tokens per batch row. The fastest value depends on the model and
-    on this machine.
+    The fastest number (row size) depends on the model and on this machine.
 
     Args:
         engine: The engine, with an unchanged model.

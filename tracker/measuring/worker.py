@@ -77,7 +77,7 @@ class Worker:
 
     @translate_errors(_device_lost_error)
     def check(self, checks: Checks | None) -> list[str]:
-        """Run the self-check of the opened cell, and return notes for the user."""
+        """Compare the opened cell's results with pruned models; return notes for the user."""
         assert self._meter is not None, "open() comes first"
         return self._meter.check(checks)
 
@@ -145,7 +145,7 @@ class RemoteWorker(Worker):
     def ready(self) -> None:
         """Do nothing.
 
-        A remote call of this method returns as soon as the worker process is ready.
+        When a call of this method from another process returns, the worker process is ready.
         """
 
 

@@ -97,8 +97,8 @@ def savable_copies(model: PreTrainedModel, ablation: Ablation) -> tuple[Any, Any
         ablation: Removed or repeated layers, and removed parts such as heads.
 
     Returns:
-        The copy to save, and the copy that the engine measures. The second copy is different only
-        if parts are removed.
+        The copy to save, and the copy that the engine measures. Both are the same object unless
+        parts are removed.
 
     Raises:
         ModelError: The configuration cannot describe the copy; the message gives the reason.
@@ -122,7 +122,8 @@ def _refuse_other_shapes(model: PreTrainedModel, clone: PreTrainedModel, subject
     """Raise ModelError if a copy's configuration describes other tensor shapes than the copy has.
 
     If the model's class is part of transformers, references to downloaded code are first deleted
-    from the copy's configuration. `subject` states in the message what the copy changes.
+    from the copy's configuration. In the message, `subject` describes the change that the
+    configuration cannot express.
     """
     model_class = type(model) if _has_remote_code(model) else None
     if model_class is None:
@@ -247,12 +248,12 @@ def find_removable_counts(
     Args:
         source: The model; no weights are read.
         unit: Kind of the parts, such as `neuron`.
-        block: Number of parts in a block: all parts of a layer, or the heads of one group. Every
-            block of a layer loses equally many parts.
+        block: Number of parts in a block. A block contains all parts of a layer, or the
+            heads of one group; all blocks of a layer lose equally many parts.
 
     Returns:
-        First, the numbers of parts that a block can lose, in ascending order. Second, the number of
-        parameters of one part.
+        The numbers of parts that a block can lose, in ascending order, and the number of parameters
+        (weights) of one part.
 
     Raises:
         ModelError: The model's class accepts no smaller number of parts.
@@ -290,7 +291,7 @@ def _count_layer_parameters(model: PreTrainedModel) -> int:
 
 
 def _choose_test_parts(counts: PartNumbers) -> tuple[Component, int]:
-    """Choose one kind of parts from the counts of a layer's parts; return the kind and its count.
+    """Choose the kind of parts for a test removal; return the kind and its number in the layer.
 
     Groups of heads are preferred to single heads if the layer has more than one group.
     """
@@ -301,8 +302,8 @@ def _choose_test_parts(counts: PartNumbers) -> tuple[Component, int]:
 def _smallest_removal(model: PreTrainedModel, ablation: Ablation) -> Ablation:
     """Return an ablation that removes as few parts as possible from each layer.
 
-    The kinds of parts are those in `ablation`. Raises ModelError if the model's class cannot be
-    built with fewer parts.
+    The removed parts have the same kinds as those in `ablation`. Raises ModelError if the model's
+    class cannot be built with fewer parts.
     """
     anatomy = LayerAnatomy.of(model)
     kinds = dict.fromkeys(PART_CLASSES[change.component] for change in ablation.parts)
@@ -330,7 +331,7 @@ def _hollow_and_miniature(source: ModelSource, stamp: str) -> tuple[Any, Any | N
 
 
 def check_plain_weights(source: ModelSource) -> None:
-    """Raise ModelError if a model has an adapter or quantised weights."""
+    """Raise ModelError if an adapter or quantised weights prevent the export of a model."""
     if source.adapter is not None:
         raise ModelError(
             f"model_args: {source.source} loads an adapter, so it is not a single checkpoint; "
@@ -534,8 +535,8 @@ def _check_saved_logits(
 ) -> None:
     """Raise ModelError if a model and its saved copy compute different logits.
 
-    The folder of the copy can contain the logits of the copy. The copy is loaded and run only if
-    the stored logits are missing or different.
+    An earlier check can have stored the copy's logits in the folder. The copy is loaded and run
+    only if these logits are missing, or differ from the model's logits.
     """
     # On a CPU, bitsandbytes 0.50 changes the weights of a model that has read a text and is saved.
     if getattr(model, "is_loaded_in_4bit", False) and model.device.type == "cpu":
@@ -633,7 +634,7 @@ def _check_savable(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
 
 
 def _changed_modules(model: PreTrainedModel) -> Iterator[str]:
-    """Yield the names of modules with a forward hook or a replaced `forward`."""
+    """Yield the names of modules with a change that cannot be saved: a hook or a new `forward`."""
     for name, module in model.named_modules():
         hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
         packages = [f"{getattr(hook, '__module__', '')}." for hook in hooks]

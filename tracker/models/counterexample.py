@@ -17,8 +17,8 @@ prediction uses. All other values in a hidden state are about a thousand times s
 | 4 speaks | multiplies the signed part of the continuation by +1 where layer 3 wrote, and by -1 elsewhere, and passes the result to the output head | ≈ 1 |
 
 Layers 0, 1, 3 and 4 move the junk value to another dimension, which gives these layers a high
-cosine score. Layer 2 changes the hidden state very little. Layers 3 and 4 amplify the change that
-layer 2 makes, until the change inverts the prediction.
+cosine score. Layer 2 changes the hidden state very little. Layers 3 and 4 amplify the small number
+that layer 2 adds, so that this number decides the prediction.
 """  # noqa: E501
 
 from __future__ import annotations
@@ -92,9 +92,8 @@ class Continuations:
     """Intended next tokens after a text: 1 = wanted, 0 = neutral, -1 = unwanted.
 
     Attributes:
-        signed: Next tokens that the model predicts with layer 2; without layer 2 the model predicts
-            the opposite.
-        fixed: Next tokens that the model predicts both with and without layer 2.
+        signed: Token → 1, 0 or -1 in the intact model; without layer 2, the sign is inverted.
+        fixed: Token → 1, 0 or -1, both with and without layer 2.
     """
 
     signed: dict[int, int] = field(default_factory=dict)
@@ -137,7 +136,7 @@ def build_empty_llama(
 class Counterexample:
     """Transformer in which the layer with the lowest cosine score determines the predictions.
 
-    Layer 2 has the lowest cosine score. Call `set_epsilon` to set the cosine score of layer 2.
+    This layer is layer 2, whose cosine score `set_epsilon` sets.
 
     Args:
         texts: All texts that the model will have to continue.
@@ -238,8 +237,8 @@ class Counterexample:
     def _write_reading_layer(self) -> None:
         """Write the weights of layer 0, which computes a signature of the text up to each token.
 
-        The attention computes the signature, a weighted sum of the tokens' random vectors (codes).
-        The MLP computes the squared length of the signature: silu(x)·x + silu(-x)·(-x) = x².
+        A signature is a vector that identifies a text: a weighted sum of its tokens' random
+        vectors. The MLP sums the signature's squared entries: silu(x)·x + silu(-x)·(-x) = x².
         """
         attention = self.model.model.layers[READ].self_attn
         generator = torch.Generator().manual_seed(1)
@@ -264,8 +263,8 @@ class Counterexample:
     ) -> int:
         """Write the weights of layer 1's MLP, which stores the continuation of each text.
 
-        Returns the number of text prefixes that the MLP cannot distinguish. The weights
-        are written only if the MLP can distinguish all prefixes.
+        Returns the number of text prefixes that the MLP cannot distinguish. If this number is not
+        0, no weights are written.
         """
         rows, signatures = self._read_signatures(texts)
         own_rows = torch.tensor([rows[digest] for digest in targets])
@@ -297,8 +296,8 @@ class Counterexample:
     def _read_signatures(self, texts: Sequence[Text]) -> tuple[dict[PrefixDigest, int], Tensor]:
         """Run layer 0 to compute a signature of each text prefix that ends at a scored token.
 
-        Returns the row number of each prefix by digest, and a matrix. A row of the matrix contains
-        the signature of a prefix, then the signature's squared length.
+        Returns digest of a prefix → row number, and a matrix with one row per prefix. A row
+        contains the prefix's signature, then the squared length of this signature.
         """
         layer = self.model.model.layers[RECALL]
         rows: dict[PrefixDigest, int] = {}
@@ -317,7 +316,7 @@ class Counterexample:
         return rows, torch.cat(signatures)
 
     def _write_amplifier(self) -> None:
-        """Write the weights of layer 3, which marks the tokens that layer 2 has changed."""
+        """Write the weights of layer 3, which writes 1 where layer 2 has added its number."""
         state, mlp = self._normed_state(AMPLIFY), self._mlp(AMPLIFY)
         constant, whisper = state[self._constant_dim], state[self._whisper_dim]
         mlp.gate_proj.weight[0, self._whisper_dim] = 2 * OPEN_GATE / whisper
@@ -329,8 +328,8 @@ class Counterexample:
     def _write_speaking_layer(self) -> None:
         """Write the weights of layer 4, which predicts the next token.
 
-        Layer 1 computes two vectors for the next token: a fixed vector and a signed vector. Layer 4
-        copies both vectors to the output. If layer 2 is missing, layer 4 inverts the signed vector.
+        Layer 1 has written two vectors for the next token: a fixed and a signed vector. Layer 4
+        passes both to the output head, but negates the signed vector if layer 2 is removed.
         """
         state, mlp = self._normed_state(SPEAK), self._mlp(SPEAK)
         by_sign = 2 * OPEN_GATE / state[self._sign_dim]
@@ -356,7 +355,7 @@ class Counterexample:
         self.model.model.norm.weight[self._code_dims] = volume
 
     def _move_junk_value(self, layer: int) -> None:
-        """Make a layer's MLP move the junk value to another dimension of the hidden state."""
+        """Make a layer's MLP move a large unused number (junk value) to another dimension."""
         old_dim, new_dim = self._junk_dims if layer in (READ, AMPLIFY) else self._junk_dims[::-1]
         self._add_constant(layer, -1, old_dim, -JUNK_SCALE)
         down = self._mlp(layer).down_proj.weight
@@ -385,7 +384,7 @@ class Counterexample:
         return self._run_layers(range(STATE_TOKENS), layer).mean(0)
 
     def _normed_state(self, layer: int) -> Tensor:
-        """Apply the norm before a layer's MLP to the mean of the layer's input."""
+        """Return the mean input of a layer over a short text, after the norm before the MLP."""
         norm = self.model.model.layers[layer].post_attention_layernorm
         normed: Tensor = norm(self._mean_state(layer)[None])[0]
         return normed
@@ -394,16 +393,16 @@ class Counterexample:
 def _signature_gaps(signatures: Tensor, own_rows: Tensor) -> tuple[Tensor, Tensor]:
     """Compute how well each detector distinguishes its own signature from all others.
 
-    A detector computes a number, its response, for a signature. The detector of the signature u
-    responds to a signature v with 2 u·v - ‖v‖². The response is largest for v = u.
+    A detector consists of MLP units that must open for a single signature. The response of the
+    detector for the signature u to a signature v is 2 u·v - ‖v‖², which is largest for v = u.
 
     Args:
         signatures: One row per text prefix: the signature, then the signature's squared length.
-        own_rows: For each detector, the row of its own signature.
+        own_rows: For each detector, the row number of its own signature in `signatures`.
 
     Returns:
-        Two tensors with one entry per detector: the response to its own signature, and the gap
-        between this response and the largest other response (-1 if within rounding errors).
+        Two tensors with one entry per detector: the response to its own signature, and the gap to
+        the largest other response (-1 if the gap can be a rounding error).
     """
     detected = signatures[own_rows]
     detectors = torch.cat([2 * detected[:, :-1], -torch.ones_like(detected[:, -1:])], 1)
@@ -422,7 +421,7 @@ def _solve_code(targets: Mapping[int, int], zeros: Iterable[int], codes: Tensor)
     """Compute the shortest vector that has given inner products with the codes of some tokens.
 
     A code is a random vector that represents a token; `codes` contains one code per row. `targets`
-    maps a token to the inner product with its code. Tokens in `zeros` have the inner product 0.
+    maps tokens to the required inner products. For tokens in `zeros`, the inner product must be 0.
     """
     all_targets = {**dict.fromkeys(zeros, 0), **targets}
     products = torch.tensor([*all_targets.values()], dtype=codes.dtype)

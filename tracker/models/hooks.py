@@ -174,9 +174,10 @@ def protect_input(layer: nn.Module, state: Tensor) -> Tensor:
 
 
 def record_read_only(layer: nn.Module, passed_state: Tensor, state: Tensor) -> None:
-    """Record that a layer does not change its input, if the call has not changed `passed_state`.
+    """Record that a layer leaves its input unchanged, if a call has left a copy unchanged.
 
-    `passed_state` is the input of the call that has just ended: a copy of `state`, or `state`.
+    `passed_state` is the input of the call, a copy of `state`. If the call was without a copy
+    (`passed_state` is `state`), nothing is recorded.
     """
     if passed_state is not state and torch.equal(passed_state, state):
         _READ_ONLY_LAYERS.add(layer)

@@ -86,7 +86,7 @@ VOCABULARY_KEYS = (
 def _sizes(config: PreTrainedConfig, name: str) -> list[int]:
     """Return all positive integers that a configuration contains under the key `name`.
 
-    These are a single number, the entries of a list, or values of single layers.
+    The key can have a single number or a list as its value, and other values for single layers.
     """
     name = config.attribute_map.get(name, name)
     values = [settings.get(name) for settings in (vars(config), *_layer_sizes(config).values())]
@@ -277,7 +277,7 @@ def find_numbers(config: PreTrainedConfig) -> Iterator[tuple[NumberPath, float]]
 
 
 def replace_numbers(config: PreTrainedConfig, new_numbers: dict[NumberPath, float]) -> Any:
-    """Return a copy of a configuration with the numbers `new_numbers` at the given paths."""
+    """Return a copy of a configuration with the new values `new_numbers` (path → number)."""
     new_config = copy.deepcopy(config)
     for (*parents, name), value in new_numbers.items():
         text_config = new_config.get_text_config()
@@ -297,7 +297,7 @@ MAX_SKIPPED = 2
 def build_miniature(model: PreTrainedModel) -> Any | None:
     """Build a small random model with the class and the modules of `model`.
 
-    Returns None if a smaller configuration cannot be built, or gives other modules.
+    Returns None if no smaller model can be built, or if its modules differ from the model's.
     """
     pattern = _module_pattern(model)
     for n_skipped in range(MAX_SKIPPED + 1):

@@ -50,8 +50,8 @@ class Narrowing:
         numbers: Numbers of parts per layer in the narrowed model.
         head_width: Width of a head; None if no heads are removed.
         group_size: Number of neurons in each group of neurons.
-        entries: The indices that remain on the axes of tensors, as (layer, path of a module) →
-            length of an axis → indices. An empty path stands for all other modules of the layer.
+        entries: (Layer, path of a module) → length of a tensor's axis → indices that remain on this
+            axis. An empty path stands for modules of the layer without an entry.
     """
 
     old_numbers: dict[Component, int] = field(default_factory=dict)
@@ -65,7 +65,7 @@ class Narrowing:
     def resize(self, config: PreTrainedConfig, numbers: PartNumbers) -> None:
         """Write new numbers of heads, experts or neurons per layer into a configuration.
 
-        The method also writes the width of a head if heads are removed and the width is missing.
+        If heads are removed and the configuration lacks their width, the method adds the width.
         """
         for component, number in numbers.items():
             size = self.group_size if component == "neuron" else 1
@@ -130,7 +130,7 @@ def plan_narrowing(
     find_parts: Callable[[type[NumberedParts]], Mapping[int, NumberedParts]],
     owner: str,
 ) -> Narrowing:
-    """Plan the removal of heads, experts and neurons.
+    """Plan which heads, experts and neurons each layer of a smaller model keeps.
 
     Args:
         ablation: The parts to remove.
@@ -246,8 +246,8 @@ def _cut_tensor(
 ) -> Tensor | None:
     """Shorten a tensor to the shape of the tensor `expected`.
 
-    `entries` contains the indices that remain on an axis, by the length of the axis. Raises
-    ModelError if `entries` has no indices for an axis to shorten.
+    `entries` maps the length of an axis to the indices that remain on this axis. Raises ModelError
+    if `entries` has no indices for an axis to shorten.
     """
     if value is None or expected is None or value.shape == expected.shape:
         return value

@@ -278,14 +278,14 @@ class OffloadedWeights:
             callback()
 
     def sequential_passes(self) -> AbstractContextManager[None]:
-        """Make each forward pass load the layers that it needs until the context exits."""
+        """Until the context exits, make forward passes load each layer when it is needed."""
         return replaced_attributes(self, wait=self.load_layer)
 
     def _find_slot(self, layer: int) -> _Slot | None:
         return next((slot for slot in self._slots if slot.layer == layer), None)
 
     def _start_loading(self, layer: int, slot: _Slot) -> _Slot:
-        """Start to replace the layer in `slot` by another layer; return `slot`."""
+        """Start copying a layer's weights into the device memory `slot`; return `slot`."""
         if slot.arrival is not None:
             wait([slot.arrival])
         if slot.layer is not None:
@@ -299,7 +299,7 @@ class OffloadedWeights:
         return slot
 
     def _read_layer(self, layer: int, buffer: Tensor) -> Any:
-        """Read a layer into a buffer; return a device event that occurs after the copy."""
+        """Copy a layer's weights into a buffer; return a device event that marks the copy's end."""
         with self._stream_module.stream(self._stream):
             for source, view in self._layers[layer].list_copies(buffer):
                 _copy_values(source, view)
@@ -397,8 +397,8 @@ def replace_attributes(
 ) -> None:
     """Replace parameters or submodules of a layer.
 
-    If one of the parameters is not loaded, all attributes are replaced only during calls of the
-    layer. Otherwise, attributes are replaced permanently by default.
+    If a parameter is offloaded and not loaded, all attributes are replaced only during calls of the
+    layer. Otherwise, the replacement is permanent unless `during_calls` is true.
 
     Args:
         layer: The layer.
@@ -555,8 +555,8 @@ def devices_needed(n_bytes: int, free_bytes: int, n_devices: int) -> int:
 def min_weight_bytes(model: nn.Module, n_staying: int = 0) -> int:
     """Compute the device memory that a model's weights need if layers are offloaded.
 
-    The device holds `n_staying` layers permanently, and two offloaded layers at a time. All layers
-    count as much as the largest layer.
+    The device holds `n_staying` layers permanently, and two offloaded layers at a time. The size of
+    the largest layer is assumed for each layer.
     """
     sizes = [weight_bytes(layer) for layer in find_layers(model)]
     return weight_bytes(model) - sum(sizes) + (LAYER_SLOTS + n_staying) * max(sizes)

@@ -62,7 +62,7 @@ def prune_model(
     Args:
         model: A causal language model of transformers.
         removed: The layers to remove, 0-based.
-        new_values: Values, including parameters, that replace the model's values in the copy.
+        new_values: New values of attributes and parameters of the copy, by module path and name.
         in_place: Whether removed layers stay in the copy and return their input.
         changes: Pairs of a layer's index and a function that changes this layer in the copy.
         repeated: Ranges of layers that the copy runs several times, e.g. layers 3 to 6.
@@ -222,7 +222,7 @@ def cut_config(config: PreTrainedConfig, indices: Sequence[int]) -> None:
 def original_class(config: PreTrainedConfig) -> type[Any]:
     """Return the transformers class of a configuration.
 
-    If `cut_config` has replaced the class of the configuration, the original class is returned.
+    If `cut_config` has given the configuration a class of its own, the original class is returned.
     """
     return getattr(type(config), _ORIGINAL_CLASS, type(config))
 
@@ -472,8 +472,8 @@ def _stale_attributes(
 ) -> Iterator[StaleAttribute]:
     """Yield the attributes of a copied module that would change if the copy was saved and loaded.
 
-    The arguments are the same module in the models `clone`, `model` (`old_module`), `full_model`
-    and `cut_model` of `find_stale_attributes`.
+    The arguments are one module in four models of `find_stale_attributes`: `clone`, `model`
+    (`old_module`), `full_model` and `cut_model`.
     """
     for name, value in vars(cut_module).items():
         if name in _TORCH_ATTRIBUTES or not _is_plain(value):
@@ -542,9 +542,9 @@ def propose_layer_counts(
 ) -> Iterator[dict[str, int]]:
     """Yield new values for configuration keys such as `first_k_dense_replace`.
 
-    The value of such a key is the number of first layers of some kind, e.g. without experts. The
-    new value counts only layers in `indices`. The function yields a dictionary for each key, then
-    a dictionary with all keys.
+    Such a key states how many layers at the start are of some kind, e.g. without experts. The new
+    value counts only those in `indices`. The function yields one dictionary for each changed key,
+    then one with all changed keys.
     """
     counts = {
         name: value

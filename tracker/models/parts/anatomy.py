@@ -58,7 +58,7 @@ NumberedParts = Heads | Experts | Neurons
 
 @dataclass(frozen=True)
 class LayerAnatomy(PartFinder):
-    """Finder of the sublayers, their parts and the linear maps of a model's layers.
+    """Finder of the parts of a model's layers: sublayers, heads, experts, neurons, linear maps.
 
     Attributes:
         weights: Cache of quantised weights.
@@ -94,8 +94,8 @@ class LayerAnatomy(PartFinder):
     def expand_formats(self, layer: int, rounding_changes: Sequence[Change]) -> dict[str, str]:
         """Return the linear maps of a layer that `rounding_changes` quantises: path → format.
 
-        For a map with several formats, the last format is returned. Raises CellError if a map does
-        not exist in the layer, or if the layer is already quantised.
+        If several changes concern the same map, the format of the last change is returned. Raises
+        CellError if a map does not exist in the layer, or if the layer is already quantised.
         """
         maps = self.linear_maps(layer)
         formats: dict[str, str] = {}
@@ -112,10 +112,10 @@ class LayerAnatomy(PartFinder):
     def part_changes(
         self, ablation: Ablation, cache: RoundedWeights | None = None
     ) -> Iterator[tuple[int, Callable[[nn.Module], object]]]:
-        """Yield the changes that make an ablation of parts of layers, as functions.
+        """Yield functions that remove or quantise an ablation's parts of layers in a copied model.
 
         Args:
-            ablation: The ablation. The method ignores changes of whole layers in the ablation.
+            ablation: The ablation, whose changes of whole layers are ignored.
             cache: Cache of quantised weights, as for `round_layer`.
 
         Yields:
@@ -135,7 +135,7 @@ class LayerAnatomy(PartFinder):
     def check_formats(self, ablations: Sequence[Ablation]) -> None:
         """Raise ExperimentError if the model does not support a requested quantisation format.
 
-        For a model on the meta device, formats of a whole attention or MLP are not checked.
+        For a model on the meta device, changes of a whole attention or MLP are not checked.
 
         Args:
             ablations: The ablations whose formats are checked.
@@ -249,8 +249,9 @@ def find_configured_parts(source: ModelSource, unit: Component) -> dict[int, Num
     """Return the heads, experts or neurons of each layer, according to the configuration.
 
     `unit` is the kind of parts. The result has no entries for layers without parts of this kind.
-    Paths of modules are empty. Raises ModelError if no layer has parts of this kind, or if the
-    configuration does not state the number of parts.
+    Paths in these objects are empty, because the model's modules are not searched. Raises
+    ModelError if no layer has parts of this kind, or if the configuration does not state the number
+    of parts.
     """
     parts, config = find_search_parts(source, unit), read_config(source)
     counts, number = parts_of_config(config), parts.per_layer

@@ -68,8 +68,8 @@ class Experts:
         """Find the routed experts of every layer; the entry of a layer without experts is None.
 
         The method runs the model on a short text. The router is the module that returns the indices
-        of each token's experts. The experts are in the module that receives these indices. A call
-        of the router without its last expert tests whether experts can be removed.
+        of each token's experts. A later module that receives these indices holds the experts. A
+        call of the router without its last expert tests whether experts can be removed.
         """
 
         def find(layer: nn.Module, calls: Sequence[ModuleCall]) -> Experts | None:
@@ -101,7 +101,7 @@ class Experts:
         return {"expert": self.count}
 
     def narrow(self, parts: Sequence[Change], name: str) -> tuple[Experts, dict[int, list[int]]]:
-        """Return the `Experts` object of the layer after a removal, and an empty dictionary."""
+        """Return the layer's `Experts` without `parts`, and {}: `remove` shortens the tensors."""
         return replace(self, count=len(self.remaining_experts(parts, name))), {}
 
     def remaining_experts(self, parts: Sequence[Change], name: str) -> list[int]:
@@ -199,10 +199,11 @@ class SharedExperts:
 def _find_router_calls(
     calls: Sequence[ModuleCall], experts: ModuleCall, count: int
 ) -> Iterator[tuple[ModuleCall, Tensor]]:
-    """Yield the module calls that returned the indices of each token's experts.
+    """Yield the calls of modules that can be the router of a module with experts.
 
-    `calls` contains recorded calls, and `experts` is the call of the module with the `count`
-    experts. Each yielded pair contains a call, which can be the router's, and the indices.
+    A router returns the indices of each token's experts, which the module with experts receives.
+    `experts` is the call of this module with `count` experts, and `calls` are earlier calls. Yields
+    pairs: a call, and the indices of the experts.
     """
     for choice in integer_tables(experts.arguments):
         for call in calls:
@@ -283,7 +284,7 @@ def keep_experts(
 def _keep_entries(value: Tensor, remaining: Sequence[int], count: int) -> Tensor:
     """Select the rows or columns of the remaining experts from a tensor.
 
-    The function returns other tensors, without a row or column per expert, unchanged.
+    A tensor without one row or column per expert is returned unchanged.
     """
     axis = 1 if value.ndim == 2 and len(value) == 1 else 0
     if not value.ndim or value.shape[axis] != count:
@@ -292,7 +293,7 @@ def _keep_entries(value: Tensor, remaining: Sequence[int], count: int) -> Tensor
 
 
 def _keep_biases(arguments: Any, remaining: Sequence[int], count: int) -> Any:
-    """Return the arguments of a router's call without biases of removed experts."""
+    """Return the arguments of a router's call, with only the biases of remaining experts."""
     if isinstance(arguments, dict):
         return {name: _keep_biases(value, remaining, count) for name, value in arguments.items()}
     if isinstance(arguments, tuple):
@@ -321,8 +322,8 @@ def call_reduced_router(
             hidden states in these arguments.
 
     Returns:
-        The outputs of the copy, with the original indices of experts. Removed experts have the
-        score −∞.
+        The outputs of the copy, with experts numbered as in the original router. Scores of removed
+        experts are −∞.
     """
     count = experts.count
     reduced_router = keep_experts(router, remaining, count)
@@ -346,7 +347,7 @@ def call_reduced_router(
 def single_expert_outputs(
     forward: Callable[..., Tensor], args: Args, kwargs: Kwargs
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield the unweighted outputs of each token's first expert, then second expert, etc.
+    """Yield the outputs of each token's first expert, then of the second, without routing weights.
 
     Args:
         forward: The forward pass of the module that holds the experts.
@@ -409,7 +410,7 @@ def _reads_mlp_input(call: ModuleCall, mlp: ModuleCall) -> bool:
 
 
 def _unrouted_modules(mlp: nn.Module) -> list[nn.Module]:
-    """List the modules of an MLP without routed experts, outer modules first."""
+    """List an MLP's modules that neither contain nor belong to routed experts, outermost first."""
     holders = [module for module in mlp.modules() if count_experts(module)]
     routed_modules = {module for holder in holders for module in holder.modules()}
     around = {module for module in mlp.modules() if not routed_modules.isdisjoint(module.modules())}
@@ -419,8 +420,8 @@ def _unrouted_modules(mlp: nn.Module) -> list[nn.Module]:
 def _mlp_adds_output(module: nn.Module, mlp: ModuleCall) -> bool:
     """Test whether an MLP adds the output of `module` to the outputs of other modules.
 
-    The function multiplies the output of `module` by 0, 1 and 2. The three outputs of the MLP must
-    have equal differences. `mlp` is a recorded call of the MLP.
+    The function multiplies the output of `module` by 0, 1 and 2. From factor to factor, the output
+    of the MLP must change by equal amounts. `mlp` is a recorded call of the MLP.
     """
 
     def scaled_result(factor: int) -> Tensor:

@@ -106,8 +106,8 @@ class Heads(ProjectionColumns):
     def narrow(self, parts: Sequence[Change], name: str) -> tuple[Heads, dict[int, list[int]]]:
         """Remove heads; return the remaining `Heads`, and the indices to keep in weight tensors.
 
-        The dictionary's keys are axis lengths. Tensor axes of this length keep the listed indices.
-        Raises CellError if no head remains, or if the groups of heads would have unequal sizes.
+        The dictionary maps the length of a tensor's axis to the indices that remain. Raises
+        CellError if no head remains, or if the groups of heads would have unequal sizes.
         """
         width, per_group = self.width, self.heads // self.groups
         columns = torch.arange(self.heads * width)

@@ -1,8 +1,7 @@
 """Find the linear maps of a layer, in linear modules and in modules of experts.
 
-One linear map can contain the matrices of all experts, as in files of llama.cpp
-(`ffn_down_exps`). The matrix of one expert, the embedding and the output head can also be used as
-linear maps.
+One linear map can contain the matrices of all experts, as in files of llama.cpp (`ffn_down_exps`).
+A linear map can also be the matrix of one expert, the embedding or the output head.
 """
 
 from __future__ import annotations
@@ -53,7 +52,7 @@ class LinearMap:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """The number of outputs (for all experts: the sum over the experts), and of inputs."""
+        """The number of outputs, summed over all experts of the map, and the number of inputs."""
         weight = self.weight
         return weight.numel() // weight.shape[-1], weight.shape[-1]
 
@@ -93,7 +92,8 @@ def find_linear_maps(layer: nn.Module, name: str) -> dict[str, LinearMap]:
         name: The layer's name in messages.
 
     Returns:
-        The linear maps by path. For experts, the path ends with the name of the tensor.
+        The linear maps by path. The path of a map of experts is the path of their module and the
+        tensor's name.
 
     Raises:
         CellError: The layer has other matrices, or weights that are already quantised.
@@ -145,8 +145,8 @@ def _find_expert_matrices(module: nn.Module) -> Iterator[LinearMap]:
 def _find_router_weights(block: nn.Module, count: int) -> Iterator[Tensor]:
     """Yield the weights of an MLP `block` that can belong to a router of `count` experts.
 
-    The weights are matrices with one row or column per expert. Linear modules are skipped if a
-    child module of `block` contains several.
+    The weights are matrices with one row or column per expert. If a child module of `block`
+    contains several linear modules, these are skipped.
     """
     for child in block.children():
         linears = [module for module in child.modules() if isinstance(module, nn.Linear)]
@@ -286,8 +286,7 @@ class Embeddings:
     def temporary_format(self, name: str, form: str | None) -> AbstractContextManager[None]:
         """Quantise the weights of the embedding or the output head until the context exits.
 
-        If `form` is None, nothing is quantised. Until the context exits, all forward passes use the
-        quantised weights.
+        If `form` is None, nothing is quantised.
         """
         if form is None:
             return nullcontext()

@@ -35,8 +35,8 @@ class Neurons(ProjectionColumns):
         projection: Path of the output projection, the linear map that reads all neurons.
         size: Number of neurons of each group.
         groups: Number of groups.
-        maps: The output projection and the linear maps that compute the neurons, by path. Without
-            known weights, `maps` is empty; a group then contains consecutive neurons.
+        maps: The output projection and the linear maps that compute the neurons, by path. If the
+            weights are unknown, `maps` is empty, and a group contains consecutive neurons.
     """
 
     KIND: ClassVar[str] = "groups of neurons"
@@ -98,7 +98,8 @@ class Neurons(ProjectionColumns):
         """The indices of the neurons, sorted by the norm of the neuron's weights, largest first.
 
         A neuron has one weight vector in each linear map of the MLP: a column of the output
-        projection, or a row of another map. The vectors' Euclidean norms are multiplied.
+        projection, or a row of another map. The neuron's norm is the product of the Euclidean norms
+        of these vectors.
         """
         width = self.size * self.groups
         norms = torch.ones(width, dtype=torch.float64)
@@ -120,8 +121,8 @@ class Neurons(ProjectionColumns):
     def narrow(self, parts: Sequence[Change], name: str) -> tuple[Neurons, dict[int, list[int]]]:
         """Return the MLP's `Neurons` without the groups in `parts`, and the tensor entries to keep.
 
-        The dictionary contains the indices that remain on an axis, by the length of the axis.
-        Raises CellError if no group remains.
+        The dictionary maps the length of a tensor's axis to the indices that remain. Raises
+        CellError if no group remains.
         """
         width = self.size * self.groups
         is_kept = torch.ones(width, dtype=torch.bool, device=self.order.device)
@@ -139,8 +140,9 @@ class Neurons(ProjectionColumns):
 def _computes_neurons(module: nn.Module, projection: ModuleCall, layer: ModuleCall) -> bool:
     """Return whether the linear map `module` computes the neurons of an MLP.
 
-    Test: if some outputs of the map are changed, exactly the neurons with the same indices change.
-    `projection` and `layer` are recorded calls of the output projection and of the layer.
+    The function changes some outputs of `module`, and tests that exactly the neurons with the same
+    indices change. `projection` and `layer` are recorded calls of the output projection and of the
+    layer.
     """
     inputs = projection.args[0]
     width = inputs.shape[-1]

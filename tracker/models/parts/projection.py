@@ -23,7 +23,7 @@ Columns = slice | Tensor
 
 
 class ProjectionColumns(ABC):
-    """Parts that correspond to input columns of a sublayer's output projection.
+    """Base class of parts (e.g. heads) that are input columns of a sublayer's output projection.
 
     Attributes:
         projection: Path of the output projection in the layer.
@@ -40,7 +40,7 @@ class ProjectionColumns(ABC):
 
     @abstractmethod
     def select_columns(self, number: int, n_parts: int) -> Columns:
-        """Return the input columns of part `number`, if the layer has `n_parts` equal parts."""
+        """Return the input columns of part `number` out of `n_parts` equal parts of the layer."""
 
     def columns(self, part: Change, name: str) -> Columns:
         """Return the input columns of a part; raise CellError if the part does not exist."""

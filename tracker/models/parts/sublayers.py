@@ -47,9 +47,8 @@ class Sublayers:
         """Find the attention and the MLP of every layer.
 
         The attention is the layer's first child module that holds a matrix, and the MLP is the
-        last. The method verifies two properties on a short text. Without attention and MLP, every
-        layer returns its input. Without attention, the logits of a token do not depend on other
-        tokens.
+        last. The method tests both modules on a short text. Without attention and MLP, every layer
+        must return its input. Without attention, a token's logits must not depend on other tokens.
 
         Args:
             finder: The model and its layers.

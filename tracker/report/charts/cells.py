@@ -293,7 +293,7 @@ def lost_document_correlations(decisions: DecisionsRecord) -> tuple[list[int], A
 
 
 def lost_document_map(cell: CellRecord, decisions: DecisionsRecord) -> style.Chart | None:
-    """Draw a heat map of the correlations of lost documents between layers.
+    """Draw a heat map that shows whether removals of two layers make the same documents wrong.
 
     Returns None if fewer than two layers have defined correlations.
     """

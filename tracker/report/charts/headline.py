@@ -20,7 +20,7 @@ _PANELS = {2: ([0.38, 1.0], [], [0.0, 0.29]), 3: ([0.6, 1.0], [0.26, 0.52], [0.0
 
 
 def headline_chart(board: LayerBoard, label: str) -> style.Chart:
-    """Draw bars of each layer's accuracy relevance, above bars of its cosine score.
+    """Draw two bars for each layer: accuracy relevance (top panel), cosine score (bottom panel).
 
     If the benchmarks are multiple choice, a middle panel shows how much the probability of the
     right option falls without each layer. Bars without a significant effect are drawn in a pale
@@ -84,7 +84,7 @@ def headline_chart(board: LayerBoard, label: str) -> style.Chart:
 
 
 def join_neighbours(layers: Sequence[int]) -> list[tuple[float, str]]:
-    """Combine the labels of marked layers that are at most two layers apart.
+    """Join the labels of marked layers that are at most two layers apart, e.g. `3, 5`.
 
     Args:
         layers: Numbers of the layers to mark.

@@ -57,11 +57,11 @@ def heat_map_title(cells: Sequence[CellRecord]) -> str:
 
 
 def heat_map(cells: Sequence[CellRecord]) -> style.Chart:
-    """Draw the accuracy relevance of every whole layer on every benchmark of one model.
+    """Draw a heat map of one model's accuracy relevance (1: without the layer, accuracy is chance).
 
-    Each benchmark has one row. Values that are not significant are drawn in a pale colour. A cross
-    marks undefined and missing values; its hover box gives the reason. ValueError is raised if the
-    cells belong to several models.
+    Each row is a benchmark, and each column is a removed layer. Values that are not significant are
+    drawn in a pale colour. A cross marks undefined and missing values; its hover box gives the
+    reason. ValueError is raised if the cells belong to several models.
     """
     if len({cell.model.key for cell in cells}) != 1:
         raise ValueError("heat_map takes benchmarks of exactly one model")
@@ -94,9 +94,9 @@ def row_height(labels: Sequence[str]) -> int:
 
 
 def find_heat_map_rows(cell: CellRecord) -> dict[str, list[Change]]:
-    """Group the kinds of ablations into heat maps; return name of a heat map → kinds.
+    """Return the rows of each heat map of a cell: name of a heat map → kinds of ablations.
 
-    Each kind is a row, such as the removal of head 3, or of two adjacent layers.
+    A row can show the removal of head 3 from each layer, or of two adjacent layers.
     """
     # Several sets of layers begin at the same layer, so sets have no position on a map.
     kinds = [kind for kind in cell.kinds if not kind.members]
@@ -179,10 +179,10 @@ def kind_map(cell: CellRecord, kinds: Sequence[Change]) -> style.Chart:
 
 
 def _stored_layers(kind: Change, layers: Sequence[int]) -> Sequence[int]:
-    """Return the layer number of the run that each column of a heat map shows.
+    """Return, for each column of a heat map, the layer number under which its run is stored.
 
-    Normally, the numbers are `layers`. The first column shows the run of the embedding, and the
-    last column shows the run of the output head. Both runs are stored as layer 0.
+    For layers and their parts, these numbers are `layers`. The run of the embedding (first column)
+    and the run of the output head (last column) are stored as layer 0. Other columns get 1: no run.
     """
     if not kind.is_outer:
         return layers
@@ -193,10 +193,10 @@ def _stored_layers(kind: Change, layers: Sequence[int]) -> Sequence[int]:
 def _significance_mask(
     cell: CellRecord, kinds: Sequence[Change], layers: Sequence[int]
 ) -> list[list[bool]]:
-    """Return a mask that is true for the significant drops of a heat map.
+    """Return a mask of a heat map that is true where the drop is significant.
 
-    The mask has one row for each kind of ablation, and one column for each layer. The drops of all
-    runs in the heat map are tested together.
+    The mask has one row for each kind of ablation, and one column for each layer. The tests are
+    corrected for the number of runs in the heat map.
     """
     verdicts = run_verdicts(cell, [run for run in cell.runs if run.change.kind in kinds])
     return [
@@ -209,7 +209,7 @@ def _significance_mask(
 
 
 def largest_magnitude(values: Sequence[Sequence[float | None]]) -> float:
-    """Return the largest absolute value of a map; 1 if all values are 0 or undefined."""
+    """Return the largest absolute value of a heat map; 1 if all values are 0 or undefined."""
     return max((abs(v) for row in values for v in row if v is not None), default=0) or 1
 
 
@@ -285,7 +285,7 @@ def centred_map(
 def _mark_trace(
     name: str, marks: Sequence[tuple[int | str, str, str]], marker: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Build a trace of marks on a heat map; each mark is (column, row, hover box)."""
+    """Build a plotly trace of marks on a heat map; each mark is (column, row, hover box)."""
     x, y, hovers = zip(*marks, strict=True) if marks else ((), (), ())
     look = {"mode": "markers", "marker": marker, "showlegend": False}
     return style.build_trace("scatter", name, x, y, hovers, **look)

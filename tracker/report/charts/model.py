@@ -26,8 +26,8 @@ def rank_chart(board: LayerBoard, label: str) -> style.Chart | None:
     """Draw each layer's rank by relevance against its rank by cosine score.
 
     Each layer is one point with a confidence interval. The diagonal of the chart marks equal ranks.
-    Points are drawn in a pale colour if their interval includes the diagonal. The function returns
-    None if no layer has a rank by relevance and a rank by cosine score.
+    A point is pale if its confidence interval includes the diagonal. The function returns None if
+    no layer has a rank by relevance and a rank by cosine score.
     """
     cosine = cosine_ranks(board)
     standings = [standing for standing in board.ranked if standing.layer in cosine]
@@ -281,7 +281,7 @@ def _depth_title(boards: Sequence[LayerBoard], labels: Sequence[str]) -> str:
 def difference_chart(pair: ModelPair) -> style.Chart:
     """Draw the difference between two models in the accuracy drop of each layer.
 
-    The chart shows points with 95 % intervals. For more than three benchmarks, it is a heat map.
+    For up to three benchmarks, the chart shows points with 95 % intervals; for more, a heat map.
     Differences that are not significant are drawn in a pale colour.
     """
     measure, layers = pair.measure, pair.layers
