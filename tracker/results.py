@@ -152,8 +152,8 @@ class Results:
         permutation test that preserves how smoothly the values vary over depth.
 
         `documents` has one row per model, benchmark, run and document, with the responses of the
-        intact and the ablated model. The column `change` is `lost`, `won` or `same`. The columns
-        `score_intact` and `score` contain the metric of the two models; higher is better. The table
+        intact and the ablated model. The column `change` is `lost`, `won` or `same`. `score_intact`
+        and `score` are the metric of the intact and the ablated model; higher is better. The table
         includes the texts if the results folder has them.
 
         `layer_leaderboard` and `model_leaderboard` rank layers and models by means over the
@@ -227,8 +227,8 @@ class Results:
 
         Args:
             name: Name of a chart of the study, such as `STUDY--EXPERIMENT-1`, or name of a model,
-                as in the table `layers`. Empty selects the study's first chart, or the model if
-                there is only one.
+                as in the table `layers`. Empty selects the study's first chart or, without a chart,
+                the only model.
 
         Returns:
             The plotly figure, which a notebook displays.

@@ -235,7 +235,7 @@ class _Finisher:
 def find_smaller_requests(requests: Collection[CellRequest]) -> set[CellRequest]:
     """Find requests for fewer documents than another request for the same model and benchmark.
 
-    Reports show the results for both numbers of documents.
+    Reports show the results of both requests.
     """
     candidates = [request for request in requests if not request.until]
 
@@ -252,8 +252,8 @@ def find_smaller_requests(requests: Collection[CellRequest]) -> set[CellRequest]
 def _view_note(view: View, shown_view: View, related_views: Sequence[View]) -> str:
     """Return a note if reports show more documents or runs than requested; else "".
 
-    A view is a selection of runs and documents. `view` is requested, `shown_view` is shown in
-    reports, and `related_views` were requested earlier for the same model and benchmark.
+    A view is a selection of runs and documents. `view` is the requested view; `shown_view` is the
+    view in reports. `related_views` are earlier requests for the same model and benchmark.
     """
     if view.until is None and shown_view.size > view.size:
         key, count = ("limit", view.limit) if view.seed is None else ("sample", view.sample)

@@ -65,10 +65,10 @@ def write_dataset(
 
 
 def _change_frame(cells: Sequence[CellRecord]) -> pd.DataFrame:
-    """Return a data frame with one row for each measured run.
+    """Return the data frame of all measured runs for a data set.
 
-    To the columns of `layer_frame`, this data frame adds the name of the change, the date of the
-    measurement and the package versions.
+    To the columns of `layer_frame`, the function adds the change's name, the date and the package
+    versions.
     """
     frame, pairs = layer_frame(cells), [(cell, run) for cell in cells for run in cell.runs]
     frame.insert(0, "change", [run.ablation for _, run in pairs])

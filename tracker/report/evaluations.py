@@ -1,7 +1,7 @@
 """Write results in the format of every_eval_ever, a shared collection of evaluations.
 
-A record names only the intact model. The accuracy drops of ablated models are therefore stored as a
-separate metric, not as accuracies.
+In this format, a record names one model: the intact model. The accuracy drops of ablated models are
+therefore a separate metric of the intact model.
 
 References:
     eval.schema.json and instance_level_eval.schema.json of every_eval_ever 0.3.0 (PyPI).
@@ -151,8 +151,7 @@ class _Evaluation:
     def _bounds(self, lowest: int) -> Json:
         """Return JSON fields with the smallest and the largest possible score.
 
-        If the metric is a fraction of 1, the scores range from `lowest` to 1. Otherwise, the scores
-        have no limits.
+        Fractions, such as accuracies, range from `lowest` to 1. Other metrics have no limits.
         """
         is_fraction = metric_format(self.cell).unit == "pp" and self.cell.baseline.side(1) <= 0
         low, high = (lowest, 1) if is_fraction else ("-Infinity", "Infinity")
@@ -214,9 +213,9 @@ def _outcome_rows(
 ) -> Iterator[Json]:
     """Yield a model's outcome on each document, in the form of every_eval_ever.
 
-    Documents whose entry of `scores` is not finite are skipped. Only outcomes of the intact model
-    contain the question and the answer options. Private texts are included if `with_private` is
-    true.
+    `scores` has one score per document; documents without a finite score are skipped. Only outcomes
+    of the intact model contain the question and the answer options. Private texts are included if
+    `with_private` is true.
     """
     right = answers.score > 0 if decisions.binary else answers.choice == decisions.gold
     for index in np.flatnonzero(np.isfinite(scores)).tolist():

@@ -44,7 +44,7 @@ _CELL_COLUMNS: dict[str, Column[CellRecord]] = cell_columns(lambda cell: cell)
 
 
 def table_frame(data_table: Table) -> pd.DataFrame:
-    """Convert a table to a data frame, in the layout of `Table.plain`."""
+    """Convert a table to a data frame with the columns and rows of `Table.plain`."""
     names, rows = data_table.plain()
     frame = pd.DataFrame(rows, columns=list(names))
     # A column without any defined value would otherwise contain Python objects.
@@ -113,7 +113,8 @@ def document_frame(
         with the intact model: `lost` (worse), `won` (better), `same`, or `missing` if the document
         is not measured. `choices` is a JSON list of the answer options. `gold`, `choice_intact` and
         `choice` are 0-based numbers of options. Margins are in nats, or in nats per character or
-        byte if the metric divides by length. Without options, margins are log-probabilities.
+        byte if the metric divides by length. For documents without answer options, margins are
+        log-probabilities.
     """
     return pd.concat(document_frames(cell_decisions, with_private, only_changed), ignore_index=True)
 
@@ -125,7 +126,7 @@ def document_frames(
 ) -> Iterator[pd.DataFrame]:
     """Yield the rows of `document_frame` as several data frames.
 
-    All data frames have the same columns, and the first data frame has no rows.
+    The first data frame only defines the columns of all data frames, and has no rows.
     """
     scores = () if only_changed else _SCORE_COLUMNS
     names = () if only_changed else ("ablation",)

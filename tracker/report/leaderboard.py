@@ -46,7 +46,10 @@ Standing = TypeVar("Standing")
 
 
 class RankedRow(NamedTuple, Generic[Standing]):
-    """Row of a leaderboard: a model, its ranked figures (`standing`), and a benchmark count."""
+    """Row of a leaderboard: a model's name, ranked figures, and the number of benchmarks.
+
+    The field `standing` contains the figures of a layer, a part or the whole model.
+    """
 
     model: str
     standing: Standing
@@ -59,12 +62,15 @@ PartColumns = tuple[Column[RankedRow[PartStanding]], ...]
 def _standing_column(
     name: str, label: str, unit: FigureUnit, no_value: str = "", field: str = ""
 ) -> Column[Any]:
-    """Define a leaderboard column from an attribute of `RankedRow.standing`."""
+    """Define a leaderboard column that shows one figure of `RankedRow.standing`.
+
+    `field` is the attribute with the figure; the default is `name`.
+    """
     return Column(label, unit, attrgetter(f"standing.{field or name}"), no_value, name)
 
 
 def _relevance_and_drop_columns(relevance: str, drop: str, drop_field: str) -> list[Column[Any]]:
-    """Define the columns of the relevance, the drop, and the ends of their 95 % intervals.
+    """Define columns of the relevance (share of accuracy lost), the drop, and both intervals.
 
     `relevance` and `drop` are the column headings. `drop_field` is the attribute of
     `RankedRow.standing` that contains the drop.
@@ -107,9 +113,9 @@ def _rank_interval(no_value: str = "", label: str = "rank") -> Column[Any]:
 def _choose_rank_column(
     rows: Sequence[RankedRow[Any]], no_value: str
 ) -> tuple[list[Column[Any]], list[str]]:
-    """Return the column of ranks, or a note that the ranks cannot be distinguished.
+    """Return the column of ranks, or a note if the ranks cannot be distinguished.
 
-    One of the two returned lists is empty. `no_value` is the reason for a missing rank.
+    Both are lists, of which at least one is empty. `no_value` is the reason for a missing rank.
     """
     ranks = [row.standing.rank for row in rows if row.standing.rank.value is not None]
     if any(rank.bounds != (1, len(ranks)) for rank in ranks):
@@ -121,7 +127,7 @@ def _choose_rank_column(
 def layer_board_columns(cells: Sequence[CellRecord] = ()) -> PartColumns:
     """Define all columns of a leaderboard of layers.
 
-    The heading of the drop contains the name of the metric of `cells`.
+    The heading of the drop names the metric that `cells` report.
     """
     return (
         Column("model", "text", lambda row: row.model, name="model"),
@@ -205,7 +211,7 @@ def _board_notes(board: LayerBoard) -> list[str]:
 def part_board_columns(cells: Sequence[CellRecord] = ()) -> PartColumns:
     """Define all columns of a leaderboard of parts, such as heads.
 
-    The heading of the drop contains the name of the metric of `cells`.
+    The heading of the drop names the metric that `cells` report.
     """
     return (
         Column("model", "text", lambda row: row.model, name="model"),
@@ -278,7 +284,7 @@ def misjudged_table(board: LayerBoard, label: str) -> Table:
 
 
 def relevance_interval_table(board: LayerBoard, label: str) -> Table:
-    """Build the table of each layer's relevance, per benchmark and on average."""
+    """Build the table of each layer's relevance (accuracy lost) per benchmark and on average."""
     means = {standing.layer: standing.relevance for standing in board.by_depth}
     columns = [
         Column(name, "relevance", partial(layer_relevance, cell))
@@ -348,7 +354,7 @@ def model_board_data(board: ModelBoard) -> Table:
 
     The first model loses the least accuracy when a layer is removed. Relevance and drop are
     fractions, averaged over layers and over the benchmarks on which all ranked models were
-    measured. `rank` is missing for a model that was not measured on one of these benchmarks.
+    measured. `rank` is missing for a model without results on at least one of these benchmarks.
     """
     labels = model_labels([standing.model for standing in board.models])
     return build_table("", model_board_columns(), _model_rows(board, labels))
@@ -387,7 +393,7 @@ def depth_table(boards: Sequence[LayerBoard], labels: Sequence[str]) -> Table:
 
 
 def difference_table(pair: ModelPair) -> Table:
-    """Build the table of two models' differences in the drop of each layer."""
+    """Build the table that compares two models: the difference of their drops for each layer."""
     measure = pair.measure
     columns = [
         Column(measure.column_head(comparison.benchmark), measure.form, comparison.difference)

@@ -170,10 +170,10 @@ def layer_table(cell: CellRecord) -> Table:
 def _group_by_reason(
     cell: CellRecord, reasons: Iterable[tuple[Change, str | None]]
 ) -> list[tuple[str, str]]:
-    """Group runs by a reason, such as the reason for an undefined value.
+    """Group runs by the reason why a value is undefined.
 
-    `reasons` contains pairs (run, reason). Runs without a reason are left out. The result contains
-    pairs (names of the runs, reason).
+    `reasons` contains pairs (run, reason). Runs without a reason are left out. The result has one
+    pair for each reason: the names of all its runs, and the reason.
     """
     groups = group_by(reasons, lambda pair: pair[1])
     return [(run_list([run for run, _ in runs], cell), why) for why, runs in groups.items() if why]
@@ -216,7 +216,7 @@ def _proxy_heading(record: CorrelationRecord) -> str:
 
 
 def relevance_table(cells: Sequence[CellRecord]) -> Table:
-    """Build the table of one model's accuracy relevance for each layer and benchmark."""
+    """Build a model's table of accuracy relevance (share lost) per layer and benchmark."""
 
     def column(cell: CellRecord, label: str) -> Column[int]:
         def value(layer: int) -> Estimate:
@@ -276,7 +276,7 @@ def provenance_table(cell: CellRecord) -> Table:
 
 
 def _comparison_text(cell: CellRecord) -> str:
-    """Format the number of answers checked against pruned models, and the largest difference."""
+    """Describe how many answers were checked on a pruned model, and the largest difference."""
     if cell.compared_difference is None:
         return "nothing"
     n, largest = cell.compared, cell.compared_difference

@@ -125,10 +125,7 @@ _SAMPLE_NOUNS = {"linear": "linear map", "attention": "attention sublayer", "mlp
 
 
 def sample_noun(record: CorrelationRecord) -> str:
-    """Return the singular noun for the parts over which a correlation is computed.
-
-    Examples are `layer` and `int4 linear map`.
-    """
+    """Return the noun for one observation of a correlation, such as `int4 linear map`."""
     *intervention, component = record.sample.split()
     return " ".join([*intervention, _SAMPLE_NOUNS.get(component, component.replace("_", " "))])
 
@@ -206,7 +203,7 @@ def power_sentence(cell: CellRecord, runs: Sequence[RunRecord]) -> str:
 
     Args:
         cell: Results of one model on one benchmark.
-        runs: The runs that are tested together.
+        runs: The runs whose drops are tested together, with a correction for multiple tests.
 
     Returns:
         A sentence; empty without runs, or if a stopping rule (`until`) determines the number of
@@ -505,7 +502,7 @@ def random_sets_answer(cell: CellRecord) -> str:
 def model_answer(claims: Claims, boards: Sequence[PartBoard], cells: Sequence[CellRecord]) -> str:
     """Write sentences on the significant effects of a model's layers and other parts.
 
-    Without an average over benchmarks (e.g. for losses), the text describes each benchmark.
+    If the benchmarks have no common average, e.g. for losses, the text describes each benchmark.
     """
     answers = [*map(board_answer, boards)]
     if not claims.layers and not answers:

@@ -25,7 +25,7 @@ def statement(answer: AnswerRecord) -> str:
         answer: Current result of the stopping rule (`until`) for one model and benchmark.
 
     Returns:
-        The sentence. An example is `top 2: the largest drops are those of layers 0 and 11 (95 %
+        The sentence, such as `top 2: the largest drops are those of layers 0 and 11 (95 %
         confidence; 320 of 570 documents, 41 % of the layer passes)`.
     """
     return _TEXTS.render("statement", answer, parse_question(answer.question))

@@ -47,8 +47,8 @@ _TEXT = re.compile(r"([a-z]\w*):(?:(\d[\d,-]*)(?:\.(.+))?|([a-z]\w*))")
 class Change:
     """Change of a model: an intervention, e.g. a removal, on one component.
 
-    `str(change)` returns the canonical text of the change, which `Change.parse` parses. Examples
-    are `layer:3`, `layers:3,4`, `head:3.0`, `int4:5.mlp.down_proj` and `int4:embedding`. The text
+    `str(change)` returns the canonical text of the change, such as `layer:3`, `layers:3,4`,
+    `head:3.0`, `int4:5.mlp.down_proj` or `int4:embedding`. `Change.parse` reads this text. The text
     `repeat3:3-6` means that layers 3 to 6 are executed three times.
 
     Attributes:
@@ -250,18 +250,18 @@ class Change:
 
     @property
     def kind(self) -> Change:
-        """A copy of the change that begins at layer 0, to group changes by their kind.
+        """The change moved to layer 0, to group equal changes of different layers.
 
-        Removals of single layers, for example, have the same kind. If the layers are not
-        consecutive or were drawn at random, the kind is the change itself.
+        All removals of single layers, for example, have the kind `layer:0`. A change of random or
+        non-consecutive layers is its own kind.
         """
         return self if self.members or self.is_outer else replace(self, layers=(*range(self.span),))
 
     @property
     def family(self) -> Change:
-        """A copy of the change with layer 0 as its only layer, and without a part.
+        """The change without its layer numbers and part, to group changes for heat maps.
 
-        Changes with equal copies are shown in one heat map.
+        All removals of heads, for example, share one heat map.
         """
         return replace(self, layers=(0,), part=None, drawn=False)
 
@@ -360,7 +360,7 @@ WHOLE_LAYER = Change()
 
 @dataclass(frozen=True, repr=False)
 class Ablation:
-    """A set of changes that the engine applies together; the empty set is the baseline.
+    """Changes that are applied to a model together; no changes are the baseline (intact model).
 
     Attributes:
         changes: Changes of single layers, and repetitions of several layers.
@@ -436,10 +436,10 @@ class Ablation:
 
     @property
     def renumbered_parts(self) -> Ablation:
-        """An ablation that removes the same heads and other parts from a pruned model.
+        """The removals of heads and other parts, renumbered for a pruned model.
 
-        The pruned model does not contain the whole layers that this ablation removes. The other
-        layers of the pruned model are numbered consecutively from 0.
+        The pruned model lacks the whole layers that this ablation removes. Its other layers are
+        numbered consecutively from 0.
         """
         removed = self.removed()
         return Ablation(frozenset(c.at_layer(-bisect_left(removed, c.layer)) for c in self.parts))
@@ -480,9 +480,9 @@ class Ablation:
 
     @property
     def part(self) -> Change | None:
-        """The only change of the ablation besides removed layers; None if it has no Taylor proxy.
+        """The only change besides removed layers, if a Taylor proxy (from gradients) exists for it.
 
-        The value is also None if no other change or several other changes exist.
+        The value is None if there are no such changes or several.
         """
         changes = [change for change in self.changes if change.word != "layer"]
         return changes[0] if len(changes) == 1 and changes[0].has_taylor else None
@@ -496,7 +496,7 @@ class Ablation:
     def by_layer(self) -> dict[int, Ablation]:
         """A dict from each changed layer to an ablation with the changes of this layer.
 
-        A repetition of several layers is assigned to the last repeated layer.
+        For a repetition of several layers, the key is the last repeated layer.
         """
         changes = (change for change in self.changes if not change.is_outer)
         layers = group_by(changes, lambda change: change.stop - 1)

@@ -81,7 +81,7 @@ class ModelSpec(StrictModel):
 
 
 class BenchmarkSpec(StrictModel):
-    """A benchmark and the settings of its prompts, named as in lm-eval."""
+    """A benchmark and the settings of its prompts; lm-eval uses the same names."""
 
     benchmark: BenchmarkName
     """Benchmark: task or group of lm-eval, YAML file, corpus:FILE, or traces:TASK."""
@@ -123,7 +123,7 @@ class BenchmarkSpec(StrictModel):
 
     @property
     def generation_key(self) -> str | None:
-        """The setting that needs a generation task: `samples`, `budgets`, or None if not set."""
+        """The given setting that only generation tasks allow: `samples`, `budgets` or None."""
         return "samples" if self.samples else "budgets" if self.budgets else None
 
     def renamed(self, benchmark: str) -> BenchmarkSpec:
@@ -146,11 +146,11 @@ def names_traces(benchmark: str) -> bool:
 
 
 def generation_spec(spec: BenchmarkSpec) -> BenchmarkSpec:
-    """Return the settings of TASK for the settings of the benchmark `traces:TASK`.
+    """Return a copy of the settings that names TASK instead of `traces:TASK`.
 
-    The model generates the texts of `traces:TASK` from the documents of TASK. The settings of other
-    benchmarks are returned unchanged. BenchmarkError is raised if TASK is empty or not a task of
-    lm-eval.
+    For `traces:TASK`, the intact model generates texts from the documents of TASK. The settings of
+    other benchmarks are returned unchanged. BenchmarkError is raised if TASK is empty or not a task
+    of lm-eval.
     """
     task = spec.benchmark.removeprefix(TRACES_PREFIX)
     if names_traces(spec.benchmark) and (not task or names_traces(task) or names_corpus(task)):
@@ -230,7 +230,7 @@ class Changes(ChangeGrid):
         return self.model_copy(update={"exact": tuple(changes)})
 
     def numbers(self, component: Component) -> tuple[int, ...]:
-        """Return the requested numbers of heads, experts or neurons; an empty tuple means all."""
+        """Return which heads, experts or neurons (0-based) are requested; empty means all."""
         numbers: tuple[int, ...] = getattr(self, number_field(component))
         return numbers
 
@@ -258,8 +258,8 @@ class Changes(ChangeGrid):
     def first_change(self) -> Change:
         """The first requested change.
 
-        ExperimentError is raised if the request lists no numbers of heads, experts or neurons, or
-        no names of linear maps.
+        ExperimentError is raised if heads, experts, neurons or linear maps are requested, but none
+        is named.
         """
         if self.lacks_maps:
             raise ExperimentError(
@@ -342,7 +342,7 @@ class CellRequest:
         documents: The selection of documents to measure.
         changes: The changes to measure, e.g. the removal of each layer.
         removed: The layers that are removed in every run, ascending.
-        until: The stopping rule; None to measure all documents. An example is `top 5`, which ends
+        until: The stopping rule; None to measure all documents. The rule `top 5`, for example, ends
             the measurement when the five largest drops are known.
         metric: The reported metric; None for the benchmark's primary metric.
         clusters: The clusters of dependent documents; None if all documents are independent.

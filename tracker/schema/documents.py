@@ -38,8 +38,8 @@ class Prompt:
         think_end_token: Token that ends the thinking; None if the whole text is the answer.
         samples: Number of texts that are generated for the prompt.
         seed: Seed of the random numbers of sampled texts.
-        budgets: Smaller maximum numbers of tokens, ascending. The beginning of the text up to each
-            smaller maximum is also evaluated.
+        budgets: Smaller maximum numbers of tokens, ascending. The text is also evaluated as if
+            generation had ended at each smaller maximum.
     """
 
     text: str

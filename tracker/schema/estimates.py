@@ -56,7 +56,7 @@ class Estimate:
     def __neg__(self) -> Estimate:
         """Return the estimate with the opposite sign, for example to turn a loss into a gain.
 
-        The two-sided p-value does not change.
+        The p-value stays the same, because it is two-sided.
         """
         value, high, low = (
             None if x is None else 0.0 - x for x in (self.value, self.low, self.high)

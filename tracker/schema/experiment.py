@@ -177,7 +177,7 @@ def grid_class(
     """Define a class for the grid of an experiment file, with one field for each key.
 
     A field contains the values of its key: a single value, a list or a range. `kinds` maps a key to
-    the class that checks the values of the key. Keys that are not in `kinds` have a default class.
+    the class that checks the values of the key. A default class checks all other keys.
     """
     fields: dict[str, Any] = {}
     for key, field in keys.items():

@@ -114,11 +114,10 @@ def names_model(source: ExperimentSource) -> bool:
 def move_model(
     source: ExperimentSource, settings: Mapping[str, Any]
 ) -> tuple[ExperimentSource, dict[str, Any]]:
-    """Move a model's name from `source` to the settings, under the key `model`.
+    """Move a model that is given as `source` to the key `model` of the settings.
 
-    Returns the new source (None) and the new settings. If `source` is not the name of a model,
-    `source` and `settings` are returned unchanged. ExperimentError is raised if the settings
-    already name another model.
+    If `source` is a model, returns None and the new settings. Otherwise, `source` and `settings`
+    are returned unchanged. ExperimentError is raised if the settings already name another model.
     """
     if source is None or isinstance(source, Mapping) or not names_model(source):
         return source, dict(settings)
@@ -173,10 +172,7 @@ def _check_contents(raw: Any, name: str, kind: FileKind[SweepType]) -> SweepType
 
 
 def _check_structure(raw: object, name: str, kind: FileKind[SweepType]) -> None:
-    """Raise ExperimentError if an experiment file is not a mapping with the key `parameters`.
-
-    The settings of the grid must be below the key `parameters`.
-    """
+    """Raise ExperimentError if a file is not a mapping, or has settings but no `parameters`."""
     if not isinstance(raw, dict):
         raise ExperimentError(f"{name} contains no mapping; expected e.g. 'method: grid'")
     parameters = {key: value for key, value in raw.items() if key in kind.keys}
@@ -192,8 +188,8 @@ def _check_structure(raw: object, name: str, kind: FileKind[SweepType]) -> None:
 def _convert_to_yaml(contents: Mapping[str, Any], name: str) -> tuple[Any, str]:
     """Convert the contents of a file to YAML text, and parse the text again.
 
-    The argument `name` is the name of the file in error messages. Returns the parsed contents and
-    the text.
+    Parsing gives values the types that they have in a file. Error messages contain `name`. Returns
+    the parsed contents and the text.
     """
     try:
         text = yaml.safe_dump(dict(contents), sort_keys=False, allow_unicode=True)
@@ -324,9 +320,9 @@ def _parameter_names(raw: object) -> set[Any]:
 
 
 def _refuse_skipped_runs(raw: Mapping[Any, Any]) -> None:
-    """Raise ExperimentError for settings of W&B sweeps that skip runs.
+    """Raise ExperimentError if the file has settings with which a W&B sweep skips runs.
 
-    Examples are the setting `early_terminate` and the method `bayes`.
+    Such settings are `early_terminate` and the methods `bayes` and `random`.
     """
     if raw.get("method") in _OTHER_METHODS:
         raise ExperimentError(

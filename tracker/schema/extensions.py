@@ -53,7 +53,7 @@ def load_extensions(
 def list_extensions() -> list[tuple[str, str]]:
     """List the installed extensions as pairs (kind, names separated by commas).
 
-    Kinds without extensions are not listed.
+    Kinds without an installed extension are left out.
     """
     points = entry_points()
     kinds_and_names = []

@@ -195,7 +195,11 @@ def validate_settings(
     prefix: str,
     parameter_names: Mapping[str, str] | None = None,
 ) -> M:
-    """Build an object of class `kind` from settings; raise RequestError if they are invalid."""
+    """Build an object of class `kind` from settings; raise RequestError if they are invalid.
+
+    The message names the invalid setting with `prefix` and `parameter_names`, as in
+    `first_problem`.
+    """
     try:
         return kind(**settings)
     except ValidationError as error:
@@ -238,7 +242,7 @@ def first_problem(
 
 
 def _fields_at(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
-    """List the keys that are allowed at a location, such as `("parameters", "layer")`."""
+    """List the valid keys of settings below a path of keys, such as `("parameters", "layer")`."""
     for part in location:
         annotation = model.model_fields[str(part)].annotation
         kinds = getattr(annotation, "__args__", (annotation,))

@@ -150,6 +150,9 @@ class FindingRecord(Record):
 
     @property
     def name(self) -> str:
-        """The unique name of the result in a results folder: `STUDY--EXPERIMENT--BESIDE`."""
+        """The unique name in a results folder, such as `STUDY--EXPERIMENT`.
+
+        If the field `beside` is not empty, the name ends in `--` and its text.
+        """
         suffix = f"--{self.beside}" if self.beside else ""
         return f"{self.study}--{self.experiment.removesuffix('.yaml')}{suffix}"

@@ -268,7 +268,7 @@ ACCURACY_FORMAT = MetricFormat("accuracy", "accuracy drop", "%", "pp", "percent"
 
 
 class MetricRecord(Protocol):
-    """Protocol of records of ablation runs or searches that have a metric."""
+    """Protocol of stored results that report one metric: of ablation runs or of a search."""
 
     @property
     def metric(self) -> str:

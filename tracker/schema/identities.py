@@ -92,7 +92,7 @@ def filtered_metric(metric: str, filter_name: str) -> str:
 
 
 def filter_name(metric: str) -> str:
-    """Return the filter of a metric from its name in stored outcomes.
+    """Return lm-eval's filter (answer extraction) from a metric's name in stored outcomes.
 
     The result is `none` if the metric has no filter.
     """
@@ -135,7 +135,7 @@ class TaskIdentity(Record):
 
     @property
     def all_metrics(self) -> dict[str, str]:
-        """A mapping from each metric of the task to its aggregation."""
+        """The aggregation (e.g. `mean`) of each metric, including derived choice probabilities."""
         names = [*CHOICE_PROBABILITIES] if self.offers_choices else []
         if "acc_norm" not in self.metrics:
             names = names[:1]

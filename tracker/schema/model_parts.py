@@ -94,9 +94,9 @@ def mlp_width(config: Any) -> int | None:
 def neuron_group_size(width: int) -> int | None:
     """Return the number of neurons per group in an MLP with `width` neurons.
 
-    A group has 128 neurons if `width` is at least 1,024 and a multiple of 128. A group has a
-    quarter of the neurons if `width` is below 256. In other MLPs, a group has 64 neurons. The
-    result is None if the neurons cannot be divided into groups of equal size.
+    A group has 128 neurons if `width` is at least 1,024 and a multiple of 128, else 64. If `width`
+    is below 256, there are four groups. The result is None if the neurons cannot be divided into
+    groups of equal size.
     """
     size = 128 if width >= 1024 and width % 128 == 0 else 64
     size = width // 4 if width < 4 * size else size
@@ -170,8 +170,8 @@ def _list_changes_with_sets(
 ) -> list[Change] | None:
     """List all changes of a request that removes sets of layers; None for other requests.
 
-    A set of layers is drawn at random as a control, or contains neighbours among the layers of one
-    kind (e.g. `mamba`).
+    A set is drawn at random as a control, or contains successive layers of one kind. Between
+    successive `mamba` layers, for example, there can be other layers.
     """
     spans = [span for span in changes.spans if span > 1]
     is_removal = "remove" in changes.interventions and "layer" in changes.components

@@ -59,8 +59,8 @@ def merge_provenances(stacks: Sequence[Mapping[str, str]]) -> dict[str, str]:
 def list_differences(stacks: Sequence[Mapping[str, str]]) -> str:
     """List differences between provenance records that can change a result.
 
-    An example of the text is `torch 2.12.0, 2.13.0; device cpu, cuda`. The text is empty if no
-    difference is found.
+    The result is a text such as `torch 2.12.0, 2.13.0; device cpu, cuda`; empty without
+    differences.
     """
     parts = [{n: stack.get(n, "unknown").partition(":")[0] for n in _STACK} for stack in stacks]
     names = (n for n in _STACK if len({part[n] for part in parts}) > 1)
@@ -68,19 +68,19 @@ def list_differences(stacks: Sequence[Mapping[str, str]]) -> str:
 
 
 def tokeniser_differences(stack: Mapping[str, str], other: Mapping[str, str]) -> str:
-    """List the packages for tokenisation that have different versions in two records.
+    """List tokenisation packages whose versions differ between two measurements.
 
-    The result is a text with the versions in `stack`, such as `transformers 5.0.0`. The result is
-    `SAME_VERSIONS` if all versions are equal.
+    The text gives the versions in `stack`, such as `transformers 5.0.0`. If no versions differ, the
+    text is `SAME_VERSIONS`.
     """
     names = [n for n in _TOKENISING_PACKAGES if n in stack and stack[n] != other.get(n)]
     return ", ".join(f"{n} {stack[n]}" for n in names) or SAME_VERSIONS
 
 
 def has_other_tokens(stack: Mapping[str, str], other: Mapping[str, str]) -> bool:
-    """Return whether a test text was tokenised differently in two provenance records.
+    """Return whether two measurements split the same text into different tokens.
 
-    The records contain digests of the tokens. A missing digest is not a difference.
+    `stack` and `other` contain digests of the tokens. If a digest is missing, the result is False.
     """
     return len({stack.get(TOKENISATION_KEY), other.get(TOKENISATION_KEY)} - {None}) > 1
 

@@ -138,8 +138,8 @@ class Proxy:
         strategy: The search strategy that prunes by the proxy; empty if no strategy uses the proxy.
         component: The measured components: whole layers, all parts of a layer, or routed experts.
         over: The tokens over which the proxy is averaged. An empty text means all tokens, and
-            `ANSWER_TOKENS` means the tokens of answers. For the tokens of an expert, `over` is the
-            name of the proxy that counts the tokens of the expert.
+            `ANSWER_TOKENS` means the tokens of answers. `routed_share`, the proxy that counts an
+            expert's tokens, means the tokens of the expert.
     """
 
     name: str
@@ -164,7 +164,7 @@ class Proxy:
     def headings(self) -> dict[str, str]:
         """A dict from the name of the proxy to its display name.
 
-        If the proxy is 1 − v (e.g. v = cosine similarity), v is also in the dict.
+        For a proxy of the form 1 − v, the dict also contains v, such as the cosine similarity.
         """
         before = {self.complement_of: self.complement_of.replace("_", " ")}
         return (before if self.complement_of else {}) | {self.name: self.heading}
@@ -375,8 +375,8 @@ PROXY_FIGURES = tuple(name for proxy in (*OBSERVED, *PART_PROXIES) for name in p
 def proxy_cost(proxy: str, layers: int, is_shared: bool) -> float:
     """Return the cost of computing a proxy for all layers, in forward passes per document.
 
-    The accuracy drop costs one forward pass for each removed layer. The accuracy drop costs about
-    half as much if `is_shared` is true. The output head is not counted.
+    The accuracy drop costs one forward pass for each removed layer, or about half if `is_shared` is
+    true. The output head is not counted.
 
     Args:
         proxy: The name of one of `PROXIES`; any other name means the accuracy drop.

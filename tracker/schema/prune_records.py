@@ -81,7 +81,7 @@ class CalibrationSet(Record):
 
 
 class PruneCost(Record):
-    """Cost of a pruning search that reuses no stored results."""
+    """Cost of a pruning search, as if the search had reused no stored results."""
 
     evaluations: float
     """Number of sets of removed parts that were scored on all calibration documents, including the
@@ -158,7 +158,7 @@ class PruneRecord(Record):
     def order(self) -> tuple[int, ...]:
         """The removed parts in the order of removal.
 
-        The parts are in ascending order if any step did not remove exactly one part.
+        If the parts were not removed one by one, they are in ascending order.
         """
         order = tuple(step.layer for step in self.steps if step.layer is not None)
         return order if sorted(order) == list(self.removed) else self.removed
@@ -173,8 +173,8 @@ class PruneRecord(Record):
     def label(self) -> str:
         """The display name of the strategy, such as `random 2` or `accuracy (lazy)`.
 
-        The name contains the number of the random draw and the rescoring method, except for the
-        method `full`.
+        The number is that of the random draw. The method that updates scores is in parentheses,
+        unless it is `full`.
         """
         draw = self.draw if self.draw is not None else ""
         rescoring = "" if self.rescoring == "full" else f"({self.rescoring})"

@@ -60,11 +60,11 @@ class Question:
         return " ".join(words)
 
     def fits(self, runs: int) -> bool:
-        """Return whether the question is possible for this number of runs."""
+        """Return whether there are enough runs for the question, e.g. at least 6 for `top 5`."""
         return self.count is None or self.count < runs
 
     def check_runs(self, runs: int) -> None:
-        """Raise ValueError if the question is impossible for this number of runs."""
+        """Raise ValueError if there are too few runs for the question, e.g. 5 for `top 5`."""
         if self.count is not None and not self.fits(runs):
             question, min_runs = f"{self.kind} {self.count}", self.count + 1
             suggestion = f"; write at most '{self.kind} {runs - 1}'" if runs > 1 else ""

@@ -33,9 +33,9 @@ RUN_NOT_MEASURED = "not measured yet"
 
 
 def flat_names(field: str, *names: str) -> dict[str, tuple[str, str]]:
-    """Return a dict from column names to pairs (field, part of the field's estimate).
+    """Return the entries of `FLAT` for the numbers of the estimate in `field`.
 
-    `names` are the column names of the parts `value`, `low` and `high`, in this order.
+    `names` are the column names of `value`, `low` and `high`, in this order.
     """
     return {name: (field, part) for name, part in zip(names, ("value", "low", "high"), strict=True)}
 
@@ -43,7 +43,7 @@ def flat_names(field: str, *names: str) -> dict[str, tuple[str, str]]:
 class EstimatesRecord(Record):
     """Base class of records with estimates.
 
-    The class variable `FLAT` maps each table column to a field and a part of the field's estimate.
+    The class variable `FLAT` maps each table column to one part of an estimate, such as `low`.
     """
 
     FLAT: ClassVar[Mapping[str, tuple[str, str]]] = {}
@@ -53,10 +53,7 @@ class EstimatesRecord(Record):
     @model_validator(mode="before")
     @classmethod
     def _read_former_estimates(cls, fields: object) -> object:
-        """Convert the separate fields of an estimate in records of former versions.
-
-        Former versions stored the value and the bounds of an estimate in separate fields.
-        """
+        """Build estimates from the separate fields (value and bounds) of former versions."""
         if not isinstance(fields, dict):
             return fields
         converted, reasons = dict(fields), fields.get("reasons")
@@ -72,7 +69,7 @@ class EstimatesRecord(Record):
         return converted
 
     def figure(self, name: str) -> float | None:
-        """Return the value of a table column or field; None if it is undefined."""
+        """Return the number in a column of `FLAT` or in a field; None if it is undefined."""
         field, part = self.FLAT.get(name, (name, ""))
         value = getattr(self, field, None)
         figure: float | None = getattr(value, part) if part else value
@@ -95,7 +92,7 @@ class FiguresRecord(EstimatesRecord):
     @model_validator(mode="before")
     @classmethod
     def _move_former_notes(cls, fields: object) -> object:
-        """Move notes of former versions from `reasons` to fields such as `mismatch`."""
+        """Move notes that former versions stored in `reasons` to fields such as `mismatch`."""
         if not isinstance(fields, dict) or not isinstance(reasons := fields.get("reasons"), dict):
             return fields
         notes = {cls.NOTES[name]: reason for name, reason in reasons.items() if name in cls.NOTES}
@@ -106,7 +103,7 @@ class FiguresRecord(EstimatesRecord):
     def all_reasons(self) -> dict[str, str]:
         """The reasons for undefined values, by the name of the value.
 
-        Notes on this record, such as `mismatch`, are also included.
+        The dict also includes notes on the record, such as `mismatch` (different package versions).
         """
         notes = {name: getattr(self, field) for name, field in self.NOTES.items()}
         values = {field: name for name, (field, part) in self.FLAT.items() if part == "value"}
@@ -139,8 +136,8 @@ class ChangeRecord(Record):
 class RunRecord(FiguresRecord, ChangeRecord):
     """Result of one run: the effect of one change of a model on one benchmark.
 
-    Every accuracy drop is relative to the intact model. Extra fields contain proxies of the changed
-    layer or part.
+    Every accuracy drop is relative to the intact model. Extra fields contain proxies: cheap
+    estimates of the importance of the changed layer or part.
     """
 
     model_config = ConfigDict(extra="allow")
@@ -280,14 +277,14 @@ class CorrelationRecord(EstimatesRecord):
     @model_validator(mode="before")
     @classmethod
     def _add_sample(cls, fields: Any) -> Any:
-        """Add the field `sample` to a correlation that a former version stored."""
+        """Set `sample` to experts in correlations over experts that former versions stored."""
         if isinstance(fields, dict) and fields.get("proxy") in ("expert_saliency", "routed_share"):
             return {"sample": "expert", "within_layers": True, **fields}
         return fields
 
 
 def view_name(removed: Sequence[int], selection: str, metric: str, primary_metric: str) -> str:
-    """Return the name of a view, such as `without-3-17--acc_norm`.
+    """Return the name of a view (selected runs and documents), e.g. `without-3-17--acc_norm`.
 
     The name is built from the removed layers, the selection of documents and the metric.
     """
@@ -403,10 +400,10 @@ class CellRecord(FiguresRecord):
 
     @property
     def sampling_text(self) -> str:
-        """A text such as `drawn at random (seed 1234)` that describes the documents.
+        """A text such as `drawn at random (seed 1234)` that says how documents were selected.
 
-        The text mentions a random selection of the documents, an early end of the measurement, and
-        clusters of documents.
+        The text mentions random selection, an early end of the measurement, and clusters of
+        dependent documents.
         """
         seed = self.answer.seed if self.answer and self.is_raced else self.sample_seed
         text = "" if seed is None else f"drawn at random (seed {seed})"
@@ -451,13 +448,17 @@ class CellRecord(FiguresRecord):
 
     @property
     def record_key(self) -> RecordKey:
-        """The record's unique key: hash of the settings, view name and number of documents."""
+        """The record's unique key: hash of the settings, name of the view, number of documents.
+
+        A view is a selection of runs and documents.
+        """
         return (self.key, self.view, self.n)
 
     def contains(self, other: CellRecord) -> bool:
-        """Return whether the record contains all documents and runs of another record.
+        """Return whether the record contains all documents and runs of `other`.
 
-        If the other record is unfinished, this record needs at least as many documents.
+        Both must have the same settings. This record may have more documents only if `other` is
+        unfinished.
         """
         fields = attrgetter("key", "removed", "metric", "sample_seed", "answer")
         if other.unfinished is None:
@@ -471,7 +472,8 @@ class CellRecord(FiguresRecord):
     def is_raced(self) -> bool:
         """True if the stopping rule (`until`) determined the number of documents of each run.
 
-        The intervals of the drops are then confidence sequences.
+        With a stopping rule, the intervals of the drops are confidence sequences (valid at any
+        time).
         """
         return self.answer is not None and self.unfinished is not None
 

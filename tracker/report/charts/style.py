@@ -214,9 +214,9 @@ def log_axis(title: str, values: Sequence[float | None]) -> dict[str, Any]:
 
 
 def relative_positions(values: Sequence[float], span: Sequence[float] = ()) -> list[float]:
-    """Scale values linearly, so that the range of `span` becomes 0 to 1.
+    """Shift and scale values, so that the smallest of `span` becomes 0 and the largest becomes 1.
 
-    If `span` is empty, the range of the values becomes 0 to 1.
+    If `span` is empty, `values` themselves are used instead.
     """
     low, high = min(span or values, default=0.0), max(span or values, default=1.0)
     return [(value - low) / ((high - low) or 1.0) for value in values]
@@ -269,7 +269,7 @@ def sign_colours(values: Iterable[float | None]) -> list[str]:
 
 
 def opacities(flags: Iterable[bool]) -> list[float]:
-    """Return 1 for each true flag (a significant value), and `OPEN_OPACITY` for others."""
+    """Return an opacity for each flag: 1 if true (significant), else `OPEN_OPACITY`."""
     return [1.0 if is_shown else OPEN_OPACITY for is_shown in flags]
 
 

@@ -52,10 +52,10 @@ def render_report(
         cells: Results of each model and benchmark, in the order of the page.
         experiments: YAML text of each experiment file by name. Passwords are masked on the page.
         path: Path of the page.
-        decisions: The model's answers to each document, by cell.
+        decisions: The answers of each model on each benchmark, by the key of the results.
         findings: Results of studies: answers, tables and charts.
-        search_cells: Keys of further cells that were measured only for searches. The page has no
-            sections for these cells.
+        search_cells: Keys of results that were measured only for searches, and have no section on
+            the page.
 
     Returns:
         The path of the page.

@@ -66,8 +66,8 @@ def exclude_search_cells(
 ) -> list[CellRecord]:
     """Leave out cells that were measured only for searches or layer pairs.
 
-    A cell holds the results of one model on one benchmark. `findings` and `search_keys` contain the
-    keys of the cells that searches and studies of layer pairs have measured.
+    A cell: the results of one model on one benchmark. `findings` and `search_keys` name the cells
+    that searches and studies of layer pairs used.
     """
     shown = [finding for finding in findings if finding.study in _SHOWN_STUDIES]
     steps = {key for finding in shown for key in finding.rests_on}.union(search_keys)
@@ -79,7 +79,7 @@ def exclude_search_cells(
 def _is_search_step(cell: CellRecord, steps: Collection[RecordKey]) -> bool:
     """Return whether a cell was measured only for a search or for layer pairs.
 
-    `steps` contains the keys of all cells that searches or studies of layer pairs have measured.
+    `steps` contains the keys of all cells that searches or studies of layer pairs used.
     """
     whole_layers = {run.change.layer for run in cell.runs if run.change.kind == WHOLE_LAYER}
     is_partial = bool(cell.removed) or len(whole_layers) < cell.model.layers
