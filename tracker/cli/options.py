@@ -312,7 +312,7 @@ SEARCH_KEYS = tuple(key for key in SearchSettings.model_fields if key not in FIE
 
 
 def _check_key(setting: tuple[str, Any]) -> tuple[str, Any]:
-    """Return the setting; raise UsageError if no experiment file has such a key."""
+    """Return a pair (key, value); raise UsageError if experiment files cannot contain the key."""
     known_keys = [*FIELDS_BY_KEY, *SEARCH_KEYS, *Sweep.model_fields]
     if setting[0] not in known_keys:
         suggestion = did_you_mean(setting[0], known_keys)

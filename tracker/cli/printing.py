@@ -104,7 +104,7 @@ def print_cell(
 
 
 def _cell_notes(cell: CellRecord) -> tuple[str, ...]:
-    """Return notes on early stopping and rounding, and "" for notes that are not needed."""
+    """Return notes on early stopping and rounding; notes that do not apply are empty."""
     from tracker.report.wording import looks_note, rounding_note, second_rounding_note
 
     return looks_note(cell), rounding_note(cell), second_rounding_note(cell)
@@ -213,7 +213,7 @@ def _named_layers_table(claims: Claims) -> Table:
 
 
 def benchmark_label(cell: CellRecord, label: str) -> str:
-    """Return the text of the benchmark column for a cell."""
+    """Return the text of the benchmark column for the results of one model."""
     words = (cell.benchmark.title, cell.removed_text, f"({cell.metric})", label and f"· {label}")
     return " ".join(filter(None, words))
 
@@ -492,9 +492,9 @@ def _describe_stopping(cell: PlannedCell) -> str:
 
 
 def _detectability(cell: PlannedCell) -> tuple[str, str]:
-    """Return the smallest accuracy drop that can be detected, and a number of documents, as text.
+    """Return the smallest detectable accuracy drop, and a required number of documents, as text.
 
-    A drop of `REPORTED_DROP` can be detected with the returned number of documents.
+    The number of documents suffices to detect a drop of `REPORTED_DROP`.
     """
     from tracker.stats.accuracy import documents_needed
 

@@ -23,7 +23,7 @@ class BenchmarkAnswers:
         table: Table with one row per document and one column per metric; undefined metrics are NaN.
             The columns `task` and `doc` identify the document. The column `key` is a unique hash of
             the document and its right answer. The column `prompt` is a hash of the prompt. Unknown
-            hashes are empty strings. The column `question` is the prompt. The column
+            hashes are empty strings. The column `question` is the prompt or its end. The column
             `choices` is the list of options. The columns `gold` and `choice` are the numbers of the
             right option and the chosen option. The column `answer` is the right answer. The column
             `text` is the generated answer. The column `CLUSTER` is the number of the document's
@@ -103,7 +103,7 @@ def pair_documents(
         The rows of both tables for the common documents, and the names of unmatched documents.
 
     Raises:
-        RequestError: The models have no common document, or differ in another setting.
+        RequestError: The models have no common document, or differ in settings outside `allowed`.
     """
     for name in first.settings.keys() & second.settings.keys() - {*allowed}:
         if first.settings[name] != second.settings[name]:

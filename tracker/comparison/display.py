@@ -64,7 +64,7 @@ def comparison_table(comparison: ModelComparison) -> Table:
 
 
 def sentences(comparison: ModelComparison) -> list[str]:
-    """Return a sentence with the verdicts on each model.
+    """Return a sentence for each compared model, with the verdicts on the model.
 
     If the user gave a margin, a last sentence states whether all models are within the margins.
     """
@@ -108,7 +108,7 @@ def write_html(comparison: ModelComparison) -> str:
 
 
 def _lost_table(comparison: ModelComparison, row: Difference) -> Table:
-    """Build the table of documents that only the first model answers better.
+    """Build the table of documents on which the first model is better than another model.
 
     The table has the answers of both models, and at most `MAX_LOST` documents.
     """
@@ -147,7 +147,7 @@ def _option_text(document: Mapping[Hashable, Any], number: str, text: str) -> st
 def build_page(comparison: ModelComparison, folder: Path) -> Page:
     """Write the comparison's page into a folder.
 
-    Returns the page and the table of differences, which a tracking backend uploads.
+    Returns what a tracking backend uploads: the page and the table of differences.
     """
     path = folder / "comparison.html"
     write_text(path, write_html(comparison))

@@ -83,7 +83,7 @@ def _parse_sample(task: str, line: bytes) -> Sample:
 
 
 def _load_line(line: bytes) -> Any:
-    """Load one line of a samples file as JSON, with the prompt of the first option only."""
+    """Parse one line of a samples file; skip the prompts that repeat that of the first option."""
     start, end = line.find(_ARGUMENTS), line.find(_RESPONSES)
     second = line.find(_SECOND_REQUEST, start, end)
     if 0 < start < second:  # prompts can be long, and take most of the time
@@ -209,7 +209,7 @@ class SharedRecord:
     def read(cls, samples: Path) -> SharedRecord:
         """Read the record (`ID.json`) of a samples file (`ID_samples.jsonl`).
 
-        The record's results of changed models are left out.
+        Results with a parameter `change`, which belong to ablated models, are left out.
         """
         path = samples.with_name(f"{samples.stem.removesuffix(SHARED_SUFFIX)}.json")
         if not path.is_file():
@@ -246,7 +246,7 @@ class SharedRecord:
 
     @property
     def format(self) -> LogFormat:
-        """Format of the samples file, with functions that use this record."""
+        """Functions that return the results of this record, and read its samples file."""
         return LogFormat(EVERY_EVAL_EVER, lambda path, date: self.report, self._read_samples)
 
     def _read_samples(self, task: str, path: Path) -> Iterator[Sample]:
@@ -270,15 +270,15 @@ class SharedRecord:
 
 
 def _result_key(entry: Mapping[str, Any]) -> str:
-    """Return the identifier of the result in a parsed result or sample."""
+    """Return the identifier that a sample shares with its result in the record."""
     return str(entry.get("evaluation_result_id") or entry["evaluation_name"])
 
 
 def _parse_shared_sample(task: str, part: str, row: Mapping[str, Any], number: int) -> Sample:
     """Convert a line of a samples file of every_eval_ever to a sample without metrics.
 
-    `row` is the parsed line, and `part` is the name of the filter. `number` is the number of the
-    document if the line does not contain the number.
+    `row` is the parsed line, and `part` is the name of the filter. `number` is the document's
+    number for lines without a number.
     """
     text, hashes = row["input"], row.get("metadata") or {}
     choices, answer = text.get("choices") or [], "".join(text["reference"][:1])

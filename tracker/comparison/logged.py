@@ -198,7 +198,7 @@ def build_answers(
 def _add_choices(table: pd.DataFrame) -> None:
     """Add the column `choice`: the number of the option with the highest score.
 
-    If the metric `acc` agrees with `choice`, add the probability of the right option too.
+    If the metric `acc` rates the same choices, also add the probability of the right option.
     """
     scores = pd.DataFrame(table["scores"].tolist()).to_numpy(dtype=np.float64)
     is_option = (table["gold"] >= 0) & (table["gold"] < (~np.isnan(scores)).sum(axis=1))
@@ -219,15 +219,15 @@ def _metric_columns(filtered: tuple[Any, pd.DataFrame]) -> pd.DataFrame:
 
 
 def _find_weights(values: pd.Series[Any], mean: object) -> list[bool]:
-    """Find the weights of the documents with which their mean is the reported mean.
+    """Find whether a reported mean gives equal weights to documents or to tasks.
 
     Args:
         values: Metric of each document.
         mean: The reported mean; None if it is unknown.
 
     Returns:
-        A list of True (all documents have equal weights) and False (all tasks have equal weights).
-        The result is [True] if the mean is unknown.
+        The weightings that give the reported mean: True for equal weights of documents, False for
+        equal weights of tasks. [True] if the mean is unknown.
     """
     if values.dtype == object or not isinstance(mean, float | int):
         return [True]
@@ -241,7 +241,7 @@ def explain_damage(
 ) -> AbstractContextManager[None]:
     """Return a context manager that reports a damaged file as RequestError.
 
-    An OSError in the `with` block is not converted.
+    An OSError is passed on unchanged.
 
     Args:
         source: Name of the file in the message, or a function that returns this name.

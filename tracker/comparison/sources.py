@@ -126,7 +126,7 @@ def read_models(sources: Sequence[str], progress: Progress) -> list[ModelAnswers
 
 
 def _identity(answers: RunName | list[LoggedFile]) -> set[object]:
-    """Return a source's files or run, to detect a source that is given twice."""
+    """Return the files or the run that an argument names, to detect duplicate arguments."""
     return {answers} if isinstance(answers, RunName) else {f.path.resolve() for f in answers}
 
 

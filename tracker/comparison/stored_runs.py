@@ -56,7 +56,7 @@ class StoredCell(NamedTuple):
     """Stored results of one model on one benchmark.
 
     Attributes:
-        name: Name of the cell's folder in a results folder.
+        name: Name of the folder with these results, within a results folder.
         model: Name of the model.
         benchmark: Name of the benchmark.
         read: Function (source, ablation) that reads the model's answers under the ablation.
@@ -88,15 +88,15 @@ def read_run(source: str, name: RunName) -> ModelAnswers:
 
     Args:
         source: The argument FOLDER:CELL:CHANGE as typed, for error messages.
-        name: The parts of `source`. CELL is the name of a cell's folder, with or without the key.
-            The name of a model stands for all cells of the model. CHANGE is `intact` for the
-            unchanged model.
+        name: The parts of `source`. CELL is the folder name of one model and benchmark; the key at
+            the end can be left out. A model's name selects all its benchmarks. CHANGE is `intact`
+            for the unchanged model.
 
     Returns:
         The answers to the benchmarks of the cells.
 
     Raises:
-        RequestError: The cell or the run does not exist, or the name fits several cells.
+        RequestError: Nothing is stored under the name, or CELL fits several folders.
         ResultsError: The folder cannot be used.
     """
     try:
@@ -114,7 +114,7 @@ def read_run(source: str, name: RunName) -> ModelAnswers:
 
 
 def _read_cell(store: CellStore, source: str, ablation: Ablation) -> BenchmarkAnswers:
-    """Read a model's answers under one ablation from a cell of a results folder."""
+    """Read one ablated model's answers to one benchmark (a cell) from a results folder."""
     frame = store.read_documents(ALL_DOCUMENTS)
     rows = frame[frame["ablation"] == ablation.name].sort_values(_DOCUMENT, ignore_index=True)
     if rows.empty:
@@ -152,7 +152,7 @@ def _read_records(
     source: str,
     ablation: Ablation,
 ) -> BenchmarkAnswers:
-    """Read a model's answers under one ablation from a cell of a data set.
+    """Read one ablated model's answers to one benchmark from the records of a data set.
 
     Raises RequestError if the documents are clustered, because a data set does not store clusters.
     """

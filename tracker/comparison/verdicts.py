@@ -55,12 +55,12 @@ class Difference:
         benchmark: Name of the task or group.
         metric: Name of the metric.
         n: Number of common documents.
-        first: Metric of the first model; its unit is `metric` if it is shown as a plain number.
+        first: Metric of the first model; the unit is `metric` if the values are not fractions.
         second: Metric of the other model.
         won: Number of documents on which the other model is better.
         lost: Number of documents on which the first model is better.
-        difference: Metric of the other model minus the metric of the first model. The sign is
-            reversed for a loss, so that a positive difference always means that `model` is better.
+        difference: Metric of the other model minus the metric of the first model. If lower
+            values are better, the sign is reversed: positive means that the other model is better.
             The interval is simultaneous. The p-value is from the exact McNemar test.
         choice: Difference of the models in the probability of the right option. The interval of
             this difference is not adjusted for multiple comparisons.
@@ -100,7 +100,7 @@ class ModelComparison:
         models: The models' answers.
         differences: Difference from the first model for each model, benchmark and metric.
         notes: Messages about results that are left out, with reasons.
-        unmatched: Benchmark and models → the documents that only one model answered.
+        unmatched: `BENCHMARK: MODEL, not MODEL` → the documents that only the former answered.
         has_gaps: True if some results of the first model are not compared.
     """
 
@@ -112,7 +112,7 @@ class ModelComparison:
 
     @property
     def is_gate(self) -> bool:
-        """True if the user gave a margin for any difference."""
+        """True if the user gave a margin, so that verdicts decide the exit code."""
         return any(row.margin is not None for row in self.differences)
 
     @property
@@ -149,8 +149,8 @@ def compare_models(
         The differences with simultaneous intervals and verdicts.
 
     Raises:
-        RequestError: The models differ in other settings, or have no benchmark, metric or document
-            in common.
+        RequestError: The models differ in settings outside `allowed`, or have no benchmark, metric
+            or document in common.
     """
     for name, margin in margins.items():
         if not 0 < margin < 1:
@@ -234,7 +234,7 @@ def _gap_notes(
 
 
 def _notes(models: Sequence[ModelAnswers], differences: Sequence[Difference]) -> Iterator[str]:
-    """Yield notes on results and tests that are left out, and on intervals with clusters."""
+    """Yield notes on left-out results and tests, and on intervals for clustered documents."""
     for model in models[1:]:
         if names := [name for name in model.benchmarks if name not in models[0].benchmarks]:
             yield f"{model.name} has results of {', '.join(names)}, but {models[0].name} has none"
@@ -291,7 +291,7 @@ def _compare_benchmark(
 def _decide(
     differences: Sequence[Difference], margins: Mapping[str, float]
 ) -> Iterator[Difference]:
-    """Yield the differences with simultaneous intervals and with verdicts."""
+    """Yield each difference again, with a simultaneous interval and a verdict."""
     family = max(sum(row.difference.low is not None for row in differences), 1)
     counts = [row.n_clusters or row.n for row in differences]
     drops = widen([-row.difference for row in differences], counts, family)
@@ -320,7 +320,7 @@ def _is_below(
         margin: Largest acceptable drop; None if the user gave no margin.
         lost: Number of documents with a positive drop.
         won: Number of documents with a negative drop.
-        row: Number of documents and spread of the drop.
+        row: The compared metric, with the number of documents and the spread of their differences.
         family: Number of simultaneous comparisons (Bonferroni).
 
     Returns:

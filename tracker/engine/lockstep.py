@@ -134,7 +134,7 @@ class _Scheduler:
         return [task.result() for task in passes]
 
     def join(self, passes: Sequence[_Pass[T]]) -> list[T]:
-        """Run more functions while the current function waits; return their results in order."""
+        """Pause the current function until `passes` have ended; return their results in order."""
         assert self._current is not None
         self._joins.append((self._current, passes))
         self._ready += passes

@@ -83,7 +83,7 @@ class RandomReplacement:
     layer: int
 
     def apply(self, action: Action, state: Tensor) -> Tensor:
-        """Apply a random function to the layer's input `state`; `action` selects its form."""
+        """Shift, scale or linearly map the input `state` at random, depending on `action`."""
         width = state.flatten(2).shape[-1]
         rng = torch.Generator().manual_seed(self.layer)
         weight = torch.eye(width) + 0.3 * torch.randn(width, width, generator=rng) / width**0.5
@@ -105,9 +105,10 @@ class ForwardPass:
 
     The model is called with `rows` texts, so the first layer gets hidden states of the shape [rows,
     tokens, hidden]. The batch grows whenever a new stream starts. The output of the last layer has
-    the shape [streams × rows, tokens, hidden] and is ordered by stream. A stream's rows equal the
-    output of a model that is really changed by the ablation. Two conditions must hold: a layer
-    treats the rows of a batch separately, and layers pass only the hidden state to each other.
+    the shape [streams × rows, tokens, hidden] and is ordered by stream. A stream's rows
+    equal the output of a copy of the model with the stream's ablation. Two conditions must hold: a
+    layer treats the rows of a batch separately, and layers pass only the hidden state to each
+    other.
 
     The other inputs of a layer (e.g. masks and positions) must broadcast over the rows of all
     streams.
@@ -208,7 +209,7 @@ class LayerFork:
         return hooks.replace_first_output(output, outputs.flatten(0, 1))
 
     def run(self, states: Tensor) -> Tensor:
-        """Run the unchanged layer, and overwrite `states` with the layer's output."""
+        """Run the unchanged layer on `states` [streams, …], and overwrite `states`."""
         self.is_whole = True
         for streams in split_evenly(range(len(states)), self.parent.max_streams):
             shape = tuple(states.shape[1:])
@@ -243,10 +244,10 @@ class LayerFork:
         return view_streams(hidden, step.n_streams)
 
     def _run_streams(self, inputs: Tensor) -> tuple[Any, Tensor]:
-        """Run the layer for the streams in `step.entrants`.
+        """Run the layer's modules for all streams that need them (`step.entrants`).
 
         Returns the output of the layer's first call, and new hidden states [streams, rows, tokens,
-        …]. All other streams have uninitialised states.
+        …]. The states of all other streams are uninitialised.
         """
         step, shape = self.step, tuple(inputs.shape[1:])
         output: Any = None
@@ -275,7 +276,11 @@ class LayerFork:
         return output, outputs
 
     def _run_layer(self, state: Tensor, shape: tuple[int, ...], n_streams: int) -> Any:
-        """Run the layer for some streams; raise RefusalError if the state's shape changes."""
+        """Run the layer once on a batch of `n_streams` streams, and return the layer's output.
+
+        `shape` is the shape of one stream. Raises RefusalError if the layer changes the shape of
+        the batch.
+        """
 
         def repeat_rows(name: str, value: Tensor) -> Tensor:
             """Repeat an input that cannot broadcast (e.g. an ALiBi tensor) once per stream."""
@@ -302,7 +307,7 @@ def split_evenly(streams: Sequence[int], max_size: int | None) -> Iterator[Seque
 def replace_layers(fork: LayerFork, inputs: Tensor, outputs: Tensor) -> None:
     """Overwrite a layer's outputs in streams that skip or replace the layer.
 
-    The new output is the layer's input, or a replacement function of this input. `inputs` and
+    A skipped layer returns its input; a replaced layer, a function of its input. `inputs` and
     `outputs` have the shape [streams, rows, tokens, …]; `outputs` is changed in place.
     """
     for stream, action in enumerate(fork.step.actions):
@@ -314,9 +319,10 @@ def replace_layers(fork: LayerFork, inputs: Tensor, outputs: Tensor) -> None:
 
 
 def repeat_spans(fork: LayerFork, outputs: Tensor) -> None:
-    """Run a range of layers again, in streams that repeat a range that ends at this layer.
+    """Compute the repetitions of layer ranges that end at this layer.
 
-    Masks and positions stay the same in each repetition.
+    In streams that repeat a range, `outputs` is overwritten with the result. Masks and positions
+    stay the same in each repetition.
     """
     repeats = fork.step.repeated_spans
     if not repeats:

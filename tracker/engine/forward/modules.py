@@ -103,7 +103,7 @@ class ModuleFork(ABC):
     @classmethod
     @abstractmethod
     def make_forks(cls, site: LayerSite) -> Iterator[ModuleFork]:
-        """Yield replacements for the modules of a layer that need this kind of change."""
+        """Yield a replacement for each module of the layer that this class must change."""
 
     @abstractmethod
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -112,7 +112,7 @@ class ModuleFork(ABC):
     def install(self, layer_state: LayerState) -> AbstractContextManager[None]:
         """Replace the module's `forward` method in a `with` block.
 
-        The original method runs while `layer_state.is_whole` is true.
+        The original method runs for streams without changes in the layer (`layer_state.is_whole`).
         """
         self.original = self.module.forward
 
@@ -137,10 +137,10 @@ def view_streams(batch: Tensor, n_streams: int, tensor_name: str = "a tensor") -
 
 
 def select_streams(value: Any, n_streams: int, entrants: list[int]) -> Any:
-    """Select the entries of some streams from tensors with one entry per stream.
+    """Select the entries of the streams `entrants` from all tensors in a value.
 
-    `value` is a tensor, or a tuple or dictionary of values. `entrants` contains the indices of the
-    streams. Tensors with another length than `n_streams` are returned unchanged.
+    `value` is a tensor, or a tuple or dictionary of values. Tensors whose first axis has another
+    length than `n_streams` are returned unchanged.
     """
     if isinstance(value, Tensor):
         return take_entries(value, entrants) if value.ndim and len(value) == n_streams else value
@@ -159,7 +159,10 @@ def is_alibi(name: str, value: Tensor) -> bool:
 def map_tensors(
     arguments: hooks.CallArguments, function: Callable[[str, Tensor], Tensor]
 ) -> hooks.CallArguments:
-    """Replace each tensor argument by the result of `function(name, tensor)`."""
+    """Replace each tensor argument by `function(name, tensor)`.
+
+    For a positional argument, the name is empty.
+    """
 
     def change(name: str, value: Any) -> Any:
         return function(name, value) if isinstance(value, Tensor) else value
@@ -207,7 +210,7 @@ class SublayerFork(ModuleFork):
             shape = hooks.input_state(args, kwargs).shape[:2]
 
             def select_rows(name: str, value: Tensor) -> Tensor:
-                """Select the rows of the computed streams if the input has one row per stream."""
+                """Select the rows of the computed streams if the input has rows for all streams."""
                 if value.shape[:2] != shape and not is_alibi(name, value):
                     return value
                 return take_entries(view_streams(value, n_entering), streams).flatten(0, 1)
@@ -229,14 +232,12 @@ class SublayerFork(ModuleFork):
 class ProjectionFork(ModuleFork):
     """Replacement for an output projection if some streams lack heads or neurons.
 
-    The projection's input has the shape [computed sublayers × rows, tokens, columns]. The input
-    columns of removed heads and neurons are set to zero.
+    The projection ends an attention or MLP. Its input has one part for each computed attention or
+    MLP: [parts × rows, tokens, columns]. Columns of removed heads and neurons are set to zero.
 
     Attributes:
-        sources: For each output of the projection, the index of its input among the computed
-            sublayers.
-        columns: For each output of the projection, the input columns of the removed heads or
-            neurons.
+        sources: For each output to compute, the index of the part of the input.
+        columns: For each output to compute, the columns of the removed heads or neurons.
     """
 
     sources: Sequence[int]
@@ -266,8 +267,8 @@ class ProjectionFork(ModuleFork):
         Args:
             site: The layer.
             kind: `Heads` for the attention, `Neurons` for the MLP.
-            sources: For each output of the projection, the index of its input.
-            removed: For each output of the projection, the heads or neurons to remove.
+            sources: For each output to compute, the index of the part of the projection's input.
+            removed: For each output to compute, the heads or neurons to remove.
 
         Returns:
             The replacement.
@@ -295,7 +296,7 @@ class RouterFork(ModuleFork):
 
     Attributes:
         experts: Paths of the router and the experts' module, and the number of experts.
-        remaining: Numbers of the remaining experts of each computed MLP; None for all experts.
+        remaining: For each computed MLP, the numbers of the experts that stay; None if all stay.
     """
 
     experts: Experts
@@ -382,7 +383,7 @@ class RoundedFork(ModuleFork):
 
     @classmethod
     def make_forks(cls, site: LayerSite) -> Iterator[ModuleFork]:
-        """Yield a replacement for each module of a layer that an ablation quantises."""
+        """Yield a replacement for each module with weights that an ablation quantises."""
         step, index = site.step, site.index
         if "rounded" not in step.components:
             return
@@ -400,7 +401,7 @@ class RoundedFork(ModuleFork):
 
     @property
     def streams_by_formats(self) -> dict[_Formats, list[int]]:
-        """Streams grouped by the formats of the module's quantised linear maps."""
+        """Formats of the module's quantised linear maps → the streams that use these formats."""
         return group_by(range(len(self.formats)), lambda stream: self.formats[stream])
 
 

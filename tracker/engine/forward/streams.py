@@ -28,9 +28,9 @@ class LayerStep:
 
     Attributes:
         n_streams: Number of streams before the layer.
-        parents: For each new stream, the index of the stream whose input the new stream copies.
+        parents: For each stream that starts at this layer, the stream whose input is copied.
         ablations: Changes of this layer (e.g. removed heads) in each stream, including new streams.
-        divided: Whether attention and MLP can each be computed for different streams.
+        divided: Whether the attention and the MLP can run for different sets of streams.
     """
 
     n_streams: int
@@ -47,17 +47,17 @@ class LayerStep:
     def entrants(self) -> tuple[int, ...]:
         """Indices of the streams that run the layer's modules.
 
-        Streams that only copy another stream's states are left out.
+        Streams that skip or replace the layer, or copy another stream's output, are left out.
         """
         copies = {stream for stream, source, _ in self.repeated_spans if source != stream}
         return tuple(i for i, a in enumerate(self.actions) if a.runs_modules and i not in copies)
 
     @cached_property
     def repeated_spans(self) -> tuple[tuple[int, int, Change], ...]:
-        """Repeated layer ranges that end at this layer, as (stream, source, change).
+        """(stream, source, change) for each repeated range of layers that ends at this layer.
 
-        `stream` copies the hidden states of the stream `source`, and then runs the range again as
-        the change describes.
+        `stream` copies the hidden states of the stream `source`. Then `stream` runs the layers of
+        `change` again.
         """
         first_streams: dict[int, int] = {}
         for stream, action in enumerate(self.actions):
@@ -71,11 +71,11 @@ class LayerStep:
 
     @cached_property
     def divided_step(self) -> tuple[LayerStep, tuple[int, ...]]:
-        """A plan for only the streams that change parts inside this layer.
+        """A plan of this layer for only the streams that change modules inside the layer.
 
-        The plan also covers the baseline, and streams that have the same input as a covered stream.
-        Returns the plan, and the indices of the streams that the plan computes. Both are empty if
-        no stream changes parts.
+        The plan includes the baseline, and all streams with the same input as an included stream.
+        Returns the plan, and the indices of the included streams that run modules. Both are empty
+        if no stream changes modules.
         """
         origins = {self.origin(i) for i in self.entrants if self.actions[i] in _DIVIDING_ACTIONS}
         origins |= {0} if origins else set()
@@ -99,7 +99,7 @@ class LayerStep:
     def components(self) -> set[str]:
         """Kinds of parts that streams change in the layer, such as `head` or `expert`.
 
-        The set contains `rounded` if a stream has quantised weights.
+        For quantised weights, the kind is `rounded`.
         """
         changes = {change for ablation in self.ablations for change in ablation.changes}
         return {c.component if c.action is not Action.ROUNDED else c.action.value for c in changes}
@@ -110,10 +110,10 @@ class LayerStep:
 
     @cached_property
     def attention_sources(self) -> tuple[int | None, ...]:
-        """For each stream in `entrants`, the stream that computes the stream's attention.
+        """For each stream in `entrants`, the stream whose attention output is used.
 
-        Two streams with equal attention have the same entry. An entry is an index into `entrants`,
-        or None if the stream removes the attention.
+        Streams with equal attention share one output. An entry is an index into `entrants`, or None
+        if the attention is removed.
         """
         index_of: dict[tuple[int, Ablation | None], int] = {}
         sources: list[int | None] = []
@@ -128,9 +128,9 @@ class LayerStep:
 
     @cached_property
     def _projection_pairs(self) -> tuple[tuple[int, tuple[Change, ...]] | None, ...]:
-        """For each stream in `entrants`, the pair (attention source, removed heads).
+        """For each stream in `entrants`, the entry of `attention_sources` and the removed heads.
 
-        The source comes from `attention_sources`. The pair is None if the attention is removed.
+        The pair is None if the attention is removed.
         """
         return tuple(
             None if source is None else (source, self.ablations[stream].heads)
@@ -139,7 +139,7 @@ class LayerStep:
 
     @cached_property
     def projections(self) -> tuple[tuple[int, tuple[Change, ...]], ...]:
-        """The different pairs (attention source, removed heads) of all streams.
+        """Distinct pairs: index of a stream that computes its attention, and the heads to remove.
 
         The attention's output projection is computed once for each pair.
         """
@@ -147,7 +147,7 @@ class LayerStep:
 
     @cached_property
     def head_sources(self) -> tuple[int | None, ...]:
-        """For each stream in `entrants`, the index of its pair in `projections`, or None."""
+        """For each stream in `entrants`, its index in `projections`; None without attention."""
         index_of = {pair: index for index, pair in enumerate(self.projections)}
         return tuple(pair and index_of[pair] for pair in self._projection_pairs)
 
@@ -183,7 +183,7 @@ class StreamPlan:
         paths: For each layer and ablation, the index of the stream that computes the ablation.
         embedding_formats: Embedding format of each stream before the first layer; None if
             unchanged.
-        head_formats: Format of the output head for each ablation; empty without output head.
+        head_formats: Format of the output head for each ablation; empty if no logits are computed.
     """
 
     steps: tuple[LayerStep, ...]
@@ -213,7 +213,10 @@ class StreamPlan:
 
     @cached_property
     def answer_indices(self) -> tuple[int, ...]:
-        """For each ablation, the index of the ablation's result in the output head's results."""
+        """For each ablation, the index of its result among the output head's results.
+
+        Ablations with the same last stream and head format share one result.
+        """
         answers = ((s, head) for head, streams in self.head_streams.items() for s in streams)
         index_of = {answer: index for index, answer in enumerate(answers)}
         return tuple(index_of[answer] for answer in self._answers)
@@ -230,9 +233,10 @@ class StreamPlan:
 
     @property
     def attention_indices(self) -> Iterator[tuple[int | None, ...]]:
-        """Yield for each layer the index of each ablation's attention output; None if removed.
+        """Yield for each layer a tuple: the index of the attention output of each ablation.
 
-        Ablations with the same attention have the same index.
+        Ablations with the same attention have the same index. The index is None if an ablation
+        computes no attention in the layer.
         """
         for step, path in zip(self.steps, self.paths, strict=True):
             index_of = {
@@ -279,8 +283,8 @@ def plan_streams(
     """Plan for each layer which parts of the batch (streams) compute which ablations.
 
     The baseline must be among the ablations and becomes stream 0. `is_tied` states that embedding
-    and output head have the same weights. If `divided` is False, streams with different changes
-    share no attention.
+    and output head have the same weights. `divided` states that streams with different changes in a
+    layer can share one attention.
     """
     baseline_index = ablations.index(INTACT)
     order = [baseline_index, *(i for i in range(len(ablations)) if i != baseline_index)]
@@ -309,7 +313,7 @@ def plan_streams(
 def count_unshared_computations(ablations: Ablations, n_layers: int) -> tuple[int, int]:
     """Count attention and MLP computations per token if each ablation runs alone.
 
-    Returns both numbers, summed over all layers and ablations.
+    Returns the number of attentions and the number of MLPs, over all layers and ablations.
     """
     actions = [a.at_layer(layer).action for a in ablations for layer in range(n_layers)]
     n_repeated = sum(span.extra for ablation in ablations for span in ablation.repetitions)

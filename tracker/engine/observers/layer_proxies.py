@@ -333,7 +333,7 @@ def measure_expert_load(
 def _record_load(
     forward: Callable[..., Tensor], sums: Tensor, start: int, *args: Any, **kwargs: Any
 ) -> Tensor:
-    """Call `forward` of the experts' module, and add each expert's load to `sums`."""
+    """Call the experts' `forward`, and add their load from token `start` on to `sums`."""
     output = forward(*args, **kwargs)
     expert_outputs, is_separable = weighted_expert_outputs(forward, args, kwargs, output)
     for numbers, gates, expert_output in expert_outputs:

@@ -1,7 +1,7 @@
 """Measure how a perturbation of one layer's output changes the states after later layers.
 
-All perturbations are computed in one batch. Each perturbation adds the perturbed hidden state to
-the batch after its layer.
+All perturbations are computed in one batch. After each layer, the perturbed outputs of this layer
+join the batch.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ def perturbation_growth(
         Means: `removed`, `shuffled` and `carried` [2, layers, layers], and `random` [2, draws,
         layers, layers]. The first axis has two entries: the mean over all tokens, and the mean
         without the text's first token. The last two axes are the perturbed layer and the measured
-        layer; if the measured layer comes first, the mean is NaN. A mean is NaN if there are no
-        tokens, or if a hidden state is not finite or all zeros.
+        layer; the mean is NaN if the measured layer comes before the perturbed layer. A mean is NaN
+        if there are no tokens, or if a hidden state is not finite or all zeros.
 
     Raises:
         RefusalError: The structure of the model does not allow this measurement.
@@ -201,7 +201,7 @@ class _PerturbedPass:
             )
 
     def _plan(self) -> StreamPlan:
-        """Plan a batch in which each perturbation starts a new stream at its layer."""
+        """Plan a batch with a new part (stream) for each perturbation, from its layer on."""
         steps, n_streams = [], 1
         for layer in range(len(self.engine.loaded.layers)):
             n_new = self.directions.n_per_layer if layer in self.group else 0
@@ -211,7 +211,10 @@ class _PerturbedPass:
         return StreamPlan(tuple(steps), ())
 
     def _perturb_states(self, layer: int, states: Tensor) -> None:
-        """Perturb a layer's output `states`, and store all distances from the intact model."""
+        """Perturb the output of a layer, and store how far all states are from the intact state.
+
+        `states` is the output of all streams, and is changed in place.
+        """
         self._n_seen += 1
         if states.shape[1] != self.differences.shape[-1]:
             shape = tuple(states.shape)
@@ -232,7 +235,7 @@ class _PerturbedPass:
 def _hook_outputs(
     layers: nn.ModuleList, visit: Callable[[int, Tensor], None]
 ) -> AbstractContextManager[None]:
-    """Call `visit` with each layer's number and output in a `with` block.
+    """Call `visit(number, output)` whenever a layer has run in a `with` block.
 
     `visit` can change the output in place.
     """
@@ -247,7 +250,10 @@ def _hook_outputs(
 def _plain_states(
     engine: Engine, ids: Tensor, layer: int | None = None, state: Tensor | None = None
 ) -> list[Tensor]:
-    """Return each layer's output in a plain forward pass; `state` replaces that of `layer`."""
+    """Return each layer's output in an ordinary forward pass, without streams.
+
+    If `state` is given, it replaces the output of `layer`.
+    """
     layer_states: list[Tensor] = []
 
     def visit(layer_index: int, states: Tensor) -> None:

@@ -194,7 +194,7 @@ def _expert_outputs(linear: LinearMap, weight: Tensor, start: int, *call: Any) -
 def _hook_maps(
     engine: Engine, map_paths: _MapIndices, visit: Callable[..., None]
 ) -> Iterator[None]:
-    """Call `visit` with the input and output of linear maps in a `with` block."""
+    """Call `visit` whenever one of the linear maps has run in a `with` block."""
     with ExitStack() as stack:
         for layer, path in map_paths:
             linear = engine.anatomy.get_map(layer, path)

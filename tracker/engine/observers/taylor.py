@@ -124,8 +124,8 @@ def measure_kl_gradients(
 
     Returns:
         For each document, a dictionary from each change to the estimated divergence in nats. The
-        value is NaN in the same cases as for `measure_taylor`, and if a linear map of the model
-        cannot be rounded to the format.
+        value is NaN in the same cases as for `measure_taylor`, if the copy does not fit into
+        memory, and if the model cannot be rounded to the format.
 
     References:
         `estimate_sensitivities` of mlx-lm, without its division by the number of weights.
@@ -159,7 +159,7 @@ def _sum_terms(
     """Sum the first-order Taylor terms of each change over the texts of a document.
 
     Args:
-        engine: The engine of the intact model.
+        engine: The engine of the model whose loss is differentiated.
         document: The document, whose texts are read in turn.
         changes: The changes.
         find_terms: Function that yields (module, term) pairs for a change. `term` computes the
@@ -188,7 +188,10 @@ def _sum_terms(
 def _find_kl_terms(
     engine: Engine, copied: Engine, change: Change
 ) -> Iterator[tuple[nn.Module, _Term]]:
-    """Yield the rounded linear maps of `copied`, each with a function for its Taylor term."""
+    """Yield each linear map that a change rounds, with a function for its Taylor term.
+
+    The maps belong to the rounded model `copied`.
+    """
     for path in engine.anatomy.expand_formats(change.layer, [change]):
         exact, rounded = (e.anatomy.get_map(change.layer, path) for e in (engine, copied))
         # The change from the exact weight to the rounded weight, at the rounded weight.
@@ -327,7 +330,7 @@ def _removal_term(call: _Call) -> float:
 
 
 def gate_gradient(engine: Engine, tokens: Sequence[int], start: int) -> Tensor:
-    """Compute the gradient of a text's loss for a factor (gate) on each layer's update."""
+    """Compute the derivatives of a text's loss with respect to a factor on each layer's update."""
     layers = engine.loaded.layers
     with torch.inference_mode(False), torch.enable_grad(), ExitStack() as stack:
         gates = torch.ones(len(layers), device=engine.loaded.device, requires_grad=True)

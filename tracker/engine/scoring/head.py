@@ -203,7 +203,7 @@ class Head:
 def use_row_formats(
     embeddings: Embeddings, name: str, formats: Sequence[str | None]
 ) -> AbstractContextManager[None]:
-    """Use a separate weight format for each row of the batch in a `with` block.
+    """Quantise the embedding or the output head for each row of a batch in a `with` block.
 
     `name` selects the embedding or the output head. `formats` has one entry per row of the batch.
     """

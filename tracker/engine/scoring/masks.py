@@ -121,9 +121,9 @@ class Masks:
 
     A row contains a prefix tree of requests, and each node of the tree is a token. A mask has the
     shape [1, 1, tokens, prefix + tokens]. A node attends to the cached prefix, its ancestors and
-    itself, but not to its siblings. In a layer with an attention window, a node attends only to the
-    last tokens of its text. Masked entries contain the lowest number of the dtype, as in
-    transformers.
+    itself, but not to its siblings. In a layer with an attention window, a node attends only to
+    itself and the nearest tokens before itself. Masked entries contain the lowest number of the
+    dtype, as in transformers.
 
     `windows` must cover the longest text of the row, and `row.spans` must be set. `layer_masks`
     contains the mask of each layer.

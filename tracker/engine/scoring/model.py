@@ -330,7 +330,7 @@ class EngineModel:
 
     @contextmanager
     def _isolate(self) -> Iterator[None]:
-        """Undo side effects of model calls before and after a `with` block."""
+        """Reset attributes that model calls change, before and after a `with` block."""
         self.restore_state()
         offloaded = self.loaded.offloaded
         with nullcontext() if offloaded is None else offloaded.sequential_passes():

@@ -65,7 +65,7 @@ def find_row_size(engine: Engine) -> int:
 
 
 def time_sizes(engine: Engine) -> dict[int, float]:
-    """Measure the seconds that each row size needs for random documents, the default first."""
+    """Measure how long scoring random documents takes with each row size, the default first."""
     n_layers = len(engine.loaded.layers)
     engine_copy = engine.ablate(Ablation.from_changes(removed=range(TIMED_LAYERS, n_layers)))
     layers = range(min(TIMED_LAYERS, n_layers))
@@ -85,7 +85,7 @@ def time_sizes(engine: Engine) -> dict[int, float]:
 
 
 def choose_row_size(seconds: Mapping[int, float]) -> int:
-    """Choose the fastest row size, or the first size if nearly as fast.
+    """Return the fastest row size, or the default (first) size if nearly as fast.
 
     `seconds` maps row sizes to measured times.
     """

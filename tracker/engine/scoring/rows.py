@@ -72,8 +72,8 @@ class Tree:
         """Compute depth-first numbers of the nodes, and the range of numbers in each subtree.
 
         Returns:
-            Tensor [2, nodes]: for each node, the node's own number and the exclusive end of the
-            range.
+            Tensor [2, nodes]: for each node, the node's number, and 1 + the largest number in the
+            node's subtree.
         """
         # The last entry belongs to the parent of all roots, which is -1.
         nodes = len(self.parents)
@@ -100,9 +100,9 @@ class Lengths:
     all_differ: bool = False
 
     def side(self, tokens: int) -> int:
-        """Return the number of the interval between thresholds that contains `tokens`.
+        """Return a number that is equal for text lengths with the same computation.
 
-        Each threshold is an interval of its own.
+        All lengths between two thresholds have one number; each threshold has its own.
         """
         if self.all_differ and tokens >= min(self.thresholds, default=0):
             return tokens
@@ -157,7 +157,7 @@ class Row:
 
     @property
     def ancestors(self) -> Tensor | None:
-        """Mask [tokens, tokens] of the tree; None for a row that is not a tree.
+        """Attention mask [tokens, tokens] of the prefix tree; None if the row is not a tree.
 
         The entry [i, j] is True if token j is token i itself or an ancestor of token i.
         """
@@ -232,8 +232,8 @@ class _Sequence:
 def _list_sequences(documents: Documents, max_length: int, lengths: Lengths) -> Iterator[_Sequence]:
     """Yield the token sequence of each request, truncated from the left as in lm-eval.
 
-    Layer statistics (proxies) also need the last token, which scoring does not read. A second
-    sequence with the last token is yielded if `lengths` has a threshold between both lengths.
+    Layer statistics (proxies) also need the last token, which scoring does not read. If the last
+    token changes how the model computes (`lengths`), a second sequence contains this token.
     """
     for number, document in enumerate(documents):
         for index, request in enumerate(document.requests):
@@ -258,9 +258,9 @@ def _list_sequences(documents: Documents, max_length: int, lengths: Lengths) -> 
 def _group_by_side(
     documents: Documents, max_length: int, lengths: Lengths
 ) -> list[list[list[_Sequence]]]:
-    """Group requests by text length, with a new group at each threshold of `lengths`.
+    """Group requests whose text lengths lead to the same computation, as given by `lengths`.
 
-    Each group contains one list of requests for each document.
+    Each group contains one list of requests for each of its documents.
     """
     sides = group_by(_list_sequences(documents, max_length, lengths), attrgetter("side")).values()
     return [list(group_by(side, attrgetter("document")).values()) for side in sides]
@@ -286,8 +286,8 @@ def pack_tree_rows(
         row_tokens: Maximum number of nodes of a tree; a larger document gets a larger tree.
         prefix: Number of tokens of the common prefix that the model reads in a separate forward
             pass.
-        lengths: Text lengths at which the model's computation changes. A row contains no requests
-            from different sides of a length.
+        lengths: Text lengths at which the model's computation changes. All requests of a row
+            have the same computation.
 
     Yields:
         Rows, which together contain every request of every document exactly once.
@@ -348,7 +348,7 @@ def measured_texts(document: Document, max_length: int) -> Iterator[tuple[tuple[
 
 
 def reading_row(tokens: Sequence[int], prefix: int = 0) -> Row:
-    """Build a row of unscored tokens, which follow `prefix` cached tokens."""
+    """Build a row that reads `tokens` after `prefix` cached tokens, without scoring."""
     tree = Tree()
     tree.insert(tokens)
     return _build_tree_row(tree, [], prefix)
@@ -371,8 +371,8 @@ def pack_flat_rows(
         documents: The documents to score.
         max_length: Maximum number of tokens that the model reads, as in `pack_tree_rows`.
         row_tokens: Maximum number of tokens of a row; a longer sequence gets a longer row.
-        lengths: Text lengths at which the model's computation changes. A row contains no requests
-            from different sides of a length.
+        lengths: Text lengths at which the model's computation changes. All requests of a row
+            have the same computation.
 
     Yields:
         Rows, which together contain every request of every document exactly once.
@@ -405,7 +405,7 @@ def _build_row(
     sequences: list[_Sequence],
     nodes: list[list[int]],
 ) -> Row:
-    """Build a row, with the indices of the tokens that predict each continuation.
+    """Build a row from token sequences, with the indices of the tokens that predict scored tokens.
 
     `nodes` contains, for each sequence, the indices of its tokens in the row.
     """

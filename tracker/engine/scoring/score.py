@@ -109,8 +109,8 @@ class Prefix:
         """Try to reuse this cached prefix for documents that begin with `beginning`.
 
         If the prefix contains nearly all tokens of `beginning`, the prefix is shortened in place to
-        the common tokens, and True is returned. The prefix is not shortened across a threshold of
-        `lengths`.
+        the common tokens, and True is returned. False is returned if the model computes the
+        shorter text differently (`lengths`).
         """
         n_shared = count_common_tokens(self.tokens, beginning)
         if n_shared < max(MIN_PREFIX, MIN_REUSED_SHARE * len(beginning)):
@@ -153,8 +153,8 @@ class RowScores:
     """The scores of all requests in one row, for all ablations.
 
     Attributes:
-        loglikelihoods: Log-likelihood of each continuation in nats [answers, requests]. There is
-            one answer for each stream and weight format of the output head.
+        loglikelihoods: Log-likelihood of each continuation in nats [answers, requests]. An answer
+            belongs to a stream and a weight format of the output head.
         hits: Two numbers for each continuation [answers, requests, 2]: the number of tokens that
             the model ranks first, and the number of tokens before the first token that the model
             does not rank first.
@@ -352,7 +352,7 @@ def find_idle_ablations(model: EngineModel, row: Row, ablations: Ablations) -> s
 
     Args:
         model: The model.
-        row: The row, which must not continue a prefix.
+        row: The row, which must not continue a cached prefix.
         ablations: Ablations that remove experts and change nothing else.
 
     Returns:
@@ -392,11 +392,11 @@ def find_idle_ablations(model: EngineModel, row: Row, ablations: Ablations) -> s
 def _routes_alike(
     router: nn.Module, experts: Experts, remaining: Sequence[int], tables: Sequence[Any], call: Any
 ) -> bool:
-    """Return whether a router's choices and weights stay the same without some experts.
+    """Return whether a router chooses the same experts and weights if only some experts remain.
 
-    Rounding errors in the weights are ignored. `remaining` are the numbers of the other experts.
-    `call` contains the router's positional and keyword arguments, and `tables` the router's outputs
-    with all experts.
+    Rounding errors in the weights are ignored. `remaining` contains the numbers of the experts that
+    remain. `tables` contains the router's outputs with all experts, and `call` the router's
+    positional and keyword arguments.
     """
     new_tables = call_reduced_router(router, experts, remaining, tables, input_state(*call), call)
     for old_table, new_table in zip(tables, new_tables, strict=True):
