@@ -96,7 +96,7 @@ def all_spans(layers: Sequence[int]) -> list[Change]:
 
 
 def choose_runs(record: CellRecord) -> list[RunRecord]:
-    """Return the runs of the spans with the largest accuracy gains on calibration documents."""
+    """Return the runs (repeated spans) with the largest gains on calibration documents."""
     runs = [run for run in record.runs if run.drop.value is not None]
     if record.answer is not None:
         chosen = {answer.change for answer in record.answer.runs if answer.chosen}
@@ -115,7 +115,7 @@ def _test_request(request: CellRequest, runs: Sequence[RunRecord]) -> CellReques
 
 
 def tested_spans(runs: Sequence[RunRecord], test: CellRecord) -> list[TestedSpan]:
-    """Return the chosen spans with their test results, in the order of `runs`."""
+    """Return the chosen spans in `runs` with their results on the test documents."""
     tested = {run.change: run for run in test.runs}
     runs = [run for run in runs if run.change in tested]
     verdicts = run_verdicts(test, [tested[run.change] for run in runs])
@@ -144,7 +144,7 @@ def _write_answer(subject: Subject, spans: Sequence[TestedSpan]) -> str:
 
 
 def _best_by_chance(subject: Subject) -> BestByChance | None:
-    """Estimate the largest gain among all spans if no span had a real effect.
+    """Estimate how large the best gain would be by chance, if no span had an effect.
 
     Returns None if the measurement used a stopping rule, or if no span has a finite gain.
     """

@@ -170,7 +170,7 @@ def measure_costs(subjects: Sequence[Subject]) -> CellCosts | None:
 
 
 def estimate_reduction(cells: Sequence[CellCosts], name: Intervention, nats: bool) -> Estimate:
-    """Estimate by what share a replacement reduces the total drop of layers.
+    """Estimate by what share a replacement reduces the drop of a removal, over all layers.
 
     Args:
         cells: The drops on several benchmarks.
@@ -190,7 +190,7 @@ def estimate_reduction(cells: Sequence[CellCosts], name: Intervention, nats: boo
 
 
 def _write_answers(cells: Sequence[CellCosts]) -> list[str]:
-    """Write the mean effect of each replacement over benchmarks with a common metric."""
+    """Write sentences about the drop with each replacement, for benchmarks with the same metric."""
     names = [name for name in REPLACEMENTS if all(name in cell.drops for cell in cells)]
     costs = {name: _write_mean_cost(cells, name) for name in ("remove", *names)}
     documents = sum(cell.n for cell in cells)
@@ -222,7 +222,7 @@ def _write_percent(share: Estimate) -> str:
 
 
 def _summary_table(cells: Sequence[CellCosts]) -> Table:
-    """Build the table of the shares by which replacements reduce the drop."""
+    """Build the table of the share of the drop that each replacement recovers, by benchmark."""
     measure = cells[0].measure
 
     def share(name: Intervention, quantity: str, nats: bool) -> Column[CellCosts]:
@@ -262,7 +262,7 @@ class SignificanceRow:
 
 
 def significance_table(cells: Sequence[CellCosts]) -> Table:
-    """Build the table of the number of layers where a replacement differs from removal."""
+    """Build the table of how often a replacement is significantly better or worse than removal."""
     rows = []
     for name in REPLACEMENTS:
         if not (measured := [cell for cell in cells if name in cell.drops]):

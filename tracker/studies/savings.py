@@ -54,7 +54,7 @@ class Savings(Study[SavingsSettings]):
             raise RequestError(f"--question: {error}") from None
 
     def expand(self, cell: CellRequest, context: StudyContext) -> Iterable[CellRequest]:
-        """Return the unchanged request of the experiment file.
+        """Check the `until` conditions against a request; return the request unchanged.
 
         RequestError is raised if a condition such as `top 3` needs more runs than the request has.
         """
@@ -92,7 +92,7 @@ class Savings(Study[SavingsSettings]):
 
 @dataclass(frozen=True)
 class MeasuredDocuments:
-    """Drops of the documents of one benchmark in all runs, and the costs of the runs.
+    """Drop of each document of a benchmark in each run, and the computation of the runs.
 
     Attributes:
         title: Title of the model and benchmark.
@@ -137,7 +137,10 @@ class MeasuredDocuments:
 
 
 def read_documents(subject: Subject) -> MeasuredDocuments | str:
-    """Read the measured drops; return a reason as text if `until` cannot stop the measurement."""
+    """Read the measured drop of each document in each run.
+
+    Returns a text with the reason if the stopping rule `until` does not support the results.
+    """
     metric = subject.view.metric
     try:
         check_bounded(subject.store.identity.benchmark, metric)
@@ -161,10 +164,9 @@ def read_documents(subject: Subject) -> MeasuredDocuments | str:
 
 
 def layers_counter(ablations: Sequence[Ablation], layers: int) -> Callable[[Mask], float]:
-    """Build a function that counts the layers computed per token.
+    """Build a function that counts the layers computed per token for some ablations.
 
-    The function takes a mask that selects from `ablations`. The count is for the intact model and
-    the selected ablations together.
+    The function takes a mask over `ablations`. The intact model is always counted too.
     """
 
     def count(open_ablations: Iterable[Ablation]) -> float:
@@ -184,13 +186,12 @@ class CostBound:
     """Minimum number of documents that are needed to decide an `until` condition.
 
     Attributes:
-        distance: Required precision of the means. For the conditions `top` and `prune`, the
-            distance is the tolerance plus a difference of two drops: of the last chosen run and of
-            the first run that is not chosen. For the condition `sign`, the distance is the size of
-            the drop that is hardest to distinguish from 0. For the condition `drop`, the distance
-            is the requested precision.
-        sd: Standard deviation, over documents, of the drop or of the difference of two drops that
-            must be known with the precision `distance`.
+        distance: Size of the difference that the measurement must detect. For `top` and `prune`:
+            the tolerance plus the difference in drop between two runs, the last chosen run and the
+            first run that is not chosen. For `sign`: the absolute value of the drop that is hardest
+            to distinguish from 0. For `drop`: the requested precision.
+        sd: Standard deviation, over documents, of the drop or of the difference of two drops to
+            which `distance` refers.
         documents: Sample size that a test with a fixed number of documents needs for the same
             confidence.
     """
@@ -228,7 +229,7 @@ class QuestionReplay:
 
     @property
     def hardest(self) -> str:
-        """Text that names the drop or difference of drops that needs the most documents."""
+        """Text that describes the drop (or difference of drops) that needs the most documents."""
         # Write a distance, which may be a small part of a point.
         distance = f"{100 * self.bound.distance:.2g} pp"
         if self.question.count is not None:
@@ -244,7 +245,7 @@ class QuestionReplay:
 def replay_question(
     cell: MeasuredDocuments, question: Question, orders: NDArray[np.int64]
 ) -> QuestionReplay:
-    """Apply the stopping rule of an `until` condition to each of the given document orders."""
+    """Simulate a measurement with an `until` condition in each of the given document orders."""
     answered, wrong = np.zeros((2, len(orders)), dtype=bool)
     documents, shares = np.full((2, len(orders)), np.inf)
     for index, order in enumerate(orders):
@@ -267,9 +268,9 @@ def replay_question(
 
 
 def _is_contradicted(cell: MeasuredDocuments, question: Question, race: Race) -> bool:
-    """Return whether the mean drops over all documents contradict a decision in `race`.
+    """Return whether a decision of the stopping rule disagrees with the means over all documents.
 
-    The stopping rule made its decisions on some of the documents.
+    `race` contains the decisions, which can rest on fewer documents.
     """
     means = cell.drops.mean(axis=0)
     if question.count is not None:
@@ -296,7 +297,7 @@ def cost_quantile(shares: Array, quantile: float = 0.5) -> float:
 
 
 def question_bound(cell: MeasuredDocuments, question: Question) -> CostBound:
-    """Compute the minimum number of documents to decide an `until` condition."""
+    """Compute how many documents a test with a fixed sample size needs for an `until` condition."""
     drops, runs = cell.drops, cell.drops.shape[1]
     means, sds = drops.mean(axis=0), drops.std(axis=0)
     power, comparisons = float(stats.norm.ppf(DESIGN_POWER)), 2 * runs
@@ -392,7 +393,7 @@ def savings_table(cell: MeasuredDocuments, replays: Sequence[QuestionReplay]) ->
 
 
 def _bounds_table(cell: MeasuredDocuments, replays: Sequence[QuestionReplay]) -> Table:
-    """Build the table of the minimum number of documents for each `until` condition."""
+    """Build the table of the drop that is hardest to measure, for each `until` condition."""
 
     def documents(race: QuestionReplay) -> float:
         return cost_quantile(race.documents) * cell.population
@@ -412,10 +413,9 @@ def _bounds_table(cell: MeasuredDocuments, replays: Sequence[QuestionReplay]) ->
 
 
 def _passes_chart(cell: MeasuredDocuments, replays: Sequence[QuestionReplay]) -> LineChart:
-    """Build the chart of the share of document orders with a decision.
+    """Build the chart of the share of document orders with a decision, by computation used.
 
-    The horizontal axis is the amount of computation. The chart has a line for each `until`
-    condition.
+    The chart has a line for each `until` condition.
     """
     positions = range(0, 101, 2)
     lines = {}

@@ -61,13 +61,13 @@ class Growth:
     """Factors by which changes of the residual stream grow, from each layer to the output head.
 
     Args:
-        start: `[documents, layers]`, relative difference right after the changed layer.
-        end: `[documents, layers]`, relative difference before the output head.
+        start: `[documents, layers]`, hidden states' relative difference after the changed layer.
+        end: `[documents, layers]`, hidden states' relative difference before the output head.
         strata: `[documents]`, each document's task.
 
     Attributes:
-        factors: For each layer, factor by which a change after this layer grows until the output
-            head, with interval. Undefined for the last layer.
+        factors: Growth factor of each layer: the relative difference before the output head,
+            divided by that right after the layer. Undefined for the last layer.
     """
 
     def __init__(self, start: Array, end: Array, strata: TaskNames) -> None:
@@ -109,9 +109,9 @@ class Growth:
             documents: Number of documents with which the factors were computed.
 
         Returns:
-            A number n, the layers whose factors are significantly among the n largest (in
-            descending order), and the layer whose factor is significantly the smallest. The lists
-            of layers can be empty.
+            A number n, and two lists of layers, which can be empty. The factors of the first list
+            are significantly among the n largest, in descending order. The factor of the second
+            list is significantly the smallest.
         """
         layers = [layer for layer, value in enumerate(self.values) if value is not None]
         n = len(layers)
@@ -135,13 +135,14 @@ class TokenGrowth:
     """Growth factors of several kinds of changes of the residual stream.
 
     Args:
-        arrays: Kind of change → relative differences `[documents, tokens, layers, layers]`.
+        arrays: Kind of change → relative differences of hidden states, as `[documents, tokens,
+            changed layer, observed layer]`.
         strata: `[documents]`, each document's task.
-        tokens: `ALL_TOKENS` or `LATER_TOKENS`.
+        tokens: Tokens to average over: `ALL_TOKENS` or `LATER_TOKENS`.
 
     Attributes:
         removed: Growth of the change that the removal of the layer causes.
-        random: Growth of a change after the layer with the same norm in a random direction.
+        random: Growth of a change in a random direction, with the norm of the removal's change.
         shuffled: Growth of a change with the same norm in the direction of the layer's update of
             another token.
         relative: Growth of the removal's change divided by the growth of the random change.
@@ -166,7 +167,7 @@ class TokenGrowth:
 
     @property
     def factors_per_layer(self) -> list[float | None]:
-        """For each removed layer, the mean growth of the change from one layer to the next."""
+        """For each removed layer, growth of the change per later layer (geometric mean)."""
         last = len(self.paths) - 1
         return [
             None if value is None else float(value ** (1 / (last - layer)))
@@ -175,7 +176,7 @@ class TokenGrowth:
 
     @property
     def amplifying_layers(self) -> list[str | None]:
-        """For each removed layer, how many later layers amplify the change, such as `2 of 3`."""
+        """Share of later layers that amplify each removal's change, as text such as `2 of 3`."""
         steps = [np.diff(np.log(path[layer:])) > 0 for layer, path in enumerate(self.paths)]
         return [
             None if value is None else f"{int(grows.sum())} of {len(grows)}"
@@ -185,7 +186,7 @@ class TokenGrowth:
 
 @dataclass(frozen=True)
 class Predictor:
-    """Table row: rank correlation of a quantity with the drops, compared with the cosine score."""
+    """Table row: how well a quantity predicts the drops, compared with the cosine score."""
 
     name: str = labelled("of each layer")
     target: str = labelled("predicted")
@@ -200,7 +201,7 @@ class DropExplanation:
 
     Args:
         cell: Outcomes of a model with at least one removed layer.
-        arrays: Kind of change → relative differences of the documents in `cell`.
+        arrays: Kind of change, such as `removed` → relative differences of hidden states.
 
     Attributes:
         layers: Layers with a measured drop.
@@ -267,9 +268,10 @@ class DropExplanation:
 
     @property
     def is_ordered(self) -> bool:
-        """True if two rank correlations with the drops are defined.
+        """True if the two main rank correlations with the drops are defined.
 
-        The correlated quantities are the cosine score and the difference before the output head.
+        The main correlations are that of the cosine score, and that of the difference before the
+        output head.
         """
         names = (COSINE_SCORE, END_DIFFERENCE)
         return all(self.predictors[name].spearman.value is not None for name in names)
@@ -291,10 +293,10 @@ class DropExplanation:
         return dict(zip(self.layers, min_ranks(self.drops), strict=True))
 
     def misjudged(self, n: int) -> list[int]:
-        """List the layers whose ranks by cosine score and by drop differ most.
+        """List up to `n` layers whose ranks by cosine score and by drop differ most.
 
-        The list has at most `n` layers. The first layer is underrated most by the cosine score, and
-        the last layer is overrated most.
+        The list begins with the layer that the cosine score underrates most, and ends with the
+        layer that the cosine score overrates most.
         """
         by_cosine, by_drop = self.by_cosine, self.by_drop
         order = sorted(self.layers, key=lambda layer: by_drop[layer] - by_cosine[layer])
@@ -363,15 +365,15 @@ def compute_figures(subject: Subject, observations: Observations) -> SnowballFig
 
 
 def _split(arrays: Mapping[str, Array], tokens: int) -> tuple[dict[str, Array], dict[str, Array]]:
-    """Read the relative differences after the changed layer and before the output head.
+    """Separate the differences right after the changed layer from those before the output head.
 
     Args:
-        arrays: Kind of change, such as `removed` → differences at all positions.
+        arrays: Kind of change, such as `removed` → differences after every layer.
         tokens: `ALL_TOKENS`, or `LATER_TOKENS` to leave out the first token of each text.
 
     Returns:
-        Differences right after the changed layer, and differences before the output head. Both are
-        dicts from the kind of change to arrays `[documents, layers]`.
+        Two dicts: differences right after the changed layer, and before the output head. Each dict
+        maps the kind of change to an array `[documents, layers]`.
     """
     means = {name: array[:, tokens] for name, array in arrays.items()}
     starts = {name: np.diagonal(array, axis1=1, axis2=2) for name, array in means.items()}
@@ -476,7 +478,7 @@ def _write_verdict(cells: Sequence[SnowballFigures]) -> str:
 
 
 def _write_benchmark_test(cells: Sequence[SnowballFigures]) -> str:
-    """Write for how many layers the growth differs significantly from benchmark to benchmark."""
+    """Write for how many layers the growth factor differs significantly between benchmarks."""
     benchmarks = [cell.record.benchmark for cell in cells]
     tasks = Counter(task.name for benchmark in benchmarks for task in benchmark.tasks)
     repeated = [name for name, count in tasks.items() if count > 1]
@@ -491,7 +493,7 @@ def _write_benchmark_test(cells: Sequence[SnowballFigures]) -> str:
 
 
 def _layer_table(cell: SnowballFigures) -> Table:
-    """Build the table with a row for each layer: differences, growth factors and drops."""
+    """Build the table of hidden-state differences, growth factors and drops, one row per layer."""
     tokens, growth, runs = cell.tokens, cell.tokens.removed, cell.record.runs_of_kind()
     by_cosine = cell.explained.by_cosine if cell.explained else {}
     verdicts = [_VERDICT_WORDS[sign] for sign in growth.signs]
@@ -582,7 +584,7 @@ def _growth_chart(title: str, layer: str, growths: Mapping[str, Growth]) -> Line
 
 
 def _build_charts(cell: SnowballFigures) -> Iterator[StudyChart]:
-    """Yield charts of growth factors, and of the differences that removed layers cause."""
+    """Yield charts of growth factors, and of the hidden-state differences that removals cause."""
     tokens, paths, layers = cell.tokens, cell.tokens.paths, range(cell.layers)
     growths = {"removed": tokens.removed, "random directions": tokens.random}
     growths |= {"other tokens' updates": tokens.shuffled}
@@ -610,9 +612,9 @@ def _build_charts(cell: SnowballFigures) -> Iterator[StudyChart]:
 
 
 def _choose_drawn_layers(cell: SnowballFigures) -> Iterator[tuple[int, str]]:
-    """Choose the removed layers to draw in the chart of paths.
+    """Choose the removed layers to draw in the chart of hidden-state differences.
 
-    Yields each layer with its text in the legend.
+    Yields pairs (layer, text for the legend).
     """
     if cell.explained is None:
         layers = np.unique(np.linspace(0, cell.layers - 1, MAX_PATHS).round()).astype(int)

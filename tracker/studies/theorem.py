@@ -92,15 +92,15 @@ def plan_lesson(
 ) -> Lesson:
     """Choose the tokens that the built model must predict or avoid in each document.
 
-    The targets have three kinds. Only the intact model predicts a positive token. Only the model
-    without layer 2 predicts a negative token. Layer 2 does not change the prediction of a fixed
-    token.
+    A chosen token has one of three kinds. Positive: only the intact model predicts the token.
+    Negative: only the model without layer 2 predicts the token. Fixed: the token's prediction does
+    not depend on layer 2.
 
-    If all options of a document follow one context, the target tokens are where the right answer
-    first differs from a wrong answer. If each option has its own context (as in Winogrande), each
-    option has one target token.
+    If all options of a document follow one context, the chosen tokens are where the right answer
+    first differs from a wrong answer. If each option has its own context (as in Winogrande), one
+    token is chosen per option.
 
-    The right answer gives a positive token, and a wrong answer gives a negative token. In a text
+    The right answer has a positive token, and a wrong answer has a negative token. In a text
     without options, every token is positive.
 
     Args:
@@ -146,10 +146,10 @@ def _token_positions(request: Request, length: int) -> list[_Position]:
 
 
 def _add_all_targets(lesson: Lesson, document: Document, length: int) -> None:
-    """Make every token of a document without answer options a prediction task of a model.
+    """Add all tokens of a document without options to the tokens that the model must predict.
 
-    The tokens are added to `lesson.targets`. `lesson.clashing` counts the tokens that the model
-    cannot predict, because an earlier text has another token after the same preceding tokens.
+    `lesson.targets` receives the tokens. `lesson.clashing` counts the tokens that the model cannot
+    predict, because an earlier text has another token after the same preceding tokens.
     """
     clashing = lesson.clashing
     for request in document.requests:
@@ -166,7 +166,7 @@ def _add_all_targets(lesson: Lesson, document: Document, length: int) -> None:
 
 
 def _count_occurrences(documents: Sequence[Document], length: int) -> Counter[_Position]:
-    """Count in how many documents each pair of a position and a token occurs.
+    """Count the documents that contain each pair (digest of the preceding tokens, token).
 
     Documents whose options all follow one context are not counted.
     """
@@ -188,7 +188,7 @@ def _list_targets(
     Args:
         document: A multiple-choice document.
         length: Maximum context length of the model, in tokens.
-        occurrences: (position, token) → number of documents in which this pair occurs.
+        occurrences: (digest of the preceding tokens, token) → number of documents with this pair.
 
     Returns:
         The target tokens, or a text with the reason why no model can answer the document correctly.
@@ -250,9 +250,9 @@ def _has_clash(lesson: Lesson, demand: _Demand) -> bool:
 
 
 def _required_margin(document: Document, vocabulary: int, decode: Callable[..., str]) -> float:
-    """Compute the margin by which a target token's logit must exceed all other logits, in nats.
+    """Compute by how much (in nats) the logit of a target token must exceed all other logits.
 
-    With the returned margin, the target token alone determines which answer is most likely.
+    With this margin, no other token of an answer can change which answer is most likely.
     """
     choices = [request.continuation for request in document.requests[: document.choices]]
     lengths = [max(1, len(decode(list(tokens)).strip())) for tokens in choices]
@@ -480,7 +480,7 @@ def _count_answers(value: float | str) -> tuple[int, int]:
     """Return how many answers of a document are right, and how many answers the document has.
 
     A multiple-choice document has one answer, and `value` is its accuracy (0 or 1). In a text
-    corpus, every token is an answer, and `value` is JSON text with the two numbers.
+    corpus, every token is an answer, and `value` is the JSON text `[right, all]`.
     """
     if isinstance(value, str):
         right, units = json.loads(value)

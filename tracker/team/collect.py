@@ -102,7 +102,7 @@ def _is_cached(root: Path, cell: RemoteCell, stores: Mapping[str, CellStore]) ->
     """Return whether the local cache has a complete, current copy of published results.
 
     `cell` describes the published results, `root` is the cache folder, and `stores` contains the
-    cached results by key.
+    cached results by cell key.
     """
     note = _read_note(root, cell)
     store = stores.get(note.get("cell", ""))
@@ -180,10 +180,10 @@ class CollectedCells:
         return derive_decisions(*origin) if origin else None
 
     def derive_decisions(self) -> dict[RecordKey, DecisionsRecord]:
-        """List the documents whose answer changes from right to wrong (or vice versa) by ablation.
+        """List, for each ablation, the documents whose answer becomes wrong or becomes right.
 
-        Returns key of a record → lists of documents. Folders that cannot be read are added to
-        `failed`, with the reason.
+        Returns a dict from record keys to these lists. The attribute `failed` receives folders that
+        cannot be read, with the reason.
         """
         decisions = {}
         for key in [cell.record_key for cell in self.cells if cell.record_key in self.origins]:
@@ -206,8 +206,8 @@ def collect_cells(
             `mlflow:EXPERIMENT` (at `MLFLOW_TRACKING_URI`), `wandb:ENTITY/PROJECT` or
             `trackio:PROJECT`.
         progress: Receives the progress of downloads.
-        verify_all: Whether to verify all outcomes again, even if they were verified earlier. Use
-            `verify_all` if the output shows outcomes of documents.
+        verify_all: Whether to verify all outcomes again, even if they were verified earlier. A
+            caller that shows outcomes of single documents needs `verify_all`.
 
     Returns:
         The collected results. The attribute `failed` lists sources and cells that cannot be read.
@@ -263,7 +263,7 @@ def collect_cells(
 
 
 def _view_key(stored_view: tuple[CellStore, View]) -> Hashable:
-    """Return a key for a model, a benchmark and runs, which does not depend on the folder."""
+    """Return a key that is equal for results of the same model, benchmark and runs."""
     store, view = stored_view
     return store.identity.key, store.views.view_name(view)
 

@@ -93,7 +93,7 @@ class LiveUpdater:
         self._messages.put((name, cell, Event()))
 
     def end(self, name: Hashable, status: RunStatus) -> Event:
-        """Request that the live runs of a measurement are ended.
+        """Ask the updating thread to end the live runs of a measurement.
 
         Returns an event that is set when the live runs have ended.
         """

@@ -155,8 +155,9 @@ class Publisher:
     ) -> Future[Publication]:
         """Publish results in a background thread, after the results of earlier calls.
 
-        The thread first waits for the event `ended`, at most 60 seconds. In a trial of a W&B sweep,
-        the results are published before the method returns. The future never raises an exception.
+        The thread first waits (at most 60 seconds) for `ended`, the end of the live runs. In a
+        trial of a W&B sweep, the results are published before the method returns. The future never
+        raises an exception.
         """
         # The record's files, listed before more of the cell is measured.
         files = _record_files(store, record)
@@ -183,13 +184,13 @@ class Publisher:
             future.set_result(publish())
 
     def publish(self, store: CellStore, record: CellRecord) -> Publication:
-        """Publish results, even if a receipt states that they are already published."""
+        """Publish results to all projects, even to those that already have the results."""
         return self._publish(store, record, _record_files(store, record), False)
 
     def _build_attachments(
         self, store: CellStore, record: CellRecord, files: Sequence[Path]
     ) -> _Attachments:
-        """Choose the files and tables to publish with results, and write a note about texts."""
+        """Choose files and tables to publish, with a note whether document texts are included."""
         decisions = None
         with suppress(OSError, ValueError):  # a view that was never requested
             view = store.views.read(store.views.path(record.view).read_bytes()).view
@@ -210,9 +211,9 @@ class Publisher:
     ) -> Publication:
         """Publish the results in `record` to all projects.
 
-        With `trust_receipts`, a project is skipped if a stored receipt states that the project has
-        the results. If a larger measurement has replaced `record` in reports, the results of the
-        larger measurement are published too.
+        A receipt is a stored note about a publication to a project. With `trust_receipts`, a
+        project is skipped if its receipt names the results. If a larger measurement has replaced
+        `record` in reports, the results of the larger measurement are published too.
         """
         publication = self._publish_record(store, record, files, trust_receipts)
         if (view := store.views.superseding_view(record.view)) is None:
@@ -291,7 +292,7 @@ class Publisher:
     def _earlier_targets(
         self, store: CellStore, record: CellRecord, targets: Mapping[Target, Target]
     ) -> list[Target]:
-        """List the projects to update: with earlier versions of the results, and not in `targets`.
+        """List the projects outside `targets` that have earlier versions of the results.
 
         The list is empty if `update_others` is false.
         """
@@ -331,7 +332,7 @@ class Publisher:
         return target.backend, target.project or self.project, self._results, target.server
 
     def _receipt_name(self, target: Target, view: str) -> str:
-        """Return the name of the file that records which results of a view a target has."""
+        """Return the name of the receipt, the stored note about publishing `view` to `target`."""
         name = tracking.destination_hash(*self._backend_arguments(target))
         return name if view == INTACT_VIEW else content_hash([name, view])
 
@@ -416,8 +417,8 @@ class Trial(LiveRun):
 def _distinguish_record(store: CellStore, record: CellRecord) -> CellRecord:
     """Return a copy of the record with a suffix that makes its display name unique.
 
-    The suffix is in the field `apart`, and is empty if the name without a suffix is unique in the
-    results folder.
+    The field `apart` contains the suffix. The suffix is empty if no other results in the folder
+    have the same name.
     """
     records = [record]
     for sibling in store.siblings():

@@ -137,8 +137,8 @@ def publish_page(
 ) -> tuple[dict[str, str], dict[str, str]]:
     """Publish a page to each target, as a separate run.
 
-    `build` writes the files of the page into a folder. A target without a project requires that
-    `projects` contains one project. Returns addresses by target, and error messages by target.
+    `build` writes the files of the page into a folder. For a target without a project, `projects`
+    must contain exactly one project. Returns addresses by target, and error messages by target.
     RequestError is raised for an invalid target.
     """
     locations: dict[str, str] = {}

@@ -158,7 +158,7 @@ class CellPart:
 
     @property
     def call_key(self) -> str:
-        """Model, settings and documents of the lm-eval call that could compute the outcomes."""
+        """Key of an lm-eval call: model, settings and documents of the outcomes, as JSON text."""
         identity = self.store.identity
         own_fields = {
             "name",
@@ -323,7 +323,7 @@ def _select_stores(
 
 
 def _model_names(store: CellStore) -> set[str]:
-    """Return the names that select a model: the short name, and the name that the user typed."""
+    """Return the names by which users can select a model: short name, and name as typed."""
     return {store.identity.model.name, store.identity.model.source}
 
 
@@ -347,7 +347,7 @@ def _cell_parts(
 def _group_calls(parts: Sequence[CellPart]) -> list[list[CellPart]]:
     """Group outcomes that one lm-eval call could compute.
 
-    A group has one model, one set of settings and documents, and no task twice.
+    The outcomes of a group have equal models, settings and documents, and different tasks.
     """
     calls: dict[str, list[list[CellPart]]] = {}
     for part in parts:
@@ -374,7 +374,7 @@ def _write_call(
     progress: Progress,
     result: ResultFiles,
 ) -> None:
-    """Write the result files of the outcomes `call`, as one lm-eval call would write them."""
+    """Write the result files that one lm-eval call would write for the outcomes in `call`."""
     from tracker.benchmarks.results import ResultFileWriter
 
     parts: dict[CellPart, LmEvalBenchmark] = {}
@@ -414,7 +414,7 @@ def _write_call(
 
 
 def _open_benchmark(store: CellStore) -> LmEvalBenchmark:
-    """Open the benchmark of stored results.
+    """Open the benchmark with which stored results were measured.
 
     BenchmarkError is raised if the benchmark has changed since the measurement.
     """
@@ -456,7 +456,7 @@ _BOOLEANS = {"true": True, "false": False}
 
 
 def _build_encoder(store: CellStore, trust_remote_code: bool) -> RequestEncoder | None:
-    """Build the encoder of prompts with a chat template.
+    """Build the encoder that applies the model's chat template to prompts.
 
     Returns None if the results were measured without a chat template.
     """
@@ -477,7 +477,7 @@ def _build_encoder(store: CellStore, trust_remote_code: bool) -> RequestEncoder 
 def _judged_responses(rows: Sequence[Mapping[Any, Any]]) -> dict[tuple[str, int], JudgedAnswers]:
     """Convert stored outcomes to the format of `ResultFileWriter`.
 
-    Returns (task, index of the document) → responses of the model with scores.
+    Returns a dict: (task, index of the document) → the model's responses and their scores.
     """
     from tracker.benchmarks.results import JudgedAnswers
 

@@ -44,7 +44,7 @@ class SweepResult:
 
 
 def trial_request(settings: dict[str, Any]) -> CellRequest:
-    """Convert the sweep settings of a trial to a request.
+    """Build the measurement request that the sweep settings of a trial describe.
 
     RequestError is raised if the settings are invalid.
     """
@@ -52,9 +52,9 @@ def trial_request(settings: dict[str, Any]) -> CellRequest:
 
 
 def find_sweep_request(request: CellRequest, results: Path) -> CellRequest | None:
-    """Return a request for all ablations of a sweep on the model and benchmark of a trial.
+    """Return a request with all ablations of the sweep, for one trial's model and benchmark.
 
-    `request` is the request of the trial, for one ablation. The result is None outside a sweep, and
+    `request` is the request of the trial, for one ablation. None is returned outside a sweep, and
     if the sweep cannot be read or does not contain the trial.
     """
     if not in_sweep():
@@ -102,7 +102,7 @@ def fill_sweep(path: str, ledger: Ledger) -> SweepResult:
 
 
 def _find_measured_run(request: CellRequest, ledger: Ledger) -> tuple[CellRecord, RunRecord]:
-    """Read the stored results of a trial: those of the benchmark, and those of the ablation.
+    """Read the stored results of a trial: the benchmark's record, and the ablation's record.
 
     ResultsError is raised if the trial is not fully measured.
     """

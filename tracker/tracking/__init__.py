@@ -224,8 +224,8 @@ def published_targets(store: CellStore, record: CellRecord, results: Path) -> di
     """Return the projects to which results were published, by name of the address file.
 
     The dict includes projects to which publishing failed, and projects of smaller measurements that
-    `record` replaces. Only offline projects of an offline backend, and only online projects of an
-    online backend, are included.
+    `record` replaces. For an offline backend, only offline projects are included; otherwise, only
+    online projects are.
     """
     targets = {}
     for name in store.published_places(record.view, *record.supersedes):

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 class Isolated(RemoteObject):
-    """Proxy for an object in a separate process, which ends after a failed call.
+    """Proxy for an object in a separate process; the process ends after a failed call.
 
     Args:
         name: Name of the object in error messages.
@@ -275,8 +275,8 @@ class Backend(ABC):
         The method publishes a summary run, a run of the intact model, and separate runs of the
         ablations that `selection` selects. The summary run contains a table of all ablations.
 
-        A second call with the same results changes nothing, with changed results it updates the
-        runs, and after a failure it adds what is missing.
+        A repeated call updates only the runs whose results have changed. After a failure, a
+        repeated call adds the missing runs.
 
         Args:
             cell: The record of the cell; some runs or documents may not be measured yet.
@@ -396,7 +396,7 @@ class Backend(ABC):
         raise TrackingError("it cannot be read back")
 
     def _environment(self) -> str:
-        """Return variable assignments (`NAME=value`) to put in front of a suggested command."""
+        """Return environment variables (`NAME=value`) that a suggested shell command needs."""
         return ""
 
     def _notes(self) -> tuple[str, ...]:
@@ -406,7 +406,7 @@ class Backend(ABC):
     def _full_project(self) -> str:
         """Return the full name of the project, such as `ENTITY/PROJECT`.
 
-        Empty if the full name is unknown, or if users always type the full name.
+        Empty if the full project name is unknown, or if users always type the full name.
         """
         return ""
 
@@ -460,8 +460,9 @@ class Service(ABC):
         """Open the backend for runs, live runs, models or sweeps, without contacting a server.
 
         Args:
-            part: `runs` opens a `Backend`, `live runs` a `LiveRun`, and `lighter models` a
-                `Models`. `trial` and `sweep` are only for services that set `sweep_variable`.
+            part: Interface to open: `runs` for a `Backend`, `live runs` for a `LiveRun`, and
+                `lighter models` for a `Models`. `trial` and `sweep` are only for services that set
+                `sweep_variable`.
             project: Name of the project, in the form that the backend expects. For a sweep, this is
                 the path of the sweep.
             results: The results folder.
@@ -507,7 +508,7 @@ class Service(ABC):
         return None
 
     def full_address(self, target: Target, project: str) -> Target:
-        """Return a target with explicit server and project, independent of the environment."""
+        """Return the target with server and project filled in; `project` is the default."""
         server = without_login(target.server) or self.server()
         return Target(self.name, mask_secrets(target.project or project), server)
 

@@ -93,9 +93,9 @@ def run_metrics(layer: RunRecord) -> dict[str, float]:
 
 
 def intact_metrics(cell: CellRecord) -> dict[str, float]:
-    """Return the metrics of the model without ablations, with the names of `run_metrics`.
+    """Return the metrics of the unablated model, under the names that `run_metrics` uses.
 
-    Without ablations, the model still lacks the layers in `cell.removed`. If `cell.removed` is
+    The layers in `cell.removed` are removed even from the unablated model. If `cell.removed` is
     empty, the accuracy drop is 0. Undefined metrics are left out.
     """
     baseline, chance = cell.baseline.value, cell.chance_accuracy
@@ -144,10 +144,10 @@ def correlation_name(record: CorrelationRecord) -> str:
 
 
 def answer_figures(answer: AnswerRecord) -> dict[str, float | None]:
-    """Return metrics that show how far the stopping rule `until` has come.
+    """Return metrics about the progress of a measurement with the stopping rule `until`.
 
-    The metrics are: whether the question is answered; the used and the available documents; the
-    computed and the total layer passes.
+    The metrics are: whether the question is answered; numbers of used and of available documents;
+    numbers of computed and of all layer passes.
     """
     return {
         "answer/answered": float(answer.answered),
@@ -214,7 +214,7 @@ def logged_layers(cell: CellRecord) -> LoggedTable:
 
 
 def logged_correlations(cell: CellRecord) -> LoggedTable:
-    """Build the table of correlations with a row per proxy, coefficient and layer subset."""
+    """Build the table of correlations between proxies (such as the cosine score) and drops."""
     names = ("proxy", "sample", "coefficient", "subset", "value", "low", "high", "p_value")
     columns = run_table.correlation_columns()
     picked = run_table.pick_columns(columns, *names, "n", "documents", "reason")

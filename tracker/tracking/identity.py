@@ -18,8 +18,8 @@ DIGITS = 10
 def run_key(cell: CellRecord, ablation: str, view_name: str | None = None) -> str:
     """Return the key that identifies a run, independently of the machine and the time.
 
-    The key includes the view: the selected documents, the metric, and the layers that all runs
-    lack. An ablation therefore has one run for each view.
+    The key includes the view: the selected documents, the metric, and the layers that are removed
+    in all runs. An ablation therefore has one run for each view.
 
     Args:
         cell: The record of the cell (model and benchmark) to which the run belongs.
@@ -37,7 +37,7 @@ def run_key(cell: CellRecord, ablation: str, view_name: str | None = None) -> st
 def run_name(cell: CellRecord, change: Change) -> str:
     """Return the display name of an ablation's run: `layer 03 · arc_easy · SmolLM2-135M`.
 
-    Layer numbers are padded with zeros.
+    Layer numbers in the name are padded with zeros.
     """
     without = f" without {', '.join(map(str, cell.removed))}" if cell.removed else ""
     return _join_name(f"{change.label(max(2, len(str(cell.model.layers - 1))))}{without}", cell)
@@ -51,7 +51,7 @@ def start_label(cell: CellRecord) -> str:
 def intact_name(cell: CellRecord) -> str:
     """Return the display name of the unablated model's run: `intact · arc_easy`.
 
-    The unablated model can lack layers: those that every run of the benchmark removes.
+    If every run of the benchmark removes certain layers, the unablated model lacks them too.
     """
     return _join_name(start_label(cell), cell)
 
@@ -81,7 +81,7 @@ def _join_name(label: str, cell: CellRecord) -> str:
 
 
 def baseline_record(cell: CellRecord) -> CellRecord:
-    """Return a copy of results that keeps only the fields about the intact model."""
+    """Return a copy of the record with only the fields about the intact model."""
     updates: dict[str, object] = {"runs": (), "missing": (), "correlations": (), "provenance": {}}
     updates |= dict.fromkeys(("compared", "compared_unsteady"), 0) | {"reasons": {}}
     costs = ("compared_difference", "seconds", "peak_bytes", "measured")

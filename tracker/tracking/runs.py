@@ -86,7 +86,7 @@ def layer_note(cell: CellRecord, run: RunRecord) -> str:
 
 
 def _is_significant(cell: CellRecord, run: RunRecord) -> bool:
-    """Return whether a drop is significant, corrected for the number of ablations in `cell`."""
+    """Return whether the drop of `run` is significant, corrected for the number of ablations."""
     drops = [cell_run.drop for cell_run in cell.runs]
     if not cell.is_raced:
         drops = widen(drops, [cell_run.units for cell_run in cell.runs], len(drops))
@@ -196,7 +196,7 @@ class DescribedRun:
     def config(self) -> dict[str, Any]:
         """Settings that identify the run, as a nested dictionary, for the run's config.
 
-        The trials of a sweep use the same names of settings. No name contains a period.
+        The settings have the same names as in the trials of a sweep. No name contains a period.
         """
         cell, outcomes = self.cell, self.outcomes
         return {
@@ -271,7 +271,7 @@ def describe_runs(
 
 
 def move_runs(by_key: dict[str, Run], cell: CellRecord, runs: Iterable[DescribedRun]) -> list[Run]:
-    """Rename published runs to the keys of a larger measurement that replaces their measurement.
+    """Give the published runs of a replaced measurement the keys of the larger measurement.
 
     Args:
         by_key: Key of each published run → the run; changed in place.
@@ -280,7 +280,7 @@ def move_runs(by_key: dict[str, Run], cell: CellRecord, runs: Iterable[Described
         runs: Descriptions of the runs of the larger measurement.
 
     Returns:
-        The published runs to delete, because their new key is already in use, or because the larger
+        The published runs to delete. Either another run has their new key, or the larger
         measurement lacks their ablation.
     """
     keys, obsolete_runs = {run.key for run in runs}, []

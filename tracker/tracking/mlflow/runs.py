@@ -70,7 +70,7 @@ def mlflow_run(run: DescribedRun, parent_id: str | None = None, links: str = "")
 
 
 def child_links(cell: CellRecord, experiment: str, ids: Mapping[str, str]) -> str:
-    """Return Markdown links to the nested runs.
+    """Return Markdown links from a summary run to its nested runs.
 
     `ids` maps the key of each nested run to its MLflow id. Links that do not fit into a note are
     left out.
@@ -115,7 +115,7 @@ def _data_identity(cell: CellRecord) -> tuple[str, str]:
 def _task_digest(task: TaskIdentity) -> str:
     """Return the digest of a task's documents.
 
-    If only one half of the documents is used, the digest covers only the used half.
+    If only one half of the task's documents is measured, the digest covers only this half.
     """
     if task.half is None:
         return task.fingerprint

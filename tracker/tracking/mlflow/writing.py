@@ -307,7 +307,7 @@ def _attach_files(client: MlflowClient, run_id: str, files: Sequence[Path]) -> N
 
 
 def _read_points(client: MlflowClient, shown_run: Run, run: MlflowRun) -> tuple[Points, int]:
-    """Read a run's stored metric values by name and step, and the latest timestamp."""
+    """Return a run's stored metric values, by (name, step), and their latest timestamp."""
     values: Points = {}
     timestamp = 0
     for metric in _newest_metrics(shown_run):

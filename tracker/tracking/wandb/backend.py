@@ -68,9 +68,9 @@ class _ExistingRun:
 class WandbBackend(Backend):
     """Backend that updates a W&B project with the results of a results folder.
 
-    In a sweep, W&B itself creates the runs of ablations, one for each trial. The backend then
-    publishes only the summary run and the run of the intact model. A report is published as a W&B
-    Report, a saved view, and a run with the HTML page, tables and charts.
+    In a sweep, W&B itself creates the runs of ablations, one for each trial. In a sweep, the
+    backend publishes only the summary run and the run of the intact model. A report is published as
+    a W&B Report, a saved view, and a run with the HTML page, tables and charts.
 
     Args:
         project: Name of the project, as `PROJECT` or `ENTITY/PROJECT`.
@@ -179,7 +179,7 @@ class WandbBackend(Backend):
 
     @contextmanager
     def _linked_run(self, cells: Iterable[CellRecord], labels: Mapping[str, Any]) -> Iterator[Any]:
-        """Open a run that links to the published outcomes of the given models and benchmarks."""
+        """Open a run for a report or model, with links to the published outcomes of `cells`."""
         with finish_run(self._start(**labels)) as handle:
             if not handle.offline:
                 api, path = wandb.Api(), self._path()
@@ -218,7 +218,7 @@ class WandbBackend(Backend):
     def _delete_offline_files(self, old_run: _ExistingRun | None, new_folder: str) -> None:
         """Delete the local files of a replaced offline run, unless they were uploaded already.
 
-        `new_folder` contains the run that replaces the old run. If both remained, `wandb sync`
+        `new_folder` contains the run that replaces the old run. If both runs remained, `wandb sync`
         could overwrite the new run with the old run.
         """
         if old_run is None or old_run.folder in ("", new_folder):
@@ -348,8 +348,8 @@ def _find_runs(
 ) -> Iterator[tuple[Any, Mapping[str, Any]]]:
     """Yield the runs written by tracker that match the filters, each with its `tracker` config.
 
-    If the project does not exist, ValueError is raised if `must_exist` is true; otherwise nothing
-    is yielded.
+    If the project does not exist, nothing is yielded; if `must_exist` is true, ValueError is
+    raised.
     """
     try:
         runs = list(wandb.Api().runs(path, filters=filters, lazy=False, per_page=100))

@@ -175,7 +175,7 @@ class WandbTrial:
     def _open_run(self, status: RunStatus, **names: Any) -> Iterator[Any]:
         """Yield the run of the trial, and end the run with `status` after the `with` block.
 
-        `names` are arguments of `wandb.init` for a run that is not open yet.
+        If the run is not open yet, `names` are the arguments of `wandb.init` that open it.
         """
         with self._session():
             handle, self._handle = self._handle, None

@@ -79,7 +79,7 @@ def log_in() -> None:
 
 
 def start_run(results: Path, /, watched_pid: int | None = None, **run: Any) -> Any:
-    """Open a further W&B run, without console output and without data about this machine.
+    """Open an additional W&B run, which records no console output and no data about this machine.
 
     Args:
         results: The results folder, in which the files of the run are stored.
@@ -152,7 +152,7 @@ def write_run(handle: Any, run: DescribedRun, existing_rows: Sequence[Mapping[st
     Args:
         handle: An open W&B run.
         run: The content to write.
-        existing_rows: Rows of metrics that W&B already has, and that are not logged again.
+        existing_rows: Rows of metrics that W&B already has; these rows are not logged again.
     """
     handle.notes = run.note
     if run.curves:
