@@ -66,9 +66,9 @@ class RunKeywords(WorkKeywords, total=False):
             corpus. By default (False), only texts from the Hugging Face hub or a package are
             published.
         runs: Selection of the published runs. `cells` publishes one run per model and benchmark,
-            with a table of all ablations. `all` also publishes one run per ablation. `auto` (the
-            default) is like `all`, but kinds of ablations (e.g. heads) with more than 200 ablations
-            get no separate runs.
+            with a table of all ablations. `all` adds one run per ablation. `auto` (the default) is
+            like `all`, but kinds of ablations (e.g. heads) with more than 200 ablations get no
+            separate runs.
         workers: Number of parallel processes; None = only the calling process.
         devices_per_worker: Number of accelerators of each worker process; None = as many as the
             weights need.

@@ -155,7 +155,7 @@ def layer_recipes(
 
 
 def _fill_template(name: str, values: Mapping[str, object]) -> str:
-    """Return the text of a Python program, which is made from a template.
+    """Fill a template to make the text of a Python program.
 
     Args:
         name: Name of the template.
@@ -169,9 +169,10 @@ def _fill_template(name: str, values: Mapping[str, object]) -> str:
 
 
 def find_windows(kind: str, layer_types: Sequence[str]) -> LayerWindows | None:
-    """Find the layers with an attention window, and the architecture's name in llama.cpp.
+    """Describe the attention windows of a model's layers, for recipes of llama.cpp.
 
-    Returns None if it is unknown how llama.cpp handles the windows of the model type `kind`.
+    `kind` is the model type. Returns None if it is unknown how llama.cpp handles the windows of
+    this type.
     """
     if kind not in _WINDOW_PERIODS:
         return None
@@ -294,7 +295,8 @@ def format_recipes(
 def recipe_problems(formats: FormatsByPath, architecture: str, layers: int) -> dict[str, str]:
     """Find the tools that cannot make a model with weights in these formats.
 
-    The arguments are those of `format_recipes`. The function returns a dict from tools to reasons.
+    The arguments are those of `format_recipes`. Returns tool → reason why the tool cannot make the
+    model.
     """
     problems = {}
     if not _gguf_names(formats, architecture, layers):
@@ -317,10 +319,9 @@ def recipe_problems(formats: FormatsByPath, architecture: str, layers: int) -> d
 
 
 def _split_fused_maps(formats: FormatsByPath) -> list[str]:
-    """Find linear maps that inference engines fuse although their formats differ.
+    """Find linear maps that inference engines fuse into one map, but whose formats differ.
 
-    The maps that an inference engine fuses form a group. The function returns the paths of the
-    first group with different formats; the list is empty if there is no such group.
+    Returns the paths of the first such maps; the list is empty if there are none.
     """
     groups = group_by(formats, fused_map).values()
     return next((paths for paths in groups if len({formats[path] for path in paths}) > 1), [])
@@ -375,8 +376,8 @@ def tensor_types(formats: Mapping[str, str]) -> list[tuple[str, str]]:
             `blk.3.ffn_down.weight`.
 
     Returns:
-        One pair for each format and kind of tensor (e.g. `ffn_down`), which matches all layers with
-        the format.
+        One pair for each format and kind of tensor (e.g. `ffn_down`). The regular expression
+        matches the tensors of all layers with this format.
     """
     types, blocks = [], dict[tuple[str, str], list[int]]()
     for tensor, form in formats.items():

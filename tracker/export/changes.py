@@ -112,7 +112,7 @@ def layer_change(
 
 
 def _refuse_sublayers(component: Component, layers: Sequence[int]) -> None:
-    """Raise RequestError for attentions and MLPs; a model without them cannot be saved."""
+    """Raise RequestError if attentions or MLPs are removed; saved models need both."""
     if component == "layer":
         return
     sublayers = "attentions" if component == "attention" else "MLPs"
@@ -129,7 +129,8 @@ def _refuse_sublayers(component: Component, layers: Sequence[int]) -> None:
 def refuse_unsavable_units(units: Collection[str]) -> None:
     """Raise RequestError unless all units are layers, heads, experts or neurons.
 
-    Models without other units, such as attentions, cannot be saved.
+    A unit is a kind of model part. A model that lacks other parts, e.g. an attention, cannot be
+    saved.
     """
     other_units = sorted(set(units) - {"layer", *NUMBERED_COMPONENTS})
     if other_units:
@@ -231,7 +232,7 @@ def build_rounded_model(
 def _stored_format(form: str, inputs: int) -> WeightFormat:
     """Return the format in which rows of `inputs` weights are stored.
 
-    If the block size does not divide `inputs`, the format `form` is replaced by another format.
+    The format is `form`, or another format if the block size of `form` does not divide `inputs`.
     """
     stored_format = FORMATS[form].for_rows(inputs)
     assert stored_format is not None  # it has been measured
@@ -239,10 +240,10 @@ def _stored_format(form: str, inputs: int) -> WeightFormat:
 
 
 def add_origin(change: ModelChange, ledger: Ledger, model: ModelIdentity) -> ModelChange:
-    """Add to a change the searches or calibration documents by which the change was chosen.
+    """Find the stored searches or calibration documents by which a change was chosen.
 
-    A removal gets the searches that chose the removal. A repetition gets the calibration documents
-    on which the repetition was measured. Other changes are returned unchanged.
+    The result is the change with these facts: the searches of a removal, or the calibration
+    documents on which a repetition was measured. Other changes are returned unchanged.
     """
     if change.stretch is not None:
         return find_repetition(ledger, model, change.stretch)
@@ -252,7 +253,7 @@ def add_origin(change: ModelChange, ledger: Ledger, model: ModelIdentity) -> Mod
 
 
 def find_removal(ledger: Ledger, model: ModelIdentity, change: ModelChange) -> ModelChange:
-    """Add to a removal the searches in the results folder that chose the same removal.
+    """Find the searches in the results folder that chose a given removal.
 
     Args:
         ledger: The results folder.
@@ -260,9 +261,9 @@ def find_removal(ledger: Ledger, model: ModelIdentity, change: ModelChange) -> M
         change: The removal.
 
     Returns:
-        The removal with the searches that removed exactly the same parts. Searches that ended with
-        these parts are preferred to searches that continued; then, searches with calibration
-        documents are preferred.
+        The removal, with facts about the searches that removed exactly the same parts. Searches
+        that ended with these parts are preferred. Among these, searches with calibration documents
+        are preferred.
     """
     contents = ledger.contents()
     choices = [
@@ -280,9 +281,9 @@ def find_removal(ledger: Ledger, model: ModelIdentity, change: ModelChange) -> M
 
 
 def find_repetition(ledger: Ledger, model: ModelIdentity, repetition: Change) -> ModelChange:
-    """Return a repetition of layers with the calibration documents on which it was measured.
+    """Find the stored calibration documents on which a repetition of layers was measured.
 
-    The documents are found in the results folder.
+    Returns the repetition with facts about these documents.
     """
     calibration = []
     for store in ledger.cells():
@@ -317,7 +318,7 @@ def removal_by_search(
     compared_on: CalibrationSet | None = None,
     recommendation: str = "",
 ) -> ModelChange:
-    """Return the removal after one step of a search, with facts about the search.
+    """Return all parts that a search has removed after a step, with facts about the search.
 
     Args:
         ledger: The results folder.
@@ -368,14 +369,14 @@ def _accuracy(record: PruneRecord, step: PruneStep) -> Accuracy:
 
 
 def _strategy_text(record: PruneRecord, step: PruneStep) -> str:
-    """Return the name of a search's strategy, with the number of the step if it is not the last."""
+    """Return the name of a search's strategy, and the step's number unless the step is the last."""
     number = record.steps.index(step) + 1
     is_complete = number == len(record.steps)
     return record.label if is_complete else f"{record.label}, step {number} of {len(record.steps)}"
 
 
 def _find_run_records(contents: Contents, records: Sequence[PruneRecord]) -> tuple[CellRecord, ...]:
-    """Return the records of the ablation runs in which the steps of the searches were measured."""
+    """Return the records of the ablation runs that measured the steps of the searches."""
     tracked = {cell for record in records for cell in record.rests_on}
     keys = {key for key, *_ in tracked}
     views = [view for view in contents.views if view[0].identity.key in keys]
@@ -384,10 +385,7 @@ def _find_run_records(contents: Contents, records: Sequence[PruneRecord]) -> tup
 
 
 def _documents_text(documents: CalibrationSet) -> str:
-    """Describe calibration documents as text.
-
-    An example of the text is `500 documents of arc_easy (calibration)`.
-    """
+    """Describe calibration documents, e.g. `500 documents of arc_easy (calibration)`."""
     part = f" ({documents.part})" if documents.part else ""
     return f"{count_text(documents.n, 'document')} of {documents.benchmark}{part}"
 

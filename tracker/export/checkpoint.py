@@ -224,8 +224,9 @@ def _measure_change(
 ) -> tuple[CellRecord | None, MeasuredCell | None]:
     """Measure the changed model on the benchmark, or read the stored results.
 
-    The function returns the published record, and the results of the changed model. The record is
-    None if the change removes parts of layers or rounds weights.
+    Returns the record of the published run, and the results of the changed model. If the change
+    removes parts of layers or rounds weights, this function publishes no run, and the record is
+    None.
     """
     cell, record, ledger = request.request, None, request.ledger
     ablation = request.change.ablation

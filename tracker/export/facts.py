@@ -291,7 +291,7 @@ class ExportedModel:
     def speed_title(self) -> str:
         """Heading of the lines about speed and memory on the model card.
 
-        Without known figures, the heading states the reason.
+        If speed and memory are unknown, the heading states why.
         """
         hardware = reason = self.speed_on
         if not self.serving:
@@ -300,7 +300,7 @@ class ExportedModel:
         return f"{tool} ({hardware}):"
 
     def figures(self) -> dict[str, float]:
-        """Return sizes, speeds and metrics of both models by name, e.g. `base/parameters`."""
+        """Return sizes, speeds and metrics of base and saved model, e.g. `base/parameters`."""
         kind = self.change.kind
         figures: dict[str, float] = {
             f"{name}/{quantity}": number

@@ -177,7 +177,7 @@ def _speed_figure(
     Args:
         name: The figure's name in tracking backends.
         task: Number of texts, tokens in each prompt, and new tokens per text.
-        seconds: Seconds of the base model in each turn, and seconds of the saved model.
+        seconds: Seconds of each turn: a list for the base model, and a list for the saved model.
 
     Returns:
         The figure.

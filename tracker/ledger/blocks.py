@@ -42,7 +42,7 @@ class Block:
 class ScheduledBlock(NamedTuple):
     """Block to measure, with its size and its position in the order of documents.
 
-    The block and all earlier blocks together contain the first `end` documents in the order.
+    `end` is the number of documents in the block and all earlier blocks.
     """
 
     block: Block
@@ -59,7 +59,7 @@ def schedule_blocks(
         order: The task of each document, in the order of the documents.
         counts: Total number of documents of each task; `order` can contain only some of these
             documents.
-        seed: The seed of the order; None for the tasks' own order.
+        seed: The seed of the documents' random order; None for the tasks' own order.
 
     Returns:
         The blocks. Each block is measured as a whole.

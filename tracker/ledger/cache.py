@@ -57,8 +57,8 @@ def cache_folder() -> Path:
 def is_private(path: Path, root: Path) -> bool:
     """Return whether only this user and the administrator can have written a file or folder.
 
-    Owner and permissions of `path` and of all folders up to `root` are checked. Links, except
-    `root` itself, are not private. OSError is raised if `path` is missing.
+    Owner and permissions of `path` and of all folders up to `root` are checked. A link is not
+    private, unless the link is `root`. OSError is raised if `path` is missing.
     """
     is_exposed = False
     for checked in (path, *path.parents):
@@ -157,7 +157,7 @@ _DRAFTS_KIND = "drafts"
 
 
 class Drafts:
-    """Cache of generated texts until the outcomes of their documents are complete.
+    """Cache of generated texts of documents whose outcomes are not complete yet.
 
     If a run is interrupted before a document is complete, the next run reads the generated texts
     from the cache instead of generating them again.
@@ -177,7 +177,7 @@ class Drafts:
         keep(_DRAFTS_KIND, key, {"texts": texts})
 
     def clear(self) -> None:
-        """Delete the cached texts of all keys passed to `recall`."""
+        """Delete the cached texts of each key for which `recall` was called."""
         for key in self._keys:
             with suppress(OSError):
                 note_path(cache_folder(), _DRAFTS_KIND, key).unlink()

@@ -91,10 +91,11 @@ class CellStore:
     def missing_outcomes(
         self, block: Block, extent: Extent, ablations: Collection[str]
     ) -> dict[tuple[str, ...], list[int]]:
-        """List the requested documents of a block that lack outcomes, grouped by ablations.
+        """List the requested documents of a block that lack outcomes, grouped by missing ablations.
 
         Returns a dict from ablation names to the numbers of documents that lack outcomes under
-        exactly these ablations. Outcomes that were measured in another document order count too.
+        exactly these ablations. Outcomes that were measured in another document order are not
+        missing.
         """
         frame = self.read_block(block, extent, ["doc", "ablation"])
         measured = set(zip(frame["doc"], frame["ablation"], strict=True))
@@ -123,10 +124,10 @@ class CellStore:
         return frame[frame["doc"].isin(documents)]
 
     def _blocks_in_other_orders(self, block: Block, documents: Iterable[int]) -> Iterator[Block]:
-        """Yield blocks that contain the same documents in other document orders.
+        """Yield the blocks of other document orders that contain some of the documents.
 
-        `documents` are document numbers of the task of `block`. Only orders in which the cell was
-        measured are searched.
+        `documents` are numbers of documents in the task of `block`. A document order is searched
+        only if outcomes were measured in this order.
         """
         task_documents = self.task_documents(ALL_DOCUMENTS)[block.task]
         for seed in self._seeds() - {block.seed}:
@@ -137,7 +138,7 @@ class CellStore:
     def _seeds(self) -> set[int | None]:
         """Return the seeds of all document orders in which documents were measured.
 
-        None stands for the task's own order.
+        The seed None stands for the task's own, unshuffled order.
         """
         names = (_block_name(path).partition("+") for path in self.shards())
         seeds = {int(seed.split(".")[0]) if plus else None for _, plus, seed in names}
@@ -289,7 +290,7 @@ class CellStore:
             yield from copy._intact_shards(blocks, columns)
 
     def _join_shards(self, shards: Mapping[Path, pd.DataFrame]) -> pd.DataFrame:
-        """Join shards, without outcomes that use a rarer tokenisation of a document."""
+        """Join shards; of each document, keep only outcomes with the most common tokenisation."""
         frame, key = pd.concat(shards.values()), ["task", "doc", DIGEST_COLUMN]
         if DIGEST_COLUMN not in frame:
             return frame.assign(**{DIGEST_COLUMN: None})
@@ -304,7 +305,7 @@ class CellStore:
         return frame[~pd.MultiIndex.from_frame(frame[key]).isin(rare_digests)]
 
     def _exclude_shard(self, path: Path, stack: Mapping[str, str]) -> None:
-        """Add a shard with differently tokenised texts, and a message for the user, to `mixed`."""
+        """Record in `mixed` a shard with other tokens of the texts, and a message for the user."""
         base = self.identity.provenance
         versions = tokeniser_differences(stack, base), tokeniser_differences(base, stack)
         self.mixed[str(path)] = _OTHER_TOKENS.format(*versions)
@@ -344,7 +345,7 @@ class CellStore:
         return None
 
     def damaged_shards(self) -> dict[str, str]:
-        """List damaged and ignored shards, with a message for the user about each path."""
+        """Return the path of each damaged or ignored shard → message for the user."""
         stems = {path.stem for path in self.shards()}
         paths = {p for p in self._shards.glob(f"*{ASIDE_SUFFIX}") if p.stem not in stems}
         messages = dict.fromkeys(map(str, sorted(paths | self._unread)), SHARD_SET_ASIDE)
@@ -412,7 +413,8 @@ class CellStore:
     def _earliest_date(self) -> str:
         """Earliest date for new outcomes, as ISO text; empty if there is no limit.
 
-        The date is one second after the latest measurement in the cells of `siblings`.
+        The date is one second after the latest measurement in cells with the same names
+        (`siblings`).
         """
         dates = (last_measured(sibling.all_metadata()) for sibling in self.siblings())
         if not (last_date := max(dates, default="")):
@@ -450,7 +452,7 @@ class CellStore:
     def read_derived(self, state: str, name: str, kind: type[Derived]) -> Derived | None:
         """Return the stored record of the view `name`; None if the record is missing or outdated.
 
-        A record is outdated if stored with another `state`, a hash of the record's inputs.
+        `state` is a hash of the record's inputs. A record with another hash is outdated.
         """
         note = read_note(self._derived_path(name, kind))
         if note.get("state") != state:

@@ -110,8 +110,7 @@ class Contents:
     Attributes:
         views: Pairs of a cell and a request (runs, metric and documents), sorted by model and
             benchmark.
-        unfinished: Pairs of an unfinished cell and a message. For example, a search of the cell was
-            stopped.
+        unfinished: Pairs of an unfinished cell and a message, e.g. that a search was stopped.
         experiments: The stored experiment files: name → exact text.
         findings: The results of studies, sorted by name.
         searches: The results of searches, sorted by name.
@@ -127,7 +126,7 @@ class Contents:
 
     @property
     def search_keys(self) -> set[RecordKey]:
-        """Keys of all cell records that searches have measured."""
+        """Keys of the records of all ablation runs on which the stored searches are based."""
         return {record_key for record in self.searches for record_key in record.rests_on}
 
 

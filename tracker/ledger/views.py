@@ -154,7 +154,7 @@ class Views:
         """Store the runs, metric and documents of a request as a view of the cell.
 
         Args:
-            request: The request. Its documents must already be measured.
+            request: The request, whose documents must already be measured.
             project: The project to which tracking backends publish the runs.
             named: True to store a separate view even if a larger stored view contains the same
                 runs.
@@ -328,7 +328,7 @@ class Views:
         return view.name(self.identity.benchmark.primary_metric)
 
     def path(self, name: str) -> Path:
-        """Return the path of a view's file, also of a file that was named by an earlier version."""
+        """Return the path of a view's file, which an older version of tracker may have named."""
         if (path := self._path(name)).exists():
             return path
         for former_path in self.files():

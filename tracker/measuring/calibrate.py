@@ -62,7 +62,7 @@ FIRST_DOCUMENTS = 64
 
 
 class _LastDocuments(Extent):
-    """Selection of the last documents in each task's random order."""
+    """Selection of calibration documents: the last ones in each task's random order."""
 
     @override
     def select(self, task: str, documents: Sequence[int]) -> Sequence[int]:
@@ -77,7 +77,7 @@ class CalibrationTexts:
     Attributes:
         texts: Token ids of each text; a text has at least two tokens.
         documents: Task → numbers of the documents that contain the texts.
-        tokens: Number of tokens of the texts that the fit uses.
+        tokens: Total number of tokens that are used for the fit.
     """
 
     texts: Sequence[Sequence[int]]
@@ -126,7 +126,8 @@ def choose_calibration(
     """Choose texts for fitting the functions that replace layers.
 
     Documents are added until there are `TOKENS_PER_DIM` × `width` tokens, or until half of the
-    documents are used. Raises CellError if there are no tokens.
+    documents are used. `width` is the size of the model's hidden states. Raises CellError if there
+    are no tokens.
     """
     from tracker.engine.fitting import first_fitted_tokens
 

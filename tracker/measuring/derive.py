@@ -59,7 +59,7 @@ def derive_answer(store: CellStore, view: View) -> AnswerRecord | None:
 
 
 def read_decisions(store: CellStore, view: View) -> DecisionsRecord | None:
-    """Return which answers change under each ablation; None without measured documents."""
+    """Return which answers change under each ablation; None if no document is measured."""
     state, name = _state_hash(store, view, *store.texts.file_names()), store.views.view_name(view)
     record = store.read_derived(state, name, DecisionsRecord)
     if record is None and (view_decisions := derive_decisions(store, view)) is not None:

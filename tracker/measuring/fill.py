@@ -74,7 +74,8 @@ def refuse_changed_tokens(store: CellStore, facts: CellFacts, progress: Progress
 def _tokens_error(subject: str, stored: Mapping[str, str], current: Mapping[str, str]) -> CellError:
     """Build the error about a document or benchmark whose tokens have changed.
 
-    `stored` and `current` are the software versions of the stored and of the new results.
+    `subject` names the document or benchmark. `stored` and `current` are the software versions of
+    the stored and of the new results.
     """
     old, new = tokeniser_differences(stored, current), tokeniser_differences(current, stored)
     advice = (
@@ -165,7 +166,7 @@ class CellWork:
 
     @contextmanager
     def take_block(self) -> Iterator[BlockWork | None]:
-        """Lock and yield a block with missing outcomes; yield None if all blocks are locked."""
+        """Lock and yield a block with missing outcomes; yield None if no block is free."""
         with ExitStack() as locks:
             with self._condition:
                 self._apply_stopping_rule()
@@ -199,7 +200,7 @@ class CellWork:
     def _read_traces(self, block: Block) -> dict[int, list[str]]:
         """Return the intact model's stored texts for the documents of a block.
 
-        The dict is empty unless the benchmark is named `traces:TASK` and scores the texts.
+        The dict is empty unless the benchmark is `traces:TASK`, which scores such texts.
         """
         if not names_traces(self.store.identity.benchmark.name):
             return {}
@@ -210,7 +211,7 @@ class CellWork:
     def _lock_block(self, locks: ExitStack) -> BlockWork | None:
         """Lock the first free block with missing outcomes; return the work on the block.
 
-        Returns None if there is no free block. Closing `locks` releases the lock.
+        Returns None if there is no free block. The lock is held until the caller closes `locks`.
         """
         skipped: list[Block] = []
         while blocks := [block for block in self._free_blocks() if block not in skipped]:

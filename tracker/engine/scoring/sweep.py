@@ -109,7 +109,7 @@ class Engine(EngineModel):
         return replace(self, sharing=sharing)
 
     def ablate(self, ablation: Ablation, brief: bool = False) -> Engine:
-        """Return an engine for a really changed copy of the model, as in `make_changed_copy`."""
+        """Return an engine for a copy of the model to which the ablation is applied."""
         loaded = make_changed_copy(self, ablation, brief)
         leftovers = record_state(loaded.model, {name for _, name in self.quirks.leftovers})
         quirks = replace(self.quirks, leftovers=leftovers, first={})
@@ -179,7 +179,8 @@ class Engine(EngineModel):
     def group_ablations(self, ablations: Ablations, tokens: int) -> Iterator[list[Ablation]]:
         """Split ablations into groups that fit into memory for a text of `tokens` tokens.
 
-        Each group begins with the baseline. If `sharing.depth` is false, there is only one group.
+        Each group begins with the baseline. If ablations share no layers (`sharing.depth` is
+        false), there is only one group.
         """
         size = self.count_streams(tokens) if self.sharing.depth else len(ablations)
         return split_ablations(ablations, size)
@@ -235,7 +236,7 @@ class Engine(EngineModel):
         return run_lockstep(weights, self.loaded.model, passes)
 
     def _group_rows(self, rows: Iterator[Row], plan: StreamPlan) -> Iterator[list[Row]]:
-        """Group the rows (batches) that are scored with the same loading of the weights.
+        """Group the rows (batches), so that the weights are loaded once per group.
 
         With offloaded weights, a group contains as many rows as fit into memory, else one row.
         """
@@ -254,7 +255,7 @@ class Engine(EngineModel):
         yield group
 
     def _score_separately(self, documents: Documents, ablations: Ablations) -> Iterator[_Scored]:
-        """Score documents on a really changed copy of the model for each ablation."""
+        """Score documents without sharing: for each ablation, on a changed copy of the model."""
         memory = self.memory
         if self.loaded.offloaded is not None:  # the rows of all ablations wait together
             memory = self.budget // len(ablations)
@@ -370,14 +371,14 @@ class Engine(EngineModel):
         return result
 
     def find_read_prefix(self, plan: StreamPlan, tokens: Sequence[int]) -> Prefix | None:
-        """Return the prefix of `tokens` that is cached for `plan`; None if there is none."""
+        """Return the cached prefix of `tokens` for a plan of ablations; None if there is none."""
         prefixes = (prefix for prefix in self._prefixes if prefix.plan == plan)
         return next((prefix for prefix in prefixes if prefix.is_prefix_of(tokens)), None)
 
     def _launch_row(
         self, row: Row, plan: StreamPlan, prefix: Prefix | None, ablations: Ablations
     ) -> Callable[[], RowScores]:
-        """Start a forward pass for a row, and return a function that waits for the scores."""
+        """Start a forward pass for a row (batch); return a function that waits for the scores."""
         prefix = prefix if row.prefix else None
         can_skip = prefix is None and self.loaded.offloaded is None
         candidates = find_expert_ablations(ablations) if can_skip else []
@@ -440,9 +441,9 @@ def _drop_baseline(ablations: Ablations) -> list[Ablation]:
 
 
 def split_ablations(ablations: Ablations, size: int) -> Iterator[list[Ablation]]:
-    """Split ablations into groups of `size` ablations; each group begins with the baseline.
+    """Split ablations into groups of up to `size`; the baseline is the first of each group.
 
-    Even if `size` is 1, a group contains one ablation besides the baseline.
+    If `size` is 1, a group has two ablations: the baseline and one other.
     """
     changed_ablations, n_others = _drop_baseline(ablations), max(1, size - 1)
     for start in range(0, max(1, len(changed_ablations)), n_others):

@@ -1,9 +1,10 @@
-"""Run the self-check, which tests shared computation against really changed models.
+"""Run the self-check, which compares shared computation with changed copies of the model.
 
 The first step tests the architecture on a miniature model (module `miniature_check`). The second
 step scores a few requests of the benchmark on the model itself, with and without shared
-computation. Both results are stored for later measurements of the same model. In the third step,
-`compare_watched_documents` scores some measured documents again, without shared computation.
+computation. The results of both steps are stored for later measurements of the same model. In the
+third step, `compare_watched_documents` scores some measured documents again, without shared
+computation.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ class Check:
     Attributes:
         engine: The engine, which shares only computation that changes no result.
         difference: Largest difference in nats between a log-likelihood with sharing and the
-            log-likelihood of a really changed model.
+            log-likelihood of a changed copy of the model.
         sharing_note: One line that states which shared computation was disabled and why; None if
             nothing was disabled.
         unsteady_note: One line with the number of log-likelihoods that rounding errors change by
@@ -142,7 +143,8 @@ def check_sharing(
         documents: The documents to measure.
         ablations: All ablations to measure, with the baseline.
         store: Storage of earlier results of the self-check; None = no storage.
-        fit: Function that computes the replacement of each layer, by layer number.
+        fit: Function that returns layer number → replacement, e.g. a linear map fitted to the
+            layer.
         typical_ablations: Ablations for the check on the miniature, with the baseline; empty = use
             `ablations`.
 
@@ -225,8 +227,8 @@ def _recall_verdict(
 ) -> T | None:
     """Load a self-check's stored result (verdict); None if no usable verdict is stored.
 
-    The verdict under the first key is always usable. A verdict under a later key is usable if
-    `is_valid` returns True for this verdict.
+    `keys` are tried in order. A verdict under the first key is always usable, and a verdict under a
+    later key is usable if `is_valid` returns True.
     """
     for index, key in enumerate(keys):
         with suppress(ValidationError):
@@ -239,7 +241,7 @@ def _recall_verdict(
 def _confirmation_keys(
     engine: Engine, ablations: Ablations, verdict: SharingVerdict, n_tokens: int, blank: bool
 ) -> list[str]:
-    """List the keys under which the self-check of the model itself can be stored.
+    """List the keys under which results of the self-check of the model itself are stored.
 
     Each key is a hash of the model, the ablations, the hardware, `verdict` (the miniature's result)
     and a maximum text length. The first key is for texts of up to `n_tokens` tokens, and the later
@@ -263,7 +265,7 @@ def _confirmation_keys(
 
 
 def measure_reach(engine: Engine, documents: Documents) -> Reach:
-    """Count the tokens of the longest text, prefix tree and forward pass."""
+    """Count the tokens of the longest text, largest prefix tree and largest forward pass."""
     max_length = engine.max_length
     longest = max(request.length for document in documents for request in document.requests)
     widest = max(count_tree_nodes(document, max_length) for document in documents)
@@ -272,7 +274,7 @@ def measure_reach(engine: Engine, documents: Documents) -> Reach:
 
 
 def _text_lengths(n_tokens: int) -> list[int]:
-    """List the maximum text lengths for which the store can contain results."""
+    """List the powers of two from `n_tokens` to `MAX_REACH`, which are parts of storage keys."""
     shortest = max(MIN_REACH, 1 << (n_tokens - 1).bit_length())
     return [shortest << n for n in range(max(1, (MAX_REACH // shortest).bit_length()))]
 
@@ -306,7 +308,7 @@ def _describe_unsteady(comparison: Comparison, dtype: torch.dtype, is_half: bool
 
 
 def shortest_documents(documents: Documents) -> list[Document]:
-    """Return the `CONFIRMED_DOCUMENTS` shortest documents, preferring several requests."""
+    """Return the `CONFIRMED_DOCUMENTS` shortest documents, first those with several requests."""
 
     def size(document: Document) -> tuple[int, int]:
         return -min(len(document.requests), 4), sum(request.length for request in document.requests)
@@ -315,7 +317,7 @@ def shortest_documents(documents: Documents) -> list[Document]:
 
 
 def compare_rounds(engine: Engine, truth: Reference, rounds: Sequence[_Round]) -> Comparison:
-    """Compare log-likelihoods from `engine` with those of really changed models (`truth`).
+    """Compare log-likelihoods from `engine` with those of changed copies of the model (`truth`).
 
     A round is a tuple: the documents and ablations to score, and the (ablation, document, request)
     indices of the log-likelihoods to compare.
@@ -407,7 +409,7 @@ def draw_scores(documents: Documents, ablations: Ablations) -> Iterator[tuple[in
 
 
 def count_unshared_tokens(documents: Documents, ablations: Ablations, max_length: int) -> int:
-    """Count the tokens that really changed models read during the self-check."""
+    """Count the tokens that the self-check computes without sharing, on changed model copies."""
     watched = draw_watched_documents(documents)
     questions: list[Any] = _list_questions(confirmation_rounds(documents, ablations))
     questions += [
@@ -423,7 +425,7 @@ def count_unshared_tokens(documents: Documents, ablations: Ablations, max_length
 def _compare(
     truth: Reference, score: DocumentScores, index: int, ablation: Ablation, request: int
 ) -> Comparison:
-    """Compare one log-likelihood in `score` with the result of a really changed model.
+    """Compare one log-likelihood in `score` with the result of a changed copy of the model.
 
     `index` is the index of `ablation` in `score`, and `request` is the index of the request. In
     float32, the tolerance is 1e-3 nats plus 1e-4 of the log-likelihood. In half precision, the
@@ -439,13 +441,13 @@ def _compare(
 
 
 def draw_watched_documents(documents: Documents) -> set[tuple[str, int]]:
-    """Draw documents for a second scoring without shared computation.
+    """Draw documents to score a second time, without shared computation.
 
     Returns the (task, index) pair of each drawn document.
 
     On average, one of `WATCH_RATE` documents is drawn. At least one document is drawn from each
-    task; with many tasks, from each of some random tasks. The document with the longest text is
-    always drawn.
+    task. With many tasks, this applies only to a random selection of tasks. The document with the
+    longest text is always drawn.
     """
 
     def draw(document: Document) -> float:
@@ -494,12 +496,12 @@ def compare_watched_documents(
     seed: str,
     first_ablation: int = 0,
 ) -> Iterator[tuple[DocumentScores, int, Comparison]]:
-    """Score documents again on really changed models, and compare the log-likelihoods.
+    """Score documents again on changed copies of the model, and compare the log-likelihoods.
 
     Each document is scored again under one random ablation.
 
     Args:
-        truth: The reference, which scores requests on really changed copies of the engine's model.
+        truth: The reference, which scores requests on changed copies of the engine's model.
         scores: The engine's scores of the measured documents.
         ablations: The measured ablations.
         seed: Random seed for drawing each document's ablation.

@@ -2,7 +2,7 @@
 
 The tiny model (miniature) reads texts of random tokens, longer and shorter than each length in the
 model's configuration (e.g. the attention window). The log-likelihoods with shared computation are
-compared with the log-likelihoods of really changed models.
+compared with the log-likelihoods of changed copies of the model.
 """
 
 from __future__ import annotations
@@ -121,9 +121,9 @@ def draw_long_documents(
 def draw_switch_documents(
     vocabulary: int, switches: Sequence[int], widest: int
 ) -> list[list[Document]]:
-    """Draw random documents below and above each text length in `switches`.
+    """Draw random documents that are shorter and longer than each length in `switches`.
 
-    At these text lengths, the model's computation changes. `vocabulary` is the number of token ids.
+    The model's computation changes at these lengths. `vocabulary` is the number of token ids.
     `widest` is the maximum number of tokens in the prefix tree of one document. The result is a
     single list of documents, which the engine scores in one call.
     """
@@ -253,14 +253,14 @@ def reachable_numbers(model: PreTrainedModel, n_tokens: int) -> tuple[NumberPath
 def check_miniature(
     engine: Engine, ablations: Ablations, paths: Sequence[NumberPath], blank: bool
 ) -> SharingVerdict:
-    """Test with short texts on a miniature model which computation ablations can share.
+    """Test on a miniature model, with short texts, which computation ablations can share.
 
     Args:
         engine: The engine. Its model must not have been called yet, since calls can change the
             model.
         ablations: All ablations to measure, with the baseline.
-        paths: Paths of the numbers in the configuration that are small enough to affect the
-            measured texts.
+        paths: Paths of the numbers in the configuration that do not exceed the length of the
+            measured texts, e.g. an attention window.
         blank: True if a token of the measured texts has a zero embedding.
 
     Returns:
@@ -310,7 +310,7 @@ def check_longer_texts(
     rows: tuple[int, int, int],
     blank: bool,
 ) -> SharingVerdict:
-    """Test with long texts on a miniature model which computation ablations can share.
+    """Test on a miniature model, with long texts, which computation ablations can share.
 
     Args:
         engine: The engine. Its model must not have been called yet, since calls can change the
@@ -354,10 +354,10 @@ def check_longer_texts(
 def _find_switch_lengths(
     engine: Engine, mini: PreTrainedModel, verdict: SharingVerdict, longest: int
 ) -> tuple[tuple[int, ...], bool]:
-    """Search lengths above `LONGEST_REACH` at which a miniature's computation changes.
+    """Find text lengths above `LONGEST_REACH` at which a miniature's computation changes.
 
-    Lengths up to `longest` tokens are searched. Returns the new lengths, and a flag. The flag is
-    True if the computation may change at every length from the first threshold on.
+    Lengths up to `longest` tokens are searched. Returns these lengths, and a flag. The flag is True
+    if every text length from the first known change on may have its own computation.
     """
     if longest <= LONGEST_REACH:
         return (), False
@@ -369,10 +369,10 @@ def _find_switch_lengths(
 
 
 def sample_ablations(ablations: Ablations) -> list[Ablation]:
-    """Choose the ablations for the self-check: all, or a random sample of similar ones.
+    """Choose the ablations for the self-check; of many similar ablations, draw a sample.
 
-    Only ablations that remove parts (e.g. heads), repeat layers or quantise linear maps are
-    sampled, if there are many.
+    At most `MAX_PART_ABLATIONS` ablations that remove parts (e.g. heads), repeat layers or quantise
+    linear maps are chosen. All other ablations are chosen.
     """
     many = [
         a for a in ablations if a.parts or a.repetitions or (a.roundings and not a.outer_formats)
@@ -442,10 +442,10 @@ def _vocabulary(model: PreTrainedModel) -> int:
 def _build_engine(
     engine: Engine, model: PreTrainedModel, verdict: SharingVerdict, longest: int, nodes: int
 ) -> Engine:
-    """Build an engine for a miniature.
+    """Build an engine that scores documents with a miniature (`model`) of the engine's model.
 
     `longest` is the maximum number of tokens of a text, and `nodes` is the maximum number of tokens
-    of a row.
+    of a row (batch).
     """
     device = torch.device("cpu")
     loaded = replace(engine.loaded, model=model, layers=find_layers(model), device=device)
@@ -467,7 +467,7 @@ def _random_replacements(layers: torch.nn.ModuleList) -> dict[int, RandomReplace
 
 
 def _check_model_itself(engine: Engine, ablations: Ablations) -> SharingVerdict:
-    """Test shared computation on the model itself, if no miniature can be built."""
+    """Test shared computation on the model itself, because no miniature can be built."""
     verdict = SharingVerdict(
         DEPTH_ONLY,
         "no tiny copy of the model can be built for the self-check, so common beginnings of "
@@ -483,10 +483,10 @@ def _check_model_itself(engine: Engine, ablations: Ablations) -> SharingVerdict:
 
 
 def _limit_sharing(truth: Reference, verdict: SharingVerdict, probe: _Probe) -> SharingVerdict:
-    """Reduce shared computation until no log-likelihood in `probe` changes.
+    """Share less computation, step by step, until no log-likelihood in `probe` changes.
 
     Returns `verdict`, the self-check's result so far, with the new sharing. `truth` computes the
-    correct log-likelihoods on really changed models.
+    correct log-likelihoods on changed copies of the model.
     """
     engine = truth.engine
     if not truth.is_half:  # the order of summation on an accelerator may vary
@@ -538,13 +538,13 @@ def _refuse_stateful_model(engine: Engine, calls: Sequence[Documents]) -> None:
 def find_most_sharing(
     most: Sharing, engine: Engine, compare: Callable[[Sharing], Comparison]
 ) -> tuple[Sharing, Comparison, str | None]:
-    """Find the highest level of sharing computation that changes no results.
+    """Find how much computation can be shared without changing results.
 
     Args:
-        most: The first level to test. Lower levels, which share less computation, are tested only
-            if `most` changes a result.
+        most: The level that shares the most computation. Lower levels are tested only if `most`
+            changes a result.
         engine: The engine of the model, for messages about failures.
-        compare: Function that compares answers at a level of sharing with the reference.
+        compare: Function that compares scores at a level of sharing with the reference results.
 
     Returns:
         The highest level that changes no result, the comparison at this level, and the reason why
@@ -604,8 +604,8 @@ def _make_probe(calls: Sequence[Documents], ablations: Ablations, n_answers: int
 def compare_orders(engine: Engine, truth: Reference, probe: _Probe) -> Comparison:
     """Score documents in two opposite orders, and compare each result with `truth`.
 
-    If there are many ablations, half of the ablations are scored in each order. The comparison
-    stops at the first wrong log-likelihood.
+    If there are more than `BOTH_ORDERS_LIMIT` ablations, each ablation is scored in one order only.
+    The comparison stops at the first wrong log-likelihood.
     """
     comparison = Comparison()
     changes = [ablation for ablation in probe.ablations if ablation != INTACT]

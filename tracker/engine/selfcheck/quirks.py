@@ -1,7 +1,8 @@
-"""Find effects of text lengths and earlier calls on a model, and how to remove a layer.
+"""Test how text lengths and earlier calls change logits, and choose how to remove layers.
 
-An experiment replaces one number in a miniature's configuration by a small number. If the logits
-stay the same, the model does not use this number.
+A miniature is a tiny model with random weights. An experiment replaces one number in the
+miniature's configuration by a small number. If the logits stay the same, the model does not use
+this number.
 """
 
 from __future__ import annotations
@@ -59,10 +60,10 @@ class QuirkFindings:
 
     Attributes:
         relevant_numbers: Paths of the numbers in the configuration that affect the logits.
-        lengths: Pairs (path, flag). The path locates a number in the configuration at which the
-            computation changes if a text becomes as long. If the flag is True, every text length
-            above this number has its own computation. The path is empty if the logits always depend
-            on the text length.
+        lengths: Pairs (path, flag). The path locates a number in the configuration, e.g. an
+            attention window. Texts with fewer and with more tokens than this number are computed
+            differently. If the flag is True, every longer text length has its own computation. The
+            path is empty if the logits always depend on the text length.
         leftovers: Names of model attributes that a call changes and that affect the next call.
         first: Module and name of each attribute that the first call changes permanently.
         causal: True if the logits of a token do not depend on later tokens.
@@ -76,7 +77,10 @@ class QuirkFindings:
 
 
 def find_quirks(mini: PreTrainedModel, paths: Collection[NumberPath]) -> QuirkFindings:
-    """Test whether a miniature's logits depend on text length, earlier calls or later tokens."""
+    """Test whether a miniature's logits depend on text length, earlier calls or later tokens.
+
+    `paths` locates the numbers in the configuration that the experiments replace.
+    """
     logits = _text_logits(mini, LONG)
     leftovers, first = _find_call_effects(mini)
     any_length = not _is_equal(logits[:SHORT], _text_logits(mini, SHORT))
@@ -105,18 +109,19 @@ def find_quirks(mini: PreTrainedModel, paths: Collection[NumberPath]) -> QuirkFi
 def _find_effect(
     model: PreTrainedModel, usual_logits: Tensor, any_length: bool
 ) -> tuple[bool, bool, set[str], set[tuple[str, str]]] | None:
-    """Compare a model's logits before and after a number in the configuration changes.
+    """Test how a changed number in a model's configuration affects the logits.
 
     Args:
         model: The model that is built from the changed configuration.
         usual_logits: Logits of the model with the original configuration.
-        any_length: True if the original logits of the first tokens depend on the text length.
+        any_length: True if the logits depend on the text length even with the original
+            configuration.
 
     Returns:
         None if the number has no effect. Otherwise two flags, and the two sets from
-        `_find_call_effects`. The first flag is True if the number makes the logits of a text's
-        beginning depend on the text length. The second flag is True if these logits also depend on
-        the length among longer texts.
+        `_find_call_effects`. The first flag is True if, because of the number, the first tokens
+        have other logits in a long text than in a short text. The second flag is True if these
+        logits also differ between long texts of different lengths.
     """
     logits = _text_logits(model, LONG)
     if _is_equal(logits, usual_logits):
@@ -127,15 +132,16 @@ def _find_effect(
 
 
 def find_switches(mini: PreTrainedModel, old_lengths: Lengths, lengths: Iterable[int]) -> Lengths:
-    """Search the text lengths at which a model's computation changes, by bisection.
+    """Find by bisection the text lengths at which a model's computation changes.
 
     The function compares the logits of texts with the same first tokens but different lengths. The
-    search stops at a length for which the model fails.
+    search ends if the model raises an error at a length.
 
     Args:
         mini: A miniature that was never called, since calls can change it.
         old_lengths: Known lengths at which the computation changes.
-        lengths: Lengths between which to search; the model must run at the smallest length.
+        lengths: Bounds of the intervals in which to search; the model must run at the smallest
+            length.
 
     Returns:
         `old_lengths` and the new lengths.
@@ -174,8 +180,8 @@ def find_switches(mini: PreTrainedModel, old_lengths: Lengths, lengths: Iterable
 def build_shortened(mini: PreTrainedModel, paths: Collection[NumberPath]) -> list[Any]:
     """Build copies of a miniature with very small attention windows and other length limits.
 
-    `paths` locates the limits in the configuration. One copy has small limits at all paths. If this
-    copy cannot run, the function builds one copy for each path instead.
+    `paths` locates the limits in the configuration. The function builds one copy in which all
+    limits are small. If this copy cannot run, the function builds one copy per limit instead.
     """
     values: Mapping[NumberPath, float] = dict(find_numbers(mini.config.get_text_config()))
     order = sorted((path for path in paths if path in values), key=lambda path: values[path])
@@ -270,7 +276,7 @@ class _Outputs:
 
     @property
     def differs_from_skip(self) -> bool:
-        """True if skipped layers give other logits than the saved copy without these layers."""
+        """True if skipping layers gives other logits than a saved copy without these layers."""
         return self.saved is not None and not logits_alike(self.saved, self.skip)
 
     @property
@@ -289,10 +295,11 @@ def find_removed_model(
 ) -> SharingVerdict:
     """Find how to remove layers so that the model acts like a saved checkpoint.
 
-    In most models, skipping a layer gives the same logits as a checkpoint without the layer. If
-    not, ablations share no layers. If no copy without the layer works, the layer stays in the model
-    and returns its input. Returns `verdict`, the self-check's result so far, with these findings.
-    Raises CellError if the model does not run without a layer.
+    In most models, skipping a layer gives the same logits as a checkpoint without the layer. If the
+    logits differ, each ablation is computed separately. If no checkpoint can be made, and a copy in
+    memory gives other logits, the layer stays in the model and returns its input. Returns
+    `verdict`, the self-check's result so far, with these findings. Raises CellError if the model
+    does not run without a layer.
     """
     engine = truth.engine
     name = engine.class_name
@@ -359,8 +366,8 @@ class _Loading:
     def reload_copy(self, engine: Engine, copied: Engine, ablation: Ablation) -> Engine:
         """Build the model that loading a saved checkpoint of `copied` would give.
 
-        `copied` is the engine of a copy that was changed by `ablation`. Returns an engine of the
-        loaded model.
+        `engine` has the intact model, and `copied` has a copy that `ablation` changed. Returns an
+        engine of the loaded model.
         """
         layers = engine.layers_left(ablation)
         model = simulate_reload(copied.loaded.model, layers, self.cut_models)
@@ -394,8 +401,8 @@ def _compute_outputs(
 ) -> _Outputs:
     """Compute the logits of a model without some layers, for three ways of removing layers.
 
-    The ways are described by `_Outputs`. `original` is the engine of an unchanged copy of the
-    model.
+    The ways are: a copy in memory, skipped layers, and a saved copy. `original` is the engine of an
+    unchanged copy of the model.
     """
     engine, saved, lacks = truth.engine, None, False
     unsaved = _ITSELF if loading.full_model is None else _NOT
@@ -424,7 +431,7 @@ def _compute_outputs(
 
 
 def _is_mismatch(engine: Engine, ablation: Ablation, outputs: _Outputs) -> bool:
-    """Return whether a changed copy has other logits than `outputs` expects.
+    """Return whether a copy that `ablation` changes has unexpected logits.
 
     The expected logits are `outputs.saved`, or `outputs.skip` if `outputs.saved` is None.
     """
@@ -433,7 +440,7 @@ def _is_mismatch(engine: Engine, ablation: Ablation, outputs: _Outputs) -> bool:
 
 
 def _describe_unsaved(results: Mapping[Ablation, _Outputs]) -> str | None:
-    """Describe for users which ablations cannot be saved as a checkpoint; None if none."""
+    """Describe for users which ablations cannot be saved as a checkpoint; None if all can."""
     clauses = []
     for repeats, all_phrase, measured_model in (
         (False, "with removed layers", "the model with skipped layers"),

@@ -1,4 +1,4 @@
-"""Compute reference results on really changed models, and define the result of a self-check.
+"""Compute reference results on changed copies of a model, and define a self-check's result.
 
 The self-check compares log-likelihoods from shared computation with these reference results. The
 result of the self-check is called the verdict.
@@ -51,7 +51,7 @@ NOISE_DRAWS = 32
 
 @dataclass(frozen=True)
 class Comparison:
-    """Comparison of log-likelihoods from shared computation and changed models.
+    """Comparison of log-likelihoods from shared computation and from changed model copies.
 
     Attributes:
         compared: Number of compared log-likelihoods.
@@ -78,9 +78,10 @@ class Comparison:
 
 
 class Reference:
-    """Scorer of single requests on really changed models, without shared computation.
+    """Scorer of single requests on changed copies of a model, without shared computation.
 
-    The copies of a miniature stay in memory. For other models, two NaN values count as equal.
+    A changed copy lacks the removed layers, for example. All copies of a miniature stay in memory.
+    For other models, one copy stays in memory, and two NaN values count as equal.
     """
 
     def __init__(self, engine: Engine, is_miniature: bool = False) -> None:
@@ -91,7 +92,7 @@ class Reference:
         self._answers: dict[tuple[Ablation, Request], Response] = {}
 
     def ablate(self, ablation: Ablation) -> Engine:
-        """Build an engine for a really changed copy of the model, or return the cached engine."""
+        """Return an engine for a copy of the model with the ablation, if possible a cached one."""
         if ablation not in self._copies:
             if not self.is_miniature:  # requests are sorted by ablation
                 self._copies.clear()
@@ -116,7 +117,7 @@ class Reference:
         deque(self.engine.run_lockstep(partial(answer_text, *text) for text in texts), maxlen=0)
 
     def answer(self, ablation: Ablation, request: Request) -> Response:
-        """Return the score of one request on a really changed model."""
+        """Return the score of one request on a copy of the model that is changed by `ablation`."""
         key = (ablation, request)
         if key not in self._answers:
             engine = self.ablate(ablation)
@@ -149,7 +150,7 @@ class Reference:
     def compare(
         self, value: float, ablation: Ablation, request: Request, abs_tol: float, rel_tol: float
     ) -> Comparison:
-        """Compare a log-likelihood from shared computation with that of a really changed model.
+        """Compare a log-likelihood from shared computation with that of a changed model copy.
 
         If the difference exceeds the tolerance, `is_unsteady` tests whether rounding errors explain
         the difference.
@@ -212,10 +213,10 @@ class SharingVerdict:
         compared: Number of log-likelihoods compared.
         unsteady: Number of log-likelihoods that differ by more than the tolerance because of
             rounding errors.
-        lengths: Pairs (path, flag). The path locates a number in the configuration at which the
-            computation changes if a text becomes as long. If the flag is True, every text length
-            above this number has its own computation. The path is empty if every text length has
-            its own computation.
+        lengths: Pairs (path, flag). The path locates a number in the configuration, e.g. an
+            attention window. Texts with fewer and with more tokens than this number are computed
+            differently. If the flag is True, every longer text length has its own computation. The
+            path is empty if every text length has its own computation.
         leftovers: Names of model attributes that a call changes and that affect the next call.
         first: Module and name of each attribute that the first call changes permanently.
         in_place: True if removed layers stay in the model and return their input.
@@ -243,14 +244,15 @@ class SharingVerdict:
 
     @property
     def is_clean(self) -> bool:
-        """True if sharing is exact, and logits depend on no text length or earlier call."""
+        """True if sharing everything is exact, and no text length or call changes logits."""
         special = (self.unsteady, self.lengths, self.switches, self.leftovers, self.first)
         return self.sharing == FULL and not any(special)
 
     def make_quirks(self, model: PreTrainedModel) -> Quirks:
-        """Convert the self-check's result to the side effects that the engine must handle.
+        """Convert the self-check's result to quirks: effects that the engine must handle.
 
-        The result stores attribute values of `model`, which must not have been called yet.
+        Examples are attributes that a call changes. The quirks contain attribute values of `model`,
+        which must not have been called yet.
         """
         values = dict(find_numbers(model.config.get_text_config()))
         thresholds = (
@@ -318,7 +320,7 @@ def describe_difference(way: Sharing, comparison: Comparison) -> str:
 
 @torch.inference_mode()
 def keeps_state(model: PreTrainedModel) -> bool:
-    """Return whether a model has a recurrent state, by testing for a cache of constant size."""
+    """Return whether a model has a recurrent state, i.e. a cached tensor of constant size."""
 
     def read_shapes() -> list[list[torch.Size]]:
         texts = [torch.arange(tokens, device=model.device)[None] + 3 for tokens in (2, 3)]

@@ -127,8 +127,8 @@ class WorkerPool:
     def _next_cell(self, worker: Remote) -> _PoolCell | None:
         """Wait for a cell that a worker can measure, and return this cell.
 
-        The worker continues its current cell if possible. Otherwise, cells of the loaded model are
-        preferred. Returns None if all cells are done.
+        The worker continues its current cell if possible. Otherwise, cells of the model that the
+        worker has loaded are preferred. Returns None if all cells are done.
         """
         open_cell = self._open_cells.get(worker)
         loaded_model = open_cell and open_cell.request.model

@@ -35,7 +35,7 @@ class WorkerProcess(RemoteObject):
         name: Name of the worker in messages.
         output: The file that receives the error output of the process.
         variables: Environment variables that set the devices and number of threads of the process.
-        *arguments: The arguments of `RemoteWorker`.
+        *arguments: Arguments for the `RemoteWorker` that the process runs.
     """
 
     def __init__(

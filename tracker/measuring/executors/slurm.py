@@ -136,7 +136,7 @@ class _SubmittedJob:
         return is_over
 
     def report(self, say: Callable[[str], None]) -> int:
-        """Pass the messages and results of the ended job to the callbacks.
+        """Report the messages, progress and results of the ended job.
 
         `say` receives the messages. Returns the number of times that the job loaded a model.
         """
