@@ -206,7 +206,7 @@ class TrialCommand(GroupedCommand):
     """Command that ignores options with the value None, such as `--name=None`."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Parse the arguments without the options whose value is `None`."""
+        """Parse the arguments of a sweep's trial; ignore unset options such as `--limit=None`."""
         if "--layer=all" in args:
             raise click.UsageError(
                 "--layer=all is not possible in a sweep, because each trial measures one layer. "

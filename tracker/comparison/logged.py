@@ -198,7 +198,8 @@ def build_answers(
 def _add_choices(table: pd.DataFrame) -> None:
     """Add the column `choice`: the number of the option with the highest score.
 
-    If the metric `acc` rates the same choices, also add the probability of the right option.
+    If choosing this option gives the stored `acc` for every document, the function also adds the
+    probability of the right option.
     """
     scores = pd.DataFrame(table["scores"].tolist()).to_numpy(dtype=np.float64)
     is_option = (table["gold"] >= 0) & (table["gold"] < (~np.isnan(scores)).sum(axis=1))

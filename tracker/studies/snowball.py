@@ -614,7 +614,8 @@ def _build_charts(cell: SnowballFigures) -> Iterator[StudyChart]:
 def _choose_drawn_layers(cell: SnowballFigures) -> Iterator[tuple[int, str]]:
     """Choose the removed layers to draw in the chart of hidden-state differences.
 
-    Yields pairs (layer, text for the legend).
+    The layers are those that the cosine score misjudges most, or evenly spaced layers without
+    accuracy drops. Yields pairs (layer, text for the legend).
     """
     if cell.explained is None:
         layers = np.unique(np.linspace(0, cell.layers - 1, MAX_PATHS).round()).astype(int)

@@ -128,7 +128,7 @@ class LayerStep:
 
     @cached_property
     def _projection_pairs(self) -> tuple[tuple[int, tuple[Change, ...]] | None, ...]:
-        """For each stream in `entrants`, the entry of `attention_sources` and the removed heads.
+        """For each stream in `entrants`, the stream that computes its attention, and removed heads.
 
         The pair is None if the attention is removed.
         """

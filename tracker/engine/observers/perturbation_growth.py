@@ -149,7 +149,11 @@ class _Directions:
         return RANDOM + self.draws
 
     def perturb(self, layer: int, inputs: Tensor, outputs: Tensor) -> list[Tensor]:
-        """Return the layer's output [tokens, …] after each kind of perturbation."""
+        """Return a layer's output [tokens, …] after each perturbation, given its in- and outputs.
+
+        The perturbations are: the layer removed, its update replaced by another token's, and random
+        directions.
+        """
         wide = _widen(outputs)
         update = wide - _widen(inputs)
         size, other_tokens = _token_norms(update), self._shuffle(layer, len(outputs))
