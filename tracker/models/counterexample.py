@@ -182,7 +182,7 @@ class Counterexample:
 
     @torch.inference_mode()
     def set_epsilon(self, epsilon: float) -> Any:
-        """Set the cosine score of layer 2 to ε, and rewrite layers 3 and 4 accordingly.
+        """Write the weights of layers 2, 3 and 4 so that layer 2 has the cosine score ε.
 
         Args:
             epsilon: The cosine score of layer 2, between `MIN_EPSILON` and `MAX_EPSILON`.

@@ -150,8 +150,16 @@ def find_units(
 ) -> list[FormatUnit]:
     """List the units of a model: groups of weights that each get one format.
 
-    If `with_embeddings` is true, the embedding and the output head are units too. The other
-    arguments are explained at `list_units`.
+    Args:
+        source: The model's source, from which the shapes of its linear maps are read.
+        model: The model, from which the shapes of embedding and output head are read.
+        layers: Numbers of the layers whose linear maps get formats.
+        by_map: True if each linear map is a unit; False if each layer is a unit.
+        with_embeddings: True if the embedding and the output head are units too.
+        is_tied: True if linear maps that inference engines fuse are one unit.
+
+    Returns:
+        The units of the layers, followed by the embedding and the output head.
     """
     embeddings = embedding_shapes(model) if with_embeddings else {}
     return list_units(linear_map_shapes(source), layers, by_map, embeddings, is_tied)

@@ -413,9 +413,9 @@ def _bounds_table(cell: MeasuredDocuments, replays: Sequence[QuestionReplay]) ->
 
 
 def _passes_chart(cell: MeasuredDocuments, replays: Sequence[QuestionReplay]) -> LineChart:
-    """Build the chart of the share of document orders with a decision, by computation used.
+    """Chart how often a question is answered, by the share of computed layer passes.
 
-    The chart has a line for each `until` condition.
+    A line shows, for one question, the share of random document orders with an answer.
     """
     positions = range(0, 101, 2)
     lines = {}

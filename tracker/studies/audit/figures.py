@@ -320,7 +320,8 @@ class ModelAudit:
     def ranks(self) -> dict[str, tuple[int, int]]:
         """Name of each proxy → best and worst rank that the proxy can have among all proxies.
 
-        The proxy with the highest correlation with the accuracy drop has rank 1.
+        Rank 1 is the highest correlation with the accuracy drop. The two ranks differ where
+        correlations do not differ significantly.
         """
         summaries = list(self.summaries.values())
         lows = [[self.compare_proxies(a, b).low or 0.0 for b in summaries] for a in summaries]

@@ -307,7 +307,10 @@ def _attach_files(client: MlflowClient, run_id: str, files: Sequence[Path]) -> N
 
 
 def _read_points(client: MlflowClient, shown_run: Run, run: MlflowRun) -> tuple[Points, int]:
-    """Return a run's stored metric values, by (name, step), and their latest timestamp."""
+    """Read the metric values of `run` that MLflow stores as `shown_run`.
+
+    Returns a dict from (name, step) to value, and the latest timestamp of the values.
+    """
     values: Points = {}
     timestamp = 0
     for metric in _newest_metrics(shown_run):
