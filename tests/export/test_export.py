@@ -250,7 +250,7 @@ class TestFailedExport:
         ("spoil", "problem"),
         [
             (scale_weights, "plain transformers loads a different model: logits of"),
-            (drop_weights, "plain transformers lacks the weight model.layers.1.mlp.down_proj"),
+            (drop_weights, "lacks the weight model.layers.1.mlp.down_proj"),
             (break_configuration, "does not load in a fresh process"),
         ],
     )

@@ -228,7 +228,7 @@ def test_tied_weights_stay_tied(tmp_path):
         ("llama", {}, "expert", [[0]] * 4, "does not state the number of experts"),
         ("llama", {}, "neuron", [[0], [1], [], [2]], "layer 2 keeps 4 of 4 groups of neurons"),
         ("llama", {}, "neuron", [[0, 1, 2, 3]] * 4, "no neuron of layer 0 .* would remain"),
-        ("mixtral", {}, "neuron", [[0]] * 4, "no groups of neurons .* without experts"),
+        ("mixtral", {}, "neuron", [[0]] * 4, "no groups of neurons .* has no experts"),
         ("bloom", {}, "neuron", [[0]] * 4, "does not state the number of groups of neurons"),
         # 96 is no multiple of 10 heads. The miniature has fewer heads, which are accepted.
         (
@@ -239,10 +239,10 @@ def test_tied_weights_stay_tied(tmp_path):
             "gemma3_mixed", {"num_key_value_heads": 1}, "head", [[0], [1], [2], [3]],
             "does not accept 3 instead of 4 heads in each layer; it accepts 1 or 2",
         ),
-        ("olmo2", {}, "kv_head", [[0]] * 4, "the logits differ .* for the remaining parts"),
+        ("olmo2", {}, "kv_head", [[0]] * 4, "the logits differ .* the remaining parts"),
         # Its map of queries and gates is as long as a map of queries, keys and values.
         ("qwen3_next", {}, "kv_head", [[], [0], [], [1]], "q_proj.weight .* it is not known"),
-        ("gpt_neox", {}, "head", [[0, 1]] * 4, "the logits differ .* for the remaining parts"),
+        ("gpt_neox", {}, "head", [[0, 1]] * 4, "the logits differ .* the remaining parts"),
         ("gpt2", {"n_embd": 64, "n_head": 8}, "head", [[0]] * 4, "built .*: 64 and `num_heads`: 7"),
         ("deepseek_v3", {}, "head", [[0]] * 4, "q_b_proj.weight .* it is not known"),
         ("mixtral", {}, "expert", [[0], [1], [2], [0, 1]], "keeps 2 of 4 .* keeps 3 of 4 experts"),

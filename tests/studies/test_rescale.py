@@ -56,7 +56,7 @@ def test_what_is_won_back_follows_from_the_ledger(tiny_llama, experiment, tmp_pa
         else:
             assert entry.value == pytest.approx(1 - drops[kind].sum() / drops["remove"].sum())
     assert [row[1].value for row in significant.rows] == [2, 2, 2]
-    assert "documents in the random order; 0 of the last " in fitted_on
+    assert "documents in the random order; none of these documents are also" in fitted_on
     assert fitted_on in {record.fitted_on for record in api.ls(results)}
     assert study.finding.question in (results / "report.html").read_text()
     # Another week: nothing is measured twice, and the answer is the same.
@@ -92,7 +92,7 @@ def test_a_corpus_has_no_outcomes_to_test(tiny_llama, experiment, tmp_path):
     assert plain_values(row) == ["a factor", 0, None, None]
     (fitted_on,) = (row[-1] for row in finding.tables[0].rows)
     assert re.search(
-        "of the last 1 documents in the random order; 1 of the last 1 documents are also measured",
+        "of the last 1 documents in the random order; 1 of these documents are also measured",
         fitted_on,
     )
 

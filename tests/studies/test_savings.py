@@ -148,7 +148,7 @@ def test_what_bounds_a_question(cell):
         == "only a measurement of all documents can show that the drop is 0"
     )
     tied = make_cell(cell.drops[:, [0, 1, 1, 3, 4, 5]])
-    assert "two runs tie" in question_bound(tied, parse_question("top 2")).documents.reason
+    assert "two drops are equal" in question_bound(tied, parse_question("top 2")).documents.reason
 
 
 # -- a real cell -----------------------------------------------------------------------------------
