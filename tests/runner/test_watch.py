@@ -36,7 +36,7 @@ def test_an_unsteady_model_is_not_said_to_share_less(tiny_llama, measure, monkey
     measure(tiny_llama(), heard=heard, limit=2, layer=[1, 2], dtype=dtype)
     if dtype == "bfloat16":
         notes[0] += (
-            ". The report counts documents with rounding errors; --dtype float32 avoids errors"
+            ". The report counts documents that rounding affects; --dtype float32 avoids this"
         )
     assert {f"tiny-llama: {line}" for line in notes} <= set(heard.lines)
 

@@ -46,7 +46,7 @@ SampledTexts = tuple[GeneratedText, ...]
 CHECKED_TOKENS = 16
 """Number of tokens that the check of generation generates under each ablation."""
 _LESS_SHARING = "measured with less sharing: "
-_FLOAT32_ADVICE = "The report counts documents with rounding errors; --dtype float32 avoids errors"
+_FLOAT32_ADVICE = "The report counts documents that rounding affects; --dtype float32 avoids this"
 ROUNDING_DRAWS = 8
 """Number of times that a text is generated again with embeddings perturbed by rounding."""
 
